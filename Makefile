@@ -1,0 +1,58 @@
+# Everything starts from a bare Python 3.11 (or newer) and an empty clone; the second time is quick.
+
+USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	$$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench peers
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+demo: $(READY)  ## install, then draw a contact sheet with the model inside the package
+	@echo "demo: drawing pictures with mini-flux into demo/"
+	@$(BIN)/python -m difflex generate mini-flux \
+		"two red stars above a blue circle on grass" \
+		"a large green heart at the middle center on paper" \
+		"three small yellow diamonds on night" \
+		"a striped purple square left of a shiny orange ring on sky" \
+		"a white cross on brick cartoon" \
+		"a pink triangle on sand watercolor" \
+		--seeds 0:6 --steps 4 --out demo/contact-sheet.png
+
+test: $(READY)  ## install, then run the tests
+	@echo "test: running the tests (CPU only, no network)"
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## format check, lint, types, and the tests with every tensor held to its axes
+	@echo "check: format, lint, types, tests with shape checking"
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/basedpyright
+	@$(BIN)/python -m pytest --jaxtyping-packages=difflex,beartype.beartype
+
+bench: $(READY)  ## run every benchmark against its bar
+	@failed=; for script in benchmarks/*.py; do \
+		echo "bench: $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "bench: below the bar:$$failed"; exit 1; }
+
+peers: .venv-peers/ready  ## install the libraries that benchmarks compare with, apart from ours
+
+$(READY): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(USABLE)' || { \
+		echo "difflex needs Python 3.11 or newer with venv; found: $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python"; exit 1; }
+	@echo "setup: installing difflex and what it needs into .venv with $(PYTHON) (minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The peers pin other versions of what we use, and some change torch when imported: an environment of their own.
+.venv-peers/ready: Makefile
+	@echo "setup: installing the peers into .venv-peers"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet torch==2.13.0 \
+		eai-sparsify dictionary-learning sae-lens overcomplete nnsight scikit-learn
+	@touch $@

@@ -1,0 +1,95 @@
+"""The command line: one verb per station.
+
+A verb is a frozen dataclass, its fields are the flags, calling it does the work. Here is only the table of verbs, so that
+`difflex --help` imports neither torch nor tyro; the module of a verb is imported when that verb is asked for.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NamedTuple, Protocol
+
+from difflex import __version__
+from difflex.errors import DifflexError, UnknownName
+
+__all__ = ["VERBS", "main", "parse", "verb_class"]
+
+USAGE = "usage: difflex VERB [OPTIONS]\n\nA lexicon of what a text-to-image diffusion model knows."
+
+
+class Verb(NamedTuple):
+    """A row of the table of verbs."""
+
+    line: str
+    """What it does, in one line of `difflex --help`."""
+    home: str
+    """`module:class`."""
+
+
+VERBS = {
+    "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.cli.generate:Generate"),
+    "models": Verb("list the models inside the package", "difflex.cli.models:Models"),
+}
+
+
+class Command(Protocol):
+    """A verb with its flags filled in."""
+
+    def __call__(self) -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 2 something the user can mend (said without a traceback), 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with _plain_warnings():
+            return _run(words)
+    except DifflexError as error:
+        print(f"difflex: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndifflex: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(words: Sequence[str]) -> Command:
+    """The command written as `words`, a verb and its flags; a wrong flag ends the process with code 2, as tyro does."""
+    verb, *flags = words
+    command = verb_class(verb)
+    import tyro  # here, so that `difflex --help` does without it
+
+    return tyro.cli(command, prog=f"difflex {verb}", args=flags)
+
+
+def verb_class(verb: str) -> type[Command]:
+    """The dataclass behind `verb`."""
+    if verb not in VERBS:
+        raise UnknownName.among("The verb", verb, VERBS, "See difflex --help.")
+    module, name = VERBS[verb].home.split(":")
+    return getattr(import_module(module), name)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+    elif words[0] == "--version":
+        print(f"difflex {__version__}")
+    else:
+        parse(words)()
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, VERBS)) + 3
+    verbs = "\n".join(f"  {name:<{width}}{verb.line}" for name, verb in VERBS.items())
+    return f"{USAGE}\n\n{verbs}\n\ndifflex VERB --help says more about one; difflex --version says which difflex this is."
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings are shown as one line for a person, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"difflex: warning: {message}", file=sys.stderr)
+        yield

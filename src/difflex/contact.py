@@ -1,0 +1,91 @@
+"""Contact sheets: pictures in a grid, with words beside the rows and above the columns."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from difflex.errors import BadInput
+
+__all__ = ["contact_sheet"]
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+PAPER, INK = "white", "#222222"
+GAP = 8
+LETTERS, LINE = 16, 22
+"""Height of the letters, and from one line to the next."""
+MARGIN = 220
+"""The row labels are broken into lines no wider than this."""
+
+
+def contact_sheet(
+    pictures: Sequence[Sequence[Image.Image]],
+    *,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    side: int = 160,
+) -> Image.Image:
+    """One picture of all `pictures`, row by row.
+
+    Pictures whose longer side is below `side` are enlarged to at least that, by a whole factor and without smoothing, so that
+    every pixel is seen as it is. A label that does not fit is cut and ends in an ellipsis.
+    """
+    _check([len(row) for row in pictures], len(row_labels), len(column_labels))
+    rows = [[_enlarged(picture, side) for picture in row] for row in pictures]
+    width = max(picture.width for row in rows for picture in row)
+    height = max(picture.height for row in rows for picture in row)
+    font = ImageFont.load_default(LETTERS)
+    captions = [_wrapped(label, font, MARGIN, max(1, height // LINE)) for label in row_labels]
+    titles = [_wrapped(label, font, width, 2) for label in column_labels]
+    left = 2 * GAP + _widest(captions, font)
+    top = 2 * GAP + LINE * max(title.count("\n") + 1 for title in titles)
+    sheet = Image.new("RGB", (left + len(titles) * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        middle = left + column * (width + GAP) + width // 2
+        pen.multiline_text((middle, top - GAP), title, INK, font, anchor="md", align="center")
+    for row, caption in enumerate(captions):
+        y = top + row * (height + GAP)
+        pen.multiline_text((left - GAP, y + height // 2), caption, INK, font, anchor="rm", align="right")
+        for column, picture in enumerate(rows[row]):
+            sheet.paste(picture, (left + column * (width + GAP), y))
+    return sheet
+
+
+def _check(rows: list[int], row_labels: int, column_labels: int) -> None:
+    if not rows or not column_labels:
+        raise BadInput("A contact sheet was asked of no pictures. Give at least one row and one column.")
+    if len(rows) != row_labels or set(rows) != {column_labels}:
+        raise BadInput(
+            f"A contact sheet was asked of rows of {rows} pictures, {row_labels} row labels and {column_labels} column labels. "
+            "Give a label to every row and column, and every row as many pictures as there are columns."
+        )
+
+
+def _enlarged(picture: Image.Image, side: int) -> Image.Image:
+    factor = -(-side // max(picture.size))
+    return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _wrapped(text: str, font: Font, width: int, most: int) -> str:
+    """`text` in at most `most` lines that are no wider than `width`."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines[most - 1 :] = [lines[most - 1] + "…"]
+    return "\n".join(_cut(line, font, width) for line in lines)
+
+
+def _cut(line: str, font: Font, width: int) -> str:
+    while font.getlength(line) > width and len(line) > 1:
+        line = line.removesuffix("…")[:-1] + "…"
+    return line
+
+
+def _widest(texts: list[str], font: Font) -> int:
+    return int(max(font.getlength(line) for text in texts for line in text.split("\n"))) + 1
