@@ -32,9 +32,9 @@ class Site:
     def parse(cls, text: str) -> Self:
         """The site written as `text`."""
         path, *rest = text.split(":")
-        kind = next((k for k in KINDS if k in rest), "residual")
-        stream = next((s for s in STREAMS if s in rest), "image")
-        if not path or len(rest) > 2 or not set(rest) <= {kind, stream}:
+        kind: Kind = next((k for k in KINDS if k in rest), "residual")
+        stream: Stream = next((s for s in STREAMS if s in rest), "image")
+        if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
             raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
         return cls(path, kind, stream)
 

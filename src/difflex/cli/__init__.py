@@ -4,6 +4,7 @@ A verb is a frozen dataclass, its fields are the flags, calling it does the work
 `difflex --help` imports neither torch nor tyro; the module of a verb is imported when that verb is asked for.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -45,13 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _plain_warnings():
-            return _run(words)
+            _run(words)
+        sys.stdout.flush()
+        return 0
     except DifflexError as error:
         print(f"difflex: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndifflex: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has seen enough, as in `difflex models | head -1`; what Python still wants to flush at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def parse(words: Sequence[str]) -> Command:
@@ -71,14 +78,13 @@ def verb_class(verb: str) -> type[Command]:
     return getattr(import_module(module), name)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
     elif words[0] == "--version":
         print(f"difflex {__version__}")
     else:
         parse(words)()
-    return 0
 
 
 def _help() -> str:

@@ -14,7 +14,7 @@ COLUMNS = ("model", "pixels", "steps", "guidance", "words", "MB")
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """List the models inside the package: possible sizes (the default first), default steps and guidance, known words, megabytes."""
+    """List the models inside the package: possible sizes (the default first), default steps and guidance, known words, size."""
 
     def __call__(self) -> None:
         print(table(Path(str(files("difflex") / "models"))))

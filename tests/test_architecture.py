@@ -1,0 +1,127 @@
+"""The road of the package: which station may import which, and where each outside package is at home."""
+
+import ast
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "difflex"
+
+# Station -> the stations it may import. `difflex` stands for the public names of the package itself.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "records": {"errors"},
+    "contact": {"errors"},
+    "pipeline": {"records", "errors"},
+    "miniature": {"records", "errors"},
+    "difflex": {"records", "errors", "pipeline", "miniature"},
+    "cli": {"difflex", "records", "errors", "contact"},
+    "testing": {"pipeline", "records", "errors"},
+    "__main__": {"cli"},
+}
+
+# Outside package -> the stations where it is at home.
+HOMES: dict[str, set[str]] = {
+    "torch": {"records", "pipeline", "miniature", "testing"},
+    "jaxtyping": {"records", "pipeline", "miniature", "testing"},
+    "diffusers": {"pipeline", "miniature", "testing"},
+    "transformers": {"pipeline", "miniature", "testing"},
+    "safetensors": {"pipeline", "miniature"},
+    "tqdm": {"pipeline", "miniature"},
+    "PIL": {"contact", "pipeline", "miniature"},
+    "tyro": {"cli"},
+}
+
+# Names under which packages are installed, where they differ from the ones they are imported by.
+DISTRIBUTIONS = {"PIL": "pillow"}
+# Dependencies that work without being imported by us: for diffusers when it loads a model, for torch when it hands over pixels.
+SILENT = {"accelerate", "numpy"}
+
+
+def station(source: Path, file: Path) -> str:
+    """The station that `file` belongs to."""
+    first = file.relative_to(source).parts[0].removesuffix(".py")
+    return "difflex" if first == "__init__" else first
+
+
+def imports(file: Path, source: Path) -> Iterator[str]:
+    """The full name of everything that `file` imports, wherever the import stands and whatever it is for."""
+    package = ["difflex", *file.relative_to(source).parent.parts]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def violations(source: Path) -> list[str]:
+    """Everything under `source` that the two tables do not allow, and every row of theirs that nothing needs."""
+    found, seen_outside = [], set()
+    files = sorted(source.rglob("*.py"))
+    stations = {station(source, file) for file in files}
+    for file in files:
+        here, place = station(source, file), file.relative_to(source)
+        for name in imports(file, source):
+            top, *rest = name.split(".")
+            if top == "difflex":
+                there = rest[0] if rest and rest[0] in stations else "difflex"
+                if there != here and there not in ARROWS.get(here, set()):
+                    found.append(f"{place}: {here} may not import {there} ({name})")
+            elif top not in sys.stdlib_module_names:
+                seen_outside.add(top)
+                if here not in HOMES.get(top, set()):
+                    found.append(f"{place}: {top} is not at home in {here}")
+    found += [f"station {name} has no row in ARROWS" for name in sorted(stations - ARROWS.keys())]
+    found += [f"ARROWS has a row for {name}, which does not exist" for name in sorted(ARROWS.keys() - stations)]
+    found += [f"HOMES has a row for {name}, which nothing imports" for name in sorted(HOMES.keys() - seen_outside)]
+    return found
+
+
+def test_every_import_follows_the_tables():
+    found = violations(SOURCE)
+    assert not found, "\n".join(found)
+
+
+def test_the_arrows_have_no_cycle():
+    assert set(TopologicalSorter(ARROWS).static_order()) == set(ARROWS)
+
+
+def test_every_dependency_is_imported_and_every_import_is_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {line.split(">=")[0] for line in project["dependencies"]}
+    assert declared == {DISTRIBUTIONS.get(name, name) for name in HOMES} | SILENT
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("errors.py", "import torch", "torch is not at home in errors"),
+        ("records.py", "from difflex.miniature import world", "records may not import miniature"),
+        ("errors.py", "from . import records", "errors may not import records"),
+        ("contact.py", "def late():\n    from difflex.pipeline import load", "contact may not import pipeline"),
+        ("miniature/world.py", "if TYPE_CHECKING:\n    from .. import cli", "miniature may not import cli"),
+        ("miniature/world.py", "from ..pipeline import load", "miniature may not import pipeline"),
+        ("records.py", "from difflex import load", "records may not import difflex"),
+        ("records.py", "import requests", "requests is not at home in records"),
+        ("helpers.py", "", "station helpers has no row"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, complaint: str):
+    source = shutil.copytree(SOURCE, tmp_path / "difflex", ignore=shutil.ignore_patterns("models", "__pycache__"))
+    with (source / file).open("a") as planted:
+        planted.write(f"\n{line}\n")
+    assert any(complaint in violation for violation in violations(source))
+
+
+def test_a_row_without_its_station_is_found(tmp_path: Path):
+    source = shutil.copytree(SOURCE, tmp_path / "difflex", ignore=shutil.ignore_patterns("models", "__pycache__"))
+    (source / "contact.py").unlink()
+    assert "ARROWS has a row for contact, which does not exist" in violations(source)

@@ -1,0 +1,207 @@
+"""The command line: verbs, flags, and how it ends."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import difflex
+from difflex import cli
+from difflex.cli import VERBS, main, parse, verb_class
+from difflex.cli.models import table
+from difflex.errors import BadInput, BrokenFile
+
+
+class PaintBox:
+    """A pipeline that answers with plain pictures and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked: list[dict[str, object]] = []
+
+    def generate(self, prompts: list[str], **how: object) -> list[SimpleNamespace]:
+        self.asked.append({"prompts": prompts, **how})
+        return [SimpleNamespace(picture=Image.new("RGB", (8, 8), "red")) for _ in prompts]
+
+
+@pytest.fixture
+def paint_box(monkeypatch: pytest.MonkeyPatch) -> PaintBox:
+    box = PaintBox()
+    monkeypatch.setattr(difflex, "load", lambda name: box, raising=False)
+    return box
+
+
+def model(root: Path, name: str, card: str | None) -> Path:
+    """A model folder as `difflex models` sees it, with 2 MB of weights."""
+    folder = root / name
+    (folder / "vae").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "vae" / "weights.safetensors").write_bytes(bytes(2_000_000))
+    if card is not None:
+        (folder / "difflex.json").write_text(card)
+    return folder
+
+
+def raising(error: BaseException):
+    def command() -> None:
+        raise error
+
+    return lambda words: command
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_lists_every_verb_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +{re.escape(verb.line)}$", shown, re.MULTILINE) for name, verb in VERBS.items())
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"difflex {difflex.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_leads_to_a_documented_class(verb: str):
+    assert verb_class(verb).__name__ == verb.title().replace("-", "")
+    assert (verb_class(verb).__doc__ or "").endswith(".")
+
+
+def test_an_unknown_verb_shows_the_nearest_and_exits_2(capsys: pytest.CaptureFixture[str]):
+    assert main(["genrate"]) == 2
+    assert "nearest: generate" in capsys.readouterr().err
+
+
+def test_an_error_of_ours_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "parse", raising(BadInput("Asked so, found so, do so.")))
+    assert main(["generate"]) == 2
+    assert capsys.readouterr().err == "difflex: Asked so, found so, do so.\n"
+
+
+def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "parse", raising(AssertionError("our own promise")))
+    with pytest.raises(AssertionError):
+        main(["generate"])
+
+
+def test_an_interruption_exits_130_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "parse", raising(KeyboardInterrupt()))
+    assert main(["generate"]) == 130
+    assert capsys.readouterr().err == "\ndifflex: interrupted\n"
+
+
+def test_a_warning_is_one_line_and_the_filters_are_left_as_they_were(capsys: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(cli, "parse", lambda words: lambda: warnings.warn("The word 'cat' is new to it.", stacklevel=1))
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["generate"]) == 0
+    assert capsys.readouterr().err == "difflex: warning: The word 'cat' is new to it.\n"
+    assert warnings.showwarning is before
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m difflex --help | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_python_m_difflex_ends_with_the_exit_code():
+    done = subprocess.run([sys.executable, "-m", "difflex", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--seeds", "0:4"], "seeds", range(0, 4)),
+        (["--seeds", "7:8"], "seeds", range(7, 8)),
+        ([], "seeds", range(0, 1)),
+        (["--pixels", "64"], "pixels", (64, 64)),
+        (["--pixels", "64x96"], "pixels", (64, 96)),
+        ([], "pixels", None),
+        (["--steps", "4"], "steps", 4),
+        (["--guidance", "2"], "guidance", 2.0),
+    ],
+)
+def test_flags_of_generate_become_values(flags: list[str], field: str, value: object):
+    assert getattr(parse(["generate", "mini-flux", "a star", *flags]), field) == value
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seeds", "4"],
+        ["--seeds", "4:4"],
+        ["--seeds", "a:b"],
+        ["--pixels", "0"],
+        ["--pixels", "64x"],
+        ["--steps", "x"],
+        ["--sedes", "0:1"],
+    ],
+)
+def test_a_wrong_flag_exits_2_and_is_named(flags: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "mini-flux", "a star", *flags])
+    assert end.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_generate_gives_every_cell_its_prompt_and_seed(paint_box: PaintBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "new" / "grid.png"
+    assert main(["generate", "mini-flux", "a star", "", "--seeds", "3:6", "--steps", "2", "--out", str(out)]) == 0
+    how = {"seed": 3, "steps": 2, "pixels": None, "guidance": None}
+    assert paint_box.asked == [{"prompts": ["a star"] * 3, **how}, {"prompts": [""] * 3, **how}]
+    red = [count for count, colour in Image.open(out).convert("RGB").getcolors(10**6) or [] if colour == (255, 0, 0)]
+    assert red == [6 * 160 * 160]
+    assert str(out) in capsys.readouterr().out
+
+
+def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "mini-flux"]) == 2
+    assert 'difflex generate mini-flux "a red star on grass"' in capsys.readouterr().err
+
+
+def test_generate_refuses_a_file_that_is_no_picture_before_it_draws(paint_box: PaintBox, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "mini-flux", "a star", "--out", "grid.txt"]) == 2
+    assert ".webp" in capsys.readouterr().err
+    assert paint_box.asked == []
+
+
+def test_generate_says_that_a_file_cannot_be_written(paint_box: PaintBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("")
+    assert main(["generate", "mini-flux", "a star", "--out", str(tmp_path / "file" / "grid.png")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_models_shows_what_each_card_says(tmp_path: Path):
+    card = {"pixels": [[64, 64], [64, 96]], "steps": 4, "guidance": 1.0, "words": ["a", "red", "star"]}
+    model(tmp_path, "mini-flux", json.dumps(card))
+    model(tmp_path, "plain", None)
+    (tmp_path / "notes").mkdir()
+    head, mini, plain = [re.split(r" {2,}", line) for line in table(tmp_path).splitlines()]
+    assert head == ["model", "pixels", "steps", "guidance", "words", "MB"]
+    assert mini == ["mini-flux", "64x64 64x96", "4", "1.0", "3", "2.0"]
+    assert plain == ["plain", "-", "-", "-", "-", "2.0"]
+
+
+def test_models_says_that_there_are_none(tmp_path: Path):
+    assert "No model" in table(tmp_path / "nothing")
+
+
+def test_models_names_a_broken_card(tmp_path: Path):
+    model(tmp_path, "mini-flux", '{"steps": ')
+    with pytest.raises(BrokenFile, match=r"mini-flux.difflex\.json"):
+        table(tmp_path)
+
+
+def test_models_runs_without_torch():
+    code = "import sys; from difflex.cli import main; main(['models']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,80 @@
+"""The public names: there, in order, documented, and light until they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import difflex
+
+ROOT = Path(__file__).parent.parent
+INIT = Path(difflex.__file__).read_text(encoding="utf-8")
+
+EXPECTED = ["DifflexError", "Pipeline", "Scenes", "Shot", "Site", "draw", "load"]
+
+
+def disagreements(init: str, expected: list[str]) -> list[str]:
+    """Where the three lists in the source `init` (table, `__all__`, imports for type checkers) are not the `expected` names."""
+    body = ast.parse(init).body
+    assigned = {
+        target.id: ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    typed = {
+        alias.name: line.module
+        for block in body
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    }
+    found = [] if expected == sorted(expected) else ["the expected names are not sorted"]
+    found += [] if assigned["__all__"] == expected else [f"__all__ is {assigned['__all__']}"]
+    found += [] if sorted(assigned["HOMES"]) == expected else [f"HOMES has {sorted(assigned['HOMES'])}"]
+    found += [] if typed == assigned["HOMES"] else [f"type checkers see {typed}"]
+    return found
+
+
+def undocumented(names: list[str], text: str) -> list[str]:
+    """Those of `names` that `text` does not hold as `difflex.NAME`."""
+    return [name for name in names if f"`difflex.{name}`" not in text]
+
+
+def test_all_lists_of_public_names_agree():
+    assert disagreements(INIT, EXPECTED) == []
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_public_name_can_be_imported(name: str):
+    value = getattr(difflex, name)
+    assert value.__module__.startswith(difflex.HOMES[name])
+    assert name in dir(difflex)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        getattr(difflex, "lod")  # noqa: B009 (type checkers know that it is not there)
+
+
+def test_every_public_name_is_in_the_readme():
+    assert undocumented(EXPECTED, (ROOT / "README.md").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("code", ["import difflex", "import difflex.records", "from difflex.cli import main; main(['--help'])"])
+def test_a_light_import_brings_neither_torch_nor_tyro(code: str):
+    heavy = f"import sys; {code}; print(sorted({{'torch', 'diffusers', 'tyro', 'PIL', 'numpy'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_planted_name_is_found_wherever_it_is_missing():
+    assert disagreements(INIT, [*EXPECTED, "steer"])
+    assert disagreements(INIT.replace('    "load": "difflex.pipeline",\n', ""), EXPECTED)
+    assert disagreements(INIT.replace("import Pipeline, load", "import Pipeline"), EXPECTED)
+    assert disagreements(INIT.replace('"draw", "load"]', '"load", "draw"]'), EXPECTED)
+    assert undocumented(["load", "steer"], "`difflex.load` loads, `steer` does not stand for itself") == ["steer"]

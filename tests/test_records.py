@@ -1,0 +1,53 @@
+"""Records: frozen, and written in one notation."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from difflex.errors import BadInput
+from difflex.records import KINDS, STREAMS, Shot, Site
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_site_reads_back_what_it_writes(kind, stream):
+    site = Site("down.2.1", kind, stream)
+    assert Site.parse(str(site)) == site
+
+
+@pytest.mark.parametrize(
+    ("text", "site"),
+    [
+        ("double.18", Site("double.18")),
+        ("single.9:update", Site("single.9", "update")),
+        ("double.18:text", Site("double.18", stream="text")),
+        ("double.18:neurons:text", Site("double.18", "neurons", "text")),
+        ("transformer.transformer_blocks.18", Site("transformer.transformer_blocks.18")),
+    ],
+)
+def test_the_notation_of_the_design_is_understood(text: str, site: Site):
+    assert Site.parse(text) == site
+    assert str(site) == text
+
+
+def test_defaults_are_left_out_of_the_notation():
+    assert str(Site.parse("double.18:residual:image")) == "double.18"
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":text", "double.18:texts", "double.18:update:text:image", "double.18:text:text", "double.18:image:text"]
+)
+def test_what_is_not_a_site_is_refused_by_name(text: str):
+    with pytest.raises(BadInput, match="is not a site"):
+        Site.parse(text)
+
+
+def test_a_site_names_a_folder_without_colons():
+    assert Site.parse("double.18:update:text").folder == "double.18+update+text"
+
+
+def test_records_are_frozen():
+    shot = Shot(model="mini-flux", pixels=(64, 64), steps=4, guidance=0.0)
+    with pytest.raises(FrozenInstanceError):
+        shot.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert len({shot, shot}) == 1
