@@ -1,0 +1,346 @@
+"""Public fakes: tiny pipelines of every family, of the real diffusers and transformers classes, with random weights.
+
+They need no download and run in milliseconds, so that code around any family can be tested anywhere.
+"""
+
+import json
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from difflex.pipeline.quiet import without_bars
+
+__all__ = ["TINY", "tiny_folder", "tiny_pipeline"]
+
+WIDTH = 32
+LETTERS = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
+TEXT_LENGTH = 24
+
+
+def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
+    """A random pipeline of `family`, one of `TINY`; the same seed gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = TINY[family]()
+        _enliven(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_folder(family: str, folder: Path, seed: int = 0, card: Mapping[str, object] | None = None) -> Path:
+    """`folder`, now with a random pipeline of `family` and a `difflex.json`, in which `card` replaces entries."""
+    with without_bars():
+        tiny_pipeline(family, seed).save_pretrained(folder)
+    entries = {
+        "format": 1,
+        "name": folder.name,
+        "family": family,
+        "pixels": [[32, 32], [16, 24]],
+        "steps": 2,
+        "guidance": 0.0,
+        "text_length": TEXT_LENGTH,
+    }
+    (folder / "difflex.json").write_text(json.dumps({**entries, **(card or {})}), encoding="utf-8")
+    return folder
+
+
+def _diffusers(name: str, *arguments: object, **named: object) -> Any:
+    """An object of the class `name` of diffusers; the annotations of its constructors name other types than it takes."""
+    return getattr(diffusers, name)(*arguments, **named)
+
+
+def _transformers(name: str, *arguments: object, **named: object) -> Any:
+    return getattr(transformers, name)(*arguments, **named)
+
+
+def _enliven(pipeline: DiffusionPipeline) -> None:
+    """Fill what starts at zero (biases, gates, projections) with small numbers: else whole branches would go untested."""
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+            for parameter in component.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.05)
+
+
+def _clip(projected: bool = False, **changes: int) -> Any:
+    config = _transformers(
+        "CLIPTextConfig",
+        vocab_size=2 + 2 * len(LETTERS),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=WIDTH,
+        bos_token_id=0,
+        # Two would be taken for a config of an old file and pooled differently.
+        eos_token_id=1,
+        pad_token_id=1,
+        **changes,
+    )
+    return _transformers("CLIPTextModelWithProjection" if projected else "CLIPTextModel", config)
+
+
+def _clip_tokenizer() -> Any:
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    return _transformers("CLIPTokenizer", vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def _t5() -> Any:
+    return _transformers(
+        "T5EncoderModel",
+        _transformers(
+            "T5Config",
+            vocab_size=4 + len(LETTERS),
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=2 * WIDTH,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        ),
+    )
+
+
+def _t5_tokenizer() -> Any:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+    return _transformers("T5TokenizerFast", vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def _vae(latent_channels: int, shift: float | None = 0.1) -> Any:
+    """An autoencoder that halves the sides."""
+    return _diffusers(
+        "AutoencoderKL",
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.5,
+        shift_factor=shift,
+        mid_block_add_attention=False,
+    )
+
+
+def _flux(guidance_embeds: bool = False) -> DiffusionPipeline:
+    return _diffusers(
+        "FluxPipeline",
+        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=False),
+        vae=_vae(4),
+        text_encoder=_clip(),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+        transformer=_diffusers(
+            "FluxTransformer2DModel",
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def _flux_dev() -> DiffusionPipeline:
+    pipeline = _flux(guidance_embeds=True)
+    pipeline.register_modules(scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True))
+    return pipeline
+
+
+def _flux2() -> DiffusionPipeline:
+    """FLUX.2 [klein], with its small Qwen3 text encoder; the transformer is the class that all of FLUX.2 has."""
+    pieces = ["<|endoftext|>", *LETTERS, "Ġ", "Ċ"]
+    tokenizer = _transformers("Qwen2TokenizerFast", vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    encoder = _transformers(
+        "Qwen3ForCausalLM",
+        _transformers(
+            "Qwen3Config",
+            vocab_size=len(pieces),
+            hidden_size=16,
+            intermediate_size=32,
+            # The pipeline stacks the outputs of layers 9, 18 and 27.
+            num_hidden_layers=27,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=512,
+        ),
+    )
+    return _diffusers(
+        "Flux2KleinPipeline",
+        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=True),
+        vae=_diffusers(
+            "AutoencoderKLFlux2",
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=_diffusers(
+            "Flux2Transformer2DModel",
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        is_distilled=False,
+    )
+
+
+def _sd3() -> DiffusionPipeline:
+    return _diffusers(
+        "StableDiffusion3Pipeline",
+        transformer=_diffusers(
+            "SD3Transformer2DModel",
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=32,
+        ),
+        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0),
+        vae=_vae(4),
+        text_encoder=_clip(projected=True),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=_wide_t5(),
+        tokenizer_3=_t5_tokenizer(),
+    )
+
+
+def _wide_t5() -> Any:
+    """SD3 lays the two CLIP streams side by side (64) and pads them to the width of T5."""
+    config = _t5().config
+    config.d_model = 2 * WIDTH
+    return _transformers("T5EncoderModel", config)
+
+
+def _unet(cross: int, **changes: object) -> Any:
+    """Three levels, attention in the lower two, as in SDXL: `down.2.1`, `mid.0`, `up.0.0` and `up.0.1` exist."""
+    return _diffusers(
+        "UNet2DConditionModel",
+        sample_size=16,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=cross,
+        **changes,
+    )
+
+
+def _sdxl() -> DiffusionPipeline:
+    return _diffusers(
+        "StableDiffusionXLPipeline",
+        vae=_vae(4, shift=None),
+        text_encoder=_clip(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        unet=_unet(
+            2 * WIDTH,
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 1, 2),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        ),
+        scheduler=_diffusers("EulerDiscreteScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
+    )
+
+
+def _sd1() -> DiffusionPipeline:
+    return _diffusers(
+        "StableDiffusionPipeline",
+        vae=_vae(4, shift=None),
+        text_encoder=_clip(),
+        tokenizer=_clip_tokenizer(),
+        unet=_unet(WIDTH),
+        # SD 1.x comes with PNDM, which repeats a timestep: the hardest case for whoever asks which step it is.
+        scheduler=_diffusers(
+            "PNDMScheduler",
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            skip_prk_steps=True,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _pixart() -> DiffusionPipeline:
+    return _diffusers(
+        "PixArtAlphaPipeline",
+        tokenizer=_t5_tokenizer(),
+        text_encoder=_t5(),
+        vae=_vae(4, shift=None),
+        transformer=_diffusers(
+            "PixArtTransformer2DModel",
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            cross_attention_dim=WIDTH,
+            sample_size=16,
+            patch_size=2,
+            caption_channels=WIDTH,
+            use_additional_conditions=False,
+        ),
+        scheduler=_diffusers("DPMSolverMultistepScheduler"),
+    )
+
+
+TINY: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
+    {
+        "flux": _flux,
+        "flux-dev": _flux_dev,
+        "flux2": _flux2,
+        "sd3": _sd3,
+        "sdxl": _sdxl,
+        "sd1": _sd1,
+        "pixart": _pixart,
+    }
+)
+"""How each tiny pipeline is built, by the name of its family."""
