@@ -68,6 +68,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_leads_to_a_documented_class(verb: str):
+    assert issubclass(verb_class(verb), cli.Command)
     assert verb_class(verb).__name__ == verb.title().replace("-", "")
     assert (verb_class(verb).__doc__ or "").endswith(".")
 

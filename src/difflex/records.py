@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from difflex.errors import BadInput
 
@@ -29,11 +29,11 @@ class Site:
     stream: Stream = "image"
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> Site:
         """The site written as `text`."""
         path, *rest = text.split(":")
-        kind: Kind = next((k for k in KINDS if k in rest), "residual")
-        stream: Stream = next((s for s in STREAMS if s in rest), "image")
+        kind = next((k for k in KINDS if rest.count(k)), KINDS[0])
+        stream = next((s for s in STREAMS if rest.count(s)), STREAMS[0])
         if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
             raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
         return cls(path, kind, stream)

@@ -7,15 +7,16 @@ A verb is a frozen dataclass, its fields are the flags, calling it does the work
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from difflex import __version__
 from difflex.errors import DifflexError, UnknownName
 
-__all__ = ["VERBS", "main", "parse", "verb_class"]
+__all__ = ["VERBS", "Command", "main", "parse", "verb_class"]
 
 USAGE = "usage: difflex VERB [OPTIONS]\n\nA lexicon of what a text-to-image diffusion model knows."
 
@@ -35,10 +36,12 @@ VERBS = {
 }
 
 
-class Command(Protocol):
+class Command(ABC):
     """A verb with its flags filled in."""
 
-    def __call__(self) -> None: ...
+    @abstractmethod
+    def __call__(self) -> None:
+        """Nothing: does the work, prints what came of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

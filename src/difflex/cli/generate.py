@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
 import difflex
+from difflex.cli import Command
 from difflex.cli.flags import Pixels, Range
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
@@ -17,8 +18,9 @@ FORMATS = (".png", ".webp", ".jpg", ".jpeg")
 THE_MODELS_OWN = "(default: the model's own)"
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(Command):
     """Draw pictures from prompts and save them as one labelled grid: a row for each prompt, a column for each seed."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

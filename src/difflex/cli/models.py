@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import final
 
+from difflex.cli import Command
 from difflex.errors import BrokenFile
 
 __all__ = ["Models", "table"]
@@ -12,8 +14,9 @@ __all__ = ["Models", "table"]
 COLUMNS = ("model", "pixels", "steps", "guidance", "words", "MB")
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class Models:
+class Models(Command):
     """List the models inside the package: possible sizes (the default first), default steps and guidance, known words, size."""
 
     def __call__(self) -> None:
