@@ -1,0 +1,6 @@
+"""Sparse dictionaries of activations: encode, decode, directions, save and load, whatever their kind."""
+
+from difflex.dictionary.base import Dictionary, NormalisedDictionary, Origin, Saved
+from difflex.dictionary.normalisation import Moments, Normalisation
+
+__all__ = ["Dictionary", "Moments", "Normalisation", "NormalisedDictionary", "Origin", "Saved"]

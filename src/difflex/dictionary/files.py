@@ -1,0 +1,99 @@
+"""A dictionary on disk: `config.json` and `dictionary.safetensors`, each written to a temporary name, then renamed."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from difflex import __version__
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.records import Site
+
+__all__ = ["FORMAT", "Config", "Json", "as_text", "read", "replace_file", "write"]
+
+FORMAT = 1
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """`config.json` of a dictionary."""
+
+    format: int
+    difflex: str
+    """The version that wrote it."""
+    kind: str
+    site: Site
+    model: str | None
+    revision: str | None
+    width: int
+    size: int
+    k: int
+    settings: dict[str, Json]
+    """What only this kind has."""
+    training: dict[str, Json]
+    """How it was made."""
+
+
+def write(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> Path:
+    """`folder`, with both files in it; the config comes last, so that a folder with a config is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    packed = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    replace_file(folder / "dictionary.safetensors", packed)
+    replace_file(folder / "config.json", as_text({"format": FORMAT, "difflex": __version__, **config}).encode())
+    return folder
+
+
+def read(folder: Path, device: str = "cpu") -> tuple[Config, dict[str, Tensor]]:
+    """The two files of `folder`; an error that says what is wrong where they are not what `write` writes."""
+    config = _config(folder)
+    try:
+        tensors = load_file(folder / "dictionary.safetensors", device=device)
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{folder} has a config.json but no dictionary.safetensors: save the dictionary again.") from error
+    except safetensors.SafetensorError as error:
+        raise BrokenFile(f"{folder}/dictionary.safetensors is damaged: {error}. Train or copy it again.") from error
+    return config, {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one go: a reader, or a kill, sees the old file or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def as_text(entries: Mapping[str, Json]) -> str:
+    """`entries` as JSON for files and people."""
+    return json.dumps(entries, indent=2) + "\n"
+
+
+def _config(folder: Path) -> Config:
+    path = folder / "config.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{folder} holds no dictionary: it has no config.json. Name the folder that `save` wrote.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BrokenFile(f"{path} is not JSON: {error}. Train or copy the dictionary again.") from error
+    names = [field.name for field in fields(Config)]
+    if not isinstance(entries, dict) or entries.get("format") != FORMAT:
+        found = entries.get("format") if isinstance(entries, dict) else type(entries).__name__
+        raise BrokenFile(
+            f"{path} is not a dictionary of format {FORMAT}: format {found!r}. Another tool's file must be imported."
+        )
+    for name in entries:
+        if name not in names:
+            raise UnknownName.among(f"In {path} the entry", name, names)
+    if missing := [name for name in names if name not in entries]:
+        raise BrokenFile(f"{path} lacks {', '.join(missing)}: train or copy the dictionary again.")
+    return Config(**{**entries, "site": Site.parse(entries["site"])})
