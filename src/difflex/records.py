@@ -32,8 +32,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         """The site written as `text`."""
         path, *rest = text.split(":")
-        kind = next((k for k in KINDS if rest.count(k)), KINDS[0])
-        stream = next((s for s in STREAMS if rest.count(s)), STREAMS[0])
+        kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # where none is named, the first: the default
         if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
             raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
         return cls(path, kind, stream)
