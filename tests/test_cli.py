@@ -16,6 +16,7 @@ from difflex import cli
 from difflex.cli import VERBS, main, parse, verb_class
 from difflex.cli.models import table
 from difflex.errors import BadInput, BrokenFile
+from difflex.testing import tiny_folder
 
 
 class PaintBox:
@@ -162,6 +163,17 @@ def test_generate_gives_every_cell_its_prompt_and_seed(paint_box: PaintBox, tmp_
     red = [count for count, colour in Image.open(out).convert("RGB").getcolors(10**6) or [] if colour == (255, 0, 0)]
     assert red == [6 * 160 * 160]
     assert str(out) in capsys.readouterr().out
+
+
+def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, out = str(tiny_folder("flux", tmp_path / "tiny", card={"words": ["a", "red", "star"]})), tmp_path / "grid.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["generate", folder, "a red horse", "--seeds", "0:2", "--steps", "1", "--out", str(out)]) == 0
+    assert "horse" in capsys.readouterr().err
+    assert len(Image.open(out).convert("RGB").getcolors(10**6) or []) > 50
+    assert main(["generate", folder, "a red star", "--pixels", "7x9", "--out", str(out)]) == 2
+    assert "7" in capsys.readouterr().err
 
 
 def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixture[str]):
