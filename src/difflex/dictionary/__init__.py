@@ -1,6 +1,7 @@
 """Sparse dictionaries of activations: encode, decode, directions, save and load, whatever their kind."""
 
+from difflex.dictionary.autoencoder import Autoencoder, Weights
 from difflex.dictionary.base import Dictionary, NormalisedDictionary, Origin, Saved
 from difflex.dictionary.normalisation import Moments, Normalisation
 
-__all__ = ["Dictionary", "Moments", "Normalisation", "NormalisedDictionary", "Origin", "Saved"]
+__all__ = ["Autoencoder", "Dictionary", "Moments", "Normalisation", "NormalisedDictionary", "Origin", "Saved", "Weights"]

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from difflex.dictionary.files import Json, read, write
 from difflex.dictionary.normalisation import Normalisation
+from difflex.dictionary.sparse import bag
 from difflex.errors import BadInput, UnknownName
 from difflex.records import Codes, Site
 
-__all__ = ["Dictionary", "NormalisedDictionary", "Origin", "Saved", "bag"]
+__all__ = ["Dictionary", "NormalisedDictionary", "Origin", "Saved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +196,3 @@ class NormalisedDictionary(Dictionary):
 
     def decoder_of(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
         return self.normalisation.spread(self.atoms[features])
-
-
-def bag(codes: Codes, rows: Float[Tensor, "size width"]) -> Float[Tensor, "token width"]:
-    """`values @ rows[indices]` for every token, without a dense matrix of codes."""
-    return F.embedding_bag(codes.indices, rows, mode="sum", per_sample_weights=codes.values)

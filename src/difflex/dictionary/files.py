@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -59,7 +58,8 @@ def read(folder: Path, device: str = "cpu") -> tuple[Config, dict[str, Tensor]]:
         raise BrokenFile(f"{folder} has a config.json but no dictionary.safetensors: save the dictionary again.") from error
     except safetensors.SafetensorError as error:
         raise BrokenFile(f"{folder}/dictionary.safetensors is damaged: {error}. Train or copy it again.") from error
-    return config, {name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()}
+    # Cloned, because a product of tensors that start at odd addresses of a mapped file may differ in its last bit.
+    return config, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def replace_file(path: Path, content: bytes) -> None:

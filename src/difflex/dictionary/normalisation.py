@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.errors import BadInput, NonFinite, UnknownName
+from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 
 __all__ = ["METHODS", "VECTORS_PER_AXIS", "Method", "Moments", "Normalisation", "estimate"]
 
@@ -80,8 +80,10 @@ class Normalisation:
     def of(cls, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Self:
         """The normalisation that `settings` and `tensors` were written from."""
         clip = settings.get("clip")
+        if missing := [name for name in ("mean", "scale") if f"normalisation.{name}" not in tensors]:
+            raise BrokenFile(f"A dictionary's file lacks its normalisation's {', '.join(missing)}: train or copy it again.")
         return cls(
-            method=_known(str(settings["method"])),
+            method=_known(str(settings.get("method"))),
             mean=tensors["normalisation.mean"],
             scale=tensors["normalisation.scale"],
             basis=tensors.get("normalisation.basis"),

@@ -1,0 +1,124 @@
+"""The sparse autoencoders: TopK, BatchTopK, JumpReLU and Matryoshka, which differ in what they keep, not in what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal, Self, final, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.dictionary.base import NormalisedDictionary, Origin, Saved
+from difflex.dictionary.normalisation import Normalisation
+from difflex.dictionary.scores import Scores
+from difflex.dictionary.sparse import padded
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.records import Codes
+
+__all__ = ["KINDS", "Autoencoder", "Kind", "Weights", "kind_of"]
+
+Kind = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The tensors of a sparse autoencoder, in its normalised space z: `a = (z - bias) encoder^T + encoder_bias`."""
+
+    encoder: Float[Tensor, "size width"]
+    decoder: Float[Tensor, "size width"]
+    """Unit rows."""
+    bias: Float[Tensor, " width"]
+    encoder_bias: Float[Tensor, " size"] | None = None
+    floor: Float[Tensor, " size"] | None = None
+    """What a feature must exceed to fire; None where the k largest fire."""
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The weights among `tensors`, by the names that `named` gives."""
+        if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
+            raise BrokenFile(f"An autoencoder's file lacks the tensors {', '.join(missing)}: train or copy it again.")
+        return cls(**{field.name: tensors[field.name] for field in fields(cls) if field.name in tensors})
+
+
+@final
+class Autoencoder(NormalisedDictionary, kinds=KINDS):
+    """A trained sparse autoencoder behind the interface of every dictionary."""
+
+    def __init__(
+        self, *, kind: Kind, k: int, origin: Origin, normalisation: Normalisation, weights: Weights, relu: bool = True
+    ) -> None:
+        """The dictionary that shares `weights`; without `relu`, negative scores among the k largest are kept as they are."""
+        self.kind, self.k, self.origin = kind, k, origin
+        self.normalisation, self.weights, self.relu = normalisation, weights, relu
+        self.atoms, self.bias = weights.decoder, weights.bias
+        if not 0 < k <= self.size:
+            raise BadInput(f"k {k} does not fit a dictionary of size {self.size}: choose k between 1 and the size.")
+
+    def encode(self, x: Float[Tensor, "token width"]) -> Codes:
+        z = self.normalisation.apply(self._checked(x)) - self.bias
+        floor = self.weights.floor
+        if floor is not None:
+            rows = padded(self._scores.above(z, floor), len(z), empty=0.0)
+            order = rows.values.argsort(dim=1, descending=True, stable=True)
+            return Codes(rows.values.gather(1, order), rows.indices.gather(1, order))
+        top = self._scores.top(z, self.k)
+        return Codes(top.values.relu_(), top.indices) if self.relu else top
+
+    def fold(self) -> Autoencoder:
+        """The same dictionary with its normalisation inside the weights: z is model space, decoder rows lose length one."""
+        normal, weights = self.normalisation, self.weights
+        if normal.clip is not None:
+            raise BadInput(f"{self.name} clips its normalised input at {normal.clip}; a clip cannot become part of the weights.")
+        if normal.method == "none":
+            return self
+        # z - bias = (x - mean) V / s - bias, so a row w of the encoder becomes (w / s) V^T around the restored bias.
+        scaled = weights.encoder / normal.scale
+        encoder = scaled if normal.basis is None else scaled @ normal.basis.T
+        folded = Weights(
+            encoder=encoder,
+            decoder=normal.spread(weights.decoder),
+            bias=self.constant,
+            encoder_bias=weights.encoder_bias,
+            floor=weights.floor,
+        )
+        identity = Normalisation.identity(self.width, self.bias.device)
+        return Autoencoder(
+            kind=kind_of(self.kind), k=self.k, origin=self.origin, normalisation=identity, weights=folded, relu=self.relu
+        )
+
+    def saved(self) -> Saved:
+        settings = {"relu": self.relu, "normalisation": self.normalisation.settings()}
+        tensors = {**self.weights.named(), **self.normalisation.tensors()}
+        return Saved(kind=self.kind, k=self.k, origin=self.origin, settings=settings, tensors=tensors)
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        stated = saved.settings.get("normalisation")
+        return cls(
+            kind=kind_of(saved.kind),
+            k=saved.k,
+            origin=saved.origin,
+            normalisation=Normalisation.of(stated if isinstance(stated, dict) else {}, saved.tensors),
+            weights=Weights.of(saved.tensors),
+            relu=saved.settings.get("relu") is not False,
+        )
+
+    @cached_property
+    def _scores(self) -> Scores:
+        """Built at the first `encode`: the search keeps a copy of the encoder."""
+        return Scores(self.weights.encoder, self.weights.encoder_bias)
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of that name; an error that lists the kinds where there is none."""
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise UnknownName.among("The kind of autoencoder", name, KINDS)

@@ -1,0 +1,232 @@
+"""Dictionaries: what they promise whatever their kind, and that the fast search for the largest scores is exact."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary.autoencoder import kind_of
+from difflex.dictionary.normalisation import METHODS, Method, Moments
+from difflex.dictionary.scores import BLOCK, Scores
+from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
+from difflex.records import Codes, Site
+
+WIDTH, SIZE, K = 24, 96, 5
+SITE = Site("double.18", "update")
+
+
+def cloud(count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
+    """Vectors far from the origin, with axes of very different spread."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(count, width, generator=generator) * torch.linspace(0.1, 8, width)
+    return mixed @ torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(99)))[0] + 30
+
+
+def normalisation(method: Method = "whiten", clip: float | None = None) -> Normalisation:
+    moments = Moments(WIDTH, covariance=True)
+    moments.add(cloud(400))
+    return moments.normalisation(method, clip)
+
+
+def autoencoder(kind: str = "topk", method: Method = "whiten", clip: float | None = None, relu: bool = True) -> Autoencoder:
+    generator = torch.Generator().manual_seed(1)
+    decoder = F.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
+    weights = Weights(
+        encoder=decoder + 0.1 * torch.randn(SIZE, WIDTH, generator=generator),
+        decoder=decoder,
+        bias=torch.randn(WIDTH, generator=generator),
+        encoder_bias=0.1 * torch.randn(SIZE, generator=generator),
+        floor=None if kind == "topk" else torch.rand(SIZE, generator=generator) + 1,
+    )
+    origin = Origin(site=SITE, model="mini-flux", training={"seed": 3})
+    return Autoencoder(
+        kind=kind_of(kind), k=K, origin=origin, normalisation=normalisation(method, clip), weights=weights, relu=relu
+    )
+
+
+def dense(codes: Codes, size: int = SIZE) -> Tensor:
+    return torch.zeros(len(codes.values), size).scatter_add_(1, codes.indices, codes.values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_restore_undoes_apply(method: Method):
+    x = cloud(50, seed=5)
+    torch.testing.assert_close(normalisation(method).restore(normalisation(method).apply(x)), x, atol=2e-4, rtol=0)
+
+
+def test_whitening_makes_the_covariance_one_and_the_mean_zero():
+    z = normalisation("whiten").apply(cloud(400))
+    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.eye(WIDTH), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
+
+
+def test_standardising_gives_every_axis_variance_one_and_scaling_gives_the_width_as_squared_length():
+    x = cloud(400)
+    torch.testing.assert_close(normalisation("standardise").apply(x).var(0, correction=0), torch.ones(WIDTH), atol=1e-4, rtol=0)
+    assert normalisation("scale").apply(x).square().sum(1).mean().item() == pytest.approx(WIDTH, rel=1e-5)
+
+
+def test_moments_stay_exact_for_a_mean_a_million_times_the_spread():
+    x = 1e6 + torch.randn(1000, 4, dtype=torch.float64)
+    moments = Moments(4, covariance=True)
+    for part in x.split(100):
+        moments.add(part)
+    torch.testing.assert_close(moments.covariance, torch.cov(x.T, correction=0), atol=1e-8, rtol=0)
+    torch.testing.assert_close(moments.variance, x.var(0, correction=0), atol=1e-8, rtol=0)
+
+
+def test_too_few_vectors_are_refused():
+    moments = Moments(WIDTH, covariance=True)
+    moments.add(cloud(239))
+    with pytest.raises(BadInput, match="needs 240 vectors; 239 came"):
+        moments.normalisation("whiten")
+
+
+def test_statistics_of_nan_are_refused():
+    x = cloud(10)
+    x[3, 2] = torch.nan
+    with pytest.raises(NonFinite):
+        Moments(WIDTH, covariance=False).add(x)
+
+
+def test_a_constant_axis_does_not_divide_by_zero():
+    x = torch.cat([cloud(400), torch.ones(400, 1)], dim=1)
+    moments = Moments(WIDTH + 1, covariance=True)
+    moments.add(x)
+    for method in METHODS:
+        assert moments.normalisation(method).apply(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "matryoshka"])
+def test_saving_and_loading_changes_nothing(kind: str, tmp_path: Path):
+    dictionary, x = autoencoder(kind), cloud(30)
+    loaded = Dictionary.load(dictionary.save(tmp_path / "here"))
+    assert (loaded.name, loaded.origin, loaded.size, loaded.width) == (dictionary.name, dictionary.origin, SIZE, WIDTH)
+    assert loaded.name == f"double.18:update/{kind}-{SIZE}-k{K}"
+    codes, again = dictionary.encode(x), loaded.encode(x)
+    assert torch.equal(codes.values, again.values) and torch.equal(codes.indices, again.indices)
+    assert torch.equal(dictionary.decode(codes), loaded.decode(again))
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["config.json", "dictionary.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+@pytest.mark.parametrize("method", METHODS)
+def test_folding_changes_neither_codes_nor_reconstruction(kind: str, method: Method):
+    dictionary, x = autoencoder(kind, method), cloud(60, seed=2)
+    folded = dictionary.fold()
+    assert folded.normalisation.method == "none"
+    codes, plain = dictionary.encode(x), folded.encode(x)
+    torch.testing.assert_close(dense(plain), dense(codes), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(folded.decode(plain), dictionary.decode(codes), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(folded.decoder, dictionary.decoder, atol=1e-4, rtol=1e-4)
+
+
+def test_a_clip_cannot_be_folded():
+    with pytest.raises(BadInput, match="clip"):
+        autoencoder(clip=3.0).fold()
+
+
+def test_decode_is_a_constant_plus_what_is_linear_in_the_codes():
+    dictionary = autoencoder()
+    codes = dictionary.encode(cloud(20))
+    torch.testing.assert_close(dictionary.delta(codes), dense(codes) @ dictionary.decoder, atol=1e-4, rtol=1e-4)
+    empty = codes._replace(values=torch.zeros_like(codes.values))
+    torch.testing.assert_close(dictionary.decode(empty), dictionary.constant.expand(20, WIDTH))
+    torch.testing.assert_close(dictionary.directions.norm(dim=1), torch.ones(SIZE))
+
+
+def test_relu_empties_slots_and_without_it_negative_scores_stay():
+    x = cloud(40)
+    weights = replace(autoencoder().weights, encoder_bias=torch.full((SIZE,), -100.0))
+    for relu in (True, False):
+        plain = autoencoder(relu=relu)
+        low = Autoencoder(kind="topk", k=K, origin=plain.origin, normalisation=plain.normalisation, weights=weights, relu=relu)
+        assert bool((low.encode(x).values == 0).all()) == relu
+        assert bool((low.encode(x).values < 0).all()) == (not relu)
+
+
+def test_activations_of_another_width_are_refused():
+    with pytest.raises(BadInput, match=r"takes activations \[token, 24\]; it was given \[3, 25\]"):
+        autoencoder().encode(torch.zeros(3, WIDTH + 1))
+
+
+def test_encoding_no_token_gives_no_codes():
+    for kind in ("topk", "jumprelu"):
+        assert len(autoencoder(kind).encode(torch.zeros(0, WIDTH)).values) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"kind": "topkk"}, UnknownName, "nearest: topk"),
+        ({"sise": 3}, UnknownName, "nearest: size"),
+        ({"format": 2}, BrokenFile, "format 2"),
+    ],
+)
+def test_a_config_of_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, object], error: type, words: str):
+    config = autoencoder().save(tmp_path) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(error, match=words):
+        Dictionary.load(tmp_path)
+
+
+def test_a_missing_truncated_or_incomplete_file_is_named(tmp_path: Path):
+    with pytest.raises(BadInput, match="holds no dictionary"):
+        Dictionary.load(tmp_path / "nowhere")
+    tensors = autoencoder().save(tmp_path) / "dictionary.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(BrokenFile, match="damaged"):
+        Dictionary.load(tmp_path)
+    tensors.unlink()
+    with pytest.raises(BrokenFile, match=r"no dictionary\.safetensors"):
+        Dictionary.load(tmp_path)
+
+
+def encoder(size: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, width, generator=generator) * (0.3 + torch.rand(size, 1, generator=generator)) / width**0.5
+    return rows, 0.1 * torch.randn(size, generator=generator)
+
+
+@pytest.mark.parametrize("stretch", [1.0, 30.0])
+@pytest.mark.parametrize(("size", "k"), [(2048, 16), (4096, 32), (4096, 31), (1000, 16), (64, 64)])
+def test_the_largest_scores_are_found_exactly(size: int, k: int, stretch: float):
+    rows, bias = encoder(size, 128)
+    z = torch.randn(300, 128, generator=torch.Generator().manual_seed(7))
+    z[:, :4] *= stretch  # outlier axes, which 8 bits resolve badly
+    z[5] = 0
+    scores = Scores(rows, bias)
+    found, true = scores.top(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
+    torch.testing.assert_close(found.values.double(), true.values, atol=1e-4, rtol=0)
+    assert torch.equal(found.indices.sort(1).values, true.indices.sort(1).values)
+
+
+def test_all_scores_over_their_floors_are_found():
+    rows, bias = encoder(2048, 64)
+    z = torch.randn(300, 64, generator=torch.Generator().manual_seed(7))
+    floor = torch.rand(2048, generator=torch.Generator().manual_seed(8)) + 1
+    true = z @ rows.T + bias
+    pairs = Scores(rows, bias).above(z, floor)
+    assert torch.equal(torch.stack((true > floor).nonzero(as_tuple=True)), torch.stack((pairs.tokens, pairs.features)))
+    torch.testing.assert_close(pairs.values, true[pairs.tokens, pairs.features], atol=1e-4, rtol=0)
+
+
+def test_a_refreshed_search_sees_changed_rows():
+    rows, bias = encoder(2048, 64)
+    scores, z = Scores(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    rows[32:64] *= 50
+    scores.refresh(32, 64)
+    assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+
+
+def test_scores_that_break_the_bound_are_searched_without_integers():
+    rows, bias = encoder(2048, 64)
+    scores, z = Scores(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    rows[:] = rows.flip(0)  # behind the back of the search: its 8-bit copy is wrong everywhere
+    assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+    assert 2048 % BLOCK == 0
