@@ -21,21 +21,26 @@ ARROWS: dict[str, set[str]] = {
     "pipeline": {"records", "errors"},
     "miniature": {"records", "errors"},
     "dictionary": {"records", "errors"},
+    "store": {"records", "errors"},
+    "training": {"records", "errors", "dictionary"},
     "difflex": {"records", "errors", "pipeline", "miniature"},
     "cli": {"difflex", "records", "errors", "contact"},
     "testing": {"pipeline", "records", "errors"},
     "__main__": {"cli"},
 }
 
+# Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
+LIGHT = {"difflex", "__main__", "cli", "contact", "errors"}
+
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {
-    "torch": {"records", "pipeline", "miniature", "dictionary", "testing"},
-    "jaxtyping": {"records", "pipeline", "miniature", "dictionary", "testing"},
+    "torch": ARROWS.keys() - LIGHT,
+    "jaxtyping": ARROWS.keys() - LIGHT,
+    "einops": ARROWS.keys() - LIGHT,
     "diffusers": {"pipeline", "miniature", "testing"},
     "transformers": {"pipeline", "miniature", "testing"},
-    "einops": {"pipeline"},
-    "safetensors": {"pipeline", "miniature", "dictionary"},
-    "tqdm": {"pipeline", "miniature"},
+    "safetensors": {"pipeline", "miniature", "store", "dictionary", "training"},
+    "tqdm": {"pipeline", "miniature", "store", "training"},
     "PIL": {"contact", "pipeline", "miniature"},
     "tyro": {"cli"},
 }

@@ -165,7 +165,9 @@ def test_generate_gives_every_cell_its_prompt_and_seed(paint_box: PaintBox, tmp_
     assert str(out) in capsys.readouterr().out
 
 
-def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder, out = str(tiny_folder("flux", tmp_path / "tiny", card={"words": ["a", "red", "star"]})), tmp_path / "grid.png"
     with warnings.catch_warnings():
         warnings.simplefilter("default")
