@@ -1,0 +1,203 @@
+"""Rectified flow on the drawn world: what one update of the miniature's training does.
+
+Three things make a small budget suffice: Muon for the blocks' matrices, a loss that weighs tokens on objects more, and, for
+the first part of the training, a small head on the image tokens in the middle that reads off the drawn concepts. Without the
+head the shape of an object is learned last by far, because it explains so little of a picture's variance.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from difflex.miniature.autoencoder import Components
+from difflex.miniature.drawing import Scenes, draw
+from difflex.miniature.world import COLOURS, SHAPES, TEXTURES, Mix
+
+HEAD_CONCEPTS = (*SHAPES, *COLOURS, *TEXTURES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe:
+    """How the miniature is trained."""
+
+    updates: int = 50_000
+    batch: int = 32
+    seed: int = 0
+    muon_rate: float = 4e-3
+    """Learning rate of the matrices inside the blocks."""
+    adam_rate: float = 1e-3
+    """Learning rate of everything else."""
+    decay_from: float = 0.5
+    """Share of the updates after which the learning rates fall along a cosine to zero."""
+    object_weight: float = 8.0
+    """A token wholly on an object counts 1 + this times as much as one on the ground."""
+    concept_weight: float = 0.2
+    """Weight of the concept head's loss."""
+    concepts_until: float = 0.6
+    """Share of the updates after which the concept head has faded out; what remains is plain flow matching."""
+    drop_caption: float = 0.1
+    """Share of scenes shown with an empty caption."""
+    mix: tuple[float, float, float] = (0.45, 0.35, 0.20)
+    """Shares of single objects, pairs and copies."""
+    ema: float = 0.999
+
+
+class Batch(NamedTuple):
+    """Scenes as the model meets them."""
+
+    latents: Float[Tensor, "scene token channel"]
+    clip: Int[Tensor, "scene clip_length"]
+    t5: Int[Tensor, "scene text_length"]
+    concepts: Float[Tensor, "scene token concept"]
+    """Share of each token that each of `HEAD_CONCEPTS` covers."""
+
+
+class Texts:
+    """Captions as token ids for both text encoders, padded as `FluxPipeline` pads them."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        self._clip, self._t5 = pipeline.tokenizer, pipeline.tokenizer_2
+
+    def __call__(self, captions: list[str]) -> tuple[Int[Tensor, "caption clip_length"], Int[Tensor, "caption text_length"]]:
+        clip, t5 = (
+            tokenizer(captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+            for tokenizer in (self._clip, self._t5)
+        )
+        return clip.input_ids, t5.input_ids
+
+
+def batch_of(scenes: Scenes, components: Components, texts: Texts, captions: list[str]) -> Batch:
+    """These scenes as a batch, described by `captions`."""
+    latents = components.encode(scenes.pictures * 2 - 1)
+    tokens = F.pixel_unshuffle(latents, 2).flatten(2).movedim(1, 2)
+    grid = latents.shape[-1] // 2
+    labels = [
+        (scenes.labels(group), len(names)) for group, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES))
+    ]
+    concepts = [F.adaptive_avg_pool2d(F.one_hot(at + 1, n + 1)[..., 1:].movedim(-1, 1).float(), grid) for at, n in labels]
+    return Batch(tokens, *texts(captions), torch.cat(concepts, dim=1).flatten(2).movedim(1, 2))
+
+
+def training_batch(update: int, recipe: FlowRecipe, components: Components, texts: Texts) -> Batch:
+    """The batch of one update: fresh scenes, some without their caption."""
+    scenes = draw(torch.arange(recipe.batch) + (recipe.seed * 100_000 + update) * recipe.batch, Mix(*recipe.mix))
+    drop = torch.rand(recipe.batch, generator=torch.Generator().manual_seed(update)) < recipe.drop_caption
+    captions = ["" if dropped else caption for dropped, caption in zip(drop.tolist(), scenes.captions, strict=True)]
+    return batch_of(scenes, components, texts, captions)
+
+
+class FlowModel(nn.Module):
+    """The trained parts of the pipeline together, with the concept head on the middle of the transformer."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        super().__init__()
+        self.transformer, self.clip, self.t5 = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
+        width = pipeline.transformer.inner_dim
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(HEAD_CONCEPTS)))
+        self._middle: Tensor | None = None
+        self.transformer.transformer_blocks[-1].register_forward_hook(self._keep_middle)
+
+    def _keep_middle(self, block: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        self._middle = output[1]
+
+    def velocity(self, noisy: Tensor, level: Tensor, clip: Tensor, t5: Tensor) -> Float[Tensor, "scene token channel"]:
+        """The predicted velocity, noise - picture, at noise levels in [0, 1]."""
+        side = round(noisy.shape[1] ** 0.5)
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        positions = torch.stack([torch.zeros(side, side), rows, columns], dim=-1).view(-1, 3)
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=level,
+            pooled_projections=self.clip(input_ids=clip).pooler_output,
+            encoder_hidden_states=self.t5(input_ids=t5).last_hidden_state,
+            txt_ids=torch.zeros(t5.shape[1], 3),
+            img_ids=positions,
+            return_dict=False,
+        )[0]
+
+    def concept_logits(self) -> Float[Tensor, "scene token concept"]:
+        """What the head reads in the middle of the last velocity's forward pass."""
+        assert self._middle is not None
+        return self.head(self._middle.float())
+
+
+class Losses(NamedTuple):
+    """The parts of the loss."""
+
+    flow: Tensor
+    """Mean squared error of the velocity, tokens weighted by their share of objects."""
+    concepts: Tensor
+    """Cross-entropy of the concept head."""
+
+
+def losses(model: FlowModel, batch: Batch, object_weight: float, generator: torch.Generator) -> Losses:
+    """Both losses at random noise levels; high levels, where the layout is decided, come oftener."""
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    level = torch.sigmoid(torch.randn(len(noise), generator=generator) + 0.5)
+    noisy = torch.lerp(batch.latents, noise, level[:, None, None])
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        velocity = model.velocity(noisy, level, batch.clip, batch.t5)
+        logits = model.concept_logits()
+    objects = batch.concepts[..., : len(SHAPES)].sum(-1)
+    weight = 1 + object_weight * objects
+    error = (velocity.float() - (noise - batch.latents)).square().mean(-1)
+    flow = (error * weight).sum() / weight.sum()
+    return Losses(flow, _concept_loss(logits.float(), batch.concepts))
+
+
+def _concept_loss(logits: Tensor, shares: Tensor) -> Tensor:
+    """Cross-entropy within each group of concepts, a token weighted by its share of object."""
+    sizes = [len(SHAPES), len(COLOURS), len(TEXTURES)]
+    parts = zip(logits.split(sizes, dim=-1), shares.split(sizes, dim=-1), strict=True)
+    each = [-(share * F.log_softmax(logit, dim=-1)).sum() / share.sum() for logit, share in parts]
+    return torch.stack(each).mean()
+
+
+def optimisers(model: FlowModel, recipe: FlowRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inside = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
+        (matrices if inside else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=recipe.muon_rate, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def rate_factor(recipe: FlowRecipe, update: int) -> float:
+    """What the learning rates are multiplied by: a short warm-up, level, then a cosine to zero."""
+    warm = min(1.0, (update + 1) / 200)
+    done = update / recipe.updates
+    fall = max(0.0, (done - recipe.decay_from) / (1 - recipe.decay_from))
+    return warm * (0.5 + 0.5 * float(torch.cos(torch.tensor(fall * torch.pi))))
+
+
+def concept_factor(recipe: FlowRecipe, update: int) -> float:
+    """The weight of the concept loss: level, then falling to zero over the last third of its time."""
+    left = 1 - update / (recipe.updates * recipe.concepts_until)
+    return recipe.concept_weight * min(1.0, max(0.0, 3 * left))
+
+
+def one_update(
+    model: FlowModel, average: list[Tensor], opts: list[torch.optim.Optimizer], batch: Batch, recipe: FlowRecipe, update: int
+) -> Losses:
+    """Trains on one batch, in place; `average` follows the parameters."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + update)
+    parts = losses(model, batch, recipe.object_weight, generator)
+    (parts.flow + concept_factor(recipe, update) * parts.concepts).backward()
+    parameters: list[Tensor] = list(model.parameters())
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimiser, rate in zip(opts, (recipe.muon_rate, recipe.adam_rate), strict=True):
+        optimiser.param_groups[0]["lr"] = rate * rate_factor(recipe, update)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    keep = min(recipe.ema, (update + 1) / (update + 10))
+    torch._foreach_lerp_(average, parameters, 1 - keep)
+    return Losses(parts.flow.detach(), parts.concepts.detach())

@@ -1,0 +1,219 @@
+"""A judge of pictures: reads densely what is drawn where, learned from drawn scenes alone, never from generated ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from difflex.errors import BadInput, BrokenFile
+from difflex.miniature.drawing import Scenes, concept_index, draw
+from difflex.miniature.world import CONCEPTS, PIXELS
+
+DENSE = ("shape", "colour", "texture", "size", "background")
+"""Concept groups answered for every pixel; for each of the first four, only where there is an object."""
+WHOLE = ("style", "count")
+"""Concept groups answered for the picture."""
+SMALLEST = 24
+"""Connected object pixels that make an object; less is a speck."""
+EDGES = (PIXELS / 2 - 9.0, PIXELS / 2 + 9.0)
+"""Where the middle row or column of the grid begins and ends, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One object that the judge sees."""
+
+    concepts: dict[str, str]
+    """Concept group -> concept, for the groups of objects."""
+    confidence: float
+    """Mean probability of its shape, colour and texture."""
+    mask: Bool[Tensor, "height width"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the judge sees in one picture."""
+
+    objects: tuple[Seen, ...]
+    background: str
+    style: str
+    count: str
+    confidence: float
+    """Mean probability of all answers about the picture."""
+
+
+class Judge(nn.Module):
+    """A small U-shaped convolutional network with one answer per concept group; it works on blocks of 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        fine, middle, coarse = 48, 96, 128
+        self.down = nn.ModuleList((_double_conv(12, fine), _double_conv(fine, middle), _double_conv(middle, coarse)))
+        self.narrow = nn.ModuleList((nn.Conv2d(coarse, middle, 1), nn.Conv2d(middle, fine, 1)))
+        self.up = nn.ModuleList((_double_conv(middle, middle), _double_conv(fine, fine)))
+        names = {"object": 1} | {group: len(CONCEPTS[group]) for group in DENSE}
+        self.dense = nn.ModuleDict({group: nn.Conv2d(fine, 4 * count, 1) for group, count in names.items()})
+        self.whole = nn.ModuleDict({group: nn.Linear(fine + middle + coarse, len(CONCEPTS[group])) for group in WHOLE})
+
+    def forward(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, Tensor]:
+        """Logits: `object` [picture, height, width]; dense groups [picture, concept, height, width]; the rest per picture."""
+        x, levels = F.pixel_unshuffle(pictures * 2 - 1, 2), []
+        for block in self.down:
+            x = block(F.max_pool2d(x, 2) if levels else x)
+            levels.append(x)
+        pooled = torch.cat([level.mean((2, 3)) for level in levels], dim=1)
+        for narrow, block, level in zip(self.narrow, self.up, reversed(levels[:-1]), strict=True):
+            x = block(F.interpolate(narrow(x), scale_factor=2) + level)
+        answers = {group: F.pixel_shuffle(layer(x), 2) for group, layer in self.dense.items()}
+        answers["object"] = answers["object"][:, 0]
+        return answers | {group: layer(pooled) for group, layer in self.whole.items()}
+
+    @torch.no_grad()
+    def read(self, pictures: Float[Tensor, "picture 3 height width"]) -> list[Reading]:
+        """What is in each picture."""
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, PIXELS, PIXELS):
+            raise BadInput(f"The judge reads pictures of 3 x {PIXELS} x {PIXELS}; these are {tuple(pictures.shape)}.")
+        answers = self(pictures)
+        islands = components(answers["object"] > 0)
+        return [_reading({group: x[i] for group, x in answers.items()}, islands[i]) for i in range(len(pictures))]
+
+    @torch.no_grad()
+    def share(
+        self, pictures: Float[Tensor, "picture 3 height width"], concept: str, region: Bool[Tensor, "height width"]
+    ) -> Float[Tensor, " picture"]:
+        """How far the concept fills the region: the share of those pixels there that could show it.
+
+        Those are the object pixels for an object's concept (0 where the region holds none), the ground for a background.
+        """
+        group, index = concept_index(concept)
+        answers = self(pictures)
+        if group in WHOLE:
+            return answers[group].softmax(1)[:, index]
+        objects = answers["object"] > 0
+        could = region & (~objects if group == "background" else objects)
+        shows = _located(objects, group, index) if group in ("row", "column") else answers[group].argmax(1) == index
+        return (could & shows).sum((1, 2)) / could.sum((1, 2)).clamp(min=1)
+
+
+def _double_conv(inward: int, out: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (inward, out):
+        layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def components(objects: Bool[Tensor, "picture height width"]) -> Int[Tensor, "picture height width"]:
+    """Connected regions: the same positive number for all pixels of a region, 0 outside."""
+    number = torch.arange(1, objects[0].numel() + 1, device=objects.device, dtype=torch.float32).view(objects.shape[1:])
+    labels = objects * number
+    while True:
+        grown = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * objects
+        if torch.equal(grown, labels):
+            return labels.long()
+        labels = grown
+
+
+def _located(objects: Tensor, group: str, index: int) -> Tensor:
+    """The pixels of all objects whose centre lies in the row or column."""
+    islands = components(objects)
+    out = torch.zeros_like(objects)
+    for picture, labels in enumerate(islands):
+        for label in labels.unique().tolist():
+            mask = labels == label
+            if label and _place(mask)[0 if group == "row" else 1] == index:
+                out[picture] |= mask
+    return out
+
+
+def _place(mask: Tensor) -> tuple[int, int]:
+    """Row and column of the middle of the mask's bounding box, on the 3 x 3 grid."""
+    low, high = mask.nonzero().aminmax(dim=0)
+    row, column = torch.bucketize((low + high + 1) / 2, torch.tensor(EDGES)).tolist()
+    return row, column
+
+
+def _reading(answers: dict[str, Tensor], islands: Tensor) -> Reading:
+    masks = [islands == label for label in islands.unique().tolist() if label]
+    objects = tuple(_seen(answers, mask) for mask in masks if mask.sum() >= SMALLEST)
+    ground = answers["background"].softmax(0)[:, islands == 0].mean(1)
+    style, count = answers["style"].softmax(0), answers["count"].softmax(0)
+    sure = [float(p.max()) for p in (ground, style, count)] + [thing.confidence for thing in objects]
+    return Reading(
+        objects=objects,
+        background=CONCEPTS["background"][int(ground.argmax())],
+        style=CONCEPTS["style"][int(style.argmax())],
+        count=CONCEPTS["count"][int(count.argmax())],
+        confidence=sum(sure) / len(sure),
+    )
+
+
+def _seen(answers: dict[str, Tensor], mask: Tensor) -> Seen:
+    odds = {group: answers[group].log_softmax(0)[:, mask].mean(1).softmax(0) for group in DENSE[:4]}
+    concepts = {group: CONCEPTS[group][int(p.argmax())] for group, p in odds.items()}
+    row, column = _place(mask)
+    return Seen(
+        concepts=concepts | {"row": CONCEPTS["row"][row], "column": CONCEPTS["column"][column]},
+        confidence=sum(float(odds[group].max()) for group in DENSE[:3]) / 3,
+        mask=mask,
+    )
+
+
+def training_losses(judge: Judge, updates: int, batch: int = 32, seed: int = 0) -> Iterator[float]:
+    """Trains the judge on fresh drawn scenes, one update a step; yields the loss."""
+    optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=updates, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    judge.train()
+    for update in range(updates):
+        scenes = draw(torch.arange(batch) + update * batch)
+        pictures = _disturbed(scenes.pictures, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            answers = judge(pictures.contiguous(memory_format=torch.channels_last))
+        loss = _loss(answers, scenes)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        yield loss.item()
+    judge.eval()
+
+
+def _disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """The pictures a little blurred, noisy, brighter or darker, so that the judge does not hang on to single pixels."""
+    amount = torch.rand(len(pictures), 3, 1, 1, 1, generator=generator)
+    soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pictures = torch.lerp(pictures, soft, amount[:, 0] * 0.8)
+    pictures = pictures + amount[:, 1] * 0.06 * torch.randn(pictures.shape, generator=generator)
+    return (pictures * (0.94 + 0.12 * amount[:, 2])).clamp(0, 1)
+
+
+def _loss(answers: dict[str, Tensor], scenes: Scenes) -> Tensor:
+    objects = scenes.slots >= 0
+    total = F.binary_cross_entropy_with_logits(answers["object"].float(), objects.float())
+    for group in DENSE:
+        total = total + F.cross_entropy(answers[group].float(), scenes.labels(group), ignore_index=-1)
+    total = total + F.cross_entropy(answers["style"].float(), scenes.specs.style)
+    return total + F.cross_entropy(answers["count"].float(), scenes.specs.count - 1)
+
+
+def save_judge(judge: Judge, file: Path) -> None:
+    """Writes the judge's weights."""
+    save_file({name: x.contiguous() for name, x in judge.state_dict().items()}, file)
+
+
+def load_judge(file: Path | None = None) -> Judge:
+    """The judge that lies in the package, or one from a file."""
+    path = file or Path(str(resources.files("difflex.miniature") / "judge.safetensors"))
+    judge = Judge()
+    try:
+        judge.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        raise BrokenFile(f"The judge's weights in {path} cannot be read: {problem}") from problem
+    return judge.eval().requires_grad_(False)

@@ -1,0 +1,228 @@
+"""The miniature made from nothing: judge, autoencoder, flow; each stage is skipped when done, each resumes after a kill."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from difflex.errors import StaleWork
+from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.autoencoder import Components, decoder_losses, write_encoder
+from difflex.miniature.drawing import draw
+from difflex.miniature.flow import Batch, FlowModel, FlowRecipe, Texts, one_update, optimisers, training_batch
+from difflex.miniature.heldout import HeldOut
+from difflex.miniature.judge import Judge, save_judge, training_losses
+
+DECODER_UPDATES = 2200
+JUDGE_UPDATES = 4000
+CHECKPOINT_SECONDS = 120.0
+REPORT_EVERY = 1000
+"""Updates between two looks at held-out scenes."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """The files of one training run."""
+
+    folder: Path
+
+    @property
+    def judge(self) -> Path:
+        return self.folder / "judge.safetensors"
+
+    @property
+    def autoencoder(self) -> Path:
+        return self.folder / "vae"
+
+    @property
+    def flow(self) -> Path:
+        """The state of the flow training: parameters, average, optimisers, number of updates."""
+        return self.folder / "flow.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+
+def train(folder: Path, recipe: FlowRecipe, architecture: Architecture, minutes: float | None = None) -> None:
+    """Trains what is not trained yet, for at most `minutes`; call it again to go on where it stopped."""
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    workshop = Workshop(folder=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = untrained_pipeline(architecture, recipe.seed)
+    if not workshop.judge.exists():
+        train_judge(workshop, JUDGE_UPDATES)
+    if not workshop.autoencoder.exists():
+        train_autoencoder(workshop, pipeline.vae, DECODER_UPDATES)
+    train_flow(workshop, pipeline, recipe, until)
+
+
+def train_judge(workshop: Workshop, updates: int) -> None:
+    """Trains and saves the judge."""
+    judge = Judge()
+    for _ in _shown(training_losses(judge, updates), "judge", updates):
+        pass
+    save_judge(judge, workshop.judge)
+
+
+def picture_components() -> Components:
+    """The components of the drawn world's patches."""
+    return Components.of(draw(torch.arange(512)).pictures * 2 - 1)
+
+
+def train_autoencoder(workshop: Workshop, vae: AutoencoderKL, updates: int) -> None:
+    """Fits the encoder, trains the decoder, saves both."""
+    components = picture_components()
+    write_encoder(vae, components)
+    batches = (draw(torch.arange(32) + i * 32).pictures * 2 - 1 for i in range(updates))
+    for _ in _shown(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
+        pass
+    vae.save_pretrained(workshop.autoencoder)
+
+
+def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
+    """Trains transformer and text encoders until the recipe's end or the time `until`."""
+    components, texts = picture_components(), Texts(pipeline)
+    state = FlowState(FlowModel(pipeline), recipe)
+    state.restore(workshop.flow)
+    held_out: HeldOut | None = None
+    saved = time.monotonic()
+    batches = _prefetched(_Batches(state.update, recipe, components, texts))
+    for batch in _shown(batches, "flow", recipe.updates, state.update):
+        started = time.monotonic()
+        losses = one_update(state.model, state.average, state.optimisers, batch, recipe, state.update)
+        state.update += 1
+        if state.update % 50 == 0:
+            _log(
+                workshop,
+                update=state.update,
+                flow=losses.flow.item(),
+                concepts=losses.concepts.item(),
+                seconds=time.monotonic() - started,
+            )
+        if state.update % REPORT_EVERY == 0:
+            held_out = held_out or HeldOut(components, texts)
+            _log(workshop, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or time.monotonic() > until:
+            state.save(workshop.flow)
+            saved = time.monotonic()
+        if time.monotonic() > until:
+            return
+    state.save(workshop.flow)
+
+
+class FlowState:
+    """All that flow training must remember."""
+
+    def __init__(self, model: FlowModel, recipe: FlowRecipe) -> None:
+        self.model, self.recipe, self.update = model, recipe, 0
+        self.average = [parameter.detach().clone() for parameter in model.parameters()]
+        self.optimisers = optimisers(model, recipe)
+
+    def averaged(self) -> None:
+        """Puts the running average in place of the parameters."""
+        with torch.no_grad():
+            for parameter, mean in zip(self.model.parameters(), self.average, strict=True):
+                parameter.copy_(mean)
+
+    def save(self, file: Path) -> None:
+        """Writes the state; a kill in the middle leaves the last one."""
+        tensors = {f"model.{name}": x for name, x in self.model.named_parameters()}
+        tensors |= {f"average.{i}": x for i, x in enumerate(self.average)}
+        for number, optimiser in enumerate(self.optimisers):
+            for i, entry in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
+        write_tensors(file, tensors, {"update": str(self.update), "recipe": json.dumps(asdict(self.recipe))})
+
+    def restore(self, file: Path) -> None:
+        """Continues from a saved state, if there is one."""
+        if not file.exists():
+            return
+        with safe_open(file, "pt") as opened:
+            about = opened.metadata()
+        self._check(json.loads(about["recipe"]), file)
+        tensors = load_file(file)
+        self.update = int(about["update"])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors[f"model.{name}"])
+            for i, mean in enumerate(self.average):
+                # A state that travelled without its average starts a new one.
+                mean.copy_(tensors.get(f"average.{i}", list(self.model.parameters())[i]))
+        for number, optimiser in enumerate(self.optimisers):
+            _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
+
+    def _check(self, before: dict[str, object], file: Path) -> None:
+        now = json.loads(json.dumps(asdict(self.recipe)))
+        other = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+        # The end of training may be moved while the learning rate is still level.
+        if set(other) - {"updates", "decay_from", "concepts_until", "mix"}:
+            raise StaleWork(f"{file} was trained with another recipe (before, now): {other}. Use another folder.")
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        if name.startswith(prefix):
+            index, key = name.removeprefix(prefix).split(".", 1)
+            state.setdefault(int(index), {})[key] = x.float()
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def pack(source: Path, target: Path) -> None:
+    """A state small enough to travel: parameters and second moments in bfloat16, first moments and average left behind."""
+    with safe_open(source, "pt") as opened:
+        about = opened.metadata()
+    keep = ("model.", "optimiser.1.")
+    tensors = {name: x for name, x in load_file(source).items() if name.startswith(keep)}
+    tensors = {
+        name: torch.zeros_like(x) if name.endswith("exp_avg") else x.bfloat16() if x.ndim else x for name, x in tensors.items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(target, tensors, about)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Writes a safetensors file under a temporary name, then renames it."""
+    partial = file.with_suffix(".partial")
+    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, partial, metadata=about)
+    with partial.open("rb") as handle:
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+class _Batches(IterableDataset[Batch]):
+    """Training batches from one update on, drawn in another process."""
+
+    def __init__(self, first: int, recipe: FlowRecipe, components: Components, texts: Texts) -> None:
+        self._first, self._recipe, self._components, self._texts = first, recipe, components, texts
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        for update in range(self._first, self._recipe.updates):
+            yield training_batch(update, self._recipe, self._components, self._texts)
+
+
+def _prefetched(batches: _Batches) -> Iterator[Batch]:
+    yield from DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8)
+
+
+def _shown(items: Iterator[T], what: str, total: int, done: int = 0) -> Iterator[T]:
+    yield from tqdm(items, desc=what, total=total, initial=done, unit="update", mininterval=1.0)
+
+
+def _log(workshop: Workshop, **entry: object) -> None:
+    with workshop.log.open("a") as file:
+        file.write(json.dumps(entry) + "\n")

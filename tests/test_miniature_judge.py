@@ -1,0 +1,85 @@
+"""The judge's geometry and the scores that come from its readings; its accuracy stands in the benchmark."""
+
+import pytest
+import torch
+
+from difflex.errors import BadInput, BrokenFile
+from difflex.miniature.captions import read
+from difflex.miniature.drawing import Scenes, draw
+from difflex.miniature.judge import Judge, Reading, Seen, components, load_judge, save_judge, training_losses
+from difflex.miniature.scoring import kind, right_of
+from difflex.miniature.world import BACKGROUNDS, COLOURS, COLUMNS, COUNTS, ROWS, SHAPES, SIZES, STYLES, TEXTURES
+
+
+def true_reading(drawn: Scenes, i: int) -> Reading:
+    """What a perfect judge would read."""
+    specs, things = drawn.specs, []
+    for slot in range(int(specs.count[i])):
+        names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES, "row": ROWS, "column": COLUMNS}
+        concepts = {group: all_[getattr(specs, group)[i, slot]] for group, all_ in names.items()}
+        things.append(Seen(concepts=concepts, confidence=1.0, mask=drawn.slots[i] == slot))
+    ground, style = BACKGROUNDS[specs.background[i]], STYLES[specs.style[i]]
+    return Reading(objects=tuple(things), background=ground, style=style, count=COUNTS[len(things) - 1], confidence=1.0)
+
+
+def test_connected_regions_are_told_apart():
+    drawn = draw(torch.arange(100))
+    for labels, count in zip(components(drawn.slots >= 0), drawn.specs.count, strict=True):
+        assert len(labels.unique()) - 1 == count
+
+
+def test_a_true_reading_scores_everything_right():
+    drawn = draw(torch.arange(300))
+    for i, caption in enumerate(drawn.captions):
+        right = right_of(read(caption), true_reading(drawn, i))
+        assert all(right.values()), (caption, right)
+
+
+def test_a_wrong_picture_scores_wrong():
+    drawn = draw(torch.arange(300))
+    verdicts = [right_of(read(drawn.captions[i]), true_reading(drawn, i + 1)) for i in range(299)]
+    for attribute, chance in {"shape": 0.3, "colour": 0.3, "background": 0.3, "position": 0.5}.items():
+        asked = [verdict[attribute] for verdict in verdicts if attribute in verdict]
+        assert sum(asked) / len(asked) < chance, attribute
+
+
+def test_an_attribute_is_scored_only_where_the_caption_states_it():
+    drawn = draw(torch.arange(300))
+    right = right_of(read("a star"), true_reading(drawn, 0))
+    assert set(right) == {"shape", "count"}
+
+
+def test_a_missing_object_makes_every_stated_attribute_wrong():
+    nothing = Reading(objects=(), background="sky", style="flat", count="one", confidence=1.0)
+    right = right_of(read("a red star above a blue ring on sky"), nothing)
+    assert right == {"shape": False, "colour": False, "count": False, "background": True, "relation": False}
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [("two red stars", "copies"), ("a star and a ring", "two different"), ("a star", "one object")],
+)
+def test_captions_are_sorted_by_kind(caption, expected):
+    assert kind(caption) == expected
+
+
+def test_the_judge_learns_and_survives_the_disk(tmp_path):
+    torch.manual_seed(0)
+    judge = Judge()
+    history = list(training_losses(judge, 25, batch=8))
+    assert history[-1] < 0.85 * history[0]
+    save_judge(judge, tmp_path / "judge.safetensors")
+    again = load_judge(tmp_path / "judge.safetensors")
+    pictures = draw(torch.arange(3)).pictures
+    assert torch.equal(judge(pictures)["shape"], again(pictures)["shape"])
+
+
+def test_pictures_of_another_size_are_refused():
+    with pytest.raises(BadInput, match=r"3 x 64 x 64.*32"):
+        Judge().eval().read(torch.zeros(1, 3, 32, 32))
+
+
+def test_broken_weights_are_refused_by_name(tmp_path):
+    (tmp_path / "judge.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BrokenFile, match=r"judge\.safetensors"):
+        load_judge(tmp_path / "judge.safetensors")

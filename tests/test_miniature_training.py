@@ -1,0 +1,191 @@
+"""How the embedded model is made: exact encoder, the pipeline's own flow convention, resumption after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+
+from difflex.errors import StaleWork
+from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.autoencoder import decoder_losses, write_encoder
+from difflex.miniature.captions import WORDS
+from difflex.miniature.drawing import draw
+from difflex.miniature.examination import FLOORS, examine, shortfalls
+from difflex.miniature.exporting import export, pictures
+from difflex.miniature.flow import FlowModel, FlowRecipe, Texts, batch_of, one_update, rate_factor
+from difflex.miniature.heldout import HeldOut
+from difflex.miniature.judge import Judge
+from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow
+
+# FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+TINY = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+SHORT = FlowRecipe(updates=12, batch=4)
+
+
+@pytest.fixture(scope="module")
+def components():
+    return picture_components()
+
+
+@pytest.fixture
+def pipeline():
+    return untrained_pipeline(TINY, seed=0)
+
+
+def test_the_encoder_computes_the_components(pipeline, components):
+    write_encoder(pipeline.vae, components)
+    drawn = draw(torch.arange(8)).pictures * 2 - 1
+    encoded = pipeline.vae.encode(drawn).latent_dist.mode()
+    assert (encoded - components.encode(drawn)).abs().max() < 2e-3
+    assert abs(encoded.std() - 1) < 0.1
+
+
+def test_the_decoder_learns(pipeline, components):
+    batches = iter([draw(torch.arange(2)).pictures * 2 - 1] * 20)
+    errors = list(decoder_losses(pipeline.vae, components, batches, 20))
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_every_known_word_is_one_token_for_both_encoders(pipeline):
+    assert all(len(pipeline.tokenizer.tokenize(word)) == 1 for word in WORDS)
+    assert all(len(pipeline.tokenizer_2.tokenize(word)) == 1 for word in WORDS)
+
+
+def test_unknown_words_are_spelled(pipeline):
+    assert len(pipeline.tokenizer.tokenize("zebra")) == 5
+    assert pipeline.tokenizer_2.unk_token_id not in pipeline.tokenizer_2("zebra").input_ids
+
+
+@torch.no_grad()
+def test_training_speaks_the_pipelines_language(pipeline):
+    """One Euler step of the real pipeline is noise - velocity, with our ids, packing, texts and noise level."""
+    captions = ["a red star", "two blue rings on grass"]
+    noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    arguments = {"height": 64, "width": 64, "max_sequence_length": TINY.text_length, "guidance_scale": 0.0}
+    made = pipeline(captions, num_inference_steps=1, latents=noise, output_type="latent", **arguments).images
+    velocity = FlowModel(pipeline).velocity(noise, torch.ones(2), *Texts(pipeline)(captions))
+    assert torch.allclose(made, noise - velocity, atol=1e-5)
+
+
+def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
+    scenes = draw(torch.arange(2))
+    latents = components.encode(scenes.pictures * 2 - 1)
+    packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
+    assert torch.equal(batch_of(scenes, components, Texts(pipeline), scenes.captions).latents, packed)
+
+
+def test_concept_targets_are_token_shares(pipeline, components):
+    scenes = draw(torch.arange(5))
+    batch = batch_of(scenes, components, Texts(pipeline), scenes.captions)
+    assert torch.allclose(batch.concepts[:, :, 0], scenes.on_tokens("circle", 8).flatten(1))
+    objects = torch.stack([(scenes.slots >= 0).float().mean((1, 2))] * 3, dim=1)
+    groups = torch.stack([part.sum(2).mean(1) for part in batch.concepts.split([8, 10, 5], dim=2)], dim=1)
+    assert torch.allclose(groups, objects, atol=1e-5)
+
+
+def test_the_flow_is_learned(pipeline, components):
+    state, scenes = FlowState(FlowModel(pipeline), SHORT), draw(torch.arange(8))
+    batch = batch_of(scenes, components, Texts(pipeline), scenes.captions)
+    history = [one_update(state.model, state.average, state.optimisers, batch, SHORT, 300).flow for _ in range(60)]
+    assert torch.stack(history[-10:]).mean() < 0.9 * torch.stack(history[:5]).mean()
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    recipe = FlowRecipe(updates=1000, decay_from=0.5)
+    factors = [rate_factor(recipe, update) for update in range(1000)]
+    assert factors[0] < 0.01 and factors[400] == 1 and factors[-1] < 1e-4
+    assert factors[500:] == sorted(factors[500:], reverse=True)
+
+
+def test_wrong_words_are_watched_for_every_group(pipeline, components):
+    held_out = HeldOut(components, Texts(pipeline), scenes=64)
+    model = FlowModel(pipeline)
+    assert set(held_out.rises(model)) == {"background", "style", "colour", "size", "texture", "shape", "row", "column"}
+    assert held_out.loss(model) == held_out.loss(model)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from difflex.miniature import training
+from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.flow import FlowRecipe
+training.CHECKPOINT_SECONDS = 0.0
+tiny = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+recipe = FlowRecipe(updates=12, batch=4)
+training.train_flow(training.Workshop(folder=Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
+"""
+
+
+def test_a_killed_training_ends_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    subprocess.run([sys.executable, "-c", SCRIPT, str(whole)], check=True, capture_output=True)
+    kill_after_a_checkpoint([sys.executable, "-c", SCRIPT, str(killed)], killed / "flow.safetensors")
+    subprocess.run([sys.executable, "-c", SCRIPT, str(killed)], check=True, capture_output=True)
+    first, second = (load_file(folder / "flow.safetensors") for folder in (whole, killed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
+    workshop = Workshop(folder=tmp_path)
+    FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
+    with pytest.raises(StaleWork, match="batch"):
+        train_flow(workshop, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
+
+
+def test_a_packed_state_is_half_as_large_and_continues(tmp_path, pipeline, components):
+    state = FlowState(FlowModel(pipeline), SHORT)
+    batch = batch_of(draw(torch.arange(4)), components, Texts(pipeline), [""] * 4)
+    one_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
+    state.update = 1
+    state.save(tmp_path / "flow.safetensors")
+    pack(tmp_path / "flow.safetensors", tmp_path / "packed.safetensors")
+    assert (tmp_path / "packed.safetensors").stat().st_size < 0.5 * (tmp_path / "flow.safetensors").stat().st_size
+    again = FlowState(FlowModel(untrained_pipeline(TINY, 1)), SHORT)
+    again.restore(tmp_path / "packed.safetensors")
+    assert again.update == 1
+    for x, y in zip(state.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-2, atol=1e-3)
+    one_update(again.model, again.average, again.optimisers, batch, SHORT, 1)
+
+
+def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
+    workshop = Workshop(folder=tmp_path / "work")
+    workshop.folder.mkdir()
+    FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
+    pipeline.vae.save_pretrained(workshop.autoencoder)
+    exported = export(workshop, tmp_path / "model", SHORT, TINY)
+    again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    one, two = (pictures(p, ["a red star on grass"], steps=2) for p in (exported, again))
+    assert torch.equal(one, two)
+    assert one.shape == (1, 3, 64, 64)
+
+
+def test_the_examination_passes_true_drawings_and_fails_noise():
+    """Asked with a judge that has learned nothing, nothing can pass; the rows are complete."""
+    judge = Judge().eval()
+    rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), judge, captions=12)
+    assert set(rows) == {"one object", "two different", "copies", "all", "unseen combinations"}
+    assert len(shortfalls(rows)) >= len(FLOORS) // 2
