@@ -1,0 +1,93 @@
+"""The rules of three pursuits: along the gradient, along one atom, and by least squares.
+
+Equations are those of Blumensath and Davies, "Gradient Pursuits", IEEE Transactions on Signal Processing 56 (6), 2008:
+the support grows by the atom that correlates best with the residual, then the weights on it move in a direction d by the
+step <r, c> / |c|^2 with c = atoms[support]^T d (their section III); the gradient pursuit takes d = atoms[support] r.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from difflex.dictionary.pursuit.correlations import Moved
+from difflex.dictionary.pursuit.walk import Rule, Walk
+
+__all__ = ["Gradient", "Matching", "Orthogonal"]
+
+
+@final
+class Gradient(Rule):
+    """All weights move along the gradient; unsigned ones are then cut at zero, as ITDA does."""
+
+    def __init__(self, *, signed: bool) -> None:
+        self.signed = signed
+
+    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+        on = slice(t + 1)
+        gram, old, start = walk.gram[:, on, on], walk.weights[:, on].clone(), walk.start[:, on]
+        slope = (start - _times(gram, old)) * walk.used[:, on]
+        bend = (slope * _times(gram, slope)).sum(1)
+        # <r, c> is the squared slope, as c = atoms^T slope and slope = atoms r.
+        step = torch.where(bend > 0, slope.square().sum(1) / bend.where(bend > 0, 1), 0)
+        new = old + step[:, None] * slope
+        if not self.signed:
+            new = new.clamp_min(0)
+        new = torch.where(walk.live[:, None], new, old)
+        walk.weights[:, on] = new
+        walk.left = walk.energy - (new * (2 * start - _times(gram, new))).sum(1)
+        return Moved(walk.support[:, on], new - old)
+
+
+@final
+class Matching(Rule):
+    """The weight of the picked atom alone moves, by its correlation; an atom may be picked again."""
+
+    def __init__(self, *, signed: bool) -> None:
+        self.signed = signed
+
+    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+        change = walk.residual_correlation(t)
+        if not self.signed:
+            change = change.clamp_min(0)
+        change = torch.where(walk.live & (walk.gram[:, t, t] > 0), change, 0)
+        again = known.any(1)
+        walk.weights[:, t] = torch.where(again, 0, change)
+        walk.weights[:, :t] += known * change[:, None]
+        walk.left = walk.left - change.square()
+        return Moved(walk.support[:, t : t + 1], change[:, None])
+
+
+@final
+class Orthogonal(Rule):
+    """The weights become the least squares on the support: one step along the part of the new atom that is new.
+
+    `factor` holds the inverse of the Cholesky factor L of the support's Gram matrix; its row t writes the unit vector along
+    that part as a sum of atoms, so that no system is ever solved.
+    """
+
+    signed = True
+
+    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+        inverse = walk.factor[:, :t, :t]
+        shared = _times(inverse, walk.gram[:, t, :t])
+        pivot = walk.gram[:, t, t] - shared.square().sum(1)
+        # An atom that lies in the span of the support is only ever picked when nothing but rounding is left.
+        fresh = walk.live & walk.used[:, t] & (pivot > 16 * torch.finfo(pivot.dtype).eps)
+        length = pivot.where(fresh, 1).sqrt()
+        direction = torch.cat([-torch.einsum("ts,tsj->tj", shared, inverse), torch.ones_like(length)[:, None]], 1)
+        direction = direction / length[:, None]
+        step = torch.where(fresh, walk.residual_correlation(t) / length, 0)
+        walk.factor[:, t, : t + 1] = direction
+        change = step[:, None] * direction
+        walk.weights[:, : t + 1] += change
+        walk.left = walk.left - step.square()
+        return Moved(walk.support[:, : t + 1], change)
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """`matrix @ vector` for every token."""
+    return torch.bmm(matrices, vectors[:, :, None])[:, :, 0]

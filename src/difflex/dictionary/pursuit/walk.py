@@ -1,0 +1,172 @@
+"""The walk of a pursuit: round after round the best atom is looked up, then a rule says how the weights move."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from difflex.dictionary.pursuit.correlations import Atoms, Correlations, Moved
+from difflex.errors import NonFinite
+
+__all__ = ["Path", "Rule", "Walk", "walk"]
+
+SCORES_AT_HAND = 1 << 21
+"""Correlations held at any time (signals times atoms): larger chunks fall out of the cache."""
+FEWEST, MOST = 64, 1024
+"""Signals in a chunk: fewer read the atoms too often for one product, more gain nothing."""
+
+
+class Path(NamedTuple):
+    """Where pursuits ended, and what would have led them elsewhere."""
+
+    support: Int[Tensor, "token k"]
+    """The atom picked in each round."""
+    weights: Float[Tensor, "token k"]
+    left: Float[Tensor, " token"]
+    """The squared length of what is not explained."""
+    winners: Float[Tensor, "token k"]
+    """The correlation with which each round's atom was picked; infinite in rounds that were not needed."""
+    history: Float[Tensor, "token k k"]
+    """The weights before each round."""
+
+
+@dataclass
+class Walk:
+    """A chunk of signals on their way: what every rule keeps of them. One slot per round."""
+
+    energy: Float[Tensor, " token"]
+    left: Float[Tensor, " token"]
+    live: Bool[Tensor, " token"]
+    """Whether another round may still change the signal's weights."""
+    support: Int[Tensor, "token k"]
+    used: Bool[Tensor, "token k"]
+    """Whether the slot holds an atom that no earlier slot holds."""
+    weights: Float[Tensor, "token k"]
+    start: Float[Tensor, "token k"]
+    """The correlation of the whole signal with the atom of each slot."""
+    gram: Float[Tensor, "token k k"]
+    """The inner products of the atoms in the slots."""
+    factor: Float[Tensor, "token k k"]
+    """The inverse of the lower Cholesky factor of `gram`, where a rule needs it."""
+    winners: Float[Tensor, "token k"]
+    history: Float[Tensor, "token k k"]
+
+    @classmethod
+    def of(cls, signals: Float[Tensor, "token width"], k: int) -> Self:
+        """The beginning of a walk."""
+        count = len(signals)
+        energy = signals.square().sum(1)
+        square = (count, k, k)
+        return cls(
+            energy=energy,
+            left=energy.clone(),
+            live=energy > 0,
+            support=torch.zeros(count, k, dtype=torch.long, device=signals.device),
+            used=torch.zeros(count, k, dtype=torch.bool, device=signals.device),
+            weights=signals.new_zeros(count, k),
+            start=signals.new_zeros(count, k),
+            gram=signals.new_zeros(square),
+            factor=signals.new_zeros(square),
+            winners=signals.new_full((count, k), torch.inf),
+            history=signals.new_zeros(square),
+        )
+
+    def take(self, rows: Int[Tensor, " row"]) -> Self:
+        """The walk of these signals alone."""
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def put(self, rows: Int[Tensor, " row"], other: Self) -> None:
+        """Write the walk of these signals back."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(other, field.name)
+
+    def residual_correlation(self, t: int) -> Float[Tensor, " token"]:
+        """The correlation of what is left with the atom picked in round `t`, free of what has added up on the way."""
+        return self.start[:, t] - (self.gram[:, t, :t] * self.weights[:, :t]).sum(1)
+
+
+class Rule(ABC):
+    """How the weights move once the round's atom is picked."""
+
+    signed: bool
+    """Whether an atom may be picked, and weighted, negatively."""
+
+    @abstractmethod
+    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+        """The change of weights in round `t`; `walk.left` is brought up to date. `known` marks the same atom in earlier slots."""
+
+
+@torch.no_grad()
+def walk(
+    atoms: Atoms,
+    rule: Rule,
+    signals: Float[Tensor, "token width"],
+    k: int,
+    *,
+    until: float = 0.0,
+    correlations: Float[Tensor, "token size"] | None = None,
+) -> Path:
+    """The ends of the pursuits of `signals`; `correlations` with all atoms are taken as they are where they are known."""
+    _finite(signals)
+    chunk = min(MOST, max(FEWEST, SCORES_AT_HAND // max(atoms.size, 1)))
+    paths = [
+        _walk_chunk(atoms, rule, signals[i : i + chunk], k, until, None if correlations is None else correlations[i : i + chunk])
+        for i in range(0, max(len(signals), 1), chunk)
+    ]
+    return Path(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
+
+
+def _walk_chunk(atoms: Atoms, rule: Rule, signals: Tensor, k: int, until: float, correlations: Tensor | None) -> Path:
+    whole = Walk.of(signals, k)
+    if atoms.size and len(signals):
+        enough = max(until, 8 * torch.finfo(signals.dtype).eps)
+        _all_rounds(whole, rule, atoms.begin(signals, correlations), k, enough)
+    return Path(whole.support, whole.weights * whole.used, whole.left, whole.winners, whole.history)
+
+
+def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: float) -> None:
+    rows, here = torch.arange(len(whole.left), device=whole.left.device), whole
+    for t in range(k):
+        moved = _round(here, rule, scores, t, enough)
+        live = int(here.live.sum())
+        if live == 0 or t + 1 == k:
+            break
+        scores.advance(moved)
+        # Those that have arrived are left behind once they are the majority.
+        if 2 * live < len(rows):
+            if here is not whole:
+                whole.put(rows, here)
+            kept = here.live.nonzero()[:, 0]
+            rows, here = rows[kept], here.take(kept)
+            scores.take(kept)
+    if here is not whole:
+        whole.put(rows, here)
+
+
+def _round(here: Walk, rule: Rule, scores: Correlations, t: int, enough: float) -> Moved:
+    """What moved in round `t`; signals that have arrived stay as they are."""
+    here.history[:, t] = here.weights
+    best, picked = scores.best(rule.signed)
+    here.winners[:, t] = torch.where(here.live, best, torch.inf)
+    known = (here.support[:, :t] == picked[:, None]) & here.used[:, :t]
+    here.support[:, t] = picked
+    here.used[:, t] = here.live & ~known.any(1)
+    here.start[:, t] = scores.start(picked)
+    here.gram[:, t, : t + 1] = here.gram[:, : t + 1, t] = scores.between(picked, here.support[:, : t + 1])
+    left = here.left.clone()
+    moved = rule.move(here, t, known)
+    here.left = torch.where(here.live, here.left.clamp_min(0), left)
+    stuck = ~moved.change.any(1)
+    here.live &= ~stuck & (here.left > enough * here.energy)
+    return moved
+
+
+def _finite(signals: Tensor) -> None:
+    bad = ~torch.isfinite(signals).all(1)
+    if bad.any():
+        raise NonFinite(f"A pursuit needs finite signals; row {int(bad.nonzero()[0, 0])} holds NaN or infinity.")
