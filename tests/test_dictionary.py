@@ -220,7 +220,7 @@ def test_a_refreshed_search_sees_changed_rows():
     rows, bias = encoder(2048, 64)
     scores, z = Scores(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[32:64] *= 50
-    scores.refresh(32, 64)
+    scores.refresh(slice(32, 64))
     assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
 
 

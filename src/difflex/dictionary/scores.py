@@ -43,8 +43,9 @@ class Coarse(NamedTuple):
     @classmethod
     def of(cls, rows: Float[Tensor, "row width"]) -> Coarse:
         """The nearest integers to `rows`, the largest entry of each row at 127."""
-        steps = rows.abs().amax(1).clamp_min(1e-12) / 127
-        return cls((rows / steps[:, None]).round_().to(torch.int8), steps, torch.linalg.vector_norm(rows, dim=1))
+        steps = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_min(1e-12) / 127
+        integers = (rows * (1 / steps)[:, None]).round_().to(torch.int8)
+        return cls(integers, steps, torch.linalg.vector_norm(rows, dim=1))
 
 
 class Candidates(NamedTuple):
@@ -68,13 +69,13 @@ class Scores:
         if rows.device.type == "cpu" and size % BLOCK == 0 and size >= 32 * BLOCK and _integers_pay(width):
             self._coarse = Coarse(torch.empty(size, width, dtype=torch.int8), torch.empty(size), torch.empty(size))
             for start in range(0, size, 1024):
-                self.refresh(start, min(start + 1024, size))
+                self.refresh(slice(start, start + 1024))
 
-    def refresh(self, start: int, stop: int) -> None:
-        """Take note that the rows from `start` to `stop` have changed."""
+    def refresh(self, rows: slice | Int[Tensor, " row"]) -> None:
+        """Take note that these rows have changed."""
         if self._coarse is not None:
-            for whole, part in zip(self._coarse, Coarse.of(self.rows[start:stop]), strict=True):
-                whole[start:stop] = part
+            for whole, part in zip(self._coarse, Coarse.of(self.rows[rows]), strict=True):
+                whole[rows] = part
 
     def top(self, z: Float[Tensor, "token width"], k: int) -> Codes:
         """The k largest scores of every token, largest first, and their features."""

@@ -1,0 +1,237 @@
+"""The update in closed form: it equals plain autograd on dense matrices, for every kind and option."""
+
+from dataclasses import replace
+from typing import final
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.dictionary.autoencoder import Weights
+from difflex.training.config import Jump, Optimiser, Revival, Start, Training
+from difflex.training.learner import Learner, Measures
+from difflex.training.start import first_weights, geometric_median
+from difflex.training.team import Team
+
+WIDTH, SIZE, K, BATCH = 24, 96, 5, 64
+PLAIN = Training(size=SIZE, k=K, normalisation="none", revival=None, optimiser=Optimiser(lr=3e-3))
+REVIVED = Revival(k=6, after=BATCH)
+MATRYOSHKA = replace(PLAIN, kind="matryoshka", prefixes=(16, 48))
+JUMP = replace(PLAIN, kind="jumprelu", jump=Jump(bandwidth=0.8, strength=0.1))
+
+
+def batch(number: int, width: int = WIDTH, count: int = BATCH) -> Tensor:
+    """Sparse mixtures of planted directions, of which later batches show others."""
+    generator = torch.Generator().manual_seed(number)
+    planted = F.normalize(torch.randn(3 * width, width, generator=torch.Generator().manual_seed(99)), dim=1)
+    shown = torch.rand(count, 3 * width, generator=generator) < 0.06
+    amounts = shown * (1 + 3 * torch.rand(count, 3 * width, generator=generator))
+    return amounts @ planted + 0.1 * torch.randn(count, width, generator=generator) + 0.3
+
+
+@final
+class Reference:
+    """The same training, written plainly: dense codes, autograd, Adam over whole matrices."""
+
+    def __init__(self, config: Training, weights: Weights) -> None:
+        self.config = config
+        self.weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.named().items()}
+        beta = (config.optimiser.beta1, config.optimiser.beta2)
+        self.adam = torch.optim.Adam(self.weights.values(), betas=beta, eps=config.optimiser.eps)
+        self.silence = torch.zeros(config.size, dtype=torch.long)
+        self.average = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
+
+    def update(self, z: Tensor, lr: float) -> float:
+        weights, settings = self.weights, self.config.optimiser
+        loss, main = self._loss(z)
+        self.adam.zero_grad()
+        loss.backward()
+        rows = weights["decoder"]
+        assert rows.grad is not None
+        rows.grad -= (rows.grad * rows.detach()).sum(1, keepdim=True) * rows.detach()
+        if settings.clip is not None:
+            gradients = [tensor.grad for tensor in weights.values() if tensor.grad is not None]
+            length = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+            torch._foreach_mul_(gradients, min(1.0, settings.clip / length.item()))
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            rows /= rows.norm(dim=1, keepdim=True)
+            for name, tensor in weights.items():
+                self.average[name].lerp_(tensor, 1 - (settings.ema or 0))
+        return main
+
+    def _loss(self, z: Tensor) -> tuple[Tensor, float]:
+        config, weights = self.config, self.weights
+        scores = (z - weights["bias"]) @ weights["encoder"].T
+        if "encoder_bias" in weights:
+            scores = scores + weights["encoder_bias"]
+        values, further = self._values(scores)
+        losses = []
+        for size in (*config.prefixes, config.size):
+            y = values[:, :size] @ weights["decoder"][:size] + weights["bias"]
+            losses.append((y - z).square().mean())
+        loss = torch.stack(losses).mean() + further
+        dead = self.silence > config.revival.after if config.revival else self.silence < 0
+        if config.revival and dead.any():
+            loss = loss + self._revival(scores, values, z, dead, config.revival)
+        fired = (values > 0).any(0)
+        self.silence = torch.where(fired, 0, self.silence + len(z))
+        return loss, losses[-1].item()
+
+    def _values(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        config, none = self.config, torch.zeros(())
+        if config.kind == "jumprelu":
+            values = Jumping.apply(scores, self.weights["floor"], config.jump.bandwidth)
+            steps = Stepping.apply(scores, self.weights["floor"], config.jump.bandwidth)
+            return values, config.jump.strength * (steps.sum(1).mean() / config.k - 1).square()
+        if config.kind == "topk":
+            top = scores.topk(config.k)
+            kept = torch.zeros_like(scores).scatter(1, top.indices, top.values)
+            return (kept.relu() if config.relu else kept), none
+        smallest = scores.flatten().topk(config.k * len(scores)).values[-1]
+        return scores * (scores >= smallest.clamp_min(1e-30)), none
+
+    def _revival(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, revival: Revival) -> Tensor:
+        of_dead = scores[:, dead]
+        top = of_dead.topk(min(revival.k, of_dead.shape[1]))
+        kept = torch.zeros_like(of_dead).scatter(1, top.indices, top.values)
+        said = (kept.relu() if self.config.relu else kept) @ self.weights["decoder"][dead]
+        y = values @ self.weights["decoder"]
+        if revival.target == "reconstruction":
+            return revival.coefficient * (said - y).square().mean()
+        residual = (z - self.weights["bias"] - y).detach()
+        return revival.coefficient * (said - residual).square().mean() / residual.square().mean()
+
+
+class Jumping(torch.autograd.Function):
+    """`score * [score > floor]`, whose derivative by the floor is taken through a rectangle."""
+
+    @staticmethod
+    def forward(ctx, scores, floor, bandwidth):
+        ctx.save_for_backward(scores, floor)
+        ctx.bandwidth = bandwidth
+        return scores * (scores > floor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scores, floor = ctx.saved_tensors
+        near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        return gradient * (scores > floor), -(floor * near * gradient).sum(0), None
+
+
+class Stepping(torch.autograd.Function):
+    """`[score > floor]`, likewise; no derivative by the score."""
+
+    @staticmethod
+    def forward(ctx, scores, floor, bandwidth):
+        ctx.save_for_backward(scores, floor)
+        ctx.bandwidth = bandwidth
+        return (scores > floor).to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scores, floor = ctx.saved_tensors
+        near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        return None, -(near * gradient).sum(0), None
+
+
+def both(config: Training, updates: int = 40) -> tuple[Learner, Reference, list[Measures]]:
+    """The learner and the reference after the same updates, having agreed on every loss; and the measures."""
+    weights = first_weights(config, batch(0))
+    # In float64, as Adam divides by the gradient's own size: in float32 the rounding of a tiny gradient moves a weight.
+    learner = Learner(config, Weights(**{name: tensor.double() for name, tensor in weights.named().items()}), Team())
+    reference = Reference(config, learner.parameters.weights)
+    measures = []
+    for number in range(updates):
+        lr = config.optimiser.lr * min(1, (number + 1) / 5)
+        loss = reference.update(batch(number).double(), lr)
+        measures.append(learner.update(batch(number).double(), lr))
+        assert measures[-1].loss == pytest.approx(loss, rel=1e-9)
+    learner.parameters.caught_up(learner.updates)
+    return learner, reference, measures
+
+
+CASES = {
+    "topk": PLAIN,
+    "topk without relu": replace(PLAIN, relu=False, encoder_bias=False),
+    "topk reviving": replace(PLAIN, revival=REVIVED),
+    "topk reviving by its reconstruction": replace(PLAIN, relu=False, revival=replace(REVIVED, target="reconstruction")),
+    "topk clipped": replace(PLAIN, optimiser=Optimiser(lr=3e-3, clip=0.05)),
+    "topk averaged": replace(PLAIN, optimiser=Optimiser(lr=3e-3, ema=0.9)),
+    "lazy": replace(PLAIN, optimiser=Optimiser(lr=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
+    "lazy reviving": replace(PLAIN, revival=REVIVED, optimiser=Optimiser(lr=3e-3, beta1=0.0)),
+    "orthogonal": replace(PLAIN, start=Start(directions="orthogonal", gain=0.6, bias="median")),
+    "batchtopk": replace(PLAIN, kind="batchtopk"),
+    "batchtopk reviving": replace(PLAIN, kind="batchtopk", revival=REVIVED),
+    "matryoshka": MATRYOSHKA,
+    "matryoshka reviving": replace(MATRYOSHKA, revival=REVIVED),
+    "jumprelu": JUMP,
+    "jumprelu reviving": replace(JUMP, revival=REVIVED),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_learns_what_plain_autograd_learns(name: str):
+    learner, reference, measures = both(CASES[name])
+    weights: Weights = learner.parameters.weights
+    for key, tensor in weights.named().items():
+        torch.testing.assert_close(tensor, reference.weights[key].detach(), atol=1e-8, rtol=0)
+        average = learner.parameters.matrices[key].average
+        if average is not None:
+            torch.testing.assert_close(average, reference.average[key], atol=1e-8, rtol=0)
+    assert torch.equal(learner.silence, reference.silence)
+    assert (max(measure.dead for measure in measures) > 0) == ("reviving" in name)
+
+
+def test_clipping_does_shorten_in_the_cases_that_clip():
+    for name in ("topk clipped", "lazy"):
+        clip = CASES[name].optimiser.clip
+        assert clip is not None
+        assert all(measure.gradient is not None and measure.gradient > clip for measure in both(CASES[name], 3)[2])
+
+
+def test_the_loss_curve_stays_with_the_reference_for_200_updates():
+    config = replace(PLAIN, size=2048, k=16, revival=replace(REVIVED, after=2000))
+    learner, reference = (
+        Learner(config, first_weights(config, batch(0, 64)), Team()),
+        Reference(config, first_weights(config, batch(0, 64))),
+    )
+    for number in range(200):
+        loss = reference.update(batch(number, 64, 256), 1e-3)
+        assert learner.update(batch(number, 64, 256), 1e-3).loss == pytest.approx(loss, rel=5e-3)
+    assert loss < 0.5 * batch(0, 64).var().item()
+
+
+def test_decoder_rows_keep_length_one():
+    learner, *_ = both(PLAIN)
+    torch.testing.assert_close(learner.parameters.weights.decoder.norm(dim=1), torch.ones(SIZE, dtype=torch.float64))
+
+
+def test_rows_that_do_not_fire_cost_nothing_when_beta1_is_zero():
+    config = replace(PLAIN, optimiser=Optimiser(beta1=0.0), size=960)
+    learner = Learner(config, first_weights(config, batch(0)), Team())
+    before = learner.parameters.weights.encoder.clone()
+    learner.update(batch(0)[:4], 1e-2)
+    moved = (learner.parameters.weights.encoder != before).any(1)
+    assert 0 < int(moved.sum()) <= 4 * K
+    assert torch.equal(moved, learner.parameters.fresh == 1)
+
+
+def test_batchtopk_keeps_k_per_token_on_average_but_not_each():
+    config = replace(PLAIN, kind="batchtopk")
+    learner = Learner(config, first_weights(config, batch(0)), Team())
+    for number in range(5):
+        assert learner.update(batch(number), 1e-3).active == K
+    assert learner.floor is not None and learner.floor > 0
+
+
+def test_the_geometric_median_ignores_an_outlier_and_has_the_least_distance():
+    points = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
+    points[0] = 1e6
+    median = geometric_median(points)
+    assert median.norm() < 0.2 < points.mean(0).norm()
+    distance = (points - median).norm(dim=1).sum()
+    for shift in 0.05 * torch.eye(3):
+        assert (points - median - shift).norm(dim=1).sum() > distance
