@@ -75,8 +75,8 @@ def test_objects_never_touch():
 
 def test_masks_are_where_the_concepts_are():
     drawn = draw(SOME)
-    assert torch.equal(sum(drawn.mask(shape).int() for shape in SHAPES) > 0, drawn.slots >= 0)
-    assert torch.equal(sum(drawn.mask(ground).int() for ground in BACKGROUNDS), (drawn.slots < 0).int())
+    assert torch.equal(torch.stack([drawn.mask(shape) for shape in SHAPES]).sum(0) == 1, drawn.slots >= 0)
+    assert torch.equal(torch.stack([drawn.mask(ground) for ground in BACKGROUNDS]).sum(0) == 1, drawn.slots < 0)
     plain_red = drawn.mask("red") & drawn.mask("plain") & (drawn.specs.style == 0)[:, None, None]
     red, green, _ = drawn.pictures.movedim(1, 0)
     assert (red - green)[plain_red].mean() > 0.5

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
 
 from difflex.miniature.architecture import Architecture
-from difflex.miniature.examination import as_markdown, ceiling, examine, shortfalls
+from difflex.miniature.card import write_card
+from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
 from difflex.miniature.exporting import STEPS, export, pictures
 from difflex.miniature.flow import FlowRecipe
 from difflex.miniature.judge import load_judge
@@ -46,6 +50,10 @@ def _reading_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verb.add_argument("folder", type=Path, help="the run")
     verb.add_argument("target", type=Path, help="the pipeline folder to write")
     verb.set_defaults(run=_export)
+    verb = verbs.add_parser("card", help="examine an exported model at 4 and 20 steps and write its model card")
+    verb.add_argument("folder", type=Path, help="the run")
+    verb.add_argument("target", type=Path, help="the pipeline folder")
+    verb.set_defaults(run=_card)
     verb = verbs.add_parser("examine", help="generate from fresh captions and print what is right")
     verb.add_argument("model", type=Path, help="a pipeline folder")
     verb.add_argument("--judge", type=Path, help="the judge's weights, if not those in the package")
@@ -62,19 +70,36 @@ def _train(asked: argparse.Namespace) -> None:
 
 
 def _export(asked: argparse.Namespace) -> None:
-    export(Workshop(folder=asked.folder), asked.target, FlowRecipe(), Architecture())
+    export(Workshop(folder=asked.folder), asked.target, Architecture())
     print(f"Wrote {asked.target}.")
 
 
+def _card(asked: argparse.Namespace) -> None:
+    examinations = {steps: _examination(asked.target, None, 500, steps, 0) for steps in (STEPS, 20)}
+    write_card(Workshop(folder=asked.folder), asked.target, examinations, Architecture())
+    print(f"Wrote {asked.target / 'README.md'}.")
+
+
 def _examine(asked: argparse.Namespace) -> None:
-    pipeline = FluxPipeline.from_pretrained(asked.model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    judge = load_judge(asked.judge)
-    rows = examine(lambda captions: pictures(pipeline, captions, asked.steps, asked.seed), judge, asked.captions)
-    rows["true drawings"] = ceiling(judge, asked.captions)
+    rows = _examination(asked.model, asked.judge, asked.captions, asked.steps, asked.seed)
     print(as_markdown(rows))
-    missed = shortfalls(rows)
-    print(json.dumps({"steps": asked.steps, "captions": asked.captions, "missed": missed}))
+    print(json.dumps({"steps": asked.steps, "captions": asked.captions, "missed": shortfalls(rows)}))
+
+
+def _examination(model: Path, judge_file: Path | None, captions: int, steps: int, seed: int) -> Examination:
+    """The model's rows, and the judge's on true drawings."""
+    pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    judge = load_judge(judge_file)
+    shown = tqdm(desc=f"pictures at {steps} steps", total=captions + captions // 2, unit="picture")
+
+    def generate(asked: list[str]) -> Float[Tensor, "caption 3 height width"]:
+        made = pictures(pipeline, asked, steps, seed)
+        shown.update(len(asked))
+        return made
+
+    with shown:
+        return examine(generate, judge, captions) | {"true drawings": ceiling(judge, captions)}
 
 
 if __name__ == "__main__":

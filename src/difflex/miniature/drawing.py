@@ -38,7 +38,7 @@ GROUNDS = torch.tensor(
         [[0.62, 0.44, 0.28], [0.48, 0.31, 0.17]],  # wood: plank, grain
     ]
 )
-OUTLINE = 2.4
+OUTLINE = 1.6
 """Width in pixels of a cartoon's outline."""
 BLOCKS = (4, 2)
 """Side in pixels of a pixelated picture's blocks: of the background, of the objects (which stay legible so)."""
@@ -184,7 +184,8 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 def _heart(x: Tensor, y: Tensor) -> Tensor:
     """Two discs, and a wedge that touches both."""
     discs = torch.hypot(x.abs() - 0.46, y + 0.34) - 0.50
-    wedge = torch.maximum(x.abs() * 0.7544 + (y - 0.95) * 0.6565, -(y + 0.15))
+    lines = torch.maximum(x.abs() * 0.7544 + (y - 0.95) * 0.6565, x.abs() - 0.9)
+    wedge = torch.maximum(lines, -(y + 0.34))
     return torch.minimum(discs, wedge)
 
 

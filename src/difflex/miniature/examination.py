@@ -13,6 +13,8 @@ from difflex.miniature.world import HELD_OUT_SEEDS, Mix
 
 Generate = Callable[[list[str]], Float[Tensor, "caption 3 height width"]]
 """Captions -> pictures in [0, 1]."""
+Examination = dict[str, dict[str, float]]
+"""Row name -> attribute -> share right."""
 FLOORS = {
     "colour": 0.90,
     "shape": 0.85,
@@ -31,9 +33,9 @@ FIRST = HELD_OUT_SEEDS + 1_000_000
 """The seed of the first scene asked."""
 
 
-def examine(generate: Generate, judge: Judge, captions: int = 500) -> dict[str, dict[str, float]]:
-    """Row name -> attribute -> share right: a third of the captions of each kind, all of them, and unseen combinations."""
-    rows: dict[str, dict[str, float]] = {}
+def examine(generate: Generate, judge: Judge, captions: int = 500) -> Examination:
+    """A row for each third of the captions (one object, two, copies), one for all, one for unseen combinations."""
+    rows: Examination = {}
     scores: list[Score] = []
     for number, (name, mix) in enumerate(THIRDS.items()):
         asked = captions // 3 + (number < captions % 3)
@@ -52,7 +54,7 @@ def ceiling(judge: Judge, captions: int = 500) -> dict[str, float]:
     return table(score(scenes.captions, scenes.pictures, judge))
 
 
-def shortfalls(rows: dict[str, dict[str, float]]) -> list[str]:
+def shortfalls(rows: Examination) -> list[str]:
     """The floors that the examination misses, in words."""
     missed = [
         f"{name} {rows['all'].get(name, 0):.1%} is under {floor:.0%}"
@@ -65,7 +67,7 @@ def shortfalls(rows: dict[str, dict[str, float]]) -> list[str]:
     return missed
 
 
-def as_markdown(rows: dict[str, dict[str, float]]) -> str:
+def as_markdown(rows: Examination) -> str:
     """The examination as a table of percentages."""
     columns = [*ATTRIBUTES, "shape and colour"]
     head = f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"

@@ -10,19 +10,17 @@ from torch import Tensor
 
 from difflex.miniature.architecture import Architecture, untrained_pipeline
 from difflex.miniature.captions import WORDS
-from difflex.miniature.flow import FlowModel, FlowRecipe
-from difflex.miniature.training import FlowState, Workshop
+from difflex.miniature.flow import FlowModel
+from difflex.miniature.training import Workshop, write_average
 from difflex.miniature.world import PIXELS
 
 STEPS = 4
 
 
-def export(workshop: Workshop, target: Path, recipe: FlowRecipe, architecture: Architecture) -> FluxPipeline:
+def export(workshop: Workshop, target: Path, architecture: Architecture) -> FluxPipeline:
     """Writes the averaged weights as a pipeline folder, the transformer in bfloat16; gives the pipeline back as read from it."""
-    pipeline = untrained_pipeline(architecture, recipe.seed)
-    state = FlowState(FlowModel(pipeline), recipe)
-    state.restore(workshop.flow)
-    state.averaged()
+    pipeline = untrained_pipeline(architecture, seed=0)
+    write_average(FlowModel(pipeline), workshop.flow)
     vae = AutoencoderKL.from_pretrained(workshop.autoencoder)
     pipeline.register_modules(vae=vae, transformer=pipeline.transformer.to(torch.bfloat16))
     pipeline.save_pretrained(target)

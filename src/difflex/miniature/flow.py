@@ -1,8 +1,8 @@
 """Rectified flow on the drawn world: what one update of the miniature's training does.
 
-Three things make a small budget suffice: Muon for the blocks' matrices, a loss that weighs tokens on objects more, and, for
-the first part of the training, a small head on the image tokens in the middle that reads off the drawn concepts. Without the
-head the shape of an object is learned last by far, because it explains so little of a picture's variance.
+Three things are there for a small budget: Muon for the blocks' matrices; a loss that weighs tokens on objects more; and, for the
+first part of the training, a small head on the image tokens in the middle that reads off the drawn concepts. The head asks
+directly for what the plain loss teaches last: an object's shape explains very little of a picture's variance.
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,10 @@ class FlowModel(nn.Module):
         super().__init__()
         self.transformer, self.clip, self.t5 = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
         width = pipeline.transformer.inner_dim
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(HEAD_CONCEPTS)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = (nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(HEAD_CONCEPTS)))
+        self.head = nn.Sequential(nn.LayerNorm(width), *layers)
         self._middle: Tensor | None = None
         self.transformer.transformer_blocks[-1].register_forward_hook(self._keep_middle)
 

@@ -131,12 +131,6 @@ class FlowState:
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
         self.optimisers = optimisers(model, recipe)
 
-    def averaged(self) -> None:
-        """Puts the running average in place of the parameters."""
-        with torch.no_grad():
-            for parameter, mean in zip(self.model.parameters(), self.average, strict=True):
-                parameter.copy_(mean)
-
     def save(self, file: Path) -> None:
         """Writes the state; a kill in the middle leaves the last one."""
         tensors = {f"model.{name}": x for name, x in self.model.named_parameters()}
@@ -170,6 +164,14 @@ class FlowState:
         # The end of training may be moved while the learning rate is still level.
         if set(other) - {"updates", "decay_from", "concepts_until", "mix"}:
             raise StaleWork(f"{file} was trained with another recipe (before, now): {other}. Use another folder.")
+
+
+def write_average(model: FlowModel, file: Path) -> None:
+    """Puts the running average of a saved state into the model."""
+    tensors = load_file(file)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(tensors[f"average.{i}"])
 
 
 def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
