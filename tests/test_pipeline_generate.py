@@ -69,7 +69,7 @@ def test_prompts_beyond_the_text_length_are_counted_and_warned_of_once(folder: P
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens"):
         pipe.generate(["a red star " * 4, "a star"])
     pipe.generate("a blue circle " * 4)
-    assert pipe.encoder.truncated == 2
+    assert pipe.engine.encoder.truncated == 2
 
 
 def test_an_empty_prompt_is_allowed(pipe: Pipeline) -> None:
@@ -80,7 +80,7 @@ def test_each_prompt_is_encoded_once_whatever_its_seeds(folder: Path) -> None:
     pipe = difflex.load(folder)
     pipe.generate(["a red star"] * 3 + ["a star"])
     pipe.generate(["a red star", "a star"], seed=9)
-    assert pipe.encoder.encoded == 2
+    assert pipe.engine.encoder.encoded == 2
 
 
 def test_an_unknown_model_lists_what_is_known_and_how_to_name_a_folder() -> None:

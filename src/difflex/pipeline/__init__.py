@@ -1,6 +1,10 @@
 """A diffusers pipeline opened up: load, generate, name its sites, read and write what passes through them, harvest it."""
 
+from difflex.pipeline.clock import Moment
+from difflex.pipeline.generation import Generated
 from difflex.pipeline.loading import Precision, embedded
-from difflex.pipeline.pipeline import Generated, Pipeline, load
+from difflex.pipeline.pipeline import Pipeline, load
+from difflex.pipeline.sites import SiteRow
+from difflex.records import Activations
 
-__all__ = ["Generated", "Pipeline", "Precision", "embedded", "load"]
+__all__ = ["Activations", "Generated", "Moment", "Pipeline", "Precision", "SiteRow", "embedded", "load"]

@@ -2,11 +2,12 @@
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
@@ -135,10 +136,11 @@ def _check_header(path: Path) -> None:
         raise BrokenFile(f"{path} has {size} bytes where its header promises {promised}. Copy or download it again.")
 
 
-def _read_json(path: Path) -> dict[str, dict[str, str]]:
+def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return dict(data)
+    except (ValueError, TypeError) as error:
         raise BrokenFile(f"{path} is not JSON ({_first_line(error)}). Copy or download it again.") from error
 
 

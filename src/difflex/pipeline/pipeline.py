@@ -1,48 +1,44 @@
 """`Pipeline`: the object that a user holds; each of its methods is a short way into one file of this folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import cast, final
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.pipeline.encoding import PromptEncoder
-from difflex.pipeline.families import Family, family_of
-from difflex.pipeline.generation import (
-    Generated,
-    arguments_of,
-    call,
-    check_size,
-    halving,
-    is_guided,
-    split_of,
-    stride_of,
-    warn_of_unknown_words,
-)
-from difflex.pipeline.loading import DTYPES, Card, Precision, Source, locate, read_card, read_pipeline
-from difflex.records import Shot
+from difflex.pipeline.clock import Half
+from difflex.pipeline.engine import Engine
+from difflex.pipeline.families import family_of
+from difflex.pipeline.generation import Generated, check_size, split_of, warn_of_unknown_words
+from difflex.pipeline.harvesting import harvest
+from difflex.pipeline.hooks import Visit, visiting
+from difflex.pipeline.loading import DTYPES, Precision, Source, locate, read_card, read_pipeline
+from difflex.pipeline.pictures import Picture, harvest_pictures
+from difflex.pipeline.sites import Located, SiteRow
+from difflex.pipeline.table import site_rows
+from difflex.records import Activations, Shot, Site
 
 __all__ = ["Pipeline", "load"]
-
-ADVICE = "Load the model in a smaller precision (precision='nf4'), with offload=True, or ask for fewer pixels."
 
 
 @final
 class Pipeline:
     """A text-to-image model: a diffusers pipeline, what it is meant to be used with, and the ways into it."""
 
-    def __init__(self, diffusers: DiffusionPipeline, source: Source, family: Family, card: Card) -> None:
-        self.diffusers = diffusers
-        """The pipeline itself; anything that diffusers can do with it may be done."""
+    def __init__(self, engine: Engine, source: Source) -> None:
         self.name = source.name
         self.revision = source.revision
-        self.family = family
-        self.card = card
-        self.encoder = PromptEncoder(diffusers, family, card.text_length)
+        self.engine = engine
+
+    @property
+    def diffusers(self) -> DiffusionPipeline:
+        """The pipeline itself; anything that diffusers can do with it may be done, also inside `at`."""
+        return self.engine.diffusers
 
     def generate(
         self,
@@ -55,36 +51,109 @@ class Pipeline:
     ) -> list[Generated]:
         """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        warn_of_unknown_words(prompts, self.card.words)
-        plain = self._shot(steps, pixels, guidance)
-        shots = [self._of_prompt(plain, prompt, seed + i) for i, prompt in enumerate(prompts)]
-        made = [picture for _, pictures in halving(self._draw, shots, batch, ADVICE) for picture in pictures]
+        warn_of_unknown_words(prompts, self.engine.card.words)
+        plain = self._plain(steps, pixels, guidance)
+        shots = [replace(plain, prompt=prompt, seed=seed + i, split=split_of(prompt)) for i, prompt in enumerate(prompts)]
+        made = [picture for _, pictures in self.engine.batches(self._draw, shots, batch) for picture in pictures]
         return [Generated(picture, shot) for picture, shot in zip(made, shots, strict=True)]
 
     def _draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
-        guided = is_guided(self.diffusers, self.family, shots[0].guidance)
-        prompts = self.encoder([shot.prompt for shot in shots], guided)
-        return call(self.diffusers, **prompts, **arguments_of(self.family, shots, guided)).images
+        pictures = self.engine.run(shots)
+        assert isinstance(pictures, list)
+        return pictures
 
-    def _shot(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None) -> Shot:
+    def site(self, name: Site | str) -> Site:
+        """The site called `name`, in its canonical notation; an unknown one is an error that shows the nearest."""
+        return self.engine.sites.locate(name).site
+
+    def sites(self, pattern: str = "*", pixels: tuple[int, int] | None = None) -> list[SiteRow]:
+        """A row for each block and stream whose name matches `pattern`, at this picture size."""
+        return site_rows(self.engine, self._plain(1, pixels, None), pattern)
+
+    def at(self, site: Site | str, fn: Visit, half: Half | None = None) -> AbstractContextManager[None]:
+        """A block within which `fn` meets the activations of `site` at each step, tokens in row-major order.
+
+        It reads where it returns None and writes where it returns a tensor. Under guidance it is called once for each half,
+        or for `half` alone. Blocks nest: an inner one sees what an outer one wrote.
+        """
+        return visiting(self.engine.clock, self.engine.sites.locate(site), fn, half)
+
+    def shots(
+        self,
+        prompts: Iterable[str],
+        seeds: Iterable[int] = range(1),
+        steps: int | None = None,
+        keep_steps: Iterable[int] | None = None,
+        pixels: tuple[int, int] | None = None,
+        guidance: float | None = None,
+    ) -> Iterator[Shot]:
+        """A shot for each prompt, seed and kept step (all, if None), in this order; as lazy as `prompts`.
+
+        Of steps at which the scheduler repeats a timestep the first is kept.
+        """
+        plain = self._plain(steps, pixels, guidance)
+        seeds, timesteps = list(seeds), self.engine.timesteps(plain)
+        kept = range(len(timesteps)) if keep_steps is None else list(keep_steps)
+        beyond = [step for step in kept if not 0 <= step < len(timesteps)]
+        if beyond:
+            raise BadInput(f"Step {beyond[0]} cannot be kept of a run of {len(timesteps)} steps, numbered from 0.")
+        kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept))
+        return (
+            replace(plain, prompt=prompt, seed=seed, timestep=timestep, split=split_of(prompt))
+            for prompt in prompts
+            for seed in seeds
+            for timestep in kept_timesteps
+        )
+
+    def harvest(
+        self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16, progress: bool = True
+    ) -> Iterator[Activations]:
+        """The activations of `sites` (patterns too) at `shots`: for each batch of runs, each kept step, each site.
+
+        A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
+        """
+        return harvest(self.engine, shots, self._located(sites), batch, progress)
+
+    def harvest_pictures(
+        self,
+        pictures: Iterable[Picture],
+        noise: float | Sequence[float],
+        sites: Iterable[Site | str] | Site | str,
+        prompts: Iterable[str] | None = None,
+        names: Iterable[str] | None = None,
+        seed: int = 0,
+        batch: int = 16,
+        progress: bool = True,
+    ) -> Iterator[Activations]:
+        """The activations of `sites` at given pictures, noised to one or several levels (0 the picture, 1 pure noise).
+
+        One denoiser call each, without guidance; prompts default to empty ones, picture i is noised by the seed `seed + i`.
+        """
+        plain = self._plain(1, None, None, check=False)
+        return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, names, seed, batch, progress)
+
+    def _located(self, sites: Iterable[Site | str] | Site | str) -> list[Located]:
+        return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)
+
+    def _plain(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:
         """The settings of a shot, checked; without prompt and seed."""
-        size = self.card.pixels[0] if self.card.pixels else self._default_size()
-        pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else size
-        check_size(pixels, self.card, stride_of(self.diffusers, self.family))
-        steps = self.card.steps if steps is None else steps
+        card = self.engine.card
+        pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else self._default_size()
+        if check:
+            check_size(pixels, card, self.engine.stride)
+        steps = card.steps if steps is None else steps
         if steps < 1:
             raise BadInput(f"{steps} denoising steps are not possible. Ask for 1 or more.")
-        guidance = self.card.guidance if guidance is None else guidance
+        guidance = card.guidance if guidance is None else guidance
         return Shot(model=self.name, revision=self.revision, pixels=pixels, steps=steps, guidance=float(guidance))
 
-    def _of_prompt(self, plain: Shot, prompt: str, seed: int) -> Shot:
-        return replace(plain, prompt=prompt, seed=seed, split=split_of(prompt))
-
     def _default_size(self) -> tuple[int, int]:
-        config = self.diffusers.components[self.family.denoiser].config
-        sample = config.get("sample_size") or getattr(self.diffusers, "default_sample_size", 128)
+        if self.engine.card.pixels:
+            return self.engine.card.pixels[0]
+        # Flux has no sample_size: its pipelines draw 128 x 128 latents.
+        sample = cast("int | Sequence[int]", self.engine.config("sample_size") or 128)
         height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * self.diffusers.vae_scale_factor, width * self.diffusers.vae_scale_factor
+        return height * self.engine.factor, width * self.engine.factor
 
 
 def load(
@@ -106,4 +175,4 @@ def load(
     pipeline = read_pipeline(source.folder, DTYPES[precision])
     family = family_of(type(pipeline).__name__, "unet" if "unet" in pipeline.components else "transformer")
     pipeline.to(place)
-    return Pipeline(pipeline, source, family, read_card(source.folder, family))
+    return Pipeline(Engine(pipeline, family, read_card(source.folder, family)), source)

@@ -1,0 +1,159 @@
+"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from difflex.errors import BadInput, DifflexError, NonFinite
+from difflex.pipeline.clock import Moment
+from difflex.pipeline.engine import Engine, Stop
+from difflex.pipeline.hooks import Visit, visiting
+from difflex.pipeline.sites import Located
+from difflex.records import Activations, Shot, Site
+
+__all__ = ["Pass", "Seen", "collect", "harvest", "yielded"]
+
+
+class Seen(NamedTuple):
+    """What a site showed at a step."""
+
+    values: Float[Tensor, "shot token width"]
+    grid: tuple[int, int] | None
+
+
+class Pass(NamedTuple):
+    """A run of the pipeline and the steps of it that are kept."""
+
+    shot: Shot
+    """Without a timestep."""
+    timesteps: tuple[float, ...]
+    """In the order of the shots that asked for them."""
+
+
+Found = dict[tuple[float, Site], Seen]
+
+
+def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batch: int, progress: bool) -> Iterator[Activations]:
+    """The activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
+
+    def work(passes: Sequence[Pass]) -> Found:
+        return collect(engine, [each.shot for each in passes], passes[0].timesteps, sites)
+
+    if not sites:
+        raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
+    with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
+        for _, alike in groupby(_passes(engine, shots), key=_settings):
+            for passes, found in engine.batches(work, alike, batch):
+                bar.update(
+                    sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
+                )
+                yield from yielded(engine, [each.shot for each in passes], found, sites)
+
+
+def collect(
+    engine: Engine,
+    shots: Sequence[Shot],
+    timesteps: Sequence[float],
+    sites: Sequence[Located],
+    timestep: float | None = None,
+    **extra: object,
+) -> Found:
+    """What one run shows at `sites` at the kept `timesteps`; it stops as soon as everything is seen."""
+    found: Found = {}
+
+    def looking(site: Site) -> Visit:
+        def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+            # A scheduler may repeat a timestep; the shot stands for the first call at it.
+            if moment.timestep not in timesteps or moment.half == "unconditional" or (moment.timestep, site) in found:
+                return
+            # A copy: the model may go on to write into its own tensor, and a view would keep the other stream alive.
+            found[moment.timestep, site] = Seen(x.clone(memory_format=torch.contiguous_format), moment.grid)
+            if len(found) == len(timesteps) * len(sites):
+                raise Stop
+
+        return look
+
+    with ExitStack() as stack:
+        for located in sites:
+            stack.enter_context(visiting(engine.clock, located, looking(located.site)))
+        engine.run(shots, timestep, **extra)
+    missing = [located for located in sites for kept in timesteps if (kept, located.site) not in found]
+    if missing:
+        raise DifflexError(
+            f"The site '{missing[0].site}' was not met: the pipeline never called {missing[0].path} at the step asked."
+        )
+    return found
+
+
+def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence[Located]) -> Iterator[Activations]:
+    """`found` in the order of steps and sites, each with its shots; values that are not finite are an error."""
+    paths = {located.site: located for located in sites}
+    for timestep, site in sorted(found, key=lambda key: (-key[0], list(paths).index(key[1]))):
+        seen = found.pop((timestep, site))
+        here = tuple(replace(shot, timestep=timestep) for shot in shots)
+        if not bool(torch.isfinite(seen.values).all()):
+            raise NonFinite(_complaint(engine, seen.values, here, paths[site]))
+        yield Activations(site=site, values=seen.values, shots=here, grid=seen.grid)
+
+
+def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[Pass]:
+    """The runs that `shots` ask for: neighbours that differ in their timestep alone share one."""
+    for shot, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
+        if shot.picture is not None:
+            raise BadInput(f"The shot of the picture '{shot.picture}' is not a run from a prompt. Use harvest_pictures.")
+        known = engine.timesteps(shot)
+        asked = [known if one.timestep is None else (_nearest(one.timestep, known),) for one in alike]
+        yield Pass(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))
+
+
+def _settings(each: Pass) -> tuple[object, ...]:
+    """What must be the same for runs to share a batch."""
+    shot = each.shot
+    return shot.pixels, shot.steps, shot.guidance, each.timesteps
+
+
+def _nearest(timestep: float, known: Sequence[float]) -> float:
+    nearest = min(known, key=lambda one: abs(one - timestep))
+    if abs(nearest - timestep) > 0.5:
+        listed = ", ".join(f"{one:g}" for one in known)
+        raise BadInput(f"A run of {len(known)} steps does not pass timestep {timestep:g}. It passes: {listed}.")
+    return nearest
+
+
+def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: Located) -> str:
+    wrong = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
+    shot = shots[wrong]
+    what = shot.picture if shot.picture is not None else repr(shot.prompt)
+    return (
+        f"Activations that are not finite at the site '{located.site}' (block {located.path}), shot {what}, seed {shot.seed}, "
+        f"timestep {shot.timestep:g}. {_origin(engine, shot)}Try another precision: fp16 overflows where bf16 does not."
+    )
+
+
+def _origin(engine: Engine, shot: Shot) -> str:
+    """Which block gave the first value that is not finite; found by one more run, since it cannot be told afterwards."""
+    if shot.picture is not None:
+        return ""
+    first: list[Located] = []
+
+    def looking(located: Located) -> Visit:
+        def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+            if not bool(torch.isfinite(x).all()):
+                first.append(located)
+                raise Stop
+
+        return look
+
+    with ExitStack() as stack:
+        for name in engine.sites.blocks:
+            located = engine.sites.locate(name)
+            stack.enter_context(visiting(engine.clock, located, looking(located)))
+        engine.run([replace(shot, timestep=None)])
+    return f"They first arise in {first[0].path}. " if first else ""

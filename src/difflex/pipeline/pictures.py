@@ -1,0 +1,195 @@
+"""Activations at given pictures, noised to a given level: this is how known masks meet activations."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.image_processor import VaeImageProcessor
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from difflex.errors import BadInput
+from difflex.pipeline.engine import Engine
+from difflex.pipeline.generation import check_size, split_of
+from difflex.pipeline.harvesting import collect, yielded
+from difflex.pipeline.sites import Located
+from difflex.records import Activations, Shot
+
+__all__ = ["Picture", "harvest_pictures"]
+
+Picture = Image.Image | Path | str
+
+
+class Given(NamedTuple):
+    """A picture and its shot, but for the noise."""
+
+    picture: Image.Image
+    shot: Shot
+
+
+def harvest_pictures(
+    engine: Engine,
+    plain: Shot,
+    pictures: Iterable[Picture],
+    noise: float | Sequence[float],
+    sites: Sequence[Located],
+    prompts: Iterable[str] | None,
+    names: Iterable[str] | None,
+    seed: int,
+    batch: int,
+    progress: bool,
+) -> Iterator[Activations]:
+    """The activations of `sites` at `pictures`: for each batch of one size, each level of noise, each site."""
+    levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
+    for level in levels:
+        if not 0 <= level <= 1:
+            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the picture) and 1 (pure noise).")
+    # Two halves would be two passes for one picture.
+    plain = replace(plain, guidance=1.0) if engine.is_guided(plain.guidance) else plain
+    asked = _given(engine, plain, pictures, prompts, names, seed)
+    with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
+        for alike in _by_size(asked, batch):
+            latents = torch.cat([latents for _, latents in engine.batches(lambda part: _encode(engine, part), alike, batch)])
+            for level in levels:
+                for activations in _at_level(engine, alike, latents, level, sites, batch):
+                    bar.update(activations.values.shape[:2].numel() * (activations.site == sites[0].site))
+                    yield activations
+
+
+def _given(
+    engine: Engine,
+    plain: Shot,
+    pictures: Iterable[Picture],
+    prompts: Iterable[str] | None,
+    names: Iterable[str] | None,
+    seed: int,
+) -> Iterator[Given]:
+    told, called = iter(prompts) if prompts is not None else repeat(""), iter(names) if names is not None else repeat(None)
+    for i, given in enumerate(pictures):
+        prompt, name = next(told, None), next(called, None)
+        if prompt is None:
+            raise BadInput(f"There are more pictures than prompts: picture {i} has none. Give one for each, or none at all.")
+        picture = _open(given)
+        pixels = (picture.height, picture.width)
+        check_size(pixels, engine.card, engine.stride)
+        content = hashlib.sha256(picture.tobytes()).hexdigest()
+        name = name or (f"sha256:{content[:16]}" if isinstance(given, Image.Image) else str(given))
+        yield Given(picture, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, picture=name, split=split_of(content)))
+
+
+def _open(given: Picture) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given.convert("RGB")
+    try:
+        with Image.open(given) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise BadInput(f"The picture {given} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
+
+
+def _by_size(asked: Iterable[Given], batch: int) -> Iterator[list[Given]]:
+    """Neighbours of one size, a batch at most: no more pictures are held than one batch needs."""
+    group: list[Given] = []
+    for given in chain(asked, [None]):
+        if group and (given is None or len(group) == batch or given.shot.pixels != group[0].shot.pixels):
+            yield group
+            group = []
+        if given is not None:
+            group.append(given)
+
+
+def _at_level(
+    engine: Engine, given: Sequence[Given], latents: Tensor, level: float, sites: Sequence[Located], batch: int
+) -> Iterator[Activations]:
+    noise = torch.stack(
+        [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(one.shot.seed)) for one in given]
+    ).to(latents)
+    noised, timestep = _noised(engine, latents, noise, level)
+
+    def work(rows: Sequence[int]):
+        shots = [replace(given[row].shot, noise=level) for row in rows]
+        with _entering(engine, _layout(engine, noised[list(rows)]), timestep):
+            return shots, collect(engine, shots, [timestep], sites, timestep)
+
+    for _, (shots, found) in engine.batches(work, range(len(given)), batch):
+        yield from yielded(engine, shots, found, sites)
+
+
+@torch.no_grad()
+def _encode(engine: Engine, given: Sequence[Given]) -> Float[Tensor, "picture channel row column"]:
+    """Latents of pictures, scaled as the denoiser was trained on."""
+    vae = engine.diffusers.components["vae"]
+    processor = cast(VaeImageProcessor, engine.diffusers.image_processor)
+    pixels = processor.preprocess([one.picture for one in given], *given[0].shot.pixels)
+    with _exact(vae):
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    if engine.family.latents == "patchified":
+        latents = rearrange(latents, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+        mean, variance = (each.view(1, -1, 1, 1).float() for each in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean and deviation:  # of SDXL's relatives
+        mean, deviation = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in (mean, deviation))
+        return (latents - mean) * vae.config.scaling_factor / deviation
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+@contextmanager
+def _exact(vae: nn.Module) -> Iterator[None]:
+    """SDXL's autoencoder overflows in fp16 and says so in its config."""
+    if next(vae.parameters()).dtype != torch.float16 or not dict(cast(ConfigMixin, vae).config).get("force_upcast"):
+        yield
+        return
+    try:
+        vae.float()
+        yield
+    finally:
+        vae.half()
+
+
+def _noised(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> tuple[Tensor, float]:
+    """Latents at a level of noise and what the scheduler calls it, mixed as the model was trained."""
+    if engine.family.flow:
+        return (1 - level) * latents + level * noise, 1000.0 * level
+    remaining = engine.diffusers.components["scheduler"].alphas_cumprod
+    timestep = round(level * (len(remaining) - 1))
+    share = float(remaining[timestep])
+    return share**0.5 * latents + (1 - share) ** 0.5 * noise, float(timestep)
+
+
+def _layout(engine: Engine, latents: Tensor) -> Tensor:
+    """Latents as the family's denoiser takes them in."""
+    if engine.family.latents == "packed":
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    return rearrange(latents, "b c h w -> b (h w) c") if engine.family.latents == "patchified" else latents
+
+
+@contextmanager
+def _entering(engine: Engine, latents: Tensor, timestep: float) -> Iterator[None]:
+    """While it lasts, the denoiser is given these latents and this timestep in place of the pipeline's own."""
+
+    def swap(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
+        # U-Nets and PixArt are given their sample, some also their timestep, by position.
+        values = {**kwargs, **dict(zip(("sample", "timestep") if "hidden_states" not in kwargs else (), args, strict=False))}
+        name = "hidden_states" if "hidden_states" in values else "sample"
+        sample, given = values[name], values["timestep"]
+        assert isinstance(sample, Tensor) and isinstance(given, Tensor) and sample.shape == latents.shape
+        time = torch.full_like(given, timestep / engine.family.timestep_scale)
+        new = (latents.to(sample), time)
+        replaced = {key: value for key, value in zip((name, "timestep"), new, strict=True) if key in kwargs}
+        return (*new[: len(args)], *args[len(new) :]), {**kwargs, **replaced}
+
+    handle = engine.denoiser.register_forward_pre_hook(swap, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

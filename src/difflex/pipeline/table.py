@@ -1,0 +1,85 @@
+"""The table of sites: widths and token counts, found by a weightless twin of the denoiser that computes shapes only."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from difflex.pipeline.clock import Call, Moment
+from difflex.pipeline.engine import Engine
+from difflex.pipeline.hooks import holds, visit
+from difflex.pipeline.quiet import quiet
+from difflex.pipeline.sites import Located, SiteMap, SiteRow
+from difflex.records import STREAMS, Shot, Site
+
+__all__ = ["site_rows"]
+
+
+def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
+    """A row for each block and stream whose name matches `pattern`, in a run like `shot`."""
+    names = list(engine.sites.blocks) if pattern == "*" else [each.site.path for each in engine.sites.expand([pattern])]
+    with engine.clock.watching():
+        args, kwargs = engine.first_call(shot)
+        call = engine.clock.call
+    twin = _twin(engine.denoiser, kwargs)
+    sites = SiteMap(twin, engine.family)
+    asked = [
+        Site(name, kind, stream)
+        for name in dict.fromkeys(names)
+        for stream in STREAMS
+        if stream in sites.blocks[name][1].outputs
+        for kind in sites.kinds(name, stream)
+        if kind != "update"
+    ]
+    shapes = _shapes(twin, [sites.locate(site) for site in asked], call, args, kwargs)
+    return [
+        SiteRow(
+            site=site,
+            path=sites.blocks[site.path][0],
+            width=shapes[site][2],
+            tokens=shapes[site][1],
+            kinds=sites.kinds(site.path, site.stream),
+            neurons=shapes[inner][2] if (inner := Site(site.path, "neurons", site.stream)) in shapes else None,
+        )
+        for site in asked
+        if site.kind == "residual" and site in shapes
+    ]
+
+
+def _twin(denoiser: nn.Module, given: dict[str, object]) -> nn.Module:
+    """The denoiser without its weights: on the meta device every operation yields a shape and computes nothing."""
+    with torch.device("meta"):
+        mixin = cast(ConfigMixin, denoiser)
+        twin = cast(nn.Module, type(mixin).from_config(mixin.config))
+    text = given["encoder_hidden_states"]
+    with quiet("diffusers.models.modeling_utils"):
+        return twin.to(text.dtype).eval() if isinstance(text, Tensor) else twin.eval()
+
+
+@torch.no_grad()
+def _shapes(
+    twin: nn.Module, sites: Sequence[Located], call: Call, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[Site, torch.Size]:
+    """What each site would show; a site whose block gives nothing for its stream is left out."""
+    shapes: dict[Site, torch.Size] = {}
+
+    def watch(located: Located) -> None:
+        def fn(x: Tensor, moment: Moment) -> None:
+            shapes[located.site] = x.shape
+
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            if holds(located, output):
+                visit(located, call, args, kwargs, output, fn)
+
+        stack.callback(located.module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    with ExitStack() as stack:
+        for located in sites:
+            watch(located)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        twin(*args, **kwargs)
+    return shapes

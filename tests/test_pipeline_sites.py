@@ -1,0 +1,198 @@
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+import difflex
+from difflex.errors import BadInput, UnknownName
+from difflex.pipeline import Moment, Pipeline
+from difflex.records import Site
+from difflex.testing import TINY, tiny_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+STEPS, PROMPTS = 2, ["a red star", "a blue circle"]
+
+
+@pytest.fixture(scope="module", params=TINY)
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    yield difflex.load(folder)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return difflex.load(tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux"))
+
+
+def all_sites(pipe: Pipeline) -> list[Site]:
+    return [Site(row.site.path, kind, row.site.stream) for row in pipe.sites() for kind in row.kinds]
+
+
+def latents(pipe: Pipeline, guidance: float = 1.0) -> Tensor:
+    """The last latents of a run of two prompts."""
+    shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
+    output = pipe.engine.run(shots, output_type="latent")
+    assert isinstance(output, Tensor)
+    return output
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_writing_back_what_was_read_at_every_site_changes_no_bit(pipe: Pipeline, guidance: float):
+    plain = latents(pipe, guidance)
+    with ExitStack() as stack:
+        for site in all_sites(pipe):
+            stack.enter_context(pipe.at(site, lambda x, moment: x.clone()))
+        assert torch.equal(latents(pipe, guidance), plain)
+
+
+def test_writing_at_any_site_changes_the_picture(pipe: Pipeline):
+    plain, sites = latents(pipe), all_sites(pipe)
+    for site in sites[:: max(1, len(sites) // 12)]:
+        # The text of the last single block goes nowhere.
+        dead = site.path == "single.2" and site.stream == "text"
+        with pipe.at(site, lambda x, moment: x + 1):
+            assert torch.equal(latents(pipe), plain) == dead, site
+
+
+def test_the_table_says_what_is_then_seen(pipe: Pipeline):
+    rows, seen = pipe.sites(), {}
+    assert len(rows) >= 3
+    with ExitStack() as stack:
+        for site in all_sites(pipe):
+            stack.enter_context(pipe.at(site, lambda x, moment, site=site: seen.update({site: tuple(x.shape)})))
+        latents(pipe)
+    for row in rows:
+        for kind in row.kinds:
+            width = row.neurons if kind == "neurons" else row.width
+            assert seen[Site(row.site.path, kind, row.site.stream)] == (2, row.tokens, width)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_steps_and_halves_are_those_of_the_run(pipe: Pipeline, guidance: float):
+    seen: list[Moment] = []
+    site = pipe.sites()[0].site
+    timesteps = pipe.engine.timesteps(next(pipe.shots([""], steps=STEPS, keep_steps=[0])))
+    with pipe.at(site, lambda x, moment: seen.append(moment)):
+        latents(pipe, guidance)
+    guided = pipe.engine.is_guided(guidance)
+    calls = len(seen) // 2 if guided else len(seen)
+    assert [moment.step for moment in seen[:: 2 if guided else 1]] == list(range(calls))
+    assert [moment.timestep for moment in seen[:: 2 if guided else 1]] == list(timesteps)
+    assert {moment.half for moment in seen} == ({"conditional", "unconditional"} if guided else {None})
+    assert all(moment.shots is not None and [shot.prompt for shot in moment.shots] == PROMPTS for moment in seen)
+
+
+def test_each_half_is_the_run_of_its_prompt(pipe: Pipeline):
+    if not pipe.engine.is_guided(4.0):
+        pytest.skip("guidance is folded into this model")
+    site = [row.site for row in pipe.sites() if row.site.stream == "image"][-1]
+    seen: dict[str | None, Tensor] = {}
+
+    def keep(x: Tensor, moment: Moment) -> None:
+        if moment.step == 0:
+            seen[moment.half] = x.clone()
+
+    with pipe.at(site, keep):
+        latents(pipe, 4.0)
+        latents(pipe)
+    torch.testing.assert_close(seen["conditional"], seen[None], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen["unconditional"], seen[None], rtol=1e-4, atol=1e-5)
+
+
+def test_one_half_alone_is_edited_when_asked(pipe: Pipeline):
+    if not pipe.engine.is_guided(4.0):
+        pytest.skip("guidance is folded into this model")
+    met: list[str | None] = []
+    with pipe.at(pipe.sites()[0].site, lambda x, moment: met.append(moment.half), half="conditional"):
+        latents(pipe, 4.0)
+    assert set(met) == {"conditional"}
+
+
+def test_the_grid_is_that_of_the_tokens(pipe: Pipeline):
+    grids: dict[Site, tuple[int, int] | None] = {}
+    with ExitStack() as stack:
+        for row in pipe.sites():
+            stack.enter_context(pipe.at(row.site, lambda x, moment, site=row.site: grids.update({site: moment.grid})))
+        latents(pipe)
+    for row in pipe.sites():
+        grid = grids[row.site]
+        assert grid is None if row.site.stream == "text" else grid is not None and grid[0] * grid[1] == row.tokens
+    assert grids[pipe.sites()[0].site] in ((4, 6), (8, 12))  # 16 x 24 pixels, 4 or 2 of them a token
+
+
+def test_a_full_module_path_is_a_site(pipe: Pipeline):
+    row, paths = pipe.sites()[0], [name for name, _ in pipe.engine.denoiser.named_modules()]
+    assert pipe.site(row.path) == row.site
+    inner = next(path for path in paths if path.endswith((".to_q", ".linear_in")))
+    seen: list[Tensor] = []
+    with pipe.at(inner, lambda x, moment: seen.append(x.clone())):
+        latents(pipe)
+    assert seen[0].shape[0] == 2 and pipe.site(inner).path == inner
+
+
+def test_a_wrong_name_shows_the_nearest(flux: Pipeline):
+    with pytest.raises(UnknownName, match=r"nearest: single\.2"):
+        flux.site("single.22")
+    with pytest.raises(UnknownName, match=r"doubel\.\*.*double\.1"):
+        list(flux.harvest([], "doubel.*"))
+
+
+def test_a_kind_that_a_block_has_not_is_refused(tmp_path_factory: pytest.TempPathFactory):
+    pipe = difflex.load(tiny_folder("sdxl", tmp_path_factory.mktemp("models") / "sdxl"))
+    with pytest.raises(BadInput, match=r"down\.2\.1\.0:neurons"):
+        pipe.site("down.2.1:neurons")
+    with pytest.raises(BadInput, match="no text stream"):
+        pipe.site("mid.0:text")
+
+
+def test_wildcards_stand_for_one_index(flux: Pipeline):
+    names = lambda pattern: [str(located.site) for located in flux.engine.sites.expand([pattern])]  # noqa: E731
+    assert names("double.*:text") == ["double.0:text", "double.1:text"]
+    assert names("*.1:update") == ["double.1:update", "single.1:update"]
+    assert names("single.[02]") == ["single.0", "single.2"]
+
+
+def test_hooks_are_gone_after_an_error(flux: Pipeline):
+    def fail(x: Tensor, moment: Moment) -> None:
+        raise RuntimeError("mine")
+
+    plain = latents(flux)
+    with pytest.raises(RuntimeError, match="mine"), flux.at("double.1", fail):
+        latents(flux)
+    assert torch.equal(latents(flux), plain)
+    modules = list(flux.engine.denoiser.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    assert "cache_context" not in vars(flux.engine.denoiser)
+
+
+def test_blocks_nest_and_the_inner_sees_what_the_outer_wrote(flux: Pipeline):
+    seen: list[Tensor] = []
+    with (
+        flux.at("double.1", lambda x, moment: torch.zeros_like(x)),
+        flux.at("double.1", lambda x, moment: seen.append(x.clone())),
+    ):
+        latents(flux)
+    assert len(seen) == STEPS and not any(x.any() for x in seen)
+
+
+def test_a_write_of_another_shape_is_refused(flux: Pipeline):
+    with (
+        pytest.raises(BadInput, match=r"\(2, 3, 32\) in place of \(2, 64, 32\)"),
+        flux.at("double.1", lambda x, moment: x[:, :3]),
+    ):
+        latents(flux)
+
+
+def test_a_text_edit_leaves_the_image_tokens_of_its_block(flux: Pipeline):
+    def image(site: str) -> Tensor:
+        kept: list[Tensor] = []
+        with flux.at(site, lambda x, moment: x + 1), flux.at("single.1", lambda x, moment: kept.append(x.clone())):
+            latents(flux)
+        return kept[0]
+
+    with flux.at("single.1", lambda x, moment: None):
+        plain = image("single.2")
+    assert torch.equal(image("single.1:text"), plain)
+    assert not torch.equal(image("single.1"), plain)
