@@ -5,6 +5,7 @@ DifflexError
 ├── BadInput           a value that cannot be used: a size, a file, a strength
 ├── BrokenFile         a file of ours, or of a model, that is damaged, truncated or of a foreign format
 ├── OutOfMemory        a model or batch that cannot fit; names what would
+├── OutOfSpace         a disk, or a limit set to it, that is too small for what is asked
 ├── StaleWork          work on disk that was made from something else than what is asked now
 ├── NonFinite          NaN or infinity where numbers are needed; says where it arose
 └── MissingExtra       an optional package that is not installed; says how to get it
@@ -41,6 +42,10 @@ class BrokenFile(DifflexError):
 
 class OutOfMemory(DifflexError):
     """A model or a batch that cannot fit in the memory at hand."""
+
+
+class OutOfSpace(DifflexError):
+    """A disk, or a limit set to it, that is too small."""
 
 
 class StaleWork(DifflexError):

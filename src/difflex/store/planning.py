@@ -1,0 +1,152 @@
+"""What a recording will hold, and whether it can: asked of the shots, the stores at hand, the limit and the disk."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
+
+from difflex.errors import BadInput, OutOfSpace, StaleWork
+from difflex.records import Activations, Shot, Site
+from difflex.store.ledger import Ledger
+from difflex.store.shard import Form, Stored
+
+__all__ = ["Harvest", "Plan", "Recording", "plan", "probe"]
+
+
+Harvest = Callable[[Sequence[Shot], Sequence[Site], int], Iterable[Activations]]
+"""What makes activations: `Pipeline.harvest`, or anything that is called like it, with shots, sites and a number of runs at once.
+
+It gives each shot once at each site, in any order that is always the same.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """How activations are stored."""
+
+    dtype: Stored = "bf16"
+    """int8 has a scale for each row: half the size, and exact to 1/254 of the row's largest entry."""
+    tokens: int | None = None
+    """Rows wanted at each site, rounded up to whole runs; None for all shots."""
+    batch: int = 16
+    """Runs that the model makes at once."""
+    shard_bytes: int = 2**28
+    """Of the largest site's shards, rounded to whole batches. A store that is gone on with keeps its own."""
+    limit: int | None = None
+    """Bytes that all sites together may take; asked before anything is written."""
+    source: str = ""
+    """What the shots are made from, such as the checksum of a file of prompts: to go on with another one is an error."""
+    rank: int = 0
+    """Which of `of` processes this is: each makes its share of the shards, the last one to end completes the store."""
+    of: int = 1
+    progress: bool = True
+
+
+class Plan(NamedTuple):
+    """What will be recorded."""
+
+    shots: Iterator[Shot]
+    """More than are wanted, perhaps endlessly many."""
+    total: int
+    """How many of them are wanted; there may be fewer."""
+    shots_per_shard: int
+
+    def said(self, ledgers: Sequence[Ledger]) -> str:
+        """The plan in words: what each site will take on disk."""
+        return "\n".join(
+            f"{ledger.site}: {self.total * ledger.head.tokens:,} rows of width {ledger.head.width} in {ledger.head.dtype}, "
+            f"{_size(self.total * _shot_bytes(ledger))} in {-(-self.total // self.shots_per_shard)} shards; "
+            f"{ledger.rows:,} rows are there"
+            for ledger in ledgers
+        )
+
+
+def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, settings: Recording) -> Plan:
+    """The plan; the ledgers are begun where they were not."""
+    if settings.tokens is None:
+        shots = list(shots)
+    elif settings.tokens < 1:
+        raise BadInput(f"{settings.tokens} tokens cannot be recorded. Ask for 1 or more.")
+    stream = iter(shots)
+    first, rest = _first_run(stream)
+    begun = [ledger for ledger in ledgers if ledger.begun]
+    for ledger in begun:
+        ledger.check(first[0], settings.dtype, settings.batch, settings.source)
+    if len({ledger.head.shots_per_shard for ledger in begun}) > 1:
+        raise StaleWork("These sites were begun with shards of different lengths. Go on with them one by one.")
+    if len(begun) < len(ledgers):
+        _begin(ledgers, first, harvest, settings)
+    if isinstance(shots, list):
+        total = len(shots)
+    else:
+        wanted = -(-(settings.tokens or 0) // min(ledger.head.tokens for ledger in ledgers))
+        total = -(-wanted // len(first)) * len(first)
+    _check_room(ledgers, total, settings)
+    return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard)
+
+
+def _first_run(stream: Iterator[Shot]) -> tuple[list[Shot], Iterator[Shot]]:
+    """The shots of the first run, which differ in their timestep alone, and all others."""
+    first = next(stream, None)
+    if first is None:
+        raise BadInput("There is nothing to record: no shot was given. Give at least one prompt.")
+    run = [first]
+    for shot in stream:
+        if replace(shot, timestep=None) != replace(first, timestep=None):
+            return run, chain([shot], stream)
+        run.append(shot)
+    return run, iter(())
+
+
+def probe(shot: Shot, sites: Sequence[Site], harvest: Harvest) -> dict[Site, Activations]:
+    """What one shot shows at each site: the shape of all that is to come."""
+    seen = {activations.site: activations for activations in harvest([shot], sites, 1)}
+    for site in sites:
+        if site not in seen:
+            raise BadInput(f"The harvest gave nothing at the site '{site}'. It gave: {', '.join(map(str, seen)) or 'nothing'}.")
+        if len(seen[site].shots) != 1 or len(seen[site].values) != 1:
+            raise BadInput("The harvest gave several shots where one was asked. Give shots that say their timestep.")
+    return seen
+
+
+def _begin(ledgers: Sequence[Ledger], run: Sequence[Shot], harvest: Harvest, settings: Recording) -> None:
+    """Decide the heads that are not decided yet; all sites share the length of their shards, so that they share passes."""
+    seen = probe(run[0], [ledger.site for ledger in ledgers if not ledger.begun], harvest)
+    forms = {site: Form(site, settings.dtype, *activations.values.shape[1:]) for site, activations in seen.items()}
+    kept = [ledger.head.shots_per_shard for ledger in ledgers if ledger.begun]
+    together = settings.batch * len(run)
+    largest = max(form.tokens * form.row_bytes for form in forms.values())
+    length = kept[0] if kept else max(settings.shard_bytes // largest // together, 1) * together
+    for ledger in ledgers:
+        if not ledger.begun:
+            ledger.begin(forms[ledger.site], run[0], seen[ledger.site].grid, length, settings.batch, settings.source)
+
+
+def _check_room(ledgers: Sequence[Ledger], total: int, settings: Recording) -> None:
+    """Nothing; an estimate over the limit or the free disk is an error, before anything is written."""
+    needed = sum(total * _shot_bytes(ledger) for ledger in ledgers)
+    missing = needed - sum(ledger.rows * ledger.head.form.row_bytes for ledger in ledgers)
+    free = shutil.disk_usage(ledgers[0].folder).free
+    allowed, what = (settings.limit, "the limit is") if settings.limit is not None else (needed, "")
+    if missing > free and (settings.limit is None or needed <= settings.limit):
+        allowed, what = needed - missing + free, "free on the disk are"
+    if needed > allowed:
+        tokens = int(allowed / needed * total) * min(ledger.head.tokens for ledger in ledgers)
+        raise OutOfSpace(
+            f"{total} shots at {len(ledgers)} sites take {_size(needed)}; {what} {_size(allowed)}. "
+            f"Ask for {tokens:,} tokens or fewer, for fewer sites, or for int8."
+        )
+
+
+def _shot_bytes(ledger: Ledger) -> int:
+    return ledger.head.tokens * ledger.head.form.row_bytes
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

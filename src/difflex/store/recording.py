@@ -1,0 +1,159 @@
+"""`record`: activations from a harvest, of several sites at once, written as stores that a kill at any moment cannot hurt."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from tqdm import tqdm
+
+from difflex.errors import BadInput, NonFinite
+from difflex.records import Activations, Shot, Site
+from difflex.store.files import locked
+from difflex.store.ledger import Ledger
+from difflex.store.manifest import check_dtype, check_split
+from difflex.store.planning import Harvest, Plan, Recording, plan
+from difflex.store.shard import Packed, ShardWriter, pack
+from difflex.store.store import Store
+
+__all__ = ["record"]
+
+AHEAD = 2
+"""Batches that the model may be ahead of the disk."""
+
+
+def record(
+    folder: Path | str, shots: Iterable[Shot], sites: Sequence[Site], harvest: Harvest, settings: Recording | None = None
+) -> list[Store]:
+    """The stores of `sites`, each in its own folder under `folder`; what is already there is kept and gone on with.
+
+    Which rows a shard holds depends on the order of `shots` and on the settings alone: a killed and resumed recording, or one
+    shared by several processes, gives the same files as an undisturbed one.
+    """
+    settings, folder = settings or Recording(), Path(folder)
+    _check(sites, settings)
+    with ExitStack() as stack:
+        ledgers = [_ledger(stack, folder / site.folder, site, settings) for site in sites]
+        what = plan(ledgers, shots, harvest, settings)
+        if settings.progress:
+            tqdm.write(what.said(ledgers))
+        shards = _carry_out(what, ledgers, harvest, settings)
+        for ledger in ledgers:
+            ledger.finish(shards)
+    return [Store.open(ledger.folder) for ledger in ledgers]
+
+
+def _check(sites: Sequence[Site], settings: Recording) -> None:
+    check_dtype(settings.dtype)
+    if not sites:
+        raise BadInput("No site was named to record. Name at least one.")
+    if settings.batch < 1:
+        raise BadInput(f"Batches of {settings.batch} runs are not possible. Ask for 1 or more.")
+    if not 0 <= settings.rank < settings.of:
+        raise BadInput(f"Rank {settings.rank} of {settings.of} does not exist. Ranks count from 0 to {settings.of - 1}.")
+
+
+def _ledger(stack: ExitStack, folder: Path, site: Site, settings: Recording) -> Ledger:
+    folder.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder, shared=settings.of > 1))
+    return Ledger(folder, site, settings.rank, settings.of)
+
+
+def _carry_out(what: Plan, ledgers: Sequence[Ledger], harvest: Harvest, settings: Recording) -> int:
+    """How many shards there are when all are done; this rank's are made where they are missing."""
+    stream, number, given = islice(what.shots, what.total), 0, 0
+    rows = sum(what.total * ledger.head.tokens for ledger in ledgers) // settings.of
+    silent = None if settings.progress else True
+    try:
+        with tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=silent) as bar, Saver() as saver:
+            while unit := list(islice(stream, what.shots_per_shard)):
+                if number % settings.of == settings.rank:
+                    missing = [ledger for ledger in ledgers if not ledger.has(number, unit)]
+                    bar.update(sum(len(unit) * ledger.head.tokens for ledger in ledgers if ledger not in missing))
+                    if missing:
+                        _make(number, unit, missing, harvest, settings, saver, bar)
+                number, given = number + 1, given + len(unit)
+    except BaseException:
+        for ledger in ledgers:
+            ledger.abandon()
+        raise
+    if given < what.total:
+        warnings.warn(f"The prompts gave {given} shots where {what.total} were wanted: fewer tokens are stored.", stacklevel=3)
+    return number
+
+
+class Making(NamedTuple):
+    """A shard of one site while its rows arrive."""
+
+    ledger: Ledger
+    writer: ShardWriter
+    shots: list[Shot]
+
+
+def _make(
+    number: int, unit: list[Shot], ledgers: Sequence[Ledger], harvest: Harvest, settings: Recording, saver: "Saver", bar: tqdm
+) -> None:
+    """One shard of each site, from one call of the harvest; it is written behind the model's back."""
+    for shot in unit:
+        check_split(shot)
+    making = {ledger.site: Making(ledger, ledger.writer(number, len(unit)), []) for ledger in ledgers}
+    for activations in harvest(unit, list(making), settings.batch):
+        here = making[activations.site]
+        here.ledger.fits(activations)
+        packed = pack(activations.values, settings.dtype).cpu()
+        _check_finite(packed, activations)
+        here.shots.extend(activations.shots)
+        saver.later(here.writer.append, packed, [shot.split == "train" for shot in activations.shots])
+        bar.update(activations.values.shape[:2].numel())
+    for site, here in making.items():
+        if len(here.shots) != len(unit) or set(here.shots) != set(unit):
+            raise BadInput(f"The harvest gave other shots at the site '{site}' than were asked. Their shard was not kept.")
+        saver.later(here.ledger.enter, number, here.writer, here.shots)
+
+
+def _check_finite(packed: Packed, activations: Activations) -> None:
+    entries = packed.values.sum((1, 2), dtype=torch.float32) if packed.scales is None else packed.scales.sum(1)
+    if not bool(torch.isfinite(entries).all()):
+        shot = activations.shots[int((~torch.isfinite(entries)).nonzero()[0])]
+        raise NonFinite(
+            f"The activations of {shot.prompt or shot.picture!r} (seed {shot.seed}) at the site '{activations.site}' are not "
+            "finite as they are stored. fp16 ends at 65504: store bf16 instead."
+        )
+
+
+@final
+class Saver:
+    """A thread that does one thing after the other; after a failure it does nothing more, and says so at the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = False
+
+    def later(self, work: Callable[..., None], *arguments: object) -> None:
+        """Nothing; `work` is done soon. Waits while too much is left to do."""
+        while len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._do, work, arguments))
+
+    def _do(self, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+        if self._failed:
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        while self._waiting and kind is None:
+            self._waiting.popleft().result()

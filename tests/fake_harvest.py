@@ -1,0 +1,89 @@
+"""A harvest without a model: activations drawn from a seed that the shot fixes. As a script it records them, to be killed."""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, groupby, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from difflex.records import Activations, Shot, Site, split_of
+from difflex.store import Recording, record
+
+SITES = (Site("double.1"), Site("single.0", "update"), Site("double.1", stream="text"))
+
+
+def fake_shots(runs: int | None, steps: int = 1, word: str = "star") -> Iterator[Shot]:
+    """Shots of `runs` prompts, endless if None."""
+    for i in count() if runs is None else range(runs):
+        prompt = f"{word} {i}"
+        for step in range(steps):
+            yield Shot(
+                model="fake",
+                prompt=prompt,
+                seed=i % 3,
+                pixels=(64, 64),
+                steps=steps,
+                guidance=0.0,
+                timestep=1000.0 - 250.0 * step,
+                split=split_of(prompt),
+            )
+
+
+def activation(shot: Shot, site: Site, tokens: int, width: int) -> Tensor:
+    """The activations of `shot` at `site`: axes of different means and deviations."""
+    key = hashlib.sha256(f"{shot.prompt}/{shot.seed}/{shot.timestep}/{site}".encode()).digest()
+    noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(int.from_bytes(key[:7], "big")))
+    axes = torch.arange(width)
+    return noise * (1 + axes % 3) + 10.0 * (axes % 5 == 0)
+
+
+@dataclass
+class FakeHarvest:
+    """What a pipeline's `harvest` is to a store; it counts what it is asked for."""
+
+    tokens: int = 8
+    width: int = 16
+    delay: float = 0.0
+    """Seconds for each batch."""
+    made: int = 0
+    """Shots that were made."""
+
+    def __call__(self, shots: Iterable[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
+        runs = (list(alike) for _, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)))
+        while together := list(islice(runs, batch)):
+            time.sleep(self.delay)
+            # As a pipeline does: all runs of a batch at one step, then at the next.
+            for at_step in zip(*together, strict=True):
+                self.made += len(at_step)
+                for site in sites:
+                    tokens = self.tokens // 2 if site.stream == "text" else self.tokens
+                    values = torch.stack([activation(shot, site, tokens, self.width) for shot in at_step])
+                    grid = (2, tokens // 2) if site.stream == "image" else None
+                    yield Activations(site=site, values=values, shots=at_step, grid=grid)
+
+
+def main() -> None:
+    """Record; the flags say what."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--runs", type=int, default=96)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--of", type=int, default=1)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    harvest = FakeHarvest(delay=flags.delay, width=flags.width)
+    settings = Recording(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, of=flags.of, progress=False)
+    print("begins", flush=True)
+    record(flags.folder, fake_shots(flags.runs), SITES, harvest, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Live batches: what a store would give, with nothing on disk."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from fake_harvest import SITES, FakeHarvest, activation, fake_shots
+
+from difflex.errors import BadInput, UnknownName
+from difflex.records import Rows
+from difflex.store import Live, Recording, record
+from difflex.store.shard import Stored
+
+SITE = SITES[0]
+
+
+def live(runs: int | None = 200, window: int = 200, dtype: Stored = "bf16", harvest: FakeHarvest | None = None) -> Live:
+    return Live(fake_shots(runs), SITE, harvest or FakeHarvest(), window=window, dtype=dtype, batch=4)
+
+
+def places(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
+
+
+def of_all(batches: Iterator[Rows]) -> list[tuple[int, int]]:
+    return [place for rows in batches for place in places(rows)]
+
+
+def by_place(batches: Iterable[Rows]) -> dict[tuple[int, int], torch.Tensor]:
+    return {place: value for rows in batches for place, value in zip(places(rows), rows.values, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: Stored, split):
+    settings = Recording(dtype=dtype, batch=4, shard_bytes=2000, progress=False)
+    [store] = record(tmp_path, fake_shots(200), [SITE], FakeHarvest(), settings)
+    source = live(dtype=dtype)
+    assert (source.site, source.model, source.width, source.tokens) == (store.site, store.model, store.width, store.tokens)
+    assert source.grid == store.grid
+    stored, running = ([*each.batches(64, split=split)] for each in (store, source))
+    assert [rows.values.shape for rows in running] == [rows.values.shape for rows in stored]
+    one, other = (by_place(each) for each in (stored, running))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[place], other[place]) for place in one)
+
+
+def test_live_rows_name_their_shot_and_token():
+    source = live(20)
+    for rows in source.batches(50):
+        for value, (shot, token) in zip(rows.values, places(rows), strict=True):
+            assert torch.equal(value, activation(source.shot(shot), SITE, 8, 16)[token].bfloat16())
+
+
+def test_shots_of_another_split_are_not_harvested():
+    harvest = FakeHarvest()
+    source = live(200, harvest=harvest)
+    rows = sum(len(each.shots) for each in source.batches(64, split="held-out"))
+    assert harvest.made == rows // 8 + 1  # one to see the shape
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 11, 22])
+def test_a_reader_that_starts_in_the_middle_continues_exactly(start: int):
+    whole, rest = list(live().batches(64, seed=2)), list(live().batches(64, seed=2, start=start))
+    assert len(rest) == len(whole) - start
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_to_start_late_costs_at_most_a_window():
+    harvest = FakeHarvest()
+    next(live(None, window=256, harvest=harvest).batches(64, start=100))
+    assert harvest.made <= 1 + 2 * 256 // 8
+
+
+def test_endless_prompts_are_read_as_far_as_needed():
+    harvest = FakeHarvest()
+    batches = live(None, window=256, harvest=harvest).batches(64)
+    assert len(of_all(islice(batches, 4))) == 256
+    assert harvest.made == 1 + 256 // 8
+
+
+def test_ranks_share_the_shots_and_get_equally_many_batches():
+    shares = [list(live(203).batches(32, rank=rank, of=3)) for rank in range(3)]
+    assert len({tuple(len(rows.shots) for rows in share) for share in shares}) == 1
+    shots = [{shot for shot, _ in of_all(iter(share))} for share in shares]
+    train = {number for number, shot in enumerate(fake_shots(203)) if shot.split == "train"}
+    assert sum(map(len, shots)) == len(set.union(*shots) & train) >= len(train) - 2
+
+
+def test_a_window_is_shuffled_and_a_seed_fixes_how():
+    one, again, other = (of_all(live().batches(64, seed=seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+    assert of_all(live().batches(64, seed=None)) == sorted(one)
+
+
+def test_several_steps_of_a_run_are_several_shots():
+    source = Live(fake_shots(8, steps=2), SITE, FakeHarvest(), batch=4)
+    rows = next(source.batches(10**6))
+    assert len(rows.shots) == 2 * 7 * 8  # one prompt of eight is held out
+    for value, (shot, token) in zip(rows.values, places(rows), strict=True):
+        assert torch.equal(value, activation(source.shot(shot), SITE, 8, 16)[token].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "complaint"),
+    [({"size": 0}, BadInput, "0 rows"), ({"rank": 1}, BadInput, "Rank 1 of 1"), ({"start": -1}, BadInput, "batch -1")],
+)
+def test_what_cannot_be_read_is_said(how, error, complaint: str):
+    with pytest.raises(error, match=complaint):
+        live().batches(**{"size": 8, **how})
+
+
+def test_a_number_beyond_the_prompts_is_an_error():
+    with pytest.raises(UnknownName, match="gave 20 shots"):
+        live(20).shot(20)

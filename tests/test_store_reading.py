@@ -1,0 +1,289 @@
+"""Reading: every row once, in an order that a seed fixes, from any batch on, shared by ranks, in bounded memory."""
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fake_harvest import SITES, FakeHarvest, activation, fake_shots
+from jaxtyping import TypeCheckError
+
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.records import Rows
+from difflex.store import Recording, Store, record
+from difflex.store.batches import Slabs
+
+SITE = SITES[0]
+QUICK = Recording(batch=4, shard_bytes=2000, progress=False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """200 shots of 8 rows in 50 shards: more than are read together."""
+    return record(tmp_path_factory.mktemp("store"), fake_shots(200), [SITE], FakeHarvest(), QUICK)[0]
+
+
+def places(rows: Rows) -> list[tuple[int, int]]:
+    return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
+
+
+def of_all(batches) -> list[tuple[int, int]]:
+    return [place for rows in batches for place in places(rows)]
+
+
+def test_each_row_of_a_split_comes_once_and_holds_what_its_shot_made(store: Store):
+    for split in ("train", "held-out"):
+        seen = []
+        for rows in store.batches(100, split=split, window=64):
+            seen += places(rows)
+            for value, (shot, token) in zip(rows.values, places(rows), strict=True):
+                assert store.shot(shot).split == split
+                assert torch.equal(value, activation(store.shot(shot), SITE, 8, 16)[token].bfloat16())
+        assert len(set(seen)) == len(seen) == store.count(split)
+    assert store.count() + store.count("held-out") == 200 * 8
+
+
+def test_about_a_tenth_is_held_out(store: Store):
+    assert 0.05 < store.count("held-out") / 1600 < 0.15
+
+
+def test_the_seed_fixes_the_order(store: Store):
+    first, again, other = (of_all(store.batches(64, seed=seed)) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    assert sorted(first) == sorted(other)
+
+
+def test_each_epoch_has_its_own_order(store: Store):
+    two = list(store.batches(64, epochs=2))
+    half = len(two) // 2
+    assert of_all(two[:half]) != of_all(two[half:])
+    assert sorted(of_all(two[:half])) == sorted(of_all(two[half:]))
+
+
+def test_a_batch_mixes_shots_and_shards(store: Store):
+    rows = next(store.batches(256))
+    assert len(set(rows.shots.tolist())) > 50
+    assert len({shot // 4 for shot in rows.shots.tolist()}) == 16
+
+
+def test_without_a_seed_rows_come_as_they_were_written(store: Store):
+    read = of_all(store.batches(64, seed=None, window=100))
+    assert read == sorted(read)
+    assert len(read) == store.count()
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 21, 22, 30, 44, 50])
+def test_a_reader_that_starts_in_the_middle_continues_exactly(store: Store, start: int):
+    read = partial(store.batches, 64, seed=1, window=100, epochs=2)
+    whole, rest = list(read()), list(read(start=start))
+    assert len(rest) == max(0, len(whole) - start)
+    for one, other in zip(whole[start:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_ranks_share_each_batch_of_one_process(store: Store, of: int):
+    together = list(store.batches(32 * of, window=100))
+    shares = [list(store.batches(32, rank=rank, of=of, window=100)) for rank in range(of)]
+    assert {len(share) for share in shares} == {len(together)}
+    for i, rows in enumerate(together):
+        assert sorted(places(rows)) == sorted(place for share in shares for place in places(share[i]))
+
+
+def test_endless_epochs_do_not_end(store: Store):
+    reader = store.batches(10**6, epochs=None)
+    assert [len(next(reader).shots) for _ in range(3)] == [store.count()] * 3
+
+
+def test_several_readers_do_not_disturb_each_other(store: Store):
+    one, other = store.batches(64, seed=1), store.batches(64, seed=2)
+    mixed = [(next(one), next(other)) for _ in range(20)]
+    assert of_all(a for a, _ in mixed) == of_all(store.batches(64, seed=1))[: 20 * 64]
+    assert of_all(b for _, b in mixed) == of_all(store.batches(64, seed=2))[: 20 * 64]
+
+
+def test_a_batch_that_is_kept_stays_as_it_was(store: Store):
+    kept = list(store.batches(64))
+    first = kept[0].values.clone()
+    parts = [rows.values[1:] for rows in store.batches(64)]
+    assert torch.equal(kept[0].values, first)
+    assert torch.equal(torch.cat(parts), torch.cat([rows.values[1:] for rows in kept]))
+
+
+def test_memory_is_used_again_only_when_nobody_holds_it():
+    slabs = Slabs()
+    first = slabs.empty(4, 8, torch.bfloat16)
+    view, address = first[1:], first.data_ptr()
+    del first
+    assert slabs.empty(4, 8, torch.bfloat16).data_ptr() != address
+    del view
+    assert slabs.empty(4, 8, torch.bfloat16).data_ptr() == address
+
+
+def test_int8_is_near_and_other_types_are_exact(tmp_path: Path):
+    for dtype, exact in (("fp16", torch.float16), ("int8", None)):
+        [store] = record(tmp_path / dtype, fake_shots(40), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
+        [rows] = store.batches(10**6)
+        made = torch.stack([activation(store.shot(shot), SITE, 8, 16)[token] for shot, token in places(rows)])
+        if exact:
+            assert torch.equal(rows.values, made.to(exact))
+        else:
+            assert rows.values.dtype == torch.float32
+            step = made.abs().amax(1, keepdim=True) / 127
+            assert bool(((rows.values - made).abs() <= step * 0.501).all())
+
+
+def test_rows_of_zeros_survive_int8(tmp_path: Path):
+    def dark(shots, sites, batch):
+        for each in FakeHarvest()(shots, sites, batch):
+            yield replace(each, values=each.values * 0)
+
+    [store] = record(tmp_path, fake_shots(8), [SITE], dark, replace(QUICK, dtype="int8"))
+    assert next(store.batches(64)).values.abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+def test_statistics_are_those_of_the_training_rows(tmp_path: Path, dtype):
+    [store] = record(tmp_path, fake_shots(160), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
+    x, found = torch.cat([rows.values.double() for rows in store.batches(100)]), store.statistics
+    torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.variance, x.var(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert found.count == len(x) == store.count()
+    assert found.peak_norm == pytest.approx(float(x.norm(dim=1).max()), rel=1e-5)
+    assert found.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
+    assert found.sampled == 16 * 16
+    in_order = torch.cat([rows.values.double() for rows in store.batches(100, seed=None)])
+    sample = in_order[torch.arange(256) * len(x) // 256]
+    torch.testing.assert_close(found.covariance, torch.cov(sample.T, correction=0), rtol=1e-9, atol=1e-9)
+
+
+def test_an_axis_far_from_zero_keeps_its_variance(tmp_path: Path):
+    def shifted(shots, sites, batch):
+        for each in FakeHarvest()(shots, sites, batch):
+            yield replace(each, values=(each.values[..., :1] / 16).round() / 16 + torch.tensor([0.0, 1000.0]))
+
+    [store] = record(tmp_path, fake_shots(160), [SITE], shifted, replace(QUICK, dtype="fp16"))
+    x = torch.cat([rows.values.double() for rows in store.batches(100)])
+    torch.testing.assert_close(store.statistics.variance, x.var(0, correction=0), rtol=1e-6, atol=0)
+
+
+def test_a_store_in_the_making_can_be_read(tmp_path: Path):
+    def breaking(shots, sites, batch):
+        if any(shot.prompt == "star 100" for shot in shots):
+            raise KeyboardInterrupt
+        return FakeHarvest()(shots, sites, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        record(tmp_path, fake_shots(200), [SITE], breaking, QUICK)
+    store = Store.open(tmp_path / SITE.folder)
+    assert not store.complete
+    assert store.verify() == 2 * 25 + 1
+    assert store.statistics.count == store.count() == len(of_all(store.batches(64)))
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
+    dice = random.Random(0)
+    files = sorted(store.folder.iterdir())
+    for path in files + dice.choices(files, k=20):
+        content = bytearray(path.read_bytes())
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(BrokenFile, match=path.name):
+            Store.open(store.folder).verify()
+        path.write_bytes(before)
+    assert Store.open(store.folder).verify() == len(files)
+
+
+def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
+    path = store.folder / "shard-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BrokenFile, match=r"shard-00002.*Delete the shard's two files"):
+        list(store.batches(64))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "complaint"),
+    [
+        ({"size": 0}, BadInput, "Batches of 0 rows"),
+        ({"rank": 2, "of": 2}, BadInput, "Rank 2 of 2"),
+        ({"start": -1}, BadInput, "batch -1"),
+        ({"window": 0}, BadInput, "window of 0"),
+    ],
+)
+def test_what_cannot_be_read_is_said(store: Store, how, error, complaint: str):
+    with pytest.raises(error, match=complaint):
+        store.batches(**{"size": 8, **how})
+
+
+def test_an_unknown_split_is_an_error(store: Store):
+    # With shapes and types enforced, the second error comes first.
+    with pytest.raises((UnknownName, TypeCheckError), match="test"):
+        store.batches(8, split="test")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_split_without_rows_is_an_error(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(4), [SITE], FakeHarvest(), QUICK)
+    with pytest.raises(BadInput, match="no rows of the split 'held-out'"):
+        store.batches(8, split="held-out")
+
+
+def test_a_number_beyond_the_store_is_an_error(store: Store):
+    for number in (200, -1, 10**9):
+        with pytest.raises(UnknownName, match="holds 200 shots"):
+            store.shot(number)
+
+
+def test_a_folder_that_is_no_store_is_said(tmp_path: Path):
+    with pytest.raises(UnknownName, match="not a store"):
+        Store.open(tmp_path)
+
+
+MEMORY = """
+import json, os, sys, resource
+from pathlib import Path
+import torch
+from difflex.records import Shot, Site
+from difflex.store.manifest import Entry, Manifest, new_head, shard_paths
+from difflex.store.shard import Form, _header, _parts
+from difflex.store import Store
+
+folder, shards, shots = Path(sys.argv[1]), int(sys.argv[2]), 170
+form = Form(Site("double.18"), "bf16", 256, 3072)
+header, parts = _header(form, shots), _parts(form, shots)
+for number in range(shards):
+    with shard_paths(folder, number)[0].open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + parts["totals"].start + 24)
+    shard_paths(folder, number)[1].write_text("")
+shot = Shot(model="none", pixels=(256, 256), steps=1, guidance=0.0)
+entry = Entry(shots=shots, held_out=(3,), sha256="", shots_sha256="")
+head = new_head(form, shot, (16, 16), shots, 1, "")
+Manifest(head=head, shards=dict.fromkeys(range(shards), entry), statistics=None).write(folder, 0)
+store = Store.open(folder)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, read = peak(), 0
+for rows in store.batches(1024, window=4096):
+    read += rows.values.nbytes
+    if read > 250e6:
+        break
+print(json.dumps({"size": sum(path.stat().st_size for path in folder.iterdir()), "read": read, "more": peak() - before}))
+"""
+
+
+def test_memory_does_not_grow_with_a_store_of_100_gb(tmp_path: Path):
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), "375"], capture_output=True, text=True, check=True)
+    said = eval(done.stdout)
+    assert said["size"] > 100e9
+    assert said["read"] > 250e6
+    row = 2 * 3072
+    # A window, a batch being filled, one in the reader's hands, and small change.
+    assert said["more"] < (4096 + 2 * 1024) * row * 2 + 30e6

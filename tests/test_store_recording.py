@@ -1,0 +1,293 @@
+"""Recording: the same bytes whatever happens on the way, and a clear word where it cannot go on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_harvest import SITES, FakeHarvest, activation, fake_shots
+from jaxtyping import TypeCheckError
+from safetensors.torch import load_file
+
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
+from difflex.records import Activations, Shot, Site
+from difflex.store import Recording, Store, record
+
+SCRIPT = Path(__file__).parent / "fake_harvest.py"
+SITE = SITES[0]
+QUICK = Recording(batch=4, shard_bytes=0, progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def script(folder: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(folder), *flags]
+
+
+def killed(command: Sequence[str], after: float) -> bool:
+    """Whether the process had to be killed: `after` seconds after it began to record it had not ended."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"begins\n"
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+        return process.wait() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording that nothing disturbed: 24 shards at each of three sites."""
+    folder = tmp_path_factory.mktemp("whole")
+    record(folder, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    return folder
+
+
+def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path: Path, whole: Path):
+    moments = random.Random(4)
+    kills = [killed(script(tmp_path, "--delay", "0.05"), moments.uniform(0, 0.5)) for _ in range(4)]
+    assert any(kills)
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_two_ranks_write_the_same_bytes_as_one_process(tmp_path: Path, whole: Path):
+    ranks = [subprocess.Popen(script(tmp_path, "--rank", str(rank), "--of", "2", "--delay", "0.01")) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_killed_rank_is_made_up_for_by_any_number_of_processes(tmp_path: Path, whole: Path):
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), replace(QUICK, rank=1, of=3))
+    assert not Store.open(tmp_path / SITE.folder).complete
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_every_row_comes_from_its_shot(whole: Path):
+    for site in SITES:
+        store = Store.open(whole / site.folder)
+        [rows] = store.batches(10**6, seed=None)
+        made = [
+            activation(store.shot(shot), site, store.tokens, 16)[token]
+            for shot, token in zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True)
+        ]
+        assert torch.equal(rows.values, torch.stack(made).bfloat16())
+
+
+def test_other_libraries_can_read_a_shard(whole: Path):
+    said = load_file(whole / SITE.folder / "shard-00000.safetensors")
+    assert said["values"].shape == (4 * 8, 16)
+    shots = json.loads((whole / SITE.folder / "shard-00000.json").read_text())["shots"]
+    assert [shot["prompt"] for shot in shots] == [f"star {i}" for i in range(4)]
+
+
+def test_what_is_complete_costs_nothing_again(whole: Path):
+    before, harvest = contents(whole), FakeHarvest()
+    record(whole, fake_shots(96), SITES, harvest, QUICK)
+    assert harvest.made == 0
+    assert contents(whole) == before
+
+
+def test_more_tokens_are_added_to_what_is_there(tmp_path: Path, whole: Path):
+    record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=18 * 4))
+    harvest = FakeHarvest()
+    record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
+    assert harvest.made == 96 - 16
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_further_site_harvests_only_that(tmp_path: Path, whole: Path):
+    record(tmp_path, fake_shots(96), SITES[1:], FakeHarvest(), QUICK)
+    asked: list[Site] = []
+
+    def watched(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+        asked.extend(sites)
+        return FakeHarvest()(shots, sites, batch)
+
+    record(tmp_path, fake_shots(96), SITES, watched, QUICK)
+    assert set(asked) == {SITE}
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_shards_hold_whole_batches_and_whole_runs(tmp_path: Path):
+    settings = Recording(batch=3, shard_bytes=5000, progress=False, tokens=1000)
+    [store] = record(tmp_path, fake_shots(None, steps=2), [SITE], FakeHarvest(), settings)
+    shards = [json.loads(path.read_text())["shots"] for path in sorted(store.folder.glob("shard-*.json"))]
+    assert {len(shots) % 6 for shots in shards[:-1]} == {0}
+    assert sum(map(len, shards)) * 8 == 1008
+
+
+@pytest.mark.parametrize("moment", ["shard", "shots"])
+def test_a_deleted_shard_is_made_again_and_no_other(tmp_path: Path, whole: Path, moment: str):
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    name = {"shard": "shard-00003.safetensors", "shots": "shard-00003.json"}[moment]
+    (tmp_path / SITE.folder / name).unlink()
+    with pytest.raises(BrokenFile, match=name):
+        Store.open(tmp_path / SITE.folder)
+    harvest = FakeHarvest()
+    record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
+    assert harvest.made == 4
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "statistics.safetensors"])
+def test_a_deleted_summary_is_written_again_from_the_shards(tmp_path: Path, whole: Path, name: str):
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    (tmp_path / SITE.folder / name).unlink()
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"dtype": "int8"}, "another dtype: 'bf16' then, 'int8' now"),
+        ({"batch": 8}, "another batch: 4 then, 8 now"),
+        ({"source": "other.txt"}, "The prompts have changed"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_changed(whole: Path, change: dict[str, object], complaint: str):
+    before = contents(whole)
+    with pytest.raises(StaleWork, match=complaint):
+        record(whole, fake_shots(96), SITES, FakeHarvest(), replace(QUICK, **change))
+    assert contents(whole) == before
+
+
+def test_changed_prompts_are_refused_and_both_are_named(whole: Path):
+    before = contents(whole)
+    prompts = [replace(shot, prompt="a moon", split="train") if i == 9 else shot for i, shot in enumerate(fake_shots(96))]
+    with pytest.raises(StaleWork, match=r"'star 9'.*asked is 'a moon'"):
+        record(whole, prompts, SITES, FakeHarvest(), QUICK)
+    assert contents(whole) == before
+
+
+def test_a_harvest_of_another_width_is_refused(tmp_path: Path):
+    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+    with pytest.raises(StaleWork, match="of width 16; the harvest gave 8 of width 32"):
+        record(tmp_path, fake_shots(96), [SITE], FakeHarvest(width=32), QUICK)
+    assert Store.open(tmp_path / SITE.folder).verify() == 2 * 2 + 2
+
+
+def test_a_foreign_format_is_refused_and_left_alone(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+    manifest = store.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    before = contents(tmp_path)
+    for work in (lambda: Store.open(store.folder), lambda: record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)):
+        with pytest.raises(BrokenFile, match="format 2; this difflex reads format 1"):
+            work()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("kilobytes", [1, 40, 80])
+def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(tmp_path: Path, kilobytes: int):
+    # A limit on the size of a file is met exactly as a full disk is: a write comes back short, the next one fails.
+    command = "ulimit -f $1; shift; exec " + '"$@"'
+    flags = ("--width", "512", "--runs", "32")
+    full = subprocess.run(
+        ["bash", "-c", command, "bash", str(kilobytes), *script(tmp_path, *flags)], capture_output=True, text=True
+    )
+    assert full.returncode == 1
+    assert "OutOfSpace" in full.stderr and "give the same command again" in full.stderr
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == []
+    stores = [Store.open(path.parent) for path in tmp_path.rglob("manifest.json")]
+    assert all(store.verify() for store in stores)
+    assert all(store.complete for store in record(tmp_path, fake_shots(32), SITES, FakeHarvest(width=512), QUICK))
+
+
+def test_too_large_a_plan_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(OutOfSpace, match=r"the limit is 1 kB.*Ask for \d+ tokens or fewer"):
+        record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=1000, limit=1000))
+    with pytest.raises(OutOfSpace, match="free on the disk"):
+        record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=10**15))
+    assert list(tmp_path.rglob("shard*")) == []
+
+
+def test_two_recordings_into_one_folder_are_noticed(tmp_path: Path):
+    def meanwhile(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+        with pytest.raises(BadInput, match="Another process is writing"):
+            record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+        return FakeHarvest()(shots, sites, batch)
+
+    [store] = record(tmp_path, fake_shots(8), [SITE], meanwhile, QUICK)
+    assert store.complete
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path):
+    (tmp_path / SITE.folder).mkdir()
+    for rank in range(2):
+        (tmp_path / SITE.folder / f".shard-00007.safetensors.{rank}.tmp").write_text("half")
+    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, rank=1, of=2))
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == [".shard-00007.safetensors.0.tmp"]
+    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_values_beyond_fp16_are_an_error_that_names_the_shot(tmp_path: Path):
+    def hot(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+        for each in FakeHarvest()(shots, sites, batch):
+            yield replace(each, values=each.values * 1e5)
+
+    with pytest.raises(NonFinite, match=r"'star 0' \(seed 0\) at the site 'double.1'.*bf16"):
+        record(tmp_path, fake_shots(8), [SITE], hot, replace(QUICK, dtype="fp16"))
+    [store] = record(tmp_path, fake_shots(8), [SITE], hot, QUICK)
+    assert store.complete
+
+
+def leaving_out(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+    yield from (each for each in FakeHarvest()(shots, sites, batch) if "star 4" not in {shot.prompt for shot in each.shots})
+
+
+def silent(shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> list[Activations]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "complaint"),
+    [
+        (lambda to: record(to, fake_shots(8), [SITE], leaving_out, QUICK), BadInput, "gave other shots"),
+        (lambda to: record(to, fake_shots(8), [SITE], silent, QUICK), BadInput, "gave nothing at the site 'double.1'"),
+        (lambda to: record(to, [], [SITE], FakeHarvest(), QUICK), BadInput, "no shot was given"),
+        (lambda to: record(to, fake_shots(8), [], FakeHarvest(), QUICK), BadInput, "No site"),
+        (lambda to: record(to, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, tokens=0)), BadInput, "0 tokens"),
+        (lambda to: record(to, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, batch=0)), BadInput, "Batches of 0"),
+        (lambda to: record(to, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, rank=2, of=2)), BadInput, "Rank 2 of 2"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said(tmp_path: Path, work, error: type[DifflexError], complaint: str):
+    with pytest.raises(error, match=complaint):
+        work(tmp_path)
+
+
+def test_an_unknown_storage_type_is_refused(tmp_path: Path):
+    # With shapes and types enforced, the second error comes first.
+    with pytest.raises((UnknownName, TypeCheckError), match="fp32"):
+        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), Recording(dtype="fp32"))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_shot_whose_split_is_not_that_of_its_prompt_is_refused(tmp_path: Path):
+    wrong = [replace(shot, split="held-out") for shot in fake_shots(1)]
+    with pytest.raises(BadInput, match="'held-out', the hash of its prompt says 'train'"):
+        record(tmp_path, wrong, [SITE], FakeHarvest(), QUICK)
+
+
+def test_prompts_that_run_out_are_warned_of(tmp_path: Path):
+    with pytest.warns(UserWarning, match="gave 8 shots where 125 were wanted"):
+        [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, tokens=1000))
+    assert store.complete
+
+
+def test_recording_leaves_no_thread_and_no_file_open(tmp_path: Path):
+    open_before = len(os.listdir("/proc/self/fd"))
+    record(tmp_path, fake_shots(32), SITES, FakeHarvest(), QUICK)
+    assert len(os.listdir("/proc/self/fd")) == open_before
