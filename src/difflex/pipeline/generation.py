@@ -1,6 +1,5 @@
-"""What is asked of a model and what comes back: sizes, words, the split of prompts, pictures with their shots."""
+"""What is asked of a model and what comes back: sizes, words, pictures with their shots."""
 
-import hashlib
 import re
 import warnings
 from collections.abc import Iterable
@@ -10,9 +9,9 @@ from PIL import Image
 
 from difflex.errors import BadInput
 from difflex.pipeline.loading import Card
-from difflex.records import Shot, Split
+from difflex.records import Shot
 
-__all__ = ["Generated", "check_size", "split_of", "warn_of_unknown_words"]
+__all__ = ["Generated", "check_size", "warn_of_unknown_words"]
 
 
 class Generated(NamedTuple):
@@ -20,12 +19,6 @@ class Generated(NamedTuple):
 
     picture: Image.Image
     shot: Shot
-
-
-def split_of(content: str | bytes) -> Split:
-    """`held-out` for a fixed tenth of all prompts or pictures, chosen by a hash of the content."""
-    digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
-    return "held-out" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
 
 def check_size(pixels: tuple[int, int], card: Card, stride: int) -> None:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from difflex.errors import BadInput
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.generation import check_size, split_of
+from difflex.pipeline.generation import check_size
 from difflex.pipeline.harvesting import collect, yielded
 from difflex.pipeline.sites import Located
-from difflex.records import Activations, Shot
+from difflex.records import Activations, Shot, split_of
 
 __all__ = ["Picture", "harvest_pictures"]
 

@@ -14,14 +14,14 @@ from difflex.errors import BadInput
 from difflex.pipeline.clock import Half
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import family_of
-from difflex.pipeline.generation import Generated, check_size, split_of, warn_of_unknown_words
+from difflex.pipeline.generation import Generated, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import harvest
 from difflex.pipeline.hooks import Visit, visiting
 from difflex.pipeline.loading import DTYPES, Precision, Source, locate, read_card, read_pipeline
 from difflex.pipeline.pictures import Picture, harvest_pictures
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
-from difflex.records import Activations, Shot, Site
+from difflex.records import Activations, Shot, Site, split_of
 
 __all__ = ["Pipeline", "load"]
 
