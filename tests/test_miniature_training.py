@@ -22,7 +22,7 @@ from difflex.miniature.exporting import export, pictures
 from difflex.miniature.flow import FlowModel, FlowRecipe, Texts, batch_of, one_update, rate_factor
 from difflex.miniature.heldout import HeldOut
 from difflex.miniature.judge import Judge
-from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow
+from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow, write_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -31,8 +31,8 @@ SHORT = FlowRecipe(updates=12, batch=4)
 
 
 @pytest.fixture(scope="module")
-def components():
-    return picture_components()
+def components(tmp_path_factory):
+    return picture_components(Workshop(folder=tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -156,20 +156,29 @@ def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
         train_flow(workshop, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
 
 
-def test_a_packed_state_is_half_as_large_and_continues(tmp_path, pipeline, components):
+def test_a_packed_run_is_half_as_large_and_continues(tmp_path, pipeline, components):
+    run, packed = Workshop(folder=tmp_path), Workshop(folder=tmp_path / "packed")
     state = FlowState(FlowModel(pipeline), SHORT)
     batch = batch_of(draw(torch.arange(4)), components, Texts(pipeline), [""] * 4)
     one_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
     state.update = 1
-    state.save(tmp_path / "flow.safetensors")
-    pack(tmp_path / "flow.safetensors", tmp_path / "packed.safetensors")
-    assert (tmp_path / "packed.safetensors").stat().st_size < 0.5 * (tmp_path / "flow.safetensors").stat().st_size
+    state.save(run.flow)
+    pack(run, packed)
+    assert packed.flow.stat().st_size < 0.5 * run.flow.stat().st_size
     again = FlowState(FlowModel(untrained_pipeline(TINY, 1)), SHORT)
-    again.restore(tmp_path / "packed.safetensors")
+    again.restore(packed.flow)
     assert again.update == 1
     for x, y in zip(state.model.parameters(), again.model.parameters(), strict=True):
         assert torch.allclose(x, y, rtol=1e-2, atol=1e-3)
     one_update(again.model, again.average, again.optimisers, batch, SHORT, 1)
+
+
+def test_a_run_keeps_the_components_it_began_with(tmp_path):
+    run = Workshop(folder=tmp_path)
+    first = picture_components(run)
+    changed = first._replace(weights=-first.weights)
+    write_tensors(run.components, changed._asdict(), {})
+    assert torch.equal(picture_components(run).weights, changed.weights)
 
 
 def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):

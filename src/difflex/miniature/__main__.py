@@ -39,10 +39,10 @@ def _training_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb.add_argument("--threads", type=int, default=torch.get_num_threads(), help="processor threads")
     verb.add_argument("--seed", type=int, default=0)
     verb.set_defaults(run=_train)
-    verb = verbs.add_parser("pack", help="make a training state small enough to travel")
+    verb = verbs.add_parser("pack", help="copy a run in a form small enough to travel; train goes on from the copy")
     verb.add_argument("folder", type=Path)
-    verb.add_argument("target", type=Path, help="the file to write")
-    verb.set_defaults(run=lambda asked: pack(Workshop(folder=asked.folder).flow, asked.target))
+    verb.add_argument("target", type=Path, help="the folder to write")
+    verb.set_defaults(run=lambda asked: pack(Workshop(folder=asked.folder), Workshop(folder=asked.target)))
 
 
 def _reading_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

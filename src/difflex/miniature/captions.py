@@ -1,7 +1,11 @@
 """Captions: a scene put into words, and words read back into what they ask for."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
+
+import torch
 
 from difflex.miniature.world import (
     BACKGROUNDS,
@@ -14,6 +18,7 @@ from difflex.miniature.world import (
     STYLES,
     TEXTURES,
     Specs,
+    scenes,
     uniform,
 )
 
@@ -21,6 +26,7 @@ GLUE = ("a", "and", "at", "on", "the", "in", "of", "with", "picture", "style", "
 PLURALS = tuple(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)
 WORDS = tuple(sorted({*SHAPES, *PLURALS, *COLOURS, *TEXTURES, *SIZES, *ROWS, *COLUMNS, *BACKGROUNDS, *STYLES, *COUNTS, *GLUE}))
 """Every word that a caption can hold."""
+CHUNK = 256
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Relation -> the step, in columns and rows, from the second object to the first."""
 
@@ -60,6 +66,12 @@ def write(specs: Specs) -> list[str]:
         _caption(count, ground, style, [tuple(part[i][slot] for part in objects) for slot in range(count)], u[i])
         for i, (count, ground, style) in enumerate(zip(*rows, strict=True))
     ]
+
+
+def endless(start: int = 0) -> Iterator[str]:
+    """The captions of all scenes from the one of seed `start` on."""
+    for first in count(start, CHUNK):
+        yield from write(scenes(torch.arange(first, first + CHUNK)))
 
 
 def _caption(count: int, ground: int, style: int, objects: list[tuple[int, ...]], u: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,6 +44,10 @@ class Workshop:
         return self.folder / "judge.safetensors"
 
     @property
+    def components(self) -> Path:
+        return self.folder / "components.safetensors"
+
+    @property
     def autoencoder(self) -> Path:
         return self.folder / "vae"
 
@@ -77,14 +82,17 @@ def train_judge(workshop: Workshop, updates: int) -> None:
     save_judge(judge, workshop.judge)
 
 
-def picture_components() -> Components:
-    """The components of the drawn world's patches."""
-    return Components.of(draw(torch.arange(512)).pictures * 2 - 1)
+def picture_components(workshop: Workshop) -> Components:
+    """The components of the drawn world's patches: fitted once for a run and kept, since latents mean nothing without them."""
+    if not workshop.components.exists():
+        components = Components.of(draw(torch.arange(512)).pictures * 2 - 1)
+        write_tensors(workshop.components, components._asdict(), {})
+    return Components(**load_file(workshop.components))
 
 
 def train_autoencoder(workshop: Workshop, vae: AutoencoderKL, updates: int) -> None:
-    """Fits the encoder, trains the decoder, saves both."""
-    components = picture_components()
+    """Writes the encoder, trains the decoder, saves both."""
+    components = picture_components(workshop)
     write_encoder(vae, components)
     batches = (draw(torch.arange(32) + i * 32).pictures * 2 - 1 for i in range(updates))
     for _ in _shown(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
@@ -94,7 +102,7 @@ def train_autoencoder(workshop: Workshop, vae: AutoencoderKL, updates: int) -> N
 
 def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
     """Trains transformer and text encoders until the recipe's end or the time `until`."""
-    components, texts = picture_components(), Texts(pipeline)
+    components, texts = picture_components(workshop), Texts(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
     state.restore(workshop.flow)
     held_out: HeldOut | None = None
@@ -183,17 +191,25 @@ def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: d
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def pack(source: Path, target: Path) -> None:
-    """A state small enough to travel: parameters and second moments in bfloat16, first moments and average left behind."""
-    with safe_open(source, "pt") as opened:
+def pack(source: Workshop, target: Workshop) -> None:
+    """Copies a run in a form small enough to travel, from which `train` goes on.
+
+    The flow's parameters and second moments are kept in bfloat16; first moments and average, soon regained, stay behind.
+    """
+    target.folder.mkdir(parents=True, exist_ok=True)
+    for file in (source.judge, source.components, source.log):
+        if file.exists():
+            shutil.copy(file, target.folder)
+    if source.autoencoder.exists():
+        shutil.copytree(source.autoencoder, target.autoencoder, dirs_exist_ok=True)
+    with safe_open(source.flow, "pt") as opened:
         about = opened.metadata()
     keep = ("model.", "optimiser.1.")
-    tensors = {name: x for name, x in load_file(source).items() if name.startswith(keep)}
-    tensors = {
+    tensors = {name: x for name, x in load_file(source.flow).items() if name.startswith(keep)}
+    small = {
         name: torch.zeros_like(x) if name.endswith("exp_avg") else x.bfloat16() if x.ndim else x for name, x in tensors.items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(target, tensors, about)
+    write_tensors(target.flow, small, about)
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
