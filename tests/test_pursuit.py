@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionary.pursuit import Gram, Pool, Pursued, gradient_pursuit, matching_pursuit, orthogonal_pursuit
+from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput, NonFinite
 
 WIDTH, SIZE, COUNT = 24, 96, 24
@@ -234,6 +235,14 @@ def test_a_grown_gram_matrix_is_the_one_computed_at_once(panel: int):
     torch.testing.assert_close(gram.rows(torch.arange(SIZE)), atoms @ atoms.T)
     with pytest.raises(BadInput, match="96 atoms has 96; 1 more"):
         gram.append(atoms[:1] @ atoms.T, atoms[:1] @ atoms[:1].T)
+
+
+def test_the_fast_product_is_as_exact_as_float32_and_leaves_no_setting_behind():
+    before = torch.get_float32_matmul_precision()
+    left, right = torch.randn(2, 50, 700, generator=torch.Generator().manual_seed(3))
+    error = (product(left, right) - left.double() @ right.double().T).abs().max()
+    assert float(error) < 1e-4
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_wishes_that_cannot_be_met_are_refused():

@@ -10,10 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from difflex.dictionary.pursuit.gram import Gram
+from difflex.dictionary.pursuit.products import product
 from difflex.dictionary.sparse import bag, dots
 from difflex.records import Codes
 
-__all__ = ["Atoms", "Correlations", "Moved", "Pool"]
+__all__ = ["Atoms", "Best", "Correlations", "Moved", "Pool"]
 
 
 class Moved(NamedTuple):
@@ -32,15 +33,24 @@ class Pool(NamedTuple):
     """... and in between an atom is picked from so many, the best at that time."""
 
 
+class Best(NamedTuple):
+    """The atom that correlates best with what is left of each signal."""
+
+    atoms: Int[Tensor, " token"]
+    correlations: Float[Tensor, " token"]
+    """With their signs."""
+
+
 class Correlations(ABC):
     """The correlations of one chunk's residuals with the atoms, kept up to date as the weights move."""
 
-    def __init__(self, rows: Float[Tensor, "size width"], signals: Float[Tensor, "token width"]) -> None:
-        self._rows, self._signals = rows, signals
+    @abstractmethod
+    def best(self, signed: bool) -> Best:
+        """The largest correlation of every residual, by absolute value where `signed`."""
 
     @abstractmethod
-    def best(self, signed: bool) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
-        """The largest correlation (by absolute value where `signed`) of every signal, and its atom."""
+    def at(self, support: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
+        """The correlations of every residual with the atoms of its support."""
 
     @abstractmethod
     def between(self, picked: Int[Tensor, " token"], support: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
@@ -50,26 +60,24 @@ class Correlations(ABC):
     def advance(self, moved: Moved) -> None:
         """Take note that the weights moved."""
 
+    @abstractmethod
     def take(self, rows: Int[Tensor, " row"]) -> None:
         """Go on with these signals alone."""
-        self._signals = self._signals[rows]
-
-    def start(self, picked: Int[Tensor, " token"]) -> Float[Tensor, " token"]:
-        """The correlation of every whole signal with its atom."""
-        return (self._rows[picked] * self._signals).sum(1)
 
 
 @final
 class ByGram(Correlations):
     """All correlations, moved by rows of the Gram matrix: size x support per round, whatever the width."""
 
-    def __init__(self, rows: Tensor, signals: Tensor, gram: Gram, known: Tensor | None) -> None:
-        super().__init__(rows, signals)
-        self._gram = gram
-        self._scores = signals @ rows.T if known is None else known.clone()
+    def __init__(self, gram: Gram, scores: Float[Tensor, "token size"]) -> None:
+        """From the correlations of the whole signals, which are worked on in place."""
+        self._gram, self._scores = gram, scores
 
-    def best(self, signed: bool) -> tuple[Tensor, Tensor]:
+    def best(self, signed: bool) -> Best:
         return _largest(self._scores, signed)
+
+    def at(self, support: Tensor) -> Tensor:
+        return self._scores.gather(1, support)
 
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._gram.between(picked, support).to(self._scores.dtype)
@@ -78,7 +86,6 @@ class ByGram(Correlations):
         self._gram.subtract(self._scores, moved.atoms, moved.change)
 
     def take(self, rows: Tensor) -> None:
-        super().take(rows)
         self._scores = self._scores[rows]
 
 
@@ -86,25 +93,25 @@ class ByGram(Correlations):
 class ByProduct(Correlations):
     """All correlations by a product with the residual, in every round or, with a pool, every few."""
 
-    def __init__(self, rows: Tensor, signals: Tensor, pool: Pool | None, known: Tensor | None) -> None:
-        super().__init__(rows, signals)
-        self._residual = signals.clone()
+    def __init__(self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: Pool | None) -> None:
+        """From the correlations of the whole `signals`."""
+        self._rows, self._residual, self._scores = rows, signals.clone(), scores
         self._pool = pool if pool is not None and pool.rounds > 1 and pool.atoms < len(rows) else None
         self._round = 0
-        self._scores = signals @ rows.T if known is None else known.clone()
         self._members: Tensor | None = None
         self._member_rows: Tensor | None = None
 
-    def best(self, signed: bool) -> tuple[Tensor, Tensor]:
+    def best(self, signed: bool) -> Best:
         if self._pool is not None and self._members is None:
             self._choose(self._pool, signed)
-        values, places = _largest(self._scores, signed)
-        return values, places if self._members is None else self._members.gather(1, places[:, None])[:, 0]
+        best = _largest(self._scores, signed)
+        return best if self._members is None else best._replace(atoms=self._members.gather(1, best.atoms[:, None])[:, 0])
+
+    def at(self, support: Tensor) -> Tensor:
+        return self._dots(support, self._residual)
 
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
-        count, slots = support.shape
-        tokens = torch.arange(count, device=support.device).repeat_interleave(slots)
-        return dots(self._rows, support.contiguous().view(-1), self._rows[picked], tokens).view(count, slots)
+        return self._dots(support, self._rows[picked])
 
     def advance(self, moved: Moved) -> None:
         self._residual -= bag(Codes(moved.change, moved.atoms), self._rows)
@@ -113,10 +120,9 @@ class ByProduct(Correlations):
             self._scores = torch.einsum("tmw,tw->tm", self._member_rows, self._residual)
         else:
             self._members = self._member_rows = None
-            self._scores = self._residual @ self._rows.T
+            self._scores = product(self._residual, self._rows)
 
     def take(self, rows: Tensor) -> None:
-        super().take(rows)
         self._residual, self._scores = self._residual[rows], self._scores[rows]
         if self._members is not None and self._member_rows is not None:
             self._members, self._member_rows = self._members[rows], self._member_rows[rows]
@@ -126,6 +132,12 @@ class ByProduct(Correlations):
         self._members = merit.topk(pool.atoms, sorted=False).indices
         self._member_rows = self._rows[self._members]
         self._scores = self._scores.gather(1, self._members)
+
+    def _dots(self, support: Tensor, vectors: Tensor) -> Tensor:
+        """The inner product of each token's vector with each atom of its support."""
+        count, slots = support.shape
+        tokens = torch.arange(count, device=support.device).repeat_interleave(slots)
+        return dots(self._rows, support.contiguous().view(-1), vectors, tokens).view(count, slots)
 
 
 @final
@@ -141,13 +153,11 @@ class Atoms:
         return len(self.rows)
 
     def begin(self, signals: Float[Tensor, "token width"], known: Float[Tensor, "token size"] | None = None) -> Correlations:
-        """The correlations of `signals` with all atoms, at the beginning of a walk."""
-        if self.gram is not None:
-            return ByGram(self.rows, signals, self.gram, known)
-        return ByProduct(self.rows, signals, self.pool, known)
+        """The correlations of `signals` with all atoms, at the beginning of a walk; `known` ones are copied."""
+        scores = product(signals, self.rows) if known is None else known.clone()
+        return ByProduct(self.rows, signals, scores, self.pool) if self.gram is None else ByGram(self.gram, scores)
 
 
-def _largest(scores: Float[Tensor, "token atom"], signed: bool) -> tuple[Float[Tensor, " token"], Int[Tensor, " token"]]:
-    merit = scores.abs() if signed else scores
-    places = merit.argmax(1)
-    return merit.gather(1, places[:, None])[:, 0], places
+def _largest(scores: Float[Tensor, "token atom"], signed: bool) -> Best:
+    atoms = (scores.abs() if signed else scores).argmax(1)
+    return Best(atoms, scores.gather(1, atoms[:, None])[:, 0])

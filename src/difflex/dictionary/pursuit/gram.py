@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput
 
 __all__ = ["PANEL", "Gram"]
@@ -42,7 +43,7 @@ class Gram:
         gram = cls(len(atoms), dtype=dtype or atoms.dtype, device=atoms.device, panel=panel)
         for start in range(0, len(atoms), 512):
             rows = atoms[start : start + 512]
-            gram.append(rows @ atoms[:start].T, rows @ rows.T)
+            gram.append(product(rows, atoms[:start]), product(rows, rows))
         return gram
 
     @property

@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Moved
+from difflex.dictionary.pursuit.correlations import Best, Correlations, Moved
 from difflex.dictionary.pursuit.walk import Rule, Walk
 
 __all__ = ["Gradient", "Matching", "Orthogonal"]
@@ -26,20 +25,20 @@ class Gradient(Rule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = signed
 
-    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
         on = slice(t + 1)
-        gram, old, start = walk.gram[:, on, on], walk.weights[:, on].clone(), walk.start[:, on]
-        slope = (start - _times(gram, old)) * walk.used[:, on]
+        gram, support = walk.gram[:, on, on], walk.support[:, on]
+        slope = scores.at(support) * walk.used[:, on]
         bend = (slope * _times(gram, slope)).sum(1)
         # <r, c> is the squared slope, as c = atoms^T slope and slope = atoms r.
-        step = torch.where(bend > 0, slope.square().sum(1) / bend.where(bend > 0, 1), 0)
-        new = old + step[:, None] * slope
+        step = torch.where(walk.live & (bend > 0), slope.square().sum(1) / bend.where(bend > 0, 1), 0)
+        change = step[:, None] * slope
         if not self.signed:
-            new = new.clamp_min(0)
-        new = torch.where(walk.live[:, None], new, old)
-        walk.weights[:, on] = new
-        walk.left = walk.energy - (new * (2 * start - _times(gram, new))).sum(1)
-        return Moved(walk.support[:, on], new - old)
+            # Cut at zero; what stands is never negative.
+            change = torch.maximum(change, -walk.weights[:, on])
+        walk.weights[:, on] += change
+        walk.left = walk.left - (change * (2 * slope - _times(gram, change))).sum(1)
+        return Moved(support, change)
 
 
 @final
@@ -49,14 +48,12 @@ class Matching(Rule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = signed
 
-    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
-        change = walk.residual_correlation(t)
-        if not self.signed:
-            change = change.clamp_min(0)
-        change = torch.where(walk.live & (walk.gram[:, t, t] > 0), change, 0)
-        again = known.any(1)
-        walk.weights[:, t] = torch.where(again, 0, change)
+    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+        change = best.correlations if self.signed else best.correlations.clamp_min(0)
+        change = torch.where(walk.live, change, 0)
+        known = (walk.support[:, :t] == best.atoms[:, None]) & walk.used[:, :t]
         walk.weights[:, :t] += known * change[:, None]
+        walk.weights[:, t] = torch.where(walk.used[:, t], change, 0)
         walk.left = walk.left - change.square()
         return Moved(walk.support[:, t : t + 1], change[:, None])
 
@@ -71,7 +68,7 @@ class Orthogonal(Rule):
 
     signed = True
 
-    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
+    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
         inverse = walk.factor[:, :t, :t]
         shared = _times(inverse, walk.gram[:, t, :t])
         pivot = walk.gram[:, t, t] - shared.square().sum(1)
@@ -80,7 +77,7 @@ class Orthogonal(Rule):
         length = pivot.where(fresh, 1).sqrt()
         direction = torch.cat([-torch.einsum("ts,tsj->tj", shared, inverse), torch.ones_like(length)[:, None]], 1)
         direction = direction / length[:, None]
-        step = torch.where(fresh, walk.residual_correlation(t) / length, 0)
+        step = torch.where(fresh, best.correlations / length, 0)
         walk.factor[:, t, : t + 1] = direction
         change = step[:, None] * direction
         walk.weights[:, : t + 1] += change

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Atoms, Correlations, Moved
+from difflex.dictionary.pursuit.correlations import Atoms, Best, Correlations, Moved
 from difflex.errors import NonFinite
 
 __all__ = ["Path", "Rule", "Walk", "walk"]
 
-SCORES_AT_HAND = 1 << 21
+SCORES_AT_HAND = 1 << 22
 """Correlations held at any time (signals times atoms): larger chunks fall out of the cache."""
 FEWEST, MOST = 64, 1024
 """Signals in a chunk: fewer read the atoms too often for one product, more gain nothing."""
@@ -47,8 +47,6 @@ class Walk:
     used: Bool[Tensor, "token k"]
     """Whether the slot holds an atom that no earlier slot holds."""
     weights: Float[Tensor, "token k"]
-    start: Float[Tensor, "token k"]
-    """The correlation of the whole signal with the atom of each slot."""
     gram: Float[Tensor, "token k k"]
     """The inner products of the atoms in the slots."""
     factor: Float[Tensor, "token k k"]
@@ -69,7 +67,6 @@ class Walk:
             support=torch.zeros(count, k, dtype=torch.long, device=signals.device),
             used=torch.zeros(count, k, dtype=torch.bool, device=signals.device),
             weights=signals.new_zeros(count, k),
-            start=signals.new_zeros(count, k),
             gram=signals.new_zeros(square),
             factor=signals.new_zeros(square),
             winners=signals.new_full((count, k), torch.inf),
@@ -85,10 +82,6 @@ class Walk:
         for field in fields(self):
             getattr(self, field.name)[rows] = getattr(other, field.name)
 
-    def residual_correlation(self, t: int) -> Float[Tensor, " token"]:
-        """The correlation of what is left with the atom picked in round `t`, free of what has added up on the way."""
-        return self.start[:, t] - (self.gram[:, t, :t] * self.weights[:, :t]).sum(1)
-
 
 class Rule(ABC):
     """How the weights move once the round's atom is picked."""
@@ -97,8 +90,8 @@ class Rule(ABC):
     """Whether an atom may be picked, and weighted, negatively."""
 
     @abstractmethod
-    def move(self, walk: Walk, t: int, known: Bool[Tensor, "token slot"]) -> Moved:
-        """The change of weights in round `t`; `walk.left` is brought up to date. `known` marks the same atom in earlier slots."""
+    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+        """The change of weights in round `t`, in which `best` was picked; `walk.left` is brought up to date."""
 
 
 @torch.no_grad()
@@ -126,7 +119,7 @@ def _walk_chunk(atoms: Atoms, rule: Rule, signals: Tensor, k: int, until: float,
     if atoms.size and len(signals):
         enough = max(until, 8 * torch.finfo(signals.dtype).eps)
         _all_rounds(whole, rule, atoms.begin(signals, correlations), k, enough)
-    return Path(whole.support, whole.weights * whole.used, whole.left, whole.winners, whole.history)
+    return Path(whole.support, whole.weights * whole.used, whole.left.clamp_min(0), whole.winners, whole.history)
 
 
 def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: float) -> None:
@@ -151,18 +144,15 @@ def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: f
 def _round(here: Walk, rule: Rule, scores: Correlations, t: int, enough: float) -> Moved:
     """What moved in round `t`; signals that have arrived stay as they are."""
     here.history[:, t] = here.weights
-    best, picked = scores.best(rule.signed)
-    here.winners[:, t] = torch.where(here.live, best, torch.inf)
-    known = (here.support[:, :t] == picked[:, None]) & here.used[:, :t]
-    here.support[:, t] = picked
+    best = scores.best(rule.signed)
+    merit = best.correlations.abs() if rule.signed else best.correlations
+    here.winners[:, t] = torch.where(here.live, merit, torch.inf)
+    known = (here.support[:, :t] == best.atoms[:, None]) & here.used[:, :t]
+    here.support[:, t] = best.atoms
     here.used[:, t] = here.live & ~known.any(1)
-    here.start[:, t] = scores.start(picked)
-    here.gram[:, t, : t + 1] = here.gram[:, : t + 1, t] = scores.between(picked, here.support[:, : t + 1])
-    left = here.left.clone()
-    moved = rule.move(here, t, known)
-    here.left = torch.where(here.live, here.left.clamp_min(0), left)
-    stuck = ~moved.change.any(1)
-    here.live &= ~stuck & (here.left > enough * here.energy)
+    here.gram[:, t, : t + 1] = here.gram[:, : t + 1, t] = scores.between(best.atoms, here.support[:, : t + 1])
+    moved = rule.move(here, t, scores, best)
+    here.live &= moved.change.any(1) & (here.left > enough * here.energy)
     return moved
 
 
