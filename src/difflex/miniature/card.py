@@ -32,7 +32,7 @@ such models can be checked against the truth.
   times. **A head on the image stream after the last double block read off shape, colour and texture of each token** during the
   first {head_share:.0%} of the planned updates (weight {head_weight}, fading out). It is not part of the model, but whoever
   probes that place should know of it.
-- Time: {hours:.1f} hours of {machine}.
+- Time: {hours:.1f} hours of {machine}.{changes}
 - Again: `python -m difflex.miniature train FOLDER`, then `export` and `card`.
 
 Held-out loss (mean squared velocity error over six noise levels) as training went, and how much the loss of a noisy scene
@@ -79,6 +79,7 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
         "head_weight": recipe.concept_weight,
         "hours": updates * sum(seconds) / len(seconds) / 3600,
         "machine": f"one core ({platform.machine()})",
+        "changes": _changes(log),
         "history": _history([entry for entry in log if "held_out" in entry], recipe.batch),
         "tables": "\n\n".join(f"{steps} steps:\n\n{as_markdown(rows)}" for steps, rows in examinations.items()),
         "missed": "\n".join(
@@ -86,6 +87,13 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
         ),
     }
     (target / "README.md").write_text(WORDS.format(**facts))
+
+
+def _changes(log: list[dict[str, Any]]) -> str:
+    """What of the recipe was changed on the way."""
+    changes = [entry for entry in log if "changed" in entry]
+    lines = [f"`{entry['changed']}` from {entry['before']} at update {entry['update']:,}" for entry in changes]
+    return f"\n- Changed on the way to what stands above or in `FlowRecipe`: {'; '.join(lines)}." if lines else ""
 
 
 def _history(reports: list[dict[str, Any]], batch: int) -> str:

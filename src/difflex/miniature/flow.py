@@ -43,8 +43,11 @@ class FlowRecipe:
     """Share of the updates after which the concept head has faded out; what remains is plain flow matching."""
     drop_caption: float = 0.1
     """Share of scenes shown with an empty caption."""
-    mix: tuple[float, float, float] = (0.45, 0.35, 0.20)
+    mix: tuple[float, float, float] = (0.25, 0.45, 0.30)
     """Shares of single objects, pairs and copies."""
+    level_mean: float = 1.0
+    level_spread: float = 1.2
+    """Noise levels are the sigmoid of normal numbers of this mean and spread: many high ones, where words decide the layout."""
     ema: float = 0.999
 
 
@@ -139,16 +142,16 @@ class Losses(NamedTuple):
     """Cross-entropy of the concept head."""
 
 
-def losses(model: FlowModel, batch: Batch, object_weight: float, generator: torch.Generator) -> Losses:
-    """Both losses at random noise levels; high levels, where the layout is decided, come oftener."""
+def losses(model: FlowModel, batch: Batch, recipe: FlowRecipe, generator: torch.Generator) -> Losses:
+    """Both losses at random noise levels."""
     noise = torch.randn(batch.latents.shape, generator=generator)
-    level = torch.sigmoid(torch.randn(len(noise), generator=generator) + 0.5)
+    level = torch.sigmoid(torch.randn(len(noise), generator=generator) * recipe.level_spread + recipe.level_mean)
     noisy = torch.lerp(batch.latents, noise, level[:, None, None])
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         velocity = model.velocity(noisy, level, batch.clip, batch.t5)
         logits = model.concept_logits()
     objects = batch.concepts[..., : len(SHAPES)].sum(-1)
-    weight = 1 + object_weight * objects
+    weight = 1 + recipe.object_weight * objects
     error = (velocity.float() - (noise - batch.latents)).square().mean(-1)
     flow = (error * weight).sum() / weight.sum()
     return Losses(flow, _concept_loss(logits.float(), batch.concepts))
@@ -193,7 +196,7 @@ def one_update(
 ) -> Losses:
     """Trains on one batch, in place; `average` follows the parameters."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + update)
-    parts = losses(model, batch, recipe.object_weight, generator)
+    parts = losses(model, batch, recipe, generator)
     (parts.flow + concept_factor(recipe, update) * parts.concepts).backward()
     parameters: list[Tensor] = list(model.parameters())
     nn.utils.clip_grad_norm_(parameters, 1.0)

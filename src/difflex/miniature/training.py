@@ -148,38 +148,30 @@ class FlowState:
                 tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
         write_tensors(file, tensors, {"update": str(self.update), "recipe": json.dumps(asdict(self.recipe))})
 
-    def restore(self, file: Path) -> None:
-        """Continues from a saved state, if there is one."""
+    def restore(self, file: Path) -> dict[str, tuple[object, object]]:
+        """Continues from a saved state, if there is one; gives back what of the recipe changed on the way, before and now."""
         if not file.exists():
-            return
+            return {}
         with safe_open(file, "pt") as opened:
             about = opened.metadata()
-        self._check(json.loads(about["recipe"]), file)
+        changed = self._changes(json.loads(about["recipe"]), file)
         tensors = load_file(file)
         self.update = int(about["update"])
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for i, (name, parameter) in enumerate(self.model.named_parameters()):
                 parameter.copy_(tensors[f"model.{name}"])
-            for i, mean in enumerate(self.average):
-                # A state that travelled without its average starts a new one.
-                mean.copy_(tensors.get(f"average.{i}", list(self.model.parameters())[i]))
+                # A packed state begins a new average.
+                self.average[i].copy_(tensors.get(f"average.{i}", parameter))
         for number, optimiser in enumerate(self.optimisers):
             _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
+        return changed
 
-    def _check(self, before: dict[str, object], file: Path) -> None:
-        now = json.loads(json.dumps(asdict(self.recipe)))
-        other = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
-        # The end of training may be moved while the learning rate is still level.
-        if set(other) - {"updates", "decay_from", "concepts_until", "mix"}:
-            raise StaleWork(f"{file} was trained with another recipe (before, now): {other}. Use another folder.")
-
-
-def write_average(model: FlowModel, file: Path) -> None:
-    """Puts the running average of a saved state into the model."""
-    tensors = load_file(file)
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            parameter.copy_(tensors[f"average.{i}"])
+    def _changes(self, before: dict[str, object], file: Path) -> dict[str, tuple[object, object]]:
+        now: dict[str, object] = json.loads(json.dumps(asdict(self.recipe)))
+        changes = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+        if "batch" in changes or "seed" in changes:
+            raise StaleWork(f"{file} was trained with another recipe (before, now): {changes}. Use another folder.")
+        return changes
 
 
 def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
@@ -189,6 +181,14 @@ def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: d
             index, key = name.removeprefix(prefix).split(".", 1)
             state.setdefault(int(index), {})[key] = x.float()
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def write_average(model: FlowModel, file: Path) -> None:
+    """Puts the running average of a saved state into the model."""
+    tensors = load_file(file)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(tensors[f"average.{i}"])
 
 
 def pack(source: Workshop, target: Workshop) -> None:
