@@ -22,9 +22,10 @@ ARROWS: dict[str, set[str]] = {
     "miniature": {"records", "errors"},
     "dictionary": {"records", "errors"},
     "store": {"records", "errors"},
+    "study": {"records", "errors"},
     "training": {"records", "errors", "dictionary"},
     "difflex": {"records", "errors", "pipeline", "miniature"},
-    "cli": {"difflex", "records", "errors", "contact"},
+    "cli": {"difflex", "records", "errors", "contact", "store", "study", "miniature"},
     "testing": {"pipeline", "records", "errors"},
     "__main__": {"cli"},
 }

@@ -32,7 +32,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.cli.generate:Generate"),
+    "harvest": Verb("store a model's activations in a study", "difflex.cli.harvest:Harvest"),
     "models": Verb("list the models inside the package", "difflex.cli.models:Models"),
+    "verify": Verb("compare stored activations with their checksums", "difflex.cli.verify:Verify"),
 }
 
 

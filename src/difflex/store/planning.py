@@ -54,10 +54,10 @@ class Plan(NamedTuple):
 
     def said(self, ledgers: Sequence[Ledger]) -> str:
         """The plan in words: what each site will take on disk."""
+        shards = -(-self.total // self.shots_per_shard)
         return "\n".join(
             f"{ledger.site}: {self.total * ledger.head.tokens:,} rows of width {ledger.head.width} in {ledger.head.dtype}, "
-            f"{_size(self.total * _shot_bytes(ledger))} in {-(-self.total // self.shots_per_shard)} shards; "
-            f"{ledger.rows:,} rows are there"
+            f"{_size(self.total * _shot_bytes(ledger))} in {shards} shard{'s' * (shards > 1)}; {ledger.rows:,} rows are there"
             for ledger in ledgers
         )
 

@@ -1,0 +1,110 @@
+"""`difflex harvest`: activations of a model, stored in a study."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, final
+
+from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+import difflex
+from difflex.cli import Command
+from difflex.cli.flags import Pixels, Range
+from difflex.cli.prompts import CAPTIONS, Prompts, read_prompts
+from difflex.errors import BadInput
+from difflex.store import Recording, record
+from difflex.study import Study
+
+__all__ = ["Harvest"]
+
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+THE_MODELS_OWN = "(default: the model's own)"
+
+
+def _bytes(words: list[str]) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|TB)?", words[0])
+    if not found:
+        raise ValueError(f"'{words[0]}' is not a size on disk. Write a number and kB, MB, GB or TB: 100GB.")
+    return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+Bytes = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=_bytes,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Harvest(Command):
+    """Store a model's activations at one or several sites; given again it goes on, and under torchrun processes share the work."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A model inside the package, a folder, or a hub name."""
+    sites: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """Where to read: double.18, single.9:update, double.3:text; a star stands for any number."""
+    prompts: Annotated[str, arg(metavar="FILE")]
+    """A text file with a prompt a line, or `captions`: those of the drawn world, which do not end."""
+    out: Annotated[Path, arg(metavar="STUDY")]
+    """The folder of the study; begun if it is not there."""
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
+    """How many rows to store at each site."""
+    seeds: Range = range(1)
+    """Seeds for each prompt, which is encoded once for all of them; END is left out."""
+    shuffle: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: in the order of the file)")] = None
+    """Shuffle the prompts."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_MODELS_OWN)] = None
+    """Denoising steps."""
+    keep: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Which of the steps to read; END is left out."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
+    """Size of a picture; one number for a square."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
+    """How strongly the prompt is followed."""
+    batch: Annotated[int, arg(metavar="N")] = 16
+    """Pictures at once."""
+    dtype: Literal["bf16", "fp16", "int8"] = "bf16"
+    """How numbers are stored; int8 with a scale for each row."""
+    limit: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None
+    """What the activations may take on disk, as in 100GB; asked before anything is written."""
+
+    def __call__(self) -> None:
+        prompts = read_prompts(self.prompts, self.shuffle)
+        if prompts.is_endless and self.tokens is None:
+            raise BadInput(f"The {CAPTIONS} do not end: say how many --tokens to store.")
+        if not self.sites:
+            raise BadInput("No site was named: write --sites and one or several, as in --sites double.1 single.0:update")
+        settings = self._settings(prompts)
+        pipe = difflex.load(self.model)
+        sites = [located.site for located in pipe.engine.sites.expand(self.sites)]
+        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
+        study = Study.begin(self.out, pipe.name, pipe.revision)
+        for store in record(study.activations, shots, sites, partial(pipe.harvest, progress=False), settings):
+            state = "complete" if store.complete else "this process's share is done"
+            print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
+
+    def _settings(self, prompts: Prompts) -> Recording:
+        rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if "LOCAL_RANK" in os.environ:
+            # Each process sees a card of its own; to be said before torch looks for one.
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
+        order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
+        return Recording(
+            dtype=self.dtype,
+            tokens=self.tokens,
+            batch=self.batch,
+            limit=self.limit,
+            source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
+            rank=rank,
+            of=of,
+            progress=rank == 0,
+        )

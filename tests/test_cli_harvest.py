@@ -1,0 +1,157 @@
+"""`difflex harvest` and `difflex verify`: a real pipeline's activations, stored, resumed, shared by processes, verified."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import difflex
+from difflex.cli import main
+from difflex.records import Site
+from difflex.store import Store
+from difflex.testing import tiny_folder
+
+SITES = ["double.1", "single.*:update", "double.0:text"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("flux", tmp_path_factory.mktemp("models") / "tiny-flux")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"star {i}" for i in range(12)) + "\n")
+    return path
+
+
+def harvest(model: Path, prompts: Path, out: Path, *flags: str) -> int:
+    words = ["harvest", str(model), "--prompts", str(prompts), "--out", str(out), "--pixels", "16x24", "--batch", "4", *flags]
+    return main(words if "--sites" in flags else [*words, "--sites", *SITES])
+
+
+def contents(study: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(study)): path.read_bytes() for path in sorted(study.rglob("*")) if path.is_file()}
+
+
+def test_what_was_harvested_can_be_made_again_from_its_shot(model: Path, prompts: Path, tmp_path: Path):
+    assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "2") == 0
+    pipe = difflex.load(str(model))
+    for site in (Site("double.1"), Site("single.2", "update"), Site("double.0", stream="text")):
+        store = Store.open(tmp_path / "study" / "activations" / site.folder)
+        assert store.complete
+        [rows] = store.batches(10**6)
+        assert len(set(rows.shots.tolist())) * store.tokens == len(rows.shots)
+        for place in range(0, len(rows.shots), 97):
+            shot = store.shot(int(rows.shots[place]))
+            assert shot.seed in (3, 4) and shot.steps == 2 and shot.pixels == (16, 24)
+            [again] = pipe.harvest([shot], [site], progress=False)
+            torch.testing.assert_close(again.values[0][rows.tokens[place]].bfloat16(), rows.values[place], rtol=0.02, atol=0.01)
+
+
+def test_every_prompt_seed_and_step_is_harvested_once(model: Path, prompts: Path, tmp_path: Path):
+    assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "3", "--keep", "1:3") == 0
+    store = Store.open(tmp_path / "study" / "activations" / "double.1")
+    shots = {store.shot(number) for number in range(12 * 2 * 2)}
+    assert len({(shot.prompt, shot.seed, shot.timestep) for shot in shots}) == 12 * 2 * 2
+    assert len({shot.timestep for shot in shots}) == 2
+
+
+def test_the_same_command_again_adds_nothing_and_more_tokens_add(model: Path, prompts: Path, tmp_path: Path):
+    assert harvest(model, prompts, tmp_path / "once") == 0
+    assert harvest(model, prompts, tmp_path / "twice", "--tokens", "40") == 0
+    assert harvest(model, prompts, tmp_path / "twice") == 0
+    assert harvest(model, prompts, tmp_path / "twice") == 0
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+
+
+def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts: Path, tmp_path: Path):
+    assert harvest(model, prompts, tmp_path / "one") == 0
+    flags = ["--prompts", str(prompts), "--out", str(tmp_path / "two"), "--pixels", "16x24", "--batch", "4", "--sites", *SITES]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "difflex"]
+    subprocess.run([*torchrun, "harvest", str(model), *flags], check=True, capture_output=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_shuffle_keeps_the_prompts_and_changes_their_order(model: Path, prompts: Path, tmp_path: Path):
+    orders = []
+    for flags in ([], ["--shuffle", "1"], ["--shuffle", "1"]):
+        out = tmp_path / str(len(orders))
+        assert harvest(model, prompts, out, "--sites", "double.0", "--steps", "1", *flags) == 0
+        store = Store.open(out / "activations" / "double.0")
+        orders.append([store.shot(number).prompt for number in range(12)])
+    assert orders[0] != orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+@pytest.mark.filterwarnings("always:.*are cut there")  # the tiny model reads 24 letters
+def test_captions_do_not_end(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert harvest(model, Path("captions"), tmp_path) == 2
+    assert "--tokens" in capsys.readouterr().err
+    assert harvest(model, Path("captions"), tmp_path, "--tokens", "100", "--sites", "double.0") == 0
+
+
+def test_changed_prompts_are_refused(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0") == 0
+    before = contents(tmp_path / "study")
+    prompts.write_text(prompts.read_text() + "one more\n")
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0") == 2
+    assert "The prompts have changed" in capsys.readouterr().err
+    assert contents(tmp_path / "study") == before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9", "UTF-8"), (None, "not there")],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_said(
+    model: Path, tmp_path: Path, content: bytes | None, complaint: str, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert harvest(model, path, tmp_path / "study") == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(("size", "ends"), [("0.1kB", 2), ("1MB", 0)])
+def test_a_limit_is_asked_before_anything_is_stored(
+    model: Path, prompts: Path, tmp_path: Path, size: str, ends: int, capsys: pytest.CaptureFixture[str]
+):
+    assert harvest(model, prompts, tmp_path, "--sites", "double.0", "--limit", size) == ends
+    assert ("the limit is" in capsys.readouterr().err) == (ends == 2)
+    assert bool(list(tmp_path.rglob("shard*"))) == (ends == 0)
+
+
+def test_a_size_that_is_none_is_named(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        harvest(model, prompts, tmp_path, "--limit", "many")
+    assert "100GB" in capsys.readouterr().err
+
+
+def test_verify_tells_whole_from_broken(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "study")]) == 0
+    assert "double.0: 4 files, all as they were written\ndouble.1: 4 files" in capsys.readouterr().out
+    shard = tmp_path / "study" / "activations" / "double.1" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(["verify", str(tmp_path / "study")]) == 2
+    said = capsys.readouterr()
+    assert "double.0: 4 files, all" in said.out and "double.1: broken" in said.out
+    assert "shard-00000.safetensors" in said.err
+    for path in shard.parent.glob("shard*"):
+        path.unlink()
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+    assert main(["verify", str(tmp_path / "study")]) == 0
+
+
+def test_verify_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "not a study" in capsys.readouterr().err

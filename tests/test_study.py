@@ -1,0 +1,74 @@
+"""The study folder: begun once, of one model, recognised again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.records import Site
+from difflex.study import Study
+
+
+def test_a_study_that_was_begun_is_opened_again(tmp_path: Path):
+    begun = Study.begin(tmp_path / "new" / "study", "mini-flux")
+    assert Study.open(begun.folder).card == begun.card == Study.begin(begun.folder, "mini-flux").card
+    assert list(json.loads((begun.folder / "study.json").read_text()))[0] == "format"
+    assert [path.name for path in begun.folder.iterdir()] == ["study.json"]
+
+
+def test_a_study_is_about_one_model(tmp_path: Path):
+    Study.begin(tmp_path, "OWNER/NAME", "abc")
+    for model, revision in (("mini-flux", None), ("OWNER/NAME", "def"), ("OWNER/NAME", None)):
+        with pytest.raises(StaleWork, match="studies OWNER/NAME@abc, asked is"):
+            Study.begin(tmp_path, model, revision)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"format": 2, "model": "x"}', "format 2; this difflex reads format 1"),
+        ('{"format": 1, "mo', "not JSON"),
+        ("[]", "format None"),
+        ('{"format": 1, "model": "x", "modle": 1}', "entry 'modle'"),
+        ('{"format": 1}', "does not name a model"),
+    ],
+)
+def test_a_study_file_that_is_not_ours_is_named(tmp_path: Path, text: str, complaint: str):
+    (tmp_path / "study.json").write_text(text)
+    for work in (lambda: Study.open(tmp_path), lambda: Study.begin(tmp_path, "x")):
+        with pytest.raises(BrokenFile, match=complaint):
+            work()
+    assert (tmp_path / "study.json").read_text() == text
+
+
+def test_a_folder_without_a_study_is_said(tmp_path: Path):
+    with pytest.raises(UnknownName, match="difflex harvest begins one"):
+        Study.open(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="Name a folder that you may write"):
+        Study.begin(tmp_path / "file" / "study", "x")
+
+
+def test_every_artifact_has_its_place(tmp_path: Path):
+    study, site = Study.begin(tmp_path, "x"), Site("double.1", "update", "text")
+    places = {
+        study.activations / site.folder: "activations/double.1+update+text",
+        study.dictionary(site, "topk-64-k4"): "dictionaries/double.1+update+text/topk-64-k4",
+        study.evaluation(site, "topk-64-k4"): "evaluation/double.1+update+text/topk-64-k4.json",
+        study.book(site, "topk-64-k4"): "books/double.1+update+text/topk-64-k4.sqlite",
+    }
+    assert {str(place.relative_to(tmp_path)) for place in places} == set(places.values())
+
+
+def test_the_stores_of_a_study_are_found_by_site(tmp_path: Path):
+    study = Study.begin(tmp_path, "x")
+    sites = [Site("double.1"), Site("single.0", "update"), Site("double.1", "neurons", "text")]
+    for site in sites:
+        (study.activations / site.folder).mkdir(parents=True)
+        (study.activations / site.folder / "manifest.json").write_text("{}")
+    (study.activations / "double.9").mkdir()
+    assert study.stores() == {site: study.activations / site.folder for site in sorted(sites, key=lambda site: site.folder)}
