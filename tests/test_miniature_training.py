@@ -1,10 +1,12 @@
 """How the embedded model is made: exact encoder, the pipeline's own flow convention, resumption after a kill."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,14 @@ def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
     FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
     with pytest.raises(StaleWork, match="batch"):
         train_flow(workshop, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
+
+
+def test_what_changes_on_the_way_is_logged(tmp_path, pipeline):
+    run = Workshop(folder=tmp_path)
+    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
+    train_flow(run, pipeline, replace(SHORT, updates=1, level_mean=0.5), float("inf"))
+    logged = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert {"update": 0, "changed": "level_mean", "before": 1.0, "now": 0.5} in logged
 
 
 def test_a_packed_run_is_half_as_large_and_continues(tmp_path, pipeline, components):

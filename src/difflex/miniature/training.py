@@ -104,7 +104,8 @@ def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, u
     """Trains transformer and text encoders until the recipe's end or the time `until`."""
     components, texts = picture_components(workshop), Texts(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
-    state.restore(workshop.flow)
+    for name, (before, now) in state.restore(workshop.flow).items():
+        _log(workshop, update=state.update, changed=name, before=before, now=now)
     held_out: HeldOut | None = None
     saved = time.monotonic()
     batches = _prefetched(_Batches(state.update, recipe, components, texts))
