@@ -7,8 +7,20 @@ from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.captions import read
 from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.judge import Judge, Reading, Seen, components, load_judge, save_judge, training_losses
-from difflex.miniature.scoring import kind, right_of
-from difflex.miniature.world import BACKGROUNDS, COLOURS, COLUMNS, COUNTS, ROWS, SHAPES, SIZES, STYLES, TEXTURES
+from difflex.miniature.scoring import kind, right_of, score, table
+from difflex.miniature.world import (
+    BACKGROUNDS,
+    COLOURS,
+    COLUMNS,
+    COUNTS,
+    HELD_OUT_SEEDS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    TEXTURES,
+    Mix,
+)
 
 
 def true_reading(drawn: Scenes, i: int) -> Reading:
@@ -72,6 +84,30 @@ def test_the_judge_learns_and_survives_the_disk(tmp_path):
     again = load_judge(tmp_path / "judge.safetensors")
     pictures = draw(torch.arange(3)).pictures
     assert torch.equal(judge(pictures)["shape"], again(pictures)["shape"])
+
+
+def test_the_judge_in_the_package_reads_true_drawings():
+    drawn = draw(torch.arange(60) + HELD_OUT_SEEDS)
+    verdicts = table(score(drawn.captions, drawn.pictures, load_judge()))
+    assert {group: share for group, share in verdicts.items() if share < 0.95} == {}
+
+
+def test_only_what_lies_in_the_region_counts():
+    drawn = draw(torch.arange(40) + HELD_OUT_SEEDS, Mix(1, 0, 0))
+    inside = drawn.slots >= 0
+    here = score(drawn.captions, drawn.pictures, load_judge(), inside)
+    elsewhere = score(drawn.captions, drawn.pictures, load_judge(), ~inside)
+    assert sum(s.right["shape"] for s in here) > 36
+    assert not any(s.right["shape"] for s in elsewhere)
+
+
+def test_a_concept_fills_the_region_where_it_is_and_no_other():
+    drawn, judge = draw(torch.arange(30) + HELD_OUT_SEEDS, Mix(1, 0, 0)), load_judge()
+    whole = torch.ones(64, 64, dtype=torch.bool)
+    for concept in ("red", "star", "sky", "top", "cartoon"):
+        there = drawn.mask(concept).any(2).any(1)
+        share = judge.share(drawn.pictures, concept, whole)
+        assert ((share > 0.5) == there).float().mean() > 0.95, concept
 
 
 def test_pictures_of_another_size_are_refused():

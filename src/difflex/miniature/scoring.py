@@ -1,9 +1,9 @@
 """How well pictures show what their captions ask for, as the judge sees it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from difflex.miniature.captions import RELATIONS, Request, Wanted, read
@@ -23,13 +23,25 @@ class Score:
     reading: Reading
 
 
-def score(captions: list[str], pictures: Float[Tensor, "picture 3 height width"], judge: Judge) -> list[Score]:
-    """One score a picture."""
+def score(
+    captions: list[str],
+    pictures: Float[Tensor, "picture 3 height width"],
+    judge: Judge,
+    regions: Bool[Tensor, "picture height width"] | None = None,
+) -> list[Score]:
+    """One score a picture; with regions, only what lies in a picture's region, by most of its pixels, counts as there."""
     readings = [reading for chunk in pictures.split(64) for reading in judge.read(chunk)]
+    if regions is not None:
+        readings = [_inside(reading, region) for reading, region in zip(readings, regions, strict=True)]
     return [
         Score(caption=caption, right=right_of(read(caption), reading), reading=reading)
         for caption, reading in zip(captions, readings, strict=True)
     ]
+
+
+def _inside(reading: Reading, region: Bool[Tensor, "height width"]) -> Reading:
+    there = tuple(thing for thing in reading.objects if (thing.mask & region).sum() > 0.5 * thing.mask.sum())
+    return replace(reading, objects=there)
 
 
 def table(scores: list[Score]) -> dict[str, float]:
