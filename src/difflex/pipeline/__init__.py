@@ -3,7 +3,8 @@
 from difflex.pipeline.clock import Moment
 from difflex.pipeline.generation import Generated
 from difflex.pipeline.loading import Precision, embedded
-from difflex.pipeline.pipeline import Pipeline, load
+from difflex.pipeline.opening import load
+from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.sites import SiteRow
 from difflex.records import Activations
 

@@ -18,6 +18,7 @@ from difflex.pipeline.clock import Clock, Run
 from difflex.pipeline.encoding import PromptEncoder
 from difflex.pipeline.families import Family
 from difflex.pipeline.loading import Card
+from difflex.pipeline.sharded import ranks, settle
 from difflex.pipeline.sites import SiteMap
 from difflex.records import Shot
 
@@ -27,7 +28,7 @@ __all__ = ["Engine", "Stop"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = tuple[tuple[object, ...], dict[str, object]]
-ADVICE = "Load the model with precision='nf4' or offload=True, or ask for fewer pixels."
+ADVICE = "Load the model with precision='nf4' or offload=True, ask for fewer pixels, or for a smaller batch."
 
 
 class Stop(Exception):
@@ -45,6 +46,8 @@ class Engine:
         self.encoder = PromptEncoder(diffusers, family, card.text_length)
         self.clock = Clock(diffusers, family)
         self.sites = SiteMap(self.denoiser, family)
+        self.sharded = False
+        """Whether the denoiser is shared over ranks: then all of them must call it equally often."""
         self._largest: int | None = None
         self._timesteps: dict[Shot, tuple[float, ...]] = {}
 
@@ -87,6 +90,8 @@ class Engine:
                 return pipeline(**prompts, **self._settings(shots, guided), **extra, return_dict=False)[0]
             except Stop:
                 self.diffusers.maybe_free_model_hooks()
+                if self.sharded:
+                    settle(self.denoiser)
                 return None
 
     def _settings(self, shots: Sequence[Shot], guided: bool) -> dict[str, object]:
@@ -125,27 +130,33 @@ class Engine:
         return given[0]
 
     def batches(
-        self, work: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int
+        self, work: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int, shared: bool = False
     ) -> Iterator[tuple[Sequence[Item], Result]]:
-        """Batches of `items` with the result of `work` on each. Where memory runs out the batch is halved, from there on."""
+        """Batches of `items` with the result of `work` on each. Where memory runs out the batch is halved, from there on.
+
+        `shared`: if the model is, each rank does its part of the items, and as much work as any other rank.
+        """
+        mine, every = ranks() if shared and self.sharded else (0, 1)
         waiting, source = [], iter(items)
         while True:
             size = min(size, self._largest or size)
-            waiting += islice(source, max(0, size - len(waiting)))
-            part = waiting[:size]
+            waiting += islice(source, max(0, size * every - len(waiting)))
+            part = waiting[: size * every]
             if not part:
                 return
             try:
-                result = work(part)
+                # A rank for which nothing is left repeats the work of the first, and throws it away.
+                result = work(part[mine::every] or part[:1])
             except torch.OutOfMemoryError as error:
                 self._halve(len(part), error)
                 continue
-            waiting = waiting[size:]
-            yield part, result
+            waiting = waiting[size * every :]
+            if part[mine::every]:
+                yield part[mine::every], result
 
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
-        if size == 1:
-            raise OutOfMemory(f"A batch of 1 does not fit into the memory of the card. {ADVICE}") from error
+        if size == 1 or self.sharded:
+            raise OutOfMemory(f"A batch of {size} does not fit into the memory of the card. {ADVICE}") from error
         error.__traceback__ = None  # it holds the tensors of the failed pass
         gc.collect()
         torch.cuda.empty_cache()

@@ -51,6 +51,8 @@ class Family:
     """Further arguments of `encode_prompt`."""
     text_length: int | None = None
     """Default of `max_sequence_length`; None where the pipeline takes no such argument."""
+    large_text: str = ""
+    """The text encoder that is worth quantising."""
     tokenizer: str = "tokenizer"
     """The tokenizer that decides how long a prompt may be."""
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
@@ -103,6 +105,7 @@ FAMILIES = (
         guided="true_cfg_scale",
         embeds=("prompt_embeds", "pooled_prompt_embeds", None),
         text_length=512,
+        large_text="text_encoder_2",
         tokenizer="tokenizer_2",
         steps=28,
         default_guidance=3.5,
@@ -116,6 +119,7 @@ FAMILIES = (
         timestep_scale=1000.0,
         embeds=("prompt_embeds", None),
         text_length=512,
+        large_text="text_encoder",
         steps=50,
         default_guidance=4.0,
         latents="patchified",
@@ -130,6 +134,7 @@ FAMILIES = (
         folded="is_distilled",
         embeds=("prompt_embeds", None),
         text_length=512,
+        large_text="text_encoder",
         steps=4,
         default_guidance=1.0,
         latents="patchified",
@@ -143,6 +148,7 @@ FAMILIES = (
         embeds=CLIP_PAIR,
         encode=MappingProxyType({"prompt_2": None, "prompt_3": None}),
         text_length=256,
+        large_text="text_encoder_3",
         tokenizer="tokenizer_3",
         steps=28,
         default_guidance=7.0,
@@ -181,6 +187,7 @@ FAMILIES = (
         ),
         encode=MappingProxyType({"clean_caption": False}),
         text_length=120,
+        large_text="text_encoder",
         # Binning rounds the size to one of a table: the tokens would no longer be those of the picture asked for.
         arguments=MappingProxyType({"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}),
         steps=20,

@@ -50,7 +50,7 @@ def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], bat
         raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
         for _, alike in groupby(_passes(engine, shots), key=_settings):
-            for passes, found in engine.batches(work, alike, batch):
+            for passes, found in engine.batches(work, alike, batch, shared=True):
                 bar.update(
                     sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
                 )

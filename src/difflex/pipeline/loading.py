@@ -15,15 +15,17 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.pipeline.families import Family
+from difflex.pipeline.plans import Plan, read_plan
 from difflex.pipeline.quiet import quiet, without_bars
 
-__all__ = ["Card", "Precision", "Source", "check_weights", "embedded", "locate", "read_card", "read_pipeline"]
+__all__ = ["Card", "Precision", "Source", "check_weights", "embedded", "fetch", "find", "plan_of", "read_card", "read_pipeline"]
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # diffusers 0.42 renamed the argument and warns of the old name.
 DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 WORTH_A_BAR = 2**30
+HOW_TO_NAME = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
 CARD = "difflex.json"
 INDEX = "model_index.json"
 
@@ -33,9 +35,10 @@ class Source(NamedTuple):
 
     name: str
     """As it was asked for."""
-    folder: Path
+    folder: Path | None
+    """None for a model that is still on the hub."""
     revision: str | None
-    """The commit on the hub; None for folders and embedded models."""
+    """The commit or branch on the hub; None for folders and embedded models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,8 @@ def embedded() -> dict[str, Path]:
     return {folder.parent.name: folder.parent for folder in sorted(root.glob(f"*/{INDEX}"))}
 
 
-def locate(name: str | Path, revision: str | None = None, offline: bool = False) -> Source:
-    """The folder of an embedded model, of a folder on disk, or of a snapshot from the hub (downloaded unless `offline`)."""
+def find(name: str | Path, revision: str | None = None) -> Source:
+    """Where the model `name` is: inside the package, in a folder, or on the hub, from which nothing is fetched yet."""
     known = embedded()
     if str(name) in known:
         return Source(str(name), known[str(name)], None)
@@ -68,29 +71,44 @@ def locate(name: str | Path, revision: str | None = None, offline: bool = False)
             raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
         return Source(str(name), folder, None)
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UnknownName.among(
-            "The model", str(name), known, "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
-        )
-    return _download(name, revision, offline)
+        raise UnknownName.among("The model", str(name), known, HOW_TO_NAME)
+    return Source(name, None, revision)
 
 
-def _download(name: str, revision: str | None, offline: bool) -> Source:
+def plan_of(source: Source, offline: bool) -> Plan:
+    """What the model is made of; of a hub model only the configs are fetched."""
     try:
-        folder = Path(DiffusionPipeline.download(name, revision=revision, local_files_only=offline))
+        return read_plan(source.folder or source.name, source.revision, offline)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if source.folder is not None:
+            raise BrokenFile(f"The configs of the model in {source.folder} cannot be read: {_first_line(error)}") from error
+        raise _unreachable(source, offline, error) from error
+
+
+def fetch(source: Source, offline: bool) -> Source:
+    """`source` with a folder: a hub model is downloaded, unless it is in the cache, and its revision is pinned."""
+    if source.folder is not None:
+        return source
+    try:
+        folder = Path(DiffusionPipeline.download(source.name, revision=source.revision, local_files_only=offline))
     except (OSError, ValueError) as error:
-        where = "the local cache of the hub" if offline else "the hub"
-        at = f" at revision {revision}" if revision else ""
-        raise UnknownName(
-            f"The model '{name}'{at} could not be read from {where} ({_first_line(error)}). "
-            f"Models inside the package: {', '.join(embedded()) or 'none'}; name a folder by its path (./my-model)."
-        ) from error
-    return Source(name, folder, folder.name)
+        raise _unreachable(source, offline, error) from error
+    return Source(source.name, folder, folder.name)
 
 
-def read_card(folder: Path, family: Family) -> Card:
+def _unreachable(source: Source, offline: bool, error: Exception) -> UnknownName:
+    where = "the local cache of the hub" if offline else "the hub"
+    at = f" at revision {source.revision}" if source.revision else ""
+    return UnknownName(
+        f"The model '{source.name}'{at} could not be read from {where} ({_first_line(error)}). "
+        f"Models inside the package: {', '.join(embedded()) or 'none'}. {HOW_TO_NAME}"
+    )
+
+
+def read_card(folder: Path | None, family: Family) -> Card:
     """What `difflex.json` in `folder` says, completed by the family's defaults."""
-    path = folder / CARD
-    if not path.is_file():
+    path = folder / CARD if folder else None
+    if path is None or not path.is_file():
         return Card(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -144,17 +162,18 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise BrokenFile(f"{path} is not JSON ({_first_line(error)}). Copy or download it again.") from error
 
 
-def read_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline in `folder`, all its parts in one precision whatever precision they were stored in."""
+def read_pipeline(folder: Path, dtype: torch.dtype, **given: object) -> DiffusionPipeline:
+    """The pipeline in `folder`, all its parts in one precision whatever they were stored in; `given` parts are not read."""
     _read_json(folder / INDEX)
     check_weights(folder)
     small = sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) < WORTH_A_BAR
     try:
         with quiet("transformers", "diffusers"), without_bars() if small else nullcontext():
-            pipeline = DiffusionPipeline.from_pretrained(os.fspath(folder), **{DTYPE_ARGUMENT: dtype}, local_files_only=True)
+            pipeline = DiffusionPipeline.from_pretrained(
+                os.fspath(folder), **{DTYPE_ARGUMENT: dtype}, local_files_only=True, **given
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 

@@ -120,7 +120,7 @@ def _at_level(
         with _entering(engine, _layout(engine, noised[list(rows)]), timestep):
             return shots, collect(engine, shots, [timestep], sites, timestep)
 
-    for _, (shots, found) in engine.batches(work, range(len(given)), batch):
+    for _, (shots, found) in engine.batches(work, range(len(given)), batch, shared=True):
         yield from yielded(engine, shots, found, sites)
 
 

@@ -3,27 +3,24 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from typing import cast, final
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from difflex.errors import BadInput
 from difflex.pipeline.clock import Half
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.families import family_of
 from difflex.pipeline.generation import Generated, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import harvest
 from difflex.pipeline.hooks import Visit, visiting
-from difflex.pipeline.loading import DTYPES, Precision, Source, locate, read_card, read_pipeline
+from difflex.pipeline.loading import Source
 from difflex.pipeline.pictures import Picture, harvest_pictures
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
 from difflex.records import Activations, Shot, Site, split_of
 
-__all__ = ["Pipeline", "load"]
+__all__ = ["Pipeline"]
 
 
 @final
@@ -154,25 +151,3 @@ class Pipeline:
         sample = cast("int | Sequence[int]", self.engine.config("sample_size") or 128)
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return height * self.engine.factor, width * self.engine.factor
-
-
-def load(
-    name: str | Path,
-    precision: Precision | None = None,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    offload: bool = False,
-    untrained: int | None = None,
-    offline: bool = False,
-) -> Pipeline:
-    """The model `name`: one inside the package, a folder, or a hub name OWNER/NAME.
-
-    Precision is fp32 on a CPU and bf16 on a GPU unless asked otherwise.
-    """
-    source = locate(name, revision, offline)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = precision or ("fp32" if place.type == "cpu" else "bf16")
-    pipeline = read_pipeline(source.folder, DTYPES[precision])
-    family = family_of(type(pipeline).__name__, "unet" if "unet" in pipeline.components else "transformer")
-    pipeline.to(place)
-    return Pipeline(Engine(pipeline, family, read_card(source.folder, family)), source)

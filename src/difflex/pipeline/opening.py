@@ -1,0 +1,122 @@
+"""`load`: from a name to a `Pipeline`."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from difflex.errors import UnknownName
+from difflex.pipeline.engine import Engine
+from difflex.pipeline.families import Family, family_of
+from difflex.pipeline.loading import DTYPES, Precision, Source, fetch, find, plan_of, read_card, read_pipeline
+from difflex.pipeline.memory import Room, check_fits
+from difflex.pipeline.pipeline import Pipeline
+from difflex.pipeline.plans import PLANS, Plan
+from difflex.pipeline.quantised import for_card, quantise, read_text_encoder
+from difflex.pipeline.sharded import join, ranks, shard
+from difflex.pipeline.untrained import build_untrained
+
+__all__ = ["load"]
+
+
+def load(
+    name: str | Path,
+    precision: str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    offload: bool = False,
+    untrained: int | None = None,
+    offline: bool = False,
+    sharded: bool = False,
+) -> Pipeline:
+    """The model `name`: one inside the package, a folder, or a hub name OWNER/NAME.
+
+    `precision` is bf16, fp16, fp32 or nf4 (fp32 on a CPU and bf16 on a GPU, unless asked); nf4 quantises the denoiser's blocks
+    and the large text encoder. `offload` keeps on the card only the part at work. `untrained` builds the model's geometry with random weights of
+    that seed. `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from the cache alone.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = _precision(precision, place)
+    if offload and place.type != "cuda":
+        warnings.warn(f"offload=True has no effect: the model is on {place}, not on a card.", stacklevel=2)
+        offload = False
+    if sharded:
+        join(place)
+    source, plan = _planned(name, revision, offline, untrained is not None)
+    denoiser = "unet" if "unet" in plan.parts else "transformer"
+    family = family_of(plan.pipeline, denoiser)
+    check_fits(source.name, plan, family, place, Room(precision, offload, ranks().all if sharded else 1))
+    if untrained is None:
+        source = fetch(source, offline)
+        pipeline = _read(source, plan, precision, family, place)
+    else:
+        pipeline = _built(source, plan, precision, family, place, untrained)
+    pipeline.set_progress_bar_config(disable=True)
+    engine = Engine(pipeline, family, read_card(source.folder, family))
+    _settle_on(engine, place, precision, offload, sharded)
+    return Pipeline(engine, source)
+
+
+def _precision(asked: str | None, place: torch.device) -> Precision:
+    if asked is None:
+        return "fp32" if place.type == "cpu" else "bf16"
+    for known in get_args(Precision):
+        if asked == known:
+            return known
+    raise UnknownName.among("The precision", asked, get_args(Precision))
+
+
+def _planned(name: str | Path, revision: str | None, offline: bool, untrained: bool) -> tuple[Source, Plan]:
+    """Where the model is and what it is made of; an untrained FLUX.1 needs no file."""
+    if untrained and str(name) in PLANS:
+        return Source(str(name), None, None), PLANS[str(name)]
+    source = find(name, revision)
+    return source, plan_of(source, offline)
+
+
+def _read(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device) -> DiffusionPipeline:
+    """The pipeline with its trained weights."""
+    assert source.folder is not None
+    if precision != "nf4":
+        return read_pipeline(source.folder, DTYPES[precision])
+    dtype, heavy = _dense(place), [part for part in (family.denoiser, family.large_text) if part in plan.parts]
+    if place.type == "cuda":
+        return read_pipeline(source.folder, dtype, quantization_config=for_card(heavy, dtype))
+    text: Mapping[str, object] = {
+        part: read_text_encoder(source.folder / part, plan.parts[part].kind, dtype) for part in heavy if part != family.denoiser
+    }
+    pipeline = read_pipeline(source.folder, dtype, **text)
+    quantise(pipeline.components[family.denoiser], dtype)
+    return pipeline
+
+
+def _built(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, seed: int) -> DiffusionPipeline:
+    """The pipeline with random weights, made where it will run."""
+    dtype = DTYPES[precision] if precision != "nf4" else _dense(place)
+    pipeline = build_untrained(plan, seed, dtype, place, source.folder)
+    for part in (family.denoiser, family.large_text) if precision == "nf4" else ():
+        if part in plan.parts:
+            quantise(pipeline.components[part], dtype)
+    return pipeline
+
+
+def _settle_on(engine: Engine, place: torch.device, precision: Precision, offload: bool, sharded: bool) -> None:
+    """Nothing; the parts are where they will be used."""
+    if sharded:
+        shard(engine.denoiser, place)
+        engine.sharded = True
+        for name, part in engine.diffusers.components.items():
+            if isinstance(part, torch.nn.Module) and name != engine.family.denoiser:
+                part.to(place)
+    elif offload:
+        engine.diffusers.enable_model_cpu_offload(device=place)
+    elif place.type != "cpu" or precision != "nf4":
+        engine.diffusers.to(place)
+
+
+def _dense(place: torch.device) -> torch.dtype:
+    """What is computed in where the weights are in four bits."""
+    return torch.float32 if place.type == "cpu" else torch.bfloat16

@@ -1,0 +1,223 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import difflex
+from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
+from difflex.pipeline import memory, opening, quantised
+from difflex.pipeline.families import family_of
+from difflex.pipeline.memory import Room, check_fits, estimate
+from difflex.pipeline.plans import PLANS, Part, Plan, read_plan
+from difflex.pipeline.sharded import Ranks, share
+from difflex.testing import TINY, tiny_folder
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning",
+    "ignore:`torch.jit:DeprecationWarning",
+)
+PROMPTS = ["a red star", "a blue circle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux")
+
+
+def dtypes(module: nn.Module) -> set[torch.dtype]:
+    return {parameter.dtype for parameter in module.parameters()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_give_almost_the_same_activations(folder: Path, precision: str):
+    exact, rough = difflex.load(folder), difflex.load(folder, precision=precision)
+    assert dtypes(rough.engine.denoiser) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    a, b = (next(pipe.harvest(pipe.shots(PROMPTS, steps=1), "single.1", progress=False)).values for pipe in (exact, rough))
+    assert 0 < float((a - b.float()).norm() / a.norm()) < 0.05
+
+
+def test_an_unknown_precision_lists_the_known_ones(folder: Path):
+    with pytest.raises(UnknownName, match=r"int3.*bf16, fp16, fp32, nf4"):
+        difflex.load(folder, precision="int3")
+
+
+@pytest.mark.parametrize("family", ["flux", "sdxl", "pixart"])
+def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: str, tmp_path: Path):
+    folder = tiny_folder(family, tmp_path / family)
+    exact, rough = difflex.load(folder), difflex.load(folder, precision="nf4")
+    kinds = {type(module).__name__ for module in rough.engine.denoiser.modules()}
+    assert "Linear4bit" in kinds
+    large = rough.diffusers.components.get(rough.engine.family.large_text)
+    assert large is None or any(type(module).__name__ == "Linear4bit" for module in large.modules())
+    site = [row.site for row in exact.sites() if row.site.stream == "image"][-1]
+    assert [row.site for row in rough.sites()] == [row.site for row in exact.sites()]
+    a, b = (
+        next(pipe.harvest(pipe.shots(PROMPTS, steps=2, keep_steps=[0]), site, progress=False)).values for pipe in (exact, rough)
+    )
+    assert 0.001 < float((a - b).norm() / a.norm()) < 0.5
+    assert rough.generate("a red star")[0].picture.size == (32, 32)
+
+
+def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"difflex\[nf4\]"):
+        difflex.load(folder, precision="nf4")
+
+
+def test_offload_without_a_card_is_warned_of(folder: Path):
+    with pytest.warns(UserWarning, match="offload=True has no effect"):
+        difflex.load(folder, device="cpu", offload=True)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_an_untrained_model_has_the_geometry_and_the_seed_decides_its_weights(family: str, tmp_path: Path):
+    folder = tiny_folder(family, tmp_path / family)
+    trained, first, again, other = (difflex.load(folder, untrained=seed) for seed in (None, 3, 3, 4))
+    shapes = [{name: p.shape for name, p in pipe.engine.denoiser.named_parameters()} for pipe in (trained, first)]
+    assert shapes[0] == shapes[1]
+    weights = [next(iter(pipe.engine.denoiser.parameters())) for pipe in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert first.generate("a red star", steps=2)[0].picture.size == (32, 32)
+
+
+def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch):
+    for name, plan in PLANS.items():
+        need = estimate(plan, family_of(plan.pipeline))
+        weights = {part: need.dense[part] + need.quantised[part] for part in need.dense}
+        assert round(weights["transformer"] / 1e9, 1) == 11.9
+        assert round(weights["text_encoder_2"] / 1e9, 2) == 4.76
+        assert round(weights["text_encoder"] / 1e6) == 123 and round(weights["vae"] / 1e6) == 84
+        assert name.endswith("dev") == plan.parts["transformer"].config["guidance_embeds"]  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
+    plan = PLANS["black-forest-labs/FLUX.1-schnell"]
+    small = {
+        "vae": {"block_out_channels": [32, 32, 32, 32]},
+        "text_encoder": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "text_encoder_2": {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        "transformer": {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": [4, 6, 6],
+        },
+    }
+    parts = {
+        name: Part(p.library, p.kind, {**p.config, **small.get(name, {})} if p.config else None) for name, p in plan.parts.items()
+    }
+    monkeypatch.setattr(opening, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(parts=parts)})
+    pipe = difflex.load("black-forest-labs/FLUX.1-schnell", untrained=0)
+    activations = next(pipe.harvest(pipe.shots(["Any prompt: 2 cats!"], steps=1, pixels=(32, 64)), "double.0", progress=False))
+    assert activations.values.shape == (1, 8, 32) and activations.grid == (2, 4)
+
+
+def test_the_estimate_is_what_the_weights_take(folder: Path):
+    plan, pipe = read_plan(folder), difflex.load(folder)
+    sizes = estimate(plan, pipe.engine.family).bytes("fp32")
+    for name, size in sizes.items():
+        assert size == sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
+
+
+def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest.MonkeyPatch):
+    plan: Plan = PLANS["black-forest-labs/FLUX.1-dev"]
+    family, card = family_of(plan.pipeline), torch.device("cuda")
+
+    def complaint(gigabytes: float, room: Room) -> str:
+        monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
+        with pytest.raises(OutOfMemory) as raised:
+            check_fits("FLUX.1-dev", plan, family, card, room)
+        return str(raised.value)
+
+    assert "transformer 22.2 GiB" in (said := complaint(24, Room("bf16", False, 1))) and said.endswith("with precision='nf4'.")
+    assert complaint(50, Room("fp32", False, 1)).endswith("with precision='bf16'.")
+    assert complaint(8, Room("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
+    assert complaint(20, Room("fp16", False, 1)).endswith("with precision='nf4'.")
+    assert complaint(2, Room("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
+    monkeypatch.setattr(memory, "free_memory", lambda place: 40 * 2**30)
+    check_fits("FLUX.1-dev", plan, family, card, Room("bf16", False, 1))
+
+
+def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
+    folder = tiny_folder("flux", tmp_path / "flux")
+    (folder / "transformer" / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BrokenFile, match="transformer"):
+        difflex.load(folder)
+
+
+def test_ranks_share_whole_runs(folder: Path):
+    pipe = difflex.load(folder)
+    shots = list(pipe.shots([f"a star {i}" for i in range(5)], steps=2))
+    parts = [list(share(shots, Ranks(rank, 3))) for rank in range(3)]
+    assert sorted((shot.prompt, shot.timestep or 0) for part in parts for shot in part) == sorted(
+        (shot.prompt, shot.timestep or 0) for shot in shots
+    )
+    assert all(
+        replace(a, timestep=None) == replace(b, timestep=None)
+        for part in parts
+        for a, b in zip(part[::2], part[1::2], strict=True)
+    )
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+import difflex
+torch.set_num_threads(1)
+folder, out = sys.argv[1:]
+pipe = difflex.load(folder, device="cpu", sharded=True)
+prompts = [f"a star {i}" for i in range(5)]
+sites = ["double.0", "single.1:update", "single.0:text"]
+for repeat in range(2):  # the second time after stopped passes
+    found = {
+        (str(a.site), shot.prompt, shot.timestep): a.values[i]
+        for a in pipe.harvest(pipe.shots(prompts, steps=3, keep_steps=[0, 2]), sites, batch=1, progress=False)
+        for i, shot in enumerate(a.shots)
+    }
+pictures = pipe.generate(prompts[:2])
+torch.save((found, [list(p.picture.tobytes()) for p in pictures]), f"{out}/{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tmp_path: Path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "sharded.py"),
+    ]
+    done = subprocess.run([*command, str(folder), str(tmp_path)], capture_output=True, text=True, env={**os.environ}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pipe = difflex.load(folder)
+    whole = {
+        (str(a.site), a.shots[0].prompt, a.shots[0].timestep): a.values[0]
+        for a in pipe.harvest(
+            pipe.shots([f"a star {i}" for i in range(5)], steps=3, keep_steps=[0, 2]),
+            ["double.0", "single.1:update", "single.0:text"],
+            batch=1,
+            progress=False,
+        )
+    }
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    shared = [found for found, _ in ranks]
+    assert not shared[0].keys() & shared[1].keys() and shared[0].keys() | shared[1].keys() == whole.keys()
+    assert all(torch.equal(whole[key], found[key]) for found in shared for key in found)
+    assert ranks[0][1] == ranks[1][1] == [list(g.picture.tobytes()) for g in pipe.generate(["a star 0", "a star 1"])]
+
+
+def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):
+    with pytest.raises(BadInput, match="torchrun --nproc-per-node"):
+        difflex.load(folder, sharded=True)
