@@ -6,7 +6,9 @@ where it fits in memory and the activations are wide; without it every round is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,7 +21,19 @@ from difflex.dictionary.pursuit.walk import Rule, walk
 from difflex.errors import BadInput
 from difflex.records import Codes
 
-__all__ = ["Gram", "Pool", "Pursued", "gradient_pursuit", "matching_pursuit", "orthogonal_pursuit"]
+__all__ = ["RULES", "Gram", "Pool", "Pursued", "Way", "gradient_pursuit", "matching_pursuit", "orthogonal_pursuit"]
+
+Way = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
+"""The pursuits by name. `gradient` is ITDA's for images, with non-negative weights; `matching` that of ITDA's authors, signed."""
+RULES: Mapping[Way, Rule] = MappingProxyType(
+    {
+        "orthogonal": Orthogonal(),
+        "gradient": Gradient(signed=False),
+        "signed-gradient": Gradient(signed=True),
+        "matching": Matching(signed=True),
+        "positive-matching": Matching(signed=False),
+    }
+)
 
 
 class Pursued(NamedTuple):

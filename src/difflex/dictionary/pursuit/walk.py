@@ -116,7 +116,9 @@ def walk(
 
 def _walk_chunk(atoms: Atoms, rule: Rule, signals: Tensor, k: int, until: float, correlations: Tensor | None) -> Path:
     whole = Walk.of(signals, k)
-    if atoms.size and len(signals):
+    if not atoms.size:
+        whole.winners[whole.live, :1] = 0  # any atom would be welcome
+    elif len(signals):
         enough = max(until, 8 * torch.finfo(signals.dtype).eps)
         _all_rounds(whole, rule, atoms.begin(signals, correlations), k, enough)
     return Path(whole.support, whole.weights * whole.used, whole.left.clamp_min(0), whole.winners, whole.history)

@@ -1,0 +1,61 @@
+"""How an ITDA dictionary grows, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from difflex.dictionary.normalisation import Method
+from difflex.dictionary.pursuit import Way
+from difflex.errors import BadInput
+
+__all__ = ["Growth", "paper"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One dictionary and how it grows."""
+
+    k: int = 32
+    """Atoms per token."""
+    threshold: float | None = None
+    """A token becomes an atom when more than this share of its squared length is unexplained; None: found so that the stream
+    fills the dictionary."""
+    size: int = 8192
+    """Where growth ends."""
+    pursuit: Way = "orthogonal"
+    """By default the one that leaves least."""
+    normalisation: Method = "standardise"
+    clip: float | None = None
+    """Normalised inputs are held within +-clip."""
+    batch: int = 256
+    """Tokens that are judged together, by each process."""
+    most_per_batch: int | None = None
+    """Restricted growth: of every batch only so many tokens, those that are explained worst, may become atoms."""
+    add: Literal["point", "residual"] = "point"
+    """What becomes an atom: the token itself, or what is left of it; then atoms are not rows of the data."""
+    patience: int = 200_000
+    """Tokens in a row without a new atom after which growth ends."""
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise BadInput(f"Threshold {self.threshold} is not a share: choose a number between 0 and 1, such as 0.3.")
+        for name in ("k", "size", "batch", "patience"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be 1 or more.")
+        if self.most_per_batch is not None and self.most_per_batch < 1:
+            raise BadInput(f"most_per_batch is {self.most_per_batch}: it must be 1 or more, or None for no limit.")
+
+    @property
+    def guarantees(self) -> bool:
+        """Whether every token is under the threshold once its batch was added, unless the dictionary is full."""
+        return self.most_per_batch is None and self.add == "point"
+
+
+def paper(growth: Growth | None = None) -> Growth:
+    """The settings of arXiv 2505.24360: gradient pursuit, k 64, inputs divided by their standard deviation.
+
+    Deliberate departures: the threshold is a share of each vector's own squared length (theirs: of the batch's mean), statistics
+    come from at least 10 x width vectors (theirs: one batch), and no near-duplicate enters within a batch.
+    """
+    return replace(growth or Growth(k=64, size=64_000, threshold=0.6), pursuit="gradient", normalisation="standardise")

@@ -1,0 +1,111 @@
+"""ITDA: a dictionary whose atoms are activations, and whose codes are found by pursuit (arXiv 2505.17769, 2505.24360)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Self, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.dictionary.base import NormalisedDictionary, Origin, Saved
+from difflex.dictionary.itda.provenance import Patch, Provenance
+from difflex.dictionary.normalisation import Normalisation
+from difflex.dictionary.pursuit import RULES, Way
+from difflex.dictionary.pursuit.correlations import Atoms
+from difflex.dictionary.pursuit.gram import Gram
+from difflex.dictionary.pursuit.means import Means, free_memory, means
+from difflex.dictionary.pursuit.rules import Matching, Orthogonal
+from difflex.dictionary.pursuit.walk import walk
+from difflex.errors import UnknownName
+from difflex.records import Codes
+
+__all__ = ["Itda", "means_of", "way_of"]
+
+
+@final
+class Itda(NormalisedDictionary, kinds=("itda",)):
+    """Atoms of length one in the normalised space, each with the shot and token that it is."""
+
+    kind = "itda"
+
+    def __init__(
+        self,
+        *,
+        k: int,
+        origin: Origin,
+        normalisation: Normalisation,
+        atoms: Float[Tensor, "size width"],
+        provenance: Provenance,
+        way: Way = "orthogonal",
+    ) -> None:
+        """The dictionary of `atoms`, whose codes are found by `way`."""
+        self.k, self.origin, self.normalisation = k, origin, normalisation
+        self.atoms, self.provenance = atoms, provenance
+        self.way: Way = way
+        self.bias = torch.zeros(atoms.shape[1], device=atoms.device)
+
+    def encode(self, x: Float[Tensor, "token width"]) -> Codes:
+        z = self.normalisation.apply(self._checked(x))
+        path = walk(self._ready, RULES[self.way], z, self.k)
+        order = path.weights.abs().argsort(dim=1, descending=True, stable=True)
+        return Codes(path.weights.gather(1, order), path.support.gather(1, order))
+
+    def unexplained(self, x: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
+        """The share of each token's squared length, in the normalised space, that its codes leave: what growth goes by."""
+        z = self.normalisation.apply(self._checked(x))
+        energy = z.square().sum(1)
+        return walk(self._ready, RULES[self.way], z, self.k).left / energy.where(energy > 0, 1)
+
+    def patch(self, feature: int) -> Patch:
+        """The very patch of the data that `feature` is."""
+        return self.provenance.of(feature)
+
+    @cached_property
+    def means(self) -> Means:
+        """What its pursuits work with on this machine, chosen by shapes and the memory at hand."""
+        return means_of(self.way, self.size, self.width, self.k, self.atoms.device)
+
+    @cached_property
+    def _ready(self) -> Atoms:
+        """The atoms, with their Gram matrix where that pays."""
+        gram = None if self.means.gram is None else Gram.of(self.atoms, self.means.gram)
+        return Atoms(self.atoms, gram, self.means.pool)
+
+    def saved(self) -> Saved:
+        return Saved(
+            kind=self.kind,
+            k=self.k,
+            origin=self.origin,
+            settings={"pursuit": self.way, "normalisation": dict(self.normalisation.settings())},
+            tensors={"atoms": self.atoms, **self.provenance.tensors(), **self.normalisation.tensors()},
+        )
+
+    @classmethod
+    def restored(cls, saved: Saved) -> Self:
+        normalisation = saved.settings["normalisation"]
+        assert isinstance(normalisation, dict)
+        return cls(
+            k=saved.k,
+            origin=saved.origin,
+            normalisation=Normalisation.of(normalisation, saved.tensors),
+            atoms=saved.tensors["atoms"],
+            provenance=Provenance.of_tensors(saved.tensors),
+            way=way_of(str(saved.settings["pursuit"])),
+        )
+
+
+def means_of(way: Way, size: int, width: int, k: int, device: torch.device | str) -> Means:
+    """What the pursuits of such a dictionary work with on this machine."""
+    rule = RULES[way]
+    least_squares, single = isinstance(rule, Orthogonal), isinstance(rule, Matching)
+    return means(size, width, k, least_squares=least_squares, single=single, free=free_memory(device))
+
+
+def way_of(name: str) -> Way:
+    """`name` as the pursuit that it names."""
+    for way in get_args(Way):
+        if name == way:
+            return way
+    raise UnknownName.among("The pursuit", name, get_args(Way))

@@ -1,0 +1,281 @@
+"""`grow`: ITDA dictionaries from a stream of activations, one or many in a pass; stopped, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from difflex.dictionary.base import Dictionary, Origin
+from difflex.dictionary.files import Json
+from difflex.dictionary.itda import checkpoint
+from difflex.dictionary.itda.checkpoint import State, trials_of
+from difflex.dictionary.itda.config import Growth
+from difflex.dictionary.itda.curve import Moment, expected_over, thinned
+from difflex.dictionary.itda.dictionary import Itda
+from difflex.dictionary.itda.grower import Grower
+from difflex.dictionary.itda.provenance import Provenance
+from difflex.dictionary.itda.ranks import Ranks
+from difflex.dictionary.itda.search import Trial, next_threshold, settled
+from difflex.dictionary.normalisation import Method, Normalisation, estimate
+from difflex.errors import BadInput, NonFinite
+from difflex.records import Rows, Shot
+
+__all__ = ["Progress", "Source", "grow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the activations come from."""
+
+    batches: Callable[[int], Iterator[Rows]]
+    """The batches from a given number on, the same under the same number; each rank's own share of them."""
+    tokens: int
+    """Tokens in a pass, over all ranks; a stream that ends earlier ends the pass."""
+    data: str = ""
+    """A name for what the batches are made from: work begun on other data is not continued."""
+    shot: Callable[[int], Shot] | None = None
+    """The shot behind a number; without it, atoms only know the numbers."""
+
+
+class Progress(NamedTuple):
+    """How far a growth is, told after every batch."""
+
+    folder: Path
+    threshold: float
+    passes: int
+    """Finished before this one."""
+    moment: Moment
+    tokens: int
+    """In a pass."""
+
+
+def grow(
+    growths: Mapping[Path, Growth],
+    source: Source,
+    *,
+    origin: Origin,
+    device: torch.device | str = "cpu",
+    checkpoint_every: int = 50,
+    told: Callable[[Progress], None] = lambda progress: None,
+) -> dict[Path, Itda]:
+    """The dictionaries, each saved in its folder.
+
+    Those with a threshold grow in one pass over the stream, each of those without in as many as the search for it takes. Under
+    `torch.distributed` all ranks call this and grow the same dictionaries; rank 0 writes. `told` is called on rank 0 alone.
+    """
+    if not growths:
+        raise BadInput("No growth was given. Name at least one threshold or size.")
+    ranks = Ranks()
+    run = Run(source, ranks, torch.device(device), checkpoint_every, told if ranks.rank == 0 else None)
+    members = [Member(folder, growth, origin, run) for folder, growth in growths.items()]
+    run.passes([member for member in members if member.growth.threshold is not None])
+    for member in members:
+        while not member.finished:
+            run.passes([member])
+    return {member.folder: member.result() for member in members}
+
+
+@final
+class Run:
+    """What the members of one call of `grow` share."""
+
+    def __init__(
+        self,
+        source: Source,
+        ranks: Ranks,
+        device: torch.device,
+        checkpoint_every: int,
+        told: Callable[[Progress], None] | None,
+    ) -> None:
+        self.source, self.ranks, self.device = source, ranks, device
+        self._every, self._told = checkpoint_every, told
+        self._normalisations: dict[tuple[Method, float | None], Normalisation] = {}
+
+    def normalisation(self, growth: Growth) -> Normalisation:
+        """The one that rank 0 estimates from its first batches, on all ranks."""
+        scheme = (growth.normalisation, growth.clip)
+        if scheme not in self._normalisations:
+            found = estimate((rows.values.to(self.device) for rows in self.source.batches(0)), *scheme)
+            agreed: dict[str, Tensor] = {name: self.ranks.agreed(tensor) for name, tensor in found.tensors().items()}
+            self._normalisations[scheme] = Normalisation.of(found.settings(), agreed)
+        return self._normalisations[scheme]
+
+    def know(self, growth: Growth, normalisation: Normalisation) -> None:
+        """Use the `normalisation` of a growth that was begun earlier."""
+        self._normalisations[growth.normalisation, growth.clip] = normalisation
+
+    def passes(self, members: list[Member]) -> None:
+        """One pass over the stream for `members`, each from the batch where it stands."""
+        growing = [member for member in members if not member.finished]
+        first = min((member.batches for member in growing), default=0)
+        stream = self.source.batches(first) if growing else iter(())
+        for number in count(first):
+            rows = next(stream, None) if growing else None
+            counts = self.ranks.counts(0 if rows is None else len(rows.values))
+            if not sum(counts):
+                break
+            for member in growing:
+                if member.batches == number:
+                    self._take(member, rows, max(counts), number)
+                    if (number + 1) % self._every == 0 and not member.arrived:
+                        member.save()
+            growing = [member for member in growing if not member.arrived]
+            if not growing:
+                break
+        for member in members:
+            member.end_pass()
+
+    def _take(self, member: Member, rows: Rows | None, most: int, number: int) -> None:
+        """Let `member` have the batch, in the pieces that are judged together; ranks with fewer rows bring empty pieces."""
+        if rows is None:
+            nothing = torch.empty(0, dtype=torch.long)
+            rows = Rows(torch.empty(0, member.normalisation.width), nothing, nothing)
+        _finite(rows, number)
+        z = member.normalisation.apply(rows.values.to(self.device))
+        size = member.growth.batch
+        for start in range(0, most, size):
+            if member.grower.done:
+                break
+            member.grower.take(Rows(*(part[start : start + size] for part in (z, rows.shots, rows.tokens))))
+        member.batches += 1
+        if self._told is not None:
+            moment = member.grower.curve[-1]
+            self._told(Progress(member.folder, member.grower.threshold, len(member.trials), moment, self.source.tokens))
+
+
+@final
+class Member:
+    """One dictionary of a run."""
+
+    def __init__(self, folder: Path, growth: Growth, origin: Origin, run: Run) -> None:
+        """The member, taken up where it was, or begun."""
+        self.folder, self.growth, self._origin, self._run = folder, growth, origin, run
+        self._work = folder / "training"
+        self.trials: list[Trial] = []
+        self._parts: list[str] = []
+        self._written: dict[str, Json] | None = None
+        self._dictionary: Itda | None = None
+        state = checkpoint.read_state(self._work, growth, run.source.data)
+        self.finished = state is not None and state.finished
+        self.normalisation = run.normalisation(growth) if state is None else self._known(state)
+        self._begin(state)
+
+    def _known(self, state: State) -> Normalisation:
+        known = checkpoint.read_normalisation(self._work, state.normalisation, self._run.device)
+        self._run.know(self.growth, known)
+        self._written = state.normalisation
+        return known
+
+    def _begin(self, state: State | None) -> None:
+        """A pass from its start, or from where `state` stands."""
+        if state is not None:
+            self.trials = trials_of(state)
+        threshold = self.growth.threshold or next_threshold(self.trials, self.growth.size)
+        self.batches, self._parts = 0, []
+        if state is not None and state.batches:
+            threshold, self.batches, self._parts = state.threshold, state.batches, state.parts
+        width, run = self.normalisation.width, self._run
+        if not self.finished:
+            self.grower = Grower(self.growth, threshold, width, run.device, run.ranks)
+            if state is not None and state.batches:
+                checkpoint.refill(self._work, state, self.grower)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether this pass need not go on."""
+        return self.grower.done or self.grower.seen >= self._run.source.tokens
+
+    def save(self) -> None:
+        """Write what it takes to go on from here."""
+        if self._run.ranks.rank == 0:
+            if self._written is None:
+                self._written = checkpoint.write_normalisation(self._work, self.normalisation)
+            self._parts = checkpoint.write_state(self._work, self._state(), self.grower)
+
+    def end_pass(self) -> None:
+        """Finish, or try another threshold."""
+        if self.finished:
+            return
+        grower = self.grower
+        if not grower.seen:
+            raise BadInput("Growth was given a stream without a batch. Harvest some activations first.")
+        share = min(1.0, grower.seen / self._run.source.tokens) if grower.size == self.growth.size else 1.0
+        self.trials.append(Trial(grower.threshold, grower.size, share))
+        self.finished = self.growth.threshold is not None or settled(self.trials, self.growth.size)
+        if self.finished:
+            self._finish()
+            return
+        self._begin(None)
+        self.save()
+        if self._run.ranks.rank == 0:
+            checkpoint.clear(self._work)
+
+    def _finish(self) -> None:
+        self._dictionary = self._made()
+        if self._run.ranks.rank == 0:
+            self._dictionary.save(self.folder)
+            self.save()
+            checkpoint.clear(self._work)
+
+    def result(self) -> Itda:
+        """The dictionary; that of an earlier run is read from its folder."""
+        if self._dictionary is not None:
+            return self._dictionary
+        loaded = Dictionary.load(self.folder, self._run.device)
+        assert isinstance(loaded, Itda)
+        return loaded
+
+    def _made(self) -> Itda:
+        grower, source = self.grower, self._run.source
+        size = grower.size
+        shots = grower.shots[:size].clone()
+        known = {} if source.shot is None else {number: source.shot(number) for number in shots.unique().tolist()}
+        record: dict[str, Json] = {
+            "config": json.loads(json.dumps(asdict(self.growth))),
+            "data": source.data,
+            "threshold": grower.threshold,
+            "tokens": grower.seen,
+            "passes": len(self.trials),
+            "means": grower.means.reason,
+            "expected_over": expected_over(grower.curve),
+            "curve": [list(moment) for moment in thinned(grower.curve)],
+        }
+        return Itda(
+            k=self.growth.k,
+            origin=replace(self._origin, training={**self._origin.training, **record}),
+            normalisation=self.normalisation,
+            atoms=grower.atoms.rows.clone(),
+            provenance=Provenance(shots=shots, tokens=grower.tokens[:size].clone(), known=known),
+            way=self.growth.pursuit,
+        )
+
+    def _state(self) -> State:
+        return State(
+            growth=json.loads(json.dumps(asdict(self.growth))),
+            data=self._run.source.data,
+            normalisation=self._written or {},
+            trials=[list(trial) for trial in self.trials],
+            threshold=self.grower.threshold,
+            batches=self.batches,
+            idle=self.grower.idle,
+            curve=[list(moment) for moment in self.grower.curve],
+            parts=self._parts,
+            finished=self.finished,
+        )
+
+
+def _finite(rows: Rows, number: int) -> None:
+    bad = ~torch.isfinite(rows.values).all(1)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise NonFinite(
+            f"Batch {number} holds NaN or infinity in {int(bad.sum())} rows, first that of shot {int(rows.shots[row])}, token "
+            f"{int(rows.tokens[row])}. Harvest that shot again, then grow on."
+        )

@@ -1,0 +1,103 @@
+"""A batch of tokens under judgement: how well each is explained, and whether new atoms would change that."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.dictionary.pursuit.correlations import Atoms
+from difflex.dictionary.pursuit.products import product
+from difflex.dictionary.pursuit.walk import Path, Rule, walk
+from difflex.dictionary.sparse import bag
+from difflex.records import Codes
+
+__all__ = ["Judged", "independent"]
+
+MOST_AT_HAND = 1 << 24
+"""Numbers held at a time when tokens are compared with new atoms."""
+
+
+@final
+class Judged:
+    """The tokens of one batch and the paths of their pursuits, kept up to date while atoms are added."""
+
+    def __init__(self, z: Float[Tensor, "token width"], atoms: Atoms, rule: Rule, k: int, room: int) -> None:
+        """The tokens judged by `atoms`; at most `room` atoms will be added."""
+        self._z, self._rule, self._k = z, rule, k
+        self._energy = z.square().sum(1)
+        self._scores = z.new_empty(len(z), atoms.size + room)
+        self._scores[:, : atoms.size] = product(z, atoms.rows)
+        self._path = walk(atoms, rule, z, k, correlations=self._scores[:, : atoms.size])
+        self.settled = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        """Tokens that have become atoms."""
+
+    @property
+    def unexplained(self) -> Float[Tensor, " token"]:
+        """The share of each token's squared length that is left; 0 for those that have become atoms."""
+        return torch.where(self.settled, 0, self._path.left / self._energy.where(self._energy > 0, 1))
+
+    def points(self, tokens: Int[Tensor, " new"]) -> Float[Tensor, "new width"]:
+        """These tokens at length one."""
+        return F.normalize(self._z[tokens], dim=1)
+
+    def residuals(self, tokens: Int[Tensor, " new"], atoms: Atoms) -> Float[Tensor, "new width"]:
+        """What is left of these tokens, at length one."""
+        if not atoms.size:
+            return self.points(tokens)
+        return F.normalize(
+            self._z[tokens] - bag(Codes(self._path.weights[tokens], self._path.support[tokens]), atoms.rows), dim=1
+        )
+
+    def point_products(self, tokens: Int[Tensor, " new"], size: int) -> Float[Tensor, "new size"]:
+        """The inner products of `points` with all atoms: correlations that are known already."""
+        return self._scores[tokens, :size] / self._energy[tokens].sqrt()[:, None]
+
+    def swayed(
+        self, tokens: Int[Tensor, " token"], new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], slack: float
+    ) -> Bool[Tensor, "token new"]:
+        """Which of the `new` atoms would have been picked, by which of `tokens`, in some round instead of the atom that was.
+
+        Where none would, the token's path stays as it is, however many atoms are added. `cross` holds the products of new and old
+        atoms. A new atom that comes within `slack` of the winner counts as picked.
+        """
+        per_token = self._k * max(1, len(new))
+        by_atom = cross.T.contiguous()
+        parts = tokens.split(max(1, MOST_AT_HAND // per_token))
+        return torch.cat([self._swayed(part, new, by_atom, slack) for part in parts])
+
+    def _swayed(self, tokens: Tensor, new: Tensor, by_atom: Tensor, slack: float) -> Tensor:
+        path = Path(*(part[tokens] for part in self._path))
+        correlations = product(self._z[tokens], new)[:, None, :]
+        if len(by_atom):
+            correlations = correlations - torch.bmm(path.history, by_atom[path.support])
+        if self._rule.signed:
+            correlations = correlations.abs()
+        floor = path.winners - slack * path.winners.abs()
+        return (correlations >= floor[:, :, None]).any(1)
+
+    def extend(self, new: Float[Tensor, "new width"], size: int) -> None:
+        """Take note of `new` atoms, which come after the first `size`."""
+        self._scores[:, size : size + len(new)] = product(self._z, new)
+
+    def again(self, tokens: Int[Tensor, " some"], atoms: Atoms) -> None:
+        """Judge these tokens anew."""
+        scores = self._scores[tokens, : atoms.size]
+        path = walk(atoms, self._rule, self._z[tokens], self._k, correlations=scores)
+        for whole, part in zip(self._path, path, strict=True):
+            whole[tokens] = part
+
+
+def independent(sways: Bool[Tensor, "new new"], order: list[int], most: int) -> list[int]:
+    """Those of the new atoms, looked at in `order`, that no atom accepted before them sways; `most` at most."""
+    rows = sways.tolist()
+    accepted: list[int] = []
+    for new in order:
+        if len(accepted) == most:
+            break
+        if not any(rows[new][other] for other in accepted):
+            accepted.append(new)
+    return accepted

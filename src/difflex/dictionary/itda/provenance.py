@@ -1,0 +1,67 @@
+"""Where atoms come from: every one is a token of a shot, and can be shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from difflex.records import Shot
+
+__all__ = ["Patch", "Provenance"]
+
+
+class Patch(NamedTuple):
+    """The place in the data that an atom is."""
+
+    number: int
+    """Of its shot, in the source that the dictionary was grown from."""
+    token: int
+    """The position within the shot."""
+    shot: Shot | None
+    """The shot itself, where the source knew it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """The shot and token of every atom."""
+
+    shots: Int[Tensor, " size"]
+    """Numbers of shots in the source."""
+    tokens: Int[Tensor, " size"]
+    known: Mapping[int, Shot] = field(default_factory=dict)
+    """The shots behind the numbers."""
+
+    def of(self, feature: int) -> Patch:
+        """The patch that `feature` is."""
+        number = int(self.shots[feature])
+        return Patch(number, int(self.tokens[feature]), self.known.get(number))
+
+    def take(self, features: Int[Tensor, " feature"]) -> Self:
+        """The provenance of these features alone."""
+        shots = self.shots[features]
+        kept = set(shots.tolist())
+        return type(self)(
+            shots=shots,
+            tokens=self.tokens[features],
+            known={number: shot for number, shot in self.known.items() if number in kept},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to be saved; shots go as lines of JSON, in bytes."""
+        lines = "\n".join(json.dumps([number, asdict(shot)]) for number, shot in sorted(self.known.items()))
+        packed = torch.frombuffer(bytearray(lines.encode() or b"\n"), dtype=torch.uint8)
+        return {"provenance.shots": self.shots, "provenance.tokens": self.tokens, "provenance.known": packed}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """What `tensors` was written from."""
+        lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
+        entries = [json.loads(line) for line in lines if line]
+        known = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
+        return cls(shots=tensors["provenance.shots"], tokens=tensors["provenance.tokens"], known=known)

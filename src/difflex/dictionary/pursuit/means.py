@@ -1,0 +1,57 @@
+"""What a pursuit works with: the Gram matrix, whole or in half precision, or products; chosen by shapes and memory, and said."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from difflex.dictionary.pursuit.correlations import Pool
+from difflex.dictionary.pursuit.gram import Gram
+
+__all__ = ["Means", "free_memory", "means"]
+
+SHARE = 0.6
+"""Of the memory at hand, what a Gram matrix may take."""
+WIDTH_PER_MOVE = 8
+"""A row of the Gram matrix takes as long as a product with activations of about this width: products are computed better."""
+
+
+class Means(NamedTuple):
+    """How correlations are kept up to date."""
+
+    gram: torch.dtype | None
+    """The precision of the Gram matrix; None where there is none."""
+    pool: Pool | None
+    reason: str
+    """In words."""
+
+
+def means(size: int, width: int, k: int, *, least_squares: bool, single: bool, free: int) -> Means:
+    """The means for a dictionary of `size` atoms; `single` pursuits move one weight in a round, others all."""
+    if width <= WIDTH_PER_MOVE * (1 if single else k):
+        return Means(None, None, f"products, as a width of {width} is small beside k {k}")
+    for dtype, name in ((torch.float32, "in float32"), (torch.float16, "in half precision")):
+        need = Gram.bytes(size, dtype)
+        if need <= SHARE * free:
+            return Means(dtype, None, f"a Gram matrix {name} ({_gb(need)} of {_gb(free)} free)")
+    short = f"products, as not even half a Gram matrix ({_gb(need)}) fits in {_gb(free)} free"
+    return Means(None, Pool(), f"{short}; picks come from pools") if least_squares else Means(None, None, short)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes at hand on `device`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: assume that half of the memory is free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,384 @@
+"""ITDA: atoms are data, nothing is added without need, and nothing is lost on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.dictionary import Dictionary, Normalisation, Origin
+from difflex.dictionary.itda import Growth, Itda, Moment, Source, clustered, expected_over, grow, paper, without_similar
+from difflex.dictionary.itda.grower import Grower
+from difflex.dictionary.itda.ranks import Ranks
+from difflex.dictionary.pursuit import RULES, Way
+from difflex.dictionary.pursuit.correlations import Atoms
+from difflex.dictionary.pursuit.walk import walk
+from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
+from difflex.records import Rows, Shot, Site
+
+WIDTH, BATCH, TOKENS = 16, 64, 1024
+ORIGIN = Origin(site=Site("double.18"), model="mini-flux")
+CPU = torch.device("cpu")
+WAYS = pytest.mark.parametrize("way", RULES)
+
+
+def cloud(count: int, seed: int = 0) -> Tensor:
+    """Sparse mixtures of 40 directions, far from the origin, with axes of different spread."""
+    truth = torch.Generator().manual_seed(99)
+    directions = F.normalize(torch.randn(40, WIDTH, generator=truth), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    fires = torch.rand(count, 40, generator=generator) < 0.08
+    amounts = fires * (0.5 + torch.rand(count, 40, generator=generator))
+    noise = 0.05 * torch.randn(count, WIDTH, generator=generator)
+    return (amounts @ directions + noise) * torch.linspace(1, 3, WIDTH) + 5
+
+
+def rows(number: int, size: int = BATCH) -> Rows:
+    """Batch `number`: token t of shot s is row s * 8 + t of the stream."""
+    place = torch.arange(number * size, (number + 1) * size)
+    return Rows(cloud(size, seed=number + 1), place // 8, place % 8)
+
+
+def shot(number: int) -> Shot:
+    return Shot(model="mini-flux", prompt=f"prompt {number}", seed=number, pixels=(64, 64), steps=4, guidance=1.0)
+
+
+def stream(start: int, size: int = BATCH, tokens: int = TOKENS):
+    return (rows(number, size) for number in range(start, tokens // size))
+
+
+def source(**changes: object) -> Source:
+    return replace(Source(batches=stream, tokens=TOKENS, data="cloud", shot=shot), **changes)
+
+
+def growth(**changes: object) -> Growth:
+    return replace(Growth(k=4, threshold=0.25, size=400, batch=BATCH), **changes)
+
+
+def grown(folder: Path, **changes: object) -> Itda:
+    return grow({folder: growth(**changes)}, source(), origin=ORIGIN)[folder]
+
+
+def normalised() -> Normalisation:
+    from difflex.dictionary.normalisation import estimate
+
+    return estimate((batch.values for batch in stream(0)), "standardise")
+
+
+def left(z: Tensor, atoms: Tensor, way: Way, k: int = 4) -> Tensor:
+    """The unexplained share of every row of `z`, by products alone."""
+    return walk(Atoms(atoms), RULES[way], z, k).left / z.square().sum(1)
+
+
+def all_rows() -> Tensor:
+    return torch.cat([batch.values for batch in stream(0)])
+
+
+@WAYS
+@pytest.mark.parametrize("by_gram", [True, False])
+def test_every_token_is_under_the_threshold_once_its_batch_was_added(way: Way, by_gram: bool, monkeypatch: pytest.MonkeyPatch):
+    if by_gram:
+        monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+    grower = Grower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
+    assert (grower.means.gram is not None) == by_gram or way in ("matching", "positive-matching")
+    normalisation = normalised()
+    for batch in stream(0):
+        z = normalisation.apply(batch.values)
+        grower.take(batch._replace(values=z))
+        assert float(left(z, grower.atoms.rows, way).max()) <= 0.25 * (1 + 1e-4)
+    assert 20 < grower.size < TOKENS // 2
+
+
+@WAYS
+def test_every_atom_was_over_the_threshold_when_it_was_added(way: Way):
+    grower = Grower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
+    for batch in stream(0):
+        grower.take(batch._replace(values=normalised().apply(batch.values)))
+    atoms = grower.atoms.rows
+    for place in range(grower.size):
+        assert float(left(atoms[place : place + 1], atoms[:place], way)) > 0.25 * (1 - 1e-4)
+
+
+def test_an_atom_is_a_row_of_the_data_and_knows_its_shot_and_token(tmp_path: Path):
+    itda = grown(tmp_path)
+    z = F.normalize(itda.normalisation.apply(all_rows()), dim=1)
+    torch.testing.assert_close(itda.atoms, z[itda.provenance.shots * 8 + itda.provenance.tokens])
+    patch = itda.patch(7)
+    assert patch.shot == shot(patch.number)
+    assert 0 <= patch.token < 8
+
+
+def test_copies_within_a_batch_become_one_atom():
+    normalisation = normalised()
+    values = normalisation.apply(cloud(20)).repeat(3, 1)
+    values += 1e-3 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    grower = Grower(growth(threshold=0.05), 0.05, WIDTH, CPU, Ranks())
+    grower.take(Rows(values, torch.arange(60), torch.zeros(60).long()))
+    cosines = grower.atoms.rows @ grower.atoms.rows.T - torch.eye(grower.size)
+    assert float(cosines.max()) < 0.97
+    assert grower.size <= 20
+
+
+def test_growth_does_not_depend_on_scale():
+    normalisation = normalised()
+    small, large = (Grower(growth(), 0.25, WIDTH, CPU, Ranks()) for _ in range(2))
+    for batch in stream(0):
+        z = normalisation.apply(batch.values)
+        small.take(batch._replace(values=z))
+        large.take(batch._replace(values=z * 2.0 ** (torch.arange(BATCH) % 12)[:, None]))
+    assert torch.equal(small.shots[: small.size], large.shots[: large.size])
+
+
+def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+    grower = Grower(growth(), 0.25, WIDTH, CPU, Ranks())
+    for batch in stream(0):
+        grower.take(batch._replace(values=normalised().apply(batch.values)))
+    atoms = grower.atoms
+    assert atoms.gram is not None and atoms.gram.size == grower.size
+    torch.testing.assert_close(atoms.gram.rows(torch.arange(grower.size)), atoms.rows @ atoms.rows.T, atol=1e-5, rtol=0)
+
+
+def test_growth_ends_at_the_size_limit_and_when_nothing_new_comes(tmp_path: Path):
+    assert grown(tmp_path / "full", size=30).size == 30
+    told = []
+    same = source(batches=lambda start: (rows(0) for _ in range(start, 1000)), tokens=10**6)
+    grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, told=told.append)
+    assert told[-1].moment.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
+
+
+def test_restricted_growth_adds_only_the_worst_of_a_batch():
+    grower = Grower(growth(most_per_batch=3), 0.25, WIDTH, CPU, Ranks())
+    normalisation = normalised()
+    for batch in stream(0):
+        z, before = normalisation.apply(batch.values), grower.atoms.rows
+        worst = int(left(z, before, "orthogonal").argmax())
+        grower.take(batch._replace(values=z))
+        added = grower.shots[len(before) : grower.size] * 8 + grower.tokens[len(before) : grower.size]
+        assert len(added) <= 3
+        assert not len(before) or int(added[0]) % BATCH == worst
+    assert not growth(most_per_batch=3).guarantees
+
+
+def test_the_residual_can_be_added_instead_of_the_point():
+    grower = Grower(growth(add="residual"), 0.25, WIDTH, CPU, Ranks())
+    normalisation = normalised()
+    for batch in stream(0):
+        grower.take(batch._replace(values=normalisation.apply(batch.values)))
+    z = F.normalize(normalisation.apply(all_rows()), dim=1)
+    matches = (grower.atoms.rows * z[grower.shots[: grower.size] * 8 + grower.tokens[: grower.size]]).sum(1)
+    assert float(matches[-10:].max()) < 0.95
+    # A residual has nothing in common with what already explained the token: atoms are less alike than points are.
+    points = Grower(growth(), 0.25, WIDTH, CPU, Ranks())
+    for batch in stream(0):
+        points.take(batch._replace(values=normalisation.apply(batch.values)))
+    likeness = [(g.atoms.rows @ g.atoms.rows.T).abs().mean() for g in (grower, points)]
+    assert likeness[0] < likeness[1]
+
+
+def test_pruning_leaves_no_atoms_that_are_alike_and_keeps_their_patches(tmp_path: Path):
+    itda = grown(tmp_path)
+    pruned = without_similar(itda, 0.6)
+    cosines = pruned.atoms @ pruned.atoms.T - torch.eye(pruned.size)
+    assert 10 < pruned.size < itda.size
+    assert float(cosines.max()) <= 0.6
+    for feature in (0, pruned.size - 1):
+        [same] = (itda.atoms == pruned.atoms[feature]).all(1).nonzero()[:, 0].tolist()
+        assert itda.patch(same) == pruned.patch(feature)
+
+
+def test_centres_of_clusters_are_nearer_to_the_atoms_than_as_many_atoms_are(tmp_path: Path):
+    itda = grown(tmp_path)
+    made = clustered(itda, 20)
+    assert made.size == 20
+    torch.testing.assert_close(made.atoms.norm(dim=1), torch.ones(20))
+    assert (itda.atoms @ made.atoms.T).amax(1).mean() > (itda.atoms @ itda.atoms[:20].T).amax(1).mean()
+    assert torch.equal(clustered(itda, 20).atoms, made.atoms)
+    nearest = (itda.atoms @ made.atoms[3]).argmax()
+    assert made.patch(3) == itda.patch(int(nearest))
+    for wrong in (lambda: clustered(itda, 10**6), lambda: without_similar(itda, 1.5)):
+        with pytest.raises(BadInput):
+            wrong()
+
+
+def test_a_sweep_in_one_pass_gives_what_single_runs_give(tmp_path: Path):
+    reads: list[int] = []
+
+    def counted(start: int):
+        reads.append(start)
+        return stream(start)
+
+    sweep = {tmp_path / f"both-{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.4)}
+    together = grow(sweep, source(batches=counted), origin=ORIGIN)
+    assert reads == [0, 0]  # the statistics, then one pass
+    for (folder, both), threshold in zip(together.items(), (0.2, 0.4), strict=True):
+        alone = grown(tmp_path / f"alone-{threshold}", threshold=threshold)
+        assert torch.equal(both.atoms, alone.atoms), folder
+
+
+def test_the_threshold_is_found_that_fills_the_wanted_size(tmp_path: Path):
+    itda = grown(tmp_path, threshold=None, size=60)
+    assert 59 <= itda.size <= 60
+    threshold = itda.origin.training["threshold"]
+    assert isinstance(threshold, float)
+    again = grown(tmp_path / "again", threshold=threshold, size=60)
+    assert torch.equal(again.atoms, itda.atoms)
+    assert not list((tmp_path / "training").glob("atoms-*"))
+
+
+def test_a_saved_dictionary_comes_back_with_the_same_codes_and_patches(tmp_path: Path):
+    itda = grown(tmp_path)
+    back = Dictionary.load(tmp_path)
+    assert isinstance(back, Itda)
+    x = cloud(30, seed=500)
+    for mine, theirs in zip(itda.encode(x), back.encode(x), strict=True):
+        assert torch.equal(mine, theirs)
+    assert back.patch(5) == itda.patch(5)
+    assert back.name == f"double.18/itda-{itda.size}-k4"
+    assert back.origin.training["curve"] == itda.origin.training["curve"]
+
+
+def test_codes_come_strongest_first_and_decode_to_what_is_explained(tmp_path: Path):
+    itda = grown(tmp_path)
+    x = cloud(50, seed=500)
+    codes = itda.encode(x)
+    assert (codes.values.abs().diff(dim=1) <= 0).all()
+    z, back = (itda.normalisation.apply(values) for values in (x, itda.decode(codes)))
+    torch.testing.assert_close((z - back).square().sum(1) / z.square().sum(1), itda.unexplained(x), atol=1e-4, rtol=1e-3)
+
+
+def test_an_activation_that_is_an_atom_is_given_back(tmp_path: Path):
+    itda = grown(tmp_path)
+    x = all_rows()[itda.provenance.shots * 8 + itda.provenance.tokens]
+    torch.testing.assert_close(itda.decode(itda.encode(x)), x, atol=1e-4, rtol=0)
+    assert torch.equal(itda.encode(x).indices[:, 0], torch.arange(itda.size))
+
+
+def test_the_curve_expects_what_a_power_law_goes_on_to_give():
+    share = lambda tokens: 3.0 * tokens**-0.5  # noqa: E731
+    curve = [Moment(n * 1000, round(1000 * share(n * 1000 - 500)), 0) for n in range(1, 401)]
+    assert expected_over(curve) == pytest.approx(share(400_000), rel=0.03)
+    assert expected_over([Moment(100, 0, 5)]) == 0
+
+
+def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_path: Path):
+    def noisy(number: int, size: int = BATCH) -> Rows:
+        noise = 0.3 * torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(number))
+        return Rows(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
+
+    whole = source(batches=lambda start: map(noisy, range(start, 64)), tokens=64 * BATCH)
+    [itda] = grow({tmp_path: growth(size=4000, threshold=0.02)}, whole, origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over"]
+    assert isinstance(expected, float) and 0.2 < expected < 0.6
+    over = (itda.unexplained(torch.cat([noisy(9000 + i, 1024).values for i in range(16)])) > 0.02).float().mean()
+    assert float(over) == pytest.approx(expected, rel=0.1)
+
+
+def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
+    grown(tmp_path)
+    with pytest.raises(StaleWork, match=r"threshold 0\.25 instead of 0\.5"):
+        grown(tmp_path, threshold=0.5)
+    with pytest.raises(StaleWork, match="data 'cloud' instead of 'sky'"):
+        grow({tmp_path: growth()}, source(data="sky"), origin=ORIGIN)
+    (tmp_path / "training" / "state.json").write_text("{")
+    with pytest.raises(BrokenFile, match="not JSON"):
+        grown(tmp_path)
+
+
+def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
+    for changes in ({"threshold": 1.5}, {"k": 0}, {"most_per_batch": 0}):
+        with pytest.raises(BadInput):
+            growth(**changes)
+    with pytest.raises(BadInput, match="No growth"):
+        grow({}, source(), origin=ORIGIN)
+    with pytest.raises(BadInput, match="without a batch"):
+        grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter(())), origin=ORIGIN)
+    bad = rows(1)
+    bad.values[5] = torch.nan
+    with pytest.raises(NonFinite, match="Batch 1 holds NaN or infinity in 1 rows, first that of shot 8, token 5"):
+        grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter([rows(0), bad])), origin=ORIGIN)
+    saved = grown(tmp_path / "whole").saved()
+    with pytest.raises(UnknownName, match="orthogonal"):
+        Itda.restored(replace(saved, settings={**saved.settings, "pursuit": "ortogonal"}))
+
+
+def test_the_papers_settings_are_a_preset():
+    assert (paper().pursuit, paper().k, paper().normalisation) == ("gradient", 64, "standardise")
+    assert paper(growth()).pursuit == "gradient"
+
+
+RUN = """
+import sys, time, torch
+torch.set_num_threads(1)
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_itda as t
+from difflex.dictionary.itda import grow
+if {count} > 1:
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+rank = int({count} > 1 and dist.get_rank())
+def share(start):
+    for number, batch in enumerate(t.stream(start), start):
+        time.sleep({pause})
+        yield type(batch)(*(part[rank::{count}] for part in batch))
+work = t.source(batches=share)
+settings = t.growth(batch=t.BATCH // {count}, threshold={threshold}, size={size})
+grow({{Path({folder!r}): settings}}, work, origin=t.ORIGIN, checkpoint_every=2)
+"""
+
+
+def script(folder: Path, *, count: int = 1, pause: float = 0.0, threshold: float | None = 0.25, size: int = 400) -> str:
+    tests = str(Path(__file__).parent)
+    return RUN.format(tests=tests, count=count, folder=str(folder), pause=pause, threshold=threshold, size=size)
+
+
+@pytest.mark.parametrize(("threshold", "size"), [(0.25, 400), (None, 60)])
+def test_growth_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path, threshold: float | None, size: int):
+    whole = grown(tmp_path / "whole", threshold=threshold, size=size)
+    folder, kills = tmp_path / "killed", 0
+    for wait in (0.2, 0.5, 0.1):
+        process = subprocess.Popen([sys.executable, "-c", script(folder, pause=0.05, threshold=threshold, size=size)])
+        state = folder / "training" / "state.json"
+        before = state.read_bytes() if state.exists() else b""
+        while process.poll() is None and (state.read_bytes() if state.exists() else b"") == before:
+            time.sleep(0.01)
+        time.sleep(wait)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += not (folder / "config.json").exists()
+    assert kills >= 1, "no run was killed on its way"
+    resumed = grown(folder, threshold=threshold, size=size)
+    assert torch.equal(resumed.atoms, whole.atoms)
+    assert torch.equal(resumed.provenance.shots, whole.provenance.shots)
+    assert resumed.origin.training == whole.origin.training
+
+
+def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Path):
+    program = tmp_path / "run.py"
+    program.write_text(script(tmp_path / "two", count=2))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    two, one = Dictionary.load(tmp_path / "two"), grown(tmp_path / "one")
+    assert isinstance(two, Itda)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["training"]["tokens"] == TOKENS
+    # Sequentially checked: what each batch of both ranks had become part of by its end explains the batch.
+    shots = two.provenance.shots * 8 + two.provenance.tokens
+    assert shots.unique().numel() == two.size
+    assert two.size == pytest.approx(one.size, rel=0.15)
+    z = two.normalisation.apply(all_rows())
+    torch.testing.assert_close(two.atoms, F.normalize(z[shots], dim=1))
+    for number in range(TOKENS // BATCH):
+        there = two.atoms[shots < (number + 1) * BATCH]
+        batch = z[number * BATCH : (number + 1) * BATCH]
+        assert float(left(batch, there, "orthogonal").max()) <= 0.25 * (1 + 1e-4)
