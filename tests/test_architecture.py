@@ -44,7 +44,11 @@ HOMES: dict[str, set[str]] = {
     "tqdm": {"pipeline", "miniature", "store", "training"},
     "PIL": {"contact", "pipeline", "miniature"},
     "tyro": {"cli"},
+    "bitsandbytes": {"pipeline"},
+    "datasets": {"pipeline"},
 }
+# Of these, what only an extra of pyproject.toml brings, and which one.
+EXTRAS = {"bitsandbytes": "nf4", "datasets": "data"}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex.__version__"
@@ -109,7 +113,9 @@ def test_the_arrows_have_no_cycle():
 def test_every_dependency_is_imported_and_every_import_is_a_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {line.split(">=")[0] for line in project["dependencies"]}
-    assert declared == {DISTRIBUTIONS.get(name, name) for name in HOMES} | SILENT
+    assert declared == {DISTRIBUTIONS.get(name, name) for name in HOMES.keys() - EXTRAS.keys()} | SILENT
+    extras = {extra: {line.split(">=")[0] for line in lines} for extra, lines in project["optional-dependencies"].items()}
+    assert all(name in extras[extra] for name, extra in EXTRAS.items())
 
 
 @pytest.mark.parametrize(

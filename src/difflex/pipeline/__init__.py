@@ -2,10 +2,12 @@
 
 from difflex.pipeline.clock import Moment
 from difflex.pipeline.generation import Generated
-from difflex.pipeline.loading import Precision, embedded
+from difflex.pipeline.loading import embedded
 from difflex.pipeline.opening import load
 from difflex.pipeline.pipeline import Pipeline
+from difflex.pipeline.prompts import read_prompts
+from difflex.pipeline.sharded import share
 from difflex.pipeline.sites import SiteRow
 from difflex.records import Activations
 
-__all__ = ["Activations", "Generated", "Moment", "Pipeline", "Precision", "SiteRow", "embedded", "load"]
+__all__ = ["Activations", "Generated", "Moment", "Pipeline", "SiteRow", "embedded", "load", "read_prompts", "share"]

@@ -35,8 +35,9 @@ def load(
     """The model `name`: one inside the package, a folder, or a hub name OWNER/NAME.
 
     `precision` is bf16, fp16, fp32 or nf4 (fp32 on a CPU and bf16 on a GPU, unless asked); nf4 quantises the denoiser's blocks
-    and the large text encoder. `offload` keeps on the card only the part at work. `untrained` builds the model's geometry with random weights of
-    that seed. `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from the cache alone.
+    and the large text encoder. `offload` keeps on the card only the part at work. `untrained` builds the model's geometry with
+    random weights of that seed. `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from
+    the cache alone.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(precision, place)

@@ -1,0 +1,89 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from difflex.errors import BadInput, BrokenFile, MissingExtra, UnknownName
+from difflex.pipeline import prompts, read_prompts
+
+CAPTIONS = ["a red star", "zwei blaue Kreise, größer", 'a "quoted" heart']
+
+
+def write_jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_list_and_an_endless_stream_are_passed_on():
+    def endless():
+        while True:
+            yield "a star"
+
+    assert list(read_prompts(CAPTIONS)) == CAPTIONS
+    assert list(islice(read_prompts(endless()), 3)) == ["a star"] * 3
+
+
+def test_a_text_file_holds_a_prompt_on_each_line_that_is_not_empty(tmp_path: Path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\r\n\n  a blue circle\n")
+    assert list(read_prompts(tmp_path / "prompts.txt")) == ["a red star", "a blue circle"]
+
+
+def test_a_csv_column_may_hold_commas_quotes_and_line_breaks(tmp_path: Path):
+    (tmp_path / "prompts.csv").write_text('id,caption\n1,"a red, ""big""\nstar"\n2,a circle\n', encoding="utf-8")
+    assert list(read_prompts(tmp_path / "prompts.csv")) == ['a red, "big"\nstar', "a circle"]
+    assert list(read_prompts(tmp_path / "prompts.csv", column="id")) == ["1", "2"]
+
+
+def test_a_jsonl_file_holds_objects_or_strings(tmp_path: Path):
+    assert list(read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"text": text, "n": 1} for text in CAPTIONS]))) == CAPTIONS
+    assert list(read_prompts(write_jsonl(tmp_path / "b.jsonl", [*CAPTIONS]))) == CAPTIONS
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_parquet_file_and_a_folder_of_a_dataset_are_streamed(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"caption_llava_short": CAPTIONS, "key": [1, 2, 3]})
+    table.to_parquet(tmp_path / "train.parquet")
+    assert list(read_prompts(tmp_path / "train.parquet", column="caption_llava_short")) == CAPTIONS
+    assert list(read_prompts(tmp_path, column="caption_llava_short")) == CAPTIONS
+    with pytest.raises(UnknownName, match=r"'caption_llava'.*caption_llava_short"):
+        read_prompts(tmp_path, column="caption_llava")
+
+
+def test_without_datasets_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prompts, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"difflex\[data\]"):
+        read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.csv", "empty.jsonl"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("prompt\n" if name.endswith("csv") else "\n")
+    with pytest.raises(BadInput, match=f"no prompt in .*{name}"):
+        read_prompts(tmp_path / name)
+
+
+def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path):
+    (tmp_path / "prompts.csv").write_text("id,title\n1,a star\n")
+    with pytest.raises(BadInput, match=r"not said\. It has: id, title"):
+        read_prompts(tmp_path / "prompts.csv")
+    with pytest.raises(UnknownName, match=r"'titel'.*nearest: title"):
+        read_prompts(tmp_path / "prompts.csv", column="titel")
+    with pytest.raises(BrokenFile, match="entry 2, has no 'text'"):
+        list(read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"caption": "b"}])))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.csv", "prompts.jsonl"])
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes('"prompt"\n"größer"\n'.encode("latin-1"))
+    with pytest.raises(BrokenFile, match=rf"{name}.*UTF-8"):
+        list(read_prompts(tmp_path / name))
+
+
+def test_a_file_that_is_not_there_says_what_can_be_named(tmp_path: Path):
+    with pytest.raises(BadInput, match="OWNER/NAME:COLUMN"):
+        read_prompts(tmp_path / "nothing.txt")
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    with pytest.raises(BrokenFile, match=r"broken\.jsonl, entry 1"):
+        read_prompts(tmp_path / "broken.jsonl")
