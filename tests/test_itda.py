@@ -274,7 +274,7 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
         noise = 0.3 * torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(number))
         return Rows(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
 
-    whole = source(batches=lambda start: map(noisy, range(start, 64)), tokens=64 * BATCH)
+    whole = source(batches=lambda start: map(noisy, range(start, 128)), tokens=128 * BATCH)
     [itda] = grow({tmp_path: growth(size=4000, threshold=0.02)}, whole, origin=ORIGIN).values()
     expected = itda.origin.training["expected_over"]
     assert isinstance(expected, float) and 0.2 < expected < 0.6
