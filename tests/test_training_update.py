@@ -115,7 +115,8 @@ class Jumping(torch.autograd.Function):
         return scores * (scores > floor)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
+        (gradient,) = gradients
         scores, floor = ctx.saved_tensors
         near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
         return gradient * (scores > floor), -(floor * near * gradient).sum(0), None
@@ -131,7 +132,8 @@ class Stepping(torch.autograd.Function):
         return (scores > floor).to(scores.dtype)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
+        (gradient,) = gradients
         scores, floor = ctx.saved_tensors
         near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
         return None, -(near * gradient).sum(0), None
@@ -198,6 +200,7 @@ def test_the_loss_curve_stays_with_the_reference_for_200_updates():
         Learner(config, first_weights(config, batch(0, 64)), Team()),
         Reference(config, first_weights(config, batch(0, 64))),
     )
+    loss = torch.inf
     for number in range(200):
         loss = reference.update(batch(number, 64, 256), 1e-3)
         assert learner.update(batch(number, 64, 256), 1e-3).loss == pytest.approx(loss, rel=5e-3)

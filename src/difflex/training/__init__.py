@@ -1,1 +1,23 @@
 """Training: dictionaries fitted to a stream of activations, one or many at once, in one or many processes."""
+
+from difflex.training.config import Jump, Optimiser, Revival, Start, Training
+from difflex.training.fitting import Course, fit
+from difflex.training.presets import default, paper, unbox
+from difflex.training.team import joined
+from difflex.training.window import Batches, shuffled
+
+__all__ = [
+    "Batches",
+    "Course",
+    "Jump",
+    "Optimiser",
+    "Revival",
+    "Start",
+    "Training",
+    "default",
+    "fit",
+    "joined",
+    "paper",
+    "shuffled",
+    "unbox",
+]

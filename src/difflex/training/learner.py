@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from difflex.dictionary.autoencoder import Weights
 from difflex.dictionary.sparse import Pairs, sums
+from difflex.errors import NonFinite
 from difflex.training.config import Training
 from difflex.training.selection import Kept, among_dead, kept
 from difflex.training.team import Team
@@ -80,11 +82,13 @@ class Learner:
         centred = z - self.parameters.weights.bias
         found = self._found(centred)
         errors, revived = self._errors(found.pairs, centred, count)
+        square = float(self.team.over_tokens(errors.square))
+        if not math.isfinite(square):
+            raise NonFinite(f"The loss became {square}; the weights were not moved.")
         length = self.parameters.update(
             self._work(found, revived, errors, centred), number=self.updates + 1, lr=lr, measured=measured
         )
         fired = self._take_note(found, count)
-        square = float(self.team.over_tokens(errors.square))
         return Measures(
             loss=square / count / z.shape[1],
             fvu=square / max(variance, 1e-30),

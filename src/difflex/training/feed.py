@@ -1,0 +1,90 @@
+"""The feed: batches of this rank, by number, and what is known of the data before the first update."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.dictionary.normalisation import VECTORS_PER_AXIS, Moments
+from difflex.errors import BadInput
+from difflex.records import Rows
+from difflex.training.team import Team
+from difflex.training.window import Batches
+
+__all__ = ["Feed", "Preview"]
+
+MOST_KEPT = 32_768
+"""Vectors of the preview that are kept, for the first bias and the first floors."""
+FAR_OFF = 1.0
+"""|mean| / |standard deviation| over which normalisation helps: dead features grow with it (arXiv 2605.31518)."""
+STRETCHED = 30.0
+"""Largest over median variance of an axis, likewise."""
+
+
+class Preview(NamedTuple):
+    """The first vectors of the data."""
+
+    moments: Moments
+    vectors: Float[Tensor, "token width"]
+
+    def off_centre(self) -> float:
+        """|mean| / |standard deviation|."""
+        return float(self.moments.mean.norm() / self.moments.variance.sum().sqrt().clamp_min(1e-30))
+
+    def warn(self, method: str) -> None:
+        """Warn where `method` leaves the data in a shape that makes dead features."""
+        variance = self.moments.variance
+        stretch = float(variance.max() / variance.median().clamp_min(1e-30))
+        if method in ("none", "scale") and (self.off_centre() > FAR_OFF or stretch > STRETCHED):
+            warnings.warn(
+                f"Normalisation '{method}' leaves the mean at {self.off_centre():.1f} standard deviations and the widest axis at "
+                f"{stretch:.0f} times the median variance: many features will die. Choose 'standardise' or 'whiten'.",
+                stacklevel=2,
+            )
+
+
+@final
+class Feed:
+    """Batches of this rank, timed."""
+
+    def __init__(self, batches: Batches, team: Team, device: torch.device, *, own_share: bool) -> None:
+        """The feed from `batches`, which yields whole batches, to be cut here, or (`own_share`) what this rank should learn."""
+        self._batches, self._team, self._device, self._own_share = batches, team, device, own_share
+        self.waited = 0.0
+        """Seconds spent waiting for data."""
+
+    def rows(self, start: int) -> Iterator[Rows]:
+        """The shares of this rank in the batches from number `start` on."""
+        stream = self._batches(start)
+        while True:
+            began = time.perf_counter()
+            rows = next(stream, None)
+            self.waited += time.perf_counter() - began
+            if rows is None:
+                return
+            if not self._own_share:
+                share = self._team.share(len(rows.values))
+                rows = Rows(*(part[share] for part in rows))
+            yield rows._replace(values=rows.values.to(self._device, torch.float32))
+
+    def preview(self, *, covariance: bool) -> Preview:
+        """Statistics of the first 10 x width vectors (at least), on all ranks alike."""
+        moments, kept = None, []
+        for rows in self.rows(0):
+            values = self._team.gathered(rows.values)
+            if moments is None:
+                moments = Moments(values.shape[1], covariance=covariance, device=self._device)
+            if moments.count < MOST_KEPT:
+                kept.append(values)
+            moments.add(values)
+            if moments.count >= VECTORS_PER_AXIS * values.shape[1]:
+                break
+        if moments is None:
+            raise BadInput("Training was given a stream without a batch. Harvest some activations first.")
+        return Preview(moments, torch.cat(kept)[:MOST_KEPT])

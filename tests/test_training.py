@@ -1,0 +1,264 @@
+"""Fitting: resumed work ends as work that was never stopped, sweeps share a pass, and what goes wrong is said."""
+
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from difflex.dictionary import Autoencoder, Dictionary, Origin
+from difflex.errors import BadInput, BrokenFile, MissingExtra, NonFinite, StaleWork
+from difflex.planted import Planted
+from difflex.records import Rows, Site
+from difflex.training import Course, Optimiser, Revival, Start, Training, fit, shuffled
+from difflex.training.fitting import rate
+
+WORLD = Planted(width=16, truths=48, active=3, stretched=2)
+ORIGIN = Origin(site=Site("double.1"), model="mini-flux")
+SMALL = Training(size=64, k=4, optimiser=Optimiser(lr=1e-2, warmup=5), revival=Revival(after=500))
+COURSE = Course(tokens=64 * 40, checkpoint_every=7, log_every=5, progress=False)
+
+
+def batches(start: int) -> Iterator[Rows]:
+    return WORLD.batches(64, start)
+
+
+def trained(folder: Path, training: Training = SMALL, course: Course = COURSE) -> Autoencoder:
+    return fit({folder: training}, batches, origin=ORIGIN, course=course)[folder]
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights and the same training state, bit for bit."""
+    pairs = [
+        (load_file(one / name), load_file(other / name)) for name in ("dictionary.safetensors", "training/state.safetensors")
+    ]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
+
+
+KINDS = {
+    "topk": SMALL,
+    "batchtopk": replace(SMALL, kind="batchtopk"),
+    "jumprelu": replace(SMALL, kind="jumprelu"),
+    "matryoshka": replace(SMALL, kind="matryoshka", prefixes=(16,)),
+    "lazy": replace(SMALL, optimiser=Optimiser(lr=1e-2, beta1=0.0, ema=0.9), normalisation="whiten", clip=5.0),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_explains_the_planted_world_and_loads_as_it_was_saved(tmp_path: Path, name: str):
+    dictionary = trained(tmp_path, KINDS[name], replace(COURSE, tokens=64 * 400))
+    x = next(batches(1000)).values
+    y = dictionary.decode(dictionary.encode(x))
+    assert (x - y).square().sum() < 0.5 * (x - x.mean(0)).square().sum()
+    loaded = Dictionary.load(tmp_path)
+    assert loaded.name == f"double.1/{KINDS[name].kind}-64-k4"
+    assert torch.equal(loaded.decode(loaded.encode(x)), y)
+    assert loaded.origin.training["tokens"] == 64 * 400
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_in_two_parts_ends_as_one_in_one_part(tmp_path: Path, name: str):
+    trained(tmp_path / "whole", KINDS[name])
+    with pytest.raises(InterruptedError):
+        fit({tmp_path / "parts": KINDS[name]}, interrupted_at(25), origin=ORIGIN, course=COURSE)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    trained(tmp_path / "parts", KINDS[name])
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    kept = [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "parts")]
+    assert kept == [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "whole")]
+
+
+VOLATILE = ("tokens_per_second", "waiting")
+
+
+def interrupted_at(number: int):
+    def stream(start: int) -> Iterator[Rows]:
+        for current, rows in enumerate(batches(start), start):
+            if current == number:
+                raise InterruptedError
+            yield rows
+
+    return stream
+
+
+def test_a_sweep_gives_what_each_training_gives_alone(tmp_path: Path):
+    sweep = {tmp_path / str(k): replace(SMALL, k=k, normalisation="whiten" if k == 2 else "standardise") for k in (2, 4, 6)}
+    fit(sweep, batches, origin=ORIGIN, course=COURSE)
+    for folder, training in sweep.items():
+        trained(tmp_path / "alone" / folder.name, training)
+        assert same(folder, tmp_path / "alone" / folder.name)
+
+
+def test_a_member_that_a_kill_left_ahead_waits_for_the_others(tmp_path: Path):
+    sweep = {tmp_path / "a": SMALL, tmp_path / "b": replace(SMALL, k=2)}
+    with pytest.raises(InterruptedError):
+        fit(sweep, interrupted_at(15), origin=ORIGIN, course=COURSE)
+    with pytest.raises(InterruptedError):  # as if the kill had come after the first of two states was written
+        fit({tmp_path / "a": SMALL}, interrupted_at(30), origin=ORIGIN, course=COURSE)
+    fit(sweep, batches, origin=ORIGIN, course=COURSE)
+    for folder, training in sweep.items():
+        trained(tmp_path / "alone" / folder.name, training)
+        assert same(folder, tmp_path / "alone" / folder.name)
+
+
+def test_finished_work_is_not_done_again(tmp_path: Path):
+    trained(tmp_path)
+    before = (tmp_path / "dictionary.safetensors").read_bytes()
+    fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, course=COURSE)
+    assert (tmp_path / "dictionary.safetensors").read_bytes() == before
+
+
+LONG = replace(COURSE, tokens=64 * 400, checkpoint_every=2)
+
+
+def run_killed(folder: Path, moments: random.Random, kills: int) -> int:
+    """Train in a process that is killed at `kills` random moments, then let it end; how often it was killed in time."""
+    context = multiprocessing.get_context("fork")  # starts at once, unlike a new interpreter
+    for kill in range(kills + 1):
+        process = context.Process(target=trained, args=(folder, SMALL, LONG))
+        process.start()
+        if kill < kills:
+            time.sleep(moments.random() * 0.2)  # in an update, in the writing of a state, or before anything
+            process.kill()
+        process.join(timeout=300)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode == 0:
+            return kill
+    raise AssertionError("training hung")
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, kills: int):
+    trained(tmp_path / "whole", SMALL, LONG)
+    assert run_killed(tmp_path / "killed", random.Random(kills), kills) >= kills - 1
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_batch_with_nan_ends_the_run_by_name_and_keeps_the_last_state(tmp_path: Path):
+    def poisoned(start: int) -> Iterator[Rows]:
+        for number, rows in enumerate(batches(start), start):
+            if number == 20:
+                rows.values[5, 3] = torch.nan
+            yield rows
+
+    message = rf"Batch 20 holds NaN or infinity in 1 rows, first that of shot {20 * 64 + 5}, token 0.*before it is kept"
+    with pytest.raises(NonFinite, match=message):
+        fit({tmp_path: SMALL}, poisoned, origin=ORIGIN, course=COURSE)
+    trained(tmp_path)
+    trained(tmp_path / "healthy")
+    assert same(tmp_path, tmp_path / "healthy")
+
+
+def test_weights_that_diverge_are_said_to(tmp_path: Path):
+    wild = replace(SMALL, optimiser=Optimiser(lr=1e30, warmup=0))
+    with pytest.raises(NonFinite, match=r"have diverged\. No state was saved\. Lower the learning rate"):
+        trained(tmp_path, wild)
+
+
+def test_work_on_other_data_or_of_another_training_is_not_continued(tmp_path: Path):
+    trained(tmp_path)
+    with pytest.raises(StaleWork, match=r"other training: \{'k': 4\}, asked is \{'k': 3\}"):
+        trained(tmp_path, replace(SMALL, k=3))
+    with pytest.raises(StaleWork, match="other data: , asked is elsewhere"):
+        trained(tmp_path, SMALL, replace(COURSE, data="elsewhere"))
+
+
+def test_a_damaged_state_is_named(tmp_path: Path):
+    trained(tmp_path)
+    state = tmp_path / "training" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(BrokenFile, match="damaged"):
+        trained(tmp_path)
+
+
+def test_data_that_normalisation_would_help_is_warned_of(tmp_path: Path):
+    with pytest.warns(UserWarning, match="Choose 'standardise' or 'whiten'"):
+        trained(tmp_path, replace(SMALL, normalisation="none"), COURSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(tmp_path / "standardised")
+
+
+def test_a_stream_that_ends_early_is_warned_of_and_what_was_learned_is_kept(tmp_path: Path):
+    def short(start: int) -> Iterator[Rows]:
+        return (rows for _, rows in zip(range(start, 12), batches(start), strict=False))
+
+    with pytest.warns(UserWarning, match="ended after 768 tokens of 2560"):
+        dictionary = fit({tmp_path: SMALL}, short, origin=ORIGIN, course=COURSE)[tmp_path]
+    assert dictionary.origin.training["updates"] == 12
+
+
+def test_the_log_has_the_numbers_that_a_person_asks_for(tmp_path: Path):
+    trained(tmp_path)
+    lines = log(tmp_path)
+    assert lines[0]["event"] == "start" and lines[0]["mean_over_spread"] > 0
+    numbers = [line for line in lines if "loss" in line]
+    assert [line["update"] for line in numbers] == [5, 10, 15, 20, 25, 30, 35, 40]
+    asked = {"tokens", "loss", "fvu", "active", "dead", "gradient", "tokens_per_second", "waiting"}
+    assert asked <= numbers[0].keys() and numbers[0]["gradient"] > 0
+    density = next(line["density"] for line in lines if line.get("event") == "checkpoint")
+    assert sum(density.values()) == SMALL.size
+
+
+def test_a_listener_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingExtra, match=r"needs the package wandb: pip install 'difflex\[logs\]'"):
+        trained(tmp_path, SMALL, replace(COURSE, also=("wandb",)))
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    settings = Optimiser(lr=1.0, warmup=10, decay=0.2)
+    assert [rate(settings, update, update / 100) for update in (0, 4, 9, 50, 80, 90)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"k": 65}, {"kind": "matryoshka"}, {"prefixes": (8,)}, {"kind": "matryoshka", "prefixes": (64,)}],
+)
+def test_trainings_that_make_no_sense_are_refused(wrong: dict):
+    with pytest.raises(BadInput):
+        replace(SMALL, **wrong)
+
+
+def rows_from(row: int) -> Iterator[Rows]:
+    """A stream of numbered rows in uneven pieces, from the given row on."""
+    while row < 100:
+        count = min(7, 100 - row)
+        number = torch.arange(row, row + count)
+        yield Rows(number[:, None].float(), number, number)
+        row += count
+
+
+def test_a_window_shuffles_every_row_once_and_resumes_at_any_batch():
+    stream = shuffled(rows_from, window=30, batch=10, seed=1)
+    whole = [rows.shots.tolist() for rows in stream(0)]
+    assert sorted(chain(*whole)) == list(range(100))
+    assert sorted(chain(*whole[:3])) == list(range(30)) and whole[0] != list(range(10))
+    for start in range(11):
+        assert [rows.shots.tolist() for rows in stream(start)] == whole[start:]
+    assert [rows.shots.tolist() for rows in shuffled(rows_from, window=30, batch=10, seed=2)(0)] != whole
+
+
+def test_a_window_of_no_whole_batches_is_refused():
+    with pytest.raises(BadInput, match="multiple"):
+        shuffled(rows_from, window=35, batch=10, seed=0)
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trained(tmp_path / name, replace(SMALL, start=Start(seed=seed)))
+    assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")

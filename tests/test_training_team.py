@@ -1,0 +1,148 @@
+"""Many processes train as one: the same result, whatever the number of ranks, and a clear end where one is lost."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_training import COURSE, KINDS, ORIGIN, SMALL, batches, interrupted_at
+
+from difflex.errors import BadInput, DifflexError
+from difflex.training import Course, Training, fit, joined
+from difflex.training.team import Team
+
+SHORT = replace(COURSE, tokens=64 * 14, checkpoint_every=5, log_every=2)
+ELSEWHERE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+
+
+def rank_trains(rank: int, count: int, meeting: Path, folder: Path, training: Training, course: Course, stop: int | None) -> None:
+    """What one rank does; `stop` is the batch at which the stream breaks off, as in a kill."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    stream = batches if stop is None else interrupted_at(stop)
+    try:
+        fit({folder: training}, stream, origin=ORIGIN, course=course)
+    except InterruptedError:
+        os._exit(0)
+    dist.destroy_process_group()
+
+
+def team_trains(count: int, folder: Path, training: Training, course: Course, stop: int | None = None) -> None:
+    """Train in `count` processes."""
+    context = multiprocessing.get_context("fork")
+    meeting = folder.with_name(f"{folder.name}-meeting-{time.monotonic_ns()}")
+    meeting.parent.mkdir(parents=True, exist_ok=True)
+    ranks = [
+        context.Process(target=rank_trains, args=(rank, count, meeting, folder, training, course, stop)) for rank in range(count)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+
+
+def alike(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights within the rounding of float32, and the same state."""
+    for name in ("dictionary.safetensors", "training/state.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+    return True
+
+
+@pytest.mark.parametrize("split", ["data", "features"])
+@pytest.mark.parametrize("name", KINDS)
+def test_two_ranks_learn_what_one_learns(tmp_path: Path, name: str, split: str):
+    course = replace(SHORT, split=split)
+    fit({tmp_path / "one": KINDS[name]}, batches, origin=ORIGIN, course=course)
+    team_trains(2, tmp_path / "two", KINDS[name], course)
+    assert alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("split", ["data", "features"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, split: str, before: int, after: int):
+    course = replace(SHORT, split=split)
+    team_trains(before, tmp_path / "some", SMALL, course, stop=8)
+    assert not (tmp_path / "some" / "config.json").exists()
+    team_trains(after, tmp_path / "some", SMALL, course)
+    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, course=course)
+    assert alike(tmp_path / "one", tmp_path / "some")
+
+
+def rank_dies(rank: int, meeting: Path, folder: Path, answer: Path) -> None:
+    """Rank 1 is killed at batch 8; rank 0 writes down how it ended."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+
+    def stream(start: int):
+        for number, rows in enumerate(batches(start), start):
+            if number == 8 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield rows
+
+    try:
+        fit({folder: SMALL}, stream, origin=ORIGIN, course=SHORT)
+    except DifflexError as error:
+        answer.write_text(str(error))
+    os._exit(0)
+
+
+def test_a_rank_that_dies_brings_a_clear_end_and_a_state_to_go_on_from(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    places = (tmp_path / "meeting", tmp_path / "run", tmp_path / "answer")
+    ranks = [context.Process(target=rank_dies, args=(rank, *places)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+    assert "Another rank is gone" in places[2].read_text()
+    fit({tmp_path / "run": SMALL}, batches, origin=ORIGIN, course=SHORT)
+    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, course=SHORT)
+    assert alike(tmp_path / "one", tmp_path / "run")
+
+
+def test_a_size_that_cannot_be_split_is_refused():
+    team = Team("features")
+    team.count = 3
+    with pytest.raises(BadInput, match="Size 64 cannot be split evenly over 3 ranks"):
+        team.rows(64)
+
+
+def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
+    team, tokens = Team(), torch.arange(65)
+    team.count = 3
+    shares = []
+    for team.rank in range(3):
+        shares.append(tokens[team.share(65)])
+    assert torch.equal(torch.cat(shares), tokens)
+
+
+def test_without_torchrun_nothing_is_joined():
+    with joined():
+        assert not dist.is_initialized()
+
+
+def test_under_torchrun_the_team_is_joined_and_left(monkeypatch: pytest.MonkeyPatch, free_port: int):
+    for name, value in {**ELSEWHERE, "MASTER_PORT": str(free_port)}.items():
+        monkeypatch.setenv(name, value)
+    with joined():
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
