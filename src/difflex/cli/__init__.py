@@ -31,9 +31,12 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.cli.anatomy:Anatomy"),
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.cli.generate:Generate"),
     "harvest": Verb("store a model's activations in a study", "difflex.cli.harvest:Harvest"),
+    "itda": Verb("grow dictionaries made of data", "difflex.cli.itda:Itda"),
     "models": Verb("list the models inside the package", "difflex.cli.models:Models"),
+    "sites": Verb("list where a model can be read and written", "difflex.cli.sites:Sites"),
     "verify": Verb("compare stored activations with their checksums", "difflex.cli.verify:Verify"),
 }
 

@@ -35,3 +35,8 @@ def without_bars() -> Iterator[None]:
     finally:
         for library in drawing:
             library.enable_progress_bar()
+
+
+# Where bitsandbytes is installed diffusers imports it, and it regrets aloud that a kernel for some CPUs cannot be fetched.
+with quiet("bitsandbytes"):
+    import diffusers.quantizers  # noqa: F401

@@ -20,8 +20,10 @@ __all__ = ["site_rows"]
 
 
 def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
-    """A row for each block and stream whose name matches `pattern`, in a run like `shot`."""
-    names = list(engine.sites.blocks) if pattern == "*" else [each.site.path for each in engine.sites.expand([pattern])]
+    """A row for each block and stream whose name matches `pattern` (both streams, if it names none), in a run like `shot`."""
+    found = [each.site for each in engine.sites.expand([pattern])] if pattern != "*" else []
+    names = [site.path for site in found] or list(engine.sites.blocks)
+    streams = {site.stream for site in found} if ":" in pattern else set(STREAMS)
     with engine.clock.watching():
         args, kwargs = engine.first_call(shot)
         call = engine.clock.call
@@ -31,7 +33,7 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
         Site(name, kind, stream)
         for name in dict.fromkeys(names)
         for stream in STREAMS
-        if stream in sites.blocks[name][1].outputs
+        if stream in streams and stream in sites.blocks[name][1].outputs
         for kind in sites.kinds(name, stream)
         if kind != "update"
     ]

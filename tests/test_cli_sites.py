@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from difflex.anatomy import Anatomy
+from difflex.cli import main
+from difflex.testing import tiny_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux")
+
+
+def test_sites_prints_a_line_for_each_block_and_stream(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", str(folder), "--pixels", "16x24"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["site", "module", "width", "tokens", "kinds"]
+    assert [line.split()[0] for line in lines[:3]] == ["double.0", "double.0:text", "double.1"] and len(lines) == 10
+    assert lines[0].split() == [
+        "double.0",
+        "transformer.transformer_blocks.0",
+        "32",
+        "24",
+        "residual",
+        "update",
+        "neurons",
+        "(128)",
+    ]
+
+
+def test_sites_of_a_pattern_with_a_stream_are_of_that_stream(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", str(folder), "--pattern", "single.*:text"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [f"single.{i}:text" for i in range(3)]
+
+
+def test_anatomy_writes_the_measurements_and_labelled_figures(folder: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--spectra", "double.1", "--out", str(tmp_path / "out")]
+    assert main(["anatomy", str(folder), *flags]) == 0
+    anatomy = Anatomy.load(tmp_path / "out" / "anatomy.json")
+    assert len(anatomy.norms) == 10 and [str(site) for site in anatomy.shapes] == ["double.1"]
+    assert all(sorted(norms) == [500.0, 1000.0] for norms in anatomy.norms.values())
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["norms-image.png", "norms-text.png", "spectra.png"]
+
+
+def test_a_wrong_site_ends_with_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", str(folder), "--pattern", "triple.*"]) == 2
+    assert "triple.*" in capsys.readouterr().err
