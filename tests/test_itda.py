@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionary import Dictionary, Normalisation, Origin
-from difflex.dictionary.itda import Growth, Itda, Moment, Source, clustered, expected_over, grow, paper, without_similar
+from difflex.dictionary.itda import ITDA, Growth, Moment, Source, clustered, expected_over, grow, paper, without_similar
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.itda.ranks import Ranks
 from difflex.dictionary.pursuit import RULES, Way
@@ -63,7 +63,7 @@ def growth(**changes: object) -> Growth:
     return replace(Growth(k=4, threshold=0.25, size=400, batch=BATCH), **changes)
 
 
-def grown(folder: Path, **changes: object) -> Itda:
+def grown(folder: Path, **changes: object) -> ITDA:
     return grow({folder: growth(**changes)}, source(), origin=ORIGIN)[folder]
 
 
@@ -112,6 +112,7 @@ def test_an_atom_is_a_row_of_the_data_and_knows_its_shot_and_token(tmp_path: Pat
     z = F.normalize(itda.normalisation.apply(all_rows()), dim=1)
     torch.testing.assert_close(itda.atoms, z[itda.provenance.shots * 8 + itda.provenance.tokens])
     patch = itda.patch(7)
+    assert patch is not None
     assert patch.shot == shot(patch.number)
     assert 0 <= patch.token < 8
 
@@ -237,7 +238,7 @@ def test_the_threshold_is_found_that_fills_the_wanted_size(tmp_path: Path):
 def test_a_saved_dictionary_comes_back_with_the_same_codes_and_patches(tmp_path: Path):
     itda = grown(tmp_path)
     back = Dictionary.load(tmp_path)
-    assert isinstance(back, Itda)
+    assert isinstance(back, ITDA)
     x = cloud(30, seed=500)
     for mine, theirs in zip(itda.encode(x), back.encode(x), strict=True):
         assert torch.equal(mine, theirs)
@@ -307,7 +308,7 @@ def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
         grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter([rows(0), bad])), origin=ORIGIN)
     saved = grown(tmp_path / "whole").saved()
     with pytest.raises(UnknownName, match="orthogonal"):
-        Itda.restored(replace(saved, settings={**saved.settings, "pursuit": "ortogonal"}))
+        ITDA.restored(replace(saved, settings={**saved.settings, "pursuit": "ortogonal"}))
 
 
 def test_the_papers_settings_are_a_preset():
@@ -370,7 +371,7 @@ def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Pat
     done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     two, one = Dictionary.load(tmp_path / "two"), grown(tmp_path / "one")
-    assert isinstance(two, Itda)
+    assert isinstance(two, ITDA)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["training"]["tokens"] == TOKENS
     # Sequentially checked: what each batch of both ranks had become part of by its end explains the batch.
     shots = two.provenance.shots * 8 + two.provenance.tokens

@@ -2,6 +2,19 @@
 
 from difflex.dictionary.autoencoder import Autoencoder, Weights
 from difflex.dictionary.base import Dictionary, NormalisedDictionary, Origin, Saved
+from difflex.dictionary.itda import ITDA
+from difflex.dictionary.neurons import Neurons
 from difflex.dictionary.normalisation import Moments, Normalisation
 
-__all__ = ["Autoencoder", "Dictionary", "Moments", "Normalisation", "NormalisedDictionary", "Origin", "Saved", "Weights"]
+__all__ = [
+    "ITDA",
+    "Autoencoder",
+    "Dictionary",
+    "Moments",
+    "Neurons",
+    "Normalisation",
+    "NormalisedDictionary",
+    "Origin",
+    "Saved",
+    "Weights",
+]

@@ -65,7 +65,7 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
     if not isinstance(entries, dict) or entries.get("format") != FORMAT or entries.keys() != names:
         raise BrokenFile(f"{path} is not the state of a growth, format {FORMAT}. {AGAIN}")
     state = State(**entries)
-    asked = json.loads(json.dumps(asdict(growth)))
+    asked = growth.as_json()
     differing = {name: (state.growth.get(name), asked[name]) for name in asked if state.growth.get(name) != asked[name]}
     if state.data != data:
         differing["data"] = (state.data, data)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from difflex.dictionary.files import Json
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
 from difflex.errors import BadInput
@@ -45,6 +47,10 @@ class Growth:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be 1 or more.")
         if self.most_per_batch is not None and self.most_per_batch < 1:
             raise BadInput(f"most_per_batch is {self.most_per_batch}: it must be 1 or more, or None for no limit.")
+
+    def as_json(self) -> dict[str, Json]:
+        """These settings as plain JSON."""
+        return json.loads(json.dumps(asdict(self)))
 
     @property
     def guarantees(self) -> bool:

@@ -21,11 +21,11 @@ from difflex.dictionary.pursuit.walk import walk
 from difflex.errors import UnknownName
 from difflex.records import Codes
 
-__all__ = ["Itda", "means_of", "way_of"]
+__all__ = ["ITDA", "means_of", "way_of"]
 
 
 @final
-class Itda(NormalisedDictionary, kinds=("itda",)):
+class ITDA(NormalisedDictionary, kinds=("itda",)):
     """Atoms of length one in the normalised space, each with the shot and token that it is."""
 
     kind = "itda"
@@ -58,8 +58,8 @@ class Itda(NormalisedDictionary, kinds=("itda",)):
         energy = z.square().sum(1)
         return walk(self._ready, RULES[self.way], z, self.k).left / energy.where(energy > 0, 1)
 
-    def patch(self, feature: int) -> Patch:
-        """The very patch of the data that `feature` is."""
+    def patch(self, feature: int) -> Patch | None:
+        """The very patch of the data that `feature` is; None for a dictionary of others that does not say."""
         return self.provenance.of(feature)
 
     @cached_property

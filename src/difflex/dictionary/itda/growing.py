@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, final
@@ -18,7 +17,7 @@ from difflex.dictionary.itda import checkpoint
 from difflex.dictionary.itda.checkpoint import State, trials_of
 from difflex.dictionary.itda.config import Growth
 from difflex.dictionary.itda.curve import Moment, expected_over, thinned
-from difflex.dictionary.itda.dictionary import Itda
+from difflex.dictionary.itda.dictionary import ITDA
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.itda.provenance import Provenance
 from difflex.dictionary.itda.ranks import Ranks
@@ -64,7 +63,7 @@ def grow(
     device: torch.device | str = "cpu",
     checkpoint_every: int = 50,
     told: Callable[[Progress], None] = lambda progress: None,
-) -> dict[Path, Itda]:
+) -> dict[Path, ITDA]:
     """The dictionaries, each saved in its folder.
 
     Those with a threshold grow in one pass over the stream, each of those without in as many as the search for it takes. Under
@@ -161,7 +160,7 @@ class Member:
         self.trials: list[Trial] = []
         self._parts: list[str] = []
         self._written: dict[str, Json] | None = None
-        self._dictionary: Itda | None = None
+        self._dictionary: ITDA | None = None
         state = checkpoint.read_state(self._work, growth, run.source.data)
         self.finished = state is not None and state.finished
         self.normalisation = run.normalisation(growth) if state is None else self._known(state)
@@ -224,21 +223,21 @@ class Member:
             self.save()
             checkpoint.clear(self._work)
 
-    def result(self) -> Itda:
+    def result(self) -> ITDA:
         """The dictionary; that of an earlier run is read from its folder."""
         if self._dictionary is not None:
             return self._dictionary
         loaded = Dictionary.load(self.folder, self._run.device)
-        assert isinstance(loaded, Itda)
+        assert isinstance(loaded, ITDA)
         return loaded
 
-    def _made(self) -> Itda:
+    def _made(self) -> ITDA:
         grower, source = self.grower, self._run.source
         size = grower.size
         shots = grower.shots[:size].clone()
         known = {} if source.shot is None else {number: source.shot(number) for number in shots.unique().tolist()}
         record: dict[str, Json] = {
-            "config": json.loads(json.dumps(asdict(self.growth))),
+            "config": self.growth.as_json(),
             "data": source.data,
             "threshold": grower.threshold,
             "tokens": grower.seen,
@@ -247,7 +246,7 @@ class Member:
             "expected_over": expected_over(grower.curve),
             "curve": [list(moment) for moment in thinned(grower.curve)],
         }
-        return Itda(
+        return ITDA(
             k=self.growth.k,
             origin=replace(self._origin, training={**self._origin.training, **record}),
             normalisation=self.normalisation,
@@ -258,7 +257,7 @@ class Member:
 
     def _state(self) -> State:
         return State(
-            growth=json.loads(json.dumps(asdict(self.growth))),
+            growth=self.growth.as_json(),
             data=self._run.source.data,
             normalisation=self._written or {},
             trials=[list(trial) for trial in self.trials],

@@ -32,15 +32,21 @@ class Provenance:
     """The shot and token of every atom."""
 
     shots: Int[Tensor, " size"]
-    """Numbers of shots in the source."""
+    """Numbers of shots in the source; -1 where nobody knows."""
     tokens: Int[Tensor, " size"]
     known: Mapping[int, Shot] = field(default_factory=dict)
     """The shots behind the numbers."""
 
-    def of(self, feature: int) -> Patch:
-        """The patch that `feature` is."""
+    def of(self, feature: int) -> Patch | None:
+        """The patch that `feature` is; None where nobody knows."""
         number = int(self.shots[feature])
-        return Patch(number, int(self.tokens[feature]), self.known.get(number))
+        return None if number < 0 else Patch(number, int(self.tokens[feature]), self.known.get(number))
+
+    @classmethod
+    def unknown(cls, size: int) -> Self:
+        """That of `size` atoms whose file does not say where they come from."""
+        nowhere = torch.full((size,), -1)
+        return cls(shots=nowhere, tokens=nowhere.clone())
 
     def take(self, features: Int[Tensor, " feature"]) -> Self:
         """The provenance of these features alone."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionary.files import Json
-from difflex.dictionary.itda.dictionary import Itda
+from difflex.dictionary.itda.dictionary import ITDA
 from difflex.dictionary.itda.provenance import Provenance
 from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput
@@ -21,7 +21,7 @@ __all__ = ["clustered", "without_similar"]
 BLOCK = 1024
 
 
-def without_similar(itda: Itda, cosine: float = 0.8) -> Itda:
+def without_similar(itda: ITDA, cosine: float = 0.8) -> ITDA:
     """`itda` without every atom whose cosine with an earlier one that stays exceeds `cosine`."""
     if not 0 < cosine < 1:
         raise BadInput(f"A cosine of {cosine} prunes nothing or everything: choose a number between 0 and 1.")
@@ -37,7 +37,7 @@ def without_similar(itda: Itda, cosine: float = 0.8) -> Itda:
     return _remade(itda, atoms[features], itda.provenance.take(features.cpu()), {"without_similar": cosine})
 
 
-def clustered(itda: Itda, size: int, seed: int = 0, rounds: int = 20) -> Itda:
+def clustered(itda: ITDA, size: int, seed: int = 0, rounds: int = 20) -> ITDA:
     """A dictionary of `size` centres of the atoms by spherical k-means; each keeps the patch of the atom nearest to it.
 
     Its atoms are no longer rows of the data.
@@ -59,6 +59,6 @@ def _nearest(rows: Float[Tensor, "row width"], others: Float[Tensor, "other widt
     return torch.cat([product(part, others).argmax(1) for part in rows.split(BLOCK)])
 
 
-def _remade(itda: Itda, atoms: Tensor, provenance: Provenance, how: Mapping[str, Json]) -> Itda:
+def _remade(itda: ITDA, atoms: Tensor, provenance: Provenance, how: Mapping[str, Json]) -> ITDA:
     origin = replace(itda.origin, training={**itda.origin.training, "pruned": {**how, "from": itda.size}})
-    return Itda(k=itda.k, origin=origin, normalisation=itda.normalisation, atoms=atoms, provenance=provenance, way=itda.way)
+    return ITDA(k=itda.k, origin=origin, normalisation=itda.normalisation, atoms=atoms, provenance=provenance, way=itda.way)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks"]
+from difflex.errors import DifflexError
+
+__all__ = ["Ranks", "joined"]
+
+PATIENCE = timedelta(minutes=10)
+"""How long a rank waits for another before it gives it up."""
 
 
 @final
@@ -27,20 +36,53 @@ class Ranks:
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(parts, padded)
+        with _together():
+            dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def counts(self, mine: int) -> list[int]:
         """The number that each rank brings."""
         if self.count == 1:
             return [mine]
-        parts = [torch.zeros(1, dtype=torch.long) for _ in range(self.count)]
-        dist.all_gather(parts, torch.tensor([mine]))
+        parts = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(self.count)]
+        with _together():
+            dist.all_gather(parts, torch.tensor([mine], device=self._device))
         return [int(part) for part in parts]
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """What rank 0 has."""
         if self.count > 1:
             tensor = tensor.contiguous()
-            dist.broadcast(tensor, 0)
+            with _together():
+                dist.broadcast(tensor, 0)
         return tensor
+
+    @property
+    def _device(self) -> str:
+        """Where numbers must be for the ranks to exchange them."""
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """`torch.distributed` started from what `torchrun` left in the environment, and ended after; without torchrun, nothing."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A clear end where a rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DifflexError(
+            f"Another rank is gone or did not answer ({str(error).splitlines()[0]}). "
+            "Start the same command again: growth goes on from the last checkpoint."
+        ) from error

@@ -1,0 +1,94 @@
+"""`difflex itda`: from a study's activations to dictionaries in the same study."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflex.cli import main
+from difflex.dictionary import ITDA, Dictionary
+from difflex.records import Site
+from difflex.store import Store
+from difflex.study import Study
+from difflex.testing import tiny_folder
+
+SITE = Site("double.1")
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("itda")
+    model = tiny_folder("flux", folder / "tiny-flux")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(f"star {i} over {i * 7 % 13}" for i in range(60)) + "\n")
+    words = ["harvest", str(model), "--prompts", str(prompts), "--sites", str(SITE), "--out", str(folder / "study")]
+    assert main([*words, "--pixels", "16x24", "--steps", "2"]) == 0
+    return folder / "study"
+
+
+@pytest.fixture
+def study(harvested: Path, tmp_path: Path) -> Path:
+    """A study with activations and no dictionary."""
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "activations").symlink_to(harvested / "activations")
+    (tmp_path / "study" / "study.json").write_bytes((harvested / "study.json").read_bytes())
+    return tmp_path / "study"
+
+
+def dictionaries(study: Path) -> list[ITDA]:
+    found = [Dictionary.load(path.parent) for path in sorted((study / "dictionaries").glob("*/*/config.json"))]
+    return [itda for itda in found if isinstance(itda, ITDA)]
+
+
+def test_thresholds_grow_dictionaries_under_their_names(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.2", "0.4"]) == 0
+    told = capsys.readouterr().out
+    large, small = sorted(dictionaries(study), key=lambda itda: -itda.size)
+    assert large.size > small.size
+    for itda in (large, small):
+        folder = Study.open(study).dictionary(SITE, itda.label)
+        assert folder.is_dir() and f"{folder}: {itda.size:,} atoms" in told
+    assert not list((study / "dictionaries").glob("*/growing-*"))
+
+
+def test_an_atom_is_the_patch_that_it_says(study: Path):
+    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "40"]) == 0
+    [itda] = dictionaries(study)
+    assert itda.size <= 40
+    store = Store.open(study / "activations" / SITE.folder)
+    [rows] = store.batches(10**6)
+    patch = itda.patch(11)
+    assert patch is not None and patch.shot == store.shot(patch.number)
+    [row] = ((rows.shots == patch.number) & (rows.tokens == patch.token)).nonzero()[:, 0].tolist()
+    z = itda.normalisation.apply(rows.values[row : row + 1])[0]
+    torch.testing.assert_close(itda.atoms[11], z / z.norm(), atol=1e-5, rtol=0)
+
+
+def test_given_again_nothing_is_grown_twice(study: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.3"]
+    assert main(words) == 0
+    [before] = sorted((study / "dictionaries").glob("*/*/dictionary.safetensors"))
+    stamp = before.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert before.stat().st_mtime_ns == stamp
+
+
+def test_the_papers_settings_are_one_flag(study: Path):
+    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.3", "--paper"]) == 0
+    [itda] = dictionaries(study)
+    assert itda.way == "gradient" and (itda.encode(torch.randn(9, itda.width)).values >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--site", "double.1"], "--threshold 0.3"),
+        (["--site", "double.0", "--size", "10"], "The site 'double.0' is unknown; nearest: double.1"),
+        (["--site", "double.1", "--threshold", "3"], "Threshold 3.0 is not a share"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Path, flags: list, answer: str, capsys):
+    assert main(["itda", str(study), *flags]) == 2
+    assert answer in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""Neurons: the identity dictionary behind the same door as all others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflex.dictionary import Dictionary, Origin
+from difflex.dictionary.neurons import Neurons
+from difflex.errors import BadInput
+from difflex.records import Codes, Site
+
+WIDTH = 40
+ORIGIN = Origin(site=Site.parse("double.1:neurons"))
+NEURONS = Neurons(width=WIDTH, k=6, origin=ORIGIN)
+
+
+def activations(count: int = 30) -> torch.Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_largest_by_absolute_value_are_kept_with_their_signs_strongest_first():
+    x = activations()
+    codes = NEURONS.encode(x)
+    expected = x.abs().sort(dim=1, descending=True)
+    assert torch.equal(codes.indices, expected.indices[:, :6])
+    assert torch.equal(codes.values, x.gather(1, expected.indices[:, :6]))
+    assert (codes.values < 0).any()
+
+
+def test_decoding_gives_back_what_was_kept_and_zero_elsewhere():
+    x = activations()
+    back = NEURONS.decode(NEURONS.encode(x))
+    kept = back != 0
+    assert torch.equal(back[kept], x[kept])
+    assert kept.sum(1).eq(6).all()
+    whole = Neurons(width=WIDTH, k=WIDTH, origin=ORIGIN)
+    assert torch.equal(whole.decode(whole.encode(x)), x)
+
+
+def test_the_decoder_is_the_identity_and_an_empty_slot_adds_nothing():
+    assert torch.equal(NEURONS.decoder, torch.eye(WIDTH))
+    assert torch.equal(NEURONS.directions[[3, 7]], NEURONS.decoder_of(torch.tensor([3, 7])))
+    empty = Codes(torch.tensor([[2.0, 0.0]]), torch.tensor([[5, 5]]))
+    assert torch.equal(NEURONS.delta(empty)[0], 2 * torch.eye(WIDTH)[5])
+
+
+def test_neurons_come_back_from_disk(tmp_path: Path):
+    back = Dictionary.load(NEURONS.save(tmp_path))
+    assert isinstance(back, Neurons)
+    assert back.name == "double.1:neurons/neurons-40-k6"
+    assert torch.equal(back.encode(activations()).values, NEURONS.encode(activations()).values)
+
+
+def test_wishes_that_cannot_be_met_are_refused():
+    with pytest.raises(BadInput, match=r"double\.1 has no neurons.*double\.1:neurons"):
+        Neurons(width=WIDTH, k=6, origin=Origin(site=Site("double.1")))
+    with pytest.raises(BadInput, match="k 41 does not fit 40"):
+        Neurons(width=WIDTH, k=41, origin=ORIGIN)
