@@ -46,7 +46,7 @@ Bytes = Annotated[
 @final
 @dataclass(frozen=True, kw_only=True)
 class Harvest(Command):
-    """Store a model's activations at one or several sites; given again it goes on, and under torchrun processes share the work."""
+    """Store a model's activations at one or several sites; given again it goes on; under torchrun processes share the work."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A model inside the package, a folder, or a hub name."""

@@ -2,11 +2,10 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from difflex.errors import BadInput
@@ -17,6 +16,7 @@ from difflex.store.shard import DTYPES, Form, Mapped, Packed, unpack
 __all__ = ["Cut", "Reader", "cut"]
 
 SLABS = 2
+NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class Cut(NamedTuple):
@@ -80,6 +80,18 @@ class Slabs:
         return self._slabs[-1]
 
 
+class Places(NamedTuple):
+    """Where rows are."""
+
+    of: Int[Tensor, " row"]
+    """Which of the open shards they are in."""
+    rows: Int[Tensor, " row"]
+    """Their place in it."""
+    shots: Int[Tensor, " row"]
+    """The numbers of their shots."""
+    tokens: Int[Tensor, " row"]
+
+
 @final
 class Reader:
     """Rows at ascending places of an order, read from the shards that `opened` gives; only those in use are open."""
@@ -92,48 +104,54 @@ class Reader:
         self._slabs = Slabs()
         self._open: dict[int, Mapped] = {}
         self._windows: Iterator[Window] | None = None
-        self._window: Window | None = None
+        self._places = Places(*[NOTHING] * 4)
         self._start = 0
+        """Where in the order the places begin."""
 
     def rows(self, share: range) -> Rows:
         """The rows at the places `share`, grouped by shard."""
         values = self._slabs.empty(len(share), self._form.width, DTYPES[self._form.dtype])
         scales = torch.empty(len(share)) if self._form.dtype == "int8" else None
-        shots, tokens, filled = [], [], 0
+        filled, shots, tokens = 0, [NOTHING], [NOTHING]
         while filled < len(share):
             part = self._part(share.start + filled, len(share) - filled)
             end = filled + len(part.of)
-            shots.append(self._gather(part, values[filled:end], None if scales is None else scales[filled:end]))
+            self._gather(part, values[filled:end], None if scales is None else scales[filled:end])
+            shots.append(part.shots)
             tokens.append(part.tokens)
             filled = end
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Rows(unpack(Packed(values, scales)), torch.cat([nothing, *shots]), torch.cat([nothing, *tokens]))
+        return Rows(unpack(Packed(values, scales)), torch.cat(shots), torch.cat(tokens))
 
-    def _part(self, start: int, count: int) -> Window:
+    def _part(self, start: int, count: int) -> Places:
         """At most `count` rows from place `start` on that are in one window, grouped by shard."""
         if self._windows is None:
             self._windows, self._start = self._order.windows(start), start
-        while self._window is None or start >= self._start + len(self._window.of):
-            self._start += 0 if self._window is None else len(self._window.of)
-            self._window = next(self._windows)
-            self._turn_to(self._window.shards)
+        while start >= self._start + len(self._places.of):
+            self._start += len(self._places.of)
+            self._turn_to(next(self._windows))
         here = slice(start - self._start, start - self._start + count)
-        by_shard = torch.argsort(self._window.of[here], stable=True)
-        return Window(self._window.shards, *(part[here][by_shard] for part in self._window[1:]))
+        # The sort of numpy counts keys of 8 bits: several times faster than torch's.
+        by_shard = torch.from_numpy(self._places.of[here].numpy().argsort(kind="stable")) + here.start
+        return Places(*(part[by_shard] for part in self._places))
 
-    def _turn_to(self, shards: tuple[int, ...]) -> None:
+    def _turn_to(self, window: Window) -> None:
         for mapped in self._open.values():
             mapped.give_back()
-        self._open = {shard: self._open.get(shard) or self._opened(shard) for shard in shards}
+        self._open = {shard: self._open.get(shard) or self._opened(shard) for shard in window.shards}
+        self._places = Places(
+            of=window.of.to(torch.uint8),
+            rows=window.shots * self._form.tokens + window.tokens,
+            shots=torch.tensor(window.shards)[window.of] * self._shots_per_shard + window.shots,
+            tokens=window.tokens,
+        )
 
-    def _gather(self, part: Window, values: Tensor, scales: Tensor | None) -> Tensor:
-        """The numbers of the rows' shots; their values and scales are put where they belong."""
-        rows = part.shots * self._form.tokens + part.tokens
-        counts = torch.bincount(part.of, minlength=len(part.shards)).tolist()
-        for shard, count, end in zip(part.shards, counts, accumulate(counts), strict=True):
-            if count:
-                mapped, mine = self._open[shard], slice(end - count, end)
-                torch.index_select(mapped.values, 0, rows[mine], out=values[mine])
-                if scales is not None and mapped.scales is not None:
-                    torch.index_select(mapped.scales, 0, rows[mine], out=scales[mine])
-        return torch.tensor(part.shards)[part.of] * self._shots_per_shard + part.shots
+    def _gather(self, part: Places, values: Tensor, scales: Tensor | None) -> None:
+        """Nothing; values and scales are put where they belong."""
+        counts = torch.bincount(part.of, minlength=len(self._open)).tolist()
+        parts = zip(self._open.values(), part.rows.split(counts), values.split(counts), strict=True)
+        for mapped, rows, out in parts:
+            torch.index_select(mapped.values, 0, rows, out=out)
+        if scales is not None:
+            for mapped, rows, out in zip(self._open.values(), part.rows.split(counts), scales.split(counts), strict=True):
+                assert mapped.scales is not None, "shards of int8 have scales"
+                torch.index_select(mapped.scales, 0, rows, out=out)

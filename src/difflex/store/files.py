@@ -4,7 +4,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,20 +31,28 @@ class Whole:
         # The name says whose it is: ranks write side by side, and what a killed one left is found by its successor.
         self._temporary = path.with_name(f".{path.name}.{rank}.tmp")
         self._checksum = hashlib.sha256()
+        self._beside = ThreadPoolExecutor(2, thread_name_prefix="writer")
         with _full_disk_told(path):
             self._file: BinaryIO = self._temporary.open("wb", buffering=0)
 
-    def write(self, content: bytes | memoryview) -> None:
-        """Nothing; `content` is appended."""
+    def write(self, content: bytes | memoryview, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Nothing; `content` is appended. `meanwhile` is done beside that: hashing and copying take a core each."""
         content = memoryview(content).cast("B")
-        self._checksum.update(content)
         with self._or_discarded():
-            while content:
-                content = content[self._file.write(content) :]
+            hashed = self._beside.submit(self._checksum.update, content)
+            written = self._beside.submit(self._append, content)
+            meanwhile()
+            hashed.result()
+            written.result()
+
+    def _append(self, content: memoryview) -> None:
+        while content:
+            content = content[self._file.write(content) :]
 
     def keep(self) -> str:
         """The SHA-256 of the file, which now has its name."""
         with self._or_discarded():
+            self._beside.shutdown()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
@@ -52,6 +61,7 @@ class Whole:
 
     def discard(self) -> None:
         """Nothing; what was written is gone."""
+        self._beside.shutdown()
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

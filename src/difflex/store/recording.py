@@ -9,16 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, final
 
-import torch
 from tqdm import tqdm
 
-from difflex.errors import BadInput, NonFinite
-from difflex.records import Activations, Shot, Site
+from difflex.errors import BadInput
+from difflex.records import Shot, Site
 from difflex.store.files import locked
 from difflex.store.ledger import Ledger
 from difflex.store.manifest import check_dtype, check_split
 from difflex.store.planning import Harvest, Plan, Recording, plan
-from difflex.store.shard import Packed, ShardWriter, pack
+from difflex.store.shard import ShardWriter, pack
 from difflex.store.store import Store
 
 __all__ = ["record"]
@@ -106,24 +105,13 @@ def _make(
         here = making[activations.site]
         here.ledger.fits(activations)
         packed = pack(activations.values, settings.dtype).cpu()
-        _check_finite(packed, activations)
         here.shots.extend(activations.shots)
-        saver.later(here.writer.append, packed, [shot.split == "train" for shot in activations.shots])
+        saver.later(here.writer.append, packed, activations.shots)
         bar.update(activations.values.shape[:2].numel())
     for site, here in making.items():
         if len(here.shots) != len(unit) or set(here.shots) != set(unit):
             raise BadInput(f"The harvest gave other shots at the site '{site}' than were asked. Their shard was not kept.")
         saver.later(here.ledger.enter, number, here.writer, here.shots)
-
-
-def _check_finite(packed: Packed, activations: Activations) -> None:
-    entries = packed.values.sum((1, 2), dtype=torch.float32) if packed.scales is None else packed.scales.sum(1)
-    if not bool(torch.isfinite(entries).all()):
-        shot = activations.shots[int((~torch.isfinite(entries)).nonzero()[0])]
-        raise NonFinite(
-            f"The activations of {shot.prompt or shot.picture!r} (seed {shot.seed}) at the site '{activations.site}' are not "
-            "finite as they are stored. fp16 ends at 65504: store bf16 instead."
-        )
 
 
 @final

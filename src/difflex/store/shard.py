@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import warnings
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple, final
@@ -12,12 +13,12 @@ import torch
 from jaxtyping import Float, Float32, Num
 from torch import Tensor
 
-from difflex.errors import BrokenFile
-from difflex.records import Site
+from difflex.errors import BrokenFile, NonFinite
+from difflex.records import Shot, Site
 from difflex.store.files import Whole
 from difflex.store.statistics import Moments, Tally
 
-__all__ = ["Form", "Mapped", "Packed", "ShardWriter", "Stored", "pack", "unpack"]
+__all__ = ["Form", "Mapped", "Packed", "ShardWriter", "Stored", "header", "pack", "parts_of", "unpack"]
 
 Stored = Literal["bf16", "fp16", "int8"]
 DTYPES: dict[Stored, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -86,7 +87,7 @@ class Part(NamedTuple):
     """In bytes from the beginning of the file."""
 
 
-def _parts(form: Form, shots: int) -> dict[str, Part]:
+def parts_of(form: Form, shots: int) -> dict[str, Part]:
     """The tensors of a shard in the order of the file, `start` counted from the end of the header."""
     rows = shots * form.tokens
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"values": (DTYPES[form.dtype], (rows, form.width))}
@@ -102,10 +103,10 @@ def _parts(form: Form, shots: int) -> dict[str, Part]:
     return parts
 
 
-def _header(form: Form, shots: int) -> bytes:
+def header(form: Form, shots: int) -> bytes:
     """The first bytes of a shard: with the same form and number of shots always the same."""
     entries: dict[str, object] = {"__metadata__": {"format": "difflex activations 1", "site": str(form.site)}}
-    for name, (dtype, shape, start) in _parts(form, shots).items():
+    for name, (dtype, shape, start) in parts_of(form, shots).items():
         ends = [start, start + math.prod(shape) * dtype.itemsize]
         entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": ends}
     text = json.dumps(entries).encode()
@@ -124,24 +125,33 @@ class ShardWriter:
     def __init__(self, path: Path, rank: int, form: Form, shots: int) -> None:
         self._form = form
         self._missing = shots
-        self._padding = _parts(form, shots).get("padding")
+        self._padding = parts_of(form, shots).get("padding")
         self._scales: list[Tensor] = []
         self._tally = Tally(form.width)
         self._file = Whole(path, rank)
-        self._file.write(_header(form, shots))
+        self._file.write(header(form, shots))
 
-    def append(self, packed: Packed, train: list[bool]) -> None:
-        """Nothing; writes the rows of further shots, those of split `train` being marked."""
-        self._missing -= len(train)
-        self._file.write(_bytes(packed.values))
+    def append(self, packed: Packed, shots: Sequence[Shot]) -> None:
+        """Nothing; writes the rows of further shots."""
+        self._missing -= len(shots)
         if packed.scales is not None:
             self._scales.append(packed.scales)
-        rows, start = unpack(packed), 0
-        for is_train, alike in groupby(train):
+        self._file.write(_bytes(packed.values), meanwhile=lambda: self._count(unpack(packed), shots))
+
+    def _count(self, rows: Float[Tensor, "shot token width"], shots: Sequence[Shot]) -> None:
+        """Take in the rows of split `train`; a row that is not finite is an error."""
+        start, finite = 0, True
+        for split, alike in groupby(shot.split for shot in shots):
             end = start + len(list(alike))
-            if is_train:
-                self._tally.add(rows[start:end].flatten(0, 1))
+            here = rows[start:end].flatten(0, 1)
+            finite &= self._tally.add(here) if split == "train" else math.isfinite(float(here.sum(dtype=torch.float32)))
             start = end
+        if not finite:
+            shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
+            raise NonFinite(
+                f"The activations of {shot.picture or shot.prompt!r} (seed {shot.seed}) at the site '{self._form.site}' are not "
+                "finite as they are stored. fp16 ends at 65504: store bf16 instead."
+            )
 
     def keep(self) -> str:
         """The SHA-256 of the finished file."""
@@ -164,11 +174,11 @@ class Mapped:
     """A shard seen through a memory map: opening it reads nothing but its header."""
 
     def __init__(self, path: Path, form: Form, shots: int) -> None:
-        header, parts = _header(form, shots), _parts(form, shots)
-        size = len(header) + parts["totals"].start + 3 * torch.float64.itemsize
+        head, parts = header(form, shots), parts_of(form, shots)
+        size = len(head) + parts["totals"].start + 3 * torch.float64.itemsize
         try:
             with path.open("rb") as file:
-                same = file.read(len(header)) == header
+                same = file.read(len(head)) == head
                 found = file.seek(0, 2)
                 if same and found == size:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -177,7 +187,7 @@ class Mapped:
         if found != size or not same:
             what = f"has {found} bytes where {size} are right" if found != size else "has a header that is not its own"
             raise BrokenFile(f"{path} {what}: it is damaged. {MEND}")
-        self._tensors = {name: self._tensor(part, len(header)) for name, part in parts.items()}
+        self._tensors = {name: self._tensor(part, len(head)) for name, part in parts.items()}
         self.values: Num[Tensor, "row width"] = self._tensors["values"]
         self.scales: Float32[Tensor, " row"] | None = self._tensors.get("scales")
 

@@ -1,5 +1,6 @@
 """What is known of all `train` rows of a store: a running tally of each shard, which can be merged."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -15,6 +16,7 @@ BLOCK = 2**19
 SAMPLE = 16
 """Rows in the sample for the covariance, as a multiple of the width."""
 WIDEST = 8192
+STRIP = 256
 
 
 class Moments(NamedTuple):
@@ -58,8 +60,8 @@ class Tally:
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._count, self._norms, self._peak = 0, 0.0, 0.0
 
-    def add(self, rows: Float[Tensor, "row width"]) -> None:
-        """Nothing; takes `rows` in."""
+    def add(self, rows: Float[Tensor, "row width"]) -> bool:
+        """Whether all of `rows`, which are taken in, are finite."""
         for block in rows.split(max(1, BLOCK // len(self._origin))):
             x = block.float()
             if not self._count:
@@ -74,6 +76,7 @@ class Tally:
             self._norms += float(norms.sum(dtype=torch.float64))
             self._peak = max(self._peak, float(norms.max()))
             self._count += len(x)
+        return math.isfinite(self._norms)
 
     def moments(self) -> Moments:
         """Of all rows so far."""
@@ -104,8 +107,10 @@ def covariance(chunks: Iterable[Float[Tensor, "row width"]], mean: Float64[Tenso
     total, count = torch.zeros_like(mean), 0
     for chunk in chunks:
         x = chunk.double() - mean
-        products.addmm_(x.T, x)
+        for start in range(0, len(mean), STRIP):
+            # What lies below the diagonal is the mirror of what lies above it.
+            products[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
         total += x.sum(0)
         count += len(x)
     total /= count
-    return products / count - torch.outer(total, total)
+    return (products.triu() + products.triu(1).T) / count - torch.outer(total, total)

@@ -1,0 +1,55 @@
+"""A store of 100 GB that takes no disk, and as a script: what memory reading from it takes."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from difflex.records import Shot, Site
+from difflex.store import Store
+from difflex.store.manifest import Entry, Manifest, new_head, shard_paths
+from difflex.store.shard import Form, header, parts_of
+
+SHARDS, SHOTS, BATCH, WINDOW = 375, 170, 1024, 4096
+READ = 400 * 2**20
+
+
+def sparse_store(folder: Path) -> Store:
+    """Shards of the usual size whose rows are holes in their files: zeros."""
+    form = Form(Site("double.18"), "bf16", 256, 3072)
+    head, parts = header(form, SHOTS), parts_of(form, SHOTS)
+    for number in range(SHARDS):
+        shard, shots = shard_paths(folder, number)
+        with shard.open("wb") as file:
+            file.write(head)
+            file.truncate(len(head) + parts["totals"].start + 24)
+        shots.write_text("")
+    shot = Shot(model="none", pixels=(256, 256), steps=1, guidance=0.0)
+    entry = Entry(shots=SHOTS, held_out=(3,), sha256="", shots_sha256="")
+    begun = new_head(form, shot, (16, 16), SHOTS, 1, "")
+    Manifest(head=begun, shards=dict.fromkeys(range(SHARDS), entry), statistics=None).write(folder, 0)
+    return Store.open(folder)
+
+
+def memory() -> int:
+    """What this process holds now, mapped files included, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    """Print what was read and by how much memory grew meanwhile."""
+    folder = Path(sys.argv[1])
+    store = sparse_store(folder)
+    before, read, most = memory(), 0, 0
+    for rows in store.batches(BATCH, window=WINDOW):
+        read, most = read + rows.values.nbytes, max(most, memory())
+        if read > READ:
+            break
+    # Two windows, as one is left while the next is entered; a batch being filled, one in the reader's hands; small change.
+    allowed = (2 * WINDOW + 2 * BATCH) * 2 * store.width + 30 * 2**20
+    stored = sum(path.stat().st_size for path in folder.iterdir())
+    print(json.dumps({"stored": stored, "read": read, "grown": most - before, "allowed": allowed}))
+
+
+if __name__ == "__main__":
+    main()
