@@ -181,6 +181,9 @@ def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: d
         if name.startswith(prefix):
             index, key = name.removeprefix(prefix).split(".", 1)
             state.setdefault(int(index), {})[key] = x.float()
+    for entry in state.values():
+        if "exp_avg_sq" in entry:  # a packed state leaves the first moments behind
+            entry.setdefault("exp_avg", torch.zeros_like(entry["exp_avg_sq"]))
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
@@ -205,11 +208,9 @@ def pack(source: Workshop, target: Workshop) -> None:
         shutil.copytree(source.autoencoder, target.autoencoder, dirs_exist_ok=True)
     with safe_open(source.flow, "pt") as opened:
         about = opened.metadata()
-    keep = ("model.", "optimiser.1.")
-    tensors = {name: x for name, x in load_file(source.flow).items() if name.startswith(keep)}
-    small = {
-        name: torch.zeros_like(x) if name.endswith("exp_avg") else x.bfloat16() if x.ndim else x for name, x in tensors.items()
-    }
+    tensors = load_file(source.flow)
+    kept = [name for name in tensors if name.startswith(("model.", "optimiser.1.")) and not name.endswith("exp_avg")]
+    small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in kept}
     write_tensors(target.flow, small, about)
 
 
