@@ -26,7 +26,8 @@ ARROWS: dict[str, set[str]] = {
     "training": {"records", "errors", "dictionary"},
     "anatomy": {"records", "errors"},
     "difflex": {"records", "errors", "pipeline", "miniature"},
-    "cli": {"difflex", "records", "errors", "contact", "store", "study", "miniature", "anatomy", "dictionary"},
+    "cli": {"difflex", "records", "errors", "contact", "pipeline", "store", "study", "miniature", "anatomy", "dictionary", "training"},
+    "planted": {"records", "errors"},
     "testing": {"pipeline", "records", "errors"},
     "__main__": {"cli"},
 }

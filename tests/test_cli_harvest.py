@@ -76,6 +76,14 @@ def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_a_column_of_a_file_is_harvested(model: Path, tmp_path: Path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("number,words\n0,a star\n1,a moon\n")
+    assert harvest(model, path, tmp_path / "study", "--sites", "double.0", "--steps", "1", "--column", "words") == 0
+    store = Store.open(tmp_path / "study" / "activations" / "double.0")
+    assert [store.shot(number).prompt for number in range(2)] == ["a star", "a moon"]
+
+
 def test_a_shuffle_keeps_the_prompts_and_changes_their_order(model: Path, prompts: Path, tmp_path: Path):
     orders = []
     for flags in ([], ["--shuffle", "1"], ["--shuffle", "1"]):
@@ -105,7 +113,7 @@ def test_changed_prompts_are_refused(model: Path, prompts: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"caf\xe9", "UTF-8"), (None, "not there")],
+    [(b"", "no prompt"), (b"\n \n", "no prompt"), (b"caf\xe9", "UTF-8"), (None, "does not exist")],
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_said(
     model: Path, tmp_path: Path, content: bytes | None, complaint: str, capsys: pytest.CaptureFixture[str]

@@ -53,11 +53,15 @@ class Harvest(Command):
     sites: Annotated[tuple[str, ...], arg(metavar="SITE...")]
     """Where to read: double.18, single.9:update, double.3:text; a star stands for any number."""
     prompts: Annotated[str, arg(metavar="FILE")]
-    """A text file with a prompt a line, or `captions`: those of the drawn world, which do not end."""
+    """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`: those of the drawn world, without end."""
     out: Annotated[Path, arg(metavar="STUDY")]
     """The folder of the study; begun if it is not there."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
     """How many rows to store at each site."""
+    column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
+    """Which column of a .csv, .jsonl or .parquet file holds the prompts."""
+    pinned: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
+    """Which revision of a data set on the hub to read."""
     seeds: Range = range(1)
     """Seeds for each prompt, which is encoded once for all of them; END is left out."""
     shuffle: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: in the order of the file)")] = None
@@ -78,7 +82,7 @@ class Harvest(Command):
     """What the activations may take on disk, as in 100GB; asked before anything is written."""
 
     def __call__(self) -> None:
-        prompts = read_prompts(self.prompts, self.shuffle)
+        prompts = read_prompts(self.prompts, self.shuffle, self.column, self.pinned)
         if prompts.is_endless and self.tokens is None:
             raise BadInput(f"The {CAPTIONS} do not end: say how many --tokens to store.")
         if not self.sites:

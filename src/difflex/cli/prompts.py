@@ -1,4 +1,4 @@
-"""Where prompts come from on the command line: a file, or the endless captions of the drawn world."""
+"""Where prompts come from on the command line: files, data sets, or the endless captions of the drawn world."""
 
 import hashlib
 import random
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex.errors import BadInput, UnknownName
+from difflex import pipeline
+from difflex.errors import BadInput
 from difflex.miniature.captions import endless
 
 __all__ = ["CAPTIONS", "Prompts", "read_prompts"]
@@ -19,26 +20,27 @@ class Prompts(NamedTuple):
 
     texts: Iterable[str]
     source: str
-    """Changes with the prompts or their order."""
+    """Changes with the prompts."""
     is_endless: bool
 
 
-def read_prompts(name: str, shuffle: int | None) -> Prompts:
-    """The prompts of the file `name`, one a line, shuffled by a seed if one is given; or `captions`, which do not end."""
-    if name == CAPTIONS:
+def read_prompts(name: str, shuffle: int | None, column: str | None = None, revision: str | None = None) -> Prompts:
+    """The prompts in the file, folder or data set `name`, shuffled by a seed if one is given; or `captions`, which do not end."""
+    if name == CAPTIONS and not Path(name).exists():
         if shuffle is not None:
             raise BadInput("--shuffle goes with a file: the captions of the drawn world come in no order. Leave it out.")
         return Prompts(endless(), CAPTIONS, True)
-    path = Path(name)
-    if not path.is_file():
-        raise UnknownName(f"--prompts {name} is not there. Name a text file with a prompt a line, or {CAPTIONS}.")
-    content = path.read_bytes()
-    try:
-        texts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
-    if not texts:
-        raise BadInput(f"{path} holds no prompt. Write one a line.")
+    texts: Iterable[str] = pipeline.read_prompts(name, column, revision)
+    source = ":".join(filter(None, (_content(Path(name)) or name, column, revision)))
     if shuffle is not None:
+        texts = list(texts)
         random.Random(shuffle).shuffle(texts)
-    return Prompts(texts, f"sha256:{hashlib.sha256(content).hexdigest()}", False)
+    return Prompts(texts, source, False)
+
+
+def _content(path: Path) -> str | None:
+    """What changes with a file's content; None for anything but a file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
