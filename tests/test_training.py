@@ -117,9 +117,9 @@ def test_a_member_that_a_kill_left_ahead_waits_for_the_others(tmp_path: Path):
 
 def test_finished_work_is_not_done_again(tmp_path: Path):
     trained(tmp_path)
-    before = (tmp_path / "dictionary.safetensors").read_bytes()
+    before = [(tmp_path / name).read_bytes() for name in ("dictionary.safetensors", "config.json")]
     fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, course=COURSE)
-    assert (tmp_path / "dictionary.safetensors").read_bytes() == before
+    assert [(tmp_path / name).read_bytes() for name in ("dictionary.safetensors", "config.json")] == before
 
 
 LONG = replace(COURSE, tokens=64 * 400, checkpoint_every=2)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_training import COURSE, KINDS, ORIGIN, SMALL, batches, interrupted_at
+from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
 
 from difflex.errors import BadInput, DifflexError
+from difflex.records import Rows
 from difflex.training import Course, Training, fit, joined
 from difflex.training.team import Team
 
@@ -76,6 +77,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, split: str, 
     team_trains(after, tmp_path / "some", SMALL, course)
     fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, course=course)
     assert alike(tmp_path / "one", tmp_path / "some")
+
+
+def test_a_batch_of_fewer_tokens_than_ranks_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def thin(start: int):
+        return (
+            Rows(*(part[:1] for part in rows)) if number % 4 == 3 else rows
+            for number, rows in enumerate(WORLD.batches(64, start), start)
+        )
+
+    monkeypatch.setattr("test_training_team.batches", thin)
+    course = replace(SHORT, tokens=64 * 8)
+    for name in ("topk", "batchtopk"):
+        fit({tmp_path / name / "one": KINDS[name]}, thin, origin=ORIGIN, course=course)
+        team_trains(2, tmp_path / name / "two", KINDS[name], course)
+        assert alike(tmp_path / name / "one", tmp_path / name / "two")
 
 
 def rank_dies(rank: int, meeting: Path, folder: Path, answer: Path) -> None:

@@ -37,6 +37,7 @@ VERBS = {
     "itda": Verb("grow dictionaries made of data", "difflex.cli.itda:Itda"),
     "models": Verb("list the models inside the package", "difflex.cli.models:Models"),
     "sites": Verb("list where a model can be read and written", "difflex.cli.sites:Sites"),
+    "train": Verb("train sparse autoencoders on stored activations", "difflex.cli.train:Train"),
     "verify": Verb("compare stored activations with their checksums", "difflex.cli.verify:Verify"),
 }
 

@@ -3,7 +3,7 @@
 from difflex.training.config import Jump, Optimiser, Revival, Start, Training
 from difflex.training.fitting import Course, fit
 from difflex.training.presets import default, paper, unbox
-from difflex.training.team import joined
+from difflex.training.team import Team, joined
 from difflex.training.window import Batches, shuffled
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Optimiser",
     "Revival",
     "Start",
+    "Team",
     "Training",
     "default",
     "fit",

@@ -17,7 +17,7 @@ from difflex.dictionary.files import Json, replace_file
 from difflex.dictionary.normalisation import Normalisation
 from difflex.errors import BrokenFile, StaleWork
 from difflex.training.config import Training
-from difflex.training.learner import Learner
+from difflex.training.learner import Learner, Measures
 from difflex.training.team import Team
 
 __all__ = ["as_json", "load_state", "save_state", "whole_weights"]
@@ -40,6 +40,7 @@ class Header:
     tokens: int
     threshold: float | None
     floor: float | None
+    last: dict[str, float | None] | None
 
 
 def as_json(training: Training) -> dict[str, Json]:
@@ -61,6 +62,7 @@ def save_state(path: Path, learner: Learner, normalisation: Normalisation, data:
         tokens=learner.tokens,
         threshold=learner.threshold,
         floor=learner.floor,
+        last=None if learner.last is None else asdict(learner.last),
     )
     packed = {name: tensor.cpu().contiguous() for name, tensor in {**tensors, **normalisation.tensors()}.items()}
     replace_file(path, save(packed, metadata={"state": json.dumps(asdict(header))}))
@@ -87,6 +89,7 @@ def load_state(path: Path, config: Training, data: str, team: Team, device: torc
         tensor.copy_(tensors[name])
     learner.updates, learner.tokens = header.updates, header.tokens
     learner.threshold, learner.floor = header.threshold, header.floor
+    learner.last = None if header.last is None else Measures(**header.last)
     return learner, Normalisation.of(header.normalisation, tensors)
 
 

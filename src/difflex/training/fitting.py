@@ -24,7 +24,7 @@ from difflex.records import Rows
 from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights
 from difflex.training.config import Optimiser, Training
 from difflex.training.feed import Feed, Preview
-from difflex.training.learner import Learner, Measures
+from difflex.training.learner import Learner
 from difflex.training.log import Also, Log
 from difflex.training.start import first_weights
 from difflex.training.team import Team
@@ -65,7 +65,6 @@ class Member:
     def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: Log | None) -> None:
         """The member whose state goes to `folder`; only rank 0 has a log."""
         self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
-        self.last: Measures | None = None
 
     def dictionary(self, origin: Origin, data: str) -> Autoencoder:
         """The dictionary as it stands, of all ranks' features."""
@@ -76,7 +75,7 @@ class Member:
             "updates": learner.updates,
             "tokens": learner.tokens,
             "density": density(learner),
-            "last": {} if self.last is None else dict(asdict(self.last)),
+            "last": {} if learner.last is None else dict(asdict(learner.last)),
         }
         return Autoencoder(
             kind=config.kind,
@@ -94,14 +93,16 @@ def fit(
     *,
     origin: Origin,
     course: Course,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> dict[Path, Autoencoder]:
     """The dictionaries, each saved in its folder with the log and the resumable state of its training.
 
     Every dictionary learns from every batch, so that a sweep costs one pass over the data. What stands half done in a folder goes
-    on, bit for bit on a CPU. Under `torch.distributed` all ranks call this; rank 0 writes.
+    on, bit for bit on a CPU. Under `torch.distributed` all ranks call this; rank 0 writes. Without `device`, a CUDA card is taken
+    where there is one.
     """
-    run = Run(trainings, batches, origin=origin, course=course, device=torch.device(device))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = Run(trainings, batches, origin=origin, course=course, device=chosen)
     run.learn()
     return run.finish()
 
@@ -204,7 +205,7 @@ class Run:
                 normalised[scheme] = self._normalisations[scheme].apply(rows.values)
             lr = rate(learner.config.optimiser, number, learner.tokens / self.course.tokens)
             try:
-                member.last = learner.update(normalised[scheme], lr, measured=measured)
+                learner.update(normalised[scheme], lr, measured=measured)
             except NonFinite as error:
                 raise NonFinite(self._bad_batch(number, rows, member)) from error
 
@@ -231,13 +232,18 @@ class Run:
         """What the bar shows after a line was written for every member."""
         shown = []
         for member in self.members:
-            if member.last is None:
+            if member.learner.last is None:
                 continue
             if member.log is not None:
                 tokens = member.learner.tokens
-                entry = {"tokens": tokens, **asdict(member.last), "tokens_per_second": round(speed), "waiting": round(waited, 4)}
+                entry = {
+                    "tokens": tokens,
+                    **asdict(member.learner.last),
+                    "tokens_per_second": round(speed),
+                    "waiting": round(waited, 4),
+                }
                 member.log.write(member.learner.updates, entry)
-            shown.append(member.last)
+            shown.append(member.learner.last)
         if not shown:
             return ""
         loss, fvu, dead = (sum(getattr(one, name) for one in shown) / len(shown) for name in ("loss", "fvu", "dead"))

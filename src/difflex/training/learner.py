@@ -71,6 +71,7 @@ class Learner:
         """The smallest value kept from the last batch, where that is chosen over the batch."""
         self.floor: float | None = None
         """Its running average: the floor at inference."""
+        self.last: Measures | None = None
         self._prefixes = torch.tensor(config.prefixes, dtype=torch.long, device=device)
         self._first_feature = team.rows(config.size).start
 
@@ -89,13 +90,14 @@ class Learner:
             self._work(found, revived, errors, centred), number=self.updates + 1, lr=lr, measured=measured
         )
         fired = self._take_note(found, count)
-        return Measures(
+        self.last = Measures(
             loss=square / count / z.shape[1],
             fvu=square / max(variance, 1e-30),
             active=fired / count,
             dead=float(self.team.total(self._dead().sum())) / self.config.size,
             gradient=length,
         )
+        return self.last
 
     def _found(self, centred: Float[Tensor, "token width"]) -> Kept:
         """What fires at the tokens that this rank encodes."""
@@ -121,7 +123,7 @@ class Learner:
         revived, asked = self._revived(centred, y, layers[-1], square, count)
         # A feature is part of its own prefix and of every longer one, so it answers for the sum of their errors.
         scale = 2 / (count * centred.shape[1] * len(layers))
-        bias = sum((layer.sum(0) for layer in layers), torch.zeros_like(y[0])) * scale
+        bias = torch.stack([layer.sum(0) for layer in layers]).sum(0) * scale
         for layer in layers:
             layer.mul_(scale)
         for layer in reversed(range(len(layers) - 1)):

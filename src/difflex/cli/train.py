@@ -1,0 +1,142 @@
+"""`difflex train`: sparse autoencoders from stored activations."""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, final
+
+from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from difflex.cli import Command
+from difflex.dictionary import Autoencoder, Origin
+from difflex.dictionary.autoencoder import Kind
+from difflex.dictionary.normalisation import Method
+from difflex.errors import BadInput, UnknownName
+from difflex.records import Site
+from difflex.store import Store
+from difflex.study import Study
+from difflex.training import Course, Team, Training, default, fit, joined, paper, unbox
+
+__all__ = ["Train"]
+
+Preset = Literal["default", "paper", "unbox"]
+THE_PRESETS = "(default: the preset's)"
+
+
+def _numbers(words: list[str]) -> tuple[int, ...]:
+    parts = [part for word in words for part in word.split(",") if part]
+    if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+        raise ValueError(f"'{' '.join(words)}' is not a list of numbers. Write them with commas or spaces: 16,32,64.")
+    return tuple(map(int, parts))
+
+
+Numbers = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="N,...",
+        instance_from_str=_numbers,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(number, int) for number in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+"""Whole numbers above 0, with commas or spaces between them."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train sparse autoencoders, all k and sizes in one pass over stored activations; given again it goes on, bit for bit.
+
+    Under torchrun processes train together, on any number of ranks after any other.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A folder that `difflex harvest` filled."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """Whose activations: double.18, single.9:update; several are trained one after another."""
+    k: Numbers = (32,)
+    """Features per token."""
+    size: Numbers = (8192,)
+    """Features of the dictionary; every k meets every size."""
+    preset: Preset = "default"
+    """Ours, or as published: `paper` is arXiv 2505.24360 (FLUX), `unbox` is arXiv 2410.22366 (SDXL)."""
+    kind: Kind = "topk"
+    """What is kept of the scores."""
+    normalisation: Annotated[Method | None, arg(help_behavior_hint=THE_PRESETS)] = None
+    """What is done to activations first."""
+    lr: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=THE_PRESETS)] = None
+    """Learning rate."""
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all training tokens, once)")] = None
+    """How many tokens to learn from; more than are stored are taken again, in another order."""
+    batch: Annotated[int, arg(metavar="N")] = 1024
+    """Tokens per update, of all processes together."""
+    seed: Annotated[int, arg(metavar="SEED")] = 0
+    """The first weights and the order of the tokens."""
+    split: Literal["data", "features"] = "data"
+    """What several processes share: the tokens of a batch, or the features of dictionaries that are too large for one card."""
+    log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
+    """Who is told the figures besides log.jsonl."""
+
+    def __call__(self) -> None:
+        if not (self.site and self.k and self.size):
+            raise BadInput("Name at least one --site, one --k and one --size.")
+        if "LOCAL_RANK" in os.environ:
+            # Each process sees a card of its own; to be said before torch looks for one.
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
+        study = Study.open(self.study)
+        stores = study.stores()
+        for name in self.site:
+            if Site.parse(name) not in stores:
+                raise UnknownName.among("The site", name, map(str, stores), "Harvest it first.")
+        with joined():
+            for name in self.site:
+                self._train(study, Store.open(stores[Site.parse(name)]))
+
+    def _train(self, study: Study, store: Store) -> None:
+        team = Team()
+        if self.batch % team.count:
+            raise BadInput(f"A batch of {self.batch} tokens cannot be shared by {team.count} processes: choose a multiple.")
+        rows = store.count("train")
+        tokens = rows if self.tokens is None else self.tokens
+        trainings = [self._training(store.width, size, k) for size in self.size for k in self.k]
+        trained = fit(
+            {study.dictionary(store.site, training.label): training for training in trainings},
+            lambda start: store.batches(
+                self.batch // team.count, seed=self.seed, rank=team.rank, of=team.count, start=start, epochs=None
+            ),
+            origin=Origin(site=store.site, model=study.card.model, revision=study.card.revision),
+            course=Course(
+                tokens=tokens,
+                data=f"{store.site} of {store.model}, {rows} tokens, batches of {self.batch}, seed {self.seed}",
+                also=self.log,
+                split=self.split,
+                own_share=True,
+            ),
+        )
+        if team.rank == 0:
+            for folder, dictionary in trained.items():
+                print(f"{folder}: {_described(dictionary)}")
+
+    def _training(self, width: int, size: int, k: int) -> Training:
+        made = {"default": lambda: default(width=width, size=size, k=k), "paper": lambda: paper(size=size, k=k)}
+        training = made.get(self.preset, lambda: unbox(size=size, k=k))()
+        prefixes = tuple(size // part for part in (16, 8, 4, 2)) if self.kind == "matryoshka" else ()
+        training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
+        if self.normalisation is not None:
+            training = replace(training, normalisation=self.normalisation)
+        if self.lr is not None:
+            training = replace(training, optimiser=replace(training.optimiser, lr=self.lr))
+        return training
+
+
+def _described(dictionary: Autoencoder) -> str:
+    told = dictionary.origin.training
+    last = told["last"]
+    assert isinstance(last, dict)
+    return (
+        f"{told['tokens']:,} tokens, FVU {last['fvu']:.4f} in normalised space, {last['active']:.1f} features per token, "
+        f"{last['dead']:.1%} dead."
+    )

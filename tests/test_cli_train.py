@@ -1,0 +1,71 @@
+"""`difflex train`: from a harvested study to dictionaries in it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from difflex.cli import main
+from difflex.dictionary import Autoencoder, Dictionary
+from difflex.testing import tiny_folder
+
+PLACE = Path("dictionaries") / "double.1+update"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with the update of one block, 1,000 rows of width 32."""
+    root = tmp_path_factory.mktemp("train")
+    model = tiny_folder("flux", root / "tiny-flux")
+    (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
+    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
+    assert main([*words, "--sites", "double.1:update", "--batch", "8"]) == 0
+    return root / "study"
+
+
+def train(study: Path, *flags: str) -> int:
+    words = ["train", str(study), "--site", "double.1:update", "--k", "3,4", "--size", "64", "--batch", "64", "--tokens", "2000"]
+    return main([*words, *flags])
+
+
+def test_every_k_with_every_size_is_trained_and_said(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(study, "--size", "64,96") == 0
+    said = capsys.readouterr().out
+    for label in ("topk-64-k3", "topk-64-k4", "topk-96-k3", "topk-96-k4"):
+        dictionary = Dictionary.load(study / PLACE / label)
+        assert dictionary.name == f"double.1:update/{label}" and label in said
+    assert train(study, "--size", "64,96") == 0  # done already: the same words again
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
+@pytest.mark.parametrize("preset", ["default", "paper", "unbox"])
+def test_every_preset_and_kind_trains(study: Path, tmp_path: Path, preset: str, kind: str):
+    if (study / PLACE).exists():
+        (study / PLACE).rename(tmp_path / "before")
+    assert train(study, "--preset", preset, "--kind", kind, "--lr", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
+    config = json.loads((study / PLACE / f"{kind}-64-k3" / "config.json").read_text())["training"]["config"]
+    assert config["start"]["seed"] == 5 and config["optimiser"]["lr"] == 0.001 and config["normalisation"] == "whiten"
+    assert isinstance(Dictionary.load(study / PLACE / f"{kind}-64-k3"), Autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--site", "double.7"], "The site 'double.7' is unknown"),
+        (["--k", ""], "at least one"),
+        (["--k", "65"], "k 65 does not fit"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
+    study: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+):
+    assert train(study, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_list_of_numbers_may_have_commas_or_spaces(study: Path):
+    with pytest.raises(SystemExit):
+        train(study, "--k", "3,x")
+    assert train(study, "--k", "3", "4", "--seed", "9", "--size", "72") == 0
+    assert (study / PLACE / "topk-72-k4" / "config.json").exists()
