@@ -104,7 +104,9 @@ def flips(root: Path) -> Result:
 
 def sharing(root: Path) -> Result:
     """Two processes at once against one."""
-    ranks = [subprocess.Popen(script(root / "ranks", "--rank", str(rank), "--of", "2")) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(script(root / "ranks", "--rank", str(rank), "--of", "2"), stdout=subprocess.DEVNULL) for rank in range(2)
+    ]
     ended = [rank.wait() for rank in ranks] == [0, 0]
     same = ended and contents(root / "ranks") == contents(root / "whole")
     return Result("two processes against one", "the same bytes" if same else "OTHER bytes", "the same rows", same)

@@ -281,6 +281,15 @@ def test_a_shot_whose_split_is_not_that_of_its_prompt_is_refused(tmp_path: Path)
         record(tmp_path, wrong, [SITE], FakeHarvest(), QUICK)
 
 
+def test_a_prompt_twice_in_a_row_is_recorded_once(tmp_path: Path):
+    shots = list(fake_shots(6, steps=2))
+    twice = [*shots[:4], *shots[2:4], *shots[2:]]
+    assert [shot.prompt for shot in twice[2:8]] == ["star 1"] * 6
+    for name, given in (("once", shots), ("twice", twice)):
+        record(tmp_path / name, given, [SITE], FakeHarvest(), QUICK)
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+
+
 def test_prompts_that_run_out_are_warned_of(tmp_path: Path):
     with pytest.warns(UserWarning, match="gave 8 shots where 125 were wanted"):
         [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, tokens=1000))

@@ -14,7 +14,7 @@ from difflex.records import Activations, Rows, Shot, Site, Split
 from difflex.store.batches import Cut, cut
 from difflex.store.manifest import check_dtype, check_split
 from difflex.store.order import permutation
-from difflex.store.planning import Harvest, probe
+from difflex.store.planning import Harvest, distinct, probe
 from difflex.store.shard import Stored, pack, unpack
 from difflex.store.store import SPLITS, WINDOW
 
@@ -55,7 +55,7 @@ class Live:
     ) -> None:
         check_dtype(dtype)
         self.site = site
-        self._stream = iter(shots)
+        self._stream = distinct(shots)
         self._shots: list[Shot] = []
         self._harvest = harvest
         self._window = window

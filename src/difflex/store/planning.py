@@ -11,7 +11,7 @@ from difflex.records import Activations, Shot, Site
 from difflex.store.ledger import Ledger
 from difflex.store.shard import Form, Stored
 
-__all__ = ["Harvest", "Plan", "Recording", "plan", "probe"]
+__all__ = ["Harvest", "Plan", "Recording", "distinct", "plan", "probe"]
 
 
 Harvest = Callable[[Sequence[Shot], Sequence[Site], int], Iterable[Activations]]
@@ -64,6 +64,7 @@ class Plan(NamedTuple):
 
 def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, settings: Recording) -> Plan:
     """The plan; the ledgers are begun where they were not."""
+    shots = distinct(shots)
     if settings.tokens is None:
         shots = list(shots)
     elif settings.tokens < 1:
@@ -84,6 +85,18 @@ def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, set
         total = -(-wanted // len(first)) * len(first)
     _check_room(ledgers, total, settings)
     return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard)
+
+
+def distinct(shots: Iterable[Shot]) -> Iterator[Shot]:
+    """`shots` without those that repeat one of the same run: a prompt twice in a row says nothing new the second time."""
+    run, seen = None, set[float | None]()
+    for shot in shots:
+        here = replace(shot, timestep=None)
+        if here != run:
+            run, seen = here, set()
+        if shot.timestep not in seen:
+            seen.add(shot.timestep)
+            yield shot
 
 
 def _first_run(stream: Iterator[Shot]) -> tuple[list[Shot], Iterator[Shot]]:
