@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "study": {"records", "errors"},
     "training": {"records", "errors", "dictionary"},
     "anatomy": {"records", "errors"},
-    "difflex": {"records", "errors", "pipeline", "miniature"},
+    "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training"},
     "cli": {"difflex", "records", "errors", "contact", "pipeline", "store", "study", "miniature", "anatomy", "dictionary", "training"},
     "planted": {"records", "errors"},
     "testing": {"pipeline", "records", "errors"},

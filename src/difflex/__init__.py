@@ -4,25 +4,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from difflex.dictionary import ITDA, Dictionary, Neurons
     from difflex.errors import DifflexError
-    from difflex.miniature.drawing import Scenes, draw
+    from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline, load
-    from difflex.records import Shot, Site
+    from difflex.records import Activations, Codes, Shot, Site
+    from difflex.store import Live, Store, record
+    from difflex.study import Study
+    from difflex.training import fit
 
 __version__ = "0.1.0"
 
 # Public name -> its module, imported when the name is first asked for: `import difflex` stays quick and does not import torch.
 HOMES = {
+    "Activations": "difflex.records",
+    "Codes": "difflex.records",
+    "Dictionary": "difflex.dictionary",
     "DifflexError": "difflex.errors",
+    "ITDA": "difflex.dictionary",
+    "Live": "difflex.store",
+    "Neurons": "difflex.dictionary",
     "Pipeline": "difflex.pipeline",
-    "Scenes": "difflex.miniature.drawing",
+    "Scenes": "difflex.miniature",
     "Shot": "difflex.records",
     "Site": "difflex.records",
-    "draw": "difflex.miniature.drawing",
+    "Store": "difflex.store",
+    "Study": "difflex.study",
+    "draw": "difflex.miniature",
+    "fit": "difflex.training",
     "load": "difflex.pipeline",
+    "record": "difflex.store",
 }
 
-__all__ = ["DifflexError", "Pipeline", "Scenes", "Shot", "Site", "draw", "load"]
+__all__ = [
+    "ITDA",
+    "Activations",
+    "Codes",
+    "Dictionary",
+    "DifflexError",
+    "Live",
+    "Neurons",
+    "Pipeline",
+    "Scenes",
+    "Shot",
+    "Site",
+    "Store",
+    "Study",
+    "draw",
+    "fit",
+    "load",
+    "record",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,7 @@
 """Scenes drawn: pictures by analytic distances, and for every pixel which concepts are there."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,9 +93,9 @@ def concept_index(concept: str) -> tuple[str, int]:
     raise UnknownName.among("the concept", concept, [name for names in CONCEPTS.values() for name in names])
 
 
-def draw(seeds: Int[Tensor, " scene"], mix: Mix = Mix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
+def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: Mix = Mix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
     """The scenes of these seeds, drawn."""
-    return draw_specs(scenes(seeds, mix, held_out))
+    return draw_specs(scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out))
 
 
 def draw_specs(specs: Specs) -> Scenes:
