@@ -30,8 +30,8 @@ such models can be checked against the truth.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained against it.
 - Flow: rectified flow, {updates:,} updates of {batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
   times. **A head on the image stream after the last double block read off shape, colour and texture of each token** during the
-  first {head_share:.0%} of the planned updates (weight {head_weight}, fading out). It is not part of the model, but whoever
-  probes that place should know of it.
+  first part of the training (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place
+  should know of it.
 - Time: {hours:.1f} hours of {machine}.{changes}
 - Again: `python -m difflex.miniature train FOLDER`, then `export` and `card`.
 
@@ -75,7 +75,6 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
         "updates": updates,
         "batch": recipe.batch,
         "weight": 1 + recipe.object_weight,
-        "head_share": recipe.concepts_until,
         "head_weight": recipe.concept_weight,
         "hours": updates * sum(seconds) / len(seconds) / 3600,
         "machine": f"one core ({platform.machine()})",
