@@ -1,9 +1,10 @@
 """Scores: the pre-activations `z W^T + b`, searched for the few that matter without ever being whole.
 
-On a CPU the dense product runs in 8-bit integers (four times faster than float32 where the CPU has VNNI). Its rounding error is
-known in size: six standard deviations of it, the `slack`, bound it in practice. If k coarse scores reach t, then each of the k
-largest true scores has a coarse score of t - 2 slack or more; all that reach this are scored again in float32, and the k largest
-of these are exactly the k largest of all. Should a rescored pair leave the bound, the batch is searched again without integers.
+On a CPU the dense product runs in 8-bit integers (four times faster than float32 where the CPU has VNNI). The standard deviation
+of its rounding error is known, and six of them, the `slack`, bound it in practice. If k coarse scores reach t, a score among the k
+largest can have a coarse score under t only by two errors together, its own and that of one of the k, so all that come within
+sqrt(2) slack of t are scored again in float32: the k largest of these are exactly the k largest of all. Should a rescored pair
+leave the bound, the batch is searched again without integers.
 """
 
 from __future__ import annotations
@@ -143,11 +144,11 @@ class Scores:
 
 
 def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " token"], k: int) -> Candidates:
-    """Where `scores` come within twice `slack` of the k-th largest; without k, where they exceed `-slack`."""
+    """Where `scores` come within sqrt(2) `slack` of the k-th largest; without k, where they exceed `-slack`."""
     count, size = scores.shape
     blocks = scores.view(count, size // BLOCK, BLOCK)
     peaks = blocks.amax(2)
-    threshold = _reached(peaks, k) - 2 * slack if k else -slack
+    threshold = _reached(peaks, k) - 2**0.5 * slack if k else -slack
     tokens, places = (peaks >= threshold[:, None]).nonzero(as_tuple=True)
     members = blocks.reshape(-1, BLOCK)[tokens * (size // BLOCK) + places]
     which, inside = (members >= threshold[tokens, None]).nonzero(as_tuple=True)

@@ -1,0 +1,56 @@
+"""difflex, measured as its peers are."""
+
+import torch
+from serving import Learner, serve
+
+from difflex.dictionary import Autoencoder, Normalisation, Origin
+from difflex.records import Site
+from difflex.training import Optimiser, Training, default
+from difflex.training.checkpoint import whole_weights
+from difflex.training.fitting import rate
+from difflex.training.learner import Learner as Trained
+from difflex.training.start import first_weights
+from difflex.training.team import Team
+
+
+class Ours(Learner):
+    def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, adam: str = "usual") -> None:
+        """`adam`: `usual` has the moments that everyone's has; `default` is our preset."""
+        training = default(width=width, size=size, k=k)
+        if adam == "usual":
+            training = Training(size=size, k=k, optimiser=Optimiser(lr=training.optimiser.lr))
+        self._training, self._updates = training, updates
+        self._learner = Trained(training, first_weights(training, first), Team())
+        self._width, self._dictionary = width, None
+
+    def parameters(self) -> int:
+        return sum(tensor.nbytes for tensor in self._learner.parameters.weights.named().values())
+
+    def update(self, x: torch.Tensor) -> None:
+        number = self._learner.updates
+        self._learner.update(x, rate(self._training.optimiser, number, number / self._updates), measured=False)
+
+    def encode(self, x: torch.Tensor) -> object:
+        if self._dictionary is None:
+            self._dictionary = self._made()
+        return self._dictionary.encode(x)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        made = self._made()
+        return made.decode(made.encode(x))
+
+    def decoder(self) -> torch.Tensor:
+        return self._learner.parameters.weights.decoder
+
+    def _made(self) -> Autoencoder:
+        return Autoencoder(
+            kind="topk",
+            k=self._training.k,
+            origin=Origin(site=Site("double.0")),
+            normalisation=Normalisation.identity(self._width),
+            weights=whole_weights(self._learner),
+        )
+
+
+if __name__ == "__main__":
+    serve(Ours)

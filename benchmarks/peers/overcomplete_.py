@@ -1,0 +1,45 @@
+"""overcomplete: its TopKSAE and the update of its `train_sae`, on given batches."""
+
+import sys
+from types import ModuleType
+
+import matplotlib.pyplot
+import torch
+from serving import Learner, serve
+
+if sys.modules.get("torchvision", torch) is None:  # it asks for the name `transforms` when imported, for pictures
+    sys.modules["torchvision"] = ModuleType("torchvision")
+    sys.modules["torchvision"].transforms = ModuleType("transforms")  # pyright: ignore[reportAttributeAccessIssue]
+if not hasattr(matplotlib.pyplot.cm, "get_cmap"):  # removed from matplotlib; overcomplete asks for it when imported
+    matplotlib.pyplot.cm.get_cmap = matplotlib.pyplot.get_cmap
+
+from overcomplete.sae import TopKSAE  # noqa: E402 (after the lines above)
+
+
+class Overcomplete(Learner):
+    def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, lr: float | None = None) -> None:
+        self._sae = TopKSAE(width, size, top_k=k)
+        self._adam = torch.optim.Adam(self._sae.parameters(), lr=lr or 5e-4)
+
+    def parameters(self) -> int:
+        return sum(weight.nbytes for weight in self._sae.parameters())
+
+    def update(self, x: torch.Tensor) -> None:
+        self._adam.zero_grad()
+        _, _, y = self._sae(x)
+        (x - y).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(self._sae.parameters(), 1.0)
+        self._adam.step()
+
+    def encode(self, x: torch.Tensor) -> object:
+        return self._sae.encode(x)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self._sae(x)[2]
+
+    def decoder(self) -> torch.Tensor:
+        return self._sae.get_dictionary()
+
+
+if __name__ == "__main__":
+    serve(Overcomplete)

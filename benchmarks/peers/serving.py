@@ -1,0 +1,144 @@
+"""How a learner is measured in a process of its own: requests come as lines of JSON, answers go back as lines of JSON.
+
+Peers bring other versions of what we use, and one of them changes torch when it is imported; so each lives in its own process,
+started by the environment that has it, and is given the very same batches.
+"""
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+
+ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print, some of them when imported, must not mix with the answers
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+
+from difflex.planted import Planted  # noqa: E402 (found by the line above)
+
+try:
+    import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
+except (ImportError, RuntimeError):  # built for another torch: peers import it, but none of what is measured needs it
+    sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType]
+
+
+class Learner(Protocol):
+    """What is measured."""
+
+    def parameters(self) -> int:
+        """Bytes of all weights."""
+        ...
+
+    def update(self, x: torch.Tensor) -> None:
+        """Learn from a batch."""
+        ...
+
+    def encode(self, x: torch.Tensor) -> object:
+        """The codes of a batch."""
+        ...
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """The reconstruction of a batch."""
+        ...
+
+    def decoder(self) -> torch.Tensor:
+        """The rows of the decoder, in the space that it was trained in."""
+        ...
+
+
+Make = Callable[..., Learner]
+
+
+def status(name: str) -> int:
+    """A figure of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+class Server:
+    """Answers requests about one learner."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+
+    def begin(self, *, world: dict, width: int, size: int, k: int, batch: int, updates: int, **more: object) -> dict:
+        """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
+        self._world, self._batch = Planted(width=width, **world), batch
+        self._shift, self._scale = 0.0, 1.0
+        if more.pop("standardise", False):
+            first = torch.cat([rows.values for _, rows in zip(range(10), self._world.batches(batch), strict=False)])
+            self._shift, self._scale = first.mean(0), first.std(0)
+        cycle = more.pop("cycle", 0)
+        made = [x for _, x in zip(range(int(str(cycle))), self._fresh(), strict=False)]
+        self._stream = self._around(made) if made else self._fresh()
+        ctypes.CDLL(None).malloc_trim(0)  # what making the data has left must not be there for learning to use
+        self._before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the largest memory so far
+        self._learner = self._make(width=width, size=size, k=k, updates=updates, first=next(self._fresh()), **more)
+        return {"parameters": self._learner.parameters()}
+
+    def update(self, count: int) -> dict:
+        """Seconds of processor time of each of `count` updates."""
+        return {"seconds": [self._timed(self._learner.update, next(self._stream)) for _ in range(count)]}
+
+    def encode(self, count: int) -> dict:
+        """Seconds of processor time of encoding each of `count` batches."""
+        with torch.no_grad():
+            return {"seconds": [self._timed(self._learner.encode, next(self._stream)) for _ in range(count)]}
+
+    def dense(self, count: int) -> dict:
+        """Seconds of the dense product alone that every encoder makes."""
+        rows = self._learner.decoder().detach()
+        return {"seconds": [self._timed(lambda x: torch.mm(x, rows.T), next(self._stream)) for _ in range(count)]}
+
+    def peak(self) -> dict:
+        """The largest memory that learning took, over the bytes of the weights."""
+        return {"over": (status("VmHWM") - self._before) / self._learner.parameters()}
+
+    def quality(self) -> dict:
+        """Recovery of the planted directions, and the fraction of variance unexplained on unseen data."""
+        with torch.no_grad():
+            recovery = self._world.recovery(self._learner.decoder() * self._scale)
+            unseen = next(self._world.batches(8192, 10**7)).values
+            y = self._learner.decode((unseen - self._shift) / self._scale) * self._scale + self._shift
+            fvu = (unseen - y).square().sum() / (unseen - unseen.mean(0)).square().sum()
+        return {"mean": recovery.mean, "rarest": recovery.rarest, "fvu": float(fvu)}
+
+    def save(self, path: str) -> dict:
+        """Write the decoder to a file."""
+        save_file({"decoder": self._learner.decoder().detach().contiguous()}, path)
+        return {}
+
+    def precision(self, to: str) -> dict:
+        """Set how exactly float32 matrices are multiplied from now on."""
+        torch.set_float32_matmul_precision(to)
+        return {}
+
+    def _fresh(self) -> Iterator[torch.Tensor]:
+        return ((rows.values - self._shift) / self._scale for rows in self._world.batches(self._batch))
+
+    @staticmethod
+    def _around(made: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        while True:
+            yield from made
+
+    @staticmethod
+    def _timed(act: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+        began = time.process_time()
+        act(x)
+        return time.process_time() - began
+
+
+def serve(make: Make) -> None:
+    """Answer until the requests end."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    server = Server(make)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(server, request.pop("do"))(**request)
+        print(json.dumps(answer), file=ANSWERS, flush=True)
