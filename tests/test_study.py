@@ -13,7 +13,7 @@ from difflex.study import Study
 def test_a_study_that_was_begun_is_opened_again(tmp_path: Path):
     begun = Study.begin(tmp_path / "new" / "study", "mini-flux")
     assert Study.open(begun.folder).card == begun.card == Study.begin(begun.folder, "mini-flux").card
-    assert list(json.loads((begun.folder / "study.json").read_text()))[0] == "format"
+    assert next(iter(json.loads((begun.folder / "study.json").read_text()))) == "format"
     assert [path.name for path in begun.folder.iterdir()] == ["study.json"]
 
 

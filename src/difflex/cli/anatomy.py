@@ -13,6 +13,7 @@ from difflex.cli import Command
 from difflex.cli.flags import Pixels
 from difflex.cli.prompts import read_prompts
 from difflex.errors import BadInput
+from difflex.records import Stream
 
 __all__ = ["Anatomy"]
 
@@ -60,7 +61,8 @@ class Anatomy(Command):
         self.out.mkdir(parents=True, exist_ok=True)
         anatomy.save(self.out / "anatomy.json")
         figures = {"spectra": spectra(anatomy)}
-        for stream in {site.stream for site in anatomy.norms if site.kind == "residual"}:
+        streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
+        for stream in streams:
             figures[f"norms-{stream}"] = heat_map(anatomy, stream)
         for name, figure in sorted(figures.items()):
             figure.save(self.out / f"{name}.png")

@@ -1,8 +1,8 @@
 """Scores: the pre-activations `z W^T + b`, searched for the few that matter without ever being whole.
 
 On a CPU the dense product runs in 8-bit integers (four times faster than float32 where the CPU has VNNI). The standard deviation
-of its rounding error is known, and six of them, the `slack`, bound it in practice. If k coarse scores reach t, a score among the k
-largest can have a coarse score under t only by two errors together, its own and that of one of the k, so all that come within
+of its rounding error is known, and six of them, the `slack`, bound it in practice. If k coarse scores reach t, a score among the
+k largest can have a coarse score under t only by two errors together, its own and that of one of the k, so all that come within
 sqrt(2) slack of t are scored again in float32: the k largest of these are exactly the k largest of all. Should a rescored pair
 leave the bound, the batch is searched again without integers.
 """

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -40,7 +41,7 @@ class Header:
     tokens: int
     threshold: float | None
     floor: float | None
-    last: dict[str, float | None] | None
+    last: dict[str, Any] | None
 
 
 def as_json(training: Training) -> dict[str, Json]:
