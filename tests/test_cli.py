@@ -71,7 +71,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
 def test_every_verb_leads_to_a_documented_class(verb: str):
     assert issubclass(verb_class(verb), cli.Command)
     assert verb_class(verb).__name__ == verb.title().replace("-", "")
-    assert (verb_class(verb).__doc__ or "").endswith(".")
+    assert (verb_class(verb).__doc__ or "").rstrip().endswith(".")
 
 
 def test_an_unknown_verb_shows_the_nearest_and_exits_2(capsys: pytest.CaptureFixture[str]):

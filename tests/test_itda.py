@@ -334,6 +334,8 @@ def share(start):
 work = t.source(batches=share)
 settings = t.growth(batch=t.BATCH // {count}, threshold={threshold}, size={size})
 grow({{Path({folder!r}): settings}}, work, origin=t.ORIGIN, checkpoint_every=2)
+if {count} > 1:
+    dist.destroy_process_group()
 """
 
 
