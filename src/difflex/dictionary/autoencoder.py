@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, Self, final, get_args
+from typing import Literal, final, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,7 +40,7 @@ class Weights:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
         """The weights among `tensors`, by the names that `named` gives."""
         if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
             raise BrokenFile(f"An autoencoder's file lacks the tensors {', '.join(missing)}: train or copy it again.")
@@ -99,7 +99,7 @@ class Autoencoder(NormalisedDictionary, kinds=KINDS):
         return Saved(kind=self.kind, k=self.k, origin=self.origin, settings=settings, tensors=tensors)
 
     @classmethod
-    def restored(cls, saved: Saved) -> Self:
+    def restored(cls, saved: Saved) -> Autoencoder:
         stated = saved.settings.get("normalisation")
         return cls(
             kind=kind_of(saved.kind),

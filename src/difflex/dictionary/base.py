@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -98,7 +98,7 @@ class Dictionary(ABC):
 
     @classmethod
     @abstractmethod
-    def restored(cls, saved: Saved) -> Self:
+    def restored(cls, saved: Saved) -> Dictionary:
         """The dictionary that `saved` describes, on the device of its tensors."""
 
     def decode(self, codes: Codes) -> Float[Tensor, "token width"]:
@@ -130,7 +130,7 @@ class Dictionary(ABC):
         """`SITE/LABEL`, as commands take it."""
         return f"{self.site}/{self.label}"
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Dictionary:
         """The same dictionary on `device`."""
         saved = self.saved()
         return self.restored(replace(saved, tensors={name: tensor.to(device) for name, tensor in saved.tensors.items()}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
@@ -61,6 +61,6 @@ class Neurons(Dictionary, kinds=("neurons",)):
         return Saved(kind=self.kind, k=self.k, origin=self.origin, settings={}, tensors={"constant": self._constant})
 
     @classmethod
-    def restored(cls, saved: Saved) -> Self:
+    def restored(cls, saved: Saved) -> Neurons:
         constant = saved.tensors["constant"]
         return cls(width=len(constant), k=saved.k, origin=saved.origin, device=constant.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,7 @@ class Normalisation:
     """z is held within +-clip; what was clipped is lost to `restore`."""
 
     @classmethod
-    def identity(cls, width: int, device: torch.device | str = "cpu") -> Self:
+    def identity(cls, width: int, device: torch.device | str = "cpu") -> "Normalisation":
         """The normalisation that changes nothing."""
         return cls(method="none", mean=torch.zeros(width, device=device), scale=torch.ones(width, device=device))
 
@@ -62,7 +62,7 @@ class Normalisation:
         """`z` back in model space: the inverse of `apply` where nothing was clipped."""
         return self.spread(z) + self.mean
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Normalisation":
         """The same normalisation on `device`."""
         basis = None if self.basis is None else self.basis.to(device)
         return replace(self, mean=self.mean.to(device), scale=self.scale.to(device), basis=basis)
@@ -77,7 +77,7 @@ class Normalisation:
         return named if self.basis is None else {**named, "normalisation.basis": self.basis}
 
     @classmethod
-    def of(cls, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Self:
+    def of(cls, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "Normalisation":
         """The normalisation that `settings` and `tensors` were written from."""
         clip = settings.get("clip")
         if missing := [name for name in ("mean", "scale") if f"normalisation.{name}" not in tensors]:

@@ -4,7 +4,7 @@ Training both together on a small budget loses the colours; the components keep 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class Components(NamedTuple):
     weights: Float[Tensor, "latent patch"]
 
     @classmethod
-    def of(cls, pictures: Float[Tensor, "picture 3 height width"]) -> Self:
+    def of(cls, pictures: Float[Tensor, "picture 3 height width"]) -> "Components":
         """Those of pictures in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
         patches = F.unfold(pictures, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH**2).double()
         mean = patches.mean(0)

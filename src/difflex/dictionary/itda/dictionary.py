@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Self, final, get_args
+from typing import final, get_args
 
 import torch
 from jaxtyping import Float
@@ -83,7 +83,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         )
 
     @classmethod
-    def restored(cls, saved: Saved) -> Self:
+    def restored(cls, saved: Saved) -> ITDA:
         normalisation = saved.settings["normalisation"]
         assert isinstance(normalisation, dict)
         return cls(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.dictionary.itda.config import Growth
 from difflex.dictionary.itda.curve import Moment
 from difflex.dictionary.itda.dictionary import means_of
-from difflex.dictionary.itda.judged import Judged, independent
+from difflex.dictionary.itda.judged import Judged
 from difflex.dictionary.itda.ranks import Ranks
 from difflex.dictionary.pursuit import RULES
 from difflex.dictionary.pursuit.correlations import Atoms
@@ -25,6 +25,21 @@ SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
 """How close a new atom must come to one that was picked to count as picked in its place: more than rounding can be."""
 
 
+class Line(NamedTuple):
+    """Tokens over the threshold that wait to become atoms."""
+
+    place: Int[Tensor, " mine"]
+    """Where in the line this rank's tokens stand."""
+    new: Float[Tensor, "new width"]
+    """What they would be as atoms."""
+    cross: Float[Tensor, "new size"]
+    """The products with the atoms that are there."""
+    worth: Float[Tensor, " new"]
+    """What is unexplained of each."""
+    shots: Int[Tensor, " new"]
+    tokens: Int[Tensor, " new"]
+
+
 @final
 class Grower:
     """The atoms so far, with their Gram matrix where that pays, and the growth curve."""
@@ -33,8 +48,10 @@ class Grower:
         """The empty dictionary, with room for `growth.size` atoms."""
         self.growth, self.threshold, self._ranks, self._rule = growth, threshold, ranks, RULES[growth.pursuit]
         self.means = means_of(growth.pursuit, growth.size, width, growth.k, device)
-        self._rows = torch.empty(growth.size, width, device=device)
-        self._gram = None if self.means.gram is None else Gram(growth.size, dtype=self.means.gram, device=device)
+        # A batch of candidates stands behind the atoms while it is judged.
+        room = growth.size + growth.batch * ranks.count
+        self._rows = torch.empty(room, width, device=device)
+        self._gram = None if self.means.gram is None else Gram(room, dtype=self.means.gram, device=device)
         self.shots = torch.zeros(growth.size, dtype=torch.long)
         self.tokens = torch.zeros(growth.size, dtype=torch.long)
         self.size = 0
@@ -60,42 +77,79 @@ class Grower:
     def take(self, rows: Rows) -> None:
         """Let the tokens of this rank's batch, with normalised values, become atoms where they must."""
         before = self.size
-        room = min(self.growth.size - self.size, sum(counts := self._ranks.counts(len(rows.values))))
-        judged = Judged(rows.values, self.atoms, self._rule, self.growth.k, room)
+        counts = self._ranks.counts(len(rows.values))
+        judged = Judged(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
         over = sum(self._ranks.counts(int((judged.unexplained > self.threshold).sum())))
         left = self.growth.size - self.size
         if self.growth.most_per_batch is not None:
             left = min(left, self.growth.most_per_batch)
-        while left and (added := self._wave(judged, rows, left)):
+        while left and (added := self._add(judged, rows, left)):
             left -= added
         self.idle = 0 if self.size > before else self.idle + sum(counts)
         self.curve.append(Moment(self.seen + sum(counts), over, self.size))
 
-    def _wave(self, judged: Judged, rows: Rows, most: int) -> int:
-        """The number of atoms added: tokens over the threshold, none of which sways another's path; then all are judged again."""
-        unexplained = judged.unexplained
-        mine = (unexplained > self.threshold).nonzero()[:, 0]
-        new, cross = self._candidates(judged, mine)
-        worth = self._ranks.gathered(unexplained[mine])
-        if not len(worth):
+    def _add(self, judged: Judged, rows: Rows, most: int) -> int:
+        """The number of atoms added from tokens over the threshold, `most` at most; then all tokens are judged again.
+
+        One after the other, a token becomes an atom if with those before it, it still is over the threshold.
+        """
+        mine = (judged.unexplained > self.threshold).nonzero()[:, 0]
+        line = self._line(judged, rows, mine)
+        if not len(line.worth):
             return 0
-        all_new, all_cross = self._ranks.gathered(new), self._ranks.gathered(cross)
-        sways = self._ranks.gathered(judged.swayed(mine, all_new, all_cross, self._slack).to(torch.uint8)).bool()
-        order = list(range(len(worth)))
-        if self.growth.most_per_batch is not None:
-            order = worth.argsort(descending=True, stable=True).tolist()
-        accepted = torch.tensor(independent(sways, order, most), device=new.device)
-        shots, tokens = self._ranks.gathered(rows.shots[mine]), self._ranks.gathered(rows.tokens[mine])
-        chosen, old = all_new[accepted], self.size
-        self.append(chosen, all_cross[accepted], shots[accepted], tokens[accepted])
+        size, count = self.size, len(line.worth)
+        own = product(line.new, line.new)
+        self._append(line.new, line.cross, own)
+        judged.extend(line.new, size)
+        swayed = judged.swayed(mine, line.new, line.cross, self._slack)
+        kept = self._kept(judged, mine, line.place, swayed, most, count).nonzero()[:, 0]
+        self._cut(size)
+        judged.keep(size, kept, count)
+        self.shots[size : size + len(kept)], self.tokens[size : size + len(kept)] = (
+            line.shots[kept].cpu(),
+            line.tokens[kept].cpu(),
+        )
+        cross = line.cross[kept]
+        self._append(line.new[kept], cross, own[kept][:, kept])
+        judged.settled[mine[torch.isin(line.place, kept)]] = True
+        others = (~judged.settled).nonzero()[:, 0]
+        stale = judged.swayed(others, line.new[kept], torch.cat([cross, own[kept][:, kept]], 1), self._slack).any(1)
+        judged.again(others[stale], self.atoms)
+        return len(kept)
+
+    def _kept(self, judged: Judged, mine: Tensor, place: Tensor, swayed: Tensor, most: int, count: int) -> Bool[Tensor, " new"]:
+        """Which of the candidates become atoms, those in front first.
+
+        All are believed to at first. Those whose path others would sway are judged with the others before them, whoever turns out
+        to be explained is no longer believed in, and so on until nothing changes. The first is right from the start, and every
+        other as soon as all before it are; so this ends, after few rounds as a rule, with what one after the other would give.
+        """
+        before = torch.arange(count, device=place.device) < place[:, None]
+        kept = torch.ones(count, dtype=torch.bool, device=place.device)
+        doubtful = (swayed & before).any(1)
+        while True:
+            judged.again(mine[doubtful], self.atoms, ~(before[doubtful] & kept))
+            over = torch.zeros(count, dtype=torch.bool, device=place.device)
+            over[self._ranks.gathered(place[judged.unexplained[mine] > self.threshold])] = True
+            over &= over.cumsum(0) <= most
+            if torch.equal(over, kept):
+                return kept
+            lost = torch.zeros(self.size, dtype=torch.bool, device=place.device)
+            lost[self.size - count :] = kept & ~over
+            doubtful = judged.picked(mine, lost) | (before & over & ~kept).any(1)
+            kept = over
+
+    def _line(self, judged: Judged, rows: Rows, mine: Tensor) -> Line:
+        """The candidates of all ranks, in the order in which they may become atoms."""
+        worth = judged.unexplained[mine]
+        parts = (*self._candidates(judged, mine), worth, rows.shots[mine], rows.tokens[mine])
         first = sum(self._ranks.counts(len(mine))[: self._ranks.rank])
-        own = accepted[(accepted >= first) & (accepted < first + len(mine))] - first
-        judged.settled[mine[own]] = True
-        judged.extend(chosen, old)
-        open_ones = (~judged.settled).nonzero()[:, 0]
-        stale = judged.swayed(open_ones, chosen, all_cross[accepted], self._slack).any(1)
-        judged.again(open_ones[stale], self.atoms)
-        return len(accepted)
+        place = torch.arange(first, first + len(mine), device=worth.device)
+        line = Line(place, *map(self._ranks.gathered, parts))
+        if self.growth.most_per_batch is None:
+            return line
+        order = line.worth.argsort(descending=True, stable=True)
+        return Line(order.argsort()[place], *(part[order] for part in line[1:]))
 
     def _candidates(self, judged: Judged, tokens: Int[Tensor, " new"]) -> tuple[Tensor, Tensor]:
         """What these tokens would be as atoms, and their products with all atoms."""
@@ -108,19 +162,18 @@ class Grower:
     def _slack(self) -> float:
         return SLACK[self.means.gram or torch.float32]
 
-    def append(
-        self,
-        new: Float[Tensor, "new width"],
-        cross: Float[Tensor, "new size"],
-        shots: Int[Tensor, " new"],
-        tokens: Int[Tensor, " new"],
-    ) -> None:
-        """Add `new` atoms, whose products with the old ones are known."""
-        here = slice(self.size, self.size + len(new))
-        self._rows[here], self.shots[here], self.tokens[here] = new, shots.cpu(), tokens.cpu()
+    def _append(self, new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], own: Float[Tensor, "new new"]) -> None:
+        """Add `new` atoms, whose products with the old ones and with each other are known."""
+        self._rows[self.size : self.size + len(new)] = new
         if self._gram is not None:
-            self._gram.append(cross, product(new, new))
-        self.size = here.stop
+            self._gram.append(cross, own)
+        self.size += len(new)
+
+    def _cut(self, size: int) -> None:
+        """Forget the atoms after the first `size`."""
+        self.size = size
+        if self._gram is not None:
+            self._gram.cut(size)
 
     def part(self, start: int) -> dict[str, Tensor]:
         """The atoms from number `start` on, for a file."""

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.pursuit.correlations import Atoms
+from difflex.dictionary.pursuit.correlations import Atoms, Hidden
 from difflex.dictionary.pursuit.products import product
 from difflex.dictionary.pursuit.walk import Path, Rule, walk
 from difflex.dictionary.sparse import bag
 from difflex.records import Codes
 
-__all__ = ["Judged", "independent"]
+__all__ = ["Judged"]
 
 MOST_AT_HAND = 1 << 24
 """Numbers held at a time when tokens are compared with new atoms."""
@@ -25,13 +25,15 @@ MOST_AT_HAND = 1 << 24
 class Judged:
     """The tokens of one batch and the paths of their pursuits, kept up to date while atoms are added."""
 
-    def __init__(self, z: Float[Tensor, "token width"], atoms: Atoms, rule: Rule, k: int, room: int) -> None:
+    def __init__(self, z: Float[Tensor, "token width"], atoms: Atoms, rule: Rule, k: int, threshold: float, room: int) -> None:
         """The tokens judged by `atoms`; at most `room` atoms will be added."""
         self._z, self._rule, self._k = z, rule, k
+        # Where more rounds can only explain more, a token under the threshold needs no more of them.
+        self._until = threshold if rule.monotone else 0.0
         self._energy = z.square().sum(1)
         self._scores = z.new_empty(len(z), atoms.size + room)
         self._scores[:, : atoms.size] = product(z, atoms.rows)
-        self._path = walk(atoms, rule, z, k, correlations=self._scores[:, : atoms.size])
+        self._path = self._walk(torch.arange(len(z), device=z.device), atoms, None)
         self.settled = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         """Tokens that have become atoms."""
 
@@ -83,21 +85,25 @@ class Judged:
         """Take note of `new` atoms, which come after the first `size`."""
         self._scores[:, size : size + len(new)] = product(self._z, new)
 
-    def again(self, tokens: Int[Tensor, " some"], atoms: Atoms) -> None:
-        """Judge these tokens anew."""
-        scores = self._scores[tokens, : atoms.size]
-        path = walk(atoms, self._rule, self._z[tokens], self._k, correlations=scores)
-        for whole, part in zip(self._path, path, strict=True):
+    def keep(self, size: int, kept: Int[Tensor, " kept"], of: int) -> None:
+        """Forget those of the last `of` atoms, after the first `size`, that are not `kept`; the others move up."""
+        self._scores[:, size : size + len(kept)] = self._scores[:, size + kept]
+        places = torch.zeros(size + of, dtype=torch.long, device=kept.device)
+        places[:size] = torch.arange(size, device=kept.device)
+        places[size + kept] = size + torch.arange(len(kept), device=kept.device)
+        self._path.support.copy_(places[self._path.support])
+
+    def picked(self, tokens: Int[Tensor, " token"], atoms: Bool[Tensor, " size"]) -> Bool[Tensor, " token"]:
+        """Which of `tokens` have one of these `atoms` on their path."""
+        return (atoms[self._path.support[tokens]] & (self._path.winners[tokens] < torch.inf)).any(1)
+
+    def again(self, tokens: Int[Tensor, " some"], atoms: Atoms, hidden: Hidden = None) -> None:
+        """Judge these tokens anew; of the last atoms, some are `hidden` from each."""
+        if not len(tokens):
+            return
+        for whole, part in zip(self._path, self._walk(tokens, atoms, hidden), strict=True):
             whole[tokens] = part
 
-
-def independent(sways: Bool[Tensor, "new new"], order: list[int], most: int) -> list[int]:
-    """Those of the new atoms, looked at in `order`, that no atom accepted before them sways; `most` at most."""
-    rows = sways.tolist()
-    accepted: list[int] = []
-    for new in order:
-        if len(accepted) == most:
-            break
-        if not any(rows[new][other] for other in accepted):
-            accepted.append(new)
-    return accepted
+    def _walk(self, tokens: Tensor, atoms: Atoms, hidden: Hidden) -> Path:
+        z, known = self._z[tokens], self._scores[tokens, : atoms.size]
+        return walk(atoms, self._rule, z, self._k, until=self._until, correlations=known, hidden=hidden, traced=True)

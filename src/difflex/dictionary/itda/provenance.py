@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -43,12 +43,12 @@ class Provenance:
         return None if number < 0 else Patch(number, int(self.tokens[feature]), self.known.get(number))
 
     @classmethod
-    def unknown(cls, size: int) -> Self:
+    def unknown(cls, size: int) -> Provenance:
         """That of `size` atoms whose file does not say where they come from."""
         nowhere = torch.full((size,), -1)
         return cls(shots=nowhere, tokens=nowhere.clone())
 
-    def take(self, features: Int[Tensor, " feature"]) -> Self:
+    def take(self, features: Int[Tensor, " feature"]) -> Provenance:
         """The provenance of these features alone."""
         shots = self.shots[features]
         kept = set(shots.tolist())
@@ -65,7 +65,7 @@ class Provenance:
         return {"provenance.shots": self.shots, "provenance.tokens": self.tokens, "provenance.known": packed}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Provenance:
         """What `tensors` was written from."""
         lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
         entries = [json.loads(line) for line in lines if line]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.dictionary.pursuit.gram import Gram
@@ -14,7 +14,12 @@ from difflex.dictionary.pursuit.products import product
 from difflex.dictionary.sparse import bag, dots
 from difflex.records import Codes
 
-__all__ = ["Atoms", "Best", "Correlations", "Moved", "Pool"]
+__all__ = ["Atoms", "Best", "Correlations", "Hidden", "Moved", "Pool"]
+
+BLOCK = 64
+"""Neighbouring atoms of which only the best is looked at first."""
+Hidden = Bool[Tensor, "token last"] | None
+"""Which of the last atoms each signal may not pick."""
 
 
 class Moved(NamedTuple):
@@ -39,6 +44,8 @@ class Best(NamedTuple):
     atoms: Int[Tensor, " token"]
     correlations: Float[Tensor, " token"]
     """With their signs."""
+    merit: Float[Tensor, " token"]
+    """The correlation by which it is the best; negative infinity where every atom is hidden from the signal."""
 
 
 class Correlations(ABC):
@@ -69,12 +76,12 @@ class Correlations(ABC):
 class ByGram(Correlations):
     """All correlations, moved by rows of the Gram matrix: size x support per round, whatever the width."""
 
-    def __init__(self, gram: Gram, scores: Float[Tensor, "token size"]) -> None:
+    def __init__(self, gram: Gram, scores: Float[Tensor, "token size"], hidden: Hidden) -> None:
         """From the correlations of the whole signals, which are worked on in place."""
-        self._gram, self._scores = gram, scores
+        self._gram, self._scores, self._hidden = gram, scores, hidden
 
     def best(self, signed: bool) -> Best:
-        return _largest(self._scores, signed)
+        return _largest(self._scores, signed, self._hidden)
 
     def at(self, support: Tensor) -> Tensor:
         return self._scores.gather(1, support)
@@ -87,15 +94,18 @@ class ByGram(Correlations):
 
     def take(self, rows: Tensor) -> None:
         self._scores = self._scores[rows]
+        self._hidden = None if self._hidden is None else self._hidden[rows]
 
 
 @final
 class ByProduct(Correlations):
     """All correlations by a product with the residual, in every round or, with a pool, every few."""
 
-    def __init__(self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: Pool | None) -> None:
+    def __init__(
+        self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: Pool | None, hidden: Hidden
+    ) -> None:
         """From the correlations of the whole `signals`."""
-        self._rows, self._residual, self._scores = rows, signals.clone(), scores
+        self._rows, self._residual, self._scores, self._hidden = rows, signals.clone(), scores, hidden
         self._pool = pool if pool is not None and pool.rounds > 1 and pool.atoms < len(rows) else None
         self._round = 0
         self._members: Tensor | None = None
@@ -104,7 +114,7 @@ class ByProduct(Correlations):
     def best(self, signed: bool) -> Best:
         if self._pool is not None and self._members is None:
             self._choose(self._pool, signed)
-        best = _largest(self._scores, signed)
+        best = _largest(self._scores, signed, self._hidden if self._members is None else None)
         return best if self._members is None else best._replace(atoms=self._members.gather(1, best.atoms[:, None])[:, 0])
 
     def at(self, support: Tensor) -> Tensor:
@@ -124,14 +134,17 @@ class ByProduct(Correlations):
 
     def take(self, rows: Tensor) -> None:
         self._residual, self._scores = self._residual[rows], self._scores[rows]
+        self._hidden = None if self._hidden is None else self._hidden[rows]
         if self._members is not None and self._member_rows is not None:
             self._members, self._member_rows = self._members[rows], self._member_rows[rows]
 
     def _choose(self, pool: Pool, signed: bool) -> None:
-        merit = self._scores.abs() if signed else self._scores
+        merit = _merit(self._scores, signed, self._hidden)
         self._members = merit.topk(pool.atoms, sorted=False).indices
         self._member_rows = self._rows[self._members]
-        self._scores = self._scores.gather(1, self._members)
+        shown = merit.gather(1, self._members) > -torch.inf
+        self._scores = torch.where(shown, self._scores.gather(1, self._members), 0)
+        self._member_rows *= shown[:, :, None]
 
     def _dots(self, support: Tensor, vectors: Tensor) -> Tensor:
         """The inner product of each token's vector with each atom of its support."""
@@ -152,12 +165,45 @@ class Atoms:
     def size(self) -> int:
         return len(self.rows)
 
-    def begin(self, signals: Float[Tensor, "token width"], known: Float[Tensor, "token size"] | None = None) -> Correlations:
+    def begin(
+        self, signals: Float[Tensor, "token width"], known: Float[Tensor, "token size"] | None = None, hidden: Hidden = None
+    ) -> Correlations:
         """The correlations of `signals` with all atoms, at the beginning of a walk; `known` ones are copied."""
         scores = product(signals, self.rows) if known is None else known.clone()
-        return ByProduct(self.rows, signals, scores, self.pool) if self.gram is None else ByGram(self.gram, scores)
+        if self.gram is not None:
+            return ByGram(self.gram, scores, hidden)
+        return ByProduct(self.rows, signals, scores, self.pool, hidden)
 
 
-def _largest(scores: Float[Tensor, "token atom"], signed: bool) -> Best:
-    atoms = (scores.abs() if signed else scores).argmax(1)
-    return Best(atoms, scores.gather(1, atoms[:, None])[:, 0])
+def _merit(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> Float[Tensor, "token atom"]:
+    """By what atoms are compared."""
+    merit = scores.abs() if signed else scores
+    if hidden is None:
+        return merit
+    shown = scores.shape[1] - hidden.shape[1]
+    return torch.cat([merit[:, :shown], merit[:, shown:].masked_fill(hidden, -torch.inf)], 1)
+
+
+def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden = None) -> Best:
+    """The best of every row, looked for among the best of short blocks: several times faster than along whole rows."""
+    size = scores.shape[1]
+    whole = size - size % BLOCK if hidden is None else (size - hidden.shape[1]) // BLOCK * BLOCK
+    if not whole:
+        return _largest_of_few(scores, signed, hidden)
+    blocks = scores[:, :whole].unflatten(1, (-1, BLOCK))
+    peaks = torch.maximum(blocks.amax(2), -blocks.amin(2)) if signed else blocks.amax(2)
+    block = peaks.argmax(1)
+    rows = torch.arange(len(scores), device=scores.device)
+    inside = _largest_of_few(blocks[rows, block], signed, None)
+    best = inside._replace(atoms=block * BLOCK + inside.atoms)
+    if whole == size:
+        return best
+    rest = _largest_of_few(scores[:, whole:], signed, hidden)
+    better = rest.merit > best.merit
+    return Best(*(torch.where(better, new, old) for new, old in zip(rest._replace(atoms=whole + rest.atoms), best, strict=True)))
+
+
+def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> Best:
+    merit = _merit(scores, signed, hidden)
+    atoms = merit.argmax(1, keepdim=True)
+    return Best(atoms[:, 0], scores.gather(1, atoms)[:, 0], merit.gather(1, atoms)[:, 0])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput
 
 __all__ = ["PANEL", "Gram"]
 
-PANEL = 1024
+PANEL = 512
 """Columns that stand together in memory: a dictionary that grows fills panels one by one and never moves what stands."""
 
 
@@ -38,7 +37,7 @@ class Gram:
         self._panels = torch.empty(count, capacity, self.panel, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, atoms: Float[Tensor, "size width"], dtype: torch.dtype | None = None, panel: int = PANEL) -> Self:
+    def of(cls, atoms: Float[Tensor, "size width"], dtype: torch.dtype | None = None, panel: int = PANEL) -> Gram:
         """The Gram matrix of `atoms`, which may not grow."""
         gram = cls(len(atoms), dtype=dtype or atoms.dtype, device=atoms.device, panel=panel)
         for start in range(0, len(atoms), 512):
@@ -71,6 +70,10 @@ class Gram:
                 block[:start, new - low : high - low] = cross[new - start : high - start].T
         self.size = stop
 
+    def cut(self, size: int) -> None:
+        """Forget the atoms after the first `size`."""
+        self.size = min(self.size, size)
+
     def rows(self, atoms: Int[Tensor, " atom"]) -> Float[Tensor, "atom size"]:
         """The rows of `atoms`."""
         parts = [self._panels[panel, atoms, : high - low] for panel, (low, high) in enumerate(self._spans(self.size))]
@@ -78,16 +81,18 @@ class Gram:
 
     def between(self, atoms: Int[Tensor, " token"], others: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
         """The inner product of each token's atom with each of its `others`."""
-        return self._panels[others // self.panel, atoms[:, None], others % self.panel]
+        places = (others // self.panel * self.capacity + atoms[:, None]) * self.panel + others % self.panel
+        return self._panels.take(places)
 
     def subtract(
         self, scores: Float[Tensor, "token size"], atoms: Int[Tensor, "token slot"], weights: Float[Tensor, "token slot"]
     ) -> None:
         """Take `weights @ gram[atoms]` from `scores`, in place."""
-        weights = weights.to(self.dtype).contiguous()
-        atoms = atoms.contiguous()
+        count, slots = atoms.shape
+        weights = weights.to(self.dtype).reshape(-1)
+        atoms, starts = atoms.reshape(-1), torch.arange(0, count * slots, slots, device=atoms.device)
         for panel, (low, high) in enumerate(self._spans(self.size)):
-            part = F.embedding_bag(atoms, self._panels[panel], mode="sum", per_sample_weights=weights)
+            part = torch.embedding_bag(self._panels[panel], atoms, starts, False, 0, False, weights)[0]
             scores[:, low:high].sub_(part[:, : high - low])
 
     def _spans(self, size: int) -> list[tuple[int, int]]:

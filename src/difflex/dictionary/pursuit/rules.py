@@ -20,10 +20,12 @@ __all__ = ["Gradient", "Matching", "Orthogonal"]
 
 @final
 class Gradient(Rule):
-    """All weights move along the gradient; unsigned ones are then cut at zero, as ITDA does."""
+    """All weights move along the gradient; unsigned ones are then cut at zero, as ITDA does, and a cut may undo a gain."""
+
+    pairs = True
 
     def __init__(self, *, signed: bool) -> None:
-        self.signed = signed
+        self.signed = self.monotone = signed
 
     def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
         on = slice(t + 1)
@@ -66,7 +68,7 @@ class Orthogonal(Rule):
     that part as a sum of atoms, so that no system is ever solved.
     """
 
-    signed = True
+    signed = pairs = factors = True
 
     def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
         inverse = walk.factor[:, :t, :t]

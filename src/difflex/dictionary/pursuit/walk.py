@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Atoms, Best, Correlations, Moved
+from difflex.dictionary.pursuit.correlations import Atoms, Best, Correlations, Hidden, Moved
 from difflex.errors import NonFinite
 
 __all__ = ["Path", "Rule", "Walk", "walk"]
@@ -31,8 +31,8 @@ class Path(NamedTuple):
     """The squared length of what is not explained."""
     winners: Float[Tensor, "token k"]
     """The correlation with which each round's atom was picked; infinite in rounds that were not needed."""
-    history: Float[Tensor, "token k k"]
-    """The weights before each round."""
+    history: Float[Tensor, "token round k"]
+    """The weights before each round, where they were asked for."""
 
 
 @dataclass
@@ -47,19 +47,19 @@ class Walk:
     used: Bool[Tensor, "token k"]
     """Whether the slot holds an atom that no earlier slot holds."""
     weights: Float[Tensor, "token k"]
-    gram: Float[Tensor, "token k k"]
-    """The inner products of the atoms in the slots."""
-    factor: Float[Tensor, "token k k"]
-    """The inverse of the lower Cholesky factor of `gram`, where a rule needs it."""
+    gram: Float[Tensor, "token round k"]
+    """The inner products of the atoms in the slots, where a rule needs them."""
+    factor: Float[Tensor, "token round k"]
+    """The inverse of the lower Cholesky factor of `gram`, likewise."""
     winners: Float[Tensor, "token k"]
-    history: Float[Tensor, "token k k"]
+    history: Float[Tensor, "token round k"]
 
     @classmethod
-    def of(cls, signals: Float[Tensor, "token width"], k: int) -> Self:
-        """The beginning of a walk."""
+    def of(cls, signals: Float[Tensor, "token width"], k: int, rule: Rule, traced: bool) -> Walk:
+        """The beginning of a walk by `rule`, whose history is kept if `traced`."""
         count = len(signals)
         energy = signals.square().sum(1)
-        square = (count, k, k)
+        nothing, square = (count, 0, k), (count, k, k)
         return cls(
             energy=energy,
             left=energy.clone(),
@@ -67,17 +67,17 @@ class Walk:
             support=torch.zeros(count, k, dtype=torch.long, device=signals.device),
             used=torch.zeros(count, k, dtype=torch.bool, device=signals.device),
             weights=signals.new_zeros(count, k),
-            gram=signals.new_zeros(square),
-            factor=signals.new_zeros(square),
+            gram=signals.new_zeros(square if rule.pairs else nothing),
+            factor=signals.new_zeros(square if rule.factors else nothing),
             winners=signals.new_full((count, k), torch.inf),
-            history=signals.new_zeros(square),
+            history=signals.new_zeros(square if traced else nothing),
         )
 
-    def take(self, rows: Int[Tensor, " row"]) -> Self:
+    def take(self, rows: Int[Tensor, " row"]) -> Walk:
         """The walk of these signals alone."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
-    def put(self, rows: Int[Tensor, " row"], other: Self) -> None:
+    def put(self, rows: Int[Tensor, " row"], other: Walk) -> None:
         """Write the walk of these signals back."""
         for field in fields(self):
             getattr(self, field.name)[rows] = getattr(other, field.name)
@@ -88,6 +88,12 @@ class Rule(ABC):
 
     signed: bool
     """Whether an atom may be picked, and weighted, negatively."""
+    monotone: bool = True
+    """Whether every round leaves less, or as much, as the one before."""
+    pairs: bool = False
+    """Whether it needs the inner products of the atoms that a signal has picked, ..."""
+    factors: bool = False
+    """... and their Cholesky factor."""
 
     @abstractmethod
     def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
@@ -103,25 +109,27 @@ def walk(
     *,
     until: float = 0.0,
     correlations: Float[Tensor, "token size"] | None = None,
+    hidden: Hidden = None,
+    traced: bool = False,
 ) -> Path:
-    """The ends of the pursuits of `signals`; `correlations` with all atoms are taken as they are where they are known."""
+    """The ends of the pursuits of `signals`; `correlations` with all atoms are taken as they are where they are known.
+
+    Of the last atoms, those that are `hidden` from a signal are not picked for it. The history is kept if `traced`.
+    """
     _finite(signals)
     chunk = min(MOST, max(FEWEST, SCORES_AT_HAND // max(atoms.size, 1)))
-    paths = [
-        _walk_chunk(atoms, rule, signals[i : i + chunk], k, until, None if correlations is None else correlations[i : i + chunk])
-        for i in range(0, max(len(signals), 1), chunk)
-    ]
-    return Path(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
-
-
-def _walk_chunk(atoms: Atoms, rule: Rule, signals: Tensor, k: int, until: float, correlations: Tensor | None) -> Path:
-    whole = Walk.of(signals, k)
-    if not atoms.size:
-        whole.winners[whole.live, :1] = 0  # any atom would be welcome
-    elif len(signals):
-        enough = max(until, 8 * torch.finfo(signals.dtype).eps)
-        _all_rounds(whole, rule, atoms.begin(signals, correlations), k, enough)
-    return Path(whole.support, whole.weights * whole.used, whole.left.clamp_min(0), whole.winners, whole.history)
+    paths = []
+    for start in range(0, max(len(signals), 1), chunk):
+        here = slice(start, start + chunk)
+        known, unseen = (None if part is None else part[here] for part in (correlations, hidden))
+        whole = Walk.of(signals[here], k, rule, traced)
+        if atoms.size and len(whole.left):
+            enough = max(until, 8 * torch.finfo(signals.dtype).eps)
+            _all_rounds(whole, rule, atoms.begin(signals[here], known, unseen), k, enough)
+        else:
+            whole.winners[whole.live, :1] = 0  # any atom would be welcome
+        paths.append(Path(whole.support, whole.weights * whole.used, whole.left.clamp_min(0), whole.winners, whole.history))
+    return paths[0] if len(paths) == 1 else Path(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
 
 
 def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: float) -> None:
@@ -145,14 +153,16 @@ def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: f
 
 def _round(here: Walk, rule: Rule, scores: Correlations, t: int, enough: float) -> Moved:
     """What moved in round `t`; signals that have arrived stay as they are."""
-    here.history[:, t] = here.weights
+    if len(here.history[0]):
+        here.history[:, t, :t] = here.weights[:, :t]
     best = scores.best(rule.signed)
-    merit = best.correlations.abs() if rule.signed else best.correlations
-    here.winners[:, t] = torch.where(here.live, merit, torch.inf)
+    here.winners[:, t] = torch.where(here.live, best.merit.clamp_min(0) if rule.signed else best.merit, torch.inf)
+    here.live &= best.merit > -torch.inf
     known = (here.support[:, :t] == best.atoms[:, None]) & here.used[:, :t]
     here.support[:, t] = best.atoms
     here.used[:, t] = here.live & ~known.any(1)
-    here.gram[:, t, : t + 1] = here.gram[:, : t + 1, t] = scores.between(best.atoms, here.support[:, : t + 1])
+    if rule.pairs:
+        here.gram[:, t, : t + 1] = here.gram[:, : t + 1, t] = scores.between(best.atoms, here.support[:, : t + 1])
     moved = rule.move(here, t, scores, best)
     here.live &= moved.change.any(1) & (here.left > enough * here.energy)
     return moved
