@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
@@ -251,7 +252,7 @@ def test_wishes_that_cannot_be_met_are_refused():
         orthogonal_pursuit(signals, torch.cat([atoms[:2], 3 * atoms[2:]]), 4)
     with pytest.raises(BadInput, match="k is 0"):
         orthogonal_pursuit(signals, atoms, 0)
-    with pytest.raises(BadInput, match=r"\[24, 24\], \[96, 20\]"):
+    with pytest.raises((BadInput, TypeCheckError), match=r"\[24, ?24\](.|\n)*\[96, ?20\]"):
         orthogonal_pursuit(signals, atoms[:, :20], 4)
     with pytest.raises(BadInput, match="of 50 atoms, but 96"):
         orthogonal_pursuit(signals, atoms, 4, gram=Gram.of(atoms[:50]))

@@ -40,7 +40,7 @@ class State:
     data: str
     """What the batches were made from; work on other data is not continued."""
     normalisation: dict[str, Json]
-    trials: list[list[float]]
+    trials: list[list[int | float]]
     """Finished passes of the search for the threshold."""
     threshold: float
     batches: int

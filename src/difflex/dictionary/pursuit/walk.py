@@ -31,7 +31,7 @@ class Path(NamedTuple):
     """The squared length of what is not explained."""
     winners: Float[Tensor, "token k"]
     """The correlation with which each round's atom was picked; infinite in rounds that were not needed."""
-    history: Float[Tensor, "token round k"]
+    history: Float[Tensor, "token _ k"]
     """The weights before each round, where they were asked for."""
 
 
@@ -47,12 +47,12 @@ class Walk:
     used: Bool[Tensor, "token k"]
     """Whether the slot holds an atom that no earlier slot holds."""
     weights: Float[Tensor, "token k"]
-    gram: Float[Tensor, "token round k"]
+    gram: Float[Tensor, "token _ k"]
     """The inner products of the atoms in the slots, where a rule needs them."""
-    factor: Float[Tensor, "token round k"]
+    factor: Float[Tensor, "token _ k"]
     """The inverse of the lower Cholesky factor of `gram`, likewise."""
     winners: Float[Tensor, "token k"]
-    history: Float[Tensor, "token round k"]
+    history: Float[Tensor, "token _ k"]
 
     @classmethod
     def of(cls, signals: Float[Tensor, "token width"], k: int, rule: Rule, traced: bool) -> Walk:
