@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench peers
+.PHONY: help demo test style check bench peers
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -27,11 +27,14 @@ test: $(READY)  ## install, then run the tests
 	@echo "test: running the tests (CPU only, no network)"
 	@$(BIN)/python -m pytest
 
-check: $(READY)  ## format check, lint, types, and the tests with every tensor held to its axes
-	@echo "check: format, lint, types, tests with shape checking"
+style: $(READY)  ## format check, lint, types
+	@echo "style: format, lint, types"
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/basedpyright
+
+check: style  ## style, and the tests with every tensor held to its axes
+	@echo "check: tests with shape checking"
 	@$(BIN)/python -m pytest --jaxtyping-packages=difflex,beartype.beartype
 
 bench: $(READY)  ## run every benchmark against its bar
