@@ -16,7 +16,7 @@ demo: $(READY)  ## install, then draw a contact sheet with the model inside the 
 	@echo "demo: drawing pictures with mini-flux into demo/"
 	@$(BIN)/python -m difflex generate mini-flux \
 		"two red stars above a blue circle on grass" \
-		"a large green heart at the middle center on paper" \
+		"a large green heart in the center on paper" \
 		"three small yellow diamonds on night" \
 		"a striped purple square left of a shiny orange ring on sky" \
 		"a white cross on brick cartoon" \
@@ -35,7 +35,7 @@ style: $(READY)  ## format check, lint, types
 
 check: style  ## style, and the tests with every tensor held to its axes
 	@echo "check: tests with shape checking"
-	@$(BIN)/python -m pytest --jaxtyping-packages=difflex,beartype.beartype
+	@$(BIN)/python -m pytest --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 bench: $(READY)  ## run every benchmark against its bar
 	@failed=; for script in benchmarks/*.py; do \

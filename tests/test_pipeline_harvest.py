@@ -150,7 +150,7 @@ def test_endless_prompts_are_read_as_they_are_needed(flux: Pipeline):
     harvested = flux.harvest(flux.shots(endless(), steps=1), "double.1", batch=2, progress=False)
     for _ in range(3):
         next(harvested)
-    assert len(read) <= 8
+    assert len(read) <= 2 * 8 + 1  # eight batches are encoded ahead where that is cheap
 
 
 def test_each_prompt_is_encoded_once_over_all_its_seeds(flux: Pipeline):

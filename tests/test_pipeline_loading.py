@@ -12,6 +12,7 @@ import difflex
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
 from difflex.pipeline import memory, opening, quantised
 from difflex.pipeline.families import family_of
+from difflex.pipeline.loading import read_card
 from difflex.pipeline.memory import Room, check_fits, estimate
 from difflex.pipeline.plans import PLANS, Part, Plan, read_plan
 from difflex.pipeline.sharded import Ranks, share
@@ -221,3 +222,28 @@ def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tm
 def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):
     with pytest.raises(BadInput, match="torchrun --nproc-per-node"):
         difflex.load(folder, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "text_length"),
+    [("FLUX.1-schnell", 4, 0.0, 256), ("FLUX.1-dev", 28, 3.5, 512)],
+)
+def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: int, guidance: float, text_length: int):
+    plan = next(plan for known, plan in PLANS.items() if known.endswith(name))
+    card = read_card(None, family_of(plan.pipeline), plan)
+    assert (card.steps, card.guidance, card.text_length) == (steps, guidance, text_length)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "steps", "guidance"),
+    [
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, 4, 0.0),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, 50, 5.0),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}, 50, 5.0),
+        ("EulerDiscreteScheduler", {}, 50, 5.0),
+    ],
+)
+def test_a_turbo_model_is_told_by_its_scheduler(scheduler: str, settings: dict[str, str], steps: int, guidance: float):
+    plan = Plan("StableDiffusionXLPipeline", {"scheduler": Part("diffusers", scheduler, settings)}, {})
+    card = read_card(None, family_of(plan.pipeline), plan)
+    assert (card.steps, card.guidance) == (steps, guidance)

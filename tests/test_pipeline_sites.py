@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -196,3 +196,45 @@ def test_a_text_edit_leaves_the_image_tokens_of_its_block(flux: Pipeline):
         plain = image("single.2")
     assert torch.equal(image("single.1:text"), plain)
     assert not torch.equal(image("single.1"), plain)
+
+
+def test_a_call_of_the_diffusers_pipeline_itself_is_understood(pipe: Pipeline):
+    """Steps and halves must be told without knowing what was asked for."""
+    guidance = 4.0
+    shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
+    ours, raw = [], []
+    site = pipe.sites()[0].site
+    with pipe.at(site, lambda x, moment: ours.append((moment.step, moment.timestep, moment.half, x.clone()))):
+        pipe.engine.run(shots, output_type="latent")
+    prompts = pipe.engine.encoder([shot.prompt for shot in shots], pipe.engine.is_guided(guidance))
+    with pipe.at(site, lambda x, moment: raw.append((moment.step, moment.timestep, moment.half, x.clone()))):
+        pipe.diffusers(**prompts, **pipe.engine._settings(shots, pipe.engine.is_guided(guidance)), output_type="latent")  # pyright: ignore
+    assert len(ours) == len(raw) > 0
+    for (step, timestep, half, x), (*same, y) in zip(ours, raw, strict=True):
+        # FluxPipeline calls every pass conditional, also where there is no other.
+        assert same in ([step, timestep, half], [step, timestep, half or "conditional"]) and torch.equal(x, y)
+
+
+def test_without_a_name_for_the_call_the_prompt_embedding_tells_the_half(flux: Pipeline):
+    halves: list[str | None] = []
+    with flux.at("double.0", lambda x, moment: halves.append(moment.half)):
+        # As older versions of diffusers do: they name no call.
+        vars(flux.engine.denoiser)["cache_context"] = lambda name: nullcontext()
+        latents(flux, guidance=4.0)
+    assert halves == ["conditional", "unconditional"] * STEPS
+
+
+def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.TempPathFactory):
+    pipe = difflex.load(tiny_folder("flux-dev", tmp_path_factory.mktemp("models") / "flux"), precision="bf16")
+    shot, steps = next(pipe.shots(["a star"], steps=400, keep_steps=[0], pixels=(16, 24))), []
+    rounded = torch.tensor(pipe.engine.timesteps(shot)[:60]).bfloat16()
+    assert len(rounded.unique()) < 50
+
+    def watch(x: Tensor, moment: Moment) -> None:
+        steps.append(moment.step)
+        if len(steps) == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pipe.at("double.0", watch):
+        pipe.engine.run([shot], output_type="latent")
+    assert steps == list(range(60))

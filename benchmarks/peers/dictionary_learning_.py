@@ -33,8 +33,9 @@ class DictionaryLearning(Learner):
     def encode(self, x: torch.Tensor) -> object:
         return self._trainer.ae.encode(x)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self._trainer.ae(x)
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, codes = self._trainer.ae(x, output_features=True)
+        return y, (codes > 0).any(0).nonzero()[:, 0]
 
     def decoder(self) -> torch.Tensor:
         return self._trainer.ae.decoder.weight.T

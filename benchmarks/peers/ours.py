@@ -35,9 +35,10 @@ class Ours(Learner):
             self._dictionary = self._made()
         return self._dictionary.encode(x)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         made = self._made()
-        return made.decode(made.encode(x))
+        codes = made.encode(x)
+        return made.decode(codes), codes.indices[codes.values > 0]
 
     def decoder(self) -> torch.Tensor:
         return self._learner.parameters.weights.decoder

@@ -34,8 +34,11 @@ class Overcomplete(Learner):
     def encode(self, x: torch.Tensor) -> object:
         return self._sae.encode(x)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self._sae(x)[2]
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._sae.eval()
+        _, codes, y = self._sae(x)
+        self._sae.train()
+        return y, (codes > 0).any(0).nonzero()[:, 0]
 
     def decoder(self) -> torch.Tensor:
         return self._sae.get_dictionary()

@@ -39,8 +39,9 @@ class SaeLens(Learner):
     def encode(self, x: torch.Tensor) -> object:
         return self._sae.encode(x)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self._sae(x)
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = self._sae.encode(x)
+        return self._sae.decode(codes), (codes > 0).any(0).nonzero()[:, 0]
 
     def decoder(self) -> torch.Tensor:
         return self._sae.W_dec

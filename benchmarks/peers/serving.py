@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,8 @@ ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print, some of th
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 from difflex.planted import Planted  # noqa: E402 (found by the line above)
+from difflex.records import Rows  # noqa: E402
+from difflex.store import Store  # noqa: E402
 
 try:
     import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -41,8 +44,8 @@ class Learner(Protocol):
         """The codes of a batch."""
         ...
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """The reconstruction of a batch."""
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reconstruction of a batch, and the features that fired in it."""
         ...
 
     def decoder(self) -> torch.Tensor:
@@ -51,12 +54,29 @@ class Learner(Protocol):
 
 
 Make = Callable[..., Learner]
+UNSEEN = 16 * 8192
 
 
 def status(name: str) -> int:
     """A figure of this process's memory, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+class Stored:
+    """Activations of a study, as a world to learn."""
+
+    def __init__(self, folder: str) -> None:
+        self._store = Store.open(folder)
+
+    def batches(self, size: int) -> Iterator[Rows]:
+        """Endless batches of the training split."""
+        return self._store.batches(size, epochs=None)
+
+    def unseen(self) -> Iterator[torch.Tensor]:
+        """Tokens that were held out."""
+        for rows in islice(self._store.batches(8192, split="held-out"), UNSEEN // 8192):
+            yield rows.values.float()
 
 
 class Server:
@@ -67,10 +87,10 @@ class Server:
 
     def begin(self, *, world: dict, width: int, size: int, k: int, batch: int, updates: int, **more: object) -> dict:
         """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
-        self._world, self._batch = Planted(width=width, **world), batch
-        self._shift, self._scale = 0.0, 1.0
+        self._world = Stored(world["store"]) if "store" in world else Planted(width=width, **world)
+        self._batch, self._shift, self._scale = batch, 0.0, 1.0
         if more.pop("standardise", False):
-            first = torch.cat([rows.values for _, rows in zip(range(10), self._world.batches(batch), strict=False)])
+            first = torch.cat([x for _, x in zip(range(10), self._fresh(), strict=False)])
             self._shift, self._scale = first.mean(0), first.std(0)
         cycle = more.pop("cycle", 0)
         made = [x for _, x in zip(range(int(str(cycle))), self._fresh(), strict=False)]
@@ -100,13 +120,18 @@ class Server:
         return {"over": (status("VmHWM") - self._before) / self._learner.parameters()}
 
     def quality(self) -> dict:
-        """Recovery of the planted directions, and the fraction of variance unexplained on unseen data."""
+        """How well planted directions were found; FVU on unseen data; share of features silent over `UNSEEN` unseen tokens."""
         with torch.no_grad():
-            recovery = self._world.recovery(self._learner.decoder() * self._scale)
-            unseen = next(self._world.batches(8192, 10**7)).values
-            y = self._learner.decode((unseen - self._shift) / self._scale) * self._scale + self._shift
-            fvu = (unseen - y).square().sum() / (unseen - unseen.mean(0)).square().sum()
-        return {"mean": recovery.mean, "rarest": recovery.rarest, "fvu": float(fvu)}
+            found = self._world.recovery(self._learner.decoder() * self._scale) if isinstance(self._world, Planted) else None
+            lost = total = 0.0
+            fired = torch.zeros(len(self._learner.decoder()), dtype=torch.bool)
+            for x in self._unseen():
+                y, features = self._learner.decode((x - self._shift) / self._scale)
+                lost += float((x - y * self._scale - self._shift).square().sum())
+                total += float((x - x.mean(0)).square().sum())
+                fired[features] = True
+        recovery = {} if found is None else {"mean": found.mean, "rarest": found.rarest}
+        return {**recovery, "fvu": lost / total, "silent": 1 - float(fired.float().mean())}
 
     def save(self, path: str) -> dict:
         """Write the decoder to a file."""
@@ -119,7 +144,13 @@ class Server:
         return {}
 
     def _fresh(self) -> Iterator[torch.Tensor]:
-        return ((rows.values - self._shift) / self._scale for rows in self._world.batches(self._batch))
+        return ((rows.values.float() - self._shift) / self._scale for rows in self._world.batches(self._batch))
+
+    def _unseen(self) -> Iterator[torch.Tensor]:
+        if isinstance(self._world, Planted):
+            yield next(self._world.batches(8192, 10**7)).values
+        else:
+            yield from self._world.unseen()
 
     @staticmethod
     def _around(made: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -31,8 +31,9 @@ class Sparsify(Learner):
     def encode(self, x: torch.Tensor) -> object:
         return self._coder.encode(x)
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return self._coder(x).sae_out
+    def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self._coder(x)
+        return out.sae_out, out.latent_indices[out.latent_acts > 0]
 
     def decoder(self) -> torch.Tensor:
         assert self._coder.W_dec is not None

@@ -227,6 +227,9 @@ def _sd3() -> DiffusionPipeline:
             num_layers=3,
             attention_head_dim=16,
             num_attention_heads=2,
+            # As SD 3.5 medium has it in its first blocks.
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
             joint_attention_dim=2 * WIDTH,
             caption_projection_dim=WIDTH,
             pooled_projection_dim=2 * WIDTH,

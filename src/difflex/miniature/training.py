@@ -108,7 +108,7 @@ def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, u
         _log(workshop, update=state.update, changed=name, before=before, now=now)
     held_out: HeldOut | None = None
     saved = time.monotonic()
-    batches = _prefetched(_Batches(state.update, recipe, components, texts))
+    batches = _prefetched(state.update, recipe, components, texts)
     for batch in _shown(batches, "flow", recipe.updates, state.update):
         started = time.monotonic()
         losses = one_update(state.model, state.average, state.optimisers, batch, recipe, state.update)
@@ -235,8 +235,8 @@ class _Batches(IterableDataset[Batch]):
             yield training_batch(update, self._recipe, self._components, self._texts)
 
 
-def _prefetched(batches: _Batches) -> Iterator[Batch]:
-    yield from DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=8)
+def _prefetched(first: int, recipe: FlowRecipe, components: Components, texts: Texts) -> Iterator[Batch]:
+    yield from DataLoader(_Batches(first, recipe, components, texts), batch_size=None, num_workers=1, prefetch_factor=8)
 
 
 def _shown(items: Iterator[T], what: str, total: int, done: int = 0) -> Iterator[T]:

@@ -49,7 +49,7 @@ class Engine:
         self.sharded = False
         """Whether the denoiser is shared over ranks: then all of them must call it equally often."""
         self._largest: int | None = None
-        self._timesteps: dict[Shot, tuple[float, ...]] = {}
+        self._timesteps: dict[tuple[tuple[int, int], int, float], tuple[float, ...]] = {}
 
     @property
     def denoiser(self) -> nn.Module:
@@ -111,9 +111,9 @@ class Engine:
 
     def timesteps(self, shot: Shot) -> tuple[float, ...]:
         """What the scheduler calls the noise levels of the steps of a run like `shot`."""
-        key = Shot(model=shot.model, pixels=shot.pixels, steps=shot.steps, guidance=shot.guidance)
+        key = (shot.pixels, shot.steps, shot.guidance)
         if key not in self._timesteps:
-            self.first_call(key)
+            self.first_call(Shot(model=shot.model, pixels=shot.pixels, steps=shot.steps, guidance=shot.guidance))
             self._timesteps[key] = tuple(map(float, self.diffusers.components["scheduler"].timesteps))
         return self._timesteps[key]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from difflex.records import Stream
 
-__all__ = ["FAMILIES", "Block", "Family", "family_of"]
+__all__ = ["FAMILIES", "Block", "Family", "Few", "family_of"]
 
 Guidance = Literal["doubled", "separate", "none"]
 Latents = Literal["plain", "packed", "patchified"]
@@ -25,6 +25,17 @@ class Block:
     """Which element of a returned tuple is which stream. A block that returns one tensor for two streams holds text first."""
     neurons: Mapping[Stream, str] = field(default_factory=lambda: MappingProxyType({}))
     """The module whose output is the MLP after its activation. The same module for both streams: text tokens first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """How the few-step models of a family, distilled to need no guidance, are told and used."""
+
+    signs: Mapping[str, object]
+    """Entries of the configs, as in `scheduler.timestep_spacing`, and the values that together tell such a model."""
+    steps: int = 4
+    text_length: int | None = None
+    """Where it differs from the family's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +70,7 @@ class Family:
     """Further arguments of `__call__`."""
     steps: int = 50
     default_guidance: float = 0.0
+    few: Few | None = None
     latents: Latents = "plain"
     """What the denoiser takes: latents as the autoencoder gives them, packed in 2 x 2 patches, or patchified and normalised."""
     flow: bool = False
@@ -89,6 +101,9 @@ FLUX2 = (
     _double("single.*", "transformer.single_transformer_blocks.*", "attn.mlp_act_fn", "attn.mlp_act_fn"),
 )
 
+# SDXL Turbo, SD Turbo and their kin start at the last timestep; models for many steps that do so too predict velocities.
+TURBO = Few(signs=MappingProxyType({"scheduler.timestep_spacing": "trailing", "scheduler.prediction_type": "epsilon"}))
+
 CLIP_PAIR = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 FAMILIES = (
@@ -109,6 +124,8 @@ FAMILIES = (
         tokenizer="tokenizer_2",
         steps=28,
         default_guidance=3.5,
+        # FLUX.1 schnell.
+        few=Few(signs=MappingProxyType({"transformer.guidance_embeds": False}), text_length=256),
         latents="packed",
         flow=True,
     ),
@@ -163,6 +180,7 @@ FAMILIES = (
         folded="time_cond_proj_dim",
         embeds=CLIP_PAIR,
         default_guidance=5.0,
+        few=TURBO,
     ),
     Family(
         name="sd1",
@@ -173,6 +191,7 @@ FAMILIES = (
         folded="time_cond_proj_dim",
         embeds=("prompt_embeds", "negative_prompt_embeds"),
         default_guidance=7.5,
+        few=TURBO,
     ),
     Family(
         name="pixart",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], bat
         raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
         for _, alike in groupby(_passes(engine, shots), key=_settings):
-            for passes, found in engine.batches(work, alike, batch, shared=True):
+            for passes, found in engine.batches(work, _encoded(engine, alike, batch), batch, shared=True):
                 bar.update(
                     sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
                 )
@@ -98,7 +98,7 @@ def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence
     for timestep, site in sorted(found, key=lambda key: (-key[0], list(paths).index(key[1]))):
         seen = found.pop((timestep, site))
         here = tuple(replace(shot, timestep=timestep) for shot in shots)
-        if not bool(torch.isfinite(seen.values).all()):
+        if not _is_finite(seen.values):
             raise NonFinite(_complaint(engine, seen.values, here, paths[site]))
         yield Activations(site=site, values=seen.values, shots=here, grid=seen.grid)
 
@@ -113,6 +113,13 @@ def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[Pass]:
         yield Pass(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))
 
 
+def _encoded(engine: Engine, passes: Iterator[Pass], batch: int) -> Iterator[Pass]:
+    """`passes`, their prompts encoded some batches ahead where that is cheap."""
+    while chunk := list(islice(passes, batch * engine.encoder.ahead(batch))):
+        engine.encoder.encode([each.shot.prompt for each in chunk])
+        yield from chunk
+
+
 def _settings(each: Pass) -> tuple[object, ...]:
     """What must be the same for runs to share a batch."""
     shot = each.shot
@@ -125,6 +132,11 @@ def _nearest(timestep: float, known: Sequence[float]) -> float:
         listed = ", ".join(f"{one:g}" for one in known)
         raise BadInput(f"A run of {len(known)} steps does not pass timestep {timestep:g}. It passes: {listed}.")
     return nearest
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: told by the sum, and by a look at each only where the sum itself overflows."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: Located) -> str:
@@ -145,7 +157,7 @@ def _origin(engine: Engine, shot: Shot) -> str:
 
     def looking(located: Located) -> Visit:
         def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
-            if not bool(torch.isfinite(x).all()):
+            if not _is_finite(x):
                 first.append(located)
                 raise Stop
 

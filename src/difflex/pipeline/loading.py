@@ -105,22 +105,28 @@ def _unreachable(source: Source, offline: bool, error: Exception) -> UnknownName
     )
 
 
-def read_card(folder: Path | None, family: Family) -> Card:
-    """What `difflex.json` in `folder` says, completed by the family's defaults."""
-    path = folder / CARD if folder else None
+def read_card(folder: Path | None, family: Family, plan: Plan) -> Card:
+    """What `difflex.json` in `folder` says, completed by the family's defaults for such a model."""
+    path, usual = folder / CARD if folder else None, _usual(family, plan)
     if path is None or not path.is_file():
-        return Card(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
+        return usual
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Card(
-            steps=int(data.get("steps", family.steps)),
-            guidance=float(data.get("guidance", family.default_guidance)),
+            steps=int(data.get("steps", usual.steps)),
+            guidance=float(data.get("guidance", usual.guidance)),
             pixels=tuple((int(height), int(width)) for height, width in data.get("pixels", ())),
-            text_length=data.get("text_length", family.text_length),
+            text_length=data.get("text_length", usual.text_length),
             words=frozenset(data.get("words", ())),
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise BrokenFile(f"{path} cannot be read ({_first_line(error)}). Write it anew, or delete it: it is optional.") from error
+
+
+def _usual(family: Family, plan: Plan) -> Card:
+    if family.few and all(plan.entry(sign) == value for sign, value in family.few.signs.items()):
+        return Card(steps=family.few.steps, guidance=0.0, text_length=family.few.text_length or family.text_length)
+    return Card(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
 
 
 def check_weights(folder: Path) -> None:

@@ -56,7 +56,7 @@ def load(
     else:
         pipeline = _built(source, plan, precision, family, place, untrained)
     pipeline.set_progress_bar_config(disable=True)
-    engine = Engine(pipeline, family, read_card(source.folder, family))
+    engine = Engine(pipeline, family, read_card(source.folder, family, plan))
     _settle_on(engine, place, precision, offload, sharded)
     return Pipeline(engine, source)
 

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -49,6 +50,15 @@ class Plan(NamedTuple):
     """Further arguments of the pipeline's constructor, as in `is_distilled`."""
     absent: tuple[str, ...] = ()
     """Optional parts that this model does without."""
+
+    def entry(self, path: str) -> object:
+        """An entry of a part's config by `part.entry`, the default of the part's class where the config leaves it out."""
+        name, key = path.split(".")
+        part = self.parts.get(name)
+        if part is None:
+            return None
+        default = signature(getattr(import_module(part.library), part.kind).__init__).parameters.get(key)
+        return (part.config or {}).get(key, default and default.default)
 
 
 def read_plan(source: str | Path, revision: str | None = None, offline: bool = False) -> Plan:

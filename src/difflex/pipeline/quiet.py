@@ -4,12 +4,29 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quiet", "without_bars"]
+__all__ = ["muted", "quiet", "without_bars"]
+
+
+@contextmanager
+def muted(*loggers: str) -> Iterator[None]:
+    """The named loggers, but not those below them, say errors only; quicker than `quiet`, which empties logging's caches."""
+    found = [logging.getLogger(name) for name in loggers]
+    try:
+        for logger in found:
+            logger.addFilter(_is_error)
+        yield
+    finally:
+        for logger in found:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """The named loggers say errors only."""
+    """The named loggers and those below them say errors only."""
     found = [logging.getLogger(name) for name in loggers]
     levels = [logger.level for logger in found]
     try:
