@@ -53,9 +53,12 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 # The peers pin other versions of what we use, and some change torch when imported: an environment of their own.
+# dictionary-learning asks for an nnsight of long ago, and works with today's; the registry's torchvision is for other builds of torch.
 .venv-peers/ready: Makefile
 	@echo "setup: installing the peers into .venv-peers"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet torch==2.13.0 \
-		eai-sparsify dictionary-learning sae-lens overcomplete nnsight scikit-learn
+		eai-sparsify dictionary-learning sae-lens overcomplete diffusers scikit-learn
+	@.venv-peers/bin/python -m pip install --quiet nnsight==0.8.1
+	@.venv-peers/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@

@@ -1,7 +1,7 @@
 """dictionary_learning: its TopKTrainer, on given batches."""
 
 import torch
-from serving import Learner, serve  # isort: skip (before what imports torchvision)
+from serving import Learner, serve
 from dictionary_learning.trainers.top_k import TopKTrainer
 
 

@@ -7,10 +7,10 @@ import matplotlib.pyplot
 import torch
 from serving import Learner, serve
 
-if sys.modules.get("torchvision", torch) is None:  # it asks for the name `transforms` when imported, for pictures
-    sys.modules["torchvision"] = ModuleType("torchvision")
-    sys.modules["torchvision"].transforms = ModuleType("transforms")  # pyright: ignore[reportAttributeAccessIssue]
-if not hasattr(matplotlib.pyplot.cm, "get_cmap"):  # removed from matplotlib; overcomplete asks for it when imported
+# It asks for these when imported, for pictures: a name of torchvision, and one that matplotlib no longer has.
+sys.modules["torchvision"] = ModuleType("torchvision")
+sys.modules["torchvision"].transforms = ModuleType("transforms")  # pyright: ignore[reportAttributeAccessIssue]
+if not hasattr(matplotlib.pyplot.cm, "get_cmap"):
     matplotlib.pyplot.cm.get_cmap = matplotlib.pyplot.get_cmap
 
 from overcomplete.sae import TopKSAE  # noqa: E402 (after the lines above)

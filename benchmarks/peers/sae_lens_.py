@@ -1,7 +1,7 @@
 """SAELens: its TopKTrainingSAE and the update of its trainer, on given batches."""
 
 import torch
-from serving import Learner, serve  # isort: skip (before what imports torchvision)
+from serving import Learner, serve
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 

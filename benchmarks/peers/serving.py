@@ -23,11 +23,6 @@ from difflex.planted import Planted  # noqa: E402 (found by the line above)
 from difflex.records import Rows  # noqa: E402
 from difflex.store import Store  # noqa: E402
 
-try:
-    import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
-except (ImportError, RuntimeError):  # built for another torch: peers import it, but none of what is measured needs it
-    sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType]
-
 
 class Learner(Protocol):
     """What is measured."""

@@ -1,7 +1,7 @@
 """sparsify (EleutherAI) with Adam: the update of its trainer, on given batches."""
 
 import torch
-from serving import Learner, serve  # isort: skip (before what imports torchvision)
+from serving import Learner, serve
 from sparsify import SparseCoder, SparseCoderConfig
 
 
