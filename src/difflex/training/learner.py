@@ -117,7 +117,7 @@ class Learner:
         y, layers = torch.zeros_like(centred), []
         for layer in range(len(self._prefixes) + 1):
             inside = Pairs(*(part[layer_of == layer] for part in pairs)) if len(self._prefixes) else pairs
-            y = y + self.team.total(_reconstructed(inside, decoder, len(centred)))
+            y += self.team.total(_reconstructed(inside, decoder, len(centred)))
             layers.append(y - centred)
         square = _square(layers[-1])
         revived, asked = self._revived(centred, y, layers[-1], square, count)

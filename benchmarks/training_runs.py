@@ -1,0 +1,90 @@
+"""Whole runs on mini-flux: what a sweep costs beside one dictionary, harvest included, and how long training waits for a store.
+
+The residual stream of the middle double block, one thread. The sweep is timed by the process's own CPU, in alternating rounds.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import difflex
+from difflex.cli import main as command
+from difflex.dictionary import Origin
+from difflex.miniature.captions import endless
+from difflex.records import Site
+from difflex.store import Live, Store
+from difflex.training import Course, Training, default, fit
+from difflex.training.window import Batches
+
+torch.set_num_threads(1)
+SITE = Site("double.1")
+SWEEP, WAITING = 2.5, 0.05
+TOKENS, BATCH, ROUNDS = 65_536, 1024, 3
+SIX = [default(width=192, size=size, k=k) for size in (2048, 1024) for k in (32, 16, 8)]
+"""The dearest first: that is the one that the six are compared with."""
+
+
+def seconds(trainings: list[Training], batches: Batches) -> float:
+    """Processor time of learning from `batches`, which may be made only then."""
+    course = Course(tokens=TOKENS, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=Origin(site=SITE), course=course)
+        return time.process_time() - began
+
+
+def sweep() -> float:
+    """The time of six dictionaries in one pass over that of one, both from a running pipeline."""
+    pipe = difflex.load("mini-flux", device="cpu")
+    harvest = partial(pipe.harvest, progress=False)
+
+    def batches(start: int):
+        shots = pipe.shots(endless(10**6))
+        return Live(shots, SITE, lambda *asked: harvest(*asked), window=16_384, batch=16).batches(BATCH, start=start)
+
+    times = {count: [] for count in (1, 6)}
+    for number in range(ROUNDS):
+        for count in list(times)[:: 1 if number % 2 else -1]:
+            times[count].append(seconds(SIX[:count], batches))
+    print(f"  one dictionary {statistics.median(times[1]):.1f} s, six {statistics.median(times[6]):.1f} s, harvest included")
+    return statistics.median(six / one for one, six in zip(times[1], times[6], strict=True))
+
+
+def waiting(folder: Path) -> float:
+    """The share of its time that training from a store waits for data, as its own log has it."""
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--sites", str(SITE), "--out", str(folder / "study")]
+    assert command([*words, "--tokens", str(TOKENS)]) == 0
+    store = Store.open(folder / "study" / "activations" / SITE.folder)
+    course = Course(tokens=8 * TOKENS, progress=False)
+
+    def batches(start: int):
+        return store.batches(BATCH, start=start, epochs=None)
+
+    fit({folder / "one": SIX[0]}, batches, origin=Origin(site=SITE), course=course)
+    lines = [json.loads(line) for line in (folder / "one" / "training" / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "waiting" in line][-1]
+    print(f"  from a store: {last['tokens_per_second']} tokens/s, {last['waiting']:.1%} of the time spent waiting for data")
+    return last["waiting"]
+
+
+def main() -> int:
+    """0 if every bar is met, else 1."""
+    cost = sweep()
+    with tempfile.TemporaryDirectory() as folder:
+        waited = waiting(Path(folder))
+    met = cost < SWEEP and waited < WAITING
+    print(
+        f"training_runs: six dictionaries {cost:.2f}x one (bar {SWEEP}x), waiting {waited:.1%} (bar {WAITING:.0%}): "
+        f"{'met' if met else 'MISSED'}"
+    )
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())
