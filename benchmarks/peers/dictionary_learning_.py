@@ -19,7 +19,7 @@ class DictionaryLearning(Learner):
             warmup_steps=warmup,
             decay_start=max(warmup + 1, int(updates * 0.8)) if updates > 100 else None,
             seed=0,
-            device="cpu",
+            device=str(first.device),
         )
         self._done = 0
 

@@ -18,7 +18,7 @@ from overcomplete.sae import TopKSAE  # noqa: E402 (after the lines above)
 
 class Overcomplete(Learner):
     def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, lr: float | None = None) -> None:
-        self._sae = TopKSAE(width, size, top_k=k)
+        self._sae = TopKSAE(width, size, top_k=k, device=str(first.device))
         self._adam = torch.optim.Adam(self._sae.parameters(), lr=lr or 5e-4)
 
     def parameters(self) -> int:

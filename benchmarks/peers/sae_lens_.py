@@ -8,10 +8,10 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
 class SaeLens(Learner):
     def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, lr: float | None = None) -> None:
-        self._sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=size, k=k, device="cpu"))
+        self._sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=size, k=k, device=str(first.device)))
         self._adam = torch.optim.Adam(self._sae.parameters(), lr=lr or 3e-4, betas=(0.9, 0.999))
-        self._silence = torch.zeros(size)
-        self._firings = torch.zeros(size)
+        self._silence = torch.zeros(size, device=first.device)
+        self._firings = torch.zeros(size, device=first.device)
 
     def parameters(self) -> int:
         return sum(weight.nbytes for weight in self._sae.parameters())

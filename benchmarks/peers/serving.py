@@ -80,8 +80,11 @@ class Server:
     def __init__(self, make: Make) -> None:
         self._make = make
 
-    def begin(self, *, world: dict, width: int, size: int, k: int, batch: int, updates: int, **more: object) -> dict:
+    def begin(
+        self, *, world: dict, width: int, size: int, k: int, batch: int, updates: int, device: str = "cpu", **more: object
+    ) -> dict:
         """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
+        self._device = torch.device(device)
         self._world = Stored(world["store"]) if "store" in world else Planted(width=width, **world)
         self._batch, self._shift, self._scale = batch, 0.0, 1.0
         if more.pop("standardise", False):
@@ -139,7 +142,8 @@ class Server:
         return {}
 
     def _fresh(self) -> Iterator[torch.Tensor]:
-        return ((rows.values.float() - self._shift) / self._scale for rows in self._world.batches(self._batch))
+        batches = (rows.values.to(self._device, torch.float32) for rows in self._world.batches(self._batch))
+        return ((x - self._shift) / self._scale for x in batches)
 
     def _unseen(self) -> Iterator[torch.Tensor]:
         if isinstance(self._world, Planted):
@@ -152,11 +156,17 @@ class Server:
         while True:
             yield from made
 
-    @staticmethod
-    def _timed(act: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
-        began = time.process_time()
+    def _timed(self, act: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+        """On a card the time until all is done, on a CPU what the process itself took."""
+        if self._device.type != "cuda":
+            began = time.process_time()
+            act(x)
+            return time.process_time() - began
+        torch.cuda.synchronize()
+        began = time.perf_counter()
         act(x)
-        return time.process_time() - began
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
 
 
 def serve(make: Make) -> None:

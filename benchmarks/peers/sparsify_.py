@@ -7,12 +7,12 @@ from sparsify import SparseCoder, SparseCoderConfig
 
 class Sparsify(Learner):
     def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, lr: float | None = None) -> None:
-        self._coder = SparseCoder(width, SparseCoderConfig(num_latents=size, k=k))
+        self._coder = SparseCoder(width, SparseCoderConfig(num_latents=size, k=k), device=first.device)
         self._coder.b_dec.data = first.mean(0)
         self._lr = lr or 2e-4 / (size / 2**14) ** 0.5
         self._adam = torch.optim.Adam(self._coder.parameters(), lr=self._lr)
         self._warmup = torch.optim.lr_scheduler.LambdaLR(self._adam, lambda update: min(1.0, (update + 1) / 100))
-        self._silence = torch.zeros(size, dtype=torch.long)
+        self._silence = torch.zeros(size, dtype=torch.long, device=first.device)
 
     def parameters(self) -> int:
         return sum(weight.nbytes for weight in self._coder.parameters())
