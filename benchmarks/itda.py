@@ -23,7 +23,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.itda import Growth, Ranks
+from difflex.dictionary.itda import Growth
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.pursuit import (
     RULES,
@@ -38,6 +38,7 @@ from difflex.dictionary.pursuit import (
 from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.means import means
 from difflex.dictionary.pursuit.walk import walk
+from difflex.ranks import Ranks
 from difflex.records import Rows
 
 torch.set_num_threads(1)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from difflex.dictionary import Dictionary, Normalisation, Origin
 from difflex.dictionary.itda import ITDA, Growth, Moment, Source, clustered, expected_over, grow, paper, without_similar
 from difflex.dictionary.itda.grower import Grower
-from difflex.dictionary.itda.ranks import Ranks
 from difflex.dictionary.pursuit import RULES, Way
 from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.walk import walk
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
+from difflex.ranks import Ranks
 from difflex.records import Rows, Shot, Site
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
 
 from difflex.errors import BadInput, DifflexError
+from difflex.ranks import joined
 from difflex.records import Rows
-from difflex.training import Course, Training, fit, joined
+from difflex.training import Course, Training, fit
 from difflex.training.team import Team
 
 SHORT = replace(COURSE, tokens=64 * 14, checkpoint_every=5, log_every=2)

@@ -10,10 +10,11 @@ from tyro.conf import Positional, arg
 
 from difflex.cli import Command
 from difflex.dictionary import Dictionary, Origin
-from difflex.dictionary.itda import ITDA, Growth, Progress, Ranks, Source, grow, joined, paper
+from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
 from difflex.errors import BadInput, UnknownName
+from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study

@@ -14,10 +14,11 @@ from difflex.dictionary import Autoencoder, Origin
 from difflex.dictionary.autoencoder import Kind
 from difflex.dictionary.normalisation import Method
 from difflex.errors import BadInput, UnknownName
+from difflex.ranks import joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
-from difflex.training import Course, Team, Training, default, fit, joined, paper, unbox
+from difflex.training import Course, Team, Training, default, fit, paper, unbox
 
 __all__ = ["Train"]
 

@@ -3,7 +3,7 @@
 from difflex.training.config import Jump, Optimiser, Revival, Start, Training
 from difflex.training.fitting import Course, fit
 from difflex.training.presets import default, paper, unbox
-from difflex.training.team import Team, joined
+from difflex.training.team import Team
 from difflex.training.window import Batches, shuffled
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "Training",
     "default",
     "fit",
-    "joined",
     "paper",
     "shuffled",
     "unbox",

@@ -8,10 +8,6 @@ k largest, so the choice is exact.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import Literal, final
 
 import torch
@@ -19,22 +15,19 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.errors import BadInput, DifflexError
+from difflex.errors import BadInput
+from difflex.ranks import Ranks, together
 
-__all__ = ["Team", "joined"]
-
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the others: a batch of a live stream may take minutes, an hour means that one hangs."""
+__all__ = ["Team"]
 
 
 @final
-class Team:
+class Team(Ranks):
     """What ranks do together; alone, everything is the identity."""
 
     def __init__(self, split: Literal["data", "features"] = "data") -> None:
-        """The team of all processes of `torch.distributed` (just this one, where that is not started)."""
-        started = dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+        """The team of all processes there are now."""
+        super().__init__()
         self.split = split
 
     @property
@@ -75,62 +68,14 @@ class Team:
         """The sum over ranks of what each has from the tokens it encoded."""
         return self.summed(part) if self.split == "data" else part
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        if self.count > 1:
-            part = part.clone()
-            with _together():
-                dist.all_reduce(part)
-        return part
-
     def largest(self, values: Float[Tensor, "token k"], k: int) -> Bool[Tensor, "token k"]:
         """Which of the largest values of this rank's features are among the k largest of all features."""
         if self.shards == 1:
             return torch.ones_like(values, dtype=torch.bool)
         parts = [torch.empty_like(values) for _ in range(self.count)]
-        with _together():
+        with together():
             dist.all_gather(parts, values.contiguous())
         chosen = torch.cat(parts, dim=1).topk(k, dim=1).indices - self.rank * values.shape[1]
         mine = (chosen >= 0) & (chosen < values.shape[1])
         kept = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.bool, device=values.device)
         return kept.scatter_(1, torch.where(mine, chosen, values.shape[1]), True)[:, :-1]
-
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors one after another, along the first axis; their lengths may differ."""
-        if self.count == 1:
-            return tensor
-        lengths = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(self.count)]
-        with _together():
-            dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
-            counts = [int(length) for length in lengths]
-            padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
-            padded[: len(tensor)] = tensor
-            parts = [torch.empty_like(padded) for _ in range(self.count)]
-            dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-@contextmanager
-def joined() -> Iterator[None]:
-    """`torch.distributed` started from what `torchrun` left in the environment, and ended after; without torchrun, nothing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """A clear end where a rank is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise DifflexError(
-            f"Another rank is gone or did not answer ({str(error).splitlines()[0]}). "
-            "Start the same command again: training goes on from the last checkpoint, on any number of ranks."
-        ) from error

@@ -6,7 +6,6 @@ from difflex.dictionary.itda.dictionary import ITDA
 from difflex.dictionary.itda.growing import Progress, Source, grow
 from difflex.dictionary.itda.provenance import Patch, Provenance
 from difflex.dictionary.itda.pruning import clustered, without_similar
-from difflex.dictionary.itda.ranks import Ranks, joined
 
 __all__ = [
     "ITDA",
@@ -15,12 +14,10 @@ __all__ = [
     "Patch",
     "Progress",
     "Provenance",
-    "Ranks",
     "Source",
     "clustered",
     "expected_over",
     "grow",
-    "joined",
     "paper",
     "without_similar",
 ]

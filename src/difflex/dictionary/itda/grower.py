@@ -12,11 +12,11 @@ from difflex.dictionary.itda.config import Growth
 from difflex.dictionary.itda.curve import Moment
 from difflex.dictionary.itda.dictionary import means_of
 from difflex.dictionary.itda.judged import Judged
-from difflex.dictionary.itda.ranks import Ranks
 from difflex.dictionary.pursuit import RULES
 from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.gram import Gram
 from difflex.dictionary.pursuit.products import product
+from difflex.ranks import Ranks
 from difflex.records import Rows
 
 __all__ = ["Grower"]

@@ -20,10 +20,10 @@ from difflex.dictionary.itda.curve import Moment, expected_over, thinned
 from difflex.dictionary.itda.dictionary import ITDA
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.itda.provenance import Provenance
-from difflex.dictionary.itda.ranks import Ranks
 from difflex.dictionary.itda.search import Trial, next_threshold, settled
 from difflex.dictionary.normalisation import Method, Normalisation, estimate
 from difflex.errors import BadInput, NonFinite
+from difflex.ranks import Ranks
 from difflex.records import Rows, Shot
 
 __all__ = ["Progress", "Source", "grow"]

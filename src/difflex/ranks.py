@@ -1,4 +1,4 @@
-"""What several processes that grow one dictionary tell each other; alone, everything is the identity."""
+"""Ranks: what several processes at one work tell each other; alone, everything is the identity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import final
 
 import torch
 import torch.distributed as dist
@@ -14,17 +13,17 @@ from torch import Tensor
 
 from difflex.errors import DifflexError
 
-__all__ = ["Ranks", "joined"]
+__all__ = ["Ranks", "joined", "together"]
 
 PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for another before it gives it up."""
+"""How long a rank waits for the others: a batch of a live stream may take minutes, an hour means that one hangs."""
 
 
-@final
 class Ranks:
     """All processes of `torch.distributed`, or just this one where that is not started."""
 
     def __init__(self) -> None:
+        """This process among those there are now."""
         started = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
@@ -36,7 +35,7 @@ class Ranks:
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in range(self.count)]
-        with _together():
+        with together():
             dist.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
@@ -45,15 +44,23 @@ class Ranks:
         if self.count == 1:
             return [mine]
         parts = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(self.count)]
-        with _together():
+        with together():
             dist.all_gather(parts, torch.tensor([mine], device=self._device))
         return [int(part) for part in parts]
+
+    def summed(self, part: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        if self.count > 1:
+            part = part.clone()
+            with together():
+                dist.all_reduce(part)
+        return part
 
     def agreed(self, tensor: Tensor) -> Tensor:
         """What rank 0 has."""
         if self.count > 1:
             tensor = tensor.contiguous()
-            with _together():
+            with together():
                 dist.broadcast(tensor, 0)
         return tensor
 
@@ -77,12 +84,12 @@ def joined() -> Iterator[None]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """A clear end where a rank is gone."""
     try:
         yield
     except RuntimeError as error:
         raise DifflexError(
             f"Another rank is gone or did not answer ({str(error).splitlines()[0]}). "
-            "Start the same command again: growth goes on from the last checkpoint."
+            "Start the same command again: it goes on from the last checkpoint."
         ) from error
