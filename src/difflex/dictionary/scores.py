@@ -1,6 +1,6 @@
 """Scores: the pre-activations `z W^T + b`, searched for the few that matter without ever being whole.
 
-On a CPU the dense product runs in 8-bit integers (four times faster than float32 where the CPU has VNNI). The standard deviation
+The dense product runs in 8-bit integers where that is faster (four times on a CPU with VNNI). The standard deviation
 of its rounding error is known, and six of them, the `slack`, bound it in practice. If k coarse scores reach t, a score among the
 k largest can have a coarse score under t only by two errors together, its own and that of one of the k, so all that come within
 sqrt(2) slack of t are scored again in float32: the k largest of these are exactly the k largest of all. Should a rescored pair
@@ -10,13 +10,14 @@ leave the bound, the batch is searched again without integers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from difflex.dictionary.sparse import Pairs, dots, padded
 from difflex.records import Codes
@@ -25,8 +26,10 @@ __all__ = ["Scores"]
 
 BLOCK = 32
 """Neighbouring features, of which only the largest score is looked at first."""
-CHUNK_BYTES = 1 << 24
-"""Scores at hand at any time: larger chunks fall out of the cache."""
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}
+"""Scores at hand at any time: larger chunks fall out of a CPU's cache, smaller ones leave a card idle."""
+FEWEST = 32
+"""Tokens that a card multiplies at least: its integer product refuses fewer than 17."""
 SLACK = 6.0 / 12**0.5
 """Six standard deviations of an error that is uniform within half a step."""
 HALVINGS = 8
@@ -67,8 +70,9 @@ class Scores:
         size, width = rows.shape
         self._coarse: Coarse | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
-        if rows.device.type == "cpu" and size % BLOCK == 0 and size >= 32 * BLOCK and _integers_pay(width):
-            self._coarse = Coarse(torch.empty(size, width, dtype=torch.int8), torch.empty(size), torch.empty(size))
+        if size % BLOCK == 0 and size >= 32 * BLOCK and _integers_pay(width, rows.device):
+            steps, lengths = (torch.empty(size, device=rows.device) for _ in range(2))
+            self._coarse = Coarse(torch.empty(size, width, dtype=torch.int8, device=rows.device), steps, lengths)
             for start in range(0, size, 1024):
                 self.refresh(slice(start, start + 1024))
 
@@ -101,7 +105,7 @@ class Scores:
 
     def _chunks(self, z: Float[Tensor, "token width"]) -> Iterator[tuple[int, Tensor]]:
         """The first token and the rows of every chunk of `z`; one empty chunk where `z` is empty."""
-        count = max(16, CHUNK_BYTES // (8 * len(self.rows)))
+        count = max(FEWEST, CHUNK_BYTES.get(self.rows.device.type, CHUNK_BYTES["cpu"]) // (8 * len(self.rows)))
         return ((start, z[start : start + count]) for start in range(0, max(len(z), 1), count))
 
     def _dense_chunks(self, z: Float[Tensor, "token width"]) -> Iterator[tuple[int, Tensor]]:
@@ -134,12 +138,15 @@ class Scores:
         """The coarse scores in units of each token's step; valid until the next call."""
         count, size = len(token.integers), len(coarse.integers)
         if self._buffers is None or len(self._buffers[0]) < count:
-            self._buffers = torch.empty(count, size, dtype=torch.int32), torch.empty(count, size)
-        integers, scores = (buffer[:count] for buffer in self._buffers)
+            room, device = max(count, FEWEST), self.rows.device
+            self._buffers = torch.empty(room, size, dtype=torch.int32, device=device), torch.empty(room, size, device=device)
+        integers, scores = self._buffers[0], self._buffers[1][:count]
         if count == 0:
             return scores
-        torch._int_mm(token.integers, coarse.integers.T, out=integers)
-        scores.copy_(integers).mul_(coarse.steps)
+        few = FEWEST - count if self.rows.device.type == "cuda" else 0
+        padded_rows = F.pad(token.integers, (0, 0, 0, few)) if few > 0 else token.integers
+        torch._int_mm(padded_rows, coarse.integers.T, out=integers[: len(padded_rows)])
+        scores.copy_(integers[:count]).mul_(coarse.steps)
         return scores if lift is None else scores.addr_(1 / token.steps, lift)
 
 
@@ -187,16 +194,20 @@ def _top_of(pairs: Pairs, count: int, k: int) -> Codes:
 
 
 @cache
-def _integers_pay(width: int) -> bool:
-    """Whether this CPU multiplies 8-bit integers faster than float32: measured, a few milliseconds. The result is the same."""
-    left, right = torch.ones(128, width), torch.ones(width, 1024)
+def _integers_pay(width: int, device: torch.device) -> bool:
+    """Whether 8-bit integers are multiplied faster than float32 there: measured, a few milliseconds. The result is the same."""
+    left, right = torch.ones(128, width, device=device), torch.ones(1024, width, device=device).T
     try:
         return _quickest(torch._int_mm, left.to(torch.int8), right.to(torch.int8)) < _quickest(torch.mm, left, right)
-    except RuntimeError:  # a build of torch without the integer product
+    except RuntimeError:  # a build of torch, or a width, without the integer product
         return False
 
 
-def _quickest(product, left: Tensor, right: Tensor) -> float:
+def _quickest(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
     """Seconds of the quickest of three products, after one to warm up."""
-    product(left, right)
-    return min(-(time.perf_counter() - (product(left, right), time.perf_counter())[1]) for _ in range(3))
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        product(left, right).flatten()[0].item()  # a card has finished once a value is read
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
