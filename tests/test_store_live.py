@@ -105,6 +105,45 @@ def test_several_steps_of_a_run_are_several_shots():
         assert torch.equal(value, activation(source.shot(shot), SITE, 8, 16)[token].bfloat16())
 
 
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_batches_know_their_split(split):
+    assert live().batches(64, split=split).split == split
+
+
+def test_a_shot_that_comes_again_is_read_again():
+    star, *others = [shot for shot in fake_shots(30) if shot.split == "train"]
+    held_out = next(shot for shot in fake_shots(200) if shot.split == "held-out")
+    shots = [star, held_out, star, *others[:2], star]
+    source = Live(shots, SITE, FakeHarvest(), batch=4)
+    assert [shot for shot, _ in of_all(source.batches(8, seed=None))][::8] == [0, 2, 5, 3, 4]
+    for value, (shot, token) in by_number(source):
+        assert torch.equal(value, activation(shots[shot], SITE, 8, 16)[token].bfloat16())
+
+
+def by_number(source: Live) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+    return [(value, place) for rows in source.batches(10) for value, place in zip(rows.values, places(rows), strict=True)]
+
+
+def test_further_epochs_bring_the_same_rows_in_another_order():
+    once, twice = of_all(live().batches(64)), of_all(live().batches(64, epochs=2))
+    assert twice[: len(once)] == once
+    assert twice[len(once) :] != once and sorted(twice[len(once) :]) == sorted(once)
+    assert len(of_all(islice(live(20).batches(8, epochs=None), 100))) == 800
+
+
+@pytest.mark.parametrize("start", [0, 22, 23, 24, 40, 46])
+def test_a_reader_that_starts_in_a_later_epoch_continues_exactly(start: int):
+    whole = list(live().batches(64, seed=2, epochs=2))
+    rest = list(live().batches(64, seed=2, epochs=2, start=start))
+    assert [places(rows) for rows in rest] == [places(rows) for rows in whole[start:]]
+
+
+def test_a_reader_may_ask_for_a_window_of_its_own():
+    harvest = FakeHarvest()
+    next(live(None, window=4096, harvest=harvest).batches(64, window=64))
+    assert harvest.made == 1 + 64 // 8
+
+
 @pytest.mark.parametrize(
     ("how", "error", "complaint"),
     [({"size": 0}, BadInput, "0 rows"), ({"rank": 1}, BadInput, "Rank 1 of 1"), ({"start": -1}, BadInput, "batch -1")],

@@ -14,7 +14,7 @@ from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 from jaxtyping import TypeCheckError
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import Rows
+from difflex.records import Rows, of_split
 from difflex.store import Recording, Store, record
 from difflex.store.batches import Slabs
 
@@ -47,6 +47,13 @@ def test_each_row_of_a_split_comes_once_and_holds_what_its_shot_made(store: Stor
                 assert torch.equal(value, activation(store.shot(shot), SITE, 8, 16)[token].bfloat16())
         assert len(set(seen)) == len(seen) == store.count(split)
     assert store.count() + store.count("held-out") == 200 * 8
+
+
+def test_batches_know_their_split_and_a_trainer_refuses_the_other(store: Store):
+    assert [store.batches(8, split=split).split for split in ("train", "held-out")] == ["train", "held-out"]
+    assert places(next(of_split(store.batches(8), "train"))) == places(next(store.batches(8)))
+    with pytest.raises(BadInput, match="held-out"):
+        of_split(store.batches(8, split="held-out"), "train")
 
 
 def test_about_a_tenth_is_held_out(store: Store):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
 from difflex.errors import BadInput
 
@@ -96,6 +97,27 @@ class Rows(NamedTuple):
     """The number of each row's shot in its source; `source.shot(number)` gives it back."""
     tokens: Int[Tensor, " token"]
     """The position of each row's token within its shot."""
+
+
+@final
+class Reading(Iterator[Rows]):
+    """Batches on their way to a reader, and the split that all of them are of."""
+
+    def __init__(self, batches: Iterator[Rows], split: Split) -> None:
+        self._batches = batches
+        self.split: Split = split
+
+    def __next__(self) -> Rows:
+        return next(self._batches)
+
+
+def of_split(batches: Iterator[Rows], split: Split) -> Iterator[Rows]:
+    """`batches`; those of another split are an error: nothing is judged on what it was trained on. A plain iterator passes."""
+    if isinstance(batches, Reading) and batches.split != split:
+        raise BadInput(
+            f"These batches are of the split '{batches.split}', needed is '{split}'. Ask for batches(split='{split}')."
+        )
+    return batches
 
 
 class Codes(NamedTuple):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from difflex.errors import UnknownName
-from difflex.records import Activations, Rows, Shot, Site, Split
+from difflex.records import Activations, Reading, Rows, Shot, Site, Split
 from difflex.store.batches import Cut, cut
 from difflex.store.manifest import check_dtype, check_split
 from difflex.store.order import permutation
@@ -96,18 +96,48 @@ class Live:
         return self._shots[number]
 
     def batches(
-        self, size: int, *, seed: int | None = 0, split: Split = "train", rank: int = 0, of: int = 1, start: int = 0
-    ) -> Iterator[Rows]:
+        self,
+        size: int,
+        *,
+        seed: int | None = 0,
+        split: Split = "train",
+        rank: int = 0,
+        of: int = 1,
+        start: int = 0,
+        epochs: int | None = 1,
+        window: int | None = None,
+    ) -> Reading:
         """Batches of `size` rows from batch `start` on, as long as there are prompts; in order of the harvest if `seed` is None.
 
-        Ranks harvest their own shots, equally many each. To start at a later batch costs at most a window.
+        Ranks harvest their own shots, equally many each. To start at a later batch costs at most a window. Each further epoch
+        harvests all shots anew, in the same order, and shuffles them in another; endless if `epochs` is None.
         """
-        mine = cut(size, rank, of, start, self._window)
+        window = self._window if window is None else window
+        mine = cut(size, rank, of, start, window)
         if split not in SPLITS:
             raise UnknownName.among("The split", split, SPLITS)
-        length = max(1, -(-self._window // self.tokens) // self._batch) * self._batch
-        skipped, first = divmod(start * size, length * self.tokens)
-        return self._cut(mine, self._windows(mine, split, length, skipped, seed), first)
+        length = max(1, -(-window // self.tokens) // self._batch) * self._batch
+        return Reading(self._epochs(mine, split, length, start, seed, count() if epochs is None else range(epochs)), split)
+
+    def _epochs(
+        self, mine: Cut, split: Split, length: int, start: int, seed: int | None, epochs: Iterable[int]
+    ) -> Iterator[Rows]:
+        """The batches of all epochs, but for the first `start`."""
+        for epoch in epochs:
+            before = self._at_most(mine, split, length, start)
+            if before == start:
+                skipped, first = divmod(start * mine.size, length * self.tokens)
+                key = None if seed is None else f"{seed}/{epoch}/{mine.rank}"
+                yield from self._cut(mine, self._windows(mine, split, length, skipped, key), first)
+            if not self._at_most(mine, split, length, 1):
+                return
+            start -= before
+
+    def _at_most(self, mine: Cut, split: Split, length: int, most: int) -> int:
+        """How many batches an epoch has; `most` where they are more, so that endless prompts are read no further than that."""
+        enough = (-(-most * mine.size // self.tokens) + length) * mine.of
+        whole, rest = divmod(sum(1 for _ in islice(self._numbers(split), enough if most else 0)), length * mine.of)
+        return min(most, -(-(whole * length + rest // mine.of) * self.tokens // mine.size))
 
     def _cut(self, mine: Cut, windows: Iterator[Window], first: int) -> Iterator[Rows]:
         """The windows as batches, from row `first` on; what is left of a window goes before the next one."""
@@ -123,7 +153,7 @@ class Live:
         if any(len(rows.shots) for rows in left):
             yield _joined(left)
 
-    def _windows(self, mine: Cut, split: Split, length: int, skipped: int, seed: int | None) -> Iterator[Window]:
+    def _windows(self, mine: Cut, split: Split, length: int, skipped: int, key: str | None) -> Iterator[Window]:
         """This rank's windows of `length` shots, but for the first `skipped`. All lie in the same memory."""
         numbers, memory = self._numbers(split), None
         for place in count():
@@ -143,17 +173,20 @@ class Live:
                 shots[filled:end] = number.repeat_interleave(self.tokens)
                 filled = end
             assert memory is not None and filled == len(shots), "a harvest gives every shot once"
-            key = None if seed is None else f"{seed}/{mine.rank}"
             yield Window(memory[:filled], shots, torch.arange(filled) % self.tokens, permutation(filled, key, place))
 
     def _passes(self, numbers: list[int]) -> Iterator[tuple[Float[Tensor, "shot token width"], Int[Tensor, " shot"]]]:
         """Activations as a store would give them back, with the numbers of their shots."""
-        asked = {self.shot(number): number for number in numbers}
-        for shot in asked:
-            check_split(shot)
-        for activations in self._harvest(list(map(self.shot, numbers)), [self.site], self._batch):
+        asked: dict[Shot, list[int]] = {}
+        for number in numbers:
+            check_split(self.shot(number))
+            asked.setdefault(self.shot(number), []).append(number)
+        for activations in self._harvest(list(asked), [self.site], self._batch):
             values = unpack(pack(activations.values, self._dtype))
-            yield values, torch.tensor([asked[shot] for shot in activations.shots])
+            # A shot that the prompts repeat has several numbers.
+            here = [(row, number) for row, shot in enumerate(activations.shots) for number in asked[shot]]
+            rows, meant = torch.tensor(here).T
+            yield values[rows.to(values.device)], meant
 
     def _numbers(self, split: Split) -> Iterator[int]:
         """The numbers of all shots of `split`."""

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import Rows, Shot, Site, Split
+from difflex.records import Reading, Rows, Shot, Site, Split
 from difflex.store.batches import Cut, Reader, cut
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST, STATISTICS, Manifest, read_manifest, read_shots, shard_paths
@@ -93,7 +93,7 @@ class Store:
         start: int = 0,
         epochs: int | None = 1,
         window: int = WINDOW,
-    ) -> Iterator[Rows]:
+    ) -> Reading:
         """Batches of `size` rows from batch `start` on; endless if `epochs` is None, in the order of writing if `seed` is.
 
         Batch i of several ranks together is batch i of one process that asks for `of` times the size. Which rows make a batch is
@@ -106,10 +106,11 @@ class Store:
                 f"{self.folder} has no rows of the split '{split}'. Harvest more prompts: a tenth of them is held out."
             )
         begun, first = divmod(start, mine.batches(order.rows))
-        return chain.from_iterable(
+        parts = (
             self._epoch(replace(order, key=None if seed is None else f"{seed}/{epoch}"), mine, first if epoch == begun else 0)
             for epoch in (counting(begun) if epochs is None else range(begun, epochs))
         )
+        return Reading(chain.from_iterable(parts), split)
 
     def _epoch(self, order: Order, mine: Cut, first: int) -> Iterator[Rows]:
         reader = Reader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._mapped)
