@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from difflex.dictionary import Dictionary, Normalisation, Origin
 from difflex.dictionary.itda import ITDA, Growth, Moment, Source, clustered, expected_over, grow, paper, without_similar
 from difflex.dictionary.itda.grower import Grower
+from difflex.dictionary.itda.watch import Watch
 from difflex.dictionary.pursuit import RULES, Way
 from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.walk import walk
@@ -60,7 +62,7 @@ def source(**changes: object) -> Source:
 
 
 def growth(**changes: object) -> Growth:
-    return replace(Growth(k=4, threshold=0.25, size=400, batch=BATCH), **changes)
+    return replace(Growth(k=4, threshold=0.25, size=400, batch=BATCH, kept_out=0), **changes)
 
 
 def grown(folder: Path, **changes: object) -> ITDA:
@@ -264,10 +266,54 @@ def test_an_activation_that_is_an_atom_is_given_back(tmp_path: Path):
 
 
 def test_the_curve_expects_what_a_power_law_goes_on_to_give():
-    share = lambda tokens: 3.0 * tokens**-0.5  # noqa: E731
-    curve = [Moment(n * 1000, round(1000 * share(n * 1000 - 500)), 0) for n in range(1, 401)]
-    assert expected_over(curve) == pytest.approx(share(400_000), rel=0.03)
-    assert expected_over([Moment(100, 0, 5)]) == 0
+    share = lambda size: 3.0 * size**-0.5  # noqa: E731
+    curve = [Moment(n * 1000, 0, 100 * n, 1000, round(1000 * share(max(1, 100 * (n - 1))))) for n in range(1, 401)]
+    assert expected_over(curve) == pytest.approx(share(40_000), rel=0.01)
+    assert expected_over([Moment(100, 0, 5, 10, 0), Moment(200, 0, 5, 10, 0)]) == 0
+    assert expected_over([Moment(100, 90, 5)]) is None
+
+
+def pictures(numbers: Tensor) -> Tensor:
+    """Tokens that are all like the others of their picture, and a little like those of pictures of the same kind."""
+    look = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(n))) for n in numbers])
+    kind = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(10**6 + int(n) % 40)) for n in numbers])
+    return kind + 0.35 * look
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_curve_foretells_pictures_that_growth_never_saw_whatever_the_order(tmp_path: Path, shuffled: bool):
+    count, per_picture = 1500, 16
+    shots = torch.arange(count).repeat_interleave(per_picture)
+    if shuffled:
+        shots = shots[torch.randperm(len(shots), generator=torch.Generator().manual_seed(0))]
+    values = pictures(torch.arange(count))[shots]
+    values += 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+    parts = [Rows(values[part], shots[part], part) for part in torch.arange(len(shots)).split(BATCH)]
+    whole = source(batches=lambda start: iter(parts[start:]), tokens=len(shots))
+    [itda] = grow({tmp_path: growth(k=2, threshold=0.05, size=4000, kept_out=0.3)}, whole, origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over"]
+    assert isinstance(expected, float)
+    over = (itda.unexplained(pictures(torch.arange(count, count + 1000))) > 0.05).float().mean()
+    assert 0.02 < float(over) < 0.8
+    assert float(over) == pytest.approx(expected, rel=0.15)
+
+
+def test_no_atom_is_of_a_prompt_that_is_kept_out(tmp_path: Path):
+    twins = source(shot=lambda number: replace(shot(number // 2), seed=number))
+    [itda] = grow({tmp_path: growth(kept_out=0.3)}, twins, origin=ORIGIN).values()
+    curve = [Moment(*moment) for moment in itda.origin.training["curve"]]  # pyright: ignore
+    kept_out = Watch(twins.shot).kept_out(torch.arange(TOKENS // 8), 0.3)
+    assert 0.1 < float(kept_out.float().mean()) < 0.5 and torch.equal(kept_out[::2], kept_out[1::2])
+    assert sum(moment.watched for moment in curve) == 8 * int(kept_out.sum())
+    assert not kept_out[itda.provenance.shots].any()
+
+
+def test_a_dictionary_that_is_full_at_once_is_judged_by_what_comes_after(tmp_path: Path):
+    [itda] = grow({tmp_path: growth(size=40, kept_out=0.3)}, source(), origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over"]
+    over = (itda.unexplained(cloud(4000, seed=900)) > 0.25).float().mean()
+    assert isinstance(expected, float) and expected < 0.9
+    assert float(over) == pytest.approx(expected, rel=0.2)
 
 
 def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_path: Path):
@@ -276,11 +322,64 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
         return Rows(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
 
     whole = source(batches=lambda start: map(noisy, range(start, 128)), tokens=128 * BATCH)
-    [itda] = grow({tmp_path: growth(size=4000, threshold=0.02)}, whole, origin=ORIGIN).values()
+    [itda] = grow({tmp_path: growth(size=4000, threshold=0.02, kept_out=0.2)}, whole, origin=ORIGIN).values()
     expected = itda.origin.training["expected_over"]
     assert isinstance(expected, float) and 0.2 < expected < 0.6
     over = (itda.unexplained(torch.cat([noisy(9000 + i, 1024).values for i in range(16)])) > 0.02).float().mean()
     assert float(over) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("memory", [10**4, 10**5, 10**12])
+def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+    free = "difflex.dictionary.itda.growing.free_memory"
+    monkeypatch.setattr(free, lambda device: 7 * 10**5)  # enough for half a Gram matrix
+    whole = grown(tmp_path / "whole")
+    started(tmp_path / "cut")
+    monkeypatch.setattr(free, lambda device: memory)
+    resumed = grown(tmp_path / "cut")
+    assert torch.equal(resumed.atoms, whole.atoms)
+    assert resumed.origin.training == whole.origin.training
+    assert "float16" in str(whole.origin.training["means"])
+
+
+def test_the_growths_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.dictionary.itda.growing.free_memory", lambda device: 1_200_000)
+    sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
+    means = [itda.origin.training["means"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
+    assert all("float16" in str(each) for each in means)
+    assert "float32" in str(grown(tmp_path / "alone").origin.training["means"])
+
+
+def started(folder: Path) -> Path:
+    """The state of a growth that was stopped on its way."""
+
+    def cut(start: int) -> Iterator[Rows]:
+        yield from (rows(number) for number in range(start, 9))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grow({folder: growth()}, source(batches=cut), origin=ORIGIN, checkpoint_every=2)
+    return folder / "training" / "state.json"
+
+
+@pytest.mark.parametrize("change", [{"parts": {}}, {"means": {}}, {"curve": [[1]]}, {"trials": 3}, {"curve": []}])
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path, change: dict):
+    state = started(tmp_path)
+    state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
+    with pytest.raises(BrokenFile, match=r"state\.json"):
+        grown(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["atoms-0-*", "normalisation*"])
+def test_a_flipped_bit_in_unfinished_work_is_found(tmp_path: Path, name: str):
+    path = sorted(started(tmp_path).parent.glob(name))[-1]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(BrokenFile, match=path.name):
+        grown(tmp_path)
 
 
 def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
@@ -295,13 +394,15 @@ def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
 
 
 def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
-    for changes in ({"threshold": 1.5}, {"k": 0}, {"most_per_batch": 0}):
+    for changes in ({"threshold": 1.5}, {"k": 0}, {"most_per_batch": 0}, {"kept_out": 1.0}):
         with pytest.raises(BadInput):
             growth(**changes)
     with pytest.raises(BadInput, match="No growth"):
         grow({}, source(), origin=ORIGIN)
     with pytest.raises(BadInput, match="without a batch"):
         grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter(())), origin=ORIGIN)
+    with pytest.raises(BadInput, match="0 tokens"):
+        grow({tmp_path: growth(threshold=None)}, source(tokens=0), origin=ORIGIN)
     bad = rows(1)
     bad.values[5] = torch.nan
     with pytest.raises(NonFinite, match="Batch 1 holds NaN or infinity in 1 rows, first that of shot 8, token 5"):

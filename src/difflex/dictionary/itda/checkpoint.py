@@ -6,14 +6,14 @@ in it, and is written anew. Rows of the Gram matrix are kept as they were: compu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from difflex.dictionary.files import Json, as_text, replace_file
@@ -22,11 +22,22 @@ from difflex.dictionary.itda.curve import Moment
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.itda.search import Trial
 from difflex.dictionary.normalisation import Normalisation
+from difflex.dictionary.pursuit.means import Means
 from difflex.errors import BrokenFile, StaleWork
 
-__all__ = ["State", "clear", "read_normalisation", "read_state", "refill", "trials_of", "write_normalisation", "write_state"]
+__all__ = [
+    "State",
+    "clear",
+    "means_of_state",
+    "read_normalisation",
+    "read_state",
+    "refill",
+    "trials_of",
+    "write_normalisation",
+    "write_state",
+]
 
-FORMAT = 1
+FORMAT = 2
 STATE, NORMALISATION = "state.json", "normalisation.safetensors"
 AGAIN = "Remove the folder to grow from the start."
 
@@ -40,6 +51,9 @@ class State:
     data: str
     """What the batches were made from; work on other data is not continued."""
     normalisation: dict[str, Json]
+    """Its settings, and the digest of its file."""
+    means: dict[str, Json]
+    """What the pursuits work with: chosen anew, by the memory at hand, they might pick other atoms."""
     trials: list[list[int | float]]
     """Finished passes of the search for the threshold."""
     threshold: float
@@ -47,8 +61,8 @@ class State:
     """Taken from the stream in this pass."""
     idle: int
     curve: list[list[int]]
-    parts: list[str]
-    """Files with the atoms so far, in order."""
+    parts: dict[str, str]
+    """The digests of the files with the atoms so far, in order."""
     finished: bool
 
 
@@ -65,6 +79,8 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
     if not isinstance(entries, dict) or entries.get("format") != FORMAT or entries.keys() != names:
         raise BrokenFile(f"{path} is not the state of a growth, format {FORMAT}. {AGAIN}")
     state = State(**entries)
+    if not _whole(state):
+        raise BrokenFile(f"{path} holds entries of the wrong kind. {AGAIN}")
     asked = growth.as_json()
     differing = {name: (state.growth.get(name), asked[name]) for name in asked if state.growth.get(name) != asked[name]}
     if state.data != data:
@@ -75,50 +91,83 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
     return state
 
 
-def write_state(folder: Path, state: State, grower: Grower) -> list[str]:
-    """The names of all parts, after those of `state` one with the atoms that have come since; then `state.json` itself."""
+def write_state(folder: Path, state: State, grower: Grower) -> dict[str, str]:
+    """All parts, after those of `state` one with the atoms that have come since; then `state.json` itself."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = int(state.parts[-1].split("-")[2].split(".")[0]) if state.parts else 0
-    parts = list(state.parts)
+    start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
+    parts = dict(state.parts)
     if grower.size > start and not state.finished:
-        parts.append(f"atoms-{len(state.trials)}-{grower.size}.safetensors")
-        replace_file(folder / parts[-1], save(grower.part(start)))
-    replace_file(folder / STATE, as_text({**asdict(state), "parts": list[Json](parts)}).encode())
+        name = f"atoms-{len(state.trials)}-{grower.size}.safetensors"
+        parts[name] = _write(folder / name, grower.part(start))
+    replace_file(folder / STATE, as_text({**asdict(state), "parts": dict[str, Json](parts)}).encode())
     return parts
 
 
 def refill(folder: Path, state: State, grower: Grower) -> None:
     """Give `grower` back what `state` says that it had."""
-    for name in state.parts:
-        try:
-            grower.refill(load_file(folder / name))
-        except (FileNotFoundError, safetensors.SafetensorError) as error:
-            raise BrokenFile(f"{folder / name}, a part of an unfinished growth, cannot be read: {error}. {AGAIN}") from error
+    for name, digest in state.parts.items():
+        grower.refill(_read(folder / name, digest))
     grower.curve = [Moment(*moment) for moment in state.curve]
     grower.idle = state.idle
+    if not grower.curve or grower.size != grower.curve[-1].size:
+        raise BrokenFile(f"{folder / STATE} names parts with {grower.size} atoms, which is not what had grown. {AGAIN}")
 
 
 def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str, Json]:
-    """The settings of `normalisation`, whose tensors are now in `folder`."""
+    """What `read_normalisation` needs beside the file with the tensors of `normalisation` that is now in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: tensor.cpu().contiguous() for name, tensor in normalisation.tensors().items()}
-    replace_file(folder / NORMALISATION, save(packed))
-    return dict(normalisation.settings())
+    return {**normalisation.settings(), "sha256": _write(folder / NORMALISATION, packed)}
 
 
 def read_normalisation(folder: Path, settings: Mapping[str, Json], device: torch.device) -> Normalisation:
     """The normalisation that was written to `folder`."""
+    tensors = _read(folder / NORMALISATION, str(settings.get("sha256")))
+    return Normalisation.of(settings, tensors).to(device)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """The digest of the file that holds `tensors` now."""
+    content = save(tensors)
+    replace_file(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of the file with this digest."""
     try:
-        tensors: dict[str, Tensor] = load_file(folder / NORMALISATION, device=str(device))
-    except (FileNotFoundError, safetensors.SafetensorError) as error:
-        raise BrokenFile(f"{folder / NORMALISATION} of an unfinished growth cannot be read: {error}. {AGAIN}") from error
-    return Normalisation.of(settings, tensors)
+        content = path.read_bytes()
+    except OSError as error:
+        raise BrokenFile(f"{path}, a part of an unfinished growth, cannot be read: {error}. {AGAIN}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise BrokenFile(f"{path}, a part of an unfinished growth, is not what was written. {AGAIN}")
+    return load(content)
 
 
 def clear(folder: Path) -> None:
     """Remove the atoms of an unfinished growth: they are in the dictionary now, or in a pass that failed."""
     for path in folder.glob("atoms-*.safetensors"):
         path.unlink()
+
+
+def _whole(state: State) -> bool:
+    """Whether the entries are what `write_state` writes."""
+    wanted = {"growth": dict, "normalisation": dict, "means": dict, "parts": dict, "trials": list, "curve": list}
+    numbers = (state.threshold, state.batches, state.idle)
+    return (
+        all(isinstance(getattr(state, name), kind) for name, kind in wanted.items())
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(moment, list) and len(moment) == len(Moment._fields) for moment in state.curve)
+        and all(isinstance(trial, list) and len(trial) == len(Trial._fields) for trial in state.trials)
+    )
+
+
+def means_of_state(folder: Path, state: State) -> Means:
+    """What the pursuits of this growth work with."""
+    try:
+        return Means.of_json(state.means)
+    except (KeyError, ValueError) as error:
+        raise BrokenFile(f"{folder / STATE} does not say what the pursuits work with ({error}). {AGAIN}") from error
 
 
 def trials_of(state: State) -> list[Trial]:

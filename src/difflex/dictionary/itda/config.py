@@ -38,6 +38,8 @@ class Growth:
     """What becomes an atom: the token itself, or what is left of it; then atoms are not rows of the data."""
     patience: int = 200_000
     """Tokens in a row without a new atom after which growth ends."""
+    kept_out: float = 0.1
+    """The share of prompts whose tokens are judged but never become atoms: how they fare is how new pictures will."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold < 1:
@@ -47,6 +49,8 @@ class Growth:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be 1 or more.")
         if self.most_per_batch is not None and self.most_per_batch < 1:
             raise BadInput(f"most_per_batch is {self.most_per_batch}: it must be 1 or more, or None for no limit.")
+        if not 0 <= self.kept_out < 1:
+            raise BadInput(f"kept_out is {self.kept_out}: it must be a share of 0 or more, below 1, such as 0.1.")
 
     def as_json(self) -> dict[str, Json]:
         """These settings as plain JSON."""
@@ -54,7 +58,7 @@ class Growth:
 
     @property
     def guarantees(self) -> bool:
-        """Whether every token is under the threshold once its batch was added, unless the dictionary is full."""
+        """Whether each token, if not kept out, is under the threshold once its batch was added, unless the dictionary is full."""
         return self.most_per_batch is None and self.add == "point"
 
 

@@ -18,6 +18,10 @@ class Moment(NamedTuple):
     """Tokens of the stretch that were over the threshold when they came."""
     size: int
     """Atoms at its end."""
+    watched: int = 0
+    """Tokens of the stretch whose shots are kept out of growth."""
+    missed: int = 0
+    """Those of them that were over the threshold when they came."""
 
 
 def thinned(curve: Sequence[Moment], most: int = 256) -> list[Moment]:
@@ -26,32 +30,54 @@ def thinned(curve: Sequence[Moment], most: int = 256) -> list[Moment]:
         return list(curve)
     step = curve[-1].tokens / most
     kept: list[Moment] = []
-    over = 0
+    over = watched = missed = 0
     for place, moment in enumerate(curve):
-        over += moment.over
+        over, watched, missed = over + moment.over, watched + moment.watched, missed + moment.missed
         if place + 1 == len(curve) or moment.tokens >= step * (len(kept) + 1):
-            kept.append(Moment(moment.tokens, over, moment.size))
-            over = 0
+            kept.append(Moment(moment.tokens, over, moment.size, watched, missed))
+            over = watched = missed = 0
     return kept
 
 
-def expected_over(curve: Sequence[Moment]) -> float:
-    """The share of unseen tokens that should be over the threshold at the end of `curve`.
+def expected_over(curve: Sequence[Moment]) -> float | None:
+    """The share of the tokens of new pictures that should be over the threshold at the end of `curve`; None if nobody knows.
 
-    The share falls as a power of the tokens seen; the power is fitted to the second half of the stream and followed to its end.
+    Known from shots that are kept out of growth: other tokens are mostly of pictures that the dictionary has atoms of. The share
+    falls as a power of the dictionary's size; the power is fitted to what came once it had half its atoms.
     """
-    halves = thinned([moment for moment in curve if moment.tokens > curve[-1].tokens / 2], 16)
-    start = max((moment.tokens for moment in curve if moment.tokens <= curve[-1].tokens / 2), default=0)
-    points: list[tuple[float, float, float]] = []
-    for moment in halves:
-        length = moment.tokens - start
-        if moment.over:
-            points.append((math.log((start + moment.tokens) / 2), math.log(moment.over / length), float(moment.over)))
-        start = moment.tokens
-    if not points:
+    sizes = [0, *(moment.size for moment in curve)]
+    last = sizes[-1]
+    points = [
+        Point(math.log(max(size, 1) / max(last, 1)), moment.watched, moment.missed)
+        for size, moment in zip(sizes, curve, strict=False)
+        if moment.watched and 2 * size >= last
+    ]
+    return _at_zero(points) if points else None
+
+
+class Point(NamedTuple):
+    """What was seen of a share at a place."""
+
+    x: float
+    tokens: int
+    hits: int
+
+
+def _at_zero(points: Sequence[Point]) -> float:
+    """The share at x = 0 of the most likely `exp(a + b x)` that does not rise: Newton's method on Poisson's likelihood."""
+    count, hits = sum(point.tokens for point in points), sum(point.hits for point in points)
+    if not hits:
         return 0.0
-    weight = sum(w for *_, w in points)
-    x, y = (sum(w * point[i] for *point, w in points) / weight for i in (0, 1))
-    spread = sum(w * (a - x) ** 2 for a, _, w in points)
-    slope = sum(w * (a - x) * (b - y) for a, b, w in points) / spread if spread > 0 else 0.0
-    return min(1.0, math.exp(y + slope * (math.log(curve[-1].tokens) - x)))
+    level = a = math.log(hits / count)
+    b = 0.0
+    for _ in range(30):
+        means = [point.tokens * math.exp(a + b * point.x) for point in points]
+        m, mx = sum(means), sum(mean * point.x for mean, point in zip(means, points, strict=True))
+        mxx = sum(mean * point.x**2 for mean, point in zip(means, points, strict=True))
+        off = hits - m
+        off_x = sum((point.hits - mean) * point.x for mean, point in zip(means, points, strict=True))
+        bend = m * mxx - mx * mx
+        if bend <= 1e-9 * m * m:
+            break
+        a, b = a + (mxx * off - mx * off_x) / bend, b + (m * off_x - mx * off) / bend
+    return min(1.0, math.exp(a if b < 0 else level))

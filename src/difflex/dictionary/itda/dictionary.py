@@ -65,7 +65,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
     @cached_property
     def means(self) -> Means:
         """What its pursuits work with on this machine, chosen by shapes and the memory at hand."""
-        return means_of(self.way, self.size, self.width, self.k, self.atoms.device)
+        return means_of(self.way, self.size, self.width, self.k, free_memory(self.atoms.device))
 
     @cached_property
     def _ready(self) -> Atoms:
@@ -96,11 +96,11 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         )
 
 
-def means_of(way: Way, size: int, width: int, k: int, device: torch.device | str) -> Means:
-    """What the pursuits of such a dictionary work with on this machine."""
+def means_of(way: Way, size: int, width: int, k: int, free: int) -> Means:
+    """What the pursuits of such a dictionary work with where `free` bytes are at hand."""
     rule = RULES[way]
     least_squares, single = isinstance(rule, Orthogonal), isinstance(rule, Matching)
-    return means(size, width, k, least_squares=least_squares, single=single, free=free_memory(device))
+    return means(size, width, k, least_squares=least_squares, single=single, free=free)
 
 
 def way_of(name: str) -> Way:

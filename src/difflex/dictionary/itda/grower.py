@@ -15,6 +15,7 @@ from difflex.dictionary.itda.judged import Judged
 from difflex.dictionary.pursuit import RULES
 from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.gram import Gram
+from difflex.dictionary.pursuit.means import Means, free_memory
 from difflex.dictionary.pursuit.products import product
 from difflex.ranks import Ranks
 from difflex.records import Rows
@@ -23,6 +24,9 @@ __all__ = ["Grower"]
 
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
 """How close a new atom must come to one that was picked to count as picked in its place: more than rounding can be."""
+
+ENOUGH = 1000
+"""Tokens of shots that were kept out, by which a full dictionary is judged."""
 
 
 class Line(NamedTuple):
@@ -44,10 +48,12 @@ class Line(NamedTuple):
 class Grower:
     """The atoms so far, with their Gram matrix where that pays, and the growth curve."""
 
-    def __init__(self, growth: Growth, threshold: float, width: int, device: torch.device, ranks: Ranks) -> None:
-        """The empty dictionary, with room for `growth.size` atoms."""
+    def __init__(
+        self, growth: Growth, threshold: float, width: int, device: torch.device, ranks: Ranks, means: Means | None = None
+    ) -> None:
+        """The empty dictionary, with room for `growth.size` atoms; without `means`, those that fit the memory at hand."""
         self.growth, self.threshold, self._ranks, self._rule = growth, threshold, ranks, RULES[growth.pursuit]
-        self.means = means_of(growth.pursuit, growth.size, width, growth.k, device)
+        self.means = means or means_of(growth.pursuit, growth.size, width, growth.k, free_memory(device))
         # A batch of candidates stands behind the atoms while it is judged.
         room = growth.size + growth.batch * ranks.count
         self._rows = torch.empty(room, width, device=device)
@@ -70,23 +76,47 @@ class Grower:
         return self.curve[-1].tokens if self.curve else 0
 
     @property
-    def done(self) -> bool:
-        """Whether the dictionary is full, or nothing has been added for so long that nothing will be."""
-        return self.size == self.growth.size or self.idle >= self.growth.patience
+    def full(self) -> bool:
+        """Whether there is no room for another atom."""
+        return self.size == self.growth.size
 
-    def take(self, rows: Rows) -> None:
-        """Let the tokens of this rank's batch, with normalised values, become atoms where they must."""
+    @property
+    def filled(self) -> int:
+        """Tokens seen when the dictionary was full; where it is not, all tokens so far."""
+        return next((moment.tokens for moment in self.curve if moment.size == self.growth.size), self.seen)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be learned: it is full and known how new pictures fare, or nothing was added for long."""
+        if not self.full:
+            return self.idle >= self.growth.patience
+        filled = self.filled
+        watched = sum(moment.watched for moment in self.curve if moment.tokens > filled)
+        return self.growth.kept_out == 0 or watched >= ENOUGH or self.idle >= self.growth.patience
+
+    def take(self, rows: Rows, watched: Bool[Tensor, " token"] | None = None) -> None:
+        """Let the tokens of this rank's batch, with normalised values, become atoms where they must; those `watched` never do."""
         before = self.size
         counts = self._ranks.counts(len(rows.values))
         judged = Judged(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
-        over = sum(self._ranks.counts(int((judged.unexplained > self.threshold).sum())))
+        moment = self._moment(judged, watched)
+        if watched is not None:
+            judged.settled |= watched
         left = self.growth.size - self.size
         if self.growth.most_per_batch is not None:
             left = min(left, self.growth.most_per_batch)
         while left and (added := self._add(judged, rows, left)):
             left -= added
         self.idle = 0 if self.size > before else self.idle + sum(counts)
-        self.curve.append(Moment(self.seen + sum(counts), over, self.size))
+        self.curve.append(moment._replace(size=self.size))
+
+    def _moment(self, judged: Judged, watched: Bool[Tensor, " token"] | None) -> Moment:
+        """What the tokens of all ranks say before any of them becomes an atom."""
+        over = judged.unexplained > self.threshold
+        seen = torch.zeros_like(over) if watched is None else watched
+        mine = torch.stack([torch.ones_like(over), over, seen, over & seen]).sum(1)
+        count, *rest = self._ranks.summed(mine).tolist()
+        return Moment(self.seen + count, rest[0], self.size, *rest[1:])
 
     def _add(self, judged: Judged, rows: Rows, most: int) -> int:
         """The number of atoms added from tokens over the threshold, `most` at most; then all tokens are judged again.

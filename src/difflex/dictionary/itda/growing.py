@@ -17,11 +17,13 @@ from difflex.dictionary.itda import checkpoint
 from difflex.dictionary.itda.checkpoint import State, trials_of
 from difflex.dictionary.itda.config import Growth
 from difflex.dictionary.itda.curve import Moment, expected_over, thinned
-from difflex.dictionary.itda.dictionary import ITDA
+from difflex.dictionary.itda.dictionary import ITDA, means_of
 from difflex.dictionary.itda.grower import Grower
 from difflex.dictionary.itda.provenance import Provenance
 from difflex.dictionary.itda.search import Trial, next_threshold, settled
+from difflex.dictionary.itda.watch import Watch
 from difflex.dictionary.normalisation import Method, Normalisation, estimate
+from difflex.dictionary.pursuit.means import Means, free_memory
 from difflex.errors import BadInput, NonFinite
 from difflex.ranks import Ranks
 from difflex.records import Rows, Shot
@@ -71,8 +73,10 @@ def grow(
     """
     if not growths:
         raise BadInput("No growth was given. Name at least one threshold or size.")
+    if source.tokens < 1:
+        raise BadInput(f"A pass over {source.tokens} tokens grows nothing: ask for 1 or more.")
     ranks = Ranks()
-    run = Run(source, ranks, torch.device(device), checkpoint_every, told if ranks.rank == 0 else None)
+    run = Run(source, ranks, torch.device(device), checkpoint_every, told if ranks.rank == 0 else None, len(growths))
     members = [Member(folder, growth, origin, run) for folder, growth in growths.items()]
     run.passes([member for member in members if member.growth.threshold is not None])
     for member in members:
@@ -92,9 +96,12 @@ class Run:
         device: torch.device,
         checkpoint_every: int,
         told: Callable[[Progress], None] | None,
+        members: int,
     ) -> None:
         self.source, self.ranks, self.device = source, ranks, device
         self._every, self._told = checkpoint_every, told
+        self._watch = Watch(source.shot)
+        self._free = ranks.agreed(torch.tensor([self._share(members)], device=self.device))
         self._normalisations: dict[tuple[Method, float | None], Normalisation] = {}
 
     def normalisation(self, growth: Growth) -> Normalisation:
@@ -105,6 +112,16 @@ class Run:
             agreed: dict[str, Tensor] = {name: self.ranks.agreed(tensor) for name, tensor in found.tensors().items()}
             self._normalisations[scheme] = Normalisation.of(found.settings(), agreed)
         return self._normalisations[scheme]
+
+    def means(self, growth: Growth) -> Means:
+        """What the pursuits of `growth` work with, the same on all ranks."""
+        width = self.normalisation(growth).width
+        return means_of(growth.pursuit, growth.size, width, growth.k, int(self._free))
+
+    def _share(self, members: int) -> int:
+        """Bytes at hand for each of the members; ranks on a CPU share its memory, too."""
+        sharing = self.ranks.count if self.device.type == "cpu" else 1
+        return free_memory(self.device) // (members * sharing)
 
     def know(self, growth: Growth, normalisation: Normalisation) -> None:
         """Use the `normalisation` of a growth that was begun earlier."""
@@ -138,11 +155,14 @@ class Run:
             rows = Rows(torch.empty(0, member.normalisation.width), nothing, nothing)
         _finite(rows, number)
         z = member.normalisation.apply(rows.values.to(self.device))
+        watched = self._watch.kept_out(rows.shots, member.growth.kept_out).to(self.device)
+        shots, tokens = rows.shots.to(self.device), rows.tokens.to(self.device)
         size = member.growth.batch
         for start in range(0, most, size):
             if member.grower.done:
                 break
-            member.grower.take(Rows(*(part[start : start + size] for part in (z, rows.shots, rows.tokens))))
+            here = slice(start, start + size)
+            member.grower.take(Rows(z[here], shots[here], tokens[here]), watched[here])
         member.batches += 1
         if self._told is not None:
             moment = member.grower.curve[-1]
@@ -158,12 +178,13 @@ class Member:
         self.folder, self.growth, self._origin, self._run = folder, growth, origin, run
         self._work = folder / "training"
         self.trials: list[Trial] = []
-        self._parts: list[str] = []
+        self._parts: dict[str, str] = {}
         self._written: dict[str, Json] | None = None
         self._dictionary: ITDA | None = None
         state = checkpoint.read_state(self._work, growth, run.source.data)
         self.finished = state is not None and state.finished
         self.normalisation = run.normalisation(growth) if state is None else self._known(state)
+        self._means = run.means(growth) if state is None else checkpoint.means_of_state(self._work, state)
         self._begin(state)
 
     def _known(self, state: State) -> Normalisation:
@@ -177,12 +198,12 @@ class Member:
         if state is not None:
             self.trials = trials_of(state)
         threshold = self.growth.threshold or next_threshold(self.trials, self.growth.size)
-        self.batches, self._parts = 0, []
+        self.batches, self._parts = 0, {}
         if state is not None and state.batches:
             threshold, self.batches, self._parts = state.threshold, state.batches, state.parts
         width, run = self.normalisation.width, self._run
         if not self.finished:
-            self.grower = Grower(self.growth, threshold, width, run.device, run.ranks)
+            self.grower = Grower(self.growth, threshold, width, run.device, run.ranks, self._means)
             if state is not None and state.batches:
                 checkpoint.refill(self._work, state, self.grower)
 
@@ -205,7 +226,7 @@ class Member:
         grower = self.grower
         if not grower.seen:
             raise BadInput("Growth was given a stream without a batch. Harvest some activations first.")
-        share = min(1.0, grower.seen / self._run.source.tokens) if grower.size == self.growth.size else 1.0
+        share = min(1.0, grower.filled / self._run.source.tokens) if grower.full else 1.0
         self.trials.append(Trial(grower.threshold, grower.size, share))
         self.finished = self.growth.threshold is not None or settled(self.trials, self.growth.size)
         if self.finished:
@@ -260,6 +281,7 @@ class Member:
             growth=self.growth.as_json(),
             data=self._run.source.data,
             normalisation=self._written or {},
+            means=self._means.as_json(),
             trials=[list(trial) for trial in self.trials],
             threshold=self.grower.threshold,
             batches=self.batches,

@@ -35,11 +35,11 @@ class Judged:
         self._scores[:, : atoms.size] = product(z, atoms.rows)
         self._path = self._walk(torch.arange(len(z), device=z.device), atoms, None)
         self.settled = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        """Tokens that have become atoms."""
+        """Tokens that have become atoms, and those that never may."""
 
     @property
     def unexplained(self) -> Float[Tensor, " token"]:
-        """The share of each token's squared length that is left; 0 for those that have become atoms."""
+        """The share of each token's squared length that is left; 0 for those that are settled."""
         return torch.where(self.settled, 0, self._path.left / self._energy.where(self._energy > 0, 1))
 
     def points(self, tokens: Int[Tensor, " new"]) -> Float[Tensor, "new width"]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from difflex.dictionary.files import Json
 from difflex.dictionary.pursuit.correlations import Pool
 from difflex.dictionary.pursuit.gram import Gram
 
@@ -15,6 +17,8 @@ __all__ = ["Means", "free_memory", "means"]
 
 SHARE = 0.6
 """Of the memory at hand, what a Gram matrix may take."""
+GRAMS = {"float32": torch.float32, "float16": torch.float16}
+"""The precisions of a Gram matrix, the best first."""
 WIDTH_PER_MOVE = 8
 """A row of the Gram matrix takes as long as a product with activations of about this width: products are computed better."""
 
@@ -28,15 +32,33 @@ class Means(NamedTuple):
     reason: str
     """In words."""
 
+    def as_json(self) -> dict[str, Json]:
+        """These means as plain JSON."""
+        return {
+            "gram": None if self.gram is None else str(self.gram).removeprefix("torch."),
+            "pool": None if self.pool is None else list(self.pool),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def of_json(cls, entries: Mapping[str, Json]) -> Means:
+        """The means that `as_json` was called of; a KeyError or ValueError where it was of none."""
+        gram, pool = entries["gram"], entries["pool"]
+        if pool is not None and not isinstance(pool, list):
+            raise ValueError(f"the pool is {pool!r}")
+        rounds = None if pool is None else Pool(*(int(str(number)) for number in pool))
+        return cls(None if gram is None else GRAMS[str(gram)], rounds, str(entries["reason"]))
+
 
 def means(size: int, width: int, k: int, *, least_squares: bool, single: bool, free: int) -> Means:
     """The means for a dictionary of `size` atoms; `single` pursuits move one weight in a round, others all."""
     if width <= WIDTH_PER_MOVE * (1 if single else k):
         return Means(None, None, f"products, as a width of {width} is small beside k {k}")
-    for dtype, name in ((torch.float32, "in float32"), (torch.float16, "in half precision")):
+    need = 0
+    for name, dtype in GRAMS.items():
         need = Gram.bytes(size, dtype)
         if need <= SHARE * free:
-            return Means(dtype, None, f"a Gram matrix {name} ({_gb(need)} of {_gb(free)} free)")
+            return Means(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free)")
     short = f"products, as not even half a Gram matrix ({_gb(need)}) fits in {_gb(free)} free"
     return Means(None, Pool(), f"{short}; picks come from pools") if least_squares else Means(None, None, short)
 
