@@ -7,7 +7,8 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, NonFinite, OutOfMemory
-from difflex.pipeline import Moment, Pipeline
+from difflex.pipeline import Moment, Pipeline, opening
+from difflex.pipeline.families import Family
 from difflex.records import Activations, Site
 from difflex.testing import TINY, tiny_folder
 
@@ -123,6 +124,48 @@ def test_a_timestep_that_the_scheduler_repeats_is_kept_once(tmp_path: Path):
     shots = list(pipe.shots(["a star"], steps=4))
     harvested = list(pipe.harvest(shots, "mid.0", progress=False))
     assert [activations.shots[0] for activations in harvested] == shots and len(shots) == 4
+
+
+def test_a_string_is_one_prompt_one_name_or_one_picture(flux: Pipeline, tmp_path: Path):
+    assert {shot.prompt for shot in flux.shots("a star")} == {"a star"}
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    path, pictures = str(tmp_path / "black.png"), [Image.new("RGB", (32, 32))] * 2
+    [one] = flux.harvest_pictures(path, 0.5, "double.1", names="night", progress=False)
+    [two] = flux.harvest_pictures(pictures, 0.5, "double.1", prompts="a star", progress=False)
+    assert [shot.picture for shot in one.shots] == ["night"]
+    assert [shot.prompt for shot in two.shots] == ["a star"] * 2
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_without_a_picture_is_refused(flux: Pipeline, batch: int):
+    works = (
+        lambda: flux.generate("a star", batch=batch),
+        lambda: flux.harvest(flux.shots("a star"), "double.1", batch),
+        lambda: flux.harvest_pictures([Image.new("RGB", (32, 32))], 0.5, "double.1", batch=batch),
+    )
+    for work in works:
+        with pytest.raises(BadInput, match=f"batch of {batch} pictures"):
+            work()
+
+
+def test_the_shot_of_a_picture_says_what_it_takes_to_harvest_it_again(flux: Pipeline):
+    [seen] = flux.harvest_pictures(Image.new("RGB", (32, 32)), 0.5, "double.1", names="night", seed=3, progress=False)
+    with pytest.raises(BadInput, match=r"'night' does not hold the picture.*harvest_pictures, with noise=0\.5, seed=3"):
+        list(flux.harvest(seen.shots, "double.1", progress=False))
+
+
+def test_an_unknown_family_is_harvested_without_guidance_and_refused_where_rows_are_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(opening, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
+    pipe = difflex.load(tiny_folder("sd1", tmp_path / "sd1"))
+    site = "unet.mid_block.attentions.0"
+    seen = next(pipe.harvest(pipe.shots(PROMPTS, steps=1), site, progress=False))
+    assert len(seen.values) == len(seen.shots) == 3
+    with pytest.raises(BadInput, match=r"6 rows for 3 shots.*StableDiffusionPipeline has no row.*guidance=0"):
+        list(pipe.harvest(pipe.shots(PROMPTS, steps=1, guidance=4.0), site, progress=False))
+    with pytest.raises(BadInput, match="no row in the table of families"):
+        next(pipe.harvest_pictures([Image.new("RGB", (32, 32))], 0.5, site, progress=False))
 
 
 def test_a_shot_without_a_timestep_stands_for_its_whole_run(flux: Pipeline):

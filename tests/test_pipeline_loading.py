@@ -70,6 +70,18 @@ def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monke
         difflex.load(folder, precision="nf4")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(folder: Path, device: str):
+    with pytest.raises(BadInput, match=rf"'{device}'.*cpu"):
+        difflex.load(folder, device=device)
+
+
+@pytest.mark.parametrize("name", ["folder", "mini-flux"])
+def test_a_revision_is_that_of_a_hub_model(folder: Path, name: str):
+    with pytest.raises(BadInput, match=r"no revision main.*on the hub"):
+        difflex.load(folder if name == "folder" else name, revision="main")
+
+
 def test_offload_without_a_card_is_warned_of(folder: Path):
     with pytest.warns(UserWarning, match="offload=True has no effect"):
         difflex.load(folder, device="cpu", offload=True)

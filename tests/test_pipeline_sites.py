@@ -3,11 +3,15 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline import Moment, Pipeline
+from difflex.pipeline import Moment, Pipeline, opening
+from difflex.pipeline.clock import Call
+from difflex.pipeline.families import Family
+from difflex.pipeline.hooks import visit
 from difflex.records import Site
 from difflex.testing import TINY, tiny_folder
 
@@ -238,3 +242,86 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
     with pytest.raises(KeyboardInterrupt), pipe.at("double.0", watch):
         pipe.engine.run([shot], output_type="latent")
     assert steps == list(range(60))
+
+
+@pytest.mark.parametrize("site", ["double.1", "single.1:text", "double.1:update", "double.1:neurons"])
+def test_an_edit_in_place_is_written_where_it_is_returned_and_only_there(flux: Pipeline, site: str):
+    def changed(x: Tensor, moment: Moment) -> Tensor:
+        x += 5
+        return x
+
+    def spoilt(x: Tensor, moment: Moment) -> None:
+        x += 5
+
+    plain = latents(flux)
+    with flux.at(site, lambda x, moment: x + 5):
+        edited = latents(flux)
+    with flux.at(site, changed):
+        assert torch.equal(latents(flux), edited)
+    with flux.at(site, spoilt):
+        assert torch.equal(latents(flux), plain)
+    assert not torch.equal(edited, plain)
+
+
+def test_what_was_handed_out_may_be_kept(flux: Pipeline):
+    kept, copied = [], []
+    with flux.at("double.1", lambda x, moment: kept.append(x)), flux.at("double.1", lambda x, moment: copied.append(x.clone())):
+        latents(flux)
+    assert all(torch.equal(one, other) for one, other in zip(kept, copied, strict=True))
+
+
+def test_a_half_that_there_is_not_is_refused(flux: Pipeline):
+    # With shapes and types enforced, the second error comes first.
+    with pytest.raises((UnknownName, TypeCheckError), match="cond"):
+        flux.at("double.1", lambda x, moment: None, half="cond")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_module_that_has_no_row_is_a_row_of_the_table_by_its_path(flux: Pipeline):
+    [row] = flux.sites("transformer.x_embedder")
+    assert (row.path, row.width, row.tokens, row.kinds) == ("transformer.x_embedder", 32, 64, ("residual",))
+    with pytest.raises(BadInput, match=r"time_text_embed' gives tokens"):
+        flux.sites("transformer.time_text_embed")
+
+
+def test_a_stream_of_a_tuple_is_never_guessed(flux: Pipeline):
+    with (
+        pytest.raises(BadInput, match=r"blocks\.0\.attn returns 2 things.*image stream.*Name a module inside"),
+        flux.at("transformer.transformer_blocks.0.attn", lambda x, moment: None),
+    ):
+        latents(flux)
+
+
+def test_neurons_of_a_module_path_are_refused(flux: Pipeline):
+    with pytest.raises(BadInput, match=r"blocks\.0\.ff:neurons' does not exist.*activation function itself"):
+        flux.site("transformer.transformer_blocks.0.ff:neurons")
+
+
+@pytest.mark.parametrize(("site", "span"), [("single.0", slice(3, 9)), ("single.0:text", slice(0, 3))])
+def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, site: str, span: slice):
+    """As diffusers up to 0.34 has it."""
+    call = Call(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
+    joint, seen = torch.randn(1, 9, 32), []
+    written = visit(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, moment: seen.append(x) or x + 1)
+    assert torch.equal(seen[0], joint[:, span])
+    expected = joint.clone()
+    expected[:, span] += 1
+    assert isinstance(written, Tensor) and torch.equal(written, expected)
+
+
+@pytest.fixture(scope="module", params=["flux", "sdxl"])
+def unknown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A pipeline of a class that has no row in the table of families."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
+        return difflex.load(tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param))
+
+
+def test_of_an_unknown_family_the_repeated_modules_that_give_tokens_are_listed(unknown: Pipeline):
+    rows = unknown.sites()
+    assert len(rows) > 5
+    seen: dict[str, tuple[int, ...]] = {}
+    with ExitStack() as stack:
+        for row in rows:
+            stack.enter_context(unknown.at(row.site, lambda x, moment, path=row.path: seen.update({path: tuple(x.shape[1:])})))
+        unknown.generate("a star", steps=1)
+    assert seen == {row.path: (row.tokens, row.width) for row in rows}

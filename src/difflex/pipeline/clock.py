@@ -11,14 +11,20 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
-from difflex.errors import DifflexError
+from difflex.errors import DifflexError, UnknownName
 from difflex.pipeline.families import Family
 from difflex.records import Shot
 
-__all__ = ["Call", "Clock", "Half", "Moment", "Run"]
+__all__ = ["Call", "Clock", "Half", "Moment", "Run", "check_half"]
 
 Half = Literal["conditional", "unconditional"]
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
+
+
+def check_half(half: str | None) -> None:
+    """Nothing; a half that there is not is an error."""
+    if half is not None and half not in HALVES.values():
+        raise UnknownName.among("The half", half, HALVES.values())
 
 
 @dataclass(frozen=True)

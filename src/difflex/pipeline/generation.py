@@ -11,7 +11,7 @@ from difflex.errors import BadInput
 from difflex.pipeline.loading import Card
 from difflex.records import Shot
 
-__all__ = ["Generated", "check_size", "warn_of_unknown_words"]
+__all__ = ["Generated", "check_batch", "check_size", "warn_of_unknown_words"]
 
 
 class Generated(NamedTuple):
@@ -19,6 +19,12 @@ class Generated(NamedTuple):
 
     picture: Image.Image
     shot: Shot
+
+
+def check_batch(batch: int) -> None:
+    """Nothing; a batch without a picture is an error."""
+    if batch < 1:
+        raise BadInput(f"A batch of {batch} pictures is not possible. Ask for 1 or more.")
 
 
 def check_size(pixels: tuple[int, int], card: Card, stride: int) -> None:

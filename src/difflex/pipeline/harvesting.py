@@ -70,6 +70,8 @@ def collect(
 
     def looking(site: Site) -> Visit:
         def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+            if len(x) != len(shots):
+                raise BadInput(_mixed(engine, site, len(x), len(shots)))
             # A scheduler may repeat a timestep; the shot stands for the first call at it.
             if moment.timestep not in timesteps or moment.half == "unconditional" or (moment.timestep, site) in found:
                 return
@@ -103,11 +105,22 @@ def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence
         yield Activations(site=site, values=seen.values, shots=here, grid=seen.grid)
 
 
+def _mixed(engine: Engine, site: Site, rows: int, shots: int) -> str:
+    return (
+        f"The site '{site}' shows {rows} rows for {shots} shots: which of them are whose is not known, as "
+        f"{type(engine.diffusers).__name__} has no row in the table of families. Harvest it without guidance (guidance=0), which "
+        "computes two halves."
+    )
+
+
 def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[Pass]:
     """The runs that `shots` ask for: neighbours that differ in their timestep alone share one."""
     for shot, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
         if shot.picture is not None:
-            raise BadInput(f"The shot of the picture '{shot.picture}' is not a run from a prompt. Use harvest_pictures.")
+            raise BadInput(
+                f"The shot of the picture '{shot.picture}' does not hold the picture itself. Give that to harvest_pictures, "
+                f"with noise={shot.noise}, seed={shot.seed} and prompts={shot.prompt!r}."
+            )
         known = engine.timesteps(shot)
         asked = [known if one.timestep is None else (_nearest(one.timestep, known),) for one in alike]
         yield Pass(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))

@@ -12,7 +12,7 @@ from difflex.pipeline.clock import Call, Clock, Half, Moment
 from difflex.pipeline.sites import Located
 from difflex.records import Stream
 
-__all__ = ["Visit", "holds", "visit", "visiting"]
+__all__ = ["Visit", "holds", "on_copies", "visit", "visiting"]
 
 Visit = Callable[[Float[Tensor, "batch token width"], Moment], Float[Tensor, "batch token width"] | None]
 
@@ -30,6 +30,15 @@ def visiting(clock: Clock, located: Located, fn: Visit, half: Half | None = None
             yield
         finally:
             handle.remove()
+
+
+def on_copies(fn: Visit) -> Visit:
+    """`fn`, handed copies: what it does to them in place is its own affair, and it may keep them."""
+
+    def given_a_copy(x: Float[Tensor, "batch token width"], moment: Moment) -> Float[Tensor, "batch token width"] | None:
+        return fn(x.clone(memory_format=torch.contiguous_format), moment)
+
+    return given_a_copy
 
 
 def visit(
@@ -60,29 +69,39 @@ def visit(
 
 
 def holds(located: Located, output: object) -> bool:
-    """Whether there is a tensor for the stream: the last joint block of SD3 gives no text."""
+    """Whether there are tokens of the stream: the last joint block of SD3 gives no text."""
     if isinstance(output, (tuple, list)):
-        return isinstance(output[_index(located, len(output))], Tensor)
-    return isinstance(output, Tensor)
+        output = output[_index(located, len(output))] if _is_known(located, len(output)) else None
+    return isinstance(output, Tensor) and output.ndim in (3, 4)
 
 
 def _pick(located: Located, output: object) -> tuple[Tensor, int | None]:
     """The tensor that holds the stream, and its index if it is an element of a tuple."""
-    if not isinstance(output, (Tensor, tuple, list)):
-        what = type(output).__name__
-        raise BadInput(f"The site '{located.site}' cannot be read: {located.path} returns a {what}, not a tensor.")
-    if not holds(located, output):
-        raise BadInput(f"The site '{located.site}' holds nothing: {located.path} gives no {located.site.stream} stream here.")
     if isinstance(output, Tensor):
         return output, None
+    if not isinstance(output, (tuple, list)):
+        what = type(output).__name__
+        raise BadInput(f"The site '{located.site}' cannot be read: {located.path} returns a {what}, not a tensor.")
+    if not _is_known(located, len(output)):
+        raise BadInput(
+            f"The site '{located.site}' cannot be read: {located.path} returns {len(output)} things, and which of them is the "
+            f"{located.site.stream} stream is known only of the blocks that have a short name. Name a module inside it."
+        )
     index = _index(located, len(output))
-    return output[index], index
+    found = output[index]
+    if not isinstance(found, Tensor):
+        raise BadInput(f"The site '{located.site}' holds nothing: {located.path} gives no {located.site.stream} stream here.")
+    return found, index
+
+
+def _is_known(located: Located, elements: int) -> bool:
+    """Whether the family says which of several elements is which stream."""
+    return elements == 1 or located.block is not None
 
 
 def _index(located: Located, elements: int) -> int:
-    """Which element of a tuple holds the stream; (text, image) is what most joint blocks of diffusers return."""
-    order = located.block.outputs if located.block is not None else {"text": 0, "image": 1}
-    return order.get(located.site.stream, 0) if elements > 1 else 0
+    """Which element of a tuple holds the stream."""
+    return located.block.outputs.get(located.site.stream, 0) if located.block is not None and elements > 1 else 0
 
 
 def _span(located: Located, call: Call, shape: torch.Size) -> slice:
@@ -152,7 +171,7 @@ def _by_half(x: Tensor, call: Call, grid: tuple[int, int] | None, fn: Visit, wan
     for new, part in zip(written, parts, strict=True):
         if new is not None and new.shape != part.shape:
             raise BadInput(f"A function at a site returned a tensor of shape {tuple(new.shape)} in place of {tuple(part.shape)}.")
-    if all(new is None or new is part for new, part in zip(written, parts, strict=True)):
+    if all(new is None for new in written):
         return None
     return torch.cat([part if new is None else new.to(part) for new, part in zip(written, parts, strict=True)])
 

@@ -63,9 +63,11 @@ def embedded() -> dict[str, Path]:
 def find(name: str | Path, revision: str | None = None) -> Source:
     """Where the model `name` is: inside the package, in a folder, or on the hub, from which nothing is fetched yet."""
     known = embedded()
+    folder = Path(name).expanduser()
+    if revision is not None and (str(name) in known or folder.is_dir()):
+        raise BadInput(f"The model '{name}' has no revision {revision}: revisions are those of models on the hub. Leave it out.")
     if str(name) in known:
         return Source(str(name), known[str(name)], None)
-    folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
@@ -99,8 +101,11 @@ def fetch(source: Source, offline: bool) -> Source:
 def _unreachable(source: Source, offline: bool, error: Exception) -> UnknownName:
     where = "the local cache of the hub" if offline else "the hub"
     at = f" at revision {source.revision}" if source.revision else ""
+    # diffusers says only that this file was not found, whatever the reason.
+    lost = INDEX in str(error)
+    why = "it holds no such diffusers pipeline, or cannot be reached from here" if lost else _first_line(error)
     return UnknownName(
-        f"The model '{source.name}'{at} could not be read from {where} ({_first_line(error)}). "
+        f"The model '{source.name}'{at} could not be read from {where}: {why}. "
         f"Models inside the package: {', '.join(embedded()) or 'none'}. {HOW_TO_NAME}"
     )
 

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from difflex.errors import UnknownName
+from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.loading import DTYPES, Precision, Source, fetch, find, plan_of, read_card, read_pipeline
@@ -39,7 +39,7 @@ def load(
     random weights of that seed. `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from
     the cache alone.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _place(device)
     precision = _precision(precision, place)
     if offload and place.type != "cuda":
         warnings.warn(f"offload=True has no effect: the model is on {place}, not on a card.", stacklevel=2)
@@ -59,6 +59,18 @@ def load(
     engine = Engine(pipeline, family, read_card(source.folder, family, plan))
     _settle_on(engine, place, precision, offload, sharded)
     return Pipeline(engine, source)
+
+
+def _place(asked: str | torch.device | None) -> torch.device:
+    try:
+        place = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise BadInput(f"The device '{asked}' does not exist. Say cpu, cuda, or cuda:N for the card of that number.") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"The device '{asked}' is not there: torch finds {torch.cuda.device_count()} cards. Leave it out, or say cpu."
+        )
+    return place
 
 
 def _precision(asked: str | None, place: torch.device) -> Precision:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -42,13 +42,18 @@ def harvest_pictures(
     pictures: Iterable[Picture],
     noise: float | Sequence[float],
     sites: Sequence[Located],
-    prompts: Iterable[str] | None,
-    names: Iterable[str] | None,
+    prompts: Iterable[str],
+    names: Iterable[str | None],
     seed: int,
     batch: int,
     progress: bool,
 ) -> Iterator[Activations]:
     """The activations of `sites` at `pictures`: for each batch of one size, each level of noise, each site."""
+    if not engine.family.blocks:
+        raise BadInput(
+            f"{type(engine.diffusers).__name__} has no row in the table of families: how it takes in a picture is not known. "
+            "Harvest it from prompts."
+        )
     levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
     for level in levels:
         if not 0 <= level <= 1:
@@ -69,11 +74,11 @@ def _given(
     engine: Engine,
     plain: Shot,
     pictures: Iterable[Picture],
-    prompts: Iterable[str] | None,
-    names: Iterable[str] | None,
+    prompts: Iterable[str],
+    names: Iterable[str | None],
     seed: int,
 ) -> Iterator[Given]:
-    told, called = iter(prompts) if prompts is not None else repeat(""), iter(names) if names is not None else repeat(None)
+    told, called = iter(prompts), iter(names)
     for i, given in enumerate(pictures):
         prompt, name = next(told, None), next(called, None)
         if prompt is None:

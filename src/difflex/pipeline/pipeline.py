@@ -3,17 +3,19 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import repeat
+from pathlib import Path
 from typing import cast, final
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Half
+from difflex.pipeline.clock import Half, check_half
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.generation import Generated, check_size, warn_of_unknown_words
+from difflex.pipeline.generation import Generated, check_batch, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import harvest
-from difflex.pipeline.hooks import Visit, visiting
+from difflex.pipeline.hooks import Visit, on_copies, visiting
 from difflex.pipeline.loading import Source
 from difflex.pipeline.pictures import Picture, harvest_pictures
 from difflex.pipeline.sites import Located, SiteRow
@@ -48,6 +50,7 @@ class Pipeline:
     ) -> list[Generated]:
         """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_batch(batch)
         warn_of_unknown_words(prompts, self.engine.card.words)
         plain = self._plain(steps, pixels, guidance)
         shots = [replace(plain, prompt=prompt, seed=seed + i, split=split_of(prompt)) for i, prompt in enumerate(prompts)]
@@ -70,14 +73,16 @@ class Pipeline:
     def at(self, site: Site | str, fn: Visit, half: Half | None = None) -> AbstractContextManager[None]:
         """A block within which `fn` meets the activations of `site` at each step, tokens in row-major order.
 
-        It reads where it returns None and writes where it returns a tensor. Under guidance it is called once for each half,
-        or for `half` alone. Blocks nest: an inner one sees what an outer one wrote.
+        It reads where it returns None and writes where it returns a tensor. It is handed a copy: changes made to that in place
+        are written if it is returned, and not otherwise. Under guidance `fn` is called once for each half, or for `half` alone.
+        Blocks nest: an inner one sees what an outer one wrote.
         """
-        return visiting(self.engine.clock, self.engine.sites.locate(site), fn, half)
+        check_half(half)
+        return visiting(self.engine.clock, self.engine.sites.locate(site), on_copies(fn), half)
 
     def shots(
         self,
-        prompts: Iterable[str],
+        prompts: str | Iterable[str],
         seeds: Iterable[int] = range(1),
         steps: int | None = None,
         keep_steps: Iterable[int] | None = None,
@@ -89,6 +94,7 @@ class Pipeline:
         Of steps at which the scheduler repeats a timestep the first is kept.
         """
         plain = self._plain(steps, pixels, guidance)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         seeds, timesteps = list(seeds), self.engine.timesteps(plain)
         kept = range(len(timesteps)) if keep_steps is None else list(keep_steps)
         beyond = [step for step in kept if not 0 <= step < len(timesteps)]
@@ -109,25 +115,31 @@ class Pipeline:
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
         """
+        check_batch(batch)
         return harvest(self.engine, shots, self._located(sites), batch, progress)
 
     def harvest_pictures(
         self,
-        pictures: Iterable[Picture],
+        pictures: Picture | Iterable[Picture],
         noise: float | Sequence[float],
         sites: Iterable[Site | str] | Site | str,
-        prompts: Iterable[str] | None = None,
-        names: Iterable[str] | None = None,
+        prompts: str | Iterable[str] | None = None,
+        names: str | Iterable[str] | None = None,
         seed: int = 0,
         batch: int = 16,
         progress: bool = True,
     ) -> Iterator[Activations]:
         """The activations of `sites` at given pictures, noised to one or several levels (0 the picture, 1 pure noise).
 
-        One denoiser call each, without guidance; prompts default to empty ones, picture i is noised by the seed `seed + i`.
+        One denoiser call each, without guidance; picture i is noised by the seed `seed + i`. `prompts` are one for each picture,
+        a single one for all of them, or else empty.
         """
+        check_batch(batch)
         plain = self._plain(1, None, None, check=False)
-        return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, names, seed, batch, progress)
+        pictures = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else pictures
+        prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
+        called = [names] if isinstance(names, str) else names or repeat(None)
+        return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, called, seed, batch, progress)
 
     def _located(self, sites: Iterable[Site | str] | Site | str) -> list[Located]:
         return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)

@@ -9,7 +9,7 @@ from torch import nn
 
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.families import Block, Family
-from difflex.records import Kind, Site, Stream
+from difflex.records import STREAMS, Kind, Site, Stream
 
 __all__ = ["Located", "SiteMap", "SiteRow"]
 
@@ -66,6 +66,11 @@ class SiteMap:
         block = self.blocks[site.path][1] if site.path in self.blocks else None
         if block is not None and site.stream not in block.outputs:
             raise BadInput(f"The site '{site}' does not exist: {path} has no {site.stream} stream. Leave out ':{site.stream}'.")
+        if site.kind == "neurons" and block is None:
+            raise BadInput(
+                f"The site '{site}' does not exist: where {path} has its neurons is not known. Name the module of their "
+                "activation function itself, without ':neurons'."
+            )
         if site.kind != "neurons" or block is None:
             return Located(site, path, self._modules[path], block)
         return Located(site, path, self._modules[self._neurons(site, path, block)], block)
@@ -105,8 +110,21 @@ class SiteMap:
         advice = f"Name a layer inside it, as in '{inside}:neurons'." if inside else "Ask for its residual or update."
         raise BadInput(f"The site '{site}' does not exist: {path} itself has no MLP. {advice}")
 
+    def repeated(self) -> list[str]:
+        """Module paths of all members of lists of modules: where the blocks of an unknown family are."""
+        lists = {path for path, module in self._modules.items() if isinstance(module, nn.ModuleList)}
+        return [path for path in self._modules if path.rpartition(".")[0] in lists]
+
+    def streams(self, name: str) -> tuple[Stream, ...]:
+        """What streams the block `name` has; other modules are taken for image."""
+        return (
+            tuple(stream for stream in STREAMS if stream in self.blocks[name][1].outputs) if name in self.blocks else ("image",)
+        )
+
     def kinds(self, name: str, stream: Stream) -> tuple[Kind, ...]:
-        """What can be asked of the block `name`."""
+        """What can be asked of the block `name`, and of any module."""
+        if name not in self.blocks:
+            return ("residual",)
         path, block = self.blocks[name]
         neurons = block.neurons.get(stream)
         return ("residual", "update", "neurons") if neurons and f"{path}.{neurons}" in self._modules else ("residual", "update")

@@ -1,6 +1,6 @@
 """The table of sites: widths and token counts, found by a weightless twin of the denoiser that computes shapes only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import cast
 
@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from difflex.errors import BadInput
 from difflex.pipeline.clock import Call, Moment
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
@@ -20,9 +21,12 @@ __all__ = ["site_rows"]
 
 
 def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
-    """A row for each block and stream whose name matches `pattern` (both streams, if it names none), in a run like `shot`."""
+    """A row for each block and stream whose name matches `pattern` (both streams, if it names none), in a run like `shot`.
+
+    Of a model whose family is not known, the outermost of the repeated modules that give tokens, by their module paths.
+    """
     found = [each.site for each in engine.sites.expand([pattern])] if pattern != "*" else []
-    names = [site.path for site in found] or list(engine.sites.blocks)
+    names = [site.path for site in found] or list(engine.sites.blocks) or engine.sites.repeated()
     streams = {site.stream for site in found} if ":" in pattern else set(STREAMS)
     with engine.clock.watching():
         args, kwargs = engine.first_call(shot)
@@ -32,24 +36,34 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
     asked = [
         Site(name, kind, stream)
         for name in dict.fromkeys(names)
-        for stream in STREAMS
-        if stream in streams and stream in sites.blocks[name][1].outputs
+        for stream in sites.streams(name)
+        if stream in streams
         for kind in sites.kinds(name, stream)
         if kind != "update"
     ]
     shapes = _shapes(twin, [sites.locate(site) for site in asked], call, args, kwargs)
-    return [
-        SiteRow(
-            site=site,
-            path=sites.blocks[site.path][0],
-            width=shapes[site][2],
-            tokens=shapes[site][1],
-            kinds=sites.kinds(site.path, site.stream),
-            neurons=shapes[inner][2] if (inner := Site(site.path, "neurons", site.stream)) in shapes else None,
+    rows = [_row(sites, site, shapes) for site in asked if site.kind == "residual" and site in shapes]
+    if not rows:
+        raise BadInput(
+            f"Nothing called '{pattern}' gives tokens: one tensor of [batch, token, width] or a picture. Name another."
         )
-        for site in asked
-        if site.kind == "residual" and site in shapes
-    ]
+    return rows if engine.sites.blocks or found else [row for row in rows if not any(_is_inside(row, other) for other in rows)]
+
+
+def _row(sites: SiteMap, site: Site, shapes: Mapping[Site, torch.Size]) -> SiteRow:
+    inner = Site(site.path, "neurons", site.stream)
+    return SiteRow(
+        site=site,
+        path=sites.locate(site).path,
+        width=shapes[site][2],
+        tokens=shapes[site][1],
+        kinds=sites.kinds(site.path, site.stream),
+        neurons=shapes[inner][2] if inner in shapes else None,
+    )
+
+
+def _is_inside(row: SiteRow, other: SiteRow) -> bool:
+    return row.path.startswith(f"{other.path}.")
 
 
 def _twin(denoiser: nn.Module, given: dict[str, object]) -> nn.Module:
