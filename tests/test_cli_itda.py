@@ -1,5 +1,6 @@
 """`difflex itda`: from a study's activations to dictionaries in the same study."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def study(harvested: Path, tmp_path: Path) -> Path:
 
 
 def dictionaries(study: Path) -> list[ITDA]:
-    found = [Dictionary.load(path.parent) for path in sorted((study / "dictionaries").glob("*/*/config.json"))]
+    folders = [path.parent for path in sorted((study / "dictionaries").glob("*/*/dictionary.safetensors"))]
+    found = [Dictionary.load(folder) for folder in folders if (folder / "config.json").exists() and "growing" not in folder.name]
     return [itda for itda in found if isinstance(itda, ITDA)]
 
 
@@ -75,10 +77,42 @@ def test_given_again_nothing_is_grown_twice(study: Path, capsys: pytest.CaptureF
     assert before.stat().st_mtime_ns == stamp
 
 
-def test_the_papers_settings_are_one_flag(study: Path):
-    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.3", "--paper"]) == 0
-    [itda] = dictionaries(study)
-    assert itda.way == "gradient" and (itda.encode(torch.randn(9, itda.width)).values >= 0).all()
+def test_the_papers_settings_are_one_flag_and_other_flags_come_before_them(study: Path):
+    words = ["itda", str(study), "--site", str(SITE), "--paper"]
+    assert main([*words, "--size", "50"]) == 0
+    assert main([*words, "--k", "4", "--threshold", "0.3", "--pursuit", "matching"]) == 0
+    mine, plain = sorted(dictionaries(study), key=lambda itda: itda.k)
+    assert (plain.k, plain.way, plain.normalisation.method) == (64, "gradient", "standardise")
+    assert plain.origin.training["threshold"] == 0.6
+    assert (plain.encode(torch.randn(9, plain.width)).values >= 0).all()
+    assert (mine.k, mine.way, mine.origin.training["threshold"]) == (4, "matching", 0.3)
+
+
+def test_variants_of_one_size_have_names_of_their_own(study: Path):
+    words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "16", "--threshold", "0.1"]
+    assert main([*words, "0.2", "0.3"]) == 0
+    for more in (["--normalisation", "whiten"], ["--pursuit", "gradient"], ["--seed", "1"], ["--tokens", "300"]):
+        assert main([*words, *more]) == 0
+    assert main([*words[:-2]]) == 0
+    found = dictionaries(study)
+    assert len(found) == 8
+    assert {itda.size for itda in found if "over" in itda.label} == {16}
+    assert {path.name for path in (study / "dictionaries" / "double.1").iterdir()} == {itda.label for itda in found}
+
+
+def test_a_name_that_is_taken_costs_no_growth(study: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "16", "--threshold", "0.1", "0.2"]
+    old = study / "dictionaries" / "double.1" / "itda-16-k4-over0.1"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{")
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        assert main(words) == 2
+        assert "Move the old one away" in capsys.readouterr().err
+        assert [itda.label for itda in dictionaries(study) if "over0.2" in itda.label] == ["itda-16-k4-over0.2"]
+    old.rename(study / "old")
+    assert main(words) == 0
+    assert {path.name for path in old.parent.iterdir()} == {"itda-16-k4-over0.1", "itda-16-k4-over0.2"}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +121,10 @@ def test_the_papers_settings_are_one_flag(study: Path):
         (["--site", "double.1"], "--threshold 0.3"),
         (["--site", "double.0", "--size", "10"], "The site 'double.0' is unknown; nearest: double.1"),
         (["--site", "double.1", "--threshold", "3"], "Threshold 3.0 is not a share"),
+        (["--site", "double.1", "--size", "0"], "--size 0 grows nothing"),
+        (["--site", "double.1", "--threshold", "0.3", "--tokens", "0"], "--tokens 0 grows nothing"),
+        (["--site", "double.1", "--size", "40", "--tokens", "-5"], "--tokens -5 grows nothing"),
+        (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "k is 0"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Path, flags: list, answer: str, capsys):

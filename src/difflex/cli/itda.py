@@ -1,8 +1,10 @@
 """`difflex itda`: dictionaries made of data."""
 
-import json
+import os
 import time
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, final
 
@@ -10,10 +12,12 @@ from tyro.conf import Positional, arg
 
 from difflex.cli import Command
 from difflex.dictionary import Dictionary, Origin
+from difflex.dictionary.files import Json
 from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
+from difflex.dictionary.itda.config import variant
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
@@ -36,26 +40,28 @@ class Itda(Command):
     """A folder that `difflex harvest` filled."""
     site: Annotated[str, arg(metavar="SITE")]
     """Whose activations: double.18, single.9:update."""
-    k: Annotated[int, arg(metavar="N")] = 32
+    k: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32)")] = None
     """Atoms per token."""
     threshold: Annotated[tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: found for the size)")] = ()
     """A token becomes an atom when more than this share of it is unexplained; several grow in one pass over the data."""
     size: Annotated[int | None, arg(metavar="N", help_behavior_hint=f"(default: {ROOM} with a threshold)")] = None
     """Where growth ends; without a threshold, the size that the data shall fill."""
-    pursuit: Way = "orthogonal"
-    """How codes are found; the default leaves least."""
-    normalisation: Method = "standardise"
+    pursuit: Annotated[Way | None, arg(help_behavior_hint="(default: orthogonal, which leaves least)")] = None
+    """How codes are found."""
+    normalisation: Annotated[Method | None, arg(help_behavior_hint="(default: standardise)")] = None
     """What is done to activations first."""
     paper: bool = False
-    """The pursuit and normalisation of arXiv 2505.24360."""
+    """The settings of arXiv 2505.24360 where no flag says otherwise: k 64, threshold 0.6, size 64000, gradient pursuit."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all training tokens, once)")] = None
     """How many tokens to read in a pass."""
     seed: Annotated[int, arg(metavar="SEED")] = 0
     """The order of the tokens."""
 
     def __call__(self) -> None:
-        if not self.threshold and self.size is None:
-            raise BadInput("Say when a token becomes an atom (--threshold 0.3) or how many atoms there shall be (--size 8192).")
+        self._check()
+        if "LOCAL_RANK" in os.environ:
+            # Each process sees a card of its own; to be said before torch looks for one.
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
         study, site = Study.open(self.study), Site.parse(self.site)
         stores = study.stores()
         if site not in stores:
@@ -64,33 +70,33 @@ class Itda(Command):
         with joined():
             ranks = Ranks()
             source = self._source(store, ranks)
-            asked = {_work(study, site, growth): growth for growth in self._growths(ranks.count)}
+            training: dict[str, Json] = {"seed": self.seed, **({} if self.tokens is None else {"first": self.tokens})}
+            origin = Origin(site=site, model=study.card.model, revision=study.card.revision, training=training)
+            asked = {_work(study, site, growth, training): growth for growth in self._growths(ranks.count)}
             missing = {folder: growth for folder, growth in asked.items() if not _there(study, site, growth, source, ranks)}
             if not missing:
                 return
-            origin = Origin(site=site, model=study.card.model, revision=study.card.revision, training={"seed": self.seed})
             made = grow(missing, source, origin=origin, told=Teller())
             if ranks.rank == 0:
-                for folder, itda in made.items():
-                    _put(study, folder, itda)
+                _put(study, made)
+
+    def _check(self) -> None:
+        if not self.threshold and self.size is None and not self.paper:
+            raise BadInput("Say when a token becomes an atom (--threshold 0.3) or how many atoms there shall be (--size 8192).")
+        for flag, value in (("--size", self.size), ("--tokens", self.tokens)):
+            if value is not None and value < 1:
+                raise BadInput(f"{flag} {value} grows nothing: ask for 1 or more.")
 
     def _growths(self, of: int) -> list[Growth]:
-        grown = [
-            Growth(
-                k=self.k,
-                threshold=threshold,
-                size=self.size or ROOM,
-                pursuit=self.pursuit,
-                normalisation=self.normalisation,
-                batch=max(1, 256 // of),
-            )
-            for threshold in self.threshold or (None,)
-        ]
-        return [paper(growth) for growth in grown] if self.paper else grown
+        preset = paper() if self.paper else Growth(size=ROOM)
+        flags = {name: getattr(self, name) for name in ("k", "size", "pursuit", "normalisation")}
+        given = {name: value for name, value in flags.items() if value is not None}
+        growth = replace(preset, batch=max(1, 256 // of), **given)
+        return [replace(growth, threshold=threshold) for threshold in self.threshold or (preset.threshold,)]
 
     def _source(self, store: Store, ranks: Ranks) -> Source:
         rows = store.count("train")
-        tokens = min(self.tokens or rows, rows)
+        tokens = rows if self.tokens is None else min(self.tokens, rows)
         share = max(1, BATCH // ranks.count)
         return Source(
             batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.count, start=start),
@@ -123,37 +129,52 @@ class Teller:
         )
 
 
-def _work(study: Study, site: Site, growth: Growth) -> Path:
+def _work(study: Study, site: Site, growth: Growth, training: Mapping[str, Json]) -> Path:
     """Where a dictionary grows until its size, and so its name, is known."""
-    aim = f"to-{growth.size}" if growth.threshold is None else f"over-{growth.threshold:g}-to-{growth.size}"
-    return study.dictionary(site, f"growing-itda-{aim}-k{growth.k}-{growth.pursuit}-{growth.normalisation}")
+    told = variant({**training, "config": growth.as_json()})
+    return study.dictionary(site, f"growing-itda-to-{growth.size}-k{growth.k}{told}")
 
 
 def _there(study: Study, site: Site, growth: Growth, source: Source, ranks: Ranks) -> bool:
     """Whether the same dictionary has been grown before; then it is said."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
-        training = json.loads(path.read_bytes()).get("training", {})
-        if training.get("config") == growth.as_json() and training.get("data") == source.data:
+        try:
+            itda = Dictionary.load(path.parent)
+        except DifflexError as error:
+            warnings.warn(f"{path.parent} is passed over: {error}", stacklevel=2)
+            continue
+        if isinstance(itda, ITDA) and _alike(itda.origin.training, growth, source):
             if ranks.rank == 0:
-                itda = Dictionary.load(path.parent)
-                assert isinstance(itda, ITDA)
                 print(f"{path.parent}: is there already, {_described(itda)}")
             return True
     return False
 
 
-def _put(study: Study, folder: Path, itda: ITDA) -> None:
-    """Move a dictionary from where it grew to its name."""
-    place = study.dictionary(itda.site, itda.label)
-    if place.exists():
-        raise BadInput(f"{place} is there already and was grown otherwise; the new one stands in {folder}. Move one of them.")
-    folder.rename(place)
-    print(f"{place}: {_described(itda)}")
+def _alike(training: Mapping[str, Json], growth: Growth, source: Source) -> bool:
+    """Whether a dictionary that says this of itself was grown as is asked, by however many processes."""
+    config = training.get("config")
+    return isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json() and training["data"] == source.data
+
+
+def _put(study: Study, made: Mapping[Path, ITDA]) -> None:
+    """Move dictionaries from where they grew to their names; one whose name is taken stays where it is, whole."""
+    stuck = []
+    for folder, itda in made.items():
+        place = study.dictionary(itda.site, itda.label)
+        if place.exists():
+            stuck.append(f"{place} is there already, of other data or settings; the new one stands in {folder}.")
+            continue
+        folder.rename(place)
+        print(f"{place}: {_described(itda)}")
+    if stuck:
+        raise BadInput(" ".join([*stuck, "Move the old one away, then give the same command again: nothing is grown twice."]))
 
 
 def _described(itda: ITDA) -> str:
     told = itda.origin.training
+    expected = told["expected_over"]
+    unseen = "" if expected is None else f"; about {expected:.1%} of the tokens of new pictures should be over it"
     return (
-        f"{itda.size:,} atoms over threshold {told['threshold']:.4g} from {told['tokens']:,} tokens; about "
-        f"{told['expected_over']:.1%} of new tokens should be over it. Worked with {told['means']}."
+        f"{itda.size:,} atoms over threshold {told['threshold']:.4g} from {told['tokens']:,} tokens{unseen}. "
+        f"Worked with {told['means']}."
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from difflex.dictionary.files import Json
@@ -11,7 +12,7 @@ from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
 from difflex.errors import BadInput
 
-__all__ = ["Growth", "paper"]
+__all__ = ["Growth", "paper", "variant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,32 @@ class Growth:
         return self.most_per_batch is None and self.add == "point"
 
 
-def paper(growth: Growth | None = None) -> Growth:
-    """The settings of arXiv 2505.24360: gradient pursuit, k 64, inputs divided by their standard deviation.
+def paper() -> Growth:
+    """The settings of arXiv 2505.24360: gradient pursuit, k 64, inputs centred and divided by their standard deviation.
 
     Deliberate departures: the threshold is a share of each vector's own squared length (theirs: of the batch's mean), statistics
     come from at least 10 x width vectors (theirs: one batch), and no near-duplicate enters within a batch.
     """
-    return replace(growth or Growth(k=64, size=64_000, threshold=0.6), pursuit="gradient", normalisation="standardise")
+    return Growth(k=64, size=64_000, threshold=0.6, pursuit="gradient", normalisation="standardise")
+
+
+NAMED = {
+    "threshold": "over{}",
+    "pursuit": "{}",
+    "normalisation": "{}",
+    "clip": "clip{}",
+    "most_per_batch": "most{}",
+    "add": "{}",
+    "kept_out": "out{}",
+}
+"""The settings that a name tells where they differ from the default, and how."""
+
+
+def variant(training: Mapping[str, Json]) -> str:
+    """What sets one growth apart from others of its size and k, for its name: `-over0.3-gradient`, `-seed1`; often nothing."""
+    config, plain = training.get("config"), Growth().as_json()
+    entries = config if isinstance(config, dict) else {}
+    words = [form.format(entries[name]) for name, form in NAMED.items() if entries.get(name, plain[name]) != plain[name]]
+    words += [f"{name}{training[name]}" for name in ("seed", "first") if training.get(name)]
+    words += ["pruned"] if "pruned" in training else []
+    return "".join(f"-{word}" for word in words)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.dictionary.base import NormalisedDictionary, Origin, Saved
+from difflex.dictionary.itda.config import variant
 from difflex.dictionary.itda.provenance import Patch, Provenance
 from difflex.dictionary.normalisation import Normalisation
 from difflex.dictionary.pursuit import RULES, Way
@@ -45,6 +46,11 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         self.atoms, self.provenance = atoms, provenance
         self.way: Way = way
         self.bias = torch.zeros(atoms.shape[1], device=atoms.device)
+
+    @property
+    def label(self) -> str:
+        """`itda-<size>-k<k>`, then what its growth had that the default has not: `itda-812-k32-over0.3-gradient`."""
+        return super().label + variant(self.origin.training)
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
         z = self.normalisation.apply(self._checked(x))

@@ -62,21 +62,22 @@ def grow(
     source: Source,
     *,
     origin: Origin,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     checkpoint_every: int = 50,
     told: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[Path, ITDA]:
     """The dictionaries, each saved in its folder.
 
-    Those with a threshold grow in one pass over the stream, each of those without in as many as the search for it takes. Under
-    `torch.distributed` all ranks call this and grow the same dictionaries; rank 0 writes. `told` is called on rank 0 alone.
+    XX
+        `torch.distributed` all ranks call this and grow the same dictionaries; rank 0 writes. `told` is called on rank 0 alone.
     """
     if not growths:
         raise BadInput("No growth was given. Name at least one threshold or size.")
     if source.tokens < 1:
         raise BadInput(f"A pass over {source.tokens} tokens grows nothing: ask for 1 or more.")
     ranks = Ranks()
-    run = Run(source, ranks, torch.device(device), checkpoint_every, told if ranks.rank == 0 else None, len(growths))
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = Run(source, ranks, chosen, checkpoint_every, told if ranks.rank == 0 else None, len(growths))
     members = [Member(folder, growth, origin, run) for folder, growth in growths.items()]
     run.passes([member for member in members if member.growth.threshold is not None])
     for member in members:
