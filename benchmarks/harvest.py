@@ -56,7 +56,7 @@ def shrunk_flux() -> Pipeline:
     plan, family = PLANS[FLUX]._replace(parts=parts), family_of("FluxPipeline")
     made = build_untrained(plan, 0, torch.float32, torch.device("cpu"), None)
     made.set_progress_bar_config(disable=True)
-    return Pipeline(Engine(made, family, read_card(None, family, plan)), Source(FLUX, None, None))
+    return Pipeline(Engine(made, family, read_card(None, family, plan)), Source(FLUX, None, None), "fp32")
 
 
 def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) -> list[Shot]:

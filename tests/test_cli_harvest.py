@@ -130,9 +130,9 @@ def test_a_file_of_prompts_that_cannot_be_used_is_said(
 def test_a_limit_is_asked_before_anything_is_stored(
     model: Path, prompts: Path, tmp_path: Path, size: str, ends: int, capsys: pytest.CaptureFixture[str]
 ):
-    assert harvest(model, prompts, tmp_path, "--sites", "double.0", "--limit", size) == ends
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "--limit", size) == ends
     assert ("the limit is" in capsys.readouterr().err) == (ends == 2)
-    assert bool(list(tmp_path.rglob("shard*"))) == (ends == 0)
+    assert (tmp_path / "study").exists() == (ends == 0)
 
 
 def test_a_size_that_is_none_is_named(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -158,6 +158,25 @@ def test_verify_tells_whole_from_broken(model: Path, prompts: Path, tmp_path: Pa
         path.unlink()
     assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
     assert main(["verify", str(tmp_path / "study")]) == 0
+
+
+def test_verify_notices_a_store_whose_manifest_is_missing(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+    (tmp_path / "study" / "activations" / "double.1" / "manifest.json").unlink()
+    assert main(["verify", str(tmp_path / "study")]) == 2
+    said = capsys.readouterr()
+    assert "double.0: 4 files, all" in said.out and "double.1: broken" in said.out and "manifest.json is missing" in said.err
+
+
+def test_a_file_where_activations_should_be_is_named(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "study" / "activations").mkdir(parents=True)
+    (tmp_path / "study" / "activations" / "double.1").write_text("")
+    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.1") == 2
+    assert "move away what is there" in capsys.readouterr().err
 
 
 def test_verify_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

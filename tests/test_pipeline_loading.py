@@ -37,6 +37,7 @@ def dtypes(module: nn.Module) -> set[torch.dtype]:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_give_almost_the_same_activations(folder: Path, precision: str):
     exact, rough = difflex.load(folder), difflex.load(folder, precision=precision)
+    assert [next(pipe.shots("a star")).precision for pipe in (exact, rough)] == ["fp32", precision]
     assert dtypes(rough.engine.denoiser) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     a, b = (next(pipe.harvest(pipe.shots(PROMPTS, steps=1), "single.1", progress=False)).values for pipe in (exact, rough))
     assert 0 < float((a - b.float()).norm() / a.norm()) < 0.05
@@ -96,6 +97,7 @@ def test_an_untrained_model_has_the_geometry_and_the_seed_decides_its_weights(fa
     weights = [next(iter(pipe.engine.denoiser.parameters())) for pipe in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.generate("a red star", steps=2)[0].picture.size == (32, 32)
+    assert [next(pipe.shots("a star")).revision for pipe in (trained, first, other)] == [None, "untrained-3", "untrained-4"]
 
 
 def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch):

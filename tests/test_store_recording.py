@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
-from difflex.records import Activations, Shot, Site
+from difflex.records import Activations, Shot, Site, split_of
 from difflex.store import Recording, Store, record
 
 SCRIPT = Path(__file__).parent / "fake_harvest.py"
@@ -206,21 +207,88 @@ def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(tmp_path: Path,
 
 
 def test_too_large_a_plan_is_refused_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(OutOfSpace, match=r"the limit is 1 kB.*Ask for \d+ tokens or fewer"):
-        record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=1000, limit=1000))
+    with pytest.raises(OutOfSpace, match=r"the limit is 1 kB\. Not even one run fits: .*raise the limit.*or for int8"):
+        record(tmp_path / "new", fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=1000, limit=1000))
     with pytest.raises(OutOfSpace, match="free on the disk"):
-        record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=10**15))
-    assert list(tmp_path.rglob("shard*")) == []
+        record(tmp_path / "new", fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=10**15))
+    assert list(tmp_path.iterdir()) == []
+
+
+def of_one_length(runs: int, word: str = "star") -> list[Shot]:
+    return [replace(shot, prompt=f"{word} {i:03}", split=split_of(f"{word} {i:03}")) for i, shot in enumerate(fake_shots(runs))]
+
+
+@pytest.mark.parametrize("limit", [60_000, 75_000, 123_456])
+@pytest.mark.parametrize("tokens", [None, 2400])
+def test_the_number_of_tokens_advised_is_accepted_and_all_files_stay_below_the_limit(
+    tmp_path: Path, limit: int, tokens: int | None
+):
+    settings = replace(QUICK, shard_bytes=2000, limit=limit, tokens=tokens)
+    with pytest.raises(OutOfSpace, match=r"Ask for [1-9]") as refused:
+        record(tmp_path, of_one_length(600), SITES, FakeHarvest(), settings)
+    advised = int(re.findall(r"Ask for ([\d,]+) tokens", str(refused.value))[0].replace(",", ""))
+    stores = record(tmp_path, of_one_length(600), SITES, FakeHarvest(), replace(settings, tokens=advised))
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert all(store.complete for store in stores) and limit / 2 < taken <= limit
+
+
+def test_prompts_that_grow_do_not_pass_the_limit(tmp_path: Path):
+    shots = [*of_one_length(8), *of_one_length(40, word="long " * 400)]
+    with pytest.raises(OutOfSpace, match=r"would pass the limit.*What is finished is kept"):
+        record(tmp_path, iter(shots), [SITE], FakeHarvest(), replace(QUICK, limit=60_000, tokens=8 * 48))
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 60_000
+    assert Store.open(tmp_path / SITE.folder).verify() > 1
+    [store] = record(tmp_path, iter(shots), [SITE], FakeHarvest(), replace(QUICK, tokens=8 * 48))
+    assert store.complete
+
+
+def test_a_site_may_be_written_as_text(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(8), "double.1", FakeHarvest(), QUICK)
+    [same] = record(tmp_path, fake_shots(8), ["double.1"], FakeHarvest(), QUICK)
+    assert store.site == same.site == SITE
+
+
+def test_a_file_where_a_store_should_be_is_named(tmp_path: Path):
+    (tmp_path / SITE.folder).write_text("")
+    with pytest.raises(BadInput, match=r"double\.1 cannot be made.*move away what is there"):
+        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+
+
+@pytest.mark.parametrize(("name", "other"), [("precision", "bf16"), ("revision", "untrained-4")])
+def test_activations_of_other_weights_are_not_mixed_in(tmp_path: Path, name: str, other: str):
+    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+    before = contents(tmp_path)
+    with pytest.raises(StaleWork, match=f"begun with another {name}: None then, '{other}' now"):
+        record(tmp_path, [replace(shot, **{name: other}) for shot in fake_shots(16)], [SITE], FakeHarvest(), QUICK)
+    assert contents(tmp_path) == before
+
+
+def test_shards_whose_manifest_is_missing_are_no_store(tmp_path: Path):
+    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+    (tmp_path / SITE.folder / "manifest.json").unlink()
+    with pytest.raises(BrokenFile, match=r"manifest\.json is missing, and shards are there"):
+        Store.open(tmp_path / SITE.folder)
 
 
 def test_two_recordings_into_one_folder_are_noticed(tmp_path: Path):
     def meanwhile(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
-        with pytest.raises(BadInput, match="Another process is writing"):
-            record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
+        if batch > 1:  # not while the shapes are looked at, when nothing is decided yet
+            with pytest.raises(BadInput, match="Another process is writing"):
+                record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
         return FakeHarvest()(shots, sites, batch)
 
     [store] = record(tmp_path, fake_shots(8), [SITE], meanwhile, QUICK)
     assert store.complete
+
+
+def test_a_recording_that_another_one_has_overtaken_changes_nothing(tmp_path: Path):
+    def overtaken(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+        record(tmp_path, fake_shots(8, word="moon"), [SITE], FakeHarvest(), QUICK)
+        return FakeHarvest()(shots, sites, batch)
+
+    with pytest.raises(BadInput, match="Another process has written"):
+        record(tmp_path, fake_shots(8), [SITE], overtaken, QUICK)
+    assert Store.open(tmp_path / SITE.folder).shot(0).prompt == "moon 0"
 
 
 def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path):

@@ -24,6 +24,13 @@ def test_a_study_is_about_one_model(tmp_path: Path):
             Study.begin(tmp_path, model, revision)
 
 
+def test_a_study_that_is_planned_is_not_yet_there(tmp_path: Path):
+    study = Study.planned(tmp_path / "study", "mini-flux")
+    assert not study.folder.exists()
+    study.write()
+    assert Study.open(study.folder).card == study.card
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -71,4 +78,7 @@ def test_the_stores_of_a_study_are_found_by_site(tmp_path: Path):
         (study.activations / site.folder).mkdir(parents=True)
         (study.activations / site.folder / "manifest.json").write_text("{}")
     (study.activations / "double.9").mkdir()
+    study.activations.joinpath("double.2").mkdir()
+    (study.activations / "double.2" / "shard-00000.json").write_text("{}")
+    sites.append(Site("double.2"))
     assert study.stores() == {site: study.activations / site.folder for site in sorted(sites, key=lambda site: site.folder)}

@@ -56,6 +56,9 @@ class Shot:
     model: str
     """A name inside the package, a folder, or a hub name."""
     revision: str | None = None
+    """The commit on the hub; `untrained-SEED` for random weights."""
+    precision: str | None = None
+    """What the weights were held in, as in bf16; None if nobody said."""
     prompt: str = ""
     seed: int = 0
     pixels: tuple[int, int]

@@ -41,6 +41,13 @@ class Study:
     @classmethod
     def begin(cls, folder: Path | str, model: str, revision: str | None = None) -> "Study":
         """The study of `model` in `folder`, which may have been begun before."""
+        study = cls.planned(folder, model, revision)
+        study.write()
+        return study
+
+    @classmethod
+    def planned(cls, folder: Path | str, model: str, revision: str | None = None) -> "Study":
+        """The study of `model` in `folder`, not yet written if it was not begun before."""
         folder = Path(folder)
         if (folder / CARD).is_file():
             study = cls.open(folder)
@@ -50,13 +57,17 @@ class Study:
                     "Name another folder: a study is about one model."
                 )
             return study
+        return cls(folder, Card(model=model, revision=revision))
+
+    def write(self) -> None:
+        """Nothing; the study is begun, if it was not before."""
+        if (self.folder / CARD).is_file():
+            return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            study = cls(folder, Card(model=model, revision=revision))
-            _write(folder / CARD, asdict(study.card))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / CARD, asdict(self.card))
         except OSError as error:
-            raise BadInput(f"A study cannot be written to {folder}: {error}. Name a folder that you may write.") from error
-        return study
+            raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
 
     @classmethod
     def open(cls, folder: Path | str) -> "Study":
@@ -87,7 +98,8 @@ class Study:
 
     def stores(self) -> dict[Site, Path]:
         """The folders of the stores that are there, by site."""
-        folders = sorted(path.parent for path in self.activations.glob("*/manifest.json"))
+        # Not by their manifests: one that has lost it is broken, and must not go unnoticed.
+        folders = sorted({path.parent for ending in ("json", "safetensors") for path in self.activations.glob(f"*/*.{ending}")})
         return {Site.parse(folder.name.replace("+", ":")): folder for folder in folders}
 
     def dictionary(self, site: Site, label: str) -> Path:

@@ -91,8 +91,9 @@ class Harvest(Command):
         pipe = difflex.load(self.model)
         sites = [located.site for located in pipe.engine.sites.expand(self.sites)]
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
-        study = Study.begin(self.out, pipe.name, pipe.revision)
-        for store in record(study.activations, shots, sites, partial(pipe.harvest, progress=False), settings):
+        study = Study.planned(self.out, pipe.name, pipe.revision)
+        harvest = partial(pipe.harvest, progress=False)
+        for store in record(study.activations, shots, sites, harvest, settings, accepted=study.write):
             state = "complete" if store.complete else "this process's share is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
 

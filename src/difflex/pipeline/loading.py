@@ -38,7 +38,7 @@ class Source(NamedTuple):
     folder: Path | None
     """None for a model that is still on the hub."""
     revision: str | None
-    """The commit or branch on the hub; None for folders and embedded models."""
+    """The commit or branch on the hub, or which random weights; None for folders and embedded models."""
 
 
 @dataclass(frozen=True, kw_only=True)

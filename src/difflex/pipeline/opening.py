@@ -55,10 +55,11 @@ def load(
         pipeline = _read(source, plan, precision, family, place)
     else:
         pipeline = _built(source, plan, precision, family, place, untrained)
+        source = source._replace(revision=f"untrained-{untrained}")
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_card(source.folder, family, plan))
     _settle_on(engine, place, precision, offload, sharded)
-    return Pipeline(engine, source)
+    return Pipeline(engine, source, precision)
 
 
 def _place(asked: str | torch.device | None) -> torch.device:

@@ -16,7 +16,7 @@ from difflex.pipeline.engine import Engine
 from difflex.pipeline.generation import Generated, check_batch, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import harvest
 from difflex.pipeline.hooks import Visit, on_copies, visiting
-from difflex.pipeline.loading import Source
+from difflex.pipeline.loading import Precision, Source
 from difflex.pipeline.pictures import Picture, harvest_pictures
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
@@ -29,9 +29,10 @@ __all__ = ["Pipeline"]
 class Pipeline:
     """A text-to-image model: a diffusers pipeline, what it is meant to be used with, and the ways into it."""
 
-    def __init__(self, engine: Engine, source: Source) -> None:
+    def __init__(self, engine: Engine, source: Source, precision: Precision) -> None:
         self.name = source.name
         self.revision = source.revision
+        self.precision: Precision = precision
         self.engine = engine
 
     @property
@@ -154,7 +155,14 @@ class Pipeline:
         if steps < 1:
             raise BadInput(f"{steps} denoising steps are not possible. Ask for 1 or more.")
         guidance = card.guidance if guidance is None else guidance
-        return Shot(model=self.name, revision=self.revision, pixels=pixels, steps=steps, guidance=float(guidance))
+        return Shot(
+            model=self.name,
+            revision=self.revision,
+            precision=self.precision,
+            pixels=pixels,
+            steps=steps,
+            guidance=float(guidance),
+        )
 
     def _default_size(self) -> tuple[int, int]:
         if self.engine.card.pixels:

@@ -32,15 +32,17 @@ ELSEWHERE = "Ask for the same to go on, or name another folder to begin anew; no
 
 @final
 class Ledger:
-    """The store of one site in the making. Several ranks may each hold one of the same folder: each writes its own shards."""
+    """The store of one site in the making; nothing is written before `open`.
+
+    Several ranks may each hold one of the same folder: each writes its own shards.
+    """
 
     def __init__(self, folder: Path, site: Site, rank: int, of: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.site = site
         self._rank = rank
+        self._of = of
         self._writers: set[ShardWriter] = set()
-        sweep(folder, rank, of)
         # Without a shard nothing is bound yet: what was decided then may be decided anew.
         begun = (folder / MANIFEST).is_file()
         self._entries = {number: read_entry(folder, number) for number in found_shards(folder)}
@@ -69,12 +71,22 @@ class Ledger:
         self._head = new_head(form, shot, grid, shots_per_shard, batch, source)
         for number, entry in self._entries.items():
             Mapped(shard_paths(self.folder, number)[0], form, entry.shots)
-        Manifest(head=self._head, shards=self._entries, statistics=None).write(self.folder, self._rank)
+
+    def open(self) -> None:
+        """Nothing; the folder, which is there, is swept of what killed processes left, and says what was decided."""
+        sweep(self.folder, self._rank, self._of)
+        if not (self.folder / MANIFEST).is_file() or not self._entries:
+            Manifest(head=self.head, shards=self._entries, statistics=None).write(self.folder, self._rank)
+
+    @property
+    def bytes(self) -> int:
+        """What is on disk, but for the statistics."""
+        return sum(path.stat().st_size for path in self.folder.glob("*") if path.name != STATISTICS and path.suffix != ".tmp")
 
     def check(self, shot: Shot, dtype: str, batch: int, source: str) -> None:
         """Nothing; to go on with other settings than those of the stored rows is an error."""
-        asked = {"dtype": dtype, "model": shot.model, "revision": shot.revision, "batch": batch, "source": source}
-        for name, wanted in asked.items():
+        asked = {name: getattr(shot, name) for name in ("model", "revision", "precision")}
+        for name, wanted in {**asked, "dtype": dtype, "batch": batch, "source": source}.items():
             if getattr(self.head, name) != wanted:
                 what = "The prompts have changed" if name == "source" else f"{self.folder} was begun with another {name}"
                 raise StaleWork(f"{what}: {getattr(self.head, name)!r} then, {wanted!r} now. {ELSEWHERE}")

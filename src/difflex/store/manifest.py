@@ -18,7 +18,8 @@ __all__ = ["MANIFEST", "STATISTICS", "Entry", "Head", "Manifest", "read_manifest
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
-RESTORE = "Delete it and give the command that wrote the store again: it writes the manifest anew from the shards and keeps them."
+ANEW = "give the command that wrote the store again: it writes the manifest anew from the shards and keeps them."
+RESTORE = f"Delete it and {ANEW}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Head:
     site: Site
     model: str
     revision: str | None
+    precision: str | None = None
+    """What the model's weights were held in."""
     dtype: Stored
     width: int
     tokens: int
@@ -85,6 +88,7 @@ def new_head(form: Form, shot: Shot, grid: tuple[int, int] | None, shots_per_sha
         **form._asdict(),
         model=shot.model,
         revision=shot.revision,
+        precision=shot.precision,
         grid=grid,
         shots_per_shard=shots_per_shard,
         batch=batch,
@@ -96,12 +100,14 @@ def new_head(form: Form, shot: Shot, grid: tuple[int, int] | None, shots_per_sha
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in `folder`, whose checksum is right."""
     path = folder / MANIFEST
+    if not path.is_file() and found_shards(folder):
+        raise BrokenFile(f"{path} is missing, and shards are there. To mend it, {ANEW}")
     if not path.is_file():
         raise UnknownName(f"{folder} is not a store of activations: it has no {MANIFEST}. difflex harvest makes one.")
     said = read_json(path, FORMAT, RESTORE)
     if said.pop("checksum", None) != _checksum(said):
         raise BrokenFile(f"{path} is damaged: its checksum is not that of its content. {RESTORE}")
-    head = {field.name: said[field.name] for field in fields(Head)}
+    head = {field.name: said[field.name] for field in fields(Head) if field.name in said}
     grid = cast("list[int] | None", head["grid"])
     shards = cast("dict[str, dict[str, object]]", said["shards"])
     return Manifest(

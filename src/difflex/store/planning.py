@@ -1,14 +1,14 @@
 """What a recording will hold, and whether it can: asked of the shots, the stores at hand, the limit and the disk."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
-from difflex.errors import BadInput, OutOfSpace, StaleWork
+from difflex.errors import BadInput, StaleWork
 from difflex.records import Activations, Shot, Site
 from difflex.store.ledger import Ledger
+from difflex.store.room import Room, said_size
 from difflex.store.shard import Form, Stored
 
 __all__ = ["Harvest", "Plan", "Recording", "distinct", "plan", "probe"]
@@ -34,7 +34,7 @@ class Recording:
     shard_bytes: int = 2**28
     """Of the largest site's shards, rounded to whole batches. A store that is gone on with keeps its own."""
     limit: int | None = None
-    """Bytes that all sites together may take; asked before anything is written."""
+    """Bytes that all files of all sites together may take; asked before anything is written, and again before each shard."""
     source: str = ""
     """What the shots are made from, such as the checksum of a file of prompts: to go on with another one is an error."""
     rank: int = 0
@@ -51,19 +51,21 @@ class Plan(NamedTuple):
     total: int
     """How many of them are wanted; there may be fewer."""
     shots_per_shard: int
+    room: Room
 
     def said(self, ledgers: Sequence[Ledger]) -> str:
         """The plan in words: what each site will take on disk."""
         shards = -(-self.total // self.shots_per_shard)
+        rows = [self.total * ledger.head.tokens for ledger in ledgers]
         return "\n".join(
-            f"{ledger.site}: {self.total * ledger.head.tokens:,} rows of width {ledger.head.width} in {ledger.head.dtype}, "
-            f"{_size(self.total * _shot_bytes(ledger))} in {shards} shard{'s' * (shards > 1)}; {ledger.rows:,} rows are there"
-            for ledger in ledgers
+            f"{ledger.site}: {count:,} rows of width {ledger.head.width} in {ledger.head.dtype}, "
+            f"{said_size(count * ledger.head.form.row_bytes)} in {shards} shard{'s' * (shards > 1)}; {ledger.rows:,} rows are there"
+            for ledger, count in zip(ledgers, rows, strict=True)
         )
 
 
 def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, settings: Recording) -> Plan:
-    """The plan; the ledgers are begun where they were not."""
+    """The plan; the ledgers are begun where they were not, and nothing is written."""
     shots = distinct(shots)
     if settings.tokens is None:
         shots = list(shots)
@@ -83,8 +85,9 @@ def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, set
     else:
         wanted = -(-(settings.tokens or 0) // min(ledger.head.tokens for ledger in ledgers))
         total = -(-wanted // len(first)) * len(first)
-    _check_room(ledgers, total, settings)
-    return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard)
+    room = Room(ledgers, settings.limit)
+    room.check(total, first, shots if isinstance(shots, list) else first)
+    return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard, room)
 
 
 def distinct(shots: Iterable[Shot]) -> Iterator[Shot]:
@@ -134,32 +137,3 @@ def _begin(ledgers: Sequence[Ledger], run: Sequence[Shot], harvest: Harvest, set
     for ledger in ledgers:
         if not ledger.begun:
             ledger.begin(forms[ledger.site], run[0], seen[ledger.site].grid, length, settings.batch, settings.source)
-
-
-def _check_room(ledgers: Sequence[Ledger], total: int, settings: Recording) -> None:
-    """Nothing; an estimate over the limit or the free disk is an error, before anything is written."""
-    needed = sum(total * _shot_bytes(ledger) for ledger in ledgers)
-    missing = needed - sum(ledger.rows * ledger.head.form.row_bytes for ledger in ledgers)
-    free = shutil.disk_usage(ledgers[0].folder).free
-    allowed, what = (settings.limit, "the limit is") if settings.limit is not None else (needed, "")
-    if missing > free and (settings.limit is None or needed <= settings.limit):
-        allowed, what = needed - missing + free, "free on the disk are"
-    if needed > allowed:
-        tokens = int(allowed / needed * total) * min(ledger.head.tokens for ledger in ledgers)
-        raise OutOfSpace(
-            f"{total} shots at {len(ledgers)} sites take {_size(needed)}; {what} {_size(allowed)}. "
-            f"Ask for {tokens:,} tokens or fewer, for fewer sites, or for int8."
-        )
-
-
-def _shot_bytes(ledger: Ledger) -> int:
-    return ledger.head.tokens * ledger.head.form.row_bytes
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
@@ -15,7 +15,7 @@ from difflex.errors import BadInput
 from difflex.records import Shot, Site
 from difflex.store.files import locked
 from difflex.store.ledger import Ledger
-from difflex.store.manifest import check_dtype, check_split
+from difflex.store.manifest import check_dtype, check_split, found_shards
 from difflex.store.planning import Harvest, Plan, Recording, plan
 from difflex.store.shard import ShardWriter, pack
 from difflex.store.store import Store
@@ -27,18 +27,33 @@ AHEAD = 2
 
 
 def record(
-    folder: Path | str, shots: Iterable[Shot], sites: Sequence[Site], harvest: Harvest, settings: Recording | None = None
+    folder: Path | str,
+    shots: Iterable[Shot],
+    sites: Iterable[Site | str] | Site | str,
+    harvest: Harvest,
+    settings: Recording | None = None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> list[Store]:
     """The stores of `sites`, each in its own folder under `folder`; what is already there is kept and gone on with.
 
     Which rows a shard holds depends on the order of `shots` and on the settings alone: a killed and resumed recording, or one
-    shared by several processes, gives the same files as an undisturbed one.
+    shared by several processes, gives the same files as an undisturbed one. `accepted` is called when it is clear that there is
+    room for it, before anything is written.
     """
     settings, folder = settings or Recording(), Path(folder)
-    _check(sites, settings)
+    places = {site: folder / site.folder for site in _parsed(sites)}
+    _check(places, settings)
     with ExitStack() as stack:
-        ledgers = [_ledger(stack, folder / site.folder, site, settings) for site in sites]
+        there = [place for place in places.values() if place.exists()]
+        for place in there:
+            _claim(stack, place, settings)
+        ledgers = [Ledger(place, site, settings.rank, settings.of) for site, place in places.items()]
         what = plan(ledgers, shots, harvest, settings)
+        accepted()
+        for ledger in ledgers:
+            if ledger.folder not in there:
+                _claim(stack, ledger.folder, settings, new=True)
+            ledger.open()
         if settings.progress:
             tqdm.write(what.said(ledgers))
         shards = _carry_out(what, ledgers, harvest, settings)
@@ -47,7 +62,12 @@ def record(
     return [Store.open(ledger.folder) for ledger in ledgers]
 
 
-def _check(sites: Sequence[Site], settings: Recording) -> None:
+def _parsed(sites: Iterable[Site | str] | Site | str) -> list[Site]:
+    several = [sites] if isinstance(sites, (Site, str)) else sites
+    return [Site.parse(site) if isinstance(site, str) else site for site in several]
+
+
+def _check(sites: Collection[Site], settings: Recording) -> None:
     check_dtype(settings.dtype)
     if not sites:
         raise BadInput("No site was named to record. Name at least one.")
@@ -57,10 +77,15 @@ def _check(sites: Sequence[Site], settings: Recording) -> None:
         raise BadInput(f"Rank {settings.rank} of {settings.of} does not exist. Ranks count from 0 to {settings.of - 1}.")
 
 
-def _ledger(stack: ExitStack, folder: Path, site: Site, settings: Recording) -> Ledger:
-    folder.mkdir(parents=True, exist_ok=True)
+def _claim(stack: ExitStack, folder: Path, settings: Recording, new: bool = False) -> None:
+    """Nothing; until the stack is left, `folder` is there and only processes of this recording write in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"The folder {folder} cannot be made: {error}. Name another one, or move away what is there.") from error
     stack.enter_context(locked(folder, shared=settings.of > 1))
-    return Ledger(folder, site, settings.rank, settings.of)
+    if new and settings.of == 1 and found_shards(folder):
+        raise BadInput(f"Another process has written in {folder} meanwhile. Give the same command again to go on from there.")
 
 
 def _carry_out(what: Plan, ledgers: Sequence[Ledger], harvest: Harvest, settings: Recording) -> int:
@@ -75,6 +100,9 @@ def _carry_out(what: Plan, ledgers: Sequence[Ledger], harvest: Harvest, settings
                     missing = [ledger for ledger in ledgers if not ledger.has(number, unit)]
                     bar.update(sum(len(unit) * ledger.head.tokens for ledger in ledgers if ledger not in missing))
                     if missing:
+                        if settings.limit is not None:
+                            saver.wait()  # until then what is on disk is not known
+                            what.room.check_shard(unit, missing)
                         _make(number, unit, missing, harvest, settings, saver, bar)
                 number, given = number + 1, given + len(unit)
     except BaseException:
@@ -128,6 +156,11 @@ class Saver:
         while len(self._waiting) > AHEAD:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(self._do, work, arguments))
+
+    def wait(self) -> None:
+        """Nothing; all is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
 
     def _do(self, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
         if self._failed:

@@ -18,7 +18,7 @@ from difflex.records import Shot, Site
 from difflex.store.files import Whole
 from difflex.store.statistics import Moments, Tally
 
-__all__ = ["Form", "Mapped", "Packed", "ShardWriter", "Stored", "header", "pack", "parts_of", "unpack"]
+__all__ = ["Form", "Mapped", "Packed", "ShardWriter", "Stored", "header", "pack", "parts_of", "shard_size", "unpack"]
 
 Stored = Literal["bf16", "fp16", "int8"]
 DTYPES: dict[Stored, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -114,6 +114,11 @@ def header(form: Form, shots: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def shard_size(form: Form, shots: int) -> int:
+    """Bytes of the file that holds so many shots."""
+    return len(header(form, shots)) + parts_of(form, shots)["totals"].start + 3 * torch.float64.itemsize
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
@@ -175,7 +180,7 @@ class Mapped:
 
     def __init__(self, path: Path, form: Form, shots: int) -> None:
         head, parts = header(form, shots), parts_of(form, shots)
-        size = len(head) + parts["totals"].start + 3 * torch.float64.itemsize
+        size = shard_size(form, shots)
         try:
             with path.open("rb") as file:
                 same = file.read(len(head)) == head
