@@ -15,6 +15,7 @@ import difflex
 from difflex import cli
 from difflex.cli import VERBS, main, parse, verb_class
 from difflex.cli.models import table
+from difflex.cli.opening import Opening, see_own_card
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
 
@@ -33,7 +34,7 @@ class PaintBox:
 @pytest.fixture
 def paint_box(monkeypatch: pytest.MonkeyPatch) -> PaintBox:
     box = PaintBox()
-    monkeypatch.setattr(difflex, "load", lambda name: box, raising=False)
+    monkeypatch.setattr(difflex, "load", lambda name, **how: box, raising=False)
     return box
 
 
@@ -176,6 +177,46 @@ def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(
     assert len(Image.open(out).convert("RGB").getcolors(10**6) or []) > 50
     assert main(["generate", folder, "a red star", "--pixels", "7x9", "--out", str(out)]) == 2
     assert "7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "sites", "anatomy", "harvest"])
+def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[dict[str, object]] = []
+
+    def load(name: str, **how: object) -> None:
+        asked.append({"name": name, **how})
+        raise BadInput("enough")
+
+    monkeypatch.setattr(difflex, "load", load, raising=False)
+    needed = {"generate": ["a star"], "anatomy": ["--prompts", "captions"]}
+    needed["harvest"] = ["--prompts", "captions", "--tokens", "1", "--sites", "double.1", "--out", "study"]
+    command = parse(
+        [verb, "OWNER/NAME", *needed.get(verb, []), "--precision", "nf4", "--revision", "abc", "--untrained", "3", "--offload"]
+    )
+    assert isinstance(command, Opening)
+    with pytest.raises(BadInput, match="enough"):
+        command.load()
+    how = {"precision": "nf4", "revision": "abc", "untrained": 3, "offload": True, "offline": False}
+    assert asked == [{"name": "OWNER/NAME", **how}]
+
+
+@pytest.mark.parametrize(
+    ("rank", "visible", "seen"),
+    [
+        ("1", None, "1"),
+        ("0", "4,6", "4"),
+        ("1", "4,6", "6"),
+        ("1", "4", "4"),
+        ("1", "", ""),
+        (None, "4,6", "4,6"),
+        (None, None, None),
+    ],
+)
+def test_a_process_of_torchrun_sees_a_card_of_its_own(rank: str | None, visible: str | None, seen: str | None):
+    given = {"LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": visible}
+    environment = {name: value for name, value in given.items() if value is not None}
+    see_own_card(environment)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixture[str]):

@@ -44,6 +44,20 @@ def test_anatomy_writes_the_measurements_and_labelled_figures(folder: Path, tmp_
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["norms-image.png", "norms-text.png", "spectra.png"]
 
 
+def test_anatomy_refuses_a_file_for_its_folder_before_it_measures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("difflex.cli.anatomy.measure", lambda *_: pytest.fail("it measured"))
+    (tmp_path / "out").write_text("")
+    assert main(["anatomy", str(folder), "--prompts", "captions", "--out", str(tmp_path / "out")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_sites_of_a_module_without_a_row_are_printed_by_their_path(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["sites", str(folder), "--pattern", "transformer.x_embedder"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["transformer.x_embedder"] * 2
+
+
 def test_a_wrong_site_ends_with_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", str(folder), "--pattern", "triple.*"]) == 2
     assert "triple.*" in capsys.readouterr().err

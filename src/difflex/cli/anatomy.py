@@ -5,12 +5,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-import difflex
 from difflex.anatomy import heat_map, measure, spectra
-from difflex.cli import Command
 from difflex.cli.flags import Pixels
+from difflex.cli.opening import Opening
 from difflex.cli.prompts import read_prompts
 from difflex.errors import BadInput
 from difflex.records import Stream
@@ -22,11 +21,9 @@ THE_MODELS_OWN = "(default: the model's own)"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Anatomy(Command):
+class Anatomy(Opening):
     """Measure norms by site and timestep, spectra, outliers and offsets; write anatomy.json and figures."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A model inside the package, a folder, or a hub name."""
     prompts: Annotated[str, arg(metavar="FILE")]
     """A text file with a prompt a line, or `captions`: those of the drawn world."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("anatomy")
@@ -51,14 +48,17 @@ class Anatomy(Command):
     def __call__(self) -> None:
         if self.limit < 1:
             raise BadInput(f"--limit {self.limit} leaves no prompt. Ask for 1 or more.")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {self.out} cannot be made: {error}. Name a folder that you may write.") from error
         texts = islice(read_prompts(self.prompts, None).texts, self.limit)
-        pipe = difflex.load(self.model)
+        pipe = self.load()
         sites = [found.site for found in pipe.engine.sites.expand(self.sites)] or [row.site for row in pipe.sites()]
         images = [site for site in sites if site.stream == "image"] or sites
         chosen = [found.site for found in pipe.engine.sites.expand(self.spectra)] or images[:: -(-len(images) // 6)]
         shots = pipe.shots(texts, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
         anatomy = measure(pipe.harvest(shots, [*dict.fromkeys([*sites, *chosen])], self.batch), chosen)
-        self.out.mkdir(parents=True, exist_ok=True)
         anatomy.save(self.out / "anatomy.json")
         figures = {"spectra": spectra(anatomy)}
         streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}

@@ -6,9 +6,8 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-import difflex
-from difflex.cli import Command
 from difflex.cli.flags import Pixels, Range
+from difflex.cli.opening import Opening
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
 
@@ -20,11 +19,9 @@ THE_MODELS_OWN = "(default: the model's own)"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Generate(Command):
+class Generate(Opening):
     """Draw pictures from prompts and save them as one labelled grid: a row for each prompt, a column for each seed."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A model inside the package, a folder, or a hub name."""
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT...", help_behavior_hint="(one or more)")] = ()
     """What to draw; an empty prompt is allowed."""
     seeds: Range = range(1)
@@ -43,7 +40,7 @@ class Generate(Command):
             raise BadInput('No prompt was given. Write at least one, as in: difflex generate mini-flux "a red star on grass"')
         if self.out.suffix.lower() not in FORMATS:
             raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
-        pipe = difflex.load(self.model)
+        pipe = self.load()
         # Prompt i of a call gets the seed s + i, so one prompt repeated walks through the seeds.
         rows = [
             pipe.generate(

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-import difflex
-from difflex.cli import Command
 from difflex.cli.flags import Pixels, Range
+from difflex.cli.opening import Opening, see_own_card
 from difflex.cli.prompts import CAPTIONS, Prompts, read_prompts
 from difflex.errors import BadInput
 from difflex.store import Recording, record
@@ -45,11 +44,9 @@ Bytes = Annotated[
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Harvest(Command):
+class Harvest(Opening):
     """Store a model's activations at one or several sites; given again it goes on; under torchrun processes share the work."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A model inside the package, a folder, or a hub name."""
     sites: Annotated[tuple[str, ...], arg(metavar="SITE...")]
     """Where to read: double.18, single.9:update, double.3:text; a star stands for any number."""
     prompts: Annotated[str, arg(metavar="FILE")]
@@ -88,7 +85,7 @@ class Harvest(Command):
         if not self.sites:
             raise BadInput("No site was named: write --sites and one or several, as in --sites double.1 single.0:update")
         settings = self._settings(prompts)
-        pipe = difflex.load(self.model)
+        pipe = self.load()
         sites = [located.site for located in pipe.engine.sites.expand(self.sites)]
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
         study = Study.planned(self.out, pipe.name, pipe.revision)
@@ -99,9 +96,7 @@ class Harvest(Command):
 
     def _settings(self, prompts: Prompts) -> Recording:
         rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if "LOCAL_RANK" in os.environ:
-            # Each process sees a card of its own; to be said before torch looks for one.
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
+        see_own_card()
         order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
         return Recording(
             dtype=self.dtype,

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-import difflex
-from difflex.cli import Command
 from difflex.cli.flags import Pixels
+from difflex.cli.opening import Opening
 
 __all__ = ["Sites"]
 
@@ -16,11 +15,9 @@ COLUMNS = ("site", "module", "width", "tokens", "kinds")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Sites(Command):
+class Sites(Opening):
     """List a model's sites: name, module path, width, tokens, kinds; a line for each block and stream."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A model inside the package, a folder, or a hub name."""
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
     """Only sites of this name; a star stands for one index, as in double.*"""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
@@ -28,7 +25,7 @@ class Sites(Command):
 
     def __call__(self) -> None:
         lines: list[tuple[str, ...]] = [COLUMNS]
-        for row in difflex.load(self.model).sites(self.pattern, self.pixels):
+        for row in self.load().sites(self.pattern, self.pixels):
             kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
             lines.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

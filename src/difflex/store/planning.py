@@ -56,10 +56,11 @@ class Plan(NamedTuple):
     def said(self, ledgers: Sequence[Ledger]) -> str:
         """The plan in words: what each site will take on disk."""
         shards = -(-self.total // self.shots_per_shard)
+        files = f"{shards} shard{'s' * (shards > 1)}"
         rows = [self.total * ledger.head.tokens for ledger in ledgers]
         return "\n".join(
             f"{ledger.site}: {count:,} rows of width {ledger.head.width} in {ledger.head.dtype}, "
-            f"{said_size(count * ledger.head.form.row_bytes)} in {shards} shard{'s' * (shards > 1)}; {ledger.rows:,} rows are there"
+            f"{said_size(count * ledger.head.form.row_bytes)} in {files}; {ledger.rows:,} rows are there"
             for ledger, count in zip(ledgers, rows, strict=True)
         )
 
