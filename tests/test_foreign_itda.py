@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.foreign_itda import read_itda
+from difflex.dictionary import read_itda
 from difflex.errors import BadInput, BrokenFile
 from difflex.records import Site
 
@@ -176,3 +176,19 @@ def test_damaged_files_are_said_to_be_so(tmp_path: Path):
         read_itda(tmp_path / "d", site=SITE)
     with pytest.raises(BadInput, match="neither"):
         read_itda(tmp_path, site=SITE)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{"mean_x": torch.zeros(7)}, {"std_x": torch.ones(WIDTH, 1)}, {"ys": torch.zeros(9, WIDTH)}, {"xs": torch.zeros(ROOM)}],
+)
+def test_tensors_of_shapes_that_do_not_belong_together_are_refused(tmp_path: Path, tensors: dict):
+    with pytest.raises(BrokenFile, match="do not belong together"):
+        read_itda(flux(tmp_path / "flux", tensors=tensors), site=SITE)
+
+
+def test_metadata_that_is_no_text_is_refused(tmp_path: Path):
+    folder = leask(tmp_path / "leask")
+    (folder / "metadata.yaml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(BrokenFile, match=r"metadata\.yaml is not text"):
+        read_itda(folder, site=SITE)

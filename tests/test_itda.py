@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionary import Dictionary, Normalisation, Origin
 from difflex.dictionary.itda import ITDA, Growth, Moment, Source, clustered, expected_over, grow, paper, without_similar
 from difflex.dictionary.itda.grower import Grower
+from difflex.dictionary.itda.provenance import Provenance
 from difflex.dictionary.itda.watch import Watch
 from difflex.dictionary.pursuit import RULES, Way
 from difflex.dictionary.pursuit.correlations import Atoms
@@ -380,6 +382,38 @@ def test_a_flipped_bit_in_unfinished_work_is_found(tmp_path: Path, name: str):
     path.write_bytes(content)
     with pytest.raises(BrokenFile, match=path.name):
         grown(tmp_path)
+
+
+def test_data_without_a_direction_grows_no_dictionary(tmp_path: Path):
+    nothing = source(batches=lambda start: (rows(n)._replace(values=torch.zeros(BATCH, WIDTH)) for n in range(start, 4)))
+    with pytest.raises(BadInput, match="zero vector"):
+        grow({tmp_path: growth(normalisation="none")}, nothing, origin=ORIGIN)
+
+
+def test_atoms_that_make_no_dictionary_are_refused(tmp_path: Path):
+    good = grown(tmp_path)
+    parts = {name: getattr(good, name) for name in ("k", "origin", "normalisation", "atoms", "provenance")}
+    changes = (
+        {"k": 0},
+        {"atoms": 2 * good.atoms},
+        {"atoms": good.atoms * torch.nan},
+        {"atoms": good.atoms[:5]},
+        {"normalisation": Normalisation.identity(WIDTH + 1)},
+        {"atoms": good.atoms[:0], "provenance": Provenance.unknown(0)},
+    )
+    for change in changes:
+        with pytest.raises(BadInput):
+            ITDA(**{**parts, **change})
+
+
+@pytest.mark.parametrize("missing", ["atoms", "provenance.shots", "provenance.known", "provenance.tokens"])
+def test_a_folder_that_lacks_a_part_or_has_a_shorter_one_is_broken(tmp_path: Path, missing: str):
+    file = grown(tmp_path).save(tmp_path) / "dictionary.safetensors"
+    tensors = load_file(file)
+    for change in ({}, {missing: tensors[missing][:-3]}):
+        save_file({**{name: tensor for name, tensor in tensors.items() if name != missing}, **change}, file)
+        with pytest.raises(BrokenFile):
+            Dictionary.load(tmp_path)
 
 
 def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):

@@ -256,6 +256,10 @@ def test_wishes_that_cannot_be_met_are_refused():
         orthogonal_pursuit(signals, atoms[:, :20], 4)
     with pytest.raises(BadInput, match="of 50 atoms, but 96"):
         orthogonal_pursuit(signals, atoms, 4, gram=Gram.of(atoms[:50]))
+    with pytest.raises(BadInput, match="atom 2 has nan"):
+        orthogonal_pursuit(signals, torch.cat([atoms[:2], torch.nan * atoms[2:]]), 4)
+    with pytest.raises(BadInput, match=r"float64 and atoms of torch\.float32"):
+        orthogonal_pursuit(signals, atoms.float(), 4)
     signals[7, 3] = torch.nan
     with pytest.raises(NonFinite, match="row 7"):
         orthogonal_pursuit(signals, atoms, 4)

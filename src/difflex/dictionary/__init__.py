@@ -2,6 +2,7 @@
 
 from difflex.dictionary.autoencoder import Autoencoder, Weights
 from difflex.dictionary.base import Dictionary, NormalisedDictionary, Origin, Saved
+from difflex.dictionary.foreign_itda import read_itda
 from difflex.dictionary.itda import ITDA
 from difflex.dictionary.neurons import Neurons
 from difflex.dictionary.normalisation import Moments, Normalisation
@@ -17,4 +18,5 @@ __all__ = [
     "Origin",
     "Saved",
     "Weights",
+    "read_itda",
 ]

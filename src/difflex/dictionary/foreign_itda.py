@@ -57,6 +57,11 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
         raise BrokenFile(f"{folder}: cfg.json speaks of {size} atoms, xs has {len(tensors['xs'])}. Copy both files again.")
     # Rows after the first `size` are memory that was never written.
     atoms, partners = tensors["xs"][:size], tensors["ys"][:size]
+    width = atoms.shape[1:]
+    shapes = {name: tensors[name].shape for name in ("mean_x", "mean_y", "std_x", "std_y")}
+    if partners.shape != atoms.shape or set(shapes.values()) != {width}:
+        found = ", ".join(f"{name} {[*shape]}" for name, shape in {"xs": atoms.shape, "ys": partners.shape, **shapes}.items())
+        raise BrokenFile(f"{path}: the shapes {found} do not belong together. Copy it again.")
     same = all(torch.allclose(tensors[f"{name}_x"], tensors[f"{name}_y"], rtol=ROUNDING, atol=1e-4) for name in ("mean", "std"))
     if config.get("skip_connection") or not same or not torch.allclose(atoms, partners, atol=ROUNDING):
         raise BadInput(
@@ -112,7 +117,11 @@ def _json(path: Path) -> dict[str, Json]:
 def _flat_yaml(path: Path) -> dict[str, Json]:
     """The entries of a YAML file of plain `name: value` lines, which is all that this format writes."""
     entries: dict[str, Json] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BrokenFile(f"{path} is not text ({error}). Copy the file again.") from error
+    for line in lines:
         if not line.strip() or line.startswith(("#", "---")):
             continue
         name, colon, value = line.partition(":")

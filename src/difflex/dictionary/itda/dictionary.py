@@ -19,7 +19,7 @@ from difflex.dictionary.pursuit.gram import Gram
 from difflex.dictionary.pursuit.means import Means, free_memory, means
 from difflex.dictionary.pursuit.rules import Matching, Orthogonal
 from difflex.dictionary.pursuit.walk import walk
-from difflex.errors import UnknownName
+from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Codes
 
 __all__ = ["ITDA", "means_of", "way_of"]
@@ -42,6 +42,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         way: Way = "orthogonal",
     ) -> None:
         """The dictionary of `atoms`, whose codes are found by `way`."""
+        _check(k, atoms, provenance, normalisation)
         self.k, self.origin, self.normalisation = k, origin, normalisation
         self.atoms, self.provenance = atoms, provenance
         self.way: Way = way
@@ -90,16 +91,38 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
 
     @classmethod
     def restored(cls, saved: Saved) -> ITDA:
-        normalisation = saved.settings["normalisation"]
-        assert isinstance(normalisation, dict)
-        return cls(
-            k=saved.k,
-            origin=saved.origin,
-            normalisation=Normalisation.of(normalisation, saved.tensors),
-            atoms=saved.tensors["atoms"],
-            provenance=Provenance.of_tensors(saved.tensors),
-            way=way_of(str(saved.settings["pursuit"])),
+        normalisation, pursuit = saved.settings.get("normalisation"), saved.settings.get("pursuit")
+        if not isinstance(normalisation, dict) or not isinstance(pursuit, str) or "atoms" not in saved.tensors:
+            raise BrokenFile("A dictionary's files lack its normalisation, its pursuit or its atoms: grow or copy it again.")
+        way, provenance = way_of(pursuit), Provenance.of_tensors(saved.tensors)
+        try:
+            return cls(
+                k=saved.k,
+                origin=saved.origin,
+                normalisation=Normalisation.of(normalisation, saved.tensors),
+                atoms=saved.tensors["atoms"],
+                provenance=provenance,
+                way=way,
+            )
+        except BadInput as error:
+            raise BrokenFile(f"A dictionary's files do not belong together: {error} Grow or copy it again.") from error
+
+
+def _check(k: int, atoms: Tensor, provenance: Provenance, normalisation: Normalisation) -> None:
+    if k < 1:
+        raise BadInput(f"A dictionary needs at least one atom per token; k is {k}.")
+    if atoms.ndim != 2 or not len(atoms):
+        raise BadInput(f"A dictionary needs atoms [size, width]; it was given {[*atoms.shape]}.")
+    size, width = atoms.shape
+    if normalisation.width != width or not len(provenance.shots) == len(provenance.tokens) == size:
+        raise BadInput(
+            f"{size} atoms of width {width} do not go with a normalisation of width {normalisation.width} and the places of "
+            f"{len(provenance.shots)} shots and {len(provenance.tokens)} tokens."
         )
+    lengths = torch.linalg.vector_norm(atoms, dim=1)
+    if not ((lengths - 1).abs() <= 1e-3).all():
+        place = int(((lengths - 1).abs() <= 1e-3).logical_not().nonzero()[0, 0])
+        raise BadInput(f"Atoms must have length one; atom {place} has {float(lengths[place]):.4g}. Normalise the rows.")
 
 
 def means_of(way: Way, size: int, width: int, k: int, free: int) -> Means:

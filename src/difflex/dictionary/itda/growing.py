@@ -227,6 +227,11 @@ class Member:
         grower = self.grower
         if not grower.seen:
             raise BadInput("Growth was given a stream without a batch. Harvest some activations first.")
+        if not grower.size:
+            raise BadInput(
+                f"All {grower.seen} tokens are the zero vector once they are normalised, or are kept out: no atom can be made of "
+                "them. Harvest more prompts, or choose another normalisation."
+            )
         share = min(1.0, grower.filled / self._run.source.tokens) if grower.full else 1.0
         self.trials.append(Trial(grower.threshold, grower.size, share))
         self.finished = self.growth.threshold is not None or settled(self.trials, self.growth.size)

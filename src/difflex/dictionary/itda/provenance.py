@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from difflex.errors import BrokenFile
 from difflex.records import Shot
 
 __all__ = ["Patch", "Provenance"]
@@ -67,7 +68,10 @@ class Provenance:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Provenance:
         """What `tensors` was written from."""
-        lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
-        entries = [json.loads(line) for line in lines if line]
-        known = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
-        return cls(shots=tensors["provenance.shots"], tokens=tensors["provenance.tokens"], known=known)
+        try:
+            lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
+            entries = [json.loads(line) for line in lines if line]
+            known = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
+            return cls(shots=tensors["provenance.shots"], tokens=tensors["provenance.tokens"], known=known)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BrokenFile(f"A dictionary's file does not say which patches its atoms are ({error}): copy it again.") from error

@@ -104,8 +104,10 @@ def _check(signals: Tensor, atoms: Atoms, k: int) -> None:
         raise BadInput(f"A pursuit needs at least one atom per signal; k is {k}.")
     if gram is not None and gram.size != len(rows):
         raise BadInput(f"The Gram matrix is of {gram.size} atoms, but {len(rows)} were given. Make it with Gram.of(atoms).")
+    if not signals.dtype == rows.dtype == (rows.dtype if gram is None or gram.dtype == torch.float16 else gram.dtype):
+        raise BadInput(f"Signals of {signals.dtype} and atoms of {rows.dtype} do not go together: give all in one precision.")
     lengths = torch.linalg.vector_norm(rows, dim=1)
-    wrong = ((lengths - 1).abs() > 1e-3) & (lengths > 0)
+    wrong = ~((lengths - 1).abs() <= 1e-3) & (lengths != 0)
     if wrong.any():
         place = int(wrong.nonzero()[0, 0])
         raise BadInput(f"Atoms must have length one (or zero); atom {place} has {float(lengths[place]):.4g}. Normalise the rows.")
