@@ -12,7 +12,7 @@ import difflex
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
 from difflex.pipeline import memory, opening, quantised
 from difflex.pipeline.families import family_of
-from difflex.pipeline.loading import read_card
+from difflex.pipeline.loading import Precision, read_card
 from difflex.pipeline.memory import Room, check_fits, estimate
 from difflex.pipeline.plans import PLANS, Part, Plan, read_plan
 from difflex.pipeline.sharded import Ranks, share
@@ -137,9 +137,60 @@ def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_estimate_is_what_the_weights_take(folder: Path):
     plan, pipe = read_plan(folder), difflex.load(folder)
-    sizes = estimate(plan, pipe.engine.family).bytes("fp32")
+    sizes = estimate(plan, pipe.engine.family).bytes("fp32", torch.device("cpu"))
     for name, size in sizes.items():
         assert size == sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
+
+
+@pytest.mark.parametrize("untrained", [None, 0])
+def test_the_estimate_of_four_bits_on_a_cpu_is_what_they_take(folder: Path, untrained: int | None):
+    plan, pipe, place = read_plan(folder), difflex.load(folder, precision="nf4", untrained=untrained), torch.device("cpu")
+    sizes = estimate(plan, pipe.engine.family).bytes("nf4", place)
+    for name in ("transformer", "text_encoder_2", "vae"):
+        held = sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
+        assert abs(sizes[name] - held) < 0.15 * held
+
+
+def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fit_whole(monkeypatch: pytest.MonkeyPatch):
+    plan: Plan = PLANS["black-forest-labs/FLUX.1-dev"]
+    family, place = family_of(plan.pipeline), torch.device("cpu")
+
+    def complaint(gigabytes: float, precision: Precision) -> str:
+        monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
+        with pytest.raises(OutOfMemory) as raised:
+            check_fits("FLUX.1-dev", plan, family, place, Room(precision, False, 1))
+        return str(raised.value)
+
+    assert "while it is loaded" in complaint(40, "nf4") and complaint(40, "nf4").endswith("with precision='bf16'.")
+    assert complaint(30, "fp32").endswith("No option makes it fit: use a larger machine or a smaller model.")
+
+
+def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    monkeypatch.setattr(opening, "quantise", lambda part, dtype: done.append(type(part).__name__) or part)
+    build = Part.build
+
+    def building(part: Part) -> object:
+        done.append(f"build {part.kind}")
+        return build(part)
+
+    monkeypatch.setattr(Part, "build", building)
+    monkeypatch.setattr(opening, "check_fits", lambda *_: None)
+    difflex.load(folder, precision="nf4", untrained=0)
+    for kind in ("T5EncoderModel", "FluxTransformer2DModel"):
+        assert done.index(kind) == done.index(f"build {kind}") + 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000000", 700_000), ("max", None)])
+def test_the_limit_of_a_container_is_what_is_free(
+    tmp_path: Path, limit: str, expected: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    for name, text in (("memory.max", limit), ("memory.current", "500000"), ("memory.stat", "anon 3\ninactive_file 200000")):
+        (tmp_path / name).write_text(text + "\n")
+    without = memory.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "GROUP", tmp_path)
+    free = memory.free_memory(torch.device("cpu"))
+    assert free == expected if expected is not None else free > without / 2
 
 
 def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest.MonkeyPatch):

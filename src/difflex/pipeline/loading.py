@@ -9,7 +9,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -22,8 +21,6 @@ __all__ = ["Card", "Precision", "Source", "check_weights", "embedded", "fetch", 
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# diffusers 0.42 renamed the argument and warns of the old name.
-DTYPE_ARGUMENT = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 WORTH_A_BAR = 2**30
 HOW_TO_NAME = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
 CARD = "difflex.json"
@@ -180,9 +177,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **given: object) -> Diffusio
     small = sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) < WORTH_A_BAR
     try:
         with quiet("transformers", "diffusers"), without_bars() if small else nullcontext():
-            pipeline = DiffusionPipeline.from_pretrained(
-                os.fspath(folder), **{DTYPE_ARGUMENT: dtype}, local_files_only=True, **given
-            )
+            pipeline = DiffusionPipeline.from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}") from error
     return pipeline

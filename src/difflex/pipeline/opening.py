@@ -7,15 +7,16 @@ from typing import get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
-from difflex.pipeline.loading import DTYPES, Precision, Source, fetch, find, plan_of, read_card, read_pipeline
-from difflex.pipeline.memory import Room, check_fits
+from difflex.pipeline.loading import DTYPES, Precision, Source, check_weights, fetch, find, plan_of, read_card, read_pipeline
+from difflex.pipeline.memory import Room, check_fits, dense_dtype
 from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.plans import PLANS, Plan
-from difflex.pipeline.quantised import for_card, quantise, read_text_encoder
+from difflex.pipeline.quantised import for_card, quantise, read_denoiser, read_text_encoder
 from difflex.pipeline.sharded import join, ranks, shard
 from difflex.pipeline.untrained import build_untrained
 
@@ -96,25 +97,30 @@ def _read(source: Source, plan: Plan, precision: Precision, family: Family, plac
     assert source.folder is not None
     if precision != "nf4":
         return read_pipeline(source.folder, DTYPES[precision])
-    dtype, heavy = _dense(place), [part for part in (family.denoiser, family.large_text) if part in plan.parts]
+    dtype, heavy = dense_dtype(place), [part for part in (family.denoiser, family.large_text) if part in plan.parts]
     if place.type == "cuda":
         return read_pipeline(source.folder, dtype, quantization_config=for_card(heavy, dtype))
-    text: Mapping[str, object] = {
-        part: read_text_encoder(source.folder / part, plan.parts[part].kind, dtype) for part in heavy if part != family.denoiser
+    check_weights(source.folder)
+    # The denoiser first and alone: it is never whole beside anything else.
+    given: Mapping[str, object] = {
+        part: read_denoiser(source.folder / part, plan.parts[part].kind, dtype)
+        if part == family.denoiser
+        else read_text_encoder(source.folder / part, plan.parts[part].kind, dtype)
+        for part in heavy
     }
-    pipeline = read_pipeline(source.folder, dtype, **text)
-    quantise(pipeline.components[family.denoiser], dtype)
-    return pipeline
+    return read_pipeline(source.folder, dtype, **given)
 
 
 def _built(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, seed: int) -> DiffusionPipeline:
     """The pipeline with random weights, made where it will run."""
-    dtype = DTYPES[precision] if precision != "nf4" else _dense(place)
-    pipeline = build_untrained(plan, seed, dtype, place, source.folder)
-    for part in (family.denoiser, family.large_text) if precision == "nf4" else ():
-        if part in plan.parts:
-            quantise(pipeline.components[part], dtype)
-    return pipeline
+    if precision != "nf4":
+        return build_untrained(plan, seed, DTYPES[precision], place, source.folder)
+    dtype = dense_dtype(place)
+
+    def made(name: str, part: nn.Module) -> nn.Module:
+        return quantise(part, dtype) if name in (family.denoiser, family.large_text) else part
+
+    return build_untrained(plan, seed, dtype, place, source.folder, made)
 
 
 def _settle_on(engine: Engine, place: torch.device, precision: Precision, offload: bool, sharded: bool) -> None:
@@ -123,14 +129,9 @@ def _settle_on(engine: Engine, place: torch.device, precision: Precision, offloa
         shard(engine.denoiser, place)
         engine.sharded = True
         for name, part in engine.diffusers.components.items():
-            if isinstance(part, torch.nn.Module) and name != engine.family.denoiser:
+            if isinstance(part, nn.Module) and name != engine.family.denoiser:
                 part.to(place)
     elif offload:
         engine.diffusers.enable_model_cpu_offload(device=place)
     elif place.type != "cpu" or precision != "nf4":
         engine.diffusers.to(place)
-
-
-def _dense(place: torch.device) -> torch.dtype:
-    """What is computed in where the weights are in four bits."""
-    return torch.float32 if place.type == "cpu" else torch.bfloat16

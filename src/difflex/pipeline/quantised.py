@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
@@ -15,7 +16,7 @@ from torch import nn
 from difflex.errors import MissingExtra
 from difflex.pipeline.quiet import quiet
 
-__all__ = ["for_card", "quantise", "read_text_encoder"]
+__all__ = ["for_card", "four_bit_layers", "quantise", "read_denoiser", "read_text_encoder"]
 
 REPEATED = re.compile(r"(^|\.)\d+(\.|$)")
 
@@ -38,13 +39,28 @@ def read_text_encoder(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def read_denoiser(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser in `folder` in nf4, computing in `dtype`; on a CPU diffusers itself does not do this."""
+    _bitsandbytes()
+    with quiet("diffusers"):
+        model = getattr(diffusers, kind).from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True)
+    return quantise(model, dtype)
+
+
+def four_bit_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that four bits hold, by path: the linear ones of the repeated blocks, but for what the class keeps exact."""
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()  # T5's `wo`, as transformers itself has it
+    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and REPEATED.search(path))
+    return {path: layer for path, layer in layers if not set(path.split(".")) & set(exact)}
+
+
 def quantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model`, the linear layers of its repeated blocks now in nf4 and computing in `dtype`; each is freed as it is replaced."""
     library = _bitsandbytes()
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and REPEATED.search(path):
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, _four_bit(library, layer, dtype))
+    layers = four_bit_layers(model)
+    for path in list(layers):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, _four_bit(library, layers.pop(path), dtype))
     return model
 
 

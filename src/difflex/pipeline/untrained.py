@@ -1,7 +1,7 @@
 """A model of the right geometry with seeded random weights: for measuring speed and memory, and for tests, without a download."""
 
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +21,22 @@ LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
 
 
 def build_untrained(
-    plan: Plan, seed: int, dtype: torch.dtype, device: torch.device, folder: Path | None = None
+    plan: Plan,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path | None = None,
+    made: Callable[[str, nn.Module], nn.Module] = lambda name, part: part,
 ) -> DiffusionPipeline:
-    """A pipeline after `plan`, made where it will run; tokenizers come from `folder`, or spell letters where there is none."""
+    """A pipeline after `plan`, made where it will run; tokenizers come from `folder`, or spell letters where there is none.
+
+    A part goes through `made` before the next one is built.
+    """
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards), _making(dtype, device):
         torch.manual_seed(seed)
-        parts = {name: part.build() for name, part in plan.parts.items() if part.config is not None}
+        built = ((name, part.build()) for name, part in plan.parts.items() if part.config is not None)
+        parts = {name: made(name, part) if isinstance(part, nn.Module) else part for name, part in built}
     for name, part in plan.parts.items():
         if part.config is None:
             parts[name] = _tokenizer(part, folder / name if folder else None)
