@@ -39,21 +39,24 @@ def test_every_k_with_every_size_is_trained_and_said(study: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
-@pytest.mark.parametrize("preset", ["default", "paper", "unbox"])
-def test_every_preset_and_kind_trains(study: Path, tmp_path: Path, preset: str, kind: str):
-    if (study / PLACE).exists():
-        (study / PLACE).rename(tmp_path / "before")
+@pytest.mark.parametrize("preset", ["default", "paper", "paper-auxk", "unbox"])
+def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, preset: str, kind: str):
     assert train(study, "--preset", preset, "--kind", kind, "--lr", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
-    config = json.loads((study / PLACE / f"{kind}-64-k3" / "config.json").read_text())["training"]["config"]
+    label = f"{kind}-64-k3{'' if preset == 'default' else f'-{preset}'}-whiten-lr0.001-seed5"
+    config = json.loads((study / PLACE / label / "config.json").read_text())["training"]["config"]
     assert config["start"]["seed"] == 5 and config["optimiser"]["lr"] == 0.001 and config["normalisation"] == "whiten"
-    assert isinstance(Dictionary.load(study / PLACE / f"{kind}-64-k3"), Autoencoder)
+    made = Dictionary.load(study / PLACE / label)
+    assert isinstance(made, Autoencoder) and made.label == label
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--site", "double.7"], "The site 'double.7' is unknown"),
-        (["--k", ""], "at least one"),
+        (["--tokens", "0"], "learns nothing"),
+        (["--tokens", "-5"], "learns nothing"),
+        (["--lr", "-1"], "learning rate"),
+        (["--lr", "nan"], "learning rate"),
         (["--k", "65"], "k 65 does not fit"),
     ],
 )
@@ -68,4 +71,4 @@ def test_a_list_of_numbers_may_have_commas_or_spaces(study: Path):
     with pytest.raises(SystemExit):
         train(study, "--k", "3,x")
     assert train(study, "--k", "3", "4", "--seed", "9", "--size", "72") == 0
-    assert (study / PLACE / "topk-72-k4" / "config.json").exists()
+    assert (study / PLACE / "topk-72-k4-seed9" / "config.json").exists()

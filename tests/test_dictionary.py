@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary import Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
 from difflex.dictionary.autoencoder import kind_of
 from difflex.dictionary.normalisation import METHODS, Method, Moments
 from difflex.dictionary.scores import BLOCK, Scores
-from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Codes, Site
 
 WIDTH, SIZE, K = 24, 96, 5
@@ -230,3 +230,39 @@ def test_scores_that_break_the_bound_are_searched_without_integers():
     rows[:] = rows.flip(0)  # behind the back of the search: its 8-bit copy is wrong everywhere
     assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
     assert 2048 % BLOCK == 0
+
+
+@pytest.mark.parametrize("outlier", [0.0, 30.0, 300.0])
+def test_the_largest_scores_are_exact_where_one_axis_outgrows_all_others(outlier: float):
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(4096, 256, generator=generator), dim=1)
+    z = 4 * rows[torch.randint(4096, (256,), generator=generator)] + 0.1 * torch.randn(256, 256, generator=generator)
+    z[:, 7] += outlier
+    rows[:8, 3] += outlier
+    found, scores = Scores(rows).top(z, 16), z @ rows.T
+    assert torch.allclose(found.values, scores.topk(16).values, atol=1e-4 * (1 + outlier))
+    assert torch.allclose(scores.gather(1, found.indices), found.values, atol=1e-4 * (1 + outlier))
+
+
+def test_a_folder_whose_parts_do_not_fit_is_refused(tmp_path: Path):
+    made = Autoencoder(
+        kind="topk",
+        k=2,
+        origin=Origin(site=Site("double.1")),
+        normalisation=Normalisation.identity(8),
+        weights=Weights(encoder=torch.eye(8), decoder=torch.eye(8), bias=torch.zeros(8)),
+    )
+    whole = json.loads((made.save(tmp_path) / "config.json").read_text())
+    for change in ({"size": 9}, {"k": "2"}, {"settings": None}, {"settings": {"normalisation": {"method": "whiten"}}}):
+        (tmp_path / "config.json").write_text(json.dumps({**whole, **change}))
+        with pytest.raises(BrokenFile):
+            Dictionary.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "kind": "jumprelu"}))
+    with pytest.raises(DifflexError, match="floors"):
+        Dictionary.load(tmp_path)
+
+
+def test_activations_that_are_no_numbers_are_refused():
+    neurons = Neurons(width=4, k=2, origin=Origin(site=Site("double.1", kind="neurons")))
+    with pytest.raises(NonFinite):
+        neurons.encode(torch.tensor([[1.0, float("nan"), 0.0, 2.0]]))

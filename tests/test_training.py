@@ -7,9 +7,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from difflex.dictionary import Autoencoder, Dictionary, Origin
-from difflex.errors import BadInput, BrokenFile, MissingExtra, NonFinite, StaleWork
+from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
 from difflex.planted import Planted
 from difflex.records import Rows, Site
 from difflex.training import Course, Optimiser, Revival, Start, Training, fit, shuffled
@@ -262,3 +262,46 @@ def test_seeds_differ_and_repeat(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trained(tmp_path / name, replace(SMALL, start=Start(seed=seed)))
     assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Optimiser(lr=-1.0),
+        lambda: Optimiser(lr=float("nan")),
+        lambda: Optimiser(ema=2.0),
+        lambda: Optimiser(decay=-1.0),
+        lambda: Revival(target="magic"),  # pyright: ignore[reportArgumentType]
+        lambda: Start(bias="magic"),  # pyright: ignore[reportArgumentType]
+        lambda: Training(kind="top_k", size=64, k=4),  # pyright: ignore[reportArgumentType]
+        lambda: Course(tokens=0),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: Callable[[], object]):
+    with pytest.raises(DifflexError):
+        wrong()
+
+
+def test_statistics_count_a_repeated_stream_once(tmp_path: Path):
+    few = next(batches(0))
+
+    def again(start: int) -> Iterator[Rows]:
+        return repeat(few)
+
+    with pytest.raises(BadInput, match="needs"):
+        fit({tmp_path: SMALL}, again, origin=ORIGIN, course=replace(COURSE, epoch=len(few.values)))
+
+
+def test_weights_that_diverge_in_the_last_update_are_not_saved(tmp_path: Path):
+    mad = replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0, decay=0.0))
+    with pytest.raises(NonFinite), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit({tmp_path: mad}, batches, origin=ORIGIN, course=replace(COURSE, tokens=64))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_where_one_of_a_sweep_diverges_the_others_keep_what_they_learned(tmp_path: Path):
+    sweep = {tmp_path / "sane": SMALL, tmp_path / "mad": replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0))}
+    with pytest.raises(NonFinite, match="diverged"):
+        fit(sweep, batches, origin=ORIGIN, course=COURSE)
+    assert (tmp_path / "sane" / "training" / "state.safetensors").exists()

@@ -169,6 +169,7 @@ CASES = {
     "batchtopk reviving": replace(PLAIN, kind="batchtopk", revival=REVIVED),
     "matryoshka": MATRYOSHKA,
     "matryoshka reviving": replace(MATRYOSHKA, revival=REVIVED),
+    "matryoshka reviving by its reconstruction": replace(MATRYOSHKA, revival=replace(REVIVED, target="reconstruction")),
     "jumprelu": JUMP,
     "jumprelu reviving": replace(JUMP, revival=REVIVED),
 }

@@ -2,9 +2,10 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -22,8 +23,26 @@ from difflex.training import Course, Team, Training, default, fit, paper, unbox
 
 __all__ = ["Train"]
 
-Preset = Literal["default", "paper", "unbox"]
+Preset = Literal["default", "paper", "paper-auxk", "unbox"]
 THE_PRESETS = "(default: the preset's)"
+
+
+class Usual(NamedTuple):
+    """What a preset is about where nothing else is asked for."""
+
+    size: int
+    k: int
+    batch: int
+    make: Callable[[int, int, int], Training]
+    """From width, size and k."""
+
+
+USUAL: dict[Preset, Usual] = {
+    "default": Usual(8192, 32, 1024, lambda width, size, k: default(width=width, size=size, k=k)),
+    "paper": Usual(65_536, 64, 1024, lambda _, size, k: paper(size=size, k=k)),
+    "paper-auxk": Usual(65_536, 64, 1024, lambda _, size, k: paper(size=size, k=k, auxk="reconstruction")),
+    "unbox": Usual(5120, 10, 4096, lambda _, size, k: unbox(size=size, k=k)),
+}
 
 
 def _numbers(words: list[str]) -> tuple[int, ...]:
@@ -58,12 +77,12 @@ class Train(Command):
     """A folder that `difflex harvest` filled."""
     site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
     """Whose activations: double.18, single.9:update; several are trained one after another."""
-    k: Numbers = (32,)
-    """Features per token."""
-    size: Numbers = (8192,)
-    """Features of the dictionary; every k meets every size."""
+    k: Annotated[Numbers, arg(help_behavior_hint=THE_PRESETS)] = ()
+    """Features per token; 32 in our preset."""
+    size: Annotated[Numbers, arg(help_behavior_hint=THE_PRESETS)] = ()
+    """Features of the dictionary, 8,192 in our preset; every k meets every size."""
     preset: Preset = "default"
-    """Ours, or as published: `paper` is arXiv 2505.24360 (FLUX), `unbox` is arXiv 2410.22366 (SDXL)."""
+    """Ours, or as published: `paper` is arXiv 2505.24360 (FLUX), `paper-auxk` what its code does, `unbox` arXiv 2410.22366."""
     kind: Kind = "topk"
     """What is kept of the scores."""
     normalisation: Annotated[Method | None, arg(help_behavior_hint=THE_PRESETS)] = None
@@ -72,8 +91,8 @@ class Train(Command):
     """Learning rate."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all training tokens, once)")] = None
     """How many tokens to learn from; more than are stored are taken again, in another order."""
-    batch: Annotated[int, arg(metavar="N")] = 1024
-    """Tokens per update, of all processes together."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_PRESETS)] = None
+    """Tokens per update, of all processes together; 1,024 in our preset."""
     seed: Annotated[int, arg(metavar="SEED")] = 0
     """The first weights and the order of the tokens."""
     split: Literal["data", "features"] = "data"
@@ -82,8 +101,8 @@ class Train(Command):
     """Who is told the figures besides log.jsonl."""
 
     def __call__(self) -> None:
-        if not (self.site and self.k and self.size):
-            raise BadInput("Name at least one --site, one --k and one --size.")
+        if not self.site:
+            raise BadInput("Name at least one --site.")
         if "LOCAL_RANK" in os.environ:
             # Each process sees a card of its own; to be said before torch looks for one.
             os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
@@ -97,21 +116,29 @@ class Train(Command):
                 self._train(study, Store.open(stores[Site.parse(name)]))
 
     def _train(self, study: Study, store: Store) -> None:
-        team = Team()
-        if self.batch % team.count:
-            raise BadInput(f"A batch of {self.batch} tokens cannot be shared by {team.count} processes: choose a multiple.")
+        team, usual = Team(), USUAL[self.preset]
+        batch = usual.batch if self.batch is None else self.batch
+        if batch <= 0 or batch % team.count:
+            raise BadInput(f"A batch of {batch} tokens cannot be shared by {team.count} processes: choose a multiple.")
         rows = store.count("train")
         tokens = rows if self.tokens is None else self.tokens
-        trainings = [self._training(store.width, size, k) for size in self.size for k in self.k]
+        sizes, ks = self.size or (usual.size,), self.k or (usual.k,)
+        trainings = [self._training(store.width, size, k) for size in sizes for k in ks]
         trained = fit(
-            {study.dictionary(store.site, training.label): training for training in trainings},
+            {study.dictionary(store.site, training.label + self._variant()): training for training in trainings},
             lambda start: store.batches(
-                self.batch // team.count, seed=self.seed, rank=team.rank, of=team.count, start=start, epochs=None
+                batch // team.count, seed=self.seed, rank=team.rank, of=team.count, start=start, epochs=None
             ),
-            origin=Origin(site=store.site, model=study.card.model, revision=study.card.revision),
+            origin=Origin(
+                site=store.site,
+                model=study.card.model,
+                revision=study.card.revision,
+                training={"variant": self._variant()},
+            ),
             course=Course(
                 tokens=tokens,
-                data=f"{store.site} of {store.model}, {rows} tokens, batches of {self.batch}, seed {self.seed}",
+                epoch=rows,
+                data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {self.seed}",
                 also=self.log,
                 split=self.split,
                 own_share=True,
@@ -121,10 +148,14 @@ class Train(Command):
             for folder, dictionary in trained.items():
                 print(f"{folder}: {_described(dictionary)}")
 
+    def _variant(self) -> str:
+        """What sets a dictionary apart from those of the same kind, size and k that nothing special was asked of."""
+        given = ("" if self.preset == "default" else self.preset, self.normalisation, self.lr and f"lr{self.lr:g}")
+        return "".join(f"-{word}" for word in (*given, self.seed and f"seed{self.seed}") if word)
+
     def _training(self, width: int, size: int, k: int) -> Training:
-        made = {"default": lambda: default(width=width, size=size, k=k), "paper": lambda: paper(size=size, k=k)}
-        training = made.get(self.preset, lambda: unbox(size=size, k=k))()
-        prefixes = tuple(size // part for part in (16, 8, 4, 2)) if self.kind == "matryoshka" else ()
+        training = USUAL[self.preset].make(width, size, k)
+        prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
         training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
         if self.normalisation is not None:
             training = replace(training, normalisation=self.normalisation)

@@ -44,7 +44,12 @@ class Weights:
         """The weights among `tensors`, by the names that `named` gives."""
         if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
             raise BrokenFile(f"An autoencoder's file lacks the tensors {', '.join(missing)}: train or copy it again.")
-        return cls(**{field.name: tensors[field.name] for field in fields(cls) if field.name in tensors})
+        size, width = tensors["encoder"].shape
+        shapes = {"encoder": (size, width), "decoder": (size, width), "bias": (width,), "encoder_bias": (size,), "floor": (size,)}
+        found = {field.name: tensors[field.name].float() for field in fields(cls) if field.name in tensors}
+        if wrong := [name for name, tensor in found.items() if tensor.shape != shapes[name]]:
+            raise BrokenFile(f"In an autoencoder's file {', '.join(wrong)} do not fit the encoder: train or copy it again.")
+        return cls(**found)
 
 
 @final
@@ -58,8 +63,15 @@ class Autoencoder(NormalisedDictionary, kinds=KINDS):
         self.kind, self.k, self.origin = kind, k, origin
         self.normalisation, self.weights, self.relu = normalisation, weights, relu
         self.atoms, self.bias = weights.decoder, weights.bias
+        if kind in ("batchtopk", "jumprelu", "matryoshka") and weights.floor is None:
+            raise BadInput(f"A {kind} autoencoder needs the floors of its features; without them it would be a topk.")
         if not 0 < k <= self.size:
             raise BadInput(f"k {k} does not fit a dictionary of size {self.size}: choose k between 1 and the size.")
+
+    @property
+    def label(self) -> str:
+        """`<kind>-<size>-k<k>`, and what else was asked of its training."""
+        return f"{super().label}{self.origin.training.get('variant', '')}"
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
         z = self.normalisation.apply(self._checked(x)) - self.bias

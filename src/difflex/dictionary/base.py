@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from difflex.dictionary.files import Json, read, write
 from difflex.dictionary.normalisation import Normalisation
 from difflex.dictionary.sparse import bag
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.records import Codes, Site
 
 __all__ = ["Dictionary", "NormalisedDictionary", "Origin", "Saved"]
@@ -161,13 +161,25 @@ class Dictionary(ABC):
             )
         origin = Origin(site=config.site, model=config.model, revision=config.revision, training=config.training)
         saved = Saved(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
-        return Dictionary._classes[config.kind].restored(saved)
+        try:
+            made = Dictionary._classes[config.kind].restored(saved)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error}): train or copy it again.") from error
+        if (made.width, made.size) != (config.width, config.size):
+            raise BrokenFile(
+                f"{folder}/config.json says width {config.width} and size {config.size}, its tensors have {made.width} and "
+                f"{made.size}: train or copy it again."
+            )
+        return made
 
     def _checked(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
-        """`x` as float32 on this dictionary's device; an error where it is not a batch of our width."""
+        """`x` as float32 on this dictionary's device; an error where it is not a finite batch of our width."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise BadInput(f"{self.name} takes activations [token, {self.width}]; it was given {list(x.shape)}.")
-        return x.to(self.constant.device, torch.float32)
+        x = x.to(self.constant.device, torch.float32)
+        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+            raise NonFinite(f"{self.name} was given activations that hold NaN or infinity. Harvest them again.")
+        return x
 
 
 class NormalisedDictionary(Dictionary):

@@ -96,4 +96,7 @@ def _config(folder: Path) -> Config:
             raise UnknownName.among(f"In {path} the entry", name, names)
     if missing := [name for name in names if name not in entries]:
         raise BrokenFile(f"{path} lacks {', '.join(missing)}: train or copy the dictionary again.")
+    kinds = {"kind": str, "site": str, "width": int, "size": int, "k": int, "settings": dict, "training": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(entries[name], kind)]:
+        raise BrokenFile(f"{path} says {', '.join(f'{name}: {entries[name]!r}' for name in wrong)}: copy the dictionary again.")
     return Config(**{**entries, "site": Site.parse(entries["site"])})

@@ -82,9 +82,17 @@ class Normalisation:
         clip = settings.get("clip")
         if missing := [name for name in ("mean", "scale") if f"normalisation.{name}" not in tensors]:
             raise BrokenFile(f"A dictionary's file lacks its normalisation's {', '.join(missing)}: train or copy it again.")
+        method, mean = _known(str(settings.get("method"))), tensors["normalisation.mean"]
+        if (method == "whiten") != ("normalisation.basis" in tensors):
+            raise BrokenFile(f"A dictionary's file says normalisation '{method}' but its axes tell another: copy it again.")
+        shapes = {"scale": mean.shape, "basis": 2 * mean.shape}
+        if wrong := [
+            name for name, shape in shapes.items() if tensors.get(f"normalisation.{name}", mean.new_empty(shape)).shape != shape
+        ]:
+            raise BrokenFile(f"The normalisation's {', '.join(wrong)} in a dictionary's file is of another width: copy it again.")
         return cls(
-            method=_known(str(settings.get("method"))),
-            mean=tensors["normalisation.mean"],
+            method=method,
+            mean=mean,
             scale=tensors["normalisation.scale"],
             basis=tensors.get("normalisation.basis"),
             clip=float(clip) if isinstance(clip, int | float) else None,
@@ -104,6 +112,8 @@ class Moments:
 
     def add(self, x: Float[Tensor, "token width"]) -> None:
         """Take in the rows of `x`."""
+        if len(x) == 0:
+            return
         x = x.to(self._sum.device, torch.float64)
         if not torch.isfinite(x).all():
             raise NonFinite(f"Statistics need finite activations; after {self.count} rows came NaN or infinity.")
@@ -139,6 +149,8 @@ class Moments:
                 "Harvest more shots, or choose normalisation 'none'."
             )
         variance, basis = self.variance, None
+        if method == "whiten" and self._squares.ndim == 1:
+            raise BadInput("Whitening needs the covariance of all axes: make the Moments with covariance=True.")
         if method == "whiten":
             variance, axes = torch.linalg.eigh(self.covariance)
             variance, basis = variance.flip(0), axes.flip(1).float().contiguous()

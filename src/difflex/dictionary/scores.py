@@ -3,19 +3,19 @@
 The dense product runs in 8-bit integers where that is faster (four times on a CPU with VNNI). The standard deviation
 of its rounding error is known, and six of them, the `slack`, bound it in practice. If k coarse scores reach t, a score among the
 k largest can have a coarse score under t only by two errors together, its own and that of one of the k, so all that come within
-sqrt(2) slack of t are scored again in float32: the k largest of these are exactly the k largest of all. Should a rescored pair
-leave the bound, the batch is searched again without integers.
+sqrt(2) slack of t are scored again in float32: the k largest of these are exactly the k largest of all. Rows of which one entry
+outgrows all others round to little but zeros, whose error is no noise: these are scored in float32 at once. Should a rescored
+pair leave the bound, or should integers leave too many candidates, the batch is searched again without them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +32,12 @@ FEWEST = 32
 """Tokens that a card multiplies at least: its integer product refuses fewer than 17."""
 SLACK = 6.0 / 12**0.5
 """Six standard deviations of an error that is uniform within half a step."""
+ROUGH = 4.0
+"""Mean absolute integer of a row under which its rounding is taken for more than noise."""
+MOST = 8
+"""One part in this many of all pairs may become candidates."""
+NARROW = 128
+"""Width under which a product is too small for integers to pay."""
 HALVINGS = 8
 """Of the interval in which a token's threshold lies; what is left of it costs a few more candidates."""
 
@@ -43,13 +49,16 @@ class Coarse(NamedTuple):
     steps: Float[Tensor, " row"]
     lengths: Float[Tensor, " row"]
     """Of the true rows."""
+    rough: Bool[Tensor, " row"]
+    """Where one entry leaves few steps to the others."""
 
     @classmethod
     def of(cls, rows: Float[Tensor, "row width"]) -> Coarse:
         """The nearest integers to `rows`, the largest entry of each row at 127."""
         steps = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_min(1e-12) / 127
         integers = (rows * (1 / steps)[:, None]).round_().to(torch.int8)
-        return cls(integers, steps, torch.linalg.vector_norm(rows, dim=1))
+        rough = torch.linalg.vector_norm(rows, ord=1, dim=1) < ROUGH * rows.shape[1] * steps
+        return cls(integers, steps, torch.linalg.vector_norm(rows, dim=1), rough)
 
 
 class Candidates(NamedTuple):
@@ -72,7 +81,8 @@ class Scores:
         self._buffers: tuple[Tensor, Tensor] | None = None
         if size % BLOCK == 0 and size >= 32 * BLOCK and _integers_pay(width, rows.device):
             steps, lengths = (torch.empty(size, device=rows.device) for _ in range(2))
-            self._coarse = Coarse(torch.empty(size, width, dtype=torch.int8, device=rows.device), steps, lengths)
+            integers = torch.empty(size, width, dtype=torch.int8, device=rows.device)
+            self._coarse = Coarse(integers, steps, lengths, torch.empty(size, dtype=torch.bool, device=rows.device))
             for start in range(0, size, 1024):
                 self.refresh(slice(start, start + 1024))
 
@@ -124,7 +134,10 @@ class Scores:
         for start, part in self._chunks(z):
             token = Coarse.of(part)
             slack = SLACK * ((token.steps * longest).square() + (token.lengths * widest).square()).sqrt()
-            some = _candidates(self._product(token, coarse, lift), slack / token.steps, k)
+            scores = self._product(part, token, coarse, lift)
+            some = _candidates(scores, slack / token.steps, k)
+            if len(some.tokens) * MOST > scores.numel():
+                return None
             found.append(some._replace(tokens=some.tokens + start))
             slacks.append(slack)
             steps.append(token.steps)
@@ -134,7 +147,9 @@ class Scores:
         error = (lifted - units * torch.cat(steps)[tokens]).abs()
         return Pairs(tokens, features, values) if bool((error <= torch.cat(slacks)[tokens]).all()) else None
 
-    def _product(self, token: Coarse, coarse: Coarse, lift: Float[Tensor, " size"] | None) -> Float[Tensor, "token size"]:
+    def _product(
+        self, part: Float[Tensor, "token width"], token: Coarse, coarse: Coarse, lift: Float[Tensor, " size"] | None
+    ) -> Float[Tensor, "token size"]:
         """The coarse scores in units of each token's step; valid until the next call."""
         count, size = len(token.integers), len(coarse.integers)
         if self._buffers is None or len(self._buffers[0]) < count:
@@ -147,6 +162,10 @@ class Scores:
         padded_rows = F.pad(token.integers, (0, 0, 0, few)) if few > 0 else token.integers
         torch._int_mm(padded_rows, coarse.integers.T, out=integers[: len(padded_rows)])
         scores.copy_(integers[:count]).mul_(coarse.steps)
+        if bool(token.rough.any()):
+            scores[token.rough] = part[token.rough] @ self.rows.T / token.steps[token.rough, None]
+        if bool(coarse.rough.any()):
+            scores[:, coarse.rough] = part @ self.rows[coarse.rough].T / token.steps[:, None]
         return scores if lift is None else scores.addr_(1 / token.steps, lift)
 
 
@@ -195,19 +214,10 @@ def _top_of(pairs: Pairs, count: int, k: int) -> Codes:
 
 @cache
 def _integers_pay(width: int, device: torch.device) -> bool:
-    """Whether 8-bit integers are multiplied faster than float32 there: measured, a few milliseconds. The result is the same."""
-    left, right = torch.ones(128, width, device=device), torch.ones(1024, width, device=device).T
-    try:
-        return _quickest(torch._int_mm, left.to(torch.int8), right.to(torch.int8)) < _quickest(torch.mm, left, right)
-    except RuntimeError:  # a build of torch, or a width, without the integer product
-        return False
+    """Whether 8-bit integers are multiplied faster than float32 there, by what the processor is.
 
-
-def _quickest(product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
-    """Seconds of the quickest of three products, after one to warm up."""
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        product(left, right).flatten()[0].item()  # a card has finished once a value is read
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    Never by the clock: the last bits of a score depend on it, and with them whether a resumed run equals an undisturbed one.
+    """
+    if device.type == "cpu":
+        return width >= NARROW and torch.cpu._is_vnni_supported()
+    return device.type == "cuda" and width % 8 == 0

@@ -87,6 +87,8 @@ def load_state(path: Path, config: Training, data: str, team: Team, device: torc
     weights = Weights.of({name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")})
     learner = Learner(config, weights, team)
     for name, tensor in _tensors(learner).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise BrokenFile(f"The training state {path} lacks {name} in its shape. Remove it to train from the start.")
         tensor.copy_(tensors[name])
     learner.updates, learner.tokens = header.updates, header.tokens
     learner.threshold, learner.floor = header.threshold, header.floor
@@ -126,7 +128,10 @@ def _gathered(name: str, tensor: Tensor, team: Team) -> Tensor:
 
 
 def _header(path: Path, text: str | None) -> Header:
-    entries = json.loads(text or "{}")
+    try:
+        entries = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise BrokenFile(f"The head of {path} is damaged: {error}. Remove it to train from the start.") from error
     if entries.get("format") != FORMAT or set(entries) != {field.name for field in fields(Header)}:
         raise BrokenFile(f"{path} is not a training state of format {FORMAT}. Remove it to train from the start.")
     return Header(**entries)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from difflex.dictionary.autoencoder import Kind
-from difflex.dictionary.normalisation import Method
-from difflex.errors import BadInput
+from difflex.dictionary.autoencoder import Kind, kind_of
+from difflex.dictionary.normalisation import METHODS, Method
+from difflex.errors import BadInput, UnknownName
 
 __all__ = ["Jump", "Optimiser", "Revival", "Start", "Training"]
+
+
+Target = Literal["residual", "reconstruction"]
+Directions = Literal["random", "orthogonal"]
+Bias = Literal["zero", "mean", "median"]
+
+
+def _within(what: str, value: float | None, fits: bool) -> None:
+    if not fits or (value is not None and not math.isfinite(value)):
+        raise BadInput(f"The {what} {value} of a training makes no sense: see the docstring of difflex.training.Training.")
+
+
+def _known(what: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise UnknownName.among(what, value, known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +47,22 @@ class Optimiser:
     ema: float | None = None
     """What is kept of the averaged weights at each update; the averaged weights are what is saved in the end."""
 
+    def __post_init__(self) -> None:
+        _within("learning rate", self.lr, self.lr > 0)
+        _within("warm-up", self.warmup, self.warmup >= 0)
+        _within("decay", self.decay, 0 <= self.decay <= 1)
+        _within("beta1", self.beta1, 0 <= self.beta1 < 1)
+        _within("beta2", self.beta2, 0 <= self.beta2 < 1)
+        _within("eps", self.eps, self.eps > 0)
+        _within("clip", self.clip, self.clip is None or self.clip > 0)
+        _within("average", self.ema, self.ema is None or 0 <= self.ema < 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Revival:
     """AuxK: dead features learn to explain what the living ones leave."""
 
-    target: Literal["residual", "reconstruction"] = "residual"
+    target: Target = "residual"
     """`residual`: the error, its gradient stopped (Gao et al. 2024). `reconstruction`: the reconstruction itself, as the code of
     2505.24360 has it."""
     k: int = 64
@@ -45,18 +72,29 @@ class Revival:
     after: int = 1_000_000
     """Tokens without firing after which a feature is dead."""
 
+    def __post_init__(self) -> None:
+        _known("The target of a revival", self.target, get_args(Target))
+        _within("number of dead features", self.k, self.k > 0)
+        _within("coefficient", self.coefficient, self.coefficient >= 0)
+        _within("number of tokens", self.after, self.after > 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """The weights before the first update: unit decoder rows, the encoder tied to them."""
 
     seed: int = 0
-    directions: Literal["random", "orthogonal"] = "random"
+    directions: Directions = "random"
     """`orthogonal`: as near to orthogonal as `size` rows can be."""
     gain: float = 1.0
     """Length of the encoder's rows."""
-    bias: Literal["zero", "mean", "median"] = "mean"
+    bias: Bias = "mean"
     """What is subtracted at first: nothing, the mean, or the geometric median of the first tokens."""
+
+    def __post_init__(self) -> None:
+        _known("The kind of first directions", self.directions, get_args(Directions))
+        _known("The first bias", self.bias, get_args(Bias))
+        _within("gain", self.gain, self.gain > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +129,9 @@ class Training:
     jump: Jump = Jump()
 
     def __post_init__(self) -> None:
+        kind_of(self.kind)
+        _known("The normalisation", self.normalisation, METHODS)
+        _within("clip", self.clip, self.clip is None or self.clip > 0)
         if not 0 < self.k <= self.size:
             raise BadInput(f"k {self.k} does not fit a dictionary of size {self.size}: choose k between 1 and the size.")
         if (self.kind == "matryoshka") != bool(self.prefixes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.dictionary.normalisation import VECTORS_PER_AXIS, Moments
-from difflex.errors import BadInput
+from difflex.errors import BadInput, NonFinite
 from difflex.records import Rows
 from difflex.training.team import Team
 from difflex.training.window import Batches
 
-__all__ = ["Feed", "Preview"]
+__all__ = ["Feed", "Preview", "non_finite"]
 
 MOST_KEPT = 32_768
 """Vectors of the preview that are kept, for the first bias and the first floors."""
@@ -73,18 +74,31 @@ class Feed:
                 rows = Rows(*(part[share] for part in rows))
             yield rows._replace(values=rows.values.to(self._device, torch.float32))
 
-    def preview(self, *, covariance: bool) -> Preview:
-        """Statistics of the first 10 x width vectors (at least), on all ranks alike."""
+    def preview(self, *, covariance: bool, most: int | None = None) -> Preview:
+        """Statistics of the first 10 x width vectors (at least, but no more than `most`), on all ranks alike."""
         moments, kept = None, []
-        for rows in self.rows(0):
+        for number, rows in enumerate(self.rows(0)):
+            if found := non_finite(number, rows):
+                raise NonFinite(f"{found} Nothing was learned yet. Harvest that shot again.")
             values = self._team.gathered(rows.values)
             if moments is None:
                 moments = Moments(values.shape[1], covariance=covariance, device=self._device)
             if moments.count < MOST_KEPT:
                 kept.append(values)
             moments.add(values)
-            if moments.count >= VECTORS_PER_AXIS * values.shape[1]:
+            if moments.count >= min(VECTORS_PER_AXIS * values.shape[1], most or math.inf):
                 break
         if moments is None:
             raise BadInput("Training was given a stream without a batch. Harvest some activations first.")
         return Preview(moments, torch.cat(kept)[:MOST_KEPT])
+
+
+def non_finite(number: int, rows: Rows) -> str:
+    """A sentence on the rows of batch `number` that hold NaN or infinity; nothing where there are none."""
+    bad = (~torch.isfinite(rows.values)).any(1).nonzero()[:, 0].tolist()
+    if not bad:
+        return ""
+    return (
+        f"Batch {number} holds NaN or infinity in {len(bad)} rows, first that of shot {int(rows.shots[bad[0]])}, token "
+        f"{int(rows.tokens[bad[0]])}."
+    )

@@ -23,7 +23,7 @@ from difflex.errors import BadInput, NonFinite
 from difflex.records import Rows
 from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights
 from difflex.training.config import Optimiser, Training
-from difflex.training.feed import Feed, Preview
+from difflex.training.feed import Feed, Preview, non_finite
 from difflex.training.learner import Learner
 from difflex.training.log import Also, Log
 from difflex.training.start import first_weights
@@ -39,6 +39,8 @@ class Course:
 
     tokens: int
     """Activations to learn from."""
+    epoch: int | None = None
+    """Activations before the stream repeats itself, where it does: statistics read no further."""
     data: str = ""
     """A name for what the batches are made from: work begun on other data is not continued."""
     checkpoint_every: int = 500
@@ -53,6 +55,11 @@ class Course:
     """Whether each rank's stream already is its own share of every batch."""
     progress: bool = True
     """Show a bar, where the console is one that can."""
+
+    def __post_init__(self) -> None:
+        for name, count in (("tokens", self.tokens), ("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
+            if count <= 0:
+                raise BadInput(f"A course with {name}={count} learns nothing: choose a number above 0.")
 
 
 Scheme = tuple[Method, float | None]
@@ -130,7 +137,9 @@ class Run:
         begun = {folder: training for folder, training in trainings.items() if resumed[folder] is None}
         preview = None
         if begun:
-            preview = self.feed.preview(covariance=any(training.normalisation == "whiten" for training in begun.values()))
+            preview = self.feed.preview(
+                covariance=any(training.normalisation == "whiten" for training in begun.values()), most=course.epoch
+            )
         self.members = []
         for folder, training in trainings.items():
             found = resumed[folder]
@@ -187,6 +196,7 @@ class Run:
         """Save the last state and the dictionaries."""
         done = {}
         for member in self.members:
+            self._check(member)
             save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
             done[member.folder] = member.dictionary(self.origin, self.course.data)
             if self.team.rank == 0:
@@ -207,26 +217,31 @@ class Run:
             try:
                 learner.update(normalised[scheme], lr, measured=measured)
             except NonFinite as error:
+                self._checkpoint(but=member)
                 raise NonFinite(self._bad_batch(number, rows, member)) from error
 
     def _bad_batch(self, number: int, rows: Rows, member: Member) -> str:
         """Which batch it was that ended a training, and what to do."""
-        bad = (~torch.isfinite(rows.values)).any(1).nonzero()[:, 0].tolist()
         kept = (
             f"The state of {member.folder / STATE} before it is kept"
             if (member.folder / STATE).exists()
             else "No state was saved"
         )
-        if bad:
-            row = bad[0]
-            return (
-                f"Batch {number} holds NaN or infinity in {len(bad)} rows, first that of shot {int(rows.shots[row])}, token "
-                f"{int(rows.tokens[row])}. {kept}. Harvest that shot again, then resume."
-            )
+        if found := non_finite(number, rows):
+            return f"{found} {kept}. Harvest that shot again, then resume."
         return (
             f"The loss of {member.learner.config.label} became NaN or infinite at batch {number}, whose rows are finite: its "
             f"weights have diverged. {kept}. Lower the learning rate and train it anew."
         )
+
+    def _check(self, member: Member) -> None:
+        """Nothing; weights that are no numbers any more are an error, and what was saved before stays."""
+        weights = member.learner.parameters.weights.named()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+            raise NonFinite(
+                f"The weights of {member.learner.config.label} became NaN or infinite by update {member.learner.updates}: "
+                f"they have diverged. What {member.folder} holds from before is kept. Lower the learning rate and train it anew."
+            )
 
     def _log(self, speed: float, waited: float) -> str:
         """What the bar shows after a line was written for every member."""
@@ -249,8 +264,12 @@ class Run:
         loss, fvu, dead = (sum(getattr(one, name) for one in shown) / len(shown) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, but: Member | None = None) -> None:
+        """Save the state of every member; `but` one whose update failed."""
         for member in self.members:
+            if member is but:
+                continue
+            self._check(member)
             save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
             found = density(member.learner)
             if member.log is not None:

@@ -131,7 +131,8 @@ class Learner:
         if asked is not None:
             layers.append(asked)
             if self.config.revival is not None and self.config.revival.target == "reconstruction":
-                layers[0] -= asked
+                for layer in layers[:-1]:  # all features answer for the whole reconstruction
+                    layer -= asked
         return Errors(layers, bias, square), revived
 
     def _revived(
@@ -140,7 +141,7 @@ class Learner:
         """What dead features say of their target, and the derivative of the second loss by it; nothing where none are dead."""
         revival, team = self.config.revival, self.team
         dead = self._dead().nonzero()[:, 0]
-        if revival is None or int(total := team.total(torch.tensor(len(dead)))) == 0:
+        if revival is None or int(total := team.total(torch.tensor(len(dead), device=dead.device))) == 0:
             return None, None
         slots = min(revival.k, int(total))
         pairs = among_dead(self.parameters.scores, dead, centred, slots, self.config.relu, team)

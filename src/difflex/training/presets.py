@@ -59,7 +59,7 @@ def unbox(*, size: int = 5_120, k: int = 10) -> Training:
         size=size,
         k=k,
         normalisation="scale",
-        start=Start(gain=1.0, bias="median"),
+        start=Start(gain=3**-0.5, bias="median"),
         optimiser=Optimiser(lr=1e-4, warmup=1, decay=0.0, eps=6.25e-10),
         revival=Revival(k=256, coefficient=1 / 32, after=10_000_000),
     )

@@ -103,7 +103,7 @@ def _over_floor(
     pairs = scores.above(z, floor - jump.bandwidth / 2)
     over = pairs.values - floor[pairs.features]
     fires, near = over > 0, (over < jump.bandwidth / 2).float() / jump.bandwidth
-    count, tokens = team.summed(torch.tensor([float(fires.sum()), float(len(z))])).tolist()
+    count, tokens = team.summed(torch.tensor([float(fires.sum()), float(len(z))], device=z.device)).tolist()
     tokens /= team.shards
     # d/d floor of strength * (features per token / k - 1)^2, and of the step in value = score * [score > floor]
     push = -jump.strength * 2 * (count / tokens / k - 1) / k / tokens

@@ -54,7 +54,7 @@ class Team(Ranks):
         """The place, in what `pooled` gives, of the first of the `count` tokens that this rank encoded."""
         if self.count == 1 or self.split == "features":
             return 0
-        return int(self.gathered(torch.tensor([count]))[: self.rank].sum())
+        return int(self.gathered(torch.tensor([count], device=self._device))[: self.rank].sum())
 
     def pooled(self, found: Tensor) -> Tensor:
         """What the ranks found for the tokens they encoded, one after another, where each encoded its own."""
