@@ -1,7 +1,9 @@
 """`difflex harvest` and `difflex verify`: a real pipeline's activations, stored, resumed, shared by processes, verified."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,23 @@ def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "difflex"]
     subprocess.run([*torchrun, "harvest", str(model), *flags], check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_harvest_that_was_killed_goes_on_to_the_same_bytes(model: Path, tmp_path: Path):
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("".join(f"star {i}\n" for i in range(400)))
+    flags = ["--prompts", str(prompts), "--pixels", "16x24", "--batch", "4", "--sites", *SITES]
+    command = [sys.executable, "-m", "difflex", "harvest", str(model), *flags, "--out", str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        begun = lambda: any(path.stat().st_size > 4096 for path in (tmp_path / "killed").rglob(".shard*.tmp"))  # noqa: E731
+        while process.poll() is None and not begun():
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert list(tmp_path.rglob(".shard*.tmp")) and not list(tmp_path.rglob("shard*"))
+    for name in ("killed", "whole"):
+        assert main(["harvest", str(model), *flags, "--out", str(tmp_path / name)]) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_column_of_a_file_is_harvested(model: Path, tmp_path: Path):

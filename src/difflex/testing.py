@@ -6,6 +6,7 @@ They need no download and run in milliseconds, so that code around any family ca
 import json
 import string
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -312,9 +313,9 @@ def _sd1() -> DiffusionPipeline:
     )
 
 
-def _pixart() -> DiffusionPipeline:
+def _pixart(kind: str = "PixArtAlphaPipeline") -> DiffusionPipeline:
     return _diffusers(
-        "PixArtAlphaPipeline",
+        kind,
         tokenizer=_t5_tokenizer(),
         text_encoder=_t5(),
         vae=_vae(4, shift=None),
@@ -344,6 +345,7 @@ TINY: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
         "sdxl": _sdxl,
         "sd1": _sd1,
         "pixart": _pixart,
+        "pixart-sigma": partial(_pixart, "PixArtSigmaPipeline"),
     }
 )
 """How each tiny pipeline is built, by the name of its family."""

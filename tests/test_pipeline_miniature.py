@@ -1,0 +1,62 @@
+"""What is promised of every pipeline, kept by the model inside the package."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+import difflex
+from difflex.pipeline import Pipeline
+from difflex.records import Site
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+PROMPTS = [f"a {colour} star on grass" for colour in ("red", "blue", "green", "yellow", "purple", "orange", "pink", "white")]
+
+
+@pytest.fixture(scope="module")
+def mini() -> Pipeline:
+    return difflex.load("mini-flux")
+
+
+def latents(pipe: Pipeline) -> Tensor:
+    output = pipe.engine.run(list(pipe.shots(PROMPTS[:2], steps=2, keep_steps=[0])), output_type="latent")
+    assert isinstance(output, Tensor)
+    return output
+
+
+def test_writing_back_what_was_read_at_every_site_changes_no_bit(mini: Pipeline):
+    plain = latents(mini)
+    with ExitStack() as stack:
+        for row in mini.sites():
+            for kind in row.kinds:
+                stack.enter_context(mini.at(Site(row.site.path, kind, row.site.stream), lambda x, moment: x))
+        assert torch.equal(latents(mini), plain)
+
+
+def test_the_pass_stops_after_the_last_site(mini: Pipeline):
+    called: list[str] = []
+    with ExitStack() as stack:
+        for name in mini.engine.sites.blocks:
+            hook = lambda *_, name=name: called.append(name)  # noqa: E731
+            stack.callback(mini.engine.sites.locate(name).module.register_forward_hook(hook).remove)
+        list(mini.harvest(mini.shots(PROMPTS[:2], steps=2, keep_steps=[0]), "double.1", progress=False))
+    assert called == ["double.0", "double.1"]
+
+
+def test_a_batch_of_one_and_of_eight_give_the_same(mini: Pipeline):
+    shots = list(mini.shots(PROMPTS, steps=2, keep_steps=[1]))
+    sites = ["double.1", "single.0:text", "single.1:update"]
+    found = []
+    for batch in (1, 8):
+        found.append(
+            {
+                (seen.site, shot): values
+                for seen in mini.harvest(shots, sites, batch, progress=False)
+                for shot, values in zip(seen.shots, seen.values, strict=True)
+            }
+        )
+    alone, together = found
+    assert alone.keys() == together.keys() and len(alone) == 24
+    for key in alone:
+        torch.testing.assert_close(alone[key], together[key], rtol=1e-4, atol=1e-4)
