@@ -26,7 +26,7 @@ from difflex.dictionary.pursuit.correlations import Atoms
 from difflex.dictionary.pursuit.walk import walk
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
 from difflex.ranks import Ranks
-from difflex.records import Rows, Shot, Site
+from difflex.records import Reading, Rows, Shot, Site
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024
 ORIGIN = Origin(site=Site("double.18"), model="mini-flux")
@@ -130,6 +130,11 @@ def test_copies_within_a_batch_become_one_atom():
     cosines = grower.atoms.rows @ grower.atoms.rows.T - torch.eye(grower.size)
     assert float(cosines.max()) < 0.97
     assert grower.size <= 20
+
+
+def test_rows_that_are_held_out_become_no_atoms(tmp_path: Path):
+    with pytest.raises(BadInput, match="'held-out', needed is 'train'"):
+        grow({tmp_path: growth()}, source(batches=lambda start: Reading(stream(start), "held-out")), origin=ORIGIN)
 
 
 def test_growth_does_not_depend_on_scale():

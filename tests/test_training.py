@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from difflex.dictionary import Autoencoder, Dictionary, Origin
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
 from difflex.planted import Planted
-from difflex.records import Rows, Site
+from difflex.records import Reading, Rows, Site
 from difflex.training import Course, Optimiser, Revival, Start, Training, fit, shuffled
 from difflex.training.fitting import rate
 
@@ -167,6 +167,11 @@ def test_weights_that_diverge_are_said_to(tmp_path: Path):
     wild = replace(SMALL, optimiser=Optimiser(lr=1e30, warmup=0))
     with pytest.raises(NonFinite, match=r"have diverged\. No state was saved\. Lower the learning rate"):
         trained(tmp_path, wild)
+
+
+def test_rows_that_are_held_out_are_not_learned_from(tmp_path: Path):
+    with pytest.raises(BadInput, match="'held-out', needed is 'train'"):
+        fit({tmp_path: SMALL}, lambda start: Reading(batches(start), "held-out"), origin=ORIGIN, course=COURSE)
 
 
 def test_work_on_other_data_or_of_another_training_is_not_continued(tmp_path: Path):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from difflex.dictionary.normalisation import VECTORS_PER_AXIS, Moments
 from difflex.errors import BadInput, NonFinite
-from difflex.records import Rows
+from difflex.records import Rows, of_split
 from difflex.training.team import Team
 from difflex.training.window import Batches
 
@@ -62,7 +62,7 @@ class Feed:
 
     def rows(self, start: int) -> Iterator[Rows]:
         """The shares of this rank in the batches from number `start` on."""
-        stream = self._batches(start)
+        stream = of_split(self._batches(start), "train")
         while True:
             began = time.perf_counter()
             rows = next(stream, None)

@@ -26,7 +26,7 @@ from difflex.dictionary.normalisation import Method, Normalisation, estimate
 from difflex.dictionary.pursuit.means import Means, free_memory
 from difflex.errors import BadInput, NonFinite
 from difflex.ranks import Ranks
-from difflex.records import Rows, Shot
+from difflex.records import Rows, Shot, of_split
 
 __all__ = ["Progress", "Source", "grow"]
 
@@ -109,7 +109,7 @@ class Run:
         """The one that rank 0 estimates from its first batches, on all ranks."""
         scheme = (growth.normalisation, growth.clip)
         if scheme not in self._normalisations:
-            found = estimate((rows.values.to(self.device) for rows in self.source.batches(0)), *scheme)
+            found = estimate((rows.values.to(self.device) for rows in of_split(self.source.batches(0), "train")), *scheme)
             agreed: dict[str, Tensor] = {name: self.ranks.agreed(tensor) for name, tensor in found.tensors().items()}
             self._normalisations[scheme] = Normalisation.of(found.settings(), agreed)
         return self._normalisations[scheme]
@@ -132,7 +132,7 @@ class Run:
         """One pass over the stream for `members`, each from the batch where it stands."""
         growing = [member for member in members if not member.finished]
         first = min((member.batches for member in growing), default=0)
-        stream = self.source.batches(first) if growing else iter(())
+        stream = of_split(self.source.batches(first), "train") if growing else iter(())
         for number in count(first):
             rows = next(stream, None) if growing else None
             counts = self.ranks.counts(0 if rows is None else len(rows.values))
