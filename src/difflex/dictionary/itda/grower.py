@@ -133,26 +133,29 @@ class Grower:
         judged.extend(line.new, size)
         swayed = judged.swayed(mine, line.new, line.cross, self._slack)
         kept = self._kept(judged, mine, line.place, swayed, most, count).nonzero()[:, 0]
-        self._cut(size)
+        # Those in front of the first that is dropped stand where they are.
+        firm = int((kept == torch.arange(len(kept), device=kept.device)).sum())
+        self._cut(size + firm)
         judged.keep(size, kept, count)
         self.shots[size : size + len(kept)], self.tokens[size : size + len(kept)] = (
             line.shots[kept].cpu(),
             line.tokens[kept].cpu(),
         )
-        cross = line.cross[kept]
-        self._append(line.new[kept], cross, own[kept][:, kept])
+        cross, among = line.cross[kept], own[kept][:, kept]
+        self._append(line.new[kept[firm:]], torch.cat([cross[firm:], among[firm:, :firm]], 1), among[firm:, firm:])
         judged.settled[mine[torch.isin(line.place, kept)]] = True
         others = (~judged.settled).nonzero()[:, 0]
-        stale = judged.swayed(others, line.new[kept], torch.cat([cross, own[kept][:, kept]], 1), self._slack).any(1)
+        stale = judged.swayed(others, line.new[kept], torch.cat([cross, among], 1), self._slack).any(1)
         judged.again(others[stale], self.atoms)
         return len(kept)
 
     def _kept(self, judged: Judged, mine: Tensor, place: Tensor, swayed: Tensor, most: int, count: int) -> Bool[Tensor, " new"]:
         """Which of the candidates become atoms, those in front first.
 
-        All are believed to at first. Those whose path others would sway are judged with the others before them, whoever turns out
-        to be explained is no longer believed in, and so on until nothing changes. The first is right from the start, and every
-        other as soon as all before it are; so this ends, after few rounds as a rule, with what one after the other would give.
+        All are believed to at first; whose path others would sway is judged anew with those before it that are believed to, and
+        so on until nothing changes. Invariant: after round i, the verdicts on the first i candidates at least are those of one
+        after the other. A verdict hangs on those before it alone, and is renewed when one of these fell off its path or came in.
+        So it ends, after few rounds as a rule.
         """
         before = torch.arange(count, device=place.device) < place[:, None]
         kept = torch.ones(count, dtype=torch.bool, device=place.device)
