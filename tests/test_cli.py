@@ -34,7 +34,7 @@ class PaintBox:
 @pytest.fixture
 def paint_box(monkeypatch: pytest.MonkeyPatch) -> PaintBox:
     box = PaintBox()
-    monkeypatch.setattr(difflex, "load", lambda name, **how: box, raising=False)
+    monkeypatch.setattr(Opening, "load", lambda opening: box)
     return box
 
 

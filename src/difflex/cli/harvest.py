@@ -56,7 +56,7 @@ class Harvest(Opening):
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
     """How many rows to store at each site."""
     column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
-    """Which column of a .csv, .jsonl or .parquet file holds the prompts."""
+    """Which column of a .csv, .json, .jsonl or .parquet file holds the prompts."""
     pinned: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """Which revision of a data set on the hub to read."""
     seeds: Range = range(1)

@@ -52,11 +52,11 @@ class Room:
         advice = (
             f"Ask for {tokens:,} tokens or fewer" if runs > 0 else "Not even one run fits: free some space or raise the limit"
         )
-        smaller = "" if self._ledgers[0].head.dtype == "int8" else ", or for int8"
+        smaller = "" if self._ledgers[0].head.dtype == "int8" else " or for int8"
         what = "free on the disk are" if allowed == free else "the limit is"
         raise OutOfSpace(
             f"{total} shots at {len(self._ledgers)} sites take {said_size(self._needed(total, text))}; "
-            f"{what} {said_size(allowed)}. {advice}, ask for fewer sites{smaller}."
+            f"{what} {said_size(allowed)}. {advice}, or ask for fewer sites{smaller}."
         )
 
     def check_shard(self, shots: Sequence[Shot], missing: Sequence[Ledger]) -> None:
