@@ -71,7 +71,7 @@ def grown(store: Store, growth: Growth, tokens: int) -> Result:
     """An ITDA dictionary from the first `tokens` of the stream."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        made = grow({Path(folder): growth}, source_of(store, tokens), origin=Origin(site=SITE))
+        made = grow({Path(folder): growth}, source_of(store, tokens), origin=Origin(site=SITE), device="cpu")
         return Result(made[Path(folder)], time.process_time() - began)
 
 

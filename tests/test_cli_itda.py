@@ -1,6 +1,5 @@
 """`difflex itda`: from a study's activations to dictionaries in the same study."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -37,8 +36,7 @@ def study(harvested: Path, tmp_path: Path) -> Path:
 
 
 def dictionaries(study: Path) -> list[ITDA]:
-    folders = [path.parent for path in sorted((study / "dictionaries").glob("*/*/dictionary.safetensors"))]
-    found = [Dictionary.load(folder) for folder in folders if (folder / "config.json").exists() and "growing" not in folder.name]
+    found = [Dictionary.load(path.parent) for path in sorted((study / "dictionaries").glob("*/itda-*/dictionary.safetensors"))]
     return [itda for itda in found if isinstance(itda, ITDA)]
 
 
@@ -105,13 +103,14 @@ def test_a_name_that_is_taken_costs_no_growth(study: Path, capsys: pytest.Captur
     old = study / "dictionaries" / "double.1" / "itda-16-k4-over0.1"
     old.mkdir(parents=True)
     (old / "config.json").write_text("{")
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        assert main(words) == 2
-        assert "Move the old one away" in capsys.readouterr().err
-        assert [itda.label for itda in dictionaries(study) if "over0.2" in itda.label] == ["itda-16-k4-over0.2"]
+    assert main(words) == 2
+    assert "Move the old one away" in capsys.readouterr().err
+    assert [itda.label for itda in dictionaries(study)] == ["itda-16-k4-over0.2"]
+    [grown] = old.parent.glob("growing-*/dictionary.safetensors")
+    stamp = grown.stat().st_mtime_ns
     old.rename(study / "old")
     assert main(words) == 0
+    assert (old / grown.name).stat().st_mtime_ns == stamp
     assert {path.name for path in old.parent.iterdir()} == {"itda-16-k4-over0.1", "itda-16-k4-over0.2"}
 
 

@@ -1,8 +1,8 @@
 """`difflex itda`: dictionaries made of data."""
 
+import json
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
 from difflex.dictionary.itda.config import variant
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
-from difflex.errors import BadInput, DifflexError, UnknownName
+from difflex.errors import BadInput, UnknownName
 from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
@@ -138,22 +138,30 @@ def _work(study: Study, site: Site, growth: Growth, training: Mapping[str, Json]
 def _there(study: Study, site: Site, growth: Growth, source: Source, ranks: Ranks) -> bool:
     """Whether the same dictionary has been grown before; then it is said."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
-        try:
-            itda = Dictionary.load(path.parent)
-        except DifflexError as error:
-            warnings.warn(f"{path.parent} is passed over: {error}", stacklevel=2)
-            continue
-        if isinstance(itda, ITDA) and _alike(itda.origin.training, growth, source):
+        if _alike(_training(path), growth, source):
             if ranks.rank == 0:
+                itda = Dictionary.load(path.parent)
+                assert isinstance(itda, ITDA)
                 print(f"{path.parent}: is there already, {_described(itda)}")
             return True
     return False
 
 
+def _training(path: Path) -> Mapping[str, Json]:
+    """What a dictionary's file says of its making: nothing where it is damaged, which need not stop the growth of another."""
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    training = entries.get("training") if isinstance(entries, dict) else None
+    return training if isinstance(training, dict) else {}
+
+
 def _alike(training: Mapping[str, Json], growth: Growth, source: Source) -> bool:
     """Whether a dictionary that says this of itself was grown as is asked, by however many processes."""
     config = training.get("config")
-    return isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json() and training["data"] == source.data
+    same = isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json()
+    return same and training.get("data") == source.data
 
 
 def _put(study: Study, made: Mapping[Path, ITDA]) -> None:

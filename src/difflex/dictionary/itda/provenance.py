@@ -72,6 +72,6 @@ class Provenance:
             lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
             entries = [json.loads(line) for line in lines if line]
             known = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
-            return cls(shots=tensors["provenance.shots"], tokens=tensors["provenance.tokens"], known=known)
+            return cls(shots=tensors["provenance.shots"].cpu(), tokens=tensors["provenance.tokens"].cpu(), known=known)
         except (KeyError, TypeError, ValueError) as error:
             raise BrokenFile(f"A dictionary's file does not say which patches its atoms are ({error}): copy it again.") from error
