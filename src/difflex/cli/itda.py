@@ -1,7 +1,6 @@
 """`difflex itda`: dictionaries made of data."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.cli import Command
+from difflex.cli.opening import see_own_card
 from difflex.dictionary import Dictionary, Origin
 from difflex.dictionary.files import Json
 from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
@@ -59,9 +59,7 @@ class Itda(Command):
 
     def __call__(self) -> None:
         self._check()
-        if "LOCAL_RANK" in os.environ:
-            # Each process sees a card of its own; to be said before torch looks for one.
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
+        see_own_card()
         study, site = Study.open(self.study), Site.parse(self.site)
         stores = study.stores()
         if site not in stores:

@@ -1,6 +1,5 @@
 """`difflex train`: sparse autoencoders from stored activations."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.cli import Command
+from difflex.cli.opening import see_own_card
 from difflex.dictionary import Autoencoder, Origin
 from difflex.dictionary.autoencoder import Kind
 from difflex.dictionary.normalisation import Method
@@ -103,9 +103,7 @@ class Train(Command):
     def __call__(self) -> None:
         if not self.site:
             raise BadInput("Name at least one --site.")
-        if "LOCAL_RANK" in os.environ:
-            # Each process sees a card of its own; to be said before torch looks for one.
-            os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ["LOCAL_RANK"])
+        see_own_card()
         study = Study.open(self.study)
         stores = study.stores()
         for name in self.site:

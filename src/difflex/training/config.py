@@ -103,7 +103,7 @@ class Jump:
 
     bandwidth: float = 0.5
     """In units of the scores."""
-    strength: float = 1e-2
+    strength: float = 1e-1
     """Weight of `(features per token / k - 1)^2` in the loss."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from difflex.errors import BadInput
-from difflex.records import Rows
+from difflex.records import Rows, of_split
 
 __all__ = ["Batches", "shuffled"]
 
@@ -26,7 +26,7 @@ def shuffled(rows_from: Callable[[int], Iterator[Rows]], *, window: int, batch: 
     def batches(start: int) -> Iterator[Rows]:
         per_window = window // batch
         number, skipped = divmod(start, per_window)
-        for whole in _windows(rows_from(number * window), window):
+        for whole in _windows(of_split(rows_from(number * window), "train"), window):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             order = torch.randperm(len(whole.values), generator=generator).to(whole.values.device)
             for first in range(skipped * batch, len(whole.values) - batch + 1, batch):
