@@ -35,7 +35,7 @@ def visiting(clock: Clock, located: Located, fn: Visit, half: Half | None = None
 def on_copies(fn: Visit) -> Visit:
     """`fn`, handed copies: what it does to them in place is its own affair, and it may keep them."""
 
-    def given_a_copy(x: Float[Tensor, "batch token width"], moment: Moment) -> Float[Tensor, "batch token width"] | None:
+    def given_a_copy(x: Float[Tensor, "batch token width"], moment: Moment) -> Tensor | None:
         return fn(x.clone(memory_format=torch.contiguous_format), moment)
 
     return given_a_copy
