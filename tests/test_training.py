@@ -311,3 +311,11 @@ def test_where_one_of_a_sweep_diverges_the_others_keep_what_they_learned(tmp_pat
     with pytest.raises(NonFinite, match="diverged"):
         fit(sweep, batches, origin=ORIGIN, course=COURSE)
     assert (tmp_path / "sane" / "training" / "state.safetensors").exists()
+
+
+def test_a_member_that_diverges_at_the_end_does_not_cost_the_others_their_dictionaries(tmp_path: Path):
+    mad = replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0, decay=0.0))
+    with pytest.raises(NonFinite, match="diverged"):
+        fit({tmp_path / "mad": mad, tmp_path / "sane": SMALL}, batches, origin=ORIGIN, course=replace(COURSE, tokens=64))
+    assert Dictionary.load(tmp_path / "sane").size == SMALL.size
+    assert not (tmp_path / "mad" / "config.json").exists()

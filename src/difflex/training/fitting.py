@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, final
@@ -72,6 +72,12 @@ class Member:
     def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: Log | None) -> None:
         """The member whose state goes to `folder`; only rank 0 has a log."""
         self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no weight on any rank is NaN or infinite."""
+        wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.named().values()]
+        return not bool(self.learner.team.summed(torch.stack(wrong)).any())
 
     def dictionary(self, origin: Origin, data: str) -> Autoencoder:
         """The dictionary as it stands, of all ranks' features."""
@@ -195,8 +201,7 @@ class Run:
     def finish(self) -> dict[Path, Autoencoder]:
         """Save the last state and the dictionaries."""
         done = {}
-        for member in self.members:
-            self._check(member)
+        for member in self._well():
             save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
             done[member.folder] = member.dictionary(self.origin, self.course.data)
             if self.team.rank == 0:
@@ -234,10 +239,11 @@ class Run:
             f"weights have diverged. {kept}. Lower the learning rate and train it anew."
         )
 
-    def _check(self, member: Member) -> None:
-        """Nothing; weights that are no numbers any more are an error, and what was saved before stays."""
-        weights = member.learner.parameters.weights.named()
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+    def _well(self, but: Member | None = None) -> Iterator[Member]:
+        """The members whose weights are numbers; after them, an error about those whose weights are not."""
+        ill = [member for member in self.members if member is not but and not member.is_finite]
+        yield from (member for member in self.members if member is not but and member not in ill)
+        for member in ill:
             raise NonFinite(
                 f"The weights of {member.learner.config.label} became NaN or infinite by update {member.learner.updates}: "
                 f"they have diverged. What {member.folder} holds from before is kept. Lower the learning rate and train it anew."
@@ -265,11 +271,8 @@ class Run:
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
     def _checkpoint(self, but: Member | None = None) -> None:
-        """Save the state of every member; `but` one whose update failed."""
-        for member in self.members:
-            if member is but:
-                continue
-            self._check(member)
+        """Save the state of every member that is well, `but` one whose update failed."""
+        for member in self._well(but):
             save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
             found = density(member.learner)
             if member.log is not None:
