@@ -29,7 +29,7 @@ sys.path.insert(0, str(TESTS))
 
 from fake_harvest import SITES, FakeHarvest, fake_shots  # noqa: E402 (found by the line above)  # pyright: ignore[reportMissingImports]
 
-KILLS, FLIPS, ROUNDS = 30, 100, 7
+KILLS, FLIPS, WARM, ROUNDS = 30, 100, 4, 7
 WIDTH, TOKENS, SHOTS = 3072, 256, 170
 QUICK = Recording(batch=4, shard_bytes=0, progress=False)
 
@@ -125,7 +125,10 @@ class Ready:
 
 
 def writing(root: Path) -> Result:
-    """A shard of 256 MiB recorded against the same tensor saved by safetensors, both brought to the disk."""
+    """A shard of 256 MiB recorded against the same tensor saved by safetensors, both brought to the disk.
+
+    The first rounds do not count: in them the system looks for memory to hold what is on its way to the disk.
+    """
     harvest, shots = Ready(), list(fake_shots(SHOTS + 10))
     tensor = harvest.values.flatten(0, 1).repeat(SHOTS // 10, 1)
 
@@ -144,12 +147,12 @@ def writing(root: Path) -> Result:
 
     took: list[float] = []
     plainly: list[float] = []
-    for _ in range(ROUNDS):
+    for _ in range(WARM + ROUNDS):
         start = time.perf_counter()
         plain()
         plainly.append(time.perf_counter() - start)
         ours()
-    rates = [tensor.nbytes / statistics.median(times) / 1e6 for times in (plainly, took)]
+    rates = [tensor.nbytes / statistics.median(times[WARM:]) / 1e6 for times in (plainly, took)]
     share = rates[1] / rates[0]
     return Result("writing", f"{rates[1]:.0f} MB/s, plain {rates[0]:.0f} MB/s: {share:.0%}", "70 %", share >= 0.7)
 

@@ -1,5 +1,6 @@
 """Recording: the same bytes whatever happens on the way, and a clear word where it cannot go on."""
 
+import errno
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
 from difflex.records import Activations, Shot, Site, split_of
-from difflex.store import Recording, Store, record
+from difflex.store import Recording, Store, files, record
 
 SCRIPT = Path(__file__).parent / "fake_harvest.py"
 SITE = SITES[0]
@@ -204,6 +205,23 @@ def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(tmp_path: Path,
     stores = [Store.open(path.parent) for path in tmp_path.rglob("manifest.json")]
     assert all(store.verify() for store in stores)
     assert all(store.complete for store in record(tmp_path, fake_shots(32), SITES, FakeHarvest(width=512), QUICK))
+
+
+def test_a_disk_that_fails_while_a_file_is_still_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The system tells of such a failure once: a flush that came after it would go well.
+    failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def fsync(_: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(files, "FLUSH", 1)
+    monkeypatch.setattr(os, "fsync", fsync)
+    whole = files.Whole(tmp_path / "file", rank=0)
+    whole.write(b"some")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        whole.keep()
+    assert not list(tmp_path.iterdir())
 
 
 def test_too_large_a_plan_is_refused_before_anything_is_written(tmp_path: Path):

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,10 @@ __all__ = ["Whole", "digest", "locked", "read_json", "sweep", "write_whole"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 2**22
+AHEAD = 2
+"""Contents that the writer of a file may be ahead of the disk."""
+FLUSH = 2**25
+"""Bytes after which the disk is put to work, so that little is left for it to do at the end."""
 
 
 class Whole:
@@ -31,28 +36,41 @@ class Whole:
         # The name says whose it is: ranks write side by side, and what a killed one left is found by its successor.
         self._temporary = path.with_name(f".{path.name}.{rank}.tmp")
         self._checksum = hashlib.sha256()
-        self._beside = ThreadPoolExecutor(2, thread_name_prefix="writer")
+        # Hashing and copying take a core each, and the disk its time: each goes on at its own pace.
+        self._hasher, self._copier, self._flusher = (ThreadPoolExecutor(1, thread_name_prefix="writer") for _ in range(3))
+        self._pending: deque[Future[None]] = deque()
+        self._flushes: list[Future[None]] = []
+        self._unflushed = 0
         with _full_disk_told(path):
             self._file: BinaryIO = self._temporary.open("wb", buffering=0)
 
-    def write(self, content: bytes | memoryview, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Nothing; `content` is appended. `meanwhile` is done beside that: hashing and copying take a core each."""
+    def write(self, content: bytes | memoryview) -> None:
+        """Nothing; `content` will be appended, and must not change meanwhile. Waits while too much is left to do."""
         content = memoryview(content).cast("B")
         with self._or_discarded():
-            hashed = self._beside.submit(self._checksum.update, content)
-            written = self._beside.submit(self._append, content)
-            meanwhile()
-            hashed.result()
-            written.result()
+            self._pending.append(self._hasher.submit(self._checksum.update, content))
+            self._pending.append(self._copier.submit(self._append, content))
+            self._unflushed += len(content)
+            if self._unflushed >= FLUSH:
+                self._flushes.append(self._flusher.submit(os.fsync, self._file.fileno()))
+                self._unflushed = 0
+            self._wait(2 * AHEAD)
 
     def _append(self, content: memoryview) -> None:
         while content:
             content = content[self._file.write(content) :]
 
+    def _wait(self, allowed: int = 0) -> None:
+        while len(self._pending) > allowed:
+            self._pending.popleft().result()
+
     def keep(self) -> str:
         """The SHA-256 of the file, which now has its name."""
         with self._or_discarded():
-            self._beside.shutdown()
+            self._wait()
+            for flush in self._flushes:
+                flush.result()  # what an early flush could not do, a later one does not report again
+            self._end_workers()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, self.path)
@@ -61,9 +79,13 @@ class Whole:
 
     def discard(self) -> None:
         """Nothing; what was written is gone."""
-        self._beside.shutdown()
+        self._end_workers()
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def _end_workers(self) -> None:
+        for worker in (self._hasher, self._copier, self._flusher):
+            worker.shutdown(cancel_futures=True)
 
     @contextmanager
     def _or_discarded(self) -> Iterator[None]:

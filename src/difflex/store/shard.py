@@ -141,7 +141,8 @@ class ShardWriter:
         self._missing -= len(shots)
         if packed.scales is not None:
             self._scales.append(packed.scales)
-        self._file.write(_bytes(packed.values), meanwhile=lambda: self._count(unpack(packed), shots))
+        self._file.write(_bytes(packed.values))
+        self._count(unpack(packed), shots)
 
     def _count(self, rows: Float[Tensor, "shot token width"], shots: Sequence[Shot]) -> None:
         """Take in the rows of split `train`; a row that is not finite is an error."""

@@ -56,18 +56,18 @@ class Tally:
 
     def __init__(self, width: int) -> None:
         self._origin = torch.zeros(width)
+        self._block = torch.empty(max(1, BLOCK // width), width)
         self._sum = torch.zeros(width, dtype=torch.float64)
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._count, self._norms, self._peak = 0, 0.0, 0.0
 
     def add(self, rows: Float[Tensor, "row width"]) -> bool:
         """Whether all of `rows`, which are taken in, are finite."""
-        for block in rows.split(max(1, BLOCK // len(self._origin))):
-            x = block.float()
+        for block in rows.split(len(self._block)):
             if not self._count:
-                self._origin = x[0].clone()
+                self._origin = block[0].float().clone()
+            x = self._block[: len(block)].copy_(block).sub_(self._origin)
             ones = torch.ones(len(x))
-            x = x - self._origin
             along = x @ self._origin
             self._sum += ones @ x
             x.square_()
