@@ -62,8 +62,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
     def unexplained(self, x: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
         """The share of each token's squared length, in the normalised space, that its codes leave: what growth goes by."""
         z = self.normalisation.apply(self._checked(x))
-        energy = z.square().sum(1)
-        return walk(self._ready, RULES[self.way], z, self.k).left / energy.where(energy > 0, 1)
+        return walk(self._ready, RULES[self.way], z, self.k).unexplained
 
     def patch(self, feature: int) -> Patch | None:
         """The very patch of the data that `feature` is; None for a dictionary of others that does not say."""

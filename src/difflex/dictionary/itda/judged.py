@@ -30,7 +30,6 @@ class Judged:
         self._z, self._rule, self._k = z, rule, k
         # Where more rounds can only explain more, a token under the threshold needs no more of them.
         self._until = threshold if rule.monotone else 0.0
-        self._energy = z.square().sum(1)
         self._scores = z.new_empty(len(z), atoms.size + room)
         self._scores[:, : atoms.size] = product(z, atoms.rows)
         self._path = self._walk(torch.arange(len(z), device=z.device), atoms, None)
@@ -40,7 +39,7 @@ class Judged:
     @property
     def unexplained(self) -> Float[Tensor, " token"]:
         """The share of each token's squared length that is left; 0 for those that are settled."""
-        return torch.where(self.settled, 0, self._path.left / self._energy.where(self._energy > 0, 1))
+        return torch.where(self.settled, 0, self._path.unexplained)
 
     def points(self, tokens: Int[Tensor, " new"]) -> Float[Tensor, "new width"]:
         """These tokens at length one."""
@@ -56,7 +55,7 @@ class Judged:
 
     def point_products(self, tokens: Int[Tensor, " new"], size: int) -> Float[Tensor, "new size"]:
         """The inner products of `points` with all atoms: correlations that are known already."""
-        return self._scores[tokens, :size] / self._energy[tokens].sqrt()[:, None]
+        return self._scores[tokens, :size] / self._path.energy[tokens].sqrt()[:, None]
 
     def swayed(
         self, tokens: Int[Tensor, " token"], new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], slack: float

@@ -90,8 +90,7 @@ def orthogonal_pursuit(
 def _pursued(rule: Rule, signals: Tensor, atoms: Atoms, k: int, until: float) -> Pursued:
     _check(signals, atoms, k)
     path = walk(atoms, rule, signals, k, until=until)
-    energy = signals.square().sum(1)
-    return Pursued(Codes(path.weights, path.support), path.left / energy.where(energy > 0, 1))
+    return Pursued(Codes(path.weights, path.support), path.unexplained)
 
 
 def _check(signals: Tensor, atoms: Atoms, k: int) -> None:

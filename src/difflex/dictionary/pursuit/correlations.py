@@ -16,7 +16,7 @@ from difflex.records import Codes
 
 __all__ = ["Atoms", "Best", "Correlations", "Hidden", "Moved", "Pool"]
 
-BLOCK = 64
+BLOCK = 128
 """Neighbouring atoms of which only the best is looked at first."""
 Hidden = Bool[Tensor, "token last"] | None
 """Which of the last atoms each signal may not pick."""

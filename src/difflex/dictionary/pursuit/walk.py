@@ -27,12 +27,19 @@ class Path(NamedTuple):
     support: Int[Tensor, "token k"]
     """The atom picked in each round."""
     weights: Float[Tensor, "token k"]
+    energy: Float[Tensor, " token"]
+    """The squared length of each signal, ..."""
     left: Float[Tensor, " token"]
-    """The squared length of what is not explained."""
+    """... and of what of it is not explained."""
     winners: Float[Tensor, "token k"]
     """The correlation with which each round's atom was picked; infinite in rounds that were not needed."""
     history: Float[Tensor, "token _ k"]
     """The weights before each round, where they were asked for."""
+
+    @property
+    def unexplained(self) -> Float[Tensor, " token"]:
+        """The share of each signal's squared length that is left; 0 for a signal of length zero."""
+        return self.left / self.energy.where(self.energy > 0, 1)
 
 
 @dataclass
@@ -55,22 +62,21 @@ class Walk:
     history: Float[Tensor, "token _ k"]
 
     @classmethod
-    def of(cls, signals: Float[Tensor, "token width"], k: int, rule: Rule, traced: bool) -> Walk:
-        """The beginning of a walk by `rule`, whose history is kept if `traced`."""
-        count = len(signals)
-        energy = signals.square().sum(1)
+    def of(cls, energy: Float[Tensor, " token"], k: int, rule: Rule, traced: bool) -> Walk:
+        """The beginning of a walk by `rule` of signals of so much `energy`; its history is kept if `traced`."""
+        count = len(energy)
         nothing, square = (count, 0, k), (count, k, k)
         return cls(
             energy=energy,
             left=energy.clone(),
             live=energy > 0,
-            support=torch.zeros(count, k, dtype=torch.long, device=signals.device),
-            used=torch.zeros(count, k, dtype=torch.bool, device=signals.device),
-            weights=signals.new_zeros(count, k),
-            gram=signals.new_zeros(square if rule.pairs else nothing),
-            factor=signals.new_zeros(square if rule.factors else nothing),
-            winners=signals.new_full((count, k), torch.inf),
-            history=signals.new_zeros(square if traced else nothing),
+            support=torch.zeros(count, k, dtype=torch.long, device=energy.device),
+            used=torch.zeros(count, k, dtype=torch.bool, device=energy.device),
+            weights=energy.new_zeros(count, k),
+            gram=energy.new_zeros(square if rule.pairs else nothing),
+            factor=energy.new_zeros(square if rule.factors else nothing),
+            winners=energy.new_full((count, k), torch.inf),
+            history=energy.new_zeros(square if traced else nothing),
         )
 
     def take(self, rows: Int[Tensor, " row"]) -> Walk:
@@ -116,19 +122,21 @@ def walk(
 
     Of the last atoms, those that are `hidden` from a signal are not picked for it. The history is kept if `traced`.
     """
-    _finite(signals)
+    energy = signals.square().sum(1)
+    _finite(signals, energy)
     chunk = min(MOST, max(FEWEST, SCORES_AT_HAND // max(atoms.size, 1)))
     paths = []
     for start in range(0, max(len(signals), 1), chunk):
         here = slice(start, start + chunk)
         known, unseen = (None if part is None else part[here] for part in (correlations, hidden))
-        whole = Walk.of(signals[here], k, rule, traced)
+        whole = Walk.of(energy[here], k, rule, traced)
         if atoms.size and len(whole.left):
             enough = max(until, 8 * torch.finfo(signals.dtype).eps)
             _all_rounds(whole, rule, atoms.begin(signals[here], known, unseen), k, enough)
         else:
             whole.winners[whole.live, :1] = 0  # any atom would be welcome
-        paths.append(Path(whole.support, whole.weights * whole.used, whole.left.clamp_min(0), whole.winners, whole.history))
+        weights, left = whole.weights * whole.used, whole.left.clamp_min(0)
+        paths.append(Path(whole.support, weights, whole.energy, left, whole.winners, whole.history))
     return paths[0] if len(paths) == 1 else Path(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
 
 
@@ -168,9 +176,9 @@ def _round(here: Walk, rule: Rule, scores: Correlations, t: int, enough: float) 
     return moved
 
 
-def _finite(signals: Tensor) -> None:
-    # The squared length of a row is finite where all of it is: a pass that costs a tenth of looking at each number.
-    if torch.isfinite(signals.square().sum(1)).all():
+def _finite(signals: Tensor, energy: Tensor) -> None:
+    # The squared length of a row is finite where all of it is, unless it is huge.
+    if torch.isfinite(energy).all():
         return
     bad = ~torch.isfinite(signals).all(1)
     if bad.any():
