@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
@@ -121,6 +121,15 @@ def of_split(batches: Iterator[Rows], split: Split) -> Iterator[Rows]:
             f"These batches are of the split '{batches.split}', needed is '{split}'. Ask for batches(split='{split}')."
         )
     return batches
+
+
+class Outcomes(NamedTuple):
+    """What a model makes of the same shots, left alone and under each of several edits: predictions, or pictures."""
+
+    shots: tuple[Shot, ...]
+    plain: Float[Tensor, "shot ..."]
+    edited: Mapping[str, Float[Tensor, "shot ..."]]
+    """By the name of the edit."""
 
 
 class Codes(NamedTuple):

@@ -1,10 +1,10 @@
 """Activations at several sites in one pass, with their shots; the pass stops after the last site needed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from difflex.pipeline.hooks import Visit, visiting
 from difflex.pipeline.sites import Located
 from difflex.records import Activations, Shot, Site
 
-__all__ = ["Pass", "Seen", "collect", "harvest", "yielded"]
+__all__ = ["Pass", "Seen", "collect", "harvest", "runs", "yielded"]
 
 
 class Seen(NamedTuple):
@@ -38,6 +38,7 @@ class Pass(NamedTuple):
 
 
 Found = dict[tuple[float, Site], Seen]
+Result = TypeVar("Result")
 
 
 def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batch: int, progress: bool) -> Iterator[Activations]:
@@ -49,12 +50,19 @@ def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], bat
     if not sites:
         raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
-        for _, alike in groupby(_passes(engine, shots), key=_settings):
-            for passes, found in engine.batches(work, _encoded(engine, alike, batch), batch, shared=True):
-                bar.update(
-                    sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
-                )
-                yield from yielded(engine, [each.shot for each in passes], found, sites)
+        for passes, found in runs(engine, shots, batch, work):
+            bar.update(
+                sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
+            )
+            yield from yielded(engine, [each.shot for each in passes], found, sites)
+
+
+def runs(
+    engine: Engine, shots: Iterable[Shot], batch: int, work: Callable[[Sequence[Pass]], Result]
+) -> Iterator[tuple[Sequence[Pass], Result]]:
+    """The runs that `shots` ask for, in batches of the same settings, with what `work` makes of each batch."""
+    for _, alike in groupby(_passes(engine, shots), key=_settings):
+        yield from engine.batches(work, _encoded(engine, alike, batch), batch, shared=True)
 
 
 def collect(

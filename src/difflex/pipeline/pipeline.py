@@ -1,6 +1,6 @@
 """`Pipeline`: the object that a user holds; each of its methods is a short way into one file of this folder."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import repeat
@@ -18,9 +18,10 @@ from difflex.pipeline.harvesting import harvest
 from difflex.pipeline.hooks import Visit, on_copies, visiting
 from difflex.pipeline.loading import Precision, Source
 from difflex.pipeline.pictures import Picture, harvest_pictures
+from difflex.pipeline.predicting import pictures, predictions
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
-from difflex.records import Activations, Shot, Site, split_of
+from difflex.records import Activations, Outcomes, Shot, Site, split_of
 
 __all__ = ["Pipeline"]
 
@@ -141,6 +142,26 @@ class Pipeline:
         prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
         called = [names] if isinstance(names, str) else names or repeat(None)
         return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, called, seed, batch, progress)
+
+    def predictions(
+        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
+    ) -> Iterator[Outcomes]:
+        """What the denoiser predicts at `shots`, plainly and under each of `edits` of `site`, from the same noisy pictures.
+
+        A shot without a timestep stands for all steps of its run. Under guidance the conditional half is edited and compared.
+        """
+        check_batch(batch)
+        return predictions(self.engine, shots, self.engine.sites.locate(site), edits, batch)
+
+    def pictures(
+        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
+    ) -> Iterator[Outcomes]:
+        """The pictures that the runs of `shots` end in, with pixels between 0 and 1, plainly and under each of `edits`.
+
+        An edit is made at every step, under guidance in the conditional half.
+        """
+        check_batch(batch)
+        return pictures(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
     def _located(self, sites: Iterable[Site | str] | Site | str) -> list[Located]:
         return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)

@@ -1,0 +1,98 @@
+"""What a model makes of shots where a site is edited: the denoiser's prediction at their timestep, or the finished picture."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from difflex.errors import DifflexError
+from difflex.pipeline.clock import Call
+from difflex.pipeline.engine import Engine, Stop
+from difflex.pipeline.harvesting import Pass, runs
+from difflex.pipeline.hooks import Visit, on_copies, visiting
+from difflex.pipeline.sites import Located
+from difflex.records import Outcomes, Shot
+
+__all__ = ["pictures", "predictions"]
+
+Edits = Mapping[str, Visit]
+
+
+def predictions(engine: Engine, shots: Iterable[Shot], located: Located, edits: Edits, batch: int) -> Iterator[Outcomes]:
+    """What the denoiser predicts at `shots`: for each batch of runs, each kept step."""
+
+    def work(passes: Sequence[Pass]) -> list[Outcomes]:
+        return _predict(engine, passes, located, edits)
+
+    for _, found in runs(engine, shots, batch, work):
+        yield from found
+
+
+def pictures(engine: Engine, shots: Iterable[Shot], located: Located, edits: Edits, batch: int) -> Iterator[Outcomes]:
+    """The pictures that runs of `shots` end in, the edit made at every step; pixels between 0 and 1."""
+
+    def work(passes: Sequence[Pass]) -> Outcomes:
+        shots, edited = tuple(each.shot for each in passes), {}
+        for name, fn in edits.items():
+            with visiting(engine.clock, located, on_copies(fn), "conditional"):
+                edited[name] = _draw(engine, shots)
+        return Outcomes(shots, _draw(engine, shots), edited)
+
+    # Shots of one run that differ in their timestep end in one picture.
+    finished = dict.fromkeys(replace(shot, timestep=None) for shot in shots)
+    for _, outcomes in runs(engine, finished, batch, work):
+        yield outcomes
+
+
+def _draw(engine: Engine, shots: Sequence[Shot]) -> Float[Tensor, "picture channel row column"]:
+    drawn = engine.run(shots, output_type="pt")
+    assert isinstance(drawn, Tensor)
+    return drawn
+
+
+def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Edits) -> list[Outcomes]:
+    """The predictions at each kept timestep of one run, which stops after the last of them.
+
+    When the denoiser has answered at a kept step it is asked again, with the very same arguments, under each edit: all answers
+    are to the same noisy pictures. The run itself goes on with the plain one.
+    """
+    found: dict[float, Outcomes] = {}
+    shots, timesteps, asking = [each.shot for each in passes], passes[0].timesteps, False
+
+    def answered(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        nonlocal asking
+        call = engine.clock.call
+        # A scheduler may repeat a timestep; the shot stands for the first call at it.
+        if asking or call.timestep not in timesteps or call.timestep in found or call.halves == ("unconditional",):
+            return
+        asking, edited = True, {}
+        try:
+            for name, fn in edits.items():
+                with visiting(engine.clock, located, on_copies(fn), "conditional"):
+                    edited[name] = _prediction(engine, call, module(*args, **kwargs))
+        finally:
+            asking = False
+        here = tuple(replace(shot, timestep=call.timestep) for shot in shots)
+        found[call.timestep] = Outcomes(here, _prediction(engine, call, output), edited)
+        if len(found) == len(timesteps):
+            raise Stop
+
+    with engine.clock.watching():
+        handle = engine.denoiser.register_forward_hook(answered, with_kwargs=True)
+        try:
+            engine.run(shots)
+        finally:
+            handle.remove()
+    if missing := [timestep for timestep in timesteps if timestep not in found]:
+        raise DifflexError(f"The pipeline never called its denoiser at timestep {missing[0]:g}: there is nothing to compare.")
+    return [found[timestep] for timestep in sorted(found, reverse=True)]
+
+
+def _prediction(engine: Engine, call: Call, output: object) -> Float[Tensor, "shot ..."]:
+    """What the denoiser predicts for the conditional half, without the variances that some predict beside it."""
+    whole = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
+    assert isinstance(whole, Tensor)
+    conditional = whole.chunk(len(call.halves))[-1]
+    with_variances = conditional.ndim == 4 and engine.config("in_channels") == conditional.shape[1] / 2
+    return (conditional.chunk(2, dim=1)[0] if with_variances else conditional).clone()

@@ -1,0 +1,152 @@
+"""What a pipeline predicts and draws while one of its sites is edited."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import difflex
+from difflex.errors import BadInput, UnknownName
+from difflex.pipeline import Moment, Pipeline
+from difflex.records import Outcomes, Shot, Site
+from difflex.testing import tiny_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+PROMPTS = ["a red star", "a blue circle"]
+
+
+# One half or two, apart or in one batch; guidance as an input; repeated timesteps; variances beside the prediction.
+@pytest.fixture(scope="module", params=["flux", "flux-dev", "sd3", "sdxl", "sd1", "pixart"])
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    return difflex.load(folder)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return difflex.load(tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux"))
+
+
+def middle(pipe: Pipeline) -> Site:
+    images = [row.site for row in pipe.sites() if row.site.stream == "image"]
+    return images[len(images) // 2]
+
+
+def same(x: Tensor, moment: Moment) -> Tensor:
+    return x.clone()
+
+
+def halved(x: Tensor, moment: Moment) -> Tensor:
+    return x / 2
+
+
+def put_back(x: Tensor, moment: Moment) -> Tensor:
+    """A bad reconstruction plus its error, in float64, where the sum is exact."""
+    reconstruction = (x.double() * 0.3 + 1).float().double()
+    return (reconstruction + (x.double() - reconstruction)).to(x.dtype)
+
+
+EDITS = {"same": same, "put back": put_back, "halved": halved}
+
+
+def by_shot(outcomes: list[Outcomes], edit: str | None = None) -> dict[Shot, Tensor]:
+    return {
+        shot: tensor
+        for outcome in outcomes
+        for shot, tensor in zip(outcome.shots, outcome.plain if edit is None else outcome.edited[edit], strict=True)
+    }
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_an_edit_that_changes_nothing_changes_no_bit_and_another_one_does(pipe: Pipeline, guidance: float):
+    shots = list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
+    found = list(pipe.predictions(shots, middle(pipe), EDITS))
+    assert {shot for outcome in found for shot in outcome.shots} == set(shots)
+    for outcome in found:
+        assert torch.equal(outcome.edited["same"], outcome.plain)
+        assert torch.equal(outcome.edited["put back"], outcome.plain)
+        assert not torch.allclose(outcome.edited["halved"], outcome.plain)
+
+
+def test_the_plain_prediction_is_that_of_an_undisturbed_run(pipe: Pipeline):
+    shots = list(pipe.shots(PROMPTS, steps=2, guidance=4.0))
+    together = by_shot(list(pipe.predictions(shots, middle(pipe), EDITS)))
+    answers: list[Tensor] = []
+    handle = pipe.engine.denoiser.register_forward_hook(lambda module, args, output: answers.append(output[0].clone()))
+    pipe.engine.run([replace(shot, timestep=None) for shot in shots[::2]], output_type="latent")
+    handle.remove()
+    for shot, tensor in together.items():
+        here = (answer[-len(PROMPTS) :, : len(tensor)] for answer in answers)  # the conditional half lies last
+        assert any(torch.equal(answer[PROMPTS.index(shot.prompt)], tensor) for answer in here)
+
+
+def test_the_edited_prediction_is_that_of_a_run_edited_from_the_start(pipe: Pipeline):
+    (shot,) = pipe.shots(PROMPTS[:1], steps=2, keep_steps=[0], guidance=1.0)
+    (outcome,) = pipe.predictions([shot], middle(pipe), {"halved": halved})
+    with pipe.at(middle(pipe), halved):
+        (edited,) = pipe.predictions([shot], middle(pipe), {})
+    assert torch.equal(outcome.edited["halved"], edited.plain)
+
+
+def test_pictures_under_an_edit_are_those_drawn_within_at(pipe: Pipeline):
+    shots = list(pipe.shots(PROMPTS, steps=2, guidance=1.0))  # two of each run: one picture
+    (outcome,) = pipe.pictures(shots, middle(pipe), EDITS)
+    assert outcome.plain.shape == (2, 3, 16, 24) and 0 <= outcome.plain.min() < outcome.plain.max() <= 1
+    assert torch.equal(outcome.edited["same"], outcome.plain) and torch.equal(outcome.edited["put back"], outcome.plain)
+    with pipe.at(middle(pipe), halved):
+        (edited,) = pipe.pictures(shots, middle(pipe), {})
+    assert torch.equal(outcome.edited["halved"], edited.plain) and not torch.equal(edited.plain, outcome.plain)
+    assert [shot.timestep for shot in outcome.shots] == [None, None]
+
+
+def test_only_the_conditional_half_is_edited_and_compared(tmp_path: Path):
+    pipe = difflex.load(tiny_folder("sdxl", tmp_path / "sdxl", card={"pixels": [[16, 24]]}))
+    halves = []
+
+    def looking(x: Tensor, moment: Moment) -> Tensor:
+        halves.append(moment.half)
+        return x
+
+    shots = list(pipe.shots(PROMPTS, steps=1, guidance=4.0))
+    (outcome,) = pipe.predictions(shots, middle(pipe), {"looking": looking})
+    assert halves == ["conditional"] and len(outcome.plain) == len(PROMPTS)
+
+
+def test_a_run_goes_no_further_than_its_last_kept_step(flux: Pipeline):
+    steps: list[int] = []
+    shots = list(flux.shots(PROMPTS, steps=4, keep_steps=[1]))
+    with flux.at("double.0", lambda x, moment: steps.append(moment.step)):
+        list(flux.predictions(shots, "double.1", {"halved": halved}))
+    assert steps == [0, 1, 1]  # the last for the edit
+
+
+def test_a_failing_edit_leaves_no_hook_behind(flux: Pipeline):
+    shots = list(flux.shots(PROMPTS, steps=1))
+
+    def failing(x: Tensor, moment: Moment) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(flux.predictions(shots, "double.1", {"failing": failing}))
+    assert not flux.engine.denoiser._forward_hooks and not flux.engine.denoiser._forward_pre_hooks
+    assert all(torch.equal(each.plain, each.edited["same"]) for each in flux.predictions(shots, "double.1", {"same": same}))
+
+
+def test_what_cannot_be_asked_is_said(flux: Pipeline):
+    shots = list(flux.shots(PROMPTS, steps=2))
+    with pytest.raises(UnknownName, match=r"double\.9"):
+        flux.predictions(shots, "double.9", {})
+    with pytest.raises(BadInput, match="timestep 123"):
+        list(flux.predictions([replace(shots[0], timestep=123.0)], "double.1", {}))
+    with pytest.raises(BadInput, match="batch of 0"):
+        flux.pictures(shots, "double.1", {}, batch=0)
+
+
+def test_mini_flux_predicts_and_draws_under_edits():
+    pipe = difflex.load("mini-flux")
+    shots = list(pipe.shots(["a red star on grass"], steps=2, pixels=pipe.engine.card.pixels[0]))
+    for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.pictures(shots, "double.1", EDITS)]:
+        assert torch.equal(outcome.edited["put back"], outcome.plain)
+        assert not torch.equal(outcome.edited["halved"], outcome.plain)
