@@ -27,6 +27,7 @@ EXPECTED = [
     "Store",
     "Study",
     "draw",
+    "evaluate",
     "fit",
     "load",
     "record",

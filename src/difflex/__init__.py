@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from difflex.dictionary import ITDA, Dictionary, Neurons
     from difflex.errors import DifflexError
+    from difflex.evaluation import evaluate
     from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline, load
     from difflex.records import Activations, Codes, Shot, Site
@@ -31,6 +32,7 @@ HOMES = {
     "Store": "difflex.store",
     "Study": "difflex.study",
     "draw": "difflex.miniature",
+    "evaluate": "difflex.evaluation",
     "fit": "difflex.training",
     "load": "difflex.pipeline",
     "record": "difflex.store",
@@ -51,6 +53,7 @@ __all__ = [
     "Store",
     "Study",
     "draw",
+    "evaluate",
     "fit",
     "load",
     "record",

@@ -1,0 +1,155 @@
+"""`evaluate`: how well a dictionary rebuilds held-out tokens and how sparsely, in one pass over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from difflex.dictionary import Dictionary, NormalisedDictionary
+from difflex.dictionary.sparse import bag
+from difflex.errors import BadInput, NonFinite
+from difflex.evaluation.moments import Joint, both, figures, joint
+from difflex.evaluation.record import Evaluation, Quality
+from difflex.records import Codes, Rows, Shot, of_split
+
+__all__ = ["TOKENS", "evaluate"]
+
+TOKENS = 1_000_000
+"""Fewer leave features that are merely rare for dead."""
+
+
+def evaluate(
+    dictionary: Dictionary,
+    batches: Iterator[Rows],
+    shot: Callable[[int], Shot],
+    *,
+    tokens: int = TOKENS,
+    checksum: str = "",
+    data: str = "",
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """What `dictionary` is worth on the first `tokens` of `batches`, or on all where there are fewer; without its `Effect`.
+
+    `batches` are of the split `held-out`, `shot` says which shot a number in them stands for. `checksum` is that of the files
+    that the dictionary was loaded from, taken before, and `data` says in words what it is evaluated on: both for the record. The
+    work is done on a card, where there is one and no other `device` is named.
+    """
+    if tokens < 1:
+        raise BadInput(f"{tokens} tokens evaluate nothing: ask for 1 or more.")
+    tally = _Tally(dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), shot)
+    with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None if progress else True, desc=dictionary.name) as bar:
+        for rows in _first(of_split(batches, "held-out"), tokens):
+            tally.take(rows)
+            bar.update(len(rows.values))
+    if not tally.parts:
+        raise BadInput(f"{dictionary.name} was given no tokens to be evaluated on. Harvest more prompts: a tenth is held out.")
+    return tally.evaluation(checksum, data)
+
+
+def _first(batches: Iterator[Rows], tokens: int) -> Iterator[Rows]:
+    """`batches` up to `tokens` rows; what comes after is not asked for."""
+    left = tokens
+    while left > 0 and (rows := next(batches, None)) is not None:
+        yield Rows(*(part[:left] for part in rows))
+        left -= len(rows.values)
+
+
+class _Part(NamedTuple):
+    """What is known of some tokens."""
+
+    active: int
+    """Codes other than 0."""
+    negative: int
+    spaces: tuple[Joint, ...]
+    """Model space, then the normalised space if there is one."""
+
+    def quality(self) -> Quality:
+        model, *normalised = map(figures, self.spaces)
+        tokens = self.spaces[0].tokens
+        return Quality(
+            tokens=tokens,
+            l0=self.active / tokens,
+            negative=self.negative / max(self.active, 1),
+            model_space=model,
+            normalised_space=normalised[0] if normalised else None,
+        )
+
+
+def _together(one: _Part, other: _Part) -> _Part:
+    spaces = tuple(map(both, one.spaces, other.spaces))
+    return _Part(one.active + other.active, one.negative + other.negative, spaces)
+
+
+@final
+class _Tally:
+    """Takes in batches; keeps sums alone, a few numbers for each axis, timestep and feature."""
+
+    def __init__(self, dictionary: Dictionary, shot: Callable[[int], Shot]) -> None:
+        self.parts: dict[float, _Part] = {}
+        """By timestep."""
+        self._dictionary = dictionary
+        self._shot = shot
+        self._timesteps: dict[int, float] = {}
+        """Of the shots met so far, by number."""
+        self._fired = torch.zeros(dictionary.size, dtype=torch.int64, device=dictionary.constant.device)
+
+    def take(self, rows: Rows) -> None:
+        codes = self._dictionary.encode(rows.values)
+        fires = codes.values > 0
+        self._fired += torch.bincount(codes.indices[fires], minlength=self._dictionary.size)
+        active, negative = (codes.values != 0).sum(1), (codes.values < 0).sum(1)
+        spaces = _spaces(self._dictionary, rows.values.to(codes.values.device, torch.float32), codes)
+        for timestep, here in self._by_timestep(rows.shots):
+            chosen = here.to(fires.device)
+            joints = tuple(joint(x[chosen], y[chosen]) for x, y in spaces)
+            part = _Part(int(active[chosen].sum()), int(negative[chosen].sum()), joints)
+            self.parts[timestep] = _together(self.parts[timestep], part) if timestep in self.parts else part
+
+    def _by_timestep(self, shots: Int[Tensor, " token"]) -> Iterator[tuple[float, Bool[Tensor, " token"]]]:
+        """Which of the rows are of which timestep."""
+        numbers, places = shots.unique(return_inverse=True)
+        for number in numbers.tolist():
+            if number not in self._timesteps:
+                self._timesteps[number] = self._shot(number).timestep or 0.0
+        timesteps = [self._timesteps[number] for number in numbers.tolist()]
+        of_rows = torch.tensor(timesteps, dtype=torch.float64)[places]
+        for timestep in sorted(set(timesteps), reverse=True):
+            yield timestep, of_rows == timestep
+
+    def evaluation(self, checksum: str, data: str) -> Evaluation:
+        whole = reduce(_together, self.parts.values())
+        if not all(bool(torch.isfinite(space.ee).all()) for space in whole.spaces):
+            raise NonFinite(f"What {self._dictionary.name} rebuilds holds NaN or infinity: train or copy it again.")
+        overall = whole.quality()
+        fired = self._fired[self._fired > 0].cpu()
+        edges = torch.tensor(Evaluation.edges, dtype=torch.float64)
+        bins = torch.bucketize((fired / overall.tokens).double().log10(), edges[1:-1], right=True)
+        return Evaluation(
+            dictionary=self._dictionary.name,
+            checksum=checksum,
+            data=data,
+            size=self._dictionary.size,
+            overall=overall,
+            timesteps={timestep: self.parts[timestep].quality() for timestep in sorted(self.parts, reverse=True)},
+            dead=self._dictionary.size - len(fired),
+            density=tuple(torch.bincount(bins, minlength=len(edges) - 1).tolist()),
+        )
+
+
+def _spaces(
+    dictionary: Dictionary, x: Float[Tensor, "token width"], codes: Codes
+) -> list[tuple[Float[Tensor, "token width"], Float[Tensor, "token width"]]]:
+    """Activations beside what the dictionary makes of them: in model space, and in a normalised space where it has one."""
+    spaces = [(x, dictionary.decode(codes))]
+    if isinstance(dictionary, NormalisedDictionary):
+        normalisation = dictionary.normalisation
+        if normalisation.method != "none" or normalisation.clip is not None:
+            spaces.append((normalisation.apply(x), bag(codes, dictionary.atoms) + dictionary.bias))
+    return spaces

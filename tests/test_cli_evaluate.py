@@ -1,0 +1,169 @@
+"""`difflex evaluate`: from a study with dictionaries to their figures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflex.cli import evaluate as verb
+from difflex.cli import main
+from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.evaluation import Evaluation
+from difflex.records import Site, split_of
+from difflex.testing import tiny_folder
+
+SITE = "double.1:update"
+LABELS = ("topk-64-k3", "topk-64-k6")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with two dictionaries of one site, and an unfinished one."""
+    root = tmp_path_factory.mktemp("evaluate")
+    model = tiny_folder("flux", root / "tiny-flux")
+    (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(80)))
+    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
+    assert main([*words, "--sites", SITE, "single.0", "--batch", "8"]) == 0
+    flags = ["--site", SITE, "--k", "3,6", "--size", "64", "--batch", "64", "--tokens", "3000"]
+    assert main(["train", str(root / "study"), *flags]) == 0
+    place = root / "study" / "dictionaries" / "double.1+update"
+    shutil.copytree(place / LABELS[0], place / "growing-itda-to-64-k3")
+    return root / "study"
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "study"))
+
+
+def evaluation(study: Path, label: str) -> Path:
+    return study / "evaluation" / "double.1+update" / f"{label}.json"
+
+
+def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", str(study), "--effect", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "up to date" not in said and "growing" not in said
+    header, *lines = said.splitlines()
+    assert [line.split()[0] for line in lines] == [f"{SITE}/{label}" for label in LABELS]
+    for word in ("FVU", "r2", "EV", "dead", "v / mean", "PSNR", "SSIM"):
+        assert word in header
+    few, many = (Evaluation.load(evaluation(study, label)) for label in LABELS)
+    assert few.is_of(study / "dictionaries" / "double.1+update" / LABELS[0]) and few.dictionary == f"{SITE}/{LABELS[0]}"
+    assert few.overall.l0 <= 3 < many.overall.l0 and len(few.timesteps) == 2
+    assert few.overall.model_space.fvu is not None and many.overall.model_space.fvu is not None
+    assert many.overall.model_space.fvu < few.overall.model_space.fvu and many.overall.normalised_space is not None
+    assert few.effect is not None and few.effect.shots == 4 and 1 <= few.effect.pictures <= 4
+    assert 0 < few.effect.prediction.of_mean < 1.5 and 0.5 < few.effect.similarity["ssim"].reconstruction <= 1
+    before = evaluation(study, LABELS[0]).read_bytes()
+    assert main(["evaluate", str(study), "--effect", "4"]) == 0
+    again = capsys.readouterr().out
+    assert again.count("up to date") == 2 and again.endswith(said) and evaluation(study, LABELS[0]).read_bytes() == before
+
+
+def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(verb.difflex, "load", None)
+    assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect", "0", "--tokens", "50"]) == 0
+    assert not evaluation(study, LABELS[0]).exists()
+    found = Evaluation.load(evaluation(study, LABELS[1]))
+    assert found.tokens == 50 and found.effect is None
+    assert main(["evaluate", str(study), "--site", SITE, "--effect", "0", "--tokens", "50"]) == 0
+    assert capsys.readouterr().out.count("up to date") == 1 and evaluation(study, LABELS[0]).exists()
+
+
+def test_an_effect_is_added_to_what_was_measured_before(study: Path):
+    words = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}"]
+    assert main([*words, "--effect", "0"]) == 0
+    before = Evaluation.load(evaluation(study, LABELS[0]))
+    assert main([*words, "--effect", "2"]) == 0
+    after = Evaluation.load(evaluation(study, LABELS[0]))
+    assert after.effect is not None and after.overall == before.overall
+    assert main([*words, "--effect", "0"]) == 0  # what is there stays
+    assert Evaluation.load(evaluation(study, LABELS[0])) == after
+
+
+def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: pytest.CaptureFixture[str]):
+    words, path = ["evaluate", str(study), "--site", SITE, "--effect", "0"], evaluation(study, LABELS[0])
+    assert main(words) == 0
+    before, folder = Evaluation.load(path), study / "dictionaries" / "double.1+update" / LABELS[0]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "k": 5}))
+    capsys.readouterr()
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("up to date") == 1
+    assert Evaluation.load(path).overall.l0 > before.overall.l0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dictionary", f"{SITE}/topk-64-k4"], f"nearest: {SITE}/topk-64-k"),
+        (["--dictionary", SITE], "The dictionary 'double.1:update' is unknown"),
+        (["--site", "double.7"], "The site 'double.7' is unknown"),
+        (["--site", "single.0"], "The site 'single.0' is unknown"),
+        (["--site", "a:b:c"], "is not a site"),
+        (["--tokens", "0"], "--tokens 0"),
+        (["--effect", "-1"], "--effect -1"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
+    made: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+):
+    assert main(["evaluate", str(made), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", str(study), "--effect", "0"]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_study_without_dictionaries_says_so(study: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.rmtree(study / "dictionaries")
+    assert "has no dictionaries yet" in refused(study, capsys)
+
+
+def test_a_dictionary_without_its_activations_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+    place = study / "dictionaries"
+    (place / "double.1+update").rename(place / "double.0")
+    assert "The site 'double.0' is unknown" in (said := refused(study, capsys)) and "Harvest it first" in said
+
+
+def test_a_dictionary_of_another_width_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+    axes = torch.eye(8)
+    weights = Weights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(8))
+    normalisation, origin = Normalisation.identity(8), Origin(site=Site.parse(SITE))
+    narrow = Autoencoder(kind="topk", k=2, origin=origin, normalisation=normalisation, weights=weights)
+    narrow.save(study / "dictionaries" / "double.1+update" / narrow.label)
+    assert "topk-8-k2 is of width 8" in (said := refused(study, capsys)) and "are of width 32" in said
+
+
+def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
+    folder = study / "dictionaries" / "double.1+update" / LABELS[0]
+    broken = Dictionary.load(folder)
+    assert isinstance(broken, Autoencoder)
+    broken.weights.decoder.fill_(torch.nan)
+    broken.save(folder)
+    assert f"{SITE}/{LABELS[0]} rebuilds holds NaN" in refused(study, capsys) and not evaluation(study, LABELS[0]).exists()
+
+
+def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    prompts = [prompt for prompt in (f"star {number}" for number in range(9)) if split_of(prompt) == "train"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    model, other = json.loads((study / "study.json").read_text())["model"], tmp_path / "other"
+    words = ["harvest", model, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(other), "--pixels", "16x24"]
+    assert main([*words, "--sites", SITE]) == 0
+    shutil.copytree(study / "dictionaries", other / "dictionaries")
+    assert "has no rows of the split 'held-out'" in refused(other, capsys)
+
+
+def test_a_damaged_evaluation_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+    path = evaluation(study, LABELS[0])
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 99}')
+    assert "is of format 99" in refused(study, capsys)

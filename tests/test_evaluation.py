@@ -1,0 +1,362 @@
+"""Figures against closed forms, evaluations against planted dictionaries, effects against models that are functions."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights
+from difflex.errors import BadInput, BrokenFile, NonFinite
+from difflex.evaluation import Edits, Evaluation, Figures, Replaced, checksum, effect, evaluate
+from difflex.evaluation.moments import both, figures, joint
+from difflex.evaluation.similarity import ssim
+from difflex.records import Outcomes, Reading, Rows, Shot, Site, Split
+
+WIDTH, TIMESTEPS = 8, (1000.0, 500.0, 250.0)
+SHOT = Shot(model="planted", pixels=(8, 8), steps=3, guidance=0.0, split="held-out")
+
+
+def cloud(tokens: int = 2000, offset: float = 0.0, seed: int = 0) -> Tensor:
+    points = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return points * torch.arange(1, WIDTH + 1) + offset
+
+
+def shot(number: int) -> Shot:
+    return replace(SHOT, seed=number, timestep=TIMESTEPS[number % len(TIMESTEPS)])
+
+
+def batches(x: Tensor, size: int = 300, split: Split = "held-out") -> Iterator[Rows]:
+    numbers = torch.arange(len(x)) // 7
+    parts = zip(x.float().split(size), numbers.split(size), strict=True)
+    return Reading((Rows(values, shots, torch.zeros_like(shots)) for values, shots in parts), split)
+
+
+def autoencoder(normalisation: Normalisation | None = None, k: int = 3, dead: int = 0) -> Autoencoder:
+    """Features that are the axes, both ways along each, and `dead` ones that no token excites."""
+    axes = torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH), torch.eye(WIDTH)[torch.arange(dead) % WIDTH]])
+    bias = torch.zeros(len(axes))
+    bias[2 * WIDTH :] = -1e6
+    return Autoencoder(
+        kind="topk",
+        k=k,
+        origin=Origin(site=Site("double.1")),
+        normalisation=normalisation or Normalisation.identity(WIDTH),
+        weights=Weights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(WIDTH), encoder_bias=bias),
+    )
+
+
+def whitened(x: Tensor) -> Normalisation:
+    moments = Moments(WIDTH, covariance=True)
+    moments.add(x)
+    return moments.normalisation("whiten")
+
+
+def plainly(x: Tensor, y: Tensor) -> Figures:
+    """The formulas as they are written, on all of the data at once."""
+    correlation = torch.stack([torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(x.T, y.T, strict=True)])
+    return Figures(
+        fvu=float((x - y).square().sum() / (x - x.mean(0)).square().sum()),
+        fvu_raw=float((x - y).square().sum() / x.square().sum()),
+        r2=float(correlation.square().mean()),
+        ev=float((1 - (x - y).var(0) / x.var(0)).mean()),
+        cosine=float(F.cosine_similarity(x, y).mean()),
+    )
+
+
+def assert_near(one: Figures | None, other: Figures | None, tolerance: float = 1e-9) -> None:
+    assert one is not None and other is not None
+    assert vars(one) == pytest.approx(vars(other), rel=tolerance, abs=tolerance)
+
+
+def test_a_perfect_reconstruction_leaves_nothing():
+    x = cloud()
+    assert_near(figures(joint(x, x)), Figures(fvu=0.0, fvu_raw=0.0, r2=1.0, ev=1.0, cosine=1.0))
+
+
+@pytest.mark.parametrize("a", [0.1, 0.5, 2.0, -1.0])
+def test_r2_is_blind_to_a_scale_that_the_others_see(a: float):
+    x = cloud()
+    x = x - x.mean(0)
+    left = (1 - a) ** 2
+    assert_near(figures(joint(x, a * x)), Figures(fvu=left, fvu_raw=left, r2=1.0, ev=1 - left, cosine=math.copysign(1, a)))
+
+
+def test_an_offset_is_seen_by_fvu_alone():
+    x = cloud()
+    found = figures(joint(x, x + 5))
+    assert found.fvu == pytest.approx(25 * x.numel() / float((x - x.mean(0)).square().sum()))
+    assert found.ev == pytest.approx(1) and found.r2 == pytest.approx(1)
+
+
+def test_the_mean_alone_explains_no_variance_but_most_of_the_length():
+    x = cloud(offset=50.0)
+    found = figures(joint(x, x.mean(0).expand_as(x)))
+    assert found.fvu == pytest.approx(1, abs=1e-12) and found.r2 == 0.0 and found.ev == pytest.approx(0, abs=1e-12)
+    assert found.fvu_raw is not None and found.fvu_raw < 0.02
+
+
+def test_axes_that_do_not_vary_are_left_out():
+    x = cloud(offset=0.3)
+    wide = torch.cat([x, torch.full((len(x), 2), 0.7, dtype=x.dtype)], dim=1)
+    noisy = wide + 0.1 * torch.randn(wide.shape, generator=torch.Generator().manual_seed(3))
+    found, narrow = figures(joint(wide, noisy)), figures(joint(x, noisy[:, :WIDTH]))
+    assert found.r2 == pytest.approx(narrow.r2) and found.ev == pytest.approx(narrow.ev)
+    still = figures(joint(torch.ones(9, 2), torch.zeros(9, 2)))
+    assert (still.fvu, still.fvu_raw, still.r2, still.ev) == (None, 1.0, None, None)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e6])
+def test_merged_batches_give_the_plain_formula_whatever_the_mean(offset: float):
+    x = cloud(offset=offset)
+    y = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = [joint(a, b) for a, b in zip(x.split([1, 2, 997, 1000]), y.split([1, 2, 997, 1000]), strict=True)]
+    assert_near(figures(reduce(both, parts)), plainly(x, y), 1e-6 if offset == 1e6 else 1e-9)
+
+
+def test_an_evaluation_is_the_plain_formula_in_both_spaces():
+    x = cloud(3001, offset=100.0)
+    normalisation = whitened(x)
+    dictionary = autoencoder(normalisation)
+    found = evaluate(dictionary, batches(x), shot)
+    y = dictionary.decode(dictionary.encode(x.float()))
+    assert_near(found.overall.model_space, plainly(x.float().double(), y.double()), 1e-5)
+    z = normalisation.apply(x.float())
+    assert_near(found.overall.normalised_space, plainly(z.double(), normalisation.apply(y).double()), 1e-4)
+    assert found.tokens == 3001 and found.dictionary == "double.1/topk-16-k3"
+
+
+def test_each_timestep_is_what_its_tokens_alone_would_give():
+    x, dictionary = cloud(), autoencoder(whitened(cloud()))
+    found = evaluate(dictionary, batches(x), shot)
+    assert list(found.timesteps) == sorted(TIMESTEPS, reverse=True)
+    for timestep, quality in found.timesteps.items():
+        here = torch.tensor([TIMESTEPS[row // 7 % len(TIMESTEPS)] == timestep for row in range(len(x))])
+        alone = evaluate(dictionary, batches(x[here]), lambda _, at=timestep: replace(SHOT, timestep=at))
+        assert quality.tokens == int(here.sum()) and quality.l0 == alone.overall.l0
+        assert_near(quality.model_space, alone.overall.model_space, 1e-6)
+        assert_near(quality.normalised_space, alone.overall.normalised_space, 1e-6)
+
+
+def test_how_rows_are_batched_changes_nothing():
+    x, dictionary = cloud(), autoencoder(whitened(cloud()))
+    one, many = (evaluate(dictionary, batches(x, size), shot) for size in (2000, 11))
+    assert_near(one.overall.model_space, many.overall.model_space, 1e-6)
+    assert (one.density, one.dead, one.overall.l0) == (many.density, many.dead, many.overall.l0)
+
+
+def test_no_more_tokens_are_taken_than_asked_and_no_more_batches():
+    left = batches(cloud(), 300)
+    found = evaluate(autoencoder(), left, shot, tokens=700)
+    assert found.tokens == 700 and sum(quality.tokens for quality in found.timesteps.values()) == 700
+    assert len(next(left).values) == 300  # the fourth; the third was cut
+
+
+def test_planted_dead_features_are_counted_and_densities_binned():
+    x = torch.zeros(1000, WIDTH)
+    x[:, 0] = 1.0  # at every token
+    x[:100, 1] = 1.0  # at a tenth of them
+    x[:3, 2] = -1.0  # the other way, at three
+    found = evaluate(autoencoder(dead=5), batches(x), shot)
+    assert found.size == 2 * WIDTH + 5 and found.dead == found.size - 3 and found.dead_share == found.dead / found.size
+    counts = dict(zip(found.edges, found.density, strict=False))
+    assert {edge: count for edge, count in counts.items() if count} == {-0.25: 1, -1.0: 1, -2.75: 1}
+    assert found.overall.l0 == pytest.approx(1.103) and found.overall.negative == 0
+
+
+def test_a_feature_fires_where_it_is_positive_only():
+    site = Site("double.1", "neurons")
+    neurons = Neurons(width=WIDTH, k=2, origin=Origin(site=site))
+    x = torch.zeros(10, WIDTH)
+    x[:, 0], x[:, 1] = 1.0, -3.0
+    found = evaluate(neurons, batches(x), shot)
+    assert found.dead == WIDTH - 1 and found.overall.l0 == 2 and found.overall.negative == 0.5
+    assert found.overall.normalised_space is None and found.overall.model_space.fvu_raw == 0
+
+
+def test_a_dictionary_that_normalises_nothing_has_one_space():
+    assert evaluate(autoencoder(), batches(cloud()), shot).overall.normalised_space is None
+
+
+def test_rows_to_train_on_are_refused():
+    with pytest.raises(BadInput, match="'held-out'"):
+        evaluate(autoencoder(), batches(cloud(), split="train"), shot)
+
+
+def test_what_cannot_be_evaluated_is_said():
+    x = cloud()
+    with pytest.raises(BadInput, match="0 tokens"):
+        evaluate(autoencoder(), batches(x), shot, tokens=0)
+    with pytest.raises(BadInput, match="no tokens"):
+        evaluate(autoencoder(), iter(()), shot)
+    with pytest.raises(BadInput, match=r"takes activations \[token, 8\]"):
+        evaluate(autoencoder(), batches(x[:, :5]), shot)
+    x[1234, 2] = torch.nan
+    with pytest.raises(NonFinite, match=r"double\.1/topk-16-k3 was given"):
+        evaluate(autoencoder(), batches(x), shot)
+    broken = autoencoder()
+    broken.weights.decoder[0] = torch.nan
+    with pytest.raises(NonFinite, match="rebuilds"):
+        evaluate(broken, batches(cloud()), shot)
+
+
+def outcomes(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
+    """What a model would give that predicts the sum of its tokens, and draws it."""
+    for i, values in enumerate(x.split(2)):
+        edited = {name: edit(values, None).sum(1) for name, edit in edits.items()}
+        yield Outcomes((shot(2 * i), shot(2 * i + 1)), values.sum(1), edited)
+
+
+def pictures(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
+    def drawn(values: Tensor) -> Tensor:
+        return values.sigmoid().mean(1)[:, :1, None, None].expand(-1, 3, 16, 16)
+
+    for outcome in outcomes({}, x):
+        yield outcome._replace(plain=drawn(x), edited={name: drawn(edit(x, None)) for name, edit in edits.items()})
+
+
+def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all():
+    x = cloud(4 * 6).view(4, 6, WIDTH).float()
+    found = effect(autoencoder(k=WIDTH), torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
+    assert found.shots == 4 and found.pictures == 0 and found.picture_error is None and found.psnr is None
+    assert found.prediction.reconstruction < 1e-12
+    assert found.prediction.zero == pytest.approx(1) and found.prediction.mean == pytest.approx(1)
+    assert found.prediction.of_zero < 1e-12 and found.prediction.of_mean < 1e-12
+
+
+def test_effects_have_closed_forms_for_a_linear_model():
+    x = cloud(4 * 6, offset=3.0).view(4, 6, WIDTH).float()
+    mean, dictionary = x.mean((0, 1)), autoencoder(k=3)
+    found = effect(dictionary, mean, lambda edits: outcomes(edits, x))
+    plain = x.sum(1).double()
+    left = (x - dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)).sum(1).double()
+    rows = {"reconstruction": left, "mean": plain - 6 * mean.double(), "zero": plain}
+    for name, change in rows.items():
+        share = float(change.square().sum() / plain.square().sum())
+        assert getattr(found.prediction, name) == pytest.approx(share, rel=1e-4)
+    first = float(left[[0, 3]].square().sum() / plain[[0, 3]].square().sum())  # shots 0 and 3 are of one timestep
+    assert found.timesteps[1000.0].reconstruction == pytest.approx(first, rel=1e-4)
+
+
+def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
+    x = cloud(2 * 6).view(2, 6, WIDTH).float()
+    found = effect(
+        autoencoder(k=WIDTH),
+        torch.zeros(WIDTH),
+        lambda edits: outcomes(edits, x),
+        lambda edits: pictures(edits, x),
+        measures={"largest": lambda edited, plain: (edited - plain).abs().amax((1, 2, 3))},
+    )
+    assert found.pictures == 2 and found.psnr is not None and found.picture_error is not None
+    assert found.psnr.reconstruction > 100 > found.psnr.zero == pytest.approx(-10 * math.log10(found.picture_error.zero))
+    assert found.similarity["ssim"].reconstruction == pytest.approx(1) and found.similarity["ssim"].zero < 1
+    assert found.similarity["largest"].zero > found.similarity["largest"].reconstruction
+
+
+def test_a_model_without_shots_or_with_nan_is_an_error():
+    x = cloud(2 * 6).view(2, 6, WIDTH).float()
+    with pytest.raises(BadInput, match="no shots"):
+        effect(autoencoder(), torch.zeros(WIDTH), lambda _: ())
+    with pytest.raises(NonFinite, match="predicts NaN"):
+        effect(autoencoder(), torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
+
+
+def test_an_ablation_that_changes_nothing_has_no_share():
+    nothing = Replaced(reconstruction=0.0, mean=0.0, zero=0.0)
+    assert math.isnan(nothing.of_mean) and math.isnan(nothing.of_zero)
+
+
+def test_ssim_of_flat_pictures_has_a_closed_form():
+    a, b = 0.25, 0.75
+    flat = (2 * a * b + 0.01**2) / (a * a + b * b + 0.01**2)
+    found = ssim(torch.full((2, 3, 16, 12), a), torch.full((2, 3, 16, 12), b))
+    assert found.tolist() == pytest.approx([flat, flat])
+
+
+def test_ssim_is_the_published_formula_window_by_window():
+    x, y = torch.rand(2, 1, 1, 13, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bell = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2)).double()
+    window = torch.outer(bell, bell) / bell.sum() ** 2
+    values = []
+    for row, column in [(row, column) for row in range(3) for column in range(2)]:
+        a, b = (picture[0, 0, row : row + 11, column : column + 11] for picture in (x, y))
+        m, n = (window * a).sum(), (window * b).sum()
+        spread = (window * (a - m) ** 2).sum() + (window * (b - n) ** 2).sum()
+        together = (window * (a - m) * (b - n)).sum()
+        values.append((2 * m * n + 1e-4) / (m * m + n * n + 1e-4) * (2 * together + 9e-4) / (spread + 9e-4))
+    assert float(ssim(x, y)) == pytest.approx(float(torch.stack(values).mean()))
+    assert float(ssim(x, x)) == pytest.approx(1) and float(ssim(x, 1 - x)) < 0
+
+
+def test_pictures_too_small_for_a_window_are_refused():
+    with pytest.raises(BadInput, match="10 x 40"):
+        ssim(torch.zeros(1, 3, 10, 40), torch.zeros(1, 3, 10, 40))
+
+
+def evaluated(of: str = "") -> Evaluation:
+    x = cloud(2 * 6).view(2, 6, WIDTH).float()
+    found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, checksum=of, data="a cloud, seed 0")
+    changed = effect(autoencoder(), torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+    return replace(found, effect=changed)
+
+
+def test_an_evaluation_is_read_as_it_was_saved(tmp_path: Path):
+    path = tmp_path / "evaluation" / "double.1" / "topk.json"
+    for found in (evaluated(), replace(evaluated(), effect=None), evaluate(autoencoder(), batches(cloud()), shot)):
+        assert Evaluation.load(found.save(path)) == found
+    assert [each.name for each in path.parent.iterdir()] == ["topk.json"]
+    assert next(iter(json.loads(path.read_text()))) == "format"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": 2}, "format 2; this difflex reads format 1"),
+        ({"colour": "red"}, "not an evaluation"),
+        ({"overall": {"tokens": 3}}, "not an evaluation"),
+        ({"timesteps": [1]}, "not an evaluation"),
+        ({"effect": {"shots": 1}}, "not an evaluation"),
+    ],
+)
+def test_files_that_are_no_evaluation_are_named(tmp_path: Path, change: Mapping[str, object], complaint: str):
+    path = evaluated().save(tmp_path / "one.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BrokenFile, match=f"one.json is.*{complaint}"):
+        Evaluation.load(path)
+
+
+def test_a_file_cut_short_or_absent_is_named(tmp_path: Path):
+    path = evaluated().save(tmp_path / "one.json")
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(BrokenFile, match="not JSON"):
+        Evaluation.load(path)
+    with pytest.raises(BadInput, match="has not been evaluated"):
+        Evaluation.load(tmp_path / "other.json")
+
+
+def test_a_dictionary_that_has_changed_since_is_told(tmp_path: Path):
+    folder = autoencoder().save(tmp_path / "dictionary")
+    found = evaluated(checksum(folder))
+    assert found.is_of(folder)
+    autoencoder().save(folder)  # the same again
+    assert found.is_of(folder)
+    autoencoder(k=4).save(folder)  # the same tensors, other codes
+    assert not found.is_of(folder)
+    changed = autoencoder()
+    changed.weights.decoder[0] *= 1.001
+    changed.save(folder)
+    assert not found.is_of(folder)
+    with pytest.raises(BadInput, match="holds no dictionary"):
+        checksum(tmp_path)
+
+
+def test_a_saved_dictionary_is_worth_what_it_was(tmp_path: Path):
+    dictionary = autoencoder(whitened(cloud()))
+    again = Dictionary.load(dictionary.save(tmp_path / "dictionary"))
+    assert evaluate(again, batches(cloud()), shot) == evaluate(dictionary, batches(cloud()), shot)
