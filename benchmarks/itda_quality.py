@@ -1,8 +1,9 @@
 """ITDA on mini-flux: which pursuit leaves least, ITDA against autoencoders at equal size and data, and whether coverage holds.
 
-The residual stream of the middle double block is harvested anew (`--tokens`, 120,000 by default). `--full` takes all three sizes
-and values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than autoencoders at equal dictionary size, else one
-of each; and coverage on 4,700 pictures beside that on planted tokens. `--out FOLDER` then keeps the growth curve as a picture.
+The residual stream of the middle double block is harvested anew (`--tokens`, 120,000 by default). `--full` takes all three
+sizes and values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than autoencoders at equal dictionary
+size, else one of each; and coverage on 4,700 pictures beside that on planted tokens. `--out FOLDER` then keeps the growth curve
+as a picture.
 """
 
 import argparse
