@@ -18,8 +18,9 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "records": {"errors"},
     "contact": {"errors"},
-    "pipeline": {"records", "errors"},
-    "miniature": {"records", "errors"},
+    "quiet": set(),
+    "pipeline": {"records", "errors", "quiet"},
+    "miniature": {"records", "errors", "quiet"},
     "ranks": {"errors"},
     "dictionary": {"records", "errors", "ranks"},
     "store": {"records", "errors"},
@@ -46,20 +47,20 @@ ARROWS: dict[str, set[str]] = {
         "ranks",
     },
     "planted": {"records", "errors"},
-    "testing": {"pipeline", "records", "errors"},
+    "testing": {"pipeline", "records", "errors", "quiet"},
     "__main__": {"cli"},
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
-LIGHT = {"difflex", "__main__", "cli", "contact", "errors"}
+LIGHT = {"difflex", "__main__", "cli", "contact", "errors", "quiet"}
 
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {
     "torch": ARROWS.keys() - LIGHT,
     "jaxtyping": ARROWS.keys() - LIGHT,
     "einops": ARROWS.keys() - LIGHT,
-    "diffusers": {"pipeline", "miniature", "testing"},
-    "transformers": {"pipeline", "miniature", "testing"},
+    "diffusers": {"pipeline", "miniature", "quiet", "testing"},
+    "transformers": {"pipeline", "miniature", "quiet", "testing"},
     "safetensors": {"pipeline", "miniature", "store", "dictionary", "training"},
     "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
     "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts"},

@@ -209,3 +209,8 @@ def test_the_examination_passes_true_drawings_and_fails_noise():
     rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), judge, captions=12)
     assert set(rows) == {"one object", "two different", "copies", "all", "unseen combinations"}
     assert len(shortfalls(rows)) >= len(FLOORS) // 2
+
+
+def test_the_command_says_nothing_of_packages_it_does_without():
+    done = subprocess.run([sys.executable, "-m", "difflex.miniature", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m difflex.miniature") and not done.stderr

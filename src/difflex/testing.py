@@ -17,7 +17,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from difflex.pipeline.quiet import without_bars
+from difflex.quiet import without_bars
 
 __all__ = ["TINY", "tiny_folder", "tiny_pipeline"]
 

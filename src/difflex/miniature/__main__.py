@@ -6,18 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.miniature.architecture import Architecture
-from difflex.miniature.card import write_card
-from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
-from difflex.miniature.exporting import STEPS, export, pictures
-from difflex.miniature.flow import FlowRecipe
-from difflex.miniature.judge import load_judge
-from difflex.miniature.training import Workshop, pack, train
+from difflex.quiet import quiet
+
+with quiet("transformers"):  # which tells at the first import which packages it does without
+    from diffusers import FluxPipeline
+
+    from difflex.miniature.architecture import Architecture
+    from difflex.miniature.card import write_card
+    from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
+    from difflex.miniature.exporting import STEPS, export, pictures
+    from difflex.miniature.flow import FlowRecipe
+    from difflex.miniature.judge import load_judge
+    from difflex.miniature.training import Workshop, pack, train
 
 
 def main() -> None:

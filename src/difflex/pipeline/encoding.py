@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from difflex.pipeline.families import Family
-from difflex.pipeline.quiet import muted
+from difflex.quiet import muted
 
 __all__ = ["PromptEncoder"]
 

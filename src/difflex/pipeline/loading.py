@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.pipeline.families import Family
 from difflex.pipeline.plans import Plan, read_plan
-from difflex.pipeline.quiet import quiet, without_bars
+from difflex.quiet import quiet, without_bars
 
 __all__ = ["Card", "Precision", "Source", "check_weights", "embedded", "fetch", "find", "plan_of", "read_card", "read_pipeline"]
 

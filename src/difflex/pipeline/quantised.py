@@ -14,7 +14,7 @@ from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from torch import nn
 
 from difflex.errors import MissingExtra
-from difflex.pipeline.quiet import quiet
+from difflex.quiet import quiet
 
 __all__ = ["for_card", "four_bit_layers", "quantise", "read_denoiser", "read_text_encoder"]
 

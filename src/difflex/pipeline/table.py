@@ -13,7 +13,7 @@ from difflex.errors import BadInput
 from difflex.pipeline.clock import Call, Moment
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
-from difflex.pipeline.quiet import quiet
+from difflex.quiet import quiet
 from difflex.pipeline.sites import Located, SiteMap, SiteRow
 from difflex.records import STREAMS, Shot, Site
 
