@@ -1,6 +1,6 @@
 """A diffusers pipeline opened up: load, generate, name its sites, read and write what passes through them, harvest it."""
 
-from difflex.pipeline import quiet  # noqa: F401  first, as it imports diffusers in silence
+from difflex import quiet  # noqa: F401  first, as it imports diffusers in silence
 from difflex.pipeline.clock import Moment
 from difflex.pipeline.generation import Generated
 from difflex.pipeline.loading import embedded

@@ -13,8 +13,8 @@ from difflex.errors import BadInput
 from difflex.pipeline.clock import Call, Moment
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
-from difflex.quiet import quiet
 from difflex.pipeline.sites import Located, SiteMap, SiteRow
+from difflex.quiet import quiet
 from difflex.records import STREAMS, Shot, Site
 
 __all__ = ["site_rows"]
