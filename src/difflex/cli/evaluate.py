@@ -22,7 +22,7 @@ from difflex.study import Study
 
 __all__ = ["Evaluate"]
 
-BATCH, SEED = 4096, 0
+BATCH, SEED = 1024, 0
 UNTRAINED = "untrained-"
 
 

@@ -7,11 +7,11 @@ from functools import reduce
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.dictionary import Dictionary, NormalisedDictionary
+from difflex.dictionary import Dictionary, Normalisation, NormalisedDictionary
 from difflex.dictionary.sparse import bag
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.moments import Joint, both, figures, joint
@@ -87,6 +87,15 @@ def _together(one: _Part, other: _Part) -> _Part:
     return _Part(one.active + other.active, one.negative + other.negative, spaces)
 
 
+class _Order(NamedTuple):
+    """An order of the rows of a batch in which those of one timestep stand together."""
+
+    rows: Int[Tensor, " token"]
+    timesteps: list[float]
+    counts: list[int]
+    """Of the rows of each timestep."""
+
+
 @final
 class _Tally:
     """Takes in batches; keeps sums alone, a few numbers for each axis, timestep and feature."""
@@ -101,27 +110,27 @@ class _Tally:
         self._fired = torch.zeros(dictionary.size, dtype=torch.int64, device=dictionary.constant.device)
 
     def take(self, rows: Rows) -> None:
-        codes = self._dictionary.encode(rows.values)
-        fires = codes.values > 0
-        self._fired += torch.bincount(codes.indices[fires], minlength=self._dictionary.size)
-        active, negative = (codes.values != 0).sum(1), (codes.values < 0).sum(1)
-        spaces = _spaces(self._dictionary, rows.values.to(codes.values.device, torch.float32), codes)
-        for timestep, here in self._by_timestep(rows.shots):
-            chosen = here.to(fires.device)
-            joints = tuple(joint(x[chosen], y[chosen]) for x, y in spaces)
-            part = _Part(int(active[chosen].sum()), int(negative[chosen].sum()), joints)
+        order = self._by_timestep(rows.shots)
+        x = rows.values[order.rows].to(self._fired.device, torch.float32)
+        codes = self._dictionary.encode(x)
+        self._fired += torch.bincount(codes.indices[codes.values > 0], minlength=self._dictionary.size)
+        spaces, first = _spaces(self._dictionary, x, codes), 0
+        for timestep, count in zip(order.timesteps, order.counts, strict=True):
+            here = slice(first, first := first + count)
+            values = codes.values[here]
+            joints = tuple(joint(one[here], other[here]) for one, other in spaces)
+            part = _Part(int(values.count_nonzero()), int((values < 0).sum()), joints)
             self.parts[timestep] = _together(self.parts[timestep], part) if timestep in self.parts else part
 
-    def _by_timestep(self, shots: Int[Tensor, " token"]) -> Iterator[tuple[float, Bool[Tensor, " token"]]]:
-        """Which of the rows are of which timestep."""
+    def _by_timestep(self, shots: Int[Tensor, " token"]) -> _Order:
         numbers, places = shots.unique(return_inverse=True)
         for number in numbers.tolist():
             if number not in self._timesteps:
                 self._timesteps[number] = self._shot(number).timestep or 0.0
-        timesteps = [self._timesteps[number] for number in numbers.tolist()]
-        of_rows = torch.tensor(timesteps, dtype=torch.float64)[places]
-        for timestep in sorted(set(timesteps), reverse=True):
-            yield timestep, of_rows == timestep
+        of_shots = [self._timesteps[number] for number in numbers.tolist()]
+        timesteps = sorted(set(of_shots), reverse=True)
+        of_rows = torch.tensor([timesteps.index(timestep) for timestep in of_shots])[places]
+        return _Order(of_rows.argsort(stable=True), timesteps, of_rows.bincount().tolist())
 
     def evaluation(self, checksum: str, data: str) -> Evaluation:
         whole = reduce(_together, self.parts.values())
@@ -147,9 +156,12 @@ def _spaces(
     dictionary: Dictionary, x: Float[Tensor, "token width"], codes: Codes
 ) -> list[tuple[Float[Tensor, "token width"], Float[Tensor, "token width"]]]:
     """Activations beside what the dictionary makes of them: in model space, and in a normalised space where it has one."""
-    spaces = [(x, dictionary.decode(codes))]
-    if isinstance(dictionary, NormalisedDictionary):
-        normalisation = dictionary.normalisation
-        if normalisation.method != "none" or normalisation.clip is not None:
-            spaces.append((normalisation.apply(x), bag(codes, dictionary.atoms) + dictionary.bias))
-    return spaces
+    if not isinstance(dictionary, NormalisedDictionary) or _is_plain(dictionary.normalisation):
+        return [(x, dictionary.decode(codes))]
+    # What `decode` does, in two steps: the sums over features are made once.
+    z = bag(codes, dictionary.atoms) + dictionary.bias
+    return [(x, dictionary.normalisation.restore(z)), (dictionary.normalisation.apply(x), z)]
+
+
+def _is_plain(normalisation: Normalisation) -> bool:
+    return normalisation.method == "none" and normalisation.clip is None

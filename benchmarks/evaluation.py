@@ -1,0 +1,108 @@
+"""Evaluation against training: tokens per second of processor time on one thread, the same dictionary, in alternating rounds.
+
+Training is its updates alone, without reading and logging; evaluation is all of `evaluate`, in both spaces and by timestep. Both
+take batches of 1,024 tokens, as their commands do.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from difflex.dictionary import Autoencoder, Moments, Normalisation, Origin
+from difflex.evaluation import evaluate
+from difflex.planted import Planted
+from difflex.records import Reading, Rows, Shot, Site
+from difflex.training import default
+from difflex.training.checkpoint import whole_weights
+from difflex.training.fitting import rate
+from difflex.training.learner import Learner
+from difflex.training.start import first_weights
+from difflex.training.team import Team
+
+torch.set_num_threads(1)
+BATCH = 1024
+BAR = 1.0
+"""Tokens evaluated in the time of one that is trained on, at least."""
+TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)
+SHOT = Shot(model="planted", pixels=(64, 64), steps=4, guidance=0.0, split="held-out")
+
+
+class Shape(NamedTuple):
+    """A size of dictionary, and how much of it is measured."""
+
+    width: int
+    size: int
+    k: int
+    batches: int
+    rounds: int
+
+
+SHAPES = {
+    "as on mini-flux": Shape(192, 2048, 32, batches=16, rounds=7),
+    "as on a large model": Shape(1536, 8192, 64, batches=3, rounds=5),
+}
+
+
+def shot(number: int) -> Shot:
+    return replace(SHOT, timestep=TIMESTEPS[number % len(TIMESTEPS)])
+
+
+def held_out(batches: list[Rows]) -> Iterator[Rows]:
+    """The same rows, as of 64 tokens to a shot."""
+    return Reading((rows._replace(shots=rows.shots // 64) for rows in batches), "held-out")
+
+
+def compare(name: str, shape: Shape) -> float:
+    """How many tokens are evaluated in the time that training takes for one, the median of the rounds."""
+    planted = Planted(width=shape.width, truths=shape.size // 2)
+    batches = list(islice(planted.batches(BATCH), shape.batches))
+    moments = Moments(shape.width, covariance=False)
+    for rows in batches * -(-10 * shape.width // (BATCH * shape.batches)):
+        moments.add(rows.values)
+    normalisation = moments.normalisation("standardise")
+    training = default(width=shape.width, size=shape.size, k=shape.k)
+    learner = Learner(training, first_weights(training, normalisation.apply(batches[0].values)), Team())
+
+    def train() -> None:
+        for rows in batches:
+            learner.update(normalisation.apply(rows.values), rate(training.optimiser, learner.updates, 0.1), measured=False)
+
+    def measure() -> None:
+        evaluate(dictionary(learner, normalisation, shape.k), held_out(batches), shot, device="cpu")
+
+    tokens, times = BATCH * shape.batches, {train: [], measure: []}
+    train()
+    measure()
+    for number in range(shape.rounds):
+        for work in list(times)[:: 1 if number % 2 else -1]:
+            began = time.process_time()
+            work()
+            times[work].append(time.process_time() - began)
+    trained, measured = (tokens / statistics.median(times[work]) for work in (train, measure))
+    print(f"  {name} ({shape.width} x {shape.size}, k {shape.k}): {trained:,.0f} tokens/s trained, {measured:,.0f} evaluated")
+    return statistics.median(a / b for a, b in zip(times[train], times[measure], strict=True))
+
+
+def dictionary(learner: Learner, normalisation: Normalisation, k: int) -> Autoencoder:
+    """What the learner has learned so far."""
+    origin = Origin(site=Site("double.0"))
+    return Autoencoder(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=whole_weights(learner))
+
+
+def main() -> int:
+    """0 if the bar is met at every shape, else 1."""
+    found = {name: compare(name, shape) for name, shape in SHAPES.items()}
+    met = all(speed >= BAR for speed in found.values())
+    shown = ", ".join(f"{speed:.2f} {name}" for name, speed in found.items())
+    print(f"evaluation: tokens evaluated for each trained on: {shown} (bar {BAR}): {'met' if met else 'MISSED'}")
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())
