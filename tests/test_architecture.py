@@ -29,9 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "anatomy": {"records", "errors"},
     "concepts": {"records", "errors", "dictionary"},
     "evaluation": {"records", "errors", "dictionary"},
-    "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training", "evaluation"},
-    "cli": {
-        "difflex",
+    "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training", "evaluation", "run"},
+    "commands": {
         "records",
         "errors",
         "contact",
@@ -46,13 +45,16 @@ ARROWS: dict[str, set[str]] = {
         "evaluation",
         "ranks",
     },
+    "recipes": {"errors", "study", "commands"},
+    "run": {"errors", "store", "study", "recipes"},
+    "cli": {"errors", "study"},
     "planted": {"records", "errors"},
     "testing": {"pipeline", "records", "errors", "quiet"},
     "__main__": {"cli"},
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
-LIGHT = {"difflex", "__main__", "cli", "contact", "errors", "quiet"}
+LIGHT = {"difflex", "__main__", "cli", "commands", "contact", "errors", "quiet", "study"}
 
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {
@@ -64,7 +66,7 @@ HOMES: dict[str, set[str]] = {
     "safetensors": {"pipeline", "miniature", "store", "dictionary", "training"},
     "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
     "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts"},
-    "tyro": {"cli"},
+    "tyro": {"cli", "commands", "run"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
 }

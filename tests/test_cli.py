@@ -14,8 +14,8 @@ from PIL import Image
 import difflex
 from difflex import cli
 from difflex.cli import VERBS, main, parse, verb_class
-from difflex.cli.models import table
-from difflex.cli.opening import Opening, see_own_card
+from difflex.commands.models import table
+from difflex.commands.opening import Opening, see_own_card
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
 

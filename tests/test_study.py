@@ -12,7 +12,7 @@ from difflex.study import Study
 
 def test_a_study_that_was_begun_is_opened_again(tmp_path: Path):
     begun = Study.begin(tmp_path / "new" / "study", "mini-flux")
-    assert Study.open(begun.folder).card == begun.card == Study.begin(begun.folder, "mini-flux").card
+    assert Study.open(begun.folder) == begun == Study.begin(begun.folder, "mini-flux")
     assert next(iter(json.loads((begun.folder / "study.json").read_text()))) == "format"
     assert [path.name for path in begun.folder.iterdir()] == ["study.json"]
 
@@ -28,7 +28,7 @@ def test_a_study_that_is_planned_is_not_yet_there(tmp_path: Path):
     study = Study.planned(tmp_path / "study", "mini-flux")
     assert not study.folder.exists()
     study.write()
-    assert Study.open(study.folder).card == study.card
+    assert Study.open(study.folder) == study
 
 
 @pytest.mark.parametrize(

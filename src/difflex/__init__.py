@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline, load
     from difflex.records import Activations, Codes, Shot, Site
+    from difflex.run import run_study
     from difflex.store import Live, Store, record
     from difflex.study import Study
     from difflex.training import fit
@@ -36,6 +37,7 @@ HOMES = {
     "fit": "difflex.training",
     "load": "difflex.pipeline",
     "record": "difflex.store",
+    "run_study": "difflex.run",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "fit",
     "load",
     "record",
+    "run_study",
 ]
 
 

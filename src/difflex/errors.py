@@ -13,6 +13,7 @@ DifflexError
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DifflexError(Exception):
@@ -50,6 +51,11 @@ class OutOfSpace(DifflexError):
 
 class StaleWork(DifflexError):
     """Work on disk made from other input than what is asked now."""
+
+    def __init__(self, message: str, place: Path | None = None) -> None:
+        """`place` is what stands in the way: without it the work begins anew."""
+        super().__init__(message)
+        self.place = place
 
 
 class NonFinite(DifflexError):

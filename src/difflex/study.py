@@ -1,76 +1,91 @@
-"""The study folder: what is called how in it, and what `study.json` says."""
+"""The study: a model, a folder with everything that is known of it, and what is to be done there."""
+
+from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.records import Site
 
-__all__ = ["Study"]
+__all__ = ["GROWING", "Command", "Place", "Study"]
 
 FORMAT = 1
 CARD = "study.json"
 ACTIVATIONS = "activations"
+GROWING = "growing-"
+"""What the folder of a dictionary begins with until its size, and so its name, is known."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What `study.json` says."""
+class Command(ABC):
+    """A piece of work as plain data: a frozen dataclass whose fields are the flags of a verb on the command line."""
 
-    format: int = FORMAT
-    difflex: str = __version__
-    """The version that began the study."""
-    model: str
-    """The model that is studied: one a study, as dictionaries are named by their site alone."""
-    revision: str | None = None
+    @abstractmethod
+    def __call__(self) -> Sequence[Path] | None:
+        """What was made, if it is of the kind that stays in a study; does the work, says what came of it."""
+
+
+class Place(NamedTuple):
+    """Where in a study a dictionary is."""
+
+    site: Site
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.site}/{self.label}"
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A folder with everything that is known of one model."""
 
-    def __init__(self, folder: Path, card: Card) -> None:
-        self.folder = folder
-        self.card = card
+    folder: Path
+    model: str
+    """The model that is studied: one a study, as dictionaries are named by their site alone."""
+    revision: str | None = None
+    difflex: str = __version__
+    """The version that began the study."""
+    commands: tuple[Command, ...] = ()
+    """What is to be done in it, in this order."""
 
     @classmethod
-    def begin(cls, folder: Path | str, model: str, revision: str | None = None) -> "Study":
+    def begin(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
         """The study of `model` in `folder`, which may have been begun before."""
         study = cls.planned(folder, model, revision)
         study.write()
         return study
 
     @classmethod
-    def planned(cls, folder: Path | str, model: str, revision: str | None = None) -> "Study":
+    def planned(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
         """The study of `model` in `folder`, not yet written if it was not begun before."""
         folder = Path(folder)
         if (folder / CARD).is_file():
             study = cls.open(folder)
-            if (study.card.model, study.card.revision) != (model, revision):
-                raise StaleWork(
-                    f"{folder} studies {_named(study.card.model, study.card.revision)}, asked is {_named(model, revision)}. "
-                    "Name another folder: a study is about one model."
-                )
+            study._is_about(model, revision)
             return study
-        return cls(folder, Card(model=model, revision=revision))
+        return cls(folder=folder, model=model, revision=revision)
 
     def write(self) -> None:
         """Nothing; the study is begun, if it was not before."""
         if (self.folder / CARD).is_file():
+            Study.open(self.folder)._is_about(self.model, self.revision)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / CARD, asdict(self.card))
+            card = {"format": FORMAT, "difflex": self.difflex, "model": self.model, "revision": self.revision}
+            _write(self.folder / CARD, card)
         except OSError as error:
             raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Study":
+    def open(cls, folder: Path | str) -> Study:
         """The study in `folder`."""
         path = Path(folder) / CARD
         if not path.is_file():
@@ -84,12 +99,20 @@ class Study:
         found = said.get("format") if isinstance(said, Mapping) else None
         if found != FORMAT:
             raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
-        known = {name: said[name] for name in ("format", "difflex", "model", "revision") if name in said}
-        unknown = sorted(said.keys() - known.keys())
+        known = {name: said[name] for name in ("difflex", "model", "revision") if name in said}
+        unknown = sorted(said.keys() - known.keys() - {"format"})
         if unknown or "model" not in known:
             what = f"holds the entry '{unknown[0]}', which is unknown" if unknown else "does not name a model"
             raise BrokenFile(f"{path} {what}. Delete it and harvest again into the folder.")
-        return cls(Path(folder), Card(**known))
+        return cls(folder=Path(folder), **known)
+
+    def _is_about(self, model: str, revision: str | None) -> None:
+        """Nothing; to go on with another model is an error."""
+        if (self.model, self.revision) != (model, revision):
+            raise StaleWork(
+                f"{self.folder} studies {_named(self.model, self.revision)}, asked is {_named(model, revision)}. "
+                "Name another folder: a study is about one model."
+            )
 
     @property
     def activations(self) -> Path:
@@ -105,6 +128,12 @@ class Study:
     def dictionary(self, site: Site, label: str) -> Path:
         """The folder of a dictionary."""
         return self.folder / "dictionaries" / site.folder / label
+
+    def dictionaries(self) -> list[Place]:
+        """The finished dictionaries."""
+        folders = sorted(path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
+        places = [Place(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
+        return [place for place in places if not place.label.startswith(GROWING)]
 
     def evaluation(self, site: Site, label: str) -> Path:
         """The file with a dictionary's figures."""

@@ -89,7 +89,7 @@ class Ledger:
         for name, wanted in {**asked, "dtype": dtype, "batch": batch, "source": source}.items():
             if getattr(self.head, name) != wanted:
                 what = "The prompts have changed" if name == "source" else f"{self.folder} was begun with another {name}"
-                raise StaleWork(f"{what}: {getattr(self.head, name)!r} then, {wanted!r} now. {ELSEWHERE}")
+                raise StaleWork(f"{what}: {getattr(self.head, name)!r} then, {wanted!r} now. {ELSEWHERE}", self.folder)
 
     def has(self, number: int, shots: Sequence[Shot]) -> bool:
         """Whether the shard of this number is stored, whole; one that was made from other shots is an error."""
@@ -103,7 +103,8 @@ class Ledger:
         now = next(shot for shot in shots if shot not in there)
         raise StaleWork(
             f"The prompts or their settings have changed: shard {number} of {self.folder} was made from {_said(was)}, "
-            f"asked is {_said(now)}. {ELSEWHERE}"
+            f"asked is {_said(now)}. {ELSEWHERE}",
+            self.folder,
         )
 
     def writer(self, number: int, shots: int) -> ShardWriter:
@@ -123,7 +124,8 @@ class Ledger:
         if (tokens, width) != (self.head.tokens, self.head.width):
             raise StaleWork(
                 f"{self.folder} holds shots of {self.head.tokens} tokens of width {self.head.width}; "
-                f"the harvest gave {tokens} of width {width}. {ELSEWHERE}"
+                f"the harvest gave {tokens} of width {width}. {ELSEWHERE}",
+                self.folder,
             )
 
     def enter(self, number: int, writer: ShardWriter, shots: Sequence[Shot]) -> None:

@@ -146,5 +146,6 @@ def _same(path: Path, what: str, found: Json, asked: Json) -> None:
         found, asked = {name: found.get(name) for name in names}, {name: asked[name] for name in names}
     raise StaleWork(
         f"{path} holds the state of a training with other {what}: {found}, asked is {asked}. "
-        "Ask for the same to go on, or name another folder, or remove this one to train from the start."
+        "Ask for the same to go on, or name another folder, or remove this one to train from the start.",
+        path.parent,
     )

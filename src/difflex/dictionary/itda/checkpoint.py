@@ -87,7 +87,7 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
         differing["data"] = (state.data, data)
     if differing:
         told = ", ".join(f"{name} {found!r} instead of {wanted!r}" for name, (found, wanted) in differing.items())
-        raise StaleWork(f"{path} belongs to another growth: {told}. Ask for the same to go on, or: {AGAIN}")
+        raise StaleWork(f"{path} belongs to another growth: {told}. Ask for the same to go on, or: {AGAIN}", path.parent)
     return state
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflex.cli import evaluate as verb
 from difflex.cli import main
+from difflex.commands import evaluate as verb
 from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
 from difflex.evaluation import Evaluation
 from difflex.records import Site, split_of

@@ -8,9 +8,9 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 from difflex.anatomy import heat_map, measure, spectra
-from difflex.cli.flags import Pixels
-from difflex.cli.opening import Opening
-from difflex.cli.prompts import read_prompts
+from difflex.commands.flags import Pixels
+from difflex.commands.opening import Opening
+from difflex.commands.prompts import read_prompts
 from difflex.errors import BadInput
 from difflex.records import Stream
 

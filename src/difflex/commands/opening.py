@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-import difflex
-from difflex.cli import Command
+from difflex.pipeline import Pipeline, load
+from difflex.study import Command
 
 __all__ = ["Opening", "see_own_card"]
 
@@ -32,9 +32,9 @@ class Opening(Command):
     offline: FlagCreatePairsOff[bool] = False
     """Take models of the hub from the local cache alone."""
 
-    def load(self) -> "difflex.Pipeline":
+    def load(self) -> Pipeline:
         """The model, loaded as the flags say."""
-        return difflex.load(
+        return load(
             self.model,
             precision=self.precision,
             revision=self.revision,

@@ -47,7 +47,7 @@ def test_anatomy_writes_the_measurements_and_labelled_figures(folder: Path, tmp_
 def test_anatomy_refuses_a_file_for_its_folder_before_it_measures(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("difflex.cli.anatomy.measure", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr("difflex.commands.anatomy.measure", lambda *_: pytest.fail("it measured"))
     (tmp_path / "out").write_text("")
     assert main(["anatomy", str(folder), "--prompts", "captions", "--out", str(tmp_path / "out")]) == 2
     assert "cannot be made" in capsys.readouterr().err

@@ -10,9 +10,9 @@ from typing import Annotated, Literal, final
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.cli.flags import Pixels, Range
-from difflex.cli.opening import Opening, see_own_card
-from difflex.cli.prompts import CAPTIONS, Prompts, read_prompts
+from difflex.commands.flags import Pixels, Range
+from difflex.commands.opening import Opening, see_own_card
+from difflex.commands.prompts import CAPTIONS, Prompts, read_prompts
 from difflex.errors import BadInput
 from difflex.store import Recording, record
 from difflex.study import Study
@@ -78,7 +78,7 @@ class Harvest(Opening):
     limit: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None
     """What the activations may take on disk, as in 100GB; asked before anything is written."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Path]:
         prompts = read_prompts(self.prompts, self.shuffle, self.column, self.pinned)
         if prompts.is_endless and self.tokens is None:
             raise BadInput(f"The {CAPTIONS} do not end: say how many --tokens to store.")
@@ -90,9 +90,11 @@ class Harvest(Opening):
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
         study = Study.planned(self.out, pipe.name, pipe.revision)
         harvest = partial(pipe.harvest, progress=False)
-        for store in record(study.activations, shots, sites, harvest, settings, accepted=study.write):
+        stores = record(study.activations, shots, sites, harvest, settings, accepted=study.write)
+        for store in stores:
             state = "complete" if store.complete else "this process's share is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
+        return [store.folder for store in stores]
 
     def _settings(self, prompts: Prompts) -> Recording:
         rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

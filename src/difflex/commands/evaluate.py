@@ -9,8 +9,6 @@ from typing import Annotated, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-import difflex
-from difflex.cli import Command
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Effect, Evaluation, checksum, effect, evaluate, some_shots
@@ -18,7 +16,7 @@ from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST
-from difflex.study import Study
+from difflex.study import Command, Study
 
 __all__ = ["Evaluate"]
 
@@ -56,7 +54,7 @@ class Evaluate(Command):
     offline: FlagCreatePairsOff[bool] = False
     """Take a model of the hub from the local cache alone."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Path]:
         if self.tokens < 1 or self.effect < 0:
             raise BadInput(
                 f"--tokens {self.tokens} --effect {self.effect} cannot be measured: ask for 1 token and 0 shots or more."
@@ -65,6 +63,7 @@ class Evaluate(Command):
         load = cache(partial(_load, study, self.offload, self.offline))
         done = {place: self._evaluation(study, place, load) for place in self._places(_dictionaries(study))}
         print(_table({str(place): _line(evaluation) for place, evaluation in done.items()}))
+        return [study.evaluation(*place) for place in done]
 
     def _places(self, known: Sequence[Place]) -> list[Place]:
         """Those of the `known` dictionaries that are asked for."""
@@ -79,7 +78,7 @@ class Evaluate(Command):
         everything = not asked and not self.dictionary
         return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
 
-    def _evaluation(self, study: Study, place: Place, load: Callable[[str | None], difflex.Pipeline]) -> Evaluation:
+    def _evaluation(self, study: Study, place: Place, load: Callable[[str | None], Pipeline]) -> Evaluation:
         """The evaluation of one dictionary, up to date and saved."""
         store, path, folder = _store(study, place), study.evaluation(*place), study.dictionary(*place)
         rows = store.count("held-out")
@@ -133,7 +132,7 @@ def _read(folder: Path, store: Store) -> Dictionary:
     return dictionary
 
 
-def _effect(store: Store, folder: Path, count: int, load: Callable[[str | None], difflex.Pipeline]) -> Effect | None:
+def _effect(store: Store, folder: Path, count: int, load: Callable[[str | None], Pipeline]) -> Effect | None:
     """What the dictionary does to the model at held-out shots; None, and a warning, where none can be walked again."""
     shots = some_shots(store.batches(BATCH, seed=SEED, split="held-out"), store.shot, count, SEED)
     if not shots:
@@ -146,14 +145,14 @@ def _effect(store: Store, folder: Path, count: int, load: Callable[[str | None],
     )
 
 
-def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> difflex.Pipeline:
+def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> Pipeline:
     """The model that is studied, held as it was when it was harvested."""
-    revision = study.card.revision or ""
+    revision = study.revision or ""
     untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None
-    return difflex.load(
-        study.card.model,
+    return load_model(
+        study.model,
         precision=precision,
-        revision=study.card.revision if untrained is None else None,
+        revision=study.revision if untrained is None else None,
         untrained=untrained,
         offload=offload,
         offline=offline,

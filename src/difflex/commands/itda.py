@@ -9,19 +9,18 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.cli import Command
-from difflex.cli.opening import see_own_card
+from difflex.commands.opening import see_own_card
 from difflex.dictionary import Dictionary, Origin
 from difflex.dictionary.files import Json
 from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
 from difflex.dictionary.itda.config import variant
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
-from difflex.study import Study
+from difflex.study import GROWING, Command, Study
 
 __all__ = ["Itda"]
 
@@ -57,7 +56,7 @@ class Itda(Command):
     seed: Annotated[int, arg(metavar="SEED")] = 0
     """The order of the tokens."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Path]:
         self._check()
         see_own_card()
         study, site = Study.open(self.study), Site.parse(self.site)
@@ -69,14 +68,16 @@ class Itda(Command):
             ranks = Ranks()
             source = self._source(store, ranks)
             training: dict[str, Json] = {"seed": self.seed, **({} if self.tokens is None else {"first": self.tokens})}
-            origin = Origin(site=site, model=study.card.model, revision=study.card.revision, training=training)
-            asked = {_work(study, site, growth, training): growth for growth in self._growths(ranks.count)}
-            missing = {folder: growth for folder, growth in asked.items() if not _there(study, site, growth, source, ranks)}
-            if not missing:
-                return
-            made = grow(missing, source, origin=origin, told=Teller())
-            if ranks.rank == 0:
-                _put(study, made)
+            origin = Origin(site=site, model=study.model, revision=study.revision, training=training)
+            growths = self._growths(ranks.count)
+            there = [_there(study, site, growth, source, ranks) for growth in growths]
+            missing = [growth for growth, place in zip(growths, there, strict=True) if place is None]
+            made = [place for place in there if place is not None]
+            if missing:
+                asked = {_work(study, site, growth, training): growth for growth in missing}
+                grown = grow(asked, source, origin=origin, told=Teller())
+                made += _put(study, grown) if ranks.rank == 0 else []
+        return made
 
     def _check(self) -> None:
         if not self.threshold and self.size is None and not self.paper:
@@ -130,19 +131,19 @@ class Teller:
 def _work(study: Study, site: Site, growth: Growth, training: Mapping[str, Json]) -> Path:
     """Where a dictionary grows until its size, and so its name, is known."""
     told = variant({**training, "config": growth.as_json()})
-    return study.dictionary(site, f"growing-itda-to-{growth.size}-k{growth.k}{told}")
+    return study.dictionary(site, f"{GROWING}itda-to-{growth.size}-k{growth.k}{told}")
 
 
-def _there(study: Study, site: Site, growth: Growth, source: Source, ranks: Ranks) -> bool:
-    """Whether the same dictionary has been grown before; then it is said."""
+def _there(study: Study, site: Site, growth: Growth, source: Source, ranks: Ranks) -> Path | None:
+    """Where the same dictionary, if it has been grown before, stands; then it is said."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
         if _alike(_training(path), growth, source):
             if ranks.rank == 0:
                 itda = Dictionary.load(path.parent)
                 assert isinstance(itda, ITDA)
                 print(f"{path.parent}: is there already, {_described(itda)}")
-            return True
-    return False
+            return path.parent
+    return None
 
 
 def _training(path: Path) -> Mapping[str, Json]:
@@ -162,18 +163,24 @@ def _alike(training: Mapping[str, Json], growth: Growth, source: Source) -> bool
     return same and training.get("data") == source.data
 
 
-def _put(study: Study, made: Mapping[Path, ITDA]) -> None:
-    """Move dictionaries from where they grew to their names; one whose name is taken stays where it is, whole."""
-    stuck = []
+def _put(study: Study, made: Mapping[Path, ITDA]) -> list[Path]:
+    """Where dictionaries stand once they are moved to their names; one whose name is taken stays where it grew, whole."""
+    put: list[Path] = []
+    stuck: dict[Path, Path] = {}
     for folder, itda in made.items():
         place = study.dictionary(itda.site, itda.label)
         if place.exists():
-            stuck.append(f"{place} is there already, of other data or settings; the new one stands in {folder}.")
+            stuck[place] = folder
             continue
-        folder.rename(place)
+        put.append(folder.rename(place))
         print(f"{place}: {_described(itda)}")
     if stuck:
-        raise BadInput(" ".join([*stuck, "Move the old one away, then give the same command again: nothing is grown twice."]))
+        told = [
+            f"{place} is there already, of other data or settings; the new one stands in {new}." for place, new in stuck.items()
+        ]
+        advice = "Move the old one away, then give the same command again: nothing is grown twice."
+        raise StaleWork(" ".join([*told, advice]), next(iter(stuck)))
+    return put
 
 
 def _described(itda: ITDA) -> str:

@@ -5,8 +5,8 @@ from typing import Annotated, final
 
 from tyro.conf import arg
 
-from difflex.cli.flags import Pixels
-from difflex.cli.opening import Opening
+from difflex.commands.flags import Pixels
+from difflex.commands.opening import Opening
 
 __all__ = ["Sites"]
 

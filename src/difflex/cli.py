@@ -1,13 +1,12 @@
 """The command line: one verb per station.
 
-A verb is a frozen dataclass, its fields are the flags, calling it does the work. Here is only the table of verbs, so that
-`difflex --help` imports neither torch nor tyro; the module of a verb is imported when that verb is asked for.
+Here is only the table of verbs, so that `difflex --help` imports neither torch nor tyro; the module of a verb is
+imported when that verb is asked for.
 """
 
 import os
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,8 +14,9 @@ from typing import NamedTuple
 
 from difflex import __version__
 from difflex.errors import DifflexError, UnknownName
+from difflex.study import Command
 
-__all__ = ["VERBS", "Command", "main", "parse", "verb_class"]
+__all__ = ["VERBS", "main", "parse", "verb_class"]
 
 USAGE = "usage: difflex VERB [OPTIONS]\n\nA lexicon of what a text-to-image diffusion model knows."
 
@@ -31,24 +31,18 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.cli.anatomy:Anatomy"),
-    "evaluate": Verb("measure dictionaries on held-out activations", "difflex.cli.evaluate:Evaluate"),
-    "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.cli.generate:Generate"),
-    "harvest": Verb("store a model's activations in a study", "difflex.cli.harvest:Harvest"),
-    "itda": Verb("grow dictionaries made of data", "difflex.cli.itda:Itda"),
-    "models": Verb("list the models inside the package", "difflex.cli.models:Models"),
-    "sites": Verb("list where a model can be read and written", "difflex.cli.sites:Sites"),
-    "train": Verb("train sparse autoencoders on stored activations", "difflex.cli.train:Train"),
-    "verify": Verb("compare stored activations with their checksums", "difflex.cli.verify:Verify"),
+    "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.commands.anatomy:Anatomy"),
+    "evaluate": Verb("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
+    "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
+    "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
+    "itda": Verb("grow dictionaries made of data", "difflex.commands.itda:Itda"),
+    "models": Verb("list the models inside the package", "difflex.commands.models:Models"),
+    "run": Verb("run a whole study by a recipe", "difflex.run.run:Run"),
+    "sites": Verb("list where a model can be read and written", "difflex.commands.sites:Sites"),
+    "status": Verb("say how far a study is", "difflex.run.status:Status"),
+    "train": Verb("train sparse autoencoders on stored activations", "difflex.commands.train:Train"),
+    "verify": Verb("compare stored activations with their checksums", "difflex.commands.verify:Verify"),
 }
-
-
-class Command(ABC):
-    """A verb with its flags filled in."""
-
-    @abstractmethod
-    def __call__(self) -> None:
-        """Nothing: does the work, prints what came of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import final
 
-from difflex.cli import Command
 from difflex.errors import BrokenFile
+from difflex.study import Command
 
 __all__ = ["Models", "table"]
 

@@ -9,8 +9,7 @@ from typing import Annotated, Literal, NamedTuple, final
 from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.cli import Command
-from difflex.cli.opening import see_own_card
+from difflex.commands.opening import see_own_card
 from difflex.dictionary import Autoencoder, Origin
 from difflex.dictionary.autoencoder import Kind
 from difflex.dictionary.normalisation import Method
@@ -18,7 +17,7 @@ from difflex.errors import BadInput, UnknownName
 from difflex.ranks import joined
 from difflex.records import Site
 from difflex.store import Store
-from difflex.study import Study
+from difflex.study import Command, Study
 from difflex.training import Course, Team, Training, default, fit, paper, unbox
 
 __all__ = ["Train"]
@@ -100,7 +99,7 @@ class Train(Command):
     log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
     """Who is told the figures besides log.jsonl."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Path]:
         if not self.site:
             raise BadInput("Name at least one --site.")
         see_own_card()
@@ -110,10 +109,10 @@ class Train(Command):
             if Site.parse(name) not in stores:
                 raise UnknownName.among("The site", name, map(str, stores), "Harvest it first.")
         with joined():
-            for name in self.site:
-                self._train(study, Store.open(stores[Site.parse(name)]))
+            made = [self._train(study, Store.open(stores[Site.parse(name)])) for name in self.site]
+        return [folder for folders in made for folder in folders]
 
-    def _train(self, study: Study, store: Store) -> None:
+    def _train(self, study: Study, store: Store) -> list[Path]:
         team, usual = Team(), USUAL[self.preset]
         batch = usual.batch if self.batch is None else self.batch
         if batch <= 0 or batch % team.count:
@@ -129,8 +128,8 @@ class Train(Command):
             ),
             origin=Origin(
                 site=store.site,
-                model=study.card.model,
-                revision=study.card.revision,
+                model=study.model,
+                revision=study.revision,
                 training={"variant": self._variant()},
             ),
             course=Course(
@@ -145,6 +144,7 @@ class Train(Command):
         if team.rank == 0:
             for folder, dictionary in trained.items():
                 print(f"{folder}: {_described(dictionary)}")
+        return list(trained)
 
     def _variant(self) -> str:
         """What sets a dictionary apart from those of the same kind, size and k that nothing special was asked of."""

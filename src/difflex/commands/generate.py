@@ -6,8 +6,8 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.cli.flags import Pixels, Range
-from difflex.cli.opening import Opening
+from difflex.commands.flags import Pixels, Range
+from difflex.commands.opening import Opening
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
 

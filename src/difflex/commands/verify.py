@@ -6,10 +6,9 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.cli import Command
 from difflex.errors import BrokenFile, DifflexError, UnknownName
 from difflex.store import Store
-from difflex.study import Study
+from difflex.study import Command, Study
 
 __all__ = ["Verify"]
 

@@ -1,0 +1,143 @@
+"""Recipes: whole studies as Python functions from a folder to what is done in it.
+
+A recipe of your own is such a function in a file of yours: `difflex run my_recipe.py:study`. Derive it from another one by
+calling that and replacing what differs.
+"""
+
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from difflex.commands.evaluate import Evaluate
+from difflex.commands.harvest import Harvest
+from difflex.commands.itda import Itda
+from difflex.commands.train import Train
+from difflex.errors import BadInput, UnknownName
+from difflex.study import Study
+
+__all__ = ["RECIPES", "Recipe", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
+
+Recipe = Callable[[Path], Study]
+CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
+"""What the autoencoders of arXiv 2505.24360 were trained on."""
+
+
+def mini(folder: Path) -> Study:
+    """The demo: one site of mini-flux in minutes."""
+    site = "double.1"
+    return Study(
+        folder=folder,
+        model="mini-flux",
+        commands=(
+            Harvest(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
+            Train(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
+            Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
+            Evaluate(study=folder, effect=16),
+        ),
+    )
+
+
+def mini_full(folder: Path) -> Study:
+    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, autoencoders and ITDA; an hour."""
+    middle, sites = "double.1", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
+    sizes, ks = (512, 2048, 4096), (8, 16, 32)
+    elsewhere = tuple(site for site in sites if site != middle)
+    return Study(
+        folder=folder,
+        model="mini-flux",
+        commands=(
+            Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder),
+            Train(study=folder, site=(middle,), k=ks, size=sizes, tokens=2_000_000),
+            Train(study=folder, site=elsewhere, k=(16,), size=(2048,), tokens=2_000_000),
+            Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000, normalisation="none"),
+            Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000, normalisation="whiten"),
+            *(Itda(study=folder, site=middle, k=k, size=size, tokens=200_000) for size in sizes for k in ks),
+            *(Itda(study=folder, site=site, k=16, size=2048, tokens=200_000) for site in elsewhere),
+            Evaluate(study=folder),
+        ),
+    )
+
+
+def flux_schnell(folder: Path) -> Study:
+    """arXiv 2505.24360 on FLUX.1 schnell: four sites, autoencoders over k and size at the middle one, ITDA; 30.7 M tokens.
+
+    Its activations take about 380 GB, as they are stored in int8.
+    """
+    return _flux(folder, "black-forest-labs/FLUX.1-schnell", steps=1, guidance=0.0)
+
+
+def flux_dev(folder: Path) -> Study:
+    """The same on FLUX.1 dev: one step in four of its 28, at its own guidance."""
+    return _flux(folder, "black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5)
+
+
+def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
+    middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
+    elsewhere = tuple(site for site in sites if site != middle)
+    return Study(
+        folder=folder,
+        model=model,
+        commands=(
+            Harvest(
+                model=model,
+                sites=sites,
+                prompts=CAPTIONS,
+                tokens=30_720_000,
+                steps=steps,
+                pixels=(256, 256),
+                guidance=guidance,
+                dtype="int8",
+                out=folder,
+            ),
+            Train(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
+            Train(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
+            *(Itda(study=folder, site=site, paper=True) for site in sites),
+            Evaluate(study=folder),
+        ),
+    )
+
+
+def sdxl_turbo(folder: Path) -> Study:
+    """arXiv 2410.22366 on SDXL Turbo: the updates of four blocks at one step, k 10, size 5,120.
+
+    A tenth of its 384 M vectors for each block, which take about 200 GB in int8.
+    """
+    model, sites = "stabilityai/sdxl-turbo", ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
+    return Study(
+        folder=folder,
+        model=model,
+        commands=(
+            Harvest(
+                model=model,
+                sites=sites,
+                prompts="guangyil/laion-coco-aesthetic:caption",
+                tokens=38_400_000,
+                steps=1,
+                pixels=(512, 512),
+                guidance=0.0,
+                dtype="int8",
+                out=folder,
+            ),
+            Train(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
+            Evaluate(study=folder),
+        ),
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {each.__name__: each for each in (mini, mini_full, flux_schnell, flux_dev, sdxl_turbo)}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`: one of the package, or FILE.py:FUNCTION."""
+    file, _, function = name.rpartition(":")
+    if not file:
+        if name not in RECIPES:
+            raise UnknownName.among("The recipe", name, RECIPES, "Or name a function in a file of yours: my_recipe.py:study.")
+        return RECIPES[name]
+    if not Path(file).is_file():
+        raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
+    found = runpy.run_path(file)
+    if not callable(found.get(function)):
+        known = [each for each, value in found.items() if callable(value) and not each.startswith("_")]
+        raise UnknownName.among(f"In {file} the function", function, known)
+    return found[function]

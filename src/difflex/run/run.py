@@ -1,0 +1,40 @@
+"""`difflex run`: a whole study by a recipe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.errors import BadInput
+from difflex.recipes import recipe
+from difflex.run.running import run_study, steps
+from difflex.run.status import table
+from difflex.study import Command, Study
+
+__all__ = ["Run"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Run(Command):
+    """Run a recipe: its commands in order; given again it goes on, and does again only what a change has made useless."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """mini, mini_full, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, a function from a folder to a Study."""
+    out: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: a folder of the recipe's name)")] = None
+    """The folder of the study; begun if it is not there."""
+    until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
+    """Stop after the last command of this verb: harvest, train, ..."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Say what would be done, and do nothing."""
+
+    def __call__(self) -> None:
+        study = recipe(self.recipe)(self.out or Path(self.recipe.rpartition(":")[2]))
+        if not isinstance(study, Study):
+            raise BadInput(f"The recipe {self.recipe} gave {type(study).__name__}, not a difflex.Study.")
+        if self.dry_run:
+            print(table(steps(study)))
+            return
+        run_study(study, until=self.until)
+        print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")

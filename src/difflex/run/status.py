@@ -1,0 +1,57 @@
+"""`difflex status`: how far a study is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import Positional, arg
+
+from difflex.run.running import Entry, Step, diary
+from difflex.store import Store
+from difflex.study import Command, Study
+
+__all__ = ["Status", "table"]
+
+COLUMNS = ("", "state", "seconds", "verb", "asked")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Status(Command):
+    """Say what a study holds: its activations and dictionaries, and how far its recipe is."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of the study."""
+
+    def __call__(self) -> None:
+        study = Study.open(self.study)
+        print(f"{study.folder} studies {study.model}")
+        for site, folder in study.stores().items():
+            store = Store.open(folder)
+            rows = store.count() + store.count("held-out")
+            print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
+        for place in study.dictionaries():
+            print(f"  {place}")
+        if entries := diary(study.folder):
+            print(_table([(entry, "begun" if entry.seconds is None else "done") for entry in entries]))
+
+
+def table(steps: Sequence[Step]) -> str:
+    """A line for each command of a recipe."""
+    return _table([(step.entry, step.state) for step in steps])
+
+
+def _table(rows: Sequence[tuple[Entry, str]]) -> str:
+    lines = [COLUMNS, *(_line(number, entry, state) for number, (entry, state) in enumerate(rows, 1))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _line(number: int, entry: Entry, state: str) -> tuple[str, ...]:
+    asked = " ".join(f"{name}={_short(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
+    return str(number), state, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked
+
+
+def _short(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,81 @@
+"""Recipes: each runs to its end, those for large models on random weights of their classes with tiny widths."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from difflex.commands.evaluate import Evaluate
+from difflex.commands.harvest import Harvest
+from difflex.commands.itda import Itda
+from difflex.commands.train import Train
+from difflex.errors import BadInput, UnknownName
+from difflex.evaluation import Evaluation
+from difflex.recipes import RECIPES, Recipe, recipe
+from difflex.run import run_study, steps
+from difflex.study import Command, Study
+from difflex.testing import tiny_folder
+
+HERE = {
+    "double.9": "double.0",
+    "double.18": "double.1",
+    "single.9": "single.0",
+    "single.18": "single.1",
+    "double.2": "double.0:update",
+    "single.3": "single.2",
+}
+"""Where the tiny FLUX has what the recipes ask of the large one."""
+
+
+def shrunk(study: Study, model: Path, prompts: Path) -> Study:
+    """The same study of a tiny model, with small dictionaries of few tokens."""
+
+    def small(command: Command) -> Command:
+        match command:
+            case Harvest():
+                sites, steps = tuple(HERE.get(site, site) for site in command.sites), min(command.steps or 2, 2)
+                tiny = {"model": str(model), "sites": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
+                return replace(command, **tiny, tokens=1000, dtype="bf16")
+            case Train():
+                sites = tuple(HERE.get(site, site) for site in command.site)
+                return replace(command, site=sites, size=(32, 64)[: len(command.size)], k=(2, 3)[: len(command.k)], tokens=2000)
+            case Itda():
+                return replace(command, site=HERE.get(command.site, command.site), size=32, k=3, tokens=400)
+            case Evaluate():
+                return replace(command, effect=0)
+            case _:
+                return command
+
+    return replace(study, model=str(model), commands=tuple(map(small, study.commands)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    family = "sdxl" if name.startswith("sdxl") else "flux"
+    (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(400)))
+    model = tiny_folder(family, tmp_path / family)
+    study = shrunk(RECIPES[name](tmp_path / "study"), model, tmp_path / "prompts.txt")
+    run_study(study)
+    assert {step.state for step in steps(study)} == {"done"}
+    places = study.dictionaries()
+    assert {place.site for place in places} == set(study.stores())
+    assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
+    capsys.readouterr()
+    run_study(study)
+    assert capsys.readouterr().out.count("done already") == len(study.commands)
+
+
+def test_a_recipe_of_ones_own_is_found_in_its_file(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text("from difflex.recipes import mini\n\ndef study(folder):\n    return mini(folder)\n")
+    found: Recipe = recipe(f"{file}:study")
+    assert found(tmp_path) == RECIPES["mini"](tmp_path)
+    with pytest.raises(UnknownName, match="'stuby' is unknown; nearest: study"):
+        recipe(f"{file}:stuby")
+
+
+def test_what_is_no_recipe_is_said():
+    with pytest.raises(UnknownName, match="'mimi' is unknown; nearest: mini"):
+        recipe("mimi")
+    with pytest.raises(BadInput, match=r"no file nowhere\.py"):
+        recipe("nowhere.py:study")
