@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation import Edits, Evaluation, Figures, Replaced, checksum, effect, evaluate
+from difflex.evaluation import Edits, Effect, Evaluation, Figures, Replaced, checksum, effects, evaluate, some_shots
 from difflex.evaluation.moments import both, figures, joint
 from difflex.evaluation.similarity import ssim
 from difflex.records import Outcomes, Reading, Rows, Shot, Site, Split
@@ -223,7 +223,7 @@ def pictures(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
 
 def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all():
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
-    found = effect(autoencoder(k=WIDTH), torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
+    (found,) = effects([autoencoder(k=WIDTH)], torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
     assert found.shots == 4 and found.pictures == 0 and found.picture_error is None and found.psnr is None
     assert found.prediction.reconstruction < 1e-12
     assert found.prediction.zero == pytest.approx(1) and found.prediction.mean == pytest.approx(1)
@@ -233,7 +233,7 @@ def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all(
 def test_effects_have_closed_forms_for_a_linear_model():
     x = cloud(4 * 6, offset=3.0).view(4, 6, WIDTH).float()
     mean, dictionary = x.mean((0, 1)), autoencoder(k=3)
-    found = effect(dictionary, mean, lambda edits: outcomes(edits, x))
+    (found,) = effects([dictionary], mean, lambda edits: outcomes(edits, x))
     plain = x.sum(1).double()
     left = (x - dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)).sum(1).double()
     rows = {"reconstruction": left, "mean": plain - 6 * mean.double(), "zero": plain}
@@ -246,8 +246,8 @@ def test_effects_have_closed_forms_for_a_linear_model():
 
 def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
-    found = effect(
-        autoencoder(k=WIDTH),
+    (found,) = effects(
+        [autoencoder(k=WIDTH)],
         torch.zeros(WIDTH),
         lambda edits: outcomes(edits, x),
         lambda edits: pictures(edits, x),
@@ -259,17 +259,41 @@ def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     assert found.similarity["largest"].zero > found.similarity["largest"].reconstruction
 
 
+def test_dictionaries_measured_together_have_the_effects_they_have_alone():
+    x = cloud(4 * 6).view(4, 6, WIDTH).float()
+    both = [autoencoder(k=2), autoencoder(k=4)]
+
+    def measured(dictionaries: list[Autoencoder]) -> list[Effect]:
+        return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+
+    assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
+    assert measured(both)[0].prediction.reconstruction > measured(both)[1].prediction.reconstruction
+
+
 def test_a_model_without_shots_or_with_nan_is_an_error():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     with pytest.raises(BadInput, match="no shots"):
-        effect(autoencoder(), torch.zeros(WIDTH), lambda _: ())
-    with pytest.raises(NonFinite, match="predicts NaN"):
-        effect(autoencoder(), torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
+        effects([autoencoder()], torch.zeros(WIDTH), lambda _: ())
+    with pytest.raises(NonFinite, match=r"With mean in the place of double\.1 the model predicts NaN"):
+        effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
 
 
 def test_an_ablation_that_changes_nothing_has_no_share():
     nothing = Replaced(reconstruction=0.0, mean=0.0, zero=0.0)
     assert math.isnan(nothing.of_mean) and math.isnan(nothing.of_zero)
+
+
+def test_some_shots_are_the_same_each_time_distinct_and_by_timestep():
+    found = some_shots(batches(cloud()), shot, 20)
+    assert found == some_shots(batches(cloud()), shot, 20) and len({each.seed for each in found}) == 20
+    timesteps = [each.timestep or 0.0 for each in found]
+    assert timesteps == sorted(timesteps, reverse=True) and set(timesteps) == set(TIMESTEPS)
+    assert found != some_shots(batches(cloud()), shot, 20, seed=1)
+    assert len(some_shots(batches(cloud(70)), shot, 20)) == 10  # all there are
+
+
+def test_shots_of_given_pictures_cannot_be_walked_again():
+    assert some_shots(batches(cloud()), lambda number: replace(shot(number), picture="a.png", noise=0.5), 20) == []
 
 
 def test_ssim_of_flat_pictures_has_a_closed_form():
@@ -302,7 +326,7 @@ def test_pictures_too_small_for_a_window_are_refused():
 def evaluated(of: str = "") -> Evaluation:
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, checksum=of, data="a cloud, seed 0")
-    changed = effect(autoencoder(), torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+    (changed,) = effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
     return replace(found, effect=changed)
 
 

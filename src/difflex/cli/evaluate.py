@@ -1,9 +1,11 @@
 """`difflex evaluate`: what the dictionaries of a study are worth on tokens that none of them was trained on."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, NamedTuple, final
 
@@ -13,8 +15,8 @@ import difflex
 from difflex.cli import Command
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Effect, Evaluation, checksum, effect, evaluate, some_shots
-from difflex.records import Shot, Site
+from difflex.evaluation import Effect, Evaluation, checksum, effects, evaluate, some_shots
+from difflex.records import Site
 from difflex.store import Store
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST
@@ -22,6 +24,8 @@ from difflex.study import Study
 
 __all__ = ["Evaluate"]
 
+Load = Callable[[str | None], "difflex.Pipeline"]
+"""From the precision of the weights."""
 BATCH, SEED = 1024, 0
 UNTRAINED = "untrained-"
 
@@ -63,7 +67,9 @@ class Evaluate(Command):
             )
         study = Study.open(self.study)
         load = cache(partial(_load, study, self.offload, self.offline))
-        done = {place: self._evaluation(study, place, load) for place in self._places(_dictionaries(study))}
+        done: dict[Place, Evaluation] = {}
+        for site, places in groupby(self._places(_dictionaries(study)), key=lambda place: place.site):
+            done |= self._at_site(study, _store(study, site), list(places), load)
         print(_table({str(place): _line(evaluation) for place, evaluation in done.items()}))
 
     def _places(self, known: Sequence[Place]) -> list[Place]:
@@ -79,36 +85,36 @@ class Evaluate(Command):
         everything = not asked and not self.dictionary
         return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
 
-    def _evaluation(self, study: Study, place: Place, load: Callable[[str | None], difflex.Pipeline]) -> Evaluation:
-        """The evaluation of one dictionary, up to date and saved."""
-        store, path, folder = _store(study, place), study.evaluation(*place), study.dictionary(*place)
+    def _at_site(self, study: Study, store: Store, places: Sequence[Place], load: Load) -> dict[Place, Evaluation]:
+        """The evaluations of dictionaries of one site, up to date and saved."""
         rows = store.count("held-out")
-        data = _data(store, min(self.tokens, rows))
-        shots = min(self.effect, rows // store.tokens)
-        found = kept = Evaluation.kept(path, folder, data)
-        if found is None:
-            found = _measured(store, folder, self.tokens, data)
-            found.save(path)
-        if shots and (found.effect is None or found.effect.shots != shots):
-            found = replace(found, effect=_effect(store, folder, shots, load))
-            found.save(path)
-        elif kept:
-            print(f"{place}: up to date")
-        return found
+        data, shots = _data(store, min(self.tokens, rows)), min(self.effect, rows // store.tokens)
+        kept = {place: Evaluation.kept(study.evaluation(*place), study.dictionary(*place), data) for place in places}
+        done = {place: found or _measured(study, store, place, self.tokens, data) for place, found in kept.items()}
+        lacking = [place for place, each in done.items() if shots and (each.effect is None or each.effect.shots != shots)]
+        found = _effects(store, [study.dictionary(*place) for place in lacking], shots, load) if lacking else []
+        for place, effect in zip(lacking, found, strict=False):
+            done[place] = replace(done[place], effect=effect)
+            done[place].save(study.evaluation(*place))
+        for place in places:
+            if kept[place] == done[place]:
+                print(f"{place}: up to date")
+        return done
 
 
 def _dictionaries(study: Study) -> list[Place]:
-    """The finished dictionaries of a study."""
-    folders = sorted(path.parent for path in (study.folder / "dictionaries").glob("*/*/config.json"))
+    """The finished dictionaries of a study, numbers in their names in the order of numbers."""
+    folders = (path.parent for path in (study.folder / "dictionaries").glob("*/*/config.json"))
     places = [Place(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
-    return [place for place in places if not place.label.startswith("growing-")]
+    finished = [place for place in places if not place.label.startswith("growing-")]
+    return sorted(finished, key=lambda place: [part.zfill(12) for part in re.split(r"(\d+)", str(place))])
 
 
-def _store(study: Study, place: Place) -> Store:
+def _store(study: Study, site: Site) -> Store:
     stores = study.stores()
-    if place.site not in stores:
-        raise UnknownName.among("The site", str(place.site), map(str, stores), f"Harvest it first: {place} is of it.")
-    return Store.open(stores[place.site])
+    if site not in stores:
+        raise UnknownName.among("The site", str(site), map(str, stores), "It has dictionaries but no activations: harvest it.")
+    return Store.open(stores[site])
 
 
 def _data(store: Store, tokens: int) -> str:
@@ -117,10 +123,13 @@ def _data(store: Store, tokens: int) -> str:
     return f"{store.site} of {store.model}, {tokens} of {held_out} held-out tokens, seed {SEED}, manifest {manifest}"
 
 
-def _measured(store: Store, folder: Path, tokens: int, data: str) -> Evaluation:
-    batches = store.batches(BATCH, seed=SEED, split="held-out")
+def _measured(study: Study, store: Store, place: Place, tokens: int, data: str) -> Evaluation:
+    """A new evaluation, saved."""
+    batches, folder = store.batches(BATCH, seed=SEED, split="held-out"), study.dictionary(*place)
     taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
-    return evaluate(_read(folder, store), batches, store.shot, tokens=tokens, checksum=taken, data=data, progress=True)
+    made = evaluate(_read(folder, store), batches, store.shot, tokens=tokens, checksum=taken, data=data, progress=True)
+    made.save(study.evaluation(*place))
+    return made
 
 
 def _read(folder: Path, store: Store) -> Dictionary:
@@ -133,20 +142,20 @@ def _read(folder: Path, store: Store) -> Dictionary:
     return dictionary
 
 
-def _effect(store: Store, folder: Path, count: int, load: Callable[[str | None], difflex.Pipeline]) -> Effect | None:
-    """What the dictionary does to the model at held-out shots; None, and a warning, where none can be walked again."""
+def _effects(store: Store, folders: Sequence[Path], count: int, load: Load) -> list[Effect]:
+    """What each dictionary does to the model at held-out shots; none, and a warning, where no shot can be walked again."""
     shots = some_shots(store.batches(BATCH, seed=SEED, split="held-out"), store.shot, count, SEED)
     if not shots:
-        warnings.warn(f"{folder}: the effect is left out, as the shots are of given pictures and not of prompts.", stacklevel=2)
-        return None
-    pipe = load(shots[0].precision)
-    asked: tuple[Sequence[Shot], Site] = (shots, store.site)
-    return effect(
-        _read(folder, store), store.statistics.mean.float(), partial(pipe.predictions, *asked), partial(pipe.pictures, *asked)
-    )
+        warnings.warn(
+            f"{store.site}: the effect is left out, as the shots are of given pictures and not of prompts.", stacklevel=2
+        )
+        return []
+    dictionaries, pipe = [_read(folder, store) for folder in folders], load(shots[0].precision)
+    predictions, pictures = (partial(method, shots, store.site) for method in (pipe.predictions, pipe.pictures))
+    return effects(dictionaries, store.statistics.mean.float(), predictions, pictures)
 
 
-def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> difflex.Pipeline:
+def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> "difflex.Pipeline":
     """The model that is studied, held as it was when it was harvested."""
     revision = study.card.revision or ""
     untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None

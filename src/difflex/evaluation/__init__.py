@@ -1,6 +1,6 @@
 """What a dictionary is worth, on tokens it never saw: how well it rebuilds, how sparsely, and what that does to the model."""
 
-from difflex.evaluation.changing import Edits, Measure, effect, some_shots
+from difflex.evaluation.changing import Edits, Measure, effects, some_shots
 from difflex.evaluation.measuring import evaluate
 from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced, checksum
 
@@ -13,7 +13,7 @@ __all__ = [
     "Quality",
     "Replaced",
     "checksum",
-    "effect",
+    "effects",
     "evaluate",
     "some_shots",
 ]
