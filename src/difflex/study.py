@@ -110,6 +110,10 @@ class Study:
         """The file with a dictionary's figures."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"
 
+    def concepts(self, site: Site, label: str) -> Path:
+        """The file that says which known concepts a dictionary's features, or those of what stands beside it, detect."""
+        return self.folder / "concepts" / site.folder / f"{label}.json"
+
     def book(self, site: Site, label: str) -> Path:
         """The file of a dictionary's book."""
         return self.folder / "books" / site.folder / f"{label}.sqlite"

@@ -33,6 +33,7 @@ class Verb(NamedTuple):
 VERBS = {
     "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.cli.anatomy:Anatomy"),
     "evaluate": Verb("measure dictionaries on held-out activations", "difflex.cli.evaluate:Evaluate"),
+    "concepts": Verb("hold features against concepts known by mask", "difflex.cli.concepts:Concepts"),
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.cli.generate:Generate"),
     "harvest": Verb("store a model's activations in a study", "difflex.cli.harvest:Harvest"),
     "itda": Verb("grow dictionaries made of data", "difflex.cli.itda:Itda"),

@@ -1,0 +1,302 @@
+"""`difflex concepts`: the features of a study's dictionaries against concepts that are known by mask."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+import difflex
+from difflex.cli import Command
+from difflex.cli.flags import Pixels
+from difflex.concepts import (
+    Concept,
+    LabelFolder,
+    Labelled,
+    Marking,
+    Matches,
+    Method,
+    Pictured,
+    label,
+    match,
+    painted,
+    principal_axes,
+    random_directions,
+    table,
+)
+from difflex.dictionary import Dictionary, Neurons, Origin
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.miniature import draw
+from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
+from difflex.records import Activations, Site
+from difflex.study import Study
+
+__all__ = ["Concepts", "drawn_concepts", "drawn_pictures"]
+
+SCENES = 50
+"""Drawn at once."""
+DRAWN = HELD_OUT_SEEDS + 10**6
+"""The seed of the first scene; mini-flux was trained on none from `HELD_OUT_SEEDS` on."""
+
+
+def _levels(words: list[str]) -> tuple[float, ...]:
+    parts = [part for word in words for part in word.split(",") if part]
+    if not parts or not all(re.fullmatch(r"(0(\.\d*)?|\.\d+|1(\.0*)?)", part) for part in parts):
+        raise ValueError(f"'{' '.join(words)}' is no list of levels of noise. Write numbers from 0 to 1: 0.25,0.5.")
+    return tuple(sorted(set(map(float, parts))))
+
+
+Levels = Annotated[
+    tuple[float, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="LEVEL,...",
+        instance_from_str=_levels,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(each, float) for each in value),
+        str_from_instance=lambda value: [",".join(f"{each:g}" for each in value)],
+    ),
+]
+"""Levels of noise between 0 (the picture) and 1 (pure noise)."""
+
+
+class Given(NamedTuple):
+    """Pictures of which it is known what is where."""
+
+    concepts: tuple[Concept, ...]
+    pictured: Callable[[], Iterable[Pictured]]
+    told: str
+    """What they are, for the record."""
+
+
+def drawn_concepts() -> tuple[Concept, ...]:
+    """The concepts of the drawn world."""
+    return tuple(Concept(name, group) for group, names in CONCEPTS.items() for name in names)
+
+
+def drawn_pictures(count: int, first: int = DRAWN) -> Iterator[Pictured]:
+    """Scenes of the drawn world from the seed `first` on; from there on none was ever trained with."""
+    for start in range(first, first + count, SCENES):
+        seeds = range(start, min(start + SCENES, first + count))
+        scenes = draw(seeds)
+        shares = cache(scenes.shares)
+        for i, seed in enumerate(seeds):
+            yield Pictured(
+                painted(scenes.pictures[i]), f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i]
+            )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Concepts(Command):
+    """Hold features against known concepts: what each detects, how well, and what a linear probe would find there."""
+
+    studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
+    """Studies with dictionaries; several are shown side by side, as one of an untrained model beside the trained one's."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: all that have dictionaries)")] = ()
+    """Whose dictionaries: double.18, single.9:update."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="LABEL...", help_behavior_hint="(default: all)")] = ()
+    """Which of them, as in topk-2048-k32."""
+    pictures: Annotated[int, arg(metavar="N")] = 1000
+    """How many pictures to look at; a tenth of them is held out, and measured on."""
+    noise: Levels = (0.25, 0.5, 0.75)
+    """How noisy the pictures are when the model sees them."""
+    folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
+    """Your own pictures with label maps: FOLDER/pictures, FOLDER/labels and FOLDER/labels.json."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: as they are)")] = None
+    """Scale and cut the pictures of a folder to this size."""
+    untold: FlagCreatePairsOff[bool] = False
+    """Do not tell the model what is in the pictures: empty prompts."""
+    shown: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """From which share of its area on a token shows a concept."""
+    absent: Annotated[float, arg(metavar="SHARE")] = 0.0
+    """Up to which share it does not; tokens between the two are left out."""
+    batch: Annotated[int, arg(metavar="N")] = 32
+    """Pictures at once."""
+    precision: Annotated[
+        Literal["bf16", "fp16", "fp32", "nf4"] | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a card)")
+    ] = None
+    """What the model's weights are held in."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the card only the part at work."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Take models of the hub from the local cache alone."""
+
+    def __call__(self) -> None:
+        if self.pictures < 1:
+            raise BadInput(f"--pictures {self.pictures} shows nothing. Ask for 1 or more; a tenth is held out.")
+        studies = [Study.open(folder) for folder in self.studies]
+        asked = [self._dictionaries(study) for study in studies]
+        given = self._given()
+        found = [
+            matches for study, folders in zip(studies, asked, strict=True) for matches in self._judged(study, folders, given)
+        ]
+        print(table(found))
+
+    def _dictionaries(self, study: Study) -> dict[Site, dict[str, Path]]:
+        """The folders of the dictionaries asked for, by site and label."""
+        there = sorted(path.parent for path in study.folder.glob("dictionaries/*/*/config.json"))
+        by_site: dict[Site, dict[str, Path]] = {}
+        for path in there:
+            if not path.name.startswith("growing-"):
+                by_site.setdefault(Site.parse(path.parent.name.replace("+", ":")), {})[path.name] = path
+        if not by_site:
+            raise BadInput(f"{study.folder} has no dictionary. Make one with difflex train or difflex itda.")
+        for name in self.site:
+            if Site.parse(name) not in by_site:
+                raise UnknownName.among("The site", name, map(str, by_site), "Train a dictionary there first.")
+        wanted = [Site.parse(name) for name in self.site] or list(by_site)
+        labels = {name for site in wanted for name in by_site[site]}
+        for name in self.dictionary:
+            if name not in labels:
+                raise UnknownName.among("The dictionary", name, labels, "difflex train makes them.")
+        chosen = {
+            site: {name: path for name, path in by_site[site].items() if not self.dictionary or name in self.dictionary}
+            for site in wanted
+        }
+        return {site: paths for site, paths in chosen.items() if paths}
+
+    def _given(self) -> Given:
+        if self.folder is None:
+            scenes = cache(lambda: list(drawn_pictures(self.pictures)))  # small, and long to draw
+            return Given(drawn_concepts(), scenes, f"drawn world from {DRAWN}")
+        folder = LabelFolder.open(self.folder)
+        return Given(folder.concepts, lambda: folder.pictured(self.pictures, self.pixels), f"folder {folder.fingerprint}")
+
+    def _judged(self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: Given) -> list[Matches]:
+        """The matches of a study's dictionaries and of what they must beat; those that are not there yet are made."""
+        common = self._made_from(study, given)
+        tasks = [task for site, paths in folders.items() for task in _tasks(study, site, paths, common)]
+        missing = [task for task in tasks if not task.is_done()]
+        beside = _beside(study, tasks, common)
+        if missing:
+            pipe = self._load(study)
+            sites = {task.site for task in missing}
+            # What stands beside comes first: where a site's own are done, so are these.
+            late = [task for task in beside if task.after in sites and _has_neurons(pipe, task.after) and not task.is_done()]
+            self._make(pipe, [*late, *missing], given)
+        for task in tasks:
+            print(f"{task.path}: {'made' if task in missing else 'is there already'}")
+        return [task.read() for task in [*tasks, *(task for task in beside if task.is_done())]]
+
+    def _made_from(self, study: Study, given: Given) -> dict[str, str | int | float]:
+        return {
+            "model": study.card.model,
+            "revision": study.card.revision or "",
+            "pictures": given.told,
+            "count": self.pictures,
+            "pixels": "x".join(map(str, self.pixels or ())),
+            "noise": ",".join(f"{level:g}" for level in self.noise),
+            "prompts": "empty" if self.untold else "told",
+            "shown": self.shown,
+            "absent": self.absent,
+        }
+
+    def _load(self, study: Study) -> "difflex.Pipeline":
+        model, revision = study.card.model, study.card.revision or ""
+        untrained = int(revision.removeprefix("untrained-")) if revision.startswith("untrained-") else None
+        return difflex.load(
+            model,
+            precision=self.precision,
+            revision=None if untrained is not None else revision or None,
+            untrained=untrained,
+            offload=self.offload,
+            offline=self.offline,
+        )
+
+    def _make(self, pipe: "difflex.Pipeline", missing: Sequence["Task"], given: Given) -> None:
+        """Nothing; the files of `missing` are written, one site after another, as activations of one may fill the memory."""
+        marking = Marking(shown=self.shown, absent=self.absent)
+        for site in dict.fromkeys(task.site for task in missing):
+            here = [task for task in missing if task.site == site]
+
+            def harvest(
+                pictures: Iterable, prompts: Iterable[str], names: Iterable[str], site: Site = site
+            ) -> Iterator[Activations]:
+                told = "" if self.untold else prompts
+                return pipe.harvest_pictures(pictures, self.noise, site, told, names, batch=self.batch)
+
+            labelled = label(given.pictured(), harvest, given.concepts, marking)[site]
+            for task, found in zip(here, match(labelled, (task.method(labelled) for task in here)), strict=True):
+                replace(found, made_from=task.made_from).save(task.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One method, and the file that its matches go to."""
+
+    site: Site
+    path: Path
+    made_from: dict[str, str | int | float]
+    method: Callable[[Labelled], Method]
+    k: int
+    after: Site | None = None
+    """The site whose dictionaries this stands beside, where it is another."""
+
+    def is_done(self) -> bool:
+        """Whether the file is there and made from the same."""
+        try:
+            return self.path.is_file() and self.read().made_from == self.made_from
+        except BrokenFile:
+            return False
+
+    def read(self) -> Matches:
+        """What the file holds."""
+        return Matches.load(self.path)
+
+
+def _tasks(study: Study, site: Site, folders: Mapping[str, Path], common: Mapping[str, str | int | float]) -> list[Task]:
+    """The dictionaries of a site and, for each number of active features among them, axes that nobody trained."""
+
+    def task(name: str, k: int, method: Callable[[Labelled], Method], **made_from: str | int | float) -> Task:
+        return Task(site=site, path=study.concepts(site, name), made_from={**common, **made_from}, method=method, k=k)
+
+    tasks, sizes, width = [], dict[int, int](), 0
+    for name, folder in folders.items():
+        config, weights = json.loads((folder / "config.json").read_bytes()), folder / "dictionary.safetensors"
+        if not weights.is_file():
+            raise BrokenFile(f"{folder} has a config.json but no dictionary.safetensors. Save the dictionary again.")
+        k, width = int(config["k"]), int(config["width"])
+        sizes[k] = max(sizes.get(k, 0), int(config["size"]))
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        tasks.append(task(name, k, partial(_method, folder, name), sha256=digest))
+    for k, size in sizes.items():
+        if k <= width:
+            tasks.append(task(f"pca-{2 * width}-k{k}", k, partial(principal_axes, k=k)))
+        if k <= size // 2:
+            tasks.append(task(f"random-{size // 2 * 2}-k{k}", k, partial(random_directions, size=size, k=k)))
+    return tasks
+
+
+def _method(folder: Path, name: str, _: Labelled) -> Method:
+    return replace(Method.of(Dictionary.load(folder)), label=name)
+
+
+def _beside(study: Study, tasks: Iterable[Task], common: Mapping[str, str | int | float]) -> list[Task]:
+    """The neurons of the blocks whose other activations the dictionaries read, as many active as features of theirs."""
+    pairs = dict.fromkeys((task.site, task.k) for task in tasks if task.site.kind != "neurons" and task.site.stream == "image")
+    return [
+        Task(
+            site=(inner := Site(site.path, "neurons")),
+            path=study.concepts(inner, f"neurons-k{k}"),
+            made_from={**common, "k": k},
+            method=partial(_neurons, k),
+            k=k,
+            after=site,
+        )
+        for site, k in pairs
+    ]
+
+
+def _neurons(k: int, labelled: Labelled) -> Method:
+    return Method.of(Neurons(width=labelled.values.shape[1], k=k, origin=Origin(site=labelled.site)))
+
+
+def _has_neurons(pipe: "difflex.Pipeline", site: Site | None) -> bool:
+    return site is not None and "neurons" in pipe.engine.sites.kinds(site.path, site.stream)
