@@ -82,7 +82,7 @@ def test_an_effect_is_added_to_what_was_measured_before(study: Path):
     assert main([*words, "--effect", "2"]) == 0
     after = Evaluation.load(evaluation(study, LABELS[0]))
     assert after.effect is not None and after.overall == before.overall
-    assert main([*words, "--effect", "0"]) == 0  # what is there stays
+    assert main([*words, "--effect", "0"]) == 0 == main([*words, "--effect", "1"])  # what is there stays
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 

@@ -278,6 +278,17 @@ def test_a_model_without_shots_or_with_nan_is_an_error():
         effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
 
 
+def test_pictures_of_nan_are_an_error():
+    x = cloud(2 * 6).view(2, 6, WIDTH).float()
+
+    def spoilt(edits: Edits) -> Iterator[Outcomes]:
+        for each in pictures(edits, x):
+            yield each._replace(edited={name: torch.nan * picture for name, picture in each.edited.items()})
+
+    with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the model draws NaN"):
+        effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
+
+
 def test_an_ablation_that_changes_nothing_has_no_share():
     nothing = Replaced(reconstruction=0.0, mean=0.0, zero=0.0)
     assert math.isnan(nothing.of_mean) and math.isnan(nothing.of_zero)

@@ -91,7 +91,7 @@ class Evaluate(Command):
         data, shots = _data(store, min(self.tokens, rows)), min(self.effect, rows // store.tokens)
         kept = {place: Evaluation.kept(study.evaluation(*place), study.dictionary(*place), data) for place in places}
         done = {place: found or _measured(study, store, place, self.tokens, data) for place, found in kept.items()}
-        lacking = [place for place, each in done.items() if shots and (each.effect is None or each.effect.shots != shots)]
+        lacking = [place for place, each in done.items() if shots and (each.effect is None or each.effect.shots < shots)]
         found = _effects(store, [study.dictionary(*place) for place in lacking], shots, load) if lacking else []
         for place, effect in zip(lacking, found, strict=False):
             done[place] = replace(done[place], effect=effect)

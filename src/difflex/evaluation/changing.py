@@ -48,10 +48,11 @@ def effects(
     changes, timesteps = _predicted(predictions(edits), list(edits))
     if not timesteps:
         raise BadInput(f"There are no shots at which the effect of {dictionaries[0].name} could be seen. Harvest more prompts.")
-    for column, name in enumerate(edits, start=1):
-        if not bool(torch.isfinite(changes[:, column]).all()):
-            raise NonFinite(f"With {name} in the place of {dictionaries[0].site} the model predicts NaN or infinity.")
     drawn = _drawn([] if pictures is None else pictures(edits), list(edits), {"ssim": ssim, **(measures or {})})
+    for does, values in (("predicts", changes[:, 1:]), ("draws", drawn[ERROR])):
+        for name, column in zip(edits, values.T, strict=True):
+            if not bool(torch.isfinite(column).all()):
+                raise NonFinite(f"With {name} in the place of {dictionaries[0].site} the model {does} NaN or infinity.")
     at = torch.tensor(timesteps, dtype=torch.float64)
     return [_effect(changes, at, drawn, number) for number in range(len(dictionaries))]
 
