@@ -68,9 +68,10 @@ def missed(matches: Matches) -> None:
     for finding in matches.levels[0].findings:
         if finding.probe.value >= 0.9 and finding.best.ap.value < 0.8:
             best, few = finding.best, finding.few
+            joined = f"{len(few.features)} together {few.ap.value:.2f}"
             print(
                 f"  missed {finding.concept.group} {finding.concept.name}: probe {finding.probe.value:.2f}, best "
-                f"{best.ap.value:.2f} (precision {best.precision:.2f}, recall {best.recall:.2f}), {len(few.features)} together {few.ap.value:.2f}, "
+                f"{best.ap.value:.2f} (precision {best.precision:.2f}, recall {best.recall:.2f}), {joined}, "
                 f"split into {len(finding.pieces) or 1}"
             )
 

@@ -63,11 +63,11 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
     autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and told.count("is there already") == 2
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and told.count("is there already") == 3
     changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
     assert changed == ["topk-24-k4.json"]
     assert main([*words[:-1], "0.25", "--dictionary", "topk-24-k4"]) == 0
-    assert capsys.readouterr().out.count("is there already") == 3
+    assert capsys.readouterr().out.count("is there already") == 4
 
 
 def test_a_folder_of_pictures_and_label_maps_works_the_same_way(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

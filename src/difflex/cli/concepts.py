@@ -1,11 +1,9 @@
 """`difflex concepts`: the features of a study's dictionaries against concepts that are known by mask."""
 
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, final
 
@@ -21,17 +19,13 @@ from difflex.concepts import (
     Labelled,
     Marking,
     Matches,
-    Method,
     Pictured,
+    keep,
     label,
-    match,
     painted,
-    principal_axes,
-    random_directions,
     table,
 )
-from difflex.dictionary import Dictionary, Neurons, Origin
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, UnknownName
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 from difflex.records import Activations, Site
@@ -169,20 +163,25 @@ class Concepts(Command):
         return Given(folder.concepts, lambda: folder.pictured(self.pictures, self.pixels), f"folder {folder.fingerprint}")
 
     def _judged(self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: Given) -> list[Matches]:
-        """The matches of a study's dictionaries and of what they must beat; those that are not there yet are made."""
-        common = self._made_from(study, given)
-        tasks = [task for site, paths in folders.items() for task in _tasks(study, site, paths, common)]
-        missing = [task for task in tasks if not task.is_done()]
-        beside = _beside(study, tasks, common)
-        if missing:
-            pipe = self._load(study)
-            sites = {task.site for task in missing}
-            # What stands beside comes first: where a site's own are done, so are these.
-            late = [task for task in beside if task.after in sites and _has_neurons(pipe, task.after) and not task.is_done()]
-            self._make(pipe, [*late, *missing], given)
-        for task in tasks:
-            print(f"{task.path}: {'made' if task in missing else 'is there already'}")
-        return [task.read() for task in [*tasks, *(task for task in beside if task.is_done())]]
+        """The matches of a study's dictionaries and of what they must beat; the model is loaded only if some are missing."""
+        pipe = cache(lambda: self._load(study))
+        marking = Marking(shown=self.shown, absent=self.absent)
+
+        def labelled(site: Site) -> Labelled | None:
+            if site.kind == "neurons" and "neurons" not in pipe().engine.sites.kinds(site.path, site.stream):
+                return None
+
+            def harvest(pictures: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
+                return pipe().harvest_pictures(
+                    pictures, self.noise, site, "" if self.untold else prompts, names, batch=self.batch
+                )
+
+            return label(given.pictured(), harvest, given.concepts, marking)[site]
+
+        kept = keep(folders, study.concepts, labelled, self._made_from(study, given))
+        for each in kept:
+            print(f"{study.concepts(each.site, each.label)}: {'made' if each.is_new else 'is there already'}")
+        return [each.matches for each in kept]
 
     def _made_from(self, study: Study, given: Given) -> dict[str, str | int | float]:
         return {
@@ -208,95 +207,3 @@ class Concepts(Command):
             offload=self.offload,
             offline=self.offline,
         )
-
-    def _make(self, pipe: "difflex.Pipeline", missing: Sequence["Task"], given: Given) -> None:
-        """Nothing; the files of `missing` are written, one site after another, as activations of one may fill the memory."""
-        marking = Marking(shown=self.shown, absent=self.absent)
-        for site in dict.fromkeys(task.site for task in missing):
-            here = [task for task in missing if task.site == site]
-
-            def harvest(
-                pictures: Iterable, prompts: Iterable[str], names: Iterable[str], site: Site = site
-            ) -> Iterator[Activations]:
-                told = "" if self.untold else prompts
-                return pipe.harvest_pictures(pictures, self.noise, site, told, names, batch=self.batch)
-
-            labelled = label(given.pictured(), harvest, given.concepts, marking)[site]
-            for task, found in zip(here, match(labelled, (task.method(labelled) for task in here)), strict=True):
-                replace(found, made_from=task.made_from).save(task.path)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One method, and the file that its matches go to."""
-
-    site: Site
-    path: Path
-    made_from: dict[str, str | int | float]
-    method: Callable[[Labelled], Method]
-    k: int
-    after: Site | None = None
-    """The site whose dictionaries this stands beside, where it is another."""
-
-    def is_done(self) -> bool:
-        """Whether the file is there and made from the same."""
-        try:
-            return self.path.is_file() and self.read().made_from == self.made_from
-        except BrokenFile:
-            return False
-
-    def read(self) -> Matches:
-        """What the file holds."""
-        return Matches.load(self.path)
-
-
-def _tasks(study: Study, site: Site, folders: Mapping[str, Path], common: Mapping[str, str | int | float]) -> list[Task]:
-    """The dictionaries of a site and, for each number of active features among them, axes that nobody trained."""
-
-    def task(name: str, k: int, method: Callable[[Labelled], Method], **made_from: str | int | float) -> Task:
-        return Task(site=site, path=study.concepts(site, name), made_from={**common, **made_from}, method=method, k=k)
-
-    tasks, sizes, width = [], dict[int, int](), 0
-    for name, folder in folders.items():
-        config, weights = json.loads((folder / "config.json").read_bytes()), folder / "dictionary.safetensors"
-        if not weights.is_file():
-            raise BrokenFile(f"{folder} has a config.json but no dictionary.safetensors. Save the dictionary again.")
-        k, width = int(config["k"]), int(config["width"])
-        sizes[k] = max(sizes.get(k, 0), int(config["size"]))
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        tasks.append(task(name, k, partial(_method, folder, name), sha256=digest))
-    for k, size in sizes.items():
-        if k <= width:
-            tasks.append(task(f"pca-{2 * width}-k{k}", k, partial(principal_axes, k=k)))
-        if k <= size // 2:
-            tasks.append(task(f"random-{size // 2 * 2}-k{k}", k, partial(random_directions, size=size, k=k)))
-    return tasks
-
-
-def _method(folder: Path, name: str, _: Labelled) -> Method:
-    return replace(Method.of(Dictionary.load(folder)), label=name)
-
-
-def _beside(study: Study, tasks: Iterable[Task], common: Mapping[str, str | int | float]) -> list[Task]:
-    """The neurons of the blocks whose other activations the dictionaries read, as many active as features of theirs."""
-    pairs = dict.fromkeys((task.site, task.k) for task in tasks if task.site.kind != "neurons" and task.site.stream == "image")
-    return [
-        Task(
-            site=(inner := Site(site.path, "neurons")),
-            path=study.concepts(inner, f"neurons-k{k}"),
-            made_from={**common, "k": k},
-            method=partial(_neurons, k),
-            k=k,
-            after=site,
-        )
-        for site, k in pairs
-    ]
-
-
-def _neurons(k: int, labelled: Labelled) -> Method:
-    return Method.of(Neurons(width=labelled.values.shape[1], k=k, origin=Origin(site=labelled.site)))
-
-
-def _has_neurons(pipe: "difflex.Pipeline", site: Site | None) -> bool:
-    return site is not None and "neurons" in pipe.engine.sites.kinds(site.path, site.stream)

@@ -1,6 +1,7 @@
 """Known concepts: what the features of a dictionary have to do with what pictures are known to show."""
 
 from difflex.concepts.folder import LabelFolder
+from difflex.concepts.keeping import Kept, keep
 from difflex.concepts.labelled import Concept, Labelled, Marking, Pictured, label, on_grid, painted
 from difflex.concepts.matches import Detector, Features, Finding, Interval, Level, Matches, covered
 from difflex.concepts.matching import Matching, match
@@ -13,6 +14,7 @@ __all__ = [
     "Features",
     "Finding",
     "Interval",
+    "Kept",
     "LabelFolder",
     "Labelled",
     "Level",
@@ -22,6 +24,7 @@ __all__ = [
     "Method",
     "Pictured",
     "covered",
+    "keep",
     "label",
     "match",
     "on_grid",
