@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,19 @@ from torch.nn import functional as F
 
 from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation import Edits, Effect, Evaluation, Figures, Replaced, checksum, effects, evaluate, some_shots
+from difflex.evaluation import (
+    Effect,
+    Evaluation,
+    Figures,
+    HeldOut,
+    Model,
+    Replaced,
+    checksum,
+    effects,
+    evaluate,
+    renew,
+)
+from difflex.evaluation.changing import Edits, some_shots
 from difflex.evaluation.moments import both, figures, joint
 from difflex.evaluation.similarity import ssim
 from difflex.records import Outcomes, Reading, Rows, Shot, Site, Split
@@ -395,3 +407,47 @@ def test_a_saved_dictionary_is_worth_what_it_was(tmp_path: Path):
     dictionary = autoencoder(whitened(cloud()))
     again = Dictionary.load(dictionary.save(tmp_path / "dictionary"))
     assert evaluate(again, batches(cloud()), shot) == evaluate(dictionary, batches(cloud()), shot)
+
+
+def held_out(data: str = "tokens of a cloud") -> HeldOut:
+    rows = 2000
+    return HeldOut(data=data, batches=lambda: batches(cloud(rows)), shot=shot, tokens=rows, shots=286, mean=torch.zeros(WIDTH))
+
+
+def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
+    two = {autoencoder(k=k).save(tmp_path / f"k{k}"): tmp_path / f"k{k}.json" for k in (2, 4)}
+    first, second = two
+    x, asked = cloud(4 * 6).view(4, 6, WIDTH).float(), []
+
+    def model(shots: Sequence[Shot]) -> Model:
+        asked.append(len(shots))
+        return Model(lambda edits: outcomes(edits, x), None)
+
+    def kept(source: HeldOut | None = None, shots: int = 4) -> list[bool]:
+        return [each.kept for each in renew(two, source or held_out(), model, shots=shots, progress=False).values()]
+
+    assert kept() == [False, False] and asked == [4]  # the model is asked once for both
+    assert kept() == kept(shots=0) == kept(shots=3) == [True, True] and asked == [4]
+    two[first].unlink()
+    assert kept() == [False, True] and asked == [4, 4]
+    autoencoder(k=3).save(second)
+    assert kept() == [True, False] and asked == [4, 4, 4]
+    assert kept(held_out("tokens of another cloud")) == [False, False]
+    assert Evaluation.load(two[first]).data == "2000 of tokens of another cloud"
+
+
+def test_an_effect_that_was_left_out_is_measured_later_and_the_rest_is_kept(tmp_path: Path):
+    folder, path = autoencoder().save(tmp_path / "dictionary"), tmp_path / "evaluation.json"
+    x = cloud(4 * 6).view(4, 6, WIDTH).float()
+    before = renew({folder: path}, held_out(), progress=False)[folder].evaluation
+    after = renew({folder: path}, held_out(), lambda _: Model(lambda edits: outcomes(edits, x), None), progress=False)[folder]
+    assert before.effect is None and after.evaluation.effect is not None
+    assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
+
+
+def test_shots_of_pictures_have_no_effect_and_it_is_said(tmp_path: Path):
+    folder = autoencoder().save(tmp_path / "dictionary")
+    source = replace(held_out(), shot=lambda number: replace(shot(number), picture="a.png", noise=0.5))
+    with pytest.warns(UserWarning, match="of given pictures"):
+        made = renew({folder: tmp_path / "one.json"}, source, lambda _: Model(lambda _: (), None), progress=False)
+    assert made[folder].evaluation.effect is None

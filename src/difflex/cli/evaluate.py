@@ -1,9 +1,8 @@
 """`difflex evaluate`: what the dictionaries of a study are worth on tokens that none of them was trained on."""
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -13,10 +12,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
 from difflex.cli import Command
-from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Effect, Evaluation, checksum, effects, evaluate, some_shots
-from difflex.records import Site
+from difflex.evaluation import Evaluation, HeldOut, Model, renew
+from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST
@@ -67,10 +65,18 @@ class Evaluate(Command):
             )
         study = Study.open(self.study)
         load = cache(partial(_load, study, self.offload, self.offline))
-        done: dict[Place, Evaluation] = {}
+        lines: dict[str, dict[str, str]] = {}
         for site, places in groupby(self._places(_dictionaries(study)), key=lambda place: place.site):
-            done |= self._at_site(study, _store(study, site), list(places), load)
-        print(_table({str(place): _line(evaluation) for place, evaluation in done.items()}))
+            by_folder = {study.dictionary(*place): place for place in places}
+            paths = {folder: study.evaluation(*place) for folder, place in by_folder.items()}
+            made = renew(
+                paths, _held_out(_store(study, site)), partial(_model, load, site), tokens=self.tokens, shots=self.effect
+            )
+            lines |= {str(by_folder[folder]): _line(renewed.evaluation) for folder, renewed in made.items()}
+            for folder, renewed in made.items():
+                if renewed.kept:
+                    print(f"{by_folder[folder]}: up to date")
+        print(_table(lines))
 
     def _places(self, known: Sequence[Place]) -> list[Place]:
         """Those of the `known` dictionaries that are asked for."""
@@ -84,22 +90,6 @@ class Evaluate(Command):
                     raise UnknownName.among(what, name, there, "difflex train and difflex itda make dictionaries.")
         everything = not asked and not self.dictionary
         return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
-
-    def _at_site(self, study: Study, store: Store, places: Sequence[Place], load: Load) -> dict[Place, Evaluation]:
-        """The evaluations of dictionaries of one site, up to date and saved."""
-        rows = store.count("held-out")
-        data, shots = _data(store, min(self.tokens, rows)), min(self.effect, rows // store.tokens)
-        kept = {place: Evaluation.kept(study.evaluation(*place), study.dictionary(*place), data) for place in places}
-        done = {place: found or _measured(study, store, place, self.tokens, data) for place, found in kept.items()}
-        lacking = [place for place, each in done.items() if shots and (each.effect is None or each.effect.shots < shots)]
-        found = _effects(store, [study.dictionary(*place) for place in lacking], shots, load) if lacking else []
-        for place, effect in zip(lacking, found, strict=False):
-            done[place] = replace(done[place], effect=effect)
-            done[place].save(study.evaluation(*place))
-        for place in places:
-            if kept[place] == done[place]:
-                print(f"{place}: up to date")
-        return done
 
 
 def _dictionaries(study: Study) -> list[Place]:
@@ -117,42 +107,23 @@ def _store(study: Study, site: Site) -> Store:
     return Store.open(stores[site])
 
 
-def _data(store: Store, tokens: int) -> str:
-    """Which tokens an evaluation is about; another harvest is told by the manifest."""
-    held_out, manifest = store.count("held-out"), digest(store.folder / MANIFEST)[:16]
-    return f"{store.site} of {store.model}, {tokens} of {held_out} held-out tokens, seed {SEED}, manifest {manifest}"
+def _held_out(store: Store) -> HeldOut:
+    """The held-out rows of a store; another harvest is told by its manifest."""
+    rows, manifest = store.count("held-out"), digest(store.folder / MANIFEST)[:16]
+    return HeldOut(
+        data=f"{rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, manifest {manifest}",
+        batches=lambda: store.batches(BATCH, seed=SEED, split="held-out"),
+        shot=store.shot,
+        tokens=rows,
+        shots=rows // store.tokens,
+        mean=store.statistics.mean.float(),
+    )
 
 
-def _measured(study: Study, store: Store, place: Place, tokens: int, data: str) -> Evaluation:
-    """A new evaluation, saved."""
-    batches, folder = store.batches(BATCH, seed=SEED, split="held-out"), study.dictionary(*place)
-    taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
-    made = evaluate(_read(folder, store), batches, store.shot, tokens=tokens, checksum=taken, data=data, progress=True)
-    made.save(study.evaluation(*place))
-    return made
-
-
-def _read(folder: Path, store: Store) -> Dictionary:
-    dictionary = Dictionary.load(folder)
-    if dictionary.width != store.width:
-        raise BadInput(
-            f"{folder} is of width {dictionary.width}, the activations in {store.folder} are of width {store.width}: it was made "
-            "from others. Train it again, or harvest the activations that it is of."
-        )
-    return dictionary
-
-
-def _effects(store: Store, folders: Sequence[Path], count: int, load: Load) -> list[Effect]:
-    """What each dictionary does to the model at held-out shots; none, and a warning, where no shot can be walked again."""
-    shots = some_shots(store.batches(BATCH, seed=SEED, split="held-out"), store.shot, count, SEED)
-    if not shots:
-        warnings.warn(
-            f"{store.site}: the effect is left out, as the shots are of given pictures and not of prompts.", stacklevel=2
-        )
-        return []
-    dictionaries, pipe = [_read(folder, store) for folder in folders], load(shots[0].precision)
-    predictions, pictures = (partial(method, shots, store.site) for method in (pipe.predictions, pipe.pictures))
-    return effects(dictionaries, store.statistics.mean.float(), predictions, pictures)
+def _model(load: Load, site: Site, shots: Sequence[Shot]) -> Model:
+    """What the model makes of `shots`."""
+    pipe = load(shots[0].precision)
+    return Model(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
 
 
 def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> "difflex.Pipeline":
