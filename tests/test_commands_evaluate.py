@@ -15,7 +15,7 @@ from difflex.records import Site, split_of
 from difflex.testing import tiny_folder
 
 SITE = "double.1:update"
-LABELS = ("topk-64-k3", "topk-64-k6")
+LABELS = ("topk-64-k3", "topk-64-k12")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(80)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
     assert main([*words, "--sites", SITE, "single.0", "--batch", "8"]) == 0
-    flags = ["--site", SITE, "--k", "3,6", "--size", "64", "--batch", "64", "--tokens", "3000"]
+    flags = ["--site", SITE, "--k", "3,12", "--size", "64", "--batch", "64", "--tokens", "3000"]
     assert main(["train", str(root / "study"), *flags]) == 0
     place = root / "study" / "dictionaries" / "double.1+update"
     shutil.copytree(place / LABELS[0], place / "growing-itda-to-64-k3")
@@ -82,7 +82,7 @@ def test_an_effect_is_added_to_what_was_measured_before(study: Path):
     assert main([*words, "--effect", "2"]) == 0
     after = Evaluation.load(evaluation(study, LABELS[0]))
     assert after.effect is not None and after.overall == before.overall
-    assert main([*words, "--effect", "0"]) == 0  # what is there stays
+    assert main([*words, "--effect", "0"]) == 0 == main([*words, "--effect", "1"])  # what is there stays
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
@@ -101,7 +101,7 @@ def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: py
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--dictionary", f"{SITE}/topk-64-k4"], f"nearest: {SITE}/topk-64-k"),
+        (["--dictionary", f"{SITE}/topk-64-k4"], f"nearest: {SITE}/topk-64-k3"),
         (["--dictionary", SITE], "The dictionary 'double.1:update' is unknown"),
         (["--site", "double.7"], "The site 'double.7' is unknown"),
         (["--site", "single.0"], "The site 'single.0' is unknown"),
@@ -131,7 +131,7 @@ def test_a_study_without_dictionaries_says_so(study: Path, capsys: pytest.Captur
 def test_a_dictionary_without_its_activations_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
     place = study / "dictionaries"
     (place / "double.1+update").rename(place / "double.0")
-    assert "The site 'double.0' is unknown" in (said := refused(study, capsys)) and "Harvest it first" in said
+    assert "The site 'double.0' is unknown" in (said := refused(study, capsys)) and "harvest it" in said
 
 
 def test_a_dictionary_of_another_width_is_named(study: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,19 @@ from torch.nn import functional as F
 
 from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation import Edits, Evaluation, Figures, Replaced, checksum, effect, evaluate
+from difflex.evaluation import (
+    Effect,
+    Evaluation,
+    Figures,
+    HeldOut,
+    Model,
+    Replaced,
+    checksum,
+    effects,
+    evaluate,
+    renew,
+)
+from difflex.evaluation.changing import Edits, some_shots
 from difflex.evaluation.moments import both, figures, joint
 from difflex.evaluation.similarity import ssim
 from difflex.records import Outcomes, Reading, Rows, Shot, Site, Split
@@ -223,7 +235,7 @@ def pictures(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
 
 def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all():
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
-    found = effect(autoencoder(k=WIDTH), torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
+    (found,) = effects([autoencoder(k=WIDTH)], torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
     assert found.shots == 4 and found.pictures == 0 and found.picture_error is None and found.psnr is None
     assert found.prediction.reconstruction < 1e-12
     assert found.prediction.zero == pytest.approx(1) and found.prediction.mean == pytest.approx(1)
@@ -233,7 +245,7 @@ def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all(
 def test_effects_have_closed_forms_for_a_linear_model():
     x = cloud(4 * 6, offset=3.0).view(4, 6, WIDTH).float()
     mean, dictionary = x.mean((0, 1)), autoencoder(k=3)
-    found = effect(dictionary, mean, lambda edits: outcomes(edits, x))
+    (found,) = effects([dictionary], mean, lambda edits: outcomes(edits, x))
     plain = x.sum(1).double()
     left = (x - dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)).sum(1).double()
     rows = {"reconstruction": left, "mean": plain - 6 * mean.double(), "zero": plain}
@@ -246,8 +258,8 @@ def test_effects_have_closed_forms_for_a_linear_model():
 
 def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
-    found = effect(
-        autoencoder(k=WIDTH),
+    (found,) = effects(
+        [autoencoder(k=WIDTH)],
         torch.zeros(WIDTH),
         lambda edits: outcomes(edits, x),
         lambda edits: pictures(edits, x),
@@ -259,17 +271,52 @@ def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     assert found.similarity["largest"].zero > found.similarity["largest"].reconstruction
 
 
+def test_dictionaries_measured_together_have_the_effects_they_have_alone():
+    x = cloud(4 * 6).view(4, 6, WIDTH).float()
+    both = [autoencoder(k=2), autoencoder(k=4)]
+
+    def measured(dictionaries: list[Autoencoder]) -> list[Effect]:
+        return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+
+    assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
+    assert measured(both)[0].prediction.reconstruction > measured(both)[1].prediction.reconstruction
+
+
 def test_a_model_without_shots_or_with_nan_is_an_error():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     with pytest.raises(BadInput, match="no shots"):
-        effect(autoencoder(), torch.zeros(WIDTH), lambda _: ())
-    with pytest.raises(NonFinite, match="predicts NaN"):
-        effect(autoencoder(), torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
+        effects([autoencoder()], torch.zeros(WIDTH), lambda _: ())
+    with pytest.raises(NonFinite, match=r"With mean in the place of double\.1 the model predicts NaN"):
+        effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
+
+
+def test_pictures_of_nan_are_an_error():
+    x = cloud(2 * 6).view(2, 6, WIDTH).float()
+
+    def spoilt(edits: Edits) -> Iterator[Outcomes]:
+        for each in pictures(edits, x):
+            yield each._replace(edited={name: torch.nan * picture for name, picture in each.edited.items()})
+
+    with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the model draws NaN"):
+        effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
 
 
 def test_an_ablation_that_changes_nothing_has_no_share():
     nothing = Replaced(reconstruction=0.0, mean=0.0, zero=0.0)
     assert math.isnan(nothing.of_mean) and math.isnan(nothing.of_zero)
+
+
+def test_some_shots_are_the_same_each_time_distinct_and_by_timestep():
+    found = some_shots(batches(cloud()), shot, 20)
+    assert found == some_shots(batches(cloud()), shot, 20) and len({each.seed for each in found}) == 20
+    timesteps = [each.timestep or 0.0 for each in found]
+    assert timesteps == sorted(timesteps, reverse=True) and set(timesteps) == set(TIMESTEPS)
+    assert found != some_shots(batches(cloud()), shot, 20, seed=1)
+    assert len(some_shots(batches(cloud(70)), shot, 20)) == 10  # all there are
+
+
+def test_shots_of_given_pictures_cannot_be_walked_again():
+    assert some_shots(batches(cloud()), lambda number: replace(shot(number), picture="a.png", noise=0.5), 20) == []
 
 
 def test_ssim_of_flat_pictures_has_a_closed_form():
@@ -302,7 +349,7 @@ def test_pictures_too_small_for_a_window_are_refused():
 def evaluated(of: str = "") -> Evaluation:
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, checksum=of, data="a cloud, seed 0")
-    changed = effect(autoencoder(), torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+    (changed,) = effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
     return replace(found, effect=changed)
 
 
@@ -360,3 +407,47 @@ def test_a_saved_dictionary_is_worth_what_it_was(tmp_path: Path):
     dictionary = autoencoder(whitened(cloud()))
     again = Dictionary.load(dictionary.save(tmp_path / "dictionary"))
     assert evaluate(again, batches(cloud()), shot) == evaluate(dictionary, batches(cloud()), shot)
+
+
+def held_out(data: str = "tokens of a cloud") -> HeldOut:
+    rows = 2000
+    return HeldOut(data=data, batches=lambda: batches(cloud(rows)), shot=shot, tokens=rows, shots=286, mean=torch.zeros(WIDTH))
+
+
+def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
+    two = {autoencoder(k=k).save(tmp_path / f"k{k}"): tmp_path / f"k{k}.json" for k in (2, 4)}
+    first, second = two
+    x, asked = cloud(4 * 6).view(4, 6, WIDTH).float(), []
+
+    def model(shots: Sequence[Shot]) -> Model:
+        asked.append(len(shots))
+        return Model(lambda edits: outcomes(edits, x), None)
+
+    def kept(source: HeldOut | None = None, shots: int = 4) -> list[bool]:
+        return [each.kept for each in renew(two, source or held_out(), model, shots=shots, progress=False).values()]
+
+    assert kept() == [False, False] and asked == [4]  # the model is asked once for both
+    assert kept() == kept(shots=0) == kept(shots=3) == [True, True] and asked == [4]
+    two[first].unlink()
+    assert kept() == [False, True] and asked == [4, 4]
+    autoencoder(k=3).save(second)
+    assert kept() == [True, False] and asked == [4, 4, 4]
+    assert kept(held_out("tokens of another cloud")) == [False, False]
+    assert Evaluation.load(two[first]).data == "2000 of tokens of another cloud"
+
+
+def test_an_effect_that_was_left_out_is_measured_later_and_the_rest_is_kept(tmp_path: Path):
+    folder, path = autoencoder().save(tmp_path / "dictionary"), tmp_path / "evaluation.json"
+    x = cloud(4 * 6).view(4, 6, WIDTH).float()
+    before = renew({folder: path}, held_out(), progress=False)[folder].evaluation
+    after = renew({folder: path}, held_out(), lambda _: Model(lambda edits: outcomes(edits, x), None), progress=False)[folder]
+    assert before.effect is None and after.evaluation.effect is not None
+    assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
+
+
+def test_shots_of_pictures_have_no_effect_and_it_is_said(tmp_path: Path):
+    folder = autoencoder().save(tmp_path / "dictionary")
+    source = replace(held_out(), shot=lambda number: replace(shot(number), picture="a.png", noise=0.5))
+    with pytest.warns(UserWarning, match="of given pictures"):
+        made = renew({folder: tmp_path / "one.json"}, source, lambda _: Model(lambda _: (), None), progress=False)
+    assert made[folder].evaluation.effect is None

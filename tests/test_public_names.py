@@ -31,6 +31,7 @@ EXPECTED = [
     "fit",
     "load",
     "record",
+    "run_study",
 ]
 
 

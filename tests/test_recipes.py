@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from difflex.cli import main
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
@@ -15,6 +16,11 @@ from difflex.recipes import RECIPES, Recipe, recipe
 from difflex.run import run_study, steps
 from difflex.study import Command, Study
 from difflex.testing import tiny_folder
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning",  # of diffusers
+    "ignore:Normalisation '.*' leaves the mean at:UserWarning",  # as random activations lie
+)
 
 HERE = {
     "double.9": "double.0",
@@ -63,6 +69,29 @@ def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path
     capsys.readouterr()
     run_study(study)
     assert capsys.readouterr().out.count("done already") == len(study.commands)
+
+
+def test_on_the_command_line_a_study_is_planned_run_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tiny_folder("flux", tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(200)))
+    (tmp_path / "mine.py").write_text(
+        "from difflex.recipes import Harvest, Study, Train\n"
+        "def study(folder):\n"
+        f"    prompts = {str(tmp_path / 'prompts.txt')!r}\n"
+        f"    harvest = Harvest(model={str(model)!r}, sites=('double.1',), prompts=prompts, out=folder)\n"
+        f"    train = Train(study=folder, site=('double.1',), k=(3,), size=(32,), tokens=2000)\n"
+        f"    return Study(folder=folder, model={str(model)!r}, commands=(harvest, train))\n"
+    )
+    words, folder = ["run", f"{tmp_path / 'mine.py'}:study", "--out", str(tmp_path / "study")], tmp_path / "study"
+    assert main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("to do") == 2 and not folder.exists()
+    assert main([*words, "--until", "harvest"]) == 0 and "every command up to harvest is done" in capsys.readouterr().out
+    assert main(words) == 0 and "[1 of 2] harvest: done already" in capsys.readouterr().out
+    assert main(["status", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "double.1/topk-32-k3" in said and "tokens of width 32" in said and said.count("done") == 2
+    assert main(["run", "mimi"]) == 2 and "nearest: mini" in capsys.readouterr().err
+    assert main(["status", str(tmp_path)]) == 2
 
 
 def test_a_recipe_of_ones_own_is_found_in_its_file(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Running a study: nothing twice, everything that a change has made useless once more, and a kill costs only what was under way."""
+"""Running a study: nothing twice, what a change has made useless once more, and a kill costs only what was under way."""
 
 import json
 import signal

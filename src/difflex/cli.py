@@ -32,6 +32,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.commands.anatomy:Anatomy"),
+    "concepts": Verb("hold features against concepts known by mask", "difflex.commands.concepts:Concepts"),
     "evaluate": Verb("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
     "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,14 +131,19 @@ class Study:
         return self.folder / "dictionaries" / site.folder / label
 
     def dictionaries(self) -> list[Place]:
-        """The finished dictionaries."""
-        folders = sorted(path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
+        """The finished dictionaries, numbers in their names in the order of numbers."""
+        folders = (path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
         places = [Place(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
-        return [place for place in places if not place.label.startswith(GROWING)]
+        finished = [place for place in places if not place.label.startswith(GROWING)]
+        return sorted(finished, key=lambda place: [part.zfill(12) for part in re.split(r"(\d+)", str(place))])
 
     def evaluation(self, site: Site, label: str) -> Path:
         """The file with a dictionary's figures."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"
+
+    def concepts(self, site: Site, label: str) -> Path:
+        """The file that says which known concepts a dictionary's features, or those of what stands beside it, detect."""
+        return self.folder / "concepts" / site.folder / f"{label}.json"
 
     def book(self, site: Site, label: str) -> Path:
         """The file of a dictionary's book."""

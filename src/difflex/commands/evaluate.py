@@ -1,37 +1,29 @@
 """`difflex evaluate`: what the dictionaries of a study are worth on tokens that none of them was trained on."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, NamedTuple, final
+from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.dictionary import Dictionary
+from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Effect, Evaluation, checksum, effect, evaluate, some_shots
+from difflex.evaluation import Evaluation, HeldOut, Model, renew
+from difflex.pipeline import Pipeline
 from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST
-from difflex.study import Command, Study
+from difflex.study import Command, Place, Study
 
 __all__ = ["Evaluate"]
 
+Load = Callable[[str | None], Pipeline]
+"""From the precision of the weights."""
 BATCH, SEED = 1024, 0
-UNTRAINED = "untrained-"
-
-
-class Place(NamedTuple):
-    """Where in a study a dictionary is."""
-
-    site: Site
-    label: str
-
-    def __str__(self) -> str:
-        return f"{self.site}/{self.label}"
 
 
 @final
@@ -60,10 +52,22 @@ class Evaluate(Command):
                 f"--tokens {self.tokens} --effect {self.effect} cannot be measured: ask for 1 token and 0 shots or more."
             )
         study = Study.open(self.study)
-        load = cache(partial(_load, study, self.offload, self.offline))
-        done = {place: self._evaluation(study, place, load) for place in self._places(_dictionaries(study))}
-        print(_table({str(place): _line(evaluation) for place, evaluation in done.items()}))
-        return [study.evaluation(*place) for place in done]
+        load = cache(lambda precision: load_studied(study, precision, self.offload, self.offline))
+        lines: dict[str, dict[str, str]] = {}
+        written: list[Path] = []
+        for site, places in groupby(self._places(study.dictionaries()), key=lambda place: place.site):
+            by_folder = {study.dictionary(*place): place for place in places}
+            paths = {folder: study.evaluation(*place) for folder, place in by_folder.items()}
+            written += paths.values()
+            made = renew(
+                paths, _held_out(_store(study, site)), partial(_model, load, site), tokens=self.tokens, shots=self.effect
+            )
+            lines |= {str(by_folder[folder]): _line(renewed.evaluation) for folder, renewed in made.items()}
+            for folder, renewed in made.items():
+                if renewed.kept:
+                    print(f"{by_folder[folder]}: up to date")
+        print(_table(lines))
+        return written
 
     def _places(self, known: Sequence[Place]) -> list[Place]:
         """Those of the `known` dictionaries that are asked for."""
@@ -78,85 +82,31 @@ class Evaluate(Command):
         everything = not asked and not self.dictionary
         return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
 
-    def _evaluation(self, study: Study, place: Place, load: Callable[[str | None], Pipeline]) -> Evaluation:
-        """The evaluation of one dictionary, up to date and saved."""
-        store, path, folder = _store(study, place), study.evaluation(*place), study.dictionary(*place)
-        rows = store.count("held-out")
-        data = _data(store, min(self.tokens, rows))
-        shots = min(self.effect, rows // store.tokens)
-        found = kept = Evaluation.kept(path, folder, data)
-        if found is None:
-            found = _measured(store, folder, self.tokens, data)
-            found.save(path)
-        if shots and (found.effect is None or found.effect.shots != shots):
-            found = replace(found, effect=_effect(store, folder, shots, load))
-            found.save(path)
-        elif kept:
-            print(f"{place}: up to date")
-        return found
 
-
-def _dictionaries(study: Study) -> list[Place]:
-    """The finished dictionaries of a study."""
-    folders = sorted(path.parent for path in (study.folder / "dictionaries").glob("*/*/config.json"))
-    places = [Place(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
-    return [place for place in places if not place.label.startswith("growing-")]
-
-
-def _store(study: Study, place: Place) -> Store:
+def _store(study: Study, site: Site) -> Store:
     stores = study.stores()
-    if place.site not in stores:
-        raise UnknownName.among("The site", str(place.site), map(str, stores), f"Harvest it first: {place} is of it.")
-    return Store.open(stores[place.site])
+    if site not in stores:
+        raise UnknownName.among("The site", str(site), map(str, stores), "It has dictionaries but no activations: harvest it.")
+    return Store.open(stores[site])
 
 
-def _data(store: Store, tokens: int) -> str:
-    """Which tokens an evaluation is about; another harvest is told by the manifest."""
-    held_out, manifest = store.count("held-out"), digest(store.folder / MANIFEST)[:16]
-    return f"{store.site} of {store.model}, {tokens} of {held_out} held-out tokens, seed {SEED}, manifest {manifest}"
+def _held_out(store: Store) -> HeldOut:
+    """The held-out rows of a store; another harvest is told by its manifest."""
+    rows, manifest = store.count("held-out"), digest(store.folder / MANIFEST)[:16]
+    return HeldOut(
+        data=f"{rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, manifest {manifest}",
+        batches=lambda: store.batches(BATCH, seed=SEED, split="held-out"),
+        shot=store.shot,
+        tokens=rows,
+        shots=rows // store.tokens,
+        mean=store.statistics.mean.float(),
+    )
 
 
-def _measured(store: Store, folder: Path, tokens: int, data: str) -> Evaluation:
-    batches = store.batches(BATCH, seed=SEED, split="held-out")
-    taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
-    return evaluate(_read(folder, store), batches, store.shot, tokens=tokens, checksum=taken, data=data, progress=True)
-
-
-def _read(folder: Path, store: Store) -> Dictionary:
-    dictionary = Dictionary.load(folder)
-    if dictionary.width != store.width:
-        raise BadInput(
-            f"{folder} is of width {dictionary.width}, the activations in {store.folder} are of width {store.width}: it was made "
-            "from others. Train it again, or harvest the activations that it is of."
-        )
-    return dictionary
-
-
-def _effect(store: Store, folder: Path, count: int, load: Callable[[str | None], Pipeline]) -> Effect | None:
-    """What the dictionary does to the model at held-out shots; None, and a warning, where none can be walked again."""
-    shots = some_shots(store.batches(BATCH, seed=SEED, split="held-out"), store.shot, count, SEED)
-    if not shots:
-        warnings.warn(f"{folder}: the effect is left out, as the shots are of given pictures and not of prompts.", stacklevel=2)
-        return None
+def _model(load: Load, site: Site, shots: Sequence[Shot]) -> Model:
+    """What the model makes of `shots`."""
     pipe = load(shots[0].precision)
-    asked: tuple[Sequence[Shot], Site] = (shots, store.site)
-    return effect(
-        _read(folder, store), store.statistics.mean.float(), partial(pipe.predictions, *asked), partial(pipe.pictures, *asked)
-    )
-
-
-def _load(study: Study, offload: bool, offline: bool, precision: str | None) -> Pipeline:
-    """The model that is studied, held as it was when it was harvested."""
-    revision = study.revision or ""
-    untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None
-    return load_model(
-        study.model,
-        precision=precision,
-        revision=study.revision if untrained is None else None,
-        untrained=untrained,
-        offload=offload,
-        offline=offline,
-    )
+    return Model(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
 
 
 def _line(evaluation: Evaluation) -> dict[str, str]:

@@ -8,9 +8,12 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.pipeline import Pipeline, load
-from difflex.study import Command
+from difflex.study import Command, Study
 
-__all__ = ["Opening", "see_own_card"]
+__all__ = ["Opening", "load_studied", "see_own_card"]
+
+UNTRAINED = "untrained-"
+"""What the revision of random weights begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,20 @@ class Opening(Command):
             offload=self.offload,
             offline=self.offline,
         )
+
+
+def load_studied(study: Study, precision: str | None, offload: bool, offline: bool) -> Pipeline:
+    """The model of a study, as it was when the study was begun."""
+    revision = study.revision or ""
+    untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None
+    return load(
+        study.model,
+        precision=precision,
+        revision=study.revision if untrained is None else None,
+        untrained=untrained,
+        offload=offload,
+        offline=offline,
+    )
 
 
 def see_own_card(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -1,19 +1,20 @@
 """What a dictionary is worth, on tokens it never saw: how well it rebuilds, how sparsely, and what that does to the model."""
 
-from difflex.evaluation.changing import Edits, Measure, effect, some_shots
+from difflex.evaluation.changing import effects
 from difflex.evaluation.measuring import evaluate
 from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced, checksum
+from difflex.evaluation.renewing import HeldOut, Model, renew
 
 __all__ = [
-    "Edits",
     "Effect",
     "Evaluation",
     "Figures",
-    "Measure",
+    "HeldOut",
+    "Model",
     "Quality",
     "Replaced",
     "checksum",
-    "effect",
+    "effects",
     "evaluate",
-    "some_shots",
+    "renew",
 ]

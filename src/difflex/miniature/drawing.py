@@ -77,6 +77,11 @@ class Scenes:
         """The share of each token's area that the concept covers, on a grid of `grid` x `grid` tokens."""
         return F.adaptive_avg_pool2d(self.mask(concept).float(), grid)
 
+    def shares(self, rows: int, columns: int) -> Float[Tensor, "scene concept row column"]:
+        """The share of each token's area that every concept covers, on any grid; concepts in the order of `CONCEPTS`."""
+        masks = [self.labels(group)[:, None] == torch.arange(len(names))[:, None, None] for group, names in CONCEPTS.items()]
+        return F.adaptive_avg_pool2d(torch.cat(masks, dim=1).float(), (rows, columns))
+
     def _where(self, group: str) -> Tensor:
         if group == "style":
             return torch.ones_like(self.slots, dtype=torch.bool)

@@ -1,0 +1,189 @@
+"""What was found out about a dictionary and known concepts, as it is written and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from difflex import __version__
+from difflex.concepts.labelled import Concept
+from difflex.errors import BrokenFile
+from difflex.records import Site
+
+__all__ = ["Detector", "Features", "Finding", "Interval", "Level", "Matches"]
+
+FORMAT = 1
+COVERED = 0.8
+"""From this average precision on, a feature detects a concept."""
+FINDABLE = 0.9
+"""From this average precision of a linear probe on, a concept is there to be found."""
+
+
+class Interval(NamedTuple):
+    """A figure and where 95 % of its values lie when pictures are drawn again."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """One or few features that stand for a concept: chosen on training pictures, measured on held-out ones."""
+
+    features: tuple[int, ...]
+    """The best first."""
+    ap: Interval
+    """Average precision."""
+    iou: float
+    """Intersection over union, cut at the value that was best on training pictures."""
+    precision: float
+    """At that value."""
+    recall: float
+    """At that value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What is known of one concept."""
+
+    concept: Concept
+    tokens: int
+    """Held-out tokens that show it."""
+    chance: float
+    """Their share: the average precision of a ranking by chance."""
+    probe: Interval
+    """The ceiling: average precision of a linear probe on the same activations."""
+    best: Detector
+    """The single feature of the highest average precision."""
+    segmenting: Detector
+    """The single feature of the highest IoU."""
+    few: Detector
+    """The best few features together."""
+    unrelated: str | None
+    """The concept that `best` detects best among those that have nothing to do with this one."""
+    monosemanticity: float
+    """How much better `best` detects its concept than that one, both over chance: 1 for a feature of one meaning, 0 for none."""
+    pieces: tuple[int, ...]
+    """The features that share the concept among them, where it is split."""
+    absorbers: tuple[int, ...]
+    """The features at which `best` is silent though its concept is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Every feature that fires at training tokens, each entry of a column one feature; figures are of held-out pictures."""
+
+    features: tuple[int, ...]
+    concepts: tuple[int, ...]
+    """Of the highest average precision, as a place in `Matches.concepts`."""
+    ap: tuple[float, ...]
+    segmented: tuple[int, ...]
+    """The concepts of the highest IoU."""
+    iou: tuple[float, ...]
+    unrelated: tuple[float, ...]
+    """The highest average precision for a concept that has nothing to do with the best one."""
+    monosemanticity: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """What is known at one level of noise, or at all of them together."""
+
+    noise: float | None
+    """Between 0 (the picture) and 1 (pure noise); None for all levels together."""
+    findings: tuple[Finding, ...]
+    coverage: Interval
+    """The share of concepts that one feature detects (AP >= 0.8)."""
+    coverage_of_findable: Interval
+    """The same among concepts that a linear probe finds (AP >= 0.9); NaN where there are none."""
+
+    def of(self, group: str) -> list[Finding]:
+        """The findings about the concepts of a group."""
+        return [finding for finding in self.findings if finding.concept.group == group]
+
+    @property
+    def monosemanticity(self) -> float:
+        """The mean over concepts of that of their best features."""
+        return sum(finding.monosemanticity for finding in self.findings) / len(self.findings)
+
+
+def covered(findings: Collection[Finding], findable: bool = False) -> tuple[int, int]:
+    """How many concepts one feature detects, and of how many; with `findable`, of those that a linear probe finds."""
+    among = [finding for finding in findings if not findable or finding.probe.value >= FINDABLE]
+    return sum(finding.best.ap.value >= COVERED for finding in among), len(among)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """The features of one method against known concepts."""
+
+    site: Site
+    label: str
+    size: int
+    concepts: tuple[Concept, ...]
+    left_out: tuple[Concept, ...]
+    """Concepts that too few pictures show."""
+    levels: tuple[Level, ...]
+    """All levels of noise together first, then each where there are several."""
+    features: Features
+    """At all levels together."""
+    made_from: Mapping[str, str | int | float] = field(default_factory=dict)
+    """What the figures depend on: checksums, pictures, settings. Work made from something else is done again."""
+
+    def save(self, path: Path) -> None:
+        """Nothing; the matches are in the JSON file `path`, which is replaced in one go."""
+        data = {"format": FORMAT, "difflex": __version__, **asdict(self), "site": str(self.site)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(data, file, allow_nan=True)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Matches:
+        """The matches saved in `path`."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
+            del data["difflex"]
+            columns = {name: tuple(column) for name, column in data.pop("features").items()}
+            return cls(
+                site=Site.parse(data.pop("site")),
+                concepts=_concepts(data.pop("concepts")),
+                left_out=_concepts(data.pop("left_out")),
+                levels=tuple(_level(level) for level in data.pop("levels")),
+                features=Features(**columns),
+                **data,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BrokenFile(f"{path} cannot be read as matches ({error!r}). Delete it; it is made again.") from error
+
+
+def _concepts(entries: list[list[str]]) -> tuple[Concept, ...]:
+    return tuple(Concept(*entry) for entry in entries)
+
+
+def _level(entries: dict) -> Level:
+    findings = tuple(_finding(each) for each in entries.pop("findings"))
+    intervals = {name: Interval(*entries.pop(name)) for name in ("coverage", "coverage_of_findable")}
+    return Level(findings=findings, **intervals, **entries)
+
+
+def _finding(entries: dict) -> Finding:
+    detectors = {name: _detector(entries.pop(name)) for name in ("best", "segmenting", "few")}
+    tuples = {name: tuple(entries.pop(name)) for name in ("pieces", "absorbers")}
+    concept, probe = Concept(*entries.pop("concept")), Interval(*entries.pop("probe"))
+    return Finding(concept=concept, probe=probe, **detectors, **tuples, **entries)
+
+
+def _detector(entries: dict) -> Detector:
+    features, ap = tuple(entries.pop("features")), Interval(*entries.pop("ap"))
+    return Detector(features=features, ap=ap, **entries)

@@ -1,0 +1,112 @@
+"""`renew`: the evaluations of a site's dictionaries on disk, brought up to date: what holds is kept, what lacks is measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.dictionary import Dictionary
+from difflex.errors import BadInput
+from difflex.evaluation.changing import Edits, effects, some_shots
+from difflex.evaluation.measuring import TOKENS, evaluate
+from difflex.evaluation.record import Effect, Evaluation, checksum
+from difflex.records import Outcomes, Rows, Shot
+
+__all__ = ["HeldOut", "Model", "Renewed", "renew"]
+
+SHOTS = 32
+"""At how many the effect on a model is measured, if nobody says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The held-out tokens of one site, and what else is known of its activations."""
+
+    data: str
+    """What they are, in words that differ wherever they do: an evaluation on other ones does not hold."""
+    batches: Callable[[], Iterator[Rows]]
+    """All of them, in the same order at each call."""
+    shot: Callable[[int], Shot]
+    """By the numbers in the batches."""
+    tokens: int
+    shots: int
+    mean: Float[Tensor, " width"]
+    """Of the training tokens."""
+
+
+class Model(NamedTuple):
+    """What a model makes of some shots, under edits of one site."""
+
+    predictions: Callable[[Edits], Iterable[Outcomes]]
+    pictures: Callable[[Edits], Iterable[Outcomes]] | None
+
+
+class Renewed(NamedTuple):
+    """An evaluation that holds."""
+
+    evaluation: Evaluation
+    kept: bool
+    """Whether it held already."""
+
+
+def renew(
+    dictionaries: Mapping[Path, Path],
+    held_out: HeldOut,
+    model: Callable[[Sequence[Shot]], Model] | None = None,
+    *,
+    tokens: int = TOKENS,
+    shots: int = SHOTS,
+    progress: bool = True,
+) -> dict[Path, Renewed]:
+    """The evaluation of each dictionary in a folder, also in the file that it is mapped to.
+
+    `model` is asked once, and only if an effect lacks, with the shots at which all effects are measured; without it, or with
+    `shots` 0, effects are left out. Those measured before at as many shots or more are kept. Killed and called again, what is
+    done is not done again.
+    """
+    data = f"{min(tokens, held_out.tokens)} of {held_out.data}"
+    kept = {folder: Evaluation.kept(path, folder, data) for folder, path in dictionaries.items()}
+    done: dict[Path, Evaluation] = {}
+    for folder, path in dictionaries.items():
+        done[folder] = kept[folder] or _measured(folder, held_out, tokens, data, progress)
+        if not kept[folder]:
+            done[folder].save(path)
+    wanted = min(shots, held_out.shots) if model else 0
+    lacking = [folder for folder, each in done.items() if (each.effect.shots if each.effect else 0) < wanted]
+    found = _effects(lacking, held_out, model, wanted) if model and lacking else []
+    for folder, effect in zip(lacking, found, strict=False):
+        done[folder] = replace(done[folder], effect=effect)
+        done[folder].save(dictionaries[folder])
+    return {folder: Renewed(each, each == kept[folder]) for folder, each in done.items()}
+
+
+def _measured(folder: Path, held_out: HeldOut, tokens: int, data: str, progress: bool) -> Evaluation:
+    taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
+    dictionary, batches = _read(folder, held_out), held_out.batches()
+    return evaluate(dictionary, batches, held_out.shot, tokens=tokens, checksum=taken, data=data, progress=progress)
+
+
+def _read(folder: Path, held_out: HeldOut) -> Dictionary:
+    dictionary, width = Dictionary.load(folder), len(held_out.mean)
+    if dictionary.width != width:
+        raise BadInput(
+            f"{folder} is of width {dictionary.width}, the held-out activations are of width {width}: it was made from others. "
+            "Train it again, or harvest the activations that it is of."
+        )
+    return dictionary
+
+
+def _effects(folders: Sequence[Path], held_out: HeldOut, model: Callable[[Sequence[Shot]], Model], count: int) -> list[Effect]:
+    """What each dictionary does to the model; none, and a warning, where no shot can be walked again."""
+    shots = some_shots(held_out.batches(), held_out.shot, count)
+    if not shots:
+        warnings.warn("The effect on the model is left out: the shots are of given pictures, not of prompts.", stacklevel=3)
+        return []
+    dictionaries = [_read(folder, held_out) for folder in folders]
+    return effects(dictionaries, held_out.mean, *model(shots))

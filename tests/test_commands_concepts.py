@@ -1,0 +1,110 @@
+"""`difflex concepts`: from a study with dictionaries to what their features detect."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from difflex.cli import main
+from difflex.commands.concepts import drawn_concepts, drawn_pictures
+from difflex.concepts import Concept, Matches
+from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.miniature import draw
+from difflex.records import Site
+from difflex.study import Study
+
+SITE = Site("double.0")
+FEW = ["--pictures", "160", "--noise", "0.25"]
+
+
+def autoencoder(seed: int, k: int = 4, size: int = 24) -> Dictionary:
+    directions = torch.nn.functional.normalize(torch.randn(size, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
+    weights = Weights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(size))
+    origin = Origin(site=SITE, model="mini-flux")
+    return Autoencoder(kind="topk", k=k, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    made = Study.begin(tmp_path / "study", "mini-flux")
+    autoencoder(0).save(made.dictionary(SITE, "topk-24-k4"))
+    return made
+
+
+def test_scenes_are_pictures_whose_concepts_are_known():
+    [one, *_] = drawn_pictures(3)
+    scenes = draw([int(one.name.removeprefix("drawn:"))])
+    assert one.prompt == scenes.captions[0] and one.picture.size == (64, 64)
+    shares = one.shares(8, 8)
+    for number, concept in enumerate(drawn_concepts()):
+        assert torch.equal(shares[number], scenes.on_tokens(concept.name, 8)[0])
+    assert one.shares(4, 16).shape == (len(drawn_concepts()), 4, 16)
+
+
+def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_done_again(
+    study: Study, capsys: pytest.CaptureFixture[str]
+):
+    words = ["concepts", str(study.folder), *FEW]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and "a linear probe" in told and "AP by group" in told
+    files = {path.relative_to(study.folder / "concepts").as_posix() for path in study.folder.glob("concepts/*/*.json")}
+    assert files == {
+        "double.0/topk-24-k4.json",
+        "double.0/pca-384-k4.json",
+        "double.0/random-24-k4.json",
+        "double.0+neurons/neurons-k4.json",
+    }
+    matches = Matches.load(study.concepts(SITE, "topk-24-k4"))
+    assert matches.made_from["sha256"] and matches.site == SITE and len(matches.levels) == 1
+    stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
+    autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and told.count("is there already") == 3
+    changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
+    assert changed == ["topk-24-k4.json"]
+    assert main([*words[:-1], "0.25", "--dictionary", "topk-24-k4"]) == 0
+    assert capsys.readouterr().out.count("is there already") == 4
+
+
+def test_a_folder_of_pictures_and_label_maps_works_the_same_way(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "mine"
+    for part in ("pictures", "labels"):
+        (folder / part).mkdir(parents=True)
+    scenes = draw(range(200))
+    for i, one in enumerate(drawn_pictures(200, 0)):
+        one.picture.save(folder / "pictures" / f"{i:03}.png")
+        Image.fromarray((1 + (scenes.slots[i] >= 0)).byte().numpy()).save(folder / "labels" / f"{i:03}.png")
+    (folder / "labels.json").write_text(json.dumps({"1": "ground", "2": {"name": "thing", "group": "figure"}}))
+    words = ["concepts", str(study.folder), "--folder", str(folder), "--pictures", "200", "--noise", "0.3", "--untold"]
+    assert main([*words, "--pixels", "64"]) == 0
+    told = capsys.readouterr().out
+    assert "figure" in told
+    matches = Matches.load(study.concepts(SITE, "topk-24-k4"))
+    assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
+    assert all(finding.probe.value > 0.9 for finding in matches.levels[0].findings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
+        (["--dictionary", "topk-24-k5"], "The dictionary 'topk-24-k5' is unknown; nearest: topk-24-k4"),
+        (["--pictures", "0"], "--pictures 0 shows nothing"),
+        (["--pictures", "10", "--noise", "0.25"], "Give more pictures; a tenth of them is held out"),
+        (["--folder", "nowhere"], "nowhere/pictures holds no picture"),
+        (["--shown", "0.2", "--absent", "0.3", *FEW], "absent up to a share of 0.3"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, flags: list, answer: str, capsys):
+    assert main(["concepts", str(study.folder), *flags]) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_a_study_without_dictionaries_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Study.begin(tmp_path, "mini-flux")
+    assert main(["concepts", str(tmp_path)]) == 2
+    assert "has no dictionary" in capsys.readouterr().err

@@ -1,0 +1,396 @@
+"""Known concepts: detection held to scikit-learn and to planted features, choices to one side of the split."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, jaccard_score
+from torch import Tensor
+
+from difflex.concepts import (
+    Concept,
+    LabelFolder,
+    Labelled,
+    Marking,
+    Matches,
+    Matching,
+    Method,
+    Pictured,
+    label,
+    match,
+    on_grid,
+    principal_axes,
+    random_directions,
+    table,
+)
+from difflex.concepts.detection import Firings, Ranking, scores
+from difflex.concepts.probing import probed
+from difflex.concepts.relations import absorbers, pieces, together, unrelated
+from difflex.errors import BadInput, BrokenFile, NonFinite
+from difflex.records import Activations, Codes, Shot, Site
+
+SITE = Site("double.1")
+SHOT = Shot(model="planted", pixels=(8, 8), steps=1, guidance=0.0)
+CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
+TOKENS, PICTURES = 4000, 200
+
+
+def firings(dense: Tensor) -> Firings:
+    """From [token, size]."""
+    tokens, features = (dense > 0).nonzero(as_tuple=True)
+    return Firings.sorted(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
+
+
+def planted(seed: int = 0, held_out_share: int = 4) -> Labelled:
+    """Activations whose first coordinates are the concepts themselves, the others noise."""
+    generator = torch.Generator().manual_seed(seed)
+    colour, shape = torch.randint(5, (TOKENS,), generator=generator), torch.randint(6, (TOKENS,), generator=generator)
+    truth = torch.stack([colour == 0, colour == 1, shape == 0, shape == 1]).to(torch.int8)
+    values = torch.rand(TOKENS, 8, generator=generator) * 0.1
+    values[:, :4] += truth.T * (1 + torch.rand(TOKENS, 4, generator=generator))
+    pictures = torch.arange(TOKENS) // (TOKENS // PICTURES)
+    return Labelled(
+        site=SITE,
+        concepts=CONCEPTS,
+        values=values,
+        truth=truth,
+        pictures=pictures,
+        noise=torch.where(torch.arange(TOKENS) % 2 == 0, 0.25, 0.5),
+        held_out=pictures % held_out_share == 0,
+    )
+
+
+def coordinates(labelled: Labelled, over: float = 0.5) -> Method:
+    """Every coordinate is a feature that fires above `over`."""
+
+    def encode(x: Tensor) -> Codes:
+        return Codes(x * (x > over), torch.arange(x.shape[1]).expand_as(x))
+
+    return Method(site=labelled.site, label="coordinates-8-k8", size=labelled.values.shape[1], encode=encode)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_average_precision_is_that_of_scikit_learn_with_ties_and_silence(ties: bool):
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.rand(90, 6, generator=generator) * (torch.rand(90, 6, generator=generator) < torch.linspace(0.05, 0.9, 6))
+    dense = (dense * 4).ceil() if ties else dense
+    truth = torch.where(torch.rand(3, 90, generator=generator) < 0.3, 1, 0).to(torch.int8)
+    truth[:, :20] -= (torch.rand(3, 20, generator=generator) < 0.5).to(torch.int8)  # some are left out
+    truth = truth.clamp_min(-1)
+    found = scores(firings(dense), truth)
+    for feature in range(6):
+        for concept in range(3):
+            known = truth[concept] >= 0
+            target, ranked = truth[concept, known].numpy(), dense[known, feature]
+            assert float(found.ap[feature, concept]) == pytest.approx(average_precision_score(target, ranked.numpy()), abs=1e-5)
+            cuts = {float(cut): jaccard_score(target, (ranked >= cut).numpy()) for cut in ranked[ranked > 0].unique()}
+            assert float(found.iou[feature, concept]) == pytest.approx(max(cuts.values(), default=0), abs=1e-5)
+
+
+def test_blocks_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(2)
+    dense = torch.rand(200, 30, generator=generator) * (
+        torch.rand(200, 30, generator=generator) < torch.rand(30, generator=generator)
+    )
+    truth = (torch.rand(7, 200, generator=generator) < 0.3).to(torch.int8)
+    whole = scores(firings(dense), truth)
+    monkeypatch.setattr("difflex.concepts.detection.ROOM", 500)
+    for name, values in vars(scores(firings(dense), truth)).items():
+        torch.testing.assert_close(values, getattr(whole, name))
+
+
+def test_a_feature_that_is_the_concept_has_ap_1_and_a_random_one_the_base_rate():
+    labelled = planted()
+    dense = torch.cat([labelled.truth.T.float(), torch.rand(TOKENS, 1, generator=torch.Generator().manual_seed(3))], dim=1)
+    found = scores(firings(dense), labelled.truth)
+    assert torch.equal(found.ap[:4].diagonal(), torch.ones(4)) and torch.equal(found.iou[:4].diagonal(), torch.ones(4))
+    torch.testing.assert_close(found.ap[4], labelled.truth.float().mean(1), atol=0.03, rtol=0)
+    silent = scores(firings(torch.zeros(TOKENS, 1)), labelled.truth)
+    torch.testing.assert_close(silent.ap[0], labelled.truth.float().mean(1))
+
+
+def test_a_cut_from_elsewhere_is_kept():
+    dense = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+    truth = torch.tensor([[1, 1, 0, 1]], dtype=torch.int8)
+    found = scores(firings(dense), truth, torch.tensor([[3.0]]))
+    assert (float(found.iou), float(found.precision), float(found.recall)) == (pytest.approx(1 / 3), 1.0, pytest.approx(1 / 3))
+    assert float(scores(firings(dense), truth, torch.tensor([[9.0]])).iou) == 0.0
+    assert float(scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
+
+
+def test_weights_of_pictures_count_as_copies_of_them():
+    labelled = planted()
+    tokens, values = firings(labelled.values).one(5)
+    weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, PICTURES)[:, :PICTURES]
+    ranking = Ranking(tokens, values, labelled.truth[1], labelled.pictures, PICTURES)
+    times = weights[0, labelled.pictures].long()
+    copies = average_precision_score(
+        labelled.truth[1].repeat_interleave(times).numpy(), labelled.values[:, 5].repeat_interleave(times).numpy()
+    )
+    assert float(ranking.average_precision(weights)) == pytest.approx(copies, abs=1e-4)
+
+
+def test_features_that_are_concepts_are_found_with_narrow_intervals():
+    labelled = planted()
+    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=50))
+    whole = matches.levels[0]
+    assert [level.noise for level in matches.levels] == [None, 0.25, 0.5]
+    assert [finding.best.features for finding in whole.findings] == [(0,), (1,), (2,), (3,)]
+    assert all(finding.best.ap.low > 0.99 and finding.segmenting.iou > 0.99 for finding in whole.findings)
+    assert all(finding.few.features == finding.best.features for finding in whole.findings)
+    assert whole.coverage == (1.0, 1.0, 1.0) == whole.coverage_of_findable
+    assert whole.monosemanticity > 0.9 and not any(finding.pieces or finding.absorbers for finding in whole.findings)
+    assert matches.features.concepts[:4] == (0, 1, 2, 3) and min(matches.features.ap[:4]) > 0.99
+
+
+def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
+    labelled = planted()
+    mixed = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(4))).Q
+    labelled = Labelled(**{**vars(labelled), "values": labelled.values @ mixed})
+    axes, drawn = principal_axes(labelled, 2), random_directions(labelled, 20, 2)
+    assert (axes.label, drawn.label) == ("pca-16-k2", "random-20-k2")
+    codes = drawn.encode(labelled.values)
+    assert codes.values.shape == (TOKENS, 2) and bool((codes.values > 0).all()) and int(codes.indices.max()) < 20
+    assert not torch.equal(drawn.encode(-labelled.values).indices, codes.indices)
+    for matches in match(labelled, [axes, drawn], Matching(draws=20)):
+        assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].findings) > 0.95
+
+
+def test_what_fits_training_pictures_alone_scores_low():
+    labelled = planted()
+    cheat = (labelled.truth[2] == 1) & ~labelled.held_out
+    values = torch.cat([0.4 * labelled.truth[2, :, None] + cheat[:, None], labelled.values[:, 4:]], dim=1)
+    values[:, 0] = torch.where(labelled.held_out, torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)), values[:, 0])
+    labelled = Labelled(**{**vars(labelled), "values": values})
+    [matches] = match(labelled, [coordinates(labelled, 0.0)], Matching(draws=20))
+    star = matches.levels[0].findings[2]
+    assert star.best.features == (0,) and star.best.ap.value < star.chance + 0.1 and star.segmenting.iou < 0.5
+
+
+def test_the_probe_finds_what_can_be_separated_and_nothing_in_noise():
+    labelled = planted()
+    logits = probed(labelled)
+    held = labelled.held_out
+    for concept in range(4):
+        assert average_precision_score(labelled.truth[concept, held].numpy(), logits[concept, held].numpy()) > 0.99
+    blind = probed(Labelled(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))}))
+    assert average_precision_score(labelled.truth[0, held].numpy(), blind[0, held].numpy()) < 0.35
+
+
+def shared(parts: list[list[int]], others: Callable[[Tensor], Tensor] | None = None) -> tuple[Firings, Tensor]:
+    """Features that fire at some tenths each of a concept's tokens, and the concept: every fifth token."""
+    truth = (torch.arange(TOKENS) % 5 == 0).to(torch.int8)
+    tenth = torch.arange(TOKENS) // 5 % 10
+    dense = torch.stack([sum(((tenth == part) & (truth == 1)).float() for part in each) for each in parts], dim=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return firings(dense), truth
+
+
+def test_a_concept_that_features_share_is_split():
+    fires, truth = shared([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0]])
+    found = scores(fires, truth[None])
+    assert pieces(fires, truth, found, 0) == (0, 1, 2)
+    assert absorbers(fires, truth, found, 0, 0) == ()
+    assert set(together(fires, truth, found.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
+
+
+def test_a_whole_feature_beside_its_parts_is_not_split():
+    fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2], [3, 4, 5]])
+    found = scores(fires, truth[None])
+    assert pieces(fires, truth, found, 0) == () and absorbers(fires, truth, found, 0, 0) == ()
+    assert together(fires, truth, found.ap[:, 0], torch.ones(3), 4) == (0,)
+
+
+def test_a_specific_feature_that_silences_the_general_one_absorbs_it():
+    fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7], [8, 9], [0, 1]])
+    found = scores(fires, truth[None])
+    assert absorbers(fires, truth, found, 0, 0) == (1,)
+    assert pieces(fires, truth, found, 0) == ()
+
+
+def test_concepts_of_one_group_are_related_where_they_overlap():
+    concepts = (Concept("car", "thing"), Concept("wheel", "thing"), Concept("tree", "thing"), Concept("red", "colour"))
+    truth = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.int8)
+    apart = unrelated(concepts, truth)
+    assert not apart[0, 1] and apart[0, 2] and apart[0, 3] and not apart.diagonal().any()
+
+
+def test_a_feature_of_two_meanings_is_less_monosemantic():
+    labelled = planted()
+    labelled.values[:, 0] = torch.maximum(labelled.values[:, 0], labelled.values[:, 2])
+    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=20))
+    red, blue, *_ = matches.levels[0].findings
+    assert red.unrelated == "star" and red.monosemanticity < 0.3 and blue.monosemanticity > 0.9
+
+
+def test_masks_become_shares_of_tokens_and_partly_covered_ones_are_left_out():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, :4, :4], mask[0, 4:6, 4:8] = True, True
+    mask[0, 0, 4] = True
+    shares = on_grid(mask, 2, 2)
+    assert shares.flatten().tolist() == [1.0, 0.0625, 0.0, 0.5]
+    assert Marking().truth(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
+    assert Marking(absent=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
+    with pytest.raises(BadInput, match=r"absent up to a share of 0\.6"):
+        Marking(absent=0.6)
+
+
+def pictures(count: int = 6) -> list[Pictured]:
+    return [
+        Pictured(
+            Image.new("RGB", (8, 8)), f"p{i}", f"prompt {i}", lambda rows, columns, i=i: torch.full((2, rows, columns), i / 5)
+        )
+        for i in range(count)
+    ]
+
+
+def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
+    """A harvest of two levels, two pictures at once."""
+
+    def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
+        given = list(zip(images, prompts, names, strict=True))
+        for start in range(0, len(given), 2):
+            for noise in (0.25, 0.5):
+                here = given[start : start + 2]
+                shots = tuple(
+                    Shot(
+                        **{
+                            **vars(SHOT),
+                            "picture": name,
+                            "prompt": prompt,
+                            "noise": noise,
+                            "split": "held-out" if "3" in name else "train",
+                        }
+                    )
+                    for _, prompt, name in here
+                )
+                values = torch.full((len(here), 6, 4), torch.nan if bad else noise)
+                yield Activations(site=SITE, values=values, shots=shots, grid=grid)
+
+    return harvest
+
+
+def test_tokens_are_labelled_with_the_masks_of_their_picture():
+    labelled = label(pictures(), harvesting(), CONCEPTS[:2])[SITE]
+    assert labelled.values.shape == (72, 4) and labelled.levels == [0.25, 0.5]
+    for picture in range(6):
+        mine = labelled.pictures == picture
+        assert mine.sum() == 12 and set(labelled.truth[:, mine].flatten().tolist()) == {
+            0 if picture == 0 else 1 if picture > 2 else -1
+        }
+        assert bool(labelled.held_out[mine].all()) == (picture == 3)
+    assert torch.equal(labelled.values[:, 0], labelled.noise)
+
+
+def test_activations_without_place_or_number_and_unknown_pictures_are_refused():
+    with pytest.raises(BadInput, match="has no grid"):
+        label(pictures(), harvesting(None), CONCEPTS[:2])
+    with pytest.raises(NonFinite, match="'p0' hold NaN"):
+        label(pictures(), harvesting(bad=True), CONCEPTS[:2])
+    with pytest.raises(BadInput, match="No picture was given"):
+        label([], harvesting(), CONCEPTS[:2])
+    with pytest.raises(BadInput, match="Two pictures are called 'p0'"):
+        label(pictures(1) * 2, harvesting(), CONCEPTS[:2])
+
+
+def test_rare_concepts_are_left_out_and_too_few_pictures_said():
+    labelled = planted()
+    labelled.truth[3, labelled.pictures > 7] = 0
+    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=5))
+    assert matches.left_out == (CONCEPTS[3],) and matches.concepts == CONCEPTS[:3]
+    assert "too rare: ring" in table([matches])
+    with pytest.raises(BadInput, match="No concept is shown in 99 held-out pictures"):
+        match(labelled, [coordinates(labelled)], Matching(least=99))
+    with pytest.raises(BadInput, match=r"reads double\.2"):
+        match(labelled, [Method(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
+
+
+def test_matches_are_read_as_they_were_saved(tmp_path: Path):
+    labelled = planted()
+    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=5))
+    matches.save(tmp_path / "concepts" / "one.json")
+    assert Matches.load(tmp_path / "concepts" / "one.json") == matches
+    said = json.loads((tmp_path / "concepts" / "one.json").read_text())
+    assert next(iter(said)) == "format"
+    (tmp_path / "one.json").write_text(json.dumps({**said, "format": 9}))
+    with pytest.raises(BrokenFile, match="not of format 1"):
+        Matches.load(tmp_path / "one.json")
+    (tmp_path / "one.json").write_text("{")
+    with pytest.raises(BrokenFile, match="cannot be read as matches"):
+        Matches.load(tmp_path / "one.json")
+
+
+def folder(tmp_path: Path, said: object, labels: Image.Image, name: str = "a") -> Path:
+    for part in ("pictures", "labels"):
+        (tmp_path / part).mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / f"{name}.jpg")
+    (tmp_path / "pictures" / f"{name}.txt").write_text("a red thing\n")
+    labels.save(tmp_path / "labels" / f"{name}.png")
+    (tmp_path / "labels.json").write_text(json.dumps(said))
+    return tmp_path
+
+
+def quarters(values: Sequence[int | tuple[int, int, int]], mode: str, side: int = 8) -> Image.Image:
+    """A label map of four squares."""
+    small = Image.new(mode, (2, 2))
+    for i, value in enumerate(values):
+        small.putpixel((i % 2, i // 2), value)
+    return small.resize((side, side), Image.Resampling.NEAREST)
+
+
+def test_label_maps_say_what_is_where(tmp_path: Path):
+    said = {"1": "star", "2": {"name": "sky", "group": "background"}, "7": "star"}
+    opened = LabelFolder.open(folder(tmp_path, said, quarters([1, 2, 0, 7], "L")))
+    assert opened.concepts == (Concept("star", "object"), Concept("sky", "background"))
+    [one] = opened.pictured(5)
+    assert (one.name, one.prompt) == ("a.jpg", "a red thing")
+    assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    [fitted] = opened.pictured(5, (16, 8))
+    assert fitted.picture.size == (8, 16) and fitted.shares(2, 1).shape == (2, 2, 1)
+    before = opened.fingerprint
+    folder(tmp_path, said, quarters([1, 1, 1, 1], "L", 16))
+    assert LabelFolder.open(tmp_path).fingerprint != before
+
+
+def test_coco_panoptic_is_read(tmp_path: Path):
+    said = {
+        "images": [{"id": 4, "file_name": "a.jpg"}],
+        "annotations": [
+            {
+                "image_id": 4,
+                "file_name": "a.png",
+                "segments_info": [{"id": 258, "category_id": 1}, {"id": 65536, "category_id": 9}],
+            }
+        ],
+        "categories": [
+            {"id": 1, "name": "person", "supercategory": "person"},
+            {"id": 9, "name": "sky-other", "supercategory": "sky"},
+        ],
+    }
+    [one] = LabelFolder.open(folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))).pictured(1)
+    assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+
+
+def test_folders_that_say_too_little_are_refused(tmp_path: Path):
+    with pytest.raises(BadInput, match="holds no picture"):
+        LabelFolder.open(tmp_path)
+    folder(tmp_path, {"1": "star"}, quarters([1, 1, 1, 1], "L", 16))
+    with pytest.raises(BadInput, match="is 8x8, its label map 16x16"):
+        list(LabelFolder.open(tmp_path).pictured(1))
+    (tmp_path / "labels" / "a.png").unlink()
+    with pytest.raises(BadInput, match=r"has no label map .*a\.png"):
+        LabelFolder.open(tmp_path)
+    folder(tmp_path, {"one": "star"}, quarters([1, 1, 1, 1], "L"))
+    with pytest.raises(BadInput, match="'one': 'star', which is no number and name"):
+        LabelFolder.open(tmp_path)
+    folder(tmp_path, {"annotations": [], "categories": [{}]}, quarters([1, 1, 1, 1], "L"))
+    with pytest.raises(BadInput, match="is not COCO panoptic"):
+        LabelFolder.open(tmp_path)
+    (tmp_path / "labels.json").write_text("[")
+    with pytest.raises(BrokenFile, match="is not JSON"):
+        LabelFolder.open(tmp_path)
+    (tmp_path / "labels.json").unlink()
+    with pytest.raises(BadInput, match="nobody says what the numbers"):
+        LabelFolder.open(tmp_path)
