@@ -90,7 +90,7 @@ def test_a_folder_of_pictures_and_label_maps_works_the_same_way_for_an_untrained
     matches = Matches.load(control.concepts(SITE, "topk-24-k4"))
     assert matches.made_from["revision"] == "untrained-0"
     assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
-    assert sum(finding.chance for finding in matches.levels[0].findings) == pytest.approx(1, abs=0.05)
+    assert all(0.1 < finding.chance < 0.9 for finding in matches.levels[0].findings)
 
 
 @pytest.mark.parametrize(
