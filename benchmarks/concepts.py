@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from difflex.commands.concepts import drawn_concepts, drawn_pictures
 from difflex.concepts import Labelled, Matches, Method, covered, label, match, principal_axes, random_directions, table
 from difflex.concepts.detection import Firings, scores
 from difflex.dictionary import Origin
+from difflex.dictionary.autoencoder import Kind
 from difflex.records import Rows, Site
 from difflex.training import Course, default, fit
 
@@ -47,19 +49,21 @@ def batches(values: torch.Tensor, start: int) -> Iterator[Rows]:
         start += 1
 
 
-def learned(labelled: Labelled, size: int, k: int, tokens: int) -> Method:
-    """A dictionary of our preset, learned from the training pictures' tokens."""
+def learned(labelled: Labelled, kind: Kind, size: int, k: int, tokens: int) -> Method:
+    """A dictionary of our preset, learned from the training pictures' tokens, without their labels."""
     values = labelled.values[~labelled.held_out]
     origin, course = Origin(site=labelled.site, model="mini-flux"), Course(tokens=tokens, progress=False, checkpoint_every=10**9)
     with tempfile.TemporaryDirectory() as work:
-        training = {Path(work): default(width=values.shape[1], size=size, k=k)}
-        (made,) = fit(training, partial(batches, values), origin=origin, course=course).values()
+        preset = default(width=values.shape[1], size=size, k=k)
+        prefixes = tuple(size // part for part in (64, 32, 16, 8, 4)) if kind == "matryoshka" else ()
+        training = replace(preset, kind=kind, prefixes=prefixes)
+        (made,) = fit({Path(work): training}, partial(batches, values), origin=origin, course=course).values()
     return Method.of(made)
 
 
-def judged(labelled: Labelled, size: int, k: int, tokens: int) -> list[Matches]:
+def judged(labelled: Labelled, kind: Kind, size: int, k: int, tokens: int) -> list[Matches]:
     """The dictionary, and what stands beside it."""
-    methods = [learned(labelled, size, k, tokens), principal_axes(labelled, k), random_directions(labelled, size, k)]
+    methods = [learned(labelled, kind, size, k, tokens), principal_axes(labelled, k), random_directions(labelled, size, k)]
     return match(labelled, methods)
 
 
@@ -93,17 +97,18 @@ def main() -> int:
     """0 if every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", nargs="+", default=["double.2"])
-    parser.add_argument("--pictures", type=int, default=1200)
+    parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--kind", default="topk", choices=["topk", "batchtopk", "matryoshka"])
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=1_500_000)
     wanted = parser.parse_args()
     took = speed()
     print(f"  scoring all pairs at 131,072 tokens: {took:.1f} s of one core (bar {SECONDS:.0f} s)", flush=True)
     shares = []
     for labelled in harvested([Site.parse(name) for name in wanted.sites], wanted.pictures, wanted.noise).values():
-        found = judged(labelled, wanted.size, wanted.k, wanted.tokens)
+        found = judged(labelled, wanted.kind, wanted.size, wanted.k, wanted.tokens)
         print("\n".join(f"  {line}" for line in table(found).splitlines()))
         missed(found[0])
         shares.append(covered(found[0].levels[0].findings, findable=True))

@@ -99,8 +99,8 @@ class Level:
     findings: tuple[Finding, ...]
     coverage: Interval
     """The share of concepts that one feature detects (AP >= 0.8)."""
-    coverage_of_findable: Interval
-    """The same among concepts that a linear probe finds (AP >= 0.9); NaN where there are none."""
+    coverage_of_findable: Interval | None
+    """The same among concepts that a linear probe finds (AP >= 0.9); None where there are none."""
 
     def of(self, group: str) -> list[Finding]:
         """The findings about the concepts of a group."""
@@ -141,7 +141,7 @@ class Matches:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         with draft.open("w", encoding="utf-8") as file:
-            json.dump(data, file, allow_nan=True)
+            json.dump(data, file, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -173,8 +173,9 @@ def _concepts(entries: list[list[str]]) -> tuple[Concept, ...]:
 
 def _level(entries: dict) -> Level:
     findings = tuple(_finding(each) for each in entries.pop("findings"))
-    intervals = {name: Interval(*entries.pop(name)) for name in ("coverage", "coverage_of_findable")}
-    return Level(findings=findings, **intervals, **entries)
+    coverage, of_findable = Interval(*entries.pop("coverage")), entries.pop("coverage_of_findable")
+    found = None if of_findable is None else Interval(*of_findable)
+    return Level(findings=findings, coverage=coverage, coverage_of_findable=found, **entries)
 
 
 def _finding(entries: dict) -> Finding:

@@ -171,7 +171,7 @@ class _Judged:
             noise=self._ground.noise,
             findings=tuple(finding for finding, _ in judged),
             coverage=_share(draws),
-            coverage_of_findable=_share(draws[findable]),
+            coverage_of_findable=_share(draws[findable]) if bool(findable.any()) else None,
         )
 
     def _finding(self, concept: int) -> tuple[Finding, Tensor]:
@@ -231,6 +231,7 @@ class _Judged:
         concepts = over_chance(self._chosen_by.ap[alive], chance).argmax(1)
         segmented = self._chosen_by.iou[alive].argmax(1)
         other, monosemanticity = self._meaning(alive, concepts)
+        has_other = self._ground.unrelated[concepts].any(1)
         column = lambda values: tuple(round(value, 5) for value in values.tolist())  # noqa: E731
         return Features(
             features=tuple(alive.tolist()),
@@ -238,6 +239,6 @@ class _Judged:
             ap=column(self._found.ap[alive, concepts]),
             segmented=tuple(segmented.tolist()),
             iou=column(self._found.iou[alive, segmented]),
-            unrelated=column(self._found.ap[alive, other]),
+            unrelated=column(self._found.ap[alive, other] * has_other),
             monosemanticity=column(monosemanticity),
         )

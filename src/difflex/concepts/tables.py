@@ -51,9 +51,9 @@ def _summary(matches: Sequence[Matches]) -> str:
     return _aligned(rows)
 
 
-def _shares(share: Interval, counts: tuple[int, int]) -> str:
-    covered_, of = counts
-    return f"{covered_}/{of} [{share.low:.0%}, {share.high:.0%}]" if of else "-"
+def _shares(share: Interval | None, counts: tuple[int, int]) -> str:
+    found, of = counts
+    return f"{found}/{of} [{share.low:.0%}, {share.high:.0%}]" if share else "-"
 
 
 def _by_group(matches: Sequence[Matches]) -> str:

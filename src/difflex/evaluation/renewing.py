@@ -70,7 +70,8 @@ def renew(
     `shots` 0, effects are left out. Those measured before at as many shots or more are kept. Killed and called again, what is
     done is not done again.
     """
-    data = f"{min(tokens, held_out.tokens)} of {held_out.data}"
+    tokens = min(tokens, held_out.tokens)
+    data = f"{tokens} of {held_out.data}"
     kept = {folder: Evaluation.kept(path, folder, data) for folder, path in dictionaries.items()}
     done: dict[Path, Evaluation] = {}
     for folder, path in dictionaries.items():
