@@ -31,6 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "evaluation": {"records", "errors", "dictionary"},
     "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training", "evaluation", "run"},
     "commands": {
+        "difflex",
+        "run",
         "records",
         "errors",
         "contact",
@@ -45,8 +47,8 @@ ARROWS: dict[str, set[str]] = {
         "evaluation",
         "ranks",
     },
-    "recipes": {"errors", "study", "commands"},
-    "run": {"errors", "store", "study", "recipes"},
+    "recipes": {"errors", "study", "commands", "run"},
+    "run": {"errors", "store", "study"},
     "cli": {"errors", "study"},
     "planted": {"records", "errors"},
     "testing": {"pipeline", "records", "errors", "quiet"},
@@ -66,7 +68,7 @@ HOMES: dict[str, set[str]] = {
     "safetensors": {"pipeline", "miniature", "store", "dictionary", "training"},
     "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
     "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts"},
-    "tyro": {"cli", "commands", "run"},
+    "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
 }

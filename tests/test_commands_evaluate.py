@@ -66,7 +66,7 @@ def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys
 def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(verb.difflex, "load", None)
+    monkeypatch.setattr(verb, "load_studied", None)
     assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect", "0", "--tokens", "50"]) == 0
     assert not evaluation(study, LABELS[0]).exists()
     found = Evaluation.load(evaluation(study, LABELS[1]))

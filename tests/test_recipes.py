@@ -71,6 +71,25 @@ def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path
     assert capsys.readouterr().out.count("done already") == len(study.commands)
 
 
+def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp_path: Path):
+    model, prompts, told = tiny_folder("flux", tmp_path / "flux"), tmp_path / "prompts.txt", []
+    prompts.write_text("\n".join(f"star {number}" for number in range(200)))
+    study = shrunk(RECIPES["mini"](tmp_path / "study"), model, prompts)
+    run_study(study, tell=told.append)
+    before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
+    harvest, train, *rest = study.commands
+    assert isinstance(train, Train)
+    run_study(replace(study, commands=(harvest, replace(train, k=(2, 3, 4)), *rest)), tell=told.append)
+    after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
+    assert after.items() >= before.items() and len(after) == len(before) + 1
+    assert not [line for line in told if "removed" in line]
+    prompts.write_text("\n".join(f"moon {number}" for number in range(200)))
+    run_study(study, tell=told.append)
+    assert len([line for line in told if "removed" in line]) >= 1 + len(before)
+    for place, found in before.items():
+        assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != found
+
+
 def test_on_the_command_line_a_study_is_planned_run_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = tiny_folder("flux", tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(200)))

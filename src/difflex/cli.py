@@ -38,9 +38,9 @@ VERBS = {
     "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
     "itda": Verb("grow dictionaries made of data", "difflex.commands.itda:Itda"),
     "models": Verb("list the models inside the package", "difflex.commands.models:Models"),
-    "run": Verb("run a whole study by a recipe", "difflex.run.run:Run"),
+    "run": Verb("run a whole study by a recipe", "difflex.recipes.command:Run"),
     "sites": Verb("list where a model can be read and written", "difflex.commands.sites:Sites"),
-    "status": Verb("say how far a study is", "difflex.run.status:Status"),
+    "status": Verb("say how far a study is", "difflex.commands.status:Status"),
     "train": Verb("train sparse autoencoders on stored activations", "difflex.commands.train:Train"),
     "verify": Verb("compare stored activations with their checksums", "difflex.commands.verify:Verify"),
 }

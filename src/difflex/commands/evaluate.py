@@ -9,19 +9,17 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+import difflex
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation, HeldOut, Model, renew
-from difflex.pipeline import Pipeline
 from difflex.records import Shot, Site
 from difflex.store import Store
-from difflex.store.files import digest
-from difflex.store.manifest import MANIFEST
 from difflex.study import Command, Place, Study
 
 __all__ = ["Evaluate"]
 
-Load = Callable[[str | None], Pipeline]
+Load = Callable[[str | None], "difflex.Pipeline"]
 """From the precision of the weights."""
 BATCH, SEED = 1024, 0
 
@@ -92,9 +90,9 @@ def _store(study: Study, site: Site) -> Store:
 
 def _held_out(store: Store) -> HeldOut:
     """The held-out rows of a store; another harvest is told by its manifest."""
-    rows, manifest = store.count("held-out"), digest(store.folder / MANIFEST)[:16]
+    rows = store.count("held-out")
     return HeldOut(
-        data=f"{rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, manifest {manifest}",
+        data=f"{rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, {store.fingerprint}",
         batches=lambda: store.batches(BATCH, seed=SEED, split="held-out"),
         shot=store.shot,
         tokens=rows,

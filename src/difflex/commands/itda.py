@@ -100,7 +100,7 @@ class Itda(Command):
         return Source(
             batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.count, start=start),
             tokens=tokens,
-            data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {self.seed}",
+            data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {self.seed}, {store.fingerprint}",
             shot=store.shot,
         )
 

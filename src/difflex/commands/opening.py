@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.pipeline import Pipeline, load
+import difflex
 from difflex.study import Command, Study
 
 __all__ = ["Opening", "load_studied", "see_own_card"]
@@ -35,9 +35,9 @@ class Opening(Command):
     offline: FlagCreatePairsOff[bool] = False
     """Take models of the hub from the local cache alone."""
 
-    def load(self) -> Pipeline:
+    def load(self) -> "difflex.Pipeline":
         """The model, loaded as the flags say."""
-        return load(
+        return difflex.load(
             self.model,
             precision=self.precision,
             revision=self.revision,
@@ -47,11 +47,11 @@ class Opening(Command):
         )
 
 
-def load_studied(study: Study, precision: str | None, offload: bool, offline: bool) -> Pipeline:
+def load_studied(study: Study, precision: str | None, offload: bool, offline: bool) -> "difflex.Pipeline":
     """The model of a study, as it was when the study was begun."""
     revision = study.revision or ""
     untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None
-    return load(
+    return difflex.load(
         study.model,
         precision=precision,
         revision=study.revision if untrained is None else None,

@@ -135,7 +135,10 @@ class Train(Command):
             course=Course(
                 tokens=tokens,
                 epoch=rows,
-                data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {self.seed}",
+                data=(
+                    f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {self.seed}, "
+                    f"{store.fingerprint}"
+                ),
                 also=self.log,
                 split=self.split,
                 own_share=True,

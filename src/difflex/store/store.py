@@ -59,6 +59,11 @@ class Store:
         return self._manifest.head.model
 
     @property
+    def fingerprint(self) -> str:
+        """Sixteen digits that change with the stored rows, and with the settings they were made by."""
+        return digest(self.folder / MANIFEST)[:16]
+
+    @property
     def width(self) -> int:
         """Of a row."""
         return self._manifest.head.width

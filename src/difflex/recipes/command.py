@@ -6,10 +6,10 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex.commands.status import table
 from difflex.errors import BadInput
 from difflex.recipes import recipe
-from difflex.run.running import run_study, steps
-from difflex.run.status import table
+from difflex.run import run_study, steps
 from difflex.study import Command, Study
 
 __all__ = ["Run"]

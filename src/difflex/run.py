@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.store.files import locked
+from difflex.store.files import digest, locked
 from difflex.study import Command, Study
 
 __all__ = ["Entry", "Step", "diary", "run_study", "steps"]
@@ -149,9 +149,11 @@ def _last(wanted: Sequence[Step], until: str | None) -> int:
 
 
 def _flags(command: Command, folder: Path) -> dict[str, Json]:
-    """The fields of `command` as JSON; the study's own folder is left out, as it may be moved."""
+    """The fields of `command` as JSON, with the content of files; the study's own folder is left out, as it may be moved."""
     values = {field.name: getattr(command, field.name) for field in fields(command)}  # pyright: ignore[reportArgumentType]
-    return {name: _json(value) for name, value in values.items() if value != folder}
+    told = {name: _json(value) for name, value in values.items() if value != folder}
+    files = {name: Path(value) for name, value in values.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
+    return told | {f"{name}, SHA-256": digest(path) for name, path in files.items()}
 
 
 def _json(value: object) -> Json:

@@ -7,7 +7,7 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.run.running import Entry, Step, diary
+from difflex.run import Entry, Step, diary
 from difflex.store import Store
 from difflex.study import Command, Study
 
