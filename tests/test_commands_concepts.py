@@ -90,7 +90,8 @@ def test_a_folder_of_pictures_and_label_maps_works_the_same_way_for_an_untrained
     matches = Matches.load(control.concepts(SITE, "topk-24-k4"))
     assert matches.made_from["revision"] == "untrained-0"
     assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
-    assert all(0.1 < finding.chance < 0.9 for finding in matches.levels[0].findings)
+    ground, thing = matches.levels[0].findings
+    assert 1 > ground.chance > 0.6 > thing.chance > 0, "tokens that are all ground are many, tokens that are all thing few"
 
 
 @pytest.mark.parametrize(
