@@ -83,7 +83,7 @@ def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
     assert not [line for line in told if "removed" in line]
-    prompts.write_text("\n".join(f"moon {number}" for number in range(200)))
+    prompts.write_text("\n".join(f"red moon {number}" for number in range(200)))
     run_study(study, tell=told.append)
     assert len([line for line in told if "removed" in line]) >= 1 + len(before)
     for place, found in before.items():
