@@ -2,8 +2,8 @@
 
 The residual stream of the middle double block is harvested anew (`--tokens`, 120,000 by default). `--full` takes all three
 sizes and values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than autoencoders at equal dictionary
-size, else one of each; and coverage on 4,700 pictures beside that on planted tokens. `--out FOLDER` then keeps the growth curve
-as a picture.
+size, else one of each; and coverage on 4,700 pictures beside that on planted tokens. `--out FOLDER` keeps growth curves as
+pictures.
 """
 
 import argparse
@@ -183,9 +183,9 @@ def claim(store: Store, tokens: int, sizes: tuple[int, ...], ks: tuple[int, ...]
     return []
 
 
-def coverage_of_tokens(tokens: int = 60_000, threshold: float = 0.1) -> list[str]:
+def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float = 0.1) -> list[str]:
     """Tokens to come that are over the threshold, against what the growth curve expects: planted worlds of independent tokens."""
-    batch, expected, found = 2048, [], []
+    batch, expected, found, itda = 2048, [], [], None
     for seed in range(4):
         world = Planted(width=32, truths=128, active=4.0, seed=seed)
         source = Source(
@@ -199,6 +199,8 @@ def coverage_of_tokens(tokens: int = 60_000, threshold: float = 0.1) -> list[str
         expected.append(expected_of(itda))
         for rows in islice(world.batches(batch, start=tokens // batch), 16):
             found.append(float((itda.unexplained(rows.values) > threshold).float().mean()))
+    if out is not None and itda is not None:
+        draw(itda, mean(found[-16:]), out / "itda-coverage.svg")
     return compared(f"planted tokens, {threshold}", mean(expected), mean(found), stdev(found) / len(found) ** 0.5)
 
 
@@ -236,7 +238,7 @@ def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
             found, error = share_over(itda, threshold, store)
             missed += compared(f"{order}, {threshold}, {itda.size} atoms", expected_of(itda), found, error)
             if out is not None and order == "shuffled":
-                draw(itda, found, out / f"itda-coverage-{threshold}.svg")
+                draw(itda, found, out / f"itda-coverage-mini-flux-{threshold}.svg")
     return missed
 
 
@@ -292,7 +294,7 @@ def main() -> int:
         store = harvested(Path(folder), wanted.tokens) if {*wanted.only} - {"coverage"} else None
         for name in wanted.only:
             if name == "coverage":
-                missed += coverage_of_tokens()
+                missed += coverage_of_tokens(wanted.out)
                 missed += coverage_of_pictures(wanted.out, 1_200_000) if wanted.full else []
                 continue
             assert store is not None
