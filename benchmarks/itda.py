@@ -1,8 +1,8 @@
 """Pursuits and growth against other code: signals per second, whole fits, what a new atom costs, and a dictionary too large.
 
-Times are of the process's own CPU (`time.process_time`) on one thread, medians of interleaved rounds (whole fits once), so that whatever else runs
-on the machine counts little. `--peer PYTHON` names the interpreter that has dictionary_learning; without one that part is left
-out. `--only PART...` runs some parts: pursuits, sklearn, fits, growth, large.
+Times are of the process's own CPU (`time.process_time`) on one thread, medians of interleaved rounds (whole fits once), so that
+whatever else runs on the machine counts little. `--peer PYTHON` names the interpreter that has dictionary_learning; without one
+that part is left out. `--only PART...` runs some parts: pursuits, sklearn, fits, growth, large.
 """
 
 import argparse
