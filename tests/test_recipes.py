@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
+from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
@@ -31,6 +32,8 @@ HERE = {
     "single.3": "single.2",
 }
 """Where the tiny FLUX has what the recipes ask of the large one."""
+DRAWN = {"pixels": [[64, 64], [16, 24]]}
+"""Sizes that the tiny models can make: that of the drawn world, and a smaller one."""
 
 
 def shrunk(study: Study, model: Path, prompts: Path) -> Study:
@@ -49,6 +52,8 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, site=HERE.get(command.site, command.site), size=32, k=3, tokens=400)
             case Evaluate():
                 return replace(command, effect=0)
+            case Concepts():
+                return replace(command, pictures=200, noise=(0.5,), untold=True, site=("double.1",))
             case _:
                 return command
 
@@ -59,7 +64,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
 def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     family = "sdxl" if name.startswith("sdxl") else "flux"
     (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(400)))
-    model = tiny_folder(family, tmp_path / family)
+    model = tiny_folder(family, tmp_path / family, card=DRAWN)
     study = shrunk(RECIPES[name](tmp_path / "study"), model, tmp_path / "prompts.txt")
     run_study(study)
     assert {step.state for step in steps(study)} == {"done"}
@@ -72,7 +77,7 @@ def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path
 
 
 def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp_path: Path):
-    model, prompts, told = tiny_folder("flux", tmp_path / "flux"), tmp_path / "prompts.txt", []
+    model, prompts, told = tiny_folder("flux", tmp_path / "flux", card=DRAWN), tmp_path / "prompts.txt", []
     prompts.write_text("\n".join(f"star {number}" for number in range(200)))
     study = shrunk(RECIPES["mini"](tmp_path / "study"), model, prompts)
     run_study(study, tell=told.append)

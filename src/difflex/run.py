@@ -149,18 +149,20 @@ def _last(wanted: Sequence[Step], until: str | None) -> int:
 
 
 def _flags(command: Command, folder: Path) -> dict[str, Json]:
-    """The fields of `command` as JSON, with the content of files; the study's own folder is left out, as it may be moved."""
+    """The fields of `command` as JSON, with the content of files; the study's own folder is a dot, as it may be moved."""
     values = {field.name: getattr(command, field.name) for field in fields(command)}  # pyright: ignore[reportArgumentType]
-    told = {name: _json(value) for name, value in values.items() if value != folder}
+    told = {name: _json(value, folder) for name, value in values.items()}
     files = {name: Path(value) for name, value in values.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
     return told | {f"{name}, SHA-256": digest(path) for name, path in files.items()}
 
 
-def _json(value: object) -> Json:
+def _json(value: object, folder: Path) -> Json:
+    if value == folder:
+        return "."
     if isinstance(value, range):
         return f"{value.start}:{value.stop}"
     if isinstance(value, (tuple, list)):
-        return [_json(each) for each in value]
+        return [_json(each, folder) for each in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 

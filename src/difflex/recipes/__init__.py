@@ -8,6 +8,7 @@ import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
@@ -32,7 +33,8 @@ def mini(folder: Path) -> Study:
             Harvest(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
             Train(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
             Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
-            Evaluate(study=folder, effect=16),
+            Evaluate(study=folder, effect=8),
+            Concepts(studies=(folder,), pictures=600, noise=(0.25,)),
         ),
     )
 
@@ -54,6 +56,7 @@ def mini_full(folder: Path) -> Study:
             *(Itda(study=folder, site=middle, k=k, size=size, tokens=200_000) for size in sizes for k in ks),
             *(Itda(study=folder, site=site, k=16, size=2048, tokens=200_000) for site in elsewhere),
             Evaluate(study=folder),
+            Concepts(studies=(folder,)),
         ),
     )
 
