@@ -86,7 +86,7 @@ def trained(store: Store, size: int, k: int, tokens: int) -> Result:
     course = Course(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
     batches = _replayed(store, per_epoch)
     with tempfile.TemporaryDirectory() as folder:
-        training = default(width=store.width, size=size, k=k)
+        training = default(width=store.width, size=size, k=k, updates=LEARNED * per_epoch)
         began = time.process_time()
         made = fit({Path(folder): training}, batches, origin=Origin(site=SITE), course=course)
         return Result(made[Path(folder)], time.process_time() - began)

@@ -82,7 +82,11 @@ def mini(names: list[str], python: Path, store: Path, tokens: int) -> list[Line]
 def presets(store: Store, tokens: int) -> list[Line]:
     """FVU in model space and silent features of our preset and the published ones, on the same tokens."""
     unseen = _unseen(store)
-    ways = {"default": default(width=192, size=4096, k=32), "paper": paper(size=4096, k=32), "unbox": unbox(size=4096, k=32)}
+    ways = {
+        "default": default(width=192, size=4096, k=32, updates=tokens // 1024),
+        "paper": paper(size=4096, k=32),
+        "unbox": unbox(size=4096, k=32),
+    }
     print("  | preset | FVU | silent |\n  |---|---|---|")
     left: dict[str, float] = {}
     for name, training in ways.items():
@@ -99,7 +103,7 @@ def normalisation(store: Store, tokens: int) -> None:
     for method in get_args(Method):
         shown = []
         for bias in get_args(Literal["zero", "mean"]):
-            preset = default(width=192, size=4096, k=32)
+            preset = default(width=192, size=4096, k=32, updates=tokens // 1024)
             training = replace(preset, normalisation=method, revival=None, start=replace(preset.start, bias=bias))
             shown += [f"{figure:.4f}" for figure in _explained(store, training, tokens, unseen)]
         print(f"  | {method} | {' | '.join(shown)} |", flush=True)

@@ -16,7 +16,7 @@ from difflex.training.team import Team
 class Ours(Learner):
     def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, adam: str = "usual") -> None:
         """`adam`: `usual` has the moments that everyone's has; `default` is our preset."""
-        training = default(width=width, size=size, k=k)
+        training = default(width=width, size=size, k=k, updates=updates)
         if adam == "usual":
             training = Training(size=size, k=k, optimiser=Optimiser(lr=training.optimiser.lr))
         self._training, self._updates = training, updates

@@ -32,15 +32,15 @@ class Usual(NamedTuple):
     size: int
     k: int
     batch: int
-    make: Callable[[int, int, int], Training]
-    """From width, size and k."""
+    make: Callable[[int, int, int, int], Training]
+    """From width, size, k and the number of updates."""
 
 
 USUAL: dict[Preset, Usual] = {
-    "default": Usual(8192, 32, 1024, lambda width, size, k: default(width=width, size=size, k=k)),
-    "paper": Usual(65_536, 64, 1024, lambda _, size, k: paper(size=size, k=k)),
-    "paper-auxk": Usual(65_536, 64, 1024, lambda _, size, k: paper(size=size, k=k, auxk="reconstruction")),
-    "unbox": Usual(5120, 10, 4096, lambda _, size, k: unbox(size=size, k=k)),
+    "default": Usual(8192, 32, 1024, lambda width, size, k, updates: default(width=width, size=size, k=k, updates=updates)),
+    "paper": Usual(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k)),
+    "paper-auxk": Usual(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k, auxk="reconstruction")),
+    "unbox": Usual(5120, 10, 4096, lambda _, size, k, __: unbox(size=size, k=k)),
 }
 
 
@@ -120,7 +120,7 @@ class Train(Command):
         rows = store.count("train")
         tokens = rows if self.tokens is None else self.tokens
         sizes, ks = self.size or (usual.size,), self.k or (usual.k,)
-        trainings = [self._training(store.width, size, k) for size in sizes for k in ks]
+        trainings = [self._training(store.width, size, k, tokens // batch) for size in sizes for k in ks]
         trained = fit(
             {study.dictionary(store.site, training.label + self._variant()): training for training in trainings},
             lambda start: store.batches(
@@ -154,8 +154,8 @@ class Train(Command):
         given = ("" if self.preset == "default" else self.preset, self.normalisation, self.lr and f"lr{self.lr:g}")
         return "".join(f"-{word}" for word in (*given, self.seed and f"seed{self.seed}") if word)
 
-    def _training(self, width: int, size: int, k: int) -> Training:
-        training = USUAL[self.preset].make(width, size, k)
+    def _training(self, width: int, size: int, k: int, updates: int) -> Training:
+        training = USUAL[self.preset].make(width, size, k, updates)
         prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
         training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
         if self.normalisation is not None:

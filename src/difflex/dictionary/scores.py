@@ -115,8 +115,12 @@ class Scores:
 
     def _chunks(self, z: Float[Tensor, "token width"]) -> Iterator[tuple[int, Tensor]]:
         """The first token and the rows of every chunk of `z`; one empty chunk where `z` is empty."""
-        count = max(FEWEST, CHUNK_BYTES.get(self.rows.device.type, CHUNK_BYTES["cpu"]) // (8 * len(self.rows)))
-        return ((start, z[start : start + count]) for start in range(0, max(len(z), 1), count))
+        return ((start, z[start : start + self._chunk]) for start in range(0, max(len(z), 1), self._chunk))
+
+    @property
+    def _chunk(self) -> int:
+        """How many tokens are scored at a time."""
+        return max(FEWEST, CHUNK_BYTES.get(self.rows.device.type, CHUNK_BYTES["cpu"]) // (8 * len(self.rows)))
 
     def _dense_chunks(self, z: Float[Tensor, "token width"]) -> Iterator[tuple[int, Tensor]]:
         """The scores in float32, chunk by chunk."""
@@ -131,10 +135,17 @@ class Scores:
         lift = self.bias if floor is None else (-floor if self.bias is None else self.bias - floor)
         longest, widest = float(coarse.lengths.max()), float(coarse.steps.max())
         found, slacks, steps = [], [], []
+        every = Coarse.of(z)
+        rough = z[every.rough]
+        # All at once, as the rows are long to read; where they would fill a chunk they are many, and each chunk has its own.
+        together = rough @ self.rows.T if 0 < len(rough) <= self._chunk else None
         for start, part in self._chunks(z):
-            token = Coarse.of(part)
+            token = Coarse(*(each[start : start + len(part)] for each in every))
+            first = int(every.rough[:start].sum())
+            mine = slice(first, first + int(token.rough.sum()))
+            exact = rough[mine] @ self.rows.T if together is None else together[mine]
             slack = SLACK * ((token.steps * longest).square() + (token.lengths * widest).square()).sqrt()
-            scores = self._product(part, token, coarse, lift)
+            scores = self._product(part, token, coarse, lift, exact)
             some = _candidates(scores, slack / token.steps, k)
             if len(some.tokens) * MOST > scores.numel():
                 return None
@@ -148,9 +159,14 @@ class Scores:
         return Pairs(tokens, features, values) if bool((error <= torch.cat(slacks)[tokens]).all()) else None
 
     def _product(
-        self, part: Float[Tensor, "token width"], token: Coarse, coarse: Coarse, lift: Float[Tensor, " size"] | None
+        self,
+        part: Float[Tensor, "token width"],
+        token: Coarse,
+        coarse: Coarse,
+        lift: Float[Tensor, " size"] | None,
+        exact: Float[Tensor, "rough size"],
     ) -> Float[Tensor, "token size"]:
-        """The coarse scores in units of each token's step; valid until the next call."""
+        """The coarse scores in units of each token's step, from the `exact` ones of its rough rows; valid until the next call."""
         count, size = len(token.integers), len(coarse.integers)
         if self._buffers is None or len(self._buffers[0]) < count:
             room, device = max(count, FEWEST), self.rows.device
@@ -162,8 +178,8 @@ class Scores:
         padded_rows = F.pad(token.integers, (0, 0, 0, few)) if few > 0 else token.integers
         torch._int_mm(padded_rows, coarse.integers.T, out=integers[: len(padded_rows)])
         scores.copy_(integers[:count]).mul_(coarse.steps)
-        if bool(token.rough.any()):
-            scores[token.rough] = part[token.rough] @ self.rows.T / token.steps[token.rough, None]
+        if len(exact):
+            scores[token.rough] = exact / token.steps[token.rough, None]
         if bool(coarse.rough.any()):
             scores[:, coarse.rough] = part @ self.rows[coarse.rough].T / token.steps[:, None]
         return scores if lift is None else scores.addr_(1 / token.steps, lift)
