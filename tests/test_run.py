@@ -126,6 +126,25 @@ def test_two_processes_do_not_run_the_same_study(tmp_path: Path):
     assert not (tmp_path / "first").exists()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begin(Command):
+    """Begins the study, as a harvest does, which knows the revision of the model that it has loaded."""
+
+    out: Path
+
+    def __call__(self) -> None:
+        Study.begin(self.out, "OWNER/NAME", "abc")
+
+
+def test_a_recipe_need_not_know_the_revision_that_a_harvest_finds(tmp_path: Path):
+    asked = Study(folder=tmp_path, model="OWNER/NAME", commands=(Begin(out=tmp_path), Count(out=tmp_path)))
+    run(asked)
+    assert Study.open(tmp_path).revision == "abc"
+    assert run(asked)[0].endswith("done already")
+    with pytest.raises(StaleWork, match="OWNER/NAME@abc, asked is OWNER/NAME@xyz"):
+        run(replace(asked, revision="xyz"))
+
+
 def test_a_study_of_another_model_is_refused(tmp_path: Path):
     run(study(tmp_path))
     with pytest.raises(StaleWork, match="studies mini-flux, asked is flux"):

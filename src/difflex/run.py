@@ -52,7 +52,7 @@ def run_study(study: Study, *, until: str | None = None, tell: Callable[[str], N
     """
     wanted = steps(study)
     last = _last(wanted, until)
-    study.write()
+    study.prepare()
     with locked(study.folder, shared=False):
         wanted, fresh = steps(study), False
         entries = [step.entry for step in wanted]
@@ -68,6 +68,7 @@ def run_study(study: Study, *, until: str | None = None, tell: Callable[[str], N
             _write(study, entries[: number + 1])
             entries[number] = _done(study, step, tell)
             _write(study, entries[: number + 1])
+        study.write()
 
 
 def steps(study: Study) -> list[Step]:

@@ -73,13 +73,22 @@ class Study:
             return study
         return cls(folder=folder, model=model, revision=revision)
 
-    def write(self) -> None:
-        """Nothing; the study is begun, if it was not before."""
+    def prepare(self) -> None:
+        """Nothing; the folder is there, and holds no study of another model."""
         if (self.folder / CARD).is_file():
-            Study.open(self.folder)._is_about(self.model, self.revision)
-            return
+            there = Study.open(self.folder)
+            there._is_about(self.model, self.revision or there.revision)  # a recipe need not know the revision
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
+
+    def write(self) -> None:
+        """Nothing; the study is begun, if it was not before."""
+        self.prepare()
+        if (self.folder / CARD).is_file():
+            return
+        try:
             card = {"format": FORMAT, "difflex": self.difflex, "model": self.model, "revision": self.revision}
             _write(self.folder / CARD, card)
         except OSError as error:

@@ -40,7 +40,7 @@ def mini(folder: Path) -> Study:
 
 
 def mini_full(folder: Path) -> Study:
-    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, autoencoders and ITDA; an hour."""
+    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, autoencoders and ITDA."""
     middle, sites = "double.1", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
@@ -70,7 +70,7 @@ def flux_schnell(folder: Path) -> Study:
 
 
 def flux_dev(folder: Path) -> Study:
-    """The same on FLUX.1 dev: one step in four of its 28, at its own guidance."""
+    """The same on FLUX.1 dev, at all of its 28 steps and its own guidance."""
     return _flux(folder, "black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5)
 
 
