@@ -1,8 +1,9 @@
 """Rectified flow on the drawn world: what one update of the miniature's training does.
 
-Three things are there for a small budget: Muon for the blocks' matrices; a loss that weighs tokens on objects more; and, for the
-first part of the training, a small head on the image tokens in the middle that reads off the drawn concepts. The head asks
-directly for what the plain loss teaches last: an object's shape explains very little of a picture's variance.
+Three things are there for a small budget: Muon for the blocks' matrices; a loss that weighs tokens on objects more, at the noise
+levels where the noisy picture shows where they are; and, for the first part of the training, a small head on the image tokens in
+the middle that reads off the drawn concepts. The head asks directly for what the plain loss teaches last: an object's shape
+explains very little of a picture's variance.
 """
 
 from dataclasses import dataclass
@@ -36,16 +37,19 @@ class FlowRecipe:
     decay_from: float = 0.5
     """Share of the updates after which the learning rates fall along a cosine to zero."""
     object_weight: float = 8.0
-    """A token wholly on an object counts 1 + this times as much as one on the ground."""
+    """A token wholly on an object counts 1 + this times as much as one on the ground, where the noise leaves no doubt about it."""
+    doubt: tuple[float, float] = (0.7, 0.85)
+    """Noise levels between which that extra weight falls to zero. Weights that depend on where the object is while the noisy picture
+    does not tell would move the best prediction from the mean towards an object in every place that is possible."""
     concept_weight: float = 0.2
     """Weight of the concept head's loss."""
-    concepts_until: float = 0.6
+    concepts_until: float = 0.85
     """Share of the updates after which the concept head has faded out; what remains is plain flow matching."""
     drop_caption: float = 0.1
     """Share of scenes shown with an empty caption."""
     mix: tuple[float, float, float] = (0.25, 0.45, 0.30)
     """Shares of single objects, pairs and copies."""
-    level_mean: float = 1.0
+    level_mean: float = 1.2
     level_spread: float = 1.2
     """Noise levels are the sigmoid of normal numbers of this mean and spread: many high ones, where words decide the layout."""
     ema: float = 0.999
@@ -151,7 +155,9 @@ def losses(model: FlowModel, batch: Batch, recipe: FlowRecipe, generator: torch.
         velocity = model.velocity(noisy, level, batch.clip, batch.t5)
         logits = model.concept_logits()
     objects = batch.concepts[..., : len(SHAPES)].sum(-1)
-    weight = 1 + recipe.object_weight * objects
+    certain, doubtful = recipe.doubt
+    emphasis = recipe.object_weight * ((doubtful - level) / (doubtful - certain)).clamp(0, 1)
+    weight = 1 + emphasis[:, None] * objects
     error = (velocity.float() - (noise - batch.latents)).square().mean(-1)
     flow = (error * weight).sum() / weight.sum()
     return Losses(flow, _concept_loss(logits.float(), batch.concepts))
