@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # importing a record must not import torch
 Kind = Literal["residual", "update", "neurons"]
 Stream = Literal["image", "text"]
 Split = Literal["train", "held-out"]
+Half = Literal["conditional", "unconditional"]
+"""The two answers of a denoiser under classifier-free guidance."""
 KINDS: tuple[Kind, ...] = ("residual", "update", "neurons")
 STREAMS: tuple[Stream, ...] = ("image", "text")
 
@@ -92,6 +94,22 @@ class Activations:
     """Rows and columns of the image tokens, in row-major order; None for text."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a site is met: what a function given to `at` is told beside the activations."""
+
+    step: int
+    """Index among the scheduler's timesteps."""
+    timestep: float
+    """What the scheduler calls the noise level."""
+    half: Half | None
+    """Which half under classifier-free guidance; None without guidance."""
+    shots: tuple[Shot, ...] | None
+    """The shots of the batch, where difflex itself runs the pipeline."""
+    grid: tuple[int, int] | None
+    """Rows and columns of the image tokens; None for text."""
+
+
 class Rows(NamedTuple):
     """A batch of single activations on their way to training: what a store, or a live stream, yields."""
 
@@ -130,6 +148,58 @@ class Outcomes(NamedTuple):
     plain: Float[Tensor, "shot ..."]
     edited: Mapping[str, Float[Tensor, "shot ..."]]
     """By the name of the edit."""
+
+
+Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
+Unit = Literal["peak", "mean", "norm", "code"]
+
+
+class Rectangle(NamedTuple):
+    """A part of a picture, in fractions of its width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The generation that a transplant takes the maps of its features from."""
+
+    prompt: str
+    seed: int = 0
+    region: Rectangle | str | None = None
+    """Which part of it, as `Edit.region` has it; it is laid onto the edit's region, middle on middle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of the activations at one site, as data: enough to make it again."""
+
+    what: Operation
+    """`add` a strength times what the features write, without looking at the activation. The others change the features' codes and
+    leave alone what the dictionary does not explain: `set` them to the strength, `scale` them by it, `ablate` them, or
+    `transplant` them from another generation. `replace`: nothing but the strength times what the features write."""
+    site: Site
+    dictionary: str | None = None
+    """The label of the dictionary that the features are of."""
+    features: tuple[int, ...] = ()
+    contrast: str | None = None
+    """Instead of a dictionary: the name of a direction found by contrast, taken as the only feature."""
+    strength: float = 1.0
+    unit: Unit = "peak"
+    """What a strength of 1 is: a feature's largest code; its mean code where it fires; as long as a mean activation; a code of 1.
+    A scale has no unit."""
+    region: Rectangle | str | None = None
+    """Which part of the picture: a rectangle, the name of a picture that is light there, `fires` for the tokens at which one of the
+    features fires; None for all of it."""
+    steps: tuple[int, int] | None = None
+    """The first step, and the first no longer; None for all."""
+    half: Literal["conditional", "both", "opposed"] = "conditional"
+    """Under guidance: the conditional half alone, both alike, or the unconditional one with the opposite sign."""
+    source: Source | None = None
+    """Of a transplant."""
 
 
 class Codes(NamedTuple):

@@ -1,7 +1,6 @@
 """A diffusers pipeline opened up: load, generate, name its sites, read and write what passes through them, harvest it."""
 
 from difflex import quiet  # noqa: F401  first, as it imports diffusers in silence
-from difflex.pipeline.clock import Moment
 from difflex.pipeline.generation import Generated
 from difflex.pipeline.loading import embedded
 from difflex.pipeline.opening import load
@@ -9,6 +8,6 @@ from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.prompts import read_prompts
 from difflex.pipeline.sharded import share
 from difflex.pipeline.sites import SiteRow
-from difflex.records import Activations
+from difflex.records import Activations, Moment
 
 __all__ = ["Activations", "Generated", "Moment", "Pipeline", "SiteRow", "embedded", "load", "read_prompts", "share"]

@@ -4,8 +4,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from difflex.errors import DifflexError, UnknownName
 from difflex.pipeline.families import Family
-from difflex.records import Shot
+from difflex.records import Half, Shot
 
-__all__ = ["Call", "Clock", "Half", "Moment", "Run", "check_half"]
+__all__ = ["Call", "Clock", "Run", "check_half"]
 
-Half = Literal["conditional", "unconditional"]
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 
@@ -25,22 +23,6 @@ def check_half(half: str | None) -> None:
     """Nothing; a half that there is not is an error."""
     if half is not None and half not in HALVES.values():
         raise UnknownName.among("The half", half, HALVES.values())
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When a site is met: what a function given to `at` is told beside the activations."""
-
-    step: int
-    """Index among the scheduler's timesteps."""
-    timestep: float
-    """What the scheduler calls the noise level."""
-    half: Half | None
-    """Which half under classifier-free guidance; None without guidance."""
-    shots: tuple[Shot, ...] | None
-    """The shots of the batch, where difflex itself runs the pipeline."""
-    grid: tuple[int, int] | None
-    """Rows and columns of the image tokens; None for text."""
 
 
 class Run(NamedTuple):

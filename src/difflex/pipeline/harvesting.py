@@ -12,11 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.errors import BadInput, DifflexError, NonFinite
-from difflex.pipeline.clock import Moment
 from difflex.pipeline.engine import Engine, Stop
 from difflex.pipeline.hooks import Visit, visiting
 from difflex.pipeline.sites import Located
-from difflex.records import Activations, Shot, Site
+from difflex.records import Activations, Moment, Shot, Site
 
 __all__ = ["Pass", "Seen", "collect", "harvest", "runs", "yielded"]
 

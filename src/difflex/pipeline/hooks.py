@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Call, Clock, Half, Moment
+from difflex.pipeline.clock import Call, Clock
 from difflex.pipeline.sites import Located
-from difflex.records import Stream
+from difflex.records import Half, Moment, Stream
 
 __all__ = ["Visit", "holds", "on_copies", "visit", "visiting"]
 

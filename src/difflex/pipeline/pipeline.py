@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Half, check_half
+from difflex.pipeline.clock import check_half
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.generation import Generated, check_batch, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import harvest
@@ -21,7 +21,7 @@ from difflex.pipeline.pictures import Picture, harvest_pictures
 from difflex.pipeline.predicting import pictures, predictions
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
-from difflex.records import Activations, Outcomes, Shot, Site, split_of
+from difflex.records import Activations, Half, Outcomes, Shot, Site, split_of
 
 __all__ = ["Pipeline"]
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Call, Moment
+from difflex.pipeline.clock import Call
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
 from difflex.pipeline.sites import Located, SiteMap, SiteRow
 from difflex.quiet import quiet
-from difflex.records import STREAMS, Shot, Site
+from difflex.records import STREAMS, Moment, Shot, Site
 
 __all__ = ["site_rows"]
 
