@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from difflex.anatomy import Anatomy
 from difflex.cli import main
 from difflex.testing import tiny_folder
 
@@ -32,25 +31,6 @@ def test_sites_prints_a_line_for_each_block_and_stream(folder: Path, capsys: pyt
 def test_sites_of_a_pattern_with_a_stream_are_of_that_stream(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", str(folder), "--pattern", "single.*:text"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [f"single.{i}:text" for i in range(3)]
-
-
-def test_anatomy_writes_the_measurements_and_labelled_figures(folder: Path, tmp_path: Path):
-    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
-    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--spectra", "double.1", "--out", str(tmp_path / "out")]
-    assert main(["anatomy", str(folder), *flags]) == 0
-    anatomy = Anatomy.load(tmp_path / "out" / "anatomy.json")
-    assert len(anatomy.norms) == 10 and [str(site) for site in anatomy.shapes] == ["double.1"]
-    assert all(sorted(norms) == [500.0, 1000.0] for norms in anatomy.norms.values())
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["norms-image.png", "norms-text.png", "spectra.png"]
-
-
-def test_anatomy_refuses_a_file_for_its_folder_before_it_measures(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("difflex.commands.anatomy.measure", lambda *_: pytest.fail("it measured"))
-    (tmp_path / "out").write_text("")
-    assert main(["anatomy", str(folder), "--prompts", "captions", "--out", str(tmp_path / "out")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_sites_of_a_module_without_a_row_are_printed_by_their_path(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -150,6 +150,16 @@ class Study:
         """The file with a dictionary's figures."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"
 
+    @property
+    def anatomy(self) -> Path:
+        """The file with the anatomy of the model."""
+        return self.folder / "anatomy.json"
+
+    @property
+    def anatomy_figures(self) -> Path:
+        """The folder of the figures of the anatomy."""
+        return self.folder / "anatomy"
+
     def concepts(self, site: Site, label: str) -> Path:
         """The file that says which known concepts a dictionary's features, or those of what stands beside it, detect."""
         return self.folder / "concepts" / site.folder / f"{label}.json"

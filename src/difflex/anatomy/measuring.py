@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -51,6 +51,8 @@ class Anatomy:
     """Mean length of a token's activation, by timestep."""
     shapes: dict[Site, Shape]
     """For the sites whose spectrum was asked for."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """What was asked of which model: an anatomy that was made from something else is measured again."""
 
     def save(self, path: Path) -> None:
         """Nothing; the anatomy is in the JSON file `path`."""
@@ -59,6 +61,7 @@ class Anatomy:
             "model": self.model,
             "norms": {str(site): {f"{t:g}": norm for t, norm in norms.items()} for site, norms in self.norms.items()},
             "shapes": {str(site): asdict(shape) for site, shape in self.shapes.items()},
+            "made_from": dict(self.made_from),
         }
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(data, indent=1), encoding="utf-8")
@@ -73,7 +76,7 @@ class Anatomy:
                 raise BrokenFile(f"{path} has format {data['format']}, this difflex reads {FORMAT}. Measure the anatomy again.")
             norms = {Site.parse(name): {float(t): float(n) for t, n in norms.items()} for name, norms in data["norms"].items()}
             shapes = {Site.parse(name): _shape_of(entries) for name, entries in data["shapes"].items()}
-            return cls(model=data["model"], norms=norms, shapes=shapes)
+            return cls(model=data["model"], norms=norms, shapes=shapes, made_from=data.get("made_from", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenFile(f"{path} is not an anatomy ({error}). Measure it again.") from error
 

@@ -1,33 +1,39 @@
 """`difflex anatomy`: how large a model's streams are, and along which directions."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, final
 
 from tyro.conf import arg
 
+import difflex
+from difflex.anatomy import Anatomy as Measured
 from difflex.anatomy import heat_map, measure, spectra
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import Opening
 from difflex.commands.prompts import read_prompts
-from difflex.errors import BadInput
-from difflex.records import Stream
+from difflex.errors import BadInput, BrokenFile
+from difflex.records import Site, Stream
+from difflex.study import Study
 
 __all__ = ["Anatomy"]
 
 THE_MODELS_OWN = "(default: the model's own)"
+UP_TO = 6
+"""Spectra, if nobody says of which sites."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Anatomy(Opening):
-    """Measure norms by site and timestep, spectra, outliers and offsets; write anatomy.json and figures."""
+    """Measure norms by site and timestep, spectra, outliers and offsets; what is up to date is not measured again."""
 
     prompts: Annotated[str, arg(metavar="FILE")]
     """A text file with a prompt a line, or `captions`: those of the drawn world."""
-    out: Annotated[Path, arg(metavar="FOLDER")] = Path("anatomy")
-    """Where anatomy.json and the figures go."""
+    out: Annotated[Path, arg(metavar="STUDY")]
+    """The folder of the study; begun if it is not there."""
     limit: Annotated[int, arg(metavar="N")] = 64
     """How many prompts to take."""
     sites: Annotated[
@@ -45,25 +51,58 @@ class Anatomy(Opening):
     batch: Annotated[int, arg(metavar="N")] = 16
     """Pictures at once."""
 
-    def __call__(self) -> None:
+    def __call__(self) -> list[Path]:
         if self.limit < 1:
             raise BadInput(f"--limit {self.limit} leaves no prompt. Ask for 1 or more.")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"--out {self.out} cannot be made: {error}. Name a folder that you may write.") from error
-        texts = islice(read_prompts(self.prompts, None).texts, self.limit)
+        prompts = read_prompts(self.prompts, None)
         pipe = self.load()
+        study = Study.planned(self.out, pipe.name, pipe.revision)
+        study.prepare()
+        sites, chosen = self._sites(pipe)
+        made_from = self._made_from(pipe, prompts.source, sites, chosen)
+        anatomy = _kept(study.anatomy, made_from)
+        if anatomy is None:
+            shots = pipe.shots(islice(prompts.texts, self.limit), steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+            measured = measure(pipe.harvest(shots, [*dict.fromkeys([*sites, *chosen])], self.batch), chosen)
+            anatomy = replace(measured, made_from=made_from)
+            study.write()
+            anatomy.save(study.anatomy)
+            print(f"{study.anatomy}: {len(sites)} sites, spectra of {len(chosen)}")
+        else:
+            print(f"{study.anatomy}: up to date")
+        return [study.anatomy, *_drawn(anatomy, study.anatomy_figures)]
+
+    def _sites(self, pipe: "difflex.Pipeline") -> tuple[list[Site], list[Site]]:
+        """Where norms are measured, and where spectra."""
         sites = [found.site for found in pipe.engine.sites.expand(self.sites)] or [row.site for row in pipe.sites()]
         images = [site for site in sites if site.stream == "image"] or sites
-        chosen = [found.site for found in pipe.engine.sites.expand(self.spectra)] or images[:: -(-len(images) // 6)]
-        shots = pipe.shots(texts, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
-        anatomy = measure(pipe.harvest(shots, [*dict.fromkeys([*sites, *chosen])], self.batch), chosen)
-        anatomy.save(self.out / "anatomy.json")
-        figures = {"spectra": spectra(anatomy)}
-        streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
-        for stream in streams:
-            figures[f"norms-{stream}"] = heat_map(anatomy, stream)
-        for name, figure in sorted(figures.items()):
-            figure.save(self.out / f"{name}.png")
-        print(f"{self.out / 'anatomy.json'} and {', '.join(f'{name}.png' for name in sorted(figures))}")
+        chosen = [found.site for found in pipe.engine.sites.expand(self.spectra)] or images[:: -(-len(images) // UP_TO)]
+        return sites, chosen
+
+    def _made_from(self, pipe: "difflex.Pipeline", prompts: str, sites: Iterable[Site], chosen: Iterable[Site]) -> dict[str, str]:
+        shot = next(pipe.shots("", steps=self.steps, pixels=self.pixels, guidance=self.guidance))
+        how = {name: getattr(shot, name) for name in ("model", "revision", "precision", "pixels", "steps", "guidance")}
+        what = {"prompts": prompts, "limit": self.limit, "sites": [*map(str, sites)], "spectra": [*map(str, chosen)]}
+        return {name: str(value) for name, value in {**how, **what}.items()}
+
+
+def _kept(path: Path, made_from: Mapping[str, str]) -> Measured | None:
+    """The anatomy that is there, if it is whole and made from the same."""
+    try:
+        kept = Measured.load(path) if path.is_file() else None
+    except BrokenFile:
+        return None
+    return kept if kept is not None and kept.made_from == made_from else None
+
+
+def _drawn(anatomy: Measured, folder: Path) -> list[Path]:
+    """The figures of `anatomy`, now in `folder`."""
+    figures = {"spectra": spectra(anatomy)}
+    streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
+    figures |= {f"norms-{stream}": heat_map(anatomy, stream) for stream in streams}
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.png" for name in sorted(figures)]
+    for path in paths:
+        figures[path.stem].save(path)
+        print(path)
+    return paths
