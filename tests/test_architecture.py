@@ -25,6 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "dictionary": {"records", "errors", "ranks"},
     "store": {"records", "errors"},
     "study": {"records", "errors"},
+    "book": {"records", "errors"},
+    "steering": {"records", "errors", "dictionary", "store", "study"},
     "training": {"records", "errors", "ranks", "dictionary"},
     "anatomy": {"records", "errors"},
     "concepts": {"records", "errors", "dictionary"},
@@ -46,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
         "training",
         "evaluation",
         "ranks",
+        "steering",
     },
     "recipes": {"errors", "study", "commands", "run"},
     "run": {"errors", "store", "study"},
@@ -56,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
-LIGHT = {"difflex", "__main__", "cli", "commands", "contact", "errors", "quiet", "study"}
+LIGHT = {"difflex", "__main__", "book", "cli", "commands", "contact", "errors", "quiet", "study"}
 
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {
@@ -65,9 +68,9 @@ HOMES: dict[str, set[str]] = {
     "einops": ARROWS.keys() - LIGHT,
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
     "transformers": {"pipeline", "miniature", "quiet", "testing"},
-    "safetensors": {"pipeline", "miniature", "store", "dictionary", "training"},
+    "safetensors": {"pipeline", "miniature", "store", "dictionary", "steering", "training"},
     "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
-    "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts"},
+    "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts", "steering"},
     "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},

@@ -1,0 +1,236 @@
+"""The book: what is written comes back, what is broken is said, readers read while a writer writes."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from difflex.book import (
+    About,
+    Book,
+    Condition,
+    Draft,
+    Example,
+    Explanation,
+    FeatureRow,
+    Histogram,
+    Judgement,
+    Neighbour,
+    PatchOf,
+    PictureFile,
+    Score,
+    TokenMap,
+    Usage,
+)
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.records import Shot
+
+ABOUT = About(
+    dictionary="double.1/topk-3-k2",
+    kind="topk",
+    size=3,
+    k=2,
+    checksum="abc",
+    model="mini-flux",
+    data="two shots",
+    grid=(2, 2),
+    tokens=8,
+    shots={"train": 1, "held-out": 1},
+    pictures=2,
+    timesteps=(1000.0, 500.0),
+)
+SHOTS = [
+    Shot(model="mini-flux", prompt="a star", pixels=(8, 8), steps=1, guidance=0.0, timestep=1000.0),
+    Shot(model="mini-flux", prompt="a moon", pixels=(8, 8), steps=1, guidance=0.0, timestep=500.0, split="held-out"),
+]
+PICTURES = [PictureFile(0, "a.webp", 8, 8), PictureFile(1, "b.webp", 8, 8)]
+EXAMPLES = [
+    Example(feature=0, kind="top", split="train", rank=0, shot=0, peak=4.0, map=TokenMap((0, 3), (4.0, 2.0))),
+    Example(feature=0, kind="silent", split="held-out", rank=0, shot=1, peak=0.0),
+    Example(feature=1, kind="quantile", split="held-out", rank=0, shot=1, peak=0.5, quantile=0.25, map=TokenMap((1,), (0.5,))),
+]
+
+
+def row(feature: int, density: float, peak: float) -> FeatureRow:
+    return FeatureRow(
+        feature=feature,
+        fired=int(density * 8),
+        shots=1,
+        density=density,
+        peak=peak,
+        mean=peak / 2,
+        area=density or None,
+        histogram=Histogram(-4, (1, 0, 2)),
+        activity=(density, 0.0),
+    )
+
+
+def written(path: Path, about: About = ABOUT) -> Path:
+    with Draft.of(path, about) as draft:
+        draft.pictures(PICTURES)
+        draft.shots((number, number, shot) for number, shot in enumerate(SHOTS))
+        draft.features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
+        draft.examples(EXAMPLES)
+        draft.neighbours(0, [Neighbour(1, "firing", 0.5), Neighbour(2, "direction", 0.9), Neighbour(1, "direction", 0.8)])
+        draft.patches([PatchOf(1, 2, PICTURES[0], SHOTS[0]), PatchOf(2, 0, None, SHOTS[1])])
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return written(tmp_path / "books" / "book.sqlite")
+
+
+def test_what_is_written_comes_back(path: Path):
+    with Book.open(path) as book:
+        assert book.about == ABOUT
+        assert book.features() == [row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)]
+        assert book.feature(1) == row(1, 0.5, 0.5)
+        assert book.shots([0, 1, 1])[1].shot == SHOTS[1] and book.shots([0])[0].picture == PICTURES[0]
+        assert book.pictures() == PICTURES
+        assert book.neighbours(0) == [Neighbour(1, "firing", 0.5), Neighbour(2, "direction", 0.9), Neighbour(1, "direction", 0.8)]
+        assert book.patch(1) == PatchOf(1, 2, PICTURES[0], SHOTS[0]) and book.patch(2) == PatchOf(2, 0, None, SHOTS[1])
+        assert book.patch(0) is None
+
+
+def test_examples_come_back_with_their_maps(path: Path):
+    with Book.open(path) as book:
+        [top, silent] = book.examples(0)
+        assert (top.kind, top.split, top.rank, top.shot, top.peak) == ("top", "train", 0, 0, 4.0)
+        assert top.map.tokens == (0, 3) and top.map.values == pytest.approx((4.0, 2.0), rel=1e-4)
+        assert (silent.kind, silent.map) == ("silent", TokenMap((), ()))
+        [sampled] = book.examples(1, kind="quantile", split="held-out")
+        assert sampled.quantile == 0.25 and book.example(sampled.id) == sampled
+        assert book.examples(1, kind="top") == [] and book.examples(1, split="train") == []
+
+
+def test_features_are_sorted_and_filtered(path: Path):
+    with Book.open(path) as book:
+        assert [one.feature for one in book.features("density", descending=True)] == [1, 0, 2]
+        assert [one.feature for one in book.features("area", descending=False)] == [0, 1, 2], "what has no value comes last"
+        assert [one.feature for one in book.features("peak", where=[Condition.parse("peak>0.1")], limit=1)] == [1]
+        with pytest.raises(UnknownName, match="The column 'densty' is unknown; nearest: density"):
+            book.features("densty")
+
+
+def test_a_condition_is_read_or_refused():
+    assert Condition.parse(" density <= 1e-3") == Condition("density", "<=", 0.001)
+    with pytest.raises(UnknownName, match="nearest: peak"):
+        Condition.parse("paek>1")
+    with pytest.raises(BadInput, match="is not a condition"):
+        Condition.parse("peak")
+
+
+def test_edges_of_a_histogram_double_every_four_bins():
+    assert Histogram(-4, (1, 0, 2, 5)).edges[::4] == (0.5, 1.0)
+
+
+def test_an_explanation_replaces_an_older_one_with_all_that_belongs_to_it(path: Path):
+    told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars", descriptions=("one star",))
+    with Book.edit(path) as book:
+        book.explain(
+            told, [Judgement(1, True, 0.9)], [Score("accuracy", 0.9, 0.8, 1.0, 10)], [Usage(backend="rule", role="judge")]
+        )
+        number = book.explain(told, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [Score("accuracy", 0.7, None, None, 2)])
+        book.use([Usage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
+    with Book.open(path) as book:
+        [found] = book.explanations(0)
+        assert (found.id, found.text, found.descriptions, found.state) == (number, "stars", ("one star",), "done")
+        assert book.judgements(number) == [Judgement(1, True, 0.7), Judgement(2, False, 0.2)]
+        assert book.scores(number) == [Score("accuracy", 0.7, None, None, 2)]
+        assert book.best_scores() == {0: 0.7} and book.best_scores("auroc") == {}
+        assert [one.feature for one in book.features("score", descending=True)] == [0, 1, 2]
+        assert [used.role for used in book.usage()] == ["judge", "explainer"]
+
+
+def test_what_does_not_belong_is_refused_and_nothing_of_it_stays(path: Path):
+    told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars")
+    with Book.edit(path) as book:
+        with pytest.raises(BadInput, match="has no place for that: FOREIGN KEY"):
+            book.explain(told, [Judgement(99, True, 0.5)])
+        assert book.explanations() == []
+    with Book.open(path) as book, pytest.raises(BadInput, match="was opened to be read"):
+        book.explain(told)
+
+
+def test_readers_read_while_a_writer_writes(path: Path):
+    with Book.edit(path) as writer, Book.open(path) as reader:
+        writer._connection.execute("BEGIN IMMEDIATE")
+        writer._connection.execute("INSERT INTO usage VALUES (1, NULL, 'rule', 'judge', 1, 0, 0, NULL, 0)")
+        assert list(reader.usage()) == [] and reader.feature(0).peak == 4.0
+        with Book.open(path) as other:
+            assert len(other.features()) == 3
+        writer._connection.execute("COMMIT")
+        assert len(list(reader.usage())) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_book_can_be_read_where_nobody_may_write(path: Path):
+    path.parent.chmod(0o500)
+    try:
+        with Book.open(path) as book:
+            assert len(book.features()) == 3
+    finally:
+        path.parent.chmod(0o700)
+
+
+def test_a_failed_draft_leaves_the_older_book(path: Path):
+    with pytest.raises(KeyError), Draft.of(path, ABOUT) as draft:
+        draft.features([row(0, 0.1, 1.0)])
+        raise KeyError
+    with Book.open(path) as book:
+        assert len(book.features()) == 3
+    assert not list(path.parent.glob("*.part*"))
+
+
+def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Path):
+    with Book.edit(path) as old:
+        old.use([Usage(backend="rule", role="judge")])
+        written(path)
+        assert len(list(old.usage())) == 1
+        with Book.open(path) as new:
+            assert list(new.usage()) == [] and len(new.features()) == 3
+
+
+def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("difflex.book.writing.PATIENCE", 0.05)
+    with Book.edit(path) as writer:
+        writer._connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(BadInput, match="Another process is writing"):
+            written(path)
+        writer._connection.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "complaint"),
+    [
+        (lambda path: path.unlink(), UnknownName, "There is no book"),
+        (lambda path: path.write_bytes(b"no book" * 1000), BrokenFile, "is damaged"),
+        (
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 2").close(),
+            BrokenFile,
+            "is of format 2; this difflex",
+        ),
+        (lambda path: sqlite3.connect(path).execute("PRAGMA application_id = 0").close(), BrokenFile, "not a finished book"),
+        (lambda path: path.write_bytes(path.read_bytes()[:4096]), BrokenFile, "is damaged|cannot be read"),
+    ],
+    ids=["missing", "foreign", "newer", "unfinished", "truncated"],
+)
+def test_a_file_that_is_no_book_is_said_to_be_none(path: Path, spoil, error: type[Exception], complaint: str):
+    spoil(path)
+    with pytest.raises(error, match=complaint):
+        Book.open(path).features()
+
+
+def test_an_unknown_feature_is_answered_with_those_there_are(path: Path):
+    with Book.open(path) as book, pytest.raises(UnknownName, match="no feature 3: they are numbered from 0 to 2"):
+        book.feature(3)
+
+
+def test_reading_a_book_needs_no_tensor(path: Path):
+    code = f"import sys; from difflex.book import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
