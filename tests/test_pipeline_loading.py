@@ -100,6 +100,24 @@ def test_an_untrained_model_has_the_geometry_and_the_seed_decides_its_weights(fa
     assert [next(pipe.shots("a star")).revision for pipe in (trained, first, other)] == [None, "untrained-3", "untrained-4"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_around_an_untrained_denoiser_all_else_is_as_it_was_trained(folder: Path, precision: str):
+    trained, control = (difflex.load(folder, precision=precision, untrained=seed) for seed in (None, 3))
+    parts = {name: part for name, part in trained.diffusers.components.items() if isinstance(part, nn.Module)}
+    for name, part in parts.items():
+        there = control.diffusers.components[name].state_dict()
+        same = all(torch.equal(weights, there[key]) for key, weights in part.state_dict().items())
+        assert same == (name != "transformer")
+    assert not any(weights.requires_grad for weights in control.engine.denoiser.parameters())
+
+
+def test_of_a_hub_model_without_its_files_every_part_is_untrained(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(opening, "PLANS", {"OWNER/NAME": read_plan(folder)})
+    there, here = difflex.load("OWNER/NAME", untrained=3), difflex.load(folder, untrained=3)
+    texts = [next(iter(pipe.diffusers.components["text_encoder"].parameters())) for pipe in (there, here)]
+    assert not torch.equal(*texts)
+
+
 def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch):
     for name, plan in PLANS.items():
         need = estimate(plan, family_of(plan.pipeline))
@@ -176,7 +194,8 @@ def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Part, "build", building)
     monkeypatch.setattr(opening, "check_fits", lambda *_: None)
-    difflex.load(folder, precision="nf4", untrained=0)
+    monkeypatch.setattr(opening, "PLANS", {"OWNER/NAME": read_plan(folder)})
+    difflex.load("OWNER/NAME", precision="nf4", untrained=0)
     for kind in ("T5EncoderModel", "FluxTransformer2DModel"):
         assert done.index(kind) == done.index(f"build {kind}") + 1
 

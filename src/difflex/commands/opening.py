@@ -29,7 +29,7 @@ class Opening(Command):
     revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """Which revision of a model on the hub."""
     untrained: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: the trained weights)")] = None
-    """Random weights of this seed, of the model's geometry."""
+    """A denoiser of random weights of this seed; of a model on the hub, which is then not fetched, all parts."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
     offline: FlagCreatePairsOff[bool] = False

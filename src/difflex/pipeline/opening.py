@@ -18,7 +18,7 @@ from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.plans import PLANS, Plan
 from difflex.pipeline.quantised import for_card, quantise, read_denoiser, read_text_encoder
 from difflex.pipeline.sharded import join, ranks, shard
-from difflex.pipeline.untrained import build_untrained
+from difflex.pipeline.untrained import build_parts, build_untrained
 
 __all__ = ["load"]
 
@@ -36,9 +36,9 @@ def load(
     """The model `name`: one inside the package, a folder, or a hub name OWNER/NAME.
 
     `precision` is bf16, fp16, fp32 or nf4 (fp32 on a CPU and bf16 on a GPU, unless asked); nf4 quantises the denoiser's blocks
-    and the large text encoder. `offload` keeps on the card only the part at work. `untrained` builds the model's geometry with
-    random weights of that seed. `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from
-    the cache alone.
+    and the large text encoder. `offload` keeps on the card only the part at work. `untrained` gives the denoiser random weights
+    of that seed, a control for what training adds; of a hub model, whose files are then not fetched, all other parts too.
+    `sharded` shares the denoiser over the processes of torchrun. `offline` takes hub models from the cache alone.
     """
     place = _place(device)
     precision = _precision(precision, place)
@@ -92,35 +92,39 @@ def _planned(name: str | Path, revision: str | None, offline: bool, untrained: b
     return source, plan_of(source, offline)
 
 
-def _read(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device) -> DiffusionPipeline:
-    """The pipeline with its trained weights."""
+def _read(
+    source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, **given: nn.Module
+) -> DiffusionPipeline:
+    """The pipeline with its trained weights; `given` parts are not read."""
     assert source.folder is not None
     if precision != "nf4":
-        return read_pipeline(source.folder, DTYPES[precision])
+        return read_pipeline(source.folder, DTYPES[precision], **given)
     dtype, heavy = dense_dtype(place), [part for part in (family.denoiser, family.large_text) if part in plan.parts]
+    heavy = [part for part in heavy if part not in given]
     if place.type == "cuda":
-        return read_pipeline(source.folder, dtype, quantization_config=for_card(heavy, dtype))
+        return read_pipeline(source.folder, dtype, quantization_config=for_card(heavy, dtype), **given)
     check_weights(source.folder)
     # The denoiser first and alone: it is never whole beside anything else.
-    given: Mapping[str, object] = {
+    read: Mapping[str, object] = {
         part: read_denoiser(source.folder / part, plan.parts[part].kind, dtype)
         if part == family.denoiser
         else read_text_encoder(source.folder / part, plan.parts[part].kind, dtype)
         for part in heavy
     }
-    return read_pipeline(source.folder, dtype, **given)
+    return read_pipeline(source.folder, dtype, **given, **read)
 
 
 def _built(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, seed: int) -> DiffusionPipeline:
-    """The pipeline with random weights, made where it will run."""
-    if precision != "nf4":
-        return build_untrained(plan, seed, DTYPES[precision], place, source.folder)
-    dtype = dense_dtype(place)
+    """The pipeline with a denoiser of random weights, made where it will run; all other parts too where no file is at hand."""
+    dtype = dense_dtype(place) if precision == "nf4" else DTYPES[precision]
 
     def made(name: str, part: nn.Module) -> nn.Module:
-        return quantise(part, dtype) if name in (family.denoiser, family.large_text) else part
+        return quantise(part, dtype) if precision == "nf4" and name in (family.denoiser, family.large_text) else part
 
-    return build_untrained(plan, seed, dtype, place, source.folder, made)
+    if source.folder is None:
+        return build_untrained(plan, seed, dtype, place, None, made)
+    alone = build_parts({family.denoiser: plan.parts[family.denoiser]}, seed, dtype, place, made)
+    return _read(source, plan, precision, family, place, **alone)
 
 
 def _settle_on(engine: Engine, place: torch.device, precision: Precision, offload: bool, sharded: bool) -> None:

@@ -1,7 +1,7 @@
 """A model of the right geometry with seeded random weights: for measuring speed and memory, and for tests, without a download."""
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,10 @@ from torch import nn
 from difflex.errors import BadInput
 from difflex.pipeline.plans import Part, Plan
 
-__all__ = ["build_untrained"]
+__all__ = ["build_parts", "build_untrained"]
 
+Made = Callable[[str, nn.Module], nn.Module]
+"""What is done to a part, of this name, as soon as it is built."""
 LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
 
 
@@ -26,24 +28,30 @@ def build_untrained(
     dtype: torch.dtype,
     device: torch.device,
     folder: Path | None = None,
-    made: Callable[[str, nn.Module], nn.Module] = lambda name, part: part,
+    made: Made = lambda name, part: part,
 ) -> DiffusionPipeline:
     """A pipeline after `plan`, made where it will run; tokenizers come from `folder`, or spell letters where there is none.
 
     A part goes through `made` before the next one is built.
     """
-    cards = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards), _making(dtype, device):
-        torch.manual_seed(seed)
-        built = ((name, part.build()) for name, part in plan.parts.items() if part.config is not None)
-        parts = {name: made(name, part) if isinstance(part, nn.Module) else part for name, part in built}
+    parts = build_parts(plan.parts, seed, dtype, device, made)
     for name, part in plan.parts.items():
         if part.config is None:
             parts[name] = _tokenizer(part, folder / name if folder else None)
-    for part in parts.values():
+    return cast(DiffusionPipeline, getattr(diffusers, plan.pipeline)(**dict.fromkeys(plan.absent), **parts, **plan.settings))
+
+
+def build_parts(parts: Mapping[str, Part], seed: int, dtype: torch.dtype, device: torch.device, made: Made) -> dict[str, Any]:
+    """Those of `parts` that are built from a config, with random weights of `seed`."""
+    cards = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cards), _making(dtype, device):
+        torch.manual_seed(seed)
+        built = ((name, part.build()) for name, part in parts.items() if part.config is not None)
+        ready = {name: made(name, part) if isinstance(part, nn.Module) else part for name, part in built}
+    for part in ready.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    return cast(DiffusionPipeline, getattr(diffusers, plan.pipeline)(**dict.fromkeys(plan.absent), **parts, **plan.settings))
+    return ready
 
 
 def _tokenizer(part: Part, folder: Path | None) -> Any:
