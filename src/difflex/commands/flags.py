@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-__all__ = ["Pixels", "Range"]
+__all__ = ["Numbers", "Pixels", "Range"]
 
 
 def _range(words: list[str]) -> range:
@@ -22,6 +22,13 @@ def _pixels(words: list[str]) -> tuple[int, int]:
     if not found:
         raise ValueError(f"'{words[0]}' is not a size. Write HEIGHTxWIDTH or one number for a square: 64x96 or 64.")
     return int(found[1]), int(found[2] or found[1])
+
+
+def _numbers(words: list[str]) -> tuple[int, ...]:
+    parts = [part for word in words for part in word.split(",") if part]
+    if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
+        raise ValueError(f"'{' '.join(words)}' is not a list of numbers. Write them with commas or spaces: 16,32,64.")
+    return tuple(map(int, parts))
 
 
 Range = Annotated[
@@ -47,3 +54,15 @@ Pixels = Annotated[
     ),
 ]
 """Height and width of a picture."""
+
+Numbers = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="N,...",
+        instance_from_str=_numbers,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(number, int) for number in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+"""Whole numbers above 0, with commas or spaces between them."""

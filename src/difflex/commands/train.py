@@ -1,14 +1,13 @@
 """`difflex train`: sparse autoencoders from stored activations."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import Positional, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
+from difflex.commands.flags import Numbers
 from difflex.commands.opening import see_own_card
 from difflex.dictionary import Autoencoder, Origin
 from difflex.dictionary.autoencoder import Kind
@@ -42,26 +41,6 @@ USUAL: dict[Preset, Usual] = {
     "paper-auxk": Usual(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k, auxk="reconstruction")),
     "unbox": Usual(5120, 10, 4096, lambda _, size, k, __: unbox(size=size, k=k)),
 }
-
-
-def _numbers(words: list[str]) -> tuple[int, ...]:
-    parts = [part for word in words for part in word.split(",") if part]
-    if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
-        raise ValueError(f"'{' '.join(words)}' is not a list of numbers. Write them with commas or spaces: 16,32,64.")
-    return tuple(map(int, parts))
-
-
-Numbers = Annotated[
-    tuple[int, ...],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="N,...",
-        instance_from_str=_numbers,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(number, int) for number in value),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
-]
-"""Whole numbers above 0, with commas or spaces between them."""
 
 
 @final
