@@ -146,6 +146,24 @@ class Study:
         finished = [place for place in places if not place.label.startswith(GROWING)]
         return sorted(finished, key=lambda place: [part.zfill(12) for part in re.split(r"(\d+)", str(place))])
 
+    def named(self, name: str) -> Place:
+        """The dictionary called `name`: SITE/LABEL, or the site alone where it has one dictionary."""
+        known = self.dictionaries()
+        there = [place for place in known if name in (str(place), str(place.site))]
+        if len(there) == 1:
+            return there[0]
+        if there:
+            raise BadInput(f"{there[0].site} has {len(there)} dictionaries. Name one of them: {', '.join(map(str, there))}.")
+        raise UnknownName.among("The dictionary", name, map(str, known), "difflex train and difflex itda make dictionaries.")
+
+    def scales(self, site: Site, label: str) -> Path:
+        """The file with the units that a dictionary's features are steered by."""
+        return self.folder / "steering" / "scales" / site.folder / f"{label}.safetensors"
+
+    def contrast(self, name: str) -> Path:
+        """The file of a direction found by contrast."""
+        return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
+
     def evaluation(self, site: Site, label: str) -> Path:
         """The file with a dictionary's figures."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"

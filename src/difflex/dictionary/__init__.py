@@ -2,6 +2,7 @@
 
 from difflex.dictionary.autoencoder import Autoencoder, Weights
 from difflex.dictionary.base import Dictionary, NormalisedDictionary, Origin, Saved
+from difflex.dictionary.files import checksum
 from difflex.dictionary.foreign_itda import read_itda
 from difflex.dictionary.itda import ITDA
 from difflex.dictionary.neurons import Neurons
@@ -18,5 +19,6 @@ __all__ = [
     "Origin",
     "Saved",
     "Weights",
+    "checksum",
     "read_itda",
 ]

@@ -1,5 +1,6 @@
 """A dictionary on disk: `config.json` and `dictionary.safetensors`, each written to a temporary name, then renamed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Site
 
-__all__ = ["FORMAT", "Config", "Json", "as_text", "read", "replace_file", "write"]
+__all__ = ["FORMAT", "Config", "Json", "as_text", "read", "read_config", "replace_file", "write"]
 
 FORMAT = 1
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -51,7 +52,7 @@ def write(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor
 
 def read(folder: Path, device: str = "cpu") -> tuple[Config, dict[str, Tensor]]:
     """The two files of `folder`; an error that says what is wrong where they are not what `write` writes."""
-    config = _config(folder)
+    config = read_config(folder)
     try:
         tensors = load_file(folder / "dictionary.safetensors", device=device)
     except FileNotFoundError as error:
@@ -72,12 +73,25 @@ def replace_file(path: Path, content: bytes) -> None:
     draft.replace(path)
 
 
+def checksum(folder: Path | str) -> str:
+    """The SHA-256 of a dictionary in `folder`: of its tensors, then of what its config says beside them."""
+    sha = hashlib.sha256()
+    for name in ("dictionary.safetensors", "config.json"):
+        try:
+            with (Path(folder) / name).open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+        except FileNotFoundError as error:
+            raise BadInput(f"{folder} holds no dictionary: it has no {name}. Name the folder that `save` wrote.") from error
+    return sha.hexdigest()
+
+
 def as_text(entries: Mapping[str, Json]) -> str:
     """`entries` as JSON for files and people."""
     return json.dumps(entries, indent=2) + "\n"
 
 
-def _config(folder: Path) -> Config:
+def read_config(folder: Path) -> Config:
+    """What `config.json` of `folder` says; its tensors are not touched."""
     path = folder / "config.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from difflex import __version__
-from difflex.dictionary.files import replace_file
+from difflex.dictionary.files import checksum, replace_file
 from difflex.errors import BadInput, BrokenFile
 
 __all__ = ["Effect", "Evaluation", "Figures", "Quality", "Replaced", "checksum"]
@@ -168,18 +167,6 @@ class Evaluation:
             return cls(**{**entries, **_restored(entries)})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BrokenFile(f"{path} is not an evaluation ({error}): it is damaged. {AGAIN}") from error
-
-
-def checksum(folder: Path | str) -> str:
-    """The SHA-256 of a dictionary in `folder`: of its tensors, then of what its config says beside them."""
-    sha = hashlib.sha256()
-    for name in ("dictionary.safetensors", "config.json"):
-        try:
-            with (Path(folder) / name).open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-        except FileNotFoundError as error:
-            raise BadInput(f"{folder} holds no dictionary: it has no {name}. Name the folder that `save` wrote.") from error
-    return sha.hexdigest()
 
 
 def _psnr(error: float) -> float:

@@ -1,7 +1,7 @@
 """`Pipeline`: the object that a user holds; each of its methods is a short way into one file of this folder."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -49,14 +49,21 @@ class Pipeline:
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
         batch: int = 16,
+        edits: Iterable[tuple[Site | str, Visit]] = (),
     ) -> list[Generated]:
-        """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default."""
+        """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
+
+        `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steerings` gives.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_batch(batch)
         warn_of_unknown_words(prompts, self.engine.card.words)
         plain = self._plain(steps, pixels, guidance)
         shots = [replace(plain, prompt=prompt, seed=seed + i, split=split_of(prompt)) for i, prompt in enumerate(prompts)]
-        made = [picture for _, pictures in self.engine.batches(self._draw, shots, batch) for picture in pictures]
+        with ExitStack() as edited:
+            for site, change in edits:
+                edited.enter_context(self.at(site, change))
+            made = [picture for _, pictures in self.engine.batches(self._draw, shots, batch) for picture in pictures]
         return [Generated(picture, shot) for picture, shot in zip(made, shots, strict=True)]
 
     def _draw(self, shots: Sequence[Shot]) -> list[Image.Image]:

@@ -1,0 +1,30 @@
+"""Edits of activations while a picture is made: by the features of a dictionary, or along a direction found by contrast."""
+
+from difflex.steering.contrast import Contrast, Method, Part, contrast, made_of
+from difflex.steering.editing import Features, Steering, check_maker, features_of, steered_along, steerings
+from difflex.steering.maps import Maps
+from difflex.steering.regions import covered, rectangle
+from difflex.steering.scales import Scales, scales_of
+from difflex.steering.studied import Recorded, Toolbox, steer
+
+__all__ = [
+    "Contrast",
+    "Features",
+    "Maps",
+    "Method",
+    "Part",
+    "Recorded",
+    "Scales",
+    "Steering",
+    "Toolbox",
+    "check_maker",
+    "contrast",
+    "covered",
+    "features_of",
+    "made_of",
+    "rectangle",
+    "scales_of",
+    "steer",
+    "steered_along",
+    "steerings",
+]

@@ -1,0 +1,381 @@
+"""Edits: what is asked changes, nothing else does, and the same edit makes the same picture again."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import difflex
+from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary.autoencoder import kind_of
+from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.pipeline import Pipeline
+from difflex.records import Edit, Moment, Rectangle, Rows, Shot, Site, Source
+from difflex.steering import (
+    Contrast,
+    Maps,
+    Recorded,
+    Scales,
+    Steering,
+    contrast,
+    covered,
+    features_of,
+    made_of,
+    rectangle,
+    scales_of,
+    steered_along,
+    steerings,
+)
+from difflex.testing import TINY, tiny_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+SIZE, K, GRID = 40, 4, (4, 6)
+TOKENS = GRID[0] * GRID[1]
+MUTE = SIZE - 1
+"""A feature that never fires."""
+OPERATIONS = ("add", "set", "scale", "ablate", "replace", "transplant")
+
+
+def dictionary_at(site: Site, width: int) -> Dictionary:
+    generator = torch.Generator().manual_seed(1)
+    decoder = F.normalize(torch.randn(SIZE, width, generator=generator), dim=1)
+    mute = torch.where(torch.arange(SIZE) == MUTE, -1e6, 0.0)
+    weights = Weights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, floor=None)
+    origin = Origin(site=site, model="m", revision=None)
+    return Autoencoder(
+        kind=kind_of("topk"), k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True
+    )
+
+
+SITE = Site("double.1")
+DICTIONARY = dictionary_at(SITE, 16)
+X = torch.randn(2, TOKENS, 16, generator=torch.Generator().manual_seed(3))
+SCALES = scales_of(DICTIONARY, [Rows(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())])
+LIVELY = int(SCALES.peaks.argmax())
+
+
+def moment(step: int = 0, half: str | None = None, steps: int = 4) -> Moment:
+    shot = Shot(model="m", pixels=(16, 24), steps=steps, guidance=0.0)
+    return Moment(step, 1000.0, half, (shot,), GRID)  # pyright: ignore[reportArgumentType]
+
+
+def edit(what: str = "add", **changes: object) -> Edit:
+    return replace(Edit(what=what, site=SITE, dictionary="d", features=(LIVELY,)), **changes)  # pyright: ignore
+
+
+def steering(
+    *edits: Edit, dictionary: Dictionary = DICTIONARY, scales: Scales | None = SCALES, maps: Maps | None = None
+) -> Steering:
+    made = steerings(edits, lambda each: features_of(dictionary, each.features, scales), lambda _: maps)  # pyright: ignore
+    assert len(made) == 1
+    return made[0]
+
+
+def edited(x: Tensor, *edits: Edit, at: Moment | None = None) -> Tensor:
+    out = steering(*edits).change(x, at or moment())
+    return x if out is None else out
+
+
+def code(x: Tensor, feature: int = LIVELY) -> Tensor:
+    return features_of(DICTIONARY, [feature], None).codes(x.flatten(0, 1))[:, 0].view(x.shape[:2])
+
+
+def test_adding_a_peak_adds_the_largest_code_that_was_seen():
+    wanted = X + code(X).max() * DICTIONARY.decoder[LIVELY]
+    torch.testing.assert_close(edited(X, edit()), wanted)
+
+
+def test_adding_by_norm_moves_each_token_by_the_mean_length():
+    moved = edited(X, edit(strength=0.5, unit="norm")) - X
+    torch.testing.assert_close(moved.norm(dim=-1), torch.full((2, TOKENS), 0.5 * SCALES.norm))
+
+
+def test_ablating_takes_away_what_the_feature_wrote_and_leaves_other_tokens_their_bits():
+    fires = code(X) > 0
+    out = edited(X, edit("ablate"))
+    assert fires.any() and not fires.all()
+    torch.testing.assert_close(out, X - code(X)[..., None] * DICTIONARY.decoder[LIVELY])
+    assert torch.equal(out[~fires], X[~fires])
+
+
+def test_setting_a_code_moves_each_token_by_what_is_missing():
+    out = edited(X, edit("set", strength=1.5, unit="code"))
+    torch.testing.assert_close(out, X + (1.5 - code(X))[..., None] * DICTIONARY.decoder[LIVELY])
+
+
+def test_scaling_by_one_setting_to_what_is_there_and_adding_nothing_change_no_bit():
+    for nothing in (edit("scale"), edit("add", strength=0.0), edit("scale", region="fires", strength=1.0)):
+        assert steering(nothing).change(X, moment()) is None
+    assert steering(edit("ablate", features=(MUTE,), unit="code"), scales=None).change(X, moment()) is None
+
+
+def test_replacing_leaves_only_what_the_feature_writes():
+    out = edited(X, edit("replace", strength=2.0))
+    torch.testing.assert_close(out, (2 * SCALES.peaks[LIVELY] * DICTIONARY.decoder[LIVELY]).expand_as(X))
+
+
+def test_what_the_dictionary_does_not_explain_stays():
+    unexplained = X - DICTIONARY.decode(DICTIONARY.encode(X.flatten(0, 1))).view_as(X)
+    out = edited(X, edit("scale", strength=3.0))
+    codes = DICTIONARY.encode(X.flatten(0, 1))
+    tripled = codes._replace(values=torch.where(codes.indices == LIVELY, 3 * codes.values, codes.values))
+    torch.testing.assert_close(out - DICTIONARY.decode(tripled).view_as(X), unexplained)
+
+
+@pytest.mark.parametrize("what", ["add", "set", "scale", "ablate", "replace"])
+def test_two_disjoint_regions_add_up_to_their_union_exactly(what: str):
+    left, right = Rectangle(0, 0, 0.5, 1), Rectangle(0.5, 0, 1, 1)
+    one_after_the_other = edited(edited(X, edit(what, strength=2.0, region=left)), edit(what, strength=2.0, region=right))
+    assert torch.equal(one_after_the_other, edited(X, edit(what, strength=2.0)))
+    if what != "replace":
+        together = edited(X, edit(what, strength=2.0, region=left), edit(what, strength=2.0, region=right))
+        assert torch.equal(together, one_after_the_other)
+
+
+def test_a_region_changes_its_tokens_alone():
+    out = edited(X, edit(region=Rectangle(0, 0, 0.5, 0.5)))
+    changed = (out != X).any(-1)[0].view(GRID)
+    assert changed[:2, :3].all() and changed.sum() == 6
+
+
+def test_where_it_fires_is_where_its_code_is_above_zero():
+    changed = (edited(X, edit(region="fires")) != X).any(-1)
+    assert torch.equal(changed, code(X) > 0)
+
+
+def test_a_painted_region_is_where_the_picture_is_light(tmp_path: Path):
+    mask = Image.new("L", (60, 40))
+    mask.paste(255, (10, 0, 20, 10))
+    mask.save(tmp_path / "mask.png")
+    assert covered(str(tmp_path / "mask.png"), GRID).nonzero()[:, 0].tolist() == [1]
+
+
+def test_a_region_smaller_than_a_token_is_the_token_it_lies_in():
+    assert covered(rectangle([9, 9, 10, 10], pixels=(16, 24)), GRID).nonzero()[:, 0].tolist() == [2 * 6 + 2]
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 0, 0.5, 1), (0, 0, 1), (0, -0.1, 1, 1), (0, 0, 30, 16), (0, 0, math.nan, 1)])
+def test_a_region_outside_the_picture_is_refused(numbers: tuple[float, ...]):
+    with pytest.raises(BadInput):
+        rectangle(numbers, pixels=(16, 24))
+
+
+def test_only_the_asked_steps_are_edited_and_steps_the_run_does_not_have_are_refused():
+    some = edit(steps=(1, 3))
+    assert [not torch.equal(edited(X, some, at=moment(step)), X) for step in range(4)] == [False, True, True, False]
+    with pytest.raises(BadInput, match="the run has 2"):
+        edited(X, some, at=moment(steps=2))
+
+
+def test_under_guidance_the_unconditional_half_is_left_edited_alike_or_opposed():
+    plus = edited(X, edit()) - X
+    for half, sign in (("conditional", 0), ("both", 1), ("opposed", -1)):
+        there = edited(X, edit(half=half), at=moment(half="unconditional"))
+        torch.testing.assert_close(there - X, sign * plus)
+        torch.testing.assert_close(edited(X, edit(half=half), at=moment(half="conditional")) - X, plus)
+
+
+def test_a_transplant_brings_the_maps_of_another_generation_to_their_place():
+    other = torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(8))
+    source = Source(prompt="p", region=Rectangle(0, 0, 0.5, 1))
+    moved = edit("transplant", source=source, region=Rectangle(0.5, 0, 1, 1), unit="code")
+    maps = Maps(moved, features_of(DICTIONARY, moved.features, SCALES).codes)
+    maps(other, moment())
+    out = steering(moved, maps=maps).change(X, moment())
+    assert out is not None
+    wanted = code(X).clone().view(2, *GRID)
+    wanted[:, :, 3:] = code(other).view(GRID)[:, :3]
+    delta = (wanted.view(2, TOKENS) - code(X))[..., None] * DICTIONARY.decoder[LIVELY]
+    torch.testing.assert_close(out, X + delta)
+    with pytest.raises(BadInput, match="same steps and pixels"):
+        steering(moved, maps=maps).change(X, moment(step=2))
+
+
+@pytest.mark.parametrize("strength", [math.nan, math.inf])
+def test_a_strength_that_is_no_number_is_refused(strength: float):
+    with pytest.raises(BadInput, match="finite"):
+        steering(edit(strength=strength))
+
+
+def test_a_feature_outside_the_dictionary_is_refused_and_a_dead_one_warned_of():
+    with pytest.raises(UnknownName, match="0 to 39"):
+        steering(edit(features=(SIZE,)))
+    with pytest.warns(UserWarning, match="dead"):
+        steering(edit(features=(MUTE,)))
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        edit("set", unit="norm"),
+        edit("replace", half="opposed"),
+        edit("transplant"),
+        edit("replace", region="fires"),
+        edit(steps=(2, 2)),
+    ],
+)
+def test_an_edit_without_a_meaning_is_refused(impossible: Edit):
+    with pytest.raises(BadInput):
+        steering(impossible)
+
+
+def test_the_default_strength_is_the_largest_that_keeps_most_tokens_under_the_ceiling():
+    features = torch.tensor([LIVELY])
+    strength = float(SCALES.default_strengths(DICTIONARY.decoder_of(features), features)[0])
+    step = SCALES.peaks[LIVELY] * DICTIONARY.decoder[LIVELY]
+    at = lambda p: float((SCALES.sample + p * step).norm(dim=1).quantile(0.95))  # noqa: E731
+    assert 0 < strength <= 2 and at(strength) <= SCALES.ceiling
+    assert strength == 2 or at(strength + 0.01) > SCALES.ceiling
+
+
+def test_scales_are_those_of_the_plain_formula_and_survive_the_disk(tmp_path: Path):
+    dense = torch.stack([code(X, feature).flatten() for feature in range(SIZE)])
+    torch.testing.assert_close(SCALES.peaks, dense.amax(1))
+    torch.testing.assert_close(SCALES.means, dense.sum(1) / (dense > 0).sum(1).clamp(min=1))
+    SCALES.save(tmp_path / "s.safetensors", "abc")
+    kept = Scales.kept(tmp_path / "s.safetensors", "abc")
+    assert kept is not None and torch.equal(kept.peaks, SCALES.peaks) and kept.norm == SCALES.norm
+    assert Scales.kept(tmp_path / "s.safetensors", "other") is None
+    (tmp_path / "s.safetensors").write_bytes(b"broken")
+    with pytest.raises(BrokenFile):
+        Scales.kept(tmp_path / "s.safetensors", "abc")
+
+
+# With every family's own tiny pipeline.
+
+
+@pytest.fixture(scope="module", params=TINY)
+def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    return difflex.load(folder)
+
+
+def site_of(pipe: Pipeline) -> tuple[Site, int]:
+    rows = [row for row in pipe.sites() if row.site.stream == "image"]
+    return rows[len(rows) // 2].site, rows[len(rows) // 2].width
+
+
+def drawn(pipe: Pipeline, edits: list[Steering] | None = None) -> list[bytes]:
+    made = pipe.generate(["a red star", "a blue circle"], steps=2, guidance=4.0, edits=edits or [])
+    return [each.picture.tobytes() for each in made]
+
+
+@pytest.mark.parametrize("what", OPERATIONS)
+def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_same_picture(
+    pipe: Pipeline, what: str, tmp_path: Path
+):
+    site, width = site_of(pipe)
+    dictionary = dictionary_at(site, width)
+    features = tuple(range(SIZE))
+    source = Source(prompt="a cat", seed=5) if what == "transplant" else None
+    change = Edit(what=what, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
+
+    def maps(each: Edit) -> Maps:
+        found = Maps(each, features_of(dictionary, each.features, None).codes)
+        assert each.source is not None
+        with pipe.at(site, found):
+            pipe.generate(each.source.prompt, seed=each.source.seed, steps=2, guidance=4.0)
+        return found
+
+    def steered(*edits: Edit) -> list[Steering]:
+        return steerings(edits, lambda each: features_of(dictionary, each.features, None), maps)
+
+    plain, changed = drawn(pipe), drawn(pipe, steered(change))
+    assert changed != plain
+    shot = next(pipe.shots("a red star", steps=2, guidance=4.0))
+    again = Recorded.load(Recorded(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
+    assert again.edits == (change,) and again.shot == shot
+    assert drawn(pipe, steered(*again.edits)) == changed
+    nothing = replace(change, features=(MUTE,), strength={"scale": 1.0}.get(what, 0.0))
+    assert what == "replace" or drawn(pipe, steered(nothing)) == plain
+
+
+# Directions by contrast.
+
+
+def activations(values: Tensor, prompts: list[str], timestep: float = 500.0):
+    shots = tuple(
+        Shot(model="m", prompt=prompt, seed=number, pixels=(16, 24), steps=4, guidance=0.0, timestep=timestep)
+        for number, prompt in enumerate(prompts)
+    )
+    return difflex.Activations(site=SITE, values=values, shots=shots, grid=GRID)
+
+
+@pytest.mark.parametrize("method", ["mean", "principal"])
+def test_a_contrast_finds_the_direction_that_was_planted(method: str):
+    generator = torch.Generator().manual_seed(0)
+    planted = 3 * F.normalize(torch.randn(16, generator=generator), dim=0)
+    base = torch.randn(12, TOKENS, 16, generator=generator)
+    noise = 0.02 * torch.randn(12, 1, 16, generator=generator)
+    found = contrast(
+        [activations(base + planted + noise, [f"a {i}" for i in range(12)])],
+        [activations(base, [f"b {i}" for i in range(12)])],
+        method,  # pyright: ignore
+    )
+    assert F.cosine_similarity(found.direction, planted, dim=0) > 0.999
+    assert abs(float(found.direction.norm()) - 3) < 0.05 and found.pairs == 12
+
+
+def test_a_contrast_is_read_again_as_it_was_written(tmp_path: Path):
+    made = contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
+    again = Contrast.load(made.save(tmp_path / "red.safetensors"))
+    assert torch.equal(again.direction, made.direction)
+    assert replace(again, direction=torch.empty(0)).__dict__.keys() == made.__dict__.keys()
+    assert (again.wanted, again.unwanted, again.site, again.timesteps) == (("a", "b"), ("c", "d"), SITE, (500.0,))
+    with pytest.raises(UnknownName, match="red"):
+        Contrast.load(tmp_path / "rad.safetensors")
+
+
+def test_a_contrast_of_unlike_sides_is_refused():
+    one = [activations(X, ["a", "b"])]
+    with pytest.raises(BadInput, match="pairs"):
+        contrast(one, [activations(X[:1], ["c"])])
+    with pytest.raises(BadInput, match="differ in more"):
+        contrast(one, [activations(X, ["c", "d"], timestep=250.0)])
+    with pytest.raises(BadInput, match="do not differ"):
+        contrast(one, [activations(X, ["c", "d"])])
+
+
+def test_adding_a_contrast_of_strength_one_adds_the_difference_and_ablating_it_takes_its_share_away():
+    made = contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
+    features = steered_along(made)
+    change = lambda what: steerings(  # noqa: E731
+        [Edit(what=what, site=SITE, contrast="red")], lambda _: features
+    )[0].change(X, moment())
+    torch.testing.assert_close(change("add"), X + torch.arange(16.0))
+    ablated = change("ablate")
+    assert ablated is not None
+    torch.testing.assert_close(ablated @ made.direction, torch.zeros(2, TOKENS), atol=1e-3, rtol=0)
+
+
+def test_a_direction_is_taken_apart_into_the_features_it_was_made_of():
+    decoder = DICTIONARY.decoder
+    parts = made_of(2.0 * decoder[7] + 0.5 * decoder[21], DICTIONARY, parts=2)
+    assert [part.feature for part in parts] == [7, 21]
+    assert abs(parts[0].code - 2) < 1e-3 and abs(parts[1].code - 0.5) < 1e-3 and parts[-1].explained > 0.999
+
+
+def test_an_edit_file_that_is_damaged_or_of_another_format_is_refused(tmp_path: Path):
+    shot = Shot(model="m", pixels=(16, 24), steps=4, guidance=0.0)
+    path = Recorded(shot=shot, edits=(edit(),), checksums={}).save(tmp_path / "edit.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
+    with pytest.raises(BrokenFile, match="format 9"):
+        Recorded.load(path)
+    path.write_text("{")
+    with pytest.raises(BrokenFile, match="damaged"):
+        Recorded.load(path)
+
+
+def test_a_dictionary_of_another_site_or_model_is_refused():
+    from difflex.steering import check_maker
+
+    with pytest.raises(StaleWork, match=r"double\.1.*single\.0"):
+        check_maker(DICTIONARY, Site("single.0"), "m", None)
+    with pytest.raises(StaleWork, match=r"m@None.*other"):
+        check_maker(DICTIONARY, SITE, "other", None)
