@@ -70,7 +70,7 @@ HOMES: dict[str, set[str]] = {
     "transformers": {"pipeline", "miniature", "quiet", "testing"},
     "safetensors": {"pipeline", "miniature", "store", "dictionary", "steering", "training"},
     "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
-    "PIL": {"contact", "pipeline", "miniature", "anatomy", "concepts", "steering"},
+    "PIL": {"book", "contact", "pipeline", "miniature", "anatomy", "concepts", "steering"},
     "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from difflex.book import (
     About,
+    Album,
     Book,
     Condition,
     Draft,
@@ -22,8 +24,11 @@ from difflex.book import (
     PatchOf,
     PictureFile,
     Score,
+    Style,
     TokenMap,
     Usage,
+    enlarged,
+    overlaid,
 )
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Shot
@@ -234,3 +239,48 @@ def test_reading_a_book_needs_no_tensor(path: Path):
     code = f"import sys; from difflex.book import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def colours(count: int = 64) -> Image.Image:
+    return Image.frombytes("RGB", (count, count), bytes((x * 3) % 256 for x in range(count * count * 3)))
+
+
+def test_an_album_keeps_a_picture_once_and_exactly(tmp_path: Path):
+    album = Album(tmp_path / "pictures")
+    filed, is_new = album.file(colours())
+    assert is_new and album.file(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
+    assert album.open(filed.file).tobytes() == colours().tobytes() and (filed.width, filed.height) == (64, 64)
+    with pytest.raises(UnknownName, match="is missing"):
+        album.open("none.webp")
+    (album.folder / filed.file).write_bytes(b"no picture")
+    with pytest.raises(BrokenFile, match="is damaged"):
+        album.open(filed.file)
+
+
+def changed(style: Style, where: TokenMap, peak: float) -> set[tuple[int, int]]:
+    """The cells of an 8 x 8 grid in which the overlay changes something."""
+    plain, drawn = enlarged(colours(), 256), overlaid(colours(), where, (8, 8), peak, style=style, side=256)
+    return {
+        (row, column)
+        for row in range(8)
+        for column in range(8)
+        if plain.crop(box := (column * 32, row * 32, column * 32 + 32, row * 32 + 32)).tobytes() != drawn.crop(box).tobytes()
+    }
+
+
+def test_an_overlay_marks_the_tokens_at_which_a_feature_fires():
+    assert changed("blue", TokenMap((0, 9, 63), (4.0, 0.1, 2.0)), 4.0) == {(0, 0), (1, 1), (7, 7)}
+    assert changed("plain", TokenMap((0, 9), (4.0, 2.0)), 4.0) == set()
+    outlined = changed("outline", TokenMap((9, 63), (4.0, 0.1)), 4.0)
+    assert (1, 1) in outlined and (7, 7) not in outlined, "what is below the threshold, in units of the peak, has no outline"
+
+
+def test_an_overlay_is_the_more_opaque_the_nearer_to_the_features_own_peak():
+    white = Image.new("RGB", (8, 8), "white")
+    darkness = [overlaid(white, TokenMap((0,), (1.0,)), (8, 8), peak).getpixel((0, 0)) for peak in (1.0, 2.0, 4.0)]
+    assert darkness == sorted(darkness) and len(set(darkness)) == 3
+
+
+def test_a_map_of_another_grid_is_refused():
+    with pytest.raises(BadInput, match="Token 64 is not on a grid of 8 x 8"):
+        overlaid(colours(), TokenMap((64,), (1.0,)), (8, 8), 1.0)

@@ -182,6 +182,11 @@ class Study:
         """The file that says which known concepts a dictionary's features, or those of what stands beside it, detect."""
         return self.folder / "concepts" / site.folder / f"{label}.json"
 
+    @property
+    def pictures(self) -> Path:
+        """The folder of the pictures that its books show."""
+        return self.folder / "pictures"
+
     def book(self, site: Site, label: str) -> Path:
         """The file of a dictionary's book."""
         return self.folder / "books" / site.folder / f"{label}.sqlite"

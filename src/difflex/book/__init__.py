@@ -1,5 +1,6 @@
 """The book of a dictionary: what each of its features is, in figures, in pictures and in words; one SQLite file."""
 
+from difflex.book.album import Album, Filed
 from difflex.book.book import SORTS, Book, Condition
 from difflex.book.entries import (
     KINDS,
@@ -19,13 +20,16 @@ from difflex.book.entries import (
     TokenMap,
     Usage,
 )
+from difflex.book.overlay import STYLES, Style, enlarged, overlaid
 from difflex.book.writing import Draft, PackedExample
 
 __all__ = [
     "KINDS",
     "SHOWN",
     "SORTS",
+    "STYLES",
     "About",
+    "Album",
     "Book",
     "Condition",
     "Draft",
@@ -33,6 +37,7 @@ __all__ = [
     "ExampleKind",
     "Explanation",
     "FeatureRow",
+    "Filed",
     "Histogram",
     "Judgement",
     "Neighbour",
@@ -41,6 +46,9 @@ __all__ = [
     "PictureFile",
     "Score",
     "ShotRow",
+    "Style",
     "TokenMap",
     "Usage",
+    "enlarged",
+    "overlaid",
 ]

@@ -141,6 +141,10 @@ class Book:
             raise UnknownName(f"{self.path} has no example {example}.")
         return _example(rows[0])
 
+    def examples_at(self, shot: int) -> list[Example]:
+        """The examples of all features that fire in a shot."""
+        return [_example(row) for row in self._asked(f"SELECT {EXAMPLE} FROM examples WHERE shot = ? AND kind != 'silent'", shot)]
+
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """The shots of these numbers, with their pictures."""
         wanted = json.dumps(sorted(set(numbers)))

@@ -119,6 +119,7 @@ CREATE TABLE usage (
 
 INDEXES = """
 CREATE UNIQUE INDEX examples_of_a_feature ON examples (feature, kind, split, rank);
+CREATE INDEX examples_of_a_shot ON examples (shot);
 CREATE INDEX features_by_density ON features (density);
 CREATE INDEX features_by_peak ON features (peak);
 CREATE INDEX shots_of_a_picture ON shots (picture);
