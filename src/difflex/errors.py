@@ -6,6 +6,7 @@ DifflexError
 ├── BrokenFile         a file of ours, or of a model, that is damaged, truncated or of a foreign format
 ├── OutOfMemory        a model or batch that cannot fit; names what would
 ├── OutOfSpace         a disk, or a limit set to it, that is too small for what is asked
+├── OutOfBudget        money set aside for calls that does not reach
 ├── StaleWork          work on disk that was made from something else than what is asked now
 ├── NonFinite          NaN or infinity where numbers are needed; says where it arose
 └── MissingExtra       an optional package that is not installed; says how to get it
@@ -47,6 +48,10 @@ class OutOfMemory(DifflexError):
 
 class OutOfSpace(DifflexError):
     """A disk, or a limit set to it, that is too small."""
+
+
+class OutOfBudget(DifflexError):
+    """A budget for calls that does not reach."""
 
 
 class StaleWork(DifflexError):
