@@ -5,15 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from difflex.anatomy import Anatomy as Measured
 from difflex.cli import main
+from difflex.commands.anatomy import Anatomy
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
+from difflex.commands.neurons import Neurons
 from difflex.commands.train import Train
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
 from difflex.recipes import RECIPES, Recipe, recipe
+from difflex.records import Site
 from difflex.run import run_study, steps
 from difflex.study import Command, Study
 from difflex.testing import tiny_folder
@@ -29,6 +33,7 @@ HERE = {
     "single.9": "single.0",
     "single.18": "single.1",
     "double.2": "double.0:update",
+    "double.18:neurons": "double.1:neurons",
     "single.3": "single.2",
 }
 """Where the tiny FLUX has what the recipes ask of the large one."""
@@ -41,10 +46,14 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
 
     def small(command: Command) -> Command:
         match command:
+            case Anatomy():
+                return replace(command, model=str(model), prompts=str(prompts), pixels=(16, 24), steps=1, limit=4)
             case Harvest():
                 sites, steps = tuple(HERE.get(site, site) for site in command.sites), min(command.steps or 2, 2)
                 tiny = {"model": str(model), "sites": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
                 return replace(command, **tiny, tokens=1000, dtype="bf16")
+            case Neurons():
+                return replace(command, site=tuple(HERE.get(site, site) for site in command.site))
             case Train():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, size=(32, 64)[: len(command.size)], k=(2, 3)[: len(command.k)], tokens=2000)
@@ -53,38 +62,63 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case Evaluate():
                 return replace(command, effect=0)
             case Concepts():
-                return replace(command, pictures=200, noise=(0.5,), untold=True, site=("double.1",))
+                [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.1")]
+                return replace(command, pictures=200, noise=(0.5,), untold=True, site=(site,))
             case _:
                 return command
 
     return replace(study, model=str(model), commands=tuple(map(small, study.commands)))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def planned(name: str, folder: Path) -> Study:
+    """The study of a tiny model by the recipe `name`, in `folder`, beside which the model and its prompts stand."""
     family = "sdxl" if name.startswith("sdxl") else "flux"
-    (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(400)))
-    model = tiny_folder(family, tmp_path / family, card=DRAWN)
-    study = shrunk(RECIPES[name](tmp_path / "study"), model, tmp_path / "prompts.txt")
-    run_study(study)
+    model, prompts = folder.parent / family, folder.parent / "prompts.txt"
+    prompts.write_text("\n".join(f"star {number}" for number in range(400)))
+    return shrunk(RECIPES[name](folder), model if model.exists() else tiny_folder(family, model, card=DRAWN), prompts)
+
+
+def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert {step.state for step in steps(study)} == {"done"}
     places = study.dictionaries()
     assert {place.site for place in places} == set(study.stores())
     assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
+    assert Measured.load(study.anatomy).norms
     capsys.readouterr()
     run_study(study)
     assert capsys.readouterr().out.count("done already") == len(study.commands)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "mini_full"])
+def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = planned(name, tmp_path / "study")
+    run_study(study)
+    all_is_done(study, capsys)
+
+
+def test_beside_the_full_study_stand_neurons_and_an_untrained_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = planned("mini_full", tmp_path / "study")
+    run_study(study)
+    all_is_done(study, capsys)
+    control = Study.open(study.folder / "untrained")
+    assert control.revision == "untrained-0" and Study.open(study.folder).revision is None
+    (same,) = control.dictionaries()
+    trained, untrained = (each.dictionary(*same) / "dictionary.safetensors" for each in (study, control))
+    assert same in study.dictionaries() and trained.read_bytes() != untrained.read_bytes()
+    assert all(each.concepts(*same).is_file() and each.evaluation(*same).is_file() for each in (study, control))
+    kinds = {place.label.split("-")[0] for place in study.dictionaries() if place.site == Site.parse("double.1:neurons")}
+    assert kinds == {"neurons"}
+    study.folder.rename(tmp_path / "moved")
+    assert {step.state for step in steps(planned("mini_full", tmp_path / "moved"))} == {"done"}
+
+
 def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp_path: Path):
-    model, prompts, told = tiny_folder("flux", tmp_path / "flux", card=DRAWN), tmp_path / "prompts.txt", []
-    prompts.write_text("\n".join(f"star {number}" for number in range(200)))
-    study = shrunk(RECIPES["mini"](tmp_path / "study"), model, prompts)
+    study, prompts, told = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", []
     run_study(study, tell=told.append)
     before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
-    harvest, train, *rest = study.commands
+    anatomy, harvest, train, *rest = study.commands
     assert isinstance(train, Train)
-    run_study(replace(study, commands=(harvest, replace(train, k=(2, 3, 4)), *rest)), tell=told.append)
+    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), tell=told.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
     assert not [line for line in told if "removed" in line]

@@ -109,6 +109,16 @@ def test_a_study_may_be_moved(tmp_path: Path):
     assert states(study(tmp_path / "there")) == ["done"] * 3
 
 
+def test_a_study_may_be_moved_with_another_one_inside_it(tmp_path: Path):
+    def asked(folder: Path) -> Study:
+        (folder / "inner").mkdir(parents=True, exist_ok=True)
+        return Study(folder=folder, model="mini-flux", commands=(Count(out=folder / "inner"),))
+
+    run(asked(tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert states(asked(tmp_path / "there")) == ["done"]
+
+
 def test_a_failure_stops_and_the_next_run_goes_on_from_there(tmp_path: Path):
     (tmp_path / "elsewhere").write_text("others")
     asked = study(tmp_path / "study")

@@ -158,8 +158,9 @@ def _flags(command: Command, folder: Path) -> dict[str, Json]:
 
 
 def _json(value: object, folder: Path) -> Json:
-    if value == folder:
-        return "."
+    if isinstance(value, Path) and value.is_relative_to(folder):
+        inside = value.relative_to(folder).as_posix()
+        return inside if inside == "." else f"./{inside}"
     if isinstance(value, range):
         return f"{value.start}:{value.stop}"
     if isinstance(value, (tuple, list)):

@@ -6,21 +6,28 @@ calling that and replacing what differs.
 
 import runpy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from difflex.commands.anatomy import Anatomy
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
+from difflex.commands.neurons import Neurons
 from difflex.commands.train import Train
 from difflex.errors import BadInput, UnknownName
-from difflex.study import Study
+from difflex.study import Command, Study
 
 __all__ = ["RECIPES", "Recipe", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
 
 Recipe = Callable[[Path], Study]
 CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
 """What the autoencoders of arXiv 2505.24360 were trained on."""
+AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
+"""What those of arXiv 2410.22366 were trained on."""
+EFFECT = 16
+"""Shots at which the many dictionaries of mini-flux are put into the model."""
 
 
 def mini(folder: Path) -> Study:
@@ -30,6 +37,7 @@ def mini(folder: Path) -> Study:
         folder=folder,
         model="mini-flux",
         commands=(
+            Anatomy(model="mini-flux", prompts="captions", limit=16, out=folder),
             Harvest(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
             Train(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
             Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
@@ -40,31 +48,56 @@ def mini(folder: Path) -> Study:
 
 
 def mini_full(folder: Path) -> Study:
-    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, autoencoders and ITDA."""
+    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, ITDA, neurons, an untrained control.
+
+    `folder/untrained` is the study of the same model with a denoiser that was never trained: the control that arXiv 2505.24360
+    leaves to the future.
+    """
     middle, sites = "double.1", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
+    harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=600_000, steps=4, out=folder)
+    train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=1_000_000)
+    itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     return Study(
         folder=folder,
         model="mini-flux",
         commands=(
-            Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder),
-            Train(study=folder, site=(middle,), k=ks, size=sizes, tokens=2_000_000),
-            Train(study=folder, site=elsewhere, k=(16,), size=(2048,), tokens=2_000_000),
-            Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000, normalisation="none"),
-            Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000, normalisation="whiten"),
-            *(Itda(study=folder, site=middle, k=k, size=size, tokens=200_000) for size in sizes for k in ks),
-            *(Itda(study=folder, site=site, k=16, size=2048, tokens=200_000) for site in elsewhere),
-            Evaluate(study=folder),
-            Concepts(studies=(folder,)),
+            Anatomy(model="mini-flux", prompts="captions", out=folder),
+            harvest,
+            replace(train, k=ks, size=sizes),
+            replace(train, site=elsewhere),
+            *(replace(train, normalisation=normalisation) for normalisation in ("none", "whiten")),
+            *(replace(itda, k=k, size=size) for size in sizes for k in ks),
+            *(replace(itda, site=site) for site in elsewhere),
+            *_neurons(harvest, middle, ks, tokens=200_000),
+            Evaluate(study=folder, effect=EFFECT),
+            *_control(folder / "untrained", harvest, train),
+            Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(0.25,)),
+            Concepts(studies=(folder,), site=elsewhere, pictures=600, noise=(0.25,)),
         ),
     )
 
 
-def flux_schnell(folder: Path) -> Study:
-    """arXiv 2505.24360 on FLUX.1 schnell: four sites, autoencoders over k and size at the middle one, ITDA; 30.7 M tokens.
+def _neurons(harvest: Harvest, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
+    """The neurons of a block as dictionaries, of as many tokens as it takes to evaluate what nobody trains."""
+    inner = (f"{site}:neurons",)
+    return replace(harvest, sites=inner, tokens=tokens), Neurons(study=harvest.out, site=inner, k=ks)
 
-    Its activations take about 380 GB, as they are stored in int8.
+
+def _control(folder: Path, harvest: Harvest, train: Train) -> tuple[Command, ...]:
+    """What `train` learns, at its site, of a denoiser that was never trained."""
+    return (
+        replace(harvest, sites=train.site, untrained=0, out=folder),
+        replace(train, study=folder),
+        Evaluate(study=folder, effect=EFFECT),
+    )
+
+
+def flux_schnell(folder: Path) -> Study:
+    """arXiv 2505.24360 on FLUX.1 schnell: four sites, autoencoders over k and size at the middle one, ITDA, neurons.
+
+    The activations of its 30.7 M tokens take about 390 GB, as they are stored in int8.
     """
     return _flux(folder, "black-forest-labs/FLUX.1-schnell", steps=1, guidance=0.0)
 
@@ -77,24 +110,27 @@ def flux_dev(folder: Path) -> Study:
 def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
     middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
     elsewhere = tuple(site for site in sites if site != middle)
+    harvest = Harvest(
+        model=model,
+        sites=sites,
+        prompts=CAPTIONS,
+        tokens=30_720_000,
+        steps=steps,
+        pixels=(256, 256),
+        guidance=guidance,
+        dtype="int8",
+        out=folder,
+    )
     return Study(
         folder=folder,
         model=model,
         commands=(
-            Harvest(
-                model=model,
-                sites=sites,
-                prompts=CAPTIONS,
-                tokens=30_720_000,
-                steps=steps,
-                pixels=(256, 256),
-                guidance=guidance,
-                dtype="int8",
-                out=folder,
-            ),
+            Anatomy(model=model, prompts=CAPTIONS, steps=steps, pixels=(256, 256), guidance=guidance, out=folder),
+            harvest,
             Train(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
             Train(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
             *(Itda(study=folder, site=site, paper=True) for site in sites),
+            *_neurons(harvest, middle, (64,), tokens=1_000_000),
             Evaluate(study=folder),
         ),
     )
@@ -110,10 +146,11 @@ def sdxl_turbo(folder: Path) -> Study:
         folder=folder,
         model=model,
         commands=(
+            Anatomy(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
             Harvest(
                 model=model,
                 sites=sites,
-                prompts="guangyil/laion-coco-aesthetic:caption",
+                prompts=AESTHETIC,
                 tokens=38_400_000,
                 steps=1,
                 pixels=(512, 512),
