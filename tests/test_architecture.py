@@ -26,12 +26,14 @@ ARROWS: dict[str, set[str]] = {
     "store": {"records", "errors"},
     "study": {"records", "errors"},
     "book": {"records", "errors"},
+    "explanation": {"records", "errors", "book"},
     "steering": {"records", "errors", "dictionary", "store", "study"},
     "training": {"records", "errors", "ranks", "dictionary"},
     "anatomy": {"records", "errors"},
+    "report": {"records", "errors", "study", "run", "store", "dictionary", "evaluation", "concepts", "anatomy"},
     "concepts": {"records", "errors", "dictionary"},
     "evaluation": {"records", "errors", "dictionary"},
-    "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training", "evaluation", "run"},
+    "difflex": {"records", "errors", "pipeline", "miniature", "dictionary", "store", "study", "training", "evaluation", "steering", "run"},
     "commands": {
         "difflex",
         "run",
@@ -47,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "dictionary",
         "training",
         "evaluation",
+        "report",
         "ranks",
         "steering",
     },
@@ -67,16 +70,21 @@ HOMES: dict[str, set[str]] = {
     "jaxtyping": ARROWS.keys() - LIGHT,
     "einops": ARROWS.keys() - LIGHT,
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
-    "transformers": {"pipeline", "miniature", "quiet", "testing"},
+    "transformers": {"pipeline", "miniature", "explanation", "quiet", "testing"},
     "safetensors": {"pipeline", "miniature", "store", "dictionary", "steering", "training"},
-    "tqdm": {"pipeline", "miniature", "store", "training", "evaluation"},
-    "PIL": {"book", "contact", "pipeline", "miniature", "anatomy", "concepts", "steering"},
+    "tqdm": {"pipeline", "miniature", "store", "training", "evaluation", "explanation"},
+    "PIL": {"book", "contact", "pipeline", "miniature", "anatomy", "concepts", "explanation", "steering", "testing"},
+    "pydantic": {"explanation"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
+    "openai": {"explanation"},
+    "httpx2": {"explanation"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
-EXTRAS = {"bitsandbytes": "nf4", "datasets": "data"}
+EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "openai": "vlm", "httpx2": "vlm"}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex.__version__"

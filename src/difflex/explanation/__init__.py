@@ -1,0 +1,41 @@
+"""Explanation: a seeing model says what a feature is, and a judge says how true that is."""
+
+from difflex.explanation.answers import Answers
+from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, View
+from difflex.explanation.asker import Asker, Rehearsal, Terms, Unanswered
+from difflex.explanation.backend import Backend
+from difflex.explanation.endpoint import Endpoint
+from difflex.explanation.explaining import Render, Work, chosen, explain, rehearse
+from difflex.explanation.key import Key
+from difflex.explanation.known import KnownConcepts
+from difflex.explanation.local import LocalModel
+from difflex.explanation.pace import Patience
+from difflex.explanation.protocol import Protocol
+from difflex.explanation.spending import Price
+
+__all__ = [
+    "Answer",
+    "Answers",
+    "Asker",
+    "Backend",
+    "Endpoint",
+    "Explained",
+    "Instruction",
+    "Judged",
+    "Key",
+    "KnownConcepts",
+    "LocalModel",
+    "Patience",
+    "Picked",
+    "Price",
+    "Protocol",
+    "Rehearsal",
+    "Render",
+    "Terms",
+    "Unanswered",
+    "View",
+    "Work",
+    "chosen",
+    "explain",
+    "rehearse",
+]

@@ -1,0 +1,165 @@
+"""What is asked and what may be answered: pictures with something highlighted, an instruction, and the form of the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, NamedTuple, Self, TypeVar
+
+from jaxtyping import Float
+from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from difflex.explanation.words import cleaned
+from difflex.records import Shot
+
+__all__ = ["Answer", "Explained", "Instruction", "Judged", "Malformed", "Picked", "Usage", "View", "content_key", "form", "read"]
+
+DESCRIPTION, PATTERN = 300, 500
+"""Characters of an answer that are kept."""
+SHOWN_OF_ERROR = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A picture as a backend sees it: with what is highlighted in it, and where it is from."""
+
+    draw: Callable[[], Image.Image]
+    """The picture with its highlights; drawn only if somebody looks."""
+    shot: Shot
+    highlight: Float[Tensor, "row column"]
+    """How strongly each token is highlighted; 0 where it is not."""
+
+    @cached_property
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
+        file = io.BytesIO()
+        self.draw().save(file, "PNG")
+        return file.getvalue()
+
+
+class Instruction(NamedTuple):
+    """What a seeing model is told to do."""
+
+    text: str
+    explanation: str = ""
+    """The explanation that is judged, which `text` holds too; empty where none is."""
+
+
+def _line(limit: int) -> AfterValidator:
+    def line(text: str) -> str:
+        kept = cleaned(text, limit)
+        if not any(letter.isalnum() for letter in kept):
+            raise ValueError("no words in it")
+        return kept
+
+    return AfterValidator(line)
+
+
+def _share(score: float) -> float:
+    if not 0 <= score <= 1:
+        raise ValueError("not between 0 and 1")
+    return score
+
+
+def _counted(number: int) -> int:
+    if number < 1:
+        raise ValueError("pictures are counted from 1")
+    return number
+
+
+class Answer(BaseModel, ABC):
+    """What a seeing model may answer; its text is cleaned when it is read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    @abstractmethod
+    def imagined(cls) -> Self:
+        """An answer that nobody gave, for rehearsals."""
+
+
+class Explained(Answer):
+    """What is highlighted in each picture, and what that has in common."""
+
+    pattern_descriptions: Annotated[list[Annotated[str, _line(DESCRIPTION)]], Field(description="one entry for each picture")]
+    common_pattern: Annotated[str, _line(PATTERN), Field(description="what all highlighted areas have in common")]
+
+    @classmethod
+    def imagined(cls) -> Explained:
+        """As long as those of models are."""
+        return cls(
+            pattern_descriptions=["an area that stands out"], common_pattern="some pattern that is told in a line of words"
+        )
+
+
+class Judged(Answer):
+    """How well a picture's highlights fit an explanation."""
+
+    score: Annotated[float, AfterValidator(_share), Field(description="between 0 (not at all) and 1 (exactly)")]
+
+    @classmethod
+    def imagined(cls) -> Judged:
+        """Undecided."""
+        return cls(score=0.5)
+
+
+class Picked(Answer):
+    """Which of several pictures does not belong."""
+
+    picture: Annotated[int, AfterValidator(_counted), Field(description="its number, counted from 1")]
+
+    @classmethod
+    def imagined(cls) -> Picked:
+        """The first."""
+        return cls(picture=1)
+
+
+A = TypeVar("A", bound=Answer)
+
+
+class Usage(NamedTuple):
+    """What a call took."""
+
+    tokens_in: int
+    tokens_out: int
+    cost: float | None = None
+    """As the endpoint says; None where it does not."""
+
+
+class Malformed(Exception):
+    """An answer that is not of the form that was asked for; its text says why."""
+
+
+def read(text: str, schema: type[A]) -> A:
+    """The answer in `text`, which may stand in a block of code or among other words."""
+    start, end = text.find("{"), text.rfind("}")
+    if not 0 <= start < end:
+        raise Malformed(f"no JSON object in '{cleaned(text, 80)}'")
+    try:
+        return schema.model_validate_json(text[start : end + 1])
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'JSON'}: {each['msg']}" for each in error.errors())
+        raise Malformed(cleaned(told, SHOWN_OF_ERROR)) from None
+
+
+def form(schema: type[Answer]) -> dict[str, object]:
+    """The JSON schema of an answer, as strict as all endpoints can be: every key is required, no other is allowed."""
+    entries = schema.model_json_schema()
+    properties = {
+        name: {key: value for key, value in each.items() if key != "title"} for name, each in entries["properties"].items()
+    }
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+def content_key(model: str, views: Sequence[View], instruction: Instruction, schema: type[Answer]) -> str:
+    """The hash of everything that an answer depends on: who is asked, what is shown, told, and of what form the answer is."""
+    pictures = [hashlib.sha256(view.png).hexdigest() for view in views]
+    told = {"model": model, "pictures": pictures, "instruction": instruction.text, "form": form(schema)}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,262 @@
+"""`explain`: features in words, judged by a protocol and written into their book; what is there already is not done again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Literal, NamedTuple, final
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from difflex.book import Book, Condition, Example, Explanation, Judgement, Score, ShotRow, TokenMap, Usage
+from difflex.errors import BadInput
+from difflex.explanation.answers import Spent
+from difflex.explanation.asked import Explained, Judged, Picked, View
+from difflex.explanation.asker import Asker, Asking, Rehearsal, Unanswered
+from difflex.explanation.protocol import Plan, Protocol, Unfit, plan
+from difflex.explanation.scoring import scores
+from difflex.explanation.wording import to_explain, to_judge, to_pick
+
+__all__ = ["Render", "Work", "chosen", "explain", "rehearse"]
+
+Render = Callable[[ShotRow, TokenMap], Image.Image]
+"""From a shot and what a feature marks in it to the picture with highlights."""
+Role = Literal["explainer", "judge"]
+AHEAD = 2
+"""Plans made for each connection before one is needed."""
+
+
+_Keys = dict[Role, list[str]]
+"""The hashes of what was asked."""
+
+
+def _keys() -> _Keys:
+    return {"explainer": [], "judge": []}
+
+
+class Done(NamedTuple):
+    """What came of one feature."""
+
+    explanation: Explanation
+    judgements: tuple[Judgement, ...] = ()
+    scores: tuple[Score, ...] = ()
+
+
+class Work(NamedTuple):
+    """What came of explaining."""
+
+    done: tuple[int, ...]
+    """Features that were explained just now."""
+    kept: tuple[int, ...]
+    """Those that had been explained before."""
+    failed: Mapping[int, str]
+    """Those that could not be, and why; the next run tries them again."""
+
+
+def chosen(book: Book, count: int, protocol: Protocol, seed: int = 0) -> list[int]:
+    """`count` features of `book` by chance, among those that fire in as many shots as `protocol` needs; all if there are fewer.
+
+    With one seed, a larger `count` takes the same and more.
+    """
+    fit = [row.feature for row in book.features(where=[Condition("shots", ">=", protocol.needs)])]
+    random.Random(seed).shuffle(fit)
+    return fit[:count]
+
+
+def explain(
+    book: Book,
+    features: Sequence[int],
+    asker: Asker,
+    render: Render,
+    protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
+    *,
+    connections: int = 16,
+    progress: bool = True,
+) -> Work:
+    """What came of explaining `features`: each is in the book with its judgements and scores as soon as all of it is there.
+
+    Killed and called again, what was answered is not asked again. A call that cannot be sent any more, as for a budget, ends the
+    work in order: what is under way is waited for and kept.
+    """
+    kept, others = _kept(book, asker.name, protocol), _with_pictures(book)
+    todo = [feature for feature in features if feature not in kept]
+    failed: dict[int, str] = {}
+    plans = (_planned(book, feature, others, render, protocol) for feature in todo)
+    with (
+        tqdm(total=len(todo), desc="explaining", unit="feature", disable=not progress) as bar,
+        _Crew(book, asker, protocol, connections) as crew,
+    ):
+        for explanation in crew.through(plans):
+            if explanation.state == "failed":
+                failed[explanation.feature] = explanation.reason
+            bar.update()
+    explained = tuple(feature for feature in todo if feature not in failed)
+    return Work(explained, tuple(feature for feature in features if feature in kept), failed)
+
+
+def rehearse(
+    book: Book,
+    features: Sequence[int],
+    rehearsal: Rehearsal,
+    render: Render,
+    protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
+) -> None:
+    """Nothing; `rehearsal` knows what `explain` would ask."""
+    kept, others = _kept(book, rehearsal.name, protocol), _with_pictures(book)
+    for feature in features:
+        if feature not in kept:
+            _explained(rehearsal, protocol, _planned(book, feature, others, render, protocol), _keys())
+
+
+def _kept(book: Book, backend: str, protocol: Protocol) -> set[int]:
+    """The features that are explained already."""
+    same = (backend, protocol.label, "done")
+    return {each.feature for each in book.explanations() if (each.backend, each.protocol, each.state) == same}
+
+
+def _with_pictures(book: Book) -> list[int]:
+    return [row.feature for row in book.features(where=[Condition("shots", ">", 0)])]
+
+
+class _Shown(NamedTuple):
+    """A plan whose pictures are at hand."""
+
+    plan: Plan
+    views: Mapping[int, View]
+    """By the number of the example."""
+
+
+def _planned(book: Book, feature: int, others: Sequence[int], render: Render, protocol: Protocol) -> _Shown | Done:
+    try:
+        made = plan(book, feature, others, protocol)
+    except Unfit as error:
+        return _failure(feature, "", protocol, str(error))
+    rows = book.shots(example.shot for example in made.examples)
+    return _Shown(made, {example.id: _view(book, example, rows[example.shot], render) for example in made.examples})
+
+
+def _view(book: Book, example: Example, row: ShotRow, render: Render) -> View:
+    if book.about.grid is None:
+        raise BadInput(f"{book.about.dictionary} is of tokens of text, which have no place in a picture. Explain image sites.")
+    highlight = torch.zeros(book.about.grid)
+    highlight.view(-1)[list(example.map.tokens)] = torch.tensor(example.map.values)
+    return View(draw=partial(render, row, example.map), shot=row.shot, highlight=highlight)
+
+
+def _failure(feature: int, backend: str, protocol: Protocol, reason: str, found: Explained | None = None) -> Done:
+    text, descriptions = (found.common_pattern, found.pattern_descriptions) if found else ("", [])
+    return Done(
+        Explanation(
+            feature=feature,
+            backend=backend,
+            protocol=protocol.label,
+            text=text,
+            descriptions=tuple(descriptions),
+            state="failed",
+            reason=reason,
+        )
+    )
+
+
+def _explained(asking: Asking, protocol: Protocol, shown: _Shown | Done, keys: _Keys) -> Done:
+    """A feature explained and judged, or why not."""
+    if isinstance(shown, Done):
+        return Done(replace(shown.explanation, backend=asking.name))
+    (feature, examples, trials, _), views = shown.plan, shown.views
+    found = None
+    try:
+        told = to_explain(len(examples))
+        found = asking.see([views[example.id] for example in examples], told, Explained, keys["explainer"])
+        instruction = to_judge(found.common_pattern)
+        judgements = [
+            Judgement(
+                trial.example.id, trial.wanted, asking.see([views[trial.example.id]], instruction, Judged, keys["judge"]).score
+            )
+            for trial in trials
+        ]
+        figures = [*scores(judgements, protocol.seed), *_picked(asking, shown, keys)]
+    except Unanswered as error:
+        return _failure(feature, asking.name, protocol, str(error), found)
+    explanation = Explanation(
+        feature=feature,
+        backend=asking.name,
+        protocol=protocol.label,
+        text=found.common_pattern,
+        descriptions=tuple(found.pattern_descriptions),
+    )
+    return Done(explanation, tuple(judgements), tuple(figures))
+
+
+def _picked(asking: Asking, shown: _Shown, keys: _Keys) -> list[Score]:
+    """Whether the picture that does not belong is found."""
+    lineup = shown.plan.lineup
+    if lineup is None:
+        return []
+    views = [shown.views[example.id] for example in lineup.examples]
+    picked = asking.see(views, to_pick(len(views)), Picked, keys["judge"])
+    return [Score("intruder", float(picked.picture == 1 + lineup.odd), None, None, 1)]
+
+
+@final
+class _Crew:
+    """Threads that explain a feature each, while the one that made them writes the book."""
+
+    def __init__(self, book: Book, asker: Asker, protocol: Protocol, connections: int) -> None:
+        self._book, self._asker, self._protocol, self._connections = book, asker, protocol, connections
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="explaining")
+        self._under_way: dict[Future[Done], _Keys] = {}
+
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Whatever ends the work: calls under way are waited for, as they are paid for, and what they gave is kept."""
+        if kind is not None:
+            self._asker.stop()
+        self._pool.shutdown(cancel_futures=True)
+        for future, keys in self._under_way.items():
+            if future.cancelled() or future.exception() is not None:
+                self._book.use(_usage(keys, self._asker))
+                self._asker.book(keys["explainer"] + keys["judge"])
+            else:
+                self._write(future.result(), keys)
+
+    def through(self, plans: Iterator[_Shown | Done]) -> Iterator[Explanation]:
+        """The explanations, as they come, each in the book already."""
+        while True:
+            for shown in islice(plans, AHEAD * self._connections - len(self._under_way)):
+                keys = _keys()
+                self._under_way[self._pool.submit(_explained, self._asker, self._protocol, shown, keys)] = keys
+            if not self._under_way:
+                return
+            for future in wait(self._under_way, return_when=FIRST_COMPLETED).done:
+                done = future.result()
+                yield self._write(done, self._under_way.pop(future))
+
+    def _write(self, done: Done, keys: _Keys) -> Explanation:
+        self._book.explain(done.explanation, done.judgements, done.scores, _usage(keys, self._asker))
+        self._asker.book(keys["explainer"] + keys["judge"])
+        return done.explanation
+
+
+def _usage(keys: _Keys, asker: Asker) -> list[Usage]:
+    found: dict[Role, Spent] = {role: asker.spent(asked) for role, asked in keys.items()}
+    return [
+        Usage(
+            backend=asker.name,
+            role=role,
+            asked=spent.calls,
+            tokens_in=spent.tokens_in,
+            tokens_out=spent.tokens_out,
+            cost=spent.cost or None,
+            seconds=spent.seconds,
+        )
+        for role, spent in found.items()
+        if spent.calls
+    ]

@@ -1,0 +1,87 @@
+"""Known concepts as a backend: it names and judges by the truth about what is where in drawn pictures, and looks at none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, Usage, View
+from difflex.explanation.backend import Backend, Rejected, Reply
+
+__all__ = ["KnownConcepts"]
+
+SHOWN = 0.5
+"""From this share of its area on a token shows a concept; at 0 it does not; tokens between the two are left out."""
+Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
+"""From the name of a picture, rows and columns: the share of each token's area that each concept covers."""
+
+
+@final
+class KnownConcepts(Backend):
+    """The ceiling for models that see: it needs shots of pictures whose concepts are known by mask, and costs nothing."""
+
+    def __init__(self, concepts: Sequence[str], shares: Shares) -> None:
+        self._concepts = tuple(concepts)
+        self._shares = lru_cache(4096)(shares)
+
+    @property
+    def name(self) -> str:
+        """Always the same."""
+        return "known concepts"
+
+    @property
+    def is_costly(self) -> bool:
+        """No."""
+        return False
+
+    def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+        """The best concept, its share of the highlights, or the picture whose highlights show something else."""
+        if schema is Explained:
+            above = torch.stack([self._above_chance(view) for view in views])
+            each, common = above.argmax(1).tolist(), int(above.mean(0).argmax())
+            names = [self._concepts[best] for best in each]
+            answer = Explained(pattern_descriptions=names, common_pattern=self._concepts[common])
+        elif schema is Judged:
+            answer = Judged(score=self._share(views[0], self._named(instruction.explanation)))
+        elif schema is Picked:
+            answer = Picked(picture=1 + self._stranger(views))
+        else:
+            raise Rejected(f"known concepts do not answer {schema.__name__}")
+        return Reply(answer.model_dump_json(), Usage(0, 0, 0.0))
+
+    def _truth(self, view: View) -> Float[Tensor, "concept row column"]:
+        if view.shot.picture is None:
+            raise Rejected(f"nobody knows what is where in the picture of '{view.shot.prompt}'")
+        return self._shares(view.shot.picture, *view.highlight.shape)
+
+    def _above_chance(self, view: View) -> Float[Tensor, " concept"]:
+        """For each concept: how much more of the highlights than of the picture shows it; 0 for chance, 1 for all of them."""
+        truth = self._truth(view)
+        base = truth.mean((1, 2))
+        share = (truth * view.highlight).sum((1, 2)) / view.highlight.sum().clamp_min(1e-12)
+        return (share - base) / (1 - base).clamp_min(1e-6)
+
+    def _named(self, explanation: str) -> list[int]:
+        """The concepts that an explanation names."""
+        named = [i for i, name in enumerate(self._concepts) if re.search(rf"\b{re.escape(name)}s?\b", explanation, re.IGNORECASE)]
+        if not named:
+            raise Rejected("the explanation names no known concept")
+        return named
+
+    def _share(self, view: View, named: Sequence[int]) -> float:
+        """The share of the highlighted tokens, by how strongly they are, that show all `named` concepts."""
+        truth = self._truth(view)[list(named)].amin(0)
+        shown, known = truth >= SHOWN, (truth >= SHOWN) | (truth <= 0)
+        weight = (view.highlight * known).sum()
+        return float((view.highlight * shown).sum() / weight) if weight > 0 else float(truth[view.highlight > 0].mean())
+
+    def _stranger(self, views: Sequence[View]) -> int:
+        """The place of the view whose concepts agree least with those of the others."""
+        above = torch.nn.functional.normalize(torch.stack([self._above_chance(view) for view in views]), dim=1)
+        return int((above @ above.T).sum(1).argmin())

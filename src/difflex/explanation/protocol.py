@@ -1,0 +1,213 @@
+"""Protocols: which pictures of a feature are shown to whom, and which others beside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+from difflex.book import Book, Example
+from difflex.errors import BadInput
+from difflex.records import Shot
+
+__all__ = ["Lineup", "Plan", "Protocol", "Trial", "Unfit", "plan"]
+
+Name = Literal["heldout", "paper"]
+APART = 0.5
+"""Up to this share of what another feature highlights may lie where this one fires; beyond, it is no miss but the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How features are explained and judged."""
+
+    name: Name = "heldout"
+    """`paper`: that of arXiv 2505.24360, which judges the very pictures that were explained. `heldout`: judges pictures that the
+    explainer never saw, and hard negatives."""
+    shown: int = 5
+    """Pictures that the explainer sees."""
+    judged: int = 10
+    """Pictures that are judged, half of them of other features."""
+    lineup: int = 5
+    """Pictures of which one does not belong; 0 leaves that test out. `paper` knows none."""
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """What explanations are filed under: those of other settings are others."""
+        changed = [f"{each.name} {value}" for each in fields(self) if (value := getattr(self, each.name)) != each.default]
+        return " ".join([self.name, *changed[self.name != "heldout" :]])
+
+    @property
+    def needs(self) -> int:
+        """Shots in which a feature must fire."""
+        half = self.judged // 2
+        return max(self.shown, half) if self.name == "paper" else self.shown + half
+
+    def __post_init__(self) -> None:
+        if self.shown < 1 or self.judged < 2 or self.judged % 2 or self.lineup in (1, 2) or self.lineup < 0:
+            raise BadInput(
+                f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} pictures. Show 1 or more, "
+                "judge an even number, line up 3 or more, or 0 for no such test."
+            )
+
+
+class Trial(NamedTuple):
+    """An example to be judged."""
+
+    example: Example
+    """Of the feature itself, or of the one whose highlights are to be told from its own."""
+    wanted: bool
+    """Whether it is the feature's own."""
+
+
+class Lineup(NamedTuple):
+    """Examples of which one does not belong."""
+
+    examples: tuple[Example, ...]
+    odd: int
+    """Its place, from 0."""
+
+
+class Plan(NamedTuple):
+    """What is shown for one feature."""
+
+    feature: int
+    shown: tuple[Example, ...]
+    trials: tuple[Trial, ...]
+    lineup: Lineup | None
+
+    @property
+    def examples(self) -> list[Example]:
+        """All examples that are needed."""
+        return [*self.shown, *(trial.example for trial in self.trials), *(self.lineup.examples if self.lineup else ())]
+
+
+class Unfit(Exception):
+    """A feature that cannot be explained by a protocol; its text says why."""
+
+
+def plan(book: Book, feature: int, others: Sequence[int], protocol: Protocol) -> Plan:
+    """What is shown for `feature`, with negatives of `others`; by chance that the seed and the feature decide."""
+    chance = random.Random(f"{protocol.seed} {feature}")
+    own = [example for example in book.examples(feature) if example.kind != "silent"]
+    return (_paper if protocol.name == "paper" else _heldout)(book, feature, own, others, protocol, chance)
+
+
+def _paper(
+    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: Protocol, chance: random.Random
+) -> Plan:
+    half = protocol.judged // 2
+    strongest = sorted((example for example in own if example.kind == "top"), key=lambda example: -example.peak)
+    top = _distinct(book, strongest, max(protocol.shown, half))
+    if len(top) < max(protocol.shown, half):
+        raise Unfit(f"it has {len(top)} top pictures, {max(protocol.shown, half)} are needed")
+    negatives = _tops(book, feature, others, half, chance)
+    trials = [*(Trial(example, True) for example in top[:half]), *(Trial(example, False) for example in negatives)]
+    return Plan(feature, tuple(top[: protocol.shown]), tuple(trials), None)
+
+
+def _heldout(
+    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: Protocol, chance: random.Random
+) -> Plan:
+    top = [example for example in own if example.kind == "top" and example.split == "train"]
+    shown = _distinct(book, sorted(top, key=lambda example: -example.peak), protocol.shown)
+    if len(shown) < protocol.shown:
+        raise Unfit(f"it has {len(shown)} top pictures of the split 'train', {protocol.shown} are needed")
+    half = protocol.judged // 2
+    unseen = _unseen(book, own, shown, half)
+    if len(unseen) < half:
+        raise Unfit(f"it has {len(unseen)} pictures that the explainer does not see, {half} are needed to judge")
+    positives = _spread(unseen, half)
+    negatives = _negatives(book, feature, positives, others, half, chance)
+    trials = [*(Trial(example, True) for example in positives), *(Trial(example, False) for example in negatives)]
+    return Plan(feature, tuple(shown), tuple(trials), _lineup(book, feature, unseen, others, protocol.lineup, chance))
+
+
+def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collection[str] = ()) -> list[Example]:
+    """The first `count` of `examples` that are of different prompts and pictures, and none of `but`."""
+    listed = list(examples)
+    shots = book.shots(example.shot for example in listed)
+    taken: dict[str, Example] = {}
+    for example in listed:
+        content = _content_of(shots[example.shot].shot)
+        if content not in but:
+            taken.setdefault(content, example)
+    return [*taken.values()][:count]
+
+
+def _content_of(shot: Shot) -> str:
+    """What makes shots alike: a picture, or a prompt, whose seeds resemble one another."""
+    return shot.picture or shot.prompt
+
+
+def _unseen(book: Book, own: Sequence[Example], shown: Sequence[Example], least: int) -> list[Example]:
+    """The feature's examples that the explainer did not see, weakest first: held-out ones, and others where these are too few."""
+    seen = {_content_of(row.shot) for row in book.shots(example.shot for example in shown).values()}
+    chosen = _distinct(book, (example for example in own if example.split == "held-out"), len(own), seen)
+    if len(chosen) < least:
+        chosen = _distinct(book, sorted(own, key=lambda example: example.split == "train"), least, seen)
+    return sorted(chosen, key=lambda example: (example.peak, example.id))
+
+
+def _spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` of `examples`, at equal distances from the first to the last."""
+    return [examples[round(i * (len(examples) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _tops(book: Book, feature: int, others: Sequence[int], count: int, chance: random.Random) -> list[Example]:
+    """The strongest examples of `count` other features by chance."""
+    found: list[Example] = []
+    for other in chance.sample(others, len(others)):
+        if len(found) == count:
+            return found
+        if other != feature and (best := book.examples(other, "top")):
+            found.append(max(best, key=lambda example: example.peak))
+    if len(found) < count:
+        raise Unfit(f"{len(found)} other features have pictures, {count} are needed to tell it from")
+    return found
+
+
+def _negatives(
+    book: Book, feature: int, positives: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
+) -> list[Example]:
+    """Half other features' strongest examples, half near misses: as far as there are some."""
+    near = [each for each in (_nearest(book, feature), _beside(book, positives, chance)) if each is not None]
+    return [*_tops(book, feature, others, count - len(near[: count // 2]), chance), *near[: count // 2]]
+
+
+def _nearest(book: Book, feature: int) -> Example | None:
+    """The strongest example of the feature whose decoder is nearest."""
+    for neighbour in book.neighbours(feature):
+        best = book.examples(neighbour.other, "top") if neighbour.kind == "direction" else []
+        if best:
+            return max(best, key=lambda example: example.peak)
+    return None
+
+
+def _beside(book: Book, positives: Sequence[Example], chance: random.Random) -> Example | None:
+    """Another feature's example in one of the very shots of `positives`, which highlights something else there."""
+    for own in chance.sample(positives, len(positives)):
+        found = [other for other in book.examples_at(own.shot) if other.feature != own.feature and _overlap(own, other) <= APART]
+        if found:
+            return chance.choice(found)
+    return None
+
+
+def _overlap(own: Example, other: Example) -> float:
+    """The share of what `other` highlights that lies where `own` fires."""
+    fires = set(own.map.tokens)
+    shared = sum(value for token, value in zip(*other.map, strict=True) if token in fires)
+    return shared / (sum(other.map.values) or 1.0)
+
+
+def _lineup(
+    book: Book, feature: int, unseen: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
+) -> Lineup | None:
+    """Pictures of the feature and one of another; None where there are too few."""
+    if not count or len(unseen) < count - 1:
+        return None
+    odd = chance.randrange(count)
+    examples = chance.sample(unseen, count - 1)
+    return Lineup((*examples[:odd], *_tops(book, feature, others, 1, chance), *examples[odd:]), odd)
