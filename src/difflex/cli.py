@@ -39,6 +39,7 @@ VERBS = {
     "itda": Verb("grow dictionaries made of data", "difflex.commands.itda:Itda"),
     "models": Verb("list the models inside the package", "difflex.commands.models:Models"),
     "neurons": Verb("put the neurons of a block into a study as a dictionary", "difflex.commands.neurons:Neurons"),
+    "report": Verb("write a study as one page with figures", "difflex.commands.report:Report"),
     "run": Verb("run a whole study by a recipe", "difflex.recipes.command:Run"),
     "sites": Verb("list where a model can be read and written", "difflex.commands.sites:Sites"),
     "status": Verb("say how far a study is", "difflex.commands.status:Status"),

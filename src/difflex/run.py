@@ -13,7 +13,7 @@ from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.store.files import digest, locked
 from difflex.study import Command, Study
 
-__all__ = ["Entry", "Step", "diary", "run_study", "steps"]
+__all__ = ["Entry", "Step", "diary", "recipe_of", "run_study", "steps"]
 
 DIARY = "run.json"
 FORMAT = 1
@@ -44,11 +44,12 @@ class Step:
     """What was asked before and what is asked now, where the recipe has changed since."""
 
 
-def run_study(study: Study, *, until: str | None = None, tell: Callable[[str], None] = print) -> None:
+def run_study(study: Study, *, until: str | None = None, recipe: str | None = None, tell: Callable[[str], None] = print) -> None:
     """Nothing; all commands of `study` are done, or those up to the last of the verb `until`.
 
     A command that was done, and is asked again in the same words, is left out as long as nothing before it was done anew. What a
-    changed recipe makes useless is removed and made again; what is merely no longer asked for is left where it is.
+    changed recipe makes useless is removed and made again; what is merely no longer asked for is left where it is. The diary
+    keeps `recipe`, the name that the study can be run again by.
     """
     wanted = steps(study)
     last = _last(wanted, until)
@@ -65,9 +66,9 @@ def run_study(study: Study, *, until: str | None = None, tell: Callable[[str], N
             tell(f"{name}: {_why(step)}")
             entries[number] = replace(step.entry, seconds=None)
             # What comes later is struck out: were we killed now, it would have to be asked again.
-            _write(study, entries[: number + 1])
+            _write(study, entries[: number + 1], recipe)
             entries[number] = _done(study, step, tell)
-            _write(study, entries[: number + 1])
+            _write(study, entries[: number + 1], recipe)
         study.write()
 
 
@@ -104,6 +105,12 @@ def diary(folder: Path) -> list[Entry]:
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenFile(f"{path} is not the diary of a study ({error}): it is damaged. {advice}") from error
     raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
+
+
+def recipe_of(folder: Path) -> str | None:
+    """The name of the recipe that was run in `folder`; None where none was, or its function was called from Python."""
+    found = diary(folder) and json.loads((folder / DIARY).read_bytes()).get("recipe")
+    return found if isinstance(found, str) else None
 
 
 def verb_of(command: Command) -> str:
@@ -180,9 +187,9 @@ def _remove(place: Path) -> None:
         place.unlink()
 
 
-def _write(study: Study, entries: Sequence[Entry]) -> None:
+def _write(study: Study, entries: Sequence[Entry], recipe: str | None) -> None:
     path = study.folder / DIARY
     part = path.with_name(f".{DIARY}.tmp")
-    said = {"format": FORMAT, "commands": [asdict(entry) for entry in entries]}
+    said = {"format": FORMAT, "recipe": recipe, "commands": [asdict(entry) for entry in entries]}
     part.write_text(json.dumps(said, indent=1), encoding="utf-8")
     os.replace(part, path)

@@ -36,5 +36,5 @@ class Run(Command):
         if self.dry_run:
             print(table(steps(study)))
             return
-        run_study(study, until=self.until)
+        run_study(study, until=self.until, recipe=self.recipe)
         print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")

@@ -1,0 +1,48 @@
+"""`difflex report`: a study as one page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import Positional, arg
+
+from difflex.commands.words import words
+from difflex.errors import DifflexError
+from difflex.report import write_report
+from difflex.report.overview import plainly
+from difflex.run import Entry
+from difflex.study import Command, Study
+
+__all__ = ["Report"]
+
+CONTROL = "untrained"
+"""The folder in a study where recipes put that of an untrained model."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Write a study as one page that needs nothing from outside: tables, figures, claims; and a CSV file for every figure."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of the study."""
+    control: Annotated[
+        Path | None, arg(metavar="STUDY", help_behavior_hint="(default: STUDY/untrained, where recipes put it)")
+    ] = None
+    """The study of the same model untrained, whose features stand beside the others."""
+
+    def __call__(self) -> list[Path]:
+        study = Study.open(self.study)
+        inside = self.study / CONTROL
+        control = self.control or (inside if (inside / "study.json").is_file() else None)
+        paths = write_report(study, control and Study.open(control), _spelt)
+        print(f"{paths[0]}: the report; beside it {len(paths) - 1} CSV files")
+        return paths
+
+
+def _spelt(entry: Entry) -> list[str]:
+    """The words of a command; of one that this difflex does not know, its values by name."""
+    try:
+        return words(entry)
+    except DifflexError:
+        return plainly(entry)

@@ -1,0 +1,335 @@
+"""Claims of arXiv 2505.24360, each held to a rule that is written beside it and was fixed before anything was measured."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean, stdev
+from typing import Literal
+
+from difflex.evaluation import Evaluation
+from difflex.records import Site
+from difflex.report.drawing import element
+from difflex.report.facts import Facts, Judged, Measured
+from difflex.report.figures.concepts import mean_ap
+from difflex.report.figures.firing import variants
+from difflex.report.kinds import AUTOENCODERS, alike
+from difflex.report.sections import Figure, Section, Table
+from difflex.report.telling import count, number, percent
+
+__all__ = ["Claim", "claims", "judged"]
+
+Verdict = Literal["holds here", "does not hold here", "not measured"]
+Both = tuple[Measured, Evaluation]
+MOST, FEW = 0.5, 0.3
+"""More than half are most; few are what the paper calls so, fewer than 30 %."""
+TELL = 7
+"""So many comparisons are told one by one on the page; the CSV file has all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What is claimed, what would make it false, and what was found."""
+
+    name: str
+    statement: str
+    rule: str
+    """When it holds."""
+    verdict: Verdict
+    evidence: tuple[str, ...]
+    """The numbers, or which verb is missing."""
+
+
+def claims(facts: Facts) -> Section:
+    """The section of claims."""
+    listed = judged(facts)
+    marks = {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}
+    items = [
+        element(
+            "li",
+            element("p", element("span", marks[each.verdict], aria_hidden="true"), f" {each.verdict}", class_="verdict"),
+            element("h3", each.statement),
+            element("ul", *(element("li", line) for line in _first(each.evidence)), class_="evidence"),
+            element("p", element("span", "Rule "), each.rule, class_="rule"),
+            class_=f"claim {each.verdict.split()[0]}",
+            id=f"claim-{each.name}",
+        )
+        for each in listed
+    ]
+    return Section(
+        name="claims",
+        title="What the paper claims, and what is so here",
+        lead="Claims of arXiv 2505.24360 on FLUX.1, held to the numbers of this study by the rule beside each: "
+        f"{_summary(listed)}.",
+        body=element("ul", *items, class_="claims"),
+        figures=(_file(listed),),
+    )
+
+
+def _first(evidence: Sequence[str]) -> list[str]:
+    more = len(evidence) - TELL
+    return [*evidence[:TELL], *([f"and {more} more in claims.csv"] if more > 0 else [])]
+
+
+def _file(listed: Sequence[Claim]) -> Figure:
+    """The claims as a file, with all of their evidence and nothing drawn."""
+    rows = tuple((each.name, each.statement, each.verdict, line) for each in listed for line in each.evidence)
+    table = Table(("name", "claim", "verdict", "evidence"), rows)
+    return Figure(name="claims", title="", caption="All claims with all their evidence.", formula="", table=table, drawings=())
+
+
+def _summary(listed: Sequence[Claim]) -> str:
+    counted = Counter(each.verdict for each in listed)
+    told = [
+        (counted["holds here"], "so here"),
+        (counted["does not hold here"], "not so"),
+        (counted["not measured"], "not measured"),
+    ]
+    return ", ".join(f"{many} {said}" for many, said in told if many)
+
+
+def judged(facts: Facts) -> list[Claim]:
+    """Every claim with its verdict."""
+    return [
+        dead_without_normalisation(facts),
+        itda_rebuilds_better(facts),
+        better_than_neurons(facts, AUTOENCODERS, "autoencoder"),
+        better_than_neurons(facts, ("itda",), "ITDA"),
+        better_than_untrained_directions(facts),
+        better_than_untrained_model(facts),
+        norms_differ(facts),
+        spectrum_is_concentrated(facts),
+    ]
+
+
+def dead_without_normalisation(facts: Facts) -> Claim:
+    """Without normalisation most features die, with it few."""
+    groups = [[both for both in group if both[0].kind in AUTOENCODERS] for group in variants(facts.evaluated)]
+    pairs = [(bare, other) for group in groups for bare, other in product(group, group) if _bare(bare) and _centred(other)]
+    holds = all(bare[1].dead_share > MOST and other[1].dead_share < FEW for bare, other in pairs)
+    told = [
+        f"{bare[0].name}: {percent(bare[1].dead_share)} dead without, "
+        f"{percent(other[1].dead_share)} with normalisation ({other[0].normalisation})"
+        for bare, other in pairs
+    ]
+    return Claim(
+        name="normalisation",
+        statement="Without normalisation most features of an autoencoder are dead, with standardising or whitening few are.",
+        rule="At every site, kind, k and size trained both ways, more than half of the features are dead without "
+        "normalisation and fewer "
+        "than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
+        verdict=_verdict(pairs, holds),
+        evidence=_evidence(told, "difflex train STUDY --normalisation none beside the usual one, then difflex evaluate STUDY"),
+    )
+
+
+def _bare(both: Both) -> bool:
+    return both[0].normalisation == "none"
+
+
+def _centred(both: Both) -> bool:
+    """Whether its data were brought to mean 0 and deviation 1, as the claim has it."""
+    return both[0].normalisation in ("standardise", "whiten")
+
+
+def itda_rebuilds_better(facts: Facts) -> Claim:
+    """At equal size and k an ITDA has the lower FVU."""
+    normalised = [both for both in facts.evaluated if not _bare(both)]
+    itdas = [both for both in normalised if both[0].kind == "itda"]
+    found = [(itda, best) for itda in itdas if (best := _best_autoencoder(itda, normalised)) is not None]
+    pairs = [(itda, best, a, b) for itda, best in found if (a := _fvu(itda)) is not None and (b := _fvu(best)) is not None]
+    better = sum(a < b for _, _, a, b in pairs)
+    told = [f"{itda[0].name}: FVU {number(a)}; {best[0].place.label}: {number(b)}" for itda, best, a, b in pairs]
+    summary = [f"ITDA is better in {better} of {count(len(pairs), 'pair')}."] if pairs else []
+    return Claim(
+        name="itda",
+        statement="ITDA rebuilds activations better than an autoencoder of equal size.",
+        rule="Every ITDA has a lower FVU in model space than the best autoencoder at the same site, of the same k and a size "
+        "within 10 %; "
+        "only dictionaries that normalise their data.",
+        verdict=_verdict(pairs, better == len(pairs)),
+        evidence=_evidence(told, "difflex train and difflex itda at one k and size, then difflex evaluate STUDY", summary),
+    )
+
+
+def _best_autoencoder(itda: Both, among: Iterable[Both]) -> Both | None:
+    equal = [
+        both
+        for both in among
+        if both[0].kind in AUTOENCODERS
+        and both[0].place.site == itda[0].place.site
+        and both[0].k == itda[0].k
+        and alike(both[0].size, itda[0].size)
+        and _fvu(both) is not None
+    ]
+    return min(equal, key=lambda both: _fvu(both) or 0.0, default=None)
+
+
+def _fvu(both: Both) -> float | None:
+    """The FVU in model space; None where it is no number, which is no evidence either way."""
+    fvu = both[1].overall.model_space.fvu
+    return fvu if fvu is not None and math.isfinite(fvu) else None
+
+
+def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
+    """Features of some kinds match known concepts better than neurons."""
+    pairs = _pairs(facts, kinds, lambda other: other.kind == "neurons")
+    return _compared(
+        name=f"neurons-{said.lower()}",
+        statement=f"{said[0].upper()}{said[1:]} features match known concepts better than neurons do.",
+        others="the neurons of the same block",
+        pairs=pairs,
+        verb="difflex concepts STUDY, at a block that has neurons",
+    )
+
+
+def better_than_untrained_directions(facts: Facts) -> Claim:
+    """Dictionaries match known concepts better than axes that nobody trained."""
+    pairs = _pairs(facts, (*AUTOENCODERS, "itda"), lambda other: other.kind in ("pca", "random"))
+    return _compared(
+        name="axes",
+        statement="Features match known concepts better than principal axes and random directions do (not in the paper: a "
+        "control).",
+        others="the principal axes and the random directions of the same site",
+        pairs=pairs,
+        verb="difflex concepts STUDY",
+    )
+
+
+def better_than_untrained_model(facts: Facts) -> Claim:
+    """Dictionaries of the model match known concepts better than those of an untrained one."""
+    pairs = _pairs(facts, (*AUTOENCODERS, "itda"), lambda other: other.untrained)
+    return _compared(
+        name="untrained",
+        statement="Features match known concepts better than those of an untrained model do (not in the paper: a control).",
+        others="the dictionaries of the untrained model at the same site, of the same kind",
+        pairs=[(own, other) for own, other in pairs if own.kind == other.kind],
+        verb="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
+    )
+
+
+def _pairs(facts: Facts, kinds: Sequence[str], is_other: Callable[[Judged], bool]) -> list[tuple[Judged, Judged]]:
+    """Trained dictionaries of these kinds, and what stands beside each at the same block with the same k."""
+    found = []
+    for there in facts.blocks.values():
+        own = [each for each in there if each.is_trained and each.kind in kinds and each.normalisation != "none"]
+        found += [(each, other) for each, other in product(own, there) if is_other(other) and other.k == each.k]
+    return found
+
+
+def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[Judged, Judged]], verb: str) -> Claim:
+    """The claim that in each of `pairs` the first matches known concepts better."""
+    found = [(own, other, gain) for own, other in pairs if (gain := _gain(own, other)) is not None]
+    better = sum(low > 0 for _, _, (_, low, _) in found)
+    told = [f"{own.path}, {_against(own)}; {_against(other)}; difference {_signed(gain)}" for own, other, gain in found]
+    summary = [f"Better in {better} of {count(len(found), 'comparison')}."] if found else []
+    return Claim(
+        name=name,
+        statement=statement,
+        rule=f"In every comparison with {others}, at the same k, the best features' AP is higher in the mean over concepts: "
+        "the 95 % interval of "
+        "the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that normalise their data.",
+        verdict=_verdict(found, better == len(found)),
+        evidence=_evidence(told, verb, summary),
+    )
+
+
+def _gain(own: Judged, other: Judged) -> tuple[float, float, float] | None:
+    """How much higher the best features' AP is in the mean over the concepts that both have, and its 95 % interval."""
+    ours, theirs = (
+        {finding.concept: finding.best.ap.value for finding in each.matches.levels[0].findings} for each in (own, other)
+    )
+    gains = [ours[concept] - theirs[concept] for concept in ours if concept in theirs]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    if len(gains) < 2:
+        return None
+    mean, half = fmean(gains), 1.96 * stdev(gains) / math.sqrt(len(gains))
+    return mean, mean - half, mean + half
+
+
+def _signed(gain: tuple[float, float, float]) -> str:
+    mean, low, high = gain
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _against(each: Judged) -> str:
+    level = each.matches.levels[0]
+    share = level.coverage
+    detected = f"{percent(share.value)} detected ({percent(share.low)} to {percent(share.high)})"
+    return f"{each.name}: mean AP {number(mean_ap(level.findings))}, {detected}"
+
+
+def norms_differ(facts: Facts) -> Claim:
+    """Norms differ from layer to layer and from step to step."""
+    norms = facts.anatomy.norms if facts.anatomy is not None else {}
+    kept = {site: _finite(by) for site, by in norms.items() if site.kind == "residual" and len(_finite(by)) > 1}
+    streams = {stream: {site: by for site, by in kept.items() if site.stream == stream} for stream in ("image", "text")}
+    told, holds = [], True
+    for stream, by_site in streams.items():
+        if len(by_site) < 2:
+            continue
+        layers, steps = _over_layers(by_site), _over_steps(by_site)
+        holds = holds and layers >= 2 and steps >= 1.1
+        told.append(
+            f"{stream}: the largest over the smallest norm is {layers:.3g} over layers and up to {steps:.3g} over timesteps"
+        )
+    return Claim(
+        name="norms",
+        statement="The norms of activations differ between layers and between timesteps.",
+        rule="In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
+        "layer the longest "
+        "timestep's at least 1.1 times the shortest's.",
+        verdict=_verdict(told, holds),
+        evidence=_evidence(
+            told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY, at two layers and two steps or more"
+        ),
+    )
+
+
+def _finite(by_timestep: dict[float, float]) -> dict[float, float]:
+    return {timestep: norm for timestep, norm in by_timestep.items() if math.isfinite(norm) and norm > 0}
+
+
+def _over_layers(by_site: dict[Site, dict[float, float]]) -> float:
+    timesteps = {timestep for by in by_site.values() for timestep in by}
+    columns = [[by[timestep] for by in by_site.values() if timestep in by] for timestep in timesteps]
+    return max(max(column) / min(column) for column in columns)
+
+
+def _over_steps(by_site: dict[Site, dict[float, float]]) -> float:
+    return max(max(by.values()) / min(by.values()) for by in by_site.values())
+
+
+def spectrum_is_concentrated(facts: Facts) -> Claim:
+    """Few principal directions hold most of the variance."""
+    shapes = facts.anatomy.shapes if facts.anatomy is not None else {}
+    shares = {}
+    for site, shape in shapes.items():
+        few = max(len(shape.variances) // 10, 1)
+        if len(shape.variances) >= 10 and math.isfinite(shape.share(few)) and sum(shape.variances) > 0:
+            shares[site] = (few, shape)
+    told = [
+        f"{site}: {percent(shape.share(few))} of the variance in {few} of {len(shape.variances)} directions; "
+        f"90 % in {shape.components_for_90}"
+        for site, (few, shape) in shares.items()
+    ]
+    return Claim(
+        name="spectrum",
+        statement="The spectrum is concentrated: few principal directions hold most of the variance.",
+        rule="At every site measured, a tenth of the principal directions holds more than half of the variance (of a round "
+        "cloud it would "
+        "hold a tenth).",
+        verdict=_verdict(shares, all(shape.share(few) > MOST for few, shape in shares.values())),
+        evidence=_evidence(told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY"),
+    )
+
+
+def _verdict(found: object, holds: bool) -> Verdict:
+    return "not measured" if not found else "holds here" if holds else "does not hold here"
+
+
+def _evidence(told: Sequence[str], verb: str, summary: Sequence[str] = ()) -> tuple[str, ...]:
+    if not told:
+        return (f"Missing: {verb}.",)
+    return (*summary, *told)

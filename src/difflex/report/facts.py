@@ -1,0 +1,307 @@
+"""Everything a report says, read from a study once; what cannot be trusted is named and left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from difflex.anatomy import Anatomy
+from difflex.concepts import Matches
+from difflex.dictionary.files import Config, read_config
+from difflex.errors import DifflexError
+from difflex.evaluation import Evaluation
+from difflex.records import Site
+from difflex.run import Entry, diary, recipe_of
+from difflex.store import Store
+from difflex.study import Place, Study
+
+__all__ = ["Facts", "Judged", "Measured", "Stored", "read"]
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """The activations of a site."""
+
+    site: Site
+    rows: int
+    held_out: int
+    width: int
+    complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A dictionary, and what was measured of it."""
+
+    place: Place
+    kind: str
+    size: int
+    k: int
+    normalisation: str
+    """The method: `standardise`, `whiten`, `scale` or `none`."""
+    variant: str
+    """What its label says beside kind, size and k."""
+    evaluation: Evaluation | None
+    """None where there is none of what the dictionary now is."""
+
+    @property
+    def name(self) -> str:
+        """`SITE/LABEL`."""
+        return str(self.place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """The features of one method, held against known concepts."""
+
+    matches: Matches
+    kind: str
+    """Of a dictionary, or `pca`, `random`, `neurons`."""
+    normalisation: str | None
+    """Of a dictionary that was learned; None for what was not: neurons, axes."""
+    untrained: bool
+    """Whether it stands in the study of an untrained model."""
+    k: int
+
+    @property
+    def path(self) -> str:
+        """The block, whose neurons and residual are held side by side, and the stream."""
+        return str(Site(self.matches.site.path, stream=self.matches.site.stream))
+
+    @property
+    def name(self) -> str:
+        """Its label, and that it is of an untrained model where it is."""
+        return f"{self.matches.label}, untrained model" if self.untrained else self.matches.label
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a dictionary of the model studied."""
+        return self.normalisation is not None and not self.untrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a study."""
+
+    name: str
+    """Of its folder."""
+    study: Study
+    begun: datetime | None
+    """When study.json was written."""
+    latest: datetime | None
+    """When the youngest of the files that the report reads was written."""
+    diary: tuple[Entry, ...]
+    recipe: str | None
+    """Its name, where the diary keeps one."""
+    stores: tuple[Stored, ...]
+    dictionaries: tuple[Measured, ...]
+    judged: tuple[Judged, ...]
+    """Of the study itself and, where one was named, of its control; at each block only what was judged on the same pictures."""
+    anatomy: Anatomy | None
+    troubles: tuple[str, ...]
+    """What is there but cannot be shown, and why."""
+
+    @property
+    def evaluated(self) -> list[tuple[Measured, Evaluation]]:
+        """The dictionaries that have figures."""
+        return [(each, each.evaluation) for each in self.dictionaries if each.evaluation is not None]
+
+    @property
+    def blocks(self) -> dict[str, list[Judged]]:
+        """What was held against known concepts, by block."""
+        paths = dict.fromkeys(each.path for each in self.judged)
+        return {path: [each for each in self.judged if each.path == path] for path in paths}
+
+
+def read(study: Study, control: Study | None = None) -> Facts:
+    """The facts of `study`, with the matches of `control`, a study of the same model untrained, beside its own."""
+    troubles: list[str] = []
+    reading = _Reading(troubles)
+    dictionaries = tuple(each for place in study.dictionaries() if (each := reading.measured(study, place)) is not None)
+    judged = [*reading.judged(study, untrained=False), *(reading.judged(control, untrained=True) if control else ())]
+    stores = [reading.tried(lambda folder=folder: _stored(folder)) for folder in study.stores().values()]
+    anatomy = reading.anatomy(study)
+    entries = tuple(reading.tried(lambda: diary(study.folder)) or ())
+    return Facts(
+        name=study.folder.resolve().name,
+        study=study,
+        begun=_written([study.folder / "study.json"]),
+        latest=_written(_files(study)),
+        diary=entries,
+        recipe=recipe_of(study.folder) if entries else None,
+        stores=tuple(each for each in stores if each is not None),
+        dictionaries=dictionaries,
+        judged=tuple(_comparable(judged, troubles)),
+        anatomy=anatomy,
+        troubles=tuple(troubles),
+    )
+
+
+class _Reading(NamedTuple):
+    """Reads what may be broken: what cannot be read goes to the troubles."""
+
+    troubles: list[str]
+
+    def tried(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives, or None where it meets one of our own errors."""
+        try:
+            return work()
+        except (DifflexError, OSError) as error:
+            self.troubles.append(str(error))
+            return None
+
+    def measured(self, study: Study, place: Place) -> Measured | None:
+        """A dictionary, with its evaluation where that is of what the dictionary now is."""
+        folder, path = study.dictionary(*place), study.evaluation(*place)
+        config = self.tried(lambda: read_config(folder))
+        if config is None:
+            return None
+        evaluation = self.tried(lambda: Evaluation.load(path)) if path.exists() else None
+        if evaluation is not None and not self.tried(lambda of=evaluation: of.is_of(folder)):
+            self.troubles.append(
+                f"{place}: the dictionary has changed since it was evaluated. difflex evaluate measures it again."
+            )
+            evaluation = None
+        if evaluation is not None and not _is_sound(evaluation, config):
+            self.troubles.append(f"{path} holds what is no number: it is damaged. Delete it and evaluate again.")
+            evaluation = None
+        return Measured(
+            place=place,
+            kind=config.kind,
+            size=config.size,
+            k=config.k,
+            normalisation=_normalisation(config),
+            variant=place.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
+            evaluation=evaluation,
+        )
+
+    def judged(self, study: Study, untrained: bool) -> list[Judged]:
+        """The matches of a study that are of its model and of what its dictionaries now are."""
+        found = []
+        for path in sorted(study.folder.glob("concepts/*/*.json")):
+            matches = self.tried(lambda path=path: Matches.load(path))
+            name = f"concepts/{path.parent.name}/{path.name}"
+            if matches is None:
+                continue
+            said = (matches.made_from.get("model", study.model), matches.made_from.get("revision", study.revision or ""))
+            if said != (study.model, study.revision or ""):
+                self.troubles.append(f"{name} is of {said[0]} {said[1]}, not of this study. difflex concepts makes it again.")
+                continue
+            if (each := self._of(study, matches, name, untrained)) is not None:
+                found.append(each)
+        return found
+
+    def _of(self, study: Study, matches: Matches, name: str, untrained: bool) -> Judged | None:
+        kind, k = matches.label.split("-")[0], _k(matches.label)
+        folder = study.dictionary(matches.site, matches.label)
+        if "sha256" not in matches.made_from:
+            return None if untrained else Judged(matches=matches, kind=kind, normalisation=None, untrained=untrained, k=k)
+        if not (folder / "config.json").is_file():
+            self.troubles.append(f"{name} is of a dictionary that is no longer there. Delete it.")
+            return None
+        if matches.made_from["sha256"] != self.tried(lambda: _digest(folder / "dictionary.safetensors")):
+            self.troubles.append(f"{name}: the dictionary has changed since. difflex concepts holds it against concepts again.")
+            return None
+        config = self.tried(lambda: read_config(folder))
+        if config is None:
+            return None
+        learned = None if config.kind == "neurons" else _normalisation(config)
+        return Judged(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
+
+    def anatomy(self, study: Study) -> Anatomy | None:
+        """The anatomy in the study, if it is of its model."""
+        path = study.anatomy
+        anatomy = self.tried(lambda: Anatomy.load(path)) if path.exists() else None
+        if anatomy is None:
+            return None
+        wanted, found = (
+            (study.model, str(study.revision)),
+            (anatomy.model, anatomy.made_from.get("revision", str(study.revision))),
+        )
+        if found != wanted:
+            self.troubles.append(f"{path.name} is of {found[0]} {found[1]}, not of this study. difflex anatomy measures again.")
+            return None
+        return anatomy
+
+
+def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
+    """Of each block what was judged on the same pictures in the same way as most there; the others are named."""
+    kept: list[Judged] = []
+    by_path: dict[str, list[Judged]] = {}
+    for each in judged:
+        by_path.setdefault(each.path, []).append(each)
+    for path, there in by_path.items():
+        own = Counter(_settings(each) for each in there if not each.untrained)
+        if not own:
+            continue  # a control has nothing to be held against here
+        usual, _ = own.most_common(1)[0]
+        kept += [each for each in there if _settings(each) == usual]
+        troubles += [
+            f"{path}: {each.name} was held against other pictures, or in another way, than most there, and is left out of the "
+            "figures. "
+            "difflex concepts over all of them makes them alike."
+            for each in there
+            if _settings(each) != usual
+        ]
+    return kept
+
+
+def _settings(judged: Judged) -> tuple[tuple[str, str], ...]:
+    """What the figures of matches depend on beside the dictionary and the model's revision."""
+    left_out = ("sha256", "revision", "model")
+    return tuple(sorted((name, str(value)) for name, value in judged.matches.made_from.items() if name not in left_out))
+
+
+def _is_sound(evaluation: Evaluation, config: Config) -> bool:
+    """Whether all that should be a number is one (or NaN, which can be told), and the counts are of this dictionary."""
+    figures = {name: entry for name, entry in asdict(evaluation).items() if not isinstance(entry, str)}
+    whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
+    return whole and all(isinstance(each, int | float | None) for each in _leaves(figures))
+
+
+def _leaves(entry: object) -> Iterator[object]:
+    inside = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list | tuple) else None
+    if inside is None:
+        yield entry
+        return
+    for each in inside:
+        yield from _leaves(each)
+
+
+def _normalisation(config: Config) -> str:
+    said = config.settings.get("normalisation")
+    method = said.get("method") if isinstance(said, Mapping) else None
+    return method if isinstance(method, str) else "none"
+
+
+def _k(label: str) -> int:
+    """The number of active features that a label tells; 0 where it tells none."""
+    return next((int(part[1:]) for part in label.split("-") if part[:1] == "k" and part[1:].isdecimal()), 0)
+
+
+def _stored(folder: Path) -> Stored:
+    store = Store.open(folder)
+    held_out = store.count("held-out")
+    rows = store.count() + held_out
+    return Stored(site=store.site, rows=rows, held_out=held_out, width=store.width, complete=store.complete)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(study: Study) -> list[Path]:
+    patterns = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
+    return [path for pattern in (*patterns, "concepts/*/*.json") for path in study.folder.glob(pattern)]
+
+
+def _written(paths: Iterable[Path]) -> datetime | None:
+    times = [path.stat().st_mtime for path in paths if path.is_file()]
+    return datetime.fromtimestamp(max(times), UTC) if times else None

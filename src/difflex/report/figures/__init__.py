@@ -1,0 +1,1 @@
+"""Figures of a study, a file for each of its stations."""

@@ -1,0 +1,66 @@
+"""The page: sections of facts, laid out by a template, written beside the CSV files of their figures."""
+
+import base64
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from difflex.report.claims import claims
+from difflex.report.drawing import legend, script, style
+from difflex.report.facts import Facts, read
+from difflex.report.figures.anatomy import anatomy
+from difflex.report.figures.concepts import concepts
+from difflex.report.figures.firing import firing
+from difflex.report.figures.quality import quality
+from difflex.report.overview import Spell, again, overview, plainly
+from difflex.report.sections import Figure, Section
+from difflex.report.table import dictionaries
+from difflex.study import Study
+
+__all__ = ["SECTIONS", "write_report"]
+
+SECTIONS: tuple[Callable[[Facts], Section], ...] = (overview, claims, anatomy, firing, quality, concepts, dictionaries)
+"""In their order on the page; one more is a function from facts to a Section."""
+HERE = Path(__file__).parent
+
+
+def write_report(study: Study, control: Study | None = None, spell: Spell = plainly) -> list[Path]:
+    """The files of the report of `study`: the page, then the numbers of each figure.
+
+    `control` is a study of the same model untrained; `spell` knows how commands are written.
+    """
+    facts = read(study, control)
+    sections = [*(section(facts) for section in SECTIONS), again(facts, spell)]
+    figures = [figure for section in sections for figure in section.figures]
+    folder = study.folder / "report"
+    written = [_write(study.folder / "report.html", _page(facts, sections))]
+    for stale in set(folder.glob("*.csv")) - {folder / f"{figure.name}.csv" for figure in figures}:
+        stale.unlink()  # of a figure that the study no longer has
+    return [*written, *(_write(folder / f"{figure.name}.csv", figure.table.csv) for figure in figures)]
+
+
+def _page(facts: Facts, sections: list[Section]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("page.html")
+    look = style() + Markup((HERE / "page.css").read_text(encoding="utf-8"))
+    work = script() + Markup((HERE / "page.js").read_text(encoding="utf-8"))
+    return template.render(facts=facts, sections=sections, style=look, script=work, legend=legend, download=_download)
+
+
+def _download(figure: Figure) -> str:
+    """The CSV of a figure as an address that holds it."""
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
+
+
+def _write(path: Path, text: str) -> Path:
+    """`path`, which now holds `text`: all of it or, after a kill, what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+    return path
