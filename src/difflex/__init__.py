@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from difflex.evaluation import evaluate
     from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline, load
-    from difflex.records import Activations, Codes, Shot, Site
+    from difflex.records import Activations, Codes, Edit, Shot, Site
     from difflex.run import run_study
+    from difflex.steering import steer
     from difflex.store import Live, Store, record
     from difflex.study import Study
     from difflex.training import fit
@@ -23,6 +24,7 @@ HOMES = {
     "Codes": "difflex.records",
     "Dictionary": "difflex.dictionary",
     "DifflexError": "difflex.errors",
+    "Edit": "difflex.records",
     "ITDA": "difflex.dictionary",
     "Live": "difflex.store",
     "Neurons": "difflex.dictionary",
@@ -38,6 +40,7 @@ HOMES = {
     "load": "difflex.pipeline",
     "record": "difflex.store",
     "run_study": "difflex.run",
+    "steer": "difflex.steering",
 }
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "Codes",
     "Dictionary",
     "DifflexError",
+    "Edit",
     "Live",
     "Neurons",
     "Pipeline",
@@ -60,6 +64,7 @@ __all__ = [
     "load",
     "record",
     "run_study",
+    "steer",
 ]
 
 

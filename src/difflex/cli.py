@@ -33,9 +33,11 @@ class Verb(NamedTuple):
 VERBS = {
     "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.commands.anatomy:Anatomy"),
     "concepts": Verb("hold features against concepts known by mask", "difflex.commands.concepts:Concepts"),
+    "contrast": Verb("find the direction between two sets of prompts", "difflex.commands.contrast:Contrast"),
     "evaluate": Verb("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
     "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
+    "icon": Verb("draw what a feature says on its own", "difflex.commands.icon:Icon"),
     "itda": Verb("grow dictionaries made of data", "difflex.commands.itda:Itda"),
     "models": Verb("list the models inside the package", "difflex.commands.models:Models"),
     "neurons": Verb("put the neurons of a block into a study as a dictionary", "difflex.commands.neurons:Neurons"),
@@ -43,6 +45,7 @@ VERBS = {
     "run": Verb("run a whole study by a recipe", "difflex.recipes.command:Run"),
     "sites": Verb("list where a model can be read and written", "difflex.commands.sites:Sites"),
     "status": Verb("say how far a study is", "difflex.commands.status:Status"),
+    "steer": Verb("draw pictures while features are changed", "difflex.commands.steer:Steer"),
     "train": Verb("train sparse autoencoders on stored activations", "difflex.commands.train:Train"),
     "verify": Verb("compare stored activations with their checksums", "difflex.commands.verify:Verify"),
 }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, final
 
+from PIL import Image
 from tyro.conf import Positional, arg
 
 from difflex.commands.flags import Pixels, Range
@@ -11,7 +12,7 @@ from difflex.commands.opening import Opening
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
 
-__all__ = ["Generate"]
+__all__ = ["FORMATS", "Generate", "write_picture"]
 
 FORMATS = (".png", ".webp", ".jpg", ".jpeg")
 THE_MODELS_OWN = "(default: the model's own)"
@@ -57,9 +58,14 @@ class Generate(Opening):
             row_labels=[prompt or "(empty prompt)" for prompt in self.prompts],
             column_labels=[f"seed {seed}" for seed in self.seeds],
         )
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(self.out)
-        except OSError as error:
-            raise BadInput(f"--out {self.out} cannot be written: {error}. Name a file that you may write.") from error
+        write_picture(sheet, self.out)
         print(f"{len(self.prompts) * len(self.seeds)} pictures in {self.out.resolve()}")
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Nothing; the picture is in `path`, its folder made where it was missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise BadInput(f"--out {path} cannot be written: {error}. Name a file that you may write.") from error

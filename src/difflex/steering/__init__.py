@@ -5,10 +5,11 @@ from difflex.steering.editing import Features, Steering, check_maker, features_o
 from difflex.steering.maps import Maps
 from difflex.steering.regions import covered, rectangle
 from difflex.steering.scales import Scales, scales_of
-from difflex.steering.studied import Recorded, Toolbox, steer
+from difflex.steering.studied import Draw, Recorded, Toolbox, steer
 
 __all__ = [
     "Contrast",
+    "Draw",
     "Features",
     "Maps",
     "Method",

@@ -93,6 +93,8 @@ def steerings(
     their deltas are added; a replacement stands alone.
     """
     ordered = sorted(edits, key=lambda edit: edit.site)
+    for edit in ordered:
+        _check(edit)
     made = []
     for site, group in groupby(ordered, key=lambda edit: edit.site):
         here = [
@@ -141,7 +143,6 @@ class _Ready:
 
     @classmethod
     def of(cls, edit: Edit, features: Features, maps: Maps | None) -> _Ready:
-        _check(edit)
         if edit.what != "scale" and edit.unit not in features.units:
             raise BadInput(
                 f"A strength in units of {edit.unit} needs the scales of {features.told}; known: {', '.join(features.units)}."

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from difflex import __version__
 from difflex.dictionary import Dictionary, checksum
 from difflex.dictionary.files import replace_file
@@ -63,6 +65,12 @@ class Toolbox:
         dictionary = self.dictionary(place)
         check_maker(dictionary, edit.site, self.study.model, self.study.revision)
         return features_of(dictionary, edit.features, self.scales(place))
+
+    def default_strength(self, edit: Edit) -> float:
+        """The strength, in peaks, that an edit has where none is named: the least of its features' own."""
+        place, chosen = Place(edit.site, edit.dictionary or ""), torch.tensor(edit.features, dtype=torch.long)
+        self.features(edit)  # says what is wrong with them
+        return round(float(self.scales(place).default_strengths(self.dictionary(place).decoder_of(chosen), chosen).min()), 3)
 
     def _dictionary(self, place: Place) -> Dictionary:
         if place not in self.study.dictionaries():

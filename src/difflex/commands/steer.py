@@ -1,0 +1,221 @@
+"""`difflex steer`: the same pictures with a feature added, set, scaled or taken away, as one labelled grid."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, final
+
+from PIL import Image, ImageChops
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from difflex.commands.flags import Range
+from difflex.commands.generate import FORMATS, write_picture
+from difflex.commands.opening import load_studied
+from difflex.contact import contact_sheet
+from difflex.errors import BadInput
+from difflex.pipeline import Generated, Pipeline
+from difflex.records import Edit, Operation, Rectangle, Shot, Site, Source, Unit
+from difflex.steering import Maps, Recorded, Toolbox, rectangle
+from difflex.study import Command, Study
+
+__all__ = ["Steer"]
+
+AMPLIFIED = 4
+"""How much stronger a difference is shown than it is."""
+
+
+def _strengths(words: list[str]) -> tuple[float, ...]:
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+    found = re.fullmatch(rf"({number})(?::({number}):({number}))?", words[0])
+    if found and found[2] is None:
+        return (float(found[1]),)
+    if not found or float(found[3]) <= 0 or float(found[2]) < float(found[1]):
+        raise ValueError(f"'{words[0]}' is no strength. Write a number, or FIRST:LAST:STEP, both included: -2:2:0.5.")
+    first, last, step = map(float, found.groups())
+    return tuple(round(first + i * step, 6) for i in range(math.floor((last - first) / step + 1e-6) + 1))
+
+
+Strengths = Annotated[
+    tuple[float, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FIRST:LAST:STEP",
+        instance_from_str=_strengths,
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(each, float) for each in value),
+        str_from_instance=lambda value: [",".join(f"{each:g}" for each in value)],
+    ),
+]
+"""One number, or several at even distances, both ends included."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Steer(Command):
+    """Draw pictures while features of a dictionary, or a direction found by contrast, are changed; unedited ones stand first."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with a dictionary or a contrast."""
+    dictionary: Annotated[Positional[str | None], arg(metavar="DICTIONARY", help_behavior_hint="(or --contrast)")] = None
+    """SITE/LABEL, or the site alone where it has one dictionary: double.18."""
+    features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")] = ()
+    """Which features; all are changed alike."""
+    prompt: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ("",)
+    """What to draw."""
+    contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
+    """A direction that `difflex contrast` found."""
+    what: Operation = "add"
+    """Add without looking; set, scale or ablate what the feature says of the picture; let nothing else through; or transplant."""
+    strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest that is safe, at most 2 peaks)")] = None
+    """How much; several make a column each. What is ablated or transplanted has no strength."""
+    unit: Unit = "peak"
+    """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
+    region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
+    """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; a picture that is white there; or `fires`: where the features fire."""
+    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """At which denoising steps; END is left out."""
+    half: Literal["conditional", "both", "opposed"] = "conditional"
+    """Under guidance: the conditional half, both, or the unconditional one with the opposite sign."""
+    source: Annotated[str | None, arg(metavar="PROMPT", help_behavior_hint="(needed to transplant)")] = None
+    """Which generation a transplant takes the maps of the features from."""
+    source_seed: Annotated[int, arg(metavar="SEED")] = 0
+    """And its seed."""
+    source_region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
+    """Which part of it; laid onto the region, middle on middle."""
+    seeds: Range = range(1)
+    """Seeds of the noise; END is left out."""
+    run_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
+    """Denoising steps in all."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
+    """How strongly the prompt is followed."""
+    differences: FlagCreatePairsOff[bool] = False
+    """Beneath each row, how far it is from the unedited picture, four times as strong."""
+    record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: nowhere)")] = None
+    """Write the edit down, so that --replay makes the same pictures again."""
+    replay: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(instead of all of the above)")] = None
+    """Make a recorded edit again."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("steered.png")
+    """Where the grid goes: .png, .webp or .jpg."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the card only the part at work."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Take a model of the hub from the local cache alone."""
+
+    def __call__(self) -> list[Path]:
+        if self.out.suffix.lower() not in FORMATS:
+            raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
+        toolbox = Toolbox(Study.open(self.study))
+        recorded = None if self.replay is None else Recorded.load(self.replay)
+        if recorded is not None:
+            recorded.check(toolbox)
+        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
+        columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(toolbox, pipe)]
+        plain = [recorded.shot] if recorded else self._shots(pipe)
+        drawn = [self._drawn(pipe, toolbox, plain, edits) for edits in [(), *columns]]
+        write_picture(self._sheet(plain, columns, drawn), self.out)
+        written = [self.out]
+        if self.record is not None:
+            written.append(self._recorded(toolbox, plain, columns).save(self.record))
+        print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} pictures")
+        return written
+
+    def _edits(self, toolbox: Toolbox, pipe: Pipeline) -> list[Edit]:
+        """One for each strength."""
+        pixels = next(pipe.shots("")).pixels
+        place = None if self.dictionary is None else toolbox.study.named(self.dictionary)
+        if place is None and self.contrast is None:
+            raise BadInput("What to steer with was not said. Name a dictionary and a feature, or --contrast NAME.")
+        site = place.site if place is not None else toolbox.contrast(self.contrast or "").site
+        source = (
+            None
+            if self.source is None
+            else Source(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
+        )
+        edit = Edit(
+            what=self.what,
+            site=site,
+            dictionary=None if place is None else place.label,
+            features=self.features,
+            contrast=self.contrast,
+            unit=self.unit,
+            region=_region(self.region, pixels),
+            steps=None if self.steps is None else (self.steps.start, self.steps.stop),
+            half=self.half,
+            source=source,
+        )
+        if self.strength is None:
+            return [self._safe(edit, toolbox)]
+        return [replace(edit, strength=strength) for strength in self.strength]
+
+    def _safe(self, edit: Edit, toolbox: Toolbox) -> Edit:
+        """The edit at the strength that is taken where none is named."""
+        if edit.dictionary is None or self.what not in ("add", "set", "replace"):
+            return edit
+        if edit.unit != "peak":
+            raise BadInput(
+                f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
+            )
+        return replace(edit, strength=toolbox.default_strength(edit))
+
+    def _shots(self, pipe: Pipeline) -> list[Shot]:
+        shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.run_steps, keep_steps=[0], guidance=self.guidance)
+        return [replace(shot, timestep=None) for shot in shots]
+
+    def _drawn(self, pipe: Pipeline, toolbox: Toolbox, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
+        """The picture of each shot under `edits`, each transplant's source drawn as the shot is."""
+
+        def draw(source: Source, site: Site, maps: Maps) -> None:
+            with pipe.at(site, maps):
+                _generate(pipe, replace(shots[0], prompt=source.prompt, seed=source.seed))
+
+        steered = toolbox.steerings(edits, draw)
+        return [_generate(pipe, shot, steered).picture for shot in shots]
+
+    def _sheet(
+        self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], drawn: Sequence[Sequence[Image.Image]]
+    ) -> Image.Image:
+        rows, labels = [], []
+        for number, shot in enumerate(shots):
+            rows.append([column[number] for column in drawn])
+            labels.append(f"{shot.prompt or '(empty prompt)'}, seed {shot.seed}")
+            if self.differences:
+                rows.append([_difference(picture, rows[-1][0]) for picture in rows[-1]])
+                labels.append(f"differences, x {AMPLIFIED}")
+        return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_said, columns)])
+
+    def _recorded(self, toolbox: Toolbox, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]]) -> Recorded:
+        if len(shots) > 1 or len(columns) > 1:
+            raise BadInput(
+                f"One edit of one picture can be recorded; there are {len(columns)} edits and {len(shots)} pictures. Name one."
+            )
+        return Recorded(shot=shots[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
+
+
+def _generate(pipe: Pipeline, shot: Shot, edits: Sequence = ()) -> Generated:
+    return pipe.generate(shot.prompt, seed=shot.seed, steps=shot.steps, pixels=shot.pixels, guidance=shot.guidance, edits=edits)[
+        0
+    ]
+
+
+def _region(said: str | None, pixels: tuple[int, int]) -> Rectangle | str | None:
+    if said is None or said == "fires":
+        return said
+    if re.fullmatch(r"[-+\d.,\s]+", said):
+        return rectangle([float(number) for number in said.split(",") if number.strip()], pixels)
+    if not Path(said).is_file():
+        raise BadInput(f"The region {said} is no file. Write LEFT,TOP,RIGHT,BOTTOM, name a picture, or say fires.")
+    return str(Path(said).resolve())
+
+
+def _difference(picture: Image.Image, plain: Image.Image) -> Image.Image:
+    return ImageChops.difference(picture, plain).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
+
+
+def _said(edits: Sequence[Edit]) -> str:
+    return ", ".join(f"{edit.what}" if edit.what in ("ablate", "transplant") else _strength(edit) for edit in edits)
+
+
+def _strength(edit: Edit) -> str:
+    return f"{edit.what} {edit.strength:g}" + ("" if edit.what == "scale" else f" {edit.unit}")

@@ -1,0 +1,171 @@
+"""`difflex steer`, `contrast` and `icon`: from a study to grids of edited pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from difflex.cli import main
+from difflex.commands.steer import _strengths
+from difflex.dictionary import Dictionary
+from difflex.records import Site
+from difflex.steering import Contrast, Toolbox
+from difflex.study import Place, Study
+from difflex.testing import tiny_folder
+
+SITE, LABEL = "double.1", "topk-64-k4"
+PLACE = f"{SITE}/{LABEL}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of a tiny model with one dictionary."""
+    root = tmp_path_factory.mktemp("steer")
+    model = tiny_folder("flux", root / "tiny-flux", card={"pixels": [[16, 24]]})
+    (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
+    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study")]
+    assert main([*words, "--sites", SITE]) == 0
+    assert (
+        main(["train", str(root / "study"), "--site", SITE, "--k", "4", "--size", "64", "--tokens", "2000", "--batch", "64"]) == 0
+    )
+    return root / "study"
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "study"))
+
+
+@pytest.fixture(scope="module")
+def alive(made: Path) -> list[str]:
+    """The numbers of the features that fire, the liveliest first."""
+    peaks = Toolbox(Study.open(made)).scales(Place(Site(SITE), LABEL)).peaks
+    return [str(feature) for feature in peaks.argsort(descending=True).tolist() if peaks[feature] > 0]
+
+
+def steer(study: Path, *words: str) -> int:
+    return main(["steer", str(study), *words])
+
+
+def tiles(path: Path) -> list[bytes]:
+    """The pictures of a grid of one row, from left to right."""
+    with Image.open(path) as file:
+        sheet = file.convert("RGB")
+    columns = [x for x in range(sheet.width) if any(sheet.getpixel((x, sheet.height - 20)) != (255, 255, 255) for _ in (0,))]
+    starts = [x for x in columns if x - 1 not in columns]
+    return [sheet.crop((x, 0, x + 40, sheet.height)).tobytes() for x in starts[-3:]]
+
+
+def test_a_sweep_is_a_grid_with_the_unedited_picture_first_and_no_strength_like_it(study: Path, alive: list[str], tmp_path: Path):
+    out = tmp_path / "grid.png"
+    assert steer(study, SITE, *alive[:2], "--prompt", "a star", "--strength", "0:40:20", "--unit", "code", "--out", str(out)) == 0
+    nothing, some, more = tiles(out)
+    assert len({nothing, some, more}) == 3
+    assert steer(study, SITE, *alive[:2], "--prompt", "a star", "--strength", "0", "--out", str(tmp_path / "plain.png")) == 0
+    plain, unedited = tiles(tmp_path / "plain.png")[-2:]
+    below_the_titles = slice(len(plain) // 4, None)
+    assert plain[below_the_titles] == unedited[below_the_titles]
+
+
+def test_a_recorded_edit_is_replayed_to_the_pixel_and_refused_once_its_dictionary_has_changed(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    first, again, record = (tmp_path / name for name in ("first.png", "again.png", "edit.json"))
+    flags = ["--prompt", "a star", "--region", "0,0,0.5,1", "--steps", "0:1", "--strength", "9", "--record", str(record)]
+    assert steer(study, PLACE, alive[0], *flags, "--out", str(first)) == 0
+    assert steer(study, "--replay", str(record), "--out", str(again)) == 0
+    assert first.read_bytes() == again.read_bytes()
+    folder = study / "dictionaries" / SITE / LABEL
+    changed = Dictionary.load(folder)
+    changed.bias.add_(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    changed.save(folder)
+    assert steer(study, "--replay", str(record), "--out", str(again)) == 2
+    assert f"{PLACE} has changed since" in capsys.readouterr().err
+
+
+def test_a_transplant_of_a_picture_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
+    out = tmp_path / "grid.png"
+    flags = ["--what", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
+    assert steer(study, SITE, *alive, *flags) == 0
+    unedited, transplanted = tiles(out)[-2:]
+    assert unedited[len(unedited) // 4 :] == transplanted[len(unedited) // 4 :]
+
+
+def test_a_contrast_is_found_kept_taken_apart_and_steered_along(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "pairs.txt").write_text("a star\ta ring\n\na red star\ta red ring\n")
+    words = ["contrast", str(study), "star", "--site", SITE, "--pairs", str(tmp_path / "pairs.txt"), "--seeds", "0:3"]
+    assert main([*words, "--steps", "0:1", "--dictionary", SITE]) == 0
+    said = capsys.readouterr().out
+    found = Contrast.load(study / "steering" / "contrasts" / "star.safetensors")
+    assert found.pairs == 6 and found.wanted == ("a star", "a red star") and len(found.timesteps) == 1
+    assert "6 pairs" in said and "cosine" in said
+    out = tmp_path / "grid.png"
+    assert (
+        steer(study, "--contrast", "star", "--prompt", "a ring", "--strength", "-8:8:8", "--differences", "--out", str(out)) == 0
+    )
+    assert len(set(tiles(out))) == 3
+
+
+def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "icons.png"
+    assert main(["icon", str(study), SITE, *alive[:2], "--strength", "1:2:1", "--out", str(out)]) == 0
+    assert "2 features at 2 strengths" in capsys.readouterr().out and out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((SITE, "64"), "numbered 0 to 63"),
+        (("double.0", "1"), "nearest: double.1"),
+        ((), "What to steer with was not said"),
+        ((SITE,), "No feature"),
+        ((SITE, "1", "--region", "0,0,30,10"), "outside the picture of 24 x 16 pixels"),
+        ((SITE, "1", "--region", "nothing.png"), "is no file"),
+        ((SITE, "1", "--steps", "1:9"), "the run has 2"),
+        ((SITE, "1", "--contrast", "red"), "one of the two"),
+        (("--contrast", "red"), "The contrast 'red' is unknown"),
+        ((SITE, "1", "--what", "transplant"), "needs a source"),
+        ((SITE, "1", "--out", "grid.txt"), "does not name a picture file"),
+        (("--replay", "nothing.json"), "There is no nothing.json"),
+        ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one picture"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    study: Path, alive: list[str], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    words = tuple(alive[0] if word == "1" else word for word in words)
+    out = () if "--out" in words else ("--out", str(tmp_path / "x.png"))
+    assert steer(study, *words, *out) == 2
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--wanted", "a star"), "1 wanted and 0 unwanted"),
+        (("--pairs", "nothing.txt"), "cannot be read"),
+        (("--wanted", "a star", "--unwanted", "a star"), "do not differ"),
+    ],
+)
+def test_a_contrast_that_cannot_be_is_said_in_a_sentence(
+    study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["contrast", str(study), "x", "--site", SITE, *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_strengths_are_even_and_include_both_ends():
+    assert _strengths(["-2:2:0.5"]) == (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+    assert _strengths(["0.3"]) == (0.3,)
+    for no_strength in ("nan", "1:2", "2:1:1", "1:2:0"):
+        with pytest.raises(ValueError, match="is no strength"):
+            _strengths([no_strength])
+
+
+def test_a_record_is_plain_json(study: Path, alive: list[str], tmp_path: Path):
+    record = tmp_path / "edit.json"
+    assert steer(study, SITE, alive[0], "--strength", "1", "--record", str(record), "--out", str(tmp_path / "x.png")) == 0
+    said = json.loads(record.read_text())
+    assert said["format"] == 1 and said["edits"][0]["features"] == [int(alive[0])] and said["shot"]["seed"] == 0
