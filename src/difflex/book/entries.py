@@ -86,7 +86,7 @@ class ShotRow(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How often a feature takes which value; bin i holds values from 2^(i/4) up to 2^((i+1)/4)."""
+    """How often a feature takes which value: four bins of one width from each power of 2 to the next; bin 0 begins at 1."""
 
     first: int
     """The number of the first bin."""
@@ -95,7 +95,8 @@ class Histogram(NamedTuple):
     @property
     def edges(self) -> tuple[float, ...]:
         """The bounds of the bins, one more than there are counts."""
-        return tuple(2.0 ** ((self.first + i) / OCTAVE) for i in range(len(self.counts) + 1))
+        bins = (divmod(self.first + i, OCTAVE) for i in range(len(self.counts) + 1))
+        return tuple(2.0**octave * (1 + part / OCTAVE) for octave, part in bins)
 
 
 @dataclass(frozen=True, kw_only=True)

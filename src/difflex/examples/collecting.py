@@ -1,0 +1,104 @@
+"""`collect`: one pass over pictures and what a model shows of them, for several dictionaries at once, into their books."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from difflex.book import Album
+from difflex.errors import BadInput
+from difflex.examples.checkpoint import Checkpoint
+from difflex.examples.drawing import key_of
+from difflex.examples.gathering import Collecting, Gathering
+from difflex.examples.roll import Met, Roll
+from difflex.examples.writing import Subject, write
+from difflex.records import Shot
+
+__all__ = ["Draw", "Source", "collect"]
+
+Source = Callable[[int], Iterator[Met]]
+"""From how many pictures to leave out, to the batches of all others: the same ones each time."""
+Draw = Callable[[Sequence[Shot]], Sequence[Image.Image]]
+"""The pictures that the runs of shots end in."""
+AT_ONCE = 32
+"""Pictures of atoms drawn at once."""
+
+
+def collect(
+    subjects: Sequence[Subject],
+    source: Source,
+    album: Album,
+    *,
+    data: str,
+    state: Path,
+    settings: Collecting = Collecting(),  # noqa: B008 (a constant)
+    draw: Draw | None = None,
+    every: float = 60.0,
+    pictures: int | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """The books of `subjects`, made from all pictures of `source`; killed and called again, it ends with the same books.
+
+    `data` says what the source shows: what was begun from other data is not gone on with. The state of the pass is kept in the
+    file `state`, every so many seconds. `draw` makes the pictures of atoms that the source does not show.
+    """
+    wanted = {key_of(at.shot): at.shot for subject in subjects for at in subject.patches.values() if at.shot.picture is None}
+    gathered = [Gathering(subject.dictionary, settings) for subject in subjects]
+    roll = Roll(album, wanted)
+    kept = Checkpoint(path=state, asked=_asked(subjects, settings, data))
+    kept.restore(gathered, roll)
+    saved = time.monotonic()
+    with tqdm(total=pictures, initial=roll.pictures, unit=" pictures", desc="collect", disable=None if progress else True) as bar:
+        for met in source(roll.pictures):
+            _meet(met, subjects, gathered, roll)
+            bar.update(len(met.pictures))
+            if time.monotonic() - saved > every:
+                _save(kept, gathered, roll)
+                saved = time.monotonic()
+    _save(kept, gathered, roll)
+    for _ in _patched(wanted, roll, draw):
+        if time.monotonic() - saved > every:
+            _save(kept, gathered, roll)
+            saved = time.monotonic()
+    books = [write(subject, one, roll, data) for subject, one in zip(subjects, gathered, strict=True)]
+    kept.remove()
+    return books
+
+
+def _asked(subjects: Sequence[Subject], settings: Collecting, data: str) -> dict[str, object]:
+    names = {subject.name: subject.checksum for subject in subjects}
+    return {"dictionaries": names, "settings": asdict(settings), "data": data}
+
+
+def _meet(met: Met, subjects: Sequence[Subject], gathered: Sequence[Gathering], roll: Roll) -> None:
+    """Nothing; a batch of pictures is taken into account."""
+    arrivals = roll.arrive(met)
+    shown: set[int] = set()
+    for subject, one in zip(subjects, gathered, strict=True):
+        site = subject.dictionary.site
+        seen = [each for each in met.activations if each.site == site]
+        if len(seen) != arrivals.shots.shape[1] or any(len(each.shots) != len(met.pictures) for each in seen):
+            raise BadInput(f"Of {len(met.pictures)} pictures the site {site} does not show all, at every timestep.")
+        shown.update(one.meet(seen, arrivals))
+    roll.seat(met, arrivals, shown)
+
+
+def _save(kept: Checkpoint, gathered: Sequence[Gathering], roll: Roll) -> None:
+    roll.keep({number for one in gathered for number in one.shots().tolist()})
+    kept.save(gathered, roll)
+
+
+def _patched(wanted: dict[int, Shot], roll: Roll, draw: Draw | None) -> Iterator[None]:
+    """Nothing, after each batch of pictures of atoms that were not shown yet."""
+    missing = iter([key for key in wanted if key not in roll.patches] if draw else [])
+    while keys := list(islice(missing, AT_ONCE)):
+        assert draw is not None
+        for key, picture in zip(keys, draw([wanted[key] for key in keys]), strict=True):
+            roll.patches[key] = roll.file(picture)
+        yield

@@ -1,0 +1,111 @@
+"""Who was met: the shots and pictures that some feature shows, by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import NamedTuple, final
+
+import torch
+from PIL import Image
+
+from difflex.book import Album, Filed
+from difflex.examples.drawing import key_of
+from difflex.examples.firing import Arrivals
+from difflex.records import Activations, Shot, Split
+
+__all__ = ["Met", "Roll", "Seat"]
+
+
+class Met(NamedTuple):
+    """Pictures, and what a model shows on the way to them, or at them: a batch of what is collected from."""
+
+    pictures: Sequence[Image.Image]
+    activations: Sequence[Activations]
+    """Each of all these pictures, in their order, at one site and timestep; the same timesteps at each site."""
+
+
+class Seat(NamedTuple):
+    """A shot, and the file of its picture."""
+
+    shot: Shot
+    filed: Filed
+
+
+@final
+class Roll:
+    """The shots that are shown, out of all that were met."""
+
+    def __init__(self, album: Album, wanted: Collection[int] = ()) -> None:
+        """A roll of nobody; `wanted` are the keys of runs whose pictures are kept whoever shows them."""
+        self.album = album
+        self.seats: dict[int, Seat] = {}
+        self.patches: dict[int, Filed] = {}
+        """The pictures of wanted runs, by key."""
+        self.pictures = 0
+        self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
+        """How many were met."""
+        self._made: set[str] = set()
+        self._wanted = frozenset(wanted)
+
+    def arrive(self, met: Met) -> Arrivals:
+        """The pictures of a batch, numbered."""
+        first = met.activations[0]
+        steps = sum(each.site == first.site for each in met.activations)
+        start = sum(self.shots.values())
+        count = len(met.pictures)
+        self.pictures += count
+        for shot in first.shots:
+            self.shots[shot.split] += steps
+        return Arrivals(
+            shots=torch.arange(start, start + count * steps).view(count, steps),
+            keys=torch.tensor([key_of(shot) for shot in first.shots]),
+            held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
+        )
+
+    def seat(self, met: Met, arrivals: Arrivals, shown: Collection[int]) -> None:
+        """Nothing; the pictures `shown`, and those of wanted runs, are in the album, and their shots known."""
+        first = met.activations[0].site
+        steps = [each.shots for each in met.activations if each.site == first]
+        keys = arrivals.keys.tolist()
+        for place in sorted({*shown, *(place for place, key in enumerate(keys) if key in self._wanted)}):
+            filed = self.file(met.pictures[place])
+            if keys[place] in self._wanted:
+                self.patches[keys[place]] = filed
+            if place in shown:
+                numbers = arrivals.shots[place].tolist()
+                self.seats |= {number: Seat(shots[place], filed) for number, shots in zip(numbers, steps, strict=True)}
+
+    def file(self, picture: Image.Image) -> Filed:
+        """Where a picture is in the album."""
+        filed, is_new = self.album.file(picture)
+        if is_new:
+            self._made.add(filed.file)
+        return filed
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Nothing; of all shots those of these numbers alone are still known. Pictures that nobody shows are not kept either."""
+        self.seats = {number: self.seats[number] for number in sorted(numbers)}
+        shown = {seat.filed.file for seat in self.seats.values()} | {filed.file for filed in self.patches.values()}
+        for file in self._made - shown:
+            self.album.remove(file)
+        self._made &= shown
+
+    def told(self) -> bytes:
+        """The roll as lines of JSON."""
+        head = {"pictures": self.pictures, "shots": self.shots, "made": sorted(self._made)}
+        seats = ([number, *seat.filed, asdict(seat.shot)] for number, seat in self.seats.items())
+        patches = ([key, *filed] for key, filed in self.patches.items())
+        return "\n".join(json.dumps(each) for each in [{**head, "patches": len(self.patches)}, *patches, *seats]).encode()
+
+    def restore(self, told: bytes) -> None:
+        """Nothing; the roll is the one that was `told`."""
+        head, *lines = [json.loads(line) for line in told.decode().split("\n")]
+        self.pictures, self.shots, self._made = head["pictures"], head["shots"], set(head["made"])
+        self.patches = {key: Filed(*filed) for key, *filed in lines[: head["patches"]]}
+        self.seats = {number: Seat(_shot(shot), Filed(*filed)) for number, *filed, shot in lines[head["patches"] :]}
+
+
+def _shot(entries: dict) -> Shot:
+    return Shot(**{**entries, "pixels": tuple(entries["pixels"])})
