@@ -277,3 +277,15 @@ def test_pictures_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path
         next(flux.harvest_pictures([], noise=1.5, sites="double.1", progress=False))
     with pytest.raises(BadInput, match="more pictures than prompts"):
         next(flux.harvest_pictures([Image.new("RGB", (32, 32))], noise=0.5, sites="double.1", prompts=[], progress=False))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_run_that_is_finished_shows_what_a_harvest_does_and_ends_in_its_picture(pipe: Pipeline, guidance: float):
+    site, shots = middle(pipe), list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
+    plain = by_shot([*pipe.harvest(shots, site, batch=2, progress=False)])
+    finished = [*pipe.harvest_and_finish(shots, site, batch=2)]
+    seen = by_shot([activations for batch in finished for activations in batch.activations])
+    assert seen.keys() == plain.keys() and all(torch.equal(seen[key], plain[key]) for key in plain)
+    assert [len(batch.pictures) for batch in finished] == [2, 1]
+    [alone] = pipe.generate(PROMPTS[2], steps=2, guidance=guidance)
+    assert finished[1].pictures[0].tobytes() == alone.picture.tobytes()

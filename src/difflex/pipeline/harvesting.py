@@ -1,13 +1,14 @@
-"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed."""
+"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed, or ends in pictures."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from difflex.pipeline.hooks import Visit, visiting
 from difflex.pipeline.sites import Located
 from difflex.records import Activations, Moment, Shot, Site
 
-__all__ = ["Pass", "Seen", "collect", "harvest", "runs", "yielded"]
+__all__ = ["Finished", "Pass", "Seen", "collect", "finish", "harvest", "runs", "yielded"]
 
 
 class Seen(NamedTuple):
@@ -34,6 +35,14 @@ class Pass(NamedTuple):
     """Without a timestep."""
     timesteps: tuple[float, ...]
     """In the order of the shots that asked for them."""
+
+
+class Finished(NamedTuple):
+    """Pictures, and what was seen on the way to them."""
+
+    pictures: tuple[Image.Image, ...]
+    activations: tuple[Activations, ...]
+    """Of all these pictures, at each kept step and site."""
 
 
 Found = dict[tuple[float, Site], Seen]
@@ -56,6 +65,22 @@ def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], bat
             yield from yielded(engine, [each.shot for each in passes], found, sites)
 
 
+def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batch: int) -> Iterator[Finished]:
+    """The pictures that the runs of `shots` end in, and the activations of `sites` at the kept steps, batch by batch."""
+
+    def work(passes: Sequence[Pass]) -> tuple[Found, tuple[Image.Image, ...]]:
+        shots, found = [each.shot for each in passes], Found()
+        with _watched(engine, shots, passes[0].timesteps, sites, found, to_the_end=True):
+            pictures = engine.run(shots)
+        assert isinstance(pictures, list)
+        return found, tuple(pictures)
+
+    if not sites:
+        raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
+    for passes, (found, pictures) in runs(engine, shots, batch, work):
+        yield Finished(pictures, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
+
+
 def runs(
     engine: Engine, shots: Iterable[Shot], batch: int, work: Callable[[Sequence[Pass]], Result]
 ) -> Iterator[tuple[Sequence[Pass], Result]]:
@@ -74,6 +99,21 @@ def collect(
 ) -> Found:
     """What one run shows at `sites` at the kept `timesteps`; it stops as soon as everything is seen."""
     found: Found = {}
+    with _watched(engine, shots, timesteps, sites, found):
+        engine.run(shots, timestep, **extra)
+    return found
+
+
+@contextmanager
+def _watched(
+    engine: Engine,
+    shots: Sequence[Shot],
+    timesteps: Sequence[float],
+    sites: Sequence[Located],
+    found: Found,
+    to_the_end: bool = False,
+) -> Iterator[None]:
+    """A block in which a run of `shots` fills `found`, and is stopped by that unless it is to go `to_the_end`."""
 
     def looking(site: Site) -> Visit:
         def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
@@ -84,7 +124,7 @@ def collect(
                 return
             # A copy: the model may go on to write into its own tensor, and a view would keep the other stream alive.
             found[moment.timestep, site] = Seen(x.clone(memory_format=torch.contiguous_format), moment.grid)
-            if len(found) == len(timesteps) * len(sites):
+            if len(found) == len(timesteps) * len(sites) and not to_the_end:
                 raise Stop
 
         return look
@@ -92,13 +132,12 @@ def collect(
     with ExitStack() as stack:
         for located in sites:
             stack.enter_context(visiting(engine.clock, located, looking(located.site)))
-        engine.run(shots, timestep, **extra)
+        yield
     missing = [located for located in sites for kept in timesteps if (kept, located.site) not in found]
     if missing:
         raise DifflexError(
             f"The site '{missing[0].site}' was not met: the pipeline never called {missing[0].path} at the step asked."
         )
-    return found
 
 
 def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence[Located]) -> Iterator[Activations]:

@@ -7,17 +7,20 @@ from itertools import repeat
 from pathlib import Path
 from typing import cast, final
 
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.pipeline.clock import check_half
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.generation import Generated, check_batch, check_size, warn_of_unknown_words
-from difflex.pipeline.harvesting import harvest
+from difflex.pipeline.harvesting import Finished, finish, harvest
 from difflex.pipeline.hooks import Visit, on_copies, visiting
 from difflex.pipeline.loading import Precision, Source
-from difflex.pipeline.pictures import Picture, harvest_pictures
+from difflex.pipeline.pictures import Picture, harvest_pictures, losses
 from difflex.pipeline.predicting import pictures, predictions
 from difflex.pipeline.sites import Located, SiteRow
 from difflex.pipeline.table import site_rows
@@ -127,6 +130,16 @@ class Pipeline:
         check_batch(batch)
         return harvest(self.engine, shots, self._located(sites), batch, progress)
 
+    def harvest_and_finish(
+        self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16
+    ) -> Iterator[Finished]:
+        """The pictures that the runs of `shots` end in, and the activations of `sites` on the way, batch by batch.
+
+        A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
+        """
+        check_batch(batch)
+        return finish(self.engine, shots, self._located(sites), batch)
+
     def harvest_pictures(
         self,
         pictures: Picture | Iterable[Picture],
@@ -149,6 +162,23 @@ class Pipeline:
         prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
         called = [names] if isinstance(names, str) else names or repeat(None)
         return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, called, seed, batch, progress)
+
+    def losses(
+        self,
+        pictures: Iterable[Picture],
+        noise: float | Sequence[float],
+        prompts: str | Iterable[str] = "",
+        seed: int = 0,
+        batch: int = 16,
+    ) -> Float[Tensor, "picture level"]:
+        """How far the model is from what it was trained to say of each picture at each level of noise: mean squared errors.
+
+        The more a picture looks like those it was trained on, the smaller. Picture i is noised by the seed `seed + i`.
+        """
+        check_batch(batch)
+        prompts = repeat(prompts) if isinstance(prompts, str) else prompts
+        plain = self._plain(1, None, None, check=False)
+        return torch.cat(list(losses(self.engine, plain, pictures, noise, prompts, seed, batch)))
 
     def predictions(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
