@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 import difflex
@@ -150,3 +152,30 @@ def test_mini_flux_predicts_and_draws_under_edits():
     for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.pictures(shots, "double.1", EDITS)]:
         assert torch.equal(outcome.edited["put back"], outcome.plain)
         assert not torch.equal(outcome.edited["halved"], outcome.plain)
+
+
+def test_the_loss_of_a_picture_is_the_error_of_what_the_model_says_of_it(flux: Pipeline):
+    """By hand: at pure noise the input is the noise alone, and the target noise - picture."""
+    colours = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    found = flux.losses(colours, [0.3, 1.0], prompts="a star", seed=4)
+    assert found.shape == (2, 2) and torch.isfinite(found).all()
+    alone = flux.losses(colours[1:], 1.0, prompts="a star", seed=5)
+    torch.testing.assert_close(alone[0, 0], found[1, 1])
+    vae = flux.diffusers.components["vae"]
+    pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    with torch.no_grad():
+        latents = (vae.encode(pixels).latent_dist.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(4))
+    shot = next(flux.shots("a star", seeds=[4], steps=1, pixels=(32, 32), guidance=1.0))
+    [outcome] = flux.predictions([shot], middle(flux), {})
+    target = rearrange(noise[None] - latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    assert shot.timestep == 1000.0  # the run begins with the same noise
+    torch.testing.assert_close((outcome.plain.float() - target).square().mean(), found[0, 1])
+
+
+def test_every_family_can_say_how_well_it_foretells_a_picture(pipe: Pipeline):
+    pictures = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
+    found = pipe.losses(pictures, [0.2, 0.7])
+    assert found.shape == (2, 2) and (found > 0).all() and torch.isfinite(found).all()
+    with pytest.raises(BadInput, match="between 0"):
+        pipe.losses(pictures, 1.5)

@@ -1,10 +1,10 @@
-"""Activations at given pictures, noised to a given level: this is how known masks meet activations."""
+"""Given pictures, noised to a given level: their activations, where known masks meet them, and how well they are foretold."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.pipeline.engine import Engine
+from difflex.pipeline.engine import Engine, Stop
 from difflex.pipeline.generation import check_size
 from difflex.pipeline.harvesting import collect, yielded
+from difflex.pipeline.predicting import prediction
 from difflex.pipeline.sites import Located
 from difflex.records import Activations, Shot, split_of
 
-__all__ = ["Picture", "harvest_pictures"]
+__all__ = ["Picture", "harvest_pictures", "losses"]
 
 Picture = Image.Image | Path | str
 
@@ -54,10 +55,7 @@ def harvest_pictures(
             f"{type(engine.diffusers).__name__} has no row in the table of families: how it takes in a picture is not known. "
             "Harvest it from prompts."
         )
-    levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
-    for level in levels:
-        if not 0 <= level <= 1:
-            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the picture) and 1 (pure noise).")
+    levels = _levels(noise)
     # Two halves would be two passes for one picture.
     plain = replace(plain, guidance=1.0) if engine.is_guided(plain.guidance) else plain
     asked = _given(engine, plain, pictures, prompts, names, seed)
@@ -68,6 +66,83 @@ def harvest_pictures(
                 for activations in _at_level(engine, alike, latents, level, sites, batch):
                     bar.update(activations.values.shape[:2].numel() * (activations.site == sites[0].site))
                     yield activations
+
+
+def losses(
+    engine: Engine,
+    plain: Shot,
+    pictures: Iterable[Picture],
+    noise: float | Sequence[float],
+    prompts: Iterable[str],
+    seed: int,
+    batch: int,
+) -> Iterator[Float[Tensor, "picture level"]]:
+    """How far the denoiser is from what it was trained to say of each picture at each level: mean squared errors.
+
+    For each batch of one size.
+    """
+    levels = _levels(noise)
+    for alike in _by_size(_given(engine, replace(plain, guidance=1.0), pictures, prompts, repeat(None), seed), batch):
+        latents = torch.cat([latents for _, latents in engine.batches(lambda part: _encode(engine, part), alike, batch)])
+        yield torch.stack([_losses_at(engine, alike, latents, level, batch) for level in levels], dim=1)
+
+
+def _losses_at(engine: Engine, given: Sequence[Given], latents: Tensor, level: float, batch: int) -> Float[Tensor, " picture"]:
+    noise = _noises(given, latents)
+    noised, timestep = _noised(engine, latents, noise, level)
+
+    def work(rows: Sequence[int]) -> Tensor:
+        return _answer(engine, [given[row].shot for row in rows], noised[list(rows)], timestep)
+
+    answers = torch.cat([part for _, part in engine.batches(work, range(len(given)), batch, shared=True)])
+    target = _layout(engine, _target(engine, latents, noise, level))
+    return (answers.float() - target.float()).square().flatten(1).mean(1).cpu()
+
+
+def _levels(noise: float | Sequence[float]) -> list[float]:
+    levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
+    for level in levels:
+        if not 0 <= level <= 1:
+            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the picture) and 1 (pure noise).")
+    return levels
+
+
+def _answer(engine: Engine, shots: Sequence[Shot], noised: Tensor, timestep: float) -> Float[Tensor, "shot ..."]:
+    """What the denoiser says of noised latents."""
+    said: list[Tensor] = []
+
+    def answered(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        said.append(prediction(engine, engine.clock.call, output))
+        raise Stop
+
+    with _entering(engine, _layout(engine, noised), timestep), engine.clock.watching():
+        handle = engine.denoiser.register_forward_hook(answered)
+        try:
+            engine.run(shots, timestep)
+        finally:
+            handle.remove()
+    return said[0]
+
+
+def _target(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> Tensor:
+    """What the denoiser was trained to say."""
+    if engine.family.flow:
+        return noise - latents
+    scheduler = engine.diffusers.components["scheduler"]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return latents
+    share = float(scheduler.alphas_cumprod[round(level * (len(scheduler.alphas_cumprod) - 1))])
+    return share**0.5 * noise - (1 - share) ** 0.5 * latents
+
+
+def _noises(given: Sequence[Given], latents: Tensor) -> Tensor:
+    """The noise of each shot's seed."""
+    return torch.stack(
+        [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(one.shot.seed)) for one in given]
+    ).to(latents)
 
 
 def _given(
@@ -115,10 +190,7 @@ def _by_size(asked: Iterable[Given], batch: int) -> Iterator[list[Given]]:
 def _at_level(
     engine: Engine, given: Sequence[Given], latents: Tensor, level: float, sites: Sequence[Located], batch: int
 ) -> Iterator[Activations]:
-    noise = torch.stack(
-        [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(one.shot.seed)) for one in given]
-    ).to(latents)
-    noised, timestep = _noised(engine, latents, noise, level)
+    noised, timestep = _noised(engine, latents, _noises(given, latents), level)
 
     def work(rows: Sequence[int]):
         shots = [replace(given[row].shot, noise=level) for row in rows]

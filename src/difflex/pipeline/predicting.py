@@ -14,7 +14,7 @@ from difflex.pipeline.hooks import Visit, on_copies, visiting
 from difflex.pipeline.sites import Located
 from difflex.records import Outcomes, Shot
 
-__all__ = ["pictures", "predictions"]
+__all__ = ["pictures", "prediction", "predictions"]
 
 Edits = Mapping[str, Visit]
 
@@ -70,11 +70,11 @@ def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Ed
         try:
             for name, fn in edits.items():
                 with visiting(engine.clock, located, on_copies(fn), "conditional"):
-                    edited[name] = _prediction(engine, call, module(*args, **kwargs))
+                    edited[name] = prediction(engine, call, module(*args, **kwargs))
         finally:
             asking = False
         here = tuple(replace(shot, timestep=call.timestep) for shot in shots)
-        found[call.timestep] = Outcomes(here, _prediction(engine, call, output), edited)
+        found[call.timestep] = Outcomes(here, prediction(engine, call, output), edited)
         if len(found) == len(timesteps):
             raise Stop
 
@@ -89,7 +89,7 @@ def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Ed
     return [found[timestep] for timestep in sorted(found, reverse=True)]
 
 
-def _prediction(engine: Engine, call: Call, output: object) -> Float[Tensor, "shot ..."]:
+def prediction(engine: Engine, call: Call, output: object) -> Float[Tensor, "shot ..."]:
     """What the denoiser predicts for the conditional half, without the variances that some predict beside it."""
     whole = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
     assert isinstance(whole, Tensor)
