@@ -23,6 +23,8 @@ from difflex.study import Place, Study
 __all__ = ["Facts", "Judged", "Measured", "Stored", "read"]
 
 T = TypeVar("T")
+WORDS = ("difflex", "dictionary", "checksum", "data")
+"""What of an evaluation is no number."""
 
 
 class Stored(NamedTuple):
@@ -260,7 +262,7 @@ def _settings(judged: Judged) -> tuple[tuple[str, str], ...]:
 
 def _is_sound(evaluation: Evaluation, config: Config) -> bool:
     """Whether all that should be a number is one (or NaN, which can be told), and the counts are of this dictionary."""
-    figures = {name: entry for name, entry in asdict(evaluation).items() if not isinstance(entry, str)}
+    figures = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
     whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
     return whole and all(isinstance(each, int | float | None) for each in _leaves(figures))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from difflex.report.drawing.elements import Drawing, element
+from difflex.report.drawing.elements import WIDTH, Drawing, element
 from difflex.report.drawing.heat import Cell, HeatMap, Strips, heat_map, ramp, strips
 from difflex.report.drawing.legend import Key, legend
-from difflex.report.drawing.plots import WIDTH, Curve, Look, Mark, Plot, plot
+from difflex.report.drawing.plots import Curve, Look, Mark, Plot, plot
 from difflex.report.drawing.rows import Entry, Row, Rows, rows
 from difflex.report.drawing.scales import Axis, Tick
 

@@ -3,7 +3,7 @@
   const tip = document.createElement("div");
   tip.id = "tip"; tip.hidden = true; tip.setAttribute("role", "status");
   document.body.append(tip);
-  let told = null;
+  let told = null, last = null;
 
   const quiet = () => {
     if (told) told.classList.remove("told");
@@ -12,7 +12,7 @@
   const tell = (mark) => {
     if (mark === told) return;
     quiet();
-    told = mark; mark.classList.add("told");
+    told = last = mark; mark.classList.add("told");
     tip.textContent = mark.dataset.tip; tip.hidden = false;
     const at = mark.getBoundingClientRect(), own = tip.getBoundingClientRect(), edge = document.documentElement.clientWidth;
     const left = Math.min(Math.max(at.x + at.width / 2 - own.width / 2, 8), edge - own.width - 8);
@@ -46,7 +46,7 @@
       const marks = shown(svg);
       if (!step || !marks.length) return;
       event.preventDefault();
-      const now = marks.indexOf(told);
+      const now = marks.indexOf(last);
       tell(marks[(now + (now < 0 && step < 0 ? 0 : step) + marks.length) % marks.length]);
     });
   }

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-__all__ = ["LETTERS", "Drawing", "element", "shortened", "svg", "text", "wide"]
+__all__ = ["LETTERS", "WIDTH", "Drawing", "element", "heading", "shortened", "svg", "text", "wide"]
 
+WIDTH = 400.0
+"""Of a drawing, in its own units: about what it measures on a phone."""
 LETTERS = 12.0
 """Size of all letters, in the units of a drawing."""
 NARROW, BROAD = set("iljtfrI.,:;|!'()[]/ -"), set("mwMW@%+<>=\N{EN DASH}\N{MULTIPLICATION SIGN}\N{INFINITY}")
@@ -39,6 +41,11 @@ def svg(size: tuple[float, float], title: str, description: str, *inside: str) -
 def text(x: float, y: float, words: str, anchor: str = "start", kind: str | None = None) -> Markup:
     """A line of text whose base begins, ends or is centred at a point."""
     return element("text", words, x=x, y=y, text_anchor=anchor, class_=kind)
+
+
+def heading(words: str) -> Markup:
+    """The title of a drawing, at its top; it is bold, and so a little wider than other text."""
+    return text(0, LETTERS, shortened(words, WIDTH, LETTERS * 1.08), kind="heading")
 
 
 def wide(words: str, letters: float = LETTERS) -> float:

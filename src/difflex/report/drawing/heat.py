@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from difflex.report.drawing.elements import LETTERS, Drawing, element, shortened, svg, text, wide
-from difflex.report.drawing.plots import WIDTH
+from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, shortened, svg, text, wide
 
 __all__ = ["Cell", "HeatMap", "Strips", "heat_map", "ramp", "strength", "strips"]
 
@@ -75,7 +74,7 @@ def heat_map(asked: HeatMap) -> Drawing:
     step = (WIDTH - left) / max(len(asked.columns), 1)
     line = min(LINE, max(step, 14.0))
     height = TOP + line * len(asked.rows) + FOOT
-    made = [text(0, LETTERS, asked.title, kind="heading")]
+    made = [heading(asked.title)]
     for number, (name, cells) in enumerate(zip(asked.rows, asked.cells, strict=True)):
         top = TOP + line * number
         made.append(text(left - 8, top + line / 2 + 4, shortened(name, left - 8), "end", "name"))
@@ -89,7 +88,7 @@ def strips(asked: Strips) -> Drawing:
     """`asked` as a drawing."""
     line, count = 34.0, max(map(len, asked.cells), default=1)
     step, height = WIDTH / count, TOP + 34.0 * len(asked.names) + FOOT
-    made = [text(0, LETTERS, asked.title, kind="heading")]
+    made = [heading(asked.title)]
     for number, (name, note, cells) in enumerate(zip(asked.names, asked.notes, asked.cells, strict=True)):
         top = TOP + line * number
         made.append(text(0, top + 12, shortened(name, WIDTH - wide(note) - 12), kind="name"))

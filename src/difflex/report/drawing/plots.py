@@ -8,13 +8,11 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from difflex.report.drawing.elements import LETTERS, Drawing, element, svg, text, wide
+from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, svg, text, wide
 from difflex.report.drawing.scales import Axis, Scale, scaled
 
-__all__ = ["MARKERS", "WIDTH", "Curve", "Look", "Mark", "Plot", "marker", "plot"]
+__all__ = ["MARKERS", "Curve", "Look", "Mark", "Plot", "marker", "plot"]
 
-WIDTH = 400.0
-"""Of a panel, in units of the drawing: about what it measures on a phone."""
 HEIGHT = 250.0
 TOP, RIGHT, BOTTOM = 30.0, 14.0, 46.0
 Marker = Literal["circle", "diamond", "square", "triangle", "cross", "wedge", "ring", "none"]
@@ -91,8 +89,7 @@ def plot(asked: Plot, height: float = HEIGHT) -> Drawing:
     left = 10 + max((wide(tick.label) for tick in y.ticks(across=False)), default=0)
     x = scaled(asked.x, [mark.x for mark in there], left, WIDTH - RIGHT)
     inside = [*_frame(asked.title, x, y, height), *(_curve(curve, x, y) for curve in asked.curves)]
-    heading = text(0, LETTERS, asked.title, kind="heading")
-    return Drawing(svg((WIDTH, height), asked.title, asked.description, heading, *inside), len(marks) - len(there))
+    return Drawing(svg((WIDTH, height), asked.title, asked.description, heading(asked.title), *inside), len(marks) - len(there))
 
 
 def marker(look: Look, x: float, y: float, size: float = 4.6, **attributes: str | float | None) -> Markup:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from difflex.report.drawing.elements import LETTERS, Drawing, element, shortened, svg, text, wide
-from difflex.report.drawing.plots import WIDTH, Look, Mark, marker
+from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, shortened, svg, text, wide
+from difflex.report.drawing.plots import Look, Mark, marker
 from difflex.report.drawing.scales import Axis, Scale, scaled
 
 __all__ = ["Entry", "Row", "Rows", "rows"]
@@ -55,7 +55,7 @@ def rows(asked: Rows) -> Drawing:
     bounds = [bound for mark in there for bound in (mark.x, mark.low, mark.high) if bound is not None]
     height = TOP + ROW * len(asked.rows) + FOOT
     x = scaled(asked.x, bounds, EDGE, WIDTH - EDGE)
-    made: list[Markup] = [text(0, LETTERS, asked.title, kind="heading"), *_axis(x, height)]
+    made: list[Markup] = [heading(asked.title), *_axis(x, height)]
     for number, row in enumerate(asked.rows):
         made += _row(row, x, TOP + ROW * number)
     return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), len(marks) - len(there))

@@ -1,0 +1,199 @@
+"""A study made by hand: records with known numbers where its stations would have put them, without any model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from difflex.anatomy import Anatomy, Shape
+from difflex.concepts import Concept, Detector, Features, Finding, Interval, Level, Matches
+from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced, checksum
+from difflex.records import Site
+from difflex.study import Place, Study
+
+CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
+TIMESTEPS = (1000.0, 500.0)
+
+
+def begun(folder: Path, model: str = "mini-flux", revision: str | None = None) -> Study:
+    return Study.begin(folder, model, revision)
+
+
+def dictionary(study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights") -> Place:
+    """A dictionary called SITE/KIND-SIZE-kK..., with bytes in the place of its tensors."""
+    site, _, label = name.partition("/")
+    kind, size, k, *_ = label.split("-")
+    place = Place(Site.parse(site), label)
+    folder = study.dictionary(*place)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dictionary.safetensors").write_bytes(weights)
+    config = {"format": 1, "difflex": "0", "kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
+    config |= {"size": int(size), "k": int(k[1:]), "settings": {"normalisation": {"method": normalisation}}, "training": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def evaluated(
+    study: Study,
+    name: str,
+    fvu: float | None = 0.2,
+    dead: int = 0,
+    normalisation: str = "standardise",
+    share: float | None = 0.1,
+    r2: float | None = 0.8,
+) -> Evaluation:
+    """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation."""
+    place = dictionary(study, name, normalisation)
+    folder, size = study.dictionary(*place), int(place.label.split("-")[1])
+    quality = _quality(fvu, r2)
+    density = [0] * (len(Evaluation.edges) - 1)
+    density[20], density[24] = size - dead - 1, 1
+    evaluation = Evaluation(
+        dictionary=str(place),
+        checksum=checksum(folder),
+        data="made",
+        size=size,
+        overall=quality,
+        timesteps={t: _quality(fvu and fvu * t / 1000, r2) for t in TIMESTEPS},
+        dead=dead,
+        density=tuple(density),
+        effect=None if share is None else _effect(share),
+    )
+    path = study.evaluation(*place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _written(path, evaluation)
+    return evaluation
+
+
+def matched(
+    study: Study,
+    name: str,
+    aps: Sequence[float],
+    made_from: Mapping[str, str | int | float] | None = None,
+    levels: Sequence[float] = (0.25, 0.5),
+    concepts: Sequence[Concept] = CONCEPTS,
+) -> Path:
+    """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name."""
+    site, _, label = name.partition("/")
+    told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "pictures": "drawn", "count": 9}
+    weights = study.dictionary(Site.parse(site), label) / "dictionary.safetensors"
+    if weights.is_file():
+        told["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    findings = tuple(_finding(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
+    found = sum(ap >= 0.8 for ap in aps) / len(aps)
+    coverage = Interval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
+    made = [
+        Level(noise=noise, findings=findings, coverage=coverage, coverage_of_findable=coverage)
+        for noise in (None, *(levels if len(levels) > 1 else ()))
+    ]
+    count = len(aps)
+    matches = Matches(
+        site=Site.parse(site),
+        label=label,
+        size=8,
+        concepts=tuple(concepts),
+        left_out=(),
+        levels=tuple(made),
+        features=Features(
+            features=tuple(range(count)),
+            concepts=tuple(range(count)),
+            ap=tuple(aps),
+            segmented=tuple(range(count)),
+            iou=tuple(aps),
+            unrelated=tuple(0.0 for _ in aps),
+            monosemanticity=tuple(aps),
+        ),
+        made_from={**told, "noise": ",".join(map(str, levels)), **(made_from or {})},
+    )
+    path = study.concepts(Site.parse(site), label)
+    matches.save(path)
+    return path
+
+
+def anatomised(
+    study: Study,
+    norms: Mapping[str, Mapping[float, float]] | None = None,
+    variances: Sequence[float] = (50.0, 10.0, 5.0, *(1.0,) * 17),
+    model: str | None = None,
+) -> Anatomy:
+    """An anatomy of two layers in both streams, whose norms double from one to the next."""
+    usual = {"double.0": {1000.0: 10.0, 500.0: 12.0}, "double.1": {1000.0: 30.0, 500.0: 40.0}}
+    usual |= {f"{site}:text": {t: 5 * norm for t, norm in by.items()} for site, by in usual.items()}
+    shape = Shape(
+        tokens=100, variances=tuple(variances), components_for_90=9, alignments=(0.5,), outliers=((1, 2.0, 3.0),), offset=1.5
+    )
+    told = {Site.parse(site): dict(by) for site, by in (norms or usual).items()}
+    anatomy = Anatomy(model=model or study.model, norms=told, shapes={Site.parse("double.1"): shape})
+    anatomy.save(study.anatomy)
+    return anatomy
+
+
+def whole(folder: Path) -> Study:
+    """A study in which every station has been: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
+    study = begun(folder)
+    for site in ("double.1", "double.2"):
+        for size in (512, 1024):
+            for k in (8, 16):
+                evaluated(study, f"{site}/topk-{size}-k{k}", fvu=20 / size + 0.4 / k, dead=5, share=0.2 / k)
+                evaluated(study, f"{site}/itda-{size - 4}-k{k}-first100", fvu=15 / size + 0.3 / k, share=0.3 / k)
+    evaluated(study, "double.1/topk-1024-k16-none", fvu=0.3, dead=900, normalisation="none")
+    evaluated(study, "double.1/topk-1024-k16-whiten", fvu=0.5, dead=9, normalisation="whiten")
+    matched(study, "double.1/topk-1024-k16", (0.9, 0.8, 0.7, 0.6))
+    matched(study, "double.1/itda-1020-k16-first100", (0.8, 0.7, 0.6, 0.4))
+    matched(study, "double.1:neurons/neurons-k16", (0.4, 0.4, 0.3, 0.1))
+    matched(study, "double.1/pca-16-k16", (0.3, 0.2, 0.3, 0.1))
+    matched(study, "double.1/random-1024-k16", (0.1, 0.2, 0.1, 0.1))
+    anatomised(study)
+    return study
+
+
+def control(folder: Path) -> Study:
+    """The study of the same model untrained."""
+    study = begun(folder, revision="untrained-0")
+    dictionary(study, "double.1/topk-1024-k16", weights=b"untrained")
+    matched(study, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
+    return study
+
+
+def _quality(fvu: float | None, r2: float | None) -> Quality:
+    figures = Figures(fvu=fvu, fvu_raw=fvu, r2=r2, ev=r2, cosine=0.9)
+    return Quality(tokens=4321, l0=16.0, negative=0.25, model_space=figures, normalised_space=None)
+
+
+def _effect(share: float) -> Effect:
+    replaced = Replaced(reconstruction=share, mean=1.0, zero=2.0)
+    same = Replaced(reconstruction=0.9, mean=0.2, zero=0.1)
+    return Effect(
+        shots=4,
+        prediction=replaced,
+        timesteps=dict.fromkeys(TIMESTEPS, replaced),
+        pictures=2,
+        picture_error=Replaced(reconstruction=0.001, mean=0.1, zero=0.2),
+        similarity={"ssim": same},
+    )
+
+
+def _written(path: Path, evaluation: Evaluation) -> None:
+    """Also what `save` would refuse, as a file may hold anything: NaN and infinity."""
+    try:
+        evaluation.save(path)
+    except ValueError:
+        path.write_text(json.dumps(asdict(evaluation)))
+
+
+def _finding(concept: Concept, ap: float) -> Finding:
+    detector = Detector(features=(1,), ap=Interval(ap, ap - 0.05, ap + 0.05), iou=ap, precision=ap, recall=ap)
+    return Finding(
+        concept=concept,
+        tokens=50,
+        chance=0.05,
+        probe=Interval(0.95, 0.9, 1.0),
+        best=detector,
+        segmenting=detector,
+        few=detector,
+        unrelated=None,
+        monosemanticity=0.5,
+        pieces=(),
+        absorbers=(),
+    )

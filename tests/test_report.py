@@ -1,0 +1,349 @@
+"""The report: what it says is what the records say; what cannot be trusted is named and not shown."""
+
+import base64
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, whole
+
+from difflex.cli import main, parse
+from difflex.commands.evaluate import Evaluate
+from difflex.commands.train import Train
+from difflex.commands.words import words
+from difflex.concepts import Concept
+from difflex.errors import UnknownName
+from difflex.recipes import RECIPES
+from difflex.report import read, write_report
+from difflex.report.claims import Claim, judged
+from difflex.report.telling import number, percent
+from difflex.run import Entry, run_study, steps
+from difflex.study import Study
+
+
+def page_of(study: Study, beside: Study | None = None) -> str:
+    return write_report(study, beside)[0].read_text(encoding="utf-8")
+
+
+def rows_of(study: Study, figure: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((study.folder / "report" / f"{figure}.csv").read_text(encoding="utf-8"))))
+
+
+def claim(study: Study, name: str, beside: Study | None = None) -> Claim:
+    return next(each for each in judged(read(study, beside)) if each.name == name)
+
+
+def tips(page: str, figure: str) -> list[str]:
+    """What the marks of a figure say when pointed at."""
+    [part] = re.findall(rf'id="figure-{figure}".*?</figure>', page, flags=re.DOTALL)
+    return re.findall(r'data-tip="([^"]*)"', part)
+
+
+def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
+    page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
+    wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
+    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {"dictionaries", "claims"}
+    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims"}
+    assert "Not here yet" not in page and "not measured" not in page
+
+
+def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluation = evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=5, share=0.3, r2=0.777)
+    page = page_of(study)
+    for told in ("4,321", "0.123", "0.777", "0.900", "16.0", "25 %", "0.98 %", "0.300", "0.150", "30.0"):
+        assert f">{told}</td>" in page
+    (row,) = rows_of(study, "dictionaries")
+    assert float(row["FVU"]) == evaluation.overall.model_space.fvu and float(row["dead"]) == evaluation.dead_share
+    assert float(row["v / mean"]) == 0.3 and row["dictionary"] == "double.1/topk-512-k8"
+
+
+@pytest.mark.parametrize(
+    ("figure", "column", "told"),
+    [("sweep", "FVU", number), ("sites", "r2", number), ("timesteps", "FVU", number), ("dead", "dead share", percent)],
+)
+def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str, told: Callable[[float], str]):
+    study = whole(tmp_path)
+    said = tips(page_of(study), figure)
+    rows = rows_of(study, figure)
+    assert rows and len(said) % len(rows) == 0
+    for row in rows:
+        own = [tip for tip in said if tip.startswith(row["dictionary"] + "\n")]
+        assert any(told(float(row[column])) in tip for tip in own)
+
+
+def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp_path: Path):
+    study = whole(tmp_path)
+    page = page_of(study)
+    norms, known, features = rows_of(study, "norms"), rows_of(study, "knowledge"), rows_of(study, "features")
+    assert [
+        f"{row['site']}\ntimestep {float(row['timestep']):g}\nmean norm {number(float(row['norm']), 4)}" for row in norms
+    ] == tips(page, "norms")
+    assert len(known) == len(tips(page, "knowledge")) == 2 * 2 * 3 and len(features) == len(tips(page, "features"))
+    best = [row for row in features if row["method"] == "topk-1024-k16"]
+    assert max(float(row["AP at least"]) for row in best) == 0.9 and best[0]["share of features"] == "1.0"
+    assert [row["detected"] for row in rows_of(study, "coverage") if row["method"] == "topk-1024-k16"] == ["2"]
+
+
+def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
+    page = page_of(whole(tmp_path))
+    inside = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
+    assert len(inside) == 13
+    for coded, name in inside:
+        assert base64.b64decode(coded).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
+
+
+def test_the_page_asks_nothing_of_anybody(tmp_path: Path):
+    page = page_of(whole(tmp_path))
+    assert "default-src 'none'" in page
+    assert {link.split(",")[0].split(";")[0] for link in re.findall(r'(?:href|src)="([^"#]*)', page)} <= {
+        "",
+        "data:",
+        "data:text/csv",
+    }
+    assert not re.search(r"https?://|@import|url\(|<(?:img|iframe|object|embed|video|audio)\b|fetch\(|XMLHttp", page)
+
+
+def test_the_same_study_gives_the_same_files_and_old_ones_go(tmp_path: Path):
+    study = whole(tmp_path)
+    first = {path: path.read_bytes() for path in write_report(study)}
+    (tmp_path / "report" / "old.csv").write_text("of a figure that is no more")
+    assert {path: path.read_bytes() for path in write_report(study)} == first
+    assert not (tmp_path / "report" / "old.csv").exists()
+
+
+def test_a_study_with_nothing_in_it_names_every_verb(tmp_path: Path):
+    page = page_of(begun(tmp_path))
+    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts"):
+        assert f"difflex {verb}" in page
+    assert {each.verdict for each in judged(read(begun(tmp_path)))} == {"not measured"}
+    assert "<svg" not in page.replace("querySelectorAll", "")
+
+
+def test_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8", fvu=0.1234)
+    matched(study, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.987))
+    assert "0.123" in page_of(study) and "0.987" not in (page := page_of(study)) and "mean AP" in page
+    dictionary(study, "double.1/topk-512-k8", weights=b"trained again")
+    page = page_of(study)
+    assert "0.123" not in page and "mean AP" not in page
+    assert "double.1/topk-512-k8: the dictionary has changed since it was evaluated" in page
+    assert "concepts/double.1/topk-512-k8.json: the dictionary has changed since" in page
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda text: text.replace('"format": 1', '"format": 99'), "format 99"),
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: text.replace('"dead": 3', '"dead": "three"'), "holds what is no number"),
+        (lambda text: text.replace('"size": 512', '"size": 0'), "holds what is no number"),
+        (lambda text: text.replace('"size": 512', '"sise": 512'), "not an evaluation"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_read_is_named_and_not_shown(tmp_path: Path, spoil: Callable[[str], str], said: str):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=3)
+    evaluated(study, "double.1/topk-512-k16", fvu=0.4321)
+    path = next((tmp_path / "evaluation").glob("*/topk-512-k8.json"))
+    path.write_text(spoil(path.read_text()))
+    page = page_of(study)
+    assert said in page and "0.123" not in page and "0.432" in page
+
+
+def test_other_files_that_cannot_be_read_stop_nothing(tmp_path: Path):
+    study = whole(tmp_path)
+    for name in (
+        "anatomy.json",
+        "run.json",
+        "concepts/double.1/pca-16-k16.json",
+        "dictionaries/double.2/topk-512-k8/config.json",
+    ):
+        (tmp_path / name).write_text("{")
+    (tmp_path / "activations" / "double.1").mkdir(parents=True)
+    (tmp_path / "activations" / "double.1" / "manifest.json").write_text("{")
+    page = page_of(study)
+    for name in ("anatomy.json", "run.json", "pca-16-k16.json", "topk-512-k8/config.json", "manifest.json"):
+        assert re.search(rf"<li>[^<]*{name}[^<]*</li>", page)
+    assert "double.2/topk-512-k16" in page and "pca-16-k16" not in page.split("</aside>")[1]
+
+
+def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
+    study = whole(tmp_path)
+    anatomised(study, model="other-flux")
+    matched(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), made_from={"model": "other-flux"})
+    page = page_of(study)
+    assert "anatomy.json is of other-flux" in page and "random-1024-k16.json is of other-flux" in page
+    assert ">principal axes<" in page and ">random directions<" not in page
+
+
+def test_what_was_judged_on_other_pictures_is_not_held_beside_the_rest(tmp_path: Path):
+    study = whole(tmp_path)
+    matched(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), made_from={"count": 5000})
+    page = page_of(study)
+    assert "double.1: random-1024-k16 was held against other pictures" in page
+    assert "random-1024-k16" not in {row["method"] for row in rows_of(study, "coverage")}
+    assert claim(study, "axes").verdict == "holds here"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_what_is_no_number_is_told_and_not_drawn(tmp_path: Path, value: float | None):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8", fvu=value)
+    evaluated(study, "double.1/topk-512-k16", fvu=0.25)
+    page = page_of(study)
+    assert f">{number(value)}</td>" in page and not re.search(r'\b(?:x|y|d|cx|width)="[^"]*(?:nan|inf)', page)
+    assert "Not drawn, as they have no place there" in page
+    assert len([tip for tip in tips(page, "sweep") if tip.startswith("double.1/topk-512-k8\n")]) == 2  # r2 and dead share
+    assert claim(study, "itda").verdict == "not measured"
+
+
+def test_names_are_words_and_never_markup(tmp_path: Path):
+    evil = '<script>alert("1")</script>'
+    study = begun(tmp_path / "<b>study", model=evil, revision="<i>r</i>&amp;")
+    evaluated(study, "double.1/topk-512-k8-<u>x<u>")
+    concepts = (*CONCEPTS[:2], Concept(evil, "<em>shape"), Concept("ring", "<em>shape"))
+    matched(study, "double.1/topk-512-k8-<u>x<u>", (0.9, 0.5, 0.5, 0.5), concepts=concepts)
+    anatomised(study)
+    page = page_of(study)
+    assert page.count("<script") == 1 and "&lt;script&gt;" in page
+    for tag in ("<b>study", "<i>r", "<u>", "<em>shape", "&amp;amp;amp;"):
+        assert tag not in page
+    assert "&lt;em&gt;shape" in page and "topk-512-k8-&lt;u&gt;x&lt;u&gt;" in page
+
+
+def test_the_claim_about_normalisation_follows_the_dead(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-100-k8", dead=10)
+    assert claim(study, "normalisation").verdict == "not measured"
+    evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
+    found = claim(study, "normalisation")
+    assert found.verdict == "holds here" and "60 % dead without, 10 % with" in found.evidence[0]
+    evaluated(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
+    assert claim(study, "normalisation").verdict == "does not hold here"
+    evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
+    evaluated(study, "double.1/topk-100-k8", dead=31)
+    assert claim(study, "normalisation").verdict == "does not hold here"
+
+
+def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8", fvu=0.3)
+    evaluated(study, "double.1/itda-512-k16", fvu=0.2)
+    evaluated(study, "double.1/itda-300-k8", fvu=0.2)
+    evaluated(study, "double.2/itda-512-k8", fvu=0.2)
+    assert claim(study, "itda").verdict == "not measured"
+    evaluated(study, "double.1/itda-500-k8", fvu=0.2)
+    assert claim(study, "itda").verdict == "holds here" and "1 of 1 pair" in claim(study, "itda").evidence[0]
+    evaluated(study, "double.1/topk-512-k8-seed1", fvu=0.19)
+    assert claim(study, "itda").verdict == "does not hold here"
+    evaluated(study, "double.1/topk-512-k8-seed1", fvu=float("nan"))
+    assert claim(study, "itda").verdict == "holds here"
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"),
+    [
+        ("neurons-autoencoder", "double.1/topk-512-k8", "double.1:neurons/neurons-k8"),
+        ("neurons-itda", "double.1/itda-512-k8", "double.1:neurons/neurons-k8"),
+        ("axes", "double.1/itda-512-k8", "double.1/random-512-k8"),
+    ],
+)
+def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, name: str, ours: str, theirs: str):
+    study = begun(tmp_path)
+    dictionary(study, ours)
+    matched(study, ours, (0.9, 0.8, 0.7, 0.6))
+    assert claim(study, name).verdict == "not measured"
+    matched(study, theirs.replace("-k8", "-k32"), (0.1, 0.1, 0.1, 0.1))
+    assert claim(study, name).verdict == "not measured"  # at another k
+    matched(study, theirs, (0.5, 0.4, 0.3, 0.1))
+    found = claim(study, name)
+    assert found.verdict == "holds here" and "mean AP 0.750" in found.evidence[1] and "mean AP 0.325" in found.evidence[1]
+    assert "difference +0.425" in found.evidence[1]
+    matched(study, theirs, (0.1, 0.1, 0.9, 0.9))  # lower in the mean, by no more than chance
+    assert claim(study, name).verdict == "does not hold here"
+
+
+def test_the_control_is_an_untrained_model(tmp_path: Path):
+    study, beside = begun(tmp_path / "study"), control(tmp_path / "control")
+    dictionary(study, "double.1/topk-512-k16")
+    matched(study, "double.1/topk-512-k16", (0.9, 0.8, 0.7, 0.6))
+    assert claim(study, "untrained").verdict == "not measured"
+    assert claim(study, "untrained", beside).verdict == "holds here"
+    matched(beside, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
+    assert claim(study, "untrained", beside).verdict == "does not hold here"
+    assert "of an untrained model" in page_of(study, beside)
+
+
+def test_claims_about_the_model_follow_its_anatomy(tmp_path: Path):
+    study = begun(tmp_path)
+    assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"not measured"}
+    anatomised(study)
+    assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"holds here"}
+    even = {"double.0": {1000.0: 10.0, 500.0: 12.0}, "double.1": {1000.0: 11.0, 500.0: 13.0}}
+    anatomised(study, norms=even, variances=(1.0,) * 20)
+    assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"does not hold here"}
+    still = {"double.0": {1000.0: 10.0, 500.0: 10.0}, "double.1": {1000.0: 30.0, 500.0: 30.0}}
+    anatomised(study, norms=still)
+    assert claim(study, "norms").verdict == "does not hold here"
+
+
+def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
+    study = whole(tmp_path)
+    page = page_of(study)
+    found = judged(read(study))
+    for verdict in {each.verdict for each in found}:
+        assert page.count(f" {verdict}</p>") == sum(each.verdict == verdict for each in found)
+    assert page.count('class="rule"') == len(found) == 8
+    assert next(row["verdict"] for row in rows_of(study, "claims") if row["name"] == "itda") == "holds here"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_command_of_a_recipe_is_told_in_words_that_mean_the_same(name: str):
+    study = RECIPES[name](Path("STUDY"))
+    for step, command in zip(steps(study), study.commands, strict=True):
+        told = words(step.entry)
+        assert parse(told) == command, told
+
+
+def test_words_tell_what_is_not_as_by_default_and_no_more():
+    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(Evaluate(study=Path("S"), effect=8),)))[0].entry, "demo")
+    assert told == ["evaluate", "demo", "--effect", "8"]
+    train = Train(study=Path("S"), site=("double.1",), k=(8, 16), lr=2e-4, log=("wandb",))
+    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].entry)
+    assert told == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--lr", "0.0002", "--log", "wandb"]
+    with pytest.raises(UnknownName, match="'embroider' is unknown"):
+        words(Entry(verb="embroider", flags={}))
+
+
+def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
+    study = whole(tmp_path)
+    assert "has no diary" in page_of(study)
+    commands = (Evaluate(study=tmp_path, effect=8),)
+    flags = steps(replace(study, commands=commands))[0].entry.flags
+    done = {"verb": "evaluate", "flags": flags, "made": ["study.json"], "seconds": 61.0}
+    alien = {"verb": "embroider", "flags": {"colour": "red"}, "made": [], "seconds": None}
+    said = {"format": 1, "recipe": "mini", "commands": [done, alien]}
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "difflex run mini --out STUDY" in page and "difflex evaluate STUDY --effect 8" in page
+    assert "done, 61 seconds" in page and "difflex embroider colour=red" in page and "begun, not done" in page
+
+
+def test_a_report_is_a_command_of_a_study_and_finds_its_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = whole(tmp_path)
+    control(tmp_path / "untrained")
+    assert main(["report", str(tmp_path)]) == 0 and "report.html: the report" in capsys.readouterr().out
+    assert claim(study, "untrained", Study.open(tmp_path / "untrained")).verdict == "holds here"
+    assert "topk-1024-k16, untrained model" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    command = parse(["report", str(tmp_path)])
+    run_study(replace(study, commands=(command,)), tell=lambda _: None)
+    assert all((tmp_path / path).exists() for path in json.loads((tmp_path / "run.json").read_text())["commands"][0]["made"])
+    assert main(["report", str(tmp_path / "nowhere")]) == 2

@@ -1,0 +1,249 @@
+"""The report as a reader sees it: in a real browser, on a phone and on a desk, by day and by night."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from made_study import anatomised, begun, control, evaluated, matched, whole
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from difflex.concepts import Concept
+from difflex.report import write_report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CALM = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+VIEWS = [(width, scheme) for width in (390, 1400) for scheme in ("light", "dark")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser: install chromium, so that one of {', '.join(BROWSERS)} is on the path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=[*CALM, "--no-first-run"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("usual")
+    study = whole(root / "study")
+    evaluated(study, "double.2/topk-512-k16-seed1", fvu=float("nan"))
+    return write_report(study, control(root / "control"))[0]
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A large model: long names, many layers and steps, many dictionaries, many groups and levels."""
+    study = begun(
+        tmp_path_factory.mktemp("crowded") / "study", model="a-laboratory-with-a-name/A-Large-Model-of-Text-to-Image-v1.5"
+    )
+    blocks = [f"transformer.single_transformer_blocks.{i}" for i in range(57)]
+    norms = {site: {1000.0 - 35 * t: 1e5 / (1 + i + t) for t in range(28)} for i, site in enumerate(blocks)}
+    anatomised(
+        study, norms=norms | {f"{site}:text": by for site, by in norms.items()}, variances=[1 / (i + 1) ** 2 for i in range(3072)]
+    )
+    levels, groups = (
+        [i / 10 for i in range(1, 10)],
+        ["shape", "a group with a rather long name", *(f"group {i}" for i in range(12))],
+    )
+    concepts = tuple(Concept(f"concept {i}", group) for i, group in enumerate(groups))
+    for i, site in enumerate((blocks[9], blocks[18], "down_blocks.2.attentions.1.transformer_blocks.3:update")):
+        for size in (16384, 32768, 65536):
+            for k in (32, 48, 64):
+                evaluated(
+                    study, f"{site}/topk-{size}-k{k}-paper-standardise-lr0.0002-seed1", fvu=size / 3e5 + i / k, dead=size // 9
+                )
+        evaluated(study, f"{site}/itda-61234-k64-over0.3-gradient-first100000", fvu=0.1)
+        evaluated(study, f"{site}/topk-65536-k64-none", fvu=0.5, dead=65000, normalisation="none")
+        matched(study, f"{site}/topk-65536-k64-none", [0.9 - j / 20 for j in range(14)], levels=levels, concepts=concepts)
+        matched(study, f"{site}/pca-6144-k64", [0.5 - j / 40 for j in range(14)], levels=levels, concepts=concepts)
+    return write_report(study)[0]
+
+
+def shown(browser: Browser, page: Path, width: int, scheme: str) -> Iterator[Page]:
+    """`page` in a window; whatever it asks the network for, or complains of, is an error."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce"
+    )
+    view, asked, said = context.new_page(), [], []
+    view.on("request", lambda request: asked.append(request.url))
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.goto(page.as_uri())
+    yield view
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and said == []
+    context.close()
+
+
+@pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
+def view(request: pytest.FixtureRequest, browser: Browser, usual: Path) -> Iterator[Page]:
+    yield from shown(browser, usual, *request.param)
+
+
+@pytest.fixture(params=VIEWS[::3], ids=lambda view: f"{view[0]}-{view[1]}")
+def full(request: pytest.FixtureRequest, browser: Browser, crowded: Path) -> Iterator[Page]:
+    yield from shown(browser, crowded, *request.param)
+
+
+@pytest.fixture
+def desk(browser: Browser, usual: Path) -> Iterator[Page]:
+    yield from shown(browser, usual, 1400, "light")
+
+
+@pytest.fixture
+def phone(browser: Browser, usual: Path) -> Iterator[Page]:
+    yield from shown(browser, usual, 390, "light")
+
+
+TOO_WIDE = """() => {
+  const page = document.documentElement, found = [];
+  if (page.scrollWidth > page.clientWidth) found.push(`page ${page.scrollWidth}`);
+  for (const part of document.querySelectorAll("h1, h2, h3, p, li, dd, dt, figcaption, .panel, .claim, .legend button, pre")) {
+    const box = part.getBoundingClientRect();
+    if (box.right > page.clientWidth + 0.5 || box.left < -0.5) found.push(part.outerHTML.slice(0, 90));
+    const over = part.clientWidth && part.scrollWidth > part.clientWidth + 1;
+    if (over && part.tagName !== "PRE") found.push(`cut: ${part.innerText}`);
+  }
+  return found;
+}"""
+
+CUT_OR_OVERLAPPING = """() => {
+  const found = [];
+  for (const drawing of document.querySelectorAll("svg.drawing")) {
+    const whole = drawing.getBoundingClientRect();
+    const texts = [...drawing.querySelectorAll("text")].filter((text) => text.textContent).map((text) => {
+      const box = text.getBoundingClientRect();
+      return { words: text.textContent, left: box.left, right: box.right, top: box.top + 2, bottom: box.bottom - 2 };
+    });
+    for (const text of texts) {
+      const across = text.left < whole.left - 1 || text.right > whole.right + 1;
+      if (across || text.top < whole.top - 1 || text.bottom > whole.bottom + 1) found.push(`cut: ${text.words}`);
+    }
+    texts.forEach((one, i) => texts.slice(i + 1).forEach((other) => {
+      if (Math.min(one.right, other.right) - Math.max(one.left, other.left) > 0.5
+          && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 0.5) found.push(`${one.words} / ${other.words}`);
+    }));
+  }
+  return found;
+}"""
+
+CARDS = """() => {
+  const found = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption")]
+    .map((card) => [card.className || card.tagName, card.getBoundingClientRect()]);
+  boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+    if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
+      found.push(`${one} ${a.top} / ${other} ${b.top}`);
+  }));
+  return found;
+}"""
+
+
+def test_nothing_is_wider_than_the_window(view: Page):
+    assert view.evaluate(TOO_WIDE) == []
+
+
+def test_no_text_of_a_figure_is_cut_or_lies_on_another(view: Page):
+    assert view.locator("svg.drawing text").count() > 100
+    assert view.evaluate(CUT_OR_OVERLAPPING) == []
+
+
+def test_cards_captions_and_figures_lie_side_by_side(view: Page):
+    assert view.evaluate(CARDS) == []
+
+
+def test_a_large_study_fits_as_well(full: Page):
+    assert full.evaluate(TOO_WIDE) == [] and full.evaluate(CUT_OR_OVERLAPPING) == [] and full.evaluate(CARDS) == []
+
+
+def test_letters_are_large_enough_to_read(view: Page):
+    sizes = view.evaluate(
+        "() => [...document.querySelectorAll('svg.drawing text.tick')].map((text) => {"
+        " const own = text.ownerSVGElement; return 12 * own.getBoundingClientRect().width / own.viewBox.baseVal.width; })"
+    )
+    assert min(sizes) >= 10
+
+
+def test_the_page_follows_the_theme_of_its_reader(view: Page):
+    dark = view.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == dark
+
+
+def column(view: Page, place: int) -> list[str]:
+    return view.locator(f".sortable tbody tr > :nth-child({place})").all_text_contents()
+
+
+def test_a_click_on_a_column_sorts_by_it_and_another_the_other_way_round(desk: Page):
+    head = desk.locator(".sortable thead th").nth(3)
+    assert "FVU" in head.inner_text()
+    unsorted = column(desk, 4)
+    head.locator("button").click()
+    up = column(desk, 4)
+    head.locator("button").click()
+    down = column(desk, 4)
+    numbers = [value for value in up if value != "NaN"]
+    assert up != unsorted and numbers == sorted(numbers, key=float) and up[-1] == down[-1] == "NaN"
+    assert down[:-1] == sorted(numbers, key=float, reverse=True) and head.get_attribute("aria-sort") == "descending"
+    names = desk.locator(".sortable thead th").first
+    names.locator("button").click()
+    assert column(desk, 1)[0].startswith("double.1/itda-508-k8") and head.get_attribute("aria-sort") is None
+
+
+def test_a_table_scrolls_inside_its_own_box(phone: Page):
+    box = phone.locator("#dictionaries .box")
+    assert box.evaluate("(box) => box.scrollWidth > box.clientWidth && box.getBoundingClientRect().right <= innerWidth")
+
+
+def test_a_button_of_a_legend_hides_its_series_and_shows_it_again(desk: Page):
+    figure = desk.locator("#figure-sweep")
+    button = figure.locator(".legend button").first
+    series = button.get_attribute("data-series")
+    drawn = figure.locator(f'svg.drawing [data-series="{series}"]')
+    others = figure.locator(f'svg.drawing [data-series]:not([data-series="{series}"])')
+    assert drawn.count() == 3 and drawn.first.is_visible()
+    button.click()
+    assert not any(each.is_visible() for each in drawn.all()) and others.first.is_visible()
+    assert button.get_attribute("aria-pressed") == "false"
+    button.click()
+    assert drawn.first.is_visible() and button.get_attribute("aria-pressed") == "true"
+    assert desk.locator(f'#figure-sites svg.drawing [data-series="{series}"]').count() == 0  # only its own figure
+
+
+def test_a_mark_that_is_pointed_at_tells_its_numbers(desk: Page):
+    mark = desk.locator("#figure-sweep [data-tip]").first
+    tip = desk.locator("#tip")
+    assert not tip.is_visible()
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    assert box is not None
+    desk.mouse.move(box["x"] + 9, box["y"] - 5)  # near it is enough
+    assert tip.is_visible() and tip.inner_text() == mark.get_attribute("data-tip")
+    own = tip.bounding_box()
+    assert own is not None and own["x"] >= 0 and own["x"] + own["width"] <= 1400
+    desk.mouse.move(0, 0)
+    assert not tip.is_visible()
+
+
+def test_marks_are_told_one_after_another_by_the_arrow_keys(desk: Page):
+    desk.locator("#figure-sweep svg.drawing").first.focus()
+    marks = desk.locator("#figure-sweep svg.drawing").first.locator("[data-tip]")
+    desk.wait_for_timeout(100)  # until the page has scrolled there
+    tips = []
+    for _ in range(3):
+        desk.keyboard.press("ArrowRight")
+        tips.append(desk.locator("#tip").inner_text())
+    assert tips == [marks.nth(i).get_attribute("data-tip") for i in range(3)]
+    desk.keyboard.press("Escape")
+    assert not desk.locator("#tip").is_visible()
+
+
+def test_a_download_gives_the_file_of_the_figure(desk: Page, usual: Path):
+    with desk.expect_download() as found:
+        desk.locator("#figure-effect .files a").click()
+    assert found.value.suggested_filename == "effect.csv"
+    assert Path(found.value.path()).read_bytes() == (usual.parent / "report" / "effect.csv").read_bytes()
