@@ -1,8 +1,13 @@
 """Views of plain pictures, for tests of what sees: each of one colour, with a highlight in a corner."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from PIL import Image
 
+from difflex.book import About, Album, Book, Draft, Example, FeatureRow, Neighbour, PictureFile, TokenMap
 from difflex.explanation import Answers, Asker, Endpoint, Key, Patience, Terms, View
 from difflex.records import Shot
 
@@ -42,3 +47,63 @@ class Endpoints:
     def close(self) -> None:
         for endpoint in self._made:
             endpoint.close()
+
+
+GRID = (4, 4)
+
+
+def book(
+    folder: Path,
+    features: int,
+    tops: int = 6,
+    sampled: int = 8,
+    shared: int = 0,
+    colours: Callable[[int], int] = lambda feature: feature,
+) -> tuple[Book, Album]:
+    """A book whose every feature marks one token of pictures of its own colour, and its album.
+
+    Of each feature `tops` pictures of each split, and `sampled` more of held-out ones; in the first `shared` of these the next
+    feature marks another token.
+    """
+    album, path = Album(folder / "pictures"), folder / "book.sqlite"
+    filed = {
+        number: album.file(Image.new("RGB", (16, 16), colour(number)))[0] for number in sorted({*map(colours, range(features))})
+    }
+    about = About(
+        dictionary="double.1/topk",
+        kind="topk",
+        size=features,
+        k=1,
+        checksum="abc",
+        model="m",
+        data="plain pictures",
+        grid=GRID,
+        tokens=1,
+        shots={"train": 1, "held-out": 1},
+        pictures=len(filed),
+    )
+    shots: list[tuple[int, int, Shot]] = []
+    examples: list[Example] = []
+    for feature in range(features):
+        rows = [("top", "train", rank) for rank in range(tops)]
+        rows += [("top", "held-out", rank) for rank in range(tops)] + [("quantile", "held-out", rank) for rank in range(sampled)]
+        for kind, split, rank in rows:
+            number, peak = len(shots), 20.0 - rank - 6 * (kind == "quantile") - 0.5 * (split == "train")
+            shots.append((number, colours(feature), replace(shot(number), split=split)))
+            where = TokenMap((feature % 16,), (peak,))
+            examples.append(Example(feature=feature, kind=kind, split=split, rank=rank, shot=number, peak=peak, map=where))
+            if kind == "quantile" and rank < shared:
+                other, where = (feature + 1) % features, TokenMap(((feature + 5) % 16,), (1.0,))
+                examples.append(Example(feature=other, kind=kind, split="train", rank=rank, shot=number, peak=1.0, map=where))
+    total = 2 * tops + sampled
+    with Draft.of(path, about) as draft:
+        draft.pictures(PictureFile(number, *each) for number, each in filed.items())
+        draft.shots(shots)
+        draft.features(
+            FeatureRow(feature=feature, fired=total, shots=total, density=0.01, peak=20.0, mean=5.0)
+            for feature in range(features)
+        )
+        draft.examples(examples)
+        for feature in range(features):
+            draft.neighbours(feature, [Neighbour((feature + 2) % features, "direction", 0.5)])
+    return Book.edit(path), album

@@ -105,8 +105,8 @@ def test_what_was_wrong_is_told_when_asking_again(asker: Endpoints):
 
 @pytest.mark.parametrize("mood", ["limited", "broken", "truncated", "hanging", "dripping"])
 def test_what_comes_to_nothing_on_its_way_is_sent_again(asker: Endpoints, answers: Answers, mood: str):
-    with RuleServer({mood: 0.6}, hangs=0.3, seed=5) as server:
-        by = asker(server.url, timeout=0.2)
+    with RuleServer({mood: 0.6}, hangs=3.0, seed=5) as server:
+        by = asker(server.url, timeout=1.0)
         assert explained(by).common_pattern == f"areas in {code(3)}"
         moods = [call.mood for call in server.served]
     assert moods[-1] == "good" and set(moods[:-1]) == {mood}
@@ -177,7 +177,7 @@ def test_what_calls_cost_is_counted_and_a_budget_stops_before_it_is_passed(asker
         explained(free)
         each = free.asked.spent.cost
         assert each == free.asked.spent.tokens_in > 500
-        # What a run before spent on the same question counts.
+        # What a run before spent counts.
         with pytest.raises(OutOfBudget, match="give the same command with a larger --budget"):
             again = asker(server.url, terms=Terms(price=price, budget=1.5 * each))
             assert explained(again)
@@ -198,9 +198,9 @@ def test_a_rehearsal_counts_what_is_not_answered_yet_and_sends_nothing(asker: En
         endpoint.close()  # nothing is sent
         rehearsal = Rehearsal(endpoint, answers, terms)
         assert rehearsal.see(VIEWS, EXPLAIN, Explained, []).common_pattern == f"areas in {code(3)}"
-        for number in (1, 2, 2):
+        for number in (1, 2):
             rehearsal.see([view(number)], EXPLAIN, Explained, [])
-        assert rehearsal.asked.answers == 4 and rehearsal.asked.found == 2
+        assert rehearsal.asked.answers == 3 and rehearsal.asked.found == 1
         assert rehearsal.asked.spent.calls == 2 and rehearsal.asked.spent.cost > 2 * 1000 * 10 / 1e6
         assert len(server.served) == 1
 

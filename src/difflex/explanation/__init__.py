@@ -5,7 +5,7 @@ from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Pi
 from difflex.explanation.asker import Asker, Rehearsal, Terms, Unanswered
 from difflex.explanation.backend import Backend
 from difflex.explanation.endpoint import Endpoint
-from difflex.explanation.explaining import Render, Work, chosen, explain, rehearse
+from difflex.explanation.explaining import Work, chosen, explain, rehearse
 from difflex.explanation.key import Key
 from difflex.explanation.known import KnownConcepts
 from difflex.explanation.local import LocalModel
@@ -30,7 +30,6 @@ __all__ = [
     "Price",
     "Protocol",
     "Rehearsal",
-    "Render",
     "Terms",
     "Unanswered",
     "View",

@@ -93,6 +93,12 @@ class Answers:
             ).fetchone()
         return Spent(*row)
 
+    def cost(self, model: str) -> float:
+        """What all calls to a model cost."""
+        with self._lock:
+            [cost] = self._file.execute("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", (model,)).fetchone()
+        return float(cost)
+
     def book(self, keys: Iterable[str]) -> None:
         """Nothing; what the calls for `keys` took is told elsewhere by now."""
         with self._lock, self._transaction():

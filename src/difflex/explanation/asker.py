@@ -33,7 +33,8 @@ class Terms:
     price: Price = field(default_factory=Price)
     """For endpoints that do not say what a call cost."""
     budget: float | None = None
-    """What all answers together may cost, those included that were there before; None for no limit."""
+    """What all calls to this backend may cost together, those of earlier runs that the same file of answers tells of included, so
+    that a run that is killed does not begin with a fresh one; None for no limit."""
     picture_tokens: int = 300
     """That a picture is taken for, where an endpoint does not count, and before it does."""
     answer_tokens: int = 150
@@ -77,9 +78,11 @@ class Asker(Asking):
         """`answers` are kept only of a backend that is worth it."""
         self._backend, self._terms = backend, terms
         self._answers = answers if backend.is_costly else None
-        self._pace, self._budget = Pace(terms.per_minute, terms.patience), Budget(terms.budget)
+        self._pace, self._budget = (
+            Pace(terms.per_minute, terms.patience),
+            Budget(terms.budget, self._answers.cost(backend.name) if self._answers else 0.0),
+        )
         self._lock, self._busy = Lock(), dict[str, Lock]()
-        self._charged: set[str] = set()
         self._in_vain, self._has_answered = 0, False
         self.asked = Asked()
 
@@ -108,7 +111,6 @@ class Asker(Asking):
         key = content_key(self.name, views, instruction, schema)
         keys.append(key)
         with self._alone(key):
-            self._charge(key, self._answers)
             found = self._answers.get(key)
             if found is None:
                 return self._answer(key, views, instruction, schema)
@@ -121,14 +123,6 @@ class Asker(Asking):
             busy = self._busy.setdefault(key, Lock())
         with busy:
             yield
-
-    def _charge(self, key: str, answers: Answers) -> None:
-        """Charge the budget with what earlier runs spent on `key`, so that one that is killed does not begin with a fresh one."""
-        with self._lock:
-            is_charged = key in self._charged
-            self._charged.add(key)
-        if not is_charged:
-            self._budget.settle(0.0, answers.spent([key]).cost)
 
     def _answer(self, key: str, views: Sequence[View], instruction: Instruction, schema: type[A]) -> A:
         """An answer, asked again with what was wrong as long as it is none."""
@@ -205,7 +199,6 @@ class Rehearsal(Asking):
         self._name, self._terms, self._lock = backend.name, terms, Lock()
         # Pictures are drawn only where their hash may be known.
         self._answers = None if answers.is_empty else answers
-        self._planned: set[str] = set()
         self.asked = Asked()
 
     @property
@@ -215,12 +208,9 @@ class Rehearsal(Asking):
 
     def see(self, views: Sequence[View], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
         """An answer that was given before, or none that means anything."""
-        key = "" if self._answers is None else content_key(self.name, views, instruction, schema)
-        found = None if self._answers is None else self._answers.get(key)
+        found = self._answers and self._answers.get(content_key(self.name, views, instruction, schema))
         about = expected(views, instruction, self._terms.picture_tokens, self._terms.answer_tokens)
         with self._lock:
-            is_new = found is None and (not key or key not in self._planned)
-            self._planned.add(key)
-            spent = Spent(1, about.tokens_in, about.tokens_out, self._terms.price.of(about)) if is_new else Spent()
-            self.asked = Asked(self.asked.answers + 1, self.asked.found + (not is_new), self.asked.spent.plus(spent))
-        return schema.imagined() if found is None else schema.model_validate_json(found)
+            spent = Spent() if found else Spent(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
+            self.asked = Asked(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))
+        return schema.model_validate_json(found) if found else schema.imagined()

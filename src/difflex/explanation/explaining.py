@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple, final
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.book import Book, Condition, Example, Explanation, Judgement, Score, ShotRow, TokenMap, Usage
+from difflex.book import Album, Book, Condition, Example, Explanation, Judgement, Score, ShotRow, Usage, overlaid
 from difflex.errors import BadInput
 from difflex.explanation.answers import Spent
 from difflex.explanation.asked import Explained, Judged, Picked, View
@@ -23,11 +22,11 @@ from difflex.explanation.protocol import Plan, Protocol, Unfit, plan
 from difflex.explanation.scoring import scores
 from difflex.explanation.wording import to_explain, to_judge, to_pick
 
-__all__ = ["Render", "Work", "chosen", "explain", "rehearse"]
+__all__ = ["Work", "chosen", "explain", "rehearse"]
 
-Render = Callable[[ShotRow, TokenMap], Image.Image]
-"""From a shot and what a feature marks in it to the picture with highlights."""
 Role = Literal["explainer", "judge"]
+SIDE = 256
+"""Pixels that the longer side of a picture is enlarged to at least."""
 AHEAD = 2
 """Plans made for each connection before one is needed."""
 
@@ -73,7 +72,7 @@ def explain(
     book: Book,
     features: Sequence[int],
     asker: Asker,
-    render: Render,
+    album: Album,
     protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
     *,
     connections: int = 16,
@@ -87,7 +86,7 @@ def explain(
     kept, others = _kept(book, asker.name, protocol), _with_pictures(book)
     todo = [feature for feature in features if feature not in kept]
     failed: dict[int, str] = {}
-    plans = (_planned(book, feature, others, render, protocol) for feature in todo)
+    plans = (_planned(book, feature, others, album, protocol) for feature in todo)
     with (
         tqdm(total=len(todo), desc="explaining", unit="feature", disable=not progress) as bar,
         _Crew(book, asker, protocol, connections) as crew,
@@ -104,14 +103,14 @@ def rehearse(
     book: Book,
     features: Sequence[int],
     rehearsal: Rehearsal,
-    render: Render,
+    album: Album,
     protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
 ) -> None:
     """Nothing; `rehearsal` knows what `explain` would ask."""
     kept, others = _kept(book, rehearsal.name, protocol), _with_pictures(book)
     for feature in features:
         if feature not in kept:
-            _explained(rehearsal, protocol, _planned(book, feature, others, render, protocol), _keys())
+            _explained(rehearsal, protocol, _planned(book, feature, others, album, protocol), _keys())
 
 
 def _kept(book: Book, backend: str, protocol: Protocol) -> set[int]:
@@ -132,21 +131,34 @@ class _Shown(NamedTuple):
     """By the number of the example."""
 
 
-def _planned(book: Book, feature: int, others: Sequence[int], render: Render, protocol: Protocol) -> _Shown | Done:
+def _planned(book: Book, feature: int, others: Sequence[int], album: Album, protocol: Protocol) -> _Shown | Done:
     try:
         made = plan(book, feature, others, protocol)
     except Unfit as error:
         return _failure(feature, "", protocol, str(error))
     rows = book.shots(example.shot for example in made.examples)
-    return _Shown(made, {example.id: _view(book, example, rows[example.shot], render) for example in made.examples})
+    peaks = {each: book.feature(each).peak for each in {example.feature for example in made.examples}}
+    grid = _grid(book)
+    views = {
+        example.id: _view(example, rows[example.shot], peaks[example.feature], grid, album, protocol) for example in made.examples
+    }
+    return _Shown(made, views)
 
 
-def _view(book: Book, example: Example, row: ShotRow, render: Render) -> View:
+def _grid(book: Book) -> tuple[int, int]:
     if book.about.grid is None:
         raise BadInput(f"{book.about.dictionary} is of tokens of text, which have no place in a picture. Explain image sites.")
-    highlight = torch.zeros(book.about.grid)
+    return book.about.grid
+
+
+def _view(example: Example, row: ShotRow, peak: float, grid: tuple[int, int], album: Album, protocol: Protocol) -> View:
+    highlight = torch.zeros(grid)
     highlight.view(-1)[list(example.map.tokens)] = torch.tensor(example.map.values)
-    return View(draw=partial(render, row, example.map), shot=row.shot, highlight=highlight)
+
+    def draw() -> Image.Image:
+        return overlaid(album.open(row.picture.file), example.map, grid, peak, style=protocol.style, side=SIDE)
+
+    return View(draw=draw, shot=row.shot, highlight=highlight)
 
 
 def _failure(feature: int, backend: str, protocol: Protocol, reason: str, found: Explained | None = None) -> Done:
@@ -171,16 +183,16 @@ def _explained(asking: Asking, protocol: Protocol, shown: _Shown | Done, keys: _
     (feature, examples, trials, _), views = shown.plan, shown.views
     found = None
     try:
-        told = to_explain(len(examples))
+        told = to_explain(len(examples), protocol.style)
         found = asking.see([views[example.id] for example in examples], told, Explained, keys["explainer"])
-        instruction = to_judge(found.common_pattern)
+        instruction = to_judge(found.common_pattern, protocol.style)
         judgements = [
             Judgement(
                 trial.example.id, trial.wanted, asking.see([views[trial.example.id]], instruction, Judged, keys["judge"]).score
             )
             for trial in trials
         ]
-        figures = [*scores(judgements, protocol.seed), *_picked(asking, shown, keys)]
+        figures = [*scores(judgements, protocol.seed), *_picked(asking, protocol, shown, keys)]
     except Unanswered as error:
         return _failure(feature, asking.name, protocol, str(error), found)
     explanation = Explanation(
@@ -193,13 +205,13 @@ def _explained(asking: Asking, protocol: Protocol, shown: _Shown | Done, keys: _
     return Done(explanation, tuple(judgements), tuple(figures))
 
 
-def _picked(asking: Asking, shown: _Shown, keys: _Keys) -> list[Score]:
+def _picked(asking: Asking, protocol: Protocol, shown: _Shown, keys: _Keys) -> list[Score]:
     """Whether the picture that does not belong is found."""
     lineup = shown.plan.lineup
     if lineup is None:
         return []
     views = [shown.views[example.id] for example in lineup.examples]
-    picked = asking.see(views, to_pick(len(views)), Picked, keys["judge"])
+    picked = asking.see(views, to_pick(len(views), protocol.style), Picked, keys["judge"])
     return [Score("intruder", float(picked.picture == 1 + lineup.odd), None, None, 1)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from difflex.book import Book, Example
+from difflex.book import Book, Example, Style
 from difflex.errors import BadInput
 from difflex.records import Shot
 
@@ -31,6 +31,8 @@ class Protocol:
     """Pictures that are judged, half of them of other features."""
     lineup: int = 5
     """Pictures of which one does not belong; 0 leaves that test out. `paper` knows none."""
+    style: Style = "blue"
+    """How what a feature marks is drawn over a picture: as published, or outlined, which leaves its colours to be seen."""
     seed: int = 0
 
     @property
@@ -103,7 +105,7 @@ def _paper(
     top = _distinct(book, strongest, max(protocol.shown, half))
     if len(top) < max(protocol.shown, half):
         raise Unfit(f"it has {len(top)} top pictures, {max(protocol.shown, half)} are needed")
-    negatives = _tops(book, feature, others, half, chance)
+    negatives = _tops(book, {feature}, others, half, chance)
     trials = [*(Trial(example, True) for example in top[:half]), *(Trial(example, False) for example in negatives)]
     return Plan(feature, tuple(top[: protocol.shown]), tuple(trials), None)
 
@@ -156,13 +158,13 @@ def _spread(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[round(i * (len(examples) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def _tops(book: Book, feature: int, others: Sequence[int], count: int, chance: random.Random) -> list[Example]:
-    """The strongest examples of `count` other features by chance."""
+def _tops(book: Book, taken: Collection[int], others: Sequence[int], count: int, chance: random.Random) -> list[Example]:
+    """The strongest examples of `count` features by chance, none of them `taken`."""
     found: list[Example] = []
     for other in chance.sample(others, len(others)):
         if len(found) == count:
             return found
-        if other != feature and (best := book.examples(other, "top")):
+        if other not in taken and (best := book.examples(other, "top")):
             found.append(max(best, key=lambda example: example.peak))
     if len(found) < count:
         raise Unfit(f"{len(found)} other features have pictures, {count} are needed to tell it from")
@@ -173,8 +175,9 @@ def _negatives(
     book: Book, feature: int, positives: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
 ) -> list[Example]:
     """Half other features' strongest examples, half near misses: as far as there are some."""
-    near = [each for each in (_nearest(book, feature), _beside(book, positives, chance)) if each is not None]
-    return [*_tops(book, feature, others, count - len(near[: count // 2]), chance), *near[: count // 2]]
+    near = [each for each in (_nearest(book, feature), _beside(book, positives, chance)) if each is not None][: count // 2]
+    taken = {feature, *(each.feature for each in near)}
+    return [*_tops(book, taken, others, count - len(near), chance), *near]
 
 
 def _nearest(book: Book, feature: int) -> Example | None:
@@ -210,4 +213,4 @@ def _lineup(
         return None
     odd = chance.randrange(count)
     examples = chance.sample(unseen, count - 1)
-    return Lineup((*examples[:odd], *_tops(book, feature, others, 1, chance), *examples[odd:]), odd)
+    return Lineup((*examples[:odd], *_tops(book, {feature}, others, 1, chance), *examples[odd:]), odd)

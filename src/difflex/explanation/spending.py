@@ -46,10 +46,10 @@ def expected(views: Sequence[View], instruction: Instruction, picture_tokens: in
 class Budget:
     """What may be spent; threads share one."""
 
-    def __init__(self, most: float | None) -> None:
-        """`most`: None for no limit."""
+    def __init__(self, most: float | None, spent: float = 0.0) -> None:
+        """`most`: None for no limit; `spent`: what is gone already."""
         self._most, self._lock = most, Lock()
-        self.spent = 0.0
+        self.spent = spent
         self._reserved = 0.0
 
     def reserve(self, cost: float) -> None:
