@@ -20,7 +20,7 @@ def begun(folder: Path, model: str = "mini-flux", revision: str | None = None) -
     return Study.begin(folder, model, revision)
 
 
-def dictionary(study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights") -> Place:
+def dictionary(study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights", data: str = "") -> Place:
     """A dictionary called SITE/KIND-SIZE-kK..., with bytes in the place of its tensors."""
     site, _, label = name.partition("/")
     kind, size, k, *_ = label.split("-")
@@ -29,7 +29,8 @@ def dictionary(study: Study, name: str, normalisation: str = "standardise", weig
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dictionary.safetensors").write_bytes(weights)
     config = {"format": 1, "difflex": "0", "kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
-    config |= {"size": int(size), "k": int(k[1:]), "settings": {"normalisation": {"method": normalisation}}, "training": {}}
+    config |= {"size": int(size), "k": int(k[1:]), "settings": {"normalisation": {"method": normalisation}}}
+    config |= {"training": {"data": data}}
     (folder / "config.json").write_text(json.dumps(config))
     return place
 
@@ -42,9 +43,10 @@ def evaluated(
     normalisation: str = "standardise",
     share: float | None = 0.1,
     r2: float | None = 0.8,
+    data: str = "",
 ) -> Evaluation:
     """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation."""
-    place = dictionary(study, name, normalisation)
+    place = dictionary(study, name, normalisation, data=data)
     folder, size = study.dictionary(*place), int(place.label.split("-")[1])
     quality = _quality(fvu, r2)
     density = [0] * (len(Evaluation.edges) - 1)

@@ -228,6 +228,10 @@ def test_the_claim_about_normalisation_follows_the_dead(tmp_path: Path):
     evaluated(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
     assert claim(study, "normalisation").verdict == "does not hold here"
     evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
+    evaluated(study, "double.1/topk-100-k8", dead=31, data="other tokens")
+    assert claim(study, "normalisation").verdict == "not measured"
+    evaluated(study, "double.1/topk-100-k8-seed1", dead=0)
+    assert claim(study, "normalisation").verdict == "not measured"  # another seed is another difference
     evaluated(study, "double.1/topk-100-k8", dead=31)
     assert claim(study, "normalisation").verdict == "does not hold here"
 

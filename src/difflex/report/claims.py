@@ -109,16 +109,15 @@ def dead_without_normalisation(facts: Facts) -> Claim:
     pairs = [(bare, other) for group in groups for bare, other in product(group, group) if _bare(bare) and _centred(other)]
     holds = all(bare[1].dead_share > MOST and other[1].dead_share < FEW for bare, other in pairs)
     told = [
-        f"{bare[0].name}: {percent(bare[1].dead_share)} dead without, "
-        f"{percent(other[1].dead_share)} with normalisation ({other[0].normalisation})"
+        f"{bare[0].name}: {percent(bare[1].dead_share)} dead without, {percent(other[1].dead_share)} with normalisation "
+        f"({other[0].normalisation})"
         for bare, other in pairs
     ]
     return Claim(
         name="normalisation",
         statement="Without normalisation most features of an autoencoder are dead, with standardising or whitening few are.",
-        rule="At every site, kind, k and size trained both ways, more than half of the features are dead without "
-        "normalisation and fewer "
-        "than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
+        rule="At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
+        "and fewer than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
         verdict=_verdict(pairs, holds),
         evidence=_evidence(told, "difflex train STUDY --normalisation none beside the usual one, then difflex evaluate STUDY"),
     )
@@ -146,8 +145,7 @@ def itda_rebuilds_better(facts: Facts) -> Claim:
         name="itda",
         statement="ITDA rebuilds activations better than an autoencoder of equal size.",
         rule="Every ITDA has a lower FVU in model space than the best autoencoder at the same site, of the same k and a size "
-        "within 10 %; "
-        "only dictionaries that normalise their data.",
+        "within 10 %; only dictionaries that normalise their data.",
         verdict=_verdict(pairs, better == len(pairs)),
         evidence=_evidence(told, "difflex train and difflex itda at one k and size, then difflex evaluate STUDY", summary),
     )
@@ -227,9 +225,9 @@ def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[J
     return Claim(
         name=name,
         statement=statement,
-        rule=f"In every comparison with {others}, at the same k, the best features' AP is higher in the mean over concepts: "
-        "the 95 % interval of "
-        "the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that normalise their data.",
+        rule=f"In every comparison with {others}, at the same k, the best features' AP is higher in the mean over concepts: the "
+        "95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that "
+        "normalise their data.",
         verdict=_verdict(found, better == len(found)),
         evidence=_evidence(told, verb, summary),
     )
@@ -278,8 +276,7 @@ def norms_differ(facts: Facts) -> Claim:
         name="norms",
         statement="The norms of activations differ between layers and between timesteps.",
         rule="In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
-        "layer the longest "
-        "timestep's at least 1.1 times the shortest's.",
+        "layer the longest timestep's at least 1.1 times the shortest's.",
         verdict=_verdict(told, holds),
         evidence=_evidence(
             told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY, at two layers and two steps or more"
@@ -310,16 +307,15 @@ def spectrum_is_concentrated(facts: Facts) -> Claim:
         if len(shape.variances) >= 10 and math.isfinite(shape.share(few)) and sum(shape.variances) > 0:
             shares[site] = (few, shape)
     told = [
-        f"{site}: {percent(shape.share(few))} of the variance in {few} of {len(shape.variances)} directions; "
-        f"90 % in {shape.components_for_90}"
+        f"{site}: {percent(shape.share(few))} of the variance in {few} of {len(shape.variances)} directions; 90 % in "
+        f"{shape.components_for_90}"
         for site, (few, shape) in shares.items()
     ]
     return Claim(
         name="spectrum",
         statement="The spectrum is concentrated: few principal directions hold most of the variance.",
         rule="At every site measured, a tenth of the principal directions holds more than half of the variance (of a round "
-        "cloud it would "
-        "hold a tenth).",
+        "cloud it would hold a tenth).",
         verdict=_verdict(shares, all(shape.share(few) > MOST for few, shape in shares.values())),
         evidence=_evidence(told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY"),
     )

@@ -49,6 +49,8 @@ class Measured:
     """The method: `standardise`, `whiten`, `scale` or `none`."""
     variant: str
     """What its label says beside kind, size and k."""
+    data: str
+    """What it was made from, in the words of its config."""
     evaluation: Evaluation | None
     """None where there is none of what the dictionary now is."""
 
@@ -179,6 +181,7 @@ class _Reading(NamedTuple):
             size=config.size,
             k=config.k,
             normalisation=_normalisation(config),
+            data=str(config.training.get("data", "")),
             variant=place.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
             evaluation=evaluation,
         )
@@ -190,6 +193,11 @@ class _Reading(NamedTuple):
             matches = self.tried(lambda path=path: Matches.load(path))
             name = f"concepts/{path.parent.name}/{path.name}"
             if matches is None:
+                continue
+            if not _has_numbers(matches):
+                self.troubles.append(
+                    f"{name} holds what is no number: it is damaged. Delete it; difflex concepts makes it again."
+                )
                 continue
             said = (matches.made_from.get("model", study.model), matches.made_from.get("revision", study.revision or ""))
             if said != (study.model, study.revision or ""):
@@ -246,8 +254,7 @@ def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
         kept += [each for each in there if _settings(each) == usual]
         troubles += [
             f"{path}: {each.name} was held against other pictures, or in another way, than most there, and is left out of the "
-            "figures. "
-            "difflex concepts over all of them makes them alike."
+            "figures. difflex concepts over all of them makes them alike."
             for each in there
             if _settings(each) != usual
         ]
@@ -265,6 +272,13 @@ def _is_sound(evaluation: Evaluation, config: Config) -> bool:
     figures = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
     whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
     return whole and all(isinstance(each, int | float | None) for each in _leaves(figures))
+
+
+def _has_numbers(matches: Matches) -> bool:
+    """Whether the figures that are shown are numbers, or NaN, which can be told."""
+    shown = [figure for level in matches.levels for each in level.findings for figure in (*each.best.ap, *each.probe)]
+    shares = [share for level in matches.levels for share in level.coverage]
+    return bool(matches.levels) and all(isinstance(each, int | float) for each in (*shown, *shares, *matches.features.ap))
 
 
 def _leaves(entry: object) -> Iterator[object]:

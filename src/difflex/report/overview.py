@@ -49,7 +49,7 @@ def again(facts: Facts, spell: Spell) -> Section:
     lead = (
         "One command runs the recipe: what is done is left out, what a change made useless is made again. These are its commands."
     )
-    commands = element("ol", *(_command(entry, spell) for entry in facts.diary), class_="commands")
+    commands = element("ol", *(_command(entry, spell) for entry in facts.diary if entry.verb != "report"), class_="commands")
     return Section(name="again", title="How to run it again", lead=lead, body=_code([whole]) + commands)
 
 

@@ -35,6 +35,7 @@ def write_report(study: Study, control: Study | None = None, spell: Spell = plai
     facts = read(study, control)
     sections = [*(section(facts) for section in SECTIONS), again(facts, spell)]
     figures = [figure for section in sections for figure in section.figures]
+    assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
     folder = study.folder / "report"
     written = [_write(study.folder / "report.html", _page(facts, sections))]
     for stale in set(folder.glob("*.csv")) - {folder / f"{figure.name}.csv" for figure in figures}:

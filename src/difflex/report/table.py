@@ -50,8 +50,8 @@ COLUMNS = (
     Column("r2 in z", "the same in the space that the dictionary was trained in", _space("r2", True)),
     Column(
         "EV",
-        "1 - var(x - y) / var(x) on each axis, mean over axes, in model space: explained variance of arXiv 2410.22366, blind to "
-        "offset",
+        "1 - var(x - y) / var(x) on each axis, mean over axes, in model space: explained variance of arXiv 2410.22366, blind "
+        "to offset",
         _space("ev", False),
     ),
     Column("EV in z", "the same in the space that the dictionary was trained in", _space("ev", True)),
@@ -86,9 +86,8 @@ def dictionaries(facts: Facts) -> Section:
         name="dictionaries",
         title="Every dictionary, every figure",
         lead="A click on a column sorts by it, another one the other way round. x is an activation, y what the dictionary "
-        "makes of it; "
-        "model space is that of the activations, z that in which the dictionary was trained, the two the same where it does "
-        "not normalise.",
+        "makes of it; model space is that of the activations, z that in which the dictionary was trained, the two the same "
+        "where it does not normalise.",
         figures=(_figure(evaluated),) if evaluated else (),
         missing=tuple(missing),
         body=_table(evaluated) + _legend() if evaluated else Markup(""),

@@ -20,9 +20,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent: one place behind the point where it says something."""
+    """A share in per cent; nearly none and nearly all are not told as none and all."""
     if value is None or not math.isfinite(value):
         return number(value)
+    rest = abs(1 - value)
+    if 0 < rest < 0.01:
+        return f"{100 * value:.{max(math.ceil(-math.log10(rest)) - 2, 0)}f} %"
     return f"{100 * value:.0f} %" if abs(value) >= 0.1 or not value else f"{100 * value:.2g} %"
 
 

@@ -33,7 +33,7 @@ def element(name: str, *inside: str, **attributes: str | float | None) -> Markup
 
 def svg(size: tuple[float, float], title: str, description: str, *inside: str) -> Markup:
     """A picture that scales with its place on the page and tells those who cannot see it what it shows."""
-    named = (element("title", title), element("desc", description))
+    named = (element("title", title), element("desc", f"{description} The arrow keys tell its numbers one after another."))
     box = f"0 0 {size[0]:g} {size[1]:g}"
     return element("svg", *named, *inside, viewBox=box, role="img", class_="drawing", tabindex="0", aria_label=title)
 

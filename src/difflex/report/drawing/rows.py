@@ -12,7 +12,7 @@ from difflex.report.drawing.scales import Axis, Scale, scaled
 
 __all__ = ["Entry", "Row", "Rows", "rows"]
 
-TOP, ROW, EDGE, FOOT = 26.0, 32.0, 12.0, 44.0
+TOP, ROW, EDGE, FOOT = 26.0, 37.0, 12.0, 44.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def _axis(x: Scale, height: float) -> list[Markup]:
 
 
 def _row(row: Row, x: Scale, top: float) -> list[Markup]:
-    line = top + 23
+    line = top + 25
     room = WIDTH - (wide(row.note) + 12 if row.note else 0)
     made = [
         text(0, top + 12, shortened(row.name, room), kind="name"),

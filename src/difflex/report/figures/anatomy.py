@@ -54,8 +54,7 @@ def norms(found: Anatomy) -> Figure | None:
         name="norms",
         title="Norms by layer and timestep",
         caption="The mean length of a token's activation after each block, by the noise it is met at: timestep 1000 is pure "
-        "noise. "
-        "Compare with figure 3 of arXiv 2505.24360.",
+        "noise. Compare with figure 3 of arXiv 2505.24360.",
         formula="mean over tokens of |x|; colour by log10",
         table=Table(("site", "stream", "timestep", "norm"), tuple(rows)),
         drawings=tuple(_norms(stream, by, low, high) for stream, by in by_stream.items() if by),
@@ -99,8 +98,8 @@ def spectra(found: Anatomy) -> Figure | None:
     return Figure(
         name="spectra",
         title="Spectra",
-        caption="How the variance is divided among the principal directions: along each, at the left, and in the largest of them "
-        f"together, at the right. {said}. Compare with figure 4 of arXiv 2505.24360.",
+        caption="How the variance is divided among the principal directions: along each, at the left, and in the largest of "
+        f"them together, at the right. {said}. Compare with figure 4 of arXiv 2505.24360.",
         formula="eigenvalues of the covariance of x over their sum",
         table=Table(("site", "rank", "share", "share of this and all larger"), tuple(rows)),
         drawings=(_spectra(rows, keys), _sums_of_spectra(rows, keys)),

@@ -1,5 +1,6 @@
 """What features have to do with known concepts: in the place of figure 7 of arXiv 2505.24360, which explains them in words."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -45,8 +46,8 @@ def concepts(facts: Facts) -> Section:
         name="concepts",
         title="What features stand for",
         lead="Every feature is held against concepts whose place in pictures is known. It is chosen on training pictures and "
-        "measured on "
-        "held-out ones; AP is average precision over tokens, 1 for a feature that fires where the concept is and nowhere else.",
+        "measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where the concept is and "
+        "nowhere else.",
         figures=figures,
         missing=() if blocks else (Missing(wanted, "difflex concepts STUDY"),),
     )
@@ -85,9 +86,8 @@ def features(blocks: dict[str, list[Judged]]) -> Figure:
         name="features",
         title="Features by the concept they detect best",
         caption="How many features reach an average precision: the further right a curve ends, the better its best features "
-        "are. One "
-        f"method of each kind, at the k where most can be compared ({said}). It stands in for the scores of figure 7 of "
-        "arXiv 2505.24360, where a model judged explanations.",
+        f"are. One method of each kind, at the k where most can be compared ({said}). It stands in for the scores of figure 7 "
+        "of arXiv 2505.24360, where a model judged explanations.",
         formula="features whose best AP over all concepts is at least so much / features that fire",
         table=Table(("block", "method", "AP at least", "share of features", "features"), table),
         drawings=tuple(_features(path, judged) for path, judged in chosen.items()),
@@ -97,7 +97,7 @@ def features(blocks: dict[str, list[Judged]]) -> Figure:
 
 def _distribution(judged: Judged) -> list[tuple[float, float, int]]:
     """From each AP of the grid: the share and number of features that reach it; ended by the first that none does."""
-    aps = sorted(judged.matches.features.ap)
+    aps = sorted(filter(math.isfinite, judged.matches.features.ap))
     made = []
     for ap in GRID:
         count = len(aps) - bisect_left(aps, ap)
@@ -140,10 +140,8 @@ def coverage(blocks: dict[str, list[Judged]]) -> Figure:
         name="coverage",
         title="Concepts that one feature detects",
         caption="For every method the share of concepts that one of its features detects, with the 95 % interval from drawing "
-        "the held-out "
-        "pictures again, and the mean AP of the best features. The probe, a linear classifier for each concept on the whole "
-        "activation, "
-        "is what there is to be found.",
+        "the held-out pictures again, and the mean AP of the best features. The probe, a linear classifier for each concept on "
+        "the whole activation, is what there is to be found.",
         formula="detected: AP ≥ 0.8 of one feature; all levels of noise together",
         table=Table(
             ("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"), tuple(table)
@@ -196,8 +194,7 @@ def knowledge(blocks: dict[str, list[Judged]]) -> Figure:
         name="knowledge",
         title="What each layer knows, at which level of noise",
         caption="Groups of concepts by how noisy the picture was (0 is the picture, 1 pure noise): what a linear probe finds "
-        "in the whole "
-        "activation, and what single features of the best dictionary there show of it.",
+        "in the whole activation, and what single features of the best dictionary there show of it.",
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
         table=Table(("block", "method", "group", "noise", "concepts", "mean AP", "detected"), tuple(table)),
         drawings=tuple(drawings),

@@ -34,10 +34,11 @@ def firing(facts: Facts) -> Section:
 
 
 def variants(evaluated: list[Both]) -> list[list[Both]]:
-    """Dictionaries that differ in their normalisation, and not in site, kind, k and size."""
+    """Dictionaries that differ in their normalisation, and in nothing else: not in site, kind, k, size, data, preset, seed."""
     groups: dict[tuple[object, ...], list[Both]] = {}
     for measured, evaluation in evaluated:
-        same = (measured.place.site, measured.kind, measured.size, measured.k)
+        also = tuple(word for word in measured.variant.split("-") if word not in ("", measured.normalisation))
+        same = (measured.place.site, measured.kind, measured.size, measured.k, also, measured.data)
         groups.setdefault(same, []).append((measured, evaluation))
     return [group for group in groups.values() if len({measured.normalisation for measured, _ in group}) > 1]
 
@@ -74,9 +75,9 @@ def dead(groups: list[list[Both]]) -> Figure:
     return Figure(
         name="dead",
         title="Dead features by normalisation",
-        caption="The same site, kind, k and size, trained on activations as they are (none), with mean 0 and deviation 1 on "
-        "each axis "
-        "(standardise), or also turned to their principal axes (whiten). Compare with figure 5 of arXiv 2505.24360.",
+        caption="The same site, kind, k, size and data, trained on activations as they are (none), with mean 0 and deviation 1 "
+        "on each axis (standardise), or also turned to their principal axes (whiten). Compare with figure 5 of arXiv "
+        "2505.24360.",
         formula="features that fired at none of the held-out tokens / all features",
         table=Table(
             ("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
@@ -104,8 +105,7 @@ def density(evaluated: list[Both]) -> Figure:
         name="density",
         title="Density of features",
         caption="At what share of the held-out tokens features fire: each strip is the histogram of one dictionary, rare "
-        "features at the "
-        "left. Dead ones are in no cell; their share stands at the end of the line.",
+        "features at the left. Dead ones are in no cell; their share stands at the end of the line.",
         formula="tokens at which a feature's code is positive / tokens; cells of a quarter of a power of ten",
         table=table,
         drawings=tuple(

@@ -28,9 +28,8 @@ FVU = Metric("FVU", lambda evaluation: evaluation.overall.model_space.fvu, Axis(
 R2 = Metric("r2", lambda evaluation: evaluation.overall.model_space.r2, Axis(label="r2"))
 DEAD = Metric("dead share", lambda evaluation: evaluation.dead_share, Axis(label="dead features", low=0.0, percent=True))
 FORMULAS = (
-    "FVU = sum |x - y|² / sum |x - mean x|², the lower the better; r2 = squared correlation of x and y on each axis, mean "
-    "over axes; "
-    "both in model space, on held-out tokens"
+    "FVU = sum |x - y|² / sum |x - mean x|², the lower the better; r2 = squared correlation of x and y on each axis, mean over "
+    "axes; both in model space, on held-out tokens"
 )
 
 
@@ -68,8 +67,7 @@ def sweep(evaluated: list[Both]) -> Figure | None:
         name="sweep",
         title=f"Over k and size at {site}",
         caption=f"Autoencoders and ITDA on the same axes, {lines}, each with the normalisation that is usual for its kind in "
-        "this study. "
-        "Compare with figure 6 of arXiv 2505.24360.",
+        "this study. Compare with figure 6 of arXiv 2505.24360.",
         formula=FORMULAS,
         table=Table(
             ("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
@@ -104,7 +102,8 @@ def _sweep(there: list[Both], metric: Metric, by_size: bool, keys: list[Key]) ->
     for each in keys:
         own = [(m, e) for m, e in there if f"{m.kind} {_held(m, by_size)}" == each.series]
         marks = tuple(_mark(m, e, metric, m.size if by_size else m.k) for m, e in own)
-        curves.append(Curve(series=each.series, look=each.look, marks=marks))
+        alone = len({mark.x for mark in marks}) == len(marks)  # several at one place, as of two seeds, make no line
+        curves.append(Curve(series=each.series, look=each.look, marks=marks, line=alone))
     axis = Axis(label="features" if by_size else "k", log=True, ticks=tuple(Tick(value, f"{value:,}") for value in values))
     about = f"{metric.name} of {len(there)} dictionaries by {axis.label}."
     return plot(Plot(title=metric.name, description=about, x=axis, y=metric.axis, curves=tuple(curves)))
@@ -248,8 +247,7 @@ def effect(evaluated: list[Both]) -> Figure | None:
         name="effect",
         title="What it does to the model",
         caption="A dictionary can miss little of the variance and yet much of what the model uses. Each point is a dictionary "
-        "whose "
-        "reconstruction took the place of the activation; 100 % is what the mean activation does there.",
+        "whose reconstruction took the place of the activation; 100 % is what the mean activation does there.",
         formula="sum |v' - v|² / sum |v|² of the denoiser's prediction v, as a share of the same with the mean in the place of x",
         table=table,
         drawings=(plot(Plot(title="velocity error against FVU", description=about, x=x, y=y, curves=curves)),),
