@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "ranks": {"errors"},
     "dictionary": {"records", "errors", "ranks"},
     "store": {"records", "errors"},
-    "study": {"records", "errors"},
+    "forecast": {"records"},
+    "study": {"records", "errors", "forecast"},
     "book": {"records", "errors"},
     "examples": {"records", "errors", "dictionary", "book"},
     "explanation": {"records", "errors", "book"},
@@ -58,15 +59,19 @@ ARROWS: dict[str, set[str]] = {
         "study",
         "miniature",
         "anatomy",
+        "book",
         "concepts",
         "dictionary",
         "training",
+        "examples",
+        "explanation",
         "evaluation",
         "report",
         "ranks",
         "steering",
+        "forecast",
     },
-    "recipes": {"errors", "study", "commands", "run"},
+    "recipes": {"errors", "study", "commands", "run", "store", "forecast"},
     "run": {"errors", "store", "study"},
     "cli": {"errors", "study"},
     "planted": {"records", "errors"},
@@ -75,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
-LIGHT = {"difflex", "__main__", "book", "cli", "commands", "contact", "errors", "quiet", "study"}
+LIGHT = {"difflex", "__main__", "book", "cli", "commands", "contact", "errors", "forecast", "quiet", "study"}
 
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {

@@ -1,6 +1,5 @@
 """`difflex neurons`: the neurons of a block as a dictionary of a study."""
 
-
 import pytest
 
 from difflex.cli import main

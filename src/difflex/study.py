@@ -13,6 +13,7 @@ from typing import NamedTuple, final
 
 from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.forecast import Estimate, Outlook
 from difflex.records import Site
 
 __all__ = ["GROWING", "Command", "Place", "Study"]
@@ -30,6 +31,10 @@ class Command(ABC):
     @abstractmethod
     def __call__(self) -> Sequence[Path] | None:
         """What was made, if it is of the kind that stays in a study; does the work, says what came of it."""
+
+    def estimate(self, outlook: Outlook) -> Estimate:
+        """What it is expected to take; nothing is loaded but configs, and nothing written or fetched."""
+        return Estimate(unknown="it tells nothing of itself beforehand")
 
 
 class Place(NamedTuple):
@@ -160,6 +165,10 @@ class Study:
         """The file with the units that a dictionary's features are steered by."""
         return self.folder / "steering" / "scales" / site.folder / f"{label}.safetensors"
 
+    def steering(self, site: Site, label: str) -> Path:
+        """The file that says what comes of steering with a dictionary's features."""
+        return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
+
     def contrast(self, name: str) -> Path:
         """The file of a direction found by contrast."""
         return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
@@ -186,6 +195,11 @@ class Study:
     def pictures(self) -> Path:
         """The folder of the pictures that its books show."""
         return self.folder / "pictures"
+
+    @property
+    def explanations(self) -> Path:
+        """The folder of what seeing models answered, and of what came of it."""
+        return self.folder / "explanations"
 
     def book(self, site: Site, label: str) -> Path:
         """The file of a dictionary's book."""

@@ -11,10 +11,12 @@ from tyro.conf import arg
 import difflex
 from difflex.anatomy import Anatomy as Measured
 from difflex.anatomy import heat_map, measure, spectra
+from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import Opening
 from difflex.commands.prompts import read_prompts
 from difflex.errors import BadInput, BrokenFile
+from difflex.forecast import Estimate, Outlook
 from difflex.records import Site, Stream
 from difflex.study import Study
 
@@ -23,6 +25,10 @@ __all__ = ["Anatomy"]
 THE_MODELS_OWN = "(default: the model's own)"
 UP_TO = 6
 """Spectra, if nobody says of which sites."""
+FIGURES, PER_AXIS = 70_000, 22
+"""Bytes of the figures, and of an entry of a spectrum."""
+DRAWN = 3.0
+"""Seconds for the table of sites and for the figures."""
 
 
 @final
@@ -71,6 +77,20 @@ class Anatomy(Opening):
         else:
             print(f"{study.anatomy}: up to date")
         return [study.anatomy, *_drawn(anatomy, study.anatomy_figures)]
+
+    def estimate(self, outlook: Outlook) -> Estimate:
+        """The passes over its prompts, and a matrix of moments for each spectrum."""
+        model = foreseen(self.model, self.sites, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+        if isinstance(model, str):
+            return Estimate(sites=self.sites, unknown=model)
+        shots = self.limit * model.shot.steps
+        work = walking(model, self.limit, self.limit, model.shot.steps)
+        return Estimate(
+            sites=tuple(map(str, model.shapes)),
+            tokens=shots * sum(tokens for tokens, _ in model.shapes.values()),
+            bytes=FIGURES + UP_TO * PER_AXIS * max(width for _, width in model.shapes.values()),
+            seconds=seconds(outlook, {"model": work}) + DRAWN,
+        )
 
     def _sites(self, pipe: "difflex.Pipeline") -> tuple[list[Site], list[Site]]:
         """Where norms are measured, and where spectra."""

@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import difflex
 from difflex.study import Command, Study
 
-__all__ = ["Opening", "load_studied", "see_own_card"]
+__all__ = ["UNTRAINED", "Opening", "load_studied", "see_own_card"]
 
 UNTRAINED = "untrained-"
 """What the revision of random weights begins with."""

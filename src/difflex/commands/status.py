@@ -7,11 +7,11 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.run import Entry, Step, diary
+from difflex.run import Entry, diary
 from difflex.store import Store
 from difflex.study import Command, Study
 
-__all__ = ["Status", "table"]
+__all__ = ["Status"]
 
 COLUMNS = ("", "state", "seconds", "verb", "asked")
 
@@ -35,11 +35,6 @@ class Status(Command):
             print(f"  {place}")
         if entries := diary(study.folder):
             print(_table([(entry, "begun" if entry.seconds is None else "done") for entry in entries]))
-
-
-def table(steps: Sequence[Step]) -> str:
-    """A line for each command of a recipe."""
-    return _table([(step.entry, step.state) for step in steps])
 
 
 def _table(rows: Sequence[tuple[Entry, str]]) -> str:

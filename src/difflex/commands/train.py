@@ -7,12 +7,14 @@ from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import Positional, arg
 
+from difflex.commands.costs import encoding, held, seconds, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import see_own_card
 from difflex.dictionary import Autoencoder, Origin
 from difflex.dictionary.autoencoder import Kind
 from difflex.dictionary.normalisation import Method
 from difflex.errors import BadInput, UnknownName
+from difflex.forecast import Estimate, Learned, Outlook
 from difflex.ranks import joined
 from difflex.records import Site
 from difflex.store import Store
@@ -23,6 +25,8 @@ __all__ = ["Train"]
 
 Preset = Literal["default", "paper", "paper-auxk", "unbox"]
 THE_PRESETS = "(default: the preset's)"
+BESIDE = 11_000
+"""Bytes of a dictionary's config, of the heads of its files and of its log."""
 
 
 class Usual(NamedTuple):
@@ -91,6 +95,26 @@ class Train(Command):
             made = [self._train(study, Store.open(stores[Site.parse(name)])) for name in self.site]
         return [folder for folders in made for folder in folders]
 
+    def estimate(self, outlook: Outlook) -> Estimate:
+        """Every dictionary learns from every token; weights, and what it takes to go on training them, stay on disk."""
+        usual = USUAL[self.preset]
+        stores = {Site.parse(site): held(outlook, self.study, site) for site in self.site}
+        made, total, size, work = {}, 0, 0, 0.0
+        for site, store in stores.items():
+            if store is None:
+                tokens = None if self.tokens is None else self.tokens * len(self.site)
+                return Estimate(sites=self.site, tokens=tokens, unknown=unknown_store(self.study, site))
+            tokens = round(0.9 * store.rows) if self.tokens is None else self.tokens
+            learned = [Learned(size, k, store.width) for size in self.size or (usual.size,) for k in self.k or (usual.k,)]
+            trainings = [self._training(each.width, each.size, each.k, tokens // usual.batch) for each in learned]
+            made[self.study, site] = tuple(learned)
+            total += tokens
+            size += sum(map(bytes_of, trainings, [store.width] * len(trainings)))
+            work += sum(encoding(each, tokens) for each in learned)
+        return Estimate(
+            sites=self.site, tokens=total, bytes=size, seconds=seconds(outlook, {"training": work}), dictionaries=made
+        )
+
     def _train(self, study: Study, store: Store) -> list[Path]:
         team, usual = Team(), USUAL[self.preset]
         batch = usual.batch if self.batch is None else self.batch
@@ -142,6 +166,14 @@ class Train(Command):
         if self.lr is not None:
             training = replace(training, optimiser=replace(training.optimiser, lr=self.lr))
         return training
+
+
+def bytes_of(training: Training, width: int) -> int:
+    """What a trained dictionary takes on disk: weights in float32, the state of Adam beside them, counts, heads and the log."""
+    weights = 2 * training.size * width + training.size + width
+    copies = 3 + (training.optimiser.beta1 > 0) + (training.optimiser.ema is not None)
+    normalisation = 2 * (width**2 if training.normalisation == "whiten" else 0) + 4 * width
+    return 4 * (copies * weights + normalisation) + 24 * training.size + BESIDE
 
 
 def _described(dictionary: Autoencoder) -> str:

@@ -1,6 +1,7 @@
 """A diffusers pipeline opened up: load, generate, name its sites, read and write what passes through them, harvest it."""
 
 from difflex import quiet  # noqa: F401  first, as it imports diffusers in silence
+from difflex.pipeline.foreseeing import Foreseen, foresee
 from difflex.pipeline.generation import Generated
 from difflex.pipeline.loading import embedded
 from difflex.pipeline.opening import load
@@ -10,4 +11,16 @@ from difflex.pipeline.sharded import share
 from difflex.pipeline.sites import SiteRow
 from difflex.records import Activations, Moment
 
-__all__ = ["Activations", "Generated", "Moment", "Pipeline", "SiteRow", "embedded", "load", "read_prompts", "share"]
+__all__ = [
+    "Activations",
+    "Foreseen",
+    "Generated",
+    "Moment",
+    "Pipeline",
+    "SiteRow",
+    "embedded",
+    "foresee",
+    "load",
+    "read_prompts",
+    "share",
+]

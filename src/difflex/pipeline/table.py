@@ -17,7 +17,7 @@ from difflex.pipeline.sites import Located, SiteMap, SiteRow
 from difflex.quiet import quiet
 from difflex.records import STREAMS, Moment, Shot, Site
 
-__all__ = ["site_rows"]
+__all__ = ["shapes_of", "site_rows"]
 
 
 def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
@@ -41,7 +41,7 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
         for kind in sites.kinds(name, stream)
         if kind != "update"
     ]
-    shapes = _shapes(twin, [sites.locate(site) for site in asked], call, args, kwargs)
+    shapes = shapes_of(twin, [sites.locate(site) for site in asked], call, args, kwargs)
     rows = [_row(sites, site, shapes) for site in asked if site.kind == "residual" and site in shapes]
     if not rows:
         raise BadInput(
@@ -77,7 +77,7 @@ def _twin(denoiser: nn.Module, given: dict[str, object]) -> nn.Module:
 
 
 @torch.no_grad()
-def _shapes(
+def shapes_of(
     twin: nn.Module, sites: Sequence[Located], call: Call, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> dict[Site, torch.Size]:
     """What each site would show; a site whose block gives nothing for its stream is left out."""

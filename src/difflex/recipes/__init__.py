@@ -56,8 +56,8 @@ def mini_full(folder: Path) -> Study:
     middle, sites = "double.1", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=600_000, steps=4, out=folder)
-    train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=1_000_000)
+    harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
+    train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     return Study(
         folder=folder,
@@ -74,7 +74,7 @@ def mini_full(folder: Path) -> Study:
             Evaluate(study=folder, effect=EFFECT),
             *_control(folder / "untrained", harvest, train),
             Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(0.25,)),
-            Concepts(studies=(folder,), site=elsewhere, pictures=600, noise=(0.25,)),
+            Concepts(studies=(folder,), site=elsewhere, noise=(0.25,)),
         ),
     )
 

@@ -6,10 +6,10 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.status import table
 from difflex.errors import BadInput
 from difflex.recipes import recipe
-from difflex.run import run_study, steps
+from difflex.recipes.planning import machine_rate, plan, plan_table
+from difflex.run import run_study
 from difflex.study import Command, Study
 
 __all__ = ["Run"]
@@ -27,14 +27,14 @@ class Run(Command):
     until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
     """Stop after the last command of this verb: harvest, train, ..."""
     dry_run: FlagCreatePairsOff[bool] = False
-    """Say what would be done, and do nothing."""
+    """Say what would be done and what it would take, and do nothing."""
 
     def __call__(self) -> None:
         study = recipe(self.recipe)(self.out or Path(self.recipe.rpartition(":")[2]))
         if not isinstance(study, Study):
             raise BadInput(f"The recipe {self.recipe} gave {type(study).__name__}, not a difflex.Study.")
         if self.dry_run:
-            print(table(steps(study)))
+            print(plan_table(plan(study, machine_rate())))
             return
         run_study(study, until=self.until, recipe=self.recipe)
         print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")

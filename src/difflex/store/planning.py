@@ -8,10 +8,10 @@ from typing import NamedTuple
 from difflex.errors import BadInput, StaleWork
 from difflex.records import Activations, Shot, Site
 from difflex.store.ledger import Ledger
-from difflex.store.room import Room, said_size
+from difflex.store.room import Room, said_size, store_bytes, text_bytes
 from difflex.store.shard import Form, Stored
 
-__all__ = ["Harvest", "Plan", "Recording", "distinct", "plan", "probe"]
+__all__ = ["Harvest", "Plan", "Recording", "distinct", "plan", "probe", "recorded_bytes", "shots_for"]
 
 
 Harvest = Callable[[Sequence[Shot], Sequence[Site], int], Iterable[Activations]]
@@ -84,8 +84,7 @@ def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, set
     if isinstance(shots, list):
         total = len(shots)
     else:
-        wanted = -(-(settings.tokens or 0) // min(ledger.head.tokens for ledger in ledgers))
-        total = -(-wanted // len(first)) * len(first)
+        total = shots_for(settings.tokens or 0, [ledger.head.form for ledger in ledgers], len(first))
     room = Room(ledgers, settings.limit)
     room.check(total, first, shots if isinstance(shots, list) else first)
     return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard, room)
@@ -132,9 +131,26 @@ def _begin(ledgers: Sequence[Ledger], run: Sequence[Shot], harvest: Harvest, set
     seen = probe(run[0], [ledger.site for ledger in ledgers if not ledger.begun], harvest)
     forms = {site: Form(site, settings.dtype, *activations.values.shape[1:]) for site, activations in seen.items()}
     kept = [ledger.head.shots_per_shard for ledger in ledgers if ledger.begun]
-    together = settings.batch * len(run)
-    largest = max(form.tokens * form.row_bytes for form in forms.values())
-    length = kept[0] if kept else max(settings.shard_bytes // largest // together, 1) * together
+    length = kept[0] if kept else shard_length([*forms.values()], len(run), settings)
     for ledger in ledgers:
         if not ledger.begun:
             ledger.begin(forms[ledger.site], run[0], seen[ledger.site].grid, length, settings.batch, settings.source)
+
+
+def shots_for(tokens: int, forms: Sequence[Form], run: int) -> int:
+    """How many shots give so many rows at every site, in whole runs of `run` shots."""
+    wanted = -(-tokens // min(form.tokens for form in forms))
+    return -(-wanted // run) * run
+
+
+def shard_length(forms: Sequence[Form], run: int, settings: Recording) -> int:
+    """How many shots go into a shard, where runs have `run` of them: whole batches."""
+    together = settings.batch * run
+    largest = max(form.tokens * form.row_bytes for form in forms)
+    return max(settings.shard_bytes // largest // together, 1) * together
+
+
+def recorded_bytes(forms: Sequence[Form], known: Sequence[Shot], run: int, total: int, settings: Recording) -> int:
+    """Bytes of stores that are not begun yet, of these forms and of `total` shots like those `known`."""
+    length = shard_length(forms, run, settings)
+    return sum(store_bytes(form, length, total, text_bytes(known)) for form in forms)

@@ -16,7 +16,7 @@ from difflex.store.ledger import Ledger
 from difflex.store.shard import Form, shard_size
 from difflex.store.statistics import WIDEST
 
-__all__ = ["Room", "said_size"]
+__all__ = ["Room", "said_size", "store_bytes", "text_bytes"]
 
 PER_STORE = 2048
 """Bytes of a manifest's head and of the names of the statistics, at most."""
@@ -39,7 +39,7 @@ class Room:
 
         Shots come in runs like `run`; how long they are on disk is told from those that are `known`.
         """
-        text = max(_text_bytes(run) / len(run), _text_bytes(known) / len(known))
+        text = max(text_bytes(run), text_bytes(known))
         folder = self._ledgers[0].folder
         there = sum(ledger.bytes for ledger in self._ledgers)
         free = there + shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
@@ -63,7 +63,7 @@ class Room:
         """Nothing; a shard of `shots` at the `missing` sites that would pass the limit is an error."""
         assert self._limit is not None, "without a limit the disk itself says when it is full"
         there = sum(ledger.bytes + PER_STORE + _statistics_bytes(ledger.head.form) for ledger in self._ledgers)
-        more = sum(_shard_bytes(ledger.head.form, len(shots)) + _text_bytes(shots) for ledger in missing)
+        more = sum(_shard_bytes(ledger.head.form, len(shots)) + math.ceil(len(shots) * text_bytes(shots)) for ledger in missing)
         if there + more > self._limit:
             raise OutOfSpace(
                 f"The next shard would pass the limit of {said_size(self._limit)}: later prompts are longer than the first ones. "
@@ -72,11 +72,11 @@ class Room:
 
     def _needed(self, total: int, text: float) -> int:
         """Bytes of all files with `total` shots, each of which takes `text` bytes to describe."""
-        return sum(_store_bytes(ledger, total, text) for ledger in self._ledgers)
+        return sum(store_bytes(ledger.head.form, ledger.head.shots_per_shard, total, text) for ledger in self._ledgers)
 
 
-def _store_bytes(ledger: Ledger, total: int, text: float) -> int:
-    form, length = ledger.head.form, ledger.head.shots_per_shard
+def store_bytes(form: Form, length: int, total: int, text: float) -> int:
+    """Bytes of a store with `total` shots, `length` of them to a shard, each of which takes `text` bytes to describe."""
     whole, rest = divmod(total, length)
     shards = whole * _shard_bytes(form, length) + (_shard_bytes(form, rest) if rest else 0)
     return shards + math.ceil(total * text) + _statistics_bytes(form) + 2 * PER_STORE
@@ -91,8 +91,9 @@ def _statistics_bytes(form: Form) -> int:
     return axes * torch.float64.itemsize
 
 
-def _text_bytes(shots: Sequence[Shot]) -> int:
-    return sum(len(json.dumps(asdict(shot))) + 2 for shot in shots)
+def text_bytes(shots: Sequence[Shot]) -> float:
+    """Bytes that one of `shots` takes to describe, mean."""
+    return sum(len(json.dumps(asdict(shot))) + 2 for shot in shots) / len(shots)
 
 
 def said_size(count: int) -> str:

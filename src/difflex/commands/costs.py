@@ -1,0 +1,136 @@
+"""What the work of the stations costs, told beforehand: floating-point operations, and how fast a station does them.
+
+The shares of the machine's rate below, and the terms that no matrix product explains, were fitted to runs on mini-flux, on two
+cores: right within about a factor of two there, and a first guess elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from difflex.errors import DifflexError
+from difflex.forecast import Held, Learned, Outlook
+from difflex.pipeline import Foreseen, foresee
+from difflex.records import Shot, Site
+from difflex.store import Store
+from difflex.study import Study
+
+__all__ = [
+    "START",
+    "dictionaries",
+    "drawing",
+    "effect",
+    "encoding",
+    "foreseen",
+    "growing",
+    "held",
+    "matching",
+    "not_here",
+    "of_shot",
+    "probing",
+    "seconds",
+    "unknown_store",
+    "walking",
+]
+
+Work = Literal["model", "effect", "training", "encoding", "growing", "concepts"]
+EFFICIENCY: Mapping[Work, float] = {
+    "model": 0.37,
+    "effect": 0.15,
+    "training": 0.42,
+    "encoding": 0.42,
+    "growing": 0.56,
+    "concepts": 0.5,
+}
+"""The share of the rate of a large matrix product that a station reaches."""
+START = 2.0
+"""Seconds that a command takes before its work begins."""
+SCENE = 1e9
+"""Drawing a scene of the drawn world costs as much time as so many operations."""
+
+
+def seconds(outlook: Outlook, work: Mapping[Work, float]) -> float:
+    """What the operations of `work`, and getting to it, take on this machine."""
+    return START + sum(operations / (outlook.rate * EFFICIENCY[kind]) for kind, operations in work.items())
+
+
+def foreseen(name: str, sites: Iterable[str], revision: str | None, **how: object) -> Foreseen | str:
+    """What is foreseen of a model, or why nothing is."""
+    try:
+        return foresee(name, tuple(sites), revision, **how)  # pyright: ignore[reportArgumentType]
+    except DifflexError as error:
+        return not_here(name, error)
+
+
+def not_here(name: str, error: DifflexError) -> str:
+    """Why nothing is known of a model: said shortly where it only has not been fetched."""
+    return f"the model {name} is not here" if "could not be read from" in str(error) else str(error).split(". ")[0]
+
+
+def of_shot(shot: Shot) -> dict[str, object]:
+    """How a model is asked to walk a run like `shot`."""
+    return {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
+
+
+def held(outlook: Outlook, folder: Path, site: str | Site) -> Held | None:
+    """What a study holds of a site, or will hold; None where nobody knows."""
+    site = Site.parse(site) if isinstance(site, str) else site
+    if (folder, site) in outlook.stores:
+        return outlook.stores[folder, site]
+    try:
+        store = Store.open(Study.open(folder).stores()[site])
+        return Held(store.count() + store.count("held-out"), store.tokens, store.width, store.shot(0))
+    except (DifflexError, KeyError):
+        return None
+
+
+def unknown_store(folder: Path, site: str | Site) -> str:
+    """The sentence for `held` that is None."""
+    return f"{site} is not in {folder} yet, and how wide it will be is not known"
+
+
+def dictionaries(outlook: Outlook, folder: Path, asked: Iterable[str]) -> dict[Site, tuple[Learned, ...]]:
+    """What dictionaries a study has, or will have, at the sites asked for (all, if none is named)."""
+    sites = {Site.parse(site) for site in asked}
+    found = {site: learned for (study, site), learned in outlook.dictionaries.items() if study == folder}
+    return {site: learned for site, learned in found.items() if not sites or site in sites}
+
+
+def walking(foreseen: Foreseen, runs: int, prompts: int, steps: int) -> float:
+    """Walking runs to their last step kept, which ends at the site, and encoding their prompts."""
+    return runs * ((steps - 1) * foreseen.step + foreseen.reached) + prompts * foreseen.prompt
+
+
+def encoding(learned: Learned, tokens: float) -> float:
+    """One dense product, the gathering of k rows, and what goes on beside it for each token."""
+    return tokens * (learned.width * learned.size + 60 * learned.k * learned.width + 1e6)
+
+
+def growing(learned: Learned, tokens: float) -> float:
+    """Three passes over the tokens on the way to the threshold: dense products, a Gram matrix, and k equations for each token."""
+    width, size, k = learned.width, learned.size, learned.k
+    return tokens * (6.0 * width * size + 530.0 * size * k + 3100.0 * k**3 + 9e6)
+
+
+def effect(foreseen: Foreseen, shots: int, count: int) -> float:
+    """Predictions and finished pictures under `count` dictionaries, the mean and zero, and plainly."""
+    steps = foreseen.shot.steps
+    predicted = shots * (steps / 2 + count + 2) * foreseen.step
+    return predicted + shots * (count + 3) * (steps * foreseen.step + foreseen.decoded)
+
+
+def probing(tokens: float, width: int, concepts: int) -> float:
+    """A linear probe for each concept, 150 rounds of its learning."""
+    return 300.0 * tokens * width * concepts
+
+
+def matching(tokens: float) -> float:
+    """Ranking what one method's features do at so many tokens."""
+    return 5e6 * tokens
+
+
+def drawing(pictures: int) -> float:
+    """Scenes of the drawn world with their masks."""
+    return SCENE * pictures

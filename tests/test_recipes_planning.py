@@ -1,0 +1,170 @@
+"""`difflex run --dry-run`: what a study would take, told beforehand, against what it took."""
+
+import os
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from difflex.cli import main
+from difflex.commands.anatomy import Anatomy
+from difflex.commands.evaluate import Evaluate
+from difflex.commands.harvest import Harvest
+from difflex.commands.itda import Itda
+from difflex.commands.neurons import Neurons
+from difflex.commands.train import Train
+from difflex.forecast import Estimate, Held, Learned, Outlook
+from difflex.recipes import RECIPES
+from difflex.recipes.planning import Planned, machine_rate, plan, plan_table, said_time
+from difflex.records import Shot, Site
+from difflex.run import run_study
+from difflex.study import Command, Study
+from difflex.testing import tiny_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:Normalisation '.*' leaves the mean at:UserWarning")
+
+RATE = 1e11
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The study of a tiny model, not yet run."""
+    root = tmp_path_factory.mktemp("planning")
+    model = tiny_folder("flux", root / "tiny-flux")
+    (root / "prompts.txt").write_text("\n".join(f"red star {number}" for number in range(1200)))
+    folder, site, inner = root / "study", "double.1", "double.1:neurons"
+    where = {"model": str(model), "prompts": str(root / "prompts.txt"), "pixels": (16, 24), "out": folder}
+    return Study(
+        folder=folder,
+        model=str(model),
+        commands=(
+            Anatomy(**where, limit=8),
+            Harvest(**where, sites=(site, inner)),
+            Train(study=folder, site=(site,), k=(2, 3), size=(256, 512), tokens=4000),
+            Train(study=folder, site=(site,), k=(2,), size=(256,), tokens=4000, preset="paper"),
+            Itda(study=folder, site=site, k=3, size=512, tokens=4000),
+            Neurons(study=folder, site=(inner,), k=(4,)),
+            Evaluate(study=folder, effect=0),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def before(study: Study) -> list[Planned]:
+    """What was told before it was run, which then is done."""
+    told = plan(study, RATE)
+    assert not study.folder.exists()
+    run_study(study)
+    return told
+
+
+def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: list[Planned]):
+    expected, found = [each.estimate.bytes or 0 for each in before], [each.estimate.bytes or 0 for each in plan(study, RATE)]
+    assert sum(expected) == pytest.approx(sum(found), rel=0.1)
+    verbs = [each.step.entry.verb for each in before]
+    for verb, size, there in zip(verbs, expected, found, strict=True):
+        if verb in ("harvest", "train"):
+            assert size == pytest.approx(there, rel=0.1), verb
+
+
+def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[Planned]):
+    told = {each.step.entry.verb: each.estimate for each in before}
+    assert told["harvest"].sites == ("double.1", "double.1:neurons")
+    assert told["harvest"].tokens == 2 * 1200 * 2 * 24  # sites x prompts x steps x tokens
+    assert told["evaluate"].tokens == pytest.approx(7 * 0.1 * 1200 * 2 * 24, rel=0.2)
+    assert not [each.estimate.unknown for each in before if each.estimate.unknown]
+
+
+def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[Planned]):
+    for told, now in zip(before, plan(study, RATE), strict=True):
+        assert told.step.state == "to do" and told.estimate.seconds != now.estimate.seconds
+        assert now.step.state == "done" and now.estimate.seconds == now.step.entry.seconds
+    (train, *_) = [each for each in plan(study, RATE) if each.step.entry.verb == "train"]
+    files = [path for folder in train.step.entry.made for path in (study.folder / folder).rglob("*") if path.is_file()]
+    assert train.estimate.bytes == sum(path.stat().st_size for path in files)
+    assert "about" not in plan_table(plan(study, RATE)) and "about" in plan_table(before)
+
+
+def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[Planned]):
+    harvest, train = study.commands[1], study.commands[2]
+    assert isinstance(train, Train)
+    outlook = Outlook(rate=RATE).after(harvest.estimate(Outlook(rate=RATE)))
+    slow, fast = (train.estimate(replace(outlook, rate=rate)).seconds or 0 for rate in (RATE, 2 * RATE))
+    more = replace(train, tokens=8000).estimate(outlook).seconds or 0
+    assert more - slow == pytest.approx(2 * (slow - fast))
+    assert slow > fast
+
+
+def test_planning_writes_nothing_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked the network"))
+    monkeypatch.chdir(tmp_path)
+    told = plan(RECIPES["sdxl_turbo"](tmp_path / "study"), RATE)
+    assert os.listdir(tmp_path) == []
+    assert [each.estimate.seconds for each in told] == [None] * len(told)
+    assert told[1].estimate.tokens == 4 * 38_400_000
+    said = plan_table(told)
+    assert "2: unknown: the model stabilityai/sdxl-turbo is not here" in said and "0 s and ?" in said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Command):
+    """Tells nothing of itself."""
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
+    (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE)
+    assert told.estimate == Estimate(unknown="it tells nothing of itself beforehand")
+
+
+def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
+    harvest = Harvest(model="mini-flux", sites=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
+    train = Train(study=tmp_path / "study", site=("double.77",))
+    told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE)
+    assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
+
+
+def test_commands_are_told_what_those_before_them_will_have_made():
+    place, shot = (Path("study"), Site("double.1")), Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0)
+    first = Estimate(stores={place: Held(100, 4, 8, shot)}, dictionaries={place: (Learned(16, 2, 8),)})
+    outlook = Outlook(rate=1.0).after(first).after(Estimate(dictionaries={place: (Learned(32, 2, 8),)}))
+    assert outlook.stores[place].rows == 100
+    assert [each.size for each in outlook.dictionaries[place]] == [16, 32]
+
+
+def test_the_full_study_of_mini_flux_is_planned_to_take_about_an_hour(tmp_path: Path):
+    told = plan(RECIPES["mini_full"](tmp_path / "study"), rate=2e11)  # two cores
+    assert not [each.estimate.unknown for each in told if each.estimate.unknown]
+    assert 1200 < sum(each.estimate.seconds or 0 for each in told) < 3600
+
+
+def test_a_rate_is_measured_in_a_moment():
+    assert 1e8 < machine_rate() < 1e16
+
+
+def test_times_are_said_in_two_digits():
+    assert [said_time(seconds) for seconds in (2.34, 45.9, 130.0, 5400.0, 1e6)] == [
+        "2.3 s",
+        "46 s",
+        "2.2 min",
+        "1.5 h",
+        "12 days",
+    ]
+
+
+def test_on_the_command_line_estimates_stand_beside_what_is_done(
+    study: Study, before: list[Planned], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    (tmp_path / "mine.py").write_text(
+        "from difflex.recipes import Study, Train\n"
+        f"def study(folder):\n    train = Train(study=folder, site=('double.1',), k=(2,), size=(1024,), tokens=4000)\n"
+        f"    return Study(folder=folder, model={study.model!r}, commands=(train,))\n"
+    )
+    files = sorted(path for path in study.folder.rglob("*"))
+    assert main(["run", f"{tmp_path / 'mine.py'}:study", "--out", str(study.folder), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "about" in said and "4,000" in said and "k=2 size=1024" in said and "in all" in said
+    assert sorted(path for path in study.folder.rglob("*")) == files
