@@ -1,7 +1,7 @@
 """The book of a dictionary: what each of its features is, in figures, in pictures and in words; one SQLite file."""
 
 from difflex.book.album import Album, Filed
-from difflex.book.book import SORTS, Book, Condition
+from difflex.book.book import SORTS, Book, Condition, Covering
 from difflex.book.entries import (
     KINDS,
     SHOWN,
@@ -21,6 +21,7 @@ from difflex.book.entries import (
     Usage,
 )
 from difflex.book.overlay import STYLES, Style, enlarged, overlaid
+from difflex.book.sheet import overview, sheet
 from difflex.book.writing import Draft, PackedExample
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Album",
     "Book",
     "Condition",
+    "Covering",
     "Draft",
     "Example",
     "ExampleKind",
@@ -51,4 +53,6 @@ __all__ = [
     "Usage",
     "enlarged",
     "overlaid",
+    "overview",
+    "sheet",
 ]

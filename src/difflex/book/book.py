@@ -29,7 +29,7 @@ from difflex.book.opening import connected, read_about, told, transaction
 from difflex.errors import BadInput, UnknownName
 from difflex.records import Shot, Split
 
-__all__ = ["SORTS", "Book", "Condition"]
+__all__ = ["SORTS", "Book", "Condition", "Covering"]
 
 COLUMNS = (
     "feature, fired, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
@@ -63,6 +63,18 @@ class Condition(NamedTuple):
         sign = found[2]
         assert sign in ("<", "<=", ">", ">=", "=")
         return cls(found[1], sign, float(found[3]))
+
+
+class Covering(NamedTuple):
+    """How much of their top pictures the features of a dictionary cover (`FeatureRow.coverage`)."""
+
+    features: int
+    """Over how many features: those that fire in enough pictures."""
+    mean: float
+    quartiles: tuple[float, float, float]
+    """A quarter, half and three quarters of the features cover less."""
+    area: float
+    """The share of a picture's tokens at which they fire, however weakly, mean over all pictures in which they do."""
 
 
 @final
@@ -127,6 +139,21 @@ class Book:
         order = f" ORDER BY {key} {'DESC' if descending else 'ASC'} NULLS LAST, feature LIMIT ?"
         given += [measure] * (sort == "score") + [-1 if limit is None else limit]
         return [_feature(row) for row in self._asked(f"SELECT {COLUMNS} FROM features{filtered}{order}", *given)]
+
+    def covering(self, shots: int = 8) -> Covering | None:
+        """How much of their top pictures features cover that fire in so many shots or more; None where there are none."""
+        rows = self._asked(
+            "SELECT coverage, area FROM features WHERE shots >= ? AND coverage IS NOT NULL ORDER BY coverage", shots
+        )
+        if not rows:
+            return None
+        covered, areas = [row[0] for row in rows], [row[1] for row in rows]
+        quarter, half, most = (covered[len(covered) * part // 4] for part in (1, 2, 3))
+        return Covering(len(rows), sum(covered) / len(rows), (quarter, half, most), sum(areas) / len(rows))
+
+    def count_firing(self) -> int:
+        """How many features fire at some token."""
+        return int(self._asked("SELECT count(*) FROM features WHERE fired > 0")[0][0])
 
     def examples(self, feature: int, kind: ExampleKind | None = None, split: Split | None = None) -> list[Example]:
         """The examples of a feature in the order of kind, split and rank."""

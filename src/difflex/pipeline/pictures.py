@@ -158,7 +158,7 @@ def _given(
         prompt, name = next(told, None), next(called, None)
         if prompt is None:
             raise BadInput(f"There are more pictures than prompts: picture {i} has none. Give one for each, or none at all.")
-        picture = _open(given)
+        picture = open_picture(given)
         pixels = (picture.height, picture.width)
         check_size(pixels, engine.card, engine.stride)
         content = hashlib.sha256(picture.tobytes()).hexdigest()
@@ -166,7 +166,8 @@ def _given(
         yield Given(picture, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, picture=name, split=split_of(content)))
 
 
-def _open(given: Picture) -> Image.Image:
+def open_picture(given: Picture) -> Image.Image:
+    """The picture, in red, green and blue."""
     if isinstance(given, Image.Image):
         return given.convert("RGB")
     try:
