@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +116,7 @@ def recipe_of(folder: Path) -> str | None:
 
 def verb_of(command: Command) -> str:
     """The verb that `command` is written with."""
-    return type(command).__name__.lower()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(command).__name__).lower()
 
 
 def _done(study: Study, step: Step, tell: Callable[[str], None]) -> Entry:

@@ -1,0 +1,101 @@
+"""What the drawn world asks of an edit: pictures in which a concept is to appear, pairs of captions, and a judge's eyes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from difflex.miniature.captions import Request, read, write
+from difflex.miniature.judge import Judge, Reading
+from difflex.miniature.scoring import right_of
+from difflex.miniature.world import COLUMNS, CONCEPTS, HELD_OUT_SEEDS, PIXELS, ROWS, Mix, scenes
+from difflex.records import Rectangle
+from difflex.steering import Task, Trial, Verdict
+
+__all__ = ["DrawnJudge", "drawn_pairs", "drawn_task", "group_of"]
+
+FIRST, FIRST_PAIR = HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 3_000_000
+LOOKED_AT = 20
+"""Scenes looked at for each that is wanted."""
+WHOLE = ("background", "style")
+AWAY, REACH = 0.29, 0.26
+"""How far outer cells lie from the middle of the picture, and how far an object reaches, as shares of the picture."""
+
+
+def group_of(concept: str) -> str:
+    """The group that a concept of the drawn world belongs to; empty if there is none."""
+    return next((group for group, names in CONCEPTS.items() if concept in names), "")
+
+
+def drawn_task(concept: str, trials: int) -> Task:
+    """Captions of single objects that name another concept of the group and, for what belongs to an object, say where it is."""
+    group = group_of(concept)
+    specs = scenes(torch.arange(trials * LOOKED_AT) + FIRST, Mix(1, 0, 0))
+    found = []
+    for caption in write(specs):
+        request = read(caption)
+        named, region = _named(request, group), _place(request) if group not in WHOLE else None
+        if named is not None and named != concept and (region is not None or group in WHOLE):
+            found.append(Trial(caption, len(found), region))
+        if len(found) == trials:
+            break
+    return Task(concept=concept, group=group, trials=tuple(found))
+
+
+def drawn_pairs(concept: str, count: int) -> list[tuple[str, str]]:
+    """Pairs of captions that are alike but for a concept: it, and another one of its group."""
+    group = group_of(concept)
+    index = CONCEPTS[group].index(concept)
+    specs = scenes(torch.arange(count * LOOKED_AT) + FIRST_PAIR, Mix(1, 0, 0))
+    with_it = replace(specs, **{group: torch.full_like(getattr(specs, group), index)})
+    pairs = [
+        (wanted, unwanted)
+        for wanted, unwanted in zip(write(with_it), write(specs), strict=True)
+        if wanted != unwanted and _named(read(wanted), group) == concept and _named(read(unwanted), group) is not None
+    ]
+    return pairs[:count]
+
+
+def _named(request: Request, group: str) -> str | None:
+    return getattr(request if group in WHOLE else request.objects[0], group)
+
+
+def _place(request: Request) -> Rectangle | None:
+    """Where a caption puts its object, if it says both row and column."""
+    thing = request.objects[0]
+    if thing.row is None or thing.column is None:
+        return None
+    across, down = 0.5 + AWAY * (COLUMNS.index(thing.column) - 1), 0.5 + AWAY * (ROWS.index(thing.row) - 1)
+    edge = lambda at: min(1.0, max(0.0, at))  # noqa: E731
+    return Rectangle(edge(across - REACH), edge(down - REACH), edge(across + REACH), edge(down + REACH))
+
+
+class DrawnJudge:
+    """The judge of the drawn world, asked about edits."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+
+    def __call__(
+        self, task: Task, trials: Sequence[Trial], pictures: Float[Tensor, "picture channel row column"]
+    ) -> list[Verdict]:
+        """What it sees of each picture."""
+        readings = [reading for chunk in pictures.split(64) for reading in self._judge.read(chunk)]
+        return [self._verdict(task, trial, reading) for trial, reading in zip(trials, readings, strict=True)]
+
+    def _verdict(self, task: Task, trial: Trial, reading: Reading) -> Verdict:
+        right = {what: ok for what, ok in right_of(read(trial.prompt), reading).items() if what != task.group}
+        if task.group in WHOLE:
+            return Verdict(getattr(reading, task.group) == task.concept, right, reading.confidence)
+        region = _pixels(trial.region)
+        there = [thing for thing in reading.objects if (thing.mask & region).sum() > 0.5 * thing.mask.sum()]
+        return Verdict(any(thing.concepts[task.group] == task.concept for thing in there), right, reading.confidence)
+
+
+def _pixels(region: Rectangle | None) -> Bool[Tensor, "row column"]:
+    if region is None:
+        return torch.ones(PIXELS, PIXELS, dtype=torch.bool)
+    at = (torch.arange(PIXELS) + 0.5) / PIXELS
+    return torch.outer((at >= region.top) & (at < region.bottom), (at >= region.left) & (at < region.right))

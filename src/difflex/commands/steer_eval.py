@@ -1,0 +1,228 @@
+"""`difflex steer-eval`: do edits do what they say, on the drawn world, beside what they must beat."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, NamedTuple, final
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.commands.contrast import contrasted
+from difflex.commands.drawn_tasks import DrawnJudge, drawn_pairs, drawn_task, group_of
+from difflex.commands.flags import Range
+from difflex.commands.opening import load_studied
+from difflex.commands.steer import Strengths
+from difflex.concepts import Matches
+from difflex.errors import BadInput
+from difflex.miniature import load_judge
+from difflex.pipeline import Pipeline
+from difflex.records import Edit, Unit
+from difflex.steering import (
+    Curve,
+    Drawn,
+    Features,
+    Judged,
+    Steering,
+    Toolbox,
+    Trial,
+    judge,
+    steered_along,
+    steerings,
+)
+from difflex.study import Command, Place, Study
+
+__all__ = ["SteerEval"]
+
+LEVELS = (0.3, 0.6, 0.9)
+"""Of noise, at which finished pictures are foretold."""
+RANDOM_SEED = 0
+
+
+class Wanted(NamedTuple):
+    """A concept and the feature that detects it."""
+
+    concept: str
+    feature: int
+    ap: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SteerEval(Command):
+    """Steer towards known concepts with the features that detect them, and judge: does it appear, what else changes, what breaks.
+
+    Beside each feature: the contrast of pairs of captions, a random direction of equal length, the neuron that detects the
+    concept best, and the prompt edited instead.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world, in which `difflex concepts` was run."""
+    dictionary: Annotated[Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: all)")] = ()
+    """Which: SITE/LABEL, or the site alone where it has one dictionary."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
+    """Concepts of which groups."""
+    least: Annotated[float, arg(metavar="AP")] = 0.8
+    """Features of this average precision or more."""
+    trials: Annotated[int, arg(metavar="N")] = 24
+    """Pictures for each concept."""
+    pairs: Annotated[int, arg(metavar="N")] = 20
+    """Pairs of captions for each contrast."""
+    strength: Strengths = (0.5, 1.0, 1.5, 2.0, 3.0)
+    """How strongly: in the unit below for features, in lengths of the contrast for contrasts."""
+    unit: Unit = "peak"
+    """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
+    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """At which denoising steps; END is left out."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the card only the part at work."""
+
+    def __call__(self) -> list[Path]:
+        if self.trials < 1 or self.pairs < 1:
+            raise BadInput(f"--trials {self.trials} --pairs {self.pairs} leave nothing to judge. Ask for 1 or more.")
+        toolbox = Toolbox(Study.open(self.study))
+        known = [place for place in toolbox.study.dictionaries() if place.site.kind != "neurons"]
+        places = [toolbox.study.named(name) for name in self.dictionary] or known
+        wanted = {place: self._wanted(toolbox.study, place) for place in places}
+        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        written = []
+        for place, concepts in wanted.items():
+            curves = list(self._curves(toolbox, pipe, place, concepts))
+            judged = Judged(
+                model=toolbox.study.model, site=str(place.site), curves=tuple(curves), made_from=self._made_from(toolbox, place)
+            )
+            written.append(judged.save(toolbox.study.steering(*place)))
+            print(f"{place}: {len(concepts)} concepts with a feature of AP {self.least:g} or more")
+            print(_table(judged))
+        return written
+
+    def _wanted(self, study: Study, place: Place) -> list[Wanted]:
+        path = study.concepts(*place)
+        if not path.is_file():
+            raise BadInput(
+                f"Which concepts the features of {place} detect is not known: there is no {path}. Run difflex concepts."
+            )
+        findings = Matches.load(path).levels[0].findings
+        return [
+            Wanted(finding.concept.name, finding.best.features[0], finding.best.ap.value)
+            for finding in findings
+            if finding.concept.group in self.groups and finding.best.ap.value >= self.least and group_of(finding.concept.name)
+        ]
+
+    def _curves(self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted]) -> Iterator[Curve]:
+        drawn = Drawn(_pictures(pipe), DrawnJudge(load_judge()), lambda pictures: pipe.losses(_images(pictures), LEVELS).mean(1))
+        for each in tqdm(concepts, desc=str(place), unit="concept", disable=None):
+            yield from judge(drawn_task(each.concept, self.trials), self._methods(toolbox, pipe, place, each), drawn)
+
+    def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted):
+        """Each method by name: what it adds, how, and at which strengths."""
+        edit = Edit(
+            what="add",
+            site=place.site,
+            dictionary=place.label,
+            features=(wanted.feature,),
+            unit=self.unit,
+            steps=None if self.steps is None else (self.steps.start, self.steps.stop),
+        )
+        features = toolbox.features(edit)
+        pairs = drawn_pairs(wanted.concept, self.pairs)
+        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.steps))
+        methods = {
+            "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
+            "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
+            "random": (f"seed {RANDOM_SEED}", _adding(edit, _random(features)), self.strength),
+            "prompt": ("the caption says so", _saying(wanted.concept), (1.0,)),
+        }
+        return {**methods, **self._neuron(toolbox, place, wanted, edit)}
+
+    def _neuron(self, toolbox: Toolbox, place: Place, wanted: Wanted, edit: Edit):
+        """The neuron of the same block that detects the concept best, where the study holds its block's neurons."""
+        site = replace(place.site, kind="neurons")
+        there = [each for each in toolbox.study.dictionaries() if each.site == site and toolbox.study.concepts(*each).is_file()]
+        if not there:
+            return {}
+        findings = Matches.load(toolbox.study.concepts(*there[0])).levels[0].findings
+        found = [finding.best.features[0] for finding in findings if finding.concept.name == wanted.concept]
+        if not found:
+            return {}
+        own = replace(edit, site=site, dictionary=there[0].label, features=(found[0],))
+        return {"neuron": (f"{there[0]} {found[0]}", _adding(own, toolbox.features(own)), self.strength)}
+
+    def _made_from(self, toolbox: Toolbox, place: Place) -> Mapping[str, str | int | float]:
+        edit = Edit(what="add", site=place.site, dictionary=place.label)
+        return {
+            **toolbox.checksums([edit]),
+            "trials": self.trials,
+            "pairs": self.pairs,
+            "least": self.least,
+            "unit": self.unit,
+            "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
+            "strengths": ",".join(f"{strength:g}" for strength in self.strength),
+        }
+
+
+def _adding(edit: Edit, features: Features):
+    def added(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
+        here = replace(edit, strength=strength, region=trial.region)
+        return trial, steerings([here], lambda _: features)[0]
+
+    return added
+
+
+def _random(features: Features) -> Features:
+    """A random direction in place of the features, as long as what they write."""
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = torch.randn(features.decoder.shape, generator=generator).to(features.decoder)
+    lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+    return features._replace(told="a random direction", decoder=drawn * lengths)
+
+
+def _saying(concept: str):
+    """The caption edited in place of the activations: the same words, but for the concept."""
+
+    def said(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
+        group = group_of(concept)
+        words = [concept if group_of(word) == group else word for word in trial.prompt.split()]
+        for i, word in enumerate(words[:-1]):
+            if word in ("a", "an"):
+                words[i] = "an" if words[i + 1][0] in "aeiou" else "a"
+        return trial._replace(prompt=" ".join(words)), None
+
+    return said
+
+
+def _pictures(pipe: Pipeline):
+    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+        made = pipe.generate(
+            [trial.prompt for trial in trials], seed=trials[0].seed, batch=32, edits=[steering] if steering else []
+        )
+        bytes_of = [torch.frombuffer(bytearray(each.picture.convert("RGB").tobytes()), dtype=torch.uint8) for each in made]
+        height, width = made[0].shot.pixels
+        return torch.stack(bytes_of).view(len(made), height, width, 3).movedim(3, 1).float() / 255
+
+    return pictures
+
+
+def _images(pictures: Tensor) -> Iterator[Image.Image]:
+    for picture in (pictures * 255).round().to(torch.uint8).movedim(1, 3):
+        yield Image.frombytes("RGB", (picture.shape[1], picture.shape[0]), picture.contiguous().numpy().tobytes())
+
+
+def _table(judged: Judged) -> str:
+    """A line for each method: medians over concepts, at the strength that is best for each."""
+    lines = [f"{'method':<10}{'concepts':>9}{'gain':>8}{'success':>9}{'without':>9}{'kept':>7}{'loss':>7}{'strength':>10}"]
+    for method in dict.fromkeys(curve.method for curve in judged.curves):
+        curves = judged.of(method)
+        best = [point for curve in curves if (point := curve.best()) is not None]
+        middle = lambda values: f"{median(values):.2f}" if values else "-"  # noqa: E731
+        lines.append(
+            f"{method:<10}{len(curves):>9}{middle([curve.gain() for curve in curves]):>8}"
+            f"{middle([point.success for point in best]):>9}{middle([curve.without for curve in curves]):>9}"
+            f"{middle([point.specificity for point in best]):>7}{middle([point.quality for point in best]):>7}"
+            f"{middle([point.strength for point in best]):>10}"
+        )
+    return "\n".join(lines)

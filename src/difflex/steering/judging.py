@@ -1,0 +1,217 @@
+"""Does an edit do what it says? The concept is to appear where it was put, nothing else is to change, and no picture to break."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex import __version__
+from difflex.dictionary.files import replace_file
+from difflex.errors import BadInput, BrokenFile
+from difflex.records import Moment, Rectangle
+from difflex.steering.editing import Steering
+
+__all__ = ["Curve", "Drawn", "Judged", "Point", "Task", "Trial", "Verdict", "judge", "side_by_side"]
+
+FORMAT = 1
+BROKEN = 1.5
+"""From this many times the loss of unedited pictures on, pictures are called broken."""
+Pictures = Float[Tensor, "picture channel row column"]
+
+
+class Trial(NamedTuple):
+    """A picture in which a concept is to appear."""
+
+    prompt: str
+    seed: int
+    region: Rectangle | None
+    """Where the concept is put; None for the whole picture."""
+
+
+class Verdict(NamedTuple):
+    """What is seen in an edited picture."""
+
+    shows: bool
+    """The concept, in the trial's region."""
+    right: Mapping[str, bool]
+    """What else the prompt states, and whether it is so."""
+    confidence: float
+    """Of the judge, about the whole picture."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A concept, and the pictures in which it is to appear; their prompts name another one of its group."""
+
+    concept: str
+    group: str
+    trials: tuple[Trial, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What came of one strength."""
+
+    strength: float
+    success: float
+    """The share of pictures that show the concept where it was put."""
+    specificity: float
+    """Of all else that was right in the unedited pictures, the share that still is."""
+    quality: float
+    """The unedited model's loss on the finished pictures over that on unedited ones: 1 is as good, more is worse."""
+    confidence: float
+    """Of the judge, over that about unedited pictures."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A method on a task, over strengths."""
+
+    method: str
+    told: str
+    """What was added: which feature, which direction."""
+    concept: str
+    group: str
+    trials: int
+    without: float
+    """The share of unedited pictures that show the concept."""
+    points: tuple[Point, ...]
+
+    @property
+    def breaks(self) -> float | None:
+        """The first strength at which pictures are broken; None if none of them does it."""
+        return next((point.strength for point in self.points if point.quality >= BROKEN), None)
+
+    def best(self, kept: float = 0.9) -> Point | None:
+        """The point of the highest success among those that keep `kept` of all else and do not break; None if there is none."""
+        good = [point for point in self.points if point.specificity >= kept and point.quality < BROKEN]
+        return max(good, key=lambda point: (point.success, -abs(point.strength)), default=None)
+
+    def gain(self, kept: float = 0.9) -> float:
+        """The success at the best point over that without the edit; 0 where no strength will do."""
+        best = self.best(kept)
+        return 0.0 if best is None else best.success - self.without
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Several methods on several tasks, as they are written and read again."""
+
+    model: str
+    site: str
+    curves: tuple[Curve, ...]
+    made_from: Mapping[str, str | int | float]
+    """What the figures depend on."""
+
+    def of(self, method: str) -> list[Curve]:
+        """The curves of a method."""
+        return [curve for curve in self.curves if curve.method == method]
+
+    def save(self, path: Path) -> Path:
+        """`path`, which now holds this as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = {"format": FORMAT, "difflex": __version__, **asdict(self)}
+        replace_file(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Judged:
+        """What was written to `path`."""
+        try:
+            said = json.loads(path.read_bytes())
+            if said.pop("format") != FORMAT:
+                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
+            del said["difflex"]
+            curves = [Curve(**{**each, "points": tuple(Point(**point) for point in each["points"])}) for each in said["curves"]]
+            return cls(**{**said, "curves": tuple(curves)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BrokenFile(
+                f"{path} does not say what edits do ({error}): it is damaged. Delete it; it is made again."
+            ) from error
+
+
+class Drawn(NamedTuple):
+    """What a task needs of the model and of a judge."""
+
+    pictures: Callable[[Sequence[Trial], Steering | None], Pictures]
+    """The pictures of trials under an edit, or without one."""
+    verdicts: Callable[[Task, Sequence[Trial], Pictures], Sequence[Verdict]]
+    losses: Callable[[Pictures], Float[Tensor, " picture"]]
+    """The unedited model's loss on finished pictures, noised again."""
+
+
+Method = Callable[[Trial, float], tuple[Trial, Steering | None]]
+"""What a method makes of a trial at a strength: the same trial under an edit, or another trial, where the prompt is the edit."""
+
+
+def judge(task: Task, methods: Mapping[str, tuple[str, Method, Sequence[float]]], drawn: Drawn) -> Iterator[Curve]:
+    """A curve for each of `methods`: by name what it adds, how, and at which strengths."""
+    if not task.trials:
+        raise BadInput(f"There is no picture in which '{task.concept}' could appear. Give at least one trial.")
+    plain = drawn.pictures(task.trials, None)
+    before, losses = drawn.verdicts(task, task.trials, plain), drawn.losses(plain)
+    for name, (told, method, strengths) in methods.items():
+        yield Curve(
+            method=name,
+            told=told,
+            concept=task.concept,
+            group=task.group,
+            trials=len(task.trials),
+            without=_mean([verdict.shows for verdict in before]),
+            points=tuple(_point(task, method, strength, before, losses, drawn) for strength in strengths),
+        )
+
+
+def _point(
+    task: Task, method: Method, strength: float, before: Sequence[Verdict], losses: Float[Tensor, " picture"], drawn: Drawn
+) -> Point:
+    trials, changes = zip(*(method(trial, strength) for trial in task.trials), strict=True)
+    edited = drawn.pictures(trials, side_by_side(trials, changes))
+    # Judged by what was asked before: a prompt that was itself the edit states the concept, not what it took the place of.
+    after = drawn.verdicts(task, task.trials, edited)
+    kept = [new.right[what] for old, new in zip(before, after, strict=True) for what, right in old.right.items() if right]
+    return Point(
+        strength=float(strength),
+        success=_mean([verdict.shows for verdict in after]),
+        specificity=_mean(kept) if kept else 1.0,
+        quality=float(drawn.losses(edited).mean() / losses.mean()),
+        confidence=_mean([each.confidence for each in after]) / max(1e-9, _mean([each.confidence for each in before])),
+    )
+
+
+def side_by_side(trials: Sequence[Trial], changes: Sequence[Steering | None]) -> Steering | None:
+    """One edit for a batch in which each picture has its own, all at one site."""
+    given = {(trial.prompt, trial.seed): each for trial, each in zip(trials, changes, strict=True) if each is not None}
+    sites = {each.site for each in given.values()}
+    if not sites:
+        return None
+    if len(sites) > 1:
+        raise BadInput(f"Pictures of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
+
+    def change(x: Float[Tensor, "batch token width"], moment: Moment) -> Float[Tensor, "batch token width"] | None:
+        assert moment.shots is not None
+        written, any_new = [], False
+        for row, shot in zip(x.split(1), moment.shots, strict=True):
+            own = given.get((shot.prompt, shot.seed))
+            new = None if own is None else own.change(row, moment)
+            written.append(row if new is None else new)
+            any_new |= new is not None
+        return torch.cat(written) if any_new else None
+
+    return Steering(sites.pop(), change)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,146 @@
+"""Judging edits: what is counted is what the pictures show, whatever the model, the judge and the method."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflex.cli import main
+from difflex.commands.drawn_tasks import DrawnJudge, drawn_pairs, drawn_task, group_of
+from difflex.errors import BadInput, BrokenFile
+from difflex.miniature import draw, load_judge
+from difflex.miniature.captions import read
+from difflex.miniature.world import HELD_OUT_SEEDS, Mix
+from difflex.records import Moment, Shot, Site
+from difflex.steering import Drawn, Judged, Steering, Task, Trial, Verdict, judge, side_by_side
+
+TRIALS = tuple(Trial(f"picture {number}", number, None) for number in range(4))
+TASK = Task(concept="red", group="colour", trials=TRIALS)
+
+
+def shown(strength: float) -> Steering:
+    return Steering(Site("double.1"), lambda x, moment: x + strength)
+
+
+def fake(spoils: float) -> Drawn:
+    """Pictures of one number, the strength: red from 1 on; from `spoils` on the ground is wrong; the loss grows with it."""
+
+    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+        plain = torch.zeros(len(trials), 1, 1)
+        shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in trials)
+        edited = None if steering is None else steering.change(plain, Moment(0, 1.0, None, shots, None))
+        return (plain if edited is None else edited).view(-1, 1, 1, 1)
+
+    def verdicts(task: Task, trials: Sequence[Trial], drawn: Tensor) -> list[Verdict]:
+        return [Verdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in drawn.flatten()]
+
+    return Drawn(pictures, verdicts, lambda drawn: 1 + drawn.flatten())
+
+
+def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
+    [curve] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0))
+    assert (curve.without, curve.trials, curve.told) == (0.0, 4, "it")
+    assert [point.success for point in curve.points] == [0.0, 1.0, 1.0]
+    # The shape was never right, so nothing of it can be lost.
+    assert [point.specificity for point in curve.points] == [1.0, 1.0, 0.0]
+    assert [round(point.quality, 3) for point in curve.points] == [1.2, 2.0, 3.0]
+    assert curve.breaks == 1.0
+
+
+def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_picture():
+    [curve] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
+    best = curve.best()
+    assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
+    [spoilt] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (2.0,))}, fake(spoils=0.3))
+    assert spoilt.best() is None and spoilt.gain() == 0.0
+
+
+def test_each_picture_of_a_batch_gets_its_own_edit():
+    both = side_by_side(TRIALS[:3], [shown(1.0), None, shown(5.0)])
+    assert both is not None
+    shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
+    out = both.change(torch.zeros(3, 2, 2), Moment(0, 1.0, None, shots, None))
+    assert out is not None and out[:, 0, 0].tolist() == [1.0, 0.0, 5.0]
+    assert side_by_side(TRIALS[:2], [None, None]) is None
+    with pytest.raises(BadInput, match="at one site"):
+        side_by_side(TRIALS[:2], [shown(1.0), Steering(Site("single.0"), lambda x, moment: x)])
+
+
+def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+    curves = tuple(judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0)))
+    judged = Judged(model="m", site="double.1", curves=curves, made_from={"trials": 4})
+    path = judged.save(tmp_path / "judged.json")
+    assert Judged.load(path) == judged
+    path.write_text("{}")
+    with pytest.raises(BrokenFile):
+        Judged.load(path)
+
+
+@pytest.mark.parametrize("concept", ["cyan", "striped", "night", "star", "cartoon"])
+def test_trials_name_another_concept_of_the_group_and_say_where_the_object_is(concept: str):
+    task = drawn_task(concept, 20)
+    assert len(task.trials) == 20 and len({trial.seed for trial in task.trials}) == 20
+    for trial in task.trials:
+        words = [word for word in trial.prompt.split() if group_of(word) == task.group]
+        assert words and concept not in words
+        assert (trial.region is None) == (task.group in ("background", "style"))
+
+
+def test_pairs_differ_in_the_concept_alone():
+    for wanted, unwanted in drawn_pairs("cyan", 10):
+        one, other = read(wanted), read(unwanted)
+        assert one.objects[0].colour == "cyan" != other.objects[0].colour
+        assert one.objects[0].shape == other.objects[0].shape and one.background == other.background
+
+
+def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewhere():
+    scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, Mix(1, 0, 0))
+    drawn = DrawnJudge(load_judge())
+    task = drawn_task("cyan", 1)
+    placed = [i for i, caption in enumerate(scenes.captions) if (thing := read(caption).objects[0]).row and thing.column][:60]
+    trials = [Trial(scenes.captions[i], i, None) for i in placed]
+    truth = [int(scenes.specs.colour[i, 0]) == 4 for i in placed]
+    seen = [verdict.shows for verdict in drawn(task, trials, scenes.pictures[placed])]
+    assert sum(a == b for a, b in zip(truth, seen, strict=True)) >= 58 and any(truth)
+    everywhere = {trial.region for trial in drawn_task("cyan", 60).trials}
+    corner = next(region for region in everywhere if region is not None and region.left == 0 and region.top == 0)
+    for i, verdict in zip(placed, drawn(task, [t._replace(region=corner) for t in trials], scenes.pictures[placed]), strict=True):
+        far = int(scenes.specs.row[i, 0]) == 2 or int(scenes.specs.column[i, 0]) == 2
+        assert not (far and verdict.shows)
+
+
+def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study = str(tmp_path / "study")
+    assert (
+        main(
+            [
+                "harvest",
+                "mini-flux",
+                "--prompts",
+                "captions",
+                "--sites",
+                "double.1",
+                "double.1:neurons",
+                "--tokens",
+                "20000",
+                "--out",
+                study,
+            ]
+        )
+        == 0
+    )
+    assert main(["train", study, "--site", "double.1", "--k", "8", "--size", "256", "--tokens", "20000"]) == 0
+    assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
+    assert main(["steer-eval", study, "double.1"]) == 2
+    assert "Run difflex concepts" in capsys.readouterr().err
+    assert main(["concepts", study, "--pictures", "120", "--noise", "0.25"]) == 0
+    capsys.readouterr()
+    flags = ["--groups", "texture", "--least", "0.01", "--trials", "2", "--pairs", "3", "--strength", "1:2:1", "--steps", "0:3"]
+    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    said = capsys.readouterr().out
+    judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
+    assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
+    assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
+    assert "neuron" in said and "gain" in said
