@@ -2,7 +2,7 @@
 
 import base64
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,7 +20,7 @@ from difflex.report.sections import Figure, Section
 from difflex.report.table import dictionaries
 from difflex.study import Study
 
-__all__ = ["SECTIONS", "write_report"]
+__all__ = ["SECTIONS", "rendered", "write", "write_report"]
 
 SECTIONS: tuple[Callable[[Facts], Section], ...] = (overview, claims, anatomy, firing, quality, concepts, dictionaries)
 """In their order on the page; one more is a function from facts to a Section."""
@@ -37,20 +37,22 @@ def write_report(study: Study, control: Study | None = None, spell: Spell = plai
     figures = [figure for section in sections for figure in section.figures]
     assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
     folder = study.folder / "report"
-    written = [_write(study.folder / "report.html", _page(facts, sections))]
+    written = [write(study.folder / "report.html", rendered("page.html", sections, facts=facts))]
     for stale in set(folder.glob("*.csv")) - {folder / f"{figure.name}.csv" for figure in figures}:
         stale.unlink()  # of a figure that the study no longer has
-    return [*written, *(_write(folder / f"{figure.name}.csv", figure.table.csv) for figure in figures)]
+    return [*written, *(write(folder / f"{figure.name}.csv", figure.table.csv) for figure in figures)]
 
 
-def _page(facts: Facts, sections: list[Section]) -> str:
+def rendered(template: str, sections: Sequence[Section], **told: object) -> str:
+    """The page that `template` makes of `sections`, with all that it needs inside."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("page.html")
     look = style() + Markup((HERE / "page.css").read_text(encoding="utf-8"))
     work = script() + Markup((HERE / "page.js").read_text(encoding="utf-8"))
-    return template.render(facts=facts, sections=sections, style=look, script=work, legend=legend, download=_download)
+    return environment.get_template(template).render(
+        sections=sections, style=look, script=work, legend=legend, download=_download, **told
+    )
 
 
 def _download(figure: Figure) -> str:
@@ -58,7 +60,7 @@ def _download(figure: Figure) -> str:
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
 
 
-def _write(path: Path, text: str) -> Path:
+def write(path: Path, text: str) -> Path:
     """`path`, which now holds `text`: all of it or, after a kill, what it held before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -11,7 +11,7 @@ from difflex.report.facts import Facts, Measured
 from difflex.report.sections import Figure, Missing, Section, Table
 from difflex.report.telling import number, percent
 
-__all__ = ["dictionaries"]
+__all__ = ["COLUMNS", "Column", "dictionaries"]
 
 
 class Column(NamedTuple):

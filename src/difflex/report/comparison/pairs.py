@@ -1,0 +1,224 @@
+"""What two studies have in common and what not: pure, from the facts of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from difflex.concepts import Interval, Level
+from difflex.errors import BadInput
+from difflex.evaluation import Evaluation
+from difflex.report.facts import Facts, Judged, Measured
+from difflex.report.figures.concepts import mean_ap
+from difflex.report.table import COLUMNS, Column
+from difflex.run import Entry, Json
+
+__all__ = ["Asked", "Comparison", "Detected", "Figured", "Pair", "compare"]
+
+
+class Asked(NamedTuple):
+    """Something that was asked of the two studies, or is said of them, differently."""
+
+    verb: str
+    """The command; `study` for what is true of all of it."""
+    what: str
+    """The flag, or nothing where one study has the whole command and the other has not."""
+    one: str
+    other: str
+
+
+class Pair(NamedTuple):
+    """A dictionary that both studies have."""
+
+    one: Measured
+    other: Measured
+
+    @property
+    def name(self) -> str:
+        """`SITE/LABEL`."""
+        return self.one.name
+
+    @property
+    def notes(self) -> list[str]:
+        """Why its figures may not be set against each other without a second thought."""
+        found = []
+        if self.one.normalisation != self.other.normalisation:
+            found.append(f"{self.one.normalisation} against {self.other.normalisation}")
+        if self.one.data != self.other.data:
+            found.append("made from other data")
+        if self.evaluations and self.evaluations[0].data != self.evaluations[1].data:
+            found.append("measured on other data")
+        return found
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, Evaluation] | None:
+        """Those of both; None where one has none that holds."""
+        one, other = self.one.evaluation, self.other.evaluation
+        return None if one is None or other is None else (one, other)
+
+
+class Figured(NamedTuple):
+    """A figure of a dictionary in both studies."""
+
+    pair: Pair
+    column: Column
+    one: float | None
+    other: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """The second less the first; None where either is missing."""
+        return None if self.one is None or self.other is None else self.other - self.one
+
+
+class Detected(NamedTuple):
+    """What one method's features detect in both studies."""
+
+    one: Judged
+    other: Judged
+
+    @property
+    def name(self) -> str:
+        """`SITE/LABEL`."""
+        return f"{self.one.matches.site}/{self.one.matches.label}"
+
+    @property
+    def levels(self) -> tuple[Level, Level]:
+        """All levels of noise together, in both."""
+        return self.one.matches.levels[0], self.other.matches.levels[0]
+
+    @property
+    def coverage(self) -> Interval:
+        """The difference of coverage; its interval as if other pictures had been drawn for each."""
+        one, other = (level.coverage for level in self.levels)
+        value = other.value - one.value
+        low = math.hypot(one.high - one.value, other.value - other.low)
+        high = math.hypot(one.value - one.low, other.high - other.value)
+        return Interval(value, value - low, value + high)
+
+    @property
+    def alike(self) -> bool:
+        """Whether both were held against the same pictures in the same way."""
+        left_out = ("sha256", "revision", "model")
+        one, other = ({k: v for k, v in each.matches.made_from.items() if k not in left_out} for each in (self.one, self.other))
+        return one == other
+
+    @property
+    def groups(self) -> dict[str, tuple[float, float]]:
+        """By group of concepts that both know: the mean AP of the best features."""
+        one, other = self.levels
+        names = dict.fromkeys(finding.concept.group for finding in one.findings)
+        found = {name: (mean_ap(one.of(name)), mean_ap(other.of(name))) for name in names}
+        return {name: (a, b) for name, (a, b) in found.items() if a is not None and b is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two studies side by side."""
+
+    one: Facts
+    other: Facts
+    names: tuple[str, str]
+    """What they are called: as little of their paths as tells them apart."""
+    asked: tuple[Asked, ...]
+    pairs: tuple[Pair, ...]
+    only: tuple[tuple[Measured, ...], tuple[Measured, ...]]
+    """The dictionaries that only the first, and only the second, has."""
+    detected: tuple[Detected, ...]
+
+    @property
+    def figured(self) -> list[Figured]:
+        """Every figure of every dictionary that both have evaluated."""
+        return [
+            Figured(pair, column, column.of(both[0]), column.of(both[1]))
+            for pair in self.pairs
+            if (both := pair.evaluations) is not None
+            for column in COLUMNS
+        ]
+
+    @property
+    def troubles(self) -> list[str]:
+        """What cannot be compared, and why."""
+        found = [
+            f"{name}: {said}" for name, facts in zip(self.names, (self.one, self.other), strict=True) for said in facts.troubles
+        ]
+        for pair in self.pairs:
+            lacking = [name for name, each in zip(self.names, pair, strict=True) if each.evaluation is None]
+            if lacking:
+                found.append(f"{pair.name}: no evaluation that holds in {' and '.join(lacking)}. difflex evaluate makes it.")
+        noted: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            for note in pair.notes:
+                noted.setdefault(note, []).append(pair.name)
+        noted["held against other pictures, or in another way"] = [each.name for each in self.detected if not each.alike]
+        return [*found, *(f"{note.capitalize()}: {', '.join(names)}." for note, names in noted.items() if names)]
+
+
+def compare(one: Facts, other: Facts) -> Comparison:
+    """The two studies side by side; the same one twice is an error."""
+    folders = [facts.study.folder.resolve() for facts in (one, other)]
+    if folders[0] == folders[1]:
+        raise BadInput(f"{one.study.folder} and {other.study.folder} are the same study. Name two.")
+    mine, theirs = ({measured.name: measured for measured in facts.dictionaries} for facts in (one, other))
+    found, there = ({_method(judged): judged for judged in facts.judged} for facts in (one, other))
+    depth = next(d for d in range(1, 99) if folders[0].parts[-d:] != folders[1].parts[-d:])
+    return Comparison(
+        one=one,
+        other=other,
+        names=("/".join(folders[0].parts[-depth:]), "/".join(folders[1].parts[-depth:])),
+        asked=(*_said(one, other), *_commands(one.diary, other.diary)),
+        pairs=tuple(Pair(mine[name], theirs[name]) for name in mine if name in theirs),
+        only=(_without(mine.values(), theirs), _without(theirs.values(), mine)),
+        detected=tuple(Detected(found[name], there[name]) for name in found if name in there),
+    )
+
+
+def _method(judged: Judged) -> tuple[str, str]:
+    return str(judged.matches.site), judged.name
+
+
+def _without(measured: Iterable[Measured], names: Iterable[str]) -> tuple[Measured, ...]:
+    there = set(names)
+    return tuple(each for each in measured if each.name not in there)
+
+
+def _said(one: Facts, other: Facts) -> list[Asked]:
+    """What is true of the whole studies and differs."""
+    told = {
+        "model": (one.study.model, other.study.model),
+        "revision": (one.study.revision, other.study.revision),
+        "difflex": (one.study.difflex, other.study.difflex),
+        "recipe": (one.recipe, other.recipe),
+    }
+    return [Asked("study", name, _text(a), _text(b)) for name, (a, b) in told.items() if a != b]
+
+
+def _commands(one: Sequence[Entry], other: Sequence[Entry]) -> list[Asked]:
+    """Commands that only one study has, and those of one verb that differ in their flags, in the order they were given."""
+    same = [(entry.verb, entry.flags) for entry in one if any((entry.verb, entry.flags) == (e.verb, e.flags) for e in other)]
+    mine, theirs = ([entry for entry in each if (entry.verb, entry.flags) not in same] for each in (one, other))
+    found = []
+    for entry in mine:
+        twin = next((each for each in theirs if each.verb == entry.verb), None)
+        if twin is None:
+            found.append(Asked(entry.verb, "", _flags(entry), ""))
+            continue
+        theirs.remove(twin)
+        names = dict.fromkeys([*entry.flags, *twin.flags])
+        found += [
+            Asked(entry.verb, name, _text(entry.flags.get(name)), _text(twin.flags.get(name)))
+            for name in names
+            if entry.flags.get(name) != twin.flags.get(name)
+        ]
+    return [*found, *(Asked(entry.verb, "", "", _flags(entry)) for entry in theirs)]
+
+
+def _flags(entry: Entry) -> str:
+    return " ".join(f"{name}={_text(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
+
+
+def _text(value: Json) -> str:
+    """A value of a flag, or of a study, in words."""
+    return "not given" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
