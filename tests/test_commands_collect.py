@@ -1,0 +1,194 @@
+"""`difflex collect`, `features` and `show`: from a study with dictionaries to books, lists and sheets."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from difflex.book import Album, Book, Explanation, Score, overview
+from difflex.cli import main
+from difflex.commands.concepts import drawn_concepts
+from difflex.concepts import Features, Matches
+from difflex.dictionary import ITDA, Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
+from difflex.dictionary.itda.provenance import Provenance
+from difflex.records import Shot, Site
+from difflex.study import Place, Study
+
+SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
+SIZE = 24
+SAE = Place(SITE, "topk-24-k4")
+
+
+def autoencoder(seed: int) -> Dictionary:
+    directions = torch.nn.functional.normalize(torch.randn(SIZE, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
+    weights = Weights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(SIZE))
+    origin = Origin(site=SITE, model="mini-flux")
+    return Autoencoder(kind="topk", k=4, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
+
+
+def itda(shots: list[Shot]) -> Dictionary:
+    atoms = torch.nn.functional.normalize(torch.randn(6, 192, generator=torch.Generator().manual_seed(3)), dim=1)
+    provenance = Provenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, known=dict(enumerate(shots)))
+    origin, plain = Origin(site=SITE, model="mini-flux"), Normalisation.identity(192)
+    return ITDA(k=3, origin=origin, normalisation=plain, atoms=atoms, provenance=provenance)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Three dictionaries of a harvest of 24 pictures at two of their steps, with their books."""
+    folder = tmp_path_factory.mktemp("collected") / "study"
+    words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep", "1:3", "--batch", "8"]
+    assert main(["harvest", "mini-flux", "--sites", "double.0", *words, "--out", str(folder)]) == 0
+    made = Study.open(folder)
+    autoencoder(0).save(made.dictionary(*SAE))
+    Neurons(width=768, k=4, origin=Origin(site=NEURONS, model="mini-flux")).save(made.dictionary(NEURONS, "neurons-768-k4"))
+    shots = [
+        Shot(model="mini-flux", prompt=prompt, seed=5, pixels=(64, 64), steps=1, guidance=0.0, timestep=1000.0)
+        for prompt in ("a red star on grass", "a blue circle on sky")
+    ]
+    itda(shots).save(made.dictionary(SITE, "itda-6-k3"))
+    assert (
+        main(["collect", str(folder), "--pictures", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]) == 0
+    )
+    return made
+
+
+def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study: Study):
+    for place, size in ((SAE, SIZE), (Place(NEURONS, "neurons-768-k4"), 768), (Place(SITE, "itda-6-k3"), 6)):
+        with Book.open(study.book(*place)) as book:
+            assert (book.about.dictionary, book.about.size, book.about.grid) == (str(place), size, (8, 8))
+            assert (book.about.pictures, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
+            assert all((study.pictures / picture.file).is_file() for picture in book.pictures())
+            top = book.examples(max(book.features(), key=lambda row: row.fired).feature, "top")
+            assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
+    assert not [*study.folder.glob("books/*.safetensors")]
+
+
+def test_the_picture_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
+    import difflex
+
+    with Book.open(study.book(*SAE)) as book:
+        row = book.shots([book.examples(0, "silent")[0].shot]).popitem()[1]
+        assert (row.shot.steps, row.shot.timestep in book.about.timesteps) == (3, True)
+        [made] = difflex.load("mini-flux").generate(row.shot.prompt, seed=row.shot.seed, steps=3)
+        there = Album(study.pictures).open(row.picture.file)
+    one, other = (torch.tensor(list(picture.tobytes())) for picture in (made.picture, there))
+    assert (one - other).abs().max() <= 2, "but for the last bits of another batch"
+
+
+def test_an_atom_shows_the_patch_it_is(study: Study):
+    with Book.open(study.book(SITE, "itda-6-k3")) as book:
+        patch = book.patch(3)
+        assert patch is not None and patch.picture is not None
+        assert (patch.token, patch.shot.prompt) == (30, "a blue circle on sky")
+        assert Album(study.pictures).open(patch.picture.file).size == (64, 64)
+
+
+def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
+    words = ["collect", str(study.folder), "--pictures", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("is there already") == 3
+    study.book(*SAE).write_bytes(b"no book")
+    assert main([*words, "--dictionary", str(SAE)]) == 0
+    told = capsys.readouterr().out
+    assert "It is made anew." in told and f"{study.book(*SAE)}: made" in told
+
+
+def test_pictures_can_be_shown_instead(study: Study, tmp_path: Path):
+    made = Study.begin(tmp_path / "shown", "mini-flux")
+    autoencoder(1).save(made.dictionary(*SAE))
+    words = ["collect", str(made.folder), "--batch", "4", "--top", "2"]
+    assert main([*words, "--drawn", "--pictures", "10", "--noise", "0.25,0.75"]) == 0
+    with Book.open(made.book(*SAE)) as book:
+        assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for number in range(3):
+        Image.new("RGB", (80 + number, 64), (number * 90, 0, 0)).save(mine / f"{number}.png")
+    (mine / "1.txt").write_text("a red square\n", encoding="utf-8")
+    assert main([*words, "--folder", str(mine), "--noise", "0.5", "--pixels", "64"]) == 0
+    with Book.open(made.book(*SAE)) as book:
+        shots = book.shots(range(3)).values()
+        assert {(row.shot.picture, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
+    assert main([*words, "--prompts", "captions", "--pictures", "4", "--steps", "2", "--keep", "0:1", "--seeds", "0:2"]) == 0
+    with Book.open(made.book(*SAE)) as book:
+        assert book.about.tokens == 4 * 64 and {row.shot.seed for row in book.shots(range(4)).values()} == {0, 1}
+
+
+def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
+    columns = {name: () for name in ("segmented", "iou", "unrelated", "monosemanticity")}
+    found = Features(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
+    concepts = drawn_concepts()
+    matches = Matches(site=SITE, label=SAE.label, size=SIZE, concepts=concepts, left_out=(), levels=(), features=found)
+    matches.save(study.concepts(*SAE))
+    with Book.edit(study.book(*SAE)) as book:
+        told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
+        book.explain(told, (), [Score("accuracy", 0.75, None, None, 10)])
+
+    def listed(*words: str) -> list[list[str]]:
+        assert main(["features", str(study.folder), "--dictionary", str(SAE), *words]) == 0
+        return [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+
+    densities = [float(line[1].rstrip("%")) for line in listed("--limit", "30")]
+    assert len(densities) == SIZE and densities == sorted(densities, reverse=True)
+    assert [line[0] for line in listed("--sort", "concept")] == ["5", "2"]
+    assert [line[0] for line in listed("--filter", f"concept={concepts[0].name}")] == ["2"]
+    best = listed("--sort", "score", "--limit", "1")[0]
+    assert best[0] == "7" and "0.75" in best and best[-1] == "round"
+    peaks = [float(line[2]) for line in listed("--sort", "peak", "--ascending", "--filter", "peak>0", "density<0.5")]
+    assert peaks == sorted(peaks) and peaks
+
+
+def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sizes = set()
+    for style in ("blue", "outline", "plain"):
+        out = tmp_path / f"{style}.png"
+        words = ["--style", style, "--columns", "4", "--side", "64", "--out", str(out)]
+        assert main(["show", str(study.folder), str(SAE), "7", *words]) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+        with Image.open(out) as drawn:
+            sizes.add(drawn.size)
+    assert len(sizes) == 1
+    assert len({(tmp_path / f"{style}.png").read_bytes() for style in ("blue", "outline", "plain")}) == 3
+    assert main(["show", str(study.folder), f"{SITE}/itda-6-k3", "0", "--out", str(tmp_path / "atom.png")]) == 0
+    with Book.open(study.book(*SAE)) as book:
+        rows = overview(book, Album(study.pictures), [1, 7, 9], labels={7: "round"})
+        assert rows.height > 3 * 96
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
+        (["collect", "STUDY", "--pictures", "0"], "--pictures 0 --batch 16 shows nothing"),
+        (["collect", "STUDY", "--drawn", "--prompts", "captions"], "three sources of pictures"),
+        (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
+        (["features", "STUDY"], "has 3 books. Name one by --dictionary"),
+        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
+        (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "difflex concepts finds out"),
+        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--limit", "0"], "--limit 0 lists nothing"),
+        (["show", "STUDY", "double.0/topk-24-k4", "24"], "has no feature 24: they are numbered from 0 to 23"),
+        (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name a picture file"),
+        (["show", "STUDY", "double.0", "1"], "has 2 dictionaries"),
+    ],
+    ids=lambda words: " ".join(words[:1] + words[2:]) if isinstance(words, list) else "",
+)
+def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, words: list, answer: str, capsys):
+    assert main([str(study.folder) if word == "STUDY" else word for word in words]) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_a_book_of_a_dictionary_that_has_changed_is_not_shown(study: Study, tmp_path: Path, capsys):
+    folder = study.dictionary(*SAE)
+    before = {path: (path.read_bytes(), path.stat()) for path in folder.glob("*.*")}
+    autoencoder(9).save(folder)
+    try:
+        os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
+        assert main(["show", str(study.folder), str(SAE), "1", "--out", str(tmp_path / "x.png")]) == 2
+        assert "as it was before it changed" in capsys.readouterr().err
+    finally:
+        for path, (content, stat) in before.items():
+            path.write_bytes(content)
+            os.utime(path, (stat.st_atime, stat.st_mtime))
