@@ -15,10 +15,9 @@ from difflex.commands.costs import (
     dictionaries,
     drawing,
     encoding,
-    foreseen,
+    foreseen_like,
     held,
     matching,
-    of_shot,
     probing,
     seconds,
     unknown_store,
@@ -174,7 +173,8 @@ class Concepts(Command):
         total, size = 0, 0
         for site, learned in found.items():
             store = held(outlook, folder, site)
-            model = store and foreseen(store.shot.model, (str(site),), None, **of_shot(store.shot))
+            model = store and foreseen_like(store.shot, site)
+            learned = learned[: len(self.dictionary) or None]  # which of them is in a label that nobody has yet
             if store is None or isinstance(model, str) or model is None:
                 return model if isinstance(model, str) else unknown_store(folder, site)
             ks = {each.k for each in learned}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
+from difflex.commands.opening import UNTRAINED
 from difflex.errors import DifflexError
 from difflex.forecast import Held, Learned, Outlook
 from difflex.pipeline import Foreseen, foresee
@@ -24,11 +25,11 @@ __all__ = [
     "effect",
     "encoding",
     "foreseen",
+    "foreseen_like",
     "growing",
     "held",
     "matching",
     "not_here",
-    "of_shot",
     "probing",
     "seconds",
     "unknown_store",
@@ -56,22 +57,31 @@ def seconds(outlook: Outlook, work: Mapping[Work, float]) -> float:
     return START + sum(operations / (outlook.rate * EFFICIENCY[kind]) for kind, operations in work.items())
 
 
-def foreseen(name: str, sites: Iterable[str], revision: str | None, **how: object) -> Foreseen | str:
+def foreseen(
+    name: str,
+    sites: Iterable[str],
+    revision: str | None = None,
+    *,
+    steps: int | None = None,
+    pixels: tuple[int, int] | None = None,
+    guidance: float | None = None,
+) -> Foreseen | str:
     """What is foreseen of a model, or why nothing is."""
     try:
-        return foresee(name, tuple(sites), revision, **how)  # pyright: ignore[reportArgumentType]
+        return foresee(name, tuple(sites), revision, steps, pixels, guidance)
     except DifflexError as error:
         return not_here(name, error)
+
+
+def foreseen_like(shot: Shot, *sites: Site) -> Foreseen | str:
+    """The same of the model of `shot`, in runs like it."""
+    revision = None if (shot.revision or "").startswith(UNTRAINED) else shot.revision
+    return foreseen(shot.model, map(str, sites), revision, steps=shot.steps, pixels=shot.pixels, guidance=shot.guidance)
 
 
 def not_here(name: str, error: DifflexError) -> str:
     """Why nothing is known of a model: said shortly where it only has not been fetched."""
     return f"the model {name} is not here" if "could not be read from" in str(error) else str(error).split(". ")[0]
-
-
-def of_shot(shot: Shot) -> dict[str, object]:
-    """How a model is asked to walk a run like `shot`."""
-    return {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
 
 
 def held(outlook: Outlook, folder: Path, site: str | Site) -> Held | None:

@@ -10,7 +10,7 @@ from typing import Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.commands.costs import dictionaries, effect, encoding, foreseen, held, of_shot, seconds, unknown_store
+from difflex.commands.costs import dictionaries, effect, encoding, foreseen_like, held, seconds, unknown_store
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation, HeldOut, Model, renew
@@ -78,7 +78,8 @@ class Evaluate(Command):
         total, count, coded, passes = 0, 0, 0.0, 0.0
         for site, learned in found.items():
             store = held(outlook, self.study, site)
-            model = store and foreseen(store.shot.model, (str(site),), None, **of_shot(store.shot))
+            model = store and foreseen_like(store.shot)
+            learned = learned[: len(self.dictionary) or None]  # which of them is in a label that nobody has yet
             if store is None or isinstance(model, str) or model is None:
                 why = model if isinstance(model, str) else unknown_store(self.study, site)
                 return Estimate(sites=tuple(map(str, found)), unknown=why)
