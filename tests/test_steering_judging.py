@@ -137,7 +137,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert "Run difflex concepts" in capsys.readouterr().err
     assert main(["concepts", study, "--pictures", "120", "--noise", "0.25"]) == 0
     capsys.readouterr()
-    flags = ["--groups", "texture", "--least", "0.01", "--trials", "2", "--pairs", "3", "--strength", "1:2:1", "--steps", "0:3"]
+    flags = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "3", "--strength", "1:2:1", "--steps", "0:3"]
     assert main(["steer-eval", study, "double.1", *flags]) == 0
     said = capsys.readouterr().out
     judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
