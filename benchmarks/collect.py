@@ -58,7 +58,7 @@ def merged() -> tuple[float, float]:
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
         began = time.process_time()
-        gathering.meet([seen], Arrivals(torch.arange(first, first + BATCH)[:, None], keys, held_out))
+        gathering.meet([seen], Arrivals(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
         spent += time.process_time() - began
     began = time.process_time()
     gathering.shots()
@@ -193,7 +193,7 @@ def main() -> int:
     print(f"  merging at size {SIZE:,}: {pairs / 1e6:.1f} M pairs/s (bar {PAIRS / 1e6:.0f})", flush=True)
     print(f"  memory for {STREAM:,} pictures, 32 of each split kept: {memory:.2f} GB (bar {MEMORY} GB)", flush=True)
     base, more, write = costs()
-    cost = (base + more) / base
+    cost = (base + more + write) / base
     print(f"  mini-flux, size 2,048: harvest and encode {base * 1e3:.2f} ms a picture, collecting {more * 1e3:.2f} ms more")
     print(f"  writing the book: {write * PICTURES:.1f} s for all, {write * 1e3:.2f} ms a picture of {PICTURES:,}", flush=True)
     drawn = sheets()

@@ -254,15 +254,18 @@ def test_killed_and_resumed_gives_the_very_book(tmp_path: Path):
     script = Path(__file__).parent / "fake_collect.py"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     collected(whole, [*range(120)], MOMENTS)
-    kills = 0
-    for wait in (0.2, 0.5, 0.9):
+    state, stamp = broken / "state.safetensors", 0
+    for _ in range(3):
         process = subprocess.Popen([sys.executable, script, broken], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "begins\n"
-        time.sleep(wait)
+        while not state.exists() or state.stat().st_mtime_ns == stamp:
+            assert process.poll() is None, "it was to be killed before it ended"
+            time.sleep(0.01)
+        time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()
-    assert kills == 3 and (broken / "state.safetensors").exists()
+        stamp = state.stat().st_mtime_ns
     subprocess.run([sys.executable, script, broken, "--delay", "0"], check=True, capture_output=True)
     assert not (broken / "state.safetensors").exists()
     for site in SITES:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,12 +43,15 @@ def collect(
     every: float = 60.0,
     pictures: int | None = None,
     progress: bool = True,
+    device: torch.device | str | None = None,
 ) -> list[Path]:
     """The books of `subjects`, made from all pictures of `source`; killed and called again, it ends with the same books.
 
     `data` says what the source shows: what was begun from other data is not gone on with. The state of the pass is kept in the
-    file `state`, every so many seconds. `draw` makes the pictures of atoms that the source does not show.
+    file `state`, every so many seconds. `draw` makes the pictures of atoms that the source does not show. Dictionaries work on
+    `device`, a card where there is one.
     """
+    subjects = _placed(subjects, device)
     wanted = {key_of(at.shot): at.shot for subject in subjects for at in subject.patches.values() if at.shot.picture is None}
     gathered = [Gathering(subject.dictionary, settings) for subject in subjects]
     roll = Roll(album, wanted)
@@ -69,6 +73,13 @@ def collect(
     books = [write(subject, one, roll, data) for subject, one in zip(subjects, gathered, strict=True)]
     kept.remove()
     return books
+
+
+def _placed(subjects: Sequence[Subject], device: torch.device | str | None) -> Sequence[Subject]:
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cpu":
+        return subjects
+    return [replace(subject, dictionary=subject.dictionary.to(place)) for subject in subjects]
 
 
 def _asked(subjects: Sequence[Subject], settings: Collecting, data: str) -> dict[str, object]:

@@ -27,6 +27,8 @@ class Arrivals(NamedTuple):
     keys: Int[Tensor, " picture"]
     """Random numbers that depend on what the pictures are, and on nothing else."""
     held_out: Bool[Tensor, " picture"]
+    may_repeat: bool
+    """Whether some of them may have come before."""
 
 
 class Negative(NamedTuple):

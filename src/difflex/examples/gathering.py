@@ -98,7 +98,7 @@ class Gathering:
                 here = Spots(*(column[chosen] for column in spots))
                 numbers = arrivals.shots.flatten()[here.shots]
                 beside = self.settings.beside if kept is self.sampled else 0
-                kept.add(_sightings(batch, here, groups[chosen], numbers, draws[chosen], beside))
+                kept.add(_sightings(batch, here, groups[chosen], numbers, draws[chosen], beside), arrivals.may_repeat)
                 shown.update(pictures[chosen].unique().tolist())
         return shown
 

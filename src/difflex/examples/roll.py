@@ -8,7 +8,9 @@ from dataclasses import asdict
 from typing import NamedTuple, final
 
 import torch
+from jaxtyping import Int
 from PIL import Image
+from torch import Tensor
 
 from difflex.book import Album, Filed
 from difflex.examples.drawing import key_of
@@ -16,6 +18,9 @@ from difflex.examples.firing import Arrivals
 from difflex.records import Activations, Shot, Split
 
 __all__ = ["Met", "Roll", "Seat"]
+
+FILTER = 25
+"""Bits of the numbers of places in the filter by which pictures are known again: right for half a million of them."""
 
 
 class Met(NamedTuple):
@@ -47,6 +52,7 @@ class Roll:
         self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
         """How many were met."""
         self._made: set[str] = set()
+        self._met = torch.zeros(1 << FILTER, dtype=torch.bool)
         self._wanted = frozenset(wanted)
 
     def arrive(self, met: Met) -> Arrivals:
@@ -58,11 +64,22 @@ class Roll:
         self.pictures += count
         for shot in first.shots:
             self.shots[shot.split] += steps
+        keys = torch.tensor([key_of(shot) for shot in first.shots])
         return Arrivals(
             shots=torch.arange(start, start + count * steps).view(count, steps),
-            keys=torch.tensor([key_of(shot) for shot in first.shots]),
+            keys=keys,
             held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
+            may_repeat=self._may_repeat(keys),
         )
+
+    def _may_repeat(self, keys: Int[Tensor, " picture"]) -> bool:
+        """Whether one of the pictures may have come before; surely so if it has. A Bloom filter, which never grows."""
+        found = False
+        for key in keys.tolist():
+            bits = torch.tensor([key >> shift & ((1 << FILTER) - 1) for shift in (0, 12, 25, 37)])
+            found |= bool(self._met[bits].all())
+            self._met[bits] = True
+        return found
 
     def seat(self, met: Met, arrivals: Arrivals, shown: Collection[int]) -> None:
         """Nothing; the pictures `shown`, and those of wanted runs, are in the album, and their shots known."""

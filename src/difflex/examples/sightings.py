@@ -92,14 +92,16 @@ class Kept:
         self._groups = groups
         self._waiting: list[Sightings] = []
         self._bar = self._no_bar()
+        self._may_repeat = False
 
     def wants(self, groups: Tensor, peaks: Tensor, draws: Tensor) -> Bool[Tensor, " sighting"]:
         """Which sightings may be among the first; others never are."""
         return peaks >= self._bar[groups] if self.order == "peak" else draws <= self._bar[groups]
 
-    def add(self, sightings: Sightings) -> None:
-        """Nothing; the sightings are taken into account, the sooner or the later."""
+    def add(self, sightings: Sightings, may_repeat: bool) -> None:
+        """Nothing; the sightings are taken into account, sooner or later. They `may_repeat` pictures that came before."""
         self._waiting.append(sightings)
+        self._may_repeat |= may_repeat
         waiting = sum(len(each.groups) for each in self._waiting)
         marks = sum(len(each.tokens) for each in self._waiting)
         if waiting > max(PATIENCE, len(self.sightings.groups) // 4) or marks > MARKS:
@@ -119,14 +121,16 @@ class Kept:
         """Nothing; what was kept is kept again."""
         self._waiting.clear()
         self.sightings = Sightings(**tensors)
+        self._may_repeat = True
         self._raise_bar()
 
     def _first(self, given: Sightings) -> Int[Tensor, " kept"]:
         """The places of what is kept, by group and in order."""
         order = self._cut(given, torch.arange(len(given.groups)))
-        kept = torch.sort(given.draws[order]).values
-        if bool((kept[1:] == kept[:-1]).any()):  # a picture came twice
-            order = self._cut(given, _single(given))
+        if self._may_repeat:
+            kept = torch.sort(given.draws[order]).values
+            if bool((kept[1:] == kept[:-1]).any()):
+                return self._cut(given, _single(given))
         return order
 
     def _cut(self, given: Sightings, among: Int[Tensor, " sighting"]) -> Int[Tensor, " kept"]:
@@ -135,11 +139,16 @@ class Kept:
         peaks, draws = given.peaks[among].view(torch.int32).long(), given.draws[among]
         keys = (((1 << 31) - 1 - peaks) << (32 - bits)) | (draws >> (31 + bits)) if self.order == "peak" else draws >> bits
         order = torch.argsort((groups.long() << (63 - bits)) | keys, stable=True)
-        return among[order[_ranks(groups[order]) < self.most]]
+        ordered = groups[order]
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[self.most :] = ordered[self.most :] != ordered[: -self.most]
+        return among[order[first]]
 
     def _raise_bar(self) -> None:
         groups = self.sightings.groups
-        last = _ranks(groups) == self.most - 1
+        before = self.most - 1
+        last = torch.zeros(len(groups), dtype=torch.bool)
+        last[before:] = groups[before:] == groups[: len(groups) - before]
         self._bar = self._no_bar()
         self._bar[groups[last]] = (self.sightings.peaks if self.order == "peak" else self.sightings.draws)[last]
 
@@ -158,9 +167,3 @@ def _single(given: Sightings) -> Int[Tensor, " sighting"]:
     again = torch.zeros(len(order), dtype=torch.bool)
     again[1:] = (groups[1:] == groups[:-1]) & (draws[1:] == draws[:-1])
     return order[~again]
-
-
-def _ranks(groups: Int[Tensor, " sighting"]) -> Int[Tensor, " sighting"]:
-    """The place of each sighting within its group; groups stand together."""
-    _, counts = torch.unique_consecutive(groups, return_counts=True)
-    return torch.arange(len(groups)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
