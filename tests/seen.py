@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from difflex.book import About, Album, Book, Draft, Example, FeatureRow, Neighbour, PictureFile, TokenMap
+from difflex.book import About, Album, Book, Draft, Example, ExampleKind, FeatureRow, Neighbour, PictureFile, TokenMap
 from difflex.explanation import Answers, Asker, Endpoint, Key, Patience, Terms, View
-from difflex.records import Shot
+from difflex.records import Shot, Split
 
 QUICK = Patience(first=0.005, longest=0.02)
 MODEL = "rule"
@@ -85,16 +85,17 @@ def book(
     shots: list[tuple[int, int, Shot]] = []
     examples: list[Example] = []
     for feature in range(features):
-        rows = [("top", "train", rank) for rank in range(tops)]
-        rows += [("top", "held-out", rank) for rank in range(tops)] + [("quantile", "held-out", rank) for rank in range(sampled)]
+        runs: list[tuple[ExampleKind, Split, int]] = [("top", "train", tops), ("top", "held-out", tops)]
+        runs.append(("quantile", "held-out", sampled))
+        rows: list[tuple[ExampleKind, Split, int]] = [(kind, split, rank) for kind, split, count in runs for rank in range(count)]
         for kind, split, rank in rows:
             number, peak = len(shots), 20.0 - rank - 6 * (kind == "quantile") - 0.5 * (split == "train")
             shots.append((number, colours(feature), replace(shot(number), split=split)))
             where = TokenMap((feature % 16,), (peak,))
             examples.append(Example(feature=feature, kind=kind, split=split, rank=rank, shot=number, peak=peak, map=where))
             if kind == "quantile" and rank < shared:
-                other, where = (feature + 1) % features, TokenMap(((feature + 5) % 16,), (1.0,))
-                examples.append(Example(feature=other, kind=kind, split="train", rank=rank, shot=number, peak=1.0, map=where))
+                other, where = (feature + 1) % features, TokenMap(((feature + 5) % 16,), (10.0,))
+                examples.append(Example(feature=other, kind=kind, split="train", rank=rank, shot=number, peak=10.0, map=where))
     total = 2 * tops + sampled
     with Draft.of(path, about) as draft:
         draft.pictures(PictureFile(number, *each) for number, each in filed.items())

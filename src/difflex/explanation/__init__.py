@@ -4,6 +4,7 @@ from difflex.explanation.answers import Answers
 from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, View
 from difflex.explanation.asker import Asker, Rehearsal, Terms, Unanswered
 from difflex.explanation.backend import Backend
+from difflex.explanation.comparing import Comparison, Method, compare, methods
 from difflex.explanation.endpoint import Endpoint
 from difflex.explanation.explaining import Work, chosen, explain, rehearse
 from difflex.explanation.key import Key
@@ -18,6 +19,7 @@ __all__ = [
     "Answers",
     "Asker",
     "Backend",
+    "Comparison",
     "Endpoint",
     "Explained",
     "Instruction",
@@ -25,6 +27,7 @@ __all__ = [
     "Key",
     "KnownConcepts",
     "LocalModel",
+    "Method",
     "Patience",
     "Picked",
     "Price",
@@ -35,6 +38,8 @@ __all__ = [
     "View",
     "Work",
     "chosen",
+    "compare",
     "explain",
+    "methods",
     "rehearse",
 ]

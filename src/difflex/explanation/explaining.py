@@ -61,11 +61,11 @@ class Work(NamedTuple):
 def chosen(book: Book, count: int, protocol: Protocol, seed: int = 0) -> list[int]:
     """`count` features of `book` by chance, among those that fire in as many shots as `protocol` needs; all if there are fewer.
 
-    With one seed, a larger `count` takes the same and more.
+    With one seed, a larger `count` takes the same and more, and another protocol mostly the same.
     """
-    fit = [row.feature for row in book.features(where=[Condition("shots", ">=", protocol.needs)])]
-    random.Random(seed).shuffle(fit)
-    return fit[:count]
+    fit = {row.feature for row in book.features(where=[Condition("shots", ">=", protocol.needs)])}
+    order = random.Random(seed).sample(range(book.about.size), book.about.size)
+    return [feature for feature in order if feature in fit][:count]
 
 
 def explain(

@@ -26,8 +26,9 @@ Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
 class KnownConcepts(Backend):
     """The ceiling for models that see: it needs shots of pictures whose concepts are known by mask, and costs nothing."""
 
-    def __init__(self, concepts: Sequence[str], shares: Shares) -> None:
-        self._concepts = tuple(concepts)
+    def __init__(self, concepts: Sequence[str], shares: Shares, common: Float[Tensor, " concept"]) -> None:
+        """`common`: the share of all pictures' area that each concept covers."""
+        self._concepts, self._common = tuple(concepts), common
         self._shares = lru_cache(4096)(shares)
 
     @property
@@ -61,11 +62,9 @@ class KnownConcepts(Backend):
         return self._shares(view.shot.picture, *view.highlight.shape)
 
     def _above_chance(self, view: View) -> Float[Tensor, " concept"]:
-        """For each concept: how much more of the highlights than of the picture shows it; 0 for chance, 1 for all of them."""
-        truth = self._truth(view)
-        base = truth.mean((1, 2))
-        share = (truth * view.highlight).sum((1, 2)) / view.highlight.sum().clamp_min(1e-12)
-        return (share - base) / (1 - base).clamp_min(1e-6)
+        """For each concept: how much more of the highlights than of all pictures shows it; 0 for chance, 1 for all of them."""
+        share = (self._truth(view) * view.highlight).sum((1, 2)) / view.highlight.sum().clamp_min(1e-12)
+        return (share - self._common) / (1 - self._common).clamp_min(1e-6)
 
     def _named(self, explanation: str) -> list[int]:
         """The concepts that an explanation names."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from difflex.book import Book, Example, Style
+from difflex.book import SHOWN, Book, Example, Style
 from difflex.errors import BadInput
 from difflex.records import Shot
 
@@ -93,7 +93,7 @@ class Unfit(Exception):
 def plan(book: Book, feature: int, others: Sequence[int], protocol: Protocol) -> Plan:
     """What is shown for `feature`, with negatives of `others`; by chance that the seed and the feature decide."""
     chance = random.Random(f"{protocol.seed} {feature}")
-    own = [example for example in book.examples(feature) if example.kind != "silent"]
+    own = [example for example in book.examples(feature) if _is_seen(book, example)]
     return (_paper if protocol.name == "paper" else _heldout)(book, feature, own, others, protocol, chance)
 
 
@@ -137,6 +137,11 @@ def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collecti
         if content not in but:
             taken.setdefault(content, example)
     return [*taken.values()][:count]
+
+
+def _is_seen(book: Book, example: Example) -> bool:
+    """Whether what the feature marks there is clear enough to be looked at: by one threshold, in units of its own peak."""
+    return example.kind != "silent" and example.peak >= SHOWN * book.feature(example.feature).peak
 
 
 def _content_of(shot: Shot) -> str:
@@ -192,9 +197,10 @@ def _nearest(book: Book, feature: int) -> Example | None:
 def _beside(book: Book, positives: Sequence[Example], chance: random.Random) -> Example | None:
     """Another feature's example in one of the very shots of `positives`, which highlights something else there."""
     for own in chance.sample(positives, len(positives)):
-        found = [other for other in book.examples_at(own.shot) if other.feature != own.feature and _overlap(own, other) <= APART]
-        if found:
-            return chance.choice(found)
+        there = book.examples_at(own.shot)
+        for other in chance.sample(there, len(there)):
+            if other.feature != own.feature and _overlap(own, other) <= APART and _is_seen(book, other):
+                return other
     return None
 
 

@@ -1,0 +1,231 @@
+"""Methods side by side: how well the features of each are explained, how that is distributed, and whether two differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from difflex import __version__
+from difflex.book import Book
+from difflex.explanation.biases import Bias, biases
+from difflex.explanation.scoring import Estimate, estimate, p_value
+
+__all__ = ["Comparison", "Difference", "Fall", "Method", "compare", "methods"]
+
+FORMAT = 1
+BINS = 20
+"""Of a histogram of accuracies from 0 to 1."""
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The explained features of one dictionary, by one backend and protocol."""
+
+    study: str
+    """The name of its folder."""
+    model: str
+    """With `untrained-SEED` where its weights are random."""
+    dictionary: str
+    """`SITE/LABEL`."""
+    backend: str
+    protocol: str
+    features: tuple[int, ...]
+    explanations: tuple[str, ...]
+    accuracies: tuple[float, ...]
+    aurocs: tuple[float, ...]
+    intruders: tuple[float, ...]
+    """1 where the picture that does not belong was found, 0 where not; of the features that have such a test."""
+    failed: int
+
+    @property
+    def name(self) -> str:
+        """As told to people."""
+        return f"{self.study}/{self.dictionary}"
+
+    @property
+    def accuracy(self) -> Estimate:
+        """Mean over features."""
+        return estimate(self.accuracies)
+
+    @property
+    def auroc(self) -> Estimate:
+        """Mean over features."""
+        return estimate(self.aurocs)
+
+    @property
+    def intruder(self) -> Estimate | None:
+        """The share of strangers that were found; None where none was looked for."""
+        return estimate(self.intruders) if self.intruders else None
+
+    @property
+    def biases(self) -> list[Bias]:
+        """Its accuracy by how much of an explanation is only colour or place."""
+        return biases(self.explanations, self.accuracies)
+
+
+class Difference(NamedTuple):
+    """Two methods held against one another."""
+
+    one: Method
+    other: Method
+    difference: float
+    """Of the mean accuracies."""
+    p: float
+    """By a permutation test, corrected by Holm for how many pairs are compared."""
+
+
+class Fall(NamedTuple):
+    """How accuracy falls, for the same features, when the judge's pictures are held out."""
+
+    paper: Method
+    heldout: Method
+    fall: Estimate
+
+
+class Comparison(NamedTuple):
+    """Methods, and all that follows from them."""
+
+    methods: tuple[Method, ...]
+    differences: tuple[Difference, ...]
+    """All pairs of one backend and protocol."""
+    falls: tuple[Fall, ...]
+    """All dictionaries whose features were judged by both protocols."""
+
+    @property
+    def table(self) -> str:
+        """All methods in figures for a terminal, then what can be compared."""
+        columns = ("method", "backend", "protocol", "features", "failed", "accuracy", "AUROC", "intruder", "accuracy from 0 to 1")
+        rows = [columns, *(_row(method) for method in self.methods)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            f"{each.one.name} against {each.other.name} ({each.one.protocol}): accuracy {each.difference:+.3f}, p {each.p:.2g}"
+            for each in self.differences
+        ]
+        lines += [
+            f"{each.paper.name}: accuracy falls by {_told(each.fall)} when judged on held-out pictures and near misses"
+            for each in self.falls
+        ]
+        return "\n".join(lines)
+
+    def save(self, path: Path) -> None:
+        """Nothing; all of it is in the JSON file `path`, which is replaced in one go."""
+        number = {id(method): i for i, method in enumerate(self.methods)}
+        told = {
+            "format": FORMAT,
+            "difflex": __version__,
+            "methods": [_entry(method) for method in self.methods],
+            "differences": [
+                {"one": number[id(each.one)], "other": number[id(each.other)], "difference": each.difference, "p": each.p}
+                for each in self.differences
+            ],
+            "falls": [
+                {"paper": number[id(each.paper)], "heldout": number[id(each.heldout)], "fall": each.fall._asdict()}
+                for each in self.falls
+            ],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(told, indent=1, allow_nan=False), encoding="utf-8")
+        draft.replace(path)
+
+
+def compare(found: Sequence[Method]) -> Comparison:
+    """All that follows from these methods."""
+    return Comparison(tuple(found), tuple(_differences(found)), tuple(_falls(found)))
+
+
+def methods(book: Book, study: str) -> list[Method]:
+    """What `book` knows of each backend and protocol by which features were explained."""
+    grouped: dict[tuple[str, str], list] = {}
+    for each in book.explanations():
+        grouped.setdefault((each.backend, each.protocol), []).append(each)
+    found = []
+    for (backend, protocol), explanations in grouped.items():
+        done = [each for each in explanations if each.state == "done"]
+        figures = [{score.measure: score.value for score in book.scores(each.id)} for each in done]
+        revision = book.about.revision
+        method = Method(
+            study=study,
+            model=f"{book.about.model}@{revision}" if revision else book.about.model,
+            dictionary=book.about.dictionary,
+            backend=backend,
+            protocol=protocol,
+            features=tuple(each.feature for each in done),
+            explanations=tuple(each.text for each in done),
+            accuracies=tuple(each["accuracy"] for each in figures),
+            aurocs=tuple(each["auroc"] for each in figures),
+            intruders=tuple(each["intruder"] for each in figures if "intruder" in each),
+            failed=len(explanations) - len(done),
+        )
+        found += [method] if done else []
+    return found
+
+
+def _differences(found: Sequence[Method]) -> list[Difference]:
+    """All pairs of methods of one backend and protocol."""
+    pairs = [
+        (one, other) for one, other in combinations(found, 2) if (one.backend, one.protocol) == (other.backend, other.protocol)
+    ]
+    values = [p_value(one.accuracies, other.accuracies) for one, other in pairs]
+    return [
+        Difference(one, other, one.accuracy.value - other.accuracy.value, p)
+        for (one, other), p in zip(pairs, _holm(values), strict=True)
+    ]
+
+
+def _holm(values: Sequence[float]) -> list[float]:
+    """p-values, corrected so that the chance of any false finding among them is kept (Holm 1979)."""
+    corrected, least = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        least = max(least, min(1.0, values[place] * (len(values) - rank)))
+        corrected[place] = least
+    return corrected
+
+
+def _falls(found: Sequence[Method]) -> list[Fall]:
+    """Dictionaries whose features were judged by both protocols, of those features alone."""
+    made = []
+    for paper, heldout in ((one, other) for one in found for other in found):
+        same = (paper.study, paper.dictionary, paper.backend) == (heldout.study, heldout.dictionary, heldout.backend)
+        if same and paper.protocol.startswith("paper") and heldout.protocol.startswith("heldout"):
+            before = dict(zip(paper.features, paper.accuracies, strict=True))
+            after = dict(zip(heldout.features, heldout.accuracies, strict=True))
+            fallen = [before[feature] - after[feature] for feature in before if feature in after]
+            made += [Fall(paper, heldout, estimate(fallen))] if fallen else []
+    return made
+
+
+def _histogram(accuracies: Iterable[float]) -> list[int]:
+    """How many accuracies lie in each of `BINS` equal parts of 0 to 1; 1 itself is in the last."""
+    counts = [0] * BINS
+    for accuracy in accuracies:
+        counts[min(BINS - 1, int(accuracy * BINS + 1e-9))] += 1
+    return counts
+
+
+def _row(method: Method) -> tuple[str, ...]:
+    counts = _histogram(method.accuracies)
+    bars = "".join(BARS[-(-count * (len(BARS) - 1) // max(counts))] for count in counts)
+    figures = [_told(method.accuracy), _told(method.auroc), _told(method.intruder) if method.intruder else "-"]
+    return (method.name, method.backend, method.protocol, str(len(method.features)), str(method.failed), *figures, f"|{bars}|")
+
+
+def _told(each: Estimate) -> str:
+    return f"{each.value:.3f} ({each.low:.3f} to {each.high:.3f})"
+
+
+def _entry(method: Method) -> dict[str, object]:
+    return asdict(method) | {
+        "accuracy": method.accuracy._asdict(),
+        "auroc": method.auroc._asdict(),
+        "intruder": method.intruder and method.intruder._asdict(),
+        "histogram": _histogram(method.accuracies),
+        "biases": [{"surface": each.surface, **each.accuracy._asdict()} for each in method.biases],
+    }
