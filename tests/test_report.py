@@ -142,7 +142,9 @@ def test_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
     [
         (lambda text: text.replace('"format": 1', '"format": 99'), "format 99"),
         (lambda text: text[: len(text) // 2], "damaged"),
-        (lambda text: text.replace('"dead": 3', '"dead": "three"'), "holds what is no number"),
+        # Where tensors and types are checked while testing, the record itself refuses the word.
+        (lambda text: text.replace('"dead": 3', '"dead": "three"'), "holds what is no number|is not an evaluation"),
+        (lambda text: text.replace('"density": [', '"density": [0,'), "holds what is no number"),
         (lambda text: text.replace('"size": 512', '"size": 0'), "holds what is no number"),
         (lambda text: text.replace('"size": 512', '"sise": 512'), "not an evaluation"),
     ],
@@ -154,7 +156,8 @@ def test_an_evaluation_that_cannot_be_read_is_named_and_not_shown(tmp_path: Path
     path = next((tmp_path / "evaluation").glob("*/topk-512-k8.json"))
     path.write_text(spoil(path.read_text()))
     page = page_of(study)
-    assert said in page and "0.123" not in page and "0.432" in page
+    assert re.search(said, page) and "0.432" in page
+    assert [row["dictionary"] for row in rows_of(study, "dictionaries")] == ["double.1/topk-512-k16"]
 
 
 def test_other_files_that_cannot_be_read_stop_nothing(tmp_path: Path):

@@ -59,8 +59,14 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     study, f"{site}/topk-{size}-k{k}-paper-standardise-lr0.0002-seed1", fvu=size / 3e5 + i / k, dead=size // 9
                 )
         evaluated(study, f"{site}/itda-61234-k64-over0.3-gradient-first100000", fvu=0.1)
-        evaluated(study, f"{site}/topk-65536-k64-none", fvu=0.5, dead=65000, normalisation="none")
-        matched(study, f"{site}/topk-65536-k64-none", [0.9 - j / 20 for j in range(14)], levels=levels, concepts=concepts)
+        evaluated(study, f"{site}/topk-65536-k64-paper-none-lr0.0002-seed1", fvu=0.5, dead=65000, normalisation="none")
+        matched(
+            study,
+            f"{site}/topk-65536-k64-paper-none-lr0.0002-seed1",
+            [0.9 - j / 20 for j in range(14)],
+            levels=levels,
+            concepts=concepts,
+        )
         matched(study, f"{site}/pca-6144-k64", [0.5 - j / 40 for j in range(14)], levels=levels, concepts=concepts)
     return write_report(study)[0]
 
