@@ -9,10 +9,12 @@ from PIL import Image
 
 from difflex.book import Album, Book, Explanation, Score, overview
 from difflex.cli import main
+from difflex.commands.collect import Collect
 from difflex.commands.concepts import drawn_concepts
 from difflex.concepts import Features, Matches
 from difflex.dictionary import ITDA, Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
 from difflex.dictionary.itda.provenance import Provenance
+from difflex.forecast import Learned, Outlook
 from difflex.records import Shot, Site
 from difflex.study import Place, Study
 
@@ -64,6 +66,18 @@ def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study:
             top = book.examples(max(book.features(), key=lambda row: row.fired).feature, "top")
             assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
     assert not [*study.folder.glob("books/*.safetensors")]
+
+
+def test_what_it_takes_is_told_beforehand(study: Study):
+    place = (study.folder, SITE)
+    outlook = Outlook(rate=1e11, dictionaries={place: (Learned(24, 4, 192), Learned(6, 3, 192))})
+    told = Collect(study=study.folder, pictures=100).estimate(outlook)
+    assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
+    drawn = Collect(study=study.folder, pictures=100, drawn=True, noise=(0.25,)).estimate(outlook)
+    one = Collect(study=study.folder, pictures=100, dictionary=(str(SAE),)).estimate(outlook)
+    assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
+    assert told.seconds and one.seconds and one.seconds < told.seconds
+    assert "not known" in Collect(study=study.folder).estimate(Outlook(rate=1e11)).unknown
 
 
 def test_the_picture_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):

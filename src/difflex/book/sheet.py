@@ -20,6 +20,7 @@ GAP, LINE, LETTERS = 8, 17, 13
 LEFT = 150
 """Width of the words beside the rows."""
 PLOT = (240, 64)
+NEIGHBOURS = 5
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -45,6 +46,7 @@ def sheet(
     feature gets in it, as a share of its peak anywhere, and the timestep.
     """
     row, examples = book.feature(feature), book.examples(feature)
+    known = [f"detects {concept}"] * bool(concept)
     asked = [(kind, split) for kind in ("top", "quantile", "silent") for split in ("train", "held-out")]
     shown = {key: [each for each in examples if (each.kind, each.split) == key][:columns] for key in asked}
     shots = book.shots(each.shot for some in shown.values() for each in some)
@@ -56,8 +58,12 @@ def sheet(
         picture = None if patch.picture is None else album.open(patch.picture.file)
         told = ["the patch that", "the atom is", _prompt(patch.shot.prompt)]
         rows.insert(0, _Row(told, [] if picture is None else [draw.patch(picture, patch.token)]))
+    fellows = [(each.kind, f"{each.other} ({each.value:.2f})") for each in book.neighbours(feature)]
+    for kind, words in (("firing", "fires together with"), ("direction", "adds about the same as")):
+        named = [name for each, name in fellows if each == kind][:NEIGHBOURS]
+        known += [f"{words} {', '.join(named)}"] * bool(named)
     texts = [each.text for each in book.explanations(feature) if each.state == "done" and each.text]
-    return _assembled(_head(book, row, concept, texts), row, rows, columns, side)
+    return _assembled(_head(book, row, [*known, *texts]), row, rows, columns, side)
 
 
 def overview(
@@ -109,6 +115,7 @@ class _Drawer(NamedTuple):
     def _fitted(self, picture: Image.Image) -> Image.Image:
         """`picture`, enlarged or scaled down to about the side of a tile."""
         if max(picture.size) > self.side:
+            picture = picture.reduce(max(1, max(picture.size) // self.side))  # by a whole factor: ten times faster
             picture.thumbnail((self.side, self.side))
             return picture
         return enlarged(picture, self.side)
@@ -120,7 +127,7 @@ def _named(kind: str, split: str) -> list[str]:
     return [words, more, split]
 
 
-def _head(book: Book, row: FeatureRow, concept: str, texts: Sequence[str]) -> list[str]:
+def _head(book: Book, row: FeatureRow, texts: Sequence[str]) -> list[str]:
     """The lines above the pictures."""
     figures = [
         f"at {row.density:.3%} of tokens, in {row.shots:,} shots",
@@ -131,8 +138,7 @@ def _head(book: Book, row: FeatureRow, concept: str, texts: Sequence[str]) -> li
     more = {**placed, "position": row.position, "coverage of its top": row.coverage}
     lines = [f"{book.about.dictionary}: feature {row.feature}", ", ".join(figures)]
     lines += [", ".join(f"{name} {value:.2f}" for name, value in more.items() if value is not None)]
-    lines += [f"detects {concept}"] * bool(concept)
-    return [line for text in [*lines, *texts] for line in _wrapped(text, 95)[:3]]
+    return [line for text in [*lines, *texts] for line in _wrapped(text, 110)[:3]]
 
 
 def _assembled(head: Sequence[str], row: FeatureRow | None, rows: Sequence[_Row], columns: int, side: int) -> Image.Image:

@@ -13,6 +13,16 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import difflex
 from difflex.book import Album, Book
 from difflex.commands.concepts import DRAWN, Levels, drawn_pictures
+from difflex.commands.costs import (
+    Work,
+    dictionaries,
+    drawing,
+    encoding,
+    foreseen_like,
+    held,
+    seconds,
+    unknown_store,
+)
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
@@ -20,6 +30,7 @@ from difflex.dictionary import ITDA, Dictionary
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.evaluation import checksum
 from difflex.examples import Collecting, Met, PatchAt, Subject, collect
+from difflex.forecast import Estimate, Outlook
 from difflex.pipeline.pictures import open_picture
 from difflex.records import Shot, Site
 from difflex.store import Store
@@ -28,6 +39,8 @@ from difflex.study import Command, Place, Study
 
 __all__ = ["Collect"]
 
+A_FEATURE, A_PIXEL = 4000, 1.1
+"""What the examples of a feature, and a pixel of a picture, take on disk, in bytes; measured on mini-flux."""
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
@@ -115,6 +128,35 @@ class Collect(Command):
             print(f"{study.book(*place)}: {'made' if place in missing else 'is there already'}")
         print(_table(study, places))
         return [study.book(*place) for place in places]
+
+    def estimate(self, outlook: Outlook) -> Estimate:
+        """Drawing the pictures, or showing them to the model, and encoding what it shows by each dictionary."""
+        named = [name.rpartition("/")[0] for name in self.dictionary]
+        found = dictionaries(outlook, self.study, (*self.site, *named))
+        at = next(iter(found), None)
+        store = None if at is None else held(outlook, self.study, at)
+        if at is None or store is None:
+            return Estimate(
+                unknown="which dictionaries there will be is not known" if at is None else unknown_store(self.study, at)
+            )
+        model = foreseen_like(store.shot, *found)
+        if isinstance(model, str):
+            return Estimate(sites=tuple(map(str, found)), unknown=model)
+        is_shown, steps = self.drawn or self.folder is not None, self.steps or store.shot.steps
+        moments = len(self.noise) if is_shown else len(self.keep or range(steps))
+        walked = moments * model.reached if is_shown else steps * model.step
+        tokens = self.pictures * moments * store.tokens
+        # Which of a site's dictionaries are meant is in labels that nobody has yet.
+        learned = [each for site, some in found.items() for each in some[: named.count(str(site)) or None]]
+        work: dict[Work, float] = {
+            "model": self.pictures * (walked + model.prompt + model.decoded) + drawing(self.pictures * self.drawn),
+            "encoding": sum(encoding(each, tokens) for each in learned),
+        }
+        height, width = store.shot.pixels
+        size = sum(each.size for each in learned) * A_FEATURE + self.pictures * height * width * A_PIXEL
+        return Estimate(
+            sites=tuple(map(str, found)), tokens=tokens * len(found), bytes=round(size), seconds=seconds(outlook, work)
+        )
 
     def _collect(
         self, study: Study, places: Sequence[Place], pipe: "_Pipe", shown: Shown, settings: Collecting, data: str
