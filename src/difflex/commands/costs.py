@@ -1,7 +1,7 @@
 """What the work of the stations costs, told beforehand: floating-point operations, and how fast a station does them.
 
 The shares of the machine's rate below, and the terms that no matrix product explains, were fitted to runs on mini-flux, on two
-cores: right within about a factor of two there, and a first guess elsewhere.
+cores with other work beside: mostly right within a factor of two there, and a first guess elsewhere.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ __all__ = [
 
 Work = Literal["model", "effect", "training", "encoding", "growing", "concepts"]
 EFFICIENCY: Mapping[Work, float] = {
-    "model": 0.37,
+    "model": 0.34,
     "effect": 0.15,
-    "training": 0.42,
-    "encoding": 0.42,
-    "growing": 0.56,
+    "training": 0.36,
+    "encoding": 0.36,
+    "growing": 0.47,
     "concepts": 0.5,
 }
 """The share of the rate of a large matrix product that a station reaches."""
-START = 2.0
+START = 1.0
 """Seconds that a command takes before its work begins."""
 SCENE = 1e9
 """Drawing a scene of the drawn world costs as much time as so many operations."""
