@@ -91,7 +91,7 @@ HOMES: dict[str, set[str]] = {
     "transformers": {"pipeline", "miniature", "explanation", "quiet", "testing"},
     "safetensors": {"examples", "pipeline", "miniature", "store", "dictionary", "steering", "training"},
     "tqdm": {"examples", "pipeline", "miniature", "store", "training", "evaluation", "explanation"},
-    "PIL": {"examples", "book", "contact", "pipeline", "miniature", "anatomy", "concepts", "explanation", "steering", "testing"},
+    "PIL": {"book", "commands", "contact", "examples", "pipeline", "miniature", "anatomy", "concepts", "explanation", "steering", "testing"},
     "pydantic": {"explanation"},
     "jinja2": {"report"},
     "markupsafe": {"report"},
