@@ -14,6 +14,7 @@ from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluat
 
 from difflex.cli import main, parse
 from difflex.commands.evaluate import Evaluate
+from difflex.commands.harvest import Harvest
 from difflex.commands.train import Train
 from difflex.commands.words import words
 from difflex.concepts import Concept
@@ -325,6 +326,9 @@ def test_words_tell_what_is_not_as_by_default_and_no_more():
     train = Train(study=Path("S"), site=("double.1",), k=(8, 16), lr=2e-4, log=("wandb",))
     told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].entry)
     assert told == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--lr", "0.0002", "--log", "wandb"]
+    harvest = Harvest(model="mini-flux", sites=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
+    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].entry)
+    assert told == ["harvest", "mini-flux", "--sites", "double.1", "--prompts", "captions", "--out", "STUDY", "--pixels", "64x96"]
     with pytest.raises(UnknownName, match="'embroider' is unknown"):
         words(Entry(verb="embroider", flags={}))
 

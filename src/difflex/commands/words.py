@@ -1,6 +1,6 @@
 """The words that a command is given by, from what the diary of a study says of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from typing import Any, get_args, get_type_hints
@@ -68,5 +68,7 @@ def _word(value: Json, study: str) -> str:
 def _is_default(value: Json, field: "Field[Any]") -> bool:
     if field.default is MISSING:
         return False
-    usual = list(field.default) if isinstance(field.default, Sequence) and not isinstance(field.default, str) else field.default
-    return value == usual
+    usual = field.default
+    if isinstance(usual, range):
+        return value == f"{usual.start}:{usual.stop}"
+    return value == (list(usual) if isinstance(usual, tuple) else usual)
