@@ -12,7 +12,7 @@ READY := .venv/ready
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: $(READY)  ## install, then draw a contact sheet with the model inside the package
+demo: $(READY)  ## install, then draw pictures with the model inside the package, and study it: demo/report.html
 	@echo "demo: drawing pictures with mini-flux into demo/"
 	@$(BIN)/python -m difflex generate mini-flux \
 		"two red stars above a blue circle on grass" \
@@ -22,6 +22,9 @@ demo: $(READY)  ## install, then draw a contact sheet with the model inside the 
 		"a white cross on brick cartoon" \
 		"a pink triangle on sand watercolor" \
 		--seeds 0:6 --steps 4 --out demo/contact-sheet.png
+	@echo "demo: studying mini-flux: activations, dictionaries, what they are worth and what their features mean (minutes the first time)"
+	@$(BIN)/python -m difflex run mini --out demo
+	@echo "demo: open demo/report.html in a browser"
 
 test: $(READY)  ## install, then run the tests
 	@echo "test: running the tests (CPU only, no network)"

@@ -8,6 +8,7 @@ import pytest
 from difflex.anatomy import Anatomy as Measured
 from difflex.cli import main
 from difflex.commands.anatomy import Anatomy
+from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
@@ -24,6 +25,7 @@ from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning",  # of diffusers
+    "ignore:.* prompts are longer than:UserWarning",  # the tiny models read few tokens
     "ignore:Normalisation '.*' leaves the mean at:UserWarning",  # as random activations lie
 )
 
@@ -64,6 +66,9 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case Concepts():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.1")]
                 return replace(command, pictures=200, noise=(0.5,), untold=True, site=(site,))
+            case Collect():
+                sites = tuple(HERE.get(site, site) for site in command.site)
+                return replace(command, site=sites, dictionary=(), pictures=12, steps=None, top=2, sampled=1, silent=1)
             case _:
                 return command
 
@@ -84,6 +89,7 @@ def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert {place.site for place in places} == set(study.stores())
     assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
     assert Measured.load(study.anatomy).norms
+    assert "What is known of" in (study.folder / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
     run_study(study)
     assert capsys.readouterr().out.count("done already") == len(study.commands)

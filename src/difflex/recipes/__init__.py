@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from difflex.commands.anatomy import Anatomy
+from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
+from difflex.commands.report import Report
 from difflex.commands.train import Train
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study
@@ -43,6 +45,8 @@ def mini(folder: Path) -> Study:
             Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
             Evaluate(study=folder, effect=8),
             Concepts(studies=(folder,), pictures=600, noise=(0.25,)),
+            Collect(study=folder, drawn=True, pictures=400, noise=(0.25,)),
+            Report(study=folder),
         ),
     )
 
@@ -59,6 +63,7 @@ def mini_full(folder: Path) -> Study:
     harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
     train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
+    compared = (f"{middle}/topk-2048-k16", f"{middle}/itda-2048-k16-first100000", f"{middle}:neurons/neurons-768-k16")
     return Study(
         folder=folder,
         model="mini-flux",
@@ -75,6 +80,8 @@ def mini_full(folder: Path) -> Study:
             *_control(folder / "untrained", harvest, train),
             Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(0.25,)),
             Concepts(studies=(folder,), site=elsewhere, noise=(0.25,)),
+            Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(0.25,)),
+            Report(study=folder),
         ),
     )
 
@@ -132,6 +139,8 @@ def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
             *(Itda(study=folder, site=site, paper=True) for site in sites),
             *_neurons(harvest, middle, (64,), tokens=1_000_000),
             Evaluate(study=folder),
+            Collect(study=folder, site=(middle,), pictures=8000),
+            Report(study=folder),
         ),
     )
 
@@ -160,6 +169,8 @@ def sdxl_turbo(folder: Path) -> Study:
             ),
             Train(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
             Evaluate(study=folder),
+            Collect(study=folder, pictures=8000),
+            Report(study=folder),
         ),
     )
 
