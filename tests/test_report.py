@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, whole
 
-from difflex.cli import main, parse
+from difflex.cli import VERBS, main, parse
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.harvest import Harvest
 from difflex.commands.train import Train
@@ -318,6 +318,11 @@ def test_a_command_of_a_recipe_is_told_in_words_that_mean_the_same(name: str):
     for step, command in zip(steps(study), study.commands, strict=True):
         told = words(step.entry)
         assert parse(told) == command, told
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"run"}))
+def test_every_verb_that_a_recipe_can_hold_is_found_by_its_name(verb: str):
+    assert words(Entry(verb=verb, flags={})) == [verb]
 
 
 def test_words_tell_what_is_not_as_by_default_and_no_more():

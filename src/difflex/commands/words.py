@@ -36,7 +36,8 @@ def words(entry: Entry, study: str = "STUDY") -> list[str]:
 def _class(verb: str) -> type[Any]:
     """The dataclass of a verb, which stands in the module of its name."""
     try:
-        command = getattr(import_module(f"difflex.commands.{verb}"), verb.capitalize())
+        module = import_module(f"difflex.commands.{verb.replace('-', '_')}")
+        command = getattr(module, "".join(map(str.capitalize, verb.split("-"))))
     except (ImportError, AttributeError) as error:
         raise UnknownName(f"The verb '{verb}' is unknown to this difflex. Use the one that wrote the diary.") from error
     assert isinstance(command, type) and is_dataclass(command)
