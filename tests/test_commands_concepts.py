@@ -10,7 +10,7 @@ from PIL import Image
 from difflex.cli import main
 from difflex.commands.concepts import drawn_concepts, drawn_pictures
 from difflex.concepts import Concept, Matches
-from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary import Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import Study
@@ -114,3 +114,15 @@ def test_a_study_without_dictionaries_says_so(tmp_path: Path, capsys: pytest.Cap
     Study.begin(tmp_path, "mini-flux")
     assert main(["concepts", str(tmp_path)]) == 2
     assert "has no dictionary" in capsys.readouterr().err
+
+
+def test_neurons_that_are_a_dictionary_of_the_study_stand_beside_the_others_once(
+    study: Study, capsys: pytest.CaptureFixture[str]
+):
+    inner = Site(SITE.path, "neurons")
+    origin = Origin(site=inner, model=study.model, revision=study.revision)
+    Neurons(width=768, k=4, origin=origin).save(study.dictionary(inner, "neurons-768-k4"))
+    assert main(["concepts", str(study.folder), *FEW]) == 0
+    assert [path.stem for path in study.folder.glob("concepts/*/neurons-*.json")] == ["neurons-768-k4"]
+    said = capsys.readouterr().out
+    assert "neurons-768-k4" in said and "neurons-k4" not in said

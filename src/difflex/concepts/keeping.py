@@ -51,7 +51,7 @@ def keep(
     for site, paths in folders.items():
         work = _Work(place, told)
         tasks = [*work.dictionaries(site, paths), *work.axes(site, paths)]
-        beside = work.neurons(site, paths)
+        beside = work.neurons(site, paths, folders)
         missing = [task for task in tasks if not task.is_done]
         # Neurons come first: where a site's own files are all there, its neurons' are, if it has any.
         fresh = [*_made([task for task in beside if missing and not task.is_done], labelled, matching)]
@@ -114,10 +114,13 @@ class _Work(NamedTuple):
                 tasks.append(self._task(site, f"random-{size // 2 * 2}-k{k}", partial(random_directions, size=size, k=k)))
         return tasks
 
-    def neurons(self, site: Site, paths: Mapping[str, Path]) -> list[_Task]:
-        """The neurons of the same block and stream."""
+    def neurons(self, site: Site, paths: Mapping[str, Path], others: Mapping[Site, Mapping[str, Path]]) -> list[_Task]:
+        """The neurons of the same block and stream, but for those that are among the dictionaries themselves."""
         inner = Site(site.path, "neurons", site.stream)
-        return [self._task(inner, f"neurons-k{k}", partial(_neurons, k)) for k in _sizes(paths)] if site.kind != "neurons" else []
+        if site.kind == "neurons":
+            return []
+        missing = _sizes(paths).keys() - _sizes(others.get(inner, {})).keys()
+        return [self._task(inner, f"neurons-k{k}", partial(_neurons, k)) for k in sorted(missing)]
 
     def _task(self, site: Site, label: str, method: Callable[[Labelled], Method], **also: str) -> _Task:
         return _Task(site=site, label=label, path=self.place(site, label), made_from={**self.made_from, **also}, method=method)
