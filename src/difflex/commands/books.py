@@ -19,5 +19,5 @@ def opened_book(study: Study, place: Place) -> Book:
     changed = weights.is_file() and weights.stat().st_mtime >= path.stat().st_mtime
     if changed and book.about.checksum != checksum(folder):
         book.close()
-        raise StaleWork(f"{path} is of {place} as it was before it changed. difflex collect makes it anew.", path)
+        raise StaleWork(f"{path} is of {place} as it was before it changed. difflex collect makes it anew.")
     return book

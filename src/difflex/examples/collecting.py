@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -66,7 +65,7 @@ def collect(
                 _save(kept, gathered, roll)
                 saved = time.monotonic()
     _save(kept, gathered, roll)
-    for _ in _patched(wanted, roll, draw):
+    for _ in _patched(wanted, roll, draw, progress):
         if time.monotonic() - saved > every:
             _save(kept, gathered, roll)
             saved = time.monotonic()
@@ -105,11 +104,15 @@ def _save(kept: Checkpoint, gathered: Sequence[Gathering], roll: Roll) -> None:
     kept.save(gathered, roll)
 
 
-def _patched(wanted: dict[int, Shot], roll: Roll, draw: Draw | None) -> Iterator[None]:
+def _patched(wanted: dict[int, Shot], roll: Roll, draw: Draw | None, progress: bool) -> Iterator[None]:
     """Nothing, after each batch of pictures of atoms that were not shown yet."""
-    missing = iter([key for key in wanted if key not in roll.patches] if draw else [])
-    while keys := list(islice(missing, AT_ONCE)):
-        assert draw is not None
-        for key, picture in zip(keys, draw([wanted[key] for key in keys]), strict=True):
-            roll.patches[key] = roll.file(picture)
-        yield
+    missing = [key for key in wanted if key not in roll.patches] if draw else []
+    silent = None if progress and missing else True
+    with tqdm(total=len(missing), unit=" pictures", desc="patches", disable=silent) as bar:
+        for first in range(0, len(missing), AT_ONCE):
+            assert draw is not None
+            keys = missing[first : first + AT_ONCE]
+            for key, picture in zip(keys, draw([wanted[key] for key in keys]), strict=True):
+                roll.patches[key] = roll.file(picture)
+            bar.update(len(keys))
+            yield
