@@ -3,8 +3,6 @@
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +72,8 @@ def test_two_protocols_and_two_dictionaries_are_compared(study: Study, tmp_path:
     studied(tmp_path / "other")
     placed(study, "itda", tmp_path / "other" / "scratch")
     with RuleServer() as server:
-        assert main(words(study, server, "--protocol", "paper")) == 0
-        assert main(words(study, server)) == 0
+        assert main(words(study, server, "--features", "4", "--protocol", "paper")) == 0
+        assert main(words(study, server, "--features", "4")) == 0
     told = capsys.readouterr().out
     assert "double.1/itda against study/double.1/topk (heldout): accuracy +0.000, p 1" in told
     assert "study/double.1/topk: accuracy falls by 0.100 (0.100 to 0.100)" in told
@@ -104,18 +102,20 @@ def test_a_budget_ends_with_code_2_and_says_how_to_go_on(study: Study, capsys: p
         assert len(server.served) == 144
 
 
-def test_a_key_is_in_no_output_and_no_file(study: Study, tmp_path: Path):
+def test_a_key_is_in_no_output_and_no_file(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / "key").write_text(SECRET)
+    monkeypatch.setenv("OTHER", f"{SECRET}x")
     with RuleServer(key=SECRET) as server:
-        flags = [*words(study, server, "--features", "2", "--key-file", str(tmp_path / "key")), "--connections", "4"]
-        done = subprocess.run([sys.executable, "-m", "difflex", *flags], capture_output=True, text=True, check=False)
-        wrong = {"OPENAI_API_KEY": "", "OTHER": SECRET + "x", "PATH": ""}
-        flags = [*words(study, server, "--features", "2", "--protocol", "paper", "--key-variable", "OTHER")]
-        turned = subprocess.run([sys.executable, "-m", "difflex", *flags], capture_output=True, text=True, env=wrong, check=False)
-    assert done.returncode == 0 and "2 explained" in done.stdout
-    assert turned.returncode == 2 and "Key(from $OTHER)" in turned.stderr and "wrong key: Bearer [key]" in turned.stderr
+        assert main(words(study, server, "--features", "2", "--key-file", str(tmp_path / "key"))) == 0
+        done = capfd.readouterr()
+        assert main(words(study, server, "--features", "2", "--protocol", "paper", "--key-variable", "OTHER")) == 2
+        turned = capfd.readouterr()
+    assert "2 explained" in done.out
+    assert "Key(from $OTHER)" in turned.err and "wrong key: Bearer [key]" in turned.err
     files = b"".join(path.read_bytes() for path in study.folder.rglob("*") if path.is_file())
-    assert SECRET not in done.stdout + done.stderr + turned.stdout + turned.stderr and SECRET.encode() not in files
+    assert SECRET not in done.out + done.err + turned.out + turned.err and SECRET.encode() not in files
 
 
 def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:

@@ -119,7 +119,8 @@ def test_all_wait_as_long_as_the_endpoint_asks(asker: Endpoints):
         with ThreadPoolExecutor(2) as pool:
             began = time.monotonic()
             first = pool.submit(by.see, [view(1)], EXPLAIN, Explained, [])
-            time.sleep(0.1)
+            while not by._pace._next:  # until the first was turned away
+                time.sleep(0.005)
             second = pool.submit(by.see, [view(2)], EXPLAIN, Explained, [])  # was never turned away itself
             assert isinstance(first.exception(), BadInput) and time.monotonic() - began >= 0.3
             assert second.exception() and time.monotonic() - began >= 0.6

@@ -22,7 +22,6 @@ from difflex.explanation.words import cleaned
 if TYPE_CHECKING:
     import httpx2
     import openai
-    from openai.types.chat import ChatCompletionContentPartParam
 
 __all__ = ["Endpoint"]
 
@@ -92,7 +91,7 @@ class Endpoint(Backend):
         """Nothing; its connections are closed."""
         self._client.close()
 
-    def _sent(self, content: list[ChatCompletionContentPartParam], wishes: dict[str, object]) -> bytes:
+    def _sent(self, content: list[dict[str, object]], wishes: dict[str, object]) -> bytes:
         """The body of the answer, complete and within time and size."""
         import httpx2
         import openai
@@ -100,7 +99,9 @@ class Endpoint(Backend):
         until = time.monotonic() + self._timeout
         send, body = self._client.chat.completions.with_streaming_response.create, bytearray()
         try:
-            with send(model=self._model, messages=[{"role": "user", "content": content}], extra_body=wishes) as response:
+            # As a part of the body that the client leaves alone: it looks at every item of what it is given by name.
+            body_too = {"messages": [{"role": "user", "content": content}], **wishes}
+            with send(model=self._model, messages=[], extra_body=body_too) as response:
                 for part in response.iter_bytes():
                     body += part
                     if time.monotonic() > until:  # some send blanks while they think: each in time, the whole for ever
@@ -182,8 +183,8 @@ def _client(url: str, key: Key, connections: int, timeout: float) -> openai.Open
     return openai.OpenAI(base_url=url, api_key=key.reveal() or "none", max_retries=0, timeout=times, http_client=http)
 
 
-def _content(views: Sequence[View], instruction: Instruction, objection: str) -> list[ChatCompletionContentPartParam]:
-    content: list[ChatCompletionContentPartParam] = [{"type": "text", "text": instruction.text}]
+def _content(views: Sequence[View], instruction: Instruction, objection: str) -> list[dict[str, object]]:
+    content: list[dict[str, object]] = [{"type": "text", "text": instruction.text}]
     for number, view in enumerate(views, 1):
         address = f"data:image/png;base64,{base64.b64encode(view.png).decode()}"
         content += [{"type": "text", "text": f"Picture {number}:"}, {"type": "image_url", "image_url": {"url": address}}]

@@ -1,0 +1,97 @@
+"""A book of plain pictures, for what reads books: every feature marks one token of pictures that are of one colour, its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from difflex.book import About, Album, Draft, Example, ExampleKind, FeatureRow, Neighbour, PictureFile, TokenMap
+from difflex.records import Shot, Split
+
+__all__ = ["plain_book", "plain_colour"]
+
+GRID = (4, 4)
+PEAK = 20.0
+
+
+class _Row(NamedTuple):
+    """What an example of any feature is."""
+
+    kind: ExampleKind
+    split: Split
+    rank: int
+    peak: float
+
+
+def plain_colour(number: int) -> tuple[int, int, int]:
+    """A colour of its own for each of the first 60,000 numbers: red, green, blue."""
+    return number * 37 % 256, number // 256 % 256, number * 91 % 256
+
+
+def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, shared: int = 0) -> Path:
+    """The file of a book of so many features, `folder/book.sqlite`; its pictures are in `folder/pictures`.
+
+    Each feature has `tops` top examples of each split and `sampled` random held-out ones, every one a shot of its own prompt; in
+    the first `shared` of these the next feature marks another token. The nearest decoder is that of the feature after the next.
+    """
+    album = Album(folder / "pictures")
+    filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
+    rows = [*_rows(tops, sampled)]
+    path, examples = folder / "book.sqlite", [*_examples(features, rows, shared)]
+    with Draft.of(path, _about(features)) as draft:
+        draft.pictures(PictureFile(number, *each) for number, each in enumerate(filed))
+        draft.shots(
+            (number, number // len(rows), _shot(number, rows[number % len(rows)].split)) for number in range(features * len(rows))
+        )
+        draft.features(_figures(feature, len(rows)) for feature in range(features))
+        draft.examples(examples)
+        for feature in range(features):
+            draft.neighbours(feature, [Neighbour((feature + 2) % features, "direction", 0.5)])
+    return path
+
+
+def _rows(tops: int, sampled: int) -> Iterator[_Row]:
+    yield from (_Row("top", "train", rank, PEAK - 0.5 - rank) for rank in range(tops))
+    yield from (_Row("top", "held-out", rank, PEAK - rank) for rank in range(tops))
+    yield from (_Row("quantile", "held-out", rank, PEAK - 6 - rank) for rank in range(sampled))
+
+
+def _examples(features: int, rows: list[_Row], shared: int) -> Iterator[Example]:
+    for number in range(features * len(rows)):
+        feature, row = number // len(rows), rows[number % len(rows)]
+        yield _example(feature, row, number, feature % 16)
+        if row.kind == "quantile" and row.rank < shared:
+            there = row._replace(split="train", peak=PEAK / 2)
+            yield _example((feature + 1) % features, there, number, (feature + 5) % 16)
+
+
+def _example(feature: int, row: _Row, shot: int, token: int) -> Example:
+    where = TokenMap((token,), (row.peak,))
+    return Example(feature=feature, kind=row.kind, split=row.split, rank=row.rank, shot=shot, peak=row.peak, map=where)
+
+
+def _shot(number: int, split: Split) -> Shot:
+    return Shot(model="plain", prompt=f"picture {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
+
+
+def _figures(feature: int, shots: int) -> FeatureRow:
+    return FeatureRow(feature=feature, fired=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
+
+
+def _about(features: int) -> About:
+    return About(
+        dictionary="double.1/topk",
+        kind="topk",
+        size=features,
+        k=1,
+        checksum="plain",
+        model="plain",
+        data="plain pictures",
+        grid=GRID,
+        tokens=1,
+        shots={"train": 1, "held-out": 1},
+        pictures=features,
+    )
