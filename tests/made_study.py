@@ -3,13 +3,16 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from PIL import Image
+
 from difflex.anatomy import Anatomy, Shape
+from difflex.book import About, Album, Book, Draft, Example, Explanation, FeatureRow, PictureFile, Score, TokenMap
 from difflex.concepts import Concept, Detector, Features, Finding, Interval, Level, Matches
 from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced, checksum
-from difflex.records import Site
+from difflex.records import Shot, Site
 from difflex.study import Place, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
@@ -131,6 +134,46 @@ def anatomised(
     return anatomy
 
 
+def pictured(study: Study, name: str, features: int = 12, explained: Mapping[int, tuple[str, float]] | None = None) -> None:
+    """The book of a dictionary: each feature fires in six pictures of its own colour; some are explained, with an accuracy."""
+    site, _, label = name.partition("/")
+    place, album = Place(Site.parse(site), label), Album(study.pictures)
+    filed = [album.file(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
+    shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
+    shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
+    about = About(
+        dictionary=name,
+        kind=label.split("-")[0],
+        size=features,
+        k=1,
+        checksum=checksum(study.dictionary(*place)),
+        model=study.model,
+        data="made",
+        grid=(2, 2),
+        tokens=24 * features,
+        shots={"held-out": 6 * features},
+        pictures=features,
+    )
+    with Draft.of(study.book(*place), about) as draft:
+        draft.pictures(PictureFile(number, *each) for number, each in enumerate(filed))
+        draft.shots(shots)
+        draft.features(
+            FeatureRow(feature=f, fired=6, shots=6, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=0.25)
+            for f in range(features)
+        )
+        draft.examples(
+            Example(
+                feature=f, kind="top", split="held-out", rank=i, shot=6 * f + i, peak=1.0 + f, map=TokenMap((i % 4,), (1.0 + f,))
+            )
+            for f in range(features)
+            for i in range(6)
+        )
+    with Book.edit(study.book(*place)) as book:
+        for feature, (text, accuracy) in (explained or {}).items():
+            explanation = Explanation(feature=feature, backend="made", protocol="heldout", text=text)
+            book.explain(explanation, scores=[Score("accuracy", accuracy, None, None, 10)])
+
+
 def whole(folder: Path) -> Study:
     """A study in which every station has been: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
     study = begun(folder)
@@ -147,6 +190,7 @@ def whole(folder: Path) -> Study:
     matched(study, "double.1/pca-16-k16", (0.3, 0.2, 0.3, 0.1))
     matched(study, "double.1/random-1024-k16", (0.1, 0.2, 0.1, 0.1))
     anatomised(study)
+    pictured(study, "double.1/topk-1024-k16")
     return study
 
 

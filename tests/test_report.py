@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, whole
+from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, whole
 
 from difflex.cli import VERBS, main, parse
 from difflex.commands.evaluate import Evaluate
@@ -48,8 +48,8 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
     page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
     wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {"dictionaries", "claims"}
-    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims"}
+    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {"dictionaries", "claims", "pictures"}
+    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims", "pictures"}
     assert "Not here yet" not in page and "not measured" not in page
 
 
@@ -94,7 +94,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(whole(tmp_path))
     inside = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(inside) == 13
+    assert len(inside) == 14
     for coded, name in inside:
         assert base64.b64decode(coded).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 
@@ -106,8 +106,9 @@ def test_the_page_asks_nothing_of_anybody(tmp_path: Path):
         "",
         "data:",
         "data:text/csv",
+        "data:image/webp",
     }
-    assert not re.search(r"https?://|@import|url\(|<(?:img|iframe|object|embed|video|audio)\b|fetch\(|XMLHttp", page)
+    assert not re.search(r"https?://|@import|url\(|<(?:iframe|object|embed|video|audio)\b|fetch\(|XMLHttp", page)
 
 
 def test_the_same_study_gives_the_same_files_and_old_ones_go(tmp_path: Path):
@@ -363,3 +364,35 @@ def test_a_report_is_a_command_of_a_study_and_finds_its_control(tmp_path: Path, 
     run_study(replace(study, commands=(command,)), tell=lambda _: None)
     assert all((tmp_path / path).exists() for path in json.loads((tmp_path / "run.json").read_text())["commands"][0]["made"])
     assert main(["report", str(tmp_path / "nowhere")]) == 2
+
+
+def test_the_best_and_the_worst_features_are_shown_with_their_pictures(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8")
+    pictured(study, "double.1/topk-512-k8", features=12)
+    page = page_of(study)
+    # Nothing is explained, no concept known: by peak, six of the highest and three of the lowest.
+    assert [row["feature"] for row in rows_of(study, "pictures")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
+    assert page.count("<img") == 9 * 5 and page.count("data:image/webp;base64,") == 9 * 5
+    assert "<b>a star</b>" not in page and "&lt;b&gt;a star" in page
+
+
+def test_features_are_ranked_by_their_explanations_where_there_are_any_and_these_are_escaped(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8")
+    pictured(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
+    page = page_of(study)
+    assert [(row["feature"], row["explanation"]) for row in rows_of(study, "pictures")] == [
+        ("3", "<script>red</script>"),
+        ("5", "stars"),
+    ]
+    assert "<script>red" not in page and "&lt;script&gt;red" in page
+
+
+def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8")
+    pictured(study, "double.1/topk-512-k8")
+    dictionary(study, "double.1/topk-512-k8", weights=b"others")
+    page = page_of(study)
+    assert "has changed since its book was written" in page and "<img" not in page

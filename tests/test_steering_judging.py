@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.commands.drawn_tasks import DrawnJudge, drawn_pairs, drawn_task, group_of
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import read
 from difflex.miniature.world import HELD_OUT_SEEDS, Mix
 from difflex.records import Moment, Shot, Site
 from difflex.steering import Drawn, Judged, Steering, Task, Trial, Verdict, judge, side_by_side
+from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 
 TRIALS = tuple(Trial(f"picture {number}", number, None) for number in range(4))
 TASK = Task(concept="red", group="colour", trials=TRIALS)

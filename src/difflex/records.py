@@ -178,8 +178,8 @@ class Edit:
     """A change of the activations at one site, as data: enough to make it again."""
 
     what: Operation
-    """`add` a strength times what the features write, without looking at the activation. The others change the features' codes and
-    leave alone what the dictionary does not explain: `set` them to the strength, `scale` them by it, `ablate` them, or
+    """`add` a strength times what the features write, without looking at the activation. The others change the features' codes
+    and leave alone what the dictionary does not explain: `set` them to the strength, `scale` them by it, `ablate` them, or
     `transplant` them from another generation. `replace`: nothing but the strength times what the features write."""
     site: Site
     dictionary: str | None = None
@@ -192,8 +192,8 @@ class Edit:
     """What a strength of 1 is: a feature's largest code; its mean code where it fires; as long as a mean activation; a code of 1.
     A scale has no unit."""
     region: Rectangle | str | None = None
-    """Which part of the picture: a rectangle, the name of a picture that is light there, `fires` for the tokens at which one of the
-    features fires; None for all of it."""
+    """Which part of the picture: a rectangle, the name of a picture that is light there, `fires` for the tokens at which one of
+    the features fires; None for all of it."""
     steps: tuple[int, int] | None = None
     """The first step, and the first no longer; None for all."""
     half: Literal["conditional", "both", "opposed"] = "conditional"

@@ -24,8 +24,8 @@ __all__ = ["Icon"]
 class Icon(Command):
     """Draw what features say on their own, for an empty prompt; a row for each.
 
-    At an `update` site the block gives nothing but the feature. At others it is added to what is there: without its stream, in which
-    the noise is, a model draws nothing.
+    At an `update` site the block gives nothing but the feature. At others it is added to what is there: without its stream, in
+    which the noise is, a model draws nothing.
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]

@@ -6,14 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, NamedTuple, final
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.contrast import contrasted
-from difflex.commands.drawn_tasks import DrawnJudge, drawn_pairs, drawn_task, group_of
 from difflex.commands.flags import Range
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
@@ -30,11 +25,13 @@ from difflex.steering import (
     Steering,
     Toolbox,
     Trial,
+    at_random,
     judge,
     steered_along,
     steerings,
 )
 from difflex.study import Command, Place, Study
+from difflex.trials import DrawnJudge, as_pictures, as_tensor, drawn_pairs, drawn_task, group_of, reworded
 
 __all__ = ["SteerEval"]
 
@@ -114,8 +111,11 @@ class SteerEval(Command):
         ]
 
     def _curves(self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted]) -> Iterator[Curve]:
-        drawn = Drawn(_pictures(pipe), DrawnJudge(load_judge()), lambda pictures: pipe.losses(_images(pictures), LEVELS).mean(1))
-        for each in tqdm(concepts, desc=str(place), unit="concept", disable=None):
+        drawn = _drawn(pipe)
+        for number, each in enumerate(concepts, 1):
+            print(
+                f"{place}: {each.concept} by feature {each.feature} (AP {each.ap:.2f}), {number} of {len(concepts)}", flush=True
+            )
             yield from judge(drawn_task(each.concept, self.trials), self._methods(toolbox, pipe, place, each), drawn)
 
     def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted):
@@ -134,7 +134,7 @@ class SteerEval(Command):
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
-            "random": (f"seed {RANDOM_SEED}", _adding(edit, _random(features)), self.strength),
+            "random": (f"seed {RANDOM_SEED}", _adding(edit, at_random(features, RANDOM_SEED)), self.strength),
             "prompt": ("the caption says so", _saying(wanted.concept), (1.0,)),
         }
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
@@ -173,43 +173,20 @@ def _adding(edit: Edit, features: Features):
     return added
 
 
-def _random(features: Features) -> Features:
-    """A random direction in place of the features, as long as what they write."""
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
-    drawn = torch.randn(features.decoder.shape, generator=generator).to(features.decoder)
-    lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
-    return features._replace(told="a random direction", decoder=drawn * lengths)
-
-
 def _saying(concept: str):
-    """The caption edited in place of the activations: the same words, but for the concept."""
-
-    def said(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
-        group = group_of(concept)
-        words = [concept if group_of(word) == group else word for word in trial.prompt.split()]
-        for i, word in enumerate(words[:-1]):
-            if word in ("a", "an"):
-                words[i] = "an" if words[i + 1][0] in "aeiou" else "a"
-        return trial._replace(prompt=" ".join(words)), None
-
-    return said
+    """The caption edited in place of the activations."""
+    return lambda trial, strength: (reworded(trial, concept), None)
 
 
-def _pictures(pipe: Pipeline):
-    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
-        made = pipe.generate(
-            [trial.prompt for trial in trials], seed=trials[0].seed, batch=32, edits=[steering] if steering else []
-        )
-        bytes_of = [torch.frombuffer(bytearray(each.picture.convert("RGB").tobytes()), dtype=torch.uint8) for each in made]
-        height, width = made[0].shot.pixels
-        return torch.stack(bytes_of).view(len(made), height, width, 3).movedim(3, 1).float() / 255
+def _drawn(pipe: Pipeline) -> Drawn:
+    """What the model draws and says, and what the judge sees."""
 
-    return pictures
+    def pictures(trials: Sequence[Trial], steering: Steering | None):
+        prompts = [trial.prompt for trial in trials]
+        made = pipe.generate(prompts, seed=trials[0].seed, batch=32, edits=[steering] if steering else [])
+        return as_tensor(each.picture for each in made)
 
-
-def _images(pictures: Tensor) -> Iterator[Image.Image]:
-    for picture in (pictures * 255).round().to(torch.uint8).movedim(1, 3):
-        yield Image.frombytes("RGB", (picture.shape[1], picture.shape[0]), picture.contiguous().numpy().tobytes())
+    return Drawn(pictures, DrawnJudge(load_judge()), lambda drawn: pipe.losses(as_pictures(drawn), LEVELS).mean(1))
 
 
 def _table(judged: Judged) -> str:

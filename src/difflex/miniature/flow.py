@@ -37,10 +37,10 @@ class FlowRecipe:
     decay_from: float = 0.5
     """Share of the updates after which the learning rates fall along a cosine to zero."""
     object_weight: float = 8.0
-    """A token wholly on an object counts 1 + this times as much as one on the ground, where the noise leaves no doubt about it."""
+    """A token wholly on an object counts 1 + this times as much as one on the ground, where noise leaves no doubt about it."""
     doubt: tuple[float, float] = (0.7, 0.85)
-    """Noise levels between which that extra weight falls to zero. Weights that depend on where the object is while the noisy picture
-    does not tell would move the best prediction from the mean towards an object in every place that is possible."""
+    """Noise levels between which that extra weight falls to zero. Weights that depend on where the object is, while the noisy
+    picture does not tell, would move the best prediction from the mean towards an object in every place that is possible."""
     concept_weight: float = 0.2
     """Weight of the concept head's loss."""
     concepts_until: float = 0.85

@@ -45,7 +45,7 @@ def mini(folder: Path) -> Study:
             Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
             Evaluate(study=folder, effect=8),
             Concepts(studies=(folder,), pictures=600, noise=(0.25,)),
-            Collect(study=folder, drawn=True, pictures=400, noise=(0.25,)),
+            Collect(study=folder, drawn=True, pictures=400, noise=(0.25,), no_patches=True),
             Report(study=folder),
         ),
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from difflex.anatomy import Anatomy
+from difflex.book import About, Book
 from difflex.concepts import Matches
+from difflex.dictionary import checksum
 from difflex.dictionary.files import Config, read_config
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
@@ -108,6 +110,8 @@ class Facts:
     judged: tuple[Judged, ...]
     """Of the study itself and, where one was named, of its control; at each block only what was judged on the same pictures."""
     anatomy: Anatomy | None
+    books: tuple[Place, ...]
+    """The dictionaries that have a book of what they now are."""
     troubles: tuple[str, ...]
     """What is there but cannot be shown, and why."""
 
@@ -131,6 +135,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
     judged = [*reading.judged(study, untrained=False), *(reading.judged(control, untrained=True) if control else ())]
     stores = [reading.tried(lambda folder=folder: _stored(folder)) for folder in study.stores().values()]
     anatomy = reading.anatomy(study)
+    books = tuple(place for place in study.dictionaries() if reading.has_book(study, place))
     entries = tuple(reading.tried(lambda: diary(study.folder)) or ())
     return Facts(
         name=study.folder.resolve().name,
@@ -143,6 +148,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
         dictionaries=dictionaries,
         judged=tuple(_comparable(judged, troubles)),
         anatomy=anatomy,
+        books=books,
         troubles=tuple(troubles),
     )
 
@@ -185,6 +191,20 @@ class _Reading(NamedTuple):
             variant=place.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
             evaluation=evaluation,
         )
+
+    def has_book(self, study: Study, place: Place) -> bool:
+        """Whether a dictionary has a book of what it now is."""
+        path = study.book(*place)
+        if not path.exists():
+            return False
+        about = self.tried(lambda: _about(path))
+        if about is None or about.checksum != self.tried(lambda: checksum(study.dictionary(*place))):
+            if about is not None:
+                self.troubles.append(
+                    f"{place}: the dictionary has changed since its book was written. difflex collect writes it anew."
+                )
+            return False
+        return True
 
     def judged(self, study: Study, untrained: bool) -> list[Judged]:
         """The matches of a study that are of its model and of what its dictionaries now are."""
@@ -321,3 +341,8 @@ def _files(study: Study) -> list[Path]:
 def _written(paths: Iterable[Path]) -> datetime | None:
     times = [path.stat().st_mtime for path in paths if path.is_file()]
     return datetime.fromtimestamp(max(times), UTC) if times else None
+
+
+def _about(path: Path) -> About:
+    with Book.open(path) as book:
+        return book.about

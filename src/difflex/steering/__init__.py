@@ -1,7 +1,7 @@
 """Edits of activations while a picture is made: by the features of a dictionary, or along a direction found by contrast."""
 
 from difflex.steering.contrast import Contrast, Method, Part, contrast, made_of
-from difflex.steering.editing import Features, Steering, check_maker, features_of, steered_along, steerings
+from difflex.steering.editing import Features, Steering, at_random, check_maker, features_of, steered_along, steerings
 from difflex.steering.judging import Curve, Drawn, Judged, Point, Task, Trial, Verdict, judge, side_by_side
 from difflex.steering.maps import Maps
 from difflex.steering.regions import covered, rectangle
@@ -26,6 +26,7 @@ __all__ = [
     "Toolbox",
     "Trial",
     "Verdict",
+    "at_random",
     "check_maker",
     "contrast",
     "covered",

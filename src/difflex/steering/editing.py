@@ -21,7 +21,7 @@ from difflex.steering.maps import Maps
 from difflex.steering.regions import covered
 from difflex.steering.scales import Scales
 
-__all__ = ["Features", "Steering", "check_maker", "features_of", "steered_along", "steerings"]
+__all__ = ["Features", "Steering", "at_random", "check_maker", "features_of", "steered_along", "steerings"]
 
 Codes = Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]
 
@@ -82,6 +82,13 @@ def steered_along(contrast: Contrast) -> Features:
 
     units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length}
     return Features(f"the contrast at {contrast.site}", codes, direction[None], units)
+
+
+def at_random(features: Features, seed: int = 0) -> Features:
+    """Random directions in place of what the features write, each as long: what any direction does."""
+    drawn = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
+    lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+    return features._replace(told="random directions", decoder=drawn * lengths)
 
 
 def steerings(

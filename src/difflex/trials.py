@@ -1,10 +1,11 @@
 """What the drawn world asks of an edit: pictures in which a concept is to appear, pairs of captions, and a judge's eyes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from torch import Tensor
 
 from difflex.miniature.captions import Request, read, write
@@ -14,7 +15,7 @@ from difflex.miniature.world import COLUMNS, CONCEPTS, HELD_OUT_SEEDS, PIXELS, R
 from difflex.records import Rectangle
 from difflex.steering import Task, Trial, Verdict
 
-__all__ = ["DrawnJudge", "drawn_pairs", "drawn_task", "group_of"]
+__all__ = ["DrawnJudge", "as_pictures", "as_tensor", "drawn_pairs", "drawn_task", "group_of", "reworded"]
 
 FIRST, FIRST_PAIR = HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 3_000_000
 LOOKED_AT = 20
@@ -56,6 +57,31 @@ def drawn_pairs(concept: str, count: int) -> list[tuple[str, str]]:
         if wanted != unwanted and _named(read(wanted), group) == concept and _named(read(unwanted), group) is not None
     ]
     return pairs[:count]
+
+
+def reworded(trial: Trial, concept: str) -> Trial:
+    """The same caption, but for the concept: what an edit must be as good as."""
+    group = group_of(concept)
+    words = [concept if group_of(word) == group else word for word in trial.prompt.split()]
+    for i, word in enumerate(words[:-1]):
+        if word in ("a", "an"):
+            words[i] = "an" if words[i + 1][0] in "aeiou" else "a"
+    return trial._replace(prompt=" ".join(words))
+
+
+def as_tensor(pictures: Iterable[Image.Image]) -> Float[Tensor, "picture channel row column"]:
+    """Pictures with pixels between 0 and 1."""
+    each = [
+        torch.frombuffer(bytearray(one.convert("RGB").tobytes()), dtype=torch.uint8).view(one.height, one.width, 3)
+        for one in pictures
+    ]
+    return torch.stack(each).movedim(3, 1).float() / 255
+
+
+def as_pictures(pixels: Float[Tensor, "picture channel row column"]) -> Iterator[Image.Image]:
+    """The pictures that these are the pixels of."""
+    for one in (pixels * 255).round().to(torch.uint8).movedim(1, 3):
+        yield Image.frombytes("RGB", (one.shape[1], one.shape[0]), one.contiguous().numpy().tobytes())
 
 
 def _named(request: Request, group: str) -> str | None:

@@ -1,0 +1,162 @@
+"""The features that mean most, and least, with the pictures in which they are strongest: appendix B of arXiv 2505.24360."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+from PIL import Image
+
+from difflex.book import Album, Book, Example, FeatureRow, overlaid
+from difflex.report.facts import Facts
+from difflex.report.kinds import key
+from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.telling import number, percent
+from difflex.study import Place
+
+__all__ = ["pictures"]
+
+MANY, FEW = 6, 3
+"""How many of the best features of a dictionary are shown, and of the worst."""
+SHOWN = 5
+"""Pictures of each: as many as the paper shows to those who explain."""
+SIDE = 128
+OFTEN = SHOWN
+"""Shots that a feature must fire in to be shown among the worst."""
+LEAD = (
+    "Of each dictionary the features that stand for something best, and those that do so least, with the held-out pictures in "
+    "which they are strongest; the bluer a token, the stronger."
+)
+COLUMNS = ("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage")
+
+
+class Ranked(NamedTuple):
+    """A feature, and what it is ranked by."""
+
+    row: FeatureRow
+    value: float
+    concept: str
+    explanation: str
+    is_best: bool
+
+
+def pictures(facts: Facts) -> Section:
+    """The section with the pictures of features."""
+    if not facts.books:
+        missing = (Missing("Features in pictures", "difflex collect STUDY"),)
+        return Section(name="pictures", title="Features in pictures", lead=LEAD, missing=missing)
+    parts, rows = [], []
+    for place in facts.books:
+        with Book.open(facts.study.book(*place)) as book:
+            measure, ranked = _ranked(facts, book, place)
+            parts.append(_part(facts, book, place, measure, ranked))
+            rows += [_line(place, measure, each, i) for i, each in enumerate(ranked)]
+    figure = Figure(
+        name="pictures",
+        title="",
+        caption="The features shown, and what they were chosen by: the score of their explanation, else the average precision on "
+        "the known concept that they detect best, else their peak.",
+        formula="",
+        table=Table(COLUMNS, tuple(rows)),
+        drawings=(),
+    )
+    return Section(name="pictures", title="Features in pictures", lead=LEAD, body=Markup("").join(parts), figures=(figure,))
+
+
+def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
+    """By what features are ranked, and those to be shown: the best from the best down, then the worst."""
+    texts = {each.feature: each.text for each in book.explanations() if each.state == "done"}
+    scores, concepts = book.best_scores(), _concepts(facts, place)
+    rows = {row.feature: row for row in book.features("peak", descending=True) if row.shots >= OFTEN}
+    if scores:
+        measure, values = "accuracy of its explanation", scores
+    elif concepts:
+        measure, values = "AP of its concept", {feature: ap for feature, (_, ap) in concepts.items()}
+    else:
+        measure, values = "peak", {feature: row.peak for feature, row in rows.items()}
+    order = sorted((feature for feature in values if feature in rows), key=lambda feature: (-values[feature], feature))
+    best, worst = order[:MANY], order[MANY:][-FEW:]
+    name = lambda feature: concepts.get(feature, ("", 0.0))[0]  # noqa: E731
+    return measure, [
+        Ranked(rows[feature], values[feature], name(feature), texts.get(feature, ""), feature in best)
+        for feature in (*best, *worst)
+    ]
+
+
+def _concepts(facts: Facts, place: Place) -> Mapping[int, tuple[str, float]]:
+    """The concept that each feature detects best, and its average precision."""
+    for judged in facts.judged:
+        matches = judged.matches
+        if not judged.untrained and (matches.site, matches.label) == place:
+            columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
+            return {feature: (matches.concepts[concept].name, ap) for feature, concept, ap in columns}
+    return {}
+
+
+def _part(facts: Facts, book: Book, place: Place, measure: str, ranked: Sequence[Ranked]) -> Markup:
+    """A dictionary's features, best and worst."""
+    album, kind = Album(facts.study.pictures), key(book.about.kind).name
+    cards = {
+        said: Markup("").join(_card(book, album, measure, each) for each in ranked if each.is_best is is_best)
+        for said, is_best in (("Best", True), ("Worst", False))
+    }
+    lists = [
+        Markup('<h4>{} by {}</h4><ul class="cards">{}</ul>').format(said, measure, inside)
+        for said, inside in cards.items()
+        if inside
+    ]
+    return Markup("<h3>{} <small>{}</small></h3>{}").format(str(place), kind, Markup("").join(lists))
+
+
+def _card(book: Book, album: Album, measure: str, ranked: Ranked) -> Markup:
+    row = ranked.row
+    said = ranked.explanation or ranked.concept or "no name yet"
+    cover = "" if row.coverage is None else f", covers {percent(row.coverage)} of a picture"
+    told = f"{measure} {number(ranked.value)}; fires at {percent(row.density)} of tokens{cover}"
+    images = Markup("").join(_images(book, album, row))
+    head = Markup("<p><b>{}</b> {}</p>").format(row.feature, said)
+    return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, images, told)
+
+
+def _images(book: Book, album: Album, row: FeatureRow) -> Iterator[Markup]:
+    """The pictures in which a feature is strongest, of the held-out split as far as there are any."""
+    top = book.examples(row.feature, "top")
+    chosen = sorted(top, key=lambda example: (example.split != "held-out", example.rank))[:SHOWN]
+    shots = book.shots(example.shot for example in chosen)
+    for example in chosen:
+        shot = shots[example.shot]
+        picture = overlaid(_small(album.open(shot.picture.file)), example.map, book.about.grid, row.peak, side=SIDE)
+        yield Markup('<img src="{}" alt="{}">').format(_data(picture), _alternative(example, shot.shot.prompt))
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    """`picture` no larger than it is shown, as the page holds it."""
+    picture.thumbnail((2 * SIDE, 2 * SIDE))
+    return picture
+
+
+def _alternative(example: Example, prompt: str) -> str:
+    return f"{prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
+
+
+def _data(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _line(place: Place, measure: str, each: Ranked, rank: int) -> tuple[str | float | None, ...]:
+    row = each.row
+    return (
+        str(place),
+        row.feature,
+        rank,
+        measure,
+        each.value,
+        each.concept,
+        each.explanation,
+        row.density,
+        row.peak,
+        row.coverage,
+    )
