@@ -11,6 +11,7 @@ from difflex.commands.anatomy import Anatomy
 from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
+from difflex.commands.explain import Explain
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
@@ -69,6 +70,8 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case Collect():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, dictionary=(), pictures=12, steps=None, top=2, sampled=1, silent=1)
+            case Explain():
+                return replace(command, dictionary=(), features=2, judged=2)
             case _:
                 return command
 

@@ -13,6 +13,7 @@ from difflex.commands.anatomy import Anatomy
 from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
+from difflex.commands.explain import Explain
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
@@ -46,6 +47,8 @@ def mini(folder: Path) -> Study:
             Evaluate(study=folder, effect=8),
             Concepts(studies=(folder,), pictures=600, noise=(0.25,)),
             Collect(study=folder, drawn=True, pictures=400, noise=(0.25,), no_patches=True),
+            Explain(studies=(folder,), features=50),
+            Explain(studies=(folder,), features=50, protocol="paper"),
             Report(study=folder),
         ),
     )
@@ -81,6 +84,8 @@ def mini_full(folder: Path) -> Study:
             Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(0.25,)),
             Concepts(studies=(folder,), site=elsewhere, noise=(0.25,)),
             Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(0.25,)),
+            Explain(studies=(folder,), dictionary=compared, features=200),
+            Explain(studies=(folder,), dictionary=compared, features=200, protocol="paper"),
             Report(study=folder),
         ),
     )
