@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Annotated, NamedTuple, Self, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 from jaxtyping import Float
 from PIL import Image
@@ -81,7 +81,7 @@ class Answer(BaseModel, ABC):
 
     @classmethod
     @abstractmethod
-    def imagined(cls) -> Self:
+    def imagined(cls) -> Answer:
         """An answer that nobody gave, for rehearsals."""
 
 

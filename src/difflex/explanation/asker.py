@@ -213,4 +213,4 @@ class Rehearsal(Asking):
         with self._lock:
             spent = Spent() if found else Spent(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
             self.asked = Asked(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))
-        return schema.model_validate_json(found) if found else schema.imagined()
+        return schema.model_validate_json(found or schema.imagined().model_dump_json())

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
-from typing import Any, NamedTuple, Self, final
+from typing import Any, NamedTuple, final
 
 from PIL import Image
 
@@ -105,7 +105,7 @@ class RuleServer:
         """The address, as in http://127.0.0.1:4711/v1."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> RuleServer:
         Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
