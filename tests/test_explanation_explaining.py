@@ -1,7 +1,6 @@
 """Features explained and judged by protocols: what is shown to whom, what is written, what is never asked twice."""
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -220,25 +219,23 @@ def after_valid(answers: Answers) -> list[str]:
 KILLED = """
 import sys
 from pathlib import Path
-from seen import MODEL, Endpoints
 from difflex.book import Album, Book
-from difflex.explanation import Answers, explain
+from difflex.explanation import Answers, Asker, Endpoint, Key, explain
 folder, url = Path(sys.argv[1]), sys.argv[2]
 with Book.edit(folder / "book.sqlite") as book:
-    by = Endpoints(Answers(folder / "answers.sqlite"))(url)
-    explain(book, range(60), by, Album(folder / "pictures"), connections=4, progress=False)
+    asker = Asker(Endpoint(url, "rule", Key("", "")), Answers(folder / "answers.sqlite"))
+    explain(book, range(60), asker, Album(folder / "pictures"), connections=4, progress=False)
 """
 
 
 def test_killed_at_any_moment_and_run_again_nothing_in_the_cache_is_paid_twice(tmp_path: Path):
     book(tmp_path, 60)[0].close()
     words = [sys.executable, "-c", KILLED, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     with RuleServer(latency=0.005) as server:
         in_cache: set[str] = set()
         for least in (100, 400):
             begun = len(server.served)
-            child = subprocess.Popen([*words, server.url], env=environment)
+            child = subprocess.Popen([*words, server.url])
             while len(server.served) < least and child.poll() is None:
                 time.sleep(0.002)
             child.send_signal(signal.SIGKILL)
@@ -248,7 +245,7 @@ def test_killed_at_any_moment_and_run_again_nothing_in_the_cache_is_paid_twice(t
                 in_cache = {key for [key] in file.execute("SELECT key FROM answers")}
             assert len(in_cache) >= least - 25
         begun = len(server.served)
-        subprocess.run([*words, server.url], env=environment, check=True)
+        subprocess.run([*words, server.url], check=True)
         assert not in_cache & {call.question for call in server.served[begun:]}
         assert len(server.served) <= 60 * 12 + 2 * 4, "at most one call of each connection was lost with each kill"
     with Book.open(tmp_path / "book.sqlite") as after:

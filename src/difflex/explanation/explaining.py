@@ -88,7 +88,7 @@ def explain(
     failed: dict[int, str] = {}
     plans = (_planned(book, feature, others, album, protocol) for feature in todo)
     with (
-        tqdm(total=len(todo), desc="explaining", unit="feature", disable=not progress) as bar,
+        tqdm(total=len(todo), desc="explaining", unit=" features", disable=None if progress else True) as bar,
         _Crew(book, asker, protocol, connections) as crew,
     ):
         for explanation in crew.through(plans):
