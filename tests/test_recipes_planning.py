@@ -10,6 +10,7 @@ import pytest
 from difflex.cli import main
 from difflex.commands.anatomy import Anatomy
 from difflex.commands.evaluate import Evaluate
+from difflex.commands.explain import Explain
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
@@ -141,6 +142,13 @@ def test_the_full_study_of_mini_flux_is_planned_to_take_about_an_hour(tmp_path: 
     known = {each.step.entry.verb for each in told if not each.estimate.unknown}
     assert known >= {"anatomy", "harvest", "train", "itda", "neurons", "evaluate", "concepts"}
     assert 1200 < sum(each.estimate.seconds or 0 for each in told) < 3600
+
+
+def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_for_more_features(tmp_path: Path):
+    asked = Outlook(rate=1.0).after(Estimate(dictionaries={(tmp_path, Site("double.1")): (Learned(16, 2, 8), Learned(32, 2, 8))}))
+    assert "not known" in Explain(studies=(tmp_path,), vlm="http://here/v1", model="seer").estimate(asked).unknown
+    few, many = (Explain(studies=(tmp_path,), features=count).estimate(asked).seconds for count in (10, 1000))
+    assert few is not None and many is not None and few < many
 
 
 def test_a_rate_is_measured_in_a_moment():

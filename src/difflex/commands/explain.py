@@ -12,6 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.book import Album, Book
 from difflex.commands.concepts import drawn_concepts
+from difflex.commands.costs import START, dictionaries
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation import (
     Answers,
@@ -46,6 +47,8 @@ DRAWN = "drawn:"
 """What the names of drawn pictures begin with; their seed follows."""
 COUNTED = 400
 """Drawn pictures in which it is counted how common each concept is."""
+SECONDS, BYTES = 0.03, 1_000
+"""What a feature takes that known concepts explain and judge."""
 LISTED = 20
 """Failures that are printed; all of them are in the book."""
 
@@ -137,8 +140,16 @@ class Explain(Command):
         return made
 
     def estimate(self, outlook: Outlook) -> Estimate:
-        """Nothing is told: how long those who are asked take, nobody knows."""
-        return Estimate(unknown="how long a model takes to answer is not known; --dry-run counts the calls")
+        """By known concepts a moment for each feature; how long others take who are asked, nobody knows."""
+        if self.vlm != KNOWN:
+            return Estimate(unknown="how long a model takes to answer is not known; --dry-run counts the calls")
+        named = [name.rpartition("/")[0] for name in self.dictionary]
+        found = [dictionaries(outlook, study, (*self.site, *named)) for study in self.studies]
+        books = len(self.dictionary) or sum(len(several) for by_site in found for several in by_site.values())
+        if not books:
+            return Estimate(unknown="which dictionaries there will be is not known")
+        features = books * (len(self.feature) or self.features)
+        return Estimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
 
     def _check(self) -> None:
         if self.features < 1 or self.connections < 1 or self.timeout <= 0:
