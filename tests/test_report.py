@@ -39,6 +39,10 @@ def claim(study: Study, name: str, beside: Study | None = None) -> Claim:
     return next(each for each in judged(read(study, beside)) if each.name == name)
 
 
+WORDS = {"explained", "falls", "surfaces"}
+"""The figures about explanations."""
+
+
 def tips(page: str, figure: str) -> list[str]:
     """What the marks of a figure say when pointed at."""
     [part] = re.findall(rf'id="figure-{figure}".*?</figure>', page, flags=re.DOTALL)
@@ -48,8 +52,12 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
     page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
     wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {"dictionaries", "claims", "pictures"}
-    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims", "pictures"}
+    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {
+        "dictionaries",
+        "claims",
+        "pictures",
+    } | WORDS
+    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims", "pictures"} | WORDS
     assert "Not here yet" not in page and "not measured" not in page
 
 
@@ -94,7 +102,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(whole(tmp_path))
     inside = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(inside) == 14
+    assert len(inside) == 14 + len(WORDS)
     for coded, name in inside:
         assert base64.b64decode(coded).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 
@@ -396,3 +404,24 @@ def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path
     dictionary(study, "double.1/topk-512-k8", weights=b"others")
     page = page_of(study)
     assert "has changed since its book was written" in page and "<img" not in page
+
+
+def test_accuracies_are_told_by_protocol_with_how_far_they_fall_and_what_they_speak_of(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8")
+    pictured(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
+    page_of(study)
+    means = {row["protocol"]: float(row["accuracy"]) for row in rows_of(study, "falls")}
+    assert means["heldout"] == pytest.approx(0.6) and means["paper"] == pytest.approx(0.7)
+    spoken = {
+        row["colour or place"]: (row["features"], row["accuracy"])
+        for row in rows_of(study, "surfaces")
+        if row["protocol"] == "heldout"
+    }
+    assert spoken == {"none": ("2", "0.5"), "all": ("1", "0.8")}
+    reached = {
+        row["accuracy at least"]: row["share of features"] for row in rows_of(study, "explained") if row["protocol"] == "heldout"
+    }
+    assert (
+        float(reached["0.5"]) == pytest.approx(2 / 3) and float(reached["0.8"]) == pytest.approx(1 / 3) and "0.82" not in reached
+    )

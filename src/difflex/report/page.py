@@ -13,6 +13,7 @@ from difflex.report.drawing import legend, script, style
 from difflex.report.facts import Facts, read
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
+from difflex.report.figures.explanations import explanations
 from difflex.report.figures.firing import firing
 from difflex.report.figures.pictures import pictures
 from difflex.report.figures.quality import quality
@@ -23,7 +24,17 @@ from difflex.study import Study
 
 __all__ = ["SECTIONS", "rendered", "write", "write_report"]
 
-SECTIONS: tuple[Callable[[Facts], Section], ...] = (overview, claims, anatomy, firing, quality, concepts, pictures, dictionaries)
+SECTIONS: tuple[Callable[[Facts], Section], ...] = (
+    overview,
+    claims,
+    anatomy,
+    firing,
+    quality,
+    concepts,
+    explanations,
+    pictures,
+    dictionaries,
+)
 """In their order on the page; one more is a function from facts to a Section."""
 HERE = Path(__file__).parent
 
