@@ -1,0 +1,63 @@
+"""What steering costs: pictures drawn with one feature added at every step, in processor time beside the same pictures unedited.
+
+Beside it, without a bar: an edit that must look at the activation first (`set`), and so encodes it.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+import difflex
+from difflex.dictionary import Autoencoder, Normalisation, Origin, Weights
+from difflex.records import Edit, Site
+from difflex.steering import Steering, features_of, steerings
+
+torch.set_num_threads(1)
+PICTURES, ROUNDS, SIZE, K = 32, 7, 2048, 32
+SITE = Site("double.1")
+BAR = 0.05
+"""More time than unedited pictures take, at most."""
+
+
+def dictionary(width: int) -> Autoencoder:
+    """A random one: what an edit costs does not depend on what its feature means."""
+    decoder = F.normalize(torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    weights = Weights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), floor=None)
+    origin = Origin(site=SITE, model="mini-flux")
+    return Autoencoder(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights)
+
+
+def main() -> int:
+    """0 if the bar is met, else 1."""
+    pipe = difflex.load("mini-flux")
+    width = next(row.width for row in pipe.sites("double.1"))
+    features = features_of(dictionary(width), [7], None)
+    edits = {
+        what: steerings([Edit(what=what, site=SITE, strength=1.0, unit="code")], lambda _: features) for what in ("add", "set")
+    }
+    runs: dict[str, list[Steering]] = {"unedited": [], **edits}
+    prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (PICTURES // 4)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for each in range(ROUNDS + 1):
+        for name, steering in runs.items():
+            began = time.process_time()
+            pipe.generate(prompts, batch=PICTURES, edits=steering)
+            if each:  # the first round finds memory
+                times[name].append(time.process_time() - began)
+    extra = {
+        name: statistics.median(edited / plain for edited, plain in zip(times[name], times["unedited"], strict=True)) - 1
+        for name in edits
+    }
+    print(
+        f"  {PICTURES} pictures unedited: {statistics.median(times['unedited']):.2f} s; set, which encodes: {extra['set']:+.1%}"
+    )
+    met = extra["add"] <= BAR
+    print(f"steering: one feature added at every step costs {extra['add']:+.1%} (bar {BAR:.0%}): {'met' if met else 'MISSED'}")
+    return not met
+
+
+if __name__ == "__main__":
+    sys.exit(main())
