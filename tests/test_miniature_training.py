@@ -197,6 +197,7 @@ def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
     FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
     pipeline.vae.save_pretrained(workshop.autoencoder)
     exported = export(workshop, tmp_path / "model", TINY)
+    assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     one, two = (pictures(p, ["a red star on grass"], steps=2) for p in (exported, again))
     assert torch.equal(one, two)

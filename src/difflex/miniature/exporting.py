@@ -24,8 +24,17 @@ def export(workshop: Workshop, target: Path, architecture: Architecture) -> Flux
     vae = AutoencoderKL.from_pretrained(workshop.autoencoder)
     pipeline.register_modules(vae=vae, transformer=pipeline.transformer.to(torch.bfloat16))
     pipeline.save_pretrained(target)
+    _without_origins(target)
     (target / "difflex.json").write_text(json.dumps(settings(architecture), indent=1) + "\n")
     return FluxPipeline.from_pretrained(target, dtype=torch.float32)
+
+
+def _without_origins(folder: Path) -> None:
+    """Nothing; the configs no longer say from which folders of this machine their parts were read."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def settings(architecture: Architecture) -> dict[str, object]:
