@@ -11,7 +11,8 @@ from PIL import Image
 from difflex.anatomy import Anatomy, Shape
 from difflex.book import About, Album, Book, Draft, Example, Explanation, FeatureRow, PictureFile, Score, TokenMap
 from difflex.concepts import Concept, Detector, Features, Finding, Interval, Level, Matches
-from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced, checksum
+from difflex.dictionary import checksum
+from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced
 from difflex.records import Shot, Site
 from difflex.study import Place, Study
 

@@ -139,6 +139,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
     out = () if "--out" in words else ("--out", str(tmp_path / "x.png"))
     assert steer(study, *words, *out) == 2
     assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_strengths_are_even_and_include_both_ends():
 
 
 def test_a_record_is_plain_json(study: Path, alive: list[str], tmp_path: Path):
-    record = tmp_path / "edit.json"
+    record = tmp_path / "new" / "edit.json"
     assert steer(study, SITE, alive[0], "--strength", "1", "--record", str(record), "--out", str(tmp_path / "x.png")) == 0
     said = json.loads(record.read_text())
     assert said["format"] == 1 and said["edits"][0]["features"] == [int(alive[0])] and said["shot"]["seed"] == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights
+from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights, checksum
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.evaluation import (
     Effect,
@@ -21,7 +21,6 @@ from difflex.evaluation import (
     HeldOut,
     Model,
     Replaced,
-    checksum,
     effects,
     evaluate,
     renew,

@@ -390,10 +390,9 @@ def test_features_are_ranked_by_their_explanations_where_there_are_any_and_these
     evaluated(study, "double.1/topk-512-k8")
     pictured(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
     page = page_of(study)
-    assert [(row["feature"], row["explanation"]) for row in rows_of(study, "pictures")] == [
-        ("3", "<script>red</script>"),
-        ("5", "stars"),
-    ]
+    shown = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "pictures")]
+    # Not by the paper's protocol, whose scores are higher: its judge sees what was explained.
+    assert shown == [("3", "<script>red</script>", "0.9"), ("5", "stars", "0.6")]
     assert "<script>red" not in page and "&lt;script&gt;red" in page
 
 

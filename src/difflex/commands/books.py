@@ -1,8 +1,8 @@
 """What the verbs that read books share: a book that still is of its dictionary."""
 
 from difflex.book import Book
+from difflex.dictionary import checksum
 from difflex.errors import StaleWork, UnknownName
-from difflex.evaluation import checksum
 from difflex.study import Place, Study
 
 __all__ = ["opened_book"]

@@ -26,9 +26,8 @@ from difflex.commands.costs import (
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
-from difflex.dictionary import ITDA, Dictionary
+from difflex.dictionary import ITDA, Dictionary, checksum
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.evaluation import checksum
 from difflex.examples import Collecting, Met, PatchAt, Subject, collect
 from difflex.forecast import Estimate, Outlook
 from difflex.pipeline.pictures import open_picture

@@ -113,11 +113,16 @@ class Steer(Command):
         pipe = load_studied(toolbox.study, None, self.offload, self.offline)
         columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(toolbox, pipe)]
         plain = [recorded.shot] if recorded else self._shots(pipe)
+        if self.record is not None and (len(plain) > 1 or len(columns) > 1):
+            raise BadInput(
+                f"One edit of one picture can be recorded; there are {len(columns)} edits and {len(plain)} pictures. Name one."
+            )
         drawn = [self._drawn(pipe, toolbox, plain, edits) for edits in [(), *columns]]
         write_picture(self._sheet(plain, columns, drawn), self.out)
         written = [self.out]
         if self.record is not None:
-            written.append(self._recorded(toolbox, plain, columns).save(self.record))
+            recorded = Recorded(shot=plain[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
+            written.append(recorded.save(self.record))
         print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} pictures")
         return written
 
@@ -184,13 +189,6 @@ class Steer(Command):
                 rows.append([_difference(picture, rows[-1][0]) for picture in rows[-1]])
                 labels.append(f"differences, x {AMPLIFIED}")
         return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_said, columns)])
-
-    def _recorded(self, toolbox: Toolbox, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]]) -> Recorded:
-        if len(shots) > 1 or len(columns) > 1:
-            raise BadInput(
-                f"One edit of one picture can be recorded; there are {len(columns)} edits and {len(shots)} pictures. Name one."
-            )
-        return Recorded(shot=shots[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
 
 
 def _generate(pipe: Pipeline, shot: Shot, edits: Sequence = ()) -> Generated:

@@ -2,7 +2,7 @@
 
 from difflex.evaluation.changing import effects
 from difflex.evaluation.measuring import evaluate
-from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced, checksum
+from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced
 from difflex.evaluation.renewing import HeldOut, Model, renew
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Model",
     "Quality",
     "Replaced",
-    "checksum",
     "effects",
     "evaluate",
     "renew",

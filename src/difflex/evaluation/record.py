@@ -12,7 +12,7 @@ from difflex import __version__
 from difflex.dictionary.files import checksum, replace_file
 from difflex.errors import BadInput, BrokenFile
 
-__all__ = ["Effect", "Evaluation", "Figures", "Quality", "Replaced", "checksum"]
+__all__ = ["Effect", "Evaluation", "Figures", "Quality", "Replaced"]
 
 FORMAT = 1
 AGAIN = "Delete it and evaluate again."

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary import Dictionary
+from difflex.dictionary import Dictionary, checksum
 from difflex.errors import BadInput
 from difflex.evaluation.changing import Edits, effects, some_shots
 from difflex.evaluation.measuring import TOKENS, evaluate
-from difflex.evaluation.record import Effect, Evaluation, checksum
+from difflex.evaluation.record import Effect, Evaluation
 from difflex.records import Outcomes, Rows, Shot
 
 __all__ = ["HeldOut", "Model", "Renewed", "renew"]

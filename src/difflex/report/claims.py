@@ -1,4 +1,4 @@
-"""Claims of arXiv 2505.24360, each held to a rule that is written beside it and was fixed before anything was measured."""
+"""Claims of arXiv 2505.24360, each held to a rule that is written beside it."""
 
 import math
 from collections import Counter

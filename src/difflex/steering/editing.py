@@ -58,7 +58,7 @@ def features_of(dictionary: Dictionary, features: Iterable[int], scales: Scales 
     def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
         values, indices = dictionary.encode(x)
         among = indices[..., None] == chosen.to(indices.device)
-        return (values[..., None] * among).sum(1)
+        return (values[..., None] * among).sum(1).to(x.device)  # a dictionary may be elsewhere
 
     decoder = dictionary.decoder_of(chosen.to(dictionary.constant.device)).float()
     units = {"code": torch.ones(len(chosen))}

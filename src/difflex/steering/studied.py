@@ -127,7 +127,11 @@ class Recorded:
         """`path`, which now holds the edits as JSON."""
         edits = [{**asdict(edit), "site": str(edit.site)} for edit in self.edits]
         said = {"format": FORMAT, "difflex": __version__, "shot": asdict(self.shot), "edits": edits, "checksums": self.checksums}
-        replace_file(path, (json.dumps(said, indent=1) + "\n").encode())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, (json.dumps(said, indent=1) + "\n").encode())
+        except OSError as error:
+            raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
         return path
 
     @classmethod

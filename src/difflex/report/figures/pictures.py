@@ -9,6 +9,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from difflex.book import Album, Book, Example, FeatureRow, overlaid
+from difflex.explanation import methods
 from difflex.report.facts import Facts
 from difflex.report.kinds import key
 from difflex.report.sections import Figure, Missing, Section, Table
@@ -66,8 +67,8 @@ def pictures(facts: Facts) -> Section:
 
 def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
     """By what features are ranked, and those to be shown: the best from the best down, then the worst."""
-    texts = {each.feature: each.text for each in book.explanations() if each.state == "done"}
-    scores, concepts = book.best_scores(), _concepts(facts, place)
+    texts, scores = _explained(facts, book)
+    concepts = _concepts(facts, place)
     rows = {row.feature: row for row in book.features("peak", descending=True) if row.shots >= OFTEN}
     if scores:
         measure, values = "accuracy of its explanation", scores
@@ -82,6 +83,17 @@ def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
         Ranked(rows[feature], values[feature], name(feature), texts.get(feature, ""), feature in best)
         for feature in (*best, *worst)
     ]
+
+
+def _explained(facts: Facts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
+    """Of one backend and protocol, a held-out one where there is one: the explanations, and their accuracies."""
+    found = sorted(
+        (each for each in methods(book, facts.name) if each.accuracies), key=lambda each: each.protocol[:7] != "heldout"
+    )
+    if not found:
+        return {}, {}
+    best = found[0]
+    return dict(zip(best.features, best.explanations, strict=True)), dict(zip(best.features, best.accuracies, strict=True))
 
 
 def _concepts(facts: Facts, place: Place) -> Mapping[int, tuple[str, float]]:
