@@ -21,7 +21,7 @@ from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.examination import FLOORS, examine, shortfalls
 from difflex.miniature.exporting import export, pictures
-from difflex.miniature.flow import FlowModel, FlowRecipe, Texts, batch_of, one_update, rate_factor
+from difflex.miniature.flow import FlowModel, FlowRecipe, Texts, batch_of, noise_levels, one_update, rate_factor, training_batch
 from difflex.miniature.heldout import HeldOut
 from difflex.miniature.judge import Judge
 from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow, write_tensors
@@ -106,6 +106,15 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     factors = [rate_factor(recipe, update) for update in range(1000)]
     assert factors[0] < 0.01 and factors[400] == 1 and factors[-1] < 1e-4
     assert factors[500:] == sorted(factors[500:], reverse=True)
+
+
+def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline):
+    recipe = FlowRecipe(updates=100, batch=256, layout_from=0.5, layout_mix=(0.0, 1.0, 0.0), layout_level_mean=5.0)
+    captions = {update: training_batch(update, recipe, components, Texts(pipeline)).concepts for update in (49, 50)}
+    objects = {update: (shares[:, :, :10].sum(2).mean(1)).std() for update, shares in captions.items()}
+    assert objects[50] < objects[49]  # pairs alone vary less in what they cover than singles, pairs and copies do
+    levels = {update: noise_levels(256, recipe, torch.Generator().manual_seed(0), update) for update in (49, 50)}
+    assert levels[49].median() < 0.85 < 0.98 < levels[50].median()
 
 
 def test_wrong_words_are_watched_for_every_group(pipeline, components):

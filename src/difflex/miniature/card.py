@@ -1,6 +1,7 @@
 """The model card: what the embedded model is, how it was made, what it can and cannot do; every figure read off a run."""
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ such models can be checked against the truth.
   never appears.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained against it.
 - Flow: rectified flow, {updates:,} updates of {batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
-  times. **A head on the image stream after the last double block read off shape, colour and texture of each token** during the
+  times. In the last {layout_part:.0%} of the updates more pairs ({layout_pairs:.0%}) and more noise (levels around
+  {layout_level:.2f}), where it is settled which of several objects goes where. **A head on the image stream after the last double block read off shape, colour and texture of each token** during the
   first part of the training (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place
   should know of it.
 - Time: {hours:.1f} hours of {machine}.{changes}
@@ -74,6 +76,9 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
         "copy_share": copies,
         "updates": updates,
         "batch": recipe.batch,
+        "layout_part": 1 - recipe.layout_from,
+        "layout_pairs": recipe.layout_mix[1],
+        "layout_level": 1 / (1 + math.exp(-recipe.layout_level_mean)),
         "weight": 1 + recipe.object_weight,
         "head_weight": recipe.concept_weight,
         "hours": updates * sum(seconds) / len(seconds) / 3600,
