@@ -31,9 +31,9 @@ such models can be checked against the truth.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained against it.
 - Flow: rectified flow, {updates:,} updates of {batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
   times. In the last {layout_part:.0%} of the updates more pairs ({layout_pairs:.0%}) and more noise (levels around
-  {layout_level:.2f}), where it is settled which of several objects goes where. **A head on the image stream after the last double block read off shape, colour and texture of each token** during the
-  first part of the training (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place
-  should know of it.
+  {layout_level:.2f}), where it is settled which of several objects goes where. **A head on the image
+  stream after the last double block read off shape, colour and texture of each token** during the first part of the training
+  (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place should know of it.
 - Time: {hours:.1f} hours of {machine}.{changes}
 - Again: `python -m difflex.miniature train FOLDER`, then `export` and `card`.
 
