@@ -21,7 +21,18 @@ from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.examination import FLOORS, examine, shortfalls
 from difflex.miniature.exporting import export, pictures
-from difflex.miniature.flow import FlowModel, FlowRecipe, Texts, batch_of, noise_levels, one_update, rate_factor, training_batch
+from difflex.miniature.flow import (
+    FlowModel,
+    FlowRecipe,
+    Texts,
+    batch_of,
+    losses,
+    noise_levels,
+    one_update,
+    rate_factor,
+    training_batch,
+)
+from difflex.miniature.guidance import Guide
 from difflex.miniature.heldout import HeldOut
 from difflex.miniature.judge import Judge
 from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow, write_tensors
@@ -29,7 +40,7 @@ from difflex.miniature.training import FlowState, Workshop, pack, picture_compon
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 TINY = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
-SHORT = FlowRecipe(updates=12, batch=4)
+SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +128,29 @@ def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline)
     assert levels[49].median() < 0.85 < 0.98 < levels[50].median()
 
 
+def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
+    model, texts = FlowModel(pipeline), Texts(pipeline)
+    guide = Guide(model, list(model.parameters()), texts)
+    batch = batch_of(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
+    noisy, level = torch.randn(batch.latents.shape), torch.full((2,), 0.9)
+    push = guide(noisy, level, batch.clip, batch.t5)
+    empty = (ids.expand(2, -1) for ids in texts([""]))
+    with torch.no_grad():
+        changed = model.velocity(noisy, level, batch.clip, batch.t5) - model.velocity(noisy, level, *empty)
+    assert torch.allclose(push, changed, atol=1e-5)
+    assert push[0].abs().max() < 1e-5 < 1e-3 < push[1].abs().max()
+
+
+def test_guided_targets_lie_further_along_the_push(pipeline, components):
+    batch = batch_of(draw(torch.arange(4)), components, Texts(pipeline), [""] * 4)
+    model, recipe = FlowModel(pipeline), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
+    loss = lambda guide: losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
+    with torch.no_grad():
+        plain, none, pushed = loss(None), loss(lambda x, *_: torch.zeros_like(x)), loss(lambda x, *_: torch.full_like(x, 10.0))
+    assert torch.equal(plain, none)
+    assert abs(pushed - plain - 400) < 40  # targets moved by (3 - 1) * 10 everywhere
+
+
 def test_wrong_words_are_watched_for_every_group(pipeline, components):
     held_out = HeldOut(components, Texts(pipeline), scenes=64)
     model = FlowModel(pipeline)
@@ -134,7 +168,7 @@ from difflex.miniature.architecture import Architecture, untrained_pipeline
 from difflex.miniature.flow import FlowRecipe
 training.CHECKPOINT_SECONDS = 0.0
 tiny = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
-recipe = FlowRecipe(updates=12, batch=4)
+recipe = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 training.train_flow(training.Workshop(folder=Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
 """
 

@@ -22,6 +22,7 @@ from difflex.miniature.architecture import Architecture, untrained_pipeline
 from difflex.miniature.autoencoder import Components, decoder_losses, write_encoder
 from difflex.miniature.drawing import draw
 from difflex.miniature.flow import Batch, FlowModel, FlowRecipe, Texts, one_update, optimisers, training_batch
+from difflex.miniature.guidance import Guide
 from difflex.miniature.heldout import HeldOut
 from difflex.miniature.judge import Judge, save_judge, training_losses
 
@@ -111,7 +112,7 @@ def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, u
     batches = _prefetched(state.update, recipe, components, texts)
     for batch in _shown(batches, "flow", recipe.updates, state.update):
         started = time.monotonic()
-        losses = one_update(state.model, state.average, state.optimisers, batch, recipe, state.update)
+        losses = one_update(state.model, state.average, state.optimisers, batch, recipe, state.update, state.guide(texts))
         state.update += 1
         if state.update % 50 == 0:
             _log(
@@ -138,12 +139,24 @@ class FlowState:
     def __init__(self, model: FlowModel, recipe: FlowRecipe) -> None:
         self.model, self.recipe, self.update = model, recipe, 0
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
+        self._guiding: list[Tensor] = []
+        self._guide: Guide | None = None
         self.optimisers = optimisers(model, recipe)
+
+    def guide(self, texts: Texts) -> Guide | None:
+        """What guides this update: the average as it was when guidance began; None before."""
+        if not self.recipe.guides(self.update):
+            return None
+        if self._guide is None:
+            self._guiding = self._guiding or [x.clone() for x in self.average]
+            self._guide = Guide(self.model, self._guiding, texts)
+        return self._guide
 
     def save(self, file: Path) -> None:
         """Writes the state; a kill in the middle leaves the last one."""
         tensors = {f"model.{name}": x for name, x in self.model.named_parameters()}
         tensors |= {f"average.{i}": x for i, x in enumerate(self.average)}
+        tensors |= {f"guide.{i}": x for i, x in enumerate(self._guiding)}
         for number, optimiser in enumerate(self.optimisers):
             for i, entry in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
@@ -163,6 +176,7 @@ class FlowState:
                 parameter.copy_(tensors[f"model.{name}"])
                 # A packed state begins a new average.
                 self.average[i].copy_(tensors.get(f"average.{i}", parameter))
+        self._guiding = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
         for number, optimiser in enumerate(self.optimisers):
             _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
         return changed
@@ -198,7 +212,7 @@ def write_average(model: FlowModel, file: Path) -> None:
 def pack(source: Workshop, target: Workshop) -> None:
     """Copies a run in a form small enough to travel, from which `train` goes on.
 
-    The flow's parameters and second moments are kept in bfloat16; first moments and average, soon regained, stay behind.
+    The flow's parameters, guide and second moments are kept in bfloat16; first moments and average, soon regained, stay behind.
     """
     target.folder.mkdir(parents=True, exist_ok=True)
     for file in (source.judge, source.components, source.log):
@@ -209,7 +223,7 @@ def pack(source: Workshop, target: Workshop) -> None:
     with safe_open(source.flow, "pt") as opened:
         about = opened.metadata()
     tensors = load_file(source.flow)
-    kept = [name for name in tensors if name.startswith(("model.", "optimiser.1.")) and not name.endswith("exp_avg")]
+    kept = [name for name in tensors if name.startswith(("model.", "guide.", "optimiser.1.")) and not name.endswith("exp_avg")]
     small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in kept}
     write_tensors(target.flow, small, about)
 
