@@ -169,6 +169,17 @@ class Study:
         """The file that says what comes of steering with a dictionary's features."""
         return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
 
+    def removal(self, places: Sequence[Place]) -> Path:
+        """The file that says what comes of removing concepts with the features of these dictionaries, all at once."""
+        sites, labels = (
+            ",".join(dict.fromkeys(each)) for each in zip(*((at.site.folder, at.label) for at in places), strict=True)
+        )
+        return self.folder / "steering" / "removal" / sites / f"{labels}.json"
+
+    def removals(self) -> list[Path]:
+        """The files of that kind that are there."""
+        return sorted((self.folder / "steering" / "removal").glob("*/*.json"))
+
     def contrast(self, name: str) -> Path:
         """The file of a direction found by contrast."""
         return self.folder / "steering" / "contrasts" / f"{name}.safetensors"

@@ -2,37 +2,49 @@
 
 from difflex.steering.contrast import Contrast, Method, Part, contrast, made_of
 from difflex.steering.editing import Features, Steering, at_random, check_maker, features_of, steered_along, steerings
-from difflex.steering.judging import Curve, Drawn, Judged, Point, Task, Trial, Verdict, judge, side_by_side
+from difflex.steering.judging import Curve, Drawn, Judged, Point, Strip, Task, Trial, Verdict, judge, side_by_side
 from difflex.steering.maps import Maps
 from difflex.steering.regions import covered, rectangle
+from difflex.steering.removal import Cut, Firings, Rates, Removal, Removed, Tried, best_of, choose, importance, rates
 from difflex.steering.scales import Scales, scales_of
 from difflex.steering.studied import Draw, Recorded, Toolbox, steer
 
 __all__ = [
     "Contrast",
     "Curve",
+    "Cut",
     "Draw",
     "Drawn",
     "Features",
+    "Firings",
     "Judged",
     "Maps",
     "Method",
     "Part",
     "Point",
+    "Rates",
     "Recorded",
+    "Removal",
+    "Removed",
     "Scales",
     "Steering",
+    "Strip",
     "Task",
     "Toolbox",
     "Trial",
+    "Tried",
     "Verdict",
     "at_random",
+    "best_of",
     "check_maker",
+    "choose",
     "contrast",
     "covered",
     "features_of",
+    "importance",
     "judge",
     "made_of",
+    "rates",
     "rectangle",
     "scales_of",
     "side_by_side",

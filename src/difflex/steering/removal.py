@@ -1,0 +1,275 @@
+"""Concept removal: which features are a concept's, and what is lost with them; by the scores of SAeUron (arXiv 2501.18052)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from difflex import __version__
+from difflex.dictionary import Dictionary
+from difflex.dictionary.files import replace_file
+from difflex.errors import BadInput, BrokenFile
+from difflex.records import Activations, Edit
+from difflex.steering.editing import Features, Steering, features_of, steerings
+from difflex.steering.judging import Verdict
+
+__all__ = ["Cut", "Firings", "Rates", "Removal", "Removed", "Tried", "best_of", "choose", "importance", "rates"]
+
+FORMAT = 1
+BAR = 0.9
+
+
+class Rates(NamedTuple):
+    """What an edit took from pictures, and what it left; each concept that prompts name counts alike."""
+
+    ua: float
+    """Unlearning accuracy: of the pictures that showed the concept their prompts name, the share that no longer does; 0 where
+    none did."""
+    ira: float
+    """In-domain retention: of the pictures that showed another concept of the group, which their prompts name, the share that
+    still does."""
+    cra: float
+    """Cross-domain retention: of all else that prompts state and pictures had right, the share that still is."""
+    own: float
+    """The same in the pictures alone whose prompts name the concept that is removed: what the edit costs where it is at work."""
+
+    def reach(self, bar: float = BAR) -> bool:
+        """Whether removal and both retentions do."""
+        return self.least >= bar
+
+    @property
+    def least(self) -> float:
+        """The least of removal and both retentions."""
+        return min(self.ua, self.ira, self.cra)
+
+
+class Tried(NamedTuple):
+    """What came of a setting on the prompts it was chosen by."""
+
+    features: int
+    """At each step and site."""
+    strength: float
+    """What their codes were multiplied by."""
+    rates: Rates
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """A concept, what was taken away for it, and what came of that on prompts that nothing was chosen by."""
+
+    concept: str
+    group: str
+    features: Mapping[str, tuple[tuple[int, ...], ...]]
+    """By dictionary: the features of each step."""
+    strength: float
+    """What their codes were multiplied by: 0 takes them away, less writes the opposite."""
+    tried: tuple[Tried, ...]
+    """Settings on the prompts they were chosen by, in the order they were tried."""
+    pictures: int
+    """How many of those prompts name it."""
+    shown: float
+    """The share of their unedited pictures that show it."""
+    rates: Rates
+
+    @property
+    def each(self) -> int:
+        """How many features go at a step and site, at most."""
+        return max((len(step) for steps in self.features.values() for step in steps), default=0)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """Concepts removed with the same dictionaries, as it is written and read again."""
+
+    model: str
+    dictionaries: tuple[str, ...]
+    """SITE/LABEL of each; the features of all were edited at once."""
+    concepts: tuple[Removed, ...]
+    made_from: Mapping[str, str | int | float]
+    """What the figures depend on."""
+
+    def reaching(self, bar: float = BAR) -> list[Removed]:
+        """The concepts of which at least `bar` is removed while at least `bar` of everything else stays."""
+        return [each for each in self.concepts if each.rates.reach(bar)]
+
+    def save(self, path: Path) -> Path:
+        """`path`, which now holds this as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = {"format": FORMAT, "difflex": __version__, **asdict(self)}
+        replace_file(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Removal:
+        """What was written to `path`."""
+        try:
+            said = json.loads(path.read_bytes())
+            if said.pop("format") != FORMAT:
+                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
+            del said["difflex"]
+            concepts = tuple(map(_removed, said.pop("concepts")))
+            return cls(**{**said, "dictionaries": tuple(said["dictionaries"]), "concepts": concepts})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BrokenFile(
+                f"{path} does not say what was removed ({error}): it is damaged. Delete it; it is made again."
+            ) from error
+
+
+def _removed(said: dict) -> Removed:
+    tried = tuple(Tried(number, strength, Rates(*shares)) for number, strength, shares in said["tried"])
+    features = {name: tuple(tuple(step) for step in steps) for name, steps in said["features"].items()}
+    return Removed(**{**said, "features": features, "tried": tried, "rates": Rates(*said["rates"])})
+
+
+def rates(concept: str, named: Sequence[str], before: Sequence[Verdict], after: Sequence[Verdict]) -> Rates:
+    """What an edit that is to remove `concept` did: `named` are the concepts of the group that the prompts name, one for each
+    picture, and verdicts tell whether a picture shows that."""
+    still, kept = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
+    for name, old, new in zip(named, before, after, strict=True):
+        still[name] += [new.shows] if old.shows else []
+        kept[name] += [new.right[what] for what, right in old.right.items() if right]
+    others = [name for name in still if name != concept]
+    return Rates(
+        ua=1 - _share([still[concept]]),
+        ira=_share([still[name] for name in others]),
+        cra=_share(kept.values()),
+        own=_share([kept[concept]]),
+    )
+
+
+def _share(answers: Iterable[Sequence[bool]]) -> float:
+    """The mean over several of the share of yes; where there is nothing to lose, nothing is lost."""
+    shares = [math.fsum(each) / len(each) for each in answers if each]
+    return math.fsum(shares) / len(shares) if shares else 1.0
+
+
+def best_of(tried: Sequence[Tried], bar: float = BAR) -> Tried:
+    """The setting to take: of those that reach the bar the one that costs least where it is at work; if none does, the one whose
+    least rate is largest. Among equals the first."""
+    if not tried:
+        raise BadInput("There is no setting to choose from. Name at least one number of features and one strength.")
+    good = [each for each in tried if each.rates.reach(bar)]
+    return max(good, key=lambda each: each.rates.own) if good else max(tried, key=lambda each: each.rates.least)
+
+
+@final
+class Firings:
+    """How the features of a dictionary fire while pictures are drawn without an edit, step by step and picture by picture."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self._means: dict[float, list[Tensor]] = {}
+        self._peaks: dict[float, list[Tensor]] = {}
+
+    def add(self, seen: Activations) -> None:
+        """Nothing; further pictures at one step are taken in. Pictures come in the same order at every step."""
+        if seen.site != self.dictionary.site:
+            raise BadInput(f"{self.dictionary.name} reads {self.dictionary.site}; these are activations of {seen.site}.")
+        pictures, tokens, _ = seen.values.shape
+        values, indices = (part.cpu() for part in self.dictionary.encode(seen.values.flatten(0, 1).float()))
+        values, row = values.clamp(min=0).flatten(), torch.arange(pictures).repeat_interleave(tokens * indices.shape[1])
+        flat, whole = row * self.dictionary.size + indices.flatten(), torch.zeros(pictures * self.dictionary.size)
+        timestep = seen.shots[0].timestep or 0.0
+        means, peaks = whole.index_add(0, flat, values) / tokens, whole.scatter_reduce(0, flat, values, "amax")
+        self._means.setdefault(timestep, []).append(means.view(pictures, -1))
+        self._peaks.setdefault(timestep, []).append(peaks.view(pictures, -1))
+
+    def means(self) -> Float[Tensor, "step picture feature"]:
+        """The mean code of each feature over the tokens of each picture; steps in the order they are run."""
+        return _by_step(self._means)
+
+    def peaks(self) -> Float[Tensor, "step picture feature"]:
+        """The largest code of each feature in each picture."""
+        return _by_step(self._peaks)
+
+
+def _by_step(found: Mapping[float, Sequence[Tensor]]) -> Tensor:
+    if not found:
+        raise BadInput("No picture was drawn to choose features by. Ask for 1 or more.")
+    return torch.stack([torch.cat(list(found[timestep])) for timestep in sorted(found, reverse=True)])
+
+
+def importance(with_it: Float[Tensor, "picture feature"], without: Float[Tensor, "picture feature"]) -> Float[Tensor, " feature"]:
+    """How much more of all code each feature has on pictures with a concept than on pictures with others of its group.
+
+    Given mean codes at one step: the feature's share in the sum over features with the concept, less that share without it.
+    """
+    shares = [codes / codes.sum().clamp(min=1e-30) for codes in (with_it.mean(0), without.mean(0))]
+    return shares[0] - shares[1]
+
+
+@final
+@dataclass(frozen=True)
+class Cut:
+    """What goes at the site of a dictionary."""
+
+    dictionary: Dictionary
+    features: tuple[tuple[int, ...], ...]
+    """Of each step, the most telling first."""
+    floors: tuple[tuple[float, ...], ...]
+    """Codes above these are touched: the mean codes over all pictures that features were chosen by."""
+
+    def of(self, number: int) -> Cut:
+        """The same with no more than `number` features at a step."""
+        features, floors = (tuple(step[:number] for step in self.features), tuple(step[:number] for step in self.floors))
+        return replace(self, features=features, floors=floors)
+
+    def touches(self, firings: Firings) -> Bool[Tensor, " picture"]:
+        """Which of the pictures it changes at all: those in which one of its features fires above its floor."""
+        peaks = firings.peaks()
+        found = torch.zeros(peaks.shape[1], dtype=torch.bool)
+        for step, features, floors in zip(peaks, self.features, self.floors, strict=True):
+            found |= (step[:, list(features)] > torch.tensor(floors)).any(1)
+        return found
+
+    def steerings(self, strength: float) -> list[Steering]:
+        """The edit: at each step the codes of its features that are above their floors, multiplied by `strength`."""
+        given: dict[Edit, Features] = {}
+        for step, (features, floors) in enumerate(zip(self.features, self.floors, strict=True)):
+            if features:
+                edit = Edit(what="scale", site=self.dictionary.site, features=features, strength=strength, steps=(step, step + 1))
+                given[edit] = _above(features_of(self.dictionary, features, None), torch.tensor(floors))
+        return steerings(given, given.__getitem__)
+
+
+def _above(features: Features, floors: Float[Tensor, " feature"]) -> Features:
+    """The same features, silent where their codes are no larger than `floors`."""
+
+    def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
+        found = features.codes(x)
+        return torch.where(found > floors.to(found), found, 0.0)
+
+    return features._replace(codes=codes)
+
+
+def choose(firings: Firings, named: Sequence[str], concept: str, number: int, steps: range | None = None) -> Cut:
+    """The `number` features of each step (of `steps` alone, if given) with the highest importance for `concept`.
+
+    `named` are the concepts that the prompts of the pictures name. Features that are no more important with the concept than
+    without it are left out.
+    """
+    is_it = torch.tensor([name == concept for name in named])
+    means = firings.means()
+    if len(is_it) != means.shape[1] or not bool(is_it.any()) or bool(is_it.all()):
+        raise BadInput(
+            f"The features of '{concept}' are found by prompts that name it beside prompts that name others of its group; there "
+            f"are {int(is_it.sum())} among {len(is_it)}, and {means.shape[1]} pictures. Give some of both, and all pictures."
+        )
+    features, floors = [], []
+    for step, codes in enumerate(means):
+        scores, order = importance(codes[is_it], codes[~is_it]).topk(min(number, codes.shape[1]))
+        order = order[scores > 0] if steps is None or step in steps else order[:0]
+        features.append(tuple(order.tolist()))
+        floors.append(tuple(codes.mean(0)[order].tolist()))
+    return Cut(firings.dictionary, tuple(features), tuple(floors))

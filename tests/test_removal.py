@@ -1,0 +1,180 @@
+"""Concept removal: the right features go, what is lost is counted, and what no feature touches keeps its bits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflex.dictionary import Neurons, Origin
+from difflex.errors import BadInput, BrokenFile
+from difflex.records import Activations, Moment, Shot, Site
+from difflex.steering import Cut, Firings, Rates, Removal, Removed, Tried, Verdict, best_of, choose, importance, rates
+from difflex.study import Place, Study
+
+SITE = Site("double.1", "neurons")
+WIDTH, TOKENS = 8, 6
+NAMED = ["red", "red", "blue", "blue", "green", "green"]
+SPEAKS = {"red": (2, 5), "blue": (3, 3), "green": (1, 1)}
+"""Which neuron says a concept at the first and at the second step; neuron 0 fires everywhere, neuron 7 nowhere."""
+
+
+def neurons(k: int = 2) -> Neurons:
+    return Neurons(width=WIDTH, k=k, origin=Origin(site=SITE, model="m"))
+
+
+def activations(step: int, names: list[str]) -> Activations:
+    """One token of each picture says what the prompt names; all say that something is there."""
+    x = torch.zeros(len(names), TOKENS, WIDTH)
+    x[:, :, 0] = 1.0
+    for picture, name in enumerate(names):
+        x[picture, 2, SPEAKS[name][step]] = 3.0
+    shot = Shot(model="m", pixels=(8, 8), steps=2, guidance=0.0, timestep=1000.0 - 500 * step)
+    return Activations(site=SITE, values=x, shots=(shot,) * len(names), grid=(2, 3))
+
+
+def firings(names: list[str] = NAMED) -> Firings:
+    found = Firings(neurons())
+    for batch in (names[:4], names[4:]):
+        for step in (0, 1):
+            if batch:
+                found.add(activations(step, batch))
+    return found
+
+
+def at(step: int) -> Moment:
+    shots = tuple(Shot(model="m", prompt=str(i), pixels=(8, 8), steps=2, guidance=0.0) for i in range(len(NAMED)))
+    return Moment(step, 1000.0 - 500 * step, None, shots, (2, 3))
+
+
+def edited(cut: Cut, strength: float, step: int) -> Tensor:
+    [steering] = cut.steerings(strength)
+    x = activations(step, NAMED).values
+    new = steering.change(x.clone(), at(step))
+    return x if new is None else new
+
+
+def verdict(shows: bool, **right: bool) -> Verdict:
+    return Verdict(shows, right, 1.0)
+
+
+def test_the_features_of_a_concept_are_those_that_have_more_of_the_code_where_it_is_named_at_each_step():
+    for concept, speaks in SPEAKS.items():
+        assert choose(firings(), NAMED, concept, 1).features == tuple((feature,) for feature in speaks)
+
+
+def test_importance_is_the_share_of_all_code_with_the_concept_less_that_without():
+    scores = importance(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
+    assert torch.allclose(scores, torch.tensor([0.25 - 0.5, 0.75, -0.5]))
+
+
+def test_features_that_do_not_speak_for_the_concept_are_left_out_however_many_are_asked():
+    assert choose(firings(), NAMED, "red", 8).features == ((2,), (5,))
+
+
+def test_steps_that_are_not_named_are_left_alone():
+    cut = choose(firings(), NAMED, "red", 1, steps=range(1, 2))
+    assert cut.features == ((), (5,))
+    assert torch.equal(edited(cut, 0.0, 0), activations(0, NAMED).values)
+    assert not torch.equal(edited(cut, 0.0, 1), activations(1, NAMED).values)
+
+
+@pytest.mark.parametrize(("strength", "left"), [(0.0, 0.0), (-2.0, -6.0), (1.0, 3.0)])
+def test_codes_of_the_features_are_multiplied_and_all_else_keeps_its_bits(strength: float, left: float):
+    cut = choose(firings(), NAMED, "red", 1)
+    for step in (0, 1):
+        wanted = activations(step, NAMED).values
+        wanted[:2, 2, SPEAKS["red"][step]] = left
+        assert torch.equal(edited(cut, strength, step), wanted)
+
+
+def test_a_code_below_the_mean_over_all_pictures_is_left_alone():
+    cut = choose(firings(), NAMED, "red", 1)
+    low, floor = activations(0, NAMED).values, cut.floors[0][0]
+    assert floor == pytest.approx(3.0 * 2 / (len(NAMED) * TOKENS))
+    low[:, 2, 2] = 0.9 * floor
+    [steering] = cut.steerings(0.0)
+    assert steering.change(low, at(0)) is None
+
+
+def test_no_features_are_no_edit():
+    none = choose(firings(), NAMED, "red", 1).of(0)
+    assert none.steerings(0.0) == [] and not none.touches(firings()).any()
+
+
+def test_the_pictures_that_an_edit_touches_are_told_beforehand():
+    touched = choose(firings(), NAMED, "red", 1).touches(firings(["blue", "red", "green", "red"]))
+    assert touched.tolist() == [False, True, False, True]
+
+
+def test_rates_count_what_is_gone_what_others_keep_and_all_else():
+    before = [verdict(True, shape=True, size=False), verdict(True, shape=True), verdict(False), verdict(True, shape=True)]
+    after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
+    found = rates("red", ["red", "red", "red", "blue"], before, after)
+    # The third picture never was red; the size of the first never was right; red and blue count alike.
+    assert found == Rates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
+
+
+def test_an_edit_that_does_nothing_removes_nothing_and_keeps_everything():
+    seen = [verdict(True, shape=True), verdict(False, shape=False), verdict(True, style=True)]
+    assert rates("red", ["red", "blue", "green"], seen, seen) == Rates(0.0, 1.0, 1.0, 1.0)
+
+
+def test_what_was_never_shown_cannot_be_removed():
+    assert rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
+
+
+def test_of_the_settings_that_reach_the_bar_the_one_that_costs_least_is_taken():
+    mild, strong, dear = (
+        Tried(n, -1.0, Rates(ua, 0.95, 0.95, own)) for n, ua, own in ((1, 0.8, 1.0), (2, 0.9, 0.9), (4, 1.0, 0.5))
+    )
+    assert best_of([mild, dear, strong]) == strong
+    assert best_of([mild, mild._replace(features=8)]) == mild
+    with pytest.raises(BadInput, match="at least one"):
+        best_of([])
+
+
+def removed(ua: float) -> Removed:
+    tried = (Tried(1, -1.0, Rates(ua, 1.0, 1.0, 1.0)),)
+    shared = {
+        "concept": "red",
+        "group": "colour",
+        "features": {"double.1:neurons/neurons-8-k2": ((2,), (5, 1))},
+        "strength": -1.0,
+    }
+    return Removed(**shared, tried=tried, pictures=4, shown=1.0, rates=Rates(ua, 0.9, 0.95, 0.8))
+
+
+def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+    concepts = (removed(0.95), removed(0.85))
+    removal = Removal(model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"pictures": 4})
+    assert removal.reaching() == [concepts[0]] and concepts[0].each == 2
+    path = removal.save(Study.begin(tmp_path, "m").removal([Place(SITE, "neurons-8-k2")]))
+    assert Removal.load(path) == removal and Study.open(tmp_path).removals() == [path]
+    for damage in (
+        "{}",
+        "[]",
+        "no",
+        path.read_text().replace('"format": 1', '"format": 7'),
+        path.read_text().replace("tried", "x"),
+    ):
+        path.write_text(damage)
+        with pytest.raises(BrokenFile, match="made again"):
+            Removal.load(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "concept", "said"),
+    [(NAMED, "pink", "0 among 6"), (["red"] * 6, "red", "6 among 6"), (NAMED[:4], "red", "6 pictures")],
+)
+def test_a_concept_needs_pictures_with_it_and_without(names: list[str], concept: str, said: str):
+    with pytest.raises(BadInput, match=said):
+        choose(firings(), names, concept, 1)
+
+
+def test_features_are_found_by_pictures_of_their_own_site():
+    with pytest.raises(BadInput, match="these are activations of double"):
+        firings().add(replace(activations(0, NAMED), site=Site("double.0")))
+    with pytest.raises(BadInput, match="No picture"):
+        Firings(neurons()).means()
