@@ -45,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
         "anatomy",
         "book",
         "explanation",
+        "steering",
     },
     "concepts": {"records", "errors", "dictionary"},
     "evaluation": {"records", "errors", "dictionary"},
@@ -102,7 +103,7 @@ HOMES: dict[str, set[str]] = {
     "jaxtyping": ARROWS.keys() - LIGHT,
     "einops": ARROWS.keys() - LIGHT,
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
-    "transformers": {"pipeline", "miniature", "explanation", "quiet", "testing"},
+    "transformers": {"pipeline", "miniature", "evaluation", "explanation", "quiet", "testing"},
     "safetensors": {"examples", "pipeline", "miniature", "store", "dictionary", "steering", "training"},
     "tqdm": {"examples", "pipeline", "miniature", "store", "training", "evaluation", "explanation"},
     "PIL": {

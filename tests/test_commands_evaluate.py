@@ -12,7 +12,7 @@ from difflex.commands import evaluate as verb
 from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
 from difflex.evaluation import Evaluation
 from difflex.records import Site, split_of
-from difflex.testing import tiny_folder
+from difflex.testing import tiny_clip, tiny_folder
 
 SITE = "double.1:update"
 LABELS = ("topk-64-k3", "topk-64-k12")
@@ -86,6 +86,26 @@ def test_an_effect_is_added_to_what_was_measured_before(study: Path):
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
+def test_measures_of_pictures_are_added_by_name_and_loaded_only_where_they_lack(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    clip = f"clip:{tiny_clip(tmp_path / 'clip')}"
+    words, path = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}", "--offline"], evaluation(study, LABELS[0])
+    assert main([*words, "--effect", "3"]) == 0
+    before = Evaluation.load(path).effect
+    capsys.readouterr()
+    assert main([*words, "--effect", "2", "--measure", clip]) == 0
+    assert clip in capsys.readouterr().out.splitlines()[0]
+    after = Evaluation.load(path).effect
+    # At as many shots as before, although fewer were asked for.
+    assert before is not None and after is not None and after.shots == before.shots == 3
+    assert after.similarity["ssim"] == before.similarity["ssim"]
+    assert 0 < after.similarity[clip].reconstruction <= 1 + 1e-6 and after.similarity[clip].zero < 1
+    shutil.rmtree(tmp_path / "clip")
+    assert main([*words, "--effect", "2", "--measure", clip]) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
 def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: pytest.CaptureFixture[str]):
     words, path = ["evaluate", str(study), "--site", SITE, "--effect", "0"], evaluation(study, LABELS[0])
     assert main(words) == 0
@@ -108,6 +128,8 @@ def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: py
         (["--site", "a:b:c"], "is not a site"),
         (["--tokens", "0"], "--tokens 0"),
         (["--effect", "-1"], "--effect -1"),
+        (["--measure", "clap:it"], "The measure 'clap:it' is unknown"),
+        (["--measure", "lpips", "--effect", "0"], "of which --effect 0 makes none"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(

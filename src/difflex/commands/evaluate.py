@@ -13,7 +13,7 @@ import difflex
 from difflex.commands.costs import dictionaries, effect, encoding, foreseen_like, held, seconds, unknown_store
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Evaluation, HeldOut, Model, renew
+from difflex.evaluation import Evaluation, HeldOut, Model, check_likeness, likeness, renew
 from difflex.forecast import Estimate, Outlook
 from difflex.records import Shot, Site
 from difflex.store import Store
@@ -43,6 +43,8 @@ class Evaluate(Command):
     """How many held-out tokens to take; all, where there are fewer."""
     effect: Annotated[int, arg(metavar="N")] = 32
     """At how many held-out shots to measure the effect on the model; 0 leaves it out, and loads no model."""
+    measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
+    """How else to compare finished pictures than by PSNR and SSIM: `clip:` and a CLIP's folder or hub name, or `lpips`."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part of the model at work."""
     offline: FlagCreatePairsOff[bool] = False
@@ -53,6 +55,11 @@ class Evaluate(Command):
             raise BadInput(
                 f"--tokens {self.tokens} --effect {self.effect} cannot be measured: ask for 1 token and 0 shots or more."
             )
+        if self.measure and not self.effect:
+            raise BadInput(f"--measure {' '.join(self.measure)} compares finished pictures, of which --effect 0 makes none.")
+        for name in self.measure:
+            check_likeness(name)
+        measures = {name: cache(partial(likeness, name, offline=self.offline)) for name in self.measure}
         study = Study.open(self.study)
         load = cache(lambda precision: load_studied(study, precision, self.offload, self.offline))
         lines: dict[str, dict[str, str]] = {}
@@ -62,9 +69,14 @@ class Evaluate(Command):
             paths = {folder: study.evaluation(*place) for folder, place in by_folder.items()}
             written += paths.values()
             made = renew(
-                paths, _held_out(_store(study, site)), partial(_model, load, site), tokens=self.tokens, shots=self.effect
+                paths,
+                _held_out(_store(study, site)),
+                partial(_model, load, site),
+                tokens=self.tokens,
+                shots=self.effect,
+                measures=measures,
             )
-            lines |= {str(by_folder[folder]): _line(renewed.evaluation) for folder, renewed in made.items()}
+            lines |= {str(by_folder[folder]): _line(renewed.evaluation, self.measure) for folder, renewed in made.items()}
             for folder, renewed in made.items():
                 if renewed.kept:
                     print(f"{by_folder[folder]}: up to date")
@@ -132,11 +144,12 @@ def _model(load: Load, site: Site, shots: Sequence[Shot]) -> Model:
     return Model(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
 
 
-def _line(evaluation: Evaluation) -> dict[str, str]:
+def _line(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:
     """What the table says of a dictionary, by column."""
     quality, effect = evaluation.overall, evaluation.effect
     model, normalised = quality.model_space, quality.normalised_space or quality.model_space
-    psnr, ssim = (effect.psnr, effect.similarity.get("ssim")) if effect else (None, None)
+    psnr, similarity = (effect.psnr, effect.similarity) if effect else (None, {})
+    ssim, others = similarity.get("ssim"), {name: similarity.get(name) for name in measures}
     return {
         "tokens": f"{quality.tokens:,}",
         "FVU": _number(model.fvu),
@@ -150,6 +163,7 @@ def _line(evaluation: Evaluation) -> dict[str, str]:
         "v / zero": _number(effect and effect.prediction.of_zero),
         "PSNR": _number(psnr and psnr.reconstruction, 1),
         "SSIM": _number(ssim and ssim.reconstruction, 3),
+        **{name: _number(each and each.reconstruction) for name, each in others.items()},
     }
 
 

@@ -2,10 +2,12 @@
 
 from difflex.evaluation.changing import effects
 from difflex.evaluation.measuring import evaluate
+from difflex.evaluation.networks import Clip, check_likeness, likeness
 from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced
 from difflex.evaluation.renewing import HeldOut, Model, renew
 
 __all__ = [
+    "Clip",
     "Effect",
     "Evaluation",
     "Figures",
@@ -13,7 +15,9 @@ __all__ = [
     "Model",
     "Quality",
     "Replaced",
+    "check_likeness",
     "effects",
     "evaluate",
+    "likeness",
     "renew",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difflex.dictionary import Dictionary, checksum
 from difflex.errors import BadInput
-from difflex.evaluation.changing import Edits, effects, some_shots
+from difflex.evaluation.changing import Edits, Measure, effects, some_shots
 from difflex.evaluation.measuring import TOKENS, evaluate
 from difflex.evaluation.record import Effect, Evaluation
 from difflex.records import Outcomes, Rows, Shot
@@ -62,13 +62,14 @@ def renew(
     *,
     tokens: int = TOKENS,
     shots: int = SHOTS,
+    measures: Mapping[str, Callable[[], Measure]] | None = None,
     progress: bool = True,
 ) -> dict[Path, Renewed]:
     """The evaluation of each dictionary in a folder, also in the file that it is mapped to.
 
     `model` is asked once, and only if an effect lacks, with the shots at which all effects are measured; without it, or with
-    `shots` 0, effects are left out. Those measured before at as many shots or more are kept. Killed and called again, what is
-    done is not done again.
+    `shots` 0, effects are left out. Those measured before at as many shots or more are kept, unless one of `measures` of pictures
+    lacks; these are loaded only then. Killed and called again, what is done is not done again.
     """
     tokens = min(tokens, held_out.tokens)
     data = f"{tokens} of {held_out.data}"
@@ -79,12 +80,27 @@ def renew(
         if not kept[folder]:
             done[folder].save(path)
     wanted = min(shots, held_out.shots) if model else 0
-    lacking = [folder for folder, each in done.items() if (each.effect.shots if each.effect else 0) < wanted]
-    found = _effects(lacking, held_out, model, wanted) if model and lacking else []
+    lacking = [folder for folder, each in done.items() if _lacks(each.effect, wanted, measures or {})]
+    count = max([wanted, *(effect.shots for folder in lacking if (effect := done[folder].effect))])
+    found = _effects(lacking, held_out, model, count, measures or {}) if model and lacking else []
     for folder, effect in zip(lacking, found, strict=False):
-        done[folder] = replace(done[folder], effect=effect)
+        done[folder] = replace(done[folder], effect=_both(done[folder].effect, effect))
         done[folder].save(dictionaries[folder])
     return {folder: Renewed(each, each == kept[folder]) for folder, each in done.items()}
+
+
+def _lacks(effect: Effect | None, wanted: int, measures: Iterable[str]) -> bool:
+    """Whether an effect is to be measured, again or at all."""
+    if effect is None or not wanted:
+        return wanted > 0
+    return effect.shots < wanted or any(name not in effect.similarity for name in measures)
+
+
+def _both(before: Effect | None, now: Effect) -> Effect:
+    """What was measured now, with what was measured before of the same pictures."""
+    if before is None or before.shots != now.shots:
+        return now
+    return replace(now, similarity={**before.similarity, **now.similarity})
 
 
 def _measured(folder: Path, held_out: HeldOut, tokens: int, data: str, progress: bool) -> Evaluation:
@@ -103,11 +119,19 @@ def _read(folder: Path, held_out: HeldOut) -> Dictionary:
     return dictionary
 
 
-def _effects(folders: Sequence[Path], held_out: HeldOut, model: Callable[[Sequence[Shot]], Model], count: int) -> list[Effect]:
+def _effects(
+    folders: Sequence[Path],
+    held_out: HeldOut,
+    model: Callable[[Sequence[Shot]], Model],
+    count: int,
+    measures: Mapping[str, Callable[[], Measure]],
+) -> list[Effect]:
     """What each dictionary does to the model; none, and a warning, where no shot can be walked again."""
     shots = some_shots(held_out.batches(), held_out.shot, count)
     if not shots:
         warnings.warn("The effect on the model is left out: the shots are of given pictures, not of prompts.", stacklevel=3)
         return []
+    # Before the model works: weights that cannot be had are told at once.
+    loaded = {name: load() for name, load in measures.items()}
     dictionaries = [_read(folder, held_out) for folder in folders]
-    return effects(dictionaries, held_out.mean, *model(shots))
+    return effects(dictionaries, held_out.mean, *model(shots), measures=loaded)

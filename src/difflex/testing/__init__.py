@@ -1,7 +1,18 @@
-"""Public fakes: tiny random pipelines of every family, a book of plain pictures, a seeing model that answers by rule."""
+"""Public fakes: tiny random pipelines of every family, a tiny CLIP, a book of plain pictures, a model that sees by rule."""
 
 from difflex.testing.books import plain_book, plain_colour
-from difflex.testing.pipelines import TINY, tiny_folder, tiny_pipeline
+from difflex.testing.pipelines import TINY, tiny_clip, tiny_folder, tiny_pipeline
 from difflex.testing.seeing import MOODS, RuleServer, Served, by_colour
 
-__all__ = ["MOODS", "TINY", "RuleServer", "Served", "by_colour", "plain_book", "plain_colour", "tiny_folder", "tiny_pipeline"]
+__all__ = [
+    "MOODS",
+    "TINY",
+    "RuleServer",
+    "Served",
+    "by_colour",
+    "plain_book",
+    "plain_colour",
+    "tiny_clip",
+    "tiny_folder",
+    "tiny_pipeline",
+]

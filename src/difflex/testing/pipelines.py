@@ -19,7 +19,7 @@ from torch import nn
 
 from difflex.quiet import without_bars
 
-__all__ = ["TINY", "tiny_folder", "tiny_pipeline"]
+__all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
 
 WIDTH = 32
 LETTERS = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
@@ -50,6 +50,21 @@ def tiny_folder(family: str, folder: Path, seed: int = 0, card: Mapping[str, obj
         "text_length": TEXT_LENGTH,
     }
     (folder / "difflex.json").write_text(json.dumps({**entries, **(card or {})}), encoding="utf-8")
+    return folder
+
+
+def tiny_clip(folder: Path, seed: int = 0, side: int = 32) -> Path:
+    """`folder`, now with a random CLIP that looks at pictures of `side` pixels and reads letters."""
+    vision = {"image_size": side, "patch_size": side // 4, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with torch.random.fork_rng(), without_bars():
+        torch.manual_seed(seed)
+        text = _clip().config.to_dict()
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}
+        config = _transformers("CLIPConfig", text_config=text, vision_config={**vision, **sizes}, projection_dim=WIDTH)
+        _transformers("CLIPModel", config).save_pretrained(folder)
+        _clip_tokenizer().save_pretrained(folder)
+    seen = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(seen), encoding="utf-8")
     return folder
 
 

@@ -1,0 +1,136 @@
+"""How alike pictures are by CLIP and LPIPS: against their formulas, on tiny random weights and without a network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.errors import BadInput, UnknownName
+from difflex.evaluation import Clip, check_likeness, likeness
+from difflex.evaluation.networks import ALEXNET, HEADS, Lpips
+from difflex.testing import tiny_clip
+
+SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip(tmp_path_factory.mktemp("tiny-clip"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Random ones of AlexNet and of LPIPS, by the names of the published files."""
+    made = torch.Generator().manual_seed(0)
+    trunk = {f"features.{n}.weight": torch.randn(o, i, s, s, generator=made) / 20 for n, (o, i, s) in SHAPES.items()}
+    trunk |= {f"features.{n}.bias": torch.randn(o, generator=made) / 20 for n, (o, _, _) in SHAPES.items()}
+    heads = {f"lin{n}.model.1.weight": torch.rand(1, o, 1, 1, generator=made) for n, (o, _, _) in enumerate(SHAPES.values())}
+    return trunk, heads
+
+
+def noise(count: int, rows: int = 48, columns: int = 40, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_clip_sees_a_picture_as_like_itself_and_less_like_others(folder: Path):
+    clip, one, other = Clip(str(folder), offline=True), noise(3), noise(3, seed=1)
+    assert torch.allclose(clip(one, one), torch.ones(3), atol=1e-5)
+    assert bool((clip(one, other) < 1 - 1e-4).all()) and torch.allclose(clip(one, other), clip(other, one), atol=1e-6)
+
+
+def test_clip_gives_what_transformers_gives_of_a_picture_that_fits(folder: Path):
+    clip, picture = Clip(str(folder), offline=True), noise(2, 32, 32)
+    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)(["a red star", "night"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        whole = model(pixel_values=(picture - mean) / deviation, **words)
+    assert torch.allclose(clip.of_pictures(picture), whole.image_embeds, atol=1e-5)
+    assert torch.allclose(clip.of_words(["a red star", "night"]), whole.text_embeds, atol=1e-5)
+    shares = clip.sharpness * clip.of_pictures(picture) @ clip.of_words(["a red star", "night"]).T
+    assert torch.allclose(shares, whole.logits_per_image, atol=1e-4)
+
+
+def test_clip_looks_at_the_middle_of_a_picture_that_is_longer_than_high(folder: Path):
+    clip, wide = Clip(str(folder), offline=True), noise(1, 32, 64)
+    changed = wide.clone()
+    changed[..., :16] = 0
+    assert torch.equal(clip.of_pictures(wide), clip.of_pictures(changed))
+    changed[..., 16:20] = 0
+    assert not torch.equal(clip.of_pictures(wide), clip.of_pictures(changed))
+
+
+def test_a_text_longer_than_clip_reads_is_cut_off(folder: Path):
+    assert Clip(str(folder), offline=True).of_words(["star " * 200, "a"]).shape == (2, 32)
+
+
+def plain_lpips(trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], one: Tensor, other: Tensor) -> float:
+    """Equation 1 of arXiv 1801.03924 for one pair, as modules of torch give it."""
+    torch_modules: list[torch.nn.Module] = []
+    for number, (width, before, side) in SHAPES.items():
+        convolution = torch.nn.Conv2d(before, width, side, stride=4 if number == 0 else 1, padding=side // 2 if number else 2)
+        convolution.load_state_dict({part: trunk[f"features.{number}.{part}"] for part in ("weight", "bias")})
+        torch_modules += [torch.nn.MaxPool2d(3, 2)] if number in (3, 6) else []
+        torch_modules += [convolution, torch.nn.ReLU()]
+    x, y, total, looked = one * 2 - 1, other * 2 - 1, 0.0, 0
+    shift, scale = (torch.tensor(each).view(1, 3, 1, 1) for each in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    x, y = (x - shift) / scale, (y - shift) / scale
+    for module in torch_modules:
+        x, y = module(x), module(y)
+        if isinstance(module, torch.nn.ReLU):
+            apart = (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square()
+            total += float((apart * heads[f"lin{looked}.model.1.weight"]).sum(1).mean())
+            looked += 1
+    return total
+
+
+def test_lpips_is_its_formula(weights: tuple[dict[str, Tensor], dict[str, Tensor]]):
+    one, other = noise(3), noise(3, seed=1)
+    with torch.no_grad():
+        plain = [plain_lpips(*weights, one[i : i + 1], other[i : i + 1]) for i in range(3)]
+    assert Lpips(*weights)(one, other).tolist() == pytest.approx(plain, rel=1e-4)
+    assert Lpips(*weights)(one, one).tolist() == [0.0] * 3 and min(plain) > 0.01
+
+
+def test_pictures_too_small_for_lpips_are_refused(weights: tuple[dict[str, Tensor], dict[str, Tensor]]):
+    with pytest.raises(BadInput, match="30 x 40 pixels are too small"):
+        Lpips(*weights)(noise(1, 30, 40), noise(1, 30, 40))
+
+
+def test_published_weights_come_from_the_cache_of_torch(
+    weights: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(BadInput, match=r"fetch it where there is a network, and put it into .* as alexnet-owt-7be5be79\.pth"):
+        likeness("lpips", offline=True)
+    (tmp_path / "checkpoints").mkdir()
+    for file, part in zip((ALEXNET, HEADS), weights, strict=True):
+        torch.save(part, tmp_path / "checkpoints" / file.name)
+    assert torch.equal(likeness("lpips", offline=True)(noise(2), noise(2, seed=1)), Lpips(*weights)(noise(2), noise(2, seed=1)))
+    (tmp_path / "checkpoints" / HEADS.name).write_bytes(b"no weights")
+    with pytest.raises(BadInput, match="cannot be had"):
+        likeness("lpips", offline=True)
+
+
+def test_weights_that_nobody_serves_are_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("difflex.evaluation.networks.ALEXNET", ALEXNET._replace(url="http://127.0.0.1:9/none.pth"))
+    with pytest.raises(BadInput, match=r"The weights of LPIPS cannot be had .* put it into"):
+        likeness("lpips")
+
+
+def test_what_is_no_measure_and_no_clip_is_named(folder: Path, tmp_path: Path):
+    check_likeness("lpips")
+    check_likeness("clip:some/model")
+    for name in ("clip:", "clip", "ssim", "lpips:alex"):
+        with pytest.raises(UnknownName, match=r"is unknown\. Write lpips, or clip:"):
+            check_likeness(name)
+    with pytest.raises(BadInput, match="cannot be opened as a CLIP"):
+        likeness(f"clip:{tmp_path}", offline=True)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(BadInput, match="is of the kind 'bert', not a CLIP"):
+        likeness(f"clip:{tmp_path}", offline=True)
