@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def test_every_command_is_done_once(tmp_path: Path):
     assert [line.split(": ")[1] for line in run(study(tmp_path))] == ["done already"] * 3
     assert (tmp_path / "count").read_text() == "1"
     assert Study.open(tmp_path).model == "mini-flux"
+
+
+def test_the_diary_says_when_each_command_was_done_and_what_it_took(tmp_path: Path):
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    run(study(tmp_path), until="count")
+    entries = diary(tmp_path)
+    assert all(entry.seconds is not None and entry.seconds >= 0 for entry in entries)
+    assert all(before <= datetime.fromisoformat(entry.done or "") <= datetime.now(UTC) for entry in entries)
+    run(study(tmp_path), until="count")
+    assert diary(tmp_path) == entries  # what is done already keeps its date
+
+
+def test_a_diary_from_before_there_were_dates_is_read_and_nothing_done_again(tmp_path: Path):
+    run(study(tmp_path))
+    said = json.loads((tmp_path / "run.json").read_text())
+    for command in said["commands"]:
+        del command["done"]
+    (tmp_path / "run.json").write_text(json.dumps(said))
+    assert states(study(tmp_path)) == ["done"] * 3 and diary(tmp_path)[0].done is None
 
 
 def test_what_a_change_makes_useless_is_removed_and_made_again_and_said(tmp_path: Path):

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,8 @@ class Entry:
     """Paths within the study."""
     seconds: float | None = None
     """What it took; None while it is not done."""
+    done: str | None = None
+    """When it was done, in UTC as ISO 8601 has it; None while it is not, and where an older difflex wrote the diary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def run_study(study: Study, *, until: str | None = None, recipe: str | None = No
                 continue
             fresh = True
             tell(f"{name}: {_why(step)}")
-            entries[number] = replace(step.entry, seconds=None)
+            entries[number] = replace(step.entry, seconds=None, done=None)
             # What comes later is struck out: were we killed now, it would have to be asked again.
             _write(study, entries[: number + 1], recipe)
             entries[number] = _done(study, step, tell)
@@ -132,7 +135,8 @@ def _done(study: Study, step: Step, tell: Callable[[str], None]) -> Entry:
             tell(f"{place} is removed and made anew: {error}")
             _remove(place)
     paths = tuple(os.path.relpath(path, study.folder) for path in made)
-    return replace(step.entry, made=paths, seconds=round(time.monotonic() - began, 1))
+    done = datetime.now(UTC).isoformat(timespec="seconds")
+    return replace(step.entry, made=paths, seconds=round(time.monotonic() - began, 1), done=done)
 
 
 def _state(entry: Entry, folder: Path) -> State:

@@ -13,7 +13,7 @@ from difflex.study import Command, Study
 
 __all__ = ["Status"]
 
-COLUMNS = ("", "state", "seconds", "verb", "asked")
+COLUMNS = ("", "state", "when (UTC)", "seconds", "verb", "asked")
 
 
 @final
@@ -45,7 +45,8 @@ def _table(rows: Sequence[tuple[Entry, str]]) -> str:
 
 def _line(number: int, entry: Entry, state: str) -> tuple[str, ...]:
     asked = " ".join(f"{name}={_short(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
-    return str(number), state, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked
+    when = entry.done[:16].replace("T", " ") if entry.done else ""
+    return str(number), state, when, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked
 
 
 def _short(value: object) -> str:
