@@ -31,6 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "explanation": {"records", "errors", "book"},
     "steering": {"records", "errors", "dictionary", "store", "study"},
     "trials": {"records", "miniature", "steering"},
+    "findings": {"records", "errors", "dictionary", "miniature", "steering", "trials"},
     "training": {"records", "errors", "ranks", "dictionary"},
     "anatomy": {"records", "errors"},
     "report": {
@@ -85,6 +86,7 @@ ARROWS: dict[str, set[str]] = {
         "steering",
         "forecast",
         "trials",
+        "findings",
     },
     "recipes": {"errors", "study", "commands", "run", "store", "forecast"},
     "run": {"errors", "store", "study"},

@@ -180,6 +180,10 @@ class Study:
         """The files of that kind that are there."""
         return sorted((self.folder / "steering" / "removal").glob("*/*.json"))
 
+    def findings(self, site: Site) -> Path:
+        """The file that says what experiments with steering at a site found."""
+        return self.folder / "steering" / "findings" / f"{site.folder}.json"
+
     def contrast(self, name: str) -> Path:
         """The file of a direction found by contrast."""
         return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
