@@ -1,5 +1,6 @@
 """Concept removal: the right features go, what is lost is counted, and what no feature touches keeps its bits."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,32 @@ import pytest
 import torch
 from torch import Tensor
 
+from difflex.cli import main
 from difflex.dictionary import Neurons, Origin
 from difflex.errors import BadInput, BrokenFile
+from difflex.miniature import draw, load_judge
+from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, Mix
 from difflex.records import Activations, Moment, Shot, Site
-from difflex.steering import Cut, Firings, Rates, Removal, Removed, Tried, Verdict, best_of, choose, importance, rates
+from difflex.steering import (
+    Cut,
+    Firings,
+    Pictured,
+    Rates,
+    Removal,
+    Removed,
+    Steering,
+    Tried,
+    Verdict,
+    best_of,
+    choose,
+    importance,
+    rates,
+)
 from difflex.study import Place, Study
+from difflex.trials import NAMED as NAMED_GROUPS
+from difflex.trials import DrawnJudge, Naming, drawn_naming
 
+SITES = ("double.1", "single.0")
 SITE = Site("double.1", "neurons")
 WIDTH, TOKENS = 8, 6
 NAMED = ["red", "red", "blue", "blue", "green", "green"]
@@ -178,3 +199,115 @@ def test_features_are_found_by_pictures_of_their_own_site():
         firings().add(replace(activations(0, NAMED), site=Site("double.0")))
     with pytest.raises(BadInput, match="No picture"):
         Firings(neurons()).means()
+
+
+def pictured(drawn: list[int]) -> Pictured:
+    """Pictures that show a concept as long as its neuron speaks at the second step; what is drawn anew is noted."""
+
+    def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+        drawn.extend(numbers)
+        x = activations(1, NAMED).values
+        for steering in edits:
+            new = steering.change(x, at(1))
+            x = x if new is None else new
+        return [verdict(bool(x[i, 2, SPEAKS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
+
+    before = tuple(verdict(True, shape=True) for _ in NAMED)
+    return Pictured(named=tuple(NAMED), before=before, firings=(firings(),), edited=edited)
+
+
+def test_planted_features_are_found_and_taken_away_while_all_else_stays():
+    drawn: list[int] = []
+    shown = pictured(drawn)
+    for concept in SPEAKS:
+        assert shown.rates(concept, shown.chosen(concept, 2), 0.0) == Rates(1.0, 1.0, 1.0, 1.0)
+    # Only pictures that name the concept hold its features: no other is drawn anew.
+    assert drawn == [0, 1, 2, 3, 4, 5]
+
+
+def test_pictures_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
+    drawn: list[int] = []
+    nothing = [cut.of(0) for cut in pictured(drawn).chosen("red", 1)]
+    assert pictured(drawn).rates("red", nothing, 0.0) == Rates(0.0, 1.0, 1.0, 1.0) and drawn == []
+
+
+def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough():
+    shown = pictured([])
+    cuts = shown.chosen("red", 2)
+    half, all_of_it = list(shown.tried("red", cuts, [(2, -1.0), (1, 0.0), (1, 0.5)]))
+    assert (half.features, half.strength, half.rates.ua) == (1, 0.5, 0.0)
+    assert (all_of_it.features, all_of_it.strength, all_of_it.rates.ua) == (1, 0.0, 1.0)
+
+
+def test_a_concept_that_no_prompt_names_cannot_be_removed():
+    with pytest.raises(BadInput, match="No prompt names 'pink'"):
+        pictured([]).rates("pink", pictured([]).chosen("red", 1), 0.0)
+
+
+@pytest.mark.parametrize("group", NAMED_GROUPS)
+def test_captions_name_each_concept_of_a_group_equally_often_and_none_comes_twice(group: str):
+    captions = drawn_naming(group, 5)
+    assert [each[0].concept for each in captions] == list(CONCEPTS[group])
+    assert all(len(each) == 5 and each[0].concept in caption.split() for each in captions for _, caption in each)
+    assert len({caption for each in captions for _, caption in each}) == 5 * len(captions)
+
+
+def test_the_judge_sees_in_true_drawings_the_concepts_that_their_captions_name():
+    scenes = draw(torch.arange(40) + HELD_OUT_SEEDS + 8_000_000, Mix(1, 0, 0))
+    named = [
+        Naming(BACKGROUNDS[int(ground)], text) for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
+    ]
+    seen = DrawnJudge(load_judge()).of_named("background", named, scenes.pictures)
+    assert sum(verdict.shows for verdict in seen) >= 39 and all("background" not in verdict.right for verdict in seen)
+    wrong = [Naming("night" if each.concept != "night" else "wood", each.caption) for each in named]
+    assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_named("background", wrong, scenes.pictures)[:8])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of mini-flux with a dictionary at two sites."""
+    folder = tmp_path_factory.mktemp("removal") / "study"
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--tokens", "4000", "--steps", "4", "--out", str(folder)]
+    assert main([*words, "--sites", *SITES]) == 0
+    words = ["train", str(folder), "--k", "4", "--size", "64", "--tokens", "4000", "--batch", "256"]
+    assert main([*words, "--site", *SITES]) == 0
+    return folder
+
+
+def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsys: pytest.CaptureFixture[str]):
+    flags = ["--groups", "size", "--pictures", "2", "--chosen-by", "2", "--features", "1,2", "--strength", "-1", "--steps", "1:3"]
+    assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "of 2 concepts reach 90/90" in said and "UA" in said
+    [path] = Study.open(study).removals()
+    removal = Removal.load(path)
+    assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
+    assert [each.concept for each in removal.concepts] == ["small", "large"]
+    for each in removal.concepts:
+        assert each.pictures == 2 and each.strength == -1.0 and {tried.features for tried in each.tried} <= {1, 2}
+        for steps in each.features.values():
+            assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
+
+
+def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
+    flags = ["--groups", "size", "--pictures", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
+    assert main(["removal", str(study), *flags]) == 0
+    assert any(len(Removal.load(path).dictionaries) == 2 for path in Study.open(study).removals())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--groups", "colur"), "nearest: colour"),
+        (("--pictures", "0"), "leave nothing to remove"),
+        (("--features",), "leave nothing to remove"),
+        (("--strength", "0:1:0.5"), "takes nothing away"),
+        (("--steps", "2:9"), "of a run of 4 steps"),
+        (("double.2",), "nearest: double.1"),
+    ],
+)
+def test_what_cannot_be_removed_is_said_in_a_sentence(
+    study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["removal", str(study), *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -1,7 +1,9 @@
 """What the drawn world asks of an edit: pictures in which a concept is to appear, pairs of captions, and a judge's eyes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count as counted
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,14 +17,39 @@ from difflex.miniature.world import COLUMNS, CONCEPTS, HELD_OUT_SEEDS, PIXELS, R
 from difflex.records import Rectangle
 from difflex.steering import Task, Trial, Verdict
 
-__all__ = ["DrawnJudge", "as_pictures", "as_tensor", "drawn_pairs", "drawn_task", "group_of", "reworded"]
+__all__ = [
+    "NAMED",
+    "DrawnJudge",
+    "Naming",
+    "as_pictures",
+    "as_tensor",
+    "drawn_naming",
+    "drawn_pairs",
+    "drawn_task",
+    "group_of",
+    "placed",
+    "reworded",
+]
 
-FIRST, FIRST_PAIR = HELD_OUT_SEEDS + 2_000_000, HELD_OUT_SEEDS + 3_000_000
+FIRST, FIRST_PAIR, FIRST_NAMING = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 4))
+CHUNK = 1024
 LOOKED_AT = 20
 """Scenes looked at for each that is wanted."""
 WHOLE = ("background", "style")
+ONE = Mix(1, 0, 0)
 AWAY, REACH = 0.29, 0.26
 """How far outer cells lie from the middle of the picture, and how far an object reaches, as shares of the picture."""
+
+
+NAMED = ("shape", "colour", "texture", "size", "background", "style")
+"""Groups of which a caption of a single object can name a concept."""
+
+
+class Naming(NamedTuple):
+    """A caption of a single object, and the concept of a group that it names."""
+
+    concept: str
+    caption: str
 
 
 def group_of(concept: str) -> str:
@@ -30,10 +57,13 @@ def group_of(concept: str) -> str:
     return next((group for group, names in CONCEPTS.items() if concept in names), "")
 
 
-def drawn_task(concept: str, trials: int) -> Task:
-    """Captions of single objects that name another concept of the group and, for what belongs to an object, say where it is."""
+def drawn_task(concept: str, trials: int, mix: Mix = ONE) -> Task:
+    """Captions that name another concept of the group and, for what belongs to an object, say where it is.
+
+    They are of single objects; in another mix the first one counts.
+    """
     group = group_of(concept)
-    specs = scenes(torch.arange(trials * LOOKED_AT) + FIRST, Mix(1, 0, 0))
+    specs = scenes(torch.arange(trials * LOOKED_AT) + FIRST, mix)
     found = []
     for caption in write(specs):
         request = read(caption)
@@ -45,18 +75,37 @@ def drawn_task(concept: str, trials: int) -> Task:
     return Task(concept=concept, group=group, trials=tuple(found))
 
 
-def drawn_pairs(concept: str, count: int) -> list[tuple[str, str]]:
-    """Pairs of captions that are alike but for a concept: it, and another one of its group."""
+def drawn_naming(group: str, count: int) -> list[list[Naming]]:
+    """Captions of single objects: for each concept of the group, one of `NAMED`, `count` that name it. No caption comes twice."""
+    found: dict[str, dict[str, Naming]] = {concept: {} for concept in CONCEPTS[group]}
+    for first in counted(FIRST_NAMING, CHUNK):
+        for caption in write(scenes(torch.arange(first, first + CHUNK), Mix(1, 0, 0))):
+            concept = _named(read(caption), group)
+            if concept is not None:
+                found[concept].setdefault(caption, Naming(concept, caption))
+        if all(len(each) >= count for each in found.values()):
+            break
+    return [list(each.values())[:count] for each in found.values()]
+
+
+def drawn_pairs(concept: str, count: int, among: Callable[[Request], bool] = lambda request: True) -> list[tuple[str, str]]:
+    """Pairs of captions that are alike but for a concept: it, and another one of its group.
+
+    For what belongs to an object they say where it is. `among` says of what a wanted caption asks for whether it will do.
+    """
     group = group_of(concept)
-    index = CONCEPTS[group].index(concept)
-    specs = scenes(torch.arange(count * LOOKED_AT) + FIRST_PAIR, Mix(1, 0, 0))
-    with_it = replace(specs, **{group: torch.full_like(getattr(specs, group), index)})
-    pairs = [
-        (wanted, unwanted)
-        for wanted, unwanted in zip(write(with_it), write(specs), strict=True)
-        if wanted != unwanted and _named(read(wanted), group) == concept and _named(read(unwanted), group) is not None
-    ]
-    return pairs[:count]
+    index, found = CONCEPTS[group].index(concept), list[tuple[str, str]]()
+    for first in counted(FIRST_PAIR, CHUNK):
+        specs = scenes(torch.arange(first, first + CHUNK), ONE)
+        with_it = replace(specs, **{group: torch.full_like(getattr(specs, group), index)})
+        for wanted, unwanted in zip(write(with_it), write(specs), strict=True):
+            request = read(wanted)
+            named = _named(request, group) == concept and _named(read(unwanted), group) is not None
+            if named and wanted != unwanted and (group in WHOLE or _place(request) is not None) and among(request):
+                found.append((wanted, unwanted))
+        if len(found) >= count:
+            return found[:count]
+    raise AssertionError("the seeds of scenes do not end")
 
 
 def reworded(trial: Trial, concept: str) -> Trial:
@@ -67,6 +116,12 @@ def reworded(trial: Trial, concept: str) -> Trial:
         if word in ("a", "an"):
             words[i] = "an" if words[i + 1][0] in "aeiou" else "a"
     return trial._replace(prompt=" ".join(words))
+
+
+def placed(caption: str, group: str) -> Rectangle | None:
+    """Where a caption puts what the concepts of a group belong to: its first object, or None for the whole picture."""
+    request = read(caption)
+    return _place(request) if request.objects and group not in WHOLE else None
 
 
 def as_tensor(pictures: Iterable[Image.Image]) -> Float[Tensor, "picture channel row column"]:
@@ -108,8 +163,19 @@ class DrawnJudge:
         self, task: Task, trials: Sequence[Trial], pictures: Float[Tensor, "picture channel row column"]
     ) -> list[Verdict]:
         """What it sees of each picture."""
-        readings = [reading for chunk in pictures.split(64) for reading in self._judge.read(chunk)]
+        readings = self._readings(pictures)
         return [self._verdict(task, trial, reading) for trial, reading in zip(trials, readings, strict=True)]
+
+    def of_named(
+        self, group: str, named: Sequence[Naming], pictures: Float[Tensor, "picture channel row column"]
+    ) -> list[Verdict]:
+        """What it sees of each picture: whether it shows the concept of the group that its caption names, and what else."""
+        readings = self._readings(pictures)
+        tasks = [Task(concept=each.concept, group=group, trials=(Trial(each.caption, 0, None),)) for each in named]
+        return [self._verdict(task, task.trials[0], reading) for task, reading in zip(tasks, readings, strict=True)]
+
+    def _readings(self, pictures: Float[Tensor, "picture channel row column"]) -> list[Reading]:
+        return [reading for chunk in pictures.split(64) for reading in self._judge.read(chunk)]
 
     def _verdict(self, task: Task, trial: Trial, reading: Reading) -> Verdict:
         right = {what: ok for what, ok in right_of(read(trial.prompt), reading).items() if what != task.group}

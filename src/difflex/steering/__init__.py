@@ -1,11 +1,11 @@
 """Edits of activations while a picture is made: by the features of a dictionary, or along a direction found by contrast."""
 
-from difflex.steering.contrast import Contrast, Method, Part, contrast, made_of
+from difflex.steering.contrast import Contrast, Inside, Method, Part, contrast, contrasts, everywhere, made_of
 from difflex.steering.editing import Features, Steering, at_random, check_maker, features_of, steered_along, steerings
 from difflex.steering.judging import Curve, Drawn, Judged, Point, Strip, Task, Trial, Verdict, judge, side_by_side
 from difflex.steering.maps import Maps
 from difflex.steering.regions import covered, rectangle
-from difflex.steering.removal import Cut, Firings, Rates, Removal, Removed, Tried, best_of, choose, importance, rates
+from difflex.steering.removal import Cut, Firings, Pictured, Rates, Removal, Removed, Tried, best_of, choose, importance, rates
 from difflex.steering.scales import Scales, scales_of
 from difflex.steering.studied import Draw, Recorded, Toolbox, steer
 
@@ -17,10 +17,12 @@ __all__ = [
     "Drawn",
     "Features",
     "Firings",
+    "Inside",
     "Judged",
     "Maps",
     "Method",
     "Part",
+    "Pictured",
     "Point",
     "Rates",
     "Recorded",
@@ -39,7 +41,9 @@ __all__ = [
     "check_maker",
     "choose",
     "contrast",
+    "contrasts",
     "covered",
+    "everywhere",
     "features_of",
     "importance",
     "judge",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, final
@@ -22,10 +22,13 @@ from difflex.records import Activations, Edit
 from difflex.steering.editing import Features, Steering, features_of, steerings
 from difflex.steering.judging import Verdict
 
-__all__ = ["Cut", "Firings", "Rates", "Removal", "Removed", "Tried", "best_of", "choose", "importance", "rates"]
+__all__ = ["Cut", "Firings", "Pictured", "Rates", "Removal", "Removed", "Tried", "best_of", "choose", "importance", "rates"]
 
 FORMAT = 1
-BAR = 0.9
+BAR, ENOUGH = 0.9, 0.95
+"""What removal and retention are to reach; and what ends the search for more where they do."""
+PART = 4
+"""Of the prompts that name each other concept, one in so many is drawn with an edit."""
 
 
 class Rates(NamedTuple):
@@ -273,3 +276,52 @@ def choose(firings: Firings, named: Sequence[str], concept: str, number: int, st
         features.append(tuple(order.tolist()))
         floors.append(tuple(codes.mean(0)[order].tolist()))
     return Cut(firings.dictionary, tuple(features), tuple(floors))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pictured:
+    """Pictures whose prompts name a concept of one group each, as they are without an edit, and a way to draw them with one."""
+
+    named: tuple[str, ...]
+    """The concepts, picture by picture."""
+    before: tuple[Verdict, ...]
+    firings: tuple[Firings, ...]
+    """Of each dictionary, on all pictures."""
+    edited: Callable[[Sequence[int], Sequence[Steering]], Sequence[Verdict]]
+    """What is seen of the pictures of these numbers, drawn under edits."""
+
+    def chosen(self, concept: str, number: int, steps: range | None = None) -> list[Cut]:
+        """What is to go for `concept` at the site of each dictionary."""
+        return [choose(firings, self.named, concept, number, steps) for firings in self.firings]
+
+    def rates(self, concept: str, cuts: Sequence[Cut], strength: float) -> Rates:
+        """What comes of taking away `cuts`. A picture in which none of their features fires is not drawn anew: it is the same."""
+        about = self._about(concept)
+        touched = torch.stack([cut.touches(firings) for cut, firings in zip(cuts, self.firings, strict=True)]).any(0)
+        anew, after = [number for number in about if touched[number]], list(self.before)
+        if anew:
+            edits = [steering for cut in cuts for steering in cut.steerings(strength)]
+            for number, verdict in zip(anew, self.edited(anew, edits), strict=True):
+                after[number] = verdict
+        named = [self.named[number] for number in about]
+        return rates(concept, named, [self.before[number] for number in about], [after[number] for number in about])
+
+    def tried(
+        self, concept: str, cuts: Sequence[Cut], settings: Iterable[tuple[int, float]], enough: float = ENOUGH
+    ) -> Iterator[Tried]:
+        """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough."""
+        for number, strength in sorted(settings, key=lambda each: each[0] * (1 - each[1])):
+            found = Tried(number, strength, self.rates(concept, [cut.of(number) for cut in cuts], strength))
+            yield found
+            if found.rates.reach(enough):
+                return
+
+    def _about(self, concept: str) -> list[int]:
+        """The pictures that removing `concept` is judged by: all that name it, and of every other concept a part."""
+        of = {name: [number for number, each in enumerate(self.named) if each == name] for name in dict.fromkeys(self.named)}
+        if concept not in of:
+            raise BadInput(f"No prompt names '{concept}'. Named are: {', '.join(of)}.")
+        return sorted(
+            number for name, each in of.items() for number in (each if name == concept else each[: -(-len(each) // PART)])
+        )

@@ -1,0 +1,208 @@
+"""`difflex removal`: take a concept's features away and see, on prompts not met before, what is gone and what is left."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, final
+
+from PIL import Image
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex import steering
+from difflex.commands.flags import Numbers, Range
+from difflex.commands.opening import load_studied
+from difflex.commands.steer import Strengths
+from difflex.dictionary import Dictionary
+from difflex.errors import BadInput, UnknownName
+from difflex.miniature import load_judge
+from difflex.pipeline import Pipeline
+from difflex.records import Edit, Shot, Site
+from difflex.steering import Firings, Pictured, Removed, Steering, Toolbox, Verdict, best_of, check_maker
+from difflex.study import Command, Place, Study
+from difflex.trials import NAMED, DrawnJudge, Naming, as_tensor, drawn_naming
+
+__all__ = ["Removal"]
+
+BATCH = 32
+UNSEEN = 10**6
+"""The seed of the first of the pictures that removal is judged by."""
+Together = tuple[Place, ...]
+"""Dictionaries whose features are edited at once."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Removal(Command):
+    """Remove known concepts by their features, and judge on unseen prompts what is gone and what else is lost.
+
+    Features are chosen step by step by the score of SAeUron on one set of prompts, on which their number and strength are chosen,
+    too, where several are given.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world."""
+    dictionary: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: each label at all its sites)")
+    ] = ()
+    """Which: SITE/LABEL, or the site alone where it has one dictionary; with commas between them, several at once."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
+    """The concepts of which groups."""
+    pictures: Annotated[int, arg(metavar="N")] = 12
+    """Prompts that name each concept, to judge by."""
+    chosen_by: Annotated[int, arg(metavar="N")] = 8
+    """Others that name each concept, to choose features, their number and the strength by."""
+    features: Numbers = (1, 2, 4, 8)
+    """How many features go at each step and site."""
+    strength: Strengths = (0.0, -1.0, -2.0)
+    """What their codes are multiplied by: 0 takes them away, less writes the opposite."""
+    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """At which denoising steps; END is left out."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the card only the part at work."""
+
+    def __call__(self) -> list[Path]:
+        self._check()
+        toolbox = Toolbox(Study.open(self.study))
+        sets = self._sets(toolbox)
+        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        next(pipe.shots("", keep_steps=self.steps))  # steps that the run does not have are refused
+        studio = _Studio(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
+        removed: dict[Together, list[Removed]] = {together: [] for together in sets}
+        for group in self.groups:
+            captions = drawn_naming(group, self.chosen_by + self.pictures)
+            scouted = studio.unedited(group, [one for each in captions for one in each[: self.chosen_by]], 0)
+            unseen = studio.unedited(group, [one for each in captions for one in each[self.chosen_by :]], UNSEEN)
+            for together in sets:
+                print(f"{', '.join(map(str, together))}: {group}", flush=True)
+                for each in self._removed(scouted(together), unseen(together), group, together):
+                    print(_told(each), flush=True)
+                    removed[together].append(each)
+        return [self._written(toolbox, together, concepts) for together, concepts in removed.items()]
+
+    def _check(self) -> None:
+        for group in self.groups:
+            if group not in NAMED:
+                raise UnknownName.among("The group", group, NAMED)
+        if self.pictures < 1 or self.chosen_by < 1 or not self.features or not self.groups:
+            raise BadInput(
+                f"--pictures {self.pictures} --chosen-by {self.chosen_by} with {len(self.features)} numbers of --features and "
+                f"{len(self.groups)} --groups leave nothing to remove. Ask for 1 or more of each."
+            )
+        if max(self.strength) >= 1:
+            raise BadInput(f"A strength of {max(self.strength):g} takes nothing away: codes are multiplied by it. Stay below 1.")
+
+    def _sets(self, toolbox: Toolbox) -> list[Together]:
+        """Which dictionaries are edited at once."""
+        study = toolbox.study
+        if self.dictionary:
+            sets = [tuple(study.named(name) for name in each.split(",")) for each in self.dictionary]
+        else:
+            known = [place for place in study.dictionaries() if place.site.kind != "neurons"]
+            labels = dict.fromkeys(place.label for place in known)
+            sets = [tuple(place for place in known if place.label == label) for label in labels]
+        if not sets:
+            raise BadInput(f"{self.study} holds no dictionary. difflex train and difflex itda make them.")
+        for place in dict.fromkeys(place for together in sets for place in together):
+            check_maker(toolbox.dictionary(place), place.site, study.model, study.revision)
+        return list(dict.fromkeys(sets))
+
+    def _removed(self, scouted: Pictured, unseen: Pictured, group: str, together: Together) -> Iterator[Removed]:
+        """Each concept of a group, removed by what was chosen on the scouted pictures, judged on the unseen ones."""
+        for concept in dict.fromkeys(scouted.named):
+            cuts = scouted.chosen(concept, max(self.features), self.steps)
+            tried = tuple(scouted.tried(concept, cuts, [(n, strength) for n in self.features for strength in self.strength]))
+            best = best_of(tried)
+            cuts = [cut.of(best.features) for cut in cuts]
+            own = [seen.shows for name, seen in zip(unseen.named, unseen.before, strict=True) if name == concept]
+            yield Removed(
+                concept=concept,
+                group=group,
+                features={str(place): cut.features for place, cut in zip(together, cuts, strict=True)},
+                strength=best.strength,
+                tried=tried,
+                pictures=len(own),
+                shown=fmean(own),
+                rates=unseen.rates(concept, cuts, best.strength),
+            )
+
+    def _written(self, toolbox: Toolbox, together: Together, concepts: Sequence[Removed]) -> Path:
+        edits = [Edit(what="scale", site=place.site, dictionary=place.label) for place in together]
+        removal = steering.Removal(
+            model=toolbox.study.model,
+            dictionaries=tuple(map(str, together)),
+            concepts=tuple(concepts),
+            made_from={**toolbox.checksums(edits), **self._settings()},
+        )
+        print(_table(removal))
+        return removal.save(toolbox.study.removal(together))
+
+    def _settings(self) -> Mapping[str, str | int]:
+        return {
+            "pictures": self.pictures,
+            "chosen_by": self.chosen_by,
+            "features": ",".join(map(str, self.features)),
+            "strength": ",".join(f"{strength:g}" for strength in self.strength),
+            "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
+        }
+
+
+@final
+class _Studio:
+    """Where pictures are drawn and looked at."""
+
+    def __init__(self, pipe: Pipeline, dictionaries: Mapping[Place, Dictionary]) -> None:
+        self._pipe, self._dictionaries, self._judge = pipe, dictionaries, DrawnJudge(load_judge())
+
+    def unedited(self, group: str, named: Sequence[Naming], first_seed: int) -> Callable[[Together], Pictured]:
+        """The pictures of captions, for any of the dictionaries."""
+        firings = {place: Firings(dictionary) for place, dictionary in self._dictionaries.items()}
+        shots = [shot for seed, each in enumerate(named, first_seed) for shot in self._shots(each.caption, seed)]
+        before = self._seen(group, named, shots, [place.site for place in firings], firings)
+
+        def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+            with ExitStack() as edited:
+                for site, change in edits:
+                    edited.enter_context(self._pipe.at(site, change))
+                return self._seen(group, [named[i] for i in numbers], [shots[i] for i in numbers], [edits[0].site], {})
+
+        concepts = tuple(each.concept for each in named)
+        return lambda together: Pictured(
+            named=concepts, before=tuple(before), firings=tuple(firings[place] for place in together), edited=edited
+        )
+
+    def _shots(self, caption: str, seed: int) -> Iterator[Shot]:
+        return (replace(shot, timestep=None) for shot in self._pipe.shots(caption, seeds=[seed], keep_steps=[0]))
+
+    def _seen(
+        self, group: str, named: Sequence[Naming], shots: Sequence[Shot], sites: Sequence[Site], firings: Mapping[Place, Firings]
+    ) -> list[Verdict]:
+        """What the judge sees of the pictures; how features fire on the way is added to `firings`."""
+        drawn: list[Image.Image] = []
+        for pictures, activations in self._pipe.harvest_and_finish(shots, list(dict.fromkeys(sites)), BATCH):
+            drawn += pictures
+            for seen in activations:
+                for place in [place for place in firings if place.site == seen.site]:
+                    firings[place].add(seen)
+        return self._judge.of_named(group, named, as_tensor(drawn))
+
+
+def _told(each: Removed) -> str:
+    """A line of the table."""
+    rates = each.rates
+    return f"{each.concept:<12}{each.each:>8}{each.strength:>10g}" + "".join(
+        f"{100 * rate:>7.0f}" for rate in (rates.ua, rates.ira, rates.cra, rates.own)
+    )
+
+
+def _table(removal: steering.Removal) -> str:
+    """A line for each concept, and how many reach the bar."""
+    count, of = len(removal.reaching()), len(removal.concepts)
+    return "\n".join(
+        [
+            f"{'concept':<12}{'features':>8}{'strength':>10}{'UA':>7}{'IRA':>7}{'CRA':>7}{'own':>7}",
+            *map(_told, removal.concepts),
+            f"{count} of {of} concepts reach 90/90",
+        ]
+    )
