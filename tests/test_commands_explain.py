@@ -199,3 +199,28 @@ def test_a_study_without_books_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     Study.begin(tmp_path, "mini-flux")
     assert main(["explain", str(tmp_path)]) == 2
     assert "has no books. difflex collect makes them" in capsys.readouterr().err
+
+
+def test_an_untrained_model_is_explained_beside_the_trained_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    trained, control = tmp_path / "study", tmp_path / "study" / "untrained"
+    for study, flags in ((trained, []), (control, ["--untrained", "0"])):
+        small = ["--prompts", "captions", "--sites", "double.1", "--tokens", "3000", "--steps", "1", "--out", str(study)]
+        assert main(["harvest", "mini-flux", *small, *flags]) == 0
+        assert main(["train", str(study), "--site", "double.1", "--k", "4", "--size", "32", "--tokens", "2000"]) == 0
+        assert main(["collect", str(study), "--drawn", "--pictures", "80", "--noise", "0.25"]) == 0
+    # A dictionary that the control has not is asked for, too.
+    shutil.copytree(trained / "dictionaries" / "double.1" / "topk-32-k4", trained / "dictionaries" / "double.1" / "copy")
+    shutil.copy(trained / "books" / "double.1" / "topk-32-k4.sqlite", trained / "books" / "double.1" / "copy.sqlite")
+    capsys.readouterr()
+    asked = ["--dictionary", "double.1/topk-32-k4", "double.1/copy", "--features", "3", "--judged", "4"]
+    assert main(["explain", str(trained), str(control), *asked]) == 0
+    told = capsys.readouterr().out
+    assert "study/double.1/topk-32-k4" in told and "untrained/double.1/topk-32-k4: 3 explained" in told
+    found = {path: json.loads((path / "explanations" / "scores.json").read_text()) for path in (trained, control)}
+    assert found[trained] == found[control]
+    models = {(method["study"], method["model"]) for method in found[trained]["methods"]}
+    assert models == {("study", "mini-flux"), ("untrained", "mini-flux@untrained-0")}
+    assert len({method["protocol"] for method in found[trained]["methods"]}) == 1 and len(found[trained]["differences"]) >= 1
+    shown = main(["report", str(trained)])
+    rows = (trained / "report" / "explained.csv").read_text()
+    assert shown == 0 and "double.1/topk-32-k4, untrained model" in rows

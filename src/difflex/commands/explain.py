@@ -1,32 +1,26 @@
 """`difflex explain`: what the features of a study's dictionaries are, in words, and how true that is."""
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.book import Album, Book
 from difflex.commands.concepts import drawn_concepts
 from difflex.commands.costs import START, dictionaries
+from difflex.commands.looking import Looking, kept_answers
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation import (
     Answers,
     Asker,
     Backend,
-    Endpoint,
-    Key,
     KnownConcepts,
-    LocalModel,
     Method,
-    Price,
     Protocol,
     Rehearsal,
-    Terms,
     Work,
     chosen,
     compare,
@@ -37,8 +31,7 @@ from difflex.explanation import (
 from difflex.forecast import Estimate, Outlook
 from difflex.miniature import draw
 from difflex.records import Site
-from difflex.store.files import locked
-from difflex.study import Command, Place, Study
+from difflex.study import Place, Study
 
 __all__ = ["Explain"]
 
@@ -53,28 +46,9 @@ LISTED = 20
 """Failures that are printed; all of them are in the book."""
 
 
-def _price(words: list[str]) -> Price:
-    found = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", words[0])
-    if not found:
-        raise ValueError(f"'{words[0]}' is not a price. Write IN,OUT, what a million tokens cost each way: 0.1,0.4.")
-    return Price(tokens_in=float(found[1]), tokens_out=float(found[2]))
-
-
-Prices = Annotated[
-    Price,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="IN,OUT",
-        instance_from_str=_price,
-        is_instance=lambda value: isinstance(value, Price),
-        str_from_instance=lambda value: [f"{value.tokens_in:g},{value.tokens_out:g}"],
-    ),
-]
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
-class Explain(Command):
+class Explain(Looking):
     """Say in words what features are, and measure how true that is; what was answered is never asked, or paid, again."""
 
     studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
@@ -85,8 +59,6 @@ class Explain(Command):
     """The books of these dictionaries, each by SITE/LABEL: double.18/topk-8192-k32."""
     vlm: Annotated[str, arg(metavar="WHO")] = KNOWN
     """Who looks: the address of an OpenAI-compatible endpoint, the folder or hub name of a model for transformers, or `known`."""
-    model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
-    """Which model of the endpoint."""
     protocol: Literal["heldout", "paper"] = "heldout"
     """Which pictures are judged: ones that the explainer never saw, and near misses; or as arXiv 2505.24360 did."""
     features: Annotated[int, arg(metavar="N")] = 100
@@ -99,35 +71,17 @@ class Explain(Command):
     """How what a feature marks is drawn: a blue veil, as published, or a line around it."""
     seed: int = 0
     """Decides which features, and which pictures beside theirs."""
-    connections: Annotated[int, arg(metavar="N")] = 16
-    """Calls under way at once."""
-    per_minute: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: no limit)")] = None
-    """Calls in a minute."""
-    timeout: Annotated[float, arg(metavar="SECONDS")] = 120.0
-    """What a call may take."""
-    price: Annotated[Prices | None, arg(metavar="IN,OUT", help_behavior_hint="(default: none)")] = None
-    """What a million tokens cost, for endpoints that do not say what a call cost."""
-    picture_tokens: Annotated[int, arg(metavar="N")] = 300
-    """What a picture is taken for beforehand."""
-    budget: Annotated[float | None, arg(metavar="AMOUNT", help_behavior_hint="(default: no limit)")] = None
-    """Stop before all that was ever spent on this model in the study passes this."""
     dry_run: FlagCreatePairsOff[bool] = False
     """Say how many calls, tokens and how much money it would take, and ask nothing."""
-    key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the environment)")] = None
-    """A file that holds the key to the endpoint."""
-    key_variable: Annotated[str, arg(metavar="NAME")] = "OPENAI_API_KEY"
-    """The variable of the environment that holds it."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Take a model of the hub from the local cache alone."""
 
     def __call__(self) -> list[Path]:
         self._check()
         protocol = Protocol(name=self.protocol, judged=self.judged, style=self.style, seed=self.seed)
         studies = [Study.open(folder) for folder in self.studies]
-        asked = [(study, self._places(study)) for study in studies]
+        asked = [*zip(studies, self._places(studies), strict=True)]
         with closing(self._backend()) as backend:
             for study, places in asked:
-                with self._answers(study) as answers:
+                with kept_answers(study) as answers:
                     work = self._rehearsed if self.dry_run else self._explained
                     work(study, places, backend, answers, protocol)
         if self.dry_run:
@@ -152,20 +106,9 @@ class Explain(Command):
         return Estimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
 
     def _check(self) -> None:
-        if self.features < 1 or self.connections < 1 or self.timeout <= 0:
-            raise BadInput(
-                f"--features {self.features} --connections {self.connections} --timeout {self.timeout:g} explains nothing. "
-                "Ask for 1 or more of each."
-            )
-        if self.budget is not None and self._is_address and self.price is None:
-            raise BadInput(
-                f"--budget {self.budget:g} needs to know what calls cost before they are sent. Give --price IN,OUT, what a "
-                "million tokens cost each way."
-            )
-
-    @property
-    def _is_address(self) -> bool:
-        return "://" in self.vlm
+        if self.features < 1:
+            raise BadInput(f"--features {self.features} explains nothing. Ask for 1 or more.")
+        self.check_terms(self.vlm)
 
     def _backend(self) -> Backend:
         """Who looks."""
@@ -176,38 +119,23 @@ class Explain(Command):
                 lambda name, rows, columns: draw([seed(name)]).shares(rows, columns)[0],
                 draw(range(COUNTED)).shares(8, 8).mean((0, 2, 3)),
             )
-        if not self._is_address:
-            return LocalModel(self.vlm, offline=self.offline)
-        if self.model is None:
-            raise BadInput(f"{self.vlm} serves more than one model. Name the one that is to look: --model NAME.")
-        key = Key.found(self.key_file, self.key_variable)
-        return Endpoint(self.vlm, self.model, key, timeout=self.timeout, connections=self.connections)
+        return self.backend(self.vlm)
 
-    @contextmanager
-    def _answers(self, study: Study) -> Iterator[Answers]:
-        """The answers of a study, which nobody else adds to meanwhile."""
-        folder = study.explanations
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, shared=False), closing(Answers(folder / "answers.sqlite")) as answers:
-            yield answers
-
-    def _terms(self) -> Terms:
-        return Terms(
-            per_minute=self.per_minute, price=self.price or Price(), budget=self.budget, picture_tokens=self.picture_tokens
-        )
-
-    def _places(self, study: Study) -> list[Place]:
-        """The dictionaries asked for, all of which have books."""
-        known = [place for place in study.dictionaries() if study.book(*place).is_file()]
-        if not known:
-            raise UnknownName(f"{study.folder} has no books. difflex collect makes them.")
-        sites, asked = dict.fromkeys(str(place.site) for place in known), [str(Site.parse(site)) for site in self.site]
-        for what, wanted, there in (("The site", asked, sites), ("The dictionary", self.dictionary, [*map(str, known)])):
+    def _places(self, studies: Sequence[Study]) -> list[list[Place]]:
+        """Of each study the dictionaries asked for, which have books; what is asked for is in one of the studies at least."""
+        known = [[place for place in study.dictionaries() if study.book(*place).is_file()] for study in studies]
+        for study, places in zip(studies, known, strict=True):
+            if not places:
+                raise UnknownName(f"{study.folder} has no books. difflex collect makes them.")
+        every, asked = [place for places in known for place in places], [str(Site.parse(site)) for site in self.site]
+        sites, names = dict.fromkeys(str(place.site) for place in every), dict.fromkeys(map(str, every))
+        for what, wanted, there in (("The site", asked, sites), ("The dictionary", self.dictionary, names)):
             for name in wanted:
                 if name not in there:
                     raise UnknownName.among(what, name, there, "difflex collect makes the books of dictionaries.")
         everything = not asked and not self.dictionary
-        return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
+        meant = lambda place: everything or str(place.site) in asked or str(place) in self.dictionary  # noqa: E731
+        return [[place for place in places if meant(place)] for places in known]
 
     def _of(self, book: Book, protocol: Protocol) -> list[int]:
         """The features to explain."""
@@ -224,7 +152,7 @@ class Explain(Command):
         return features
 
     def _explained(self, study: Study, places: Sequence[Place], backend: Backend, answers: Answers, protocol: Protocol) -> None:
-        asker = Asker(backend, answers, self._terms())
+        asker = Asker(backend, answers, self.terms())
         for place in places:
             with Book.edit(study.book(*place)) as book:
                 features = self._of(book, protocol)
@@ -236,7 +164,7 @@ class Explain(Command):
             print(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{cost}")
 
     def _rehearsed(self, study: Study, places: Sequence[Place], backend: Backend, answers: Answers, protocol: Protocol) -> None:
-        rehearsal = Rehearsal(backend, answers, self._terms())
+        rehearsal = Rehearsal(backend, answers, self.terms())
         for place in places:
             with Book.open(study.book(*place)) as book:
                 rehearse(book, self._of(book, protocol), rehearsal, Album(study.pictures), protocol)

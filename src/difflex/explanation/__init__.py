@@ -4,7 +4,7 @@ from difflex.explanation.answers import Answers
 from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, View
 from difflex.explanation.asker import Asker, Rehearsal, Terms, Unanswered
 from difflex.explanation.backend import Backend
-from difflex.explanation.comparing import Comparison, Method, compare, methods
+from difflex.explanation.comparing import Comparison, Difference, Method, compare, methods
 from difflex.explanation.endpoint import Endpoint
 from difflex.explanation.explaining import Work, chosen, explain, rehearse
 from difflex.explanation.key import Key
@@ -20,6 +20,7 @@ __all__ = [
     "Asker",
     "Backend",
     "Comparison",
+    "Difference",
     "Endpoint",
     "Explained",
     "Instruction",
