@@ -14,6 +14,7 @@ from difflex.concepts import Concept, Detector, Features, Finding, Interval, Lev
 from difflex.dictionary import checksum
 from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced
 from difflex.records import Shot, Site
+from difflex.steering import Curve, Judged, Point, Strip
 from difflex.study import Place, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
@@ -79,8 +80,10 @@ def matched(
     made_from: Mapping[str, str | int | float] | None = None,
     levels: Sequence[float] = (0.25, 0.5),
     concepts: Sequence[Concept] = CONCEPTS,
+    each: int = 4,
 ) -> Path:
-    """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name."""
+    """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name. So many
+    features match `each` concept best."""
     site, _, label = name.partition("/")
     told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "pictures": "drawn", "count": 9}
     weights = study.dictionary(Site.parse(site), label) / "dictionary.safetensors"
@@ -93,7 +96,7 @@ def matched(
         Level(noise=noise, findings=findings, coverage=coverage, coverage_of_findable=coverage)
         for noise in (None, *(levels if len(levels) > 1 else ()))
     ]
-    count = len(aps)
+    count = len(aps) * each
     matches = Matches(
         site=Site.parse(site),
         label=label,
@@ -103,12 +106,12 @@ def matched(
         levels=tuple(made),
         features=Features(
             features=tuple(range(count)),
-            concepts=tuple(range(count)),
-            ap=tuple(aps),
-            segmented=tuple(range(count)),
-            iou=tuple(aps),
-            unrelated=tuple(0.0 for _ in aps),
-            monosemanticity=tuple(aps),
+            concepts=tuple(range(len(aps))) * each,
+            ap=tuple(aps) * each,
+            segmented=tuple(range(len(aps))) * each,
+            iou=tuple(aps) * each,
+            unrelated=(0.0,) * count,
+            monosemanticity=tuple(aps) * each,
         ),
         made_from={**told, "noise": ",".join(map(str, levels)), **(made_from or {})},
     )
@@ -135,7 +138,14 @@ def anatomised(
     return anatomy
 
 
-def pictured(study: Study, name: str, features: int = 12, explained: Mapping[int, tuple[str, float]] | None = None) -> None:
+def pictured(
+    study: Study,
+    name: str,
+    features: int = 12,
+    explained: Mapping[int, tuple[str, float]] | None = None,
+    coverage: float = 0.25,
+    data: str = "made",
+) -> None:
     """The book of a dictionary: each feature fires in six pictures of its own colour; some are explained, with an accuracy."""
     site, _, label = name.partition("/")
     place, album = Place(Site.parse(site), label), Album(study.pictures)
@@ -149,7 +159,7 @@ def pictured(study: Study, name: str, features: int = 12, explained: Mapping[int
         k=1,
         checksum=checksum(study.dictionary(*place)),
         model=study.model,
-        data="made",
+        data=data,
         grid=(2, 2),
         tokens=24 * features,
         shots={"held-out": 6 * features},
@@ -159,7 +169,7 @@ def pictured(study: Study, name: str, features: int = 12, explained: Mapping[int
         draft.pictures(PictureFile(number, *each) for number, each in enumerate(filed))
         draft.shots(shots)
         draft.features(
-            FeatureRow(feature=f, fired=6, shots=6, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=0.25)
+            FeatureRow(feature=f, fired=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
             for f in range(features)
         )
         draft.examples(
@@ -175,6 +185,45 @@ def pictured(study: Study, name: str, features: int = 12, explained: Mapping[int
                 explanation = Explanation(feature=feature, backend="made", protocol=protocol, text=text)
                 scores = [Score(measure, accuracy + more, None, None, 10) for measure in ("accuracy", "auroc")]
                 book.explain(explanation, scores=scores)
+
+
+def steered(
+    study: Study, name: str, success: float = 0.9, random: float = 0.0, kept: float = 0.95, concepts: Sequence[Concept] = CONCEPTS
+) -> None:
+    """What came of steering towards concepts with feature 1, which `matched` makes the best for all; strips of the first of each
+    group."""
+    site, _, label = name.partition("/")
+    place = Place(Site.parse(site), label)
+    path, curves, strips = study.steering(*place), [], {}
+    for concept in concepts:
+        for method, most in (
+            ("feature", success),
+            ("neuron", success / 2),
+            ("contrast", success),
+            ("random", random),
+            ("prompt", 1),
+        ):
+            strengths = (1.0,) if method == "prompt" else (0.5, 1.0, 2.0)
+            told = f"{name} 1" if method == "feature" else method
+            curves.append(_steered(concept, method, told, [(s, most * min(s, 1.0), kept, 1 + s / 4) for s in strengths]))
+            file = f"{concept.group}-{method}.webp"
+            strip = Strip(
+                method=method, concept=concept.name, group=concept.group, prompt="<i>a star</i>", strengths=strengths, file=file
+            )
+            strips.setdefault(file, strip)
+    path.with_suffix("").mkdir(parents=True, exist_ok=True)
+    for strip in strips.values():
+        Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
+    made_from = {name: checksum(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
+    Judged(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(path)
+
+
+def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[float, float, float, float]]) -> Curve:
+    made = [
+        Point(strength=strength, success=success, specificity=kept, quality=loss, confidence=1.0)
+        for strength, success, kept, loss in points
+    ]
+    return Curve(method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made))
 
 
 def whole(folder: Path) -> Study:
@@ -193,6 +242,9 @@ def whole(folder: Path) -> Study:
     matched(study, "double.1/pca-16-k16", (0.3, 0.2, 0.3, 0.1))
     matched(study, "double.1/random-1024-k16", (0.1, 0.2, 0.1, 0.1))
     anatomised(study)
+    steered(study, "double.1/topk-1024-k16")
+    steered(study, "double.1/itda-1020-k16-first100", success=0.6)
+    pictured(study, "double.1/itda-1020-k16-first100")
     pictured(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
     return study
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, whole
+from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, steered, whole
 
 from difflex.cli import VERBS, main, parse
 from difflex.commands.evaluate import Evaluate
@@ -43,6 +43,14 @@ WORDS = {"explained", "falls", "surfaces"}
 """The figures about explanations."""
 
 
+STEERING = {"success", "kept", "loss", "steered", "points"}
+
+
+def _unmeasured(root: Path) -> list[Claim]:
+    claims = judged(read(Study.open(root / "study"), Study.open(root / "control")))
+    return [each for each in claims if each.verdict == "not measured"]
+
+
 def tips(page: str, figure: str) -> list[str]:
     """What the marks of a figure say when pointed at."""
     [part] = re.findall(rf'id="figure-{figure}".*?</figure>', page, flags=re.DOTALL)
@@ -52,13 +60,10 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
     page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
     wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted | {
-        "dictionaries",
-        "claims",
-        "pictures",
-    } | WORDS
-    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted | {"dictionaries", "claims", "pictures"} | WORDS
-    assert "Not here yet" not in page and "not measured" not in page
+    wanted |= {"dictionaries", "claims", "pictures"} | WORDS | STEERING
+    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted
+    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted
+    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {"steering"}  # it has two groups
 
 
 def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
@@ -102,7 +107,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(whole(tmp_path))
     inside = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(inside) == 14 + len(WORDS)
+    assert len(inside) == 14 + len(WORDS | STEERING)
     for coded, name in inside:
         assert base64.b64decode(coded).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 
@@ -129,7 +134,7 @@ def test_the_same_study_gives_the_same_files_and_old_ones_go(tmp_path: Path):
 
 def test_a_study_with_nothing_in_it_names_every_verb(tmp_path: Path):
     page = page_of(begun(tmp_path))
-    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts"):
+    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval"):
         assert f"difflex {verb}" in page
     assert {each.verdict for each in judged(read(begun(tmp_path)))} == {"not measured"}
     assert "<svg" not in page.replace("querySelectorAll", "")
@@ -193,7 +198,8 @@ def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
     matched(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), made_from={"model": "other-flux"})
     page = page_of(study)
     assert "anatomy.json is of other-flux" in page and "random-1024-k16.json is of other-flux" in page
-    assert ">principal axes<" in page and ">random directions<" not in page
+    concepts = page.split('<section id="concepts"')[1].split("</section>")[0]
+    assert ">principal axes<" in concepts and ">random directions<" not in concepts
 
 
 def test_what_was_judged_on_other_pictures_is_not_held_beside_the_rest(tmp_path: Path):
@@ -317,7 +323,7 @@ def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
     found = judged(read(study))
     for verdict in {each.verdict for each in found}:
         assert page.count(f" {verdict}</p>") == sum(each.verdict == verdict for each in found)
-    assert page.count('class="rule"') == len(found) == 8
+    assert page.count('class="rule"') == len(found) == 11
     assert next(row["verdict"] for row in rows_of(study, "claims") if row["name"] == "itda") == "holds here"
 
 
@@ -424,3 +430,95 @@ def test_accuracies_are_told_by_protocol_with_how_far_they_fall_and_what_they_sp
     assert (
         float(reached["0.5"]) == pytest.approx(2 / 3) and float(reached["0.8"]) == pytest.approx(1 / 3) and "0.82" not in reached
     )
+
+
+PLACES = ("double.1/topk-512-k8", "double.1/itda-300-k8")
+
+
+@pytest.mark.parametrize(
+    ("itda", "pictures", "verdict"),
+    [(0.5, "made", "holds here"), (0.1, "made", "does not hold here"), (0.5, "other", "not measured")],
+)
+def test_the_claim_about_coverage_follows_the_books_of_the_same_pictures(
+    tmp_path: Path, itda: float, pictures: str, verdict: str
+):
+    study = begun(tmp_path)
+    for name, coverage, data in zip(PLACES, (0.25, itda), ("made", pictures), strict=True):
+        dictionary(study, name)
+        pictured(study, name, coverage=coverage, data=data)
+    found = claim(study, "covering")
+    assert found.verdict == verdict and (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in found.evidence[0]) == (
+        pictures == "made"
+    )
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "itda", "verdict"),
+    [
+        ((0.4, 0.4, 0.9, 0.9), (0.9, 0.9, 0.4, 0.4), "holds here"),
+        ((0.9, 0.9, 0.9, 0.9), (0.9, 0.9, 0.9, 0.9), "does not hold here"),
+        ((0.9, 0.9, 0.4, 0.4), (0.4, 0.4, 0.9, 0.9), "does not hold here"),
+        ((0.4, 0.4, 0.4, 0.4), (0.9, 0.9, 0.9, 0.9), "not measured"),
+    ],
+)
+def test_the_claim_about_surfaces_follows_the_groups_that_features_match(
+    tmp_path: Path, autoencoder: tuple[float, ...], itda: tuple[float, ...], verdict: str
+):
+    study = begun(tmp_path)
+    for name, aps in zip(PLACES, (autoencoder, itda), strict=True):
+        dictionary(study, name)
+        matched(study, name, aps, each=10)
+    assert claim(study, "surfaces").verdict == verdict
+
+
+WORLD = tuple(Concept(f"{group} {i}", group) for group in ("colour", "texture", "background") for i in range(4))
+
+
+def test_the_claim_about_steering_asks_for_features_success_the_rest_and_random_directions(tmp_path: Path):
+    study = begun(tmp_path)
+    dictionary(study, PLACES[0])
+
+    def verdict(aps: tuple[float, ...] = (0.9, 0.9, 0.1, 0.1) * 3, **of: float) -> str:
+        matched(study, PLACES[0], aps, concepts=WORLD)
+        steered(study, PLACES[0], concepts=WORLD, **of)
+        return claim(study, "steering").verdict
+
+    assert claim(study, "steering").verdict == "not measured"
+    assert verdict() == "holds here"
+    assert verdict(success=0.6) == verdict(kept=0.85) == verdict(random=0.2) == "does not hold here"
+    assert (
+        verdict(aps=(0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9)) == "does not hold here"
+    )  # one texture of four
+
+
+def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
+    study = whole(tmp_path)
+    page = page_of(study)
+    [own] = [
+        row
+        for row in rows_of(study, "steered")
+        if (row["dictionary"], row["method"], row["group"]) == ("double.1/topk-1024-k16", "feature", "colour")
+    ]
+    assert (own["concepts"], own["with a feature"], own["gain"], own["kept"], own["strength"]) == ("2", "2", "0.9", "0.95", "1.0")
+    points, drawn = rows_of(study, "points"), rows_of(study, "success")
+    assert len(points) == 2 * 4 * (4 * 3 + 1) and {row["group"] for row in points if row["detected"] == "yes"} == {"colour"}
+    assert {row["group"] for row in drawn} == {"colour"}  # no shape has a feature of AP 0.8
+    itda = [row for row in drawn if row["method"].endswith("first100")]
+    assert [(row["strength"], row["median"], row["concepts"]) for row in itda] == [
+        ("0.5", "0.3", "1"),
+        ("1.0", "0.6", "1"),
+        ("2.0", "0.6", "1"),
+    ]
+    assert "red by features, unedited" in page and "&lt;i&gt;a star&lt;/i&gt;" in page
+
+
+def test_what_was_steered_with_another_dictionary_is_named_and_not_shown(tmp_path: Path):
+    study = whole(tmp_path)
+    strip = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16" / "colour-feature.webp"
+    strip.write_bytes(b"no picture")
+    page = page_of(study)
+    assert "colour-feature.webp" in page.split("</aside>")[0] and "red by neurons, unedited" in page
+    dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
+    page = page_of(study)
+    assert "double.1/topk-1024-k16: the dictionary has changed since it was steered with" in page
+    assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}

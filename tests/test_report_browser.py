@@ -139,7 +139,7 @@ CUT_OR_OVERLAPPING = """() => {
 }"""
 
 CARDS = """() => {
-  const found = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption")]
+  const found = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption, .cards > li")]
     .map((card) => [card.className || card.tagName, card.getBoundingClientRect()]);
   boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
     if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from difflex.cli import main
@@ -13,7 +14,7 @@ from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import read
 from difflex.miniature.world import HELD_OUT_SEEDS, Mix
 from difflex.records import Moment, Shot, Site
-from difflex.steering import Drawn, Judged, Steering, Task, Trial, Verdict, judge, side_by_side
+from difflex.steering import Drawn, Judged, Steering, Strip, Task, Trial, Verdict, judge, side_by_side
 from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 
 TRIALS = tuple(Trial(f"picture {number}", number, None) for number in range(4))
@@ -70,7 +71,8 @@ def test_each_picture_of_a_batch_gets_its_own_edit():
 
 def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     curves = tuple(judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0)))
-    judged = Judged(model="m", site="double.1", curves=curves, made_from={"trials": 4})
+    strip = Strip(method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp")
+    judged = Judged(model="m", site="double.1", curves=curves, made_from={"trials": 4}, strips=(strip,))
     path = judged.save(tmp_path / "judged.json")
     assert Judged.load(path) == judged
     path.write_text("{}")
@@ -111,6 +113,12 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
         assert not (far and verdict.shows)
 
 
+def _tiles(path: Path) -> list[bytes]:
+    """The pictures of a strip."""
+    with Image.open(path) as file:
+        return [file.crop((x, 0, x + 64, 64)).convert("RGB").tobytes() for x in range(0, file.width, 64)]
+
+
 def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = str(tmp_path / "study")
     assert (
@@ -144,3 +152,10 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
     assert "neuron" in said and "gain" in said
+    pictures = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
+    assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
+        curve.method: len(curve.points) for curve in judged.curves[:5]
+    }
+    assert {path.name for path in pictures.iterdir()} == {strip.file for strip in judged.strips}
+    unedited = {strip.method: _tiles(pictures / strip.file)[0] for strip in judged.strips}
+    assert len(set(unedited.values())) == 1 and len({*_tiles(pictures / "size-prompt.webp")}) == 2

@@ -6,15 +6,16 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, NamedTuple, final
 
+from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.contrast import contrasted
+from difflex.commands.drawing import drawn_by
 from difflex.commands.flags import Range
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.concepts import Matches
 from difflex.errors import BadInput
-from difflex.miniature import load_judge
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Unit
 from difflex.steering import (
@@ -23,6 +24,8 @@ from difflex.steering import (
     Features,
     Judged,
     Steering,
+    Strip,
+    Task,
     Toolbox,
     Trial,
     at_random,
@@ -31,12 +34,10 @@ from difflex.steering import (
     steerings,
 )
 from difflex.study import Command, Place, Study
-from difflex.trials import DrawnJudge, as_pictures, as_tensor, drawn_pairs, drawn_task, group_of, reworded
+from difflex.trials import as_pictures, drawn_pairs, drawn_task, group_of, placed, reworded
 
 __all__ = ["SteerEval"]
 
-LEVELS = (0.3, 0.6, 0.9)
-"""Of noise, at which finished pictures are foretold."""
 RANDOM_SEED = 0
 
 
@@ -88,11 +89,17 @@ class SteerEval(Command):
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
         written = []
         for place, concepts in wanted.items():
-            curves = list(self._curves(toolbox, pipe, place, concepts))
+            path = toolbox.study.steering(*place)
+            curves, strips = self._judged(toolbox, pipe, place, concepts)
+            _keep(path.with_suffix(""), strips)
             judged = Judged(
-                model=toolbox.study.model, site=str(place.site), curves=tuple(curves), made_from=self._made_from(toolbox, place)
+                model=toolbox.study.model,
+                site=str(place.site),
+                curves=tuple(curves),
+                made_from=self._made_from(toolbox, place),
+                strips=tuple(strips),
             )
-            written.append(judged.save(toolbox.study.steering(*place)))
+            written.append(judged.save(path))
             print(f"{place}: {len(concepts)} concepts with a feature of AP {self.least:g} or more")
             print(_table(judged))
         return written
@@ -110,13 +117,23 @@ class SteerEval(Command):
             if finding.concept.group in self.groups and finding.best.ap.value >= self.least and group_of(finding.concept.name)
         ]
 
-    def _curves(self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted]) -> Iterator[Curve]:
-        drawn = _drawn(pipe)
+    def _judged(
+        self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted]
+    ) -> tuple[list[Curve], dict[Strip, Image.Image]]:
+        """All curves, and of each group the pictures of the concept that its feature is best at."""
+        seen = _Seen(drawn_by(pipe))
+        curves, best = list[Curve](), dict[str, tuple[float, dict[Strip, Image.Image]]]()
         for number, each in enumerate(concepts, 1):
             print(
                 f"{place}: {each.concept} by feature {each.feature} (AP {each.ap:.2f}), {number} of {len(concepts)}", flush=True
             )
-            yield from judge(drawn_task(each.concept, self.trials), self._methods(toolbox, pipe, place, each), drawn)
+            task = drawn_task(each.concept, self.trials)
+            made = list(judge(task, self._methods(toolbox, pipe, place, each), seen.drawn))
+            gain, strips = made[0].gain(), dict(seen.strips(task, made))
+            if task.group not in best or gain > best[task.group][0]:
+                best[task.group] = gain, strips
+            curves += made
+        return curves, {strip: picture for _, strips in best.values() for strip, picture in strips.items()}
 
     def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted):
         """Each method by name: what it adds, how, and at which strengths."""
@@ -130,7 +147,8 @@ class SteerEval(Command):
         )
         features = toolbox.features(edit)
         pairs = drawn_pairs(wanted.concept, self.pairs)
-        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.steps))
+        inside = lambda shot: placed(shot.prompt, group_of(wanted.concept))  # noqa: E731
+        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.steps, inside=inside))
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
@@ -156,6 +174,7 @@ class SteerEval(Command):
         edit = Edit(what="add", site=place.site, dictionary=place.label)
         return {
             **toolbox.checksums([edit]),
+            "groups": ",".join(self.groups),
             "trials": self.trials,
             "pairs": self.pairs,
             "least": self.least,
@@ -178,15 +197,53 @@ def _saying(concept: str):
     return lambda trial, strength: (reworded(trial, concept), None)
 
 
-def _drawn(pipe: Pipeline) -> Drawn:
-    """What the model draws and says, and what the judge sees."""
+@final
+class _Seen:
+    """What is drawn, with the first picture of every batch kept to be shown."""
 
-    def pictures(trials: Sequence[Trial], steering: Steering | None):
-        prompts = [trial.prompt for trial in trials]
-        made = pipe.generate(prompts, seed=trials[0].seed, batch=32, edits=[steering] if steering else [])
-        return as_tensor(each.picture for each in made)
+    def __init__(self, drawn: Drawn) -> None:
+        self._first: list[Image.Image] = []
+        self._pictures = drawn.pictures
+        self.drawn = drawn._replace(pictures=self._drawn)
 
-    return Drawn(pictures, DrawnJudge(load_judge()), lambda drawn: pipe.losses(as_pictures(drawn), LEVELS).mean(1))
+    def _drawn(self, trials: Sequence[Trial], steering: Steering | None):
+        made = self._pictures(trials, steering)
+        self._first += as_pictures(made[:1])
+        return made
+
+    def strips(self, task: Task, curves: Sequence[Curve]) -> Iterator[tuple[Strip, Image.Image]]:
+        """The pictures kept since the last call, a strip for each of `curves`, which were judged one after another."""
+        plain, *edited = self._first
+        self._first.clear()
+        for curve in curves:
+            tiles = [plain, *(edited.pop(0) for _ in curve.points)]
+            strip = Strip(
+                method=curve.method,
+                concept=curve.concept,
+                group=curve.group,
+                prompt=task.trials[0].prompt,
+                strengths=tuple(point.strength for point in curve.points),
+                file=f"{curve.group}-{curve.method}.webp",
+            )
+            yield strip, _beside(tiles)
+
+
+def _beside(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side."""
+    width, height = tiles[0].size
+    made = Image.new("RGB", (width * len(tiles), height))
+    for place, tile in enumerate(tiles):
+        made.paste(tile, (place * width, 0))
+    return made
+
+
+def _keep(folder: Path, strips: Mapping[Strip, Image.Image]) -> None:
+    """Nothing; the folder holds these strips and no other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.webp"):
+        stale.unlink()
+    for strip, picture in strips.items():
+        picture.save(folder / strip.file, lossless=True)
 
 
 def _table(judged: Judged) -> str:

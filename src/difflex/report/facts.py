@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from PIL import Image
+
 from difflex.anatomy import Anatomy
 from difflex.book import About, Book
 from difflex.concepts import Matches
@@ -18,7 +20,9 @@ from difflex.dictionary.files import Config, read_config
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.records import Site
+from difflex.report.steered import Steered, has_numbers, known
 from difflex.run import Entry, diary, recipe_of
+from difflex.steering import Judged as Edited
 from difflex.store import Store
 from difflex.study import Place, Study
 
@@ -112,6 +116,11 @@ class Facts:
     anatomy: Anatomy | None
     books: tuple[Place, ...]
     """The dictionaries that have a book of what they now are."""
+    control: Study | None
+    """The same model untrained, where a study of it was named."""
+    control_books: tuple[Place, ...]
+    steered: tuple[Steered, ...]
+    """The dictionaries whose features were steered with."""
     troubles: tuple[str, ...]
     """What is there but cannot be shown, and why."""
 
@@ -135,7 +144,11 @@ def read(study: Study, control: Study | None = None) -> Facts:
     judged = [*reading.judged(study, untrained=False), *(reading.judged(control, untrained=True) if control else ())]
     stores = [reading.tried(lambda folder=folder: _stored(folder)) for folder in study.stores().values()]
     anatomy = reading.anatomy(study)
-    books = tuple(place for place in study.dictionaries() if reading.has_book(study, place))
+    steered = [reading.steered(study, place, judged) for place in study.dictionaries()]
+    books, control_books = (
+        tuple(place for place in each.dictionaries() if reading.has_book(each, place)) if each else ()
+        for each in (study, control)
+    )
     entries = tuple(reading.tried(lambda: diary(study.folder)) or ())
     return Facts(
         name=study.folder.resolve().name,
@@ -149,6 +162,9 @@ def read(study: Study, control: Study | None = None) -> Facts:
         judged=tuple(_comparable(judged, troubles)),
         anatomy=anatomy,
         books=books,
+        control=control,
+        control_books=control_books,
+        steered=tuple(each for each in steered if each is not None),
         troubles=tuple(troubles),
     )
 
@@ -244,6 +260,34 @@ class _Reading(NamedTuple):
         learned = None if config.kind == "neurons" else _normalisation(config)
         return Judged(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
 
+    def steered(self, study: Study, place: Place, judged: Iterable[Judged]) -> Steered | None:
+        """What came of steering with a dictionary's features, where it is of what the dictionary now is."""
+        path = study.steering(*place)
+        edited = self.tried(lambda: Edited.load(path)) if path.exists() else None
+        if edited is None:
+            return None
+        now = self.tried(lambda: checksum(study.dictionary(*place)))
+        if edited.model != study.model or edited.made_from.get(str(place)) != now:
+            self.troubles.append(
+                f"{place}: the dictionary has changed since it was steered with. difflex steer-eval judges it again."
+            )
+            return None
+        if not has_numbers(edited):
+            self.troubles.append(f"{path} holds what is no number: it is damaged. Delete it; difflex steer-eval makes it again.")
+            return None
+        own = [each for each in judged if not each.untrained and (each.matches.site, each.matches.label) == place]
+        if not own:
+            self.troubles.append(f"{place} was steered with, but what its features detect is not known. Run difflex concepts.")
+            return None
+        files = [(strip, path.with_suffix("") / strip.file) for strip in edited.strips]
+        return Steered(
+            place=place,
+            kind=own[0].kind,
+            judged=edited,
+            known=known(own[0].matches, edited, place),
+            strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: _opens(file))),
+        )
+
     def anatomy(self, study: Study) -> Anatomy | None:
         """The anatomy in the study, if it is of its model."""
         path = study.anatomy
@@ -258,6 +302,13 @@ class _Reading(NamedTuple):
             self.troubles.append(f"{path.name} is of {found[0]} {found[1]}, not of this study. difflex anatomy measures again.")
             return None
         return anatomy
+
+
+def _opens(path: Path) -> bool:
+    """True; what is no picture is an error."""
+    with Image.open(path) as file:
+        file.load()
+    return True
 
 
 def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
@@ -335,7 +386,8 @@ def _digest(path: Path) -> str:
 
 def _files(study: Study) -> list[Path]:
     patterns = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
-    return [path for pattern in (*patterns, "concepts/*/*.json") for path in study.folder.glob(pattern)]
+    made = ("concepts/*/*.json", "steering/judged/*/*.json")
+    return [path for pattern in (*patterns, *made) for path in study.folder.glob(pattern)]
 
 
 def _written(paths: Iterable[Path]) -> datetime | None:

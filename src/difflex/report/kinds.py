@@ -1,13 +1,13 @@
 """What the kinds of dictionaries, and what is held beside them, are called and how they look in every figure."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from difflex.report.drawing import Key, Look
 from difflex.report.facts import Judged, Measured
 
-__all__ = ["AUTOENCODERS", "DASHES", "alike", "key", "key_of", "look", "plain", "usual"]
+__all__ = ["AUTOENCODERS", "DASHES", "alike", "key", "key_of", "look", "looks", "plain", "usual"]
 
 NAMES = {
     "topk": "TopK autoencoder",
@@ -29,8 +29,9 @@ LOOKS = {
     "batchtopk": Look(colour=6, marker="ring", dash="12 3"),
     "jumprelu": Look(colour=7, marker="square", dash="5 2"),
     "matryoshka": Look(colour=8, marker="triangle", dash="2 2"),
+    "untrained": Look(colour=5, marker="wedge", dash="12 3 2 3"),
 }
-UNTRAINED = Look(colour=5, marker="wedge", dash="12 3 2 3")
+UNTRAINED = LOOKS["untrained"]
 DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
 NEAR = 0.1
 """Sizes that differ by no more than this share count as equal: an ITDA ends where its data ends."""
@@ -55,6 +56,16 @@ def key_of(judged: Judged) -> Key:
 def look(kind: str) -> Look:
     """How a kind looks."""
     return LOOKS.get(kind, Look(colour=8, marker="ring"))
+
+
+def looks(kinds: Mapping[str, str]) -> dict[str, Look]:
+    """By name, from names to kinds: dictionaries of one kind differ in their dashes."""
+    made = {}
+    for name, kind in kinds.items():
+        same, own = [each for each in kinds if kinds[each] == kind], look(kind)
+        dash = own.dash if len(same) == 1 else DASHES[same.index(name) % len(DASHES)]
+        made[name] = Look(colour=own.colour, marker=own.marker, dash=dash)
+    return made
 
 
 def alike(size: int, other: int) -> bool:

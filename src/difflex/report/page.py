@@ -17,6 +17,7 @@ from difflex.report.figures.explanations import explanations
 from difflex.report.figures.firing import firing
 from difflex.report.figures.pictures import pictures
 from difflex.report.figures.quality import quality
+from difflex.report.figures.steering import steering
 from difflex.report.overview import Spell, again, overview, plainly
 from difflex.report.sections import Figure, Section
 from difflex.report.table import dictionaries
@@ -32,6 +33,7 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
     quality,
     concepts,
     explanations,
+    steering,
     pictures,
     dictionaries,
 )

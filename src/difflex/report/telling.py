@@ -2,7 +2,7 @@
 
 import math
 
-__all__ = ["count", "exact", "number", "percent"]
+__all__ = ["NONE", "count", "exact", "number", "percent"]
 
 NONE = "\N{EN DASH}"
 

@@ -19,9 +19,9 @@ from difflex.errors import BadInput, BrokenFile
 from difflex.records import Moment, Rectangle
 from difflex.steering.editing import Steering
 
-__all__ = ["Curve", "Drawn", "Judged", "Point", "Task", "Trial", "Verdict", "judge", "side_by_side"]
+__all__ = ["Curve", "Drawn", "Judged", "Point", "Strip", "Task", "Trial", "Verdict", "judge", "side_by_side"]
 
-FORMAT = 1
+FORMAT = 2
 BROKEN = 1.5
 """From this many times the loss of unedited pictures on, pictures are called broken."""
 Pictures = Float[Tensor, "picture channel row column"]
@@ -106,6 +106,21 @@ class Curve:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Strip:
+    """A picture under a method at rising strengths, to be looked at: the first of a task, whatever came of it."""
+
+    method: str
+    concept: str
+    group: str
+    prompt: str
+    """Of the unedited picture."""
+    strengths: tuple[float, ...]
+    file: str
+    """Beside the record, in the folder of its name: the unedited picture, then one for each strength, side by side."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Judged:
     """Several methods on several tasks, as they are written and read again."""
 
@@ -114,6 +129,7 @@ class Judged:
     curves: tuple[Curve, ...]
     made_from: Mapping[str, str | int | float]
     """What the figures depend on."""
+    strips: tuple[Strip, ...] = ()
 
     def of(self, method: str) -> list[Curve]:
         """The curves of a method."""
@@ -135,7 +151,8 @@ class Judged:
                 raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
             del said["difflex"]
             curves = [Curve(**{**each, "points": tuple(Point(**point) for point in each["points"])}) for each in said["curves"]]
-            return cls(**{**said, "curves": tuple(curves)})
+            strips = [Strip(**{**each, "strengths": tuple(each["strengths"])}) for each in said["strips"]]
+            return cls(**{**said, "curves": tuple(curves), "strips": tuple(strips)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenFile(
                 f"{path} does not say what edits do ({error}): it is damaged. Delete it; it is made again."

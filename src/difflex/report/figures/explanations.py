@@ -1,19 +1,23 @@
 """How well features are explained in words: figure 7 of arXiv 2505.24360, and what moves such scores besides meaning."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from difflex.book import Book
-from difflex.explanation import Comparison, Method, compare, methods
+from difflex.explanation import Comparison, Difference, Method, compare, methods
 from difflex.report.drawing import Axis, Curve, Drawing, Entry, Key, Look, Mark, Plot, Row, Rows, plot, rows
 from difflex.report.facts import Facts
-from difflex.report.kinds import DASHES, look
+from difflex.report.kinds import looks
 from difflex.report.sections import Figure, Missing, Section, Table
 from difflex.report.telling import count, number, percent
+from difflex.study import Place, Study
 
 __all__ = ["explanations"]
 
 GRID = tuple(i / 50 for i in range(51))
+UNTRAINED = ", untrained model"
+"""What the names of the control's dictionaries end in."""
 CHANCE = 0.5
 """The accuracy of a judge that knows nothing."""
 PAPER = Key("paper", "judged on what the explainer saw (paper)", Look(colour=1, marker="diamond"), line=False)
@@ -23,10 +27,10 @@ SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
 
 def explanations(facts: Facts) -> Section:
     """The section about explanations in words."""
-    found = []
-    for place in facts.books:
-        with Book.open(facts.study.book(*place)) as book:
-            found += [method for method in methods(book, facts.name) if method.accuracies]
+    found = _methods(facts.study, facts.books)
+    if facts.control is not None:
+        others = _methods(facts.control, facts.control_books)
+        found += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in others]
     compared = compare(found)
     return Section(
         name="explanations",
@@ -38,12 +42,21 @@ def explanations(facts: Facts) -> Section:
     )
 
 
+def _methods(study: Study, places: Iterable[Place]) -> list[Method]:
+    """What the books of these dictionaries know of explanations."""
+    found = []
+    for place in places:
+        with Book.open(study.book(*place)) as book:
+            found += [method for method in methods(book, study.folder.resolve().name) if method.accuracies]
+    return found
+
+
 def explained(compared: Comparison) -> Figure:
     """The distribution of accuracy over features, for every method, by backend and protocol."""
     asked = dict.fromkeys((method.backend, method.protocol) for method in compared.methods)
     alike = {each: [method for method in compared.methods if (method.backend, method.protocol) == each] for each in asked}
-    names = list(dict.fromkeys(method.dictionary for method in compared.methods))
-    keys = {name: Key(name, name, _look(name, names)) for name in names}
+    names = {method.dictionary: _kind(method) for method in compared.methods}
+    keys = {name: Key(name, name, look) for name, look in looks(names).items()}
     table = [
         (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
         for method in compared.methods
@@ -51,7 +64,7 @@ def explained(compared: Comparison) -> Figure:
     ]
     told = "; ".join(
         f"{each.one.dictionary} against {each.other.dictionary} ({each.one.protocol}) {each.difference:+.3f}, p {each.p:.2g}"
-        for each in compared.differences[:3]
+        for each in sorted(compared.differences, key=_is_control, reverse=True)[:3]
     )
     return Figure(
         name="explained",
@@ -67,12 +80,14 @@ def explained(compared: Comparison) -> Figure:
     )
 
 
-def _look(name: str, names: Sequence[str]) -> Look:
-    """Of its kind; dictionaries of one kind differ in their dashes."""
-    kind = name.rpartition("/")[2].split("-")[0]
-    same = [each for each in names if each.rpartition("/")[2].split("-")[0] == kind]
-    own = look(kind)
-    return own if len(same) == 1 else Look(colour=own.colour, marker=own.marker, dash=DASHES[same.index(name) % len(DASHES)])
+def _kind(method: Method) -> str:
+    is_untrained = method.dictionary.endswith(UNTRAINED)
+    return "untrained" if is_untrained else method.dictionary.rpartition("/")[2].split("-")[0]
+
+
+def _is_control(pair: Difference) -> bool:
+    """Whether a dictionary is held against its like of the untrained model: these pairs are told first."""
+    return pair.other.dictionary == f"{pair.one.dictionary}{UNTRAINED}"
 
 
 def _distribution(method: Method) -> list[tuple[float, float]]:

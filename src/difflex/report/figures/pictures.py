@@ -1,7 +1,5 @@
 """The features that mean most, and least, with the pictures in which they are strongest: appendix B of arXiv 2505.24360."""
 
-import base64
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ from PIL import Image
 from difflex.book import Album, Book, Example, FeatureRow, overlaid
 from difflex.explanation import methods
 from difflex.report.facts import Facts
+from difflex.report.figures.embedding import address
 from difflex.report.kinds import key
 from difflex.report.sections import Figure, Missing, Section, Table
 from difflex.report.telling import number, percent
@@ -139,7 +138,7 @@ def _images(book: Book, album: Album, row: FeatureRow) -> Iterator[Markup]:
     for example in chosen:
         shot = shots[example.shot]
         picture = overlaid(_small(album.open(shot.picture.file)), example.map, book.about.grid, row.peak, side=SIDE)
-        yield Markup('<img src="{}" alt="{}">').format(_data(picture), _alternative(example, shot.shot.prompt))
+        yield Markup('<img src="{}" alt="{}">').format(address(picture), _alternative(example, shot.shot.prompt))
 
 
 def _small(picture: Image.Image) -> Image.Image:
@@ -150,12 +149,6 @@ def _small(picture: Image.Image) -> Image.Image:
 
 def _alternative(example: Example, prompt: str) -> str:
     return f"{prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
-
-
-def _data(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _line(place: Place, measure: str, each: Ranked, rank: int) -> tuple[str | float | None, ...]:

@@ -1,106 +1,33 @@
-"""Claims of arXiv 2505.24360, each held to a rule that is written beside it."""
+"""Claims of arXiv 2505.24360 about dictionaries, the concepts they match and the model, and their controls."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from statistics import fmean, stdev
-from typing import Literal
 
 from difflex.evaluation import Evaluation
 from difflex.records import Site
-from difflex.report.drawing import element
+from difflex.report.claims.claim import Claim, decided, listed
 from difflex.report.facts import Facts, Judged, Measured
 from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.firing import variants
 from difflex.report.kinds import AUTOENCODERS, alike
-from difflex.report.sections import Figure, Section, Table
 from difflex.report.telling import count, number, percent
 
-__all__ = ["Claim", "claims", "judged"]
+__all__ = [
+    "better_than_neurons",
+    "better_than_untrained_directions",
+    "better_than_untrained_model",
+    "dead_without_normalisation",
+    "itda_rebuilds_better",
+    "norms_differ",
+    "pairs_at_a_block",
+    "spectrum_is_concentrated",
+]
 
-Verdict = Literal["holds here", "does not hold here", "not measured"]
 Both = tuple[Measured, Evaluation]
 MOST, FEW = 0.5, 0.3
 """More than half are most; few are what the paper calls so, fewer than 30 %."""
-TELL = 7
-"""So many comparisons are told one by one on the page; the CSV file has all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What is claimed, what would make it false, and what was found."""
-
-    name: str
-    statement: str
-    rule: str
-    """When it holds."""
-    verdict: Verdict
-    evidence: tuple[str, ...]
-    """The numbers, or which verb is missing."""
-
-
-def claims(facts: Facts) -> Section:
-    """The section of claims."""
-    listed = judged(facts)
-    marks = {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}
-    items = [
-        element(
-            "li",
-            element("p", element("span", marks[each.verdict], aria_hidden="true"), f" {each.verdict}", class_="verdict"),
-            element("h3", each.statement),
-            element("ul", *(element("li", line) for line in _first(each.evidence)), class_="evidence"),
-            element("p", element("span", "Rule "), each.rule, class_="rule"),
-            class_=f"claim {each.verdict.split()[0]}",
-            id=f"claim-{each.name}",
-        )
-        for each in listed
-    ]
-    return Section(
-        name="claims",
-        title="What the paper claims, and what is so here",
-        lead="Claims of arXiv 2505.24360 on FLUX.1, held to the numbers of this study by the rule beside each: "
-        f"{_summary(listed)}.",
-        body=element("ul", *items, class_="claims"),
-        figures=(_file(listed),),
-    )
-
-
-def _first(evidence: Sequence[str]) -> list[str]:
-    more = len(evidence) - TELL
-    return [*evidence[:TELL], *([f"and {more} more in claims.csv"] if more > 0 else [])]
-
-
-def _file(listed: Sequence[Claim]) -> Figure:
-    """The claims as a file, with all of their evidence and nothing drawn."""
-    rows = tuple((each.name, each.statement, each.verdict, line) for each in listed for line in each.evidence)
-    table = Table(("name", "claim", "verdict", "evidence"), rows)
-    return Figure(name="claims", title="", caption="All claims with all their evidence.", formula="", table=table, drawings=())
-
-
-def _summary(listed: Sequence[Claim]) -> str:
-    counted = Counter(each.verdict for each in listed)
-    told = [
-        (counted["holds here"], "so here"),
-        (counted["does not hold here"], "not so"),
-        (counted["not measured"], "not measured"),
-    ]
-    return ", ".join(f"{many} {said}" for many, said in told if many)
-
-
-def judged(facts: Facts) -> list[Claim]:
-    """Every claim with its verdict."""
-    return [
-        dead_without_normalisation(facts),
-        itda_rebuilds_better(facts),
-        better_than_neurons(facts, AUTOENCODERS, "autoencoder"),
-        better_than_neurons(facts, ("itda",), "ITDA"),
-        better_than_untrained_directions(facts),
-        better_than_untrained_model(facts),
-        norms_differ(facts),
-        spectrum_is_concentrated(facts),
-    ]
 
 
 def dead_without_normalisation(facts: Facts) -> Claim:
@@ -118,8 +45,8 @@ def dead_without_normalisation(facts: Facts) -> Claim:
         statement="Without normalisation most features of an autoencoder are dead, with standardising or whitening few are.",
         rule="At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
         "and fewer than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
-        verdict=_verdict(pairs, holds),
-        evidence=_evidence(told, "difflex train STUDY --normalisation none beside the usual one, then difflex evaluate STUDY"),
+        verdict=decided(pairs, holds),
+        evidence=listed(told, "difflex train STUDY --normalisation none beside the usual one, then difflex evaluate STUDY"),
     )
 
 
@@ -146,8 +73,8 @@ def itda_rebuilds_better(facts: Facts) -> Claim:
         statement="ITDA rebuilds activations better than an autoencoder of equal size.",
         rule="Every ITDA has a lower FVU in model space than the best autoencoder at the same site, of the same k and a size "
         "within 10 %; only dictionaries that normalise their data.",
-        verdict=_verdict(pairs, better == len(pairs)),
-        evidence=_evidence(told, "difflex train and difflex itda at one k and size, then difflex evaluate STUDY", summary),
+        verdict=decided(pairs, better == len(pairs)),
+        evidence=listed(told, "difflex train and difflex itda at one k and size, then difflex evaluate STUDY", summary),
     )
 
 
@@ -172,7 +99,7 @@ def _fvu(both: Both) -> float | None:
 
 def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
     """Features of some kinds match known concepts better than neurons."""
-    pairs = _pairs(facts, kinds, lambda other: other.kind == "neurons")
+    pairs = pairs_at_a_block(facts, kinds, lambda other: other.kind == "neurons")
     return _compared(
         name=f"neurons-{said.lower()}",
         statement=f"{said[0].upper()}{said[1:]} features match known concepts better than neurons do.",
@@ -184,7 +111,7 @@ def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
 
 def better_than_untrained_directions(facts: Facts) -> Claim:
     """Dictionaries match known concepts better than axes that nobody trained."""
-    pairs = _pairs(facts, (*AUTOENCODERS, "itda"), lambda other: other.kind in ("pca", "random"))
+    pairs = pairs_at_a_block(facts, (*AUTOENCODERS, "itda"), lambda other: other.kind in ("pca", "random"))
     return _compared(
         name="axes",
         statement="Features match known concepts better than principal axes and random directions do (not in the paper: a "
@@ -197,7 +124,7 @@ def better_than_untrained_directions(facts: Facts) -> Claim:
 
 def better_than_untrained_model(facts: Facts) -> Claim:
     """Dictionaries of the model match known concepts better than those of an untrained one."""
-    pairs = _pairs(facts, (*AUTOENCODERS, "itda"), lambda other: other.untrained)
+    pairs = pairs_at_a_block(facts, (*AUTOENCODERS, "itda"), lambda other: other.untrained)
     return _compared(
         name="untrained",
         statement="Features match known concepts better than those of an untrained model do (not in the paper: a control).",
@@ -207,7 +134,7 @@ def better_than_untrained_model(facts: Facts) -> Claim:
     )
 
 
-def _pairs(facts: Facts, kinds: Sequence[str], is_other: Callable[[Judged], bool]) -> list[tuple[Judged, Judged]]:
+def pairs_at_a_block(facts: Facts, kinds: Sequence[str], is_other: Callable[[Judged], bool]) -> list[tuple[Judged, Judged]]:
     """Trained dictionaries of these kinds, and what stands beside each at the same block with the same k."""
     found = []
     for there in facts.blocks.values():
@@ -228,8 +155,8 @@ def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[J
         rule=f"In every comparison with {others}, at the same k, the best features' AP is higher in the mean over concepts: the "
         "95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that "
         "normalise their data.",
-        verdict=_verdict(found, better == len(found)),
-        evidence=_evidence(told, verb, summary),
+        verdict=decided(found, better == len(found)),
+        evidence=listed(told, verb, summary),
     )
 
 
@@ -277,8 +204,8 @@ def norms_differ(facts: Facts) -> Claim:
         statement="The norms of activations differ between layers and between timesteps.",
         rule="In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
         "layer the longest timestep's at least 1.1 times the shortest's.",
-        verdict=_verdict(told, holds),
-        evidence=_evidence(
+        verdict=decided(told, holds),
+        evidence=listed(
             told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY, at two layers and two steps or more"
         ),
     )
@@ -316,16 +243,6 @@ def spectrum_is_concentrated(facts: Facts) -> Claim:
         statement="The spectrum is concentrated: few principal directions hold most of the variance.",
         rule="At every site measured, a tenth of the principal directions holds more than half of the variance (of a round "
         "cloud it would hold a tenth).",
-        verdict=_verdict(shares, all(shape.share(few) > MOST for few, shape in shares.values())),
-        evidence=_evidence(told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY"),
+        verdict=decided(shares, all(shape.share(few) > MOST for few, shape in shares.values())),
+        evidence=listed(told, f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY"),
     )
-
-
-def _verdict(found: object, holds: bool) -> Verdict:
-    return "not measured" if not found else "holds here" if holds else "does not hold here"
-
-
-def _evidence(told: Sequence[str], verb: str, summary: Sequence[str] = ()) -> tuple[str, ...]:
-    if not told:
-        return (f"Missing: {verb}.",)
-    return (*summary, *told)

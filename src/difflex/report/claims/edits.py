@@ -1,0 +1,70 @@
+"""What is wanted of steering with features, held to a rule."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from difflex.report.claims.claim import Claim, decided, listed
+from difflex.report.facts import Facts
+from difflex.report.steered import Steered, Summary, summary
+from difflex.report.telling import number, percent
+
+__all__ = ["steers_towards_concepts"]
+
+GROUPS = ("colour", "texture", "background")
+GAIN, SHARE, RANDOM = 0.7, 0.5, 0.1
+
+
+class Found(NamedTuple):
+    """What came of steering towards the concepts of a group."""
+
+    group: str
+    concepts: int
+    features: int
+    own: Summary | None
+    random: Summary | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether enough concepts have a feature, and steering does what is wanted where a random direction does not."""
+        enough = self.concepts > 0 and self.features >= SHARE * self.concepts
+        gains = self.own is not None and self.own.gain >= GAIN
+        return enough and gains and self.random is not None and self.random.gain < RANDOM
+
+
+def steers_towards_concepts(facts: Facts) -> Claim:
+    """Features of colours, textures and backgrounds put what they detect into pictures."""
+    found = [(each, _groups(each)) for each in facts.steered if set(GROUPS) <= each.known.keys()]
+    told = [f"{each.place}, {_said(group)}" for each, groups in found for group in groups]
+    return Claim(
+        name="steering",
+        statement="Features of colours, textures and backgrounds, added where they are wanted, put them into the picture and "
+        "leave the rest (not a claim of the paper, which shows single examples).",
+        rule="In one dictionary at least, for the colours, for the textures and for the backgrounds alike: half of them or more "
+        "have a feature of AP ≥ 0.8, and among these the median over concepts of the success less the rate without the edit is "
+        "at least 70 %, at a strength at which at least 90 % of all else that was right stays so and no picture breaks; random "
+        "directions of equal length get less than 10 %.",
+        verdict=decided(found, any(all(group.holds for group in groups) for _, groups in found)),
+        evidence=listed(told, "difflex steer-eval STUDY, towards colours, textures and backgrounds"),
+    )
+
+
+def _groups(each: Steered) -> Sequence[Found]:
+    return [
+        Found(
+            group,
+            each.known[group].concepts,
+            len(each.known[group].detected),
+            summary(each.curves("feature", group)),
+            summary(each.curves("random", group)),
+        )
+        for group in GROUPS
+    ]
+
+
+def _said(found: Found) -> str:
+    features = f"{found.group}: {found.features} of {found.concepts} have a feature"
+    if found.own is None or found.random is None:
+        return features
+    own = found.own
+    at = "no strength will do" if own.strength is None else f"keeping {percent(own.kept)}, at strength {number(own.strength)}"
+    return f"{features}; {percent(own.gain)} above the rate without ({at}); random directions {percent(found.random.gain)}"

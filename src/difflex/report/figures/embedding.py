@@ -1,0 +1,15 @@
+"""Pictures that are inside the page."""
+
+import base64
+import io
+
+from PIL import Image
+
+__all__ = ["address"]
+
+
+def address(picture: Image.Image) -> str:
+    """`picture` as an address that holds it."""
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

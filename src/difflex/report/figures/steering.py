@@ -1,0 +1,286 @@
+"""What steering does: does the concept appear, what else stays, and what does it cost, by method and strength."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import NamedTuple
+
+from markupsafe import Markup
+from PIL import Image
+
+from difflex.report.drawing import Axis, Curve, Drawing, Key, Look, Mark, Plot, element, plot
+from difflex.report.facts import Facts
+from difflex.report.figures.embedding import address
+from difflex.report.kinds import key, looks
+from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.steered import Steered, Summary, summary
+from difflex.report.telling import NONE, count, number, percent
+from difflex.steering import Curve as Trials
+from difflex.steering import Point, Strip
+
+__all__ = ["steering"]
+
+LEAD = (
+    "A feature that detects a concept (AP ≥ 0.8) is added where the concept is to appear, in pictures whose captions name "
+    "another one of its group; a judge of the drawn world says whether it does, and what else of the captions is still so. "
+    "Beside it: the neuron that detects it best, a contrast of captions, a random direction of equal length, and the caption "
+    "edited instead."
+)
+BESIDE = {
+    "neuron": key("neurons"),
+    "contrast": Key("contrast", "contrast of captions", Look(colour=3, marker="triangle", dash="9 3 2 3")),
+    "random": key("random"),
+    "prompt": Key("prompt", "the caption edited", Look(colour=8, marker="wedge"), line=False),
+}
+"""What is judged beside a dictionary's own features."""
+SAID = {
+    "feature": "features",
+    "neuron": "neurons",
+    "contrast": "contrast",
+    "random": "random directions",
+    "prompt": "edited caption",
+}
+BAR = Key("bar", "the bar", Look(colour=8, marker="none", dash="2 4"))
+COLUMNS = 7
+"""Pictures in a row of the grid, at most."""
+
+
+class Measure(NamedTuple):
+    """What is drawn over strength."""
+
+    name: str
+    title: str
+    axis: str
+    caption: str
+    formula: str
+    of: Callable[[Point], float]
+    bar: float | None
+
+
+MEASURES = (
+    Measure(
+        "success",
+        "Does the concept appear",
+        "success",
+        "The share of pictures that show the concept where it was put.",
+        "pictures that show it / pictures, median over concepts",
+        lambda point: point.success,
+        None,
+    ),
+    Measure(
+        "kept",
+        "What else stays",
+        "kept",
+        "Of all else that the captions state and the unedited pictures had right, the share that still is; the bar is 90 %.",
+        "statements still right / statements right without the edit, median over concepts",
+        lambda point: point.specificity,
+        0.9,
+    ),
+    Measure(
+        "loss",
+        "What it costs",
+        "loss",
+        "The unedited model's loss on the finished pictures, noised again and asked without a caption, over that on unedited "
+        "ones: 1 is as good, and from 1.5 on, the bar, pictures count as broken.",
+        "loss with the edit / loss without, at noise 0.3, 0.6 and 0.9, median over concepts",
+        lambda point: point.quality,
+        1.5,
+    ),
+)
+
+
+class Line(NamedTuple):
+    """A method on a group of concepts at a site."""
+
+    site: str
+    group: str
+    key: Key
+    curves: tuple[Trials, ...]
+
+    @property
+    def strengths(self) -> list[float]:
+        """All at which something was judged."""
+        return sorted({point.strength for curve in self.curves for point in curve.points})
+
+    def values(self, strength: float, of: Callable[[Point], float]) -> list[float]:
+        """A figure of each concept at one strength, in rising order."""
+        return sorted(of(point) for curve in self.curves for point in curve.points if point.strength == strength)
+
+
+def steering(facts: Facts) -> Section:
+    """The section about steering."""
+    drawn = _lines(facts.steered)
+    figures = (_table(facts.steered), *(_over_strength(measure, drawn) for measure in MEASURES if drawn), _points(facts.steered))
+    body = (_strips(each) for each in facts.steered)
+    return Section(
+        name="steering",
+        title="Steering",
+        lead=LEAD,
+        body=Markup("").join(body) + _summaries(facts.steered) if facts.steered else Markup(""),
+        figures=figures if facts.steered else (),
+        missing=() if facts.steered else (Missing("What comes of steering towards known concepts", "difflex steer-eval STUDY"),),
+    )
+
+
+def _lines(steered: Sequence[Steered]) -> list[Line]:
+    """Every method on every group at every site; what stands beside several dictionaries of a site is told once."""
+    found: dict[tuple[str, str, str], list[Trials]] = {}
+    names = {str(each.place): each.kind for each in steered}
+    own = {name: Key(name, name, look) for name, look in looks(names).items()}
+    for each in steered:
+        for group in each.groups:
+            for method in each.methods:
+                series = str(each.place) if method == "feature" else method
+                found.setdefault((str(each.place.site), group, series), []).extend(each.curves(method, group))
+    return [
+        Line(site, group, own[series] if series in own else BESIDE[series], tuple(dict.fromkeys(curves)))
+        for (site, group, series), curves in found.items()
+    ]
+
+
+def _over_strength(measure: Measure, drawn: Sequence[Line]) -> Figure:
+    """Small multiples, one for each site and group."""
+    rows = []
+    for line in drawn:
+        for strength in line.strengths:
+            low, middle, high = _quartiles(line.values(strength, measure.of))
+            said = (line.site, line.group, line.key.name, strength, len(line.values(strength, measure.of)))
+            rows.append((*said, low, middle, high))
+    panels = dict.fromkeys((line.site, line.group) for line in drawn)
+    return Figure(
+        name=measure.name,
+        title=f"{measure.title}, by strength",
+        caption=f"{measure.caption} A strength of 1 is what a feature's largest code writes, or the contrast as long as it was "
+        "found, and for the caption the whole of it. Only concepts that the dictionary has a feature for.",
+        formula=measure.formula,
+        table=Table(("site", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)),
+        drawings=tuple(
+            _panel(measure, site, group, [line for line in drawn if (line.site, line.group) == (site, group)])
+            for site, group in panels
+        ),
+        keys=(*dict.fromkeys(line.key for line in drawn), *((BAR,) if measure.bar is not None else ())),
+    )
+
+
+def _panel(measure: Measure, site: str, group: str, there: Sequence[Line]) -> Drawing:
+    tell = number if measure.name == "loss" else percent
+    curves = []
+    for line in there:
+        marks = []
+        for strength in line.strengths:
+            values = line.values(strength, measure.of)
+            low, middle, high = _quartiles(values)
+            told = f"{measure.axis} {tell(middle)} ({tell(low)} to {tell(high)})"
+            tip = f"{line.key.name}\nstrength {strength:g}\n{told}\n{count(len(values), 'concept')}"
+            marks.append(Mark(x=strength, y=middle, tip=tip))
+        curves.append(Curve(series=line.key.series, look=line.key.look, marks=tuple(marks), line=len(marks) > 1))
+    ends = [strength for line in there for strength in line.strengths]
+    if measure.bar is not None and ends:
+        marks = [Mark(x=x, y=measure.bar, tip=f"the bar: {tell(measure.bar)}") for x in (min(ends), max(ends))]
+        curves.append(Curve(series=BAR.series, look=BAR.look, marks=tuple(marks), dots=False))
+    is_share = measure.name != "loss"
+    y = Axis(label=measure.axis, percent=is_share, low=0.0, high=1.0 if is_share else None)
+    about = f"{count(len(there), 'method')} over strength, the median over concepts of the group {group}."
+    return plot(Plot(title=f"{group}, {site}", description=about, x=Axis(label="strength"), y=y, curves=tuple(curves)))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values,) * 3
+    return low, middle, high
+
+
+def _summarised(steered: Sequence[Steered]) -> Iterator[tuple[Steered, str, str, str, Summary | None]]:
+    """Each dictionary, method and group with the features it has, out of how many; what has none is told once."""
+    for each in steered:
+        for method in each.methods or ["feature"]:
+            for group, known in each.known.items():
+                share = f"{len(known.detected)} of {known.concepts}"
+                if known.detected or method == "feature":
+                    yield each, method, group, share, summary(each.curves(method, group))
+
+
+def _table(steered: Sequence[Steered]) -> Figure:
+    rows = []
+    for each, method, group, _, found in _summarised(steered):
+        known = each.known[group]
+        figures = (None,) * 6 if found is None else found[1:]
+        rows.append((str(each.place), method, group, known.concepts, len(known.detected), *figures))
+    columns = ("dictionary", "method", "group", "concepts", "with a feature", "gain", "without", "success", "kept", "loss")
+    return Figure(
+        name="steered",
+        title="",
+        caption="All digits of the table above. Medians over the concepts that a feature of the dictionary detects with AP ≥ "
+        "0.8, each at the strength that is best for it: the highest success that keeps 90 % of all else and breaks no picture. "
+        "Gain is the success there less the share of unedited pictures that show the concept, and 0 where no strength will do.",
+        formula="",
+        table=Table((*columns, "strength"), tuple(rows)),
+        drawings=(),
+    )
+
+
+def _summaries(steered: Sequence[Steered]) -> Markup:
+    """The same to be read."""
+    names = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
+    head = element("tr", *(element("th", name, scope="col", class_="word" if i < 3 else None) for i, name in enumerate(names)))
+    body = []
+    for each, method, group, share, found in _summarised(steered):
+        tells = (percent, percent, percent, percent, number, number)
+        told = [NONE] * 6 if found is None else [tell(value) for tell, value in zip(tells, found[1:], strict=True)]
+        words = [element("td", word, class_="word") for word in (SAID.get(method, method), group)]
+        cells = [element("td", value) for value in (share, *told)]
+        body.append(element("tr", element("th", str(each.place), scope="row"), *words, *cells))
+    table = element("table", element("thead", head), element("tbody", *body))
+    return element("div", table, class_="box", tabindex="0", role="region", aria_label="What comes of steering")
+
+
+def _points(steered: Sequence[Steered]) -> Figure:
+    """Everything that was judged, as a file."""
+    columns = ("dictionary", "method", "what is added", "group", "concept", "detected", "pictures", "without", "strength")
+    return Figure(
+        name="points",
+        title="",
+        caption="Every concept at every strength.",
+        formula="",
+        table=Table((*columns, "success", "kept", "loss", "confidence"), tuple(_all(steered))),
+        drawings=(),
+    )
+
+
+def _all(steered: Sequence[Steered]) -> Iterator[tuple[str | float, ...]]:
+    for each in steered:
+        for curve in each.judged.curves:
+            known = "yes" if curve.concept in each.known[curve.group].detected else "no"
+            told = (str(each.place), curve.method, curve.told, curve.group, curve.concept, known, curve.trials, curve.without)
+            for point in curve.points:
+                yield *told, point.strength, point.success, point.specificity, point.quality, point.confidence
+
+
+def _strips(each: Steered) -> Markup:
+    """Pictures to look at: of each group the concept that steering is best at, by every method."""
+    cards = []
+    for group in dict.fromkeys(strip.group for strip, _ in each.strips):
+        own = [(strip, file) for strip, file in each.strips if strip.group == group]
+        head = Markup("<p><b>{}</b> in “{}”</p>").format(own[0][0].concept, own[0][0].prompt)
+        rows = Markup("").join(_tiles(*strip) for strip in own)
+        cards.append(Markup("<li>{}{}</li>").format(head, rows))
+    if not cards:
+        return Markup("")
+    title = Markup("<h3>{} <small>{}</small></h3>").format(str(each.place), key(each.kind).name)
+    told = Markup('<p class="lead">Of each group the concept that features are best at, in the first picture of its trials.</p>')
+    return title + told + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
+
+
+def _tiles(strip: Strip, path: Path) -> Markup:
+    """The pictures of a strip, each above its strength, under the name of the method."""
+    with Image.open(path) as file:
+        whole = file.convert("RGB")
+    labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]
+    width = whole.width // len(labels)
+    made = []
+    for place, label in enumerate(labels):
+        tile = whole.crop((place * width, 0, (place + 1) * width, whole.height))
+        said = f"{strip.concept} by {SAID.get(strip.method, strip.method)}, {label}"
+        made.append(Markup('<li><img src="{}" alt="{}"><p>{}</p></li>').format(address(tile), said, label))
+    columns = f"--columns: {min(len(labels), COLUMNS)}"
+    name = element("p", SAID.get(strip.method, strip.method), class_="fine")
+    return name + element("ul", *made, class_="tiles", style=columns)

@@ -1,0 +1,115 @@
+"""What is known of steering with a dictionary's features: how well edits do, and which concepts it has a feature for."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from difflex.concepts import Matches
+from difflex.steering import Curve, Judged, Strip
+from difflex.study import Place
+
+__all__ = ["DETECTS", "Known", "Steered", "Summary", "has_numbers", "known", "summary"]
+
+DETECTS = 0.8
+"""From this average precision on a feature detects a concept, and is held to what it says."""
+
+
+class Known(NamedTuple):
+    """The concepts of a group, and those of them that a steered feature detects."""
+
+    concepts: int
+    detected: frozenset[str]
+
+
+class Summary(NamedTuple):
+    """Medians over concepts, each at the strength that is best for it; None where no strength will do for any."""
+
+    features: int
+    gain: float
+    """Success over that without the edit, 0 where no strength will do."""
+    without: float
+    success: float | None
+    kept: float | None
+    loss: float | None
+    strength: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """A dictionary whose features were steered with."""
+
+    place: Place
+    kind: str
+    judged: Judged
+    known: Mapping[str, Known]
+    """By group of concepts."""
+    strips: tuple[tuple[Strip, Path], ...]
+    """To be looked at, each with its picture."""
+
+    @property
+    def methods(self) -> list[str]:
+        """What was judged, the dictionary's own features first."""
+        return list(dict.fromkeys(curve.method for curve in self.judged.curves))
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups in which some feature detects a concept."""
+        return [group for group, known in self.known.items() if known.detected]
+
+    def curves(self, method: str, *groups: str) -> list[Curve]:
+        """Those of a method for the concepts of these groups that the dictionary has a feature for."""
+        return [
+            curve
+            for curve in self.judged.of(method)
+            if curve.group in groups and curve.concept in self.known[curve.group].detected
+        ]
+
+
+def known(matches: Matches, judged: Judged, place: Place) -> dict[str, Known]:
+    """By group: how many concepts there are, and which the features that were steered with detect."""
+    steered = {curve.concept: curve.told for curve in judged.of("feature")}
+    findings = matches.levels[0].findings
+    made = {}
+    asked = [group for group in str(judged.made_from.get("groups", "")).split(",") if group]
+    for group in dict.fromkeys([*asked, *(curve.group for curve in judged.curves)]):
+        there = [finding for finding in findings if finding.concept.group == group]
+        detected = [
+            finding.concept.name
+            for finding in there
+            if finding.best.ap.value >= DETECTS and steered.get(finding.concept.name) == f"{place} {finding.best.features[0]}"
+        ]
+        made[group] = Known(len(there), frozenset(detected))
+    return made
+
+
+def summary(curves: Iterable[Curve]) -> Summary | None:
+    """What came of steering towards each concept, in the middle; None for no concept."""
+    listed = list(curves)
+    if not listed:
+        return None
+    best = [point for curve in listed if (point := curve.best()) is not None]
+    middle = lambda values: median(values) if values else None  # noqa: E731
+    return Summary(
+        features=len(listed),
+        gain=median([curve.gain() for curve in listed]),
+        without=median([curve.without for curve in listed]),
+        success=middle([point.success for point in best]),
+        kept=middle([point.specificity for point in best]),
+        loss=middle([point.quality for point in best]),
+        strength=middle([point.strength for point in best]),
+    )
+
+
+def has_numbers(judged: Judged) -> bool:
+    """Whether all that should be a number is one, and there is something to tell."""
+    points = [point for curve in judged.curves for point in curve.points]
+    figures = [
+        figure
+        for point in points
+        for figure in (point.strength, point.success, point.specificity, point.quality, point.confidence)
+    ]
+    figures += [curve.without for curve in judged.curves]
+    return all(isinstance(figure, int | float) and math.isfinite(figure) for figure in figures)
