@@ -146,11 +146,11 @@ def test_what_was_never_shown_cannot_be_removed():
     assert rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
 
 
-def test_of_the_settings_that_reach_the_bar_the_one_that_costs_least_is_taken():
-    mild, strong, dear = (
-        Tried(n, -1.0, Rates(ua, 0.95, 0.95, own)) for n, ua, own in ((1, 0.8, 1.0), (2, 0.9, 0.9), (4, 1.0, 0.5))
-    )
+def test_the_setting_whose_least_rate_is_largest_is_taken_and_of_more_than_enough_the_cheapest():
+    setting = lambda n, ua, own: Tried(n, -1.0, Rates(ua, 0.96, 0.97, own))  # noqa: E731
+    mild, strong, dear = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
     assert best_of([mild, dear, strong]) == strong
+    assert best_of([mild, setting(8, 0.7, 1.0)]) == mild
     assert best_of([mild, mild._replace(features=8)]) == mild
     with pytest.raises(BadInput, match="at least one"):
         best_of([])
@@ -237,6 +237,16 @@ def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough():
     half, all_of_it = list(shown.tried("red", cuts, [(2, -1.0), (1, 0.0), (1, 0.5)]))
     assert (half.features, half.strength, half.rates.ua) == (1, 0.5, 0.0)
     assert (all_of_it.features, all_of_it.strength, all_of_it.rates.ua) == (1, 0.0, 1.0)
+
+
+def test_what_retains_too_little_is_not_tried_more_strongly():
+    def spoilt(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+        return [verdict(True, shape=False) for _ in numbers]
+
+    shown = replace(pictured([]), edited=spoilt)
+    tried = shown.tried("red", shown.chosen("red", 2), [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)])
+    # A third of what else is right is gone at once; only what is milder in one of the two could do better.
+    assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
 
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():

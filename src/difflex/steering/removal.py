@@ -27,7 +27,7 @@ __all__ = ["Cut", "Firings", "Pictured", "Rates", "Removal", "Removed", "Tried",
 FORMAT = 1
 BAR, ENOUGH = 0.9, 0.95
 """What removal and retention are to reach; and what ends the search for more where they do."""
-PART = 4
+PART = 6
 """Of the prompts that name each other concept, one in so many is drawn with an edit."""
 
 
@@ -157,13 +157,12 @@ def _share(answers: Iterable[Sequence[bool]]) -> float:
     return math.fsum(shares) / len(shares) if shares else 1.0
 
 
-def best_of(tried: Sequence[Tried], bar: float = BAR) -> Tried:
-    """The setting to take: of those that reach the bar the one that costs least where it is at work; if none does, the one whose
-    least rate is largest. Among equals the first."""
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The setting to take: the one whose least rate is largest, where all that is more than enough counts alike; among equals the
+    one that costs least where it is at work, then the first."""
     if not tried:
         raise BadInput("There is no setting to choose from. Name at least one number of features and one strength.")
-    good = [each for each in tried if each.rates.reach(bar)]
-    return max(good, key=lambda each: each.rates.own) if good else max(tried, key=lambda each: each.rates.least)
+    return max(tried, key=lambda each: (min(each.rates.least, ENOUGH), each.rates.own))
 
 
 @final
@@ -307,15 +306,21 @@ class Pictured:
         named = [self.named[number] for number in about]
         return rates(concept, named, [self.before[number] for number in about], [after[number] for number in about])
 
-    def tried(
-        self, concept: str, cuts: Sequence[Cut], settings: Iterable[tuple[int, float]], enough: float = ENOUGH
-    ) -> Iterator[Tried]:
-        """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough."""
+    def tried(self, concept: str, cuts: Sequence[Cut], settings: Iterable[tuple[int, float]]) -> Iterator[Tried]:
+        """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough.
+
+        What is in both no milder than a setting that retains too little is not tried.
+        """
+        lost: list[tuple[int, float]] = []
         for number, strength in sorted(settings, key=lambda each: each[0] * (1 - each[1])):
+            if any(number >= fewer and strength <= milder for fewer, milder in lost):
+                continue
             found = Tried(number, strength, self.rates(concept, [cut.of(number) for cut in cuts], strength))
             yield found
-            if found.rates.reach(enough):
+            if found.rates.reach(ENOUGH):
                 return
+            if min(found.rates.ira, found.rates.cra) < BAR:
+                lost.append((number, strength))
 
     def _about(self, concept: str) -> list[int]:
         """The pictures that removing `concept` is judged by: all that name it, and of every other concept a part."""
