@@ -1,7 +1,7 @@
 """`difflex contrast`: a direction from pairs of prompts, and what features it is made of."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, final
@@ -12,11 +12,11 @@ from difflex.commands.flags import Range
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
-from difflex.records import Shot, Site
-from difflex.steering import Method, Toolbox, contrast, made_of
+from difflex.records import Activations, Shot, Site
+from difflex.steering import Inside, Method, Toolbox, contrast, everywhere, made_of
 from difflex.study import Command, Study
 
-__all__ = ["Contrast", "contrasted", "pairs_in"]
+__all__ = ["Contrast", "both_sides", "contrasted", "pairs_in"]
 
 
 @final
@@ -106,8 +106,22 @@ def contrasted(
     seeds: range = range(1),
     steps: range | None = None,
     batch: int = 16,
+    inside: Inside = everywhere,
 ):
     """The contrast between the prompts of `pairs` at `site`, both of a pair from the same noise."""
+    return contrast(*both_sides(pipe, site, pairs, seeds=seeds, steps=steps, batch=batch), method, inside=inside)
+
+
+def both_sides(
+    pipe: Pipeline,
+    site: Site,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    seeds: range = range(1),
+    steps: range | None = None,
+    batch: int = 16,
+) -> tuple[Iterator[Activations], Iterator[Activations]]:
+    """The activations at `site` under the wanted prompts of `pairs`, and under the others, both of a pair from the same noise."""
     pairs = list(pairs)
     plain = list(pipe.shots("", keep_steps=steps))
 
@@ -118,5 +132,4 @@ def contrasted(
                     # Each pair has a noise of its own, so that a prompt may stand in several.
                     yield replace(shot, prompt=pair[side], seed=seed * len(pairs) + number)
 
-    wanted, unwanted = (pipe.harvest(shots(side), site, batch) for side in (0, 1))
-    return contrast(wanted, unwanted, method)
+    return pipe.harvest(shots(0), site, batch), pipe.harvest(shots(1), site, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, final
@@ -18,12 +18,19 @@ from torch import Tensor
 from difflex.dictionary import Dictionary
 from difflex.dictionary.files import replace_file
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import Activations, Site
+from difflex.records import Activations, Rectangle, Shot, Site
+from difflex.steering.regions import covered
 
-__all__ = ["Contrast", "Method", "Part", "contrast", "made_of"]
+__all__ = ["Contrast", "Inside", "Method", "Part", "contrast", "contrasts", "everywhere", "made_of"]
 
 FORMAT = 1
 Method = Literal["mean", "principal"]
+Inside = Callable[[Shot], Rectangle | None]
+"""Which part of the picture of a shot counts; None for all of it."""
+
+
+def everywhere(shot: Shot) -> None:
+    """No part of the picture of a shot counts more than another."""
 
 
 class Part(NamedTuple):
@@ -85,20 +92,45 @@ class Contrast:
 
 
 def contrast(
-    wanted: Iterable[Activations], unwanted: Iterable[Activations], method: Method = "mean", steps: Sequence[float] | None = None
+    wanted: Iterable[Activations],
+    unwanted: Iterable[Activations],
+    method: Method = "mean",
+    steps: Sequence[float] | None = None,
+    inside: Inside = everywhere,
 ) -> Contrast:
     """The direction from `unwanted` to `wanted`, by their activations at one site: pair by pair, in the same order and at the
     same seeds and timesteps (those of `steps` alone, if given).
 
-    Each activation is the mean over a shot's tokens; a pair's difference is the mean over its timesteps. `mean`: the mean of the
-    differences. `principal`: their first principal component about zero, on the side of that mean and as long.
+    Each activation is the mean over a shot's tokens, those `inside` a part of its picture; a pair's difference is the mean over
+    its timesteps. `mean`: the mean of the differences. `principal`: their first principal component about zero, on the side of
+    that mean and as long.
     """
-    ours, theirs = _Side(wanted, steps), _Side(unwanted, steps)
+    return contrasts(wanted, unwanted, [None], method, steps, inside)[0]
+
+
+def contrasts(
+    wanted: Iterable[Activations],
+    unwanted: Iterable[Activations],
+    counts: Iterable[int | None],
+    method: Method = "mean",
+    steps: Sequence[float] | None = None,
+    inside: Inside = everywhere,
+) -> list[Contrast]:
+    """The same from the first so many pairs alone, for each of `counts`; None for all."""
+    ours, theirs = _Side(wanted, steps, inside), _Side(unwanted, steps, inside)
     if not ours.means or len(ours.means) != len(theirs.means):
         raise BadInput(f"A contrast takes pairs of prompts; it was given {len(ours.means)} and {len(theirs.means)}.")
     if ours.site != theirs.site or ours.timesteps != theirs.timesteps:
         raise BadInput(f"The two sides of a contrast differ in more than prompts: {ours.told} and {theirs.told}.")
-    differences = torch.stack([*ours.means.values()]) - torch.stack([*theirs.means.values()])
+    return [_between(ours, theirs, count, method) for count in counts]
+
+
+def _between(ours: _Side, theirs: _Side, count: int | None, method: Method) -> Contrast:
+    """The contrast by the first `count` pairs."""
+    many = len(ours.means) if count is None else count
+    if not 0 < many <= len(ours.means):
+        raise BadInput(f"A contrast of {many} pairs was asked for, there are {len(ours.means)}. Ask for 1 to {len(ours.means)}.")
+    differences = torch.stack([*ours.means.values()][:many]) - torch.stack([*theirs.means.values()][:many])
     mean = differences.mean(0)
     if not bool(mean.any()):
         raise BadInput(f"The two sides of the contrast do not differ at {ours.site}. Name prompts that do.")
@@ -108,10 +140,10 @@ def contrast(
         model=ours.model,
         revision=ours.revision,
         method=method,
-        pairs=len(differences),
+        pairs=many,
         timesteps=tuple(sorted(ours.timesteps, reverse=True)),
-        wanted=tuple(dict.fromkeys(prompt for prompt, _ in ours.means)),
-        unwanted=tuple(dict.fromkeys(prompt for prompt, _ in theirs.means)),
+        wanted=tuple(dict.fromkeys(prompt for prompt, _ in [*ours.means][:many])),
+        unwanted=tuple(dict.fromkeys(prompt for prompt, _ in [*theirs.means][:many])),
         norm=(ours.norm + theirs.norm) / 2,
         direction=direction.float(),
     )
@@ -120,7 +152,7 @@ def contrast(
 class _Side:
     """The mean activation of each shot's run, in the order of the prompts."""
 
-    def __init__(self, activations: Iterable[Activations], steps: Sequence[float] | None) -> None:
+    def __init__(self, activations: Iterable[Activations], steps: Sequence[float] | None, inside: Inside) -> None:
         sums: dict[tuple[str, int], list[Tensor]] = {}
         norms, self.timesteps, sites = [], set(), set()
         for seen in activations:
@@ -130,9 +162,11 @@ class _Side:
             self.site, self.model, self.revision = seen.site, seen.shots[0].model, seen.shots[0].revision
             values = seen.values.double()
             norms.append(float(values.norm(dim=-1).mean()))
-            for shot, mean in zip(seen.shots, values.mean(1).cpu(), strict=True):
+            for shot, tokens in zip(seen.shots, values, strict=True):
+                region = inside(shot) if seen.grid is not None else None
+                there = tokens if region is None or seen.grid is None else tokens[covered(region, seen.grid).to(tokens.device)]
                 self.timesteps.add(shot.timestep or 0.0)
-                sums.setdefault((shot.prompt, shot.seed), []).append(mean)
+                sums.setdefault((shot.prompt, shot.seed), []).append(there.mean(0).cpu())
         if len(sites) > 1:
             raise BadInput(f"A contrast is at one site; it was given activations of {', '.join(map(str, sorted(sites)))}.")
         self.means = {shot: torch.stack(each).mean(0) for shot, each in sums.items()}

@@ -1,0 +1,187 @@
+"""`difflex findings`: what papers found of steering, tried on a model of the drawn world."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.commands.contrast import both_sides
+from difflex.commands.drawing import drawn_by
+from difflex.commands.flags import Numbers
+from difflex.commands.opening import load_studied
+from difflex.commands.steer import Strengths
+from difflex.concepts import Matches
+from difflex.errors import BadInput
+from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, finding, pairs_for
+from difflex.pipeline import Pipeline
+from difflex.records import Edit, Site
+from difflex.steering import Toolbox, contrasts, steered_along
+from difflex.store.files import digest
+from difflex.study import Command, Place, Study
+from difflex.trials import group_of, placed
+
+__all__ = ["FindingsOf"]
+
+LEAST = 0.5
+"""A feature of this average precision or more stands for a concept; else its contrast does."""
+Name = Literal["pairs", "distribution", "adversarial", "quality", "size", "related", "steps"]
+BY_FEATURES = ("related", "steps")
+"""Experiments in which features are tried where there are any."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FindingsOf(Command):
+    """Try on a model of the drawn world what papers found of steering, and say of each finding whether it holds here.
+
+    Five of arXiv 2505.03189 on contrasts, two of arXiv 2505.24360 on features. Given again, it makes what is lacking.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world; it need not hold anything yet."""
+    site: Annotated[str | None, arg(metavar="SITE", help_behavior_hint="(default: that of the study's dictionaries)")] = None
+    """Where to steer."""
+    only: Annotated[tuple[Name, ...], arg(metavar="NAME...", help_behavior_hint="(default: all)")] = ()
+    """Which experiments."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
+    """Concepts of which groups."""
+    concepts: Annotated[int, arg(metavar="N")] = 2
+    """How many of each group."""
+    trials: Annotated[int, arg(metavar="N")] = 10
+    """Pictures for each concept and condition."""
+    pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
+    """Contrasts from so many pairs; where that does not matter, from the most."""
+    strength: Strengths = (0.1, 0.2, 0.35, 0.6, 1.0)
+    """How strongly, in lengths of a mean activation; the first and last are tried where quality is measured alone."""
+    other: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: none)")] = None
+    """The study of a larger or smaller model, with findings of its own, for the finding on size."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the card only the part at work."""
+
+    def __call__(self) -> list[Path]:
+        scope = self._scope()
+        toolbox = Toolbox(Study.open(self.study))
+        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        site = self._site(toolbox.study, pipe)
+        path, other = toolbox.study.findings(site), self._other(site)
+        bench = self._bench(toolbox, pipe, site, scope, other)
+        known = Findings.load(path) if path.is_file() else None
+        made = Findings(
+            model=toolbox.study.model,
+            revision=toolbox.study.revision,
+            site=str(site),
+            parameters=bench.parameters,
+            found=() if known is None else known.found,
+        )
+        names = self.only or tuple(EXPERIMENTS)
+        for number, name in enumerate(names, 1):
+            made_from, old = self._made_from(toolbox, site, scope, name, other), made.of(name)
+            print(
+                f"{site}: {name}, {number} of {len(names)}{', as before' if old and old.made_from == made_from else ''}",
+                flush=True,
+            )
+            if old is None or old.made_from != made_from:
+                made = _with(made, finding(name, bench, made_from))
+                made.save(path)
+        print("\n".join(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.because}" for each in made.found))
+        return [path]
+
+    def _scope(self) -> Scope:
+        if self.trials < 1 or not self.pairs or min(self.pairs) < 1 or not self.strength or min(self.strength) <= 0:
+            raise BadInput(
+                f"--trials {self.trials}, --pairs {','.join(map(str, self.pairs))} and --strength "
+                f"{','.join(f'{each:g}' for each in self.strength)} leave nothing to try. Give numbers above 0."
+            )
+        scope = Scope(
+            groups=self.groups,
+            each=self.concepts,
+            trials=self.trials,
+            counts=tuple(sorted(set(self.pairs))),
+            strengths=tuple(sorted(set(self.strength))),
+        )
+        scope.concepts()  # says what is wrong with them
+        return scope
+
+    def _site(self, study: Study, pipe: Pipeline) -> Site:
+        """The site asked for, or that of the study's dictionaries."""
+        if self.site is not None:
+            return pipe.site(self.site)
+        there = list(dict.fromkeys(place.site for place in study.dictionaries() if place.site.kind != "neurons"))
+        if len(there) != 1:
+            raise BadInput(f"{self.study} has dictionaries of {len(there)} sites. Say with --site where to steer.")
+        return there[0]
+
+    def _other(self, site: Site) -> Path | None:
+        """The file of the other study."""
+        if self.other is None:
+            return None
+        study = Study.open(self.other)
+        there = sorted((study.folder / "steering" / "findings").glob("*.json"))
+        own = study.findings(site)
+        if not there or (own not in there and len(there) > 1):
+            what = "findings of several sites, none of them" if there else "no findings, nor any"
+            raise BadInput(f"{self.other} has {what} at {site}. Run difflex findings {self.other} first.")
+        return own if own in there else there[0]
+
+    def _bench(self, toolbox: Toolbox, pipe: Pipeline, site: Site, scope: Scope, other: Path | None) -> Bench:
+        def contrasted(concept: str) -> Mapping[int, Way]:
+            sides = both_sides(pipe, site, pairs_for(concept, max(scope.counts)), batch=32)
+            found = contrasts(*sides, scope.counts, inside=lambda shot: placed(shot.prompt, group_of(concept)))
+            return {each.pairs: Way(f"{each.pairs} pairs", steered_along(each)) for each in found}
+
+        return Bench(
+            site=site,
+            scope=scope,
+            parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
+            drawn=lambda steps: drawn_by(pipe, steps),
+            contrasts=contrasted,
+            feature=lambda concept: _feature(toolbox, site, concept),
+            other=None if other is None else Findings.load(other),
+        )
+
+    def _made_from(
+        self, toolbox: Toolbox, site: Site, scope: Scope, name: str, other: Path | None
+    ) -> Mapping[str, str | int | float]:
+        """What the figures of an experiment depend on."""
+        found = [each for concept in scope.concepts() if (each := _detector(toolbox.study, site, concept)) is not None]
+        edits = [Edit(what="add", site=site, dictionary=place.label) for place, _ in found] if name in BY_FEATURES else []
+        return {
+            **toolbox.checksums(edits),
+            **({"other": digest(other)} if other is not None and name == "size" else {}),
+            "groups": ",".join(scope.groups),
+            "concepts": scope.each,
+            "trials": scope.trials,
+            "pairs": ",".join(map(str, scope.counts)),
+            "strengths": ",".join(f"{strength:g}" for strength in scope.strengths),
+        }
+
+
+def _with(findings: Findings, made: Finding) -> Findings:
+    """The findings with a new one in the place of the old."""
+    found = {each.name: each for each in (*findings.found, made)}
+    return replace(findings, found=tuple(found[name] for name in EXPERIMENTS if name in found))
+
+
+def _detector(study: Study, site: Site, concept: str) -> tuple[Place, int] | None:
+    """The feature of the study's dictionaries at a site that detects a concept best, if one does."""
+    best: tuple[float, Place, int] | None = None
+    for place in study.dictionaries():
+        path = study.concepts(*place)
+        if place.site != site or not path.is_file():
+            continue
+        for each in Matches.load(path).levels[0].findings:
+            ap = each.best.ap.value
+            if each.concept.name == concept and ap >= (LEAST if best is None else best[0]):
+                best = ap, place, each.best.features[0]
+    return None if best is None else best[1:]
+
+
+def _feature(toolbox: Toolbox, site: Site, concept: str) -> Way | None:
+    found = _detector(toolbox.study, site, concept)
+    if found is None:
+        return None
+    place, feature = found
+    edit = Edit(what="add", site=site, dictionary=place.label, features=(feature,), unit="norm")
+    return Way(f"{place} {feature}", toolbox.features(edit))

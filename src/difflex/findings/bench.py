@@ -1,0 +1,114 @@
+"""What experiments with steering are made with: concepts, captions, directions, and a model that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple, final
+
+from difflex.findings.captions import Kind, concepts_of, task_of
+from difflex.findings.record import Findings
+from difflex.records import Edit, Site
+from difflex.steering import Curve, Drawn, Features, Steering, Trial, judge, steerings
+
+__all__ = ["Bench", "Scope", "Way", "groups_of"]
+
+
+class Way(NamedTuple):
+    """A direction that leads to a concept."""
+
+    told: str
+    features: Features
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """How much is tried."""
+
+    groups: tuple[str, ...]
+    each: int
+    """Concepts of each group."""
+    trials: int
+    """Pictures for each concept and condition."""
+    counts: tuple[int, ...]
+    """Of pairs, rising."""
+    strengths: tuple[float, ...]
+    """Rising; in lengths of a mean activation."""
+
+    @property
+    def inner(self) -> tuple[float, ...]:
+        """The strengths but the first and the last, where there are three or more."""
+        return self.strengths[1:-1] or self.strengths
+
+    def concepts(self, among: Sequence[str] | None = None) -> list[str]:
+        """The concepts of the groups, or of those groups that are `among` the given ones."""
+        groups = [group for group in self.groups if among is None or group in among]
+        return [concept for group in groups for concept in concepts_of(group, self.each)]
+
+
+class Bench:
+    """Where experiments are made; what several of them need is judged once."""
+
+    def __init__(
+        self,
+        *,
+        site: Site,
+        scope: Scope,
+        parameters: int,
+        drawn: Callable[[int | None], Drawn],
+        contrasts: Callable[[str], Mapping[int, Way]],
+        feature: Callable[[str], Way | None],
+        other: Findings | None = None,
+    ) -> None:
+        """`drawn` by the number of steps of a run, `contrasts` and `feature` of a concept; `other` is what another model gave."""
+        self.site, self.scope, self.parameters, self.other = site, scope, parameters, other
+        self.drawn, self.contrasts, self.feature = cache(drawn), cache(contrasts), cache(feature)
+        self.base = cache(self._base)
+
+    def contrast(self, concept: str) -> Way:
+        """By all pairs that there are."""
+        return self.contrasts(concept)[max(self.scope.counts)]
+
+    def best_way(self, concept: str) -> Way:
+        """The feature that detects a concept, or else its contrast."""
+        return self.feature(concept) or self.contrast(concept)
+
+    def _base(self, concept: str) -> Curve:
+        """The contrast at all strengths on captions like those of its pairs."""
+        return self.curves(concept, "alike", {"alike": self.contrast(concept)}, self.scope.strengths)[0]
+
+    def curves(
+        self,
+        concept: str,
+        kind: Kind,
+        ways: Mapping[str, Way],
+        strengths: Sequence[float] | None = None,
+        run: int | None = None,
+        steps: Mapping[str, tuple[int, int]] | None = None,
+    ) -> list[Curve]:
+        """A curve for each of `ways` by name, on captions of a kind; in a run of so many steps, at some of them alone."""
+        own = steps or {}
+        methods = {
+            name: (way.told, self._adding(way.features, own.get(name)), tuple(strengths or self.scope.inner))
+            for name, way in ways.items()
+        }
+        return list(judge(task_of(concept, kind, self.scope.trials), methods, self.drawn(run)))
+
+    def _adding(
+        self, features: Features, steps: tuple[int, int] | None
+    ) -> Callable[[Trial, float], tuple[Trial, Steering | None]]:
+        plain = Edit(what="add", site=self.site, unit="norm", steps=steps)
+
+        def added(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
+            region = None if self.site.stream == "text" else trial.region
+            edit = replace(plain, strength=strength, region=region)
+            return trial, steerings([edit], lambda _: features)[0]
+
+        return added
+
+
+def groups_of(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    """Curves by the group of their concept."""
+    return {group: [each for each in curves if each.group == group] for group in dict.fromkeys(each.group for each in curves)}

@@ -1,0 +1,269 @@
+"""The experiments: five findings of arXiv 2505.03189 and two of arXiv 2505.24360, each held to a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import NamedTuple
+
+from difflex.findings.bench import Bench, groups_of
+from difflex.findings.captions import Kind
+from difflex.findings.record import Finding, Line
+from difflex.findings.rules import Ruling, both, gain, is_above, line, line_of, rises_above_one, ruled, under_half
+from difflex.miniature.world import OBJECT_GROUPS
+from difflex.steering import Curve, Point
+
+__all__ = ["EXPERIMENTS", "finding"]
+
+KNEE, BEFORE, FLAT = 80, 20, 0.05
+"""Pairs at the knee and before it; a gain of less than this is none."""
+RUN, FIRST = 7, 5
+"""Steps of a run, and how many of them are steered, in arXiv 2505.24360."""
+STRENGTH, ADDED = "strength, in lengths of a mean activation", "success above that without the edit"
+LOSS = "loss over that of unedited pictures"
+
+
+class Outcome(NamedTuple):
+    """What an experiment gave."""
+
+    ruling: Ruling
+    numbers: dict[str, float]
+    x: str
+    y: str
+    lines: tuple[Line, ...]
+    curves: tuple[Curve, ...]
+
+
+def pairs(bench: Bench) -> Outcome:
+    """A contrast from more and more pairs."""
+    counts, inner = bench.scope.counts, bench.scope.inner
+    by_concept: list[list[Curve]] = []
+    for concept in bench.scope.concepts():
+        fewer = {f"{count} pairs": way for count, way in bench.contrasts(concept).items() if count != max(counts)}
+        base = bench.base(concept)
+        at_most = replace(
+            base, method=f"{max(counts)} pairs", points=tuple(point for point in base.points if point.strength in inner)
+        )
+        by_concept.append([*bench.curves(concept, "alike", fewer), at_most])
+    curves = [curve for each in by_concept for curve in each]
+    gains = {count: [gain(curve) for curve in curves if curve.method == f"{count} pairs"] for count in counts}
+    lines = [line_of("all concepts", counts, [*gains.values()])]
+    for group in groups_of(curves):
+        own = [[gain(each) for each in curves if (each.group, each.method) == (group, f"{count} pairs")] for count in counts]
+        lines.append(line_of(group, counts, own))
+    numbers = {f"gain of {count} pairs": fmean(values) for count, values in gains.items()}
+    return Outcome(_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
+
+
+def _knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
+    """Whether the gain still rises before the knee and no longer after it."""
+    most = max(gains)
+    if KNEE not in gains or BEFORE not in gains or most <= KNEE:
+        return Ruling("cannot be said", f"A knee at {KNEE} takes contrasts of {BEFORE}, {KNEE} and more pairs: name them.")
+    rises = is_above([b - a for a, b in zip(gains[BEFORE], gains[KNEE], strict=True)], FLAT)
+    flat = is_above([a - b for a, b in zip(gains[KNEE], gains[most], strict=True)], -FLAT)
+    means = {count: fmean(values) for count, values in gains.items()}
+    enough = min(count for count, value in means.items() if value >= means[most] - FLAT)
+    told = ", ".join(f"{value:.2f} by {count}" for count, value in means.items())
+    return ruled(both(rises, flat), f"gain {told} pairs; {enough} come within {FLAT} of {most}")
+
+
+def distribution(bench: Bench) -> Outcome:
+    """Captions of other kinds than those of the pairs."""
+    kinds: tuple[Kind, ...] = ("alike", "other scenery", "two objects")
+    curves: Mapping[str, list[Curve]] = {
+        kind: [
+            bench.base(concept) if kind == "alike" else bench.curves(concept, kind, {kind: bench.contrast(concept)})[0]
+            for concept in bench.scope.concepts()
+        ]
+        for kind in kinds
+    }
+    gains = {kind: [gain(curve, bench.scope.inner) for curve in each] for kind, each in curves.items()}
+    outside = [fmean(both) for both in zip(*(gains[kind] for kind in kinds[1:]), strict=True)]
+    ruling = under_half(gains["alike"], outside, ("gain on captions like the pairs", "on others"))
+    return _compared(curves, gains, ruling)
+
+
+def adversarial(bench: Bench) -> Outcome:
+    """Captions that name another concept again and again, beside captions that leave it open."""
+    concepts = [concept for concept in bench.scope.concepts([group for group in bench.scope.groups if group != "shape"])]
+    kinds: tuple[Kind, ...] = ("unsaid", "against")
+    curves: Mapping[str, list[Curve]] = {
+        kind: [bench.curves(concept, kind, {kind: bench.contrast(concept)})[0] for concept in concepts] for kind in kinds
+    }
+    gains = {kind: [gain(curve) for curve in each] for kind, each in curves.items()}
+    ruling = under_half(gains["unsaid"], gains["against"], ("gain where captions leave it open", "where they argue against it"))
+    return _compared(curves, gains, ruling)
+
+
+def quality(bench: Bench) -> Outcome:
+    """What edits cost by their strength."""
+    curves = [bench.base(concept) for concept in bench.scope.concepts()]
+    lines = [line("all concepts", curves, _loss), *(line(group, each, _loss) for group, each in groups_of(curves).items())]
+    numbers = {f"loss at {x:g}": y for x, y in zip(lines[0].x, lines[0].y, strict=True)}
+    return Outcome(rises_above_one(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
+
+
+def size(bench: Bench) -> Outcome:
+    """What edits cost in a larger and in a smaller model."""
+    mine = [bench.base(concept) for concept in bench.scope.concepts()]
+    lines = [line(_millions(bench.parameters), mine, _loss)]
+    there = bench.other.of("quality") if bench.other is not None else None
+    theirs = {curve.concept: curve for curve in there.curves} if there is not None else {}
+    shared = [
+        (curve, theirs[curve.concept]) for curve in mine if curve.concept in theirs and _shared(curve, theirs[curve.concept])
+    ]
+    if bench.other is None or there is None or not shared or bench.other.parameters == bench.parameters:
+        why = (
+            "Only one size of the model is at hand"
+            if bench.other is None
+            else "The other study has no other size, or nothing alike"
+        )
+        ruling = Ruling("cannot be said", f"{why}. --other names a study of another size with findings of the same concepts.")
+        return Outcome(ruling, {}, STRENGTH, LOSS, tuple(lines), tuple(mine))
+    excess = [(_mean_loss(a, b), _mean_loss(b, a)) for a, b in shared]
+    smaller_first = [pair if bench.parameters < bench.other.parameters else pair[::-1] for pair in excess]
+    names = _millions(bench.parameters), _millions(bench.other.parameters)
+    numbers = {f"loss, {name}": fmean([pair[i] for pair in excess]) for i, name in enumerate(names)}
+    told = "mean loss " + ", ".join(f"{value:.2f} of {name}" for name, value in zip(names, numbers.values(), strict=True))
+    ruling = ruled(is_above([small - large for small, large in smaller_first]), told)
+    lines.append(line(_millions(bench.other.parameters), list(there.curves), _loss))
+    return Outcome(ruling, numbers, STRENGTH, LOSS, tuple(lines), tuple(curve for pair in shared for curve in pair))
+
+
+def related(bench: Bench) -> Outcome:
+    """Prompts with an object that could have the concept, and prompts with none."""
+    kinds: tuple[Kind, ...] = ("alike", "no object")
+    concepts = bench.scope.concepts(OBJECT_GROUPS)
+    curves: Mapping[str, list[Curve]] = {
+        kind: [bench.curves(concept, kind, {kind: bench.best_way(concept)})[0] for concept in concepts] for kind in kinds
+    }
+    gains = {kind: [gain(curve) for curve in each] for kind, each in curves.items()}
+    ruling = under_half(gains["alike"], gains["no object"], ("gain with an object in the prompt", "with none"))
+    return _compared(curves, gains, ruling)
+
+
+def steps(bench: Bench) -> Outcome:
+    """All steps of a run steered, and the first of them."""
+    names = ("all steps", f"first {FIRST} of {RUN}")
+    by_concept = []
+    for concept in bench.scope.concepts():
+        ways = dict.fromkeys(names, bench.best_way(concept))
+        by_concept.append(bench.curves(concept, "alike", ways, run=RUN, steps={names[1]: (0, FIRST)}))
+    curves = {name: [each[i] for each in by_concept] for i, name in enumerate(names)}
+    excess = {name: [_mean_loss(curve) - 1 for curve in each] for name, each in curves.items()}
+    ruling = under_half(excess[names[0]], excess[names[1]], ("loss above that of unedited pictures with all steps", names[1]))
+    lines = tuple(line(name, each, _loss) for name, each in curves.items())
+    numbers = {f"excess loss, {name}": fmean(values) for name, values in excess.items()}
+    numbers |= {f"gain, {name}": fmean([gain(curve) for curve in each]) for name, each in curves.items()}
+    return Outcome(ruling, numbers, STRENGTH, LOSS, lines, tuple(curve for each in curves.values() for curve in each))
+
+
+def _compared(curves: Mapping[str, Sequence[Curve]], gains: Mapping[str, Sequence[float]], ruling: Ruling) -> Outcome:
+    """Conditions beside each other."""
+    lines = tuple(line(kind, each, _added) for kind, each in curves.items())
+    numbers = {f"gain, {kind}": fmean(values) for kind, values in gains.items() if values}
+    return Outcome(ruling, numbers, STRENGTH, ADDED, lines, tuple(curve for each in curves.values() for curve in each))
+
+
+def _added(curve: Curve, point: Point) -> float:
+    return point.success - curve.without
+
+
+def _loss(curve: Curve, point: Point) -> float:
+    return point.quality
+
+
+def _shared(curve: Curve, other: Curve) -> set[float]:
+    """The strengths that both have."""
+    return {point.strength for point in curve.points} & {point.strength for point in other.points}
+
+
+def _mean_loss(curve: Curve, other: Curve | None = None) -> float:
+    """Over the strengths that `other` has, too."""
+    shared = _shared(curve, other or curve)
+    return fmean(point.quality for point in curve.points if point.strength in shared)
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.3g} million parameters"
+
+
+class Experiment(NamedTuple):
+    """A claim, when it holds, and how it is tried."""
+
+    claim: str
+    paper: str
+    rule: str
+    run: Callable[[Bench], Outcome]
+
+
+CONTRASTS, FEATURES = "arXiv 2505.03189", "arXiv 2505.24360"
+EXPERIMENTS = {
+    "pairs": Experiment(
+        f"The effect of a contrast rises with the number of its pairs, and flattens at about {KNEE}.",
+        CONTRASTS,
+        f"From {BEFORE} to {KNEE} pairs the gain rises by more than {FLAT}, and from {KNEE} to the most by less.",
+        pairs,
+    ),
+    "distribution": Experiment(
+        "A contrast works on prompts like those it was found on, and fails on others.",
+        CONTRASTS,
+        "With other grounds and styles, and with two objects, the gain is under half of that on captions like the pairs.",
+        distribution,
+    ),
+    "adversarial": Experiment(
+        "Prompts that argue against the edit undo it.",
+        CONTRASTS,
+        "Where captions name another concept of the group three times, the gain is under half of that where they name none.",
+        adversarial,
+    ),
+    "quality": Experiment(
+        "Steering costs quality at every strength, and more the stronger it is.",
+        CONTRASTS,
+        "At every strength the unedited model's loss on edited pictures is above that on unedited ones, and rises to the next.",
+        quality,
+    ),
+    "size": Experiment(
+        "A larger model loses less quality to steering.",
+        CONTRASTS,
+        "Over the strengths and concepts that both have, the mean loss of the larger model is below that of the smaller.",
+        size,
+    ),
+    "related": Experiment(
+        "A feature has an effect only where the prompt is related to it.",
+        FEATURES,
+        "On prompts that name no object the gain is under half of that on prompts with one; concepts of objects alone.",
+        related,
+    ),
+    "steps": Experiment(
+        f"Steering all steps makes artefacts that steering the first {FIRST} of {RUN} does not.",
+        FEATURES,
+        f"What the loss is above that of unedited pictures, mean over strengths, is with the first {FIRST} of {RUN} steps under "
+        "half of what it is with all.",
+        steps,
+    ),
+}
+"""By name, in the order in which they are made."""
+
+
+def finding(name: str, bench: Bench, made_from: Mapping[str, str | int | float]) -> Finding:
+    """The finding of the experiment called `name`."""
+    claim, paper, rule, run = EXPERIMENTS[name]
+    outcome = run(bench)
+    verdict, because = outcome.ruling
+    return Finding(
+        name=name,
+        claim=claim,
+        paper=paper,
+        rule=rule,
+        verdict=verdict,
+        because=because,
+        numbers=outcome.numbers,
+        x=outcome.x,
+        y=outcome.y,
+        lines=outcome.lines,
+        curves=outcome.curves,
+        made_from=made_from,
+    )

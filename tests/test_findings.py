@@ -1,0 +1,222 @@
+"""Findings of papers as experiments: each verdict follows from its rule, on a world in which what is so is known."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflex.cli import main
+from difflex.errors import BadInput, BrokenFile
+from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for
+from difflex.findings.captions import task_of
+from difflex.findings.rules import is_above
+from difflex.miniature.captions import read
+from difflex.miniature.world import BACKGROUNDS, STYLES
+from difflex.records import Moment, Shot, Site
+from difflex.steering import Drawn, Features, Steering, Task, Trial, Verdict
+from difflex.study import Study
+from difflex.trials import group_of
+
+SCOPE = Scope(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
+SITE = Site("double.1")
+
+
+def way(pairs: int) -> Way:
+    """A direction as long as pairs there are, up to 80; from 160 on it goes nowhere new."""
+    length = min(pairs, 80) / 80
+    return Way(f"{pairs} pairs", Features("it", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)}))
+
+
+def always(caption: str) -> float:
+    return 1.0
+
+
+def world(needs: Callable[[str], float] = always, cost: float = 0.1, late: float = 0.0) -> Drawn:
+    """Pictures of two numbers, how far they were steered in the first five steps and after them: the concept shows from where its
+    caption needs it to be; the loss grows as steering does, and by `late` more after the fifth step."""
+
+    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+        shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
+        drawn = torch.zeros(len(trials), 2)
+        for step in range(7):
+            plain = torch.zeros(len(trials), 1, 1)
+            edited = None if steering is None else steering.change(plain, Moment(step, 1.0, None, shots, (1, 1)))
+            drawn[:, int(step >= 5)] += 0 if edited is None else edited[:, 0, 0] / 7
+        return drawn.view(-1, 2, 1, 1)
+
+    def verdicts(task: Task, trials: Sequence[Trial], drawn: Tensor) -> list[Verdict]:
+        far = drawn.sum((1, 2, 3)).tolist()
+        return [Verdict(x >= needs(t.prompt) - 1e-4, {"background": True}, 1.0) for x, t in zip(far, trials, strict=True)]
+
+    return Drawn(pictures, verdicts, lambda drawn: 1 + drawn[:, 0, 0, 0] * cost + drawn[:, 1, 0, 0] * (cost + late))
+
+
+def bench(drawn: Drawn, other: Findings | None = None, parameters: int = 10, scope: Scope = SCOPE) -> Bench:
+    return Bench(
+        site=SITE,
+        scope=scope,
+        parameters=parameters,
+        drawn=lambda steps: drawn,
+        contrasts=lambda concept: {count: way(count) for count in scope.counts},
+        feature=lambda concept: None,
+        other=other,
+    )
+
+
+def made(name: str, drawn: Drawn, **more: Findings | int) -> Finding:
+    return finding(name, bench(drawn, **more), {"trials": 3})  # pyright: ignore[reportArgumentType]
+
+
+def test_there_is_a_knee_where_the_gain_rises_up_to_it_and_not_beyond():
+    # At 20 pairs the direction is a quarter as long: it gets nowhere.
+    found = made("pairs", world())
+    assert found.verdict == "holds here"
+    assert found.numbers == {"gain of 20 pairs": 0.0, "gain of 80 pairs": 1.0, "gain of 160 pairs": 1.0}
+    assert found.lines[0].x == (20, 80, 160) and found.lines[0].y == (0.0, 1.0, 1.0) and found.lines[0].concepts == 4
+    assert [line.name for line in found.lines] == ["all concepts", "colour", "texture"]
+    assert made("pairs", world(lambda caption: 0.2)).verdict == "does not hold here"
+
+
+def test_a_contrast_that_fails_on_other_captions_is_told_from_one_that_works_everywhere():
+    def alike(caption: str) -> float:
+        request = read(caption)
+        strange = request.background in BACKGROUNDS[4:] or request.style in STYLES[2:] or len(request.objects) > 1
+        return 9.0 if strange else 1.0
+
+    found = made("distribution", world(alike))
+    assert found.verdict == "holds here"
+    assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 0.0, "gain, two objects": 0.0}
+    assert made("distribution", world()).verdict == "does not hold here"
+    assert made("distribution", world(lambda caption: 9.0)).verdict == "cannot be said"
+
+
+def test_captions_that_argue_against_an_edit_undo_it_or_do_not():
+    def without_repeats(caption: str) -> float:
+        words = caption.split()
+        return 9.0 if any(one == two for one, two in pairwise(words)) else 1.0
+
+    assert made("adversarial", world(without_repeats)).verdict == "holds here"
+    assert made("adversarial", world()).verdict == "does not hold here"
+
+
+def test_quality_is_lost_at_every_strength_or_not():
+    found = made("quality", world())
+    assert found.verdict == "holds here"
+    assert [round(y, 3) for y in found.lines[0].y] == [1.05, 1.1, 1.2, 1.3]
+    assert made("quality", world(cost=-0.1)).verdict == "does not hold here"
+    assert made("quality", world(cost=0.0)).verdict == "cannot be said"
+
+
+def findings(cost: float, parameters: int) -> Findings:
+    found = made("quality", world(cost=cost))
+    return Findings(model="m", revision=None, site="double.1", parameters=parameters, found=(found,))
+
+
+def test_size_is_told_by_another_study_and_cannot_be_without_one():
+    alone = made("size", world())
+    assert alone.verdict == "cannot be said" and "Only one size" in alone.because
+    assert made("size", world(), other=findings(0.2, 5)).verdict == "holds here"
+    assert made("size", world(), other=findings(0.2, 50)).verdict == "does not hold here"
+    assert made("size", world(), other=findings(0.2, 10)).verdict == "cannot be said"
+
+
+def test_a_prompt_without_any_object_is_not_related():
+    found = made("related", world(lambda caption: 1.0 if read(caption).objects else 9.0))
+    assert found.verdict == "holds here" and found.numbers == {"gain, alike": 1.0, "gain, no object": 0.0}
+    assert made("related", world()).verdict == "does not hold here"
+
+
+def test_the_last_steps_cost_most_or_do_not():
+    assert made("steps", world(cost=0.05, late=0.9)).verdict == "holds here"
+    found = made("steps", world(cost=0.2))
+    assert found.verdict == "does not hold here"
+    assert found.numbers["excess loss, first 5 of 7"] == pytest.approx(found.numbers["excess loss, all steps"] * 5 / 7)
+
+
+def test_a_mean_within_its_standard_error_decides_nothing():
+    assert is_above([0.3, 0.2, 0.4]) is True and is_above([-0.3, -0.2, -0.4]) is False
+    assert is_above([1.0, -1.0, 0.1]) is None and is_above([1.0, 1.0]) is None
+
+
+def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_other():
+    for wanted, unwanted in pairs_for("cyan", 30):
+        one, other = read(wanted), read(unwanted)
+        assert one.objects[0].colour == "cyan" != other.objects[0].colour and one.objects[0].row is not None
+        assert one.background in (None, *BACKGROUNDS[:4]) and one.style in (None, *STYLES[:2])
+    for trial in task_of("cyan", "other scenery", 6).trials:
+        assert read(trial.prompt).background in BACKGROUNDS[4:] and read(trial.prompt).style in STYLES[2:]
+    assert all(len(read(trial.prompt).objects) == 2 for trial in task_of("cyan", "two objects", 6).trials)
+
+
+@pytest.mark.parametrize("concept", ["cyan", "striped", "small", "night", "cartoon"])
+def test_captions_leave_a_concept_open_or_name_another_one_again_and_again(concept: str):
+    said, unsaid, against = (task_of(concept, kind, 12).trials for kind in ("alike", "unsaid", "against"))
+    for plain, without, often in zip(said, unsaid, against, strict=True):
+        [named] = [word for word in plain.prompt.split() if group_of(word) == group_of(concept)]
+        assert named not in without.prompt.split() and often.prompt.split().count(named) == 3
+        assert read(without.prompt).objects[0].shape == read(plain.prompt).objects[0].shape
+        assert (plain.seed, plain.region) == (without.seed, without.region) and "  " not in without.prompt
+        words = without.prompt.split()
+        assert all((two[0] in "aeiou") == (one == "an") for one, two in pairwise(words) if one in ("a", "an"))
+        assert words[-1] not in ("a", "an", "on", "in", "of")
+    assert all(not read(trial.prompt).objects for trial in task_of(concept, "no object", 12).trials)
+
+
+def test_what_was_found_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+    kept = findings(0.1, 10)
+    path = kept.save(tmp_path / "found" / "double.1.json")
+    assert Findings.load(path) == kept
+    path.write_text("{}")
+    with pytest.raises(BrokenFile, match="does not hold findings"):
+        Findings.load(path)
+    with pytest.raises(BadInput, match="difflex findings makes it"):
+        Findings.load(tmp_path / "none.json")
+
+
+def test_concepts_are_spread_over_their_group_and_other_groups_refused():
+    assert concepts_of("texture", 2) == ["striped", "checkered"]
+    assert len(concepts_of("colour", 10)) == len(set(concepts_of("colour", 10))) == 10
+    with pytest.raises(BadInput, match="no experiment with the group 'row'"):
+        concepts_of("row", 1)
+    with pytest.raises(BadInput, match="has 4 concepts"):
+        concepts_of("style", 5)
+
+
+def test_the_command_makes_every_finding_and_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Study.begin(tmp_path / "study", "mini-flux")
+    words = ["findings", str(tmp_path / "study"), "--site", "double.1", "--groups", "texture", "--concepts", "1", "--trials", "2"]
+    flags = ["--pairs", "1,3", "--strength", "0.3:0.3:1"]
+    assert main([*words, *flags, "--only", "quality", "pairs"]) == 0
+    path = tmp_path / "study" / "steering" / "findings" / "double.1.json"
+    first = Findings.load(path)
+    assert [each.name for each in first.found] == ["pairs", "quality"] and first.parameters > 1_000_000
+    capsys.readouterr()
+    assert main([*words, *flags]) == 0
+    said = capsys.readouterr().out
+    found = Findings.load(path)
+    assert [each.name for each in found.found] == list(EXPERIMENTS)
+    assert [found.of(name) for name in ("pairs", "quality")] == [*first.found]
+    assert said.count("as before") == 2 and said.count("cannot be said") == 7
+    assert {curve.concept for each in found.found for curve in each.curves} == {"dotted"}
+    assert main([*words, "--only", "quality", "--pairs", "1,4", "--strength", "0.3:0.3:1"]) == 0
+    assert "as before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--groups", "row"), "no experiment with the group 'row'"),
+        (("--trials", "0"), "leave nothing to try"),
+        (("--strength", "-1:1:1"), "leave nothing to try"),
+        ((), "Say with --site"),
+        (("--site", "double.1", "--other", "STUDY"), "no findings"),
+    ],
+)
+def test_what_cannot_be_tried_is_said(tmp_path: Path, flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
+    Study.begin(tmp_path / "study", "mini-flux")
+    words = [str(tmp_path / "study") if flag == "STUDY" else flag for flag in flags]
+    assert main(["findings", str(tmp_path / "study"), *words]) == 2
+    assert said in capsys.readouterr().err
