@@ -119,6 +119,16 @@ def test_a_code_below_the_mean_over_all_pictures_is_left_alone():
     assert steering.change(low, at(0)) is None
 
 
+def test_negative_codes_are_neither_counted_nor_touched():
+    below = activations(0, NAMED)
+    below.values[:2] *= -1
+    found = Firings(neurons())
+    found.add(below)
+    assert float(found.means()[0, :2].max()) == float(found.peaks()[0, :2].max()) == 0.0
+    [steering] = choose(firings(), NAMED, "red", 1).steerings(0.0)
+    assert steering.change(below.values, at(0)) is None
+
+
 def test_no_features_are_no_edit():
     none = choose(firings(), NAMED, "red", 1).of(0)
     assert none.steerings(0.0) == [] and not none.touches(firings()).any()
@@ -281,6 +291,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*words, "--sites", *SITES]) == 0
     words = ["train", str(folder), "--k", "4", "--size", "64", "--tokens", "4000", "--batch", "256"]
     assert main([*words, "--site", *SITES]) == 0
+    assert main(["itda", str(folder), "--site", SITES[0], "--k", "4", "--size", "32", "--tokens", "1000"]) == 0
     return folder
 
 
@@ -290,6 +301,7 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
     said = capsys.readouterr().out
     assert "of 2 concepts reach 90/90" in said and "UA" in said
     [path] = Study.open(study).removals()
+    assert path == study / "steering" / "removal" / "double.1,single.0" / "topk-64-k4.json"
     removal = Removal.load(path)
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
     assert [each.concept for each in removal.concepts] == ["small", "large"]
@@ -302,7 +314,9 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
 def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--pictures", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
-    assert any(len(Removal.load(path).dictionaries) == 2 for path in Study.open(study).removals())
+    known = {Removal.load(path).dictionaries for path in Study.open(study).removals()}
+    assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
+    assert any(len(each) == 1 and "/itda-" in each[0] for each in known)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ __all__ = [
     "reworded",
 ]
 
-FIRST, FIRST_PAIR, FIRST_NAMING = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 4))
+FIRST, FIRST_PAIR, FIRST_NAMING = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 6))
 CHUNK = 1024
 LOOKED_AT = 20
 """Scenes looked at for each that is wanted."""
