@@ -1,6 +1,7 @@
 """Findings of papers as experiments: each verdict follows from its rule, on a world in which what is so is known."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from difflex.findings.captions import task_of
 from difflex.findings.rules import is_above
 from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
-from difflex.records import Moment, Shot, Site
-from difflex.steering import Drawn, Features, Steering, Task, Trial, Verdict
+from difflex.records import Activations, Moment, Rectangle, Shot, Site
+from difflex.steering import Drawn, Features, Steering, Task, Trial, Verdict, contrasts
 from difflex.study import Study
 from difflex.trials import group_of
 
@@ -141,6 +142,26 @@ def test_a_mean_within_its_standard_error_decides_nothing():
     assert is_above([1.0, -1.0, 0.1]) is None and is_above([1.0, 1.0]) is None
 
 
+def seen(values: Tensor, prompts: Sequence[str]) -> Activations:
+    """Activations on a grid of one row."""
+    plain = Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0, timestep=1.0)
+    shots = tuple(replace(plain, prompt=prompt) for prompt in prompts)
+    return Activations(site=SITE, values=values, shots=shots, grid=(1, values.shape[1]))
+
+
+def test_contrasts_of_the_first_pairs_are_those_of_the_pairs_alone_and_look_where_they_are_told():
+    wanted, unwanted = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    sides = [seen(wanted, "abc")], [seen(unwanted, "def")]
+    one, three = contrasts(*sides, [1, 3])
+    assert (one.pairs, one.wanted, three.pairs, three.unwanted) == (1, ("a",), 3, ("d", "e", "f"))
+    assert torch.allclose(one.direction, (wanted - unwanted)[0].mean(0), atol=1e-6)
+    assert torch.allclose(three.direction, (wanted - unwanted).mean((0, 1)), atol=1e-6)
+    [half] = contrasts(*sides, [3], inside=lambda shot: Rectangle(0.5, 0, 1, 1))
+    assert torch.allclose(half.direction, (wanted - unwanted)[:, 2:].mean((0, 1)), atol=1e-6) and half.norm == three.norm
+    with pytest.raises(BadInput, match="4 pairs was asked for, there are 3"):
+        contrasts(*sides, [4])
+
+
 def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_other():
     for wanted, unwanted in pairs_for("cyan", 30):
         one, other = read(wanted), read(unwanted)
@@ -185,23 +206,23 @@ def test_concepts_are_spread_over_their_group_and_other_groups_refused():
         concepts_of("style", 5)
 
 
-def test_the_command_makes_every_finding_and_goes_on_where_it_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path / "study", "mini-flux")
     words = ["findings", str(tmp_path / "study"), "--site", "double.1", "--groups", "texture", "--concepts", "1", "--trials", "2"]
-    flags = ["--pairs", "1,3", "--strength", "0.3:0.3:1"]
-    assert main([*words, *flags, "--only", "quality", "pairs"]) == 0
+    words += ["--strength", "0.3:0.3:1"]
+    assert main([*words, "--pairs", "1,3", "--only", "quality"]) == 0
     path = tmp_path / "study" / "steering" / "findings" / "double.1.json"
     first = Findings.load(path)
-    assert [each.name for each in first.found] == ["pairs", "quality"] and first.parameters > 1_000_000
+    assert [each.name for each in first.found] == ["quality"] and first.parameters > 1_000_000
     capsys.readouterr()
-    assert main([*words, *flags]) == 0
+    assert main([*words, "--pairs", "1,3", "--only", "steps", "quality", "pairs"]) == 0
     said = capsys.readouterr().out
     found = Findings.load(path)
-    assert [each.name for each in found.found] == list(EXPERIMENTS)
-    assert [found.of(name) for name in ("pairs", "quality")] == [*first.found]
-    assert said.count("as before") == 2 and said.count("cannot be said") == 7
+    assert [each.name for each in found.found] == [name for name in EXPERIMENTS if name in ("pairs", "quality", "steps")]
+    assert found.of("quality") == first.of("quality")
+    assert said.count("as before") == 1 and said.count("cannot be said") == 3
     assert {curve.concept for each in found.found for curve in each.curves} == {"dotted"}
-    assert main([*words, "--only", "quality", "--pairs", "1,4", "--strength", "0.3:0.3:1"]) == 0
+    assert main([*words, "--pairs", "1,2", "--only", "quality"]) == 0
     assert "as before" not in capsys.readouterr().out
 
 
