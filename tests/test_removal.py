@@ -195,6 +195,13 @@ def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Pat
             Removal.load(path)
 
 
+def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
+    study, (a, b) = Study.begin(tmp_path, "m"), map(Site.parse, SITES)
+    chosen = [[(a, "x")], [(a, "x"), (b, "x")], [(a, "x"), (b, "y")], [(a, "x"), (a, "y"), (b, "x")], [(a, "y"), (b, "x")]]
+    files = [study.removal([Place(*place) for place in places]) for places in chosen]
+    assert len(set(files)) == len(chosen) and files[1].name == "x.json" and study.removals() == []
+
+
 @pytest.mark.parametrize(
     ("names", "concept", "said"),
     [(NAMED, "pink", "0 among 6"), (["red"] * 6, "red", "6 among 6"), (NAMED[:4], "red", "6 pictures")],
@@ -314,9 +321,12 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
 def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--pictures", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
-    known = {Removal.load(path).dictionaries for path in Study.open(study).removals()}
+    removals = [Removal.load(path) for path in Study.open(study).removals()]
+    known = {removal.dictionaries for removal in removals}
     assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
-    assert any(len(each) == 1 and "/itda-" in each[0] for each in known)
+    [itda] = [removal for removal in removals if "/itda-" in removal.dictionaries[0]]
+    # With one setting there is nothing to choose, and nothing is tried.
+    assert all(each.tried == () and each.strength == 0.0 for each in itda.concepts)
 
 
 @pytest.mark.parametrize(

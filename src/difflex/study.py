@@ -171,10 +171,9 @@ class Study:
 
     def removal(self, places: Sequence[Place]) -> Path:
         """The file that says what comes of removing concepts with the features of these dictionaries, all at once."""
-        sites, labels = (
-            ",".join(dict.fromkeys(each)) for each in zip(*((at.site.folder, at.label) for at in places), strict=True)
-        )
-        return self.folder / "steering" / "removal" / sites / f"{labels}.json"
+        sites, labels = ",".join(place.site.folder for place in places), [place.label for place in places]
+        name = labels[0] if len(set(labels)) == 1 else ",".join(labels)
+        return self.folder / "steering" / "removal" / sites / f"{name}.json"
 
     def removals(self) -> list[Path]:
         """The files of that kind that are there."""

@@ -112,19 +112,20 @@ class Removal(Command):
         """Each concept of a group, removed by what was chosen on the scouted pictures, judged on the unseen ones."""
         for concept in dict.fromkeys(scouted.named):
             cuts = scouted.chosen(concept, max(self.features), self.steps)
-            tried = tuple(scouted.tried(concept, cuts, [(n, strength) for n in self.features for strength in self.strength]))
-            best = best_of(tried)
-            cuts = [cut.of(best.features) for cut in cuts]
+            settings = [(number, strength) for number in self.features for strength in self.strength]
+            tried = tuple(scouted.tried(concept, cuts, settings)) if len(settings) > 1 else ()
+            number, strength = best_of(tried)[:2] if tried else settings[0]
+            cuts = [cut.of(number) for cut in cuts]
             own = [seen.shows for name, seen in zip(unseen.named, unseen.before, strict=True) if name == concept]
             yield Removed(
                 concept=concept,
                 group=group,
                 features={str(place): cut.features for place, cut in zip(together, cuts, strict=True)},
-                strength=best.strength,
+                strength=strength,
                 tried=tried,
                 pictures=len(own),
                 shown=fmean(own),
-                rates=unseen.rates(concept, cuts, best.strength),
+                rates=unseen.rates(concept, cuts, strength),
             )
 
     def _written(self, toolbox: Toolbox, together: Together, concepts: Sequence[Removed]) -> Path:

@@ -77,7 +77,7 @@ class Removed:
     strength: float
     """What their codes were multiplied by: 0 takes them away, less writes the opposite."""
     tried: tuple[Tried, ...]
-    """Settings on the prompts they were chosen by, in the order they were tried."""
+    """Settings on the prompts they were chosen by, in the order they were tried; none where there was nothing to choose."""
     pictures: int
     """How many of those prompts name it."""
     shown: float
