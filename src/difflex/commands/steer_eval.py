@@ -1,6 +1,7 @@
-"""`difflex steer-eval`: do edits do what they say, on the drawn world, beside what they must beat."""
+"""`difflex steer-eval`: do edits do what they say, beside what they must beat."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -12,9 +13,11 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex.commands.contrast import contrasted
 from difflex.commands.drawing import drawn_by
 from difflex.commands.flags import Range
+from difflex.commands.looking import Looking
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.concepts import Matches
+from difflex.commands.worlds import DRAWN, World, read_told, told_world
+from difflex.concepts import Concept, Matches
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Unit
@@ -23,6 +26,7 @@ from difflex.steering import (
     Drawn,
     Features,
     Judged,
+    Sought,
     Steering,
     Strip,
     Task,
@@ -33,8 +37,9 @@ from difflex.steering import (
     steered_along,
     steerings,
 )
-from difflex.study import Command, Place, Study
-from difflex.trials import as_pictures, drawn_pairs, drawn_task, group_of, placed, reworded
+from difflex.store.files import digest
+from difflex.study import Place, Study
+from difflex.trials import as_pictures, group_of
 
 __all__ = ["SteerEval"]
 
@@ -46,12 +51,13 @@ class Wanted(NamedTuple):
 
     concept: str
     feature: int
-    ap: float
+    ap: float | None
+    """None where somebody else says that it detects it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteerEval(Command):
+class SteerEval(Looking):
     """Steer towards known concepts with the features that detect them, and judge: does it appear, what else changes, what breaks.
 
     Beside each feature: the contrast of pairs of captions, a random direction of equal length, the neuron that detects the
@@ -59,7 +65,7 @@ class SteerEval(Command):
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
-    """A study of a model of the drawn world, in which `difflex concepts` was run."""
+    """A study in which `difflex concepts` was run, or where --told says which features are meant."""
     dictionary: Annotated[Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: all)")] = ()
     """Which: SITE/LABEL, or the site alone where it has one dictionary."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
@@ -76,6 +82,12 @@ class SteerEval(Command):
     """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
     steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""
+    told: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
+    """Concepts in words, for a model whose world nobody drew: a TOML file. --clip or --vlm sees them."""
+    clip: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
+    """With --told, the judge: a CLIP of transformers by its folder or hub name."""
+    vlm: Annotated[str | None, arg(metavar="WHO", help_behavior_hint="(default: none)")] = None
+    """With --told, the judge: a model that answers, as for difflex explain."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
 
@@ -85,12 +97,22 @@ class SteerEval(Command):
         toolbox = Toolbox(Study.open(self.study))
         known = [place for place in toolbox.study.dictionaries() if place.site.kind != "neurons"]
         places = [toolbox.study.named(name) for name in self.dictionary] or known
-        wanted = {place: self._wanted(toolbox.study, place) for place in places}
-        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        told = read_told(self.told) if self.told else {}
+        if told and len(places) > 1 and any(each.feature is not None for each in told.values()):
+            raise BadInput(f"{self.told} names features, which are of one dictionary; asked are {len(places)}. Name one.")
+        if not told and (self.clip or self.vlm):
+            raise BadInput("The drawn world has its own judge. --clip and --vlm see the concepts that --told FILE tells.")
+        wanted = {place: self._wanted(toolbox.study, place, told) for place in places}
+        with told_world(told, toolbox.study, self, self.clip, self.vlm) if told else nullcontext(DRAWN) as world:
+            return self._all(toolbox, wanted, world)
+
+    def _all(self, toolbox: Toolbox, wanted: Mapping[Place, Sequence[Wanted]], world: World) -> list[Path]:
+        """The files with what was judged, one for each dictionary."""
+        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
         written = []
         for place, concepts in wanted.items():
             path = toolbox.study.steering(*place)
-            curves, strips = self._judged(toolbox, pipe, place, concepts)
+            curves, strips = self._judged(toolbox, pipe, place, concepts, world)
             _keep(path.with_suffix(""), strips)
             judged = Judged(
                 model=toolbox.study.model,
@@ -100,42 +122,49 @@ class SteerEval(Command):
                 strips=tuple(strips),
             )
             written.append(judged.save(path))
-            print(f"{place}: {len(concepts)} concepts with a feature of AP {self.least:g} or more")
+            print(f"{place}: {len(concepts)} concepts{'' if self.told else f' with a feature of AP {self.least:g} or more'}")
             print(_table(judged))
         return written
 
-    def _wanted(self, study: Study, place: Place) -> list[Wanted]:
+    def _wanted(self, study: Study, place: Place, told: Mapping[str, Sought]) -> list[Wanted]:
+        given = [Wanted(each.concept, each.feature, None) for each in told.values() if each.feature is not None]
+        if told and len(given) == len(told):
+            return given
         path = study.concepts(*place)
         if not path.is_file():
             raise BadInput(
                 f"Which concepts the features of {place} detect is not known: there is no {path}. Run difflex concepts."
             )
-        findings = Matches.load(path).levels[0].findings
-        return [
-            Wanted(finding.concept.name, finding.best.features[0], finding.best.ap.value)
-            for finding in findings
-            if finding.concept.group in self.groups and finding.best.ap.value >= self.least and group_of(finding.concept.name)
+        asked = {name for name, each in told.items() if each.feature is None}
+        return given + [
+            Wanted(concept.name, finding.best.features[0], finding.best.ap.value)
+            for finding in Matches.load(path).levels[0].findings
+            if (concept := finding.concept).name in asked
+            or (not told and concept.group in self.groups and group_of(concept.name))
+            if finding.best.ap.value >= self.least
         ]
 
+    def _is_drawn(self, concept: Concept) -> bool:
+        return concept.group in self.groups and bool(group_of(concept.name))
+
     def _judged(
-        self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted]
+        self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted], world: World
     ) -> tuple[list[Curve], dict[Strip, Image.Image]]:
         """All curves, and of each group the pictures of the concept that its feature is best at."""
-        seen = _Seen(drawn_by(pipe))
+        seen = _Seen(world.seen(drawn_by(pipe)))
         curves, best = list[Curve](), dict[str, tuple[float, dict[Strip, Image.Image]]]()
         for number, each in enumerate(concepts, 1):
-            print(
-                f"{place}: {each.concept} by feature {each.feature} (AP {each.ap:.2f}), {number} of {len(concepts)}", flush=True
-            )
-            task = drawn_task(each.concept, self.trials)
-            made = list(judge(task, self._methods(toolbox, pipe, place, each), seen.drawn))
+            known = "" if each.ap is None else f" (AP {each.ap:.2f})"
+            print(f"{place}: {each.concept} by feature {each.feature}{known}, {number} of {len(concepts)}", flush=True)
+            task = world.task(each.concept, self.trials)
+            made = list(judge(task, self._methods(toolbox, pipe, place, each, world), seen.drawn))
             gain, strips = made[0].gain(), dict(seen.strips(task, made))
             if task.group not in best or gain > best[task.group][0]:
                 best[task.group] = gain, strips
             curves += made
         return curves, {strip: picture for _, strips in best.values() for strip, picture in strips.items()}
 
-    def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted):
+    def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted, world: World):
         """Each method by name: what it adds, how, and at which strengths."""
         edit = Edit(
             what="add",
@@ -146,14 +175,14 @@ class SteerEval(Command):
             steps=None if self.steps is None else (self.steps.start, self.steps.stop),
         )
         features = toolbox.features(edit)
-        pairs = drawn_pairs(wanted.concept, self.pairs)
-        inside = lambda shot: placed(shot.prompt, group_of(wanted.concept))  # noqa: E731
+        pairs = world.pairs(wanted.concept, self.pairs)
+        inside = lambda shot: world.inside(shot, wanted.concept)  # noqa: E731
         along = steered_along(contrasted(pipe, place.site, pairs, steps=self.steps, inside=inside))
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
             "random": (f"seed {RANDOM_SEED}", _adding(edit, at_random(features, RANDOM_SEED)), self.strength),
-            "prompt": ("the caption says so", _saying(wanted.concept), (1.0,)),
+            "prompt": ("the caption says so", _saying(wanted.concept, world), (1.0,)),
         }
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
 
@@ -175,6 +204,8 @@ class SteerEval(Command):
         return {
             **toolbox.checksums([edit]),
             "groups": ",".join(self.groups),
+            "told": digest(self.told) if self.told else "",
+            "judge": self.clip or self.model or self.vlm or "of the drawn world",
             "trials": self.trials,
             "pairs": self.pairs,
             "least": self.least,
@@ -192,9 +223,9 @@ def _adding(edit: Edit, features: Features):
     return added
 
 
-def _saying(concept: str):
+def _saying(concept: str, world: World):
     """The caption edited in place of the activations."""
-    return lambda trial, strength: (reworded(trial, concept), None)
+    return lambda trial, strength: (world.reworded(trial, concept), None)
 
 
 @final

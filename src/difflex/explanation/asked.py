@@ -19,7 +19,20 @@ from torch import Tensor
 from difflex.explanation.words import cleaned
 from difflex.records import Shot
 
-__all__ = ["Answer", "Explained", "Instruction", "Judged", "Malformed", "Picked", "Usage", "View", "content_key", "form", "read"]
+__all__ = [
+    "Answer",
+    "Explained",
+    "Instruction",
+    "Judged",
+    "Malformed",
+    "Picked",
+    "Seen",
+    "Usage",
+    "View",
+    "content_key",
+    "form",
+    "read",
+]
 
 DESCRIPTION, PATTERN = 300, 500
 """Characters of an answer that are kept."""
@@ -119,6 +132,18 @@ class Picked(Answer):
     def imagined(cls) -> Picked:
         """The first."""
         return cls(picture=1)
+
+
+class Seen(Answer):
+    """Which of two statements about a picture are true."""
+
+    shows: Annotated[bool, Field(description="whether the first statement is true")]
+    rest: Annotated[bool, Field(description="whether the second statement is true")]
+
+    @classmethod
+    def imagined(cls) -> Seen:
+        """Nothing is seen."""
+        return cls(shows=False, rest=False)
 
 
 A = TypeVar("A", bound=Answer)

@@ -7,9 +7,12 @@ from difflex.steering.maps import Maps
 from difflex.steering.regions import covered, rectangle
 from difflex.steering.removal import Cut, Firings, Pictured, Rates, Removal, Removed, Tried, best_of, choose, importance, rates
 from difflex.steering.scales import Scales, scales_of
+from difflex.steering.sought import Answered, Asked, Likeness, Sought, by_answers
 from difflex.steering.studied import Draw, Recorded, Toolbox, steer
 
 __all__ = [
+    "Answered",
+    "Asked",
     "Contrast",
     "Curve",
     "Cut",
@@ -19,6 +22,7 @@ __all__ = [
     "Firings",
     "Inside",
     "Judged",
+    "Likeness",
     "Maps",
     "Method",
     "Part",
@@ -29,6 +33,7 @@ __all__ = [
     "Removal",
     "Removed",
     "Scales",
+    "Sought",
     "Steering",
     "Strip",
     "Task",
@@ -38,6 +43,7 @@ __all__ = [
     "Verdict",
     "at_random",
     "best_of",
+    "by_answers",
     "check_maker",
     "choose",
     "contrast",

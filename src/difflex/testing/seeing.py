@@ -58,6 +58,8 @@ def by_colour(pictures: Sequence[Image.Image], told: str, form: str) -> dict[str
         return {"pattern_descriptions": [f"an area in {colour}" for colour in colours], "common_pattern": f"areas in {common}"}
     if form == "judged":
         return {"score": float(colours[0] in told)}
+    if form == "seen":
+        return {"shows": colours[-1] in told, "rest": True}
     return {"picture": 1 + next((i for i, colour in enumerate(colours) if colour != common), 0)}
 
 
@@ -189,7 +191,8 @@ def _parts(said: dict[str, Any]) -> tuple[list[str], list[bytes]]:
 
 def _form(instruction: str) -> str:
     """What is asked for: instructions end in the form of the answer."""
-    return "explained" if '"common_pattern"' in instruction else "judged" if '"score"' in instruction else "picked"
+    forms = {"explained": '"common_pattern"', "judged": '"score"', "seen": '"shows"'}
+    return next((name for name, field in forms.items() if field in instruction), "picked")
 
 
 def _question(model: str, pictures: Sequence[bytes], instruction: str, form: object) -> str:

@@ -1,0 +1,58 @@
+"""`look`: whether finished pictures show a concept, asked of a model that sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from difflex.errors import BadInput
+from difflex.explanation.asked import Seen, View
+from difflex.explanation.asker import Asker, Unanswered
+from difflex.explanation.wording import to_see
+from difflex.records import Shot
+
+__all__ = ["Looked", "look"]
+
+SIDE = 256
+"""Pixels that the shorter side of what is shown is enlarged to at least."""
+
+
+class Looked(NamedTuple):
+    """A picture, and what is asked of it."""
+
+    picture: Image.Image
+    part: Image.Image | None
+    """What is cut out of it, where the concept is looked for; None where that is all of it."""
+    concept: str
+    rest: str
+    """What else the picture is of."""
+
+
+def look(asker: Asker, pictures: Sequence[Looked], *, connections: int = 16) -> list[Seen]:
+    """What is seen of each picture. A question that gets no answer ends it, as figures with holes mislead."""
+
+    def seen(number: int) -> Seen:
+        asked = pictures[number]
+        shown = [each for each in (asked.picture, asked.part) if each is not None]
+        instruction = to_see(asked.concept, asked.rest, asked.part is not None)
+        try:
+            return asker.see([_view(each) for each in shown], instruction, Seen, [])
+        except Unanswered as error:
+            raise BadInput(
+                f"Whether picture {number + 1} of {len(pictures)} shows '{asked.concept}' was not answered: {error}. Give the "
+                "same command again; what was answered is kept."
+            ) from None
+
+    with ThreadPoolExecutor(connections) as threads:
+        return list(threads.map(seen, range(len(pictures))))
+
+
+def _view(picture: Image.Image) -> View:
+    times = max(1, -(-SIDE // min(picture.size)))
+    shown = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+    shot = Shot(model="", pixels=(picture.height, picture.width), steps=1, guidance=0.0)
+    return View(draw=lambda: shown, shot=shot, highlight=torch.ones(1, 1))

@@ -1,0 +1,166 @@
+"""Concepts as somebody tells them who studies a model whose world nobody drew, and eyes for such pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.errors import BadInput
+from difflex.records import Rectangle
+from difflex.steering.judging import Task, Trial, Verdict
+
+__all__ = ["Answered", "Asked", "Likeness", "Sought", "by_answers"]
+
+BLANK = "{}"
+"""Where in a prompt a concept goes."""
+Pictures = Float[Tensor, "picture channel row column"]
+Unedited = Callable[[Sequence[Trial]], Pictures]
+"""The pictures of trials without an edit."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sought:
+    """A concept that edits are to bring about, in words."""
+
+    concept: str
+    """As a prompt would say it: `a dog`."""
+    group: str
+    """What it is one of: `animal`."""
+    instead: tuple[str, ...]
+    """Others of its group, which the pictures would show without the edit."""
+    prompts: tuple[str, ...]
+    """In each a {} where the concept, or another one, goes."""
+    region: Rectangle | None = None
+    """Where the concept is put; None for the whole picture."""
+    feature: int | None = None
+    """Which feature of the dictionary is to bring it about; None for the one that detects it best."""
+
+    def __post_init__(self) -> None:
+        if not self.concept or not self.instead or not self.prompts or not all(BLANK in each for each in self.prompts):
+            raise BadInput(
+                f"The concept '{self.concept}' cannot be sought: it needs words of its own, one other of its group or more in "
+                f"'instead', and one prompt or more in 'prompts', each with a {BLANK} where the concept goes."
+            )
+
+    def task(self, trials: int) -> Task:
+        """The pictures in which it is to appear: every prompt with every other concept, then again with other seeds."""
+        told = tuple(Trial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
+        return Task(concept=self.concept, group=self.group, trials=told)
+
+    def pairs(self, count: int) -> list[tuple[str, str]]:
+        """Pairs of prompts that are alike but for the concept: it, and another one of its group; none twice."""
+        count = min(count, len(self.prompts) * len(self.instead))
+        return [(self._prompt(i, self.concept), self._prompt(i, self._other(i))) for i in range(count)]
+
+    def reworded(self, trial: Trial) -> Trial:
+        """The same prompt, but for the concept: what an edit must be as good as."""
+        return trial._replace(prompt=self._prompt(trial.seed, self.concept))
+
+    def rest(self, trial: Trial) -> str:
+        """What else the picture of a trial is of."""
+        return self._prompt(trial.seed, "something")
+
+    def _prompt(self, number: int, word: str) -> str:
+        return self.prompts[number % len(self.prompts)].replace(BLANK, word)
+
+    def _other(self, number: int) -> str:
+        return self.instead[number // len(self.prompts) % len(self.instead)]
+
+
+@final
+class Likeness:
+    """Eyes by what a model makes of pictures and of words in one space, as CLIP does."""
+
+    def __init__(
+        self,
+        of_pictures: Callable[[Pictures], Float[Tensor, "picture width"]],
+        of_words: Callable[[Sequence[str]], Float[Tensor, "text width"]],
+        sharpness: float,
+        sought: Mapping[str, Sought],
+        unedited: Unedited,
+    ) -> None:
+        """Directions of length 1; what their cosines are multiplied by to be shares; and what is sought, by concept."""
+        self._of_pictures, self._of_words, self._sharpness = of_pictures, of_words, sharpness
+        self._sought, self._unedited = sought, unedited
+
+    def __call__(self, task: Task, trials: Sequence[Trial], pictures: Pictures) -> list[Verdict]:
+        """What is seen: the concept, where it is likelier there than the others of its group; the rest, where what is outside
+        is likest to the same of its own unedited picture, and not to that of another trial."""
+        words = self._of_words([task.concept, *self._sought[task.concept].instead])
+        inside = self._of_pictures(_inside(pictures, trials[0].region))
+        shares = torch.softmax(self._sharpness * inside @ words.T, dim=1)
+        after, before = (self._of_pictures(_outside(each, trials[0].region)) for each in (pictures, self._unedited(trials)))
+        likeness = after @ before.T
+        own = likeness.diagonal() >= likeness.amax(1) - 1e-6
+        return [
+            Verdict(int(each.argmax()) == 0, {"the rest": bool(kept)}, float(each.max()))
+            for each, kept in zip(shares, own, strict=True)
+        ]
+
+
+class Asked(NamedTuple):
+    """What is asked of a picture."""
+
+    picture: Float[Tensor, "channel row column"]
+    part: Float[Tensor, "channel part_row part_column"] | None
+    """Where the concept is put; None where that is all of it."""
+    concept: str
+    rest: str
+    """What else it is of."""
+
+
+class Answered(NamedTuple):
+    """What is answered."""
+
+    shows: bool
+    """The concept, where it was put."""
+    rest: bool
+
+
+def by_answers(
+    ask: Callable[[Sequence[Asked]], Sequence[Answered]], sought: Mapping[str, Sought]
+) -> Callable[[Task, Sequence[Trial], Pictures], list[Verdict]]:
+    """The verdicts of somebody who is asked about each picture."""
+
+    def verdicts(task: Task, trials: Sequence[Trial], pictures: Pictures) -> list[Verdict]:
+        rest = sought[task.concept].rest
+        asked = [
+            Asked(picture, _inside(picture, trial.region) if trial.region else None, task.concept, rest(trial))
+            for picture, trial in zip(pictures, trials, strict=True)
+        ]
+        return [Verdict(each.shows, {"the rest": each.rest}, 1.0) for each in ask(asked)]
+
+    return verdicts
+
+
+def _bounds(region: Rectangle, pictures: Float[Tensor, "*some row column"]) -> tuple[slice, slice]:
+    """Rows and columns, one of each at least."""
+
+    def along(start: float, end: float, count: int) -> slice:
+        first = min(round(start * count), count - 1)
+        return slice(first, max(round(end * count), first + 1))
+
+    return along(region.top, region.bottom, pictures.shape[-2]), along(region.left, region.right, pictures.shape[-1])
+
+
+def _inside(pictures: Float[Tensor, "*some row column"], region: Rectangle | None) -> Float[Tensor, "*some part_row part_column"]:
+    if region is None:
+        return pictures
+    rows, columns = _bounds(region, pictures)
+    return pictures[..., rows, columns]
+
+
+def _outside(pictures: Pictures, region: Rectangle | None) -> Pictures:
+    """The pictures, grey where the concept is put; all of them, where that is everywhere."""
+    if region is None:
+        return pictures
+    rows, columns = _bounds(region, pictures)
+    greyed = pictures.clone()
+    greyed[..., rows, columns] = 0.5
+    return greyed

@@ -1,0 +1,96 @@
+"""`difflex steer-eval --told`: edits judged on a model whose world nobody drew, by a CLIP and, over HTTP, by a VLM."""
+
+from pathlib import Path
+
+import pytest
+
+from difflex.cli import main
+from difflex.steering import Judged
+from difflex.testing import RuleServer, tiny_clip, tiny_folder
+
+TOLD = """
+[[concept]]
+name = "red"
+group = "colour"
+instead = ["blue", "green"]
+prompts = ["{} star", "{} ring"]
+region = [0, 0, 0.5, 1]
+feature = 5
+"""
+FLAGS = ["--trials", "3", "--pairs", "2", "--strength", "1:2:1"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the study of a tiny random FLUX, which has one dictionary, and concepts told in a file."""
+    root = tmp_path_factory.mktemp("told")
+    model = tiny_folder("flux", root / "tiny-flux")
+    (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
+    words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--batch", "8"]
+    assert main([*words, "--sites", "double.1"]) == 0
+    assert main(["train", str(root / "study"), "--site", "double.1", "--k", "12", "--size", "32", "--tokens", "2000"]) == 0
+    (root / "concepts.toml").write_text(TOLD)
+    return root
+
+
+def judged(root: Path) -> Judged:
+    return Judged.load(root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json")
+
+
+def words(root: Path, *more: str) -> list[str]:
+    return ["steer-eval", str(root / "study"), "--told", str(root / "concepts.toml"), *FLAGS, *more]
+
+
+def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: pytest.CaptureFixture[str]):
+    clip = str(tiny_clip(root / "clip"))
+    assert main(words(root, "--clip", clip, "--offline")) == 0
+    said, found = capsys.readouterr().out, judged(root)
+    assert "red by feature 5, 1 of 1" in said and "gain" in said
+    assert [curve.method for curve in found.curves] == ["feature", "contrast", "random", "prompt"]
+    assert all(curve.trials == 3 and (curve.concept, curve.group) == ("red", "colour") for curve in found.curves)
+    assert found.made_from["judge"] == clip and found.made_from["told"]
+
+
+def test_a_model_that_answers_is_asked_once_for_each_picture_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):
+    def rule(pictures, told: str, form: str) -> dict[str, bool]:
+        assert form == "seen" and len(pictures) == 2 and '"red"' in told and '"something ' in told
+        return {"shows": pictures[1].width < pictures[1].height, "rest": True}  # the left half is shown, too
+
+    with RuleServer({"malformed": 0.2, "limited": 0.1}, rule=rule) as server:
+        asked = ["--vlm", server.url, "--model", "rule", "--connections", "4"]
+        assert main(words(root, *asked)) == 0
+        told, calls = capsys.readouterr().out, len(server.served)
+        before = judged(root)
+        assert f"{calls} calls" in told and len({each.question for each in server.served if each.mood == "good"}) <= 3 * 8
+        assert main(words(root, *asked)) == 0
+        # What was answered is not asked again.
+        assert len(server.served) == calls and judged(root) == before
+    assert all(curve.without == 1 and point.success == 1 for curve in before.curves for point in curve.points)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "name one of --clip and --vlm"),
+        (["--clip", "a", "--vlm", "b"], "name one of --clip and --vlm"),
+        (["--clip", "nowhere", "--offline"], "cannot be opened as a CLIP"),
+        (["--vlm", "http://127.0.0.1:9/v1"], "--model NAME"),
+    ],
+)
+def test_eyes_that_cannot_be_had_are_answered_in_a_sentence(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
+):
+    assert main(words(root, *flags)) == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_drawn_world_needs_no_other_eyes(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["steer-eval", str(root / "study"), "--clip", "a"]) == 2
+    assert "has its own judge" in capsys.readouterr().err
+
+
+def test_a_concept_without_a_feature_must_be_known(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "concepts.toml").write_text(TOLD.replace("feature = 5", ""))
+    asked = ["steer-eval", str(root / "study"), "--told", str(tmp_path / "concepts.toml"), "--clip", "a"]
+    assert main(asked) == 2
+    assert "Run difflex concepts" in capsys.readouterr().err

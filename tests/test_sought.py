@@ -1,0 +1,141 @@
+"""Concepts told in words: what is asked of pictures, and what eyes that nobody trained for them make of what they see."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from difflex.commands.worlds import read_told
+from difflex.errors import BadInput
+from difflex.records import Rectangle
+from difflex.steering import Answered, Asked, Likeness, Sought, Trial, by_answers
+
+LEFT = Rectangle(0.0, 0.0, 0.5, 1.0)
+RED = Sought(concept="red", group="colour", instead=("green", "blue"), prompts=("a {} ball", "a {} house on a hill"), region=LEFT)
+COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+SOUGHT: Mapping[str, Sought] = {"red": RED}
+
+
+def picture(left: str, right: str) -> Tensor:
+    """Two halves of plain colours."""
+    halves = [torch.tensor(COLOURS[each]).view(3, 1, 1).expand(3, 4, 2) for each in (left, right)]
+    return torch.cat(halves, dim=2)
+
+
+def by_mean(pixels: Tensor) -> Tensor:
+    return F.normalize(pixels.mean((2, 3)), dim=1)
+
+
+def eyes(unedited: Tensor) -> Likeness:
+    words = lambda texts: torch.tensor([COLOURS[text] for text in texts])  # noqa: E731
+    return Likeness(by_mean, words, 10.0, SOUGHT, lambda trials: unedited)
+
+
+def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_seeds():
+    task = RED.task(6)
+    assert [trial.prompt for trial in task.trials] == [
+        "a green ball",
+        "a green house on a hill",
+        "a blue ball",
+        "a blue house on a hill",
+        "a green ball",
+        "a green house on a hill",
+    ]
+    assert [trial.seed for trial in task.trials] == list(range(6)) and {trial.region for trial in task.trials} == {LEFT}
+    assert [RED.reworded(trial).prompt for trial in task.trials[:2]] == ["a red ball", "a red house on a hill"]
+    assert RED.rest(task.trials[3]) == "a something house on a hill"
+
+
+def test_pairs_differ_in_the_concept_alone_and_none_comes_twice():
+    assert RED.pairs(100)[:2] == [("a red ball", "a green ball"), ("a red house on a hill", "a green house on a hill")]
+    assert len(set(RED.pairs(100))) == len(RED.pairs(100)) == 4 and len(RED.pairs(3)) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"instead": ()}, {"prompts": ("a ball",)}, {"prompts": ()}, {"concept": ""}])
+def test_a_concept_without_words_for_it_is_refused(wrong: dict[str, object]):
+    words = {"concept": "red", "group": "colour", "instead": ("green",), "prompts": ("a {}",), **wrong}
+    with pytest.raises(BadInput, match="cannot be sought"):
+        Sought(**words)
+
+
+def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
+    trials = RED.task(3).trials
+    unedited = torch.stack([picture("green", "green"), picture("green", "blue"), picture("blue", "red")])
+    before = eyes(unedited)(RED.task(3), trials, unedited)
+    # The last has red on the right alone, where it was not put.
+    assert [verdict.shows for verdict in before] == [False] * 3 and all(verdict.right["the rest"] for verdict in before)
+    edited = torch.stack([picture("red", "green"), picture("red", "green"), picture("green", "red")])
+    after = eyes(unedited)(RED.task(3), trials, edited)
+    assert [verdict.shows for verdict in after] == [True, True, False]
+    # The right half of the second is now what that of the first was.
+    assert [verdict.right["the rest"] for verdict in after] == [True, False, True]
+    assert all(0.99 < verdict.confidence <= 1 for verdict in after)
+
+
+def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
+    asked: list[Asked] = []
+
+    def ask(several: Sequence[Asked]) -> list[Answered]:
+        asked.extend(several)
+        return [Answered(shows=each.part is not None and float(each.part[0].mean()) == 1, rest=False) for each in several]
+
+    pictures = torch.stack([picture("red", "blue"), picture("green", "red")])
+    verdicts = by_answers(ask, SOUGHT)(RED.task(2), RED.task(2).trials, pictures)
+    assert [verdict.shows for verdict in verdicts] == [True, False] and verdicts[0].right == {"the rest": False}
+    assert [each.rest for each in asked] == ["a something ball", "a something house on a hill"]
+    assert asked[0].part is not None and asked[0].part.shape == (3, 4, 2) and asked[0].picture.shape == (3, 4, 4)
+    everywhere = [Trial("a green ball", 0, None)]
+    by_answers(ask, SOUGHT)(RED.task(1), everywhere, pictures[:1])
+    assert asked[-1].part is None
+
+
+def test_a_part_smaller_than_a_pixel_is_one_pixel():
+    tiny = Rectangle(0.5, 0.5, 0.501, 0.501)
+    parts: list[Tensor | None] = []
+
+    def ask(several: Sequence[Asked]) -> list[Answered]:
+        parts.extend(each.part for each in several)
+        return [Answered(True, True)]
+
+    by_answers(ask, SOUGHT)(RED.task(1), [Trial("a green ball", 0, tiny)], picture("red", "blue")[None])
+    assert parts[0] is not None and parts[0].shape == (3, 1, 1)
+
+
+def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
+    path = tmp_path / "concepts.toml"
+    path.write_text(
+        '[[concept]]\nname = "red"\ngroup = "colour"\ninstead = ["green", "blue"]\n'
+        'prompts = ["a {} ball", "a {} house on a hill"]\nregion = [0, 0, 0.5, 1]\n'
+        '[[concept]]\nname = "a dog"\ninstead = "a cat"\nprompts = "{} in the snow"\nfeature = 7\n'
+    )
+    told = read_told(path)
+    assert told["red"] == RED
+    assert told["a dog"].feature == 7 and told["a dog"].group == "concept" and told["a dog"].instead == ("a cat",)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "tells no concept"),
+        ("concept = 3", "tells no concept"),
+        ("[[concept]\n", "cannot be read as concepts"),
+        ('[[concept]]\nname = "red"\ninstaed = ["green"]\nprompts = ["a {}"]', "instaed is unknown"),
+        ('[[concept]]\nname = "red"\ninstead = [3]\nprompts = ["a {}"]', "not told as it must be"),
+        ('[[concept]]\nname = "red"\ninstead = ["green"]\nprompts = ["a {}"]\nfeature = "one"', "not told as it must be"),
+        (
+            '[[concept]]\nname = "red"\ninstead = ["green"]\nprompts = ["a {}"]\nregion = [0, 0, 1]',
+            "is not LEFT,TOP,RIGHT,BOTTOM",
+        ),
+        ('[[concept]]\nname = "red"\nprompts = ["a {}"]', "cannot be sought"),
+    ],
+)
+def test_a_file_that_tells_nothing_of_use_is_answered_in_a_sentence(tmp_path: Path, text: str, complaint: str):
+    path = tmp_path / "concepts.toml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=complaint):
+        read_told(path)
+    with pytest.raises(BadInput, match="cannot be read as concepts"):
+        read_told(tmp_path / "nowhere.toml")
