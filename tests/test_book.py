@@ -68,6 +68,7 @@ def row(feature: int, density: float, peak: float) -> FeatureRow:
         peak=peak,
         mean=peak / 2,
         area=density or None,
+        strength=peak / 4 or None,
         histogram=Histogram(-4, (1, 0, 2)),
         activity=(density, 0.0),
     )
@@ -215,14 +216,19 @@ def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monk
         (lambda path: path.unlink(), UnknownName, "There is no book"),
         (lambda path: path.write_bytes(b"no book" * 1000), BrokenFile, "is damaged"),
         (
-            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 2").close(),
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 3").close(),
             BrokenFile,
-            "is of format 2; this difflex",
+            "is of format 3; this difflex",
+        ),
+        (
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").close(),
+            BrokenFile,
+            "is of format 1, which this difflex no longer reads. Delete it; difflex collect",
         ),
         (lambda path: sqlite3.connect(path).execute("PRAGMA application_id = 0").close(), BrokenFile, "not a finished book"),
         (lambda path: path.write_bytes(path.read_bytes()[:4096]), BrokenFile, "is damaged|cannot be read"),
     ],
-    ids=["missing", "foreign", "newer", "unfinished", "truncated"],
+    ids=["missing", "foreign", "newer", "older", "unfinished", "truncated"],
 )
 def test_a_file_that_is_no_book_is_said_to_be_none(path: Path, spoil, error: type[Exception], complaint: str):
     spoil(path)

@@ -1,6 +1,7 @@
 """`difflex collect`, `features` and `show`: from a study with dictionaries to books, lists and sheets."""
 
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ from PIL import Image
 
 from difflex.book import Album, Book, Explanation, Score, overview
 from difflex.cli import main
+from difflex.commands.books import kept_strength
 from difflex.commands.collect import Collect
 from difflex.commands.concepts import drawn_concepts
 from difflex.concepts import Features, Matches
 from difflex.dictionary import ITDA, Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
 from difflex.dictionary.itda.provenance import Provenance
 from difflex.forecast import Learned, Outlook
-from difflex.records import Shot, Site
+from difflex.records import Edit, Shot, Site
+from difflex.steering import Recorded, Toolbox
 from difflex.study import Place, Study
 
 SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
@@ -66,6 +69,45 @@ def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study:
             top = book.examples(max(book.features(), key=lambda row: row.fired).feature, "top")
             assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
     assert not [*study.folder.glob("books/*.safetensors")]
+
+
+@pytest.mark.filterwarnings("ignore:.*it is dead")
+def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_there(
+    study: Study, capsys: pytest.CaptureFixture[str]
+):
+    toolbox = Toolbox(study)
+    own = [
+        toolbox.default_strength(Edit(what="add", site=SITE, dictionary=SAE.label, features=(feature,)))
+        for feature in range(SIZE)
+    ]
+    with Book.open(study.book(*SAE)) as book:
+        assert [row.strength for row in book.features()] == own
+        lively = next(row for row in book.features("peak", descending=True) if row.strength)
+    assert lively.strength and 0 < lively.strength <= 2
+    assert kept_strength(study, SAE, range(SIZE)) == min(own)
+    assert main(["features", str(study.folder), "--dictionary", str(SAE), "--sort", "strength"]) == 0
+    assert "strength" in capsys.readouterr().out
+    with sqlite3.connect(study.book(*SAE)) as written:
+        written.execute("UPDATE features SET strength = 0.125 WHERE feature = ?", (lively.feature,))
+    out = study.folder / "edit.json"
+    words = [
+        "steer",
+        str(study.folder),
+        str(SAE),
+        str(lively.feature),
+        "--prompt",
+        "a red star",
+        "--out",
+        f"{study.folder}/x.png",
+    ]
+    assert main([*words, "--record", str(out)]) == 0
+    assert Recorded.load(out).edits[0].strength == 0.125
+    with sqlite3.connect(study.book(*SAE)) as written:
+        written.execute("UPDATE features SET strength = NULL WHERE feature = ?", (lively.feature,))
+    assert main([*words, "--record", str(out)]) == 0
+    assert Recorded.load(out).edits[0].strength == own[lively.feature]
+    with sqlite3.connect(study.book(*SAE)) as written:
+        written.execute("UPDATE features SET strength = ? WHERE feature = ?", (lively.strength, lively.feature))
 
 
 def test_what_it_takes_is_told_beforehand(study: Study):

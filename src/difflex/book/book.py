@@ -33,7 +33,7 @@ __all__ = ["SORTS", "Book", "Condition", "Covering"]
 
 COLUMNS = (
     "feature, fired, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
-    "coverage, histogram, activity"
+    "coverage, strength, histogram, activity"
 )
 SORTS = tuple(COLUMNS.split(", ")[:-2])
 """The columns of figures: what features can be sorted by, and conditions be about."""

@@ -131,6 +131,8 @@ class FeatureRow:
     to get the same."""
     coverage: float | None = None
     """The share of tokens that it covers (`SHOWN`) in its top pictures, mean over these."""
+    strength: float | None = None
+    """How strongly it is added to a picture where no strength is named, in peaks as steering has them; None if nobody knows."""
     histogram: Histogram = Histogram(0, ())  # noqa: RUF009 (a constant)
     activity: tuple[float, ...] = ()
     """Its density at each timestep of `About.timesteps`."""

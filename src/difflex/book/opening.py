@@ -60,6 +60,8 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
     (form,) = connection.execute("PRAGMA user_version").fetchone()
     if mark != APPLICATION:
         raise BrokenFile(f"{path} is not a finished book: its application id is {mark:#x}. {AGAIN}")
+    if form < FORMAT:
+        raise BrokenFile(f"{path} is of format {form}, which this difflex no longer reads. {AGAIN}")
     if form != FORMAT:
         raise BrokenFile(f"{path} is of format {form}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
 

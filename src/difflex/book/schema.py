@@ -2,8 +2,8 @@
 
 __all__ = ["APPLICATION", "FORMAT", "INDEXES", "TABLES"]
 
-FORMAT = 1
-"""Kept as `PRAGMA user_version`."""
+FORMAT = 2
+"""Kept as `PRAGMA user_version`. Books of format 1 knew no default strengths."""
 APPLICATION = 0x64666C78
 """Kept as `PRAGMA application_id`: the letters dflx. Other SQLite files are told apart by it."""
 
@@ -42,6 +42,7 @@ CREATE TABLE features (
     border REAL,
     position REAL,
     coverage REAL,
+    strength REAL,                          -- in peaks, where none is named; NULL: not known
     histogram TEXT NOT NULL,                -- JSON: first bin, then the counts
     activity TEXT NOT NULL                  -- JSON: density at each of the timesteps in `about`
 );

@@ -132,6 +132,7 @@ def _head(book: Book, row: FeatureRow, texts: Sequence[str]) -> list[str]:
     figures = [
         f"at {row.density:.3%} of tokens, in {row.shots:,} shots",
         f"peak {row.peak:.4g}, mean {row.mean:.4g}",
+        *([] if row.strength is None else [f"steered by {row.strength:.3g} peaks where nothing else is said"]),
         *([f"negative at {row.negative_share:.3%}"] if row.negative_share else []),
     ]
     placed = {"area": row.area, "spread": row.spread, "concentration": row.concentration, "border": row.border}

@@ -86,7 +86,7 @@ class Draft:
 
     def features(self, features: Iterable[FeatureRow]) -> None:
         """Nothing; the book knows the figures of these features."""
-        self._connection.executemany(f"INSERT INTO features VALUES ({', '.join('?' * 16)})", map(_figures, features))
+        self._connection.executemany(f"INSERT INTO features VALUES ({', '.join('?' * 17)})", map(_figures, features))
 
     def examples(self, examples: Iterable[Example | PackedExample]) -> None:
         """Nothing; the book has these examples, numbered as they come."""
@@ -108,7 +108,7 @@ class Draft:
 
 
 def _figures(row: FeatureRow) -> tuple[object, ...]:
-    place = (row.area, row.spread, row.concentration, row.border, row.position, row.coverage)
+    place = (row.area, row.spread, row.concentration, row.border, row.position, row.coverage, row.strength)
     told = (json.dumps([row.histogram.first, *row.histogram.counts]), json.dumps(row.activity))
     counts = (row.feature, row.fired, row.shots, row.density, row.peak, row.mean, row.negative_share, row.negative_peak)
     return *counts, *place, *told

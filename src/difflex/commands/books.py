@@ -1,11 +1,13 @@
 """What the verbs that read books share: a book that still is of its dictionary."""
 
+from collections.abc import Iterable
+
 from difflex.book import Book
 from difflex.dictionary import checksum
-from difflex.errors import StaleWork, UnknownName
+from difflex.errors import BrokenFile, StaleWork, UnknownName
 from difflex.study import Place, Study
 
-__all__ = ["opened_book"]
+__all__ = ["kept_strength", "opened_book"]
 
 
 def opened_book(study: Study, place: Place) -> Book:
@@ -21,3 +23,18 @@ def opened_book(study: Study, place: Place) -> Book:
         book.close()
         raise StaleWork(f"{path} is of {place} as it was before it changed. difflex collect makes it anew.")
     return book
+
+
+def kept_strength(study: Study, place: Place, features: Iterable[int]) -> float | None:
+    """The strength at which features of a dictionary are added where none is named: the least of those in its book; None where
+    there is no book that says."""
+    if not study.book(*place).is_file():
+        return None
+    try:
+        with opened_book(study, place) as book:
+            found = [book.feature(feature).strength for feature in features]
+    except (BrokenFile, StaleWork) as error:
+        print(f"{error} The strength is found without it.")
+        return None
+    known = [strength for strength in found if strength is not None]
+    return min(known) if known and len(known) == len(found) else None

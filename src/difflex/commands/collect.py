@@ -32,6 +32,7 @@ from difflex.examples import Collecting, Met, PatchAt, Subject, collect
 from difflex.forecast import Estimate, Outlook
 from difflex.pipeline.pictures import open_picture
 from difflex.records import Shot, Site
+from difflex.steering import Toolbox
 from difflex.store import Store
 from difflex.store.files import locked
 from difflex.study import Command, Place, Study
@@ -175,7 +176,7 @@ class Collect(Command):
             return [picture for batch in finished for picture in batch.pictures]
 
         collect(
-            [_subject(study, place) for place in places],
+            self._subjects(study, places),
             source,
             Album(study.pictures),
             data=data,
@@ -184,6 +185,21 @@ class Collect(Command):
             draw=None if self.no_patches else draw,
             pictures=len(shown.runs) or self.pictures,
         )
+
+    def _subjects(self, study: Study, places: Sequence[Place]) -> list[Subject]:
+        """The dictionaries with all that their books say beside what the pass shows."""
+        toolbox, stores = Toolbox(study), study.stores()
+        return [
+            Subject(
+                dictionary=toolbox.dictionary(place),
+                name=str(place),
+                checksum=checksum(study.dictionary(*place)),
+                book=study.book(*place),
+                patches=_patches(toolbox.dictionary(place)),
+                strengths=toolbox.default_strengths(place) if place.site in stores else (),
+            )
+            for place in places
+        ]
 
     def _places(self, study: Study) -> list[Place]:
         """The dictionaries asked for."""
@@ -311,14 +327,6 @@ def _is_there(study: Study, place: Place, data: str) -> bool:
     except BrokenFile as error:
         print(f"{error} It is made anew.")
         return False
-
-
-def _subject(study: Study, place: Place) -> Subject:
-    folder = study.dictionary(*place)
-    loaded = Dictionary.load(folder)
-    return Subject(
-        dictionary=loaded, name=str(place), checksum=checksum(folder), book=study.book(*place), patches=_patches(loaded)
-    )
 
 
 def _patches(dictionary: Dictionary) -> Mapping[int, PatchAt]:

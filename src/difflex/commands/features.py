@@ -105,10 +105,10 @@ class Features(Command):
 def _table(book: Book, rows: list[FeatureRow], known: Mapping[int, Detected], measure: str) -> str:
     """A line for each feature under a line of columns."""
     scores = book.best_scores(measure)
-    names = ("feature", "density", "peak", "mean", "shots", "area", "covers", "concept", "AP", measure, "what it is")
+    names = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", measure, "what it is")
     lines = [names, *(_line(book, row, known.get(row.feature), scores.get(row.feature)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = (7, 10)  # columns that are not figures
+    words = (8, 11)  # columns that are not figures
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column in words else cell.rjust(width)
@@ -128,6 +128,7 @@ def _line(book: Book, row: FeatureRow, found: Detected | None, score: float | No
         f"{row.mean:.3g}",
         f"{row.shots:,}",
         *("-" if share is None else f"{share:.0%}" for share in (row.area, row.coverage)),
+        "-" if row.strength is None else f"{row.strength:.2f}",
         "-" if found is None else found.concept,
         "-" if found is None else f"{found.ap:.2f}",
         "-" if score is None else f"{score:.2f}",

@@ -11,6 +11,7 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from difflex.commands.books import kept_strength
 from difflex.commands.flags import Range
 from difflex.commands.generate import FORMATS, write_picture
 from difflex.commands.opening import load_studied
@@ -19,7 +20,7 @@ from difflex.errors import BadInput
 from difflex.pipeline import Generated, Pipeline
 from difflex.records import Edit, Operation, Rectangle, Shot, Site, Source, Unit
 from difflex.steering import Maps, Recorded, Toolbox, rectangle
-from difflex.study import Command, Study
+from difflex.study import Command, Place, Study
 
 __all__ = ["Steer"]
 
@@ -162,7 +163,8 @@ class Steer(Command):
             raise BadInput(
                 f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
             )
-        return replace(edit, strength=toolbox.default_strength(edit))
+        kept = kept_strength(toolbox.study, Place(edit.site, edit.dictionary), edit.features)
+        return replace(edit, strength=toolbox.default_strength(edit) if kept is None else kept)
 
     def _shots(self, pipe: Pipeline) -> list[Shot]:
         shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.run_steps, keep_steps=[0], guidance=self.guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,8 @@ class Subject:
     """Where its book goes."""
     patches: Mapping[int, PatchAt] = field(default_factory=dict)
     """For an ITDA dictionary, what its atoms are."""
+    strengths: Sequence[float] = ()
+    """How strongly each feature is added where no strength is named, in peaks; none where nobody knows."""
 
 
 def write(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> Path:
@@ -61,7 +63,7 @@ def write(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> Path:
     with Draft.of(subject.book, _about(subject, gathered, roll, data)) as draft:
         draft.pictures(pictures.values())
         draft.shots((number, pictures[(seat := roll.seats[number]).filed].id, seat.shot) for number in numbers)
-        draft.features(_features(gathered))
+        draft.features(_features(gathered, subject.strengths))
         draft.examples(_examples(gathered))
         draft.patches(_patches(subject, roll, pictures))
         together = fellows(gathered.sampled.settle(), gathered.tally.fired / gathered.tally.tokens)
@@ -96,7 +98,7 @@ def _timesteps(tally: Tally) -> tuple[float, ...]:
     return tuple(sorted(tally.seen, reverse=True))
 
 
-def _features(gathered: Gathering) -> Iterator[FeatureRow]:
+def _features(gathered: Gathering, strengths: Sequence[float]) -> Iterator[FeatureRow]:
     """The figures of all features."""
     tally = gathered.tally
     assert tally is not None
@@ -128,7 +130,13 @@ def _features(gathered: Gathering) -> Iterator[FeatureRow]:
         silent = not here["fired"] or gathered.grid is None
         for name in placed:
             here[name] = None if silent or math.isnan(here[name]) else here[name]
-        yield FeatureRow(feature=feature, **here, histogram=_histogram(tally.bins[feature]), activity=tuple(active[feature]))
+        yield FeatureRow(
+            feature=feature,
+            **here,
+            strength=strengths[feature] if strengths else None,
+            histogram=_histogram(tally.bins[feature]),
+            activity=tuple(active[feature]),
+        )
 
 
 def _histogram(bins: Tensor) -> Histogram:

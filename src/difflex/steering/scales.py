@@ -44,25 +44,26 @@ class Scales:
     sample: Float[Tensor, "token width"]
     """Some of the activations."""
 
-    QUANTILE: ClassVar[float] = 0.95
+    SHARE: ClassVar[float] = 0.95
 
     def default_strengths(self, decoder: Float[Tensor, "feature width"], features: Int[Tensor, " feature"]) -> Tensor:
         """For each of `features`, in peaks: the largest strength, at most 2, that keeps 95 % of edited tokens under the ceiling.
 
         The length of x + p v grows with p once it has passed its least; bisection finds where it meets the ceiling.
         """
-        steps = decoder * self.peaks[features, None]
+        steps = decoder.float().cpu() * self.peaks[features, None]
         along, lengths, squares = self.sample @ steps.T, steps.square().sum(1), self.sample.square().sum(1, keepdim=True)
         low, high = torch.zeros(len(features)), torch.full((len(features),), MOST)
+        whole = self._fits(squares, along, lengths, high)
         for _ in range(16):
-            middle = torch.where(self._fits(squares, along, lengths, high), high, (low + high) / 2)
+            middle = (low + high) / 2
             fits = self._fits(squares, along, lengths, middle)
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return torch.where(lengths > 0, low, 0.0)
+        return torch.where(lengths > 0, torch.where(whole, MOST, low), 0.0)
 
     def _fits(self, squares: Tensor, along: Tensor, lengths: Tensor, strength: Tensor) -> Tensor:
         edited = squares + 2 * strength * along + strength.square() * lengths
-        return edited.quantile(self.QUANTILE, dim=0) <= self.ceiling**2
+        return (edited <= self.ceiling**2).float().mean(0) >= self.SHARE
 
     def save(self, path: Path, checksum: str) -> None:
         """Nothing; the scales of the dictionary of that checksum are in `path`, replaced in one go."""

@@ -28,6 +28,8 @@ __all__ = ["Draw", "Recorded", "Toolbox", "steer"]
 
 FORMAT = 1
 BATCH = 2048
+AT_ONCE = 1024
+"""Features whose strengths are weighed at once."""
 Draw = Callable[[Source, Site, Maps], object]
 """Draws the source of a transplant while its maps are read at the site."""
 
@@ -71,6 +73,15 @@ class Toolbox:
         place, chosen = Place(edit.site, edit.dictionary or ""), torch.tensor(edit.features, dtype=torch.long)
         self.features(edit)  # says what is wrong with them
         return round(float(self.scales(place).default_strengths(self.dictionary(place).decoder_of(chosen), chosen).min()), 3)
+
+    def default_strengths(self, place: Place) -> list[float]:
+        """The same of every feature of a dictionary."""
+        dictionary, found = self.dictionary(place), list[float]()
+        for some in torch.arange(dictionary.size).split(AT_ONCE):
+            found += (
+                self.scales(place).default_strengths(dictionary.decoder_of(some.to(dictionary.constant.device)), some).tolist()
+            )
+        return [round(strength, 3) for strength in found]
 
     def _dictionary(self, place: Place) -> Dictionary:
         if place not in self.study.dictionaries():
