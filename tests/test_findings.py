@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_study import begun, dictionary, matched
 from torch import Tensor
 
 from difflex.cli import main
+from difflex.commands.findings import _detector
 from difflex.errors import BadInput, BrokenFile
 from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for
 from difflex.findings.captions import task_of
@@ -224,6 +226,20 @@ def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, cap
     assert {curve.concept for each in found.found for curve in each.curves} == {"dotted"}
     assert main([*words, "--pairs", "1,2", "--only", "quality"]) == 0
     assert "as before" not in capsys.readouterr().out
+
+
+def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_well_enough(tmp_path: Path):
+    study = begun(tmp_path / "study")
+    for name, aps in (
+        ("double.1/topk-8-k2", (0.6, 0.4)),
+        ("double.1/topk-16-k2", (0.9, 0.3)),
+        ("double.2/topk-8-k2", (1.0, 1.0)),
+    ):
+        dictionary(study, name)
+        matched(study, name, [*aps, 0.1, 0.1])
+    found = _detector(study, SITE, "red")
+    assert found is not None and str(found[0]) == "double.1/topk-16-k2"
+    assert _detector(study, SITE, "blue") is None and _detector(study, Site("single.0"), "red") is None
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class Scope:
         return [concept for group in groups for concept in concepts_of(group, self.each)]
 
 
+@final
 class Bench:
     """Where experiments are made; what several of them need is judged once."""
 
