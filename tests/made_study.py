@@ -13,8 +13,10 @@ from difflex.book import About, Album, Book, Draft, Example, Explanation, Featur
 from difflex.concepts import Concept, Detector, Features, Finding, Interval, Level, Matches
 from difflex.dictionary import checksum
 from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced
+from difflex.findings import Finding as Found
+from difflex.findings import Findings, Line
 from difflex.records import Shot, Site
-from difflex.steering import Curve, Judged, Point, Strip
+from difflex.steering import Curve, Judged, Point, Rates, Removal, Removed, Strip
 from difflex.study import Place, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
@@ -226,6 +228,55 @@ def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[fl
     return Curve(method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made))
 
 
+def removed(study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = ("colour", "background")) -> None:
+    """What came of taking away four concepts of each group with a dictionary: two of them gone, and `cra` kept."""
+    site, _, label = name.partition("/")
+    place = Place(Site.parse(site), label)
+    concepts = tuple(
+        Removed(
+            concept=f"{group} {i}",
+            group=group,
+            features={name: ((1, 2),)},
+            strength=-1.0,
+            tried=(),
+            pictures=12,
+            shown=1.0,
+            rates=Rates(0.95, 0.95, cra, 1.0) if i < 2 else Rates(0.0, 1.0, 1.0, 1.0),
+        )
+        for group in groups
+        for i in range(4)
+    )
+    made_from = {name: checksum(study.dictionary(*place))}
+    Removal(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
+
+
+def found(study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution")) -> None:
+    """Findings of experiments at a site, the second of which does not hold."""
+    lines = (
+        Line("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
+        Line("colour", (1.0,), (0.2,), (0.0,), 1),
+    )
+    made = [
+        Found(
+            name=name,
+            claim=f"What is said of <b>{name}</b>",
+            paper="arXiv 2505.03189",
+            rule="The gain rises.",
+            verdict="does not hold here" if i else "holds here",
+            because="It rises by 0.25.",
+            numbers={"rise": 0.25},
+            x="pairs",
+            y="gain",
+            lines=lines,
+            curves=(),
+            made_from={},
+        )
+        for i, name in enumerate(names)
+    ]
+    at = Findings(model=study.model, revision=study.revision, site=site, parameters=9, found=tuple(made))
+    at.save(study.findings(Site.parse(site)))
+
+
 def whole(folder: Path) -> Study:
     """A study in which every station has been: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
     study = begun(folder)
@@ -244,6 +295,9 @@ def whole(folder: Path) -> Study:
     anatomised(study)
     steered(study, "double.1/topk-1024-k16")
     steered(study, "double.1/itda-1020-k16-first100", success=0.6)
+    removed(study, "double.1/topk-1024-k16")
+    found(study, "double.1")
+    found(study, "double.2")
     pictured(study, "double.1/itda-1020-k16-first100")
     pictured(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
     return study

@@ -47,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
         "book",
         "explanation",
         "steering",
+        "findings",
     },
     "concepts": {"records", "errors", "dictionary"},
     "evaluation": {"records", "errors", "dictionary"},

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, steered, whole
+from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, removed, steered, whole
 
 from difflex.cli import VERBS, main, parse
 from difflex.commands.evaluate import Evaluate
@@ -43,7 +43,8 @@ WORDS = {"explained", "falls", "surfaces"}
 """The figures about explanations."""
 
 
-STEERING = {"success", "kept", "loss", "steered", "points"}
+STEERING = {"success", "kept", "loss", "steered", "points", "removal", "findings"}
+STEERING |= {"finding_pairs", "finding_out_of_distribution"}
 
 
 def _unmeasured(root: Path) -> list[Claim]:
@@ -63,7 +64,9 @@ def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_
     wanted |= {"dictionaries", "claims", "pictures"} | WORDS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted
     assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted
-    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {"steering"}  # it has two groups
+    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {
+        "steering"
+    }  # of two groups, neither of them texture
 
 
 def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
@@ -134,7 +137,7 @@ def test_the_same_study_gives_the_same_files_and_old_ones_go(tmp_path: Path):
 
 def test_a_study_with_nothing_in_it_names_every_verb(tmp_path: Path):
     page = page_of(begun(tmp_path))
-    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval"):
+    for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval", "removal", "findings"):
         assert f"difflex {verb}" in page
     assert {each.verdict for each in judged(read(begun(tmp_path)))} == {"not measured"}
     assert "<svg" not in page.replace("querySelectorAll", "")
@@ -323,7 +326,7 @@ def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
     found = judged(read(study))
     for verdict in {each.verdict for each in found}:
         assert page.count(f" {verdict}</p>") == sum(each.verdict == verdict for each in found)
-    assert page.count('class="rule"') == len(found) == 11
+    assert page.count('class="rule"') == len(found) == 12
     assert next(row["verdict"] for row in rows_of(study, "claims") if row["name"] == "itda") == "holds here"
 
 
@@ -522,3 +525,31 @@ def test_what_was_steered_with_another_dictionary_is_named_and_not_shown(tmp_pat
     page = page_of(study)
     assert "double.1/topk-1024-k16: the dictionary has changed since it was steered with" in page
     assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
+
+
+def test_the_claim_about_removal_asks_for_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):
+    study = begun(tmp_path)
+    dictionary(study, PLACES[0])
+    assert claim(study, "removal").verdict == "not measured"
+    removed(study, PLACES[0], groups=("colour",))
+    assert claim(study, "removal").verdict == "not measured"
+    removed(study, PLACES[0])
+    assert claim(study, "removal").verdict == "holds here"
+    removed(study, PLACES[0], cra=0.85)
+    assert claim(study, "removal").verdict == "does not hold here"
+    dictionary(study, PLACES[0], weights=b"trained again")
+    assert "is of other dictionaries" in page_of(study) and claim(study, "removal").verdict == "not measured"
+
+
+def test_findings_are_told_with_verdict_and_rule_at_every_site(tmp_path: Path):
+    study = whole(tmp_path)
+    page = page_of(study)
+    [part] = re.findall(r'id="figure-finding_out_of_distribution".*?</figure>', page, flags=re.DOTALL)
+    assert "What is said of &lt;b&gt;out-of-distribution" in part and "The gain rises." in part
+    assert part.count("does not hold here. It rises by 0.25.") == 2
+    rows = rows_of(study, "finding_pairs")
+    assert {row["site"] for row in rows} == {"double.1", "double.2"} and len(rows) == 8
+    path = tmp_path / "steering" / "findings" / "double.1.json"
+    path.write_text(path.read_text().replace('"model": "mini-flux"', '"model": "other"'))
+    assert "double.1.json is of other" in page_of(study)
+    assert {row["site"] for row in rows_of(study, "findings")} == {"double.2"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,21 +16,22 @@ from difflex.anatomy import Anatomy
 from difflex.book import About, Book
 from difflex.concepts import Matches
 from difflex.dictionary import checksum
-from difflex.dictionary.files import Config, read_config
+from difflex.dictionary.files import read_config
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
+from difflex.findings import Findings
 from difflex.records import Site
+from difflex.report.soundness import is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import Steered, has_numbers, known
 from difflex.run import Entry, diary, recipe_of
 from difflex.steering import Judged as Edited
+from difflex.steering import Removal
 from difflex.store import Store
 from difflex.study import Place, Study
 
 __all__ = ["Facts", "Judged", "Measured", "Stored", "read"]
 
 T = TypeVar("T")
-WORDS = ("difflex", "dictionary", "checksum", "data")
-"""What of an evaluation is no number."""
 
 
 class Stored(NamedTuple):
@@ -121,6 +122,10 @@ class Facts:
     control_books: tuple[Place, ...]
     steered: tuple[Steered, ...]
     """The dictionaries whose features were steered with."""
+    removals: tuple[Removal, ...]
+    """What came of taking concepts away."""
+    findings: tuple[Findings, ...]
+    """What experiments with steering found."""
     troubles: tuple[str, ...]
     """What is there but cannot be shown, and why."""
 
@@ -142,6 +147,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
     reading = _Reading(troubles)
     dictionaries = tuple(each for place in study.dictionaries() if (each := reading.measured(study, place)) is not None)
     judged = [*reading.judged(study, untrained=False), *(reading.judged(control, untrained=True) if control else ())]
+    found = (study.folder / "steering" / "findings").glob("*.json")
     stores = [reading.tried(lambda folder=folder: _stored(folder)) for folder in study.stores().values()]
     anatomy = reading.anatomy(study)
     steered = [reading.steered(study, place, judged) for place in study.dictionaries()]
@@ -165,6 +171,8 @@ def read(study: Study, control: Study | None = None) -> Facts:
         control=control,
         control_books=control_books,
         steered=tuple(each for each in steered if each is not None),
+        removals=tuple(each for path in study.removals() if (each := reading.removal(study, path)) is not None),
+        findings=tuple(each for path in sorted(found) if (each := reading.findings(study, path)) is not None),
         troubles=tuple(troubles),
     )
 
@@ -194,7 +202,7 @@ class _Reading(NamedTuple):
                 f"{place}: the dictionary has changed since it was evaluated. difflex evaluate measures it again."
             )
             evaluation = None
-        if evaluation is not None and not _is_sound(evaluation, config):
+        if evaluation is not None and not is_sound(evaluation, config):
             self.troubles.append(f"{path} holds what is no number: it is damaged. Delete it and evaluate again.")
             evaluation = None
         return Measured(
@@ -202,7 +210,7 @@ class _Reading(NamedTuple):
             kind=config.kind,
             size=config.size,
             k=config.k,
-            normalisation=_normalisation(config),
+            normalisation=normalisation(config),
             data=str(config.training.get("data", "")),
             variant=place.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
             evaluation=evaluation,
@@ -230,7 +238,7 @@ class _Reading(NamedTuple):
             name = f"concepts/{path.parent.name}/{path.name}"
             if matches is None:
                 continue
-            if not _has_numbers(matches):
+            if not known_in_numbers(matches):
                 self.troubles.append(
                     f"{name} holds what is no number: it is damaged. Delete it; difflex concepts makes it again."
                 )
@@ -244,7 +252,7 @@ class _Reading(NamedTuple):
         return found
 
     def _of(self, study: Study, matches: Matches, name: str, untrained: bool) -> Judged | None:
-        kind, k = matches.label.split("-")[0], _k(matches.label)
+        kind, k = matches.label.split("-")[0], k_of(matches.label)
         folder = study.dictionary(matches.site, matches.label)
         if "sha256" not in matches.made_from:
             return None if untrained else Judged(matches=matches, kind=kind, normalisation=None, untrained=untrained, k=k)
@@ -257,7 +265,7 @@ class _Reading(NamedTuple):
         config = self.tried(lambda: read_config(folder))
         if config is None:
             return None
-        learned = None if config.kind == "neurons" else _normalisation(config)
+        learned = None if config.kind == "neurons" else normalisation(config)
         return Judged(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
 
     def steered(self, study: Study, place: Place, judged: Iterable[Judged]) -> Steered | None:
@@ -287,6 +295,26 @@ class _Reading(NamedTuple):
             known=known(own[0].matches, edited, place),
             strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: _opens(file))),
         )
+
+    def removal(self, study: Study, path: Path) -> Removal | None:
+        """What came of taking concepts away, where it is of what the dictionaries now are."""
+        removed = self.tried(lambda: Removal.load(path))
+        if removed is None:
+            return None
+        now = {str(place): self.tried(lambda place=place: checksum(study.dictionary(*place))) for place in study.dictionaries()}
+        told = {name: removed.made_from.get(name) for name in removed.dictionaries}
+        if removed.model != study.model or any(value != now.get(name) for name, value in told.items()):
+            self.troubles.append(f"{path} is of other dictionaries than those that are here now. difflex removal makes it again.")
+            return None
+        return removed
+
+    def findings(self, study: Study, path: Path) -> Findings | None:
+        """What experiments found, where they were made with the model of the study."""
+        found = self.tried(lambda: Findings.load(path))
+        if found is not None and (found.model, found.revision) != (study.model, study.revision):
+            self.troubles.append(f"{path} is of {found.model} {found.revision}, not of this study. difflex findings tries again.")
+            return None
+        return found
 
     def anatomy(self, study: Study) -> Anatomy | None:
         """The anatomy in the study, if it is of its model."""
@@ -338,40 +366,6 @@ def _settings(judged: Judged) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, str(value)) for name, value in judged.matches.made_from.items() if name not in left_out))
 
 
-def _is_sound(evaluation: Evaluation, config: Config) -> bool:
-    """Whether all that should be a number is one (or NaN, which can be told), and the counts are of this dictionary."""
-    figures = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
-    whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
-    return whole and all(isinstance(each, int | float | None) for each in _leaves(figures))
-
-
-def _has_numbers(matches: Matches) -> bool:
-    """Whether the figures that are shown are numbers, or NaN, which can be told."""
-    shown = [figure for level in matches.levels for each in level.findings for figure in (*each.best.ap, *each.probe)]
-    shares = [share for level in matches.levels for share in level.coverage]
-    return bool(matches.levels) and all(isinstance(each, int | float) for each in (*shown, *shares, *matches.features.ap))
-
-
-def _leaves(entry: object) -> Iterator[object]:
-    inside = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list | tuple) else None
-    if inside is None:
-        yield entry
-        return
-    for each in inside:
-        yield from _leaves(each)
-
-
-def _normalisation(config: Config) -> str:
-    said = config.settings.get("normalisation")
-    method = said.get("method") if isinstance(said, Mapping) else None
-    return method if isinstance(method, str) else "none"
-
-
-def _k(label: str) -> int:
-    """The number of active features that a label tells; 0 where it tells none."""
-    return next((int(part[1:]) for part in label.split("-") if part[:1] == "k" and part[1:].isdecimal()), 0)
-
-
 def _stored(folder: Path) -> Stored:
     store = Store.open(folder)
     held_out = store.count("held-out")
@@ -386,7 +380,7 @@ def _digest(path: Path) -> str:
 
 def _files(study: Study) -> list[Path]:
     patterns = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
-    made = ("concepts/*/*.json", "steering/judged/*/*.json")
+    made = ("concepts/*/*.json", "steering/judged/*/*.json", "steering/removal/*/*.json", "steering/findings/*.json")
     return [path for pattern in (*patterns, *made) for path in study.folder.glob(pattern)]
 
 

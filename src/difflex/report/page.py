@@ -14,9 +14,11 @@ from difflex.report.facts import Facts, read
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
 from difflex.report.figures.explanations import explanations
+from difflex.report.figures.findings import findings
 from difflex.report.figures.firing import firing
 from difflex.report.figures.pictures import pictures
 from difflex.report.figures.quality import quality
+from difflex.report.figures.removal import removal
 from difflex.report.figures.steering import steering
 from difflex.report.overview import Spell, again, overview, plainly
 from difflex.report.sections import Figure, Section
@@ -34,6 +36,8 @@ SECTIONS: tuple[Callable[[Facts], Section], ...] = (
     concepts,
     explanations,
     steering,
+    removal,
+    findings,
     pictures,
     dictionaries,
 )

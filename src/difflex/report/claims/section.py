@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from difflex.report.claims.claim import Claim
-from difflex.report.claims.edits import steers_towards_concepts
+from difflex.report.claims.edits import removes_concepts, steers_towards_concepts
 from difflex.report.claims.observed import covers_more, matches_surfaces
 from difflex.report.claims.paper import (
     better_than_neurons,
@@ -86,6 +86,7 @@ def judged(facts: Facts) -> list[Claim]:
         covers_more(facts),
         matches_surfaces(facts),
         steers_towards_concepts(facts),
+        removes_concepts(facts),
         norms_differ(facts),
         spectrum_is_concentrated(facts),
     ]

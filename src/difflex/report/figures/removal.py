@@ -1,0 +1,115 @@
+"""What removing concepts takes away and what it leaves: the table of SAeUron (arXiv 2501.18052), and a bar for each concept."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from markupsafe import Markup
+
+from difflex.report.drawing import Axis, Drawing, Entry, Key, Look, Mark, Row, Rows, element, rows
+from difflex.report.facts import Facts
+from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.telling import count, percent
+from difflex.steering import Removal, Removed
+
+__all__ = ["BAR", "removal", "together"]
+
+BAR = 0.9
+"""Of removal and of retention, from which on a concept counts as removed."""
+UA = Key("ua", "removed (UA)", Look(colour=0, marker="square"), line=False)
+IRA = Key("ira", "others of the group kept (IRA)", Look(colour=1, marker="diamond"), line=False)
+CRA = Key("cra", "all else kept (CRA)", Look(colour=5, marker="ring"), line=False)
+
+
+def removal(facts: Facts) -> Section:
+    """The section about removing concepts."""
+    there = facts.removals
+    return Section(
+        name="removal",
+        title="Concepts taken away",
+        lead="The features of a concept are chosen by SAeUron's score on one set of prompts and taken away at every step; judged "
+        "is on prompts that nothing was chosen by. UA: pictures that no longer show the concept their prompts name. IRA: "
+        "pictures that still show another concept of its group. CRA: all else that prompts state and that still "
+        "is so; of its own: the same in pictures of the concept alone.",
+        body=_table(there) if there else Markup(""),
+        figures=(_figure(there),) if there else (),
+        missing=() if there else (Missing("What comes of taking concepts away", "difflex removal STUDY"),),
+    )
+
+
+def together(removed: Removal) -> str:
+    """The dictionaries that were edited at once."""
+    return " + ".join(removed.dictionaries)
+
+
+def _groups(removed: Removal) -> dict[str, list[Removed]]:
+    names = dict.fromkeys(each.group for each in removed.concepts)
+    return {name: [each for each in removed.concepts if each.group == name] for name in names}
+
+
+def _table(there: Sequence[Removal]) -> Markup:
+    names = ("dictionaries", "group", "UA", "IRA", "CRA", "CRA of its own", "all three at least 90 %", "features", "strength")
+    head = element("tr", *(element("th", name, scope="col", class_="word" if i < 2 else None) for i, name in enumerate(names)))
+    body = []
+    for removed in there:
+        for group, of in _groups(removed).items():
+            shares = [percent(fmean(getattr(each.rates, rate) for each in of)) for rate in ("ua", "ira", "cra", "own")]
+            reach = f"{sum(each.rates.reach(BAR) for each in of)} of {len(of)}"
+            features = f"{min(each.each for each in of)} to {max(each.each for each in of)}"
+            strengths = f"{max(each.strength for each in of):g} to {min(each.strength for each in of):g}"
+            cells = [element("td", value) for value in (*shares, reach, features, strengths)]
+            first = element("th", together(removed), scope="row")
+            body.append(element("tr", first, element("td", group, class_="word"), *cells))
+    table = element("table", element("thead", head), element("tbody", *body))
+    return element("div", table, class_="box", tabindex="0", role="region", aria_label="Concepts taken away")
+
+
+def _figure(there: Sequence[Removal]) -> Figure:
+    table = tuple(
+        (together(removed), each.group, each.concept, each.pictures, each.shown, *each.rates, each.each, each.strength)
+        for removed in there
+        for each in removed.concepts
+    )
+    columns = (
+        "dictionaries",
+        "group",
+        "concept",
+        "pictures",
+        "shown unedited",
+        "UA",
+        "IRA",
+        "CRA",
+        "CRA of its own",
+        "features",
+        "strength",
+    )
+    return Figure(
+        name="removal",
+        title="What goes, and what stays, concept by concept",
+        caption="The bar is the share of pictures from which the concept is gone; the points say what is left of the others of "
+        "its group and of all else. A concept counts as removed where all three are at least 90 %.",
+        formula="UA = gone / shown before; IRA, CRA = still so / so before; on unseen prompts",
+        table=Table(columns, table),
+        drawings=tuple(_drawing(removed, group, of) for removed in there for group, of in _groups(removed).items()),
+        keys=(UA, IRA, CRA),
+    )
+
+
+def _drawing(removed: Removal, group: str, of: Sequence[Removed]) -> Drawing:
+    axis = Axis(label="share", low=0.0, high=1.0, percent=True)
+    about = f"{count(len(of), 'concept')}: a bar for removal, and two points for what is kept."
+    title = f"{group}: {together(removed)}"
+    return rows(Rows(title=title, description=about, x=axis, rows=tuple(map(_row, of))))
+
+
+def _row(each: Removed) -> Row:
+    shares = ((UA, each.rates.ua), (IRA, each.rates.ira), (CRA, each.rates.cra))
+    entries = tuple(
+        Entry(
+            series=key.series,
+            look=key.look,
+            mark=Mark(x=share, y=0, tip=f"{each.concept}\n{key.name}: {percent(share)}"),
+            bar=key is UA,
+        )
+        for key, share in shares
+    )
+    return Row(name=each.concept, note="✓" if each.rates.reach(BAR) else percent(each.rates.ua), entries=entries)
