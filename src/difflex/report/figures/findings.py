@@ -30,7 +30,7 @@ def findings(facts: Facts) -> Section:
         name="findings",
         title="What papers found of steering, and what is so here",
         lead="Findings on contrasts (arXiv 2505.03189, there of language models) and on features (arXiv 2505.24360), tried as "
-        "experiments: each with a rule that was written before the numbers were there, and a verdict.",
+        "experiments: each with its rule, the numbers that decided, and a verdict.",
         figures=(*figures, _numbers(facts)) if figures else (),
         missing=() if figures else (Missing("Findings of papers, tried", "difflex findings STUDY"),),
     )
