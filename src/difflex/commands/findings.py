@@ -49,7 +49,7 @@ class FindingsOf(Command):
     """Concepts of which groups."""
     concepts: Annotated[int, arg(metavar="N")] = 2
     """How many of each group."""
-    trials: Annotated[int, arg(metavar="N")] = 10
+    trials: Annotated[int, arg(metavar="N")] = 8
     """Pictures for each concept and condition."""
     pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
     """Contrasts from so many pairs; where that does not matter, from the most."""
