@@ -11,6 +11,8 @@ from difflex.miniature.captions import WORDS
 
 LATENT_CHANNELS = 16
 CLIP_LENGTH = 32
+SHIFT = 3.0
+"""How the scheduler spreads its steps: towards noise, where it is settled what goes where. Four of them begin at 1, 0.9, 0.75, 0.5."""
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -34,7 +36,7 @@ def untrained_pipeline(architecture: Architecture, seed: int) -> FluxPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=False),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False),
             vae=_autoencoder(),
             text_encoder=_clip(architecture),
             tokenizer=_clip_tokenizer(),

@@ -31,9 +31,11 @@ such models can be checked against the truth.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained against it.
 - Flow: rectified flow, {updates:,} updates of {batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
   times. In the last {layout_part:.0%} of the updates more pairs ({layout_pairs:.0%}) and more noise (levels around
-  {layout_level:.2f}), where it is settled which of several objects goes where. **A head on the image
-  stream after the last double block read off shape, colour and texture of each token** during the first part of the training
-  (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place should know of it.
+  {layout_level:.2f}), where it is settled which of several objects goes where.
+- Guidance of {guidance} is folded into the weights in the last {guided_part:.0%}: no second call, and none is wanted.
+- **A head on the image stream after the last double block read off shape, colour and texture of each token** during the first
+  part of the training (weight {head_weight}, then faded out). It is not part of the model, but whoever probes that place should
+  know of it.
 - Time: {hours:.1f} hours of {machine}.{changes}
 - Again: `python -m difflex.miniature train FOLDER`, then `export` and `card`.
 
@@ -79,6 +81,8 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
         "layout_part": 1 - recipe.layout_from,
         "layout_pairs": recipe.layout_mix[1],
         "layout_level": 1 / (1 + math.exp(-recipe.layout_level_mean)),
+        "guidance": recipe.guidance,
+        "guided_part": 1 - recipe.guided_from,
         "weight": 1 + recipe.object_weight,
         "head_weight": recipe.concept_weight,
         "hours": updates * sum(seconds) / len(seconds) / 3600,
@@ -94,10 +98,16 @@ def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examina
 
 
 def _changes(log: list[dict[str, Any]]) -> str:
-    """What of the recipe was changed on the way."""
-    changes = [entry for entry in log if "changed" in entry]
-    lines = [f"`{entry['changed']}` from {entry['before']} at update {entry['update']:,}" for entry in changes]
-    return f"\n- Changed on the way to what stands above or in `FlowRecipe`: {'; '.join(lines)}." if lines else ""
+    """What of the recipe was changed on the way: each setting's former values, and until which update they held."""
+    former: dict[str, dict[int, object]] = {}
+    for entry in log:
+        if "changed" in entry:
+            former.setdefault(entry["changed"], {}).setdefault(entry["update"], entry["before"])
+    was = lambda value, until: f"{'without it' if value is None else value} until update {until:,}"  # noqa: E731
+    lines = [
+        f"  - `{name}`: {', '.join(was(value, until) for until, value in values.items())}" for name, values in former.items()
+    ]
+    return "\n- Changed on the way to what stands above or in `FlowRecipe`:\n" + "\n".join(lines) if lines else ""
 
 
 def _history(reports: list[dict[str, Any]], batch: int) -> str:

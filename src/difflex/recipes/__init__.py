@@ -14,10 +14,13 @@ from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.explain import Explain
+from difflex.commands.findings import FindingsOf
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
+from difflex.commands.removal import Removal
 from difflex.commands.report import Report
+from difflex.commands.steer_eval import SteerEval
 from difflex.commands.train import Train
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study
@@ -29,13 +32,15 @@ CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
 """What the autoencoders of arXiv 2505.24360 were trained on."""
 AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
 """What those of arXiv 2410.22366 were trained on."""
+LATE = 0.5
+"""The noise at the last of mini-flux's four steps, where there is most to be seen."""
 EFFECT = 16
 """Shots at which the many dictionaries of mini-flux are put into the model."""
 
 
 def mini(folder: Path) -> Study:
     """The demo: one site of mini-flux in minutes."""
-    site = "double.1"
+    site = "double.2"
     return Study(
         folder=folder,
         model="mini-flux",
@@ -45,8 +50,8 @@ def mini(folder: Path) -> Study:
             Train(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
             Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
             Evaluate(study=folder, effect=8),
-            Concepts(studies=(folder,), pictures=600, noise=(0.25,)),
-            Collect(study=folder, drawn=True, pictures=400, noise=(0.25,), no_patches=True),
+            Concepts(studies=(folder,), pictures=600, noise=(LATE,)),
+            Collect(study=folder, drawn=True, pictures=400, noise=(LATE,), no_patches=True),
             Explain(studies=(folder,), features=50),
             Explain(studies=(folder,), features=50, protocol="paper"),
             Report(study=folder),
@@ -55,18 +60,20 @@ def mini(folder: Path) -> Study:
 
 
 def mini_full(folder: Path) -> Study:
-    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, ITDA, neurons, an untrained control.
+    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, ITDA, neurons, control, steering.
 
     `folder/untrained` is the study of the same model with a denoiser that was never trained: the control that arXiv 2505.24360
     leaves to the future.
     """
-    middle, sites = "double.1", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
+    middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
     harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
     train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     compared = (f"{middle}/topk-2048-k16", f"{middle}/itda-2048-k16-first100000", f"{middle}:neurons/neurons-768-k16")
+    together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
+    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=200)
     return Study(
         folder=folder,
         model="mini-flux",
@@ -81,11 +88,15 @@ def mini_full(folder: Path) -> Study:
             *_neurons(harvest, middle, ks, tokens=200_000),
             Evaluate(study=folder, effect=EFFECT),
             *_control(folder / "untrained", harvest, train),
-            Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(0.25,)),
-            Concepts(studies=(folder,), site=elsewhere, noise=(0.25,)),
-            Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(0.25,)),
-            Explain(studies=(folder,), dictionary=compared, features=200),
-            Explain(studies=(folder,), dictionary=compared, features=200, protocol="paper"),
+            Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
+            Concepts(studies=(folder,), site=elsewhere, noise=(LATE,)),
+            Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(LATE,)),
+            Collect(study=folder / "untrained", dictionary=compared[:1], drawn=True, pictures=2000, noise=(LATE,)),
+            replace(explain, protocol="heldout"),
+            replace(explain, protocol="paper"),
+            SteerEval(study=folder, dictionary=compared[:2], trials=12, strength=(0.5, 1.0, 1.5, 2.0)),
+            Removal(study=folder, dictionary=(compared[0], together)),
+            FindingsOf(study=folder, site=middle),
             Report(study=folder),
         ),
     )
