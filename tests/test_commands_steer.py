@@ -160,6 +160,8 @@ def test_a_contrast_that_cannot_be_is_said_in_a_sentence(
 def test_strengths_are_even_and_include_both_ends():
     assert _strengths(["-2:2:0.5"]) == (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
     assert _strengths(["0.3"]) == (0.3,)
+    assert _strengths(["0.5,1,1.5"]) == (0.5, 1.0, 1.5)
+    assert _strengths(["-4,-1:1:1"]) == (-4.0, -1.0, 0.0, 1.0)
     for no_strength in ("nan", "1:2", "2:1:1", "1:2:0"):
         with pytest.raises(ValueError, match="is no strength"):
             _strengths([no_strength])

@@ -193,7 +193,7 @@ def test_what_was_found_is_read_again_and_a_damaged_file_refused(tmp_path: Path)
     path = kept.save(tmp_path / "found" / "double.1.json")
     assert Findings.load(path) == kept
     path.write_text("{}")
-    with pytest.raises(BrokenFile, match="does not hold findings"):
+    with pytest.raises(BrokenFile, match="cannot be read as findings"):
         Findings.load(path)
     with pytest.raises(BadInput, match="difflex findings makes it"):
         Findings.load(tmp_path / "none.json")

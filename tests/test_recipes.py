@@ -12,9 +12,12 @@ from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.explain import Explain
+from difflex.commands.findings import Findings
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
+from difflex.commands.removal import Removal
+from difflex.commands.steer_eval import SteerEval
 from difflex.commands.train import Train
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
@@ -35,7 +38,9 @@ HERE = {
     "double.18": "double.1",
     "single.9": "single.0",
     "single.18": "single.1",
-    "double.2": "double.0:update",
+    "double.1": "double.0:update",
+    "double.2": "double.1",
+    "double.2:neurons": "double.1:neurons",
     "double.18:neurons": "double.1:neurons",
     "single.3": "single.2",
 }
@@ -65,13 +70,21 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case Evaluate():
                 return replace(command, effect=0)
             case Concepts():
-                [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.1")]
+                [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
                 return replace(command, pictures=200, noise=(0.5,), untold=True, site=(site,))
             case Collect():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, dictionary=(), pictures=12, steps=None, top=2, sampled=1, silent=1)
             case Explain():
                 return replace(command, dictionary=(), features=2, judged=2)
+            case SteerEval():
+                return replace(command, dictionary=(), groups=("colour",), least=0.05, trials=1, pairs=1, strength=(1.0,))
+            case Removal():
+                few = {"groups": ("background",), "pictures": 1, "chosen_by": 1, "features": (1,), "strength": (0.0,)}
+                return replace(command, dictionary=("double.1/topk-32-k2",), **few)
+            case Findings():
+                few = {"groups": ("colour",), "concepts": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
+                return replace(command, site="double.1", **few)
             case _:
                 return command
 

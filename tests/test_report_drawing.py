@@ -33,7 +33,7 @@ from difflex.report.drawing import (
 from difflex.report.drawing.elements import shortened, wide
 from difflex.report.drawing.plots import MARKERS
 from difflex.report.drawing.scales import scaled
-from difflex.report.kinds import LOOKS, UNTRAINED
+from difflex.report.kinds import LOOKS
 from difflex.report.telling import NONE, number, percent
 
 BLUE = Look(colour=0)
@@ -144,7 +144,7 @@ def test_a_long_name_is_shortened_in_its_middle():
 
 
 def test_series_differ_in_more_than_colour():
-    looks = [*LOOKS.values(), UNTRAINED]
+    looks = [*LOOKS.values()]
     assert len({(look.marker, look.dash) for look in looks}) == len(looks) == len({look.colour for look in looks})
     assert all(MARKERS[look.marker] for look in looks)
 

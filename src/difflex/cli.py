@@ -39,7 +39,7 @@ VERBS = {
     "evaluate": Verb("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
     "explain": Verb("say in words what features are, and judge it", "difflex.commands.explain:Explain"),
     "features": Verb("list features, sorted and filtered", "difflex.commands.features:Features"),
-    "findings": Verb("try what papers found of steering", "difflex.commands.findings:FindingsOf"),
+    "findings": Verb("try what papers found of steering", "difflex.commands.findings:Findings"),
     "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
     "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
     "icon": Verb("draw what a feature says on its own", "difflex.commands.icon:Icon"),

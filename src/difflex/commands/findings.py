@@ -7,6 +7,7 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex import findings
 from difflex.commands.contrast import both_sides
 from difflex.commands.drawing import drawn_by
 from difflex.commands.flags import Numbers
@@ -14,7 +15,7 @@ from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.concepts import Matches
 from difflex.errors import BadInput
-from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, finding, pairs_for
+from difflex.findings import EXPERIMENTS, Bench, Finding, Scope, Way, finding, pairs_for
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
 from difflex.steering import Toolbox, contrasts, steered_along
@@ -22,7 +23,7 @@ from difflex.store.files import digest
 from difflex.study import Command, Place, Study
 from difflex.trials import group_of, placed
 
-__all__ = ["FindingsOf"]
+__all__ = ["Findings"]
 
 LEAST = 0.5
 """A feature of this average precision or more stands for a concept; else its contrast does."""
@@ -33,7 +34,7 @@ BY_FEATURES = ("related", "steps")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FindingsOf(Command):
+class Findings(Command):
     """Try on a model of the drawn world what papers found of steering, and say of each finding whether it holds here.
 
     Five of arXiv 2505.03189 on contrasts, two of arXiv 2505.24360 on features. Given again, it makes what is lacking.
@@ -67,8 +68,8 @@ class FindingsOf(Command):
         site = self._site(toolbox.study, pipe)
         path, other = toolbox.study.findings(site), self._other(site)
         bench = self._bench(toolbox, pipe, site, scope, other)
-        known = Findings.load(path) if path.is_file() else None
-        made = Findings(
+        known = findings.Findings.load(path) if path.is_file() else None
+        made = findings.Findings(
             model=toolbox.study.model,
             revision=toolbox.study.revision,
             site=str(site),
@@ -138,7 +139,7 @@ class FindingsOf(Command):
             drawn=lambda steps: drawn_by(pipe, steps),
             contrasts=contrasted,
             feature=lambda concept: _feature(toolbox, site, concept),
-            other=None if other is None else Findings.load(other),
+            other=None if other is None else findings.Findings.load(other),
         )
 
     def _made_from(
@@ -158,10 +159,10 @@ class FindingsOf(Command):
         }
 
 
-def _with(findings: Findings, made: Finding) -> Findings:
+def _with(known: findings.Findings, made: Finding) -> findings.Findings:
     """The findings with a new one in the place of the old."""
-    found = {each.name: each for each in (*findings.found, made)}
-    return replace(findings, found=tuple(found[name] for name in EXPERIMENTS if name in found))
+    found = {each.name: each for each in (*known.found, made)}
+    return replace(known, found=tuple(found[name] for name in EXPERIMENTS if name in found))
 
 
 def _detector(study: Study, site: Site, concept: str) -> tuple[Place, int] | None:

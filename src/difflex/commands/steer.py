@@ -29,12 +29,18 @@ AMPLIFIED = 4
 
 
 def _strengths(words: list[str]) -> tuple[float, ...]:
+    return tuple(strength for part in words[0].split(",") for strength in _spread(part, words[0]))
+
+
+def _spread(part: str, asked: str) -> tuple[float, ...]:
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-    found = re.fullmatch(rf"({number})(?::({number}):({number}))?", words[0])
+    found = re.fullmatch(rf"({number})(?::({number}):({number}))?", part)
     if found and found[2] is None:
         return (float(found[1]),)
     if not found or float(found[3]) <= 0 or float(found[2]) < float(found[1]):
-        raise ValueError(f"'{words[0]}' is no strength. Write a number, or FIRST:LAST:STEP, both included: -2:2:0.5.")
+        raise ValueError(
+            f"'{asked}' is no strength. Write a number, several with commas, or FIRST:LAST:STEP, both included: -2:2:0.5."
+        )
     first, last, step = map(float, found.groups())
     return tuple(round(first + i * step, 6) for i in range(math.floor((last - first) / step + 1e-6) + 1))
 
@@ -49,7 +55,7 @@ Strengths = Annotated[
         str_from_instance=lambda value: [",".join(f"{each:g}" for each in value)],
     ),
 ]
-"""One number, or several at even distances, both ends included."""
+"""One number, several with commas, or several at even distances, both ends included."""
 
 
 @final

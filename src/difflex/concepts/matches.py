@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex import __version__
 from difflex.concepts.labelled import Concept
-from difflex.errors import BrokenFile
+from difflex.dictionary.files import reading_record, write_record
 from difflex.records import Site
 
 __all__ = ["Detector", "Features", "Finding", "Interval", "Level", "Matches"]
@@ -137,23 +134,12 @@ class Matches:
 
     def save(self, path: Path) -> None:
         """Nothing; the matches are in the JSON file `path`, which is replaced in one go."""
-        data = {"format": FORMAT, "difflex": __version__, **asdict(self), "site": str(self.site)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(data, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        write_record(path, FORMAT, {**asdict(self), "site": str(self.site)}, indent=None)
 
     @classmethod
     def load(cls, path: Path) -> Matches:
         """The matches saved in `path`."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("format") != FORMAT:
-                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
-            del data["difflex"]
+        with reading_record(path, FORMAT, "matches") as data:
             columns = {name: tuple(column) for name, column in data.pop("features").items()}
             return cls(
                 site=Site.parse(data.pop("site")),
@@ -163,8 +149,6 @@ class Matches:
                 features=Features(**columns),
                 **data,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFile(f"{path} cannot be read as matches ({error!r}). Delete it; it is made again.") from error
 
 
 def _concepts(entries: list[list[str]]) -> tuple[Concept, ...]:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from safetensors.torch import load_file, save
@@ -15,7 +17,18 @@ from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Site
 
-__all__ = ["FORMAT", "Config", "Json", "as_text", "read", "read_config", "replace_file", "write"]
+__all__ = [
+    "FORMAT",
+    "Config",
+    "Json",
+    "as_text",
+    "read",
+    "read_config",
+    "reading_record",
+    "replace_file",
+    "write",
+    "write_record",
+]
 
 FORMAT = 1
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -71,6 +84,27 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def write_record(path: Path, form: int, said: Mapping[str, object], indent: int | None = 1) -> Path:
+    """`path`, which now holds `said` as JSON, with its format and the version that wrote it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = json.dumps({"format": form, "difflex": __version__, **said}, indent=indent, allow_nan=False)
+    replace_file(path, (written + "\n").encode())
+    return path
+
+
+@contextmanager
+def reading_record(path: Path, form: int, what: str) -> Iterator[dict[str, Any]]:
+    """What `write_record` was given; where it cannot be made sense of, `path` is said not to be `what`."""
+    try:
+        said = json.loads(path.read_bytes())
+        if said.pop("format") != form:
+            raise BrokenFile(f"{path} is not of format {form}, which this difflex reads. Delete it; it is made again.")
+        del said["difflex"]
+        yield said
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenFile(f"{path} cannot be read as {what} ({error!r}): it is damaged. Delete it; it is made again.") from error
 
 
 def checksum(folder: Path | str) -> str:

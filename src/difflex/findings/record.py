@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, final
 
-from difflex import __version__
-from difflex.dictionary.files import replace_file
-from difflex.errors import BadInput, BrokenFile
+from difflex.dictionary.files import reading_record, write_record
+from difflex.errors import BadInput
 from difflex.steering import Curve, Point
 
 __all__ = ["Finding", "Findings", "Line", "Verdict"]
@@ -72,27 +70,19 @@ class Findings:
 
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
-        said = {"format": FORMAT, "difflex": __version__, **asdict(self)}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
+            return write_record(path, FORMAT, asdict(self))
         except OSError as error:
             raise BadInput(f"Findings cannot be written to {path}: {error}. Name a study that you may write to.") from error
-        return path
 
     @classmethod
     def load(cls, path: Path) -> Findings:
         """What was written to `path`."""
         try:
-            said = json.loads(path.read_bytes())
-            if said.pop("format") != FORMAT:
-                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
-            del said["difflex"]
-            return cls(**{**said, "found": tuple(map(_finding, said["found"]))})
+            with reading_record(path, FORMAT, "findings") as said:
+                return cls(**{**said, "found": tuple(map(_finding, said["found"]))})
         except FileNotFoundError as error:
             raise BadInput(f"There is no {path}. difflex findings makes it.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFile(f"{path} does not hold findings ({error}): it is damaged. Delete it; it is made again.") from error
 
 
 def _finding(said: Mapping[str, object]) -> Finding:

@@ -12,7 +12,7 @@ from difflex.miniature.captions import WORDS
 LATENT_CHANNELS = 16
 CLIP_LENGTH = 32
 SHIFT = 3.0
-"""How the scheduler spreads its steps: towards noise, where it is settled what goes where. Four of them begin at 1, 0.9, 0.75, 0.5."""
+"""How the scheduler spreads its steps: towards noise, where it is settled what goes where: four begin at 1, 0.9, 0.75, 0.5."""
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 

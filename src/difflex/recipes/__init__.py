@@ -14,7 +14,7 @@ from difflex.commands.collect import Collect
 from difflex.commands.concepts import Concepts
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.explain import Explain
-from difflex.commands.findings import FindingsOf
+from difflex.commands.findings import Findings
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
@@ -96,7 +96,7 @@ def mini_full(folder: Path) -> Study:
             replace(explain, protocol="paper"),
             SteerEval(study=folder, dictionary=compared[:2], trials=12, strength=(0.5, 1.0, 1.5, 2.0)),
             Removal(study=folder, dictionary=(compared[0], together)),
-            FindingsOf(study=folder, site=middle),
+            Findings(study=folder, site=middle),
             Report(study=folder),
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex import __version__
-from difflex.dictionary.files import replace_file
-from difflex.errors import BadInput, BrokenFile
+from difflex.dictionary.files import reading_record, write_record
+from difflex.errors import BadInput
 from difflex.records import Moment, Rectangle
 from difflex.steering.editing import Steering
 
@@ -137,26 +135,15 @@ class Judged:
 
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        said = {"format": FORMAT, "difflex": __version__, **asdict(self)}
-        replace_file(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
-        return path
+        return write_record(path, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Judged:
         """What was written to `path`."""
-        try:
-            said = json.loads(path.read_bytes())
-            if said.pop("format") != FORMAT:
-                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
-            del said["difflex"]
+        with reading_record(path, FORMAT, "what edits do") as said:
             curves = [Curve(**{**each, "points": tuple(Point(**point) for point in each["points"])}) for each in said["curves"]]
             strips = [Strip(**{**each, "strengths": tuple(each["strengths"])}) for each in said["strips"]]
             return cls(**{**said, "curves": tuple(curves), "strips": tuple(strips)})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFile(
-                f"{path} does not say what edits do ({error}): it is damaged. Delete it; it is made again."
-            ) from error
 
 
 class Drawn(NamedTuple):

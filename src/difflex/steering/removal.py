@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex import __version__
 from difflex.dictionary import Dictionary
-from difflex.dictionary.files import replace_file
-from difflex.errors import BadInput, BrokenFile
+from difflex.dictionary.files import reading_record, write_record
+from difflex.errors import BadInput
 from difflex.records import Activations, Edit
 from difflex.steering.editing import Features, Steering, features_of, steerings
 from difflex.steering.judging import Verdict
@@ -108,25 +106,14 @@ class Removal:
 
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        said = {"format": FORMAT, "difflex": __version__, **asdict(self)}
-        replace_file(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
-        return path
+        return write_record(path, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Removal:
         """What was written to `path`."""
-        try:
-            said = json.loads(path.read_bytes())
-            if said.pop("format") != FORMAT:
-                raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
-            del said["difflex"]
+        with reading_record(path, FORMAT, "what was removed") as said:
             concepts = tuple(map(_removed, said.pop("concepts")))
             return cls(**{**said, "dictionaries": tuple(said["dictionaries"]), "concepts": concepts})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFile(
-                f"{path} does not say what was removed ({error}): it is damaged. Delete it; it is made again."
-            ) from error
 
 
 def _removed(said: dict) -> Removed:
