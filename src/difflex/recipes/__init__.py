@@ -54,6 +54,7 @@ def mini(folder: Path) -> Study:
             Collect(study=folder, drawn=True, pictures=400, noise=(LATE,), no_patches=True),
             Explain(studies=(folder,), features=50),
             Explain(studies=(folder,), features=50, protocol="paper"),
+            SteerEval(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
             Report(study=folder),
         ),
     )
