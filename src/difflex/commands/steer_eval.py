@@ -17,7 +17,7 @@ from difflex.commands.looking import Looking
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.commands.worlds import DRAWN, World, read_told, told_world
-from difflex.concepts import Concept, Matches
+from difflex.concepts import Matches
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Unit
@@ -143,9 +143,6 @@ class SteerEval(Looking):
             or (not told and concept.group in self.groups and group_of(concept.name))
             if finding.best.ap.value >= self.least
         ]
-
-    def _is_drawn(self, concept: Concept) -> bool:
-        return concept.group in self.groups and bool(group_of(concept.name))
 
     def _judged(
         self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted], world: World
