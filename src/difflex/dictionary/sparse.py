@@ -25,11 +25,6 @@ class Pairs(NamedTuple):
     features: Int[Tensor, " pair"]
     values: Float[Tensor, " pair"]
 
-    def by_feature(self) -> Pairs:
-        """The same pairs in the order of their features, tokens in order within each."""
-        order = torch.argsort(self.features, stable=True)
-        return Pairs(self.tokens[order], self.features[order], self.values[order])
-
 
 def bag(codes: Codes, rows: Float[Tensor, "size width"]) -> Float[Tensor, "token width"]:
     """`values @ rows[indices]` for every token."""
