@@ -50,8 +50,16 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
 
     @property
     def label(self) -> str:
-        """`itda-<size>-k<k>`, then what its growth had that the default has not: `itda-812-k32-over0.3-gradient`."""
-        return super().label + variant(self.origin.training)
+        """`itda-<size>-k<k>`, then what its growth had that the default has not: `itda-812-k32-over0.3-gradient`.
+
+        Where a size was asked for, it is the one in the name, so that a recipe can name what will be grown; few atoms less may
+        have come of it.
+        """
+        training = self.origin.training
+        config = training.get("config")
+        to_size = isinstance(config, dict) and config.get("threshold") is None and "pruned" not in training
+        size = config["size"] if isinstance(config, dict) and to_size else self.size
+        return f"{self.kind}-{size}-k{self.k}{variant(training)}"
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
         z = self.normalisation.apply(self._checked(x))
