@@ -172,7 +172,7 @@ def _detector(study: Study, site: Site, concept: str) -> tuple[Place, int] | Non
         path = study.concepts(*place)
         if place.site != site or not path.is_file():
             continue
-        for each in Matches.load(path).levels[0].findings:
+        for each in Matches.load(path).clearest.findings:
             ap = each.best.ap.value
             if each.concept.name == concept and ap >= (LEAST if best is None else best[0]):
                 best = ap, place, each.best.features[0]

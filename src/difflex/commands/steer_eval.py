@@ -138,7 +138,7 @@ class SteerEval(Looking):
         asked = {name for name, each in told.items() if each.feature is None}
         return given + [
             Wanted(concept.name, finding.best.features[0], finding.best.ap.value)
-            for finding in Matches.load(path).levels[0].findings
+            for finding in Matches.load(path).clearest.findings
             if (concept := finding.concept).name in asked
             or (not told and concept.group in self.groups and group_of(concept.name))
             if finding.best.ap.value >= self.least
@@ -189,7 +189,7 @@ class SteerEval(Looking):
         there = [each for each in toolbox.study.dictionaries() if each.site == site and toolbox.study.concepts(*each).is_file()]
         if not there:
             return {}
-        findings = Matches.load(toolbox.study.concepts(*there[0])).levels[0].findings
+        findings = Matches.load(toolbox.study.concepts(*there[0])).clearest.findings
         found = [finding.best.features[0] for finding in findings if finding.concept.name == wanted.concept]
         if not found:
             return {}

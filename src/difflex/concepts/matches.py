@@ -132,6 +132,11 @@ class Matches:
     made_from: Mapping[str, str | int | float] = field(default_factory=dict)
     """What the figures depend on: checksums, pictures, settings. Work made from something else is done again."""
 
+    @property
+    def clearest(self) -> Level:
+        """The level at which a linear probe finds the most concepts: there it is best seen what a site knows."""
+        return max(self.levels, key=lambda level: covered(level.findings, findable=True)[1])
+
     def save(self, path: Path) -> None:
         """Nothing; the matches are in the JSON file `path`, which is replaced in one go."""
         write_record(path, FORMAT, {**asdict(self), "site": str(self.site)}, indent=None)

@@ -72,7 +72,7 @@ def mini_full(folder: Path) -> Study:
     harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
     train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
-    compared = (f"{middle}/topk-2048-k16", f"{middle}/itda-2048-k16-first100000", f"{middle}:neurons/neurons-768-k16")
+    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
     explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=200)
     return Study(
@@ -89,7 +89,7 @@ def mini_full(folder: Path) -> Study:
             *(replace(itda, site=site) for site in elsewhere),
             *_neurons(harvest, middle, ks, tokens=200_000),
             Evaluate(study=folder, effect=EFFECT),
-            *_control(folder / "untrained", harvest, train),
+            *_control(folder / "untrained", harvest, replace(train, k=(32,))),
             Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
             Concepts(studies=(folder,), site=elsewhere, noise=(LATE,)),
             Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(LATE,)),

@@ -71,7 +71,7 @@ class Steered:
 def known(matches: Matches, judged: Judged, place: Place) -> dict[str, Known]:
     """By group: how many concepts there are, and which the features that were steered with detect."""
     steered = {curve.concept: curve.told for curve in judged.of("feature")}
-    findings = matches.levels[0].findings
+    findings = matches.clearest.findings
     made = {}
     asked = [group for group in str(judged.made_from.get("groups", "")).split(",") if group]
     for group in dict.fromkeys([*asked, *(curve.group for curve in judged.curves)]):

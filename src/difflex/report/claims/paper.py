@@ -163,7 +163,7 @@ def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[J
 def _gain(own: Judged, other: Judged) -> tuple[float, float, float] | None:
     """How much higher the best features' AP is in the mean over the concepts that both have, and its 95 % interval."""
     ours, theirs = (
-        {finding.concept: finding.best.ap.value for finding in each.matches.levels[0].findings} for each in (own, other)
+        {finding.concept: finding.best.ap.value for finding in each.matches.clearest.findings} for each in (own, other)
     )
     gains = [ours[concept] - theirs[concept] for concept in ours if concept in theirs]
     gains = [gain for gain in gains if math.isfinite(gain)]
@@ -179,7 +179,7 @@ def _signed(gain: tuple[float, float, float]) -> str:
 
 
 def _against(each: Judged) -> str:
-    level = each.matches.levels[0]
+    level = each.matches.clearest
     share = level.coverage
     detected = f"{percent(share.value)} detected ({percent(share.low)} to {percent(share.high)})"
     return f"{each.name}: mean AP {number(mean_ap(level.findings))}, {detected}"
