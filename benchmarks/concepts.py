@@ -98,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", nargs="+", default=["double.2"])
     parser.add_argument("--pictures", type=int, default=4000)
-    parser.add_argument("--noise", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.5])
     parser.add_argument("--kind", default="topk", choices=["topk", "batchtopk", "matryoshka"])
     parser.add_argument("--size", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)

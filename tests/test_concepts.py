@@ -146,6 +146,18 @@ def test_features_that_are_concepts_are_found_with_narrow_intervals():
     assert matches.features.concepts[:4] == (0, 1, 2, 3) and min(matches.features.ap[:4]) > 0.99
 
 
+def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
+    labelled = planted()
+    noise = torch.randn(labelled.values.shape, generator=torch.Generator().manual_seed(5))
+    lost = (labelled.noise == 0.5)[:, None]
+    [matches] = match(
+        Labelled(**{**vars(labelled), "values": torch.where(lost, noise, labelled.values)}),
+        [coordinates(labelled)],
+        Matching(draws=20),
+    )
+    assert matches.clearest.noise == 0.25 and matches.levels[0].noise is None
+
+
 def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
     labelled = planted()
     mixed = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(4))).Q
