@@ -96,7 +96,7 @@ def mini_full(folder: Path) -> Study:
             Collect(study=folder / "untrained", dictionary=compared[:1], drawn=True, pictures=2000, noise=(LATE,)),
             replace(explain, protocol="heldout"),
             replace(explain, protocol="paper"),
-            SteerEval(study=folder, dictionary=compared[:2], trials=12, strength=(0.5, 1.0, 1.5, 2.0)),
+            SteerEval(study=folder, dictionary=compared[:2], trials=12),
             Removal(study=folder, dictionary=(compared[0], together)),
             Findings(study=folder, site=middle),
             Report(study=folder),
