@@ -189,7 +189,7 @@ def _by_step(found: Mapping[float, Sequence[Tensor]]) -> Tensor:
     return torch.stack([torch.cat(list(found[timestep])) for timestep in sorted(found, reverse=True)])
 
 
-def importance(with_it: Float[Tensor, "picture feature"], without: Float[Tensor, "picture feature"]) -> Float[Tensor, " feature"]:
+def importance(with_it: Float[Tensor, "picture feature"], without: Float[Tensor, "other feature"]) -> Float[Tensor, " feature"]:
     """How much more of all code each feature has on pictures with a concept than on pictures with others of its group.
 
     Given mean codes at one step: the feature's share in the sum over features with the concept, less that share without it.
