@@ -245,6 +245,14 @@ def test_the_threshold_is_found_that_fills_the_wanted_size(tmp_path: Path):
     assert not list((tmp_path / "training").glob("atoms-*"))
 
 
+def test_a_dictionary_grown_to_a_size_is_called_by_it_though_atoms_may_lack(tmp_path: Path):
+    made = {size: grown(tmp_path / str(size), threshold=None, size=size) for size in (60, 91, 150)}
+    assert any(itda.size < size for size, itda in made.items())
+    assert all(itda.label == f"itda-{size}-k4-out0" for size, itda in made.items())
+    found = grown(tmp_path / "threshold", size=4000)
+    assert found.size < 4000 and found.label == f"itda-{found.size}-k4-over0.25-out0"
+
+
 def test_a_saved_dictionary_comes_back_with_the_same_codes_and_patches(tmp_path: Path):
     itda = grown(tmp_path)
     back = Dictionary.load(tmp_path)

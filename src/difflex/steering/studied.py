@@ -11,9 +11,8 @@ from typing import Any, final
 
 import torch
 
-from difflex import __version__
 from difflex.dictionary import Dictionary, checksum
-from difflex.dictionary.files import replace_file
+from difflex.dictionary.files import write_record
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.records import Edit, Rectangle, Shot, Site, Source, of_split
 from difflex.steering.contrast import Contrast
@@ -137,13 +136,10 @@ class Recorded:
     def save(self, path: Path) -> Path:
         """`path`, which now holds the edits as JSON."""
         edits = [{**asdict(edit), "site": str(edit.site)} for edit in self.edits]
-        said = {"format": FORMAT, "difflex": __version__, "shot": asdict(self.shot), "edits": edits, "checksums": self.checksums}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, (json.dumps(said, indent=1) + "\n").encode())
+            return write_record(path, FORMAT, {"shot": asdict(self.shot), "edits": edits, "checksums": self.checksums})
         except OSError as error:
             raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
-        return path
 
     @classmethod
     def load(cls, path: Path) -> Recorded:

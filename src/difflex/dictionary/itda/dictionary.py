@@ -57,8 +57,8 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         """
         training = self.origin.training
         config = training.get("config")
-        to_size = isinstance(config, dict) and config.get("threshold") is None and "pruned" not in training
-        size = config["size"] if isinstance(config, dict) and to_size else self.size
+        asked = config if isinstance(config, dict) and "pruned" not in training else {}
+        size = asked.get("size", self.size) if asked.get("threshold", 0) is None else self.size
         return f"{self.kind}-{size}-k{self.k}{variant(training)}"
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
