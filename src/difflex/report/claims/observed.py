@@ -77,14 +77,21 @@ class Shares(NamedTuple):
 
 def matches_surfaces(facts: Facts) -> Claim:
     """ITDA features match colours, textures and regions, those of autoencoders objects."""
-    found = []
+    found, lacking = [], []
     for there in facts.blocks.values():
         own = [each for each in there if each.is_trained and each.normalisation != "none"]
         pairs = product([each for each in own if each.kind == "itda"], [each for each in own if each.kind in AUTOENCODERS])
         for itda, other in pairs:
+            if itda.k != other.k:
+                continue
             ours, theirs = _shares(itda), _shares(other)
-            if itda.k == other.k and ours is not None and theirs is not None:
+            if ours is not None and theirs is not None:
                 found.append((itda, ours, other, theirs))
+            lacking += [
+                f"{each.path}, {each.name}: {len(_groups(each))} features detect a concept, {FEW} are needed"
+                for each in (itda, other)
+                if len(_groups(each)) < FEW
+            ]
     holds = all(
         _above(ours.surfaces, ours.features, theirs.surfaces, theirs.features)
         and _above(theirs.objects, theirs.features, ours.objects, ours.features)
@@ -99,23 +106,29 @@ def matches_surfaces(facts: Facts) -> Claim:
         "higher for the autoencoder, each by more than chance (the 95 % interval of the difference, 1.96 standard errors, lies "
         "above 0). Only dictionaries that normalise their data and have 10 such features.",
         verdict=decided(found, holds),
-        evidence=listed(told, "difflex concepts STUDY, of an ITDA and an autoencoder of one block and k"),
+        evidence=listed(
+            told or [*dict.fromkeys(lacking)], "difflex concepts STUDY, of an ITDA and an autoencoder of one block and k"
+        ),
     )
 
 
 def _shares(judged: Judged) -> Shares | None:
     """What the concepts are about; None where too few features detect any, or no concept is of such groups."""
-    matches = judged.matches
-    groups = [
-        matches.concepts[concept].group
-        for concept, ap in zip(matches.features.concepts, matches.features.ap, strict=True)
-        if ap >= LEAST
-    ]
-    there = {concept.group for concept in matches.concepts}
+    groups, there = _groups(judged), {concept.group for concept in judged.matches.concepts}
     if len(groups) < FEW or not there.intersection(SURFACES) or not there.intersection(OBJECTS):
         return None
     surfaces, objects = (sum(group in among for group in groups) / len(groups) for among in (SURFACES, OBJECTS))
     return Shares(len(groups), surfaces, objects)
+
+
+def _groups(judged: Judged) -> list[str]:
+    """The group of the best concept of each feature that detects one."""
+    matches = judged.matches
+    return [
+        matches.concepts[concept].group
+        for concept, ap in zip(matches.features.concepts, matches.features.ap, strict=True)
+        if ap >= LEAST
+    ]
 
 
 def _above(share: float, count: int, other: float, others: int) -> bool:
