@@ -135,6 +135,15 @@ def test_known_concepts_say_what_highlights_show_beyond_chance():
     )
 
 
+def test_known_concepts_do_not_name_what_covers_the_whole_picture_for_a_part_of_it():
+    """Five pictures that happen to be of one style: the highlights lie in it wholly, but so does everything else."""
+    truth = torch.zeros(2, 4, 4)
+    truth[0], truth[1, :2] = 1.0, 0.8
+    knows = KnownConcepts(("cartoon", "star"), lambda *_: truth, torch.tensor([0.05, 0.05]))
+    reply = knows.see([seen("a", 0)] * 5, to_explain(5), Explained)
+    assert Explained.model_validate_json(reply.text).common_pattern == "star"
+
+
 @pytest.mark.parametrize(
     ("explanation", "row", "score"), [("sky", 0, 1.0), ("the Sea", 0, 0.0), ("sky", 1, 0.5), ("sea", 1, 0.5)]
 )

@@ -6,15 +6,34 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from seen import MODEL, QUICK, Endpoints, book, code
 
 from difflex.book import Album, Book
 from difflex.errors import BadInput, OutOfBudget
-from difflex.explanation import Answers, Endpoint, Key, Patience, Price, Protocol, Rehearsal, Terms, chosen, explain, rehearse
+from difflex.explanation import (
+    Answers,
+    Asker,
+    Backend,
+    Endpoint,
+    Instruction,
+    Key,
+    Patience,
+    Price,
+    Protocol,
+    Rehearsal,
+    Terms,
+    View,
+    chosen,
+    explain,
+    rehearse,
+)
+from difflex.explanation.asked import Answer
+from difflex.explanation.backend import Reply
 from difflex.explanation.protocol import Unfit, plan
 from difflex.testing import RuleServer
 
@@ -119,6 +138,21 @@ def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tupl
     usage = list(written.usage())
     assert sum(each.asked for each in usage) == calls and {each.role for each in usage} == {"explainer", "judge"}
     assert sum(each.tokens_in for each in usage) > 12 * 16 * 258
+
+
+def test_highlights_are_in_units_of_the_peak_and_end_where_nobody_would_see_them(made: tuple[Book, Album], answers: Answers):
+    shown: list[torch.Tensor] = []
+
+    class Looker(Backend):
+        name = "looker"
+
+        def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+            shown.extend(view.highlight for view in views)
+            return Reply(schema.imagined().model_dump_json(), None)
+
+    explain(made[0], [0], Asker(Looker(), answers), made[1], Protocol(), progress=False)
+    assert max(float(highlight.max()) for highlight in shown) == 1.0
+    assert {int((highlight > 0).sum()) for highlight in shown} == {1}, "a second token has a tenth of the peak"
 
 
 def test_settings_that_differ_are_explanations_that_differ(made: tuple[Book, Album], asker: Endpoints):

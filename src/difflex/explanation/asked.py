@@ -47,7 +47,7 @@ class View:
     """The picture with its highlights; drawn only if somebody looks."""
     shot: Shot
     highlight: Float[Tensor, "row column"]
-    """How strongly each token is highlighted; 0 where it is not."""
+    """How strongly each token is highlighted: 1 at the feature's peak, 0 where nobody would see it."""
 
     @cached_property
     def png(self) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.book import Album, Book, Condition, Example, Explanation, Judgement, Score, ShotRow, Usage, overlaid
+from difflex.book import SHOWN, Album, Book, Condition, Example, Explanation, Judgement, Score, ShotRow, Usage, overlaid
 from difflex.errors import BadInput
 from difflex.explanation.answers import Spent
 from difflex.explanation.asked import Explained, Judged, Picked, View
@@ -152,8 +152,8 @@ def _grid(book: Book) -> tuple[int, int]:
 
 
 def _view(example: Example, row: ShotRow, peak: float, grid: tuple[int, int], album: Album, protocol: Protocol) -> View:
-    highlight = torch.zeros(grid)
-    highlight.view(-1)[list(example.map.tokens)] = torch.tensor(example.map.values)
+    highlight, strength = torch.zeros(grid), torch.tensor(example.map.values) / peak
+    highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= SHOWN, 0.0)
 
     def draw() -> Image.Image:
         return overlaid(album.open(row.picture.file), example.map, grid, peak, style=protocol.style, side=SIDE)

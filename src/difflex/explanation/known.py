@@ -44,8 +44,8 @@ class KnownConcepts(Backend):
     def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
         """The best concept, its share of the highlights, or the picture whose highlights show something else."""
         if schema is Explained:
-            above = torch.stack([self._above_chance(view) for view in views])
-            each, common = above.argmax(1).tolist(), int(above.mean(0).argmax())
+            fits = torch.stack([self._fits(view) for view in views])
+            each, common = fits.argmax(1).tolist(), int(fits.mean(0).argmax())
             names = [self._concepts[best] for best in each]
             answer = Explained(pattern_descriptions=names, common_pattern=self._concepts[common])
         elif schema is Judged:
@@ -61,10 +61,19 @@ class KnownConcepts(Backend):
             raise Rejected(f"nobody knows what is where in the picture of '{view.shot.prompt}'")
         return self._shares(view.shot.picture, *view.highlight.shape)
 
-    def _above_chance(self, view: View) -> Float[Tensor, " concept"]:
-        """For each concept: how much more of the highlights than of all pictures shows it; 0 for chance, 1 for all of them."""
-        share = (self._truth(view) * view.highlight).sum((1, 2)) / view.highlight.sum().clamp_min(1e-12)
-        return (share - self._common) / (1 - self._common).clamp_min(1e-6)
+    def _fits(self, view: View) -> Float[Tensor, " concept"]:
+        """How well each concept tells what is highlighted from what is not: 0 for no better than chance, 1 for wholly.
+
+        The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all pictures; and of what shows it
+        in this one, how much is highlighted. By the first alone whatever covers a whole picture, as a style does, fits whatever is
+        highlighted there.
+        """
+        truth = self._truth(view)
+        shown = (truth * view.highlight).sum((1, 2))
+        highlighted = shown / view.highlight.sum().clamp_min(1e-12)
+        beyond = ((highlighted - self._common) / (1 - self._common).clamp_min(1e-6)).clamp_min(0)
+        covered = shown / truth.sum((1, 2)).clamp_min(1e-12)
+        return 2 * beyond * covered / (beyond + covered).clamp_min(1e-12)
 
     def _named(self, explanation: str) -> list[int]:
         """The concepts that an explanation names."""
@@ -82,5 +91,5 @@ class KnownConcepts(Backend):
 
     def _stranger(self, views: Sequence[View]) -> int:
         """The place of the view whose concepts agree least with those of the others."""
-        above = torch.nn.functional.normalize(torch.stack([self._above_chance(view) for view in views]), dim=1)
-        return int((above @ above.T).sum(1).argmin())
+        fits = torch.nn.functional.normalize(torch.stack([self._fits(view) for view in views]), dim=1)
+        return int((fits @ fits.T).sum(1).argmin())

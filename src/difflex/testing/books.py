@@ -35,7 +35,7 @@ def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, sha
     """The file of a book of so many features, `folder/book.sqlite`; its pictures are in `folder/pictures`.
 
     Each feature has `tops` top examples of each split and `sampled` random held-out ones, every one a shot of its own prompt; in
-    the first `shared` of these the next feature marks another token. The nearest decoder is that of the feature after the next.
+    the first `shared` of these the next feature marks another token. It fires faintly at a second token. The nearest decoder is that of the feature after the next.
     """
     album = Album(folder / "pictures")
     filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
@@ -69,7 +69,7 @@ def _examples(features: int, rows: list[_Row], shared: int) -> Iterator[Example]
 
 
 def _example(feature: int, row: _Row, shot: int, token: int) -> Example:
-    where = TokenMap((token,), (row.peak,))
+    where = TokenMap((token, (token + 8) % 16), (row.peak, PEAK / 10))
     return Example(feature=feature, kind=row.kind, split=row.split, rank=row.rank, shot=shot, peak=row.peak, map=where)
 
 
