@@ -65,8 +65,8 @@ class KnownConcepts(Backend):
         """How well each concept tells what is highlighted from what is not: 0 for no better than chance, 1 for wholly.
 
         The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all pictures; and of what shows
-        it in this one, how much is highlighted. By the first alone whatever covers a whole picture, as a style does, fits whatever
-        is highlighted there.
+        it in this one, how much is highlighted. By the first alone what covers a whole picture, as a style does, fits whatever is
+        highlighted there.
         """
         truth = self._truth(view)
         shown = (truth * view.highlight).sum((1, 2))

@@ -35,8 +35,8 @@ def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, sha
     """The file of a book of so many features, `folder/book.sqlite`; its pictures are in `folder/pictures`.
 
     Each feature has `tops` top examples of each split and `sampled` random held-out ones, every one a shot of its own prompt, in
-    which it also fires faintly at a second token; in the first `shared` of these the next feature marks another token. The nearest
-    decoder is that of the feature after the next.
+    which it also fires faintly at a second token; in the first `shared` of these the next feature marks another token. The
+    nearest decoder is that of the feature after the next.
     """
     album = Album(folder / "pictures")
     filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
