@@ -13,7 +13,7 @@ from torch import Tensor
 from difflex.cli import main
 from difflex.commands.findings import _detector
 from difflex.errors import BadInput, BrokenFile
-from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for
+from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for, workload
 from difflex.findings.captions import task_of
 from difflex.findings.rules import is_above
 from difflex.miniature.captions import read
@@ -142,6 +142,31 @@ def test_the_last_steps_cost_most_or_do_not():
 def test_a_mean_within_its_standard_error_decides_nothing():
     assert is_above([0.3, 0.2, 0.4]) is True and is_above([-0.3, -0.2, -0.4]) is False
     assert is_above([1.0, -1.0, 0.1]) is None and is_above([1.0, 1.0]) is None
+
+
+@pytest.mark.parametrize("names", [tuple(EXPERIMENTS), ("size",), ("steps", "related"), ("pairs", "quality"), ("adversarial",)])
+@pytest.mark.parametrize("groups", [("colour", "texture"), ("shape", "style")])
+def test_what_experiments_will_draw_is_told_to_the_picture(names: tuple[str, ...], groups: tuple[str, ...]):
+    scope, made_up, drawn = replace(SCOPE, groups=groups), world(), {None: 0, 7: 0}
+
+    def counted(steps: int | None) -> Drawn:
+        def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+            drawn[steps] += len(trials)
+            return made_up.pictures(trials, steering)
+
+        return made_up._replace(pictures=pictures)
+
+    one = Bench(
+        site=SITE,
+        scope=scope,
+        parameters=10,
+        drawn=counted,
+        contrasts=lambda concept: {count: way(count) for count in scope.counts},
+        feature=lambda concept: None,
+    )
+    for name in names:
+        finding(name, one, {})
+    assert workload(names, scope) == drawn and sum(drawn.values()) > 0
 
 
 def seen(values: Tensor, prompts: Sequence[str]) -> Activations:

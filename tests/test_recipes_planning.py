@@ -9,11 +9,16 @@ import pytest
 
 from difflex.cli import main
 from difflex.commands.anatomy import Anatomy
+from difflex.commands.costs import scaling, seconds
 from difflex.commands.evaluate import Evaluate
 from difflex.commands.explain import Explain
+from difflex.commands.findings import Findings
 from difflex.commands.harvest import Harvest
 from difflex.commands.itda import Itda
 from difflex.commands.neurons import Neurons
+from difflex.commands.removal import Removal
+from difflex.commands.report import Report
+from difflex.commands.steer_eval import SteerEval
 from difflex.commands.train import Train
 from difflex.forecast import Estimate, Held, Learned, Outlook
 from difflex.recipes import RECIPES
@@ -136,12 +141,101 @@ def test_commands_are_told_what_those_before_them_will_have_made():
     assert [each.size for each in outlook.dictionaries[place]] == [16, 32]
 
 
-def test_the_full_study_of_mini_flux_is_planned_to_take_about_an_hour(tmp_path: Path):
+def test_the_full_study_of_mini_flux_is_planned_to_take_more_than_an_hour(tmp_path: Path):
     told = plan(RECIPES["mini_full"](tmp_path / "study"), rate=2e11)  # two cores
-    assert {each.estimate.unknown for each in told} <= {"", "it tells nothing of itself beforehand"}
-    known = {each.step.entry.verb for each in told if not each.estimate.unknown}
-    assert known >= {"anatomy", "harvest", "train", "itda", "neurons", "evaluate", "concepts"}
-    assert 1200 < sum(each.estimate.seconds or 0 for each in told) < 3600
+    assert 3000 < sum(each.estimate.seconds or 0 for each in told) < 6000
+
+
+@pytest.mark.parametrize("name", ["mini", "mini_full"])
+def test_nothing_of_a_study_of_mini_flux_is_unknown_beforehand(name: str, tmp_path: Path):
+    told = plan(RECIPES[name](tmp_path / "study"), RATE)
+    assert {each.estimate.unknown for each in told} == {""}
+    assert all(each.estimate.seconds and each.estimate.bytes for each in told)
+
+
+# What the commands took, one after another, on one core of the two with other work on both.
+TOOK = {
+    SteerEval: (540.9, {"dictionary": ("double.2/topk-2048-k32", "double.2/itda-2048-k32"), "trials": 12}),
+    Removal: (
+        919.5,
+        {"dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16")},
+    ),
+}
+
+
+def steered_outlook(folder: Path, rate: float = 2e11) -> Outlook:
+    """What is there to steer with in a study of mini-flux."""
+    shot = Shot(model="mini-flux", pixels=(64, 64), steps=4, guidance=3.5)
+    sites = [Site(name) for name in ("double.2", "single.0", "single.1")]
+    return Outlook(
+        rate=rate,
+        stores={(folder, site): Held(1_000_000, 64, 192, shot) for site in sites},
+        dictionaries={(folder, site): (Learned(2048, 32, 192),) for site in sites},
+    )
+
+
+@pytest.mark.parametrize("verb", TOOK)
+def test_what_was_measured_is_foretold_to_within_a_factor_of_two(verb: type[SteerEval | Removal], tmp_path: Path):
+    took, flags = TOOK[verb]
+    told = verb(study=tmp_path, **flags).estimate(steered_outlook(tmp_path)).seconds
+    assert told is not None and took / 2 < told < took * 2
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "fixed"),
+    [
+        (SteerEval(study=Path("s"), trials=4, pairs=4), {"trials": 8, "pairs": 8}, 3 * scaling(Learned(2048, 32, 192))),
+        (Removal(study=Path("s"), pictures=6, chosen_by=6), {"pictures": 12, "chosen_by": 12}, 0.0),
+        (
+            Findings(study=Path("s"), site="double.2", trials=4, pairs=(20, 80)),
+            {"trials": 8, "pairs": (40, 160)},
+            scaling(Learned(2048, 32, 192)),
+        ),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_twice_the_pictures_take_twice_the_time_beyond_the_start(
+    few: SteerEval | Removal | Findings, many: dict[str, int], fixed: float
+):
+    outlook = steered_outlook(Path("s"))
+    once, twice = (
+        (each.estimate(outlook).seconds or 0) - seconds(outlook, {"encoding": fixed}) for each in (few, replace(few, **many))
+    )
+    assert once > 1 and twice == pytest.approx(2 * once)
+
+
+def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
+    outlook = steered_outlook(tmp_path)
+    least = [
+        SteerEval(study=tmp_path, dictionary=("double.2",), strength=(1.0,)),
+        Removal(study=tmp_path, dictionary=("double.2",), features=(1,)),
+        Findings(study=tmp_path, site="double.2", only=("quality",)),
+    ]
+    more = [
+        (replace(least[0], strength=(1.0, 2.0)), replace(least[0], dictionary=("double.2", "single.0"))),
+        (replace(least[1], features=(1, 2)), replace(least[1], dictionary=("double.2,single.0",))),
+        (replace(least[2], only=("quality", "steps")), replace(least[2], concepts=3)),
+    ]
+    for one, others in zip(least, more, strict=True):
+        assert all((other.estimate(outlook).seconds or 0) > (one.estimate(outlook).seconds or 0) for other in others)
+
+
+def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_path: Path):
+    outlook, nothing = steered_outlook(tmp_path), Outlook(rate=RATE)
+    assert "judge is not known" in SteerEval(study=tmp_path, told=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
+    for command in (SteerEval(study=tmp_path), Removal(study=tmp_path), Report(study=tmp_path)):
+        assert "dictionaries there will be is not known" in command.estimate(nothing).unknown
+    assert "--site" in Findings(study=tmp_path).estimate(outlook).unknown
+    elsewhere = SteerEval(study=tmp_path, dictionary=("double.0/topk-2048-k32",))
+    assert "not known" in elsewhere.estimate(outlook).unknown
+    assert "is not a study" in Findings(study=tmp_path, site="double.2").estimate(nothing).unknown
+
+
+def test_a_report_takes_longer_with_more_dictionaries(tmp_path: Path):
+    outlook, site = steered_outlook(tmp_path), Site("double.2")
+    more = outlook.after(Estimate(dictionaries={(tmp_path, site): (Learned(512, 8, 192),) * 9}))
+    few, many = (Report(study=tmp_path).estimate(each) for each in (outlook, more))
+    assert few.seconds and many.seconds and many.seconds - few.seconds == 9.0 and (many.bytes or 0) > (few.bytes or 0)
 
 
 def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_for_more_features(tmp_path: Path):

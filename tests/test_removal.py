@@ -29,6 +29,7 @@ from difflex.steering import (
     importance,
     rates,
 )
+from difflex.steering.removal import about
 from difflex.study import Place, Study
 from difflex.trials import NAMED as NAMED_GROUPS
 from difflex.trials import DrawnJudge, Naming, drawn_naming
@@ -264,6 +265,25 @@ def test_what_retains_too_little_is_not_tried_more_strongly():
     tried = shown.tried("red", shown.chosen("red", 2), [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)])
     # A third of what else is right is gone at once; only what is milder in one of the two could do better.
     assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize(("concepts", "each"), [(3, 2), (10, 8), (8, 12), (2, 13)])
+def test_by_how_many_pictures_a_removal_is_judged_is_told_beforehand(concepts: int, each: int):
+    named, drawn = [str(number) for number in range(concepts) for _ in range(each)], list[int]()
+    right = verdict(True, shape=True)
+    everywhere = neurons(k=WIDTH)
+    firing = Firings(everywhere)
+    values = torch.ones(len(named), TOKENS, WIDTH) + torch.arange(len(named)).view(-1, 1, 1)
+    firing.add(replace(activations(0, NAMED), values=values, shots=(activations(0, NAMED).shots[0],) * len(named)))
+
+    def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+        drawn.extend(numbers)
+        return [right] * len(numbers)
+
+    shown = Pictured(named=tuple(named), before=(right,) * len(named), firings=(firing,), edited=edited)
+    every = Cut(everywhere, ((0,),), ((0.0,),))
+    shown.rates(named[0], [every], 0.0)
+    assert len(drawn) == about(concepts, each)
 
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():

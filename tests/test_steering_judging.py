@@ -8,13 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difflex.cli import main
+from difflex.cli import main, parse
+from difflex.commands.steer_eval import BY_STRENGTH
 from difflex.errors import BadInput, BrokenFile
+from difflex.forecast import Learned, Outlook
 from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import read
 from difflex.miniature.world import HELD_OUT_SEEDS, Mix
 from difflex.records import Moment, Shot, Site
 from difflex.steering import Drawn, Judged, Steering, Strip, Task, Trial, Verdict, judge, side_by_side
+from difflex.study import Command
 from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 
 TRIALS = tuple(Trial(f"picture {number}", number, None) for number in range(4))
@@ -119,6 +122,19 @@ def _tiles(path: Path) -> list[bytes]:
         return [file.crop((x, 0, x + 64, 64)).convert("RGB").tobytes() for x in range(0, file.width, 64)]
 
 
+def _is_as_told(command: Command, judged: Judged, study: Path) -> None:
+    """What was foretold of a command is what came: a curve of every concept for each method but the neuron."""
+    outlook = Outlook(rate=1e11, dictionaries={(study, Site("double.1")): (Learned(256, 8, 192),)})
+    told = command.estimate(outlook)
+    curves = [curve for curve in judged.curves if curve.method != "neuron"]
+    points = sum(len(curve.points) for curve in curves)
+    concepts = len(judged.of("feature"))
+    assert concepts > 0 and points == concepts * (BY_STRENGTH * 2 + 1)
+    assert told.unknown == "" and told.tokens == concepts * 2 * 3 * 3 * 64  # sides of pairs x steps x tokens
+    kept = [path for path in (study / "steering" / "judged").rglob("*") if path.is_file()]
+    assert told.bytes == pytest.approx(sum(path.stat().st_size for path in kept), rel=0.5)
+
+
 def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = str(tmp_path / "study")
     assert (
@@ -149,6 +165,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert main(["steer-eval", study, "double.1", *flags]) == 0
     said = capsys.readouterr().out
     judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
+    _is_as_told(parse(["steer-eval", study, "double.1", *flags]), judged, tmp_path / "study")
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
     assert "neuron" in said and "gain" in said

@@ -19,6 +19,7 @@ from difflex.store import Store
 from difflex.study import Study
 
 __all__ = [
+    "A_POINT",
     "START",
     "dictionaries",
     "drawing",
@@ -26,12 +27,16 @@ __all__ = [
     "encoding",
     "foreseen",
     "foreseen_like",
+    "generating",
     "growing",
     "held",
+    "judging",
     "matching",
     "not_here",
     "probing",
+    "scaling",
     "seconds",
+    "studied",
     "unknown_store",
     "walking",
 ]
@@ -50,6 +55,12 @@ START = 1.0
 """Seconds that a command takes before its work begins."""
 SCENE = 1e9
 """Drawing a scene of the drawn world costs as much time as so many operations."""
+JUDGED = 2.5e8
+"""What the judge of the drawn world takes to look at a picture, in operations of the model."""
+SCALED = 65_536
+"""Tokens by which the units of a dictionary's features are measured."""
+A_POINT = 220
+"""Bytes of a record that one strength of a method takes for a concept; measured on mini-flux."""
 
 
 def seconds(outlook: Outlook, work: Mapping[Work, float]) -> float:
@@ -75,8 +86,23 @@ def foreseen(
 
 def foreseen_like(shot: Shot, *sites: Site) -> Foreseen | str:
     """The same of the model of `shot`, in runs like it."""
-    revision = None if (shot.revision or "").startswith(UNTRAINED) else shot.revision
-    return foreseen(shot.model, map(str, sites), revision, steps=shot.steps, pixels=shot.pixels, guidance=shot.guidance)
+    same = {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
+    return foreseen(shot.model, map(str, sites), _trained(shot.revision), **same)
+
+
+def studied(outlook: Outlook, folder: Path, *sites: Site) -> Foreseen | str:
+    """The same of the model that a study is about, in runs of its own steps, pixels and guidance."""
+    known = next((store.shot for (study, _), store in outlook.stores.items() if study == folder), None)
+    try:
+        about = known or Study.open(folder)
+    except DifflexError as error:
+        return str(error).split(". ")[0]
+    return foreseen(about.model, map(str, sites), _trained(about.revision))
+
+
+def _trained(revision: str | None) -> str | None:
+    """The revision whose configs those of a model are, random weights or not."""
+    return None if (revision or "").startswith(UNTRAINED) else revision
 
 
 def not_here(name: str, error: DifflexError) -> str:
@@ -108,9 +134,24 @@ def dictionaries(outlook: Outlook, folder: Path, asked: Iterable[str]) -> dict[S
     return {site: learned for site, learned in found.items() if not sites or site in sites}
 
 
-def walking(foreseen: Foreseen, runs: int, prompts: int, steps: int) -> float:
+def walking(foreseen: Foreseen, runs: float, prompts: float, steps: int) -> float:
     """Walking runs to their last step kept, which ends at the site, and encoding their prompts."""
     return runs * ((steps - 1) * foreseen.step + foreseen.reached) + prompts * foreseen.prompt
+
+
+def generating(foreseen: Foreseen, pictures: float, steps: int | None = None) -> float:
+    """Whole pictures, each with a prompt of its own, in the steps of `foreseen` or in so many."""
+    return pictures * (foreseen.prompt + (steps or foreseen.shot.steps) * foreseen.step + foreseen.decoded)
+
+
+def judging(foreseen: Foreseen, pictures: float, levels: int = 0) -> float:
+    """Looking at pictures as the judge of the drawn world does, and foretelling them from so many levels of noise."""
+    return pictures * (JUDGED + (foreseen.decoded + levels * foreseen.step if levels else 0.0))
+
+
+def scaling(learned: Learned) -> float:
+    """Measuring the units of a dictionary's features."""
+    return encoding(learned, SCALED)
 
 
 def encoding(learned: Learned, tokens: float) -> float:

@@ -9,13 +9,15 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex import findings
 from difflex.commands.contrast import both_sides
-from difflex.commands.drawing import drawn_by
+from difflex.commands.costs import A_POINT, dictionaries, generating, judging, scaling, seconds, studied, walking
+from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.concepts import Matches
 from difflex.errors import BadInput
-from difflex.findings import EXPERIMENTS, Bench, Finding, Scope, Way, finding, pairs_for
+from difflex.findings import EXPERIMENTS, Bench, Finding, Scope, Way, finding, pairs_for, workload
+from difflex.forecast import Estimate, Outlook
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
 from difflex.steering import Toolbox, contrasts, steered_along
@@ -88,6 +90,31 @@ class Findings(Command):
                 made.save(path)
         print("\n".join(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.because}" for each in made.found))
         return [path]
+
+    def estimate(self, outlook: Outlook) -> Estimate:
+        """The contrasts of all concepts, and pictures that are judged, of the experiments asked for.
+
+        That is at most so much: what was found before is not tried again.
+        """
+        scope, found = self._scope(), dictionaries(outlook, self.study, ())
+        sites = [Site.parse(self.site)] if self.site else [site for site in found if site.kind != "neurons"]
+        if len(sites) != 1:
+            return Estimate(sites=tuple(map(str, sites)), unknown="where to steer is not known: --site says it")
+        site = sites[0]
+        model = studied(outlook, self.study, site)
+        if isinstance(model, str):
+            return Estimate(sites=(str(site),), unknown=model)
+        pictures = workload(self.only or tuple(EXPERIMENTS), scope)
+        sides, steps = 2 * max(scope.counts) * len(scope.concepts()), model.shot.steps
+        drawn = sum(generating(model, count, steps) for steps, count in pictures.items())
+        judged = judging(model, sum(pictures.values()), len(LEVELS))
+        scaled = sum(map(scaling, found.get(site, ())))
+        return Estimate(
+            sites=(str(site),),
+            tokens=sides * steps * model.shapes[site][0],
+            bytes=sum(pictures.values()) // scope.trials * A_POINT,
+            seconds=seconds(outlook, {"model": drawn + judged + walking(model, sides, sides, steps), "encoding": scaled}),
+        )
 
     def _scope(self) -> Scope:
         if self.trials < 1 or not self.pairs or min(self.pairs) < 1 or not self.strength or min(self.strength) <= 0:

@@ -2,7 +2,19 @@
 
 from difflex.findings.bench import Bench, Scope, Way
 from difflex.findings.captions import concepts_of, pairs_for
-from difflex.findings.experiments import EXPERIMENTS, finding
+from difflex.findings.experiments import EXPERIMENTS, finding, workload
 from difflex.findings.record import Finding, Findings, Line
 
-__all__ = ["EXPERIMENTS", "Bench", "Finding", "Findings", "Line", "Scope", "Way", "concepts_of", "finding", "pairs_for"]
+__all__ = [
+    "EXPERIMENTS",
+    "Bench",
+    "Finding",
+    "Findings",
+    "Line",
+    "Scope",
+    "Way",
+    "concepts_of",
+    "finding",
+    "pairs_for",
+    "workload",
+]

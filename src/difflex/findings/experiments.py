@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
-from difflex.findings.bench import Bench, groups_of
+from difflex.findings.bench import Bench, Scope, groups_of
 from difflex.findings.captions import Kind
 from difflex.findings.record import Finding, Line
 from difflex.findings.rules import Ruling, both, gain, is_above, line, line_of, rises_above_one, ruled, under_half
 from difflex.miniature.world import OBJECT_GROUPS
 from difflex.steering import Curve, Point
 
-__all__ = ["EXPERIMENTS", "finding"]
+__all__ = ["EXPERIMENTS", "finding", "workload"]
 
 KNEE, BEFORE, FLAT = 80, 20, 0.05
 """Pairs at the knee and before it; a gain of less than this is none."""
@@ -246,6 +246,29 @@ EXPERIMENTS = {
     ),
 }
 """By name, in the order in which they are made."""
+
+
+BASED = ("pairs", "distribution", "quality", "size")
+"""Those that share the contrast at all strengths."""
+
+
+def workload(names: Collection[str], scope: Scope) -> dict[int | None, int]:
+    """How many pictures the experiments called `names` draw and judge, by the steps of a run; None is the model's own number.
+
+    What several of them share counts once.
+    """
+    everything, things = len(scope.concepts()), len(scope.concepts(OBJECT_GROUPS))
+    sayable = len(scope.concepts([group for group in scope.groups if group != "shape"]))
+    inner, fewer = len(scope.inner), len(scope.counts) - 1
+    batches = {
+        "pairs": everything * (1 + fewer * inner),
+        "distribution": 2 * everything * (1 + inner),
+        "adversarial": 2 * sayable * (1 + inner),
+        "related": 2 * things * (1 + inner),
+    }
+    shared = everything * (1 + len(scope.strengths)) if set(BASED) & set(names) else 0
+    own = shared + sum(batches.get(name, 0) for name in names)
+    return {None: own * scope.trials, RUN: everything * (1 + 2 * inner) * scope.trials if "steps" in names else 0}
 
 
 def finding(name: str, bench: Bench, made_from: Mapping[str, str | int | float]) -> Finding:

@@ -20,7 +20,20 @@ from difflex.records import Activations, Edit
 from difflex.steering.editing import Features, Steering, features_of, steerings
 from difflex.steering.judging import Verdict
 
-__all__ = ["Cut", "Firings", "Pictured", "Rates", "Removal", "Removed", "Tried", "best_of", "choose", "importance", "rates"]
+__all__ = [
+    "Cut",
+    "Firings",
+    "Pictured",
+    "Rates",
+    "Removal",
+    "Removed",
+    "Tried",
+    "about",
+    "best_of",
+    "choose",
+    "importance",
+    "rates",
+]
 
 FORMAT = 1
 BAR, ENOUGH = 0.9, 0.95
@@ -314,6 +327,13 @@ class Pictured:
         of = {name: [number for number, each in enumerate(self.named) if each == name] for name in dict.fromkeys(self.named)}
         if concept not in of:
             raise BadInput(f"No prompt names '{concept}'. Named are: {', '.join(of)}.")
-        return sorted(
-            number for name, each in of.items() for number in (each if name == concept else each[: -(-len(each) // PART)])
-        )
+        return sorted(number for name, each in of.items() for number in (each if name == concept else each[: _part(len(each))]))
+
+
+def about(concepts: int, each: int) -> int:
+    """By how many pictures the removal of one of so many concepts is judged, if prompts name each of them so often."""
+    return each + (concepts - 1) * _part(each)
+
+
+def _part(pictures: int) -> int:
+    return -(-pictures // PART)
