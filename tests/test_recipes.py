@@ -81,7 +81,14 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 one = ("double.1/topk-32-k2",)
                 return replace(command, dictionary=one, groups=("colour",), least=0.05, trials=1, pairs=1, strength=(1.0,))
             case Removal():
-                few = {"groups": ("background",), "pictures": 1, "chosen_by": 1, "features": (1,), "strength": (0.0,)}
+                few = {
+                    "groups": ("background",),
+                    "pictures": 1,
+                    "chosen_by": 1,
+                    "tried_on": 1,
+                    "features": (1,),
+                    "strength": (0.0,),
+                }
                 return replace(command, dictionary=("double.1/topk-32-k2",), **few)
             case Findings():
                 few = {"groups": ("colour",), "concepts": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}

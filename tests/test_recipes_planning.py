@@ -158,7 +158,12 @@ TOOK = {
     SteerEval: (540.9, {"dictionary": ("double.2/topk-2048-k32", "double.2/itda-2048-k32"), "trials": 12}),
     Removal: (
         919.5,
-        {"dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16")},
+        {
+            "dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16"),
+            "pictures": 12,
+            "chosen_by": 8,
+            "tried_on": 8,
+        },
     ),
     Findings: (486.7, {"site": "double.2"}),
 }
@@ -186,7 +191,7 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(verb: type[Stee
     ("few", "many", "fixed"),
     [
         (SteerEval(study=Path("s"), trials=4, pairs=4), {"trials": 8, "pairs": 8}, 3 * scaling(Learned(2048, 32, 192))),
-        (Removal(study=Path("s"), pictures=6, chosen_by=6), {"pictures": 12, "chosen_by": 12}, 0.0),
+        (Removal(study=Path("s"), pictures=6, chosen_by=6, tried_on=6), {"pictures": 12, "chosen_by": 12, "tried_on": 12}, 0.0),
         (
             Findings(study=Path("s"), site="double.2", trials=4, pairs=(20, 80)),
             {"trials": 8, "pairs": (40, 160)},

@@ -323,7 +323,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--groups", "size", "--pictures", "2", "--chosen-by", "2", "--features", "1,2", "--strength", "-1", "--steps", "1:3"]
+    flags = ["--groups", "size", "--pictures", "2", "--chosen-by", "2", "--tried-on", "1"]
+    flags += ["--features", "1,2", "--strength", "-1", "--steps", "1:3"]
     assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     said = capsys.readouterr().out
     assert "of 2 concepts reach 90/90" in said and "UA" in said

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, final
@@ -30,8 +31,8 @@ from difflex.trials import NAMED, DrawnJudge, Naming, as_tensor, drawn_naming
 __all__ = ["Removal"]
 
 BATCH = 32
-UNSEEN = 10**6
-"""The seed of the first of the pictures that removal is judged by."""
+APART = 10**6
+"""How far the seeds of one set of pictures are from those of the next."""
 Together = tuple[Place, ...]
 """Dictionaries whose features are edited at once."""
 TRIED = 0.6
@@ -45,8 +46,8 @@ A_CONCEPT = 1_700
 class Removal(Command):
     """Remove known concepts by their features, and judge on unseen prompts what is gone and what else is lost.
 
-    Features are chosen step by step by the score of SAeUron on one set of prompts, on which their number and strength are chosen,
-    too, where several are given.
+    Features are chosen step by step by the score of SAeUron on one set of prompts, their number and strength on another one,
+    where several are given; a third is judged.
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -57,10 +58,12 @@ class Removal(Command):
     """Which: SITE/LABEL, or the site alone where it has one dictionary; with commas between them, several at once."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
     """The concepts of which groups."""
-    pictures: Annotated[int, arg(metavar="N")] = 12
+    pictures: Annotated[int, arg(metavar="N")] = 24
     """Prompts that name each concept, to judge by."""
-    chosen_by: Annotated[int, arg(metavar="N")] = 8
-    """Others that name each concept, to choose features, their number and the strength by."""
+    chosen_by: Annotated[int, arg(metavar="N")] = 12
+    """Others that name each concept, to choose features by."""
+    tried_on: Annotated[int, arg(metavar="N")] = 12
+    """Others still, to choose the number of features and the strength by."""
     features: Numbers = (1, 2, 4, 8)
     """How many features go at each step and site."""
     strength: Strengths = (0.0, -1.0, -2.0, -4.0)
@@ -79,12 +82,10 @@ class Removal(Command):
         studio = _Studio(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
         removed: dict[Together, list[Removed]] = {together: [] for together in sets}
         for group in self.groups:
-            captions = drawn_naming(group, self.chosen_by + self.pictures)
-            scouted = studio.unedited(group, [one for each in captions for one in each[: self.chosen_by]], 0)
-            unseen = studio.unedited(group, [one for each in captions for one in each[self.chosen_by :]], UNSEEN)
+            shown = studio.apart(group, (self.chosen_by, self.tried_on, self.pictures))
             for together in sets:
                 print(f"{', '.join(map(str, together))}: {group}", flush=True)
-                for each in self._removed(scouted(together), unseen(together), group, together):
+                for each in self._removed(*(pictures(together) for pictures in shown), group, together):
                     print(_told(each), flush=True)
                     removed[together].append(each)
         return [self._written(toolbox, together, concepts) for together, concepts in removed.items()]
@@ -105,7 +106,7 @@ class Removal(Command):
         if isinstance(model, str):
             return Estimate(sites=tuple(map(str, sites)), unknown=model)
         named = [len(CONCEPTS[group]) for group in self.groups]
-        plain, edited = sum(named) * (self.chosen_by + self.pictures), sum(map(self._edited, named))
+        plain, edited = sum(named) * (self.chosen_by + self.tried_on + self.pictures), sum(map(self._edited, named))
         pictures = plain + len(sets) * edited
         # A dictionary in several sets sees the pictures without an edit once; what is saved by that is little.
         rows = [
@@ -125,7 +126,7 @@ class Removal(Command):
         """Pictures that are drawn anew for the concepts of a group."""
         settings = len(self.features) * len(self.strength)
         tried = settings * TRIED if settings > 1 else 0
-        return concepts * (tried * about(concepts, self.chosen_by) + about(concepts, self.pictures))
+        return concepts * (tried * about(concepts, self.tried_on) + about(concepts, self.pictures))
 
     def _expected(self, outlook: Outlook) -> list[dict[Site, Learned]]:
         """Which dictionaries will be edited at once, by site; none where one of them is not known."""
@@ -144,10 +145,10 @@ class Removal(Command):
         for group in self.groups:
             if group not in NAMED:
                 raise UnknownName.among("The group", group, NAMED)
-        if self.pictures < 1 or self.chosen_by < 1 or not self.features or not self.groups:
+        if min(self.pictures, self.chosen_by, self.tried_on) < 1 or not self.features or not self.groups:
             raise BadInput(
-                f"--pictures {self.pictures} --chosen-by {self.chosen_by} with {len(self.features)} numbers of --features and "
-                f"{len(self.groups)} --groups leave nothing to remove. Ask for 1 or more of each."
+                f"--pictures {self.pictures} --chosen-by {self.chosen_by} --tried-on {self.tried_on} with {len(self.features)} "
+                f"numbers of --features and {len(self.groups)} --groups leave nothing to remove. Ask for 1 or more of each."
             )
         if max(self.strength) >= 1:
             raise BadInput(f"A strength of {max(self.strength):g} takes nothing away: codes are multiplied by it. Stay below 1.")
@@ -167,12 +168,14 @@ class Removal(Command):
             check_maker(toolbox.dictionary(place), place.site, study.model, study.revision)
         return list(dict.fromkeys(sets))
 
-    def _removed(self, scouted: Pictured, unseen: Pictured, group: str, together: Together) -> Iterator[Removed]:
-        """Each concept of a group, removed by what was chosen on the scouted pictures, judged on the unseen ones."""
+    def _removed(
+        self, scouted: Pictured, tried_on: Pictured, unseen: Pictured, group: str, together: Together
+    ) -> Iterator[Removed]:
+        """Each concept of a group, removed by what was chosen on the first two sets of pictures, judged on the third."""
         for concept in dict.fromkeys(scouted.named):
             cuts = scouted.chosen(concept, max(self.features), self.steps)
             settings = [(number, strength) for number in self.features for strength in self.strength]
-            tried = tuple(scouted.tried(concept, cuts, settings)) if len(settings) > 1 else ()
+            tried = tuple(tried_on.tried(concept, cuts, settings)) if len(settings) > 1 else ()
             number, strength = best_of(tried)[:2] if tried else settings[0]
             cuts = [cut.of(number) for cut in cuts]
             own = [seen.shows for name, seen in zip(unseen.named, unseen.before, strict=True) if name == concept]
@@ -202,6 +205,7 @@ class Removal(Command):
         return {
             "pictures": self.pictures,
             "chosen_by": self.chosen_by,
+            "tried_on": self.tried_on,
             "features": ",".join(map(str, self.features)),
             "strength": ",".join(f"{strength:g}" for strength in self.strength),
             "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
@@ -215,7 +219,13 @@ class _Studio:
     def __init__(self, pipe: Pipeline, dictionaries: Mapping[Place, Dictionary]) -> None:
         self._pipe, self._dictionaries, self._judge = pipe, dictionaries, DrawnJudge(load_judge())
 
-    def unedited(self, group: str, named: Sequence[Naming], first_seed: int) -> Callable[[Together], Pictured]:
+    def apart(self, group: str, counts: Sequence[int]) -> list[Callable[[Together], Pictured]]:
+        """Sets of pictures, so many for each concept, for any of the dictionaries; they share no caption and no seed."""
+        captions, ends = drawn_naming(group, sum(counts)), [0, *accumulate(counts)]
+        parts = [[one for each in captions for one in each[start:end]] for start, end in pairwise(ends)]
+        return [self._unedited(group, part, number * APART) for number, part in enumerate(parts)]
+
+    def _unedited(self, group: str, named: Sequence[Naming], first_seed: int) -> Callable[[Together], Pictured]:
         """The pictures of captions, for any of the dictionaries."""
         firings = {place: Firings(dictionary) for place, dictionary in self._dictionaries.items()}
         shots = [shot for seed, each in enumerate(named, first_seed) for shot in self._shots(each.caption, seed)]
