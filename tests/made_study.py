@@ -51,8 +51,10 @@ def evaluated(
     share: float | None = 0.1,
     r2: float | None = 0.8,
     data: str = "",
+    alike: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation."""
+    """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation, `alike` what
+    finished pictures were compared by besides."""
     place = dictionary(study, name, normalisation, data=data)
     folder, size = study.dictionary(*place), int(place.label.split("-")[1])
     quality = _quality(fvu, r2)
@@ -67,7 +69,7 @@ def evaluated(
         timesteps={t: _quality(fvu and fvu * t / 1000, r2) for t in TIMESTEPS},
         dead=dead,
         density=tuple(density),
-        effect=None if share is None else _effect(share),
+        effect=None if share is None else _effect(share, alike or {}),
     )
     path = study.evaluation(*place)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +318,7 @@ def _quality(fvu: float | None, r2: float | None) -> Quality:
     return Quality(tokens=4321, l0=16.0, negative=0.25, model_space=figures, normalised_space=None)
 
 
-def _effect(share: float) -> Effect:
+def _effect(share: float, alike: Mapping[str, float]) -> Effect:
     replaced = Replaced(reconstruction=share, mean=1.0, zero=2.0)
     same = Replaced(reconstruction=0.9, mean=0.2, zero=0.1)
     return Effect(
@@ -325,7 +327,7 @@ def _effect(share: float) -> Effect:
         timesteps=dict.fromkeys(TIMESTEPS, replaced),
         pictures=2,
         picture_error=Replaced(reconstruction=0.001, mean=0.1, zero=0.2),
-        similarity={"ssim": same},
+        similarity={"ssim": same, **{name: replace(same, reconstruction=value) for name, value in alike.items()}},
     )
 
 

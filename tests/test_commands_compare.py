@@ -102,6 +102,14 @@ def test_the_command_says_it_and_writes_a_page_by_itself(
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)", page)
 
 
+def test_a_measure_that_one_study_has_is_told_of_both(two: tuple[Study, Study], tmp_path: Path):
+    evaluated(two[1], "double.1/topk-512-k8", alike={"lpips": 0.0625})
+    found = compare(read(two[0]), read(two[1]))
+    told = {each.pair.name: (each.one, each.other) for each in found.figured if each.column.name == "lpips"}
+    assert told["double.1/topk-512-k8"] == (None, 0.0625)
+    assert "0.0625" in write_comparison(found, tmp_path / "page.html").read_text()
+
+
 def test_studies_of_two_models_may_be_compared(two: tuple[Study, Study], tmp_path: Path):
     third = begun(tmp_path / "third", model="OWNER/NAME", revision="abc")
     evaluated(third, "double.1/topk-512-k8", fvu=0.9)

@@ -80,6 +80,32 @@ def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
     assert float(row["v / mean"]) == 0.3 and row["dictionary"] == "double.1/topk-512-k8"
 
 
+def heads(page: str) -> list[str]:
+    """The columns of the table of dictionaries."""
+    [table] = re.findall(r'<section id="dictionaries".*?</thead>', page, flags=re.DOTALL)
+    return re.findall(r"<button[^>]*>([^<]*)</button>", table)
+
+
+def test_each_measure_that_any_dictionary_has_is_a_column_and_no_other(tmp_path: Path):
+    study = begun(tmp_path)
+    evaluated(study, "double.1/topk-512-k8")
+    usual = heads(page_of(study))
+    assert usual[-1] == "SSIM" and "lpips" not in usual
+    evaluated(study, "double.1/topk-512-k16", alike={"lpips": 0.0625})
+    evaluated(study, "double.2/topk-512-k8", alike={"clip:a<b": 0.875, "lpips": 0.25})
+    page = page_of(study)
+    assert heads(page) == [*usual, "clip:a&lt;b", "lpips"]
+    rows = {row["dictionary"]: (row["clip:a<b"], row["lpips"]) for row in rows_of(study, "dictionaries")}
+    assert rows == {
+        "double.1/topk-512-k8": ("", ""),
+        "double.1/topk-512-k16": ("", "0.0625"),
+        "double.2/topk-512-k8": ("0.875", "0.25"),
+    }
+    assert ">0.875</td>" in page and ">0.0625</td>" in page
+    for meaning in ("1 where it sees no difference", "0 where it sees no difference"):
+        assert page.count(meaning) == 2  # at the head of its column, and in the legend
+
+
 @pytest.mark.parametrize(
     ("figure", "column", "told"),
     [("sweep", "FVU", number), ("sites", "r2", number), ("timesteps", "FVU", number), ("dead", "dead share", percent)],
@@ -368,7 +394,26 @@ def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "difflex run mini --out STUDY" in page and "difflex evaluate STUDY --effect 8" in page
-    assert "done, 61 seconds" in page and "difflex embroider colour=red" in page and "begun, not done" in page
+    assert "done in 61 seconds" in page and "difflex embroider colour=red" in page and "begun, not done" in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "told"),
+    [
+        (0.4, "2026-11-21T13:11:58+00:00", "done 21 November 2026, 13:11 UTC, in 0 seconds"),
+        (705.1, "2026-11-21T13:31:25+00:00", "done 21 November 2026, 13:31 UTC, in 705 seconds (12 minutes)"),
+        (9000.0, "2026-11-22T00:30:00+02:00", "done 21 November 2026, 22:30 UTC, in 9,000 seconds (2.5 hours)"),
+        (1.0, None, "done in 1 second"),
+        (None, None, "begun, not done"),
+    ],
+)
+def test_of_every_command_stands_when_it_was_done_and_what_it_took(
+    tmp_path: Path, seconds: float | None, done: str | None, told: str
+):
+    study = begun(tmp_path)
+    entry = {"verb": "evaluate", "flags": {"study": "."}, "made": [], "seconds": seconds, "done": done}
+    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "recipe": "mini", "commands": [entry]}))
+    assert f"<span>{told}</span>" in page_of(study)
 
 
 def test_a_report_is_a_command_of_a_study_and_finds_its_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

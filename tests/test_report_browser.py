@@ -1,5 +1,6 @@
 """The report as a reader sees it: in a real browser, on a phone and on a desk, by day and by night."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -32,7 +33,15 @@ def browser() -> Iterator[Browser]:
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("usual")
     study = whole(root / "study")
-    evaluated(study, "double.2/topk-512-k16-seed1", fvu=float("nan"))
+    evaluated(
+        study,
+        "double.2/topk-512-k16-seed1",
+        fvu=float("nan"),
+        alike={"clip:openai/clip-vit-large-patch14-336": 0.987, "lpips": 0.031},
+    )
+    flags = {"study": ".", "dictionary": [f"double.2/topk-512-k{k}-standardise-lr0.0002-seed1" for k in (8, 16, 32)]}
+    entry = {"verb": "evaluate", "flags": flags, "made": [], "seconds": 172_800.0, "done": "2026-11-21T13:31:25+00:00"}
+    (study.folder / "run.json").write_text(json.dumps({"format": 1, "recipe": "mini_full", "commands": [entry] * 3}))
     return write_report(study, control(root / "control"))[0]
 
 
@@ -138,6 +147,16 @@ CUT_OR_OVERLAPPING = """() => {
   return found;
 }"""
 
+MEANINGS = """() => {
+  const found = [];
+  for (const name of document.querySelectorAll(".meanings dt")) {
+    const [one, other] = [name, name.nextElementSibling].map((part) => part.getBoundingClientRect());
+    if (one.right > other.left || name.scrollWidth > name.clientWidth + 1) found.push(name.innerText);
+    if (other.width < 150) found.push(`narrow: ${name.nextElementSibling.innerText}`);
+  }
+  return found;
+}"""
+
 CARDS = """() => {
   const found = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption, .cards > li")]
     .map((card) => [card.className || card.tagName, card.getBoundingClientRect()]);
@@ -151,6 +170,12 @@ CARDS = """() => {
 
 def test_nothing_is_wider_than_the_window(view: Page):
     assert view.evaluate(TOO_WIDE) == []
+
+
+def test_the_meanings_of_columns_fit_the_window_when_they_are_opened(view: Page):
+    view.locator("#dictionaries summary").click()
+    assert view.locator(".meanings dd", has_text="sees no difference").count() == 2
+    assert view.evaluate(TOO_WIDE) == [] and view.evaluate(MEANINGS) == []
 
 
 def test_no_text_of_a_figure_is_cut_or_lies_on_another(view: Page):
@@ -203,6 +228,25 @@ def test_a_click_on_a_column_sorts_by_it_and_another_the_other_way_round(desk: P
 def test_a_table_scrolls_inside_its_own_box(phone: Page):
     box = phone.locator("#dictionaries .box")
     assert box.evaluate("(box) => box.scrollWidth > box.clientWidth && box.getBoundingClientRect().right <= innerWidth")
+
+
+def test_the_names_of_dictionaries_stay_in_sight_and_nothing_shines_through_them(desk: Page):
+    found = desk.locator("#dictionaries .box").evaluate(
+        """(box) => {
+          box.scrollIntoView();
+          const name = box.querySelector("thead th"), covering = [];
+          for (let far = 0; far <= box.scrollWidth - box.clientWidth; far += 7) {
+            box.scrollLeft = far;
+            const own = name.getBoundingClientRect();
+            for (let x = own.left + 4; x < own.right - 4; x += 4) {
+              const top = document.elementFromPoint(x, (own.top + own.bottom) / 2);
+              if (!name.contains(top)) covering.push(`${top.innerText} at ${x}`);
+            }
+          }
+          return covering;
+        }"""
+    )
+    assert found == []
 
 
 def test_a_button_of_a_legend_hides_its_series_and_shows_it_again(desk: Page):

@@ -182,7 +182,13 @@ def test_a_study_of_another_model_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"), [("{", "damaged"), ('{"format": 9, "commands": []}', "format 9"), ("[]", "damaged")]
+    ("text", "complaint"),
+    [
+        ("{", "damaged"),
+        ('{"format": 9, "commands": []}', "format 9"),
+        ("[]", "damaged"),
+        ('{"format": 1, "commands": [{"verb": "train", "flags": {}, "made": [], "done": "noon"}]}', "damaged"),
+    ],
 )
 def test_a_diary_that_is_not_ours_is_named(tmp_path: Path, text: str, complaint: str):
     (tmp_path / "run.json").write_text(text)

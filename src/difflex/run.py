@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.store.files import digest, locked
@@ -105,10 +105,18 @@ def diary(folder: Path) -> list[Entry]:
         said = json.loads(path.read_bytes())
         found = said["format"]
         if found == FORMAT:
-            return [Entry(**{**entry, "made": tuple(entry["made"])}) for entry in said["commands"]]
+            return [_entry(entry) for entry in said["commands"]]
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenFile(f"{path} is not the diary of a study ({error}): it is damaged. {advice}") from error
     raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
+
+
+def _entry(said: Mapping[str, Any]) -> Entry:
+    """What the diary says of a command; a ValueError where its date is none."""
+    entry = Entry(**{**said, "made": tuple(said["made"])})
+    if entry.done is not None:
+        datetime.fromisoformat(entry.done)
+    return entry
 
 
 def recipe_of(folder: Path) -> str | None:

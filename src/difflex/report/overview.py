@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 from markupsafe import Markup
 
@@ -106,8 +106,16 @@ def _troubles(facts: Facts) -> Markup:
 
 
 def _command(entry: Entry, spell: Spell) -> Markup:
-    state = "begun, not done" if entry.seconds is None else f"done, {_duration(entry.seconds)}"
-    return element("li", element("code", f"difflex {shlex.join(spell(entry))}"), " ", element("span", state))
+    return element("li", element("code", f"difflex {shlex.join(spell(entry))}"), " ", element("span", _state(entry)))
+
+
+def _state(entry: Entry) -> str:
+    """When a command was done, and what it took."""
+    if entry.seconds is None:
+        return "begun, not done"
+    when = f" {_day(datetime.fromisoformat(entry.done).astimezone(UTC))}," if entry.done else ""
+    took, told = count(round(entry.seconds), "second"), _duration(entry.seconds)
+    return f"done{when} in {took}{'' if took == told else f' ({told})'}"
 
 
 def _code(lines: Sequence[Sequence[str]]) -> Markup:

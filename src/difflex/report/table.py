@@ -1,6 +1,6 @@
 """The table of all dictionaries with every figure of their evaluations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -11,7 +11,7 @@ from difflex.report.facts import Facts, Measured
 from difflex.report.sections import Figure, Missing, Section, Table
 from difflex.report.telling import number, percent
 
-__all__ = ["COLUMNS", "Column", "dictionaries"]
+__all__ = ["Column", "columns", "dictionaries"]
 
 
 class Column(NamedTuple):
@@ -35,6 +35,8 @@ def _whole(value: float | None) -> str:
     return number(value) if value is None or value != value else f"{value:,.0f}"
 
 
+SSIM = "ssim"
+"""Its name in the record; it always is measured."""
 COLUMNS = (
     Column("tokens", "held-out tokens that were measured", lambda e: e.tokens, _whole),
     Column("FVU", "sum |x - y|² / sum |x - mean x|², in model space", _space("fvu", False)),
@@ -71,13 +73,36 @@ COLUMNS = (
         "of finished pictures drawn with y in the place of x at every step, against the model's own; decibels",
         lambda e: e.effect and e.effect.psnr and e.effect.psnr.reconstruction,
     ),
-    Column("SSIM", "the same by structural similarity", lambda e: e.effect and _ssim(e)),
+    Column("SSIM", "the same by structural similarity", lambda e: _alike(e, SSIM)),
 )
+SEEN = {
+    "clip": "the same by the cosine of what this CLIP makes of both; 1 where it sees no difference",
+    "lpips": "the same by the distance of LPIPS; 0 where it sees no difference",
+}
+"""What measures mean, by what their names begin with."""
+
+
+def columns(evaluations: Iterable[Evaluation]) -> tuple[Column, ...]:
+    """The columns of a table of these: all figures, and each measure of finished pictures that one of them has."""
+    effects = (each.effect for each in evaluations)
+    names = {name for effect in effects if effect is not None for name in effect.similarity} - {SSIM}
+    return (*COLUMNS, *map(_measure, sorted(names)))
+
+
+def _measure(name: str) -> Column:
+    meaning = SEEN.get(name.partition(":")[0], "the same by the measure of this name")
+    return Column(name, meaning, lambda evaluation: _alike(evaluation, name))
+
+
+def _alike(evaluation: Evaluation, measure: str) -> float | None:
+    found = evaluation.effect and evaluation.effect.similarity.get(measure)
+    return found.reconstruction if found else None
 
 
 def dictionaries(facts: Facts) -> Section:
     """The section with the table, its legend, and a line for each dictionary that has no figures."""
     evaluated = facts.evaluated
+    wanted = columns(evaluation for _, evaluation in evaluated)
     waiting = [each.name for each in facts.dictionaries if each.evaluation is None]
     missing = [Missing(f"Figures of {', '.join(waiting)}", "difflex evaluate STUDY")] if waiting else []
     if not facts.dictionaries:
@@ -88,16 +113,16 @@ def dictionaries(facts: Facts) -> Section:
         lead="A click on a column sorts by it, another one the other way round. x is an activation, y what the dictionary "
         "makes of it; model space is that of the activations, z that in which the dictionary was trained, the two the same "
         "where it does not normalise.",
-        figures=(_figure(evaluated),) if evaluated else (),
+        figures=(_figure(evaluated, wanted),) if evaluated else (),
         missing=tuple(missing),
-        body=_table(evaluated) + _legend() if evaluated else Markup(""),
+        body=_table(evaluated, wanted) + _legend(wanted) if evaluated else Markup(""),
     )
 
 
-def _figure(evaluated: list[tuple[Measured, Evaluation]]) -> Figure:
+def _figure(evaluated: list[tuple[Measured, Evaluation]], wanted: Sequence[Column]) -> Figure:
     """The same as a file of numbers, with nothing drawn."""
-    names = ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in COLUMNS))
-    rows = tuple((m.name, m.kind, m.normalisation, m.k, m.size, *(column.of(e) for column in COLUMNS)) for m, e in evaluated)
+    names = ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in wanted))
+    rows = tuple((m.name, m.kind, m.normalisation, m.k, m.size, *(column.of(e) for column in wanted)) for m, e in evaluated)
     return Figure(
         name="dictionaries",
         title="",
@@ -108,10 +133,10 @@ def _figure(evaluated: list[tuple[Measured, Evaluation]]) -> Figure:
     )
 
 
-def _table(evaluated: list[tuple[Measured, Evaluation]]) -> Markup:
+def _table(evaluated: list[tuple[Measured, Evaluation]], wanted: Sequence[Column]) -> Markup:
     heads = [_head("dictionary", "SITE/LABEL"), _head("normalisation", "what is done to activations first")]
-    heads += [_head(column.name, column.meaning) for column in COLUMNS]
-    body = [_row(measured, evaluation) for measured, evaluation in evaluated]
+    heads += [_head(column.name, column.meaning) for column in wanted]
+    body = [_row(measured, evaluation, wanted) for measured, evaluation in evaluated]
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *body), class_="sortable")
     return element("div", table, class_="box", tabindex="0", role="region", aria_label="Figures of all dictionaries")
 
@@ -120,21 +145,16 @@ def _head(name: str, meaning: str) -> Markup:
     return element("th", element("button", name, type="button", title=meaning), scope="col")
 
 
-def _row(measured: Measured, evaluation: Evaluation) -> Markup:
+def _row(measured: Measured, evaluation: Evaluation, wanted: Sequence[Column]) -> Markup:
     cells = [element("th", measured.name, scope="row", data_value=measured.name)]
     cells.append(element("td", measured.normalisation, data_value=measured.normalisation, class_="word"))
-    for column in COLUMNS:
+    for column in wanted:
         value = column.of(evaluation)
         cells.append(element("td", column.tell(value), data_value="" if value is None else repr(float(value))))
     return element("tr", *cells)
 
 
-def _legend() -> Markup:
-    entries = [part for column in COLUMNS for part in (element("dt", column.name), element("dd", column.meaning))]
+def _legend(wanted: Sequence[Column]) -> Markup:
+    entries = [part for column in wanted for part in (element("dt", column.name), element("dd", column.meaning))]
     summary = element("summary", "What the columns mean")
     return element("details", summary, element("dl", *entries, class_="meanings"))
-
-
-def _ssim(evaluation: Evaluation) -> float | None:
-    ssim = evaluation.effect and evaluation.effect.similarity.get("ssim")
-    return ssim.reconstruction if ssim else None

@@ -12,7 +12,7 @@ from difflex.errors import BadInput
 from difflex.evaluation import Evaluation
 from difflex.report.facts import Facts, Judged, Measured
 from difflex.report.figures.concepts import mean_ap
-from difflex.report.table import COLUMNS, Column
+from difflex.report.table import Column, columns
 from difflex.run import Entry, Json
 
 __all__ = ["Asked", "Comparison", "Detected", "Figured", "Pair", "compare"]
@@ -131,12 +131,9 @@ class Comparison:
     @property
     def figured(self) -> list[Figured]:
         """Every figure of every dictionary that both have evaluated."""
-        return [
-            Figured(pair, column, column.of(both[0]), column.of(both[1]))
-            for pair in self.pairs
-            if (both := pair.evaluations) is not None
-            for column in COLUMNS
-        ]
+        told = [(pair, both) for pair in self.pairs if (both := pair.evaluations) is not None]
+        wanted = columns(evaluation for _, both in told for evaluation in both)
+        return [Figured(pair, column, column.of(one), column.of(other)) for pair, (one, other) in told for column in wanted]
 
     @property
     def troubles(self) -> list[str]:

@@ -7,7 +7,6 @@ from markupsafe import Markup
 from difflex.report.comparison.pairs import Comparison, Detected, Figured
 from difflex.report.drawing import Axis, Drawing, Entry, Key, Look, Mark, Row, Rows, element, rows
 from difflex.report.sections import Figure, Missing, Section, Table
-from difflex.report.table import COLUMNS
 from difflex.report.telling import count, number, percent
 
 __all__ = ["SECTIONS"]
@@ -203,12 +202,11 @@ def _groups(comparison: Comparison) -> list[Figure]:
 
 def _numbers(comparison: Comparison, figured: Iterable[Figured]) -> Markup:
     """All figures of all dictionaries in both; sorts like the table of a report."""
-    tell = {column.name: column.tell for column in COLUMNS}
     lines = []
     for each in figured:
         words = [element("th", each.pair.name, scope="row", data_value=each.pair.name)]
         words.append(element("td", each.column.name, data_value=each.column.name, class_="word", title=each.column.meaning))
-        numbers = [(each.one, tell[each.column.name](each.one)), (each.other, tell[each.column.name](each.other))]
+        numbers = [(value, each.column.tell(value)) for value in (each.one, each.other)]
         numbers.append((each.difference, _signed(each.difference)))
         cells = [element("td", said, data_value="" if value is None else repr(float(value))) for value, said in numbers]
         lines.append(element("tr", *words, *cells))
