@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -48,22 +49,22 @@ class Method:
         """As told to people."""
         return f"{self.study}/{self.dictionary}"
 
-    @property
+    @cached_property
     def accuracy(self) -> Estimate:
         """Mean over features."""
         return estimate(self.accuracies)
 
-    @property
+    @cached_property
     def auroc(self) -> Estimate:
         """Mean over features."""
         return estimate(self.aurocs)
 
-    @property
+    @cached_property
     def intruder(self) -> Estimate | None:
         """The share of strangers that were found; None where none was looked for."""
         return estimate(self.intruders) if self.intruders else None
 
-    @property
+    @cached_property
     def biases(self) -> list[Bias]:
         """Its accuracy by how much of an explanation is only colour or place."""
         return biases(self.explanations, self.accuracies)

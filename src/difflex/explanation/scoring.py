@@ -73,13 +73,11 @@ def p_value(one: Sequence[float], other: Sequence[float], seed: int = 0, draws: 
     A permutation test of two sides; never 0, as what was found is one of the shuffles.
     """
     values = torch.tensor([*one, *other], dtype=torch.float64)
-    found = values[: len(one)].mean() - values[len(one) :].mean()
     generator = torch.Generator().manual_seed(seed)
-    beyond = 0
-    for _ in range(draws):
-        shuffled = values[torch.randperm(len(values), generator=generator)]
-        beyond += bool((shuffled[: len(one)].mean() - shuffled[len(one) :].mean()).abs() >= found.abs() - 1e-12)
-    return (1 + beyond) / (1 + draws)
+    shuffles = (torch.randperm(len(values), generator=generator)[: len(one)] for _ in range(draws))
+    sums = torch.stack([values[: len(one)].sum(), *(values[shuffle].sum() for shuffle in shuffles)])
+    differences = (sums / len(one) - (values.sum() - sums) / len(other)).abs()
+    return int((differences >= differences[0] - 1e-12).sum()) / (1 + draws)
 
 
 def _bounds(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
