@@ -157,10 +157,11 @@ def test_what_was_never_shown_cannot_be_removed():
     assert rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
 
 
-def test_the_setting_whose_least_rate_is_largest_is_taken_and_of_more_than_enough_the_cheapest():
+def test_the_last_setting_that_is_good_enough_is_taken_and_without_one_that_whose_least_rate_is_largest():
     setting = lambda n, ua, own: Tried(n, -1.0, Rates(ua, 0.96, 0.97, own))  # noqa: E731
-    mild, strong, dear = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
-    assert best_of([mild, dear, strong]) == strong
+    mild, strong, further = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
+    assert best_of([mild, strong, further]) == further
+    assert best_of([mild, strong, setting(4, 0.9, 1.0)]) == strong
     assert best_of([mild, setting(8, 0.7, 1.0)]) == mild
     assert best_of([mild, mild._replace(features=8)]) == mild
     with pytest.raises(BadInput, match="at least one"):
@@ -249,12 +250,12 @@ def test_pictures_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_ar
     assert pictured(drawn).rates("red", nothing, 0.0) == Rates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
-def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough():
+def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_and_one_step_further():
     shown = pictured([])
     cuts = shown.chosen("red", 2)
-    half, all_of_it = list(shown.tried("red", cuts, [(2, -1.0), (1, 0.0), (1, 0.5)]))
-    assert (half.features, half.strength, half.rates.ua) == (1, 0.5, 0.0)
-    assert (all_of_it.features, all_of_it.strength, all_of_it.rates.ua) == (1, 0.0, 1.0)
+    tried = list(shown.tried("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
+    # (2, 0.4) is no step further: it is milder in strength.
+    assert [(each.features, each.strength, each.rates.ua) for each in tried] == [(1, 0.5, 0.0), (1, 0.0, 1.0), (1, -2.0, 1.0)]
 
 
 def test_what_retains_too_little_is_not_tried_more_strongly():

@@ -42,6 +42,10 @@ PART = 6
 """Of the prompts that name each other concept, one in so many is drawn with an edit."""
 
 
+Setting = tuple[int, float]
+"""A number of features at each step and site, and what their codes are multiplied by."""
+
+
 class Rates(NamedTuple):
     """What an edit took from pictures, and what it left; each concept that prompts name counts alike."""
 
@@ -158,11 +162,12 @@ def _share(answers: Iterable[Sequence[bool]]) -> float:
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The setting to take: the one whose least rate is largest, where all that is more than enough counts alike; among equals the
-    one that costs least where it is at work, then the first."""
+    """The setting to take: the last that is good enough; if none is, the one whose least rate is largest, among equals the one
+    that costs least where it is at work, then the first."""
     if not tried:
         raise BadInput("There is no setting to choose from. Name at least one number of features and one strength.")
-    return max(tried, key=lambda each: (min(each.rates.least, ENOUGH), each.rates.own))
+    enough = [each for each in tried if each.rates.reach(ENOUGH)]
+    return enough[-1] if enough else max(tried, key=lambda each: (each.rates.least, each.rates.own))
 
 
 @final
@@ -306,21 +311,26 @@ class Pictured:
         named = [self.named[number] for number in about]
         return rates(concept, named, [self.before[number] for number in about], [after[number] for number in about])
 
-    def tried(self, concept: str, cuts: Sequence[Cut], settings: Iterable[tuple[int, float]]) -> Iterator[Tried]:
-        """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough.
+    def tried(self, concept: str, cuts: Sequence[Cut], settings: Iterable[Setting]) -> Iterator[Tried]:
+        """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough,
+        and one step further: what is just enough for these few pictures may be too little for others.
 
         What is in both no milder than a setting that retains too little is not tried.
         """
-        lost: list[tuple[int, float]] = []
-        for number, strength in sorted(settings, key=lambda each: each[0] * (1 - each[1])):
-            if any(number >= fewer and strength <= milder for fewer, milder in lost):
+        lost: list[Setting] = []
+        enough: Setting | None = None
+        for setting in sorted(settings, key=lambda each: each[0] * (1 - each[1])):
+            if any(_no_milder(setting, other) for other in lost) or (enough is not None and not _no_milder(setting, enough)):
                 continue
+            number, strength = setting
             found = Tried(number, strength, self.rates(concept, [cut.of(number) for cut in cuts], strength))
             yield found
-            if found.rates.reach(ENOUGH):
+            if enough is not None:
                 return
-            if min(found.rates.ira, found.rates.cra) < BAR:
-                lost.append((number, strength))
+            if found.rates.reach(ENOUGH):
+                enough = setting
+            elif min(found.rates.ira, found.rates.cra) < BAR:
+                lost.append(setting)
 
     def _about(self, concept: str) -> list[int]:
         """The pictures that removing `concept` is judged by: all that name it, and of every other concept a part."""
@@ -337,3 +347,8 @@ def about(concepts: int, each: int) -> int:
 
 def _part(pictures: int) -> int:
     return -(-pictures // PART)
+
+
+def _no_milder(one: Setting, other: Setting) -> bool:
+    """Whether `one` takes no fewer features than `other`, and no less strongly."""
+    return one[0] >= other[0] and one[1] <= other[1]
