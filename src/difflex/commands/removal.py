@@ -66,7 +66,7 @@ class Removal(Command):
     """Others still, to choose the number of features and the strength by."""
     features: Numbers = (1, 2, 4, 8)
     """How many features go at each step and site."""
-    strength: Strengths = (0.0, -1.0, -2.0, -4.0)
+    strength: Strengths = (0.5, 0.0, -1.0, -2.0, -4.0)
     """What their codes are multiplied by: 0 takes them away, less writes the opposite."""
     steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""

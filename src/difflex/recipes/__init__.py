@@ -74,7 +74,7 @@ def mini_full(folder: Path) -> Study:
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
-    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=200)
+    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=max(sizes))
     return Study(
         folder=folder,
         model="mini-flux",
@@ -97,7 +97,8 @@ def mini_full(folder: Path) -> Study:
             replace(explain, protocol="heldout"),
             replace(explain, protocol="paper"),
             SteerEval(study=folder, dictionary=compared[:2], trials=12),
-            Removal(study=folder, dictionary=(compared[0], together)),
+            SteerEval(study=folder, dictionary=("single.0/topk-2048-k16",), groups=("background",), trials=12),
+            Removal(study=folder, dictionary=(together,)),
             Findings(study=folder, site=middle),
             Report(study=folder),
         ),
