@@ -159,7 +159,9 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
     assert main(["steer-eval", study, "double.1"]) == 2
     assert "Run difflex concepts" in capsys.readouterr().err
-    assert main(["concepts", study, "--pictures", "120", "--noise", "0.25"]) == 0
+    assert main(["concepts", study, "--site", "double.1", "--pictures", "120", "--noise", "0.25"]) == 0
+    beside = tmp_path / "study" / "concepts" / "double.1+neurons" / "neurons-k8.json"
+    assert beside.is_file(), "the neurons of the block stand beside its dictionaries"
     capsys.readouterr()
     flags = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "3", "--strength", "1:2:1", "--steps", "0:3"]
     assert main(["steer-eval", study, "double.1", *flags]) == 0
@@ -176,3 +178,9 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert {path.name for path in pictures.iterdir()} == {strip.file for strip in judged.strips}
     unedited = {strip.method: _tiles(pictures / strip.file)[0] for strip in judged.strips}
     assert len(set(unedited.values())) == 1 and len({*_tiles(pictures / "size-prompt.webp")}) == 2
+    # Neurons that were held against concepts as dictionaries of their own are known by that.
+    beside.rename(beside.with_name("neurons-768-k8.json"))
+    few = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]
+    assert main(["steer-eval", study, "double.1", *few]) == 0
+    judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
+    assert judged.of("neuron")

@@ -266,12 +266,18 @@ class SteerEval(Looking):
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
 
     def _neuron(self, toolbox: Toolbox, place: Place, wanted: Wanted, edit: Edit):
-        """The neuron of the same block that detects the concept best, where the study holds its block's neurons."""
-        site = replace(place.site, kind="neurons")
-        there = [each for each in toolbox.study.dictionaries() if each.site == site and toolbox.study.concepts(*each).is_file()]
-        if not there:
+        """The neuron of the same block that detects the concept best, where the study holds its block's neurons.
+
+        Which one that is stands in a file of their own, or in that of what was held against concepts beside this dictionary.
+        """
+        site, k = replace(place.site, kind="neurons"), toolbox.dictionary(place).k
+        neurons = [each for each in toolbox.study.dictionaries() if each.site == site]
+        there = sorted(neurons, key=lambda each: toolbox.dictionary(each).k != k)
+        paths = [toolbox.study.concepts(site, label) for label in (*(each.label for each in there), f"neurons-k{k}")]
+        known = [path for path in paths if path.is_file()]
+        if not there or not known:
             return {}
-        findings = Matches.load(toolbox.study.concepts(*there[0])).clearest.findings
+        findings = Matches.load(known[0]).clearest.findings
         found = [finding.best.features[0] for finding in findings if finding.concept.name == wanted.concept]
         if not found:
             return {}
