@@ -328,8 +328,11 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
     flags += ["--features", "1,2", "--strength", "-1", "--steps", "1:3"]
     assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     said = capsys.readouterr().out
-    assert "of 2 concepts reach 90/90" in said and "UA" in said
+    assert "of 2 concepts reach 90/90" in said and "UA" in said and "as before" not in said
     [path] = Study.open(study).removals()
+    written = path.stat().st_mtime_ns
+    assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
+    assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
     assert path == study / "steering" / "removal" / "double.1,single.0" / "topk-64-k4.json"
     removal = Removal.load(path)
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)

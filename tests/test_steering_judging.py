@@ -170,7 +170,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     _is_as_told(parse(["steer-eval", study, "double.1", *flags]), judged, tmp_path / "study")
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
-    assert "neuron" in said and "gain" in said
+    assert "neuron" in said and "gain" in said and "as before" not in said
     pictures = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
     assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
         curve.method: len(curve.points) for curve in judged.curves[:5]
@@ -178,6 +178,11 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert {path.name for path in pictures.iterdir()} == {strip.file for strip in judged.strips}
     unedited = {strip.method: _tiles(pictures / strip.file)[0] for strip in judged.strips}
     assert len(set(unedited.values())) == 1 and len({*_tiles(pictures / "size-prompt.webp")}) == 2
+    # Asked again in the same words, nothing is drawn again.
+    path = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json"
+    written = path.stat().st_mtime_ns
+    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
     # Neurons that were held against concepts as dictionaries of their own are known by that.
     beside.rename(beside.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]

@@ -77,18 +77,35 @@ class Removal(Command):
         self._check()
         toolbox = Toolbox(Study.open(self.study))
         sets = self._sets(toolbox)
+        known = {together: known for together in sets if (known := self._known(toolbox, together)) is not None}
+        made = self._made(toolbox, [together for together in sets if together not in known])
+        for together in sets:
+            removal = made.get(together) or known[together]
+            print(f"{_named(together)}{'' if together in made else ': as before'}\n{_table(removal)}")
+        return [toolbox.study.removal(together) for together in sets]
+
+    def _known(self, toolbox: Toolbox, together: Together) -> steering.Removal | None:
+        """What came of it when it was done just so before."""
+        path = toolbox.study.removal(together)
+        known = steering.Removal.load(path) if path.is_file() else None
+        return known if known and known.made_from == self._made_from(toolbox, together) else None
+
+    def _made(self, toolbox: Toolbox, sets: Sequence[Together]) -> Mapping[Together, steering.Removal]:
+        """What comes of these sets, written down."""
+        if not sets:
+            return {}
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
         next(pipe.shots("", keep_steps=self.steps))  # steps that the run does not have are refused
         studio = _Studio(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
         removed: dict[Together, list[Removed]] = {together: [] for together in sets}
         for group in self.groups:
-            shown = studio.apart(group, (self.chosen_by, self.tried_on, self.pictures))
+            scouted, tried_on, unseen = studio.apart(group, (self.chosen_by, self.tried_on, self.pictures))
             for together in sets:
-                print(f"{', '.join(map(str, together))}: {group}", flush=True)
-                for each in self._removed(*(pictures(together) for pictures in shown), group, together):
+                print(f"{_named(together)}: {group}", flush=True)
+                for each in self._removed(scouted(together), tried_on(together), unseen(together), group, together):
                     print(_told(each), flush=True)
                     removed[together].append(each)
-        return [self._written(toolbox, together, concepts) for together, concepts in removed.items()]
+        return {together: self._written(toolbox, together, concepts) for together, concepts in removed.items()}
 
     def estimate(self, outlook: Outlook) -> Estimate:
         """Pictures that are looked at and whose codes are counted: without an edit those of all prompts, and for each concept
@@ -190,19 +207,21 @@ class Removal(Command):
                 rates=unseen.rates(concept, cuts, strength),
             )
 
-    def _written(self, toolbox: Toolbox, together: Together, concepts: Sequence[Removed]) -> Path:
-        edits = [Edit(what="scale", site=place.site, dictionary=place.label) for place in together]
+    def _written(self, toolbox: Toolbox, together: Together, concepts: Sequence[Removed]) -> steering.Removal:
         removal = steering.Removal(
             model=toolbox.study.model,
             dictionaries=tuple(map(str, together)),
             concepts=tuple(concepts),
-            made_from={**toolbox.checksums(edits), **self._settings()},
+            made_from=self._made_from(toolbox, together),
         )
-        print(_table(removal))
-        return removal.save(toolbox.study.removal(together))
+        removal.save(toolbox.study.removal(together))
+        return removal
 
-    def _settings(self) -> Mapping[str, str | int]:
+    def _made_from(self, toolbox: Toolbox, together: Together) -> Mapping[str, str | int]:
+        edits = [Edit(what="scale", site=place.site, dictionary=place.label) for place in together]
         return {
+            **toolbox.checksums(edits),
+            "groups": ",".join(self.groups),
             "pictures": self.pictures,
             "chosen_by": self.chosen_by,
             "tried_on": self.tried_on,
@@ -256,6 +275,10 @@ class _Studio:
                 for place in [place for place in firings if place.site == seen.site]:
                     firings[place].add(seen)
         return self._judge.of_named(group, named, as_tensor(drawn))
+
+
+def _named(together: Together) -> str:
+    return ", ".join(map(str, together))
 
 
 def _told(each: Removed) -> str:

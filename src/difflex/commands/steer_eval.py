@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Annotated, NamedTuple, final
@@ -189,22 +190,28 @@ class SteerEval(Looking):
             return typical
 
     def _all(self, toolbox: Toolbox, wanted: Mapping[Place, Sequence[Wanted]], world: World) -> list[Path]:
-        """The files with what was judged, one for each dictionary."""
-        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
+        """The files with what was judged, one for each dictionary; what was judged before just so is left as it is."""
+        pipe = cache(lambda: load_studied(toolbox.study, None, self.offload, self.offline))
         written = []
         for place, concepts in wanted.items():
-            path = toolbox.study.steering(*place)
-            curves, strips = self._judged(toolbox, pipe, place, concepts, world)
-            _keep(path.with_suffix(""), strips)
-            judged = Judged(
-                model=toolbox.study.model,
-                site=str(place.site),
-                curves=tuple(curves),
-                made_from=self._made_from(toolbox, place),
-                strips=tuple(strips),
-            )
-            written.append(judged.save(path))
-            print(f"{place}: {len(concepts)} concepts{'' if self.told else f' with a feature of AP {self.least:g} or more'}")
+            path, made_from = toolbox.study.steering(*place), self._made_from(toolbox, place, concepts)
+            known = Judged.load(path) if path.is_file() else None
+            if known is None or known.made_from != made_from:
+                curves, strips = self._judged(toolbox, pipe(), place, concepts, world)
+                _keep(path.with_suffix(""), strips)
+                judged = Judged(
+                    model=toolbox.study.model,
+                    site=str(place.site),
+                    curves=tuple(curves),
+                    made_from=made_from,
+                    strips=tuple(strips),
+                )
+                judged.save(path)
+            else:
+                judged = known
+            written.append(path)
+            judged_as = "" if self.told else f" with a feature of AP {self.least:g} or more"
+            print(f"{place}: {len(concepts)} concepts{judged_as}{', as before' if judged is known else ''}")
             print(_table(judged))
         return written
 
@@ -266,28 +273,23 @@ class SteerEval(Looking):
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
 
     def _neuron(self, toolbox: Toolbox, place: Place, wanted: Wanted, edit: Edit):
-        """The neuron of the same block that detects the concept best, where the study holds its block's neurons.
-
-        Which one that is stands in a file of their own, or in that of what was held against concepts beside this dictionary.
-        """
-        site, k = replace(place.site, kind="neurons"), toolbox.dictionary(place).k
-        neurons = [each for each in toolbox.study.dictionaries() if each.site == site]
-        there = sorted(neurons, key=lambda each: toolbox.dictionary(each).k != k)
-        paths = [toolbox.study.concepts(site, label) for label in (*(each.label for each in there), f"neurons-k{k}")]
-        known = [path for path in paths if path.is_file()]
-        if not there or not known:
-            return {}
-        findings = Matches.load(known[0]).clearest.findings
+        """The neuron of the same block that detects the concept best, where that is known."""
+        known = _neurons_beside(toolbox, place)
+        findings = [] if known is None else Matches.load(known.matches).clearest.findings
         found = [finding.best.features[0] for finding in findings if finding.concept.name == wanted.concept]
-        if not found:
+        if known is None or not found:
             return {}
-        own = replace(edit, site=site, dictionary=there[0].label, features=(found[0],))
-        return {"neuron": (f"{there[0]} {found[0]}", _adding(own, toolbox.features(own)), self.strength)}
+        own = replace(edit, site=known.place.site, dictionary=known.place.label, features=(found[0],))
+        return {"neuron": (f"{known.place} {found[0]}", _adding(own, toolbox.features(own)), self.strength)}
 
-    def _made_from(self, toolbox: Toolbox, place: Place) -> Mapping[str, str | int | float]:
-        edit = Edit(what="add", site=place.site, dictionary=place.label)
+    def _made_from(self, toolbox: Toolbox, place: Place, concepts: Sequence[Wanted]) -> Mapping[str, str | int | float]:
+        neurons = _neurons_beside(toolbox, place)
+        used = [place] if neurons is None else [place, neurons.place]
+        edits = [Edit(what="add", site=each.site, dictionary=each.label) for each in used]
         return {
-            **toolbox.checksums([edit]),
+            **toolbox.checksums(edits),
+            "concepts": ",".join(f"{each.concept} {each.feature}" for each in concepts),
+            "neurons": "" if neurons is None else digest(neurons.matches),
             "groups": ",".join(self.groups),
             "told": digest(self.told) if self.told else "",
             "judge": self.clip or self.model or self.vlm or "of the drawn world",
@@ -298,6 +300,26 @@ class SteerEval(Looking):
             "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
             "strengths": ",".join(f"{strength:g}" for strength in self.strength),
         }
+
+
+class Neurons(NamedTuple):
+    """The neurons of a block as a dictionary, and what they detect."""
+
+    place: Place
+    matches: Path
+
+
+def _neurons_beside(toolbox: Toolbox, place: Place) -> Neurons | None:
+    """The neurons of the block of a dictionary, where the study holds them and knows what they detect.
+
+    That stands in a file of their own, or in that of what was held against concepts beside the dictionary.
+    """
+    site, k = replace(place.site, kind="neurons"), toolbox.dictionary(place).k
+    neurons = [each for each in toolbox.study.dictionaries() if each.site == site]
+    there = sorted(neurons, key=lambda each: toolbox.dictionary(each).k != k)
+    paths = [toolbox.study.concepts(site, label) for label in (*(each.label for each in there), f"neurons-k{k}")]
+    known = [path for path in paths if path.is_file()]
+    return Neurons(there[0], known[0]) if there and known else None
 
 
 def _adding(edit: Edit, features: Features):
