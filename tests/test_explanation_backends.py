@@ -1,5 +1,6 @@
 """What sees without a network: a local model, and the truth; what becomes of words; and what scores say."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from made_study import begun, dictionary, pictured
 from PIL import Image
 from seen import view
 
-from difflex.book import Judgement
+from difflex.book import Book, Judgement
 from difflex.errors import BadInput
 from difflex.explanation import (
     Answers,
@@ -27,6 +29,7 @@ from difflex.explanation import (
     Unanswered,
     View,
     compare,
+    methods,
 )
 from difflex.explanation.backend import Rejected
 from difflex.explanation.biases import biases, surface
@@ -228,7 +231,7 @@ def test_colour_and_place_are_told_from_meaning():
 
 def method(dictionary: str, protocol: str, accuracies: tuple[float, ...], backend: str = "b") -> Method:
     return Method(
-        study="s",
+        study=Path("s"),
         model="m",
         dictionary=dictionary,
         backend=backend,
@@ -251,3 +254,17 @@ def test_only_methods_of_one_backend_and_protocol_are_compared_and_falls_are_of_
     assert re.search(r"s/one +b +paper +3 +0 +0\.900", found.table)
     found.save(tmp_path / "scores.json")
     assert '"histogram"' in (tmp_path / "scores.json").read_text()
+    assert json.loads((tmp_path / "scores.json").read_text())["methods"][0]["study"] == "s"
+
+
+def test_accuracy_falls_within_a_study_and_not_between_two_of_one_name(tmp_path: Path):
+    found, name = [], "double.1/topk-512-k8"
+    for where, accuracy in (("a", 0.8), ("b", 0.5)):
+        study = begun(tmp_path / where / "study")
+        place = dictionary(study, name)
+        pictured(study, name, explained={3: ("red", accuracy)})
+        with Book.open(study.book(*place)) as book:
+            found += methods(book, study.folder)
+    falls = compare(found).falls
+    assert [each.fall.value for each in falls] == [pytest.approx(0.1)] * 2
+    assert [each.paper.study for each in falls] == [tmp_path / "a" / "study", tmp_path / "b" / "study"]

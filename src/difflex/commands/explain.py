@@ -189,7 +189,7 @@ def _methods(study: Study, places: Sequence[Place]) -> list[Method]:
     found = []
     for place in places:
         with Book.open(study.book(*place)) as book:
-            found += methods(book, study.folder.resolve().name)
+            found += methods(book, study.folder)
     return found
 
 

@@ -28,8 +28,8 @@ BARS = " ▁▂▃▄▅▆▇█"
 class Method:
     """The explained features of one dictionary, by one backend and protocol."""
 
-    study: str
-    """The name of its folder."""
+    study: Path
+    """Its folder; two of one name are two."""
     model: str
     """With `untrained-SEED` where its weights are random."""
     dictionary: str
@@ -47,7 +47,7 @@ class Method:
     @property
     def name(self) -> str:
         """As told to people."""
-        return f"{self.study}/{self.dictionary}"
+        return f"{self.study.name}/{self.dictionary}"
 
     @cached_property
     def accuracy(self) -> Estimate:
@@ -142,8 +142,8 @@ def compare(found: Sequence[Method]) -> Comparison:
     return Comparison(tuple(found), tuple(_differences(found)), tuple(_falls(found)))
 
 
-def methods(book: Book, study: str) -> list[Method]:
-    """What `book` knows of each backend and protocol by which features were explained."""
+def methods(book: Book, study: Path) -> list[Method]:
+    """What `book`, of the study in the folder `study`, knows of each backend and protocol by which features were explained."""
     grouped: dict[tuple[str, str], list] = {}
     for each in book.explanations():
         grouped.setdefault((each.backend, each.protocol), []).append(each)
@@ -153,7 +153,7 @@ def methods(book: Book, study: str) -> list[Method]:
         figures = [{score.measure: score.value for score in book.scores(each.id)} for each in done]
         revision = book.about.revision
         method = Method(
-            study=study,
+            study=study.resolve(),
             model=f"{book.about.model}@{revision}" if revision else book.about.model,
             dictionary=book.about.dictionary,
             backend=backend,
@@ -224,6 +224,7 @@ def _told(each: Estimate) -> str:
 
 def _entry(method: Method) -> dict[str, object]:
     return asdict(method) | {
+        "study": method.study.name,
         "accuracy": method.accuracy._asdict(),
         "auroc": method.auroc._asdict(),
         "intruder": method.intruder and method.intruder._asdict(),

@@ -47,7 +47,7 @@ def _methods(study: Study, places: Iterable[Place]) -> list[Method]:
     found = []
     for place in places:
         with Book.open(study.book(*place)) as book:
-            found += [method for method in methods(book, study.folder.resolve().name) if method.accuracies]
+            found += [method for method in methods(book, study.folder) if method.accuracies]
     return found
 
 

@@ -87,7 +87,7 @@ def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
 def _explained(facts: Facts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
     """Of one backend and protocol, a held-out one where there is one: the explanations, and their accuracies."""
     found = sorted(
-        (each for each in methods(book, facts.name) if each.accuracies), key=lambda each: each.protocol[:7] != "heldout"
+        (each for each in methods(book, facts.study.folder) if each.accuracies), key=lambda each: each.protocol[:7] != "heldout"
     )
     if not found:
         return {}, {}
