@@ -85,6 +85,18 @@ def test_a_recorded_edit_is_replayed_to_the_pixel_and_refused_once_its_dictionar
     assert f"{PLACE} has changed since" in capsys.readouterr().err
 
 
+def test_a_replay_is_refused_once_the_painted_region_has_changed(
+    study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mask, record = tmp_path / "mask.png", tmp_path / "edit.json"
+    Image.linear_gradient("L").save(mask)
+    assert steer(study, PLACE, alive[0], "--region", str(mask), "--strength", "9", "--record", str(record)) == 0
+    assert steer(study, "--replay", str(record), "--out", str(tmp_path / "again.png")) == 0
+    Image.linear_gradient("L").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(mask)
+    assert steer(study, "--replay", str(record), "--out", str(tmp_path / "again.png")) == 2
+    assert "mask.png has changed since" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_a_transplant_of_a_picture_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
     flags = ["--what", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
@@ -127,6 +139,7 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
         ((SITE, "1", "--contrast", "red"), "one of the two"),
         (("--contrast", "red"), "The contrast 'red' is unknown"),
         ((SITE, "1", "--what", "transplant"), "needs a source"),
+        ((SITE, "1", "--what", "scale"), "by 1 nothing changes"),
         ((SITE, "1", "--out", "grid.txt"), "does not name a picture file"),
         (("--replay", "nothing.json"), "There is no nothing.json"),
         ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one picture"),

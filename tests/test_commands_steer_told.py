@@ -27,8 +27,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--batch", "8"]
-    assert main([*words, "--sites", "double.1"]) == 0
-    assert main(["train", str(root / "study"), "--site", "double.1", "--k", "12", "--size", "32", "--tokens", "2000"]) == 0
+    sites = ["double.1", "double.1:text"]
+    assert main([*words, "--sites", *sites]) == 0
+    assert main(["train", str(root / "study"), "--site", *sites, "--k", "12", "--size", "32", "--tokens", "2000"]) == 0
     (root / "concepts.toml").write_text(TOLD)
     return root
 
@@ -37,8 +38,8 @@ def judged(root: Path) -> Judged:
     return Judged.load(root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json")
 
 
-def words(root: Path, *more: str) -> list[str]:
-    return ["steer-eval", str(root / "study"), "--told", str(root / "concepts.toml"), *FLAGS, *more]
+def words(root: Path, *more: str, stream: str = "") -> list[str]:
+    return ["steer-eval", str(root / "study"), f"double.1{stream}", "--told", str(root / "concepts.toml"), *FLAGS, *more]
 
 
 def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -49,6 +50,11 @@ def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: 
     assert [curve.method for curve in found.curves] == ["feature", "contrast", "random", "prompt"]
     assert all(curve.trials == 3 and (curve.concept, curve.group) == ("red", "colour") for curve in found.curves)
     assert found.made_from["judge"] == clip and found.made_from["told"]
+
+
+def test_tokens_of_text_are_steered_wherever_the_concept_is_put(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(words(root, "--clip", str(tiny_clip(root / "clip")), "--offline", stream=":text")) == 0
+    assert "red by feature 5, 1 of 1" in capsys.readouterr().out
 
 
 def test_a_model_that_answers_is_asked_once_for_each_picture_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):

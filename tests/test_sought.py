@@ -130,6 +130,7 @@ def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
             "is not LEFT,TOP,RIGHT,BOTTOM",
         ),
         ('[[concept]]\nname = "red"\nprompts = ["a {}"]', "cannot be sought"),
+        ('[[concept]]\nname = "red"\ngroup = "a/b"\ninstead = ["green"]\nprompts = ["a {}"]', "leave out the '/'"),
     ],
 )
 def test_a_file_that_tells_nothing_of_use_is_answered_in_a_sentence(tmp_path: Path, text: str, complaint: str):

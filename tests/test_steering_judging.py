@@ -116,6 +116,12 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
         assert not (far and verdict.shows)
 
 
+@pytest.mark.parametrize("trials", [1, 3])
+def test_there_are_as_many_trials_as_asked_for_and_fewer_are_the_first_of_more(trials: int):
+    for concept in ("small", "cyan", "night"):
+        assert drawn_task(concept, trials).trials == drawn_task(concept, 5).trials[:trials]
+
+
 def _tiles(path: Path) -> list[bytes]:
     """The pictures of a strip."""
     with Image.open(path) as file:
@@ -170,6 +176,8 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     _is_as_told(parse(["steer-eval", study, "double.1", *flags]), judged, tmp_path / "study")
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
+    steered = {curve.told.rpartition(" ")[2] for curve in judged.of("feature")}
+    assert {curve.told for curve in judged.of("random")} == {f"seed {feature}" for feature in steered}
     assert "neuron" in said and "gain" in said and "as before" not in said
     pictures = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
     assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
@@ -189,3 +197,8 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert main(["steer-eval", study, "double.1", *few]) == 0
     judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert judged.of("neuron")
+    # What was found out about other weights is not held for true of these.
+    weights = tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8" / "dictionary.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main(["steer-eval", study, "double.1", *few]) == 2
+    assert "as it was before it changed" in capsys.readouterr().err

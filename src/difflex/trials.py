@@ -63,16 +63,15 @@ def drawn_task(concept: str, trials: int, mix: Mix = ONE) -> Task:
     They are of single objects; in another mix the first one counts.
     """
     group = group_of(concept)
-    specs = scenes(torch.arange(trials * LOOKED_AT) + FIRST, mix)
-    found = []
-    for caption in write(specs):
-        request = read(caption)
-        named, region = _named(request, group), _place(request) if group not in WHOLE else None
-        if named is not None and named != concept and (region is not None or group in WHOLE):
-            found.append(Trial(caption, len(found), region))
-        if len(found) == trials:
-            break
-    return Task(concept=concept, group=group, trials=tuple(found))
+    found, chunks = list[Trial](), counted(FIRST, LOOKED_AT * trials)
+    while len(found) < trials:
+        first = next(chunks)
+        for caption in write(scenes(torch.arange(first, first + LOOKED_AT * trials), mix)):
+            request = read(caption)
+            named, region = _named(request, group), _place(request) if group not in WHOLE else None
+            if named is not None and named != concept and (region is not None or group in WHOLE):
+                found.append(Trial(caption, len(found), region))
+    return Task(concept=concept, group=group, trials=tuple(found[:trials]))
 
 
 def drawn_naming(group: str, count: int) -> list[list[Naming]]:

@@ -18,6 +18,9 @@ from difflex.study import Command, Study
 
 __all__ = ["Contrast", "both_sides", "contrasted", "pairs_in"]
 
+NOISE = 10**6
+"""The seed of the first pair."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,8 @@ def both_sides(
         for seed in seeds:
             for number, pair in enumerate(pairs):
                 for shot in plain:
-                    # Each pair has a noise of its own, so that a prompt may stand in several.
-                    yield replace(shot, prompt=pair[side], seed=seed * len(pairs) + number)
+                    # Each pair has a noise of its own, so that a prompt may stand in several; and one that no picture has
+                    # by which the contrast is judged.
+                    yield replace(shot, prompt=pair[side], seed=NOISE + seed * len(pairs) + number)
 
     return pipe.harvest(shots(0), site, batch), pipe.harvest(shots(1), site, batch)

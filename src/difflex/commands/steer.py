@@ -163,6 +163,8 @@ class Steer(Command):
 
     def _safe(self, edit: Edit, toolbox: Toolbox) -> Edit:
         """The edit at the strength that is taken where none is named."""
+        if self.what == "scale":
+            raise BadInput("--what scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice.")
         if edit.dictionary is None or self.what not in ("add", "set", "replace"):
             return edit
         if edit.unit != "peak":

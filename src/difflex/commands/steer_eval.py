@@ -23,13 +23,13 @@ from difflex.commands.costs import (
     studied,
     walking,
 )
+from difflex.commands.detected import matches_of, neurons_beside
 from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Range
 from difflex.commands.looking import Looking
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.commands.worlds import DRAWN, World, read_told, told_world
-from difflex.concepts import Matches
 from difflex.errors import BadInput, DifflexError
 from difflex.forecast import Estimate, Learned, Outlook
 from difflex.miniature.world import CONCEPTS
@@ -57,7 +57,6 @@ from difflex.trials import as_pictures, group_of
 
 __all__ = ["SteerEval"]
 
-RANDOM_SEED = 0
 DETECTED = 1 / 3
 """The share of concepts that a dictionary of mini-flux detects: 29 % in one study, 62 % and none in another."""
 BY_STRENGTH = 3
@@ -198,7 +197,6 @@ class SteerEval(Looking):
             known = Judged.load(path) if path.is_file() else None
             if known is None or known.made_from != made_from:
                 curves, strips = self._judged(toolbox, pipe(), place, concepts, world)
-                _keep(path.with_suffix(""), strips)
                 judged = Judged(
                     model=toolbox.study.model,
                     site=str(place.site),
@@ -207,6 +205,7 @@ class SteerEval(Looking):
                     strips=tuple(strips),
                 )
                 judged.save(path)
+                _keep(path.with_suffix(""), strips)
             else:
                 judged = known
             written.append(path)
@@ -219,15 +218,16 @@ class SteerEval(Looking):
         given = [Wanted(each.concept, each.feature, None) for each in told.values() if each.feature is not None]
         if told and len(given) == len(told):
             return given
-        path = study.concepts(*place)
-        if not path.is_file():
+        matches = matches_of(study, place)
+        if matches is None:
             raise BadInput(
-                f"Which concepts the features of {place} detect is not known: there is no {path}. Run difflex concepts."
+                f"Which concepts the features of {place} detect is not known: there is no {study.concepts(*place)}. "
+                "Run difflex concepts."
             )
         asked = {name for name, each in told.items() if each.feature is None}
         return given + [
             Wanted(concept.name, finding.best.features[0], finding.best.ap.value)
-            for finding in Matches.load(path).clearest.findings
+            for finding in matches.clearest.findings
             if (concept := finding.concept).name in asked
             or (not told and concept.group in self.groups and group_of(concept.name))
             if finding.best.ap.value >= self.least
@@ -267,29 +267,30 @@ class SteerEval(Looking):
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
-            "random": (f"seed {RANDOM_SEED}", _adding(edit, at_random(features, RANDOM_SEED)), self.strength),
+            "random": (f"seed {wanted.feature}", _adding(edit, at_random(features, wanted.feature)), self.strength),
             "prompt": ("the caption says so", _saying(wanted.concept, world), (1.0,)),
         }
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
 
     def _neuron(self, toolbox: Toolbox, place: Place, wanted: Wanted, edit: Edit):
         """The neuron of the same block that detects the concept best, where that is known."""
-        known = _neurons_beside(toolbox, place)
-        findings = [] if known is None else Matches.load(known.matches).clearest.findings
-        found = [finding.best.features[0] for finding in findings if finding.concept.name == wanted.concept]
-        if known is None or not found:
+        known = neurons_beside(toolbox, place)
+        neuron = None if known is None else known.best.get(wanted.concept)
+        if known is None or neuron is None:
             return {}
-        own = replace(edit, site=known.place.site, dictionary=known.place.label, features=(found[0],))
-        return {"neuron": (f"{known.place} {found[0]}", _adding(own, toolbox.features(own)), self.strength)}
+        own = replace(edit, site=known.place.site, dictionary=known.place.label, features=(neuron,))
+        return {"neuron": (f"{known.place} {neuron}", _adding(own, toolbox.features(own)), self.strength)}
 
     def _made_from(self, toolbox: Toolbox, place: Place, concepts: Sequence[Wanted]) -> Mapping[str, str | int | float]:
-        neurons = _neurons_beside(toolbox, place)
+        neurons = neurons_beside(toolbox, place)
         used = [place] if neurons is None else [place, neurons.place]
         edits = [Edit(what="add", site=each.site, dictionary=each.label) for each in used]
         return {
             **toolbox.checksums(edits),
             "concepts": ",".join(f"{each.concept} {each.feature}" for each in concepts),
-            "neurons": "" if neurons is None else digest(neurons.matches),
+            "neurons": ""
+            if neurons is None
+            else ",".join(f"{each.concept} {neurons.best.get(each.concept)}" for each in concepts),
             "groups": ",".join(self.groups),
             "told": digest(self.told) if self.told else "",
             "judge": self.clip or self.model or self.vlm or "of the drawn world",
@@ -302,29 +303,10 @@ class SteerEval(Looking):
         }
 
 
-class Neurons(NamedTuple):
-    """The neurons of a block as a dictionary, and what they detect."""
-
-    place: Place
-    matches: Path
-
-
-def _neurons_beside(toolbox: Toolbox, place: Place) -> Neurons | None:
-    """The neurons of the block of a dictionary, where the study holds them and knows what they detect.
-
-    That stands in a file of their own, or in that of what was held against concepts beside the dictionary.
-    """
-    site, k = replace(place.site, kind="neurons"), toolbox.dictionary(place).k
-    neurons = [each for each in toolbox.study.dictionaries() if each.site == site]
-    there = sorted(neurons, key=lambda each: toolbox.dictionary(each).k != k)
-    paths = [toolbox.study.concepts(site, label) for label in (*(each.label for each in there), f"neurons-k{k}")]
-    known = [path for path in paths if path.is_file()]
-    return Neurons(there[0], known[0]) if there and known else None
-
-
 def _adding(edit: Edit, features: Features):
     def added(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
-        here = replace(edit, strength=strength, region=trial.region)
+        # Tokens of text have no place in the picture.
+        here = replace(edit, strength=strength, region=None if edit.site.stream == "text" else trial.region)
         return trial, steerings([here], lambda _: features)[0]
 
     return added

@@ -63,6 +63,8 @@ def _sought(path: Path, table: Mapping[str, Any]) -> Sought:
             f"In {path} the concept '{name}' is not told as it must be{f': {wrong[0]} is unknown' if wrong else ''}. It has "
             "words in 'name', 'group', 'instead' and 'prompts' (lists), and may have 'region' (four numbers) and 'feature' (one)."
         )
+    if "/" in table.get("group", ""):
+        raise BadInput(f"In {path} the group '{table['group']}' of '{name}' names a file: leave out the '/'.")
     return Sought(
         concept=name,
         group=table.get("group", "concept"),

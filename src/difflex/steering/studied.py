@@ -121,7 +121,10 @@ class Toolbox:
         folders = {str(Place(edit.site, edit.dictionary)): edit for edit in edits if edit.dictionary is not None}
         found = {name: checksum(self.study.dictionary(edit.site, edit.dictionary or "")) for name, edit in folders.items()}
         names = {edit.contrast for edit in edits if edit.contrast is not None}
-        return found | {f"contrast {name}": digest(self.study.contrast(name)) for name in sorted(names)}
+        found |= {f"contrast {name}": digest(self.study.contrast(name)) for name in sorted(names)}
+        regions = {where for edit in edits for where in (edit.region, edit.source and edit.source.region)}
+        painted = [where for where in regions if isinstance(where, str) and where != "fires"]
+        return found | {f"the region {path}": digest(Path(path)) for path in sorted(painted) if Path(path).is_file()}
 
 
 @dataclass(frozen=True, kw_only=True)
