@@ -90,7 +90,8 @@ def test_a_replay_is_refused_once_the_painted_region_has_changed(
 ):
     mask, record = tmp_path / "mask.png", tmp_path / "edit.json"
     Image.linear_gradient("L").save(mask)
-    assert steer(study, PLACE, alive[0], "--region", str(mask), "--strength", "9", "--record", str(record)) == 0
+    words = [PLACE, alive[0], "--region", str(mask), "--strength", "9", "--record", str(record)]
+    assert steer(study, *words, "--out", str(tmp_path / "first.png")) == 0
     assert steer(study, "--replay", str(record), "--out", str(tmp_path / "again.png")) == 0
     Image.linear_gradient("L").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(mask)
     assert steer(study, "--replay", str(record), "--out", str(tmp_path / "again.png")) == 2
