@@ -15,11 +15,11 @@ from difflex.commands.findings import _detector
 from difflex.errors import BadInput, BrokenFile
 from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for, workload
 from difflex.findings.captions import task_of
-from difflex.findings.rules import is_above
+from difflex.findings.rules import Above, are_above, chance, rises_above_one, under_half
 from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
 from difflex.records import Activations, Moment, Rectangle, Shot, Site
-from difflex.steering import Drawn, Features, Steering, Task, Trial, Verdict, contrasts
+from difflex.steering import Curve, Drawn, Features, Point, Steering, Task, Trial, Verdict, contrasts
 from difflex.study import Study
 from difflex.trials import group_of
 
@@ -37,24 +37,34 @@ def always(caption: str) -> float:
     return 1.0
 
 
-def world(needs: Callable[[str], float] = always, cost: float = 0.1, late: float = 0.0) -> Drawn:
-    """Pictures of two numbers, how far they were steered in the first five steps and after them: the concept shows from where its
-    caption needs it to be; the loss grows as steering does, and by `late` more after the fifth step."""
+def world(
+    needs: Callable[[str], float] = always,
+    cost: float = 0.1,
+    late: float = 0.0,
+    plain: Callable[[str], float] = always,
+) -> Drawn:
+    """Pictures of three numbers: how far they were steered in the first five steps and after them, and the loss without that, by
+    their captions. The concept shows from where its caption needs it to be; the loss grows as steering does, and by `late` more
+    after the fifth step."""
 
     def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
-        drawn = torch.zeros(len(trials), 2)
+        drawn = torch.tensor([[0.0, 0.0, plain(trial.prompt)] for trial in trials])
         for step in range(7):
-            plain = torch.zeros(len(trials), 1, 1)
-            edited = None if steering is None else steering.change(plain, Moment(step, 1.0, None, shots, (1, 1)))
+            still = torch.zeros(len(trials), 1, 1)
+            edited = None if steering is None else steering.change(still, Moment(step, 1.0, None, shots, (1, 1)))
             drawn[:, int(step >= 5)] += 0 if edited is None else edited[:, 0, 0] / 7
-        return drawn.view(-1, 2, 1, 1)
+        return drawn.view(-1, 3, 1, 1)
 
     def verdicts(task: Task, trials: Sequence[Trial], drawn: Tensor) -> list[Verdict]:
-        far = drawn.sum((1, 2, 3)).tolist()
+        far = drawn[:, :2].sum((1, 2, 3)).tolist()
         return [Verdict(x >= needs(t.prompt) - 1e-4, {"background": True}, 1.0) for x, t in zip(far, trials, strict=True)]
 
-    return Drawn(pictures, verdicts, lambda drawn: 1 + drawn[:, 0, 0, 0] * cost + drawn[:, 1, 0, 0] * (cost + late))
+    def losses(drawn: Tensor) -> Tensor:
+        early, last, own = drawn[:, :, 0, 0].unbind(1)
+        return own + early * cost + last * (cost + late)
+
+    return Drawn(pictures, verdicts, losses)
 
 
 def bench(drawn: Drawn, other: Findings | None = None, parameters: int = 10, scope: Scope = SCOPE) -> Bench:
@@ -92,8 +102,15 @@ def test_a_contrast_that_fails_on_other_captions_is_told_from_one_that_works_eve
     found = made("distribution", world(alike))
     assert found.verdict == "holds here"
     assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 0.0, "gain, two objects": 0.0}
+    assert "0.00 with other scenery, 0.00 with two objects" in found.because
     assert made("distribution", world()).verdict == "does not hold here"
     assert made("distribution", world(lambda caption: 9.0)).verdict == "cannot be said"
+
+
+def test_a_contrast_that_fails_on_one_other_kind_of_captions_alone_does_not_fail_outside():
+    found = made("distribution", world(lambda caption: 9.0 if len(read(caption).objects) > 1 else 1.0))
+    assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 1.0, "gain, two objects": 0.0}
+    assert found.verdict == "does not hold here"
 
 
 def test_captions_that_argue_against_an_edit_undo_it_or_do_not():
@@ -128,8 +145,27 @@ def test_size_is_told_by_another_study_and_cannot_be_without_one():
 
 def test_a_prompt_without_any_object_is_not_related():
     found = made("related", world(lambda caption: 1.0 if read(caption).objects else 9.0))
-    assert found.verdict == "holds here" and found.numbers == {"gain, alike": 1.0, "gain, no object": 0.0}
+    assert found.verdict == "holds here" and found.numbers == {"gain, an object": 1.0, "gain, no object": 0.0}
     assert made("related", world()).verdict == "does not hold here"
+
+
+@pytest.mark.parametrize("losses", [(0.16, 0.09), (0.09, 0.16)])
+def test_conditions_are_held_to_one_loss_whatever_their_unedited_pictures_have(losses: tuple[float, float]):
+    """Where the concept shows, the edit adds 0.07: more than half of the lower loss, less than half of the higher."""
+    one, other = losses
+    empty = world(cost=0.07, plain=lambda caption: one if read(caption).objects else other)
+    assert made("related", empty).numbers == {"gain, an object": 1.0, "gain, no object": 1.0}
+    two = world(cost=0.07, plain=lambda caption: one if len(read(caption).objects) > 1 else other)
+    assert set(made("distribution", two).numbers.values()) == {1.0}
+    against = world(cost=0.07, plain=lambda caption: one if any(a == b for a, b in pairwise(caption.split())) else other)
+    assert set(made("adversarial", against).numbers.values()) == {1.0}
+
+
+def test_with_an_object_and_without_all_is_the_same_but_the_caption():
+    said, unsaid, alike = (task_of("cyan", kind, 6).trials for kind in ("an object", "no object", "alike"))
+    assert [trial.prompt for trial in said] == [trial.prompt for trial in alike]
+    assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
+    assert all(trial.region is None for trial in said) and all(trial.region is not None for trial in alike)
 
 
 def test_the_last_steps_cost_most_or_do_not():
@@ -139,9 +175,42 @@ def test_the_last_steps_cost_most_or_do_not():
     assert found.numbers["excess loss, first 5 of 7"] == pytest.approx(found.numbers["excess loss, all steps"] * 5 / 7)
 
 
-def test_a_mean_within_its_standard_error_decides_nothing():
-    assert is_above([0.3, 0.2, 0.4]) is True and is_above([-0.3, -0.2, -0.4]) is False
-    assert is_above([1.0, -1.0, 0.1]) is None and is_above([1.0, 1.0]) is None
+def test_a_mean_whose_interval_holds_the_threshold_decides_nothing():
+    assert are_above([Above([0.3, 0.25, 0.35])]) is True and are_above([Above([-0.3, -0.25, -0.35])]) is False
+    assert are_above([Above([0.3, 0.1, 0.2])]) is None and are_above([Above([1.0, 1.0])]) is None
+    assert are_above([Above([1.0, 1.0, 1.0], 1.0)]) is None
+    assert are_above([Above([0.3, 0.2, 0.4])]) is True and are_above([Above([0.3, 0.2, 0.4])] * 9) is None
+
+
+def test_chance_is_that_of_students_t():
+    # The quantiles that every table has, of which 5 % (or 1 %) lie outside.
+    for far, freedom, share in ((4.303, 2, 0.05), (3.182, 3, 0.05), (2.365, 7, 0.05), (9.925, 2, 0.01), (3.499, 7, 0.01)):
+        assert chance(far, freedom) == pytest.approx(share, rel=2e-3)
+    assert chance(0.0, 4) == 1.0 and chance(float("inf"), 4) == 0.0
+
+
+@pytest.mark.parametrize("concepts", [3, 4, 8])
+def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
+    drawn = torch.Generator().manual_seed(concepts)
+    normal = lambda: torch.randn(400, concepts, generator=drawn).mul(0.1).tolist()  # noqa: E731
+    halves, ones, twos = normal(), normal(), normal()
+    ruled = [
+        under_half("all", [1 + x for x in full], {"one": [0.5 + x for x in one], "two": [0.5 + x for x in two]})
+        for full, one, two in zip(halves, ones, twos, strict=True)
+    ]
+    assert sum(each.verdict != "cannot be said" for each in ruled) <= 0.05 * 400 + 9
+
+
+def test_where_losses_do_not_change_quality_is_rarely_decided():
+    drawn = torch.Generator().manual_seed(7)
+    point = Point(strength=1.0, success=0, specificity=1, quality=1, confidence=1)
+    curve = Curve(method="m", told="", concept="red", group="colour", trials=8, without=0, points=())
+    decided = 0
+    for _ in range(400):
+        losses = 1 + 0.1 * torch.randn(8, 5, generator=drawn)
+        points = [tuple(replace(point, strength=i, quality=x) for i, x in enumerate(row)) for row in losses.tolist()]
+        decided += rises_above_one([replace(curve, points=each) for each in points]).verdict != "cannot be said"
+    assert decided <= 0.05 * 400 + 9
 
 
 @pytest.mark.parametrize("names", [tuple(EXPERIMENTS), ("size",), ("steps", "related"), ("pairs", "quality"), ("adversarial",)])

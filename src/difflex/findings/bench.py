@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, final
 
+from jaxtyping import Float
+from torch import Tensor
+
 from difflex.findings.captions import Kind, concepts_of, task_of
 from difflex.findings.record import Findings
 from difflex.records import Edit, Site
@@ -67,6 +70,7 @@ class Bench:
         self.site, self.scope, self.parameters, self.other = site, scope, parameters, other
         self.drawn, self.contrasts, self.feature = cache(drawn), cache(contrasts), cache(feature)
         self.base = cache(self._base)
+        self._unedited = dict[tuple[str, Kind, int | None], float]()
 
     def contrast(self, concept: str) -> Way:
         """By all pairs that there are."""
@@ -79,6 +83,24 @@ class Bench:
     def _base(self, concept: str) -> Curve:
         """The contrast at all strengths on captions like those of its pairs."""
         return self.curves(concept, "alike", {"alike": self.contrast(concept)}, self.scope.strengths)[0]
+
+    def alike(self, concept: str) -> Curve:
+        """The same at the inner strengths."""
+        base = self.base(concept)
+        return replace(base, points=tuple(point for point in base.points if point.strength in self.scope.inner))
+
+    def conditions(self, concept: str, kinds: Sequence[Kind], way: Way) -> list[Curve]:
+        """A curve for each kind of captions, so that one can be held against another.
+
+        Unedited pictures of captions that ask for less have less loss: by their own, pictures of one kind would be called broken
+        at a loss that is not for another. So the losses of all are over the largest that unedited pictures of any kind have.
+        """
+        own = way is self.contrast(concept)
+        curves = [
+            self.alike(concept) if kind == "alike" and own else self.curves(concept, kind, {kind: way})[0] for kind in kinds
+        ]
+        unedited = [self._unedited[concept, kind, None] for kind in kinds]
+        return [_times(curve, loss / max(unedited)) for curve, loss in zip(curves, unedited, strict=True)]
 
     def curves(
         self,
@@ -95,7 +117,16 @@ class Bench:
             name: (way.told, self._adding(way.features, own.get(name)), tuple(strengths or self.scope.inner))
             for name, way in ways.items()
         }
-        return list(judge(task_of(concept, kind, self.scope.trials), methods, self.drawn(run)))
+        drawn, losses = self.drawn(run), list[float]()
+
+        def noted(pictures: Float[Tensor, "picture channel row column"]) -> Float[Tensor, " picture"]:
+            found = drawn.losses(pictures)
+            losses.append(float(found.mean()))
+            return found
+
+        curves = list(judge(task_of(concept, kind, self.scope.trials), methods, drawn._replace(losses=noted)))
+        self._unedited[concept, kind, run] = losses[0]  # unedited pictures are looked at first
+        return curves
 
     def _adding(
         self, features: Features, steps: tuple[int, int] | None
@@ -108,6 +139,11 @@ class Bench:
             return trial, steerings([edit], lambda _: features)[0]
 
         return added
+
+
+def _times(curve: Curve, factor: float) -> Curve:
+    """The curve with so many times the loss."""
+    return replace(curve, points=tuple(replace(point, quality=factor * point.quality) for point in curve.points))
 
 
 def groups_of(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
