@@ -259,10 +259,10 @@ def test_only_methods_of_one_backend_and_protocol_are_compared_and_falls_are_of_
 
 def test_accuracy_falls_within_a_study_and_not_between_two_of_one_name(tmp_path: Path):
     found, name = [], "double.1/topk-512-k8"
-    for where, accuracy in (("a", 0.8), ("b", 0.5)):
+    for where, told in (("a", 0.8), ("b", 0.5)):
         study = begun(tmp_path / where / "study")
         place = dictionary(study, name)
-        pictured(study, name, explained={3: ("red", accuracy)})
+        pictured(study, name, explained={3: ("red", told)})
         with Book.open(study.book(*place)) as book:
             found += methods(book, study.folder)
     falls = compare(found).falls

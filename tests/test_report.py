@@ -322,6 +322,32 @@ def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, nam
     assert claim(study, name).verdict == "does not hold here"
 
 
+def test_only_neurons_are_held_beside_what_stands_at_another_site_of_their_block(tmp_path: Path):
+    study, beside = whole(tmp_path / "study"), control(tmp_path / "control")
+    names = ("axes", "untrained", "neurons-autoencoder")
+    before = [claim(study, name, beside) for name in names]
+    assert {each.verdict for each in before} == {"holds here"}
+    for label in ("pca-32-k16", "random-2048-k16"):
+        matched(study, f"double.1:neurons/{label}", (0.95, 0.9, 0.9, 0.9))
+    dictionary(beside, "double.1:neurons/topk-1024-k16")
+    matched(beside, "double.1:neurons/topk-1024-k16", (0.95, 0.9, 0.9, 0.9))
+    assert [claim(study, name, beside) for name in names] == before
+    page_of(study, beside)
+    drawn, listed = ({row["method"] for row in rows_of(study, figure)} for figure in ("features", "coverage"))
+    assert {"pca-16-k16", "random-1024-k16", "topk-1024-k16, untrained model"} <= drawn
+    assert not any("(neurons)" in name for name in drawn)
+    assert {"pca-16-k16", "pca-32-k16 (neurons)", "neurons-k16", "topk-1024-k16 (neurons), untrained model"} <= listed
+
+
+def test_dictionaries_of_two_sites_of_a_block_are_not_compared(tmp_path: Path):
+    study = begun(tmp_path)
+    for name in ("double.1/topk-512-k8", "double.1:update/itda-512-k8"):
+        dictionary(study, name)
+        matched(study, name, (0.9,) * 4, each=10)
+        pictured(study, name)
+    assert claim(study, "surfaces").verdict == claim(study, "covering").verdict == "not measured"
+
+
 def test_the_control_is_an_untrained_model(tmp_path: Path):
     study, beside = begun(tmp_path / "study"), control(tmp_path / "control")
     dictionary(study, "double.1/topk-512-k16")

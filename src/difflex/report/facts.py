@@ -87,8 +87,11 @@ class Judged:
 
     @property
     def name(self) -> str:
-        """Its label, and that it is of an untrained model where it is."""
-        return f"{self.matches.label}, untrained model" if self.untrained else self.matches.label
+        """Its label, with what it reads of the block unless it is the residual or neurons as they are, and that it is of an
+        untrained model where it is."""
+        apart = self.matches.site.kind not in ("residual", self.kind)
+        name = f"{self.matches.label} ({self.matches.site.kind})" if apart else self.matches.label
+        return f"{name}, untrained model" if self.untrained else name
 
     @property
     def is_trained(self) -> bool:

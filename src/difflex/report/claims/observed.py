@@ -30,7 +30,7 @@ class Covers(NamedTuple):
 
     @property
     def block(self) -> tuple[object, ...]:
-        """What must be alike in a comparison."""
+        """What must be alike to stand side by side; neurons are of another site of the block."""
         return self.place.site.path, self.place.site.stream, self.k, self.data
 
     @property
@@ -45,7 +45,11 @@ def covers_more(facts: Facts) -> Claim:
     known = [each for place in facts.books if (each := _covers(facts, place)) is not None]
     itdas = [each for each in known if each.kind == "itda"]
     autoencoders = [each for each in known if each.kind in AUTOENCODERS]
-    pairs = [(itda, other) for itda, other in product(itdas, autoencoders) if itda.block == other.block]
+    pairs = [
+        (itda, other)
+        for itda, other in product(itdas, autoencoders)
+        if itda.block == other.block and itda.place.site == other.place.site
+    ]
     more = sum(itda.covering.quartiles[1] > other.covering.quartiles[1] for itda, other in pairs)
     blocks = dict.fromkeys(itda.block for itda, _ in pairs)
     neurons = [each for each in known if each.kind == "neurons" and each.block in blocks]
@@ -53,11 +57,11 @@ def covers_more(facts: Facts) -> Claim:
     return Claim(
         name="covering",
         statement="ITDA features cover more of the pictures in which they are strongest than those of autoencoders do.",
-        rule="At every block and k where both have a book of the same pictures, the median over features of the share of tokens "
+        rule="At every site and k where both have a book of the same pictures, the median over features of the share of tokens "
         "covered in top pictures (at least a fifth of the feature's own peak) is higher for the ITDA. Features that fire in "
         "fewer than 8 shots do not count; in brackets the quartiles; neurons stand beside.",
         verdict=decided(pairs, more == len(pairs)),
-        evidence=listed(told, "difflex collect STUDY, of an ITDA and an autoencoder of one block and k"),
+        evidence=listed(told, "difflex collect STUDY, of an ITDA and an autoencoder of one site and k"),
     )
 
 
@@ -82,7 +86,7 @@ def matches_surfaces(facts: Facts) -> Claim:
         own = [each for each in there if each.is_trained and each.normalisation != "none"]
         pairs = product([each for each in own if each.kind == "itda"], [each for each in own if each.kind in AUTOENCODERS])
         for itda, other in pairs:
-            if itda.k != other.k:
+            if itda.k != other.k or itda.matches.site != other.matches.site:
                 continue
             ours, theirs = _shares(itda), _shares(other)
             if ours is not None and theirs is not None:
@@ -101,13 +105,13 @@ def matches_surfaces(facts: Facts) -> Claim:
     return Claim(
         name="surfaces",
         statement="ITDA features match colour, texture and region, those of autoencoders match objects.",
-        rule="At every block and k, among features that detect some known concept with AP ≥ 0.5: the share whose best concept is "
+        rule="At every site and k, among features that detect some known concept with AP ≥ 0.5: the share whose best concept is "
         "a colour, a texture, a background or a place is higher for the ITDA, and the share whose best concept is a shape is "
         "higher for the autoencoder, each by more than chance (the 95 % interval of the difference, 1.96 standard errors, lies "
         "above 0). Only dictionaries that normalise their data and have 10 such features.",
         verdict=decided(found, holds),
         evidence=listed(
-            told or [*dict.fromkeys(lacking)], "difflex concepts STUDY, of an ITDA and an autoencoder of one block and k"
+            told or [*dict.fromkeys(lacking)], "difflex concepts STUDY, of an ITDA and an autoencoder of one site and k"
         ),
     )
 

@@ -21,7 +21,6 @@ __all__ = [
     "dead_without_normalisation",
     "itda_rebuilds_better",
     "norms_differ",
-    "pairs_at_a_block",
     "spectrum_is_concentrated",
 ]
 
@@ -99,7 +98,7 @@ def _fvu(both: Both) -> float | None:
 
 def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
     """Features of some kinds match known concepts better than neurons."""
-    pairs = pairs_at_a_block(facts, kinds, lambda other: other.kind == "neurons")
+    pairs = _pairs(facts, kinds, lambda _, other: other.kind == "neurons")
     return _compared(
         name=f"neurons-{said.lower()}",
         statement=f"{said[0].upper()}{said[1:]} features match known concepts better than neurons do.",
@@ -111,7 +110,9 @@ def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
 
 def better_than_untrained_directions(facts: Facts) -> Claim:
     """Dictionaries match known concepts better than axes that nobody trained."""
-    pairs = pairs_at_a_block(facts, (*AUTOENCODERS, "itda"), lambda other: other.kind in ("pca", "random"))
+    pairs = _pairs(
+        facts, (*AUTOENCODERS, "itda"), lambda own, other: other.kind in ("pca", "random") and _at_one_site(own, other)
+    )
     return _compared(
         name="axes",
         statement="Features match known concepts better than principal axes and random directions do (not in the paper: a "
@@ -124,22 +125,31 @@ def better_than_untrained_directions(facts: Facts) -> Claim:
 
 def better_than_untrained_model(facts: Facts) -> Claim:
     """Dictionaries of the model match known concepts better than those of an untrained one."""
-    pairs = pairs_at_a_block(facts, (*AUTOENCODERS, "itda"), lambda other: other.untrained)
+    pairs = _pairs(
+        facts,
+        (*AUTOENCODERS, "itda"),
+        lambda own, other: other.untrained and own.kind == other.kind and _at_one_site(own, other),
+    )
     return _compared(
         name="untrained",
         statement="Features match known concepts better than those of an untrained model do (not in the paper: a control).",
         others="the dictionaries of the untrained model at the same site, of the same kind",
-        pairs=[(own, other) for own, other in pairs if own.kind == other.kind],
+        pairs=pairs,
         verb="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
     )
 
 
-def pairs_at_a_block(facts: Facts, kinds: Sequence[str], is_other: Callable[[Judged], bool]) -> list[tuple[Judged, Judged]]:
-    """Trained dictionaries of these kinds, and what stands beside each at the same block with the same k."""
+def _at_one_site(own: Judged, other: Judged) -> bool:
+    """Whether both read the same activations: a block has several sites."""
+    return own.matches.site == other.matches.site
+
+
+def _pairs(facts: Facts, kinds: Sequence[str], are_held: Callable[[Judged, Judged], bool]) -> list[tuple[Judged, Judged]]:
+    """Trained dictionaries of these kinds, and what is held beside each at the same block with the same k."""
     found = []
     for there in facts.blocks.values():
         own = [each for each in there if each.is_trained and each.kind in kinds and each.normalisation != "none"]
-        found += [(each, other) for each, other in product(own, there) if is_other(other) and other.k == each.k]
+        found += [(each, other) for each, other in product(own, there) if are_held(each, other) and other.k == each.k]
     return found
 
 

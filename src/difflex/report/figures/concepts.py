@@ -60,10 +60,12 @@ def mean_ap(findings: Sequence[Finding], probe: bool = False) -> float | None:
 
 
 def lineup(judged: Sequence[Judged]) -> list[Judged]:
-    """One of each kind, all of one k: that at which most kinds can be compared; of several sizes the largest."""
+    """One of each kind, all of one k: that at which most kinds can be compared; at the block's own site where there is one, of
+    several sizes the largest."""
 
     def members(k: int) -> dict[str, Judged]:
-        same = sorted((each for each in judged if each.k == k), key=lambda each: each.matches.size)
+        same = [each for each in judged if each.k == k]
+        same.sort(key=lambda each: (each.matches.site.kind != "neurons", each.matches.size))
         return {key_of(each).series: each for each in same}
 
     best = max((members(k) for k in dict.fromkeys(each.k for each in judged)), key=len)
