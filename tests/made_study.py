@@ -252,8 +252,11 @@ def removed(study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = 
     Removal(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
 
 
-def found(study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution")) -> None:
-    """Findings of experiments at a site, the second of which does not hold."""
+def found(
+    study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution"), by: Mapping[str, str] | None = None
+) -> None:
+    """Findings of experiments at a site, the second of which does not hold; `by` says with which dictionary one was made."""
+    used = {each: {name: checksum(study.dictionary(*study.named(name)))} for each, name in (by or {}).items()}
     lines = (
         Line("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
         Line("colour", (1.0,), (0.2,), (0.0,), 1),
@@ -271,7 +274,7 @@ def found(study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-dist
             y="gain",
             lines=lines,
             curves=(),
-            made_from={},
+            made_from={"groups": "colour", **used.get(name, {})},
         )
         for i, name in enumerate(names)
     ]
@@ -298,7 +301,7 @@ def whole(folder: Path) -> Study:
     steered(study, "double.1/topk-1024-k16")
     steered(study, "double.1/itda-1020-k16-first100", success=0.6)
     removed(study, "double.1/topk-1024-k16")
-    found(study, "double.1")
+    found(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
     found(study, "double.2")
     pictured(study, "double.1/itda-1020-k16-first100")
     pictured(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})

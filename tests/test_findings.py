@@ -1,5 +1,6 @@
 """Findings of papers as experiments: each verdict follows from its rule, on a world in which what is so is known."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_study import begun, dictionary, matched
+from made_study import begun, dictionary, found, matched
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.commands.findings import _detector
+from difflex.commands.findings import Findings as Command
+from difflex.commands.findings import _detectors, _is_as
 from difflex.errors import BadInput, BrokenFile
 from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for, workload
 from difflex.findings.captions import task_of
@@ -19,7 +21,8 @@ from difflex.findings.rules import Above, are_above, chance, rises_above_one, un
 from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
 from difflex.records import Activations, Moment, Rectangle, Shot, Site
-from difflex.steering import Curve, Drawn, Features, Point, Steering, Task, Trial, Verdict, contrasts
+from difflex.report.facts import read as read_facts
+from difflex.steering import Curve, Drawn, Features, Point, Steering, Task, Toolbox, Trial, Verdict, contrasts
 from difflex.study import Study
 from difflex.trials import group_of
 
@@ -163,9 +166,21 @@ def test_conditions_are_held_to_one_loss_whatever_their_unedited_pictures_have(l
 
 def test_with_an_object_and_without_all_is_the_same_but_the_caption():
     said, unsaid, alike = (task_of("cyan", kind, 6).trials for kind in ("an object", "no object", "alike"))
-    assert [trial.prompt for trial in said] == [trial.prompt for trial in alike]
+    assert said == alike and all(trial.region is not None for trial in said)
     assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
-    assert all(trial.region is None for trial in said) and all(trial.region is not None for trial in alike)
+
+
+def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
+    drawn, looked_at = world(), list[Rectangle | None]()
+
+    def verdicts(task: Task, trials: Sequence[Trial], pictures: Tensor) -> Sequence[Verdict]:
+        looked_at.extend(trial.region for trial in trials)
+        return drawn.verdicts(task, trials, pictures)
+
+    made("related", drawn._replace(verdicts=verdicts))
+    assert set(looked_at) == {None}
+    made("distribution", drawn._replace(verdicts=verdicts))
+    assert set(looked_at) != {None}
 
 
 def test_the_last_steps_cost_most_or_do_not():
@@ -331,9 +346,51 @@ def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_wel
     ):
         dictionary(study, name)
         matched(study, name, [*aps, 0.1, 0.1])
-    found = _detector(study, SITE, "red")
-    assert found is not None and str(found[0]) == "double.1/topk-16-k2"
-    assert _detector(study, SITE, "blue") is None and _detector(study, Site("single.0"), "red") is None
+    found = _detectors(study, SITE, ["red", "blue"])
+    assert {concept: str(place) for concept, (place, _) in found.items()} == {"red": "double.1/topk-16-k2"}
+    assert _detectors(study, Site("single.0"), ["red"]) == {}
+
+
+def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands_for_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    study = begun(tmp_path / "study")
+    dictionary(study, "double.1/topk-8-k2")
+    matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
+    assert _detectors(study, SITE, ["red"]) != {} and capsys.readouterr().out == ""
+    dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
+    assert _detectors(study, SITE, ["red"]) == {}
+    assert "double.1/topk-8-k2: the dictionary has changed since" in capsys.readouterr().out
+
+
+def test_a_finding_is_made_again_when_another_feature_stands_for_a_concept(tmp_path: Path):
+    study, command = begun(tmp_path / "study"), Command(study=tmp_path / "study", groups=("colour",), concepts=10)
+    dictionary(study, "double.1/topk-8-k2")
+    path = matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
+    told = lambda name: command._made_from(  # noqa: E731
+        Toolbox(study), SITE, command._scope(), name, _detectors(study, SITE, ["red"]), None
+    )
+    before = {name: told(name) for name in ("related", "steps", "quality")}
+    path.write_text(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))
+    assert told("related") != before["related"] and told("steps") != before["steps"] and told("quality") == before["quality"]
+
+
+def test_what_was_found_by_another_rule_is_found_again():
+    told, old = {"trials": 3}, made("quality", world())
+    assert _is_as(old, "quality", told) and not _is_as(old, "quality", {"trials": 4}) and not _is_as(None, "quality", told)
+    assert not _is_as(replace(old, rule="The loss is higher."), "quality", told)
+
+
+def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(tmp_path: Path):
+    study = begun(tmp_path / "study")
+    dictionary(study, "double.1/topk-8-k2")
+    found(study, "double.1", names=("pairs", "related"), by={"related": "double.1/topk-8-k2"})
+    assert [each.name for at in read_facts(study).findings for each in at.found] == ["pairs", "related"]
+    dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
+    facts = read_facts(study)
+    assert [each.name for at in facts.findings for each in at.found] == ["pairs"]
+    [trouble] = facts.troubles
+    assert "related" in trouble and "double.1/topk-8-k2" in trouble and "difflex findings" in trouble
 
 
 @pytest.mark.parametrize(

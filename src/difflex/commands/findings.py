@@ -1,9 +1,9 @@
 """`difflex findings`: what papers found of steering, tried on a model of the drawn world."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -32,6 +32,13 @@ LEAST = 0.5
 Name = Literal["pairs", "distribution", "adversarial", "quality", "size", "related", "steps"]
 BY_FEATURES = ("related", "steps")
 """Experiments in which features are tried where there are any."""
+
+
+class Feature(NamedTuple):
+    """A feature that stands for a concept."""
+
+    place: Place
+    number: int
 
 
 @final
@@ -69,7 +76,8 @@ class Findings(Command):
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
         site = self._site(toolbox.study, pipe)
         path, other = toolbox.study.findings(site), self._other(site)
-        bench = self._bench(toolbox, pipe, site, scope, other)
+        detectors = _detectors(toolbox.study, site, scope.concepts())
+        bench = self._bench(toolbox, pipe, site, scope, detectors, other)
         known = findings.Findings.load(path) if path.is_file() else None
         made = findings.Findings(
             model=toolbox.study.model,
@@ -80,12 +88,10 @@ class Findings(Command):
         )
         names = self.only or tuple(EXPERIMENTS)
         for number, name in enumerate(names, 1):
-            made_from, old = self._made_from(toolbox, site, scope, name, other), made.of(name)
-            print(
-                f"{site}: {name}, {number} of {len(names)}{', as before' if old and old.made_from == made_from else ''}",
-                flush=True,
-            )
-            if old is None or old.made_from != made_from:
+            made_from = self._made_from(toolbox, site, scope, name, detectors, other)
+            is_there = _is_as(made.of(name), name, made_from)
+            print(f"{site}: {name}, {number} of {len(names)}{', as before' if is_there else ''}", flush=True)
+            if not is_there:
                 made = _with(made, finding(name, bench, made_from))
                 made.save(path)
         print("\n".join(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.because}" for each in made.found))
@@ -153,7 +159,9 @@ class Findings(Command):
             raise BadInput(f"{self.other} has {what} at {site}. Run difflex findings {self.other} first.")
         return own if own in there else there[0]
 
-    def _bench(self, toolbox: Toolbox, pipe: Pipeline, site: Site, scope: Scope, other: Path | None) -> Bench:
+    def _bench(
+        self, toolbox: Toolbox, pipe: Pipeline, site: Site, scope: Scope, detectors: Mapping[str, Feature], other: Path | None
+    ) -> Bench:
         def contrasted(concept: str) -> Mapping[int, Way]:
             sides = both_sides(pipe, site, pairs_for(concept, max(scope.counts)), batch=32)
             found = contrasts(*sides, scope.counts, inside=lambda shot: placed(shot.prompt, group_of(concept)))
@@ -165,18 +173,19 @@ class Findings(Command):
             parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
             drawn=lambda steps: drawn_by(pipe, steps),
             contrasts=contrasted,
-            feature=lambda concept: _feature(toolbox, site, concept),
+            feature=lambda concept: _way(toolbox, detectors[concept]) if concept in detectors else None,
             other=None if other is None else findings.Findings.load(other),
         )
 
     def _made_from(
-        self, toolbox: Toolbox, site: Site, scope: Scope, name: str, other: Path | None
+        self, toolbox: Toolbox, site: Site, scope: Scope, name: str, detectors: Mapping[str, Feature], other: Path | None
     ) -> Mapping[str, str | int | float]:
         """What the figures of an experiment depend on."""
-        found = [each for concept in scope.concepts() if (each := _detector(toolbox.study, site, concept)) is not None]
-        edits = [Edit(what="add", site=site, dictionary=place.label) for place, _ in found] if name in BY_FEATURES else []
+        by = detectors if name in BY_FEATURES else {}
+        features = ",".join(f"{concept} {place} {number}" for concept, (place, number) in by.items())
         return {
-            **toolbox.checksums(edits),
+            **toolbox.checksums([Edit(what="add", site=site, dictionary=place.label) for place, _ in by.values()]),
+            **({"features": features} if features else {}),
             **({"other": digest(other)} if other is not None and name == "size" else {}),
             "groups": ",".join(scope.groups),
             "concepts": scope.each,
@@ -192,24 +201,39 @@ def _with(known: findings.Findings, made: Finding) -> findings.Findings:
     return replace(known, found=tuple(found[name] for name in EXPERIMENTS if name in found))
 
 
-def _detector(study: Study, site: Site, concept: str) -> tuple[Place, int] | None:
-    """The feature of the study's dictionaries at a site that detects a concept best, if one does."""
-    best: tuple[float, Place, int] | None = None
+def _is_as(known: Finding | None, name: str, made_from: Mapping[str, str | int | float]) -> bool:
+    """Whether a finding is there that would come out again: made from the same, by the same rule."""
+    return known is not None and known.made_from == made_from and known.rule == EXPERIMENTS[name].rule
+
+
+def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, Feature]:
+    """For each of `concepts` that a feature of the study's dictionaries at a site detects the best one."""
+    known = _known(study, site)
+    found: dict[str, tuple[float, Feature]] = {}
+    for place, matches in known:
+        for each in matches.clearest.findings:
+            ap, name = each.best.ap.value, each.concept.name
+            if name in concepts and ap >= (found[name][0] if name in found else LEAST):
+                found[name] = ap, Feature(place, each.best.features[0])
+    return {concept: found[concept][1] for concept in concepts if concept in found}
+
+
+def _known(study: Study, site: Site) -> list[tuple[Place, Matches]]:
+    """What the features of dictionaries at a site detect; those that have changed since are named and left out."""
+    found: list[tuple[Place, Matches]] = []
     for place in study.dictionaries():
-        path = study.concepts(*place)
+        path, weights = study.concepts(*place), study.dictionary(*place) / "dictionary.safetensors"
         if place.site != site or not path.is_file():
             continue
-        for each in Matches.load(path).clearest.findings:
-            ap = each.best.ap.value
-            if each.concept.name == concept and ap >= (LEAST if best is None else best[0]):
-                best = ap, place, each.best.features[0]
-    return None if best is None else best[1:]
+        matches = Matches.load(path)
+        if weights.is_file() and matches.made_from.get("sha256") == digest(weights):
+            found.append((place, matches))
+        else:
+            print(f"{place}: the dictionary has changed since it was held against concepts. difflex concepts does it again.")
+    return found
 
 
-def _feature(toolbox: Toolbox, site: Site, concept: str) -> Way | None:
-    found = _detector(toolbox.study, site, concept)
-    if found is None:
-        return None
-    place, feature = found
-    edit = Edit(what="add", site=site, dictionary=place.label, features=(feature,), unit="norm")
-    return Way(f"{place} {feature}", toolbox.features(edit))
+def _way(toolbox: Toolbox, feature: Feature) -> Way:
+    place, number = feature
+    edit = Edit(what="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
+    return Way(f"{place} {number}", toolbox.features(edit))

@@ -10,10 +10,10 @@ from typing import NamedTuple, final
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.findings.captions import Kind, concepts_of, task_of
+from difflex.findings.captions import ANYWHERE, Kind, concepts_of, task_of
 from difflex.findings.record import Findings
 from difflex.records import Edit, Site
-from difflex.steering import Curve, Drawn, Features, Steering, Trial, judge, steerings
+from difflex.steering import Curve, Drawn, Features, Steering, Task, Trial, Verdict, judge, steerings
 
 __all__ = ["Bench", "Scope", "Way", "groups_of"]
 
@@ -124,7 +124,8 @@ class Bench:
             losses.append(float(found.mean()))
             return found
 
-        curves = list(judge(task_of(concept, kind, self.scope.trials), methods, drawn._replace(losses=noted)))
+        seeing = _anywhere(drawn) if kind in ANYWHERE else drawn
+        curves = list(judge(task_of(concept, kind, self.scope.trials), methods, seeing._replace(losses=noted)))
         self._unedited[concept, kind, run] = losses[0]  # unedited pictures are looked at first
         return curves
 
@@ -139,6 +140,15 @@ class Bench:
             return trial, steerings([edit], lambda _: features)[0]
 
         return added
+
+
+def _anywhere(drawn: Drawn) -> Drawn:
+    """The same, but that the concept counts wherever it is seen."""
+
+    def verdicts(task: Task, trials: Sequence[Trial], pictures: Float[Tensor, "picture channel row column"]) -> Sequence[Verdict]:
+        return drawn.verdicts(task, [trial._replace(region=None) for trial in trials], pictures)
+
+    return drawn._replace(verdicts=verdicts)
 
 
 def _times(curve: Curve, factor: float) -> Curve:

@@ -12,15 +12,15 @@ from difflex.miniature.world import BACKGROUNDS, CONCEPTS, OBJECT_GROUPS, STYLES
 from difflex.steering import Task, Trial
 from difflex.trials import drawn_pairs, drawn_task, group_of
 
-__all__ = ["Kind", "concepts_of", "pairs_for", "task_of"]
+__all__ = ["ANYWHERE", "Kind", "concepts_of", "pairs_for", "task_of"]
 
 Kind = Literal["alike", "other scenery", "two objects", "unsaid", "against", "an object", "no object"]
 """`alike`: as the pairs of the contrast. `other scenery`: grounds and styles that no pair has. `two objects`: the concept is put
 at the first of two. `unsaid`: the caption names no concept of the group. `against`: it names another one three times.
-`an object`: as the pairs, but the edit and the judge's eyes are all over the picture. `no object`: the same captions with ground
-and style alone, and nothing that could have the concept."""
-EVERYWHERE = ("an object", "no object")
-"""Where a caption asks for no object, nothing says where the model will draw one."""
+`an object`: as the pairs, but seen anywhere. `no object`: the same captions with ground and style alone, and nothing that could
+have the concept; the edit is where the object was to be."""
+ANYWHERE = ("an object", "no object")
+"""Where a caption asks for no object, nothing says where the model will draw one: the judge looks for the concept anywhere."""
 PAIRED, UNPAIRED = (BACKGROUNDS[:4], STYLES[:2]), (BACKGROUNDS[4:], STYLES[2:])
 """Grounds and styles of the pairs, and the others."""
 TIMES = 3
@@ -60,8 +60,6 @@ def task_of(concept: str, kind: Kind, trials: int) -> Task:
             break
         looked *= 2
     made = [trial._replace(prompt=_said(trial, group, kind), seed=number) for number, trial in enumerate(found[:trials])]
-    if kind in EVERYWHERE:
-        made = [trial._replace(region=None) for trial in made]
     return Task(concept=concept, group=group, trials=tuple(made))
 
 

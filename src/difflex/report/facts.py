@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -21,7 +21,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.findings import Findings
 from difflex.records import Site
-from difflex.report.soundness import is_sound, k_of, known_in_numbers, normalisation
+from difflex.report.soundness import changed, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import Steered, has_numbers, known
 from difflex.run import Entry, diary, recipe_of
 from difflex.steering import Judged as Edited
@@ -312,12 +312,17 @@ class _Reading(NamedTuple):
         return removed
 
     def findings(self, study: Study, path: Path) -> Findings | None:
-        """What experiments found, where they were made with the model of the study."""
+        """What experiments found with the model of the study and with what its dictionaries now are."""
         found = self.tried(lambda: Findings.load(path))
-        if found is not None and (found.model, found.revision) != (study.model, study.revision):
+        if found is None:
+            return None
+        if (found.model, found.revision) != (study.model, study.revision):
             self.troubles.append(f"{path} is of {found.model} {found.revision}, not of this study. difflex findings tries again.")
             return None
-        return found
+        stale = {each.name: ", ".join(changed(study, each.made_from)) for each in found.found}
+        told = "{}: '{}' is of {} as it was before. difflex findings tries it again."
+        self.troubles.extend(told.format(path, name, by) for name, by in stale.items() if by)
+        return replace(found, found=tuple(each for each in found.found if not stale[each.name]))
 
     def anatomy(self, study: Study) -> Anatomy | None:
         """The anatomy in the study, if it is of its model."""

@@ -1,13 +1,17 @@
-"""What records say where they are not plain: whether numbers are numbers, and what a config and a label tell."""
+"""What records say where they are not plain: numbers, dictionaries that have changed since, what configs and labels tell."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 from difflex.concepts import Matches
+from difflex.dictionary import checksum
 from difflex.dictionary.files import Config
+from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
+from difflex.study import Study
 
-__all__ = ["is_sound", "k_of", "known_in_numbers", "normalisation"]
+__all__ = ["changed", "is_sound", "k_of", "known_in_numbers", "normalisation"]
 
 WORDS = ("difflex", "dictionary", "checksum", "data")
 """What of an evaluation is no number."""
@@ -18,6 +22,20 @@ def is_sound(evaluation: Evaluation, config: Config) -> bool:
     figures = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
     whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
     return whole and all(isinstance(each, int | float | None) for each in _leaves(figures))
+
+
+def changed(study: Study, made_from: Mapping[str, str | int | float]) -> list[str]:
+    """The dictionaries among what a record was made from that are no longer what they were."""
+    now = {str(place): study.dictionary(*place) for place in study.dictionaries()}
+    told = {name: value for name, value in made_from.items() if "/" in name}
+    return [name for name, value in told.items() if name not in now or not _is(now[name], value)]
+
+
+def _is(folder: Path, told: str | int | float) -> bool:
+    try:
+        return checksum(folder) == told
+    except (DifflexError, OSError):
+        return False  # named where the dictionaries are read
 
 
 def known_in_numbers(matches: Matches) -> bool:
