@@ -85,6 +85,7 @@ def matched(
     levels: Sequence[float] = (0.25, 0.5),
     concepts: Sequence[Concept] = CONCEPTS,
     each: int = 4,
+    left_out: Sequence[Concept] = (),
 ) -> Path:
     """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name. So many
     features match `each` concept best."""
@@ -106,7 +107,7 @@ def matched(
         label=label,
         size=8,
         concepts=tuple(concepts),
-        left_out=(),
+        left_out=tuple(left_out),
         levels=tuple(made),
         features=Features(
             features=tuple(range(count)),
@@ -192,10 +193,16 @@ def pictured(
 
 
 def steered(
-    study: Study, name: str, success: float = 0.9, random: float = 0.0, kept: float = 0.95, concepts: Sequence[Concept] = CONCEPTS
+    study: Study,
+    name: str,
+    success: float = 0.9,
+    random: float = 0.0,
+    kept: float = 0.95,
+    concepts: Sequence[Concept] = CONCEPTS,
+    **settings: str,
 ) -> None:
     """What came of steering towards concepts with feature 1, which `matched` makes the best for all; strips of the first of each
-    group."""
+    group. `settings` are entries of what it was made from."""
     site, _, label = name.partition("/")
     place = Place(Site.parse(site), label)
     path, curves, strips = study.steering(*place), [], {}
@@ -219,6 +226,7 @@ def steered(
     for strip in strips.values():
         Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
     made_from = {name: checksum(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
+    made_from |= {"told": "", "unit": "peak", "steps": "all", **settings}
     Judged(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(path)
 
 
@@ -230,7 +238,9 @@ def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[fl
     return Curve(method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made))
 
 
-def removed(study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = ("colour", "background")) -> None:
+def removed(
+    study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = ("colour", "background"), steps: str = "all"
+) -> None:
     """What came of taking away four concepts of each group with a dictionary: two of them gone, and `cra` kept."""
     site, _, label = name.partition("/")
     place = Place(Site.parse(site), label)
@@ -248,7 +258,7 @@ def removed(study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = 
         for group in groups
         for i in range(4)
     )
-    made_from = {name: checksum(study.dictionary(*place))}
+    made_from = {name: checksum(study.dictionary(*place)), "steps": steps}
     Removal(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
 
 

@@ -555,9 +555,11 @@ def test_the_claim_about_steering_asks_for_features_success_the_rest_and_random_
     study = begun(tmp_path)
     dictionary(study, PLACES[0])
 
-    def verdict(aps: tuple[float, ...] = (0.9, 0.9, 0.1, 0.1) * 3, **of: float) -> str:
+    def verdict(
+        aps: tuple[float, ...] = (0.9, 0.9, 0.1, 0.1) * 3, success: float = 0.9, random: float = 0.0, kept: float = 0.95
+    ) -> str:
         matched(study, PLACES[0], aps, concepts=WORLD)
-        steered(study, PLACES[0], concepts=WORLD, **of)
+        steered(study, PLACES[0], success, random, kept, WORLD)
         return claim(study, "steering").verdict
 
     assert claim(study, "steering").verdict == "not measured"
@@ -566,6 +568,82 @@ def test_the_claim_about_steering_asks_for_features_success_the_rest_and_random_
     assert (
         verdict(aps=(0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9)) == "does not hold here"
     )  # one texture of four
+
+
+def test_concepts_that_too_few_pictures_show_count_as_without_a_feature(tmp_path: Path):
+    study, rare = begun(tmp_path), tuple(Concept(f"texture {i}", "texture") for i in range(4, 9))
+    dictionary(study, PLACES[0])
+    matched(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, left_out=rare[:1])
+    steered(study, PLACES[0], concepts=WORLD)
+    found = claim(study, "steering")
+    assert found.verdict == "does not hold here"
+    assert any("texture: 2 of 5 have a feature (1 of the 5 is shown too rarely to tell)" in line for line in found.evidence)
+    page = page_of(study)
+    assert ">2 of 5</td>" in page and ">2 of 4</td>" in page
+    matched(study, PLACES[0], (0.9,) * 8, concepts=[each for each in WORLD if each.group != "texture"], left_out=rare)
+    assert claim(study, "steering").verdict == "not measured"
+
+
+def test_the_claim_about_steering_tells_all_three_groups_together(tmp_path: Path):
+    study = begun(tmp_path)
+    dictionary(study, PLACES[0])
+    matched(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
+    steered(study, PLACES[0], concepts=WORLD, success=0.6)
+    told = claim(study, "steering").evidence
+    assert told[0] == (
+        f"{PLACES[0]}, colours, textures and backgrounds together: 5 of 12 have a feature; 60 % above the rate without (keeping "
+        "95 %, at strength 1.00); random directions 0 %"
+    )
+    assert [line.split(":")[0] for line in told[1:]] == [f"{PLACES[0]}, {group}" for group in ("colour", "texture", "background")]
+
+
+def test_what_a_file_told_is_shown_without_known_concepts_and_does_not_stand_for_the_drawn_world(tmp_path: Path):
+    study, groups = begun(tmp_path), "colour,texture,background"
+    for name in PLACES:
+        dictionary(study, name)
+    steered(study, PLACES[0], concepts=(Concept("a dog", "animal"),), told="5eed", judge="clip-large", groups=groups)
+    steered(study, PLACES[1])
+    page = page_of(study)
+    assert f"{PLACES[0]} was steered" not in page and f"{PLACES[1]} was steered with, but what its features detect" in page
+    assert "a dog by features, unedited" in page and ">1 told</td>" in page
+    assert "clip-large says whether" in page and "a judge of the drawn world" not in page
+    assert {(row["dictionary"], row["group"], row["concepts"]) for row in rows_of(study, "success")} == {
+        (PLACES[0], "animal", "1")
+    }
+    assert {row["detected"] for row in rows_of(study, "points")} == {"told"}
+    assert claim(study, "steering").verdict == "not measured"
+    matched(study, PLACES[0], (0.9,) * 12, concepts=WORLD)
+    steered(study, PLACES[0], concepts=WORLD, told="5eed", judge="clip-large")
+    assert claim(study, "steering").verdict == "not measured"
+
+
+def test_each_dictionary_has_its_own_lines_beside_it_over_the_concepts_that_it_detects(tmp_path: Path):
+    study = whole(tmp_path)
+    steered(study, "double.1/itda-1020-k16-first100", random=0.1)
+    page = page_of(study)
+    counted = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "success")}
+    methods = ("feature", "neuron", "contrast", "random", "prompt")
+    both = (("double.1/topk-1024-k16", "2"), ("double.1/itda-1020-k16-first100", "1"))
+    assert counted == {(name, method, concepts) for name, concepts in both for method in methods}
+    random = [tip for tip in tips(page, "success") if tip.startswith("random directions\nstrength 1\n")]
+    assert random == [
+        "random directions\nstrength 1\nsuccess 10 % (10 % to 10 %)\n1 concept",
+        "random directions\nstrength 1\nsuccess 0 % (0 % to 0 %)\n2 concepts",
+    ]
+
+
+def test_captions_say_the_settings_of_the_records(tmp_path: Path):
+    study = whole(tmp_path)
+    peak, norm = "what its largest code writes", "as long as a mean activation"
+    page = page_of(study)
+    assert peak in page and norm not in page and "taken away at every step;" in page
+    steered(study, "double.1/itda-1020-k16-first100", unit="norm")
+    removed(study, "double.1/topk-1024-k16", steps="0:5")
+    page = page_of(study)
+    assert f"{norm} (double.1/itda-1020-k16-first100); {peak} (double.1/topk-1024-k16)" in page
+    assert "taken away at steps 0 to 4;" in page and "taken away at every step" not in page
+    steered(study, "double.1/topk-1024-k16", unit="norm")
+    assert peak not in page_of(study)
 
 
 def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
@@ -580,7 +658,7 @@ def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
     points, drawn = rows_of(study, "points"), rows_of(study, "success")
     assert len(points) == 2 * 4 * (4 * 3 + 1) and {row["group"] for row in points if row["detected"] == "yes"} == {"colour"}
     assert {row["group"] for row in drawn} == {"colour"}  # no shape has a feature of AP 0.8
-    itda = [row for row in drawn if row["method"].endswith("first100")]
+    itda = [row for row in drawn if row["dictionary"].endswith("first100") and row["method"] == "feature"]
     assert [(row["strength"], row["median"], row["concepts"]) for row in itda] == [
         ("0.5", "0.3", "1"),
         ("1.0", "0.6", "1"),

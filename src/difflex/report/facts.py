@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-
-from PIL import Image
 
 from difflex.anatomy import Anatomy
 from difflex.book import About, Book
@@ -21,12 +18,13 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.findings import Findings
 from difflex.records import Site
-from difflex.report.soundness import changed, is_sound, k_of, known_in_numbers, normalisation
+from difflex.report.soundness import changed, is_picture, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import Steered, has_numbers, known
 from difflex.run import Entry, diary, recipe_of
 from difflex.steering import Judged as Edited
 from difflex.steering import Removal
 from difflex.store import Store
+from difflex.store.files import digest
 from difflex.study import Place, Study
 
 __all__ = ["Facts", "Judged", "Measured", "Stored", "read"]
@@ -153,7 +151,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
     found = (study.folder / "steering" / "findings").glob("*.json")
     stores = [reading.tried(lambda folder=folder: _stored(folder)) for folder in study.stores().values()]
     anatomy = reading.anatomy(study)
-    steered = [reading.steered(study, place, judged) for place in study.dictionaries()]
+    steered = [reading.steered(study, each, judged) for each in dictionaries]
     books, control_books = (
         tuple(place for place in each.dictionaries() if reading.has_book(each, place)) if each else ()
         for each in (study, control)
@@ -262,7 +260,7 @@ class _Reading(NamedTuple):
         if not (folder / "config.json").is_file():
             self.troubles.append(f"{name} is of a dictionary that is no longer there. Delete it.")
             return None
-        if matches.made_from["sha256"] != self.tried(lambda: _digest(folder / "dictionary.safetensors")):
+        if matches.made_from["sha256"] != self.tried(lambda: digest(folder / "dictionary.safetensors")):
             self.troubles.append(f"{name}: the dictionary has changed since. difflex concepts holds it against concepts again.")
             return None
         config = self.tried(lambda: read_config(folder))
@@ -271,8 +269,9 @@ class _Reading(NamedTuple):
         learned = None if config.kind == "neurons" else normalisation(config)
         return Judged(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
 
-    def steered(self, study: Study, place: Place, judged: Iterable[Judged]) -> Steered | None:
+    def steered(self, study: Study, measured: Measured, judged: Iterable[Judged]) -> Steered | None:
         """What came of steering with a dictionary's features, where it is of what the dictionary now is."""
+        place = measured.place
         path = study.steering(*place)
         edited = self.tried(lambda: Edited.load(path)) if path.exists() else None
         if edited is None:
@@ -286,17 +285,18 @@ class _Reading(NamedTuple):
         if not has_numbers(edited):
             self.troubles.append(f"{path} holds what is no number: it is damaged. Delete it; difflex steer-eval makes it again.")
             return None
-        own = [each for each in judged if not each.untrained and (each.matches.site, each.matches.label) == place]
-        if not own:
+        own = [each.matches for each in judged if not each.untrained and (each.matches.site, each.matches.label) == place]
+        there = known(own[0] if own else None, edited, place)
+        if there is None:
             self.troubles.append(f"{place} was steered with, but what its features detect is not known. Run difflex concepts.")
             return None
         files = [(strip, path.with_suffix("") / strip.file) for strip in edited.strips]
         return Steered(
             place=place,
-            kind=own[0].kind,
+            kind=measured.kind,
             judged=edited,
-            known=known(own[0].matches, edited, place),
-            strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: _opens(file))),
+            known=there,
+            strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: is_picture(file))),
         )
 
     def removal(self, study: Study, path: Path) -> Removal | None:
@@ -340,13 +340,6 @@ class _Reading(NamedTuple):
         return anatomy
 
 
-def _opens(path: Path) -> bool:
-    """True; what is no picture is an error."""
-    with Image.open(path) as file:
-        file.load()
-    return True
-
-
 def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
     """Of each block what was judged on the same pictures in the same way as most there; the others are named."""
     kept: list[Judged] = []
@@ -379,11 +372,6 @@ def _stored(folder: Path) -> Stored:
     held_out = store.count("held-out")
     rows = store.count() + held_out
     return Stored(site=store.site, rows=rows, held_out=held_out, width=store.width, complete=store.complete)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(study: Study) -> list[Path]:

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from PIL import Image
+
 from difflex.concepts import Matches
 from difflex.dictionary import checksum
 from difflex.dictionary.files import Config
@@ -11,7 +13,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.study import Study
 
-__all__ = ["changed", "is_sound", "k_of", "known_in_numbers", "normalisation"]
+__all__ = ["changed", "is_picture", "is_sound", "k_of", "known_in_numbers", "normalisation"]
 
 WORDS = ("difflex", "dictionary", "checksum", "data")
 """What of an evaluation is no number."""
@@ -43,6 +45,13 @@ def known_in_numbers(matches: Matches) -> bool:
     shown = [figure for level in matches.levels for each in level.findings for figure in (*each.best.ap, *each.probe)]
     shares = [share for level in matches.levels for share in level.coverage]
     return bool(matches.levels) and all(isinstance(each, int | float) for each in (*shown, *shares, *matches.features.ap))
+
+
+def is_picture(path: Path) -> bool:
+    """True; what is no picture is an error."""
+    with Image.open(path) as file:
+        file.load()
+    return True
 
 
 def _leaves(entry: object) -> Iterator[object]:

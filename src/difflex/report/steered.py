@@ -18,10 +18,13 @@ DETECTS = 0.8
 
 
 class Known(NamedTuple):
-    """The concepts of a group, and those of them that a steered feature detects."""
+    """The concepts of a group, and those of them that a steered feature stands for."""
 
     concepts: int
+    rare: int
+    """So many of them are shown too rarely to tell what detects them; they count as without a feature."""
     detected: frozenset[str]
+    """Those that a feature detects; of concepts told in words all, each steered with the feature told."""
 
 
 class Summary(NamedTuple):
@@ -50,13 +53,18 @@ class Steered:
     """To be looked at, each with its picture."""
 
     @property
+    def is_told(self) -> bool:
+        """Whether its concepts were told in words, and not those of the drawn world."""
+        return _is_told(self.judged)
+
+    @property
     def methods(self) -> list[str]:
         """What was judged, the dictionary's own features first."""
         return list(dict.fromkeys(curve.method for curve in self.judged.curves))
 
     @property
     def groups(self) -> list[str]:
-        """The groups in which some feature detects a concept."""
+        """The groups in which some concept has a feature."""
         return [group for group, known in self.known.items() if known.detected]
 
     def curves(self, method: str, *groups: str) -> list[Curve]:
@@ -68,21 +76,37 @@ class Steered:
         ]
 
 
-def known(matches: Matches, judged: Judged, place: Place) -> dict[str, Known]:
-    """By group: how many concepts there are, and which the features that were steered with detect."""
+def _is_told(judged: Judged) -> bool:
+    return bool(judged.made_from.get("told"))
+
+
+def known(matches: Matches | None, judged: Judged, place: Place) -> dict[str, Known] | None:
+    """By group: how many concepts there are, and which the features that were steered with detect; None where that is not
+    known. What was told in words is known by that alone."""
     steered = {curve.concept: curve.told for curve in judged.of("feature")}
+    if _is_told(judged):
+        groups = {group: frozenset(curve.concept for curve in judged.curves if curve.group == group) for group in _groups(judged)}
+        return {group: Known(len(names), 0, names) for group, names in groups.items()}
+    if matches is None:
+        return None
     findings = matches.clearest.findings
     made = {}
     asked = [group for group in str(judged.made_from.get("groups", "")).split(",") if group]
-    for group in dict.fromkeys([*asked, *(curve.group for curve in judged.curves)]):
+    for group in dict.fromkeys([*asked, *_groups(judged)]):
         there = [finding for finding in findings if finding.concept.group == group]
         detected = [
             finding.concept.name
             for finding in there
             if finding.best.ap.value >= DETECTS and steered.get(finding.concept.name) == f"{place} {finding.best.features[0]}"
         ]
-        made[group] = Known(len(there), frozenset(detected))
+        rare = sum(concept.group == group for concept in matches.left_out)
+        made[group] = Known(len(there) + rare, rare, frozenset(detected))
     return made
+
+
+def _groups(judged: Judged) -> list[str]:
+    """Those of the concepts that were steered towards."""
+    return list(dict.fromkeys(curve.group for curve in judged.curves))
 
 
 def summary(curves: Iterable[Curve]) -> Summary | None:

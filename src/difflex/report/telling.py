@@ -1,8 +1,9 @@
 """Numbers as a reader is told them: few digits, and never a wrong one."""
 
 import math
+from collections.abc import Mapping
 
-__all__ = ["NONE", "count", "exact", "number", "percent"]
+__all__ = ["NONE", "apart", "count", "exact", "number", "percent"]
 
 NONE = "\N{EN DASH}"
 
@@ -32,6 +33,12 @@ def percent(value: float | None) -> str:
 def count(value: int, one: str, many: str = "") -> str:
     """`3 dictionaries`."""
     return f"{value:,} {one if value == 1 else many or one + 's'}"
+
+
+def apart(said: Mapping[str, str]) -> str:
+    """What is said of several by name: once where the same is said of all, else each with the names it is said of."""
+    names = {told: [name for name, each in said.items() if each == told] for told in said.values()}
+    return "; ".join(told if len(names) == 1 else f"{told} ({', '.join(of)})" for told, of in names.items())
 
 
 def exact(value: str | float | None) -> str:

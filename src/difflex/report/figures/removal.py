@@ -8,7 +8,7 @@ from markupsafe import Markup
 from difflex.report.drawing import Axis, Drawing, Entry, Key, Look, Mark, Row, Rows, element, rows
 from difflex.report.facts import Facts
 from difflex.report.sections import Figure, Missing, Section, Table
-from difflex.report.telling import count, percent
+from difflex.report.telling import apart, count, percent
 from difflex.steering import Removal, Removed
 
 __all__ = ["BAR", "removal", "together"]
@@ -23,17 +23,23 @@ CRA = Key("cra", "all else kept (CRA)", Look(colour=5, marker="ring"), line=Fals
 def removal(facts: Facts) -> Section:
     """The section about removing concepts."""
     there = facts.removals
+    steps = apart({together(each): _steps(each) for each in there}) or "at every step"
     return Section(
         name="removal",
         title="Concepts taken away",
-        lead="The features of a concept are chosen by SAeUron's score on one set of prompts and taken away at every step; judged "
-        "is on prompts that nothing was chosen by. UA: pictures that no longer show the concept their prompts name. IRA: "
-        "pictures that still show another concept of its group. CRA: all else that prompts state and that still "
-        "is so; of its own: the same in pictures of the concept alone.",
+        lead=f"The features of a concept are chosen by SAeUron's score on one set of prompts and taken away {steps}; judged is "
+        "on prompts that nothing was chosen by. UA: pictures that no longer show the concept their prompts name. IRA: "
+        "pictures that still show another concept of its group. CRA: all else that prompts state and that still is so; of its "
+        "own: the same in pictures of the concept alone.",
         body=_table(there) if there else Markup(""),
         figures=(_figure(there),) if there else (),
         missing=() if there else (Missing("What comes of taking concepts away", "difflex removal STUDY"),),
     )
+
+
+def _steps(removed: Removal) -> str:
+    first, _, end = str(removed.made_from.get("steps", "all")).partition(":")
+    return f"at steps {first} to {int(end) - 1}" if end else "at every step"
 
 
 def together(removed: Removal) -> str:

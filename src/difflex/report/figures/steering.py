@@ -11,21 +11,24 @@ from PIL import Image
 from difflex.report.drawing import Axis, Curve, Drawing, Key, Look, Mark, Plot, element, plot
 from difflex.report.facts import Facts
 from difflex.report.figures.embedding import address
-from difflex.report.kinds import key, looks
+from difflex.report.kinds import key
 from difflex.report.sections import Figure, Missing, Section, Table
 from difflex.report.steered import Steered, Summary, summary
-from difflex.report.telling import NONE, count, number, percent
+from difflex.report.telling import NONE, apart, count, number, percent
 from difflex.steering import Curve as Trials
 from difflex.steering import Point, Strip
 
 __all__ = ["steering"]
 
-LEAD = (
-    "A feature that detects a concept (AP ≥ 0.8) is added where the concept is to appear, in pictures whose captions name "
-    "another one of its group; a judge of the drawn world says whether it does, and what else of the captions is still so. "
-    "Beside it: the neuron that detects it best, a contrast of captions, a random direction of equal length, and the caption "
-    "edited instead."
-)
+JUDGE, DETECTED, TOLD = "a judge of the drawn world", "it detects it with AP ≥ 0.8", "a file of concepts has it"
+"""Who says what is seen, and why a feature stands for a concept."""
+UNITS = {
+    "peak": "what its largest code writes",
+    "mean": "what its mean code writes",
+    "norm": "as long as a mean activation",
+    "code": "what a code of 1 writes",
+}
+"""What a strength of 1 is, of a feature."""
 BESIDE = {
     "neuron": key("neurons"),
     "contrast": Key("contrast", "contrast of captions", Look(colour=3, marker="triangle", dash="9 3 2 3")),
@@ -90,12 +93,17 @@ MEASURES = (
 
 
 class Line(NamedTuple):
-    """A method on a group of concepts at a site."""
+    """A method on the concepts of a group that a dictionary has a feature for."""
 
-    site: str
+    of: Steered
     group: str
-    key: Key
-    curves: tuple[Trials, ...]
+    method: str
+    curves: list[Trials]
+
+    @property
+    def key(self) -> Key:
+        """Features look like their kind of dictionary."""
+        return key(self.of.kind) if self.method == "feature" else BESIDE[self.method]
 
     @property
     def strengths(self) -> list[float]:
@@ -109,60 +117,68 @@ class Line(NamedTuple):
 
 def steering(facts: Facts) -> Section:
     """The section about steering."""
-    drawn = _lines(facts.steered)
+    drawn = [
+        Line(each, group, method, each.curves(method, group))
+        for each in facts.steered
+        for group in each.groups
+        for method in each.methods
+    ]
     figures = (_table(facts.steered), *(_over_strength(measure, drawn) for measure in MEASURES if drawn), _points(facts.steered))
     body = (_strips(each) for each in facts.steered)
     return Section(
         name="steering",
         title="Steering",
-        lead=LEAD,
+        lead=_lead(facts.steered),
         body=Markup("").join(body) + _summaries(facts.steered) if facts.steered else Markup(""),
         figures=figures if facts.steered else (),
         missing=() if facts.steered else (Missing("What comes of steering towards known concepts", "difflex steer-eval STUDY"),),
     )
 
 
-def _lines(steered: Sequence[Steered]) -> list[Line]:
-    """Every method on every group at every site; what stands beside several dictionaries of a site is told once."""
-    found: dict[tuple[str, str, str], list[Trials]] = {}
-    names = {str(each.place): each.kind for each in steered}
-    own = {name: Key(name, name, look) for name, look in looks(names).items()}
-    for each in steered:
-        for group in each.groups:
-            for method in each.methods:
-                series = str(each.place) if method == "feature" else method
-                found.setdefault((str(each.place.site), group, series), []).extend(each.curves(method, group))
-    return [
-        Line(site, group, own[series] if series in own else BESIDE[series], tuple(dict.fromkeys(curves)))
-        for (site, group, series), curves in found.items()
-    ]
+def _lead(steered: Sequence[Steered]) -> str:
+    """What was done, by the records; where there is none, what the verb does when nothing is told."""
+    why = apart({str(each.place): TOLD if each.is_told else DETECTED for each in steered}) or DETECTED
+    judge = (
+        apart(
+            {str(each.place): str(each.judged.made_from.get("judge", "a judge")) if each.is_told else JUDGE for each in steered}
+        )
+        or JUDGE
+    )
+    return (
+        f"A feature that stands for a concept, as {why}, is added where the concept is to appear, in pictures whose captions "
+        f"name another one of its group; {judge} says whether it does, and what else of the captions is still so. Beside it: the "
+        "neuron that detects it best, where that is known, a contrast of captions, a random direction of equal length, and the "
+        "caption edited instead."
+    )
 
 
 def _over_strength(measure: Measure, drawn: Sequence[Line]) -> Figure:
-    """Small multiples, one for each site and group."""
-    rows = []
+    """Small multiples, one for each dictionary and group: what stands beside features is of the same concepts."""
+    rows, panels, units = [], dict[tuple[str, str], list[Line]](), {}
     for line in drawn:
+        place = str(line.of.place)
+        panels.setdefault((place, line.group), []).append(line)
+        units[place] = UNITS.get(str(line.of.judged.made_from.get("unit")), "what its record does not say")
         for strength in line.strengths:
             low, middle, high = _quartiles(line.values(strength, measure.of))
-            said = (line.site, line.group, line.key.name, strength, len(line.values(strength, measure.of)))
+            said = (place, line.group, line.method, strength, len(line.values(strength, measure.of)))
             rows.append((*said, low, middle, high))
-    panels = dict.fromkeys((line.site, line.group) for line in drawn)
     return Figure(
         name=measure.name,
         title=f"{measure.title}, by strength",
-        caption=f"{measure.caption} A strength of 1 is what a feature's largest code writes, or the contrast as long as it was "
-        "found, and for the caption the whole of it. Only concepts that the dictionary has a feature for.",
+        caption=f"{measure.caption} A strength of 1 is, of a feature, {apart(units)}; random directions are as long; of the "
+        "contrast it is the length that was found, of the caption the whole of it. Only concepts that the dictionary has a "
+        "feature for.",
         formula=measure.formula,
-        table=Table(("site", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)),
-        drawings=tuple(
-            _panel(measure, site, group, [line for line in drawn if (line.site, line.group) == (site, group)])
-            for site, group in panels
+        table=Table(
+            ("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)
         ),
+        drawings=tuple(_panel(measure, place, group, lines) for (place, group), lines in panels.items()),
         keys=(*dict.fromkeys(line.key for line in drawn), *((BAR,) if measure.bar is not None else ())),
     )
 
 
-def _panel(measure: Measure, site: str, group: str, there: Sequence[Line]) -> Drawing:
+def _panel(measure: Measure, place: str, group: str, there: Sequence[Line]) -> Drawing:
     tell = number if measure.name == "loss" else percent
     curves = []
     for line in there:
@@ -171,7 +187,7 @@ def _panel(measure: Measure, site: str, group: str, there: Sequence[Line]) -> Dr
             values = line.values(strength, measure.of)
             low, middle, high = _quartiles(values)
             told = f"{measure.axis} {tell(middle)} ({tell(low)} to {tell(high)})"
-            tip = f"{line.key.name}\nstrength {strength:g}\n{told}\n{count(len(values), 'concept')}"
+            tip = f"{SAID.get(line.method, line.method)}\nstrength {strength:g}\n{told}\n{count(len(values), 'concept')}"
             marks.append(Mark(x=strength, y=middle, tip=tip))
         curves.append(Curve(series=line.key.series, look=line.key.look, marks=tuple(marks), line=len(marks) > 1))
     ends = [strength for line in there for strength in line.strengths]
@@ -181,7 +197,7 @@ def _panel(measure: Measure, site: str, group: str, there: Sequence[Line]) -> Dr
     is_share = measure.name != "loss"
     y = Axis(label=measure.axis, percent=is_share, low=0.0, high=1.0 if is_share else None)
     about = f"{count(len(there), 'method')} over strength, the median over concepts of the group {group}."
-    return plot(Plot(title=f"{group}, {site}", description=about, x=Axis(label="strength"), y=y, curves=tuple(curves)))
+    return plot(Plot(title=f"{group}, {place}", description=about, x=Axis(label="strength"), y=y, curves=tuple(curves)))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -190,11 +206,12 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _summarised(steered: Sequence[Steered]) -> Iterator[tuple[Steered, str, str, str, Summary | None]]:
-    """Each dictionary, method and group with the features it has, out of how many; what has none is told once."""
+    """Each dictionary, method and group with the features it has, out of how many where that is known; what has none is told
+    once."""
     for each in steered:
         for method in each.methods or ["feature"]:
             for group, known in each.known.items():
-                share = f"{len(known.detected)} of {known.concepts}"
+                share = f"{known.concepts} told" if each.is_told else f"{len(known.detected)} of {known.concepts}"
                 if known.detected or method == "feature":
                     yield each, method, group, share, summary(each.curves(method, group))
 
@@ -204,14 +221,16 @@ def _table(steered: Sequence[Steered]) -> Figure:
     for each, method, group, _, found in _summarised(steered):
         known = each.known[group]
         figures = (None,) * 6 if found is None else found[1:]
-        rows.append((str(each.place), method, group, known.concepts, len(known.detected), *figures))
-    columns = ("dictionary", "method", "group", "concepts", "with a feature", "gain", "without", "success", "kept", "loss")
+        rows.append((str(each.place), method, group, known.concepts, known.rare, len(known.detected), *figures))
+    concepts = ("concepts", "shown too rarely to tell", "with a feature")
+    columns = ("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss")
     return Figure(
         name="steered",
         title="",
-        caption="All digits of the table above. Medians over the concepts that a feature of the dictionary detects with AP ≥ "
-        "0.8, each at the strength that is best for it: the highest success that keeps 90 % of all else and breaks no picture. "
-        "Gain is the success there less the share of unedited pictures that show the concept, and 0 where no strength will do.",
+        caption="All digits of the table above. Medians over the concepts that the dictionary has a feature for, each at the "
+        "strength that is best for it: the highest success that keeps 90 % of all else and breaks no picture. Concepts that too "
+        "few pictures show to tell count as without a feature. Gain is the success there less the share of unedited pictures "
+        "that show the concept, and 0 where no strength will do.",
         formula="",
         table=Table((*columns, "strength"), tuple(rows)),
         drawings=(),
@@ -249,7 +268,7 @@ def _points(steered: Sequence[Steered]) -> Figure:
 def _all(steered: Sequence[Steered]) -> Iterator[tuple[str | float, ...]]:
     for each in steered:
         for curve in each.judged.curves:
-            known = "yes" if curve.concept in each.known[curve.group].detected else "no"
+            known = "told" if each.is_told else "yes" if curve.concept in each.known[curve.group].detected else "no"
             told = (str(each.place), curve.method, curve.told, curve.group, curve.concept, known, curve.trials, curve.without)
             for point in curve.points:
                 yield *told, point.strength, point.success, point.specificity, point.quality, point.confidence
