@@ -232,8 +232,9 @@ EXPERIMENTS = {
         "A feature has an effect only where the prompt is related to it.",
         FEATURES,
         "On captions that name a ground and a style and no object the gain is under half of that on the same captions with an "
-        "object; concepts of objects alone. The edits are the same, where that is said to be; the concept counts wherever it is "
-        "seen, the share that shows it unedited is taken off, and what else is kept does not count. " + ALIKE,
+        "object; concepts of objects alone. Both are edited alike, where the one says that the object is; the concept "
+        "counts wherever it is seen, the share that shows it unedited is taken off, and what else is kept does not count. "
+        + ALIKE,
         related,
     ),
     "steps": Experiment(
