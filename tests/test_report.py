@@ -589,12 +589,18 @@ def test_the_claim_about_steering_tells_all_three_groups_together(tmp_path: Path
     dictionary(study, PLACES[0])
     matched(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
     steered(study, PLACES[0], concepts=WORLD, success=0.6)
+    dictionary(study, PLACES[1])  # it comes first by name, and has no feature
+    matched(study, PLACES[1], (0.1,) * 12, concepts=WORLD)
+    steered(study, PLACES[1], concepts=WORLD)
     told = claim(study, "steering").evidence
     assert told[0] == (
         f"{PLACES[0]}, colours, textures and backgrounds together: 5 of 12 have a feature; 60 % above the rate without (keeping "
         "95 %, at strength 1.00); random directions 0 %"
     )
-    assert [line.split(":")[0] for line in told[1:]] == [f"{PLACES[0]}, {group}" for group in ("colour", "texture", "background")]
+    assert told[1] == f"{PLACES[1]}, colours, textures and backgrounds together: 0 of 12 have a feature"
+    assert [line.split(":")[0] for line in told[2:]] == [
+        f"{place}, {group}" for place in PLACES for group in ("colour", "texture", "background")
+    ]
 
 
 def test_what_a_file_told_is_shown_without_known_concepts_and_does_not_stand_for_the_drawn_world(tmp_path: Path):

@@ -35,8 +35,10 @@ class Found(NamedTuple):
 
 def steers_towards_concepts(facts: Facts) -> Claim:
     """Features of colours, textures and backgrounds put what they detect into pictures."""
-    found = [(each, [_found(each, group, group) for group in GROUPS]) for each in facts.steered if _is_measured(each)]
-    together = [f"{each.place}, {_said(_found(each, TOGETHER, *GROUPS))}" for each, _ in found]
+    measured = [(_found(each, TOGETHER, *GROUPS), each) for each in facts.steered if _is_measured(each)]
+    measured.sort(key=lambda one: -one[0].features)
+    together = [f"{each.place}, {_said(all_groups)}" for all_groups, each in measured]
+    found = [(each, [_found(each, group, group) for group in GROUPS]) for _, each in measured]
     told = [f"{each.place}, {_said(group)}" for each, groups in found for group in groups]
     return Claim(
         name="steering",
