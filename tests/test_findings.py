@@ -170,6 +170,16 @@ def test_with_an_object_and_without_all_is_the_same_but_the_caption():
     assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
 
 
+def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_pictures_show_the_concept_already():
+    scope = replace(SCOPE, trials=12)
+    captions = {trial.prompt for c in scope.concepts() for trial in task_of(c, "no object", 12).trials}
+    there = set(sorted(captions)[: 2 * len(captions) // 3])  # these show it from the start, the others when edited
+    found = finding("related", bench(world(lambda caption: -1.0 if caption in there else 1.0), scope=scope), {})
+    assert max(curve.without for curve in found.curves) > 0.5
+    assert found.numbers == pytest.approx({"gain, an object": 1.0, "gain, no object": 1.0})
+    assert made("related", world(lambda caption: 1.0 if read(caption).objects else -1.0)).because == "nothing was judged."
+
+
 def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
     drawn, looked_at = world(), list[Rectangle | None]()
 

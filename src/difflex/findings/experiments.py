@@ -145,10 +145,14 @@ def steps(bench: Bench) -> Outcome:
 def _compared(
     kinds: Sequence[str], by_concept: Sequence[Sequence[Curve]], first: str, others: Mapping[str, str], kept: float = KEPT
 ) -> Outcome:
-    """Whether the gain on captions of other kinds is under half of that on the first; `first` and `others` say them in words."""
-    curves = {kind: [each[i] for each in by_concept] for i, kind in enumerate(kinds)}
-    gains = {kind: [gain(curve, kept) for curve in each] for kind, each in curves.items()}
-    ruling = under_half(first, gains[kinds[0]], {told: gains[kind] for kind, told in others.items()})
+    """Whether the gain on captions of other kinds is under half of that on the first; `first` and `others` say them in words.
+
+    Pictures that show the concept unedited leave less to be gained, all of them nothing: so gains are shares of that.
+    """
+    told = [each for each in by_concept if all(curve.without < 1 for curve in each)]
+    curves = {kind: [each[i] for each in told] for i, kind in enumerate(kinds)}
+    gains = {kind: [gain(curve, kept) / (1 - curve.without) for curve in each] for kind, each in curves.items()}
+    ruling = under_half(first, gains[kinds[0]], {words: gains[kind] for kind, words in others.items()})
     lines = tuple(line(kind, each, _added) for kind, each in curves.items())
     numbers = {f"gain, {kind}": fmean(values) for kind, values in gains.items() if values}
     return Outcome(ruling, numbers, STRENGTH, ADDED, lines, tuple(curve for each in curves.values() for curve in each))
@@ -192,7 +196,8 @@ class Experiment(NamedTuple):
 
 
 ALIKE = (
-    "Pictures of all these captions count as broken from one loss on, 1.5 times the largest that unedited ones of a kind have."
+    "Gains are shares of what could be gained above unedited pictures. Pictures of all these captions count as broken from one "
+    "loss on, 1.5 times the largest that unedited ones of a kind have."
 )
 CONTRASTS, FEATURES = "arXiv 2505.03189", "arXiv 2505.24360"
 EXPERIMENTS = {
@@ -233,8 +238,7 @@ EXPERIMENTS = {
         FEATURES,
         "On captions that name a ground and a style and no object the gain is under half of that on the same captions with an "
         "object; concepts of objects alone. Both are edited alike, where the one says that the object is; the concept "
-        "counts wherever it is seen, the share that shows it unedited is taken off, and what else is kept does not count. "
-        + ALIKE,
+        "counts wherever it is seen, and what else is kept does not count. " + ALIKE,
         related,
     ),
     "steps": Experiment(

@@ -47,8 +47,8 @@ class Finding:
     y: str
     lines: tuple[Line, ...]
     curves: tuple[Curve, ...]
-    """All that was judged; `method` is the condition. Where captions of several kinds are compared, `quality` is over the largest loss
-    that unedited pictures of a kind have."""
+    """All that was judged; `method` is the condition. Where captions of several kinds are compared, `quality` is over the largest
+    loss that unedited pictures of a kind have."""
     made_from: Mapping[str, str | int | float]
     """What the figures depend on."""
 
