@@ -370,7 +370,7 @@ def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands
     assert _detectors(study, SITE, ["red"]) != {} and capsys.readouterr().out == ""
     dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
     assert _detectors(study, SITE, ["red"]) == {}
-    assert "double.1/topk-8-k2: the dictionary has changed since" in capsys.readouterr().out
+    assert "is of double.1/topk-8-k2 as it was before it changed" in capsys.readouterr().out
 
 
 def test_a_finding_is_made_again_when_another_feature_stands_for_a_concept(tmp_path: Path):

@@ -1,6 +1,5 @@
 """What the verbs that steer towards known concepts share: which features detect them, as the dictionary is now."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from difflex.concepts import Matches
 from difflex.errors import StaleWork
 from difflex.steering import Toolbox
+from difflex.store.files import digest
 from difflex.study import Place, Study
 
 __all__ = ["Neurons", "matches_of", "neurons_beside"]
@@ -24,9 +24,7 @@ def matches_of(study: Study, place: Place) -> Matches | None:
     matches = Matches.load(path)
     if "sha256" not in matches.made_from or not weights.is_file():
         return matches
-    with weights.open("rb") as file:
-        is_of_it = matches.made_from["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
-    if not is_of_it:
+    if matches.made_from["sha256"] != digest(weights):
         raise StaleWork(f"{path} is of {place} as it was before it changed. difflex concepts holds it against concepts again.")
     return matches
 

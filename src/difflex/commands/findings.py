@@ -1,6 +1,6 @@
 """`difflex findings`: what papers found of steering, tried on a model of the drawn world."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, final
@@ -10,12 +10,13 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex import findings
 from difflex.commands.contrast import both_sides
 from difflex.commands.costs import A_POINT, dictionaries, generating, judging, scaling, seconds, studied, walking
+from difflex.commands.detected import matches_of
 from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.concepts import Matches
-from difflex.errors import BadInput
+from difflex.errors import BadInput, StaleWork
 from difflex.findings import EXPERIMENTS, Bench, Finding, Scope, Way, finding, pairs_for, workload
 from difflex.forecast import Estimate, Outlook
 from difflex.pipeline import Pipeline
@@ -208,9 +209,8 @@ def _is_as(known: Finding | None, name: str, made_from: Mapping[str, str | int |
 
 def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, Feature]:
     """For each of `concepts` that a feature of the study's dictionaries at a site detects the best one."""
-    known = _known(study, site)
     found: dict[str, tuple[float, Feature]] = {}
-    for place, matches in known:
+    for place, matches in _known(study, site):
         for each in matches.clearest.findings:
             ap, name = each.best.ap.value, each.concept.name
             if name in concepts and ap >= (found[name][0] if name in found else LEAST):
@@ -218,19 +218,16 @@ def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, F
     return {concept: found[concept][1] for concept in concepts if concept in found}
 
 
-def _known(study: Study, site: Site) -> list[tuple[Place, Matches]]:
+def _known(study: Study, site: Site) -> Iterator[tuple[Place, Matches]]:
     """What the features of dictionaries at a site detect; those that have changed since are named and left out."""
-    found: list[tuple[Place, Matches]] = []
     for place in study.dictionaries():
-        path, weights = study.concepts(*place), study.dictionary(*place) / "dictionary.safetensors"
-        if place.site != site or not path.is_file():
+        try:
+            matches = matches_of(study, place) if place.site == site else None
+        except StaleWork as error:
+            print(error)
             continue
-        matches = Matches.load(path)
-        if weights.is_file() and matches.made_from.get("sha256") == digest(weights):
-            found.append((place, matches))
-        else:
-            print(f"{place}: the dictionary has changed since it was held against concepts. difflex concepts does it again.")
-    return found
+        if matches is not None:
+            yield place, matches
 
 
 def _way(toolbox: Toolbox, feature: Feature) -> Way:
