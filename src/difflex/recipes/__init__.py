@@ -74,7 +74,7 @@ def mini_full(folder: Path) -> Study:
     itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
-    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=max(sizes))
+    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=2048)
     return Study(
         folder=folder,
         model="mini-flux",
