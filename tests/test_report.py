@@ -64,9 +64,8 @@ def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_
     wanted |= {"dictionaries", "claims", "pictures"} | WORDS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted
     assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted
-    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {
-        "steering"
-    }  # of two groups, neither of them texture
+    # Steering is of two groups, neither of them texture; three features are explained, where it takes ten.
+    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {"steering", "surfaces"}
 
 
 def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
@@ -529,23 +528,24 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_pictures(
 @pytest.mark.parametrize(
     ("autoencoder", "itda", "verdict"),
     [
-        ((0.4, 0.4, 0.9, 0.9), (0.9, 0.9, 0.4, 0.4), "holds here"),
-        ((0.9, 0.9, 0.9, 0.9), (0.9, 0.9, 0.9, 0.9), "does not hold here"),
-        ((0.9, 0.9, 0.4, 0.4), (0.4, 0.4, 0.9, 0.9), "does not hold here"),
-        ((0.4, 0.4, 0.4, 0.4), (0.9, 0.9, 0.9, 0.9), "not measured"),
+        ("star", "red", "holds here"),
+        ("red", "red", "does not hold here"),
+        ("red", "star", "does not hold here"),
+        ("a thing with words", "red", "not measured"),
     ],
 )
-def test_the_claim_about_surfaces_follows_the_groups_that_features_match(
-    tmp_path: Path, autoencoder: tuple[float, ...], itda: tuple[float, ...], verdict: str
+def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(
+    tmp_path: Path, autoencoder: str, itda: str, verdict: str
 ):
     study = begun(tmp_path)
-    for name, aps in zip(PLACES, (autoencoder, itda), strict=True):
+    for name, text in zip(PLACES, (autoencoder, itda), strict=True):
         dictionary(study, name)
-        matched(study, name, aps, each=10)
+        matched(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
+        pictured(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
     found = claim(study, "surfaces")
     assert found.verdict == verdict
     if verdict == "not measured":
-        assert "0 features detect a concept, 10 are needed" in found.evidence[0] and "topk-512-k8" in found.evidence[0]
+        assert found.evidence == ("double.1/topk-512-k8: a known concept explains 0 features, 10 are needed",)
 
 
 WORLD = tuple(Concept(f"{group} {i}", group) for group in ("colour", "texture", "background") for i in range(4))
