@@ -191,6 +191,10 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     written = path.stat().st_mtime_ns
     assert main(["steer-eval", study, "double.1", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
+    # A strip that is gone is drawn again.
+    (pictures / "size-prompt.webp").unlink()
+    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    assert "as before" not in capsys.readouterr().out and (pictures / "size-prompt.webp").is_file()
     # Neurons that were held against concepts as dictionaries of their own are known by that.
     beside.rename(beside.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]

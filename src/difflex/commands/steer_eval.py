@@ -195,7 +195,8 @@ class SteerEval(Looking):
         for place, concepts in wanted.items():
             path, made_from = toolbox.study.steering(*place), self._made_from(toolbox, place, concepts)
             known = Judged.load(path) if path.is_file() else None
-            if known is None or known.made_from != made_from:
+            shown = known is not None and all((path.with_suffix("") / strip.file).is_file() for strip in known.strips)
+            if known is None or not shown or known.made_from != made_from:
                 curves, strips = self._judged(toolbox, pipe(), place, concepts, world)
                 judged = Judged(
                     model=toolbox.study.model,
