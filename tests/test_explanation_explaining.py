@@ -144,7 +144,9 @@ def test_highlights_are_in_units_of_the_peak_and_end_where_nobody_would_see_them
     shown: list[torch.Tensor] = []
 
     class Looker(Backend):
-        name = "looker"
+        @property
+        def name(self) -> str:
+            return "looker"
 
         def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
             shown.extend(view.highlight for view in views)
