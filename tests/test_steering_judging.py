@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import difflex
 from difflex.cli import main, parse
+from difflex.commands.contrast import both_sides
 from difflex.commands.steer_eval import BY_STRENGTH
 from difflex.errors import BadInput, BrokenFile
 from difflex.forecast import Learned, Outlook
@@ -120,6 +122,14 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
 def test_there_are_as_many_trials_as_asked_for_and_fewer_are_the_first_of_more(trials: int):
     for concept in ("small", "cyan", "night"):
         assert drawn_task(concept, trials).trials == drawn_task(concept, 5).trials[:trials]
+
+
+def test_contrasts_are_found_by_noise_that_no_trial_has():
+    pipe = difflex.load("mini-flux")
+    sides = both_sides(pipe, pipe.site("double.1"), [("a red star", "a blue star")] * 2, steps=range(1))
+    wanted, unwanted = ({shot.seed for seen in side for shot in seen.shots} for side in sides)
+    assert wanted == unwanted and len(wanted) == 2
+    assert not wanted & {trial.seed for trial in drawn_task("red", 50).trials}
 
 
 def _tiles(path: Path) -> list[bytes]:
