@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.book import About, Album, Book, Draft, FeatureRow, PackedExample, PictureFile, TokenMap, sheet
+from difflex.book import Book, BookInfo, BookWriter, FeatureStats, ImageAlbum, ImageFile, PackedExample, TokenMap, sheet
 from difflex.commands.concepts import drawn_pictures
-from difflex.dictionary import Autoencoder, Neurons, Normalisation, Origin, Weights
-from difflex.examples import Collecting, Met, Subject, collect
-from difflex.examples.firing import Arrivals
-from difflex.examples.gathering import Gathering
+from difflex.dictionary import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.examples import CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.examples.firing import ImageBatch
+from difflex.examples.gathering import FeatureCollector
 from difflex.records import Activations, Codes, Shot, Site
 
 torch.set_num_threads(1)
@@ -45,20 +45,20 @@ def merged() -> tuple[float, float]:
         wide = features.repeat_interleave(8, 1).flatten(0, 1).long()
         return Codes(torch.rand(wide.shape, generator=generator) + 0.01, wide)
 
-    given = Neurons(width=SIZE, k=K, origin=Origin(site=site))
+    given = Neurons(width=SIZE, k=K, origin=DictionaryOrigin(site=site))
     waiting: list[Codes] = []
     given.encode = lambda x: waiting.pop()  # pyright: ignore[reportAttributeAccessIssue]
     shot = Shot(model="none", pixels=(256, 256), steps=1, guidance=0.0, timestep=1000.0)
     seen = Activations(site=site, values=torch.zeros(BATCH, tokens, 1), shots=(shot,) * BATCH, grid=GRID)
     codes(seen.values)
     before, spent = _resident(), 0.0
-    gathering = Gathering(given, Collecting())
+    gathering = FeatureCollector(given, CollectConfig())
     for first in range(0, STREAM, BATCH):
         waiting.append(codes(seen.values))
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
         began = time.process_time()
-        gathering.meet([seen], Arrivals(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
+        gathering.meet([seen], ImageBatch(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
         spent += time.process_time() - began
     began = time.process_time()
     gathering.shots()
@@ -77,13 +77,13 @@ def costs() -> tuple[float, float, float]:
     """Seconds for each picture: to harvest and encode; to collect besides; to write the book in the end."""
     pipe, site = difflex.load("mini-flux"), Site("double.2")
     directions = torch.nn.functional.normalize(torch.randn(2048, 192, generator=torch.Generator().manual_seed(0)), dim=1)
-    weights = Weights(encoder=directions, decoder=directions, bias=torch.zeros(192), encoder_bias=torch.zeros(2048))
-    origin, plain = Origin(site=site, model="mini-flux"), Normalisation.identity(192)
-    dictionary = Autoencoder(kind="topk", k=32, origin=origin, normalisation=plain, weights=weights)
+    weights = SAEWeights(encoder=directions, decoder=directions, bias=torch.zeros(192), encoder_bias=torch.zeros(2048))
+    origin, plain = DictionaryOrigin(site=site, model="mini-flux"), Normalisation.identity(192)
+    dictionary = SAE(kind="topk", k=32, origin=origin, normalisation=plain, weights=weights)
     scenes = list(drawn_pictures(PICTURES))
     spent = {"harvest": 0.0, "encode": 0.0}
 
-    def stream(start: int) -> Iterator[Met]:
+    def stream(start: int) -> Iterator[CollectBatch]:
         for first in range(start, PICTURES, 32):
             group = scenes[first : first + 32]
             pictures, prompts = [each.picture for each in group], [each.prompt for each in group]
@@ -91,7 +91,7 @@ def costs() -> tuple[float, float, float]:
             began = time.process_time()
             seen = list(pipe.harvest_pictures(pictures, 0.25, site, prompts, names, seed=first, batch=32, progress=False))
             spent["harvest"] += time.process_time() - began
-            yield Met(pictures, seen)
+            yield CollectBatch(pictures, seen)
 
     encode = dictionary.encode
 
@@ -104,15 +104,15 @@ def costs() -> tuple[float, float, float]:
     dictionary.encode = timed  # pyright: ignore[reportAttributeAccessIssue]
     written = 0.0
 
-    def flow(start: int) -> Iterator[Met]:
+    def flow(start: int) -> Iterator[CollectBatch]:
         nonlocal written
         yield from stream(start)
         written = time.process_time()
 
     with tempfile.TemporaryDirectory() as folder:
-        given = Subject(dictionary=dictionary, name="double.2/topk", checksum="", book=Path(folder) / "book.sqlite")
+        given = CollectTarget(dictionary=dictionary, name="double.2/topk", checksum="", book=Path(folder) / "book.sqlite")
         began = time.process_time()
-        collect([given], flow, Album(Path(folder) / "pictures"), data="", state=Path(folder) / "state", progress=False)
+        collect([given], flow, ImageAlbum(Path(folder) / "pictures"), data="", state=Path(folder) / "state", progress=False)
         ended = time.process_time()
     base = spent["harvest"] + spent["encode"]
     return base / PICTURES, (written - began - base) / PICTURES, (ended - written) / PICTURES
@@ -120,11 +120,11 @@ def costs() -> tuple[float, float, float]:
 
 def large_book(folder: Path) -> Book:
     """A book of 65,536 features with 56 examples each, and pictures of 256 pixels."""
-    album = Album(folder / "pictures")
+    album = ImageAlbum(folder / "pictures")
     noise = torch.randint(256, (64, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     pictures = [Image.fromarray(each.numpy()).resize((256, 256)) for each in noise]
-    filed = [PictureFile(number, *album.file(picture)[0]) for number, picture in enumerate(pictures)]
-    about = About(
+    filed = [ImageFile(number, *album.file(picture)[0]) for number, picture in enumerate(pictures)]
+    about = BookInfo(
         dictionary="double.18/topk-65536-k64",
         kind="topk",
         size=SIZE,
@@ -149,11 +149,11 @@ def large_book(folder: Path) -> Book:
             for rank in range(8):
                 yield PackedExample(feature, "silent", "train", rank, rank, 0.0, None, b"")
 
-    with Draft.of(folder / "book.sqlite", about) as draft:
+    with BookWriter.of(folder / "book.sqlite", about) as draft:
         draft.pictures(filed)
         draft.shots((number, number, shot) for number in range(64))
         draft.features(
-            FeatureRow(feature=feature, fired=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
+            FeatureStats(feature=feature, fired=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
         )
         draft.examples(examples())
     return Book.open(folder / "book.sqlite")
@@ -170,7 +170,7 @@ def sheets() -> tuple[float, float]:
                 _forget(path)
             began, clock = time.process_time(), time.perf_counter()
             with Book.open(folder / "book.sqlite") as book:
-                sheet(book, Album(folder / "pictures"), feature)
+                sheet(book, ImageAlbum(folder / "pictures"), feature)
             took.append((time.process_time() - began, time.perf_counter() - clock))
         worked, waited = (statistics.median(each) for each in zip(*took, strict=True))
         return worked, waited

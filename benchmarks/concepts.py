@@ -18,12 +18,22 @@ import torch
 
 import difflex
 from difflex.commands.concepts import drawn_concepts, drawn_pictures
-from difflex.concepts import Labelled, Matches, Method, covered, label, match, principal_axes, random_directions, table
-from difflex.concepts.detection import Firings, scores
-from difflex.dictionary import Origin
+from difflex.concepts import (
+    ConceptMatches,
+    FeatureMethod,
+    LabelledActivations,
+    covered,
+    label,
+    match,
+    principal_axes,
+    random_directions,
+    table,
+)
+from difflex.concepts.detection import FeatureFirings, scores
+from difflex.dictionary import DictionaryOrigin
 from difflex.dictionary.autoencoder import Kind
-from difflex.records import Rows, Site
-from difflex.training import Course, default, fit
+from difflex.records import ActivationBatch, Site
+from difflex.training import FitConfig, default, fit
 
 torch.set_num_threads(1)
 BAR = 0.8
@@ -31,7 +41,7 @@ SECONDS = 20.0
 """To score all pairs of 4,096 features and 60 concepts at 128k tokens of 32 firings each, on one core."""
 
 
-def harvested(sites: list[Site], pictures: int, noise: list[float]) -> dict[Site, Labelled]:
+def harvested(sites: list[Site], pictures: int, noise: list[float]) -> dict[Site, LabelledActivations]:
     """Labelled activations of all sites in one pass."""
     pipe = difflex.load("mini-flux")
 
@@ -41,33 +51,36 @@ def harvested(sites: list[Site], pictures: int, noise: list[float]) -> dict[Site
     return label(drawn_pictures(pictures), harvest, drawn_concepts())
 
 
-def batches(values: torch.Tensor, start: int) -> Iterator[Rows]:
+def batches(values: torch.Tensor, start: int) -> Iterator[ActivationBatch]:
     """Endless batches of 1,024 tokens at random."""
     while True:
         rows = torch.randint(len(values), (1024,), generator=torch.Generator().manual_seed(start))
-        yield Rows(values[rows], rows, rows)
+        yield ActivationBatch(values[rows], rows, rows)
         start += 1
 
 
-def learned(labelled: Labelled, kind: Kind, size: int, k: int, tokens: int) -> Method:
+def learned(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens: int) -> FeatureMethod:
     """A dictionary of our preset, learned from the training pictures' tokens, without their labels."""
     values = labelled.values[~labelled.held_out]
-    origin, course = Origin(site=labelled.site, model="mini-flux"), Course(tokens=tokens, progress=False, checkpoint_every=10**9)
+    origin, course = (
+        DictionaryOrigin(site=labelled.site, model="mini-flux"),
+        FitConfig(tokens=tokens, progress=False, checkpoint_every=10**9),
+    )
     with tempfile.TemporaryDirectory() as work:
         preset = default(width=values.shape[1], size=size, k=k)
         prefixes = tuple(size // part for part in (64, 32, 16, 8, 4)) if kind == "matryoshka" else ()
         training = replace(preset, kind=kind, prefixes=prefixes)
         (made,) = fit({Path(work): training}, partial(batches, values), origin=origin, course=course).values()
-    return Method.of(made)
+    return FeatureMethod.of(made)
 
 
-def judged(labelled: Labelled, kind: Kind, size: int, k: int, tokens: int) -> list[Matches]:
+def judged(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens: int) -> list[ConceptMatches]:
     """The dictionary, and what stands beside it."""
     methods = [learned(labelled, kind, size, k, tokens), principal_axes(labelled, k), random_directions(labelled, size, k)]
     return match(labelled, methods)
 
 
-def missed(matches: Matches) -> None:
+def missed(matches: ConceptMatches) -> None:
     """Print every concept that the probe finds and no single feature detects, group by group."""
     for finding in matches.levels[0].findings:
         if finding.probe.value >= 0.9 and finding.best.ap.value < 0.8:
@@ -88,7 +101,7 @@ def speed() -> float:
     values = torch.rand(tokens * k, generator=generator)
     truth = (torch.rand(concepts, tokens, generator=generator) < 0.05).to(torch.int8)
     began = time.process_time()
-    firings = Firings.sorted(torch.arange(tokens).repeat_interleave(k), features, values, size, tokens)
+    firings = FeatureFirings.sorted(torch.arange(tokens).repeat_interleave(k), features, values, size, tokens)
     scores(firings, truth)
     return time.process_time() - began
 

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from difflex.dictionary import Autoencoder, Moments, Normalisation, Origin
+from difflex.dictionary import SAE, DictionaryOrigin, Normalisation, VectorMoments
 from difflex.evaluation import evaluate
-from difflex.planted import Planted
-from difflex.records import Reading, Rows, Shot, Site
+from difflex.planted import PlantedDictionary
+from difflex.records import ActivationBatch, Shot, Site, SplitBatches
 from difflex.training import default
 from difflex.training.checkpoint import whole_weights
 from difflex.training.fitting import rate
@@ -53,16 +53,16 @@ def shot(number: int) -> Shot:
     return replace(SHOT, timestep=TIMESTEPS[number % len(TIMESTEPS)])
 
 
-def held_out(batches: list[Rows]) -> Iterator[Rows]:
+def held_out(batches: list[ActivationBatch]) -> Iterator[ActivationBatch]:
     """The same rows, as of 64 tokens to a shot."""
-    return Reading((rows._replace(shots=rows.shots // 64) for rows in batches), "held-out")
+    return SplitBatches((rows._replace(shots=rows.shots // 64) for rows in batches), "held-out")
 
 
 def compare(name: str, shape: Shape) -> float:
     """How many tokens are evaluated in the time that training takes for one, the median of the rounds."""
-    planted = Planted(width=shape.width, truths=shape.size // 2)
+    planted = PlantedDictionary(width=shape.width, truths=shape.size // 2)
     batches = list(islice(planted.batches(BATCH), shape.batches))
-    moments = Moments(shape.width, covariance=False)
+    moments = VectorMoments(shape.width, covariance=False)
     for rows in batches * -(-10 * shape.width // (BATCH * shape.batches)):
         moments.add(rows.values)
     normalisation = moments.normalisation("standardise")
@@ -89,10 +89,10 @@ def compare(name: str, shape: Shape) -> float:
     return statistics.median(a / b for a, b in zip(times[train], times[measure], strict=True))
 
 
-def dictionary(learner: Learner, normalisation: Normalisation, k: int) -> Autoencoder:
+def dictionary(learner: Learner, normalisation: Normalisation, k: int) -> SAE:
     """What the learner has learned so far."""
-    origin = Origin(site=Site("double.0"))
-    return Autoencoder(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=whole_weights(learner))
+    origin = DictionaryOrigin(site=Site("double.0"))
+    return SAE(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=whole_weights(learner))
 
 
 def main() -> int:

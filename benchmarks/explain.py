@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from difflex.book import Album, Book
-from difflex.explanation import Answers, Asker, Endpoint, Key, Protocol, explain
+from difflex.book import Book, ImageAlbum
+from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ExplanationProtocol, explain
 from difflex.testing import plain_book
 
 torch.set_num_threads(1)
@@ -24,12 +24,12 @@ SERVER = "from difflex.testing.seeing import main; main()"
 
 def explained(folder: Path, url: str, features: int, connections: int) -> tuple[float, int, int]:
     """Seconds, calls, and features that are complete and correct."""
-    album, answers = Album(folder / "pictures"), Answers(folder / "answers.sqlite")
-    endpoint = Endpoint(url, "rule", Key("", "nobody"), connections=connections)
-    asker = Asker(endpoint, answers)
+    album, answers = ImageAlbum(folder / "pictures"), AnswerCache(folder / "answers.sqlite")
+    endpoint = EndpointBackend(url, "rule", ApiKey("", "nobody"), connections=connections)
+    asker = CachedClient(endpoint, answers)
     with Book.edit(plain_book(folder, features)) as book:
         began = time.monotonic()
-        explain(book, range(features), asker, album, Protocol(), connections=connections, progress=False)
+        explain(book, range(features), asker, album, ExplanationProtocol(), connections=connections, progress=False)
         took = time.monotonic() - began
         done = [each for each in book.explanations() if each.state == "done"]
         right = sum(all(judgement.score == judgement.wanted for judgement in book.judgements(each.id)) for each in done)

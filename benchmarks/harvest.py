@@ -27,8 +27,8 @@ import difflex
 from difflex.pipeline import Pipeline, embedded
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import family_of
-from difflex.pipeline.loading import Source, read_card
-from difflex.pipeline.plans import PLANS, Part
+from difflex.pipeline.loading import ModelSource, read_card
+from difflex.pipeline.plans import PLANS, ComponentPlan
 from difflex.pipeline.untrained import build_untrained
 from difflex.records import Shot
 
@@ -50,13 +50,13 @@ def shrunk_flux() -> Pipeline:
         "vae": {"block_out_channels": [32, 32, 32, 32]},
     }
     parts = {
-        name: Part(part.library, part.kind, {**part.config, **small.get(name, {})} if part.config else None)
+        name: ComponentPlan(part.library, part.kind, {**part.config, **small.get(name, {})} if part.config else None)
         for name, part in PLANS[FLUX].parts.items()
     }
     plan, family = PLANS[FLUX]._replace(parts=parts), family_of("FluxPipeline")
     made = build_untrained(plan, 0, torch.float32, torch.device("cpu"), None)
     made.set_progress_bar_config(disable=True)
-    return Pipeline(Engine(made, family, read_card(None, family, plan)), Source(FLUX, None, None), "fp32")
+    return Pipeline(Engine(made, family, read_card(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
 
 
 def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) -> list[Shot]:

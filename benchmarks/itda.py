@@ -23,14 +23,14 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.itda import Growth
-from difflex.dictionary.itda.grower import Grower
-from difflex.dictionary.itda.judged import Judged
+from difflex.dictionary.itda import GrowthConfig
+from difflex.dictionary.itda.grower import AtomGrower
+from difflex.dictionary.itda.judged import PursuitBatch
 from difflex.dictionary.pursuit import (
     RULES,
-    Gram,
-    Pool,
-    Pursued,
+    CandidatePool,
+    GramMatrix,
+    PursuitResult,
     Way,
     gradient_pursuit,
     matching_pursuit,
@@ -38,7 +38,7 @@ from difflex.dictionary.pursuit import (
 )
 from difflex.dictionary.pursuit.means import means
 from difflex.ranks import Ranks
-from difflex.records import Rows
+from difflex.records import ActivationBatch
 
 torch.set_num_threads(1)
 PEER = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
@@ -51,7 +51,7 @@ NEW_ATOMS = 0.02
 """What adding 64 atoms may cost, as a share of encoding a batch."""
 
 
-WAYS: dict[Way, Callable[[Tensor, Tensor, int], Pursued]] = {"gradient": gradient_pursuit, "orthogonal": orthogonal_pursuit}
+WAYS: dict[Way, Callable[[Tensor, Tensor, int], PursuitResult]] = {"gradient": gradient_pursuit, "orthogonal": orthogonal_pursuit}
 
 
 def mixtures(count: int, width: int, active: int, noise: float, seed: int = 0, truths: int = 512) -> Tensor:
@@ -76,7 +76,7 @@ def world(size: int, count: int, width: int = 3072) -> tuple[Tensor, Tensor]:
     return x[:count].clone(), x[count:].clone()
 
 
-def left_of(signals: Tensor, found: Pursued) -> float:
+def left_of(signals: Tensor, found: PursuitResult) -> float:
     """The unexplained share of all `signals` together."""
     energy = signals.square().sum(1)
     return float((found.unexplained[: len(signals)] * energy).sum() / energy.sum())
@@ -116,15 +116,15 @@ def pursuits(python: Path, rounds: int = 2) -> list[str]:
             signals, atoms = world(size, many)
             file = Path(folder) / f"{size}.pt"
             torch.save({"signals": signals[:few].clone(), "atoms": atoms}, file)
-            gram, half = Gram.of(atoms), Gram.of(atoms, torch.float16)
-            ours: dict[str, Callable[[], Pursued]] = {
+            gram, half = GramMatrix.of(atoms), GramMatrix.of(atoms, torch.float16)
+            ours: dict[str, Callable[[], PursuitResult]] = {
                 "gradient": lambda: gradient_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
                 "gradient, half": lambda: gradient_pursuit(signals, atoms, k, gram=half),  # noqa: B023
                 "orthogonal": lambda: orthogonal_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
                 "matching": lambda: matching_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
             }
             rates: dict[str, list[float]] = {name: [] for name in ours}
-            found: dict[str, Pursued] = {}
+            found: dict[str, PursuitResult] = {}
             theirs, their_left = [], 0.0
             for _ in range(rounds):
                 seconds, their_left = ask(file, few, k)
@@ -147,7 +147,7 @@ def sklearn(rounds: int = 3) -> list[str]:
     """Orthogonal pursuit against scikit-learn's, size 4096, k 16."""
     few, many = 64, 1024
     signals, atoms = world(4096, many)
-    gram = Gram.of(atoms)
+    gram = GramMatrix.of(atoms)
     dense, ratios, weights = (atoms @ atoms.T).numpy(), [], None
     for _ in range(rounds):
         began = time.process_time()
@@ -190,12 +190,12 @@ def plain_fit(x: Tensor, batch: int, k: int, threshold: float) -> Tensor:
     return atoms
 
 
-def our_fit(z: Tensor, growth: Growth, threshold: float) -> Tensor:
+def our_fit(z: Tensor, growth: GrowthConfig, threshold: float) -> Tensor:
     """The atoms that growth adds."""
-    grower = Grower(growth, threshold, z.shape[1], torch.device("cpu"), Ranks())
+    grower = AtomGrower(growth, threshold, z.shape[1], torch.device("cpu"), Ranks())
     for part in z.split(growth.batch):
         nothing = torch.zeros(len(part), dtype=torch.long)
-        grower.take(Rows(part, nothing, nothing))
+        grower.take(ActivationBatch(part, nothing, nothing))
     return grower.atoms.rows
 
 
@@ -213,7 +213,7 @@ def fits(rounds: int = 1) -> list[str]:
             plain = plain_fit(x, batch, k, threshold)
             theirs = time.process_time() - began
             for way, pursuit in WAYS.items():
-                growth = Growth(k=k, threshold=threshold, size=8192, batch=batch, pursuit=way)
+                growth = GrowthConfig(k=k, threshold=threshold, size=8192, batch=batch, pursuit=way)
                 began = time.process_time()
                 atoms = our_fit(x[batch:] - mean, growth, threshold)
                 ratios[way].append(theirs / (time.process_time() - began))
@@ -231,7 +231,9 @@ def fits(rounds: int = 1) -> list[str]:
 def growth_cost() -> list[str]:
     """What about 64 new atoms cost at size 16384, beside encoding the batch they came from: their rows alone, and all of it."""
     signals, atoms = world(16_384 - 64, 256)
-    grower = Grower(Growth(k=64, size=16_384, threshold=0.5, pursuit="gradient"), 0.5, 3072, torch.device("cpu"), Ranks())
+    grower = AtomGrower(
+        GrowthConfig(k=64, size=16_384, threshold=0.5, pursuit="gradient"), 0.5, 3072, torch.device("cpu"), Ranks()
+    )
     nowhere = torch.zeros(len(atoms), dtype=torch.long)
     for start in range(0, len(atoms), 480):
         here = slice(start, start + 480)
@@ -239,14 +241,14 @@ def growth_cost() -> list[str]:
         grower.refill({"rows": atoms[here], "shots": nowhere[here], "tokens": nowhere[here], "gram": products})
     before, gram = grower.size, grower.atoms.gram
     assert gram is not None
-    judged = Judged(signals, grower.atoms, RULES["gradient"], 64, 0.0, 256)
+    judged = PursuitBatch(signals, grower.atoms, RULES["gradient"], 64, 0.0, 256)
     grower.threshold = float(judged.unexplained.sort().values[-65])
-    encoding = timed(lambda: Judged(signals, grower.atoms, RULES["gradient"], 64, grower.threshold, 256))
+    encoding = timed(lambda: PursuitBatch(signals, grower.atoms, RULES["gradient"], 64, grower.threshold, 256))
     new = signals[:64]
     cross, own = judged.point_products(torch.arange(64), before), new @ new.T
     adding = timed(lambda: gram.append(cross, own))
     gram.cut(before)
-    whole = timed(lambda: grower.take(Rows(signals, nowhere[:256], nowhere[:256]))) - encoding
+    whole = timed(lambda: grower.take(ActivationBatch(signals, nowhere[:256], nowhere[:256]))) - encoding
     print(f"64 rows of the Gram matrix at size 16384: {adding:.4f} s, {adding / encoding:.2%} of encoding the batch")
     print(f"all of growth beyond encoding, {grower.size - before} atoms: {whole:.4f} s, {whole / encoding:.1%}")
     return [] if adding <= NEW_ATOMS * encoding else [f"new atoms cost {adding / encoding:.1%}"]
@@ -259,7 +261,7 @@ def large() -> list[str]:
     print(f"size 65536, width 3072: {chosen.reason}")
     signals, atoms = world(65_536, 64)
     began = time.process_time()
-    pooled = orthogonal_pursuit(signals, atoms, 32, pool=Pool())
+    pooled = orthogonal_pursuit(signals, atoms, 32, pool=CandidatePool())
     seconds = time.process_time() - began
     exact = orthogonal_pursuit(signals, atoms, 32)
     ratio = left_of(signals, pooled) / left_of(signals, exact)

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from difflex.cli import main as command
-from difflex.dictionary import ITDA, Dictionary, Origin
-from difflex.dictionary.itda import Growth, Source, grow
+from difflex.dictionary import ITDA, Dictionary, DictionaryOrigin
+from difflex.dictionary.itda import GrowthConfig, GrowthData, grow
 from difflex.dictionary.pursuit import RULES
-from difflex.planted import Planted
-from difflex.records import Rows, Site
+from difflex.planted import PlantedDictionary
+from difflex.records import ActivationBatch, Site
 from difflex.store import Store
-from difflex.training import Course, default, fit
+from difflex.training import FitConfig, default, fit
 
 torch.set_num_threads(1)
 SITE = Site("double.1")
@@ -68,27 +68,27 @@ def fvu(dictionary: Dictionary, x: Tensor) -> float:
     return float((x - back).square().sum() / (x - x.mean(0)).square().sum())
 
 
-def source_of(store: Store, tokens: int) -> Source:
-    return Source(batches=lambda start: store.batches(2048, start=start), tokens=tokens, data="mini-flux", shot=store.shot)
+def source_of(store: Store, tokens: int) -> GrowthData:
+    return GrowthData(batches=lambda start: store.batches(2048, start=start), tokens=tokens, data="mini-flux", shot=store.shot)
 
 
-def grown(store: Store, growth: Growth, tokens: int) -> Result:
+def grown(store: Store, growth: GrowthConfig, tokens: int) -> Result:
     """An ITDA dictionary from the first `tokens` of the stream."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        made = grow({Path(folder): growth}, source_of(store, tokens), origin=Origin(site=SITE), device="cpu")
+        made = grow({Path(folder): growth}, source_of(store, tokens), origin=DictionaryOrigin(site=SITE), device="cpu")
         return Result(made[Path(folder)], time.process_time() - began)
 
 
 def trained(store: Store, size: int, k: int, tokens: int) -> Result:
     """An autoencoder, by our default, from the same tokens, each seen several times."""
     per_epoch = tokens // 1024
-    course = Course(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
+    course = FitConfig(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
     batches = _replayed(store, per_epoch)
     with tempfile.TemporaryDirectory() as folder:
         training = default(width=store.width, size=size, k=k, updates=LEARNED * per_epoch)
         began = time.process_time()
-        made = fit({Path(folder): training}, batches, origin=Origin(site=SITE), course=course)
+        made = fit({Path(folder): training}, batches, origin=DictionaryOrigin(site=SITE), course=course)
         return Result(made[Path(folder)], time.process_time() - began)
 
 
@@ -112,7 +112,7 @@ def pursuits(store: Store, tokens: int) -> list[str]:
     """What every pursuit leaves with the same atoms, with and without whitening; gradient pursuit against its plain formula."""
     missed, x = [], held_out(store, 4096)
     for method in ("standardise", "whiten"):
-        growth = Growth(k=16, size=2048, normalisation=method)
+        growth = GrowthConfig(k=16, size=2048, normalisation=method)
         itda = grown(store, growth, tokens).dictionary
         assert isinstance(itda, ITDA)
         left: dict[str, float] = {}
@@ -169,7 +169,7 @@ def claim(store: Store, tokens: int, sizes: tuple[int, ...], ks: tuple[int, ...]
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for k in ks:
-            growth = Growth(k=k, size=size)
+            growth = GrowthConfig(k=k, size=size)
             itda, sae = grown(store, growth, tokens), trained(store, size, k, tokens)
             small, little = grown(store, growth, tokens // 10), trained(store, size, k, tokens // 10)
             left = [fvu(result.dictionary, x) for result in (itda, sae, small, little)]
@@ -187,15 +187,15 @@ def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float 
     """Tokens to come that are over the threshold, against what the growth curve expects: planted worlds of independent tokens."""
     batch, expected, found, itda = 2048, [], [], None
     for seed in range(4):
-        world = Planted(width=32, truths=128, active=4.0, seed=seed)
-        source = Source(
+        world = PlantedDictionary(width=32, truths=128, active=4.0, seed=seed)
+        source = GrowthData(
             batches=lambda start: islice(world.batches(batch, start=start), tokens // batch - start),  # noqa: B023
             tokens=tokens // batch * batch,
             data="planted",
         )
         with tempfile.TemporaryDirectory() as folder:
-            growth = Growth(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
-            itda = grow({Path(folder): growth}, source, origin=Origin(site=SITE), device="cpu")[Path(folder)]
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
+            itda = grow({Path(folder): growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[Path(folder)]
         expected.append(expected_of(itda))
         for rows in islice(world.batches(batch, start=tokens // batch), 16):
             found.append(float((itda.unexplained(rows.values) > threshold).float().mean()))
@@ -233,8 +233,8 @@ def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
         orders = {"shuffled": shuffled, "picture by picture": replace(shuffled, batches=lambda start: in_order(store, start))}
         for threshold, (order, source) in product((0.1, 0.2), orders.items()):
             place = Path(folder) / f"{order}-{threshold}"
-            growth = Growth(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
-            itda = grow({place: growth}, source, origin=Origin(site=SITE), device="cpu")[place]
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
+            itda = grow({place: growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[place]
             found, error = share_over(itda, threshold, store)
             missed += compared(f"{order}, {threshold}, {itda.size} atoms", expected_of(itda), found, error)
             if out is not None and order == "shuffled":
@@ -242,11 +242,11 @@ def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
     return missed
 
 
-def in_order(store: Store, start: int) -> Iterator[Rows]:
+def in_order(store: Store, start: int) -> Iterator[ActivationBatch]:
     """The training rows in the order of writing, picture by picture, in batches from `start` on."""
     [whole] = store.batches(1 << 30, seed=None)
     for place in range(2048 * start, len(whole.values), 2048):
-        yield Rows(*(part[place : place + 2048] for part in whole))
+        yield ActivationBatch(*(part[place : place + 2048] for part in whole))
 
 
 def share_over(itda: ITDA, threshold: float, store: Store) -> tuple[float, float]:

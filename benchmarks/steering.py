@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 import difflex
-from difflex.dictionary import Autoencoder, Normalisation, Origin, Weights
+from difflex.dictionary import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.records import Edit, Site
-from difflex.steering import Steering, features_of, steerings
+from difflex.steering import SteeringHook, features_of, steerings
 
 torch.set_num_threads(1)
 PICTURES, ROUNDS, SIZE, K = 32, 7, 2048, 32
@@ -22,12 +22,12 @@ BAR = 0.05
 """More time than unedited pictures take, at most."""
 
 
-def dictionary(width: int) -> Autoencoder:
+def dictionary(width: int) -> SAE:
     """A random one: what an edit costs does not depend on what its feature means."""
     decoder = F.normalize(torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0)), dim=1)
-    weights = Weights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), floor=None)
-    origin = Origin(site=SITE, model="mini-flux")
-    return Autoencoder(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights)
+    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), floor=None)
+    origin = DictionaryOrigin(site=SITE, model="mini-flux")
+    return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights)
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     edits = {
         what: steerings([Edit(what=what, site=SITE, strength=1.0, unit="code")], lambda _: features) for what in ("add", "set")
     }
-    runs: dict[str, list[Steering]] = {"unedited": [], **edits}
+    runs: dict[str, list[SteeringHook]] = {"unedited": [], **edits}
     prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (PICTURES // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for each in range(ROUNDS + 1):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import difflex
 from difflex.errors import BrokenFile
 from difflex.records import Activations, Shot, Site, split_of
-from difflex.store import Recording, Store, record
+from difflex.store import RecordingConfig, Store, record
 
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -31,7 +31,7 @@ from fake_harvest import SITES, FakeHarvest, fake_shots  # noqa: E402 (found by 
 
 KILLS, FLIPS, WARM, ROUNDS = 30, 100, 4, 7
 WIDTH, TOKENS, SHOTS = 3072, 256, 170
-QUICK = Recording(batch=4, shard_bytes=0, progress=False)
+QUICK = RecordingConfig(batch=4, shard_bytes=0, progress=False)
 
 
 class Result(NamedTuple):
@@ -141,7 +141,7 @@ def writing(root: Path) -> Result:
     def ours() -> None:
         # The first of two processes: the second one would write the other shard and the statistics.
         start = time.perf_counter()
-        record(root / "ours", shots, SITES[:1], harvest, Recording(batch=10, progress=False, rank=0, of=2))
+        record(root / "ours", shots, SITES[:1], harvest, RecordingConfig(batch=10, progress=False, rank=0, of=2))
         took.append(time.perf_counter() - start)
         shutil.rmtree(root / "ours")
 
@@ -159,7 +159,7 @@ def writing(root: Path) -> Result:
 
 def reading(root: Path) -> Result:
     """Shuffled batches of 2048 rows of width 3072 from 16 shards that are in memory; the processor time of one core."""
-    settings = Recording(batch=10, shard_bytes=2**26, progress=False)
+    settings = RecordingConfig(batch=10, shard_bytes=2**26, progress=False)
     [store] = record(root / "read", fake_shots(16 * 40), SITES[:1], Ready(), settings)
     rates = []
     for epoch in range(ROUNDS + 1):

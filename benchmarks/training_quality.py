@@ -20,11 +20,11 @@ import torch
 from peers.asking import PEERS, asked
 
 from difflex.cli import main as command
-from difflex.dictionary import Origin
+from difflex.dictionary import DictionaryOrigin
 from difflex.dictionary.normalisation import Method
-from difflex.records import Rows, Site
+from difflex.records import ActivationBatch, Site
 from difflex.store import Store
-from difflex.training import Course, Training, default, fit, paper, unbox
+from difflex.training import FitConfig, TrainingConfig, default, fit, paper, unbox
 
 torch.set_num_threads(1)
 PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
@@ -114,12 +114,12 @@ def _unseen(store: Store) -> torch.Tensor:
     return torch.cat([rows.values.float() for rows, _ in zip(store.batches(8192, split="held-out"), range(16), strict=False)])
 
 
-def _explained(store: Store, training: Training, tokens: int, unseen: torch.Tensor) -> tuple[float, float]:
+def _explained(store: Store, training: TrainingConfig, tokens: int, unseen: torch.Tensor) -> tuple[float, float]:
     """The share of features that are silent on `unseen`, and the FVU there, after training on `tokens` of the store."""
     with tempfile.TemporaryDirectory() as work:
-        course = Course(tokens=tokens, progress=False, checkpoint_every=10**9)
+        course = FitConfig(tokens=tokens, progress=False, checkpoint_every=10**9)
         batches = partial(_endless, store)
-        made = fit({Path(work): training}, batches, origin=Origin(site=SITE), course=course)[Path(work)]
+        made = fit({Path(work): training}, batches, origin=DictionaryOrigin(site=SITE), course=course)[Path(work)]
     fired, left = torch.zeros(training.size, dtype=torch.bool), 0.0
     for part in unseen.split(8192):
         codes = made.encode(part)
@@ -128,7 +128,7 @@ def _explained(store: Store, training: Training, tokens: int, unseen: torch.Tens
     return 1 - float(fired.float().mean()), left / float((unseen - unseen.mean(0)).square().sum())
 
 
-def _endless(store: Store, start: int) -> Iterator[Rows]:
+def _endless(store: Store, start: int) -> Iterator[ActivationBatch]:
     return store.batches(1024, start=start, epochs=None)
 
 

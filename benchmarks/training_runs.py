@@ -15,11 +15,11 @@ import torch
 
 import difflex
 from difflex.cli import main as command
-from difflex.dictionary import Origin
+from difflex.dictionary import DictionaryOrigin
 from difflex.miniature.captions import endless
 from difflex.records import Site
-from difflex.store import Live, Store
-from difflex.training import Course, Training, default, fit
+from difflex.store import LiveActivations, Store
+from difflex.training import FitConfig, TrainingConfig, default, fit
 from difflex.training.window import Batches
 
 torch.set_num_threads(1)
@@ -30,12 +30,12 @@ SIX = [default(width=192, size=size, k=k) for size in (2048, 1024) for k in (32,
 """The dearest first: that is the one that the six are compared with."""
 
 
-def seconds(trainings: list[Training], batches: Batches) -> float:
+def seconds(trainings: list[TrainingConfig], batches: Batches) -> float:
     """Processor time of learning from `batches`, which may be made only then."""
-    course = Course(tokens=TOKENS, progress=False)
+    course = FitConfig(tokens=TOKENS, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=Origin(site=SITE), course=course)
+        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=DictionaryOrigin(site=SITE), course=course)
         return time.process_time() - began
 
 
@@ -46,7 +46,7 @@ def sweep() -> float:
 
     def batches(start: int):
         shots = pipe.shots(endless(10**6))
-        return Live(shots, SITE, lambda *asked: harvest(*asked), window=16_384, batch=16).batches(BATCH, start=start)
+        return LiveActivations(shots, SITE, lambda *asked: harvest(*asked), window=16_384, batch=16).batches(BATCH, start=start)
 
     times = {count: [] for count in (1, 6)}
     for number in range(ROUNDS):
@@ -61,12 +61,12 @@ def waiting(folder: Path) -> float:
     words = ["harvest", "mini-flux", "--prompts", "captions", "--sites", str(SITE), "--out", str(folder / "study")]
     assert command([*words, "--tokens", str(TOKENS)]) == 0
     store = Store.open(folder / "study" / "activations" / SITE.folder)
-    course = Course(tokens=8 * TOKENS, progress=False)
+    course = FitConfig(tokens=8 * TOKENS, progress=False)
 
     def batches(start: int):
         return store.batches(BATCH, start=start, epochs=None)
 
-    fit({folder / "one": SIX[0]}, batches, origin=Origin(site=SITE), course=course)
+    fit({folder / "one": SIX[0]}, batches, origin=DictionaryOrigin(site=SITE), course=course)
     lines = [json.loads(line) for line in (folder / "one" / "training" / "log.jsonl").read_text().splitlines()]
     last = [line for line in lines if "waiting" in line][-1]
     print(f"  from a store: {last['tokens_per_second']} tokens/s, {last['waiting']:.1%} of the time spent waiting for data")

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difflex.book import Album
-from difflex.dictionary import Neurons, Origin
-from difflex.examples import Collecting, Met, Subject, collect
+from difflex.book import ImageAlbum
+from difflex.dictionary import DictionaryOrigin, Neurons
+from difflex.examples import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.records import Activations, Shot, Site
 
 SITES = (Site("double.0", "neurons"), Site("single.1", "neurons"))
 SIZE, GRID, BATCH = 12, (4, 4), 5
-FEW = Collecting(top=3, sampled=4, silent=2, pool=10, beside=3)
+FEW = CollectConfig(top=3, sampled=4, silent=2, pool=10, beside=3)
 
 
 def planted(picture: int, site: Site, timestep: float) -> Tensor:
@@ -41,7 +41,7 @@ def shot(picture: int, timestep: float) -> Shot:
     return Shot(model="fake", prompt=f"picture {picture}", pixels=(16, 16), steps=2, guidance=0.0, timestep=timestep, split=split)
 
 
-def met(pictures: list[int], timesteps: tuple[float, ...]) -> Met:
+def met(pictures: list[int], timesteps: tuple[float, ...]) -> CollectBatch:
     """A batch of these pictures."""
     activations = [
         Activations(
@@ -53,13 +53,13 @@ def met(pictures: list[int], timesteps: tuple[float, ...]) -> Met:
         for timestep in timesteps
         for site in SITES
     ]
-    return Met([painted(picture) for picture in pictures], activations)
+    return CollectBatch([painted(picture) for picture in pictures], activations)
 
 
 def source(order: list[int], timesteps: tuple[float, ...] = (1000.0,), batch: int = BATCH, delay: float = 0.0):
     """All pictures in this order, but for those left out."""
 
-    def stream(start: int) -> Iterator[Met]:
+    def stream(start: int) -> Iterator[CollectBatch]:
         for first in range(start, len(order), batch):
             time.sleep(delay)
             yield met(order[first : first + batch], timesteps)
@@ -67,11 +67,11 @@ def source(order: list[int], timesteps: tuple[float, ...] = (1000.0,), batch: in
     return stream
 
 
-def subjects(folder: Path) -> list[Subject]:
+def subjects(folder: Path) -> list[CollectTarget]:
     """The neurons of both sites as dictionaries."""
     return [
-        Subject(
-            dictionary=Neurons(width=SIZE, k=SIZE, origin=Origin(site=site)),
+        CollectTarget(
+            dictionary=Neurons(width=SIZE, k=SIZE, origin=DictionaryOrigin(site=site)),
             name=f"{site}/neurons-{SIZE}-k{SIZE}",
             checksum="abc",
             book=folder / f"{site.folder}.sqlite",
@@ -88,7 +88,7 @@ def collected(
     return collect(
         [replace(subject, **other) for subject in subjects(folder)],
         flow,
-        Album(folder / "pictures"),
+        ImageAlbum(folder / "pictures"),
         data="planted",
         state=folder / "state.safetensors",
         settings=FEW,

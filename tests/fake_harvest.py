@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from difflex.records import Activations, Shot, Site, split_of
-from difflex.store import Recording, record
+from difflex.store import RecordingConfig, record
 
 SITES = (Site("double.1"), Site("single.0", "update"), Site("double.1", stream="text"))
 
@@ -80,7 +80,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     harvest = FakeHarvest(delay=flags.delay, width=flags.width)
-    settings = Recording(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, of=flags.of, progress=False)
+    settings = RecordingConfig(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, of=flags.of, progress=False)
     print("begins", flush=True)
     record(flags.folder, fake_shots(flags.runs), SITES, harvest, settings)
 

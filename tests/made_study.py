@@ -8,16 +8,42 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.anatomy import Anatomy, Shape
-from difflex.book import About, Album, Book, Draft, Example, Explanation, FeatureRow, PictureFile, Score, TokenMap
-from difflex.concepts import Concept, Detector, Features, Finding, Interval, Level, Matches
+from difflex.anatomy import ActivationShape, Anatomy
+from difflex.book import (
+    Book,
+    BookInfo,
+    BookWriter,
+    Example,
+    Explanation,
+    ExplanationScore,
+    FeatureStats,
+    ImageAlbum,
+    ImageFile,
+    TokenMap,
+)
+from difflex.concepts import (
+    Concept,
+    ConceptDetector,
+    ConceptMatches,
+    ConceptResult,
+    ConfidenceInterval,
+    FeatureMatches,
+    NoiseLevelResult,
+)
 from difflex.dictionary import checksum
-from difflex.evaluation import Effect, Evaluation, Figures, Quality, Replaced
-from difflex.findings import Finding as Found
-from difflex.findings import Findings, Line
+from difflex.evaluation import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
+from difflex.findings import Finding, FindingLine, Findings
 from difflex.records import Shot, Site
-from difflex.steering import Curve, Judged, Point, Rates, Removal, Removed, Strip
-from difflex.study import Place, Study
+from difflex.steering import (
+    ImageStrip,
+    RemovalRates,
+    RemovalResults,
+    RemovedConcept,
+    SteeringResults,
+    StrengthCurve,
+    StrengthPoint,
+)
+from difflex.study import DictionaryRef, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
 TIMESTEPS = (1000.0, 500.0)
@@ -27,11 +53,13 @@ def begun(folder: Path, model: str = "mini-flux", revision: str | None = None) -
     return Study.begin(folder, model, revision)
 
 
-def dictionary(study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights", data: str = "") -> Place:
+def dictionary(
+    study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights", data: str = ""
+) -> DictionaryRef:
     """A dictionary called SITE/KIND-SIZE-kK..., with bytes in the place of its tensors."""
     site, _, label = name.partition("/")
     kind, size, k, *_ = label.split("-")
-    place = Place(Site.parse(site), label)
+    place = DictionaryRef(Site.parse(site), label)
     folder = study.dictionary(*place)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dictionary.safetensors").write_bytes(weights)
@@ -96,20 +124,20 @@ def matched(
         told["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     findings = tuple(_finding(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
     found = sum(ap >= 0.8 for ap in aps) / len(aps)
-    coverage = Interval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
+    coverage = ConfidenceInterval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
     made = [
-        Level(noise=noise, findings=findings, coverage=coverage, coverage_of_findable=coverage)
+        NoiseLevelResult(noise=noise, findings=findings, coverage=coverage, coverage_of_findable=coverage)
         for noise in (None, *(levels if len(levels) > 1 else ()))
     ]
     count = len(aps) * each
-    matches = Matches(
+    matches = ConceptMatches(
         site=Site.parse(site),
         label=label,
         size=8,
         concepts=tuple(concepts),
         left_out=tuple(left_out),
         levels=tuple(made),
-        features=Features(
+        features=FeatureMatches(
             features=tuple(range(count)),
             concepts=tuple(range(len(aps))) * each,
             ap=tuple(aps) * each,
@@ -134,7 +162,7 @@ def anatomised(
     """An anatomy of two layers in both streams, whose norms double from one to the next."""
     usual = {"double.0": {1000.0: 10.0, 500.0: 12.0}, "double.1": {1000.0: 30.0, 500.0: 40.0}}
     usual |= {f"{site}:text": {t: 5 * norm for t, norm in by.items()} for site, by in usual.items()}
-    shape = Shape(
+    shape = ActivationShape(
         tokens=100, variances=tuple(variances), components_for_90=9, alignments=(0.5,), outliers=((1, 2.0, 3.0),), offset=1.5
     )
     told = {Site.parse(site): dict(by) for site, by in (norms or usual).items()}
@@ -153,11 +181,11 @@ def pictured(
 ) -> None:
     """The book of a dictionary: each feature fires in six pictures of its own colour; some are explained, with an accuracy."""
     site, _, label = name.partition("/")
-    place, album = Place(Site.parse(site), label), Album(study.pictures)
+    place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.pictures)
     filed = [album.file(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
-    about = About(
+    about = BookInfo(
         dictionary=name,
         kind=label.split("-")[0],
         size=features,
@@ -170,11 +198,11 @@ def pictured(
         shots={"held-out": 6 * features},
         pictures=features,
     )
-    with Draft.of(study.book(*place), about) as draft:
-        draft.pictures(PictureFile(number, *each) for number, each in enumerate(filed))
+    with BookWriter.of(study.book(*place), about) as draft:
+        draft.pictures(ImageFile(number, *each) for number, each in enumerate(filed))
         draft.shots(shots)
         draft.features(
-            FeatureRow(feature=f, fired=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
+            FeatureStats(feature=f, fired=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
             for f in range(features)
         )
         draft.examples(
@@ -188,7 +216,7 @@ def pictured(
         for feature, (text, accuracy) in (explained or {}).items():
             for protocol, more in (("heldout", 0.0), ("paper", 0.1)):
                 explanation = Explanation(feature=feature, backend="made", protocol=protocol, text=text)
-                scores = [Score(measure, accuracy + more, None, None, 10) for measure in ("accuracy", "auroc")]
+                scores = [ExplanationScore(measure, accuracy + more, None, None, 10) for measure in ("accuracy", "auroc")]
                 book.explain(explanation, scores=scores)
 
 
@@ -204,7 +232,7 @@ def steered(
     """What came of steering towards concepts with feature 1, which `matched` makes the best for all; strips of the first of each
     group. `settings` are entries of what it was made from."""
     site, _, label = name.partition("/")
-    place = Place(Site.parse(site), label)
+    place = DictionaryRef(Site.parse(site), label)
     path, curves, strips = study.steering(*place), [], {}
     for concept in concepts:
         for method, most in (
@@ -218,7 +246,7 @@ def steered(
             told = f"{name} 1" if method == "feature" else method
             curves.append(_steered(concept, method, told, [(s, most * min(s, 1.0), kept, 1 + s / 4) for s in strengths]))
             file = f"{concept.group}-{method}.webp"
-            strip = Strip(
+            strip = ImageStrip(
                 method=method, concept=concept.name, group=concept.group, prompt="<i>a star</i>", strengths=strengths, file=file
             )
             strips.setdefault(file, strip)
@@ -227,15 +255,19 @@ def steered(
         Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
     made_from = {name: checksum(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
     made_from |= {"told": "", "unit": "peak", "steps": "all", **settings}
-    Judged(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(path)
+    SteeringResults(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(
+        path
+    )
 
 
-def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[float, float, float, float]]) -> Curve:
+def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[float, float, float, float]]) -> StrengthCurve:
     made = [
-        Point(strength=strength, success=success, specificity=kept, quality=loss, confidence=1.0)
+        StrengthPoint(strength=strength, success=success, specificity=kept, quality=loss, confidence=1.0)
         for strength, success, kept, loss in points
     ]
-    return Curve(method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made))
+    return StrengthCurve(
+        method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made)
+    )
 
 
 def removed(
@@ -243,9 +275,9 @@ def removed(
 ) -> None:
     """What came of taking away four concepts of each group with a dictionary: two of them gone, and `cra` kept."""
     site, _, label = name.partition("/")
-    place = Place(Site.parse(site), label)
+    place = DictionaryRef(Site.parse(site), label)
     concepts = tuple(
-        Removed(
+        RemovedConcept(
             concept=f"{group} {i}",
             group=group,
             features={name: ((1, 2),)},
@@ -253,13 +285,13 @@ def removed(
             tried=(),
             pictures=12,
             shown=1.0,
-            rates=Rates(0.95, 0.95, cra, 1.0) if i < 2 else Rates(0.0, 1.0, 1.0, 1.0),
+            rates=RemovalRates(0.95, 0.95, cra, 1.0) if i < 2 else RemovalRates(0.0, 1.0, 1.0, 1.0),
         )
         for group in groups
         for i in range(4)
     )
     made_from = {name: checksum(study.dictionary(*place)), "steps": steps}
-    Removal(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
+    RemovalResults(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
 
 
 def found(
@@ -268,11 +300,11 @@ def found(
     """Findings of experiments at a site, the second of which does not hold; `by` says with which dictionary one was made."""
     used = {each: {name: checksum(study.dictionary(*study.named(name)))} for each, name in (by or {}).items()}
     lines = (
-        Line("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
-        Line("colour", (1.0,), (0.2,), (0.0,), 1),
+        FindingLine("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
+        FindingLine("colour", (1.0,), (0.2,), (0.0,), 1),
     )
     made = [
-        Found(
+        Finding(
             name=name,
             claim=f"What is said of <b>{name}</b>",
             paper="arXiv 2505.03189",
@@ -326,20 +358,20 @@ def control(folder: Path) -> Study:
     return study
 
 
-def _quality(fvu: float | None, r2: float | None) -> Quality:
-    figures = Figures(fvu=fvu, fvu_raw=fvu, r2=r2, ev=r2, cosine=0.9)
-    return Quality(tokens=4321, l0=16.0, negative=0.25, model_space=figures, normalised_space=None)
+def _quality(fvu: float | None, r2: float | None) -> ReconstructionQuality:
+    figures = ReconstructionMetrics(fvu=fvu, fvu_raw=fvu, r2=r2, ev=r2, cosine=0.9)
+    return ReconstructionQuality(tokens=4321, l0=16.0, negative=0.25, model_space=figures, normalised_space=None)
 
 
-def _effect(share: float, alike: Mapping[str, float]) -> Effect:
-    replaced = Replaced(reconstruction=share, mean=1.0, zero=2.0)
-    same = Replaced(reconstruction=0.9, mean=0.2, zero=0.1)
-    return Effect(
+def _effect(share: float, alike: Mapping[str, float]) -> ModelEffect:
+    replaced = ReplacementEffect(reconstruction=share, mean=1.0, zero=2.0)
+    same = ReplacementEffect(reconstruction=0.9, mean=0.2, zero=0.1)
+    return ModelEffect(
         shots=4,
         prediction=replaced,
         timesteps=dict.fromkeys(TIMESTEPS, replaced),
         pictures=2,
-        picture_error=Replaced(reconstruction=0.001, mean=0.1, zero=0.2),
+        picture_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
         similarity={"ssim": same, **{name: replace(same, reconstruction=value) for name, value in alike.items()}},
     )
 
@@ -352,13 +384,13 @@ def _written(path: Path, evaluation: Evaluation) -> None:
         path.write_text(json.dumps(asdict(evaluation)))
 
 
-def _finding(concept: Concept, ap: float) -> Finding:
-    detector = Detector(features=(1,), ap=Interval(ap, ap - 0.05, ap + 0.05), iou=ap, precision=ap, recall=ap)
-    return Finding(
+def _finding(concept: Concept, ap: float) -> ConceptResult:
+    detector = ConceptDetector(features=(1,), ap=ConfidenceInterval(ap, ap - 0.05, ap + 0.05), iou=ap, precision=ap, recall=ap)
+    return ConceptResult(
         concept=concept,
         tokens=50,
         chance=0.05,
-        probe=Interval(0.95, 0.9, 1.0),
+        probe=ConfidenceInterval(0.95, 0.9, 1.0),
         best=detector,
         segmenting=detector,
         few=detector,

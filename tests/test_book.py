@@ -10,30 +10,30 @@ import pytest
 from PIL import Image
 
 from difflex.book import (
-    About,
-    Album,
+    AtomImage,
     Book,
-    Condition,
-    Draft,
+    BookInfo,
+    BookWriter,
     Example,
     Explanation,
-    FeatureRow,
+    ExplanationScore,
+    FeatureFilter,
+    FeatureNeighbour,
+    FeatureStats,
     Histogram,
+    ImageAlbum,
+    ImageFile,
     Judgement,
-    Neighbour,
-    PatchOf,
-    PictureFile,
-    Score,
+    RecordedUsage,
     Style,
     TokenMap,
-    Usage,
     enlarged,
     overlaid,
 )
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Shot
 
-ABOUT = About(
+ABOUT = BookInfo(
     dictionary="double.1/topk-3-k2",
     kind="topk",
     size=3,
@@ -51,7 +51,7 @@ SHOTS = [
     Shot(model="mini-flux", prompt="a star", pixels=(8, 8), steps=1, guidance=0.0, timestep=1000.0),
     Shot(model="mini-flux", prompt="a moon", pixels=(8, 8), steps=1, guidance=0.0, timestep=500.0, split="held-out"),
 ]
-PICTURES = [PictureFile(0, "a.webp", 8, 8), PictureFile(1, "b.webp", 8, 8)]
+PICTURES = [ImageFile(0, "a.webp", 8, 8), ImageFile(1, "b.webp", 8, 8)]
 EXAMPLES = [
     Example(feature=0, kind="top", split="train", rank=0, shot=0, peak=4.0, map=TokenMap((0, 3), (4.0, 2.0))),
     Example(feature=0, kind="silent", split="held-out", rank=0, shot=1, peak=0.0),
@@ -59,8 +59,8 @@ EXAMPLES = [
 ]
 
 
-def row(feature: int, density: float, peak: float) -> FeatureRow:
-    return FeatureRow(
+def row(feature: int, density: float, peak: float) -> FeatureStats:
+    return FeatureStats(
         feature=feature,
         fired=int(density * 8),
         shots=1,
@@ -74,14 +74,16 @@ def row(feature: int, density: float, peak: float) -> FeatureRow:
     )
 
 
-def written(path: Path, about: About = ABOUT) -> Path:
-    with Draft.of(path, about) as draft:
+def written(path: Path, about: BookInfo = ABOUT) -> Path:
+    with BookWriter.of(path, about) as draft:
         draft.pictures(PICTURES)
         draft.shots((number, number, shot) for number, shot in enumerate(SHOTS))
         draft.features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
         draft.examples(EXAMPLES)
-        draft.neighbours(0, [Neighbour(1, "firing", 0.5), Neighbour(2, "direction", 0.9), Neighbour(1, "direction", 0.8)])
-        draft.patches([PatchOf(1, 2, PICTURES[0], SHOTS[0]), PatchOf(2, 0, None, SHOTS[1])])
+        draft.neighbours(
+            0, [FeatureNeighbour(1, "firing", 0.5), FeatureNeighbour(2, "direction", 0.9), FeatureNeighbour(1, "direction", 0.8)]
+        )
+        draft.patches([AtomImage(1, 2, PICTURES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
     return path
 
 
@@ -97,8 +99,12 @@ def test_what_is_written_comes_back(path: Path):
         assert book.feature(1) == row(1, 0.5, 0.5)
         assert book.shots([0, 1, 1])[1].shot == SHOTS[1] and book.shots([0])[0].picture == PICTURES[0]
         assert book.pictures() == PICTURES
-        assert book.neighbours(0) == [Neighbour(1, "firing", 0.5), Neighbour(2, "direction", 0.9), Neighbour(1, "direction", 0.8)]
-        assert book.patch(1) == PatchOf(1, 2, PICTURES[0], SHOTS[0]) and book.patch(2) == PatchOf(2, 0, None, SHOTS[1])
+        assert book.neighbours(0) == [
+            FeatureNeighbour(1, "firing", 0.5),
+            FeatureNeighbour(2, "direction", 0.9),
+            FeatureNeighbour(1, "direction", 0.8),
+        ]
+        assert book.patch(1) == AtomImage(1, 2, PICTURES[0], SHOTS[0]) and book.patch(2) == AtomImage(2, 0, None, SHOTS[1])
         assert book.patch(0) is None
 
 
@@ -117,17 +123,17 @@ def test_features_are_sorted_and_filtered(path: Path):
     with Book.open(path) as book:
         assert [one.feature for one in book.features("density", descending=True)] == [1, 0, 2]
         assert [one.feature for one in book.features("area", descending=False)] == [0, 1, 2], "what has no value comes last"
-        assert [one.feature for one in book.features("peak", where=[Condition.parse("peak>0.1")], limit=1)] == [1]
+        assert [one.feature for one in book.features("peak", where=[FeatureFilter.parse("peak>0.1")], limit=1)] == [1]
         with pytest.raises(UnknownName, match="The column 'densty' is unknown; nearest: density"):
             book.features("densty")
 
 
 def test_a_condition_is_read_or_refused():
-    assert Condition.parse(" density <= 1e-3") == Condition("density", "<=", 0.001)
+    assert FeatureFilter.parse(" density <= 1e-3") == FeatureFilter("density", "<=", 0.001)
     with pytest.raises(UnknownName, match="nearest: peak"):
-        Condition.parse("paek>1")
+        FeatureFilter.parse("paek>1")
     with pytest.raises(BadInput, match="is not a condition"):
-        Condition.parse("peak")
+        FeatureFilter.parse("peak")
 
 
 def test_edges_of_a_histogram_double_every_four_bins():
@@ -138,15 +144,20 @@ def test_an_explanation_replaces_an_older_one_with_all_that_belongs_to_it(path: 
     told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars", descriptions=("one star",))
     with Book.edit(path) as book:
         book.explain(
-            told, [Judgement(1, True, 0.9)], [Score("accuracy", 0.9, 0.8, 1.0, 10)], [Usage(backend="rule", role="judge")]
+            told,
+            [Judgement(1, True, 0.9)],
+            [ExplanationScore("accuracy", 0.9, 0.8, 1.0, 10)],
+            [RecordedUsage(backend="rule", role="judge")],
         )
-        number = book.explain(told, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [Score("accuracy", 0.7, None, None, 2)])
-        book.use([Usage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
+        number = book.explain(
+            told, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [ExplanationScore("accuracy", 0.7, None, None, 2)]
+        )
+        book.use([RecordedUsage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
     with Book.open(path) as book:
         [found] = book.explanations(0)
         assert (found.id, found.text, found.descriptions, found.state) == (number, "stars", ("one star",), "done")
         assert book.judgements(number) == [Judgement(1, True, 0.7), Judgement(2, False, 0.2)]
-        assert book.scores(number) == [Score("accuracy", 0.7, None, None, 2)]
+        assert book.scores(number) == [ExplanationScore("accuracy", 0.7, None, None, 2)]
         assert book.best_scores() == {0: 0.7} and book.best_scores("auroc") == {}
         assert [one.feature for one in book.features("score", descending=True)] == [0, 1, 2]
         assert [used.role for used in book.usage()] == ["judge", "explainer"]
@@ -184,7 +195,7 @@ def test_a_book_can_be_read_where_nobody_may_write(path: Path):
 
 
 def test_a_failed_draft_leaves_the_older_book(path: Path):
-    with pytest.raises(KeyError), Draft.of(path, ABOUT) as draft:
+    with pytest.raises(KeyError), BookWriter.of(path, ABOUT) as draft:
         draft.features([row(0, 0.1, 1.0)])
         raise KeyError
     with Book.open(path) as book:
@@ -194,7 +205,7 @@ def test_a_failed_draft_leaves_the_older_book(path: Path):
 
 def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Path):
     with Book.edit(path) as old:
-        old.use([Usage(backend="rule", role="judge")])
+        old.use([RecordedUsage(backend="rule", role="judge")])
         written(path)
         assert len(list(old.usage())) == 1
         with Book.open(path) as new:
@@ -252,7 +263,7 @@ def colours(count: int = 64) -> Image.Image:
 
 
 def test_an_album_keeps_a_picture_once_and_exactly(tmp_path: Path):
-    album = Album(tmp_path / "pictures")
+    album = ImageAlbum(tmp_path / "pictures")
     filed, is_new = album.file(colours())
     assert is_new and album.file(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
     assert album.open(filed.file).tobytes() == colours().tobytes() and (filed.width, filed.height) == (64, 64)

@@ -15,7 +15,7 @@ import difflex
 from difflex import cli
 from difflex.cli import VERBS, main, parse, verb_class
 from difflex.commands.models import table
-from difflex.commands.opening import Opening, see_own_card
+from difflex.commands.opening import ModelCommand, see_own_card
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
 
@@ -34,7 +34,7 @@ class PaintBox:
 @pytest.fixture
 def paint_box(monkeypatch: pytest.MonkeyPatch) -> PaintBox:
     box = PaintBox()
-    monkeypatch.setattr(Opening, "load", lambda opening: box)
+    monkeypatch.setattr(ModelCommand, "load", lambda opening: box)
     return box
 
 
@@ -193,7 +193,7 @@ def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.M
     command = parse(
         [verb, "OWNER/NAME", *needed.get(verb, []), "--precision", "nf4", "--revision", "abc", "--untrained", "3", "--offload"]
     )
-    assert isinstance(command, Opening)
+    assert isinstance(command, ModelCommand)
     with pytest.raises(BadInput, match="enough"):
         command.load()
     how = {"precision": "nf4", "revision": "abc", "untrained": 3, "offload": True, "offline": False}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from difflex.anatomy import Anatomy as Measured
+from difflex.anatomy import Anatomy
 from difflex.cli import main
 from difflex.commands import anatomy as command
-from difflex.commands.anatomy import Anatomy
+from difflex.commands.anatomy import AnatomyCommand
 from difflex.run import run_study, steps
 from difflex.study import Study
 from difflex.testing import tiny_folder
@@ -27,8 +27,8 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts.txt"
 
 
-def asked(model: Path, prompts: Path) -> Anatomy:
-    return Anatomy(model=str(model), prompts=str(prompts), spectra=("double.1",), out=prompts.parent / "study")
+def asked(model: Path, prompts: Path) -> AnatomyCommand:
+    return AnatomyCommand(model=str(model), prompts=str(prompts), spectra=("double.1",), out=prompts.parent / "study")
 
 
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -44,7 +44,7 @@ def test_it_puts_measurements_and_labelled_figures_into_the_study(model: Path, p
     flags = ["--prompts", str(prompts), "--spectra", "double.1", "--out", str(study)]
     assert main(["anatomy", str(model), *flags]) == 0
     found = Study.open(study)
-    anatomy = Measured.load(found.anatomy)
+    anatomy = Anatomy.load(found.anatomy)
     assert (found.model, found.anatomy) == (str(model), study / "anatomy.json")
     assert len(anatomy.norms) == 10 and [str(site) for site in anatomy.shapes] == ["double.1"]
     assert all(sorted(norms) == [500.0, 1000.0] for norms in anatomy.norms.values())
@@ -74,7 +74,7 @@ def test_a_damaged_anatomy_is_measured_again(model: Path, prompts: Path, monkeyp
     path, *_ = asked(model, prompts)()
     path.write_text(path.read_text()[:100])
     asked(model, prompts)()
-    assert len(times) == 2 and Measured.load(path).norms
+    assert len(times) == 2 and Anatomy.load(path).norms
 
 
 def test_in_a_recipe_it_is_done_once_and_again_when_a_figure_is_gone(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,35 +8,35 @@ import pytest
 import torch
 from PIL import Image
 
-from difflex.book import Album, Book, Explanation, Score, overview
+from difflex.book import Book, Explanation, ExplanationScore, ImageAlbum, overview
 from difflex.cli import main
 from difflex.commands.books import kept_strength
-from difflex.commands.collect import Collect
+from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import drawn_concepts
-from difflex.concepts import Features, Matches
-from difflex.dictionary import ITDA, Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
-from difflex.dictionary.itda.provenance import Provenance
-from difflex.forecast import Learned, Outlook
+from difflex.concepts import ConceptMatches, FeatureMatches
+from difflex.dictionary import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.dictionary.itda.provenance import AtomProvenance
+from difflex.forecast import CostOutlook, DictionaryForecast
 from difflex.records import Edit, Shot, Site
-from difflex.steering import Recorded, Toolbox
-from difflex.study import Place, Study
+from difflex.steering import EditRecord, StudyEditor
+from difflex.study import DictionaryRef, Study
 
 SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
 SIZE = 24
-SAE = Place(SITE, "topk-24-k4")
+SAE_REF = DictionaryRef(SITE, "topk-24-k4")
 
 
 def autoencoder(seed: int) -> Dictionary:
     directions = torch.nn.functional.normalize(torch.randn(SIZE, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
-    weights = Weights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(SIZE))
-    origin = Origin(site=SITE, model="mini-flux")
-    return Autoencoder(kind="topk", k=4, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
+    weights = SAEWeights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(SIZE))
+    origin = DictionaryOrigin(site=SITE, model="mini-flux")
+    return SAE(kind="topk", k=4, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
 
 
 def itda(shots: list[Shot]) -> Dictionary:
     atoms = torch.nn.functional.normalize(torch.randn(6, 192, generator=torch.Generator().manual_seed(3)), dim=1)
-    provenance = Provenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, known=dict(enumerate(shots)))
-    origin, plain = Origin(site=SITE, model="mini-flux"), Normalisation.identity(192)
+    provenance = AtomProvenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, known=dict(enumerate(shots)))
+    origin, plain = DictionaryOrigin(site=SITE, model="mini-flux"), Normalisation.identity(192)
     return ITDA(k=3, origin=origin, normalisation=plain, atoms=atoms, provenance=provenance)
 
 
@@ -47,8 +47,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep", "1:3", "--batch", "8"]
     assert main(["harvest", "mini-flux", "--sites", "double.0", *words, "--out", str(folder)]) == 0
     made = Study.open(folder)
-    autoencoder(0).save(made.dictionary(*SAE))
-    Neurons(width=768, k=4, origin=Origin(site=NEURONS, model="mini-flux")).save(made.dictionary(NEURONS, "neurons-768-k4"))
+    autoencoder(0).save(made.dictionary(*SAE_REF))
+    Neurons(width=768, k=4, origin=DictionaryOrigin(site=NEURONS, model="mini-flux")).save(
+        made.dictionary(NEURONS, "neurons-768-k4")
+    )
     shots = [
         Shot(model="mini-flux", prompt=prompt, seed=5, pixels=(64, 64), steps=1, guidance=0.0, timestep=1000.0)
         for prompt in ("a red star on grass", "a blue circle on sky")
@@ -61,7 +63,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study: Study):
-    for place, size in ((SAE, SIZE), (Place(NEURONS, "neurons-768-k4"), 768), (Place(SITE, "itda-6-k3"), 6)):
+    for place, size in ((SAE_REF, SIZE), (DictionaryRef(NEURONS, "neurons-768-k4"), 768), (DictionaryRef(SITE, "itda-6-k3"), 6)):
         with Book.open(study.book(*place)) as book:
             assert (book.about.dictionary, book.about.size, book.about.grid) == (str(place), size, (8, 8))
             assert (book.about.pictures, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
@@ -75,25 +77,25 @@ def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study:
 def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_there(
     study: Study, capsys: pytest.CaptureFixture[str]
 ):
-    toolbox = Toolbox(study)
+    toolbox = StudyEditor(study)
     own = [
-        toolbox.default_strength(Edit(what="add", site=SITE, dictionary=SAE.label, features=(feature,)))
+        toolbox.default_strength(Edit(what="add", site=SITE, dictionary=SAE_REF.label, features=(feature,)))
         for feature in range(SIZE)
     ]
-    with Book.open(study.book(*SAE)) as book:
+    with Book.open(study.book(*SAE_REF)) as book:
         assert [row.strength for row in book.features()] == own
         lively = next(row for row in book.features("peak", descending=True) if row.strength)
     assert lively.strength and 0 < lively.strength <= 2
-    assert kept_strength(study, SAE, range(SIZE)) == min(own)
-    assert main(["features", str(study.folder), "--dictionary", str(SAE), "--sort", "strength"]) == 0
+    assert kept_strength(study, SAE_REF, range(SIZE)) == min(own)
+    assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), "--sort", "strength"]) == 0
     assert "strength" in capsys.readouterr().out
-    with sqlite3.connect(study.book(*SAE)) as written:
+    with sqlite3.connect(study.book(*SAE_REF)) as written:
         written.execute("UPDATE features SET strength = 0.125 WHERE feature = ?", (lively.feature,))
     out = study.folder / "edit.json"
     words = [
         "steer",
         str(study.folder),
-        str(SAE),
+        str(SAE_REF),
         str(lively.feature),
         "--prompt",
         "a red star",
@@ -101,35 +103,35 @@ def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_
         f"{study.folder}/x.png",
     ]
     assert main([*words, "--record", str(out)]) == 0
-    assert Recorded.load(out).edits[0].strength == 0.125
-    with sqlite3.connect(study.book(*SAE)) as written:
+    assert EditRecord.load(out).edits[0].strength == 0.125
+    with sqlite3.connect(study.book(*SAE_REF)) as written:
         written.execute("UPDATE features SET strength = NULL WHERE feature = ?", (lively.feature,))
     assert main([*words, "--record", str(out)]) == 0
-    assert Recorded.load(out).edits[0].strength == own[lively.feature]
-    with sqlite3.connect(study.book(*SAE)) as written:
+    assert EditRecord.load(out).edits[0].strength == own[lively.feature]
+    with sqlite3.connect(study.book(*SAE_REF)) as written:
         written.execute("UPDATE features SET strength = ? WHERE feature = ?", (lively.strength, lively.feature))
 
 
 def test_what_it_takes_is_told_beforehand(study: Study):
     place = (study.folder, SITE)
-    outlook = Outlook(rate=1e11, dictionaries={place: (Learned(24, 4, 192), Learned(6, 3, 192))})
-    told = Collect(study=study.folder, pictures=100).estimate(outlook)
+    outlook = CostOutlook(rate=1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
+    told = CollectCommand(study=study.folder, pictures=100).estimate(outlook)
     assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
-    drawn = Collect(study=study.folder, pictures=100, drawn=True, noise=(0.25,)).estimate(outlook)
-    one = Collect(study=study.folder, pictures=100, dictionary=(str(SAE),)).estimate(outlook)
+    drawn = CollectCommand(study=study.folder, pictures=100, drawn=True, noise=(0.25,)).estimate(outlook)
+    one = CollectCommand(study=study.folder, pictures=100, dictionary=(str(SAE_REF),)).estimate(outlook)
     assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
     assert told.seconds and one.seconds and one.seconds < told.seconds
-    assert "not known" in Collect(study=study.folder).estimate(Outlook(rate=1e11)).unknown
+    assert "not known" in CollectCommand(study=study.folder).estimate(CostOutlook(rate=1e11)).unknown
 
 
 def test_the_picture_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
     import difflex
 
-    with Book.open(study.book(*SAE)) as book:
+    with Book.open(study.book(*SAE_REF)) as book:
         row = book.shots([book.examples(0, "silent")[0].shot]).popitem()[1]
         assert (row.shot.steps, row.shot.timestep in book.about.timesteps) == (3, True)
         [made] = difflex.load("mini-flux").generate(row.shot.prompt, seed=row.shot.seed, steps=3)
-        there = Album(study.pictures).open(row.picture.file)
+        there = ImageAlbum(study.pictures).open(row.picture.file)
     one, other = (torch.tensor(list(picture.tobytes())) for picture in (made.picture, there))
     assert (one - other).abs().max() <= 2, "but for the last bits of another batch"
 
@@ -139,25 +141,25 @@ def test_an_atom_shows_the_patch_it_is(study: Study):
         patch = book.patch(3)
         assert patch is not None and patch.picture is not None
         assert (patch.token, patch.shot.prompt) == (30, "a blue circle on sky")
-        assert Album(study.pictures).open(patch.picture.file).size == (64, 64)
+        assert ImageAlbum(study.pictures).open(patch.picture.file).size == (64, 64)
 
 
 def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
     words = ["collect", str(study.folder), "--pictures", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]
     assert main(words) == 0
     assert capsys.readouterr().out.count("is there already") == 3
-    study.book(*SAE).write_bytes(b"no book")
-    assert main([*words, "--dictionary", str(SAE)]) == 0
+    study.book(*SAE_REF).write_bytes(b"no book")
+    assert main([*words, "--dictionary", str(SAE_REF)]) == 0
     told = capsys.readouterr().out
-    assert "It is made anew." in told and f"{study.book(*SAE)}: made" in told
+    assert "It is made anew." in told and f"{study.book(*SAE_REF)}: made" in told
 
 
 def test_pictures_can_be_shown_instead(study: Study, tmp_path: Path):
     made = Study.begin(tmp_path / "shown", "mini-flux")
-    autoencoder(1).save(made.dictionary(*SAE))
+    autoencoder(1).save(made.dictionary(*SAE_REF))
     words = ["collect", str(made.folder), "--batch", "4", "--top", "2"]
     assert main([*words, "--drawn", "--pictures", "10", "--noise", "0.25,0.75"]) == 0
-    with Book.open(made.book(*SAE)) as book:
+    with Book.open(made.book(*SAE_REF)) as book:
         assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -165,26 +167,26 @@ def test_pictures_can_be_shown_instead(study: Study, tmp_path: Path):
         Image.new("RGB", (80 + number, 64), (number * 90, 0, 0)).save(mine / f"{number}.png")
     (mine / "1.txt").write_text("a red square\n", encoding="utf-8")
     assert main([*words, "--folder", str(mine), "--noise", "0.5", "--pixels", "64"]) == 0
-    with Book.open(made.book(*SAE)) as book:
+    with Book.open(made.book(*SAE_REF)) as book:
         shots = book.shots(range(3)).values()
         assert {(row.shot.picture, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
     assert main([*words, "--prompts", "captions", "--pictures", "4", "--steps", "2", "--keep", "0:1", "--seeds", "0:2"]) == 0
-    with Book.open(made.book(*SAE)) as book:
+    with Book.open(made.book(*SAE_REF)) as book:
         assert book.about.tokens == 4 * 64 and {row.shot.seed for row in book.shots(range(4)).values()} == {0, 1}
 
 
 def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
     columns = {name: () for name in ("segmented", "iou", "unrelated", "monosemanticity")}
-    found = Features(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
+    found = FeatureMatches(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
     concepts = drawn_concepts()
-    matches = Matches(site=SITE, label=SAE.label, size=SIZE, concepts=concepts, left_out=(), levels=(), features=found)
-    matches.save(study.concepts(*SAE))
-    with Book.edit(study.book(*SAE)) as book:
+    matches = ConceptMatches(site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, left_out=(), levels=(), features=found)
+    matches.save(study.concepts(*SAE_REF))
+    with Book.edit(study.book(*SAE_REF)) as book:
         told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
-        book.explain(told, (), [Score("accuracy", 0.75, None, None, 10)])
+        book.explain(told, (), [ExplanationScore("accuracy", 0.75, None, None, 10)])
 
     def listed(*words: str) -> list[list[str]]:
-        assert main(["features", str(study.folder), "--dictionary", str(SAE), *words]) == 0
+        assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), *words]) == 0
         return [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
 
     densities = [float(line[1].rstrip("%")) for line in listed("--limit", "30")]
@@ -202,15 +204,15 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     for style in ("blue", "outline", "plain"):
         out = tmp_path / f"{style}.png"
         words = ["--style", style, "--columns", "4", "--side", "64", "--out", str(out)]
-        assert main(["show", str(study.folder), str(SAE), "7", *words]) == 0
+        assert main(["show", str(study.folder), str(SAE_REF), "7", *words]) == 0
         assert capsys.readouterr().out.strip() == str(out)
         with Image.open(out) as drawn:
             sizes.add(drawn.size)
     assert len(sizes) == 1
     assert len({(tmp_path / f"{style}.png").read_bytes() for style in ("blue", "outline", "plain")}) == 3
     assert main(["show", str(study.folder), f"{SITE}/itda-6-k3", "0", "--out", str(tmp_path / "atom.png")]) == 0
-    with Book.open(study.book(*SAE)) as book:
-        rows = overview(book, Album(study.pictures), [1, 7, 9], labels={7: "round"})
+    with Book.open(study.book(*SAE_REF)) as book:
+        rows = overview(book, ImageAlbum(study.pictures), [1, 7, 9], labels={7: "round"})
         assert rows.height > 3 * 96
 
 
@@ -237,12 +239,12 @@ def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, words
 
 
 def test_a_book_of_a_dictionary_that_has_changed_is_not_shown(study: Study, tmp_path: Path, capsys):
-    folder = study.dictionary(*SAE)
+    folder = study.dictionary(*SAE_REF)
     before = {path: (path.read_bytes(), path.stat()) for path in folder.glob("*.*")}
     autoencoder(9).save(folder)
     try:
         os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
-        assert main(["show", str(study.folder), str(SAE), "1", "--out", str(tmp_path / "x.png")]) == 2
+        assert main(["show", str(study.folder), str(SAE_REF), "1", "--out", str(tmp_path / "x.png")]) == 2
         assert "as it was before it changed" in capsys.readouterr().err
     finally:
         for path, (content, stat) in before.items():

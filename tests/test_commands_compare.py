@@ -8,10 +8,10 @@ import pytest
 from made_study import begun, evaluated, matched, whole
 
 from difflex.cli import main
-from difflex.concepts import Interval
+from difflex.concepts import ConfidenceInterval
 from difflex.errors import BadInput
 from difflex.report import read
-from difflex.report.comparison import Comparison, compare, in_words, write_comparison
+from difflex.report.comparison import StudyComparison, compare, in_words, write_comparison
 from difflex.study import Study
 
 
@@ -37,7 +37,7 @@ def two(tmp_path: Path) -> tuple[Study, Study]:
     return one, other
 
 
-def compared(two: tuple[Study, Study]) -> Comparison:
+def compared(two: tuple[Study, Study]) -> StudyComparison:
     return compare(*map(read, two))
 
 
@@ -70,7 +70,7 @@ def test_coverage_differs_with_an_interval_and_groups_by_their_means(two: tuple[
     (found,) = compared(two).detected
     assert found.coverage.value == pytest.approx(0.25)
     # Each interval reaches 0.1 to either side, that of the second up to 0.1 below; independent ones add in squares.
-    assert found.coverage == pytest.approx(Interval(0.25, 0.25 - 0.02**0.5, 0.25 + 0.02**0.5))
+    assert found.coverage == pytest.approx(ConfidenceInterval(0.25, 0.25 - 0.02**0.5, 0.25 + 0.02**0.5))
     assert found.groups == {"colour": pytest.approx((0.6, 0.9)), "shape": pytest.approx((0.5, 0.7))}
 
 

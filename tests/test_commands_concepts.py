@@ -9,8 +9,8 @@ from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.concepts import drawn_concepts, drawn_pictures
-from difflex.concepts import Concept, Matches
-from difflex.dictionary import Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
+from difflex.concepts import Concept, ConceptMatches
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import Study
@@ -21,9 +21,9 @@ FEW = ["--pictures", "160", "--noise", "0.25"]
 
 def autoencoder(seed: int, k: int = 4, size: int = 24) -> Dictionary:
     directions = torch.nn.functional.normalize(torch.randn(size, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
-    weights = Weights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(size))
-    origin = Origin(site=SITE, model="mini-flux")
-    return Autoencoder(kind="topk", k=k, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
+    weights = SAEWeights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(size))
+    origin = DictionaryOrigin(site=SITE, model="mini-flux")
+    return SAE(kind="topk", k=k, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
         "double.0/random-24-k4.json",
         "double.0+neurons/neurons-k4.json",
     }
-    matches = Matches.load(study.concepts(SITE, "topk-24-k4"))
+    matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
     assert matches.made_from["sha256"] and matches.site == SITE and len(matches.levels) == 1
     stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
     autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
@@ -87,7 +87,7 @@ def test_a_folder_of_pictures_and_label_maps_works_the_same_way_for_an_untrained
     assert main([*words, "--pixels", "64"]) == 0
     told = capsys.readouterr().out
     assert "figure" in told
-    matches = Matches.load(control.concepts(SITE, "topk-24-k4"))
+    matches = ConceptMatches.load(control.concepts(SITE, "topk-24-k4"))
     assert matches.made_from["revision"] == "untrained-0"
     assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
     ground, thing = matches.levels[0].findings
@@ -120,7 +120,7 @@ def test_neurons_that_are_a_dictionary_of_the_study_stand_beside_the_others_once
     study: Study, capsys: pytest.CaptureFixture[str]
 ):
     inner = Site(SITE.path, "neurons")
-    origin = Origin(site=inner, model=study.model, revision=study.revision)
+    origin = DictionaryOrigin(site=inner, model=study.model, revision=study.revision)
     Neurons(width=768, k=4, origin=origin).save(study.dictionary(inner, "neurons-768-k4"))
     assert main(["concepts", str(study.folder), *FEW]) == 0
     assert [path.stem for path in study.folder.glob("concepts/*/neurons-*.json")] == ["neurons-768-k4"]

@@ -9,7 +9,7 @@ import torch
 
 from difflex.cli import main
 from difflex.commands import evaluate as verb
-from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.evaluation import Evaluation
 from difflex.records import Site, split_of
 from difflex.testing import tiny_clip, tiny_folder
@@ -158,9 +158,9 @@ def test_a_dictionary_without_its_activations_is_named(study: Path, capsys: pyte
 
 def test_a_dictionary_of_another_width_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
     axes = torch.eye(8)
-    weights = Weights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(8))
-    normalisation, origin = Normalisation.identity(8), Origin(site=Site.parse(SITE))
-    narrow = Autoencoder(kind="topk", k=2, origin=origin, normalisation=normalisation, weights=weights)
+    weights = SAEWeights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(8))
+    normalisation, origin = Normalisation.identity(8), DictionaryOrigin(site=Site.parse(SITE))
+    narrow = SAE(kind="topk", k=2, origin=origin, normalisation=normalisation, weights=weights)
     narrow.save(study / "dictionaries" / "double.1+update" / narrow.label)
     assert "topk-8-k2 is of width 8" in (said := refused(study, capsys)) and "are of width 32" in said
 
@@ -168,7 +168,7 @@ def test_a_dictionary_of_another_width_is_named(study: Path, capsys: pytest.Capt
 def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
     folder = study / "dictionaries" / "double.1+update" / LABELS[0]
     broken = Dictionary.load(folder)
-    assert isinstance(broken, Autoencoder)
+    assert isinstance(broken, SAE)
     broken.weights.decoder.fill_(torch.nan)
     broken.save(folder)
     assert f"{SITE}/{LABELS[0]} rebuilds holds NaN" in refused(study, capsys) and not evaluation(study, LABELS[0]).exists()

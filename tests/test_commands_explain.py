@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from seen import MODEL, book, code
 
-from difflex.book import About, Album, Book, Draft, Example, FeatureRow, PictureFile, TokenMap
+from difflex.book import Book, BookInfo, BookWriter, Example, FeatureStats, ImageAlbum, ImageFile, TokenMap
 from difflex.cli import main
 from difflex.commands.concepts import DRAWN, drawn_concepts
 from difflex.miniature import draw
@@ -122,10 +122,10 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
     """A book whose every feature marks just where one concept of the drawn world is."""
     names = [concept.name for concept in drawn_concepts()]
     seeds = range(DRAWN, DRAWN + count)
-    scenes, album = draw(seeds), Album(folder / "pictures")
+    scenes, album = draw(seeds), ImageAlbum(folder / "pictures")
     shares = scenes.shares(8, 8)[:, [names.index(concept) for concept in concepts]].flatten(2)
     filed = album.file(Image.new("RGB", (64, 64)))[0]
-    about = About(
+    about = BookInfo(
         dictionary="double.1/topk",
         kind="topk",
         size=len(concepts),
@@ -147,11 +147,11 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
             split = "train" if rank < 6 else "held-out"
             examples.append(Example(feature=feature, kind="top", split=split, rank=rank, shot=shot, peak=1.0, map=where))
     shots = [Shot(model="mini-flux", picture=f"drawn:{seed}", pixels=(64, 64), steps=1, guidance=0.0) for seed in seeds]
-    with Draft.of(folder / "book.sqlite", about) as draft:
-        draft.pictures([PictureFile(0, *filed)])
+    with BookWriter.of(folder / "book.sqlite", about) as draft:
+        draft.pictures([ImageFile(0, *filed)])
         draft.shots((number, 0, shot) for number, shot in enumerate(shots))
         draft.features(
-            FeatureRow(feature=feature, fired=count, shots=count, density=0.1, peak=1.0, mean=1.0)
+            FeatureStats(feature=feature, fired=count, shots=count, density=0.1, peak=1.0, mean=1.0)
             for feature in range(len(concepts))
         )
         draft.examples(examples)

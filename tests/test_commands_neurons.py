@@ -3,7 +3,7 @@
 import pytest
 
 from difflex.cli import main
-from difflex.commands.neurons import Neurons
+from difflex.commands.neurons import NeuronsCommand
 from difflex.errors import StaleWork
 from difflex.evaluation import Evaluation
 from difflex.study import Study
@@ -34,14 +34,14 @@ def test_the_neurons_of_a_block_are_a_dictionary_like_any_other(study: Study, ca
 
 
 def test_given_again_it_leaves_what_is_there(study: Study):
-    command = Neurons(study=study.folder, site=("double.1:neurons",), k=(4,))
+    command = NeuronsCommand(study=study.folder, site=("double.1:neurons",), k=(4,))
     (folder,) = command()
     before = (folder / "config.json").stat().st_mtime_ns
     assert command() == [folder] and (folder / "config.json").stat().st_mtime_ns == before
 
 
 def test_neurons_of_another_model_stand_in_the_way(study: Study):
-    command = Neurons(study=study.folder, site=("double.1:neurons",), k=(5,))
+    command = NeuronsCommand(study=study.folder, site=("double.1:neurons",), k=(5,))
     (folder,) = command()
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("tiny-flux", "other-flux"))
     with pytest.raises(StaleWork, match="of another model") as raised:

@@ -11,8 +11,8 @@ from difflex.cli import main
 from difflex.commands.steer import _strengths
 from difflex.dictionary import Dictionary
 from difflex.records import Site
-from difflex.steering import Contrast, Toolbox
-from difflex.study import Place, Study
+from difflex.steering import Contrast, StudyEditor
+from difflex.study import DictionaryRef, Study
 from difflex.testing import tiny_folder
 
 SITE, LABEL = "double.1", "topk-64-k4"
@@ -41,7 +41,7 @@ def study(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def alive(made: Path) -> list[str]:
     """The numbers of the features that fire, the liveliest first."""
-    peaks = Toolbox(Study.open(made)).scales(Place(Site(SITE), LABEL)).peaks
+    peaks = StudyEditor(Study.open(made)).scales(DictionaryRef(Site(SITE), LABEL)).peaks
     return [str(feature) for feature in peaks.argsort(descending=True).tolist() if peaks[feature] > 0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.steering import Judged
+from difflex.steering import SteeringResults
 from difflex.testing import RuleServer, tiny_clip, tiny_folder
 
 TOLD = """
@@ -34,8 +34,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def judged(root: Path) -> Judged:
-    return Judged.load(root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json")
+def judged(root: Path) -> SteeringResults:
+    return SteeringResults.load(root / "study" / "steering" / "judged" / "double.1" / "topk-32-k12.json")
 
 
 def words(root: Path, *more: str, stream: str = "") -> list[str]:

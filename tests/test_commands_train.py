@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.dictionary import Autoencoder, Dictionary
+from difflex.dictionary import SAE, Dictionary
 from difflex.testing import tiny_folder
 
 PLACE = Path("dictionaries") / "double.1+update"
@@ -46,7 +46,7 @@ def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, prese
     config = json.loads((study / PLACE / label / "config.json").read_text())["training"]["config"]
     assert config["start"]["seed"] == 5 and config["optimiser"]["lr"] == 0.001 and config["normalisation"] == "whiten"
     made = Dictionary.load(study / PLACE / label)
-    assert isinstance(made, Autoencoder) and made.label == label
+    assert isinstance(made, SAE) and made.label == label
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from difflex.concepts import (
     Concept,
+    ConceptMatches,
+    FeatureMethod,
     LabelFolder,
-    Labelled,
-    Marking,
-    Matches,
-    Matching,
-    Method,
-    Pictured,
+    LabelledActivations,
+    LabelledImage,
+    LabelThresholds,
+    MatchingConfig,
     label,
     match,
     on_grid,
@@ -26,7 +26,7 @@ from difflex.concepts import (
     random_directions,
     table,
 )
-from difflex.concepts.detection import Firings, Ranking, scores
+from difflex.concepts.detection import FeatureFirings, TokenRanking, scores
 from difflex.concepts.probing import probed
 from difflex.concepts.relations import absorbers, pieces, together, unrelated
 from difflex.errors import BadInput, BrokenFile, NonFinite
@@ -38,13 +38,13 @@ CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star",
 TOKENS, PICTURES = 4000, 200
 
 
-def firings(dense: Tensor) -> Firings:
+def firings(dense: Tensor) -> FeatureFirings:
     """From [token, size]."""
     tokens, features = (dense > 0).nonzero(as_tuple=True)
-    return Firings.sorted(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
+    return FeatureFirings.sorted(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
 
 
-def planted(seed: int = 0, held_out_share: int = 4) -> Labelled:
+def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
     """Activations whose first coordinates are the concepts themselves, the others noise."""
     generator = torch.Generator().manual_seed(seed)
     colour, shape = torch.randint(5, (TOKENS,), generator=generator), torch.randint(6, (TOKENS,), generator=generator)
@@ -52,7 +52,7 @@ def planted(seed: int = 0, held_out_share: int = 4) -> Labelled:
     values = torch.rand(TOKENS, 8, generator=generator) * 0.1
     values[:, :4] += truth.T * (1 + torch.rand(TOKENS, 4, generator=generator))
     pictures = torch.arange(TOKENS) // (TOKENS // PICTURES)
-    return Labelled(
+    return LabelledActivations(
         site=SITE,
         concepts=CONCEPTS,
         values=values,
@@ -63,13 +63,13 @@ def planted(seed: int = 0, held_out_share: int = 4) -> Labelled:
     )
 
 
-def coordinates(labelled: Labelled, over: float = 0.5) -> Method:
+def coordinates(labelled: LabelledActivations, over: float = 0.5) -> FeatureMethod:
     """Every coordinate is a feature that fires above `over`."""
 
     def encode(x: Tensor) -> Codes:
         return Codes(x * (x > over), torch.arange(x.shape[1]).expand_as(x))
 
-    return Method(site=labelled.site, label="coordinates-8-k8", size=labelled.values.shape[1], encode=encode)
+    return FeatureMethod(site=labelled.site, label="coordinates-8-k8", size=labelled.values.shape[1], encode=encode)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -125,7 +125,7 @@ def test_weights_of_pictures_count_as_copies_of_them():
     labelled = planted()
     tokens, values = firings(labelled.values).one(5)
     weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, PICTURES)[:, :PICTURES]
-    ranking = Ranking(tokens, values, labelled.truth[1], labelled.pictures, PICTURES)
+    ranking = TokenRanking(tokens, values, labelled.truth[1], labelled.pictures, PICTURES)
     times = weights[0, labelled.pictures].long()
     copies = average_precision_score(
         labelled.truth[1].repeat_interleave(times).numpy(), labelled.values[:, 5].repeat_interleave(times).numpy()
@@ -135,7 +135,7 @@ def test_weights_of_pictures_count_as_copies_of_them():
 
 def test_features_that_are_concepts_are_found_with_narrow_intervals():
     labelled = planted()
-    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=50))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=50))
     whole = matches.levels[0]
     assert [level.noise for level in matches.levels] == [None, 0.25, 0.5]
     assert [finding.best.features for finding in whole.findings] == [(0,), (1,), (2,), (3,)]
@@ -151,9 +151,9 @@ def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
     noise = torch.randn(labelled.values.shape, generator=torch.Generator().manual_seed(5))
     lost = (labelled.noise == 0.5)[:, None]
     [matches] = match(
-        Labelled(**{**vars(labelled), "values": torch.where(lost, noise, labelled.values)}),
+        LabelledActivations(**{**vars(labelled), "values": torch.where(lost, noise, labelled.values)}),
         [coordinates(labelled)],
-        Matching(draws=20),
+        MatchingConfig(draws=20),
     )
     assert matches.clearest.noise == 0.25 and matches.levels[0].noise is None
 
@@ -161,13 +161,13 @@ def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
 def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
     labelled = planted()
     mixed = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(4))).Q
-    labelled = Labelled(**{**vars(labelled), "values": labelled.values @ mixed})
+    labelled = LabelledActivations(**{**vars(labelled), "values": labelled.values @ mixed})
     axes, drawn = principal_axes(labelled, 2), random_directions(labelled, 20, 2)
     assert (axes.label, drawn.label) == ("pca-16-k2", "random-20-k2")
     codes = drawn.encode(labelled.values)
     assert codes.values.shape == (TOKENS, 2) and bool((codes.values > 0).all()) and int(codes.indices.max()) < 20
     assert not torch.equal(drawn.encode(-labelled.values).indices, codes.indices)
-    for matches in match(labelled, [axes, drawn], Matching(draws=20)):
+    for matches in match(labelled, [axes, drawn], MatchingConfig(draws=20)):
         assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].findings) > 0.95
 
 
@@ -176,8 +176,8 @@ def test_what_fits_training_pictures_alone_scores_low():
     cheat = (labelled.truth[2] == 1) & ~labelled.held_out
     values = torch.cat([0.4 * labelled.truth[2, :, None] + cheat[:, None], labelled.values[:, 4:]], dim=1)
     values[:, 0] = torch.where(labelled.held_out, torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)), values[:, 0])
-    labelled = Labelled(**{**vars(labelled), "values": values})
-    [matches] = match(labelled, [coordinates(labelled, 0.0)], Matching(draws=20))
+    labelled = LabelledActivations(**{**vars(labelled), "values": values})
+    [matches] = match(labelled, [coordinates(labelled, 0.0)], MatchingConfig(draws=20))
     star = matches.levels[0].findings[2]
     assert star.best.features == (0,) and star.best.ap.value < star.chance + 0.1 and star.segmenting.iou < 0.5
 
@@ -188,11 +188,13 @@ def test_the_probe_finds_what_can_be_separated_and_nothing_in_noise():
     held = labelled.held_out
     for concept in range(4):
         assert average_precision_score(labelled.truth[concept, held].numpy(), logits[concept, held].numpy()) > 0.99
-    blind = probed(Labelled(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))}))
+    blind = probed(
+        LabelledActivations(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))})
+    )
     assert average_precision_score(labelled.truth[0, held].numpy(), blind[0, held].numpy()) < 0.35
 
 
-def shared(parts: list[list[int]], others: Callable[[Tensor], Tensor] | None = None) -> tuple[Firings, Tensor]:
+def shared(parts: list[list[int]], others: Callable[[Tensor], Tensor] | None = None) -> tuple[FeatureFirings, Tensor]:
     """Features that fire at some tenths each of a concept's tokens, and the concept: every fifth token."""
     truth = (torch.arange(TOKENS) % 5 == 0).to(torch.int8)
     tenth = torch.arange(TOKENS) // 5 % 10
@@ -232,7 +234,7 @@ def test_concepts_of_one_group_are_related_where_they_overlap():
 def test_a_feature_of_two_meanings_is_less_monosemantic():
     labelled = planted()
     labelled.values[:, 0] = torch.maximum(labelled.values[:, 0], labelled.values[:, 2])
-    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=20))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=20))
     red, blue, *_ = matches.levels[0].findings
     assert red.unrelated == "star" and red.monosemanticity < 0.3 and blue.monosemanticity > 0.9
 
@@ -243,15 +245,15 @@ def test_masks_become_shares_of_tokens_and_partly_covered_ones_are_left_out():
     mask[0, 0, 4] = True
     shares = on_grid(mask, 2, 2)
     assert shares.flatten().tolist() == [1.0, 0.0625, 0.0, 0.5]
-    assert Marking().truth(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
-    assert Marking(absent=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
+    assert LabelThresholds().truth(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
+    assert LabelThresholds(absent=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
     with pytest.raises(BadInput, match=r"absent up to a share of 0\.6"):
-        Marking(absent=0.6)
+        LabelThresholds(absent=0.6)
 
 
-def pictures(count: int = 6) -> list[Pictured]:
+def pictures(count: int = 6) -> list[LabelledImage]:
     return [
-        Pictured(
+        LabelledImage(
             Image.new("RGB", (8, 8)), f"p{i}", f"prompt {i}", lambda rows, columns, i=i: torch.full((2, rows, columns), i / 5)
         )
         for i in range(count)
@@ -310,28 +312,28 @@ def test_activations_without_place_or_number_and_unknown_pictures_are_refused():
 def test_rare_concepts_are_left_out_and_too_few_pictures_said():
     labelled = planted()
     labelled.truth[3, labelled.pictures > 7] = 0
-    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=5))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=5))
     assert matches.left_out == (CONCEPTS[3],) and matches.concepts == CONCEPTS[:3]
     assert "too rare: ring" in table([matches])
     with pytest.raises(BadInput, match="No concept is shown in 99 held-out pictures"):
-        match(labelled, [coordinates(labelled)], Matching(least=99))
+        match(labelled, [coordinates(labelled)], MatchingConfig(least=99))
     with pytest.raises(BadInput, match=r"reads double\.2"):
-        match(labelled, [Method(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
+        match(labelled, [FeatureMethod(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
 
 
 def test_matches_are_read_as_they_were_saved(tmp_path: Path):
     labelled = planted()
-    [matches] = match(labelled, [coordinates(labelled)], Matching(draws=5))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=5))
     matches.save(tmp_path / "concepts" / "one.json")
-    assert Matches.load(tmp_path / "concepts" / "one.json") == matches
+    assert ConceptMatches.load(tmp_path / "concepts" / "one.json") == matches
     said = json.loads((tmp_path / "concepts" / "one.json").read_text())
     assert next(iter(said)) == "format"
     (tmp_path / "one.json").write_text(json.dumps({**said, "format": 9}))
     with pytest.raises(BrokenFile, match="not of format 1"):
-        Matches.load(tmp_path / "one.json")
+        ConceptMatches.load(tmp_path / "one.json")
     (tmp_path / "one.json").write_text("{")
     with pytest.raises(BrokenFile, match="cannot be read as matches"):
-        Matches.load(tmp_path / "one.json")
+        ConceptMatches.load(tmp_path / "one.json")
 
 
 def folder(tmp_path: Path, said: object, labels: Image.Image, name: str = "a") -> Path:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Autoencoder, Dictionary, Neurons, Normalisation, Origin, Weights
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionary.autoencoder import kind_of
-from difflex.dictionary.normalisation import METHODS, Method, Moments
-from difflex.dictionary.scores import BLOCK, Scores
+from difflex.dictionary.normalisation import METHODS, Method, VectorMoments
+from difflex.dictionary.scores import BLOCK, EncoderSearch
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Codes, Site
 
@@ -28,25 +28,23 @@ def cloud(count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
 
 
 def normalisation(method: Method = "whiten", clip: float | None = None) -> Normalisation:
-    moments = Moments(WIDTH, covariance=True)
+    moments = VectorMoments(WIDTH, covariance=True)
     moments.add(cloud(400))
     return moments.normalisation(method, clip)
 
 
-def autoencoder(kind: str = "topk", method: Method = "whiten", clip: float | None = None, relu: bool = True) -> Autoencoder:
+def autoencoder(kind: str = "topk", method: Method = "whiten", clip: float | None = None, relu: bool = True) -> SAE:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
-    weights = Weights(
+    weights = SAEWeights(
         encoder=decoder + 0.1 * torch.randn(SIZE, WIDTH, generator=generator),
         decoder=decoder,
         bias=torch.randn(WIDTH, generator=generator),
         encoder_bias=0.1 * torch.randn(SIZE, generator=generator),
         floor=None if kind == "topk" else torch.rand(SIZE, generator=generator) + 1,
     )
-    origin = Origin(site=SITE, model="mini-flux", training={"seed": 3})
-    return Autoencoder(
-        kind=kind_of(kind), k=K, origin=origin, normalisation=normalisation(method, clip), weights=weights, relu=relu
-    )
+    origin = DictionaryOrigin(site=SITE, model="mini-flux", training={"seed": 3})
+    return SAE(kind=kind_of(kind), k=K, origin=origin, normalisation=normalisation(method, clip), weights=weights, relu=relu)
 
 
 def dense(codes: Codes, size: int = SIZE) -> Tensor:
@@ -73,7 +71,7 @@ def test_standardising_gives_every_axis_variance_one_and_scaling_gives_the_width
 
 def test_moments_stay_exact_for_a_mean_a_million_times_the_spread():
     x = 1e6 + torch.randn(1000, 4, dtype=torch.float64)
-    moments = Moments(4, covariance=True)
+    moments = VectorMoments(4, covariance=True)
     for part in x.split(100):
         moments.add(part)
     torch.testing.assert_close(moments.covariance, torch.cov(x.T, correction=0), atol=1e-8, rtol=0)
@@ -81,7 +79,7 @@ def test_moments_stay_exact_for_a_mean_a_million_times_the_spread():
 
 
 def test_too_few_vectors_are_refused():
-    moments = Moments(WIDTH, covariance=True)
+    moments = VectorMoments(WIDTH, covariance=True)
     moments.add(cloud(239))
     with pytest.raises(BadInput, match="needs 240 vectors; 239 came"):
         moments.normalisation("whiten")
@@ -91,12 +89,12 @@ def test_statistics_of_nan_are_refused():
     x = cloud(10)
     x[3, 2] = torch.nan
     with pytest.raises(NonFinite):
-        Moments(WIDTH, covariance=False).add(x)
+        VectorMoments(WIDTH, covariance=False).add(x)
 
 
 def test_a_constant_axis_does_not_divide_by_zero():
     x = torch.cat([cloud(400), torch.ones(400, 1)], dim=1)
-    moments = Moments(WIDTH + 1, covariance=True)
+    moments = VectorMoments(WIDTH + 1, covariance=True)
     moments.add(x)
     for method in METHODS:
         assert moments.normalisation(method).apply(x).isfinite().all()
@@ -145,7 +143,7 @@ def test_relu_empties_slots_and_without_it_negative_scores_stay():
     weights = replace(autoencoder().weights, encoder_bias=torch.full((SIZE,), -100.0))
     for relu in (True, False):
         plain = autoencoder(relu=relu)
-        low = Autoencoder(kind="topk", k=K, origin=plain.origin, normalisation=plain.normalisation, weights=weights, relu=relu)
+        low = SAE(kind="topk", k=K, origin=plain.origin, normalisation=plain.normalisation, weights=weights, relu=relu)
         assert bool((low.encode(x).values == 0).all()) == relu
         assert bool((low.encode(x).values < 0).all()) == (not relu)
 
@@ -200,7 +198,7 @@ def test_the_largest_scores_are_found_exactly(size: int, k: int, stretch: float)
     z = torch.randn(300, 128, generator=torch.Generator().manual_seed(7))
     z[:, :4] *= stretch  # outlier axes, which 8 bits resolve badly
     z[5] = 0
-    scores = Scores(rows, bias)
+    scores = EncoderSearch(rows, bias)
     found, true = scores.top(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
     torch.testing.assert_close(found.values.double(), true.values, atol=1e-4, rtol=0)
     assert torch.equal(found.indices.sort(1).values, true.indices.sort(1).values)
@@ -211,14 +209,14 @@ def test_all_scores_over_their_floors_are_found():
     z = torch.randn(300, 64, generator=torch.Generator().manual_seed(7))
     floor = torch.rand(2048, generator=torch.Generator().manual_seed(8)) + 1
     true = z @ rows.T + bias
-    pairs = Scores(rows, bias).above(z, floor)
+    pairs = EncoderSearch(rows, bias).above(z, floor)
     assert torch.equal(torch.stack((true > floor).nonzero(as_tuple=True)), torch.stack((pairs.tokens, pairs.features)))
     torch.testing.assert_close(pairs.values, true[pairs.tokens, pairs.features], atol=1e-4, rtol=0)
 
 
 def test_a_refreshed_search_sees_changed_rows():
     rows, bias = encoder(2048, 64)
-    scores, z = Scores(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[32:64] *= 50
     scores.refresh(slice(32, 64))
     assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
@@ -226,7 +224,7 @@ def test_a_refreshed_search_sees_changed_rows():
 
 def test_scores_that_break_the_bound_are_searched_without_integers():
     rows, bias = encoder(2048, 64)
-    scores, z = Scores(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[:] = rows.flip(0)  # behind the back of the search: its 8-bit copy is wrong everywhere
     assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
     assert 2048 % BLOCK == 0
@@ -239,18 +237,18 @@ def test_the_largest_scores_are_exact_where_one_axis_outgrows_all_others(outlier
     z = 4 * rows[torch.randint(4096, (256,), generator=generator)] + 0.1 * torch.randn(256, 256, generator=generator)
     z[:, 7] += outlier
     rows[:8, 3] += outlier
-    found, scores = Scores(rows).top(z, 16), z @ rows.T
+    found, scores = EncoderSearch(rows).top(z, 16), z @ rows.T
     assert torch.allclose(found.values, scores.topk(16).values, atol=1e-4 * (1 + outlier))
     assert torch.allclose(scores.gather(1, found.indices), found.values, atol=1e-4 * (1 + outlier))
 
 
 def test_a_folder_whose_parts_do_not_fit_is_refused(tmp_path: Path):
-    made = Autoencoder(
+    made = SAE(
         kind="topk",
         k=2,
-        origin=Origin(site=Site("double.1")),
+        origin=DictionaryOrigin(site=Site("double.1")),
         normalisation=Normalisation.identity(8),
-        weights=Weights(encoder=torch.eye(8), decoder=torch.eye(8), bias=torch.zeros(8)),
+        weights=SAEWeights(encoder=torch.eye(8), decoder=torch.eye(8), bias=torch.zeros(8)),
     )
     whole = json.loads((made.save(tmp_path) / "config.json").read_text())
     for change in ({"size": 9}, {"k": "2"}, {"settings": None}, {"settings": {"normalisation": {"method": "whiten"}}}):
@@ -263,6 +261,6 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(tmp_path: Path):
 
 
 def test_activations_that_are_no_numbers_are_refused():
-    neurons = Neurons(width=4, k=2, origin=Origin(site=Site("double.1", kind="neurons")))
+    neurons = Neurons(width=4, k=2, origin=DictionaryOrigin(site=Site("double.1", kind="neurons")))
     with pytest.raises(NonFinite):
         neurons.encode(torch.tensor([[1.0, float("nan"), 0.0, 2.0]]))

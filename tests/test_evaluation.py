@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Autoencoder, Dictionary, Moments, Neurons, Normalisation, Origin, Weights, checksum
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, checksum
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.evaluation import (
-    Effect,
+    EditedModel,
     Evaluation,
-    Figures,
-    HeldOut,
-    Model,
-    Replaced,
+    HeldOutData,
+    ModelEffect,
+    ReconstructionMetrics,
+    ReplacementEffect,
     effects,
     evaluate,
     renew,
@@ -28,7 +28,7 @@ from difflex.evaluation import (
 from difflex.evaluation.changing import Edits, some_shots
 from difflex.evaluation.moments import both, figures, joint
 from difflex.evaluation.similarity import ssim
-from difflex.records import Outcomes, Reading, Rows, Shot, Site, Split
+from difflex.records import ActivationBatch, EditOutcomes, Shot, Site, Split, SplitBatches
 
 WIDTH, TIMESTEPS = 8, (1000.0, 500.0, 250.0)
 SHOT = Shot(model="planted", pixels=(8, 8), steps=3, guidance=0.0, split="held-out")
@@ -43,36 +43,36 @@ def shot(number: int) -> Shot:
     return replace(SHOT, seed=number, timestep=TIMESTEPS[number % len(TIMESTEPS)])
 
 
-def batches(x: Tensor, size: int = 300, split: Split = "held-out") -> Iterator[Rows]:
+def batches(x: Tensor, size: int = 300, split: Split = "held-out") -> Iterator[ActivationBatch]:
     numbers = torch.arange(len(x)) // 7
     parts = zip(x.float().split(size), numbers.split(size), strict=True)
-    return Reading((Rows(values, shots, torch.zeros_like(shots)) for values, shots in parts), split)
+    return SplitBatches((ActivationBatch(values, shots, torch.zeros_like(shots)) for values, shots in parts), split)
 
 
-def autoencoder(normalisation: Normalisation | None = None, k: int = 3, dead: int = 0) -> Autoencoder:
+def autoencoder(normalisation: Normalisation | None = None, k: int = 3, dead: int = 0) -> SAE:
     """Features that are the axes, both ways along each, and `dead` ones that no token excites."""
     axes = torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH), torch.eye(WIDTH)[torch.arange(dead) % WIDTH]])
     bias = torch.zeros(len(axes))
     bias[2 * WIDTH :] = -1e6
-    return Autoencoder(
+    return SAE(
         kind="topk",
         k=k,
-        origin=Origin(site=Site("double.1")),
+        origin=DictionaryOrigin(site=Site("double.1")),
         normalisation=normalisation or Normalisation.identity(WIDTH),
-        weights=Weights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(WIDTH), encoder_bias=bias),
+        weights=SAEWeights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(WIDTH), encoder_bias=bias),
     )
 
 
 def whitened(x: Tensor) -> Normalisation:
-    moments = Moments(WIDTH, covariance=True)
+    moments = VectorMoments(WIDTH, covariance=True)
     moments.add(x)
     return moments.normalisation("whiten")
 
 
-def plainly(x: Tensor, y: Tensor) -> Figures:
+def plainly(x: Tensor, y: Tensor) -> ReconstructionMetrics:
     """The formulas as they are written, on all of the data at once."""
     correlation = torch.stack([torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(x.T, y.T, strict=True)])
-    return Figures(
+    return ReconstructionMetrics(
         fvu=float((x - y).square().sum() / (x - x.mean(0)).square().sum()),
         fvu_raw=float((x - y).square().sum() / x.square().sum()),
         r2=float(correlation.square().mean()),
@@ -81,14 +81,14 @@ def plainly(x: Tensor, y: Tensor) -> Figures:
     )
 
 
-def assert_near(one: Figures | None, other: Figures | None, tolerance: float = 1e-9) -> None:
+def assert_near(one: ReconstructionMetrics | None, other: ReconstructionMetrics | None, tolerance: float = 1e-9) -> None:
     assert one is not None and other is not None
     assert vars(one) == pytest.approx(vars(other), rel=tolerance, abs=tolerance)
 
 
 def test_a_perfect_reconstruction_leaves_nothing():
     x = cloud()
-    assert_near(figures(joint(x, x)), Figures(fvu=0.0, fvu_raw=0.0, r2=1.0, ev=1.0, cosine=1.0))
+    assert_near(figures(joint(x, x)), ReconstructionMetrics(fvu=0.0, fvu_raw=0.0, r2=1.0, ev=1.0, cosine=1.0))
 
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 2.0, -1.0])
@@ -96,7 +96,9 @@ def test_r2_is_blind_to_a_scale_that_the_others_see(a: float):
     x = cloud()
     x = x - x.mean(0)
     left = (1 - a) ** 2
-    assert_near(figures(joint(x, a * x)), Figures(fvu=left, fvu_raw=left, r2=1.0, ev=1 - left, cosine=math.copysign(1, a)))
+    assert_near(
+        figures(joint(x, a * x)), ReconstructionMetrics(fvu=left, fvu_raw=left, r2=1.0, ev=1 - left, cosine=math.copysign(1, a))
+    )
 
 
 def test_an_offset_is_seen_by_fvu_alone():
@@ -183,7 +185,7 @@ def test_planted_dead_features_are_counted_and_densities_binned():
 
 def test_a_feature_fires_where_it_is_positive_only():
     site = Site("double.1", "neurons")
-    neurons = Neurons(width=WIDTH, k=2, origin=Origin(site=site))
+    neurons = Neurons(width=WIDTH, k=2, origin=DictionaryOrigin(site=site))
     x = torch.zeros(10, WIDTH)
     x[:, 0], x[:, 1] = 1.0, -3.0
     found = evaluate(neurons, batches(x), shot)
@@ -217,14 +219,14 @@ def test_what_cannot_be_evaluated_is_said():
         evaluate(broken, batches(cloud()), shot)
 
 
-def outcomes(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
+def outcomes(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
     """What a model would give that predicts the sum of its tokens, and draws it."""
     for i, values in enumerate(x.split(2)):
         edited = {name: edit(values, None).sum(1) for name, edit in edits.items()}
-        yield Outcomes((shot(2 * i), shot(2 * i + 1)), values.sum(1), edited)
+        yield EditOutcomes((shot(2 * i), shot(2 * i + 1)), values.sum(1), edited)
 
 
-def pictures(edits: Edits, x: Tensor) -> Iterator[Outcomes]:
+def pictures(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
     def drawn(values: Tensor) -> Tensor:
         return values.sigmoid().mean(1)[:, :1, None, None].expand(-1, 3, 16, 16)
 
@@ -274,7 +276,7 @@ def test_dictionaries_measured_together_have_the_effects_they_have_alone():
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
     both = [autoencoder(k=2), autoencoder(k=4)]
 
-    def measured(dictionaries: list[Autoencoder]) -> list[Effect]:
+    def measured(dictionaries: list[SAE]) -> list[ModelEffect]:
         return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
 
     assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
@@ -292,7 +294,7 @@ def test_a_model_without_shots_or_with_nan_is_an_error():
 def test_pictures_of_nan_are_an_error():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
 
-    def spoilt(edits: Edits) -> Iterator[Outcomes]:
+    def spoilt(edits: Edits) -> Iterator[EditOutcomes]:
         for each in pictures(edits, x):
             yield each._replace(edited={name: torch.nan * picture for name, picture in each.edited.items()})
 
@@ -301,7 +303,7 @@ def test_pictures_of_nan_are_an_error():
 
 
 def test_an_ablation_that_changes_nothing_has_no_share():
-    nothing = Replaced(reconstruction=0.0, mean=0.0, zero=0.0)
+    nothing = ReplacementEffect(reconstruction=0.0, mean=0.0, zero=0.0)
     assert math.isnan(nothing.of_mean) and math.isnan(nothing.of_zero)
 
 
@@ -408,9 +410,11 @@ def test_a_saved_dictionary_is_worth_what_it_was(tmp_path: Path):
     assert evaluate(again, batches(cloud()), shot) == evaluate(dictionary, batches(cloud()), shot)
 
 
-def held_out(data: str = "tokens of a cloud") -> HeldOut:
+def held_out(data: str = "tokens of a cloud") -> HeldOutData:
     rows = 2000
-    return HeldOut(data=data, batches=lambda: batches(cloud(rows)), shot=shot, tokens=rows, shots=286, mean=torch.zeros(WIDTH))
+    return HeldOutData(
+        data=data, batches=lambda: batches(cloud(rows)), shot=shot, tokens=rows, shots=286, mean=torch.zeros(WIDTH)
+    )
 
 
 def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
@@ -418,11 +422,11 @@ def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
     first, second = two
     x, asked = cloud(4 * 6).view(4, 6, WIDTH).float(), []
 
-    def model(shots: Sequence[Shot]) -> Model:
+    def model(shots: Sequence[Shot]) -> EditedModel:
         asked.append(len(shots))
-        return Model(lambda edits: outcomes(edits, x), None)
+        return EditedModel(lambda edits: outcomes(edits, x), None)
 
-    def kept(source: HeldOut | None = None, shots: int = 4) -> list[bool]:
+    def kept(source: HeldOutData | None = None, shots: int = 4) -> list[bool]:
         return [each.kept for each in renew(two, source or held_out(), model, shots=shots, progress=False).values()]
 
     assert kept() == [False, False] and asked == [4]  # the model is asked once for both
@@ -439,7 +443,9 @@ def test_an_effect_that_was_left_out_is_measured_later_and_the_rest_is_kept(tmp_
     folder, path = autoencoder().save(tmp_path / "dictionary"), tmp_path / "evaluation.json"
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
     before = renew({folder: path}, held_out(), progress=False)[folder].evaluation
-    after = renew({folder: path}, held_out(), lambda _: Model(lambda edits: outcomes(edits, x), None), progress=False)[folder]
+    after = renew({folder: path}, held_out(), lambda _: EditedModel(lambda edits: outcomes(edits, x), None), progress=False)[
+        folder
+    ]
     assert before.effect is None and after.evaluation.effect is not None
     assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
 
@@ -448,5 +454,5 @@ def test_shots_of_pictures_have_no_effect_and_it_is_said(tmp_path: Path):
     folder = autoencoder().save(tmp_path / "dictionary")
     source = replace(held_out(), shot=lambda number: replace(shot(number), picture="a.png", noise=0.5))
     with pytest.warns(UserWarning, match="of given pictures"):
-        made = renew({folder: tmp_path / "one.json"}, source, lambda _: Model(lambda _: (), None), progress=False)
+        made = renew({folder: tmp_path / "one.json"}, source, lambda _: EditedModel(lambda _: (), None), progress=False)
     assert made[folder].evaluation.effect is None

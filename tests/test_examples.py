@@ -13,9 +13,9 @@ import torch
 from fake_collect import FEW, GRID, SITES, SIZE, collected, met, painted, planted, shot, source, subjects
 from torch import Tensor
 
-from difflex.book import SHOWN, Album, Book
+from difflex.book import SHOWN, Book, ImageAlbum
 from difflex.errors import BadInput
-from difflex.examples import Met, PatchAt, collect
+from difflex.examples import AtomLocation, CollectBatch, collect
 from difflex.examples.drawing import drawn, key_of
 from difflex.records import Shot
 
@@ -165,13 +165,13 @@ def test_figures_of_place_have_their_meaning(folder: Path):
 
 def test_spread_and_concentration_of_known_maps():
     from difflex.examples.figures import shapes
-    from difflex.examples.sightings import LEVELS, Sightings
+    from difflex.examples.sightings import LEVELS, FeatureMaps
 
-    def seen(*tokens: int, levels: tuple[int, ...] = ()) -> Sightings:
+    def seen(*tokens: int, levels: tuple[int, ...] = ()) -> FeatureMaps:
         given = torch.tensor(levels or (LEVELS,) * len(tokens)).to(torch.int16)
         one, peak = torch.zeros(1, dtype=torch.int32), torch.ones(1)
         none = torch.zeros(1, 0, dtype=torch.int32)
-        return Sightings(one, one, peak, one.long(), one + len(tokens), none, torch.tensor(tokens).to(torch.int16), given)
+        return FeatureMaps(one, one, peak, one.long(), one + len(tokens), none, torch.tensor(tokens).to(torch.int16), given)
 
     point = shapes(seen(5), 1, GRID)
     assert (float(point.spread[0]), float(point.concentration[0])) == (0.0, 1.0)
@@ -183,11 +183,11 @@ def test_spread_and_concentration_of_known_maps():
 
 def test_fellows_are_features_that_fire_beside_and_not_by_chance():
     from difflex.examples.figures import fellows
-    from difflex.examples.sightings import Sightings
+    from difflex.examples.sightings import FeatureMaps
 
     beside = torch.tensor([[1, 2], [1, 2], [1, -1], [2, -1]], dtype=torch.int32)
     groups = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-    nothing = Sightings.none(2)._replace(groups=groups, beside=beside)
+    nothing = FeatureMaps.none(2)._replace(groups=groups, beside=beside)
     found = fellows(nothing, torch.tensor([0.1, 0.01, 0.3]))
     assert [(each.other, each.value) for each in found[0]] == [(1, 0.75)], "feature 2 is everywhere"
 
@@ -245,7 +245,7 @@ def test_only_pictures_that_are_shown_stay_and_all_of_them(folder: Path, tmp_pat
         with book(folder, place) as made:
             shown |= {picture.file for picture in made.pictures()}
     assert {path.name for path in (folder / "pictures").iterdir()} == shown
-    there = Album(tmp_path / "pictures").file(painted(10_000))[0].file
+    there = ImageAlbum(tmp_path / "pictures").file(painted(10_000))[0].file
     collected(tmp_path, [*range(20)], MOMENTS)
     assert (tmp_path / "pictures" / there).exists(), "what others show is not touched"
 
@@ -287,7 +287,7 @@ def test_a_pass_goes_on_where_it_was_and_begins_anew_when_asked_for_something_el
 
     def run(data: str) -> None:
         state = tmp_path / "state.safetensors"
-        album = Album(tmp_path / "pictures")
+        album = ImageAlbum(tmp_path / "pictures")
         collect(subjects(tmp_path), stopping, album, data=data, state=state, settings=FEW, every=0.0, progress=False)
 
     for data in ("one", "one", "two"):
@@ -303,9 +303,9 @@ def test_atoms_show_the_patch_they_are_whether_the_stream_shows_it_or_not(tmp_pa
         asked.extend(shots)
         return [painted(number_of(each)) for each in shots]
 
-    patches = {0: PatchAt(shot(3, 500.0), 7), 2: PatchAt(shot(700, 1000.0), 1), 4: PatchAt(shot(700, 500.0), 2)}
+    patches = {0: AtomLocation(shot(3, 500.0), 7), 2: AtomLocation(shot(700, 1000.0), 1), 4: AtomLocation(shot(700, 500.0), 2)}
     given = [subject.__class__(**{**vars(subject), "patches": patches}) for subject in subjects(tmp_path)]
-    flow, album = source([*range(20)]), Album(tmp_path / "pictures")
+    flow, album = source([*range(20)]), ImageAlbum(tmp_path / "pictures")
     collect(given, flow, album, data="x", state=tmp_path / "s", settings=FEW, draw=draw, progress=False)
     assert [number_of(each) for each in asked] == [700]
     with book(tmp_path) as made:
@@ -322,7 +322,9 @@ def test_pictures_of_several_sizes_do_not_make_one_book(tmp_path: Path):
     def flow(start: int):
         yield met([1, 2], (1000.0,))
         small = met([3], (1000.0,))
-        yield Met(small.pictures, [each.__class__(**{**vars(each), "values": each.values[:, :4]}) for each in small.activations])
+        yield CollectBatch(
+            small.pictures, [each.__class__(**{**vars(each), "values": each.values[:, :4]}) for each in small.activations]
+        )
 
     with pytest.raises(BadInput, match="Pictures of several sizes: 16 tokens"):
-        collect(subjects(tmp_path), flow, Album(tmp_path), data="x", state=tmp_path / "s", settings=FEW, progress=False)
+        collect(subjects(tmp_path), flow, ImageAlbum(tmp_path), data="x", state=tmp_path / "s", settings=FEW, progress=False)

@@ -15,23 +15,23 @@ from seen import view
 from difflex.book import Book, Judgement
 from difflex.errors import BadInput
 from difflex.explanation import (
-    Answers,
-    Asker,
-    Explained,
+    AnswerCache,
+    CachedClient,
+    ExplainedMethod,
+    ExplanationAnswer,
+    ImageView,
     Instruction,
-    Judged,
-    KnownConcepts,
-    LocalModel,
-    Method,
-    Patience,
-    Picked,
-    Terms,
-    Unanswered,
-    View,
+    JudgementAnswer,
+    KnownConceptsBackend,
+    LocalBackend,
+    NoAnswer,
+    OddOneOutAnswer,
+    RequestPolicy,
+    RetryPolicy,
     compare,
     methods,
 )
-from difflex.explanation.backend import Rejected
+from difflex.explanation.backend import RejectedRequest
 from difflex.explanation.biases import biases, surface
 from difflex.explanation.comparing import _holm
 from difflex.explanation.scoring import accuracy, auroc, estimate, p_value, scores
@@ -92,48 +92,50 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_local_model_looks_at_all_pictures_and_says_the_same_each_time(tiny: Path):
-    model = LocalModel(str(tiny), offline=True, longest=8)
-    one, again = (model.see([view(1), view(2)], to_explain(2), Explained) for _ in range(2))
+    model = LocalBackend(str(tiny), offline=True, longest=8)
+    one, again = (model.see([view(1), view(2)], to_explain(2), ExplanationAnswer) for _ in range(2))
     assert one == again and one.usage is not None and one.usage.tokens_out == 8
-    told = model.see([view(1)], to_explain(2), Explained)
+    told = model.see([view(1)], to_explain(2), ExplanationAnswer)
     assert told.usage is not None and told.usage.tokens_in == one.usage.tokens_in - 4, "four patches a picture"
-    assert model.see([view(1)], to_explain(2), Explained, "objection").usage != told.usage
+    assert model.see([view(1)], to_explain(2), ExplanationAnswer, "objection").usage != told.usage
 
 
 def test_a_local_model_that_says_nothing_of_use_is_told_so_and_then_failed(tiny: Path, tmp_path: Path):
-    answers = Answers(tmp_path / "answers.sqlite")
-    asker = Asker(LocalModel(str(tiny), offline=True, longest=4), answers, Terms(patience=Patience(asked_again=1)))
-    with pytest.raises(Unanswered, match="malformed: no JSON object"):
-        asker.see([view(1)], to_explain(1), Explained, [])
+    answers = AnswerCache(tmp_path / "answers.sqlite")
+    asker = CachedClient(
+        LocalBackend(str(tiny), offline=True, longest=4), answers, RequestPolicy(patience=RetryPolicy(asked_again=1))
+    )
+    with pytest.raises(NoAnswer, match="malformed: no JSON object"):
+        asker.see([view(1)], to_explain(1), ExplanationAnswer, [])
     assert asker.asked.spent.calls == 2 and asker.asked.spent.tokens_out == 8
     answers.close()
 
 
 def test_a_folder_without_a_model_is_told_in_a_sentence(tmp_path: Path):
     with pytest.raises(BadInput, match="cannot be opened as a model that sees and speaks"):
-        LocalModel(str(tmp_path), offline=True)
+        LocalBackend(str(tmp_path), offline=True)
 
 
-def seen(name: str, row: int) -> View:
+def seen(name: str, row: int) -> ImageView:
     """A view of which two rows of four are highlighted."""
     highlight = torch.zeros(4, 4)
     highlight[row : row + 2] = 1.0
     shot = Shot(model="m", picture=name, pixels=(16, 16), steps=1, guidance=0.0)
-    return View(draw=lambda: Image.new("RGB", (4, 4)), shot=shot, highlight=highlight)
+    return ImageView(draw=lambda: Image.new("RGB", (4, 4)), shot=shot, highlight=highlight)
 
 
-def known() -> KnownConcepts:
+def known() -> KnownConceptsBackend:
     """The truth about pictures whose upper half is sky, whose lower is sea; between stands a strip of half a token of boat."""
     truth = torch.zeros(3, 4, 4)
     truth[0, :2], truth[1, 2:], truth[2, 1] = 1.0, 1.0, 0.3
-    return KnownConcepts(
+    return KnownConceptsBackend(
         ("sky", "sea", "boat"), lambda name, *_: truth.flip(1) if name == "turned" else truth, truth.mean((1, 2))
     )
 
 
 def test_known_concepts_say_what_highlights_show_beyond_chance():
-    reply = known().see([seen("a", 0), seen("b", 0), seen("turned", 0)], to_explain(3), Explained)
-    assert Explained.model_validate_json(reply.text) == Explained(
+    reply = known().see([seen("a", 0), seen("b", 0), seen("turned", 0)], to_explain(3), ExplanationAnswer)
+    assert ExplanationAnswer.model_validate_json(reply.text) == ExplanationAnswer(
         pattern_descriptions=["sky", "sky", "sea"], common_pattern="sky"
     )
 
@@ -142,31 +144,34 @@ def test_known_concepts_do_not_name_what_covers_the_whole_picture_for_a_part_of_
     """Five pictures that happen to be of one style: the highlights lie in it wholly, but so does everything else."""
     truth = torch.zeros(2, 4, 4)
     truth[0], truth[1, :2] = 1.0, 0.8
-    knows = KnownConcepts(("cartoon", "star"), lambda *_: truth, torch.tensor([0.05, 0.05]))
-    reply = knows.see([seen("a", 0)] * 5, to_explain(5), Explained)
-    assert Explained.model_validate_json(reply.text).common_pattern == "star"
+    knows = KnownConceptsBackend(("cartoon", "star"), lambda *_: truth, torch.tensor([0.05, 0.05]))
+    reply = knows.see([seen("a", 0)] * 5, to_explain(5), ExplanationAnswer)
+    assert ExplanationAnswer.model_validate_json(reply.text).common_pattern == "star"
 
 
 @pytest.mark.parametrize(
     ("explanation", "row", "score"), [("sky", 0, 1.0), ("the Sea", 0, 0.0), ("sky", 1, 0.5), ("sea", 1, 0.5)]
 )
 def test_known_concepts_judge_by_the_share_of_highlights_that_show_it(explanation: str, row: int, score: float):
-    reply = known().see([seen("a", row)], to_judge(explanation), Judged)
-    assert Judged.model_validate_json(reply.text).score == score
+    reply = known().see([seen("a", row)], to_judge(explanation), JudgementAnswer)
+    assert JudgementAnswer.model_validate_json(reply.text).score == score
 
 
 def test_known_concepts_leave_out_tokens_that_show_a_little_and_find_the_stranger():
-    assert Judged.model_validate_json(known().see([seen("a", 1)], to_judge("boat"), Judged).text).score == 0.0
+    assert JudgementAnswer.model_validate_json(known().see([seen("a", 1)], to_judge("boat"), JudgementAnswer).text).score == 0.0
     assert (
-        Picked.model_validate_json(known().see([seen("a", 0), seen("b", 2), seen("c", 0)], to_pick(3), Picked).text).picture == 2
+        OddOneOutAnswer.model_validate_json(
+            known().see([seen("a", 0), seen("b", 2), seen("c", 0)], to_pick(3), OddOneOutAnswer).text
+        ).picture
+        == 2
     )
 
 
 def test_known_concepts_do_not_judge_what_they_do_not_know():
-    with pytest.raises(Rejected, match="names no known concept"):
-        known().see([seen("a", 0)], to_judge("a seaside"), Judged)
-    with pytest.raises(Rejected, match="nobody knows what is where"):
-        known().see([view(1)], to_judge("sky"), Judged)
+    with pytest.raises(RejectedRequest, match="names no known concept"):
+        known().see([seen("a", 0)], to_judge("a seaside"), JudgementAnswer)
+    with pytest.raises(RejectedRequest, match="nobody knows what is where"):
+        known().see([view(1)], to_judge("sky"), JudgementAnswer)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +234,8 @@ def test_colour_and_place_are_told_from_meaning():
     ]
 
 
-def method(dictionary: str, protocol: str, accuracies: tuple[float, ...], backend: str = "b") -> Method:
-    return Method(
+def method(dictionary: str, protocol: str, accuracies: tuple[float, ...], backend: str = "b") -> ExplainedMethod:
+    return ExplainedMethod(
         study=Path("s"),
         model="m",
         dictionary=dictionary,

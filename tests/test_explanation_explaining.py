@@ -13,57 +13,57 @@ import pytest
 import torch
 from seen import MODEL, QUICK, Endpoints, book, code
 
-from difflex.book import Album, Book
+from difflex.book import Book, ImageAlbum
 from difflex.errors import BadInput, OutOfBudget
 from difflex.explanation import (
-    Answers,
-    Asker,
-    Backend,
-    Endpoint,
+    AnswerCache,
+    ApiKey,
+    CachedClient,
+    DryRunClient,
+    EndpointBackend,
+    ExplanationProtocol,
+    ImageView,
     Instruction,
-    Key,
-    Patience,
-    Price,
-    Protocol,
-    Rehearsal,
-    Terms,
-    View,
+    RequestPolicy,
+    RetryPolicy,
+    TokenPrice,
+    VLMBackend,
     chosen,
     explain,
     rehearse,
 )
-from difflex.explanation.asked import Answer
-from difflex.explanation.backend import Reply
-from difflex.explanation.protocol import Unfit, plan
+from difflex.explanation.asked import VLMAnswer
+from difflex.explanation.backend import BackendReply
+from difflex.explanation.protocol import UnsuitableFeature, plan
 from difflex.testing import RuleServer
 
 FAULTS = ("hostile", "malformed", "refusal", "limited", "broken", "hanging", "truncated")
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Iterator[Answers]:
-    kept = Answers(tmp_path / "answers.sqlite")
+def answers(tmp_path: Path) -> Iterator[AnswerCache]:
+    kept = AnswerCache(tmp_path / "answers.sqlite")
     yield kept
     kept.close()
 
 
 @pytest.fixture
-def asker(answers: Answers) -> Iterator[Endpoints]:
+def asker(answers: AnswerCache) -> Iterator[Endpoints]:
     endpoints = Endpoints(answers)
     yield endpoints
     endpoints.close()
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Iterator[tuple[Book, Album]]:
+def made(tmp_path: Path) -> Iterator[tuple[Book, ImageAlbum]]:
     written, album = book(tmp_path, 12, shared=2)
     yield written, album
     written.close()
 
 
-def test_held_out_judging_shows_the_judge_nothing_that_the_explainer_saw(made: tuple[Book, Album]):
+def test_held_out_judging_shows_the_judge_nothing_that_the_explainer_saw(made: tuple[Book, ImageAlbum]):
     written, _ = made
-    found = plan(written, 3, range(12), Protocol())
+    found = plan(written, 3, range(12), ExplanationProtocol())
     shots = written.shots(example.shot for example in found.examples)
     seen = {shots[example.shot].shot.prompt for example in found.shown}
     judged = {shots[trial.example.shot].shot.prompt for trial in found.trials}
@@ -76,15 +76,15 @@ def test_held_out_judging_shows_the_judge_nothing_that_the_explainer_saw(made: t
     assert found.lineup and [example.feature == 3 for example in found.lineup.examples].index(False) == found.lineup.odd
 
 
-def test_half_of_what_is_judged_is_of_other_features_and_some_of_it_a_near_miss(made: tuple[Book, Album]):
+def test_half_of_what_is_judged_is_of_other_features_and_some_of_it_a_near_miss(made: tuple[Book, ImageAlbum]):
     written, _ = made
-    found = plan(written, 3, range(12), Protocol())
+    found = plan(written, 3, range(12), ExplanationProtocol())
     others = [trial.example for trial in found.trials if not trial.wanted]
     assert len(others) == 5 and all(example.feature != 3 for example in others)
     own = {trial.example.shot for trial in found.trials if trial.wanted}
     assert [example.feature for example in others[3:]] == [5, 4], "the nearest decoder, and another feature in the same picture"
     assert others[4].shot in own
-    assert found == plan(written, 3, range(12), Protocol()) != plan(written, 3, range(12), Protocol(seed=1))
+    assert found == plan(written, 3, range(12), ExplanationProtocol()) != plan(written, 3, range(12), ExplanationProtocol(seed=1))
 
 
 def test_what_another_feature_marks_in_the_same_place_is_no_near_miss(tmp_path: Path):
@@ -94,12 +94,12 @@ def test_what_another_feature_marks_in_the_same_place_is_no_near_miss(tmp_path: 
     with sqlite3.connect(path) as file:  # all features mark the first token now
         file.execute("UPDATE examples SET map = ?", (b"\0\0\xff\xff",))
     with Book.open(path) as again:
-        others = [trial.example for trial in plan(again, 3, range(12), Protocol()).trials if not trial.wanted]
+        others = [trial.example for trial in plan(again, 3, range(12), ExplanationProtocol()).trials if not trial.wanted]
     assert len(others) == 5 and others[4].feature == 5, "four by chance, one neighbour"
 
 
-def test_the_published_protocol_judges_the_very_pictures_that_were_explained(made: tuple[Book, Album]):
-    found = plan(made[0], 3, range(12), Protocol(name="paper"))
+def test_the_published_protocol_judges_the_very_pictures_that_were_explained(made: tuple[Book, ImageAlbum]):
+    found = plan(made[0], 3, range(12), ExplanationProtocol(name="paper"))
     assert [trial.example for trial in found.trials if trial.wanted] == list(found.shown)
     others = [trial.example for trial in found.trials if not trial.wanted]
     assert len({example.feature for example in others}) == 5 and all(example.rank == 0 for example in others)
@@ -108,17 +108,17 @@ def test_the_published_protocol_judges_the_very_pictures_that_were_explained(mad
 
 def test_a_feature_with_too_few_pictures_is_told_apart(tmp_path: Path):
     written, _ = book(tmp_path, 3, tops=4)
-    with written, pytest.raises(Unfit, match="4 top pictures of the split 'train', 5 are needed"):
-        plan(written, 0, range(3), Protocol())
-    assert chosen(Book.open(written.path), 9, Protocol(shown=99)) == []
+    with written, pytest.raises(UnsuitableFeature, match="4 top pictures of the split 'train', 5 are needed"):
+        plan(written, 0, range(3), ExplanationProtocol())
+    assert chosen(Book.open(written.path), 9, ExplanationProtocol(shown=99)) == []
 
 
-def test_more_features_are_the_same_ones_and_others(made: tuple[Book, Album]):
-    few, many = (chosen(made[0], count, Protocol(), seed=3) for count in (4, 9))
+def test_more_features_are_the_same_ones_and_others(made: tuple[Book, ImageAlbum]):
+    few, many = (chosen(made[0], count, ExplanationProtocol(), seed=3) for count in (4, 9))
     assert many[:4] == few != sorted(few) and len(set(many)) == 9
 
 
-def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tuple[Book, Album], asker: Endpoints):
+def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tuple[Book, ImageAlbum], asker: Endpoints):
     written, album = made
     with RuleServer() as server:
         work = explain(written, range(12), asker(server.url), album, connections=4, progress=False)
@@ -140,33 +140,37 @@ def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tupl
     assert sum(each.tokens_in for each in usage) > 12 * 16 * 258
 
 
-def test_highlights_are_in_units_of_the_peak_and_end_where_nobody_would_see_them(made: tuple[Book, Album], answers: Answers):
+def test_highlights_are_in_units_of_the_peak_and_end_where_nobody_would_see_them(
+    made: tuple[Book, ImageAlbum], answers: AnswerCache
+):
     shown: list[torch.Tensor] = []
 
-    class Looker(Backend):
+    class Looker(VLMBackend):
         @property
         def name(self) -> str:
             return "looker"
 
-        def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+        def see(
+            self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+        ) -> BackendReply:
             shown.extend(view.highlight for view in views)
-            return Reply(schema.imagined().model_dump_json(), None)
+            return BackendReply(schema.imagined().model_dump_json(), None)
 
-    explain(made[0], [0], Asker(Looker(), answers), made[1], Protocol(), progress=False)
+    explain(made[0], [0], CachedClient(Looker(), answers), made[1], ExplanationProtocol(), progress=False)
     assert max(float(highlight.max()) for highlight in shown) == 1.0
     assert {int((highlight > 0).sum()) for highlight in shown} == {1}, "a second token has a tenth of the peak"
 
 
-def test_settings_that_differ_are_explanations_that_differ(made: tuple[Book, Album], asker: Endpoints):
+def test_settings_that_differ_are_explanations_that_differ(made: tuple[Book, ImageAlbum], asker: Endpoints):
     written, album = made
     with RuleServer() as server:
-        for protocol in (Protocol(), Protocol(name="paper"), Protocol(judged=6, lineup=0)):
+        for protocol in (ExplanationProtocol(), ExplanationProtocol(name="paper"), ExplanationProtocol(judged=6, lineup=0)):
             explain(written, [0], asker(server.url), album, protocol, progress=False)
     assert [each.protocol for each in written.explanations(0)] == ["heldout", "paper", "heldout judged 6 lineup 0"]
     assert [len(written.judgements(each.id)) for each in written.explanations(0)] == [10, 10, 6]
 
 
-def test_what_fails_is_marked_with_its_reason_and_tried_again_by_the_next_run(made: tuple[Book, Album], asker: Endpoints):
+def test_what_fails_is_marked_with_its_reason_and_tried_again_by_the_next_run(made: tuple[Book, ImageAlbum], asker: Endpoints):
     written, album = made
     with RuleServer({"refusal": 1.0}) as server:
         work = explain(written, [2, 5], asker(server.url), album, progress=False)
@@ -190,9 +194,9 @@ def test_a_feature_that_a_protocol_cannot_show_is_marked_without_a_call(tmp_path
 
 
 @pytest.mark.parametrize("features", [40, pytest.param(1000, marks=pytest.mark.slow)])
-def test_with_faults_of_every_kind_all_features_end_complete_and_correct(tmp_path: Path, answers: Answers, features: int):
+def test_with_faults_of_every_kind_all_features_end_complete_and_correct(tmp_path: Path, answers: AnswerCache, features: int):
     written, album = book(tmp_path, features)
-    terms = Terms(patience=Patience(first=0.005, longest=0.05, sent_again=10))
+    terms = RequestPolicy(patience=RetryPolicy(first=0.005, longest=0.05, sent_again=10))
     with written, RuleServer(dict.fromkeys(FAULTS, 0.05), retry_after="0.01", hangs=4.0) as server:
         endpoints = Endpoints(answers)
         work = explain(written, range(features), endpoints(server.url, terms=terms, timeout=2.0), album, progress=False)
@@ -207,11 +211,11 @@ def test_with_faults_of_every_kind_all_features_end_complete_and_correct(tmp_pat
         assert sum(each.asked for each in written.usage()) == len(met)
 
 
-def test_a_budget_ends_the_work_in_order_and_more_of_it_goes_on(made: tuple[Book, Album], asker: Endpoints):
+def test_a_budget_ends_the_work_in_order_and_more_of_it_goes_on(made: tuple[Book, ImageAlbum], asker: Endpoints):
     written, album = made
-    price, features = Price(tokens_in=1.0, tokens_out=1.0), list(range(12))
+    price, features = TokenPrice(tokens_in=1.0, tokens_out=1.0), list(range(12))
     whole = 12 * (20 * 258 + 12 * 250) / 1e6
-    half = Terms(price=price, budget=whole / 2)
+    half = RequestPolicy(price=price, budget=whole / 2)
     with RuleServer() as server:
         with pytest.raises(OutOfBudget, match="give the same command with a larger --budget"):
             explain(written, features, asker(server.url, terms=half), album, connections=2, progress=False)
@@ -222,20 +226,22 @@ def test_a_budget_ends_the_work_in_order_and_more_of_it_goes_on(made: tuple[Book
         with pytest.raises(OutOfBudget):  # the same again pays nothing
             explain(written, features, asker(server.url, terms=half), album, progress=False)
         assert len(server.served) == paid
-        explain(written, features, asker(server.url, terms=Terms(price=price, budget=2 * whole)), album, progress=False)
+        explain(written, features, asker(server.url, terms=RequestPolicy(price=price, budget=2 * whole)), album, progress=False)
         assert len(written.explanations()) == 12 and len(server.served) == len({*server.served}) == 12 * 12
 
 
-def test_a_rehearsal_of_all_counts_what_the_work_then_takes(made: tuple[Book, Album], asker: Endpoints, answers: Answers):
+def test_a_rehearsal_of_all_counts_what_the_work_then_takes(
+    made: tuple[Book, ImageAlbum], asker: Endpoints, answers: AnswerCache
+):
     written, album = made
-    terms = Terms(price=Price(tokens_in=1.0, tokens_out=1.0), picture_tokens=258, answer_tokens=20, patience=QUICK)
+    terms = RequestPolicy(price=TokenPrice(tokens_in=1.0, tokens_out=1.0), picture_tokens=258, answer_tokens=20, patience=QUICK)
     with RuleServer() as server:
-        endpoint = Endpoint(server.url, MODEL, Key("", ""))
-        before = Rehearsal(endpoint, answers, terms)
+        endpoint = EndpointBackend(server.url, MODEL, ApiKey("", ""))
+        before = DryRunClient(endpoint, answers, terms)
         rehearse(written, range(12), before, album)
         by = asker(server.url, terms=terms)
         explain(written, range(6), by, album, progress=False)
-        between = Rehearsal(endpoint, answers, terms)
+        between = DryRunClient(endpoint, answers, terms)
         rehearse(written, range(12), between, album)
         explain(written, range(12), by, album, progress=False)
         endpoint.close()
@@ -243,7 +249,7 @@ def test_a_rehearsal_of_all_counts_what_the_work_then_takes(made: tuple[Book, Al
         assert before.asked.spent.cost == pytest.approx(by.asked.spent.cost, rel=0.05)
 
 
-def after_valid(answers: Answers) -> list[str]:
+def after_valid(answers: AnswerCache) -> list[str]:
     """Questions for which there was a call after the one that was answered."""
     with sqlite3.connect(answers.path) as file:
         late = (
@@ -301,10 +307,14 @@ def test_a_book_of_text_cannot_be_explained(tmp_path: Path, asker: Endpoints):
 
 
 def test_protocols_that_cannot_be_are_told():
-    for make in (lambda: Protocol(judged=5), lambda: Protocol(shown=0), lambda: Protocol(lineup=2)):
+    for make in (
+        lambda: ExplanationProtocol(judged=5),
+        lambda: ExplanationProtocol(shown=0),
+        lambda: ExplanationProtocol(lineup=2),
+    ):
         with pytest.raises(BadInput, match="A protocol cannot"):
             make()
-    assert json.dumps(Protocol(seed=2, style="outline").label) == '"heldout style outline seed 2"'
+    assert json.dumps(ExplanationProtocol(seed=2, style="outline").label) == '"heldout style outline seed 2"'
 
 
 def test_what_is_marked_too_weakly_to_be_seen_is_not_shown(tmp_path: Path):
@@ -315,6 +325,6 @@ def test_what_is_marked_too_weakly_to_be_seen_is_not_shown(tmp_path: Path):
         file.execute("UPDATE examples SET peak = 3.9 WHERE split = 'held-out' AND rank > 3")
         file.execute("UPDATE examples SET peak = 3.9 WHERE feature = 4 AND kind = 'quantile' AND split = 'train'")
     with Book.open(path) as again:
-        found = plan(again, 3, range(12), Protocol())
+        found = plan(again, 3, range(12), ExplanationProtocol())
     assert all(example.peak >= 4 for example in found.examples), "a fifth of the peak of 20"
     assert [trial.example.feature for trial in found.trials].count(4) <= 1

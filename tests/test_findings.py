@@ -12,28 +12,49 @@ from made_study import begun, dictionary, found, matched
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.commands.findings import Findings as Command
-from difflex.commands.findings import _detectors, _is_as
+from difflex.commands.findings import FindingsCommand, _detectors, _is_as
 from difflex.errors import BadInput, BrokenFile
-from difflex.findings import EXPERIMENTS, Bench, Finding, Findings, Scope, Way, concepts_of, finding, pairs_for, workload
+from difflex.findings import (
+    EXPERIMENTS,
+    ExperimentBench,
+    Finding,
+    Findings,
+    FindingsConfig,
+    SteeringDirection,
+    concepts_of,
+    finding,
+    pairs_for,
+    workload,
+)
 from difflex.findings.captions import task_of
-from difflex.findings.rules import Above, are_above, chance, rises_above_one, under_half
+from difflex.findings.rules import RuleCondition, are_above, chance, rises_above_one, under_half
 from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
-from difflex.records import Activations, Moment, Rectangle, Shot, Site
+from difflex.records import Activations, HookContext, Rectangle, Shot, Site
 from difflex.report.facts import read as read_facts
-from difflex.steering import Curve, Drawn, Features, Point, Steering, Task, Toolbox, Trial, Verdict, contrasts
+from difflex.steering import (
+    EditFeatures,
+    JudgedGenerator,
+    JudgeVerdict,
+    SteeringHook,
+    SteeringTask,
+    SteeringTrial,
+    StrengthCurve,
+    StrengthPoint,
+    StudyEditor,
+    contrasts,
+)
 from difflex.study import Study
 from difflex.trials import group_of
 
-SCOPE = Scope(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
+SCOPE = FindingsConfig(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
 SITE = Site("double.1")
 
 
-def way(pairs: int) -> Way:
+def way(pairs: int) -> SteeringDirection:
     """A direction as long as pairs there are, up to 80; from 160 on it goes nowhere new."""
     length = min(pairs, 80) / 80
-    return Way(f"{pairs} pairs", Features("it", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)}))
+    return SteeringDirection(f"{pairs} pairs", EditFeatures("it", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)}))
 
 
 def always(caption: str) -> float:
@@ -45,33 +66,35 @@ def world(
     cost: float = 0.1,
     late: float = 0.0,
     plain: Callable[[str], float] = always,
-) -> Drawn:
+) -> JudgedGenerator:
     """Pictures of three numbers: how far they were steered in the first five steps and after them, and the loss without that, by
     their captions. The concept shows from where its caption needs it to be; the loss grows as steering does, and by `late` more
     after the fifth step."""
 
-    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+    def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
         drawn = torch.tensor([[0.0, 0.0, plain(trial.prompt)] for trial in trials])
         for step in range(7):
             still = torch.zeros(len(trials), 1, 1)
-            edited = None if steering is None else steering.change(still, Moment(step, 1.0, None, shots, (1, 1)))
+            edited = None if steering is None else steering.change(still, HookContext(step, 1.0, None, shots, (1, 1)))
             drawn[:, int(step >= 5)] += 0 if edited is None else edited[:, 0, 0] / 7
         return drawn.view(-1, 3, 1, 1)
 
-    def verdicts(task: Task, trials: Sequence[Trial], drawn: Tensor) -> list[Verdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], drawn: Tensor) -> list[JudgeVerdict]:
         far = drawn[:, :2].sum((1, 2, 3)).tolist()
-        return [Verdict(x >= needs(t.prompt) - 1e-4, {"background": True}, 1.0) for x, t in zip(far, trials, strict=True)]
+        return [JudgeVerdict(x >= needs(t.prompt) - 1e-4, {"background": True}, 1.0) for x, t in zip(far, trials, strict=True)]
 
     def losses(drawn: Tensor) -> Tensor:
         early, last, own = drawn[:, :, 0, 0].unbind(1)
         return own + early * cost + last * (cost + late)
 
-    return Drawn(pictures, verdicts, losses)
+    return JudgedGenerator(pictures, verdicts, losses)
 
 
-def bench(drawn: Drawn, other: Findings | None = None, parameters: int = 10, scope: Scope = SCOPE) -> Bench:
-    return Bench(
+def bench(
+    drawn: JudgedGenerator, other: Findings | None = None, parameters: int = 10, scope: FindingsConfig = SCOPE
+) -> ExperimentBench:
+    return ExperimentBench(
         site=SITE,
         scope=scope,
         parameters=parameters,
@@ -82,7 +105,7 @@ def bench(drawn: Drawn, other: Findings | None = None, parameters: int = 10, sco
     )
 
 
-def made(name: str, drawn: Drawn, **more: Findings | int) -> Finding:
+def made(name: str, drawn: JudgedGenerator, **more: Findings | int) -> Finding:
     return finding(name, bench(drawn, **more), {"trials": 3})  # pyright: ignore[reportArgumentType]
 
 
@@ -183,7 +206,7 @@ def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_pictures_sho
 def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
     drawn, looked_at = world(), list[Rectangle | None]()
 
-    def verdicts(task: Task, trials: Sequence[Trial], pictures: Tensor) -> Sequence[Verdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Tensor) -> Sequence[JudgeVerdict]:
         looked_at.extend(trial.region for trial in trials)
         return drawn.verdicts(task, trials, pictures)
 
@@ -201,10 +224,10 @@ def test_the_last_steps_cost_most_or_do_not():
 
 
 def test_a_mean_whose_interval_holds_the_threshold_decides_nothing():
-    assert are_above([Above([0.3, 0.25, 0.35])]) is True and are_above([Above([-0.3, -0.25, -0.35])]) is False
-    assert are_above([Above([0.3, 0.1, 0.2])]) is None and are_above([Above([1.0, 1.0])]) is None
-    assert are_above([Above([1.0, 1.0, 1.0], 1.0)]) is None
-    assert are_above([Above([0.3, 0.2, 0.4])]) is True and are_above([Above([0.3, 0.2, 0.4])] * 9) is None
+    assert are_above([RuleCondition([0.3, 0.25, 0.35])]) is True and are_above([RuleCondition([-0.3, -0.25, -0.35])]) is False
+    assert are_above([RuleCondition([0.3, 0.1, 0.2])]) is None and are_above([RuleCondition([1.0, 1.0])]) is None
+    assert are_above([RuleCondition([1.0, 1.0, 1.0], 1.0)]) is None
+    assert are_above([RuleCondition([0.3, 0.2, 0.4])]) is True and are_above([RuleCondition([0.3, 0.2, 0.4])] * 9) is None
 
 
 def test_chance_is_that_of_students_t():
@@ -228,8 +251,8 @@ def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
 
 def test_where_losses_do_not_change_quality_is_rarely_decided():
     drawn = torch.Generator().manual_seed(7)
-    point = Point(strength=1.0, success=0, specificity=1, quality=1, confidence=1)
-    curve = Curve(method="m", told="", concept="red", group="colour", trials=8, without=0, points=())
+    point = StrengthPoint(strength=1.0, success=0, specificity=1, quality=1, confidence=1)
+    curve = StrengthCurve(method="m", told="", concept="red", group="colour", trials=8, without=0, points=())
     decided = 0
     for _ in range(400):
         losses = 1 + 0.1 * torch.randn(8, 5, generator=drawn)
@@ -243,14 +266,14 @@ def test_where_losses_do_not_change_quality_is_rarely_decided():
 def test_what_experiments_will_draw_is_told_to_the_picture(names: tuple[str, ...], groups: tuple[str, ...]):
     scope, made_up, drawn = replace(SCOPE, groups=groups), world(), {None: 0, 7: 0}
 
-    def counted(steps: int | None) -> Drawn:
-        def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+    def counted(steps: int | None) -> JudgedGenerator:
+        def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
             drawn[steps] += len(trials)
             return made_up.pictures(trials, steering)
 
         return made_up._replace(pictures=pictures)
 
-    one = Bench(
+    one = ExperimentBench(
         site=SITE,
         scope=scope,
         parameters=10,
@@ -374,11 +397,11 @@ def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands
 
 
 def test_a_finding_is_made_again_when_another_feature_stands_for_a_concept(tmp_path: Path):
-    study, command = begun(tmp_path / "study"), Command(study=tmp_path / "study", groups=("colour",), concepts=10)
+    study, command = begun(tmp_path / "study"), FindingsCommand(study=tmp_path / "study", groups=("colour",), concepts=10)
     dictionary(study, "double.1/topk-8-k2")
     path = matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
     told = lambda name: command._made_from(  # noqa: E731
-        Toolbox(study), SITE, command._scope(), name, _detectors(study, SITE, ["red"]), None
+        StudyEditor(study), SITE, command._scope(), name, _detectors(study, SITE, ["red"]), None
     )
     before = {name: told(name) for name in ("related", "steps", "quality")}
     path.write_text(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))

@@ -17,20 +17,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Dictionary, Normalisation, Origin
-from difflex.dictionary.itda import ITDA, Growth, Moment, Source, clustered, expected_over, grow, paper, without_similar
-from difflex.dictionary.itda.grower import Grower
-from difflex.dictionary.itda.provenance import Provenance
-from difflex.dictionary.itda.watch import Watch
+from difflex.dictionary import Dictionary, DictionaryOrigin, Normalisation
+from difflex.dictionary.itda import (
+    ITDA,
+    GrowthConfig,
+    GrowthData,
+    GrowthInterval,
+    clustered,
+    expected_over,
+    grow,
+    paper,
+    without_similar,
+)
+from difflex.dictionary.itda.grower import AtomGrower
+from difflex.dictionary.itda.provenance import AtomProvenance
+from difflex.dictionary.itda.watch import HoldOut
 from difflex.dictionary.pursuit import RULES, Way
-from difflex.dictionary.pursuit.correlations import Atoms
+from difflex.dictionary.pursuit.correlations import AtomSet
 from difflex.dictionary.pursuit.walk import walk
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
 from difflex.ranks import Ranks
-from difflex.records import Reading, Rows, Shot, Site
+from difflex.records import ActivationBatch, Shot, Site, SplitBatches
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024
-ORIGIN = Origin(site=Site("double.18"), model="mini-flux")
+ORIGIN = DictionaryOrigin(site=Site("double.18"), model="mini-flux")
 CPU = torch.device("cpu")
 WAYS = pytest.mark.parametrize("way", RULES)
 
@@ -46,10 +56,10 @@ def cloud(count: int, seed: int = 0) -> Tensor:
     return (amounts @ directions + noise) * torch.linspace(1, 3, WIDTH) + 5
 
 
-def rows(number: int, size: int = BATCH) -> Rows:
+def rows(number: int, size: int = BATCH) -> ActivationBatch:
     """Batch `number`: token t of shot s is row s * 8 + t of the stream."""
     place = torch.arange(number * size, (number + 1) * size)
-    return Rows(cloud(size, seed=number + 1), place // 8, place % 8)
+    return ActivationBatch(cloud(size, seed=number + 1), place // 8, place % 8)
 
 
 def shot(number: int) -> Shot:
@@ -60,12 +70,12 @@ def stream(start: int, size: int = BATCH, tokens: int = TOKENS):
     return (rows(number, size) for number in range(start, tokens // size))
 
 
-def source(**changes: object) -> Source:
-    return replace(Source(batches=stream, tokens=TOKENS, data="cloud", shot=shot), **changes)
+def source(**changes: object) -> GrowthData:
+    return replace(GrowthData(batches=stream, tokens=TOKENS, data="cloud", shot=shot), **changes)
 
 
-def growth(**changes: object) -> Growth:
-    return replace(Growth(k=4, threshold=0.25, size=400, batch=BATCH, kept_out=0), **changes)
+def growth(**changes: object) -> GrowthConfig:
+    return replace(GrowthConfig(k=4, threshold=0.25, size=400, batch=BATCH, kept_out=0), **changes)
 
 
 def grown(folder: Path, **changes: object) -> ITDA:
@@ -80,7 +90,7 @@ def normalised() -> Normalisation:
 
 def left(z: Tensor, atoms: Tensor, way: Way, k: int = 4) -> Tensor:
     """The unexplained share of every row of `z`, by products alone."""
-    return walk(Atoms(atoms), RULES[way], z, k).left / z.square().sum(1)
+    return walk(AtomSet(atoms), RULES[way], z, k).left / z.square().sum(1)
 
 
 def all_rows() -> Tensor:
@@ -92,7 +102,7 @@ def all_rows() -> Tensor:
 def test_every_token_is_under_the_threshold_once_its_batch_was_added(way: Way, by_gram: bool, monkeypatch: pytest.MonkeyPatch):
     if by_gram:
         monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
-    grower = Grower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
     assert (grower.means.gram is not None) == by_gram or way in ("matching", "positive-matching")
     normalisation = normalised()
     for batch in stream(0):
@@ -104,7 +114,7 @@ def test_every_token_is_under_the_threshold_once_its_batch_was_added(way: Way, b
 
 @WAYS
 def test_every_atom_was_over_the_threshold_when_it_was_added(way: Way):
-    grower = Grower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
         grower.take(batch._replace(values=normalised().apply(batch.values)))
     atoms = grower.atoms.rows
@@ -126,8 +136,8 @@ def test_copies_within_a_batch_become_one_atom():
     normalisation = normalised()
     values = normalisation.apply(cloud(20)).repeat(3, 1)
     values += 1e-3 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    grower = Grower(growth(threshold=0.05), 0.05, WIDTH, CPU, Ranks())
-    grower.take(Rows(values, torch.arange(60), torch.zeros(60).long()))
+    grower = AtomGrower(growth(threshold=0.05), 0.05, WIDTH, CPU, Ranks())
+    grower.take(ActivationBatch(values, torch.arange(60), torch.zeros(60).long()))
     cosines = grower.atoms.rows @ grower.atoms.rows.T - torch.eye(grower.size)
     assert float(cosines.max()) < 0.97
     assert grower.size <= 20
@@ -135,12 +145,12 @@ def test_copies_within_a_batch_become_one_atom():
 
 def test_rows_that_are_held_out_become_no_atoms(tmp_path: Path):
     with pytest.raises(BadInput, match="'held-out', needed is 'train'"):
-        grow({tmp_path: growth()}, source(batches=lambda start: Reading(stream(start), "held-out")), origin=ORIGIN)
+        grow({tmp_path: growth()}, source(batches=lambda start: SplitBatches(stream(start), "held-out")), origin=ORIGIN)
 
 
 def test_growth_does_not_depend_on_scale():
     normalisation = normalised()
-    small, large = (Grower(growth(), 0.25, WIDTH, CPU, Ranks()) for _ in range(2))
+    small, large = (AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks()) for _ in range(2))
     for batch in stream(0):
         z = normalisation.apply(batch.values)
         small.take(batch._replace(values=z))
@@ -150,7 +160,7 @@ def test_growth_does_not_depend_on_scale():
 
 def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
-    grower = Grower(growth(), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
         grower.take(batch._replace(values=normalised().apply(batch.values)))
     atoms = grower.atoms
@@ -167,7 +177,7 @@ def test_growth_ends_at_the_size_limit_and_when_nothing_new_comes(tmp_path: Path
 
 
 def test_restricted_growth_adds_only_the_worst_of_a_batch():
-    grower = Grower(growth(most_per_batch=3), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(most_per_batch=3), 0.25, WIDTH, CPU, Ranks())
     normalisation = normalised()
     for batch in stream(0):
         z, before = normalisation.apply(batch.values), grower.atoms.rows
@@ -180,7 +190,7 @@ def test_restricted_growth_adds_only_the_worst_of_a_batch():
 
 
 def test_the_residual_can_be_added_instead_of_the_point():
-    grower = Grower(growth(add="residual"), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(add="residual"), 0.25, WIDTH, CPU, Ranks())
     normalisation = normalised()
     for batch in stream(0):
         grower.take(batch._replace(values=normalisation.apply(batch.values)))
@@ -188,7 +198,7 @@ def test_the_residual_can_be_added_instead_of_the_point():
     matches = (grower.atoms.rows * z[grower.shots[: grower.size] * 8 + grower.tokens[: grower.size]]).sum(1)
     assert float(matches[-10:].max()) < 0.95
     # A residual has nothing in common with what already explained the token: atoms are less alike than points are.
-    points = Grower(growth(), 0.25, WIDTH, CPU, Ranks())
+    points = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
         points.take(batch._replace(values=normalisation.apply(batch.values)))
     likeness = [(g.atoms.rows @ g.atoms.rows.T).abs().mean() for g in (grower, points)]
@@ -283,10 +293,10 @@ def test_an_activation_that_is_an_atom_is_given_back(tmp_path: Path):
 
 def test_the_curve_expects_what_a_power_law_goes_on_to_give():
     share = lambda size: 3.0 * size**-0.5  # noqa: E731
-    curve = [Moment(n * 1000, 0, 100 * n, 1000, round(1000 * share(max(1, 100 * (n - 1))))) for n in range(1, 401)]
+    curve = [GrowthInterval(n * 1000, 0, 100 * n, 1000, round(1000 * share(max(1, 100 * (n - 1))))) for n in range(1, 401)]
     assert expected_over(curve) == pytest.approx(share(40_000), rel=0.01)
-    assert expected_over([Moment(100, 0, 5, 10, 0), Moment(200, 0, 5, 10, 0)]) == 0
-    assert expected_over([Moment(100, 90, 5)]) is None
+    assert expected_over([GrowthInterval(100, 0, 5, 10, 0), GrowthInterval(200, 0, 5, 10, 0)]) == 0
+    assert expected_over([GrowthInterval(100, 90, 5)]) is None
 
 
 def pictures(numbers: Tensor) -> Tensor:
@@ -304,7 +314,7 @@ def test_the_curve_foretells_pictures_that_growth_never_saw_whatever_the_order(t
         shots = shots[torch.randperm(len(shots), generator=torch.Generator().manual_seed(0))]
     values = pictures(torch.arange(count))[shots]
     values += 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
-    parts = [Rows(values[part], shots[part], part) for part in torch.arange(len(shots)).split(BATCH)]
+    parts = [ActivationBatch(values[part], shots[part], part) for part in torch.arange(len(shots)).split(BATCH)]
     whole = source(batches=lambda start: iter(parts[start:]), tokens=len(shots))
     [itda] = grow({tmp_path: growth(k=2, threshold=0.05, size=4000, kept_out=0.3)}, whole, origin=ORIGIN).values()
     expected = itda.origin.training["expected_over"]
@@ -317,8 +327,8 @@ def test_the_curve_foretells_pictures_that_growth_never_saw_whatever_the_order(t
 def test_no_atom_is_of_a_prompt_that_is_kept_out(tmp_path: Path):
     twins = source(shot=lambda number: replace(shot(number // 2), seed=number))
     [itda] = grow({tmp_path: growth(kept_out=0.3)}, twins, origin=ORIGIN).values()
-    curve = [Moment(*moment) for moment in itda.origin.training["curve"]]  # pyright: ignore
-    kept_out = Watch(twins.shot).kept_out(torch.arange(TOKENS // 8), 0.3)
+    curve = [GrowthInterval(*moment) for moment in itda.origin.training["curve"]]  # pyright: ignore
+    kept_out = HoldOut(twins.shot).kept_out(torch.arange(TOKENS // 8), 0.3)
     assert 0.1 < float(kept_out.float().mean()) < 0.5 and torch.equal(kept_out[::2], kept_out[1::2])
     assert sum(moment.watched for moment in curve) == 8 * int(kept_out.sum())
     assert not kept_out[itda.provenance.shots].any()
@@ -333,9 +343,9 @@ def test_a_dictionary_that_is_full_at_once_is_judged_by_what_comes_after(tmp_pat
 
 
 def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_path: Path):
-    def noisy(number: int, size: int = BATCH) -> Rows:
+    def noisy(number: int, size: int = BATCH) -> ActivationBatch:
         noise = 0.3 * torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(number))
-        return Rows(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
+        return ActivationBatch(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
 
     whole = source(batches=lambda start: map(noisy, range(start, 128)), tokens=128 * BATCH)
     [itda] = grow({tmp_path: growth(size=4000, threshold=0.02, kept_out=0.2)}, whole, origin=ORIGIN).values()
@@ -371,7 +381,7 @@ def test_the_growths_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: py
 def started(folder: Path) -> Path:
     """The state of a growth that was stopped on its way."""
 
-    def cut(start: int) -> Iterator[Rows]:
+    def cut(start: int) -> Iterator[ActivationBatch]:
         yield from (rows(number) for number in range(start, 9))
         raise KeyboardInterrupt
 
@@ -413,7 +423,7 @@ def test_atoms_that_make_no_dictionary_are_refused(tmp_path: Path):
         {"atoms": good.atoms * torch.nan},
         {"atoms": good.atoms[:5]},
         {"normalisation": Normalisation.identity(WIDTH + 1)},
-        {"atoms": good.atoms[:0], "provenance": Provenance.unknown(0)},
+        {"atoms": good.atoms[:0], "provenance": AtomProvenance.unknown(0)},
     )
     for change in changes:
         with pytest.raises(BadInput):

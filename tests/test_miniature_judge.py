@@ -6,7 +6,7 @@ import torch
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.captions import read
 from difflex.miniature.drawing import Scenes, draw
-from difflex.miniature.judge import Judge, Reading, Seen, components, load_judge, save_judge, training_losses
+from difflex.miniature.judge import Judge, SceneReading, SeenObject, components, load_judge, save_judge, training_losses
 from difflex.miniature.scoring import kind, right_of, score, table
 from difflex.miniature.world import (
     BACKGROUNDS,
@@ -19,19 +19,19 @@ from difflex.miniature.world import (
     SIZES,
     STYLES,
     TEXTURES,
-    Mix,
+    SceneMix,
 )
 
 
-def true_reading(drawn: Scenes, i: int) -> Reading:
+def true_reading(drawn: Scenes, i: int) -> SceneReading:
     """What a perfect judge would read."""
     specs, things = drawn.specs, []
     for slot in range(int(specs.count[i])):
         names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES, "row": ROWS, "column": COLUMNS}
         concepts = {group: all_[getattr(specs, group)[i, slot]] for group, all_ in names.items()}
-        things.append(Seen(concepts=concepts, confidence=1.0, mask=drawn.slots[i] == slot))
+        things.append(SeenObject(concepts=concepts, confidence=1.0, mask=drawn.slots[i] == slot))
     ground, style = BACKGROUNDS[specs.background[i]], STYLES[specs.style[i]]
-    return Reading(objects=tuple(things), background=ground, style=style, count=COUNTS[len(things) - 1], confidence=1.0)
+    return SceneReading(objects=tuple(things), background=ground, style=style, count=COUNTS[len(things) - 1], confidence=1.0)
 
 
 def test_connected_regions_are_told_apart():
@@ -62,7 +62,7 @@ def test_an_attribute_is_scored_only_where_the_caption_states_it():
 
 
 def test_a_missing_object_makes_every_stated_attribute_wrong():
-    nothing = Reading(objects=(), background="sky", style="flat", count="one", confidence=1.0)
+    nothing = SceneReading(objects=(), background="sky", style="flat", count="one", confidence=1.0)
     right = right_of(read("a red star above a blue ring on sky"), nothing)
     assert right == {"shape": False, "colour": False, "count": False, "background": True, "relation": False}
 
@@ -93,7 +93,7 @@ def test_the_judge_in_the_package_reads_true_drawings():
 
 
 def test_only_what_lies_in_the_region_counts():
-    drawn = draw(torch.arange(40) + HELD_OUT_SEEDS, Mix(1, 0, 0))
+    drawn = draw(torch.arange(40) + HELD_OUT_SEEDS, SceneMix(1, 0, 0))
     inside = drawn.slots >= 0
     here = score(drawn.captions, drawn.pictures, load_judge(), inside)
     elsewhere = score(drawn.captions, drawn.pictures, load_judge(), ~inside)
@@ -102,7 +102,7 @@ def test_only_what_lies_in_the_region_counts():
 
 
 def test_a_concept_fills_the_region_where_it_is_and_no_other():
-    drawn, judge = draw(torch.arange(30) + HELD_OUT_SEEDS, Mix(1, 0, 0)), load_judge()
+    drawn, judge = draw(torch.arange(30) + HELD_OUT_SEEDS, SceneMix(1, 0, 0)), load_judge()
     whole = torch.ones(64, 64, dtype=torch.bool)
     for concept in ("red", "star", "sky", "top", "cartoon"):
         there = drawn.mask(concept).any(2).any(1)

@@ -15,16 +15,16 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from difflex.errors import StaleWork
-from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.autoencoder import decoder_losses, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.examination import FLOORS, examine, shortfalls
 from difflex.miniature.exporting import export, pictures
 from difflex.miniature.flow import (
+    CaptionTokens,
     FlowModel,
     FlowRecipe,
-    Texts,
     batch_of,
     losses,
     noise_levels,
@@ -32,20 +32,20 @@ from difflex.miniature.flow import (
     rate_factor,
     training_batch,
 )
-from difflex.miniature.guidance import Guide
-from difflex.miniature.heldout import HeldOut
+from difflex.miniature.guidance import GuidanceTeacher
+from difflex.miniature.heldout import HeldOutLoss
 from difflex.miniature.judge import Judge
-from difflex.miniature.training import FlowState, Workshop, pack, picture_components, train_flow, write_tensors
+from difflex.miniature.training import FlowState, TrainingFolder, pack, picture_components, train_flow, write_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-TINY = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+TINY = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
-    return picture_components(Workshop(folder=tmp_path_factory.mktemp("run")))
+    return picture_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_training_speaks_the_pipelines_language(pipeline):
     noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     arguments = {"height": 64, "width": 64, "max_sequence_length": TINY.text_length, "guidance_scale": 0.0}
     made = pipeline(captions, num_inference_steps=1, latents=noise, output_type="latent", **arguments).images
-    velocity = FlowModel(pipeline).velocity(noise, torch.ones(2), *Texts(pipeline)(captions))
+    velocity = FlowModel(pipeline).velocity(noise, torch.ones(2), *CaptionTokens(pipeline)(captions))
     assert torch.allclose(made, noise - velocity, atol=1e-5)
 
 
@@ -92,12 +92,12 @@ def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
     scenes = draw(torch.arange(2))
     latents = components.encode(scenes.pictures * 2 - 1)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
-    assert torch.equal(batch_of(scenes, components, Texts(pipeline), scenes.captions).latents, packed)
+    assert torch.equal(batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions).latents, packed)
 
 
 def test_concept_targets_are_token_shares(pipeline, components):
     scenes = draw(torch.arange(5))
-    batch = batch_of(scenes, components, Texts(pipeline), scenes.captions)
+    batch = batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions)
     assert torch.allclose(batch.concepts[:, :, 0], scenes.on_tokens("circle", 8).flatten(1))
     objects = torch.stack([(scenes.slots >= 0).float().mean((1, 2))] * 3, dim=1)
     groups = torch.stack([part.sum(2).mean(1) for part in batch.concepts.split([8, 10, 5], dim=2)], dim=1)
@@ -107,7 +107,7 @@ def test_concept_targets_are_token_shares(pipeline, components):
 def test_the_flow_is_learned(pipeline, components):
     recipe, scenes = FlowRecipe(), draw(torch.arange(8))
     state = FlowState(FlowModel(pipeline), recipe)
-    batch = batch_of(scenes, components, Texts(pipeline), scenes.captions)
+    batch = batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions)
     history = [one_update(state.model, state.average, state.optimisers, batch, recipe, 300).flow for _ in range(30)]
     assert torch.stack(history[-5:]).mean() < 0.9 * torch.stack(history[:2]).mean()
 
@@ -121,7 +121,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 
 def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline):
     recipe = FlowRecipe(updates=100, batch=256, layout_from=0.5, layout_mix=(0.0, 1.0, 0.0), layout_level_mean=5.0)
-    captions = {update: training_batch(update, recipe, components, Texts(pipeline)).concepts for update in (49, 50)}
+    captions = {update: training_batch(update, recipe, components, CaptionTokens(pipeline)).concepts for update in (49, 50)}
     objects = {update: (shares[:, :, :10].sum(2).mean(1)).std() for update, shares in captions.items()}
     assert objects[50] < objects[49]  # pairs alone vary less in what they cover than singles, pairs and copies do
     levels = {update: noise_levels(256, recipe, torch.Generator().manual_seed(0), update) for update in (49, 50)}
@@ -129,8 +129,8 @@ def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline)
 
 
 def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
-    model, texts = FlowModel(pipeline), Texts(pipeline)
-    guide = Guide(model, list(model.parameters()), texts)
+    model, texts = FlowModel(pipeline), CaptionTokens(pipeline)
+    guide = GuidanceTeacher(model, list(model.parameters()), texts)
     batch = batch_of(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
     noisy, level = torch.randn(batch.latents.shape), torch.full((2,), 0.9)
     push = guide(noisy, level, batch.clip, batch.t5)
@@ -142,7 +142,7 @@ def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
 
 
 def test_guided_targets_lie_further_along_the_push(pipeline, components):
-    batch = batch_of(draw(torch.arange(4)), components, Texts(pipeline), [""] * 4)
+    batch = batch_of(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
     model, recipe = FlowModel(pipeline), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
     loss = lambda guide: losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_guided_targets_lie_further_along_the_push(pipeline, components):
 
 
 def test_wrong_words_are_watched_for_every_group(pipeline, components):
-    held_out = HeldOut(components, Texts(pipeline), scenes=64)
+    held_out = HeldOutLoss(components, CaptionTokens(pipeline), scenes=64)
     model = FlowModel(pipeline)
     assert set(held_out.rises(model)) == {"background", "style", "colour", "size", "texture", "shape", "row", "column"}
     assert held_out.loss(model) == held_out.loss(model)
@@ -179,7 +179,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path):
         folder.mkdir()
     kill_after_a_checkpoint([sys.executable, "-c", SCRIPT, str(killed)], killed / "flow.safetensors")
     for folder in (whole, killed):
-        train_flow(Workshop(folder=folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
+        train_flow(TrainingFolder(folder=folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
     first, second = (load_file(folder / "flow.safetensors") for folder in (whole, killed))
     assert first.keys() == second.keys()
     assert all(torch.equal(x, second[name]) for name, x in first.items())
@@ -195,14 +195,14 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
 
 
 def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
-    workshop = Workshop(folder=tmp_path)
+    workshop = TrainingFolder(folder=tmp_path)
     FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
     with pytest.raises(StaleWork, match="batch"):
         train_flow(workshop, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
 
 
 def test_what_changes_on_the_way_is_logged(tmp_path, pipeline):
-    run = Workshop(folder=tmp_path)
+    run = TrainingFolder(folder=tmp_path)
     FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     train_flow(run, pipeline, replace(SHORT, updates=1, level_mean=0.5), float("inf"))
     logged = [json.loads(line) for line in run.log.read_text().splitlines()]
@@ -210,9 +210,9 @@ def test_what_changes_on_the_way_is_logged(tmp_path, pipeline):
 
 
 def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
-    run, packed = Workshop(folder=tmp_path), Workshop(folder=tmp_path / "packed")
+    run, packed = TrainingFolder(folder=tmp_path), TrainingFolder(folder=tmp_path / "packed")
     state = FlowState(FlowModel(pipeline), SHORT)
-    batch = batch_of(draw(torch.arange(4)), components, Texts(pipeline), [""] * 4)
+    batch = batch_of(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
     one_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
     state.update = 1
     state.save(run.flow)
@@ -227,7 +227,7 @@ def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
 
 
 def test_a_run_keeps_the_components_it_began_with(tmp_path):
-    run = Workshop(folder=tmp_path)
+    run = TrainingFolder(folder=tmp_path)
     first = picture_components(run)
     changed = first._replace(weights=-first.weights)
     write_tensors(run.components, changed._asdict(), {})
@@ -235,7 +235,7 @@ def test_a_run_keeps_the_components_it_began_with(tmp_path):
 
 
 def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
-    workshop = Workshop(folder=tmp_path / "work")
+    workshop = TrainingFolder(folder=tmp_path / "work")
     workshop.folder.mkdir()
     FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
     pipeline.vae.save_pretrained(workshop.autoencoder)

@@ -18,7 +18,7 @@ from difflex.miniature.world import (
     SIZES,
     STYLES,
     TEXTURES,
-    Mix,
+    SceneMix,
     held_out_combination,
     scenes,
     uniform,
@@ -56,19 +56,19 @@ def test_held_out_scenes_show_nothing_else():
 
 def test_two_different_objects_differ_in_shape_and_colour():
     for held_out in (False, True):
-        specs = scenes(torch.arange(2000), Mix(0, 1, 0), held_out)
+        specs = scenes(torch.arange(2000), SceneMix(0, 1, 0), held_out)
         assert (specs.shape[:, 0] != specs.shape[:, 1]).all()
         assert (specs.colour[:, 0] != specs.colour[:, 1]).all()
 
 
 def test_the_mix_gives_its_shares_of_scene_kinds():
-    specs = scenes(torch.arange(6000), Mix(0.5, 0.3, 0.2))
+    specs = scenes(torch.arange(6000), SceneMix(0.5, 0.3, 0.2))
     assert abs((specs.count == 1).float().mean() - 0.5) < 0.03
     assert abs((specs.count == 3).float().mean() - 0.1) < 0.03
 
 
 def test_objects_never_touch():
-    specs = scenes(torch.arange(3000), Mix(0, 1, 1))
+    specs = scenes(torch.arange(3000), SceneMix(0, 1, 1))
     apart = (specs.centre[:, 0] - specs.centre[:, 1]).norm(dim=1) - specs.radius[:, 0] - specs.radius[:, 1]
     assert apart.min() > 1.0
 
@@ -136,7 +136,7 @@ def _is_there(specs, scene, thing) -> bool:
 
 
 def test_relations_are_true():
-    specs = scenes(torch.arange(3000), Mix(0, 1, 0))
+    specs = scenes(torch.arange(3000), SceneMix(0, 1, 0))
     related = 0
     for i, caption in enumerate(write(specs)):
         request = read(caption)

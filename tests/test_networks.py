@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Clip, check_likeness, likeness
-from difflex.evaluation.networks import ALEXNET, HEADS, Lpips
+from difflex.evaluation import ClipModel, check_likeness, likeness
+from difflex.evaluation.networks import ALEXNET, HEADS, LpipsDistance
 from difflex.testing import tiny_clip
 
 SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -37,13 +37,13 @@ def noise(count: int, rows: int = 48, columns: int = 40, seed: int = 0) -> Tenso
 
 
 def test_clip_sees_a_picture_as_like_itself_and_less_like_others(folder: Path):
-    clip, one, other = Clip(str(folder), offline=True), noise(3), noise(3, seed=1)
+    clip, one, other = ClipModel(str(folder), offline=True), noise(3), noise(3, seed=1)
     assert torch.allclose(clip(one, one), torch.ones(3), atol=1e-5)
     assert bool((clip(one, other) < 1 - 1e-4).all()) and torch.allclose(clip(one, other), clip(other, one), atol=1e-6)
 
 
 def test_clip_gives_what_transformers_gives_of_a_picture_that_fits(folder: Path):
-    clip, picture = Clip(str(folder), offline=True), noise(2, 32, 32)
+    clip, picture = ClipModel(str(folder), offline=True), noise(2, 32, 32)
     mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)(["a red star", "night"], padding=True, return_tensors="pt")
@@ -56,7 +56,7 @@ def test_clip_gives_what_transformers_gives_of_a_picture_that_fits(folder: Path)
 
 
 def test_clip_looks_at_the_middle_of_a_picture_that_is_longer_than_high(folder: Path):
-    clip, wide = Clip(str(folder), offline=True), noise(1, 32, 64)
+    clip, wide = ClipModel(str(folder), offline=True), noise(1, 32, 64)
     changed = wide.clone()
     changed[..., :16] = 0
     assert torch.equal(clip.of_pictures(wide), clip.of_pictures(changed))
@@ -65,7 +65,7 @@ def test_clip_looks_at_the_middle_of_a_picture_that_is_longer_than_high(folder: 
 
 
 def test_a_text_longer_than_clip_reads_is_cut_off(folder: Path):
-    assert Clip(str(folder), offline=True).of_words(["star " * 200, "a"]).shape == (2, 32)
+    assert ClipModel(str(folder), offline=True).of_words(["star " * 200, "a"]).shape == (2, 32)
 
 
 def plain_lpips(trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], one: Tensor, other: Tensor) -> float:
@@ -92,13 +92,13 @@ def test_lpips_is_its_formula(weights: tuple[dict[str, Tensor], dict[str, Tensor
     one, other = noise(3), noise(3, seed=1)
     with torch.no_grad():
         plain = [plain_lpips(*weights, one[i : i + 1], other[i : i + 1]) for i in range(3)]
-    assert Lpips(*weights)(one, other).tolist() == pytest.approx(plain, rel=1e-4)
-    assert Lpips(*weights)(one, one).tolist() == [0.0] * 3 and min(plain) > 0.01
+    assert LpipsDistance(*weights)(one, other).tolist() == pytest.approx(plain, rel=1e-4)
+    assert LpipsDistance(*weights)(one, one).tolist() == [0.0] * 3 and min(plain) > 0.01
 
 
 def test_pictures_too_small_for_lpips_are_refused(weights: tuple[dict[str, Tensor], dict[str, Tensor]]):
     with pytest.raises(BadInput, match="30 x 40 pixels are too small"):
-        Lpips(*weights)(noise(1, 30, 40), noise(1, 30, 40))
+        LpipsDistance(*weights)(noise(1, 30, 40), noise(1, 30, 40))
 
 
 def test_published_weights_come_from_the_cache_of_torch(
@@ -110,7 +110,9 @@ def test_published_weights_come_from_the_cache_of_torch(
     (tmp_path / "checkpoints").mkdir()
     for file, part in zip((ALEXNET, HEADS), weights, strict=True):
         torch.save(part, tmp_path / "checkpoints" / file.name)
-    assert torch.equal(likeness("lpips", offline=True)(noise(2), noise(2, seed=1)), Lpips(*weights)(noise(2), noise(2, seed=1)))
+    assert torch.equal(
+        likeness("lpips", offline=True)(noise(2), noise(2, seed=1)), LpipsDistance(*weights)(noise(2), noise(2, seed=1))
+    )
     (tmp_path / "checkpoints" / HEADS.name).write_bytes(b"no weights")
     with pytest.raises(BadInput, match="cannot be had"):
         likeness("lpips", offline=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflex.dictionary import Dictionary, Origin
+from difflex.dictionary import Dictionary, DictionaryOrigin
 from difflex.dictionary.neurons import Neurons
 from difflex.errors import BadInput
 from difflex.records import Codes, Site
 
 WIDTH = 40
-ORIGIN = Origin(site=Site.parse("double.1:neurons"))
+ORIGIN = DictionaryOrigin(site=Site.parse("double.1:neurons"))
 NEURONS = Neurons(width=WIDTH, k=6, origin=ORIGIN)
 
 
@@ -54,6 +54,6 @@ def test_neurons_come_back_from_disk(tmp_path: Path):
 
 def test_wishes_that_cannot_be_met_are_refused():
     with pytest.raises(BadInput, match=r"double\.1 has no neurons.*double\.1:neurons"):
-        Neurons(width=WIDTH, k=6, origin=Origin(site=Site("double.1")))
+        Neurons(width=WIDTH, k=6, origin=DictionaryOrigin(site=Site("double.1")))
     with pytest.raises(BadInput, match="k 41 does not fit 40"):
         Neurons(width=WIDTH, k=41, origin=ORIGIN)

@@ -9,7 +9,7 @@ import torch
 from difflex.pipeline import Pipeline
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.loading import Card, Source
+from difflex.pipeline.loading import ModelDefaults, ModelSource
 from difflex.testing import tiny_pipeline
 
 ROWS = [pytest.param(family, name, id=name) for family in FAMILIES for name in family.pipelines]
@@ -41,8 +41,8 @@ def test_the_row_of_flux2_fits_the_pipeline_with_the_large_text_encoder(monkeypa
     parts = {name: klein.components[name] for name in ("scheduler", "vae", "tokenizer", "transformer")}
     made = diffusers.Flux2Pipeline(text_encoder=None, **parts)  # pyright: ignore[reportArgumentType]
     made.set_progress_bar_config(disable=True)
-    card = Card(steps=2, guidance=4.0, pixels=((32, 32),), text_length=24)
-    pipe = Pipeline(Engine(made, family_of("Flux2Pipeline"), card), Source("flux2", None, None), "fp32")
+    card = ModelDefaults(steps=2, guidance=4.0, pixels=((32, 32),), text_length=24)
+    pipe = Pipeline(Engine(made, family_of("Flux2Pipeline"), card), ModelSource("flux2", None, None), "fp32")
     rows = pipe.sites()
     assert {str(row.site) for row in rows} >= {"double.0", "double.1:text", "single.2"}
     shots = list(pipe.shots(["a star", "a moon"]))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, NonFinite, OutOfMemory
-from difflex.pipeline import Moment, Pipeline, opening
+from difflex.pipeline import HookContext, Pipeline, opening
 from difflex.pipeline.families import Family
 from difflex.records import Activations, Site
 from difflex.testing import TINY, tiny_folder
@@ -46,7 +46,7 @@ def test_a_harvest_yields_what_a_hook_reads(pipe: Pipeline, guidance: float):
     site, read = middle(pipe), {}
     shots = list(pipe.shots(PROMPTS[:2], steps=2, guidance=guidance))
 
-    def keep(x: Tensor, moment: Moment) -> None:
+    def keep(x: Tensor, moment: HookContext) -> None:
         if moment.half != "unconditional":
             read.setdefault(moment.timestep, x.clone())
 
@@ -245,7 +245,7 @@ def _with_room_for(pipe: Pipeline, room: int, monkeypatch: pytest.MonkeyPatch) -
 def test_an_interrupted_run_does_not_upset_the_next_one(pipe: Pipeline):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS[:1], steps=3, keep_steps=[0]))
 
-    def interrupt(x: Tensor, moment: Moment) -> None:
+    def interrupt(x: Tensor, moment: HookContext) -> None:
         if moment.step == 1:
             raise KeyboardInterrupt
 

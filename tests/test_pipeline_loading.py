@@ -13,9 +13,9 @@ from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, Unkn
 from difflex.pipeline import memory, opening, quantised
 from difflex.pipeline.families import family_of
 from difflex.pipeline.loading import Precision, read_card
-from difflex.pipeline.memory import Room, check_fits, estimate
-from difflex.pipeline.plans import PLANS, Part, Plan, read_plan
-from difflex.pipeline.sharded import Ranks, share
+from difflex.pipeline.memory import WeightPlacement, check_fits, estimate
+from difflex.pipeline.plans import PLANS, ComponentPlan, PipelinePlan, read_plan
+from difflex.pipeline.sharded import RankOf, share
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
@@ -145,7 +145,8 @@ def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
         },
     }
     parts = {
-        name: Part(p.library, p.kind, {**p.config, **small.get(name, {})} if p.config else None) for name, p in plan.parts.items()
+        name: ComponentPlan(p.library, p.kind, {**p.config, **small.get(name, {})} if p.config else None)
+        for name, p in plan.parts.items()
     }
     monkeypatch.setattr(opening, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(parts=parts)})
     pipe = difflex.load("black-forest-labs/FLUX.1-schnell", untrained=0)
@@ -170,13 +171,13 @@ def test_the_estimate_of_four_bits_on_a_cpu_is_what_they_take(folder: Path, untr
 
 
 def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fit_whole(monkeypatch: pytest.MonkeyPatch):
-    plan: Plan = PLANS["black-forest-labs/FLUX.1-dev"]
+    plan: PipelinePlan = PLANS["black-forest-labs/FLUX.1-dev"]
     family, place = family_of(plan.pipeline), torch.device("cpu")
 
     def complaint(gigabytes: float, precision: Precision) -> str:
         monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
-            check_fits("FLUX.1-dev", plan, family, place, Room(precision, False, 1))
+            check_fits("FLUX.1-dev", plan, family, place, WeightPlacement(precision, False, 1))
         return str(raised.value)
 
     assert "while it is loaded" in complaint(40, "nf4") and complaint(40, "nf4").endswith("with precision='bf16'.")
@@ -186,13 +187,13 @@ def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fi
 def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
     done: list[str] = []
     monkeypatch.setattr(opening, "quantise", lambda part, dtype: done.append(type(part).__name__) or part)
-    build = Part.build
+    build = ComponentPlan.build
 
-    def building(part: Part) -> object:
+    def building(part: ComponentPlan) -> object:
         done.append(f"build {part.kind}")
         return build(part)
 
-    monkeypatch.setattr(Part, "build", building)
+    monkeypatch.setattr(ComponentPlan, "build", building)
     monkeypatch.setattr(opening, "check_fits", lambda *_: None)
     monkeypatch.setattr(opening, "PLANS", {"OWNER/NAME": read_plan(folder)})
     difflex.load("OWNER/NAME", precision="nf4", untrained=0)
@@ -213,22 +214,24 @@ def test_the_limit_of_a_container_is_what_is_free(
 
 
 def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest.MonkeyPatch):
-    plan: Plan = PLANS["black-forest-labs/FLUX.1-dev"]
+    plan: PipelinePlan = PLANS["black-forest-labs/FLUX.1-dev"]
     family, card = family_of(plan.pipeline), torch.device("cuda")
 
-    def complaint(gigabytes: float, room: Room) -> str:
+    def complaint(gigabytes: float, room: WeightPlacement) -> str:
         monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
             check_fits("FLUX.1-dev", plan, family, card, room)
         return str(raised.value)
 
-    assert "transformer 22.2 GiB" in (said := complaint(24, Room("bf16", False, 1))) and said.endswith("with precision='nf4'.")
-    assert complaint(50, Room("fp32", False, 1)).endswith("with precision='bf16'.")
-    assert complaint(8, Room("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
-    assert complaint(20, Room("fp16", False, 1)).endswith("with precision='nf4'.")
-    assert complaint(2, Room("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
+    assert "transformer 22.2 GiB" in (said := complaint(24, WeightPlacement("bf16", False, 1))) and said.endswith(
+        "with precision='nf4'."
+    )
+    assert complaint(50, WeightPlacement("fp32", False, 1)).endswith("with precision='bf16'.")
+    assert complaint(8, WeightPlacement("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
+    assert complaint(20, WeightPlacement("fp16", False, 1)).endswith("with precision='nf4'.")
+    assert complaint(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
     monkeypatch.setattr(memory, "free_memory", lambda place: 40 * 2**30)
-    check_fits("FLUX.1-dev", plan, family, card, Room("bf16", False, 1))
+    check_fits("FLUX.1-dev", plan, family, card, WeightPlacement("bf16", False, 1))
 
 
 def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
@@ -241,7 +244,7 @@ def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
 def test_ranks_share_whole_runs(folder: Path):
     pipe = difflex.load(folder)
     shots = list(pipe.shots([f"a star {i}" for i in range(5)], steps=2))
-    parts = [list(share(shots, Ranks(rank, 3))) for rank in range(3)]
+    parts = [list(share(shots, RankOf(rank, 3))) for rank in range(3)]
     assert sorted((shot.prompt, shot.timestep or 0) for part in parts for shot in part) == sorted(
         (shot.prompt, shot.timestep or 0) for shot in shots
     )
@@ -328,6 +331,6 @@ def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: i
     ],
 )
 def test_a_turbo_model_is_told_by_its_scheduler(scheduler: str, settings: dict[str, str], steps: int, guidance: float):
-    plan = Plan("StableDiffusionXLPipeline", {"scheduler": Part("diffusers", scheduler, settings)}, {})
+    plan = PipelinePlan("StableDiffusionXLPipeline", {"scheduler": ComponentPlan("diffusers", scheduler, settings)}, {})
     card = read_card(None, family_of(plan.pipeline), plan)
     assert (card.steps, card.guidance) == (steps, guidance)

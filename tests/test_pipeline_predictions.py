@@ -11,8 +11,8 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline import Moment, Pipeline
-from difflex.records import Outcomes, Shot, Site
+from difflex.pipeline import HookContext, Pipeline
+from difflex.records import EditOutcomes, Shot, Site
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -36,15 +36,15 @@ def middle(pipe: Pipeline) -> Site:
     return images[len(images) // 2]
 
 
-def same(x: Tensor, moment: Moment) -> Tensor:
+def same(x: Tensor, moment: HookContext) -> Tensor:
     return x.clone()
 
 
-def halved(x: Tensor, moment: Moment) -> Tensor:
+def halved(x: Tensor, moment: HookContext) -> Tensor:
     return x / 2
 
 
-def put_back(x: Tensor, moment: Moment) -> Tensor:
+def put_back(x: Tensor, moment: HookContext) -> Tensor:
     """A bad reconstruction plus its error, in float64, where the sum is exact."""
     reconstruction = (x.double() * 0.3 + 1).float().double()
     return (reconstruction + (x.double() - reconstruction)).to(x.dtype)
@@ -53,7 +53,7 @@ def put_back(x: Tensor, moment: Moment) -> Tensor:
 EDITS = {"same": same, "put back": put_back, "halved": halved}
 
 
-def by_shot(outcomes: list[Outcomes], edit: str | None = None) -> dict[Shot, Tensor]:
+def by_shot(outcomes: list[EditOutcomes], edit: str | None = None) -> dict[Shot, Tensor]:
     return {
         shot: tensor
         for outcome in outcomes
@@ -107,7 +107,7 @@ def test_only_the_conditional_half_is_edited_and_compared(tmp_path: Path):
     pipe = difflex.load(tiny_folder("sdxl", tmp_path / "sdxl", card={"pixels": [[16, 24]]}))
     halves = []
 
-    def looking(x: Tensor, moment: Moment) -> Tensor:
+    def looking(x: Tensor, moment: HookContext) -> Tensor:
         halves.append(moment.half)
         return x
 
@@ -127,7 +127,7 @@ def test_a_run_goes_no_further_than_its_last_kept_step(flux: Pipeline):
 def test_a_failing_edit_leaves_no_hook_behind(flux: Pipeline):
     shots = list(flux.shots(PROMPTS, steps=1))
 
-    def failing(x: Tensor, moment: Moment) -> Tensor:
+    def failing(x: Tensor, moment: HookContext) -> Tensor:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline import Moment, Pipeline, opening
-from difflex.pipeline.clock import Call
+from difflex.pipeline import HookContext, Pipeline, opening
+from difflex.pipeline.clock import DenoiserCall
 from difflex.pipeline.families import Family
 from difflex.pipeline.hooks import visit
 from difflex.records import Site
@@ -75,7 +75,7 @@ def test_the_table_says_what_is_then_seen(pipe: Pipeline):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_steps_and_halves_are_those_of_the_run(pipe: Pipeline, guidance: float):
-    seen: list[Moment] = []
+    seen: list[HookContext] = []
     site = pipe.sites()[0].site
     timesteps = pipe.engine.timesteps(next(pipe.shots([""], steps=STEPS, keep_steps=[0])))
     with pipe.at(site, lambda x, moment: seen.append(moment)):
@@ -94,7 +94,7 @@ def test_each_half_is_the_run_of_its_prompt(pipe: Pipeline):
     site = [row.site for row in pipe.sites() if row.site.stream == "image"][-1]
     seen: dict[str | None, Tensor] = {}
 
-    def keep(x: Tensor, moment: Moment) -> None:
+    def keep(x: Tensor, moment: HookContext) -> None:
         if moment.step == 0:
             seen[moment.half] = x.clone()
 
@@ -159,7 +159,7 @@ def test_wildcards_stand_for_one_index(flux: Pipeline):
 
 
 def test_hooks_are_gone_after_an_error(flux: Pipeline):
-    def fail(x: Tensor, moment: Moment) -> None:
+    def fail(x: Tensor, moment: HookContext) -> None:
         raise RuntimeError("mine")
 
     plain = latents(flux)
@@ -234,7 +234,7 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
     rounded = torch.tensor(pipe.engine.timesteps(shot)[:60]).bfloat16()
     assert len(rounded.unique()) < 50
 
-    def watch(x: Tensor, moment: Moment) -> None:
+    def watch(x: Tensor, moment: HookContext) -> None:
         steps.append(moment.step)
         if len(steps) == 60:
             raise KeyboardInterrupt
@@ -246,11 +246,11 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("site", ["double.1", "single.1:text", "double.1:update", "double.1:neurons"])
 def test_an_edit_in_place_is_written_where_it_is_returned_and_only_there(flux: Pipeline, site: str):
-    def changed(x: Tensor, moment: Moment) -> Tensor:
+    def changed(x: Tensor, moment: HookContext) -> Tensor:
         x += 5
         return x
 
-    def spoilt(x: Tensor, moment: Moment) -> None:
+    def spoilt(x: Tensor, moment: HookContext) -> None:
         x += 5
 
     plain = latents(flux)
@@ -299,7 +299,7 @@ def test_neurons_of_a_module_path_are_refused(flux: Pipeline):
 @pytest.mark.parametrize(("site", "span"), [("single.0", slice(3, 9)), ("single.0:text", slice(0, 3))])
 def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, site: str, span: slice):
     """As diffusers up to 0.34 has it."""
-    call = Call(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
+    call = DenoiserCall(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
     joint, seen = torch.randn(1, 9, 32), []
     written = visit(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, moment: seen.append(x) or x + 1)
     assert torch.equal(seen[0], joint[:, span])

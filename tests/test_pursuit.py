@@ -8,7 +8,14 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.pursuit import Gram, Pool, Pursued, gradient_pursuit, matching_pursuit, orthogonal_pursuit
+from difflex.dictionary.pursuit import (
+    CandidatePool,
+    GramMatrix,
+    PursuitResult,
+    gradient_pursuit,
+    matching_pursuit,
+    orthogonal_pursuit,
+)
 from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput, NonFinite
 
@@ -26,7 +33,7 @@ def planted(seed: int = 0, size: int = SIZE, width: int = WIDTH, dtype: torch.dt
     return ((weights[:, :, None] * atoms[picks]).sum(1) + 0.2 * noise).to(dtype), atoms.to(dtype)
 
 
-def dense(found: Pursued, size: int) -> Tensor:
+def dense(found: PursuitResult, size: int) -> Tensor:
     """The codes as a dense [token, size] matrix."""
     return torch.zeros(len(found.unexplained), size, dtype=found.codes.values.dtype).scatter_add_(
         1, found.codes.indices, found.codes.values
@@ -91,7 +98,7 @@ ALL = pytest.mark.parametrize("name", PURSUITS)
 def test_every_pursuit_equals_its_plain_formula_in_float64(name: str, with_gram: bool, k: int):
     fast, plain = PURSUITS[name]
     signals, atoms = planted()
-    found = fast(signals, atoms, k, gram=Gram.of(atoms, panel=40) if with_gram else None)
+    found = fast(signals, atoms, k, gram=GramMatrix.of(atoms, panel=40) if with_gram else None)
     expected = torch.stack([plain(x, atoms, k) for x in signals])
     torch.testing.assert_close(dense(found, SIZE), expected, atol=1e-9, rtol=1e-9)
     left = (signals - expected @ atoms).square().sum(1) / signals.square().sum(1)
@@ -102,7 +109,7 @@ def test_every_pursuit_equals_its_plain_formula_in_float64(name: str, with_gram:
 def test_single_precision_explains_as_much_as_double(name: str):
     fast, plain = PURSUITS[name]
     signals, atoms = planted()
-    found = fast(signals.float(), atoms.float(), 10, gram=Gram.of(atoms.float()))
+    found = fast(signals.float(), atoms.float(), 10, gram=GramMatrix.of(atoms.float()))
     expected = torch.stack([plain(x, atoms, 10) for x in signals])
     left = (signals - expected @ atoms).square().sum() / signals.square().sum()
     reached = (signals - dense(found, SIZE).double() @ atoms).square().sum() / signals.square().sum()
@@ -114,7 +121,7 @@ def test_orthogonal_pursuit_equals_scikit_learn(k: int):
     signals, atoms = planted(seed=1)
     gram = (atoms @ atoms.T).numpy()
     theirs = orthogonal_mp_gram(gram, (atoms @ signals.T).numpy(), n_nonzero_coefs=k, copy_Gram=True, copy_Xy=True)
-    ours = dense(orthogonal_pursuit(signals, atoms, k, gram=Gram.of(atoms)), SIZE)
+    ours = dense(orthogonal_pursuit(signals, atoms, k, gram=GramMatrix.of(atoms)), SIZE)
     np.testing.assert_allclose(ours.numpy(), np.asarray(theirs).T, atol=1e-8)
 
 
@@ -149,7 +156,7 @@ def test_a_pursuit_stops_at_the_residual_asked_for(name: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_signal_that_is_an_atom_is_explained_by_it_alone(name: str, dtype: torch.dtype):
     _, atoms = planted(dtype=dtype)
-    found = PURSUITS[name][0](3 * atoms[:5], atoms, 8, gram=Gram.of(atoms))
+    found = PURSUITS[name][0](3 * atoms[:5], atoms, 8, gram=GramMatrix.of(atoms))
     assert (found.codes.values != 0).sum(1).eq(1).all()
     assert torch.equal(found.codes.indices[:, 0], torch.arange(5))
     assert (found.unexplained < 1e-5).all()
@@ -160,7 +167,7 @@ def test_zero_signals_stay_empty_and_zero_atoms_are_never_picked(name: str):
     signals, atoms = planted()
     signals[3] = 0
     atoms[::2] = 0
-    found = PURSUITS[name][0](signals, atoms, 60, gram=Gram.of(atoms))
+    found = PURSUITS[name][0](signals, atoms, 60, gram=GramMatrix.of(atoms))
     assert torch.isfinite(found.codes.values).all()
     assert found.unexplained[3] == 0
     assert not found.codes.values[3].any()
@@ -179,7 +186,7 @@ def test_duplicates_change_nothing_but_who_is_picked(name: str):
 @ALL
 def test_more_rounds_than_atoms_do_no_harm(name: str):
     signals, atoms = planted()
-    found = PURSUITS[name][0](signals, atoms[:3], 8, gram=Gram.of(atoms[:3]))
+    found = PURSUITS[name][0](signals, atoms[:3], 8, gram=GramMatrix.of(atoms[:3]))
     assert torch.isfinite(found.codes.values).all()
     assert (found.unexplained <= 1 + 1e-9).all()
 
@@ -203,7 +210,9 @@ def test_positive_pursuits_have_no_negative_weight_and_signed_ones_do():
 @ALL
 def test_half_precision_of_the_gram_matrix_costs_next_to_nothing(name: str):
     signals, atoms = planted(size=512, width=128, dtype=torch.float32)
-    whole, half = (PURSUITS[name][0](signals, atoms, 10, gram=Gram.of(atoms, dtype)) for dtype in (torch.float32, torch.float16))
+    whole, half = (
+        PURSUITS[name][0](signals, atoms, 10, gram=GramMatrix.of(atoms, dtype)) for dtype in (torch.float32, torch.float16)
+    )
     left = [(signals - dense(found, 512) @ atoms).square().sum() for found in (whole, half)]
     assert float(left[1] / left[0]) == pytest.approx(1, abs=0.005)
 
@@ -211,15 +220,15 @@ def test_half_precision_of_the_gram_matrix_costs_next_to_nothing(name: str):
 def test_a_pool_of_all_atoms_or_of_one_round_is_exact_and_a_small_one_nearly():
     signals, atoms = planted(size=512, width=128)
     exact = orthogonal_pursuit(signals, atoms, 8)
-    for pool in (Pool(rounds=1, atoms=4), Pool(rounds=4, atoms=512)):
+    for pool in (CandidatePool(rounds=1, atoms=4), CandidatePool(rounds=4, atoms=512)):
         torch.testing.assert_close(orthogonal_pursuit(signals, atoms, 8, pool=pool).unexplained, exact.unexplained)
-    small = orthogonal_pursuit(signals, atoms, 8, pool=Pool(rounds=4, atoms=32))
+    small = orthogonal_pursuit(signals, atoms, 8, pool=CandidatePool(rounds=4, atoms=32))
     assert 1 < float(small.unexplained.mean() / exact.unexplained.mean()) < 1.05
 
 
 def test_results_do_not_depend_on_the_company():
     signals, atoms = planted()
-    gram = Gram.of(atoms)
+    gram = GramMatrix.of(atoms)
     together = orthogonal_pursuit(signals, atoms, 10, gram=gram, until=0.1)
     for row in (0, 17):
         alone = orthogonal_pursuit(signals[row : row + 1], atoms, 10, gram=gram, until=0.1)
@@ -229,7 +238,7 @@ def test_results_do_not_depend_on_the_company():
 @pytest.mark.parametrize("panel", [1, 7, 32, 200])
 def test_a_grown_gram_matrix_is_the_one_computed_at_once(panel: int):
     _, atoms = planted()
-    gram = Gram(SIZE, dtype=torch.float64, panel=panel)
+    gram = GramMatrix(SIZE, dtype=torch.float64, panel=panel)
     for start, stop in ((0, 1), (1, 40), (40, 41), (41, SIZE)):
         new = atoms[start:stop]
         gram.append(new @ atoms[:start].T, new @ new.T)
@@ -255,7 +264,7 @@ def test_wishes_that_cannot_be_met_are_refused():
     with pytest.raises((BadInput, TypeCheckError), match=r"\[24, ?24\](.|\n)*\[96, ?20\]"):
         orthogonal_pursuit(signals, atoms[:, :20], 4)
     with pytest.raises(BadInput, match="of 50 atoms, but 96"):
-        orthogonal_pursuit(signals, atoms, 4, gram=Gram.of(atoms[:50]))
+        orthogonal_pursuit(signals, atoms, 4, gram=GramMatrix.of(atoms[:50]))
     with pytest.raises(BadInput, match="atom 2 has nan"):
         orthogonal_pursuit(signals, torch.cat([atoms[:2], torch.nan * atoms[2:]]), 4)
     with pytest.raises(BadInput, match=r"float64 and atoms of torch\.float32"):

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from difflex.anatomy import Anatomy as Measured
+from difflex.anatomy import Anatomy
 from difflex.cli import main
-from difflex.commands.anatomy import Anatomy
-from difflex.commands.collect import Collect
-from difflex.commands.concepts import Concepts
-from difflex.commands.evaluate import Evaluate
-from difflex.commands.explain import Explain
-from difflex.commands.findings import Findings
-from difflex.commands.harvest import Harvest
-from difflex.commands.itda import Itda
-from difflex.commands.neurons import Neurons
-from difflex.commands.removal import Removal
-from difflex.commands.steer_eval import SteerEval
-from difflex.commands.train import Train
+from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.collect import CollectCommand
+from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.explain import ExplainCommand
+from difflex.commands.findings import FindingsCommand
+from difflex.commands.harvest import HarvestCommand
+from difflex.commands.itda import ItdaCommand
+from difflex.commands.neurons import NeuronsCommand
+from difflex.commands.removal import RemovalCommand
+from difflex.commands.steer_eval import SteerEvalCommand
+from difflex.commands.train import TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
 from difflex.recipes import RECIPES, Recipe, recipe
@@ -54,33 +54,33 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
 
     def small(command: Command) -> Command:
         match command:
-            case Anatomy():
+            case AnatomyCommand():
                 return replace(command, model=str(model), prompts=str(prompts), pixels=(16, 24), steps=1, limit=4)
-            case Harvest():
+            case HarvestCommand():
                 sites, steps = tuple(HERE.get(site, site) for site in command.sites), min(command.steps or 2, 2)
                 tiny = {"model": str(model), "sites": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
                 return replace(command, **tiny, tokens=1000, dtype="bf16")
-            case Neurons():
+            case NeuronsCommand():
                 return replace(command, site=tuple(HERE.get(site, site) for site in command.site))
-            case Train():
+            case TrainCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, size=(32, 64)[: len(command.size)], k=(2, 3)[: len(command.k)], tokens=2000)
-            case Itda():
+            case ItdaCommand():
                 return replace(command, site=HERE.get(command.site, command.site), size=32, k=3, tokens=400)
-            case Evaluate():
+            case EvaluateCommand():
                 return replace(command, effect=0)
-            case Concepts():
+            case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
                 return replace(command, pictures=200, noise=(0.5,), untold=True, site=(site,))
-            case Collect():
+            case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, dictionary=(), pictures=12, steps=None, top=2, sampled=1, silent=1)
-            case Explain():
+            case ExplainCommand():
                 return replace(command, dictionary=(), features=2, judged=2)
-            case SteerEval():
+            case SteerEvalCommand():
                 one = ("double.1/topk-32-k2",)
                 return replace(command, dictionary=one, groups=("colour",), least=0.05, trials=1, pairs=1, strength=(1.0,))
-            case Removal():
+            case RemovalCommand():
                 few = {
                     "groups": ("background",),
                     "pictures": 1,
@@ -90,7 +90,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     "strength": (0.0,),
                 }
                 return replace(command, dictionary=("double.1/topk-32-k2",), **few)
-            case Findings():
+            case FindingsCommand():
                 few = {"groups": ("colour",), "concepts": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", **few)
             case _:
@@ -112,7 +112,7 @@ def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     places = study.dictionaries()
     assert {place.site for place in places} == set(study.stores())
     assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
-    assert Measured.load(study.anatomy).norms
+    assert Anatomy.load(study.anatomy).norms
     assert "What is known of" in (study.folder / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
     run_study(study)
@@ -147,7 +147,7 @@ def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp
     run_study(study, tell=told.append)
     before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     anatomy, harvest, train, *rest = study.commands
-    assert isinstance(train, Train)
+    assert isinstance(train, TrainCommand)
     run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), tell=told.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1

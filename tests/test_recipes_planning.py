@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.commands.anatomy import Anatomy
+from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.costs import scaling, seconds
-from difflex.commands.evaluate import Evaluate
-from difflex.commands.explain import Explain
-from difflex.commands.findings import Findings
-from difflex.commands.harvest import Harvest
-from difflex.commands.itda import Itda
-from difflex.commands.neurons import Neurons
-from difflex.commands.removal import Removal
-from difflex.commands.report import Report
-from difflex.commands.steer_eval import SteerEval
-from difflex.commands.train import Train
-from difflex.forecast import Estimate, Held, Learned, Outlook
+from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.explain import ExplainCommand
+from difflex.commands.findings import FindingsCommand
+from difflex.commands.harvest import HarvestCommand
+from difflex.commands.itda import ItdaCommand
+from difflex.commands.neurons import NeuronsCommand
+from difflex.commands.removal import RemovalCommand
+from difflex.commands.report import ReportCommand
+from difflex.commands.steer_eval import SteerEvalCommand
+from difflex.commands.train import TrainCommand
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast, StoreForecast
 from difflex.recipes import RECIPES
-from difflex.recipes.planning import Planned, machine_rate, plan, plan_table, said_time
+from difflex.recipes.planning import PlannedCommand, machine_rate, plan, plan_table, said_time
 from difflex.records import Shot, Site
 from difflex.run import run_study
 from difflex.study import Command, Study
@@ -45,19 +45,19 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         folder=folder,
         model=str(model),
         commands=(
-            Anatomy(**where, limit=8),
-            Harvest(**where, sites=(site, inner)),
-            Train(study=folder, site=(site,), k=(2, 3), size=(256, 512), tokens=4000),
-            Train(study=folder, site=(site,), k=(2,), size=(256,), tokens=4000, preset="paper"),
-            Itda(study=folder, site=site, k=3, size=512, tokens=4000),
-            Neurons(study=folder, site=(inner,), k=(4,)),
-            Evaluate(study=folder, effect=0),
+            AnatomyCommand(**where, limit=8),
+            HarvestCommand(**where, sites=(site, inner)),
+            TrainCommand(study=folder, site=(site,), k=(2, 3), size=(256, 512), tokens=4000),
+            TrainCommand(study=folder, site=(site,), k=(2,), size=(256,), tokens=4000, preset="paper"),
+            ItdaCommand(study=folder, site=site, k=3, size=512, tokens=4000),
+            NeuronsCommand(study=folder, site=(inner,), k=(4,)),
+            EvaluateCommand(study=folder, effect=0),
         ),
     )
 
 
 @pytest.fixture(scope="module")
-def before(study: Study) -> list[Planned]:
+def before(study: Study) -> list[PlannedCommand]:
     """What was told before it was run, which then is done."""
     told = plan(study, RATE)
     assert not study.folder.exists()
@@ -65,7 +65,7 @@ def before(study: Study) -> list[Planned]:
     return told
 
 
-def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: list[Planned]):
+def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: list[PlannedCommand]):
     expected, found = [each.estimate.bytes or 0 for each in before], [each.estimate.bytes or 0 for each in plan(study, RATE)]
     assert sum(expected) == pytest.approx(sum(found), rel=0.1)
     verbs = [each.step.entry.verb for each in before]
@@ -74,7 +74,7 @@ def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: lis
             assert size == pytest.approx(there, rel=0.1), verb
 
 
-def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[Planned]):
+def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[PlannedCommand]):
     told = {each.step.entry.verb: each.estimate for each in before}
     assert told["harvest"].sites == ("double.1", "double.1:neurons")
     assert told["harvest"].tokens == 2 * 1200 * 2 * 24  # sites x prompts x steps x tokens
@@ -82,7 +82,7 @@ def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[Pla
     assert not [each.estimate.unknown for each in before if each.estimate.unknown]
 
 
-def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[Planned]):
+def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[PlannedCommand]):
     for told, now in zip(before, plan(study, RATE), strict=True):
         assert told.step.state == "to do" and told.estimate.seconds != now.estimate.seconds
         assert now.step.state == "done" and now.estimate.seconds == now.step.entry.seconds
@@ -92,10 +92,10 @@ def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, befor
     assert "about" not in plan_table(plan(study, RATE)) and "about" in plan_table(before)
 
 
-def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[Planned]):
+def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[PlannedCommand]):
     harvest, train = study.commands[1], study.commands[2]
-    assert isinstance(train, Train)
-    outlook = Outlook(rate=RATE).after(harvest.estimate(Outlook(rate=RATE)))
+    assert isinstance(train, TrainCommand)
+    outlook = CostOutlook(rate=RATE).after(harvest.estimate(CostOutlook(rate=RATE)))
     slow, fast = (train.estimate(replace(outlook, rate=rate)).seconds or 0 for rate in (RATE, 2 * RATE))
     more = replace(train, tokens=8000).estimate(outlook).seconds or 0
     assert more - slow == pytest.approx(2 * (slow - fast))
@@ -123,20 +123,20 @@ class Silent(Command):
 
 def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
     (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE)
-    assert told.estimate == Estimate(unknown="it tells nothing of itself beforehand")
+    assert told.estimate == CostEstimate(unknown="it tells nothing of itself beforehand")
 
 
 def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
-    harvest = Harvest(model="mini-flux", sites=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
-    train = Train(study=tmp_path / "study", site=("double.77",))
+    harvest = HarvestCommand(model="mini-flux", sites=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
+    train = TrainCommand(study=tmp_path / "study", site=("double.77",))
     told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE)
     assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
 
 
 def test_commands_are_told_what_those_before_them_will_have_made():
     place, shot = (Path("study"), Site("double.1")), Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0)
-    first = Estimate(stores={place: Held(100, 4, 8, shot)}, dictionaries={place: (Learned(16, 2, 8),)})
-    outlook = Outlook(rate=1.0).after(first).after(Estimate(dictionaries={place: (Learned(32, 2, 8),)}))
+    first = CostEstimate(stores={place: StoreForecast(100, 4, 8, shot)}, dictionaries={place: (DictionaryForecast(16, 2, 8),)})
+    outlook = CostOutlook(rate=1.0).after(first).after(CostEstimate(dictionaries={place: (DictionaryForecast(32, 2, 8),)}))
     assert outlook.stores[place].rows == 100
     assert [each.size for each in outlook.dictionaries[place]] == [16, 32]
 
@@ -155,8 +155,8 @@ def test_nothing_of_a_study_of_mini_flux_is_unknown_beforehand(name: str, tmp_pa
 
 # What the commands took, one after another, on one core of the two with other work on both.
 TOOK = {
-    SteerEval: (540.9, {"dictionary": ("double.2/topk-2048-k32", "double.2/itda-2048-k32"), "trials": 12}),
-    Removal: (
+    SteerEvalCommand: (540.9, {"dictionary": ("double.2/topk-2048-k32", "double.2/itda-2048-k32"), "trials": 12}),
+    RemovalCommand: (
         919.5,
         {
             "dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16"),
@@ -165,23 +165,25 @@ TOOK = {
             "tried_on": 8,
         },
     ),
-    Findings: (486.7, {"site": "double.2"}),
+    FindingsCommand: (486.7, {"site": "double.2"}),
 }
 
 
-def steered_outlook(folder: Path, rate: float = 2e11) -> Outlook:
+def steered_outlook(folder: Path, rate: float = 2e11) -> CostOutlook:
     """What is there to steer with in a study of mini-flux."""
     shot = Shot(model="mini-flux", pixels=(64, 64), steps=4, guidance=3.5)
     sites = [Site(name) for name in ("double.2", "single.0", "single.1")]
-    return Outlook(
+    return CostOutlook(
         rate=rate,
-        stores={(folder, site): Held(1_000_000, 64, 192, shot) for site in sites},
-        dictionaries={(folder, site): (Learned(2048, 32, 192),) for site in sites},
+        stores={(folder, site): StoreForecast(1_000_000, 64, 192, shot) for site in sites},
+        dictionaries={(folder, site): (DictionaryForecast(2048, 32, 192),) for site in sites},
     )
 
 
 @pytest.mark.parametrize("verb", TOOK)
-def test_what_was_measured_is_foretold_to_within_a_factor_of_two(verb: type[SteerEval | Removal | Findings], tmp_path: Path):
+def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
+    verb: type[SteerEvalCommand | RemovalCommand | FindingsCommand], tmp_path: Path
+):
     took, flags = TOOK[verb]
     told = verb(study=tmp_path, **flags).estimate(steered_outlook(tmp_path)).seconds
     assert told is not None and took / 2 < told < took * 2
@@ -190,18 +192,26 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(verb: type[Stee
 @pytest.mark.parametrize(
     ("few", "many", "fixed"),
     [
-        (SteerEval(study=Path("s"), trials=4, pairs=4), {"trials": 8, "pairs": 8}, 3 * scaling(Learned(2048, 32, 192))),
-        (Removal(study=Path("s"), pictures=6, chosen_by=6, tried_on=6), {"pictures": 12, "chosen_by": 12, "tried_on": 12}, 0.0),
         (
-            Findings(study=Path("s"), site="double.2", trials=4, pairs=(20, 80)),
+            SteerEvalCommand(study=Path("s"), trials=4, pairs=4),
+            {"trials": 8, "pairs": 8},
+            3 * scaling(DictionaryForecast(2048, 32, 192)),
+        ),
+        (
+            RemovalCommand(study=Path("s"), pictures=6, chosen_by=6, tried_on=6),
+            {"pictures": 12, "chosen_by": 12, "tried_on": 12},
+            0.0,
+        ),
+        (
+            FindingsCommand(study=Path("s"), site="double.2", trials=4, pairs=(20, 80)),
             {"trials": 8, "pairs": (40, 160)},
-            scaling(Learned(2048, 32, 192)),
+            scaling(DictionaryForecast(2048, 32, 192)),
         ),
     ],
     ids=lambda each: type(each).__name__,
 )
 def test_twice_the_pictures_take_twice_the_time_beyond_the_start(
-    few: SteerEval | Removal | Findings, many: dict[str, int], fixed: float
+    few: SteerEvalCommand | RemovalCommand | FindingsCommand, many: dict[str, int], fixed: float
 ):
     outlook = steered_outlook(Path("s"))
     once, twice = (
@@ -213,9 +223,9 @@ def test_twice_the_pictures_take_twice_the_time_beyond_the_start(
 def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
     outlook = steered_outlook(tmp_path)
     least = [
-        SteerEval(study=tmp_path, dictionary=("double.2",), strength=(1.0,)),
-        Removal(study=tmp_path, dictionary=("double.2",), features=(1,)),
-        Findings(study=tmp_path, site="double.2", only=("quality",)),
+        SteerEvalCommand(study=tmp_path, dictionary=("double.2",), strength=(1.0,)),
+        RemovalCommand(study=tmp_path, dictionary=("double.2",), features=(1,)),
+        FindingsCommand(study=tmp_path, site="double.2", only=("quality",)),
     ]
     more = [
         (replace(least[0], strength=(1.0, 2.0)), replace(least[0], dictionary=("double.2", "single.0"))),
@@ -227,27 +237,32 @@ def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
 
 
 def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_path: Path):
-    outlook, nothing = steered_outlook(tmp_path), Outlook(rate=RATE)
-    assert "judge is not known" in SteerEval(study=tmp_path, told=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
-    for command in (SteerEval(study=tmp_path), Removal(study=tmp_path), Report(study=tmp_path)):
+    outlook, nothing = steered_outlook(tmp_path), CostOutlook(rate=RATE)
+    assert (
+        "judge is not known"
+        in SteerEvalCommand(study=tmp_path, told=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
+    )
+    for command in (SteerEvalCommand(study=tmp_path), RemovalCommand(study=tmp_path), ReportCommand(study=tmp_path)):
         assert "dictionaries there will be is not known" in command.estimate(nothing).unknown
-    assert "--site" in Findings(study=tmp_path).estimate(outlook).unknown
-    elsewhere = SteerEval(study=tmp_path, dictionary=("double.0/topk-2048-k32",))
+    assert "--site" in FindingsCommand(study=tmp_path).estimate(outlook).unknown
+    elsewhere = SteerEvalCommand(study=tmp_path, dictionary=("double.0/topk-2048-k32",))
     assert "not known" in elsewhere.estimate(outlook).unknown
-    assert "is not a study" in Findings(study=tmp_path, site="double.2").estimate(nothing).unknown
+    assert "is not a study" in FindingsCommand(study=tmp_path, site="double.2").estimate(nothing).unknown
 
 
 def test_a_report_takes_longer_with_more_dictionaries(tmp_path: Path):
     outlook, site = steered_outlook(tmp_path), Site("double.2")
-    more = outlook.after(Estimate(dictionaries={(tmp_path, site): (Learned(512, 8, 192),) * 9}))
-    few, many = (Report(study=tmp_path).estimate(each) for each in (outlook, more))
+    more = outlook.after(CostEstimate(dictionaries={(tmp_path, site): (DictionaryForecast(512, 8, 192),) * 9}))
+    few, many = (ReportCommand(study=tmp_path).estimate(each) for each in (outlook, more))
     assert few.seconds and many.seconds and many.seconds > few.seconds and (many.bytes or 0) > (few.bytes or 0)
 
 
 def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_for_more_features(tmp_path: Path):
-    asked = Outlook(rate=1.0).after(Estimate(dictionaries={(tmp_path, Site("double.1")): (Learned(16, 2, 8), Learned(32, 2, 8))}))
-    assert "not known" in Explain(studies=(tmp_path,), vlm="http://here/v1", model="seer").estimate(asked).unknown
-    few, many = (Explain(studies=(tmp_path,), features=count).estimate(asked).seconds for count in (10, 1000))
+    asked = CostOutlook(rate=1.0).after(
+        CostEstimate(dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))})
+    )
+    assert "not known" in ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer").estimate(asked).unknown
+    few, many = (ExplainCommand(studies=(tmp_path,), features=count).estimate(asked).seconds for count in (10, 1000))
     assert few is not None and many is not None and few < many
 
 
@@ -266,7 +281,7 @@ def test_times_are_said_in_two_digits():
 
 
 def test_on_the_command_line_estimates_stand_beside_what_is_done(
-    study: Study, before: list[Planned], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    study: Study, before: list[PlannedCommand], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     (tmp_path / "mine.py").write_text(
         "from difflex.recipes import Study, Train\n"

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from difflex.errors import BadInput
-from difflex.records import KINDS, STREAMS, Reading, Shot, Site, of_split
+from difflex.records import KINDS, STREAMS, Shot, Site, SplitBatches, of_split
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +54,7 @@ def test_records_are_frozen():
 
 
 def test_batches_of_another_split_than_the_one_needed_are_refused():
-    batches = Reading(iter(()), "held-out")
+    batches = SplitBatches(iter(()), "held-out")
     with pytest.raises(BadInput, match=r"'held-out', needed is 'train'.*split='train'"):
         of_split(batches, "train")
     assert of_split(batches, "held-out") is batches

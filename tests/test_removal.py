@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.dictionary import Neurons, Origin
+from difflex.dictionary import DictionaryOrigin, Neurons
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature import draw, load_judge
-from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, Mix
-from difflex.records import Activations, Moment, Shot, Site
+from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, SceneMix
+from difflex.records import Activations, HookContext, Shot, Site
 from difflex.steering import (
-    Cut,
-    Firings,
-    Pictured,
-    Rates,
-    Removal,
-    Removed,
-    Steering,
-    Tried,
-    Verdict,
+    FeatureCut,
+    GenerationCodes,
+    JudgeVerdict,
+    RemovalImages,
+    RemovalRates,
+    RemovalResults,
+    RemovalTrial,
+    RemovedConcept,
+    SteeringHook,
     best_of,
     choose,
     importance,
     rates,
 )
 from difflex.steering.removal import about
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 from difflex.trials import NAMED as NAMED_GROUPS
-from difflex.trials import DrawnJudge, Naming, drawn_naming
+from difflex.trials import DrawnJudge, NamedCaption, drawn_naming
 
 SITES = ("double.1", "single.0")
 SITE = Site("double.1", "neurons")
@@ -43,7 +43,7 @@ SPEAKS = {"red": (2, 5), "blue": (3, 3), "green": (1, 1)}
 
 
 def neurons(k: int = 2) -> Neurons:
-    return Neurons(width=WIDTH, k=k, origin=Origin(site=SITE, model="m"))
+    return Neurons(width=WIDTH, k=k, origin=DictionaryOrigin(site=SITE, model="m"))
 
 
 def activations(step: int, names: list[str]) -> Activations:
@@ -56,8 +56,8 @@ def activations(step: int, names: list[str]) -> Activations:
     return Activations(site=SITE, values=x, shots=(shot,) * len(names), grid=(2, 3))
 
 
-def firings(names: list[str] = NAMED) -> Firings:
-    found = Firings(neurons())
+def firings(names: list[str] = NAMED) -> GenerationCodes:
+    found = GenerationCodes(neurons())
     for batch in (names[:4], names[4:]):
         for step in (0, 1):
             if batch:
@@ -65,20 +65,20 @@ def firings(names: list[str] = NAMED) -> Firings:
     return found
 
 
-def at(step: int) -> Moment:
+def at(step: int) -> HookContext:
     shots = tuple(Shot(model="m", prompt=str(i), pixels=(8, 8), steps=2, guidance=0.0) for i in range(len(NAMED)))
-    return Moment(step, 1000.0 - 500 * step, None, shots, (2, 3))
+    return HookContext(step, 1000.0 - 500 * step, None, shots, (2, 3))
 
 
-def edited(cut: Cut, strength: float, step: int) -> Tensor:
+def edited(cut: FeatureCut, strength: float, step: int) -> Tensor:
     [steering] = cut.steerings(strength)
     x = activations(step, NAMED).values
     new = steering.change(x.clone(), at(step))
     return x if new is None else new
 
 
-def verdict(shows: bool, **right: bool) -> Verdict:
-    return Verdict(shows, right, 1.0)
+def verdict(shows: bool, **right: bool) -> JudgeVerdict:
+    return JudgeVerdict(shows, right, 1.0)
 
 
 def test_the_features_of_a_concept_are_those_that_have_more_of_the_code_where_it_is_named_at_each_step():
@@ -123,7 +123,7 @@ def test_a_code_below_the_mean_over_all_pictures_is_left_alone():
 def test_negative_codes_are_neither_counted_nor_touched():
     below = activations(0, NAMED)
     below.values[:2] *= -1
-    found = Firings(neurons())
+    found = GenerationCodes(neurons())
     found.add(below)
     assert float(found.means()[0, :2].max()) == float(found.peaks()[0, :2].max()) == 0.0
     [steering] = choose(firings(), NAMED, "red", 1).steerings(0.0)
@@ -145,12 +145,12 @@ def test_rates_count_what_is_gone_what_others_keep_and_all_else():
     after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
     found = rates("red", ["red", "red", "red", "blue"], before, after)
     # The third picture never was red; the size of the first never was right; red and blue count alike.
-    assert found == Rates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
+    assert found == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
 
 
 def test_an_edit_that_does_nothing_removes_nothing_and_keeps_everything():
     seen = [verdict(True, shape=True), verdict(False, shape=False), verdict(True, style=True)]
-    assert rates("red", ["red", "blue", "green"], seen, seen) == Rates(0.0, 1.0, 1.0, 1.0)
+    assert rates("red", ["red", "blue", "green"], seen, seen) == RemovalRates(0.0, 1.0, 1.0, 1.0)
 
 
 def test_what_was_never_shown_cannot_be_removed():
@@ -158,7 +158,7 @@ def test_what_was_never_shown_cannot_be_removed():
 
 
 def test_the_last_setting_that_is_good_enough_is_taken_and_without_one_that_whose_least_rate_is_largest():
-    setting = lambda n, ua, own: Tried(n, -1.0, Rates(ua, 0.96, 0.97, own))  # noqa: E731
+    setting = lambda n, ua, own: RemovalTrial(n, -1.0, RemovalRates(ua, 0.96, 0.97, own))  # noqa: E731
     mild, strong, further = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
     assert best_of([mild, strong, further]) == further
     assert best_of([mild, strong, setting(4, 0.9, 1.0)]) == strong
@@ -168,23 +168,25 @@ def test_the_last_setting_that_is_good_enough_is_taken_and_without_one_that_whos
         best_of([])
 
 
-def removed(ua: float) -> Removed:
-    tried = (Tried(1, -1.0, Rates(ua, 1.0, 1.0, 1.0)),)
+def removed(ua: float) -> RemovedConcept:
+    tried = (RemovalTrial(1, -1.0, RemovalRates(ua, 1.0, 1.0, 1.0)),)
     shared = {
         "concept": "red",
         "group": "colour",
         "features": {"double.1:neurons/neurons-8-k2": ((2,), (5, 1))},
         "strength": -1.0,
     }
-    return Removed(**shared, tried=tried, pictures=4, shown=1.0, rates=Rates(ua, 0.9, 0.95, 0.8))
+    return RemovedConcept(**shared, tried=tried, pictures=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
 
 
 def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     concepts = (removed(0.95), removed(0.85))
-    removal = Removal(model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"pictures": 4})
+    removal = RemovalResults(
+        model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"pictures": 4}
+    )
     assert removal.reaching() == [concepts[0]] and concepts[0].each == 2
-    path = removal.save(Study.begin(tmp_path, "m").removal([Place(SITE, "neurons-8-k2")]))
-    assert Removal.load(path) == removal and Study.open(tmp_path).removals() == [path]
+    path = removal.save(Study.begin(tmp_path, "m").removal([DictionaryRef(SITE, "neurons-8-k2")]))
+    assert RemovalResults.load(path) == removal and Study.open(tmp_path).removals() == [path]
     for damage in (
         "{}",
         "[]",
@@ -194,13 +196,13 @@ def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Pat
     ):
         path.write_text(damage)
         with pytest.raises(BrokenFile, match="made again"):
-            Removal.load(path)
+            RemovalResults.load(path)
 
 
 def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
     study, (a, b) = Study.begin(tmp_path, "m"), map(Site.parse, SITES)
     chosen = [[(a, "x")], [(a, "x"), (b, "x")], [(a, "x"), (b, "y")], [(a, "x"), (a, "y"), (b, "x")], [(a, "y"), (b, "x")]]
-    files = [study.removal([Place(*place) for place in places]) for places in chosen]
+    files = [study.removal([DictionaryRef(*place) for place in places]) for places in chosen]
     assert len(set(files)) == len(chosen) and files[1].name == "x.json" and study.removals() == []
 
 
@@ -217,13 +219,13 @@ def test_features_are_found_by_pictures_of_their_own_site():
     with pytest.raises(BadInput, match="these are activations of double"):
         firings().add(replace(activations(0, NAMED), site=Site("double.0")))
     with pytest.raises(BadInput, match="No picture"):
-        Firings(neurons()).means()
+        GenerationCodes(neurons()).means()
 
 
-def pictured(drawn: list[int]) -> Pictured:
+def pictured(drawn: list[int]) -> RemovalImages:
     """Pictures that show a concept as long as its neuron speaks at the second step; what is drawn anew is noted."""
 
-    def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+    def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         drawn.extend(numbers)
         x = activations(1, NAMED).values
         for steering in edits:
@@ -232,14 +234,14 @@ def pictured(drawn: list[int]) -> Pictured:
         return [verdict(bool(x[i, 2, SPEAKS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
 
     before = tuple(verdict(True, shape=True) for _ in NAMED)
-    return Pictured(named=tuple(NAMED), before=before, firings=(firings(),), edited=edited)
+    return RemovalImages(named=tuple(NAMED), before=before, firings=(firings(),), edited=edited)
 
 
 def test_planted_features_are_found_and_taken_away_while_all_else_stays():
     drawn: list[int] = []
     shown = pictured(drawn)
     for concept in SPEAKS:
-        assert shown.rates(concept, shown.chosen(concept, 2), 0.0) == Rates(1.0, 1.0, 1.0, 1.0)
+        assert shown.rates(concept, shown.chosen(concept, 2), 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
     # Only pictures that name the concept hold its features: no other is drawn anew.
     assert drawn == [0, 1, 2, 3, 4, 5]
 
@@ -247,7 +249,7 @@ def test_planted_features_are_found_and_taken_away_while_all_else_stays():
 def test_pictures_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
     drawn: list[int] = []
     nothing = [cut.of(0) for cut in pictured(drawn).chosen("red", 1)]
-    assert pictured(drawn).rates("red", nothing, 0.0) == Rates(0.0, 1.0, 1.0, 1.0) and drawn == []
+    assert pictured(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
 def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_and_one_step_further():
@@ -259,7 +261,7 @@ def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_an
 
 
 def test_what_retains_too_little_is_not_tried_more_strongly():
-    def spoilt(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+    def spoilt(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         return [verdict(True, shape=False) for _ in numbers]
 
     shown = replace(pictured([]), edited=spoilt)
@@ -273,16 +275,16 @@ def test_by_how_many_pictures_a_removal_is_judged_is_told_beforehand(concepts: i
     named, drawn = [str(number) for number in range(concepts) for _ in range(each)], list[int]()
     right = verdict(True, shape=True)
     everywhere = neurons(k=WIDTH)
-    firing = Firings(everywhere)
+    firing = GenerationCodes(everywhere)
     values = torch.ones(len(named), TOKENS, WIDTH) + torch.arange(len(named)).view(-1, 1, 1)
     firing.add(replace(activations(0, NAMED), values=values, shots=(activations(0, NAMED).shots[0],) * len(named)))
 
-    def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+    def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         drawn.extend(numbers)
         return [right] * len(numbers)
 
-    shown = Pictured(named=tuple(named), before=(right,) * len(named), firings=(firing,), edited=edited)
-    every = Cut(everywhere, ((0,),), ((0.0,),))
+    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), firings=(firing,), edited=edited)
+    every = FeatureCut(everywhere, ((0,),), ((0.0,),))
     shown.rates(named[0], [every], 0.0)
     assert len(drawn) == about(concepts, each)
 
@@ -301,13 +303,14 @@ def test_captions_name_each_concept_of_a_group_equally_often_and_none_comes_twic
 
 
 def test_the_judge_sees_in_true_drawings_the_concepts_that_their_captions_name():
-    scenes = draw(torch.arange(40) + HELD_OUT_SEEDS + 8_000_000, Mix(1, 0, 0))
+    scenes = draw(torch.arange(40) + HELD_OUT_SEEDS + 8_000_000, SceneMix(1, 0, 0))
     named = [
-        Naming(BACKGROUNDS[int(ground)], text) for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
+        NamedCaption(BACKGROUNDS[int(ground)], text)
+        for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
     ]
     seen = DrawnJudge(load_judge()).of_named("background", named, scenes.pictures)
     assert sum(verdict.shows for verdict in seen) >= 39 and all("background" not in verdict.right for verdict in seen)
-    wrong = [Naming("night" if each.concept != "night" else "wood", each.caption) for each in named]
+    wrong = [NamedCaption("night" if each.concept != "night" else "wood", each.caption) for each in named]
     assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_named("background", wrong, scenes.pictures)[:8])
 
 
@@ -334,7 +337,7 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
     assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
     assert path == study / "steering" / "removal" / "double.1,single.0" / "topk-64-k4.json"
-    removal = Removal.load(path)
+    removal = RemovalResults.load(path)
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
     assert [each.concept for each in removal.concepts] == ["small", "large"]
     for each in removal.concepts:
@@ -346,7 +349,7 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
 def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--pictures", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
-    removals = [Removal.load(path) for path in Study.open(study).removals()]
+    removals = [RemovalResults.load(path) for path in Study.open(study).removals()]
     known = {removal.dictionaries for removal in removals}
     assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
     [itda] = [removal for removal in removals if "/itda-" in removal.dictionaries[0]]

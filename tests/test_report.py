@@ -13,9 +13,9 @@ import pytest
 from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, removed, steered, whole
 
 from difflex.cli import VERBS, main, parse
-from difflex.commands.evaluate import Evaluate
-from difflex.commands.harvest import Harvest
-from difflex.commands.train import Train
+from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.harvest import HarvestCommand
+from difflex.commands.train import TrainCommand
 from difflex.commands.words import words
 from difflex.concepts import Concept
 from difflex.errors import UnknownName
@@ -23,7 +23,7 @@ from difflex.recipes import RECIPES
 from difflex.report import read, write_report
 from difflex.report.claims import Claim, judged
 from difflex.report.telling import number, percent
-from difflex.run import Entry, run_study, steps
+from difflex.run import CommandRecord, run_study, steps
 from difflex.study import Study
 
 
@@ -391,26 +391,28 @@ def test_a_command_of_a_recipe_is_told_in_words_that_mean_the_same(name: str):
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"run"}))
 def test_every_verb_that_a_recipe_can_hold_is_found_by_its_name(verb: str):
-    assert words(Entry(verb=verb, flags={})) == [verb]
+    assert words(CommandRecord(verb=verb, flags={})) == [verb]
 
 
 def test_words_tell_what_is_not_as_by_default_and_no_more():
-    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(Evaluate(study=Path("S"), effect=8),)))[0].entry, "demo")
+    told = words(
+        steps(replace(RECIPES["mini"](Path("S")), commands=(EvaluateCommand(study=Path("S"), effect=8),)))[0].entry, "demo"
+    )
     assert told == ["evaluate", "demo", "--effect", "8"]
-    train = Train(study=Path("S"), site=("double.1",), k=(8, 16), lr=2e-4, log=("wandb",))
+    train = TrainCommand(study=Path("S"), site=("double.1",), k=(8, 16), lr=2e-4, log=("wandb",))
     told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].entry)
     assert told == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--lr", "0.0002", "--log", "wandb"]
-    harvest = Harvest(model="mini-flux", sites=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
+    harvest = HarvestCommand(model="mini-flux", sites=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
     told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].entry)
     assert told == ["harvest", "mini-flux", "--sites", "double.1", "--prompts", "captions", "--out", "STUDY", "--pixels", "64x96"]
     with pytest.raises(UnknownName, match="'embroider' is unknown"):
-        words(Entry(verb="embroider", flags={}))
+        words(CommandRecord(verb="embroider", flags={}))
 
 
 def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
     study = whole(tmp_path)
     assert "has no diary" in page_of(study)
-    commands = (Evaluate(study=tmp_path, effect=8),)
+    commands = (EvaluateCommand(study=tmp_path, effect=8),)
     flags = steps(replace(study, commands=commands))[0].entry.flags
     done = {"verb": "evaluate", "flags": flags, "made": ["study.json"], "seconds": 61.0}
     alien = {"verb": "embroider", "flags": {"colour": "red"}, "made": [], "seconds": None}

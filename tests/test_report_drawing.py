@@ -10,18 +10,18 @@ from markupsafe import Markup
 
 from difflex.report.drawing import (
     Axis,
-    Cell,
-    Curve,
-    Entry,
+    AxisTick,
+    ChartRow,
+    HeatCell,
     HeatMap,
-    Key,
-    Look,
-    Mark,
+    HeatStrips,
+    LegendEntry,
     Plot,
-    Row,
-    Rows,
-    Strips,
-    Tick,
+    PlotCurve,
+    PlotPoint,
+    RowChart,
+    RowEntry,
+    SeriesStyle,
     element,
     heat_map,
     legend,
@@ -36,13 +36,13 @@ from difflex.report.drawing.scales import scaled
 from difflex.report.kinds import LOOKS
 from difflex.report.telling import NONE, number, percent
 
-BLUE = Look(colour=0)
+BLUE = SeriesStyle(colour=0)
 
 
 def plotted(xs: list[float], ys: list[float], x: Axis, y: Axis) -> tuple[list[tuple[float, float]], int]:
     """Where the marks of a plot stand, and how many were left out."""
-    marks = tuple(Mark(x=a, y=b, tip=f"{a} {b}") for a, b in zip(xs, ys, strict=True))
-    drawing = plot(Plot(title="t", description="d", x=x, y=y, curves=(Curve(series="s", look=BLUE, marks=marks),)))
+    marks = tuple(PlotPoint(x=a, y=b, tip=f"{a} {b}") for a, b in zip(xs, ys, strict=True))
+    drawing = plot(Plot(title="t", description="d", x=x, y=y, curves=(PlotCurve(series="s", look=BLUE, marks=marks),)))
     found = re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)[^>]*data-tip", drawing.svg)
     return [(float(a), float(b)) for a, b in found], drawing.left_out
 
@@ -61,10 +61,10 @@ def test_marks_stand_where_their_values_are(log: bool):
 def test_what_has_no_place_is_counted_and_not_drawn():
     places, left_out = plotted([1, 2, 3, 4], [0.1, 0.0, math.nan, math.inf], Axis(label="x"), Axis(label="y", log=True))
     assert len(places) == 1 and left_out == 3
-    entries = tuple(Entry(series="s", look=BLUE, mark=Mark(x=x, y=0, tip="t")) for x in (0.5, math.nan))
-    drawing = rows(Rows(title="t", description="d", x=Axis(label="x"), rows=(Row(name="r", entries=entries),)))
+    entries = tuple(RowEntry(series="s", look=BLUE, mark=PlotPoint(x=x, y=0, tip="t")) for x in (0.5, math.nan))
+    drawing = rows(RowChart(title="t", description="d", x=Axis(label="x"), rows=(ChartRow(name="r", entries=entries),)))
     assert drawing.left_out == 1 and drawing.svg.count("data-tip") == 1
-    cells = ((Cell(share=0.5, label="1", tip="t"), Cell(share=math.nan, label="2", tip="t"), None),)
+    cells = ((HeatCell(share=0.5, label="1", tip="t"), HeatCell(share=math.nan, label="2", tip="t"), None),)
     shown = heat_map(HeatMap(title="t", description="d", rows=("r",), columns=("a", "b", "c"), cells=cells, across="x"))
     assert shown.left_out == 1 and shown.svg.count('class="heat"') == 1
 
@@ -91,7 +91,7 @@ def test_ticks_are_round_inside_and_apart(values: tuple[float, float], log: bool
 
 
 def test_given_ticks_are_kept_as_far_as_there_is_room():
-    ticks = tuple(Tick(value, f"{value:,}") for value in (500, 502, 504, 2048))
+    ticks = tuple(AxisTick(value, f"{value:,}") for value in (500, 502, 504, 2048))
     scale = scaled(Axis(label="size", log=True, ticks=ticks), [500, 2048], 30, 390)
     assert [tick.label for tick in scale.ticks(across=True)] == ["500", "2,048"]
 
@@ -102,37 +102,37 @@ def test_a_reversed_axis_has_its_large_values_first():
 
 
 def test_a_bar_begins_at_nothing_and_ends_at_its_value():
-    entry = Entry(series="s", look=BLUE, mark=Mark(x=0.25, y=0, tip="t"), bar=True)
+    entry = RowEntry(series="s", look=BLUE, mark=PlotPoint(x=0.25, y=0, tip="t"), bar=True)
     axis = Axis(label="x", low=0.0, high=1.0)
-    drawn = rows(Rows(title="t", description="d", x=axis, rows=(Row(name="r", entries=(entry,)),))).svg
+    drawn = rows(RowChart(title="t", description="d", x=axis, rows=(ChartRow(name="r", entries=(entry,)),))).svg
     [(start, width)] = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)
     assert float(start) == 12 and float(width) == pytest.approx((400 - 24) / 4)
 
 
 def test_intervals_reach_from_their_low_to_their_high_end():
-    mark = Mark(x=0.5, y=0, tip="t", low=0.25, high=1.0)
+    mark = PlotPoint(x=0.5, y=0, tip="t", low=0.25, high=1.0)
     axis = Axis(label="x", low=0.0, high=1.0)
-    entries = (Entry(series="s", look=BLUE, mark=mark),)
-    drawn = rows(Rows(title="t", description="d", x=axis, rows=(Row(name="r", entries=entries),))).svg
+    entries = (RowEntry(series="s", look=BLUE, mark=mark),)
+    drawn = rows(RowChart(title="t", description="d", x=axis, rows=(ChartRow(name="r", entries=entries),))).svg
     [(start, end)] = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*whisker', drawn)
     assert float(start) == pytest.approx(12 + 376 / 4) and float(end) == 388
 
 
 def test_strips_fill_the_whole_width():
-    cells = (tuple(Cell(share=i / 4, label="", tip=f"{i}") for i in range(4)),)
-    asked = Strips(title="t", description="d", names=("n",), notes=("",), cells=cells, ticks=((0.0, "1 %"),), across="x")
+    cells = (tuple(HeatCell(share=i / 4, label="", tip=f"{i}") for i in range(4)),)
+    asked = HeatStrips(title="t", description="d", names=("n",), notes=("",), cells=cells, ticks=((0.0, "1 %"),), across="x")
     places = [float(x) for x in re.findall(r'<rect class="heat"[^>]* x="([\d.]+)"', strips(asked).svg)]
     assert places == [0, 100, 200, 300]
 
 
 def test_every_drawing_says_what_it_shows_and_escapes_what_it_is_told():
     evil = '<b onload="x">&'
-    marks = (Mark(x=1, y=1, tip=evil),)
-    curve = Curve(series=evil, look=BLUE, marks=marks)
+    marks = (PlotPoint(x=1, y=1, tip=evil),)
+    curve = PlotCurve(series=evil, look=BLUE, marks=marks)
     drawn = plot(Plot(title=evil, description=evil, x=Axis(label=evil), y=Axis(label=evil), curves=(curve,))).svg
     root = ET.fromstring(drawn)
     assert root.find("title") is not None and root.findtext("title") == evil == root.get("aria-label")
-    assert "<b " not in drawn and "<b " not in legend([Key(evil, evil, BLUE)])
+    assert "<b " not in drawn and "<b " not in legend([LegendEntry(evil, evil, BLUE)])
     assert element("p", evil, Markup("<i>so</i>")) == "<p>&lt;b onload=&#34;x&#34;&gt;&amp;<i>so</i></p>"
 
 

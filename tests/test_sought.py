@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from difflex.commands.worlds import read_told
 from difflex.errors import BadInput
 from difflex.records import Rectangle
-from difflex.steering import Answered, Asked, Likeness, Sought, Trial, by_answers
+from difflex.steering import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, SteeringTrial, by_answers
 
 LEFT = Rectangle(0.0, 0.0, 0.5, 1.0)
-RED = Sought(concept="red", group="colour", instead=("green", "blue"), prompts=("a {} ball", "a {} house on a hill"), region=LEFT)
+RED = ConceptSpec(
+    concept="red", group="colour", instead=("green", "blue"), prompts=("a {} ball", "a {} house on a hill"), region=LEFT
+)
 COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
-SOUGHT: Mapping[str, Sought] = {"red": RED}
+SOUGHT: Mapping[str, ConceptSpec] = {"red": RED}
 
 
 def picture(left: str, right: str) -> Tensor:
@@ -29,9 +31,9 @@ def by_mean(pixels: Tensor) -> Tensor:
     return F.normalize(pixels.mean((2, 3)), dim=1)
 
 
-def eyes(unedited: Tensor) -> Likeness:
+def eyes(unedited: Tensor) -> SimilarityJudge:
     words = lambda texts: torch.tensor([COLOURS[text] for text in texts])  # noqa: E731
-    return Likeness(by_mean, words, 10.0, SOUGHT, lambda trials: unedited)
+    return SimilarityJudge(by_mean, words, 10.0, SOUGHT, lambda trials: unedited)
 
 
 def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_seeds():
@@ -58,7 +60,7 @@ def test_pairs_differ_in_the_concept_alone_and_none_comes_twice():
 def test_a_concept_without_words_for_it_is_refused(wrong: dict[str, object]):
     words = {"concept": "red", "group": "colour", "instead": ("green",), "prompts": ("a {}",), **wrong}
     with pytest.raises(BadInput, match="cannot be sought"):
-        Sought(**words)
+        ConceptSpec(**words)
 
 
 def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
@@ -76,18 +78,18 @@ def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
 
 
 def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
-    asked: list[Asked] = []
+    asked: list[ImageQuestion] = []
 
-    def ask(several: Sequence[Asked]) -> list[Answered]:
+    def ask(several: Sequence[ImageQuestion]) -> list[ImageAnswer]:
         asked.extend(several)
-        return [Answered(shows=each.part is not None and float(each.part[0].mean()) == 1, rest=False) for each in several]
+        return [ImageAnswer(shows=each.part is not None and float(each.part[0].mean()) == 1, rest=False) for each in several]
 
     pictures = torch.stack([picture("red", "blue"), picture("green", "red")])
     verdicts = by_answers(ask, SOUGHT)(RED.task(2), RED.task(2).trials, pictures)
     assert [verdict.shows for verdict in verdicts] == [True, False] and verdicts[0].right == {"the rest": False}
     assert [each.rest for each in asked] == ["a something ball", "a something house on a hill"]
     assert asked[0].part is not None and asked[0].part.shape == (3, 4, 2) and asked[0].picture.shape == (3, 4, 4)
-    everywhere = [Trial("a green ball", 0, None)]
+    everywhere = [SteeringTrial("a green ball", 0, None)]
     by_answers(ask, SOUGHT)(RED.task(1), everywhere, pictures[:1])
     assert asked[-1].part is None
 
@@ -96,11 +98,11 @@ def test_a_part_smaller_than_a_pixel_is_one_pixel():
     tiny = Rectangle(0.5, 0.5, 0.501, 0.501)
     parts: list[Tensor | None] = []
 
-    def ask(several: Sequence[Asked]) -> list[Answered]:
+    def ask(several: Sequence[ImageQuestion]) -> list[ImageAnswer]:
         parts.extend(each.part for each in several)
-        return [Answered(True, True)]
+        return [ImageAnswer(True, True)]
 
-    by_answers(ask, SOUGHT)(RED.task(1), [Trial("a green ball", 0, tiny)], picture("red", "blue")[None])
+    by_answers(ask, SOUGHT)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], picture("red", "blue")[None])
     assert parts[0] is not None and parts[0].shape == (3, 1, 1)
 
 

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import difflex
-from difflex.dictionary import Autoencoder, Dictionary, Normalisation, Origin, Weights
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.dictionary.autoencoder import kind_of
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.pipeline import Pipeline
-from difflex.records import Edit, Moment, Rectangle, Rows, Shot, Site, Source
+from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource
 from difflex.steering import (
     Contrast,
-    Maps,
-    Recorded,
-    Scales,
-    Steering,
+    EditRecord,
+    FeatureScales,
+    SteeringHook,
+    TransplantMaps,
     contrast,
     covered,
     features_of,
@@ -46,23 +46,21 @@ def dictionary_at(site: Site, width: int) -> Dictionary:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, width, generator=generator), dim=1)
     mute = torch.where(torch.arange(SIZE) == MUTE, -1e6, 0.0)
-    weights = Weights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, floor=None)
-    origin = Origin(site=site, model="m", revision=None)
-    return Autoencoder(
-        kind=kind_of("topk"), k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True
-    )
+    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, floor=None)
+    origin = DictionaryOrigin(site=site, model="m", revision=None)
+    return SAE(kind=kind_of("topk"), k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True)
 
 
 SITE = Site("double.1")
 DICTIONARY = dictionary_at(SITE, 16)
 X = torch.randn(2, TOKENS, 16, generator=torch.Generator().manual_seed(3))
-SCALES = scales_of(DICTIONARY, [Rows(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())])
+SCALES = scales_of(DICTIONARY, [ActivationBatch(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())])
 LIVELY = int(SCALES.peaks.argmax())
 
 
-def moment(step: int = 0, half: str | None = None, steps: int = 4) -> Moment:
+def moment(step: int = 0, half: str | None = None, steps: int = 4) -> HookContext:
     shot = Shot(model="m", pixels=(16, 24), steps=steps, guidance=0.0)
-    return Moment(step, 1000.0, half, (shot,), GRID)  # pyright: ignore[reportArgumentType]
+    return HookContext(step, 1000.0, half, (shot,), GRID)  # pyright: ignore[reportArgumentType]
 
 
 def edit(what: str = "add", **changes: object) -> Edit:
@@ -70,14 +68,14 @@ def edit(what: str = "add", **changes: object) -> Edit:
 
 
 def steering(
-    *edits: Edit, dictionary: Dictionary = DICTIONARY, scales: Scales | None = SCALES, maps: Maps | None = None
-) -> Steering:
+    *edits: Edit, dictionary: Dictionary = DICTIONARY, scales: FeatureScales | None = SCALES, maps: TransplantMaps | None = None
+) -> SteeringHook:
     made = steerings(edits, lambda each: features_of(dictionary, each.features, scales), lambda _: maps)  # pyright: ignore
     assert len(made) == 1
     return made[0]
 
 
-def edited(x: Tensor, *edits: Edit, at: Moment | None = None) -> Tensor:
+def edited(x: Tensor, *edits: Edit, at: HookContext | None = None) -> Tensor:
     out = steering(*edits).change(x, at or moment())
     return x if out is None else out
 
@@ -183,9 +181,9 @@ def test_under_guidance_the_unconditional_half_is_left_edited_alike_or_opposed()
 
 def test_a_transplant_brings_the_maps_of_another_generation_to_their_place():
     other = torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(8))
-    source = Source(prompt="p", region=Rectangle(0, 0, 0.5, 1))
+    source = TransplantSource(prompt="p", region=Rectangle(0, 0, 0.5, 1))
     moved = edit("transplant", source=source, region=Rectangle(0.5, 0, 1, 1), unit="code")
-    maps = Maps(moved, features_of(DICTIONARY, moved.features, SCALES).codes)
+    maps = TransplantMaps(moved, features_of(DICTIONARY, moved.features, SCALES).codes)
     maps(other, moment())
     out = steering(moved, maps=maps).change(X, moment())
     assert out is not None
@@ -238,12 +236,12 @@ def test_scales_are_those_of_the_plain_formula_and_survive_the_disk(tmp_path: Pa
     torch.testing.assert_close(SCALES.peaks, dense.amax(1))
     torch.testing.assert_close(SCALES.means, dense.sum(1) / (dense > 0).sum(1).clamp(min=1))
     SCALES.save(tmp_path / "s.safetensors", "abc")
-    kept = Scales.kept(tmp_path / "s.safetensors", "abc")
+    kept = FeatureScales.kept(tmp_path / "s.safetensors", "abc")
     assert kept is not None and torch.equal(kept.peaks, SCALES.peaks) and kept.norm == SCALES.norm
-    assert Scales.kept(tmp_path / "s.safetensors", "other") is None
+    assert FeatureScales.kept(tmp_path / "s.safetensors", "other") is None
     (tmp_path / "s.safetensors").write_bytes(b"broken")
     with pytest.raises(BrokenFile):
-        Scales.kept(tmp_path / "s.safetensors", "abc")
+        FeatureScales.kept(tmp_path / "s.safetensors", "abc")
 
 
 # With every family's own tiny pipeline.
@@ -260,7 +258,7 @@ def site_of(pipe: Pipeline) -> tuple[Site, int]:
     return rows[len(rows) // 2].site, rows[len(rows) // 2].width
 
 
-def drawn(pipe: Pipeline, edits: list[Steering] | None = None) -> list[bytes]:
+def drawn(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes]:
     made = pipe.generate(["a red star", "a blue circle"], steps=2, guidance=4.0, edits=edits or [])
     return [each.picture.tobytes() for each in made]
 
@@ -272,23 +270,23 @@ def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_
     site, width = site_of(pipe)
     dictionary = dictionary_at(site, width)
     features = tuple(range(SIZE))
-    source = Source(prompt="a cat", seed=5) if what == "transplant" else None
+    source = TransplantSource(prompt="a cat", seed=5) if what == "transplant" else None
     change = Edit(what=what, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
 
-    def maps(each: Edit) -> Maps:
-        found = Maps(each, features_of(dictionary, each.features, None).codes)
+    def maps(each: Edit) -> TransplantMaps:
+        found = TransplantMaps(each, features_of(dictionary, each.features, None).codes)
         assert each.source is not None
         with pipe.at(site, found):
             pipe.generate(each.source.prompt, seed=each.source.seed, steps=2, guidance=4.0)
         return found
 
-    def steered(*edits: Edit) -> list[Steering]:
+    def steered(*edits: Edit) -> list[SteeringHook]:
         return steerings(edits, lambda each: features_of(dictionary, each.features, None), maps)
 
     plain, changed = drawn(pipe), drawn(pipe, steered(change))
     assert changed != plain
     shot = next(pipe.shots("a red star", steps=2, guidance=4.0))
-    again = Recorded.load(Recorded(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
+    again = EditRecord.load(EditRecord(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
     assert again.edits == (change,) and again.shot == shot
     assert drawn(pipe, steered(*again.edits)) == changed
     nothing = replace(change, features=(MUTE,), strength={"scale": 1.0}.get(what, 0.0))
@@ -362,13 +360,13 @@ def test_a_direction_is_taken_apart_into_the_features_it_was_made_of():
 
 def test_an_edit_file_that_is_damaged_or_of_another_format_is_refused(tmp_path: Path):
     shot = Shot(model="m", pixels=(16, 24), steps=4, guidance=0.0)
-    path = Recorded(shot=shot, edits=(edit(),), checksums={}).save(tmp_path / "edit.json")
+    path = EditRecord(shot=shot, edits=(edit(),), checksums={}).save(tmp_path / "edit.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
     with pytest.raises(BrokenFile, match="format 9"):
-        Recorded.load(path)
+        EditRecord.load(path)
     path.write_text("{")
     with pytest.raises(BrokenFile, match="damaged"):
-        Recorded.load(path)
+        EditRecord.load(path)
 
 
 def test_a_dictionary_of_another_site_or_model_is_refused():

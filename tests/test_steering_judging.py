@@ -13,36 +13,46 @@ from difflex.cli import main, parse
 from difflex.commands.contrast import both_sides
 from difflex.commands.steer_eval import BY_STRENGTH
 from difflex.errors import BadInput, BrokenFile
-from difflex.forecast import Learned, Outlook
+from difflex.forecast import CostOutlook, DictionaryForecast
 from difflex.miniature import draw, load_judge
 from difflex.miniature.captions import read
-from difflex.miniature.world import HELD_OUT_SEEDS, Mix
-from difflex.records import Moment, Shot, Site
-from difflex.steering import Drawn, Judged, Steering, Strip, Task, Trial, Verdict, judge, side_by_side
+from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
+from difflex.records import HookContext, Shot, Site
+from difflex.steering import (
+    ImageStrip,
+    JudgedGenerator,
+    JudgeVerdict,
+    SteeringHook,
+    SteeringResults,
+    SteeringTask,
+    SteeringTrial,
+    judge,
+    side_by_side,
+)
 from difflex.study import Command
 from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 
-TRIALS = tuple(Trial(f"picture {number}", number, None) for number in range(4))
-TASK = Task(concept="red", group="colour", trials=TRIALS)
+TRIALS = tuple(SteeringTrial(f"picture {number}", number, None) for number in range(4))
+TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)
 
 
-def shown(strength: float) -> Steering:
-    return Steering(Site("double.1"), lambda x, moment: x + strength)
+def shown(strength: float) -> SteeringHook:
+    return SteeringHook(Site("double.1"), lambda x, moment: x + strength)
 
 
-def fake(spoils: float) -> Drawn:
+def fake(spoils: float) -> JudgedGenerator:
     """Pictures of one number, the strength: red from 1 on; from `spoils` on the ground is wrong; the loss grows with it."""
 
-    def pictures(trials: Sequence[Trial], steering: Steering | None) -> Tensor:
+    def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         plain = torch.zeros(len(trials), 1, 1)
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in trials)
-        edited = None if steering is None else steering.change(plain, Moment(0, 1.0, None, shots, None))
+        edited = None if steering is None else steering.change(plain, HookContext(0, 1.0, None, shots, None))
         return (plain if edited is None else edited).view(-1, 1, 1, 1)
 
-    def verdicts(task: Task, trials: Sequence[Trial], drawn: Tensor) -> list[Verdict]:
-        return [Verdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in drawn.flatten()]
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], drawn: Tensor) -> list[JudgeVerdict]:
+        return [JudgeVerdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in drawn.flatten()]
 
-    return Drawn(pictures, verdicts, lambda drawn: 1 + drawn.flatten())
+    return JudgedGenerator(pictures, verdicts, lambda drawn: 1 + drawn.flatten())
 
 
 def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
@@ -67,22 +77,22 @@ def test_each_picture_of_a_batch_gets_its_own_edit():
     both = side_by_side(TRIALS[:3], [shown(1.0), None, shown(5.0)])
     assert both is not None
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
-    out = both.change(torch.zeros(3, 2, 2), Moment(0, 1.0, None, shots, None))
+    out = both.change(torch.zeros(3, 2, 2), HookContext(0, 1.0, None, shots, None))
     assert out is not None and out[:, 0, 0].tolist() == [1.0, 0.0, 5.0]
     assert side_by_side(TRIALS[:2], [None, None]) is None
     with pytest.raises(BadInput, match="at one site"):
-        side_by_side(TRIALS[:2], [shown(1.0), Steering(Site("single.0"), lambda x, moment: x)])
+        side_by_side(TRIALS[:2], [shown(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
 
 
 def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     curves = tuple(judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0)))
-    strip = Strip(method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp")
-    judged = Judged(model="m", site="double.1", curves=curves, made_from={"trials": 4}, strips=(strip,))
+    strip = ImageStrip(method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp")
+    judged = SteeringResults(model="m", site="double.1", curves=curves, made_from={"trials": 4}, strips=(strip,))
     path = judged.save(tmp_path / "judged.json")
-    assert Judged.load(path) == judged
+    assert SteeringResults.load(path) == judged
     path.write_text("{}")
     with pytest.raises(BrokenFile):
-        Judged.load(path)
+        SteeringResults.load(path)
 
 
 @pytest.mark.parametrize("concept", ["cyan", "striped", "night", "star", "cartoon"])
@@ -103,11 +113,11 @@ def test_pairs_differ_in_the_concept_alone():
 
 
 def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewhere():
-    scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, Mix(1, 0, 0))
+    scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, SceneMix(1, 0, 0))
     drawn = DrawnJudge(load_judge())
     task = drawn_task("cyan", 1)
     placed = [i for i, caption in enumerate(scenes.captions) if (thing := read(caption).objects[0]).row and thing.column][:60]
-    trials = [Trial(scenes.captions[i], i, None) for i in placed]
+    trials = [SteeringTrial(scenes.captions[i], i, None) for i in placed]
     truth = [int(scenes.specs.colour[i, 0]) == 4 for i in placed]
     seen = [verdict.shows for verdict in drawn(task, trials, scenes.pictures[placed])]
     assert sum(a == b for a, b in zip(truth, seen, strict=True)) >= 58 and any(truth)
@@ -138,9 +148,9 @@ def _tiles(path: Path) -> list[bytes]:
         return [file.crop((x, 0, x + 64, 64)).convert("RGB").tobytes() for x in range(0, file.width, 64)]
 
 
-def _is_as_told(command: Command, judged: Judged, study: Path) -> None:
+def _is_as_told(command: Command, judged: SteeringResults, study: Path) -> None:
     """What was foretold of a command is what came: a curve of every concept for each method but the neuron."""
-    outlook = Outlook(rate=1e11, dictionaries={(study, Site("double.1")): (Learned(256, 8, 192),)})
+    outlook = CostOutlook(rate=1e11, dictionaries={(study, Site("double.1")): (DictionaryForecast(256, 8, 192),)})
     told = command.estimate(outlook)
     curves = [curve for curve in judged.curves if curve.method != "neuron"]
     points = sum(len(curve.points) for curve in curves)
@@ -182,7 +192,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     flags = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "3", "--strength", "1:2:1", "--steps", "0:3"]
     assert main(["steer-eval", study, "double.1", *flags]) == 0
     said = capsys.readouterr().out
-    judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
+    judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     _is_as_told(parse(["steer-eval", study, "double.1", *flags]), judged, tmp_path / "study")
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
@@ -209,7 +219,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     beside.rename(beside.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]
     assert main(["steer-eval", study, "double.1", *few]) == 0
-    judged = Judged.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
+    judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert judged.of("neuron")
     # What was found out about other weights is not held for true of these.
     weights = tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8" / "dictionary.safetensors"

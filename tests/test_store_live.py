@@ -9,33 +9,35 @@ import torch
 from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 
 from difflex.errors import BadInput, UnknownName
-from difflex.records import Rows
-from difflex.store import Live, Recording, record
+from difflex.records import ActivationBatch
+from difflex.store import LiveActivations, RecordingConfig, record
 from difflex.store.shard import Stored
 
 SITE = SITES[0]
 
 
-def live(runs: int | None = 200, window: int = 200, dtype: Stored = "bf16", harvest: FakeHarvest | None = None) -> Live:
-    return Live(fake_shots(runs), SITE, harvest or FakeHarvest(), window=window, dtype=dtype, batch=4)
+def live(
+    runs: int | None = 200, window: int = 200, dtype: Stored = "bf16", harvest: FakeHarvest | None = None
+) -> LiveActivations:
+    return LiveActivations(fake_shots(runs), SITE, harvest or FakeHarvest(), window=window, dtype=dtype, batch=4)
 
 
-def places(rows: Rows) -> list[tuple[int, int]]:
+def places(rows: ActivationBatch) -> list[tuple[int, int]]:
     return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
 
 
-def of_all(batches: Iterator[Rows]) -> list[tuple[int, int]]:
+def of_all(batches: Iterator[ActivationBatch]) -> list[tuple[int, int]]:
     return [place for rows in batches for place in places(rows)]
 
 
-def by_place(batches: Iterable[Rows]) -> dict[tuple[int, int], torch.Tensor]:
+def by_place(batches: Iterable[ActivationBatch]) -> dict[tuple[int, int], torch.Tensor]:
     return {place: value for rows in batches for place, value in zip(places(rows), rows.values, strict=True)}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
 @pytest.mark.parametrize("split", ["train", "held-out"])
 def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: Stored, split):
-    settings = Recording(dtype=dtype, batch=4, shard_bytes=2000, progress=False)
+    settings = RecordingConfig(dtype=dtype, batch=4, shard_bytes=2000, progress=False)
     [store] = record(tmp_path, fake_shots(200), [SITE], FakeHarvest(), settings)
     source = live(dtype=dtype)
     assert (source.site, source.model, source.width, source.tokens) == (store.site, store.model, store.width, store.tokens)
@@ -98,7 +100,7 @@ def test_a_window_is_shuffled_and_a_seed_fixes_how():
 
 
 def test_several_steps_of_a_run_are_several_shots():
-    source = Live(fake_shots(8, steps=2), SITE, FakeHarvest(), batch=4)
+    source = LiveActivations(fake_shots(8, steps=2), SITE, FakeHarvest(), batch=4)
     rows = next(source.batches(10**6))
     assert len(rows.shots) == 2 * 7 * 8  # one prompt of eight is held out
     for value, (shot, token) in zip(rows.values, places(rows), strict=True):
@@ -114,13 +116,13 @@ def test_a_shot_that_comes_again_is_read_again():
     star, *others = [shot for shot in fake_shots(30) if shot.split == "train"]
     held_out = next(shot for shot in fake_shots(200) if shot.split == "held-out")
     shots = [star, held_out, star, *others[:2], star]
-    source = Live(shots, SITE, FakeHarvest(), batch=4)
+    source = LiveActivations(shots, SITE, FakeHarvest(), batch=4)
     assert [shot for shot, _ in of_all(source.batches(8, seed=None))][::8] == [0, 2, 5, 3, 4]
     for value, (shot, token) in by_number(source):
         assert torch.equal(value, activation(shots[shot], SITE, 8, 16)[token].bfloat16())
 
 
-def by_number(source: Live) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+def by_number(source: LiveActivations) -> list[tuple[torch.Tensor, tuple[int, int]]]:
     return [(value, place) for rows in source.batches(10) for value, place in zip(rows.values, places(rows), strict=True)]
 
 

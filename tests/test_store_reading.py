@@ -14,13 +14,13 @@ from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 from jaxtyping import TypeCheckError
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import Rows, of_split
-from difflex.store import Recording, Store, record
-from difflex.store.batches import Slabs
+from difflex.records import ActivationBatch, of_split
+from difflex.store import RecordingConfig, Store, record
+from difflex.store.batches import BufferPool
 
 SPARSE = Path(__file__).parent / "sparse_store.py"
 SITE = SITES[0]
-QUICK = Recording(batch=4, shard_bytes=2000, progress=False)
+QUICK = RecordingConfig(batch=4, shard_bytes=2000, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return record(tmp_path_factory.mktemp("store"), fake_shots(200), [SITE], FakeHarvest(), QUICK)[0]
 
 
-def places(rows: Rows) -> list[tuple[int, int]]:
+def places(rows: ActivationBatch) -> list[tuple[int, int]]:
     return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
 
 
@@ -125,7 +125,7 @@ def test_a_batch_that_is_kept_stays_as_it_was(store: Store):
 
 
 def test_memory_is_used_again_only_when_nobody_holds_it():
-    slabs = Slabs()
+    slabs = BufferPool()
     first = slabs.empty(4, 8, torch.bfloat16)
     view, address = first[1:], first.data_ptr()
     del first

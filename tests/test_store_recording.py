@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
 from difflex.records import Activations, Shot, Site, split_of
-from difflex.store import Recording, Store, files, record
+from difflex.store import RecordingConfig, Store, files, record
 
 SCRIPT = Path(__file__).parent / "fake_harvest.py"
 SITE = SITES[0]
-QUICK = Recording(batch=4, shard_bytes=0, progress=False)
+QUICK = RecordingConfig(batch=4, shard_bytes=0, progress=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -122,7 +122,7 @@ def test_a_further_site_harvests_only_that(tmp_path: Path, whole: Path):
 
 
 def test_shards_hold_whole_batches_and_whole_runs(tmp_path: Path):
-    settings = Recording(batch=3, shard_bytes=5000, progress=False, tokens=1000)
+    settings = RecordingConfig(batch=3, shard_bytes=5000, progress=False, tokens=1000)
     [store] = record(tmp_path, fake_shots(None, steps=2), [SITE], FakeHarvest(), settings)
     shards = [json.loads(path.read_text())["shots"] for path in sorted(store.folder.glob("shard-*.json"))]
     assert {len(shots) % 6 for shots in shards[:-1]} == {0}
@@ -217,7 +217,7 @@ def test_a_disk_that_fails_while_a_file_is_still_written_is_an_error(tmp_path: P
 
     monkeypatch.setattr(files, "FLUSH", 1)
     monkeypatch.setattr(os, "fsync", fsync)
-    whole = files.Whole(tmp_path / "file", rank=0)
+    whole = files.AtomicFile(tmp_path / "file", rank=0)
     whole.write(b"some")
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         whole.keep()
@@ -358,7 +358,7 @@ def test_what_cannot_be_recorded_is_said(tmp_path: Path, work, error: type[Diffl
 def test_an_unknown_storage_type_is_refused(tmp_path: Path):
     # With shapes and types enforced, the second error comes first.
     with pytest.raises((UnknownName, TypeCheckError), match="fp32"):
-        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), Recording(dtype="fp32"))  # pyright: ignore[reportArgumentType]
+        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), RecordingConfig(dtype="fp32"))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_shot_whose_split_is_not_that_of_its_prompt_is_refused(tmp_path: Path):

@@ -17,24 +17,24 @@ import torch
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
-from difflex.dictionary import Autoencoder, Dictionary, Origin
+from difflex.dictionary import SAE, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
-from difflex.planted import Planted
-from difflex.records import Reading, Rows, Site
-from difflex.training import Course, Optimiser, Revival, Start, Training, fit, shuffled
+from difflex.planted import PlantedDictionary
+from difflex.records import ActivationBatch, Site, SplitBatches
+from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit, shuffled
 from difflex.training.fitting import rate
 
-WORLD = Planted(width=16, truths=48, active=3, stretched=2)
-ORIGIN = Origin(site=Site("double.1"), model="mini-flux")
-SMALL = Training(size=64, k=4, optimiser=Optimiser(lr=1e-2, warmup=5), revival=Revival(after=500))
-COURSE = Course(tokens=64 * 40, checkpoint_every=7, log_every=5, progress=False)
+WORLD = PlantedDictionary(width=16, truths=48, active=3, stretched=2)
+ORIGIN = DictionaryOrigin(site=Site("double.1"), model="mini-flux")
+SMALL = TrainingConfig(size=64, k=4, optimiser=AdamConfig(lr=1e-2, warmup=5), revival=AuxKLoss(after=500))
+COURSE = FitConfig(tokens=64 * 40, checkpoint_every=7, log_every=5, progress=False)
 
 
-def batches(start: int) -> Iterator[Rows]:
+def batches(start: int) -> Iterator[ActivationBatch]:
     return WORLD.batches(64, start)
 
 
-def trained(folder: Path, training: Training = SMALL, course: Course = COURSE) -> Autoencoder:
+def trained(folder: Path, training: TrainingConfig = SMALL, course: FitConfig = COURSE) -> SAE:
     return fit({folder: training}, batches, origin=ORIGIN, course=course)[folder]
 
 
@@ -55,7 +55,7 @@ KINDS = {
     "batchtopk": replace(SMALL, kind="batchtopk"),
     "jumprelu": replace(SMALL, kind="jumprelu"),
     "matryoshka": replace(SMALL, kind="matryoshka", prefixes=(16,)),
-    "lazy": replace(SMALL, optimiser=Optimiser(lr=1e-2, beta1=0.0, ema=0.9), normalisation="whiten", clip=5.0),
+    "lazy": replace(SMALL, optimiser=AdamConfig(lr=1e-2, beta1=0.0, ema=0.9), normalisation="whiten", clip=5.0),
 }
 
 
@@ -87,7 +87,7 @@ VOLATILE = ("tokens_per_second", "waiting")
 
 
 def interrupted_at(number: int):
-    def stream(start: int) -> Iterator[Rows]:
+    def stream(start: int) -> Iterator[ActivationBatch]:
         for current, rows in enumerate(batches(start), start):
             if current == number:
                 raise InterruptedError
@@ -150,7 +150,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, kil
 
 
 def test_a_batch_with_nan_ends_the_run_by_name_and_keeps_the_last_state(tmp_path: Path):
-    def poisoned(start: int) -> Iterator[Rows]:
+    def poisoned(start: int) -> Iterator[ActivationBatch]:
         for number, rows in enumerate(batches(start), start):
             if number == 20:
                 rows.values[5, 3] = torch.nan
@@ -165,14 +165,14 @@ def test_a_batch_with_nan_ends_the_run_by_name_and_keeps_the_last_state(tmp_path
 
 
 def test_weights_that_diverge_are_said_to(tmp_path: Path):
-    wild = replace(SMALL, optimiser=Optimiser(lr=1e30, warmup=0))
+    wild = replace(SMALL, optimiser=AdamConfig(lr=1e30, warmup=0))
     with pytest.raises(NonFinite, match=r"have diverged\. No state was saved\. Lower the learning rate"):
         trained(tmp_path, wild)
 
 
 def test_rows_that_are_held_out_are_not_learned_from(tmp_path: Path):
     with pytest.raises(BadInput, match="'held-out', needed is 'train'"):
-        fit({tmp_path: SMALL}, lambda start: Reading(batches(start), "held-out"), origin=ORIGIN, course=COURSE)
+        fit({tmp_path: SMALL}, lambda start: SplitBatches(batches(start), "held-out"), origin=ORIGIN, course=COURSE)
 
 
 def test_work_on_other_data_or_of_another_training_is_not_continued(tmp_path: Path):
@@ -200,7 +200,7 @@ def test_data_that_normalisation_would_help_is_warned_of(tmp_path: Path):
 
 
 def test_a_stream_that_ends_early_is_warned_of_and_what_was_learned_is_kept(tmp_path: Path):
-    def short(start: int) -> Iterator[Rows]:
+    def short(start: int) -> Iterator[ActivationBatch]:
         return (rows for _, rows in zip(range(start, 12), batches(start), strict=False))
 
     with pytest.warns(UserWarning, match="ended after 768 tokens of 2560"):
@@ -227,7 +227,7 @@ def test_a_listener_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    settings = Optimiser(lr=1.0, warmup=10, decay=0.2)
+    settings = AdamConfig(lr=1.0, warmup=10, decay=0.2)
     assert [rate(settings, update, update / 100) for update in (0, 4, 9, 50, 80, 90)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5])
 
 
@@ -240,12 +240,12 @@ def test_trainings_that_make_no_sense_are_refused(wrong: dict):
         replace(SMALL, **wrong)
 
 
-def rows_from(row: int) -> Iterator[Rows]:
+def rows_from(row: int) -> Iterator[ActivationBatch]:
     """A stream of numbered rows in uneven pieces, from the given row on."""
     while row < 100:
         count = min(7, 100 - row)
         number = torch.arange(row, row + count)
-        yield Rows(number[:, None].float(), number, number)
+        yield ActivationBatch(number[:, None].float(), number, number)
         row += count
 
 
@@ -266,21 +266,21 @@ def test_a_window_of_no_whole_batches_is_refused():
 
 def test_seeds_differ_and_repeat(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        trained(tmp_path / name, replace(SMALL, start=Start(seed=seed)))
+        trained(tmp_path / name, replace(SMALL, start=InitConfig(seed=seed)))
     assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Optimiser(lr=-1.0),
-        lambda: Optimiser(lr=float("nan")),
-        lambda: Optimiser(ema=2.0),
-        lambda: Optimiser(decay=-1.0),
-        lambda: Revival(target="magic"),  # pyright: ignore[reportArgumentType]
-        lambda: Start(bias="magic"),  # pyright: ignore[reportArgumentType]
-        lambda: Training(kind="top_k", size=64, k=4),  # pyright: ignore[reportArgumentType]
-        lambda: Course(tokens=0),
+        lambda: AdamConfig(lr=-1.0),
+        lambda: AdamConfig(lr=float("nan")),
+        lambda: AdamConfig(ema=2.0),
+        lambda: AdamConfig(decay=-1.0),
+        lambda: AuxKLoss(target="magic"),  # pyright: ignore[reportArgumentType]
+        lambda: InitConfig(bias="magic"),  # pyright: ignore[reportArgumentType]
+        lambda: TrainingConfig(kind="top_k", size=64, k=4),  # pyright: ignore[reportArgumentType]
+        lambda: FitConfig(tokens=0),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: Callable[[], object]):
@@ -291,7 +291,7 @@ def test_settings_that_make_no_sense_are_refused(wrong: Callable[[], object]):
 def test_statistics_count_a_repeated_stream_once(tmp_path: Path):
     few = next(batches(0))
 
-    def again(start: int) -> Iterator[Rows]:
+    def again(start: int) -> Iterator[ActivationBatch]:
         return repeat(few)
 
     with pytest.raises(BadInput, match="needs"):
@@ -299,7 +299,7 @@ def test_statistics_count_a_repeated_stream_once(tmp_path: Path):
 
 
 def test_weights_that_diverge_in_the_last_update_are_not_saved(tmp_path: Path):
-    mad = replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0, decay=0.0))
+    mad = replace(SMALL, optimiser=AdamConfig(lr=1e38, warmup=0, decay=0.0))
     with pytest.raises(NonFinite), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit({tmp_path: mad}, batches, origin=ORIGIN, course=replace(COURSE, tokens=64))
@@ -307,14 +307,14 @@ def test_weights_that_diverge_in_the_last_update_are_not_saved(tmp_path: Path):
 
 
 def test_where_one_of_a_sweep_diverges_the_others_keep_what_they_learned(tmp_path: Path):
-    sweep = {tmp_path / "sane": SMALL, tmp_path / "mad": replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0))}
+    sweep = {tmp_path / "sane": SMALL, tmp_path / "mad": replace(SMALL, optimiser=AdamConfig(lr=1e38, warmup=0))}
     with pytest.raises(NonFinite, match="diverged"):
         fit(sweep, batches, origin=ORIGIN, course=COURSE)
     assert (tmp_path / "sane" / "training" / "state.safetensors").exists()
 
 
 def test_a_member_that_diverges_at_the_end_does_not_cost_the_others_their_dictionaries(tmp_path: Path):
-    mad = replace(SMALL, optimiser=Optimiser(lr=1e38, warmup=0, decay=0.0))
+    mad = replace(SMALL, optimiser=AdamConfig(lr=1e38, warmup=0, decay=0.0))
     with pytest.raises(NonFinite, match="diverged"):
         fit({tmp_path / "mad": mad, tmp_path / "sane": SMALL}, batches, origin=ORIGIN, course=replace(COURSE, tokens=64))
     assert Dictionary.load(tmp_path / "sane").size == SMALL.size

@@ -15,15 +15,17 @@ from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrup
 
 from difflex.errors import BadInput, DifflexError
 from difflex.ranks import joined
-from difflex.records import Rows
-from difflex.training import Course, Training, fit
+from difflex.records import ActivationBatch
+from difflex.training import FitConfig, TrainingConfig, fit
 from difflex.training.team import Team
 
 SHORT = replace(COURSE, tokens=64 * 14, checkpoint_every=5, log_every=2)
 ELSEWHERE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 
 
-def rank_trains(rank: int, count: int, meeting: Path, folder: Path, training: Training, course: Course, stop: int | None) -> None:
+def rank_trains(
+    rank: int, count: int, meeting: Path, folder: Path, training: TrainingConfig, course: FitConfig, stop: int | None
+) -> None:
     """What one rank does; `stop` is the batch at which the stream breaks off, as in a kill."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
@@ -35,7 +37,7 @@ def rank_trains(rank: int, count: int, meeting: Path, folder: Path, training: Tr
     dist.destroy_process_group()
 
 
-def team_trains(count: int, folder: Path, training: Training, course: Course, stop: int | None = None) -> None:
+def team_trains(count: int, folder: Path, training: TrainingConfig, course: FitConfig, stop: int | None = None) -> None:
     """Train in `count` processes."""
     context = multiprocessing.get_context("fork")
     meeting = folder.with_name(f"{folder.name}-meeting-{time.monotonic_ns()}")
@@ -83,7 +85,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, split: str, 
 def test_a_batch_of_fewer_tokens_than_ranks_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def thin(start: int):
         return (
-            Rows(*(part[:1] for part in rows)) if number % 4 == 3 else rows
+            ActivationBatch(*(part[:1] for part in rows)) if number % 4 == 3 else rows
             for number, rows in enumerate(WORLD.batches(64, start), start)
         )
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.autoencoder import Weights
-from difflex.training.config import Jump, Optimiser, Revival, Start, Training
-from difflex.training.learner import Learner, Measures
+from difflex.dictionary.autoencoder import SAEWeights
+from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, JumpReLUConfig, TrainingConfig
+from difflex.training.learner import Learner, UpdateMetrics
 from difflex.training.start import first_weights, geometric_median
 from difflex.training.team import Team
 
 WIDTH, SIZE, K, BATCH = 24, 96, 5, 64
-PLAIN = Training(size=SIZE, k=K, normalisation="none", revival=None, optimiser=Optimiser(lr=3e-3))
-REVIVED = Revival(k=6, after=BATCH)
+PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", revival=None, optimiser=AdamConfig(lr=3e-3))
+REVIVED = AuxKLoss(k=6, after=BATCH)
 MATRYOSHKA = replace(PLAIN, kind="matryoshka", prefixes=(16, 48))
-JUMP = replace(PLAIN, kind="jumprelu", jump=Jump(bandwidth=0.8, strength=0.1))
+JUMP = replace(PLAIN, kind="jumprelu", jump=JumpReLUConfig(bandwidth=0.8, strength=0.1))
 
 
 def batch(number: int, width: int = WIDTH, count: int = BATCH) -> Tensor:
@@ -34,7 +34,7 @@ def batch(number: int, width: int = WIDTH, count: int = BATCH) -> Tensor:
 class Reference:
     """The same training, written plainly: dense codes, autograd, Adam over whole matrices."""
 
-    def __init__(self, config: Training, weights: Weights) -> None:
+    def __init__(self, config: TrainingConfig, weights: SAEWeights) -> None:
         self.config = config
         self.weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.named().items()}
         beta = (config.optimiser.beta1, config.optimiser.beta2)
@@ -93,7 +93,7 @@ class Reference:
         smallest = scores.flatten().topk(config.k * len(scores)).values[-1]
         return scores * (scores >= smallest.clamp_min(1e-30)), none
 
-    def _revival(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, revival: Revival) -> Tensor:
+    def _revival(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, revival: AuxKLoss) -> Tensor:
         of_dead = scores[:, dead]
         top = of_dead.topk(min(revival.k, of_dead.shape[1]))
         kept = torch.zeros_like(of_dead).scatter(1, top.indices, top.values)
@@ -139,11 +139,11 @@ class Stepping(torch.autograd.Function):
         return None, -(near * gradient).sum(0), None
 
 
-def both(config: Training, updates: int = 40) -> tuple[Learner, Reference, list[Measures]]:
+def both(config: TrainingConfig, updates: int = 40) -> tuple[Learner, Reference, list[UpdateMetrics]]:
     """The learner and the reference after the same updates, having agreed on every loss; and the measures."""
     weights = first_weights(config, batch(0))
     # In float64, as Adam divides by the gradient's own size: in float32 the rounding of a tiny gradient moves a weight.
-    learner = Learner(config, Weights(**{name: tensor.double() for name, tensor in weights.named().items()}), Team())
+    learner = Learner(config, SAEWeights(**{name: tensor.double() for name, tensor in weights.named().items()}), Team())
     reference = Reference(config, learner.parameters.weights)
     measures = []
     for number in range(updates):
@@ -160,11 +160,11 @@ CASES = {
     "topk without relu": replace(PLAIN, relu=False, encoder_bias=False),
     "topk reviving": replace(PLAIN, revival=REVIVED),
     "topk reviving by its reconstruction": replace(PLAIN, relu=False, revival=replace(REVIVED, target="reconstruction")),
-    "topk clipped": replace(PLAIN, optimiser=Optimiser(lr=3e-3, clip=0.05)),
-    "topk averaged": replace(PLAIN, optimiser=Optimiser(lr=3e-3, ema=0.9)),
-    "lazy": replace(PLAIN, optimiser=Optimiser(lr=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
-    "lazy reviving": replace(PLAIN, revival=REVIVED, optimiser=Optimiser(lr=3e-3, beta1=0.0)),
-    "orthogonal": replace(PLAIN, start=Start(directions="orthogonal", gain=0.6, bias="median")),
+    "topk clipped": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, clip=0.05)),
+    "topk averaged": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, ema=0.9)),
+    "lazy": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
+    "lazy reviving": replace(PLAIN, revival=REVIVED, optimiser=AdamConfig(lr=3e-3, beta1=0.0)),
+    "orthogonal": replace(PLAIN, start=InitConfig(directions="orthogonal", gain=0.6, bias="median")),
     "batchtopk": replace(PLAIN, kind="batchtopk"),
     "batchtopk reviving": replace(PLAIN, kind="batchtopk", revival=REVIVED),
     "matryoshka": MATRYOSHKA,
@@ -178,7 +178,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_learns_what_plain_autograd_learns(name: str):
     learner, reference, measures = both(CASES[name])
-    weights: Weights = learner.parameters.weights
+    weights: SAEWeights = learner.parameters.weights
     for key, tensor in weights.named().items():
         torch.testing.assert_close(tensor, reference.weights[key].detach(), atol=1e-8, rtol=0)
         average = learner.parameters.matrices[key].average
@@ -214,7 +214,7 @@ def test_decoder_rows_keep_length_one():
 
 
 def test_rows_that_do_not_fire_cost_nothing_when_beta1_is_zero():
-    config = replace(PLAIN, optimiser=Optimiser(beta1=0.0), size=960)
+    config = replace(PLAIN, optimiser=AdamConfig(beta1=0.0), size=960)
     learner = Learner(config, first_weights(config, batch(0)), Team())
     before = learner.parameters.weights.encoder.clone()
     learner.update(batch(0)[:4], 1e-2)

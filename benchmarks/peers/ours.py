@@ -3,9 +3,9 @@
 import torch
 from serving import Learner, serve
 
-from difflex.dictionary import Autoencoder, Normalisation, Origin
+from difflex.dictionary import SAE, Normalisation, DictionaryOrigin
 from difflex.records import Site
-from difflex.training import Optimiser, Training, default
+from difflex.training import AdamConfig, TrainingConfig, default
 from difflex.training.checkpoint import whole_weights
 from difflex.training.fitting import rate
 from difflex.training.learner import Learner as Trained
@@ -18,7 +18,7 @@ class Ours(Learner):
         """`adam`: `usual` has the moments that everyone's has; `default` is our preset."""
         training = default(width=width, size=size, k=k, updates=updates)
         if adam == "usual":
-            training = Training(size=size, k=k, optimiser=Optimiser(lr=training.optimiser.lr))
+            training = TrainingConfig(size=size, k=k, optimiser=AdamConfig(lr=training.optimiser.lr))
         self._training, self._updates = training, updates
         self._learner = Trained(training, first_weights(training, first), Team())
         self._width, self._dictionary = width, None
@@ -43,11 +43,11 @@ class Ours(Learner):
     def decoder(self) -> torch.Tensor:
         return self._learner.parameters.weights.decoder
 
-    def _made(self) -> Autoencoder:
-        return Autoencoder(
+    def _made(self) -> SAE:
+        return SAE(
             kind="topk",
             k=self._training.k,
-            origin=Origin(site=Site("double.0")),
+            origin=DictionaryOrigin(site=Site("double.0")),
             normalisation=Normalisation.identity(self._width),
             weights=whole_weights(self._learner),
         )

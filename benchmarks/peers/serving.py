@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print, some of them when imported, must not mix with the answers
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
-from difflex.planted import Planted  # noqa: E402 (found by the line above)
-from difflex.records import Rows  # noqa: E402
+from difflex.planted import PlantedDictionary  # noqa: E402 (found by the line above)
+from difflex.records import ActivationBatch  # noqa: E402
 from difflex.store import Store  # noqa: E402
 
 
@@ -64,7 +64,7 @@ class Stored:
     def __init__(self, folder: str) -> None:
         self._store = Store.open(folder)
 
-    def batches(self, size: int) -> Iterator[Rows]:
+    def batches(self, size: int) -> Iterator[ActivationBatch]:
         """Endless batches of the training split."""
         return self._store.batches(size, epochs=None)
 
@@ -85,7 +85,7 @@ class Server:
     ) -> dict:
         """Make the learner. With `cycle`, few batches are made beforehand and used in turn, so that only learning is timed."""
         self._device = torch.device(device)
-        self._world = Stored(world["store"]) if "store" in world else Planted(width=width, **world)
+        self._world = Stored(world["store"]) if "store" in world else PlantedDictionary(width=width, **world)
         self._batch, self._shift, self._scale = batch, 0.0, 1.0
         if more.pop("standardise", False):
             first = torch.cat([x for _, x in zip(range(10), self._fresh(), strict=False)])
@@ -120,7 +120,11 @@ class Server:
     def quality(self) -> dict:
         """How well planted directions were found; FVU on unseen data; share of features silent over `UNSEEN` unseen tokens."""
         with torch.no_grad():
-            found = self._world.recovery(self._learner.decoder() * self._scale) if isinstance(self._world, Planted) else None
+            found = (
+                self._world.recovery(self._learner.decoder() * self._scale)
+                if isinstance(self._world, PlantedDictionary)
+                else None
+            )
             lost = total = 0.0
             fired = torch.zeros(len(self._learner.decoder()), dtype=torch.bool)
             for x in self._unseen():
@@ -146,7 +150,7 @@ class Server:
         return ((x - self._shift) / self._scale for x in batches)
 
     def _unseen(self) -> Iterator[torch.Tensor]:
-        if isinstance(self._world, Planted):
+        if isinstance(self._world, PlantedDictionary):
             yield next(self._world.batches(8192, 10**7)).values
         else:
             yield from self._world.unseen()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from difflex.records import Activations, Codes, Edit, Shot, Site
     from difflex.run import run_study
     from difflex.steering import steer
-    from difflex.store import Live, Store, record
+    from difflex.store import LiveActivations, Store, record
     from difflex.study import Study
     from difflex.training import fit
 
@@ -26,7 +26,7 @@ HOMES = {
     "DifflexError": "difflex.errors",
     "Edit": "difflex.records",
     "ITDA": "difflex.dictionary",
-    "Live": "difflex.store",
+    "LiveActivations": "difflex.store",
     "Neurons": "difflex.dictionary",
     "Pipeline": "difflex.pipeline",
     "Scenes": "difflex.miniature",
@@ -50,7 +50,7 @@ __all__ = [
     "Dictionary",
     "DifflexError",
     "Edit",
-    "Live",
+    "LiveActivations",
     "Neurons",
     "Pipeline",
     "Scenes",

@@ -21,7 +21,7 @@ __all__ = ["VERBS", "main", "parse", "verb_class"]
 USAGE = "usage: difflex VERB [OPTIONS]\n\nA lexicon of what a text-to-image diffusion model knows."
 
 
-class Verb(NamedTuple):
+class VerbEntry(NamedTuple):
     """A row of the table of verbs."""
 
     line: str
@@ -31,31 +31,31 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "anatomy": Verb("measure a model: norms, spectra, outliers; with figures", "difflex.commands.anatomy:Anatomy"),
-    "collect": Verb("write the book of every dictionary: where each feature fires", "difflex.commands.collect:Collect"),
-    "compare": Verb("say and draw how two studies differ", "difflex.commands.compare:Compare"),
-    "concepts": Verb("hold features against concepts known by mask", "difflex.commands.concepts:Concepts"),
-    "contrast": Verb("find the direction between two sets of prompts", "difflex.commands.contrast:Contrast"),
-    "evaluate": Verb("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
-    "explain": Verb("say in words what features are, and judge it", "difflex.commands.explain:Explain"),
-    "features": Verb("list features, sorted and filtered", "difflex.commands.features:Features"),
-    "findings": Verb("try what papers found of steering", "difflex.commands.findings:Findings"),
-    "generate": Verb("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
-    "harvest": Verb("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
-    "icon": Verb("draw what a feature says on its own", "difflex.commands.icon:Icon"),
-    "itda": Verb("grow dictionaries made of data", "difflex.commands.itda:Itda"),
-    "models": Verb("list the models inside the package", "difflex.commands.models:Models"),
-    "neurons": Verb("put the neurons of a block into a study as a dictionary", "difflex.commands.neurons:Neurons"),
-    "removal": Verb("take concepts away by their features, and judge", "difflex.commands.removal:Removal"),
-    "report": Verb("write a study as one page with figures", "difflex.commands.report:Report"),
-    "run": Verb("run a whole study by a recipe", "difflex.recipes.command:Run"),
-    "show": Verb("draw one feature's sheet", "difflex.commands.show:Show"),
-    "sites": Verb("list where a model can be read and written", "difflex.commands.sites:Sites"),
-    "status": Verb("say how far a study is", "difflex.commands.status:Status"),
-    "steer": Verb("draw pictures while features are changed", "difflex.commands.steer:Steer"),
-    "steer-eval": Verb("judge whether edits do what they say", "difflex.commands.steer_eval:SteerEval"),
-    "train": Verb("train sparse autoencoders on stored activations", "difflex.commands.train:Train"),
-    "verify": Verb("compare stored activations with their checksums", "difflex.commands.verify:Verify"),
+    "anatomy": VerbEntry("measure a model: norms, spectra, outliers; with figures", "difflex.commands.anatomy:Anatomy"),
+    "collect": VerbEntry("write the book of every dictionary: where each feature fires", "difflex.commands.collect:Collect"),
+    "compare": VerbEntry("say and draw how two studies differ", "difflex.commands.compare:Compare"),
+    "concepts": VerbEntry("hold features against concepts known by mask", "difflex.commands.concepts:Concepts"),
+    "contrast": VerbEntry("find the direction between two sets of prompts", "difflex.commands.contrast:Contrast"),
+    "evaluate": VerbEntry("measure dictionaries on held-out activations", "difflex.commands.evaluate:Evaluate"),
+    "explain": VerbEntry("say in words what features are, and judge it", "difflex.commands.explain:Explain"),
+    "features": VerbEntry("list features, sorted and filtered", "difflex.commands.features:Features"),
+    "findings": VerbEntry("try what papers found of steering", "difflex.commands.findings:Findings"),
+    "generate": VerbEntry("draw pictures from prompts, as one labelled grid", "difflex.commands.generate:Generate"),
+    "harvest": VerbEntry("store a model's activations in a study", "difflex.commands.harvest:Harvest"),
+    "icon": VerbEntry("draw what a feature says on its own", "difflex.commands.icon:Icon"),
+    "itda": VerbEntry("grow dictionaries made of data", "difflex.commands.itda:Itda"),
+    "models": VerbEntry("list the models inside the package", "difflex.commands.models:Models"),
+    "neurons": VerbEntry("put the neurons of a block into a study as a dictionary", "difflex.commands.neurons:Neurons"),
+    "removal": VerbEntry("take concepts away by their features, and judge", "difflex.commands.removal:Removal"),
+    "report": VerbEntry("write a study as one page with figures", "difflex.commands.report:Report"),
+    "run": VerbEntry("run a whole study by a recipe", "difflex.recipes.command:Run"),
+    "show": VerbEntry("draw one feature's sheet", "difflex.commands.show:Show"),
+    "sites": VerbEntry("list where a model can be read and written", "difflex.commands.sites:Sites"),
+    "status": VerbEntry("say how far a study is", "difflex.commands.status:Status"),
+    "steer": VerbEntry("draw pictures while features are changed", "difflex.commands.steer:Steer"),
+    "steer-eval": VerbEntry("judge whether edits do what they say", "difflex.commands.steer_eval:SteerEval"),
+    "train": VerbEntry("train sparse autoencoders on stored activations", "difflex.commands.train:Train"),
+    "verify": VerbEntry("compare stored activations with their checksums", "difflex.commands.verify:Verify"),
 }
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from difflex.records import Shot, Site
 
-__all__ = ["Estimate", "Held", "Learned", "Outlook"]
+__all__ = ["CostEstimate", "CostOutlook", "DictionaryForecast", "StoreForecast"]
 
 
-class Held(NamedTuple):
+class StoreForecast(NamedTuple):
     """What a store holds, or will hold."""
 
     rows: int
@@ -24,7 +24,7 @@ class Held(NamedTuple):
     """One of them."""
 
 
-class Learned(NamedTuple):
+class DictionaryForecast(NamedTuple):
     """What a dictionary is, or will be."""
 
     size: int
@@ -33,7 +33,7 @@ class Learned(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class CostEstimate:
     """What a command is expected to take; None is what nobody can tell beforehand."""
 
     sites: tuple[str, ...] = ()
@@ -44,22 +44,22 @@ class Estimate:
     seconds: float | None = None
     unknown: str = ""
     """Why something cannot be told."""
-    stores: Mapping[tuple[Path, Site], Held] = field(default_factory=dict)
+    stores: Mapping[tuple[Path, Site], StoreForecast] = field(default_factory=dict)
     """What it will have stored, by study and site."""
-    dictionaries: Mapping[tuple[Path, Site], tuple[Learned, ...]] = field(default_factory=dict)
+    dictionaries: Mapping[tuple[Path, Site], tuple[DictionaryForecast, ...]] = field(default_factory=dict)
     """What it will have made, by study and site."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outlook:
+class CostOutlook:
     """What a command may expect: this machine, and what the commands before it will have made."""
 
     rate: float
     """Floating-point operations of a large matrix product in a second."""
-    stores: Mapping[tuple[Path, Site], Held] = field(default_factory=dict)
-    dictionaries: Mapping[tuple[Path, Site], tuple[Learned, ...]] = field(default_factory=dict)
+    stores: Mapping[tuple[Path, Site], StoreForecast] = field(default_factory=dict)
+    dictionaries: Mapping[tuple[Path, Site], tuple[DictionaryForecast, ...]] = field(default_factory=dict)
 
-    def after(self, estimate: Estimate) -> Outlook:
+    def after(self, estimate: CostEstimate) -> CostOutlook:
         """What the next command may expect."""
         made = dict(self.dictionaries)
         for place, learned in estimate.dictionaries.items():

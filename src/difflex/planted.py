@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.records import Rows
+from difflex.records import ActivationBatch
 
-__all__ = ["Planted", "Recovery"]
+__all__ = ["PlantedDictionary", "PlantedRecovery"]
 
 
-class Recovery(NamedTuple):
+class PlantedRecovery(NamedTuple):
     """How well planted directions were found, as the best cosine of each."""
 
     mean: float
@@ -27,7 +27,7 @@ class Recovery(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planted:
+class PlantedDictionary:
     """A world of `truths` directions, of which `active` fire at a token on average."""
 
     width: int = 256
@@ -53,7 +53,7 @@ class Planted:
         """The truths in model space, at length one."""
         return F.normalize(self._mixed * self._axes, dim=1)
 
-    def batches(self, batch: int, start: int = 0) -> Iterator[Rows]:
+    def batches(self, batch: int, start: int = 0) -> Iterator[ActivationBatch]:
         """Endless batches of `batch` rows from number `start` on; each depends on its number and the seed alone."""
         for number in count(start):
             generator = self._generator(number + 1)
@@ -61,15 +61,15 @@ class Planted:
             amounts = fires * (0.5 + torch.rand(batch, self.truths, generator=generator))
             noise = torch.randn(batch, self.width, generator=generator) * self._noise_scale
             first = number * batch
-            yield Rows(
+            yield ActivationBatch(
                 (amounts @ self._mixed + noise) * self._axes, torch.arange(first, first + batch), torch.zeros(batch).long()
             )
 
-    def recovery(self, decoder: Float[Tensor, "size width"]) -> Recovery:
+    def recovery(self, decoder: Float[Tensor, "size width"]) -> PlantedRecovery:
         """How well the rows of `decoder`, in model space, hold the truths; compared unstretched, where no axis outweighs."""
         rows = F.normalize(decoder / self._axes, dim=1)
         best = torch.cat([(part @ rows.T).amax(1) for part in self._mixed.split(1024)])
-        return Recovery(float(best.mean()), float(best[-(self.truths // 4) :].mean()))
+        return PlantedRecovery(float(best.mean()), float(best[-(self.truths // 4) :].mean()))
 
     @cached_property
     def _mixed(self) -> Float[Tensor, "truth width"]:

@@ -95,7 +95,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Moment:
+class HookContext:
     """When a site is met: what a function given to `at` is told beside the activations."""
 
     step: int
@@ -110,7 +110,7 @@ class Moment:
     """Rows and columns of the image tokens; None for text."""
 
 
-class Rows(NamedTuple):
+class ActivationBatch(NamedTuple):
     """A batch of single activations on their way to training: what a store, or a live stream, yields."""
 
     values: Float[Tensor, "token width"]
@@ -121,27 +121,27 @@ class Rows(NamedTuple):
 
 
 @final
-class Reading(Iterator[Rows]):
+class SplitBatches(Iterator[ActivationBatch]):
     """Batches on their way to a reader, and the split that all of them are of."""
 
-    def __init__(self, batches: Iterator[Rows], split: Split) -> None:
+    def __init__(self, batches: Iterator[ActivationBatch], split: Split) -> None:
         self._batches = batches
         self.split: Split = split
 
-    def __next__(self) -> Rows:
+    def __next__(self) -> ActivationBatch:
         return next(self._batches)
 
 
-def of_split(batches: Iterator[Rows], split: Split) -> Iterator[Rows]:
+def of_split(batches: Iterator[ActivationBatch], split: Split) -> Iterator[ActivationBatch]:
     """`batches`; those of another split are an error: nothing is judged on what it was trained on. A plain iterator passes."""
-    if isinstance(batches, Reading) and batches.split != split:
+    if isinstance(batches, SplitBatches) and batches.split != split:
         raise BadInput(
             f"These batches are of the split '{batches.split}', needed is '{split}'. Ask for batches(split='{split}')."
         )
     return batches
 
 
-class Outcomes(NamedTuple):
+class EditOutcomes(NamedTuple):
     """What a model makes of the same shots, left alone and under each of several edits: predictions, or pictures."""
 
     shots: tuple[Shot, ...]
@@ -164,7 +164,7 @@ class Rectangle(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TransplantSource:
     """The generation that a transplant takes the maps of its features from."""
 
     prompt: str
@@ -198,7 +198,7 @@ class Edit:
     """The first step, and the first no longer; None for all."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
     """Under guidance: the conditional half alone, both alike, or the unconditional one with the opposite sign."""
-    source: Source | None = None
+    source: TransplantSource | None = None
     """Of a transplant."""
 
 

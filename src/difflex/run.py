@@ -15,7 +15,7 @@ from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.store.files import digest, locked
 from difflex.study import Command, Study
 
-__all__ = ["Entry", "Step", "diary", "recipe_of", "run_study", "steps"]
+__all__ = ["CommandRecord", "StudyStep", "diary", "recipe_of", "run_study", "steps"]
 
 DIARY = "run.json"
 FORMAT = 1
@@ -24,7 +24,7 @@ State = Literal["done", "begun", "changed", "to do"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CommandRecord:
     """What the diary of a study says of a command."""
 
     verb: str
@@ -38,11 +38,11 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StudyStep:
     """A command of a study, and how far it is."""
 
     command: Command
-    entry: Entry
+    entry: CommandRecord
     state: State
     changes: Mapping[str, tuple[Json, Json]]
     """What was asked before and what is asked now, where the recipe has changed since."""
@@ -76,26 +76,26 @@ def run_study(study: Study, *, until: str | None = None, recipe: str | None = No
         study.write()
 
 
-def steps(study: Study) -> list[Step]:
+def steps(study: Study) -> list[StudyStep]:
     """The commands of `study`, and how far each is."""
     before = diary(study.folder)
-    asked = [Entry(verb=verb_of(command), flags=_flags(command, study.folder)) for command in study.commands]
+    asked = [CommandRecord(verb=verb_of(command), flags=_flags(command, study.folder)) for command in study.commands]
     found = [next((old for old in before if (old.verb, old.flags) == (new.verb, new.flags)), None) for new in asked]
     others = [old for old in before if old not in found]
     made = []
     for command, new, old in zip(study.commands, asked, found, strict=True):
         if old is not None:
-            made.append(Step(command=command, entry=old, state=_state(old, study.folder), changes={}))
+            made.append(StudyStep(command=command, entry=old, state=_state(old, study.folder), changes={}))
             continue
         was = next((each for each in others if each.verb == new.verb), None)
         if was is not None:
             others.remove(was)
         changes = {} if was is None else _changes(was.flags, new.flags)
-        made.append(Step(command=command, entry=new, state="changed" if changes else "to do", changes=changes))
+        made.append(StudyStep(command=command, entry=new, state="changed" if changes else "to do", changes=changes))
     return made
 
 
-def diary(folder: Path) -> list[Entry]:
+def diary(folder: Path) -> list[CommandRecord]:
     """What was run in `folder`; nothing where no recipe was."""
     path = folder / DIARY
     if not path.is_file():
@@ -111,9 +111,9 @@ def diary(folder: Path) -> list[Entry]:
     raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
 
 
-def _entry(said: Mapping[str, Any]) -> Entry:
+def _entry(said: Mapping[str, Any]) -> CommandRecord:
     """What the diary says of a command; a ValueError where its date is none."""
-    entry = Entry(**{**said, "made": tuple(said["made"])})
+    entry = CommandRecord(**{**said, "made": tuple(said["made"])})
     if entry.done is not None:
         datetime.fromisoformat(entry.done)
     return entry
@@ -130,7 +130,7 @@ def verb_of(command: Command) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(command).__name__).lower()
 
 
-def _done(study: Study, step: Step, tell: Callable[[str], None]) -> Entry:
+def _done(study: Study, step: StudyStep, tell: Callable[[str], None]) -> CommandRecord:
     began = time.monotonic()
     while True:
         try:
@@ -147,18 +147,18 @@ def _done(study: Study, step: Step, tell: Callable[[str], None]) -> Entry:
     return replace(step.entry, made=paths, seconds=round(time.monotonic() - began, 1), done=done)
 
 
-def _state(entry: Entry, folder: Path) -> State:
+def _state(entry: CommandRecord, folder: Path) -> State:
     there = all((folder / path).exists() for path in entry.made)
     return "begun" if entry.seconds is None else "done" if there else "to do"
 
 
-def _why(step: Step) -> str:
+def _why(step: StudyStep) -> str:
     if step.state == "changed":
         return ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in step.changes.items())
     return {"begun": "goes on", "done": "asked again, as something before it was made anew"}.get(step.state, "begins")
 
 
-def _last(wanted: Sequence[Step], until: str | None) -> int:
+def _last(wanted: Sequence[StudyStep], until: str | None) -> int:
     verbs = [step.entry.verb for step in wanted]
     if not verbs:
         raise BadInput("The study has no commands. Its recipe must name some.")
@@ -200,7 +200,7 @@ def _remove(place: Path) -> None:
         place.unlink()
 
 
-def _write(study: Study, entries: Sequence[Entry], recipe: str | None) -> None:
+def _write(study: Study, entries: Sequence[CommandRecord], recipe: str | None) -> None:
     path = study.folder / DIARY
     part = path.with_name(f".{DIARY}.tmp")
     said = {"format": FORMAT, "recipe": recipe, "commands": [asdict(entry) for entry in entries]}

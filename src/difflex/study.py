@@ -13,10 +13,10 @@ from typing import NamedTuple, final
 
 from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.forecast import Estimate, Outlook
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.records import Site
 
-__all__ = ["GROWING", "Command", "Place", "Study"]
+__all__ = ["GROWING", "Command", "DictionaryRef", "Study"]
 
 FORMAT = 1
 CARD = "study.json"
@@ -32,12 +32,12 @@ class Command(ABC):
     def __call__(self) -> Sequence[Path] | None:
         """What was made, if it is of the kind that stays in a study; does the work, says what came of it."""
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """What it is expected to take; nothing is loaded but configs, and nothing written or fetched."""
-        return Estimate(unknown="it tells nothing of itself beforehand")
+        return CostEstimate(unknown="it tells nothing of itself beforehand")
 
 
-class Place(NamedTuple):
+class DictionaryRef(NamedTuple):
     """Where in a study a dictionary is."""
 
     site: Site
@@ -144,14 +144,14 @@ class Study:
         """The folder of a dictionary."""
         return self.folder / "dictionaries" / site.folder / label
 
-    def dictionaries(self) -> list[Place]:
+    def dictionaries(self) -> list[DictionaryRef]:
         """The finished dictionaries, numbers in their names in the order of numbers."""
         folders = (path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
-        places = [Place(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
+        places = [DictionaryRef(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
         finished = [place for place in places if not place.label.startswith(GROWING)]
         return sorted(finished, key=lambda place: [part.zfill(12) for part in re.split(r"(\d+)", str(place))])
 
-    def named(self, name: str) -> Place:
+    def named(self, name: str) -> DictionaryRef:
         """The dictionary called `name`: SITE/LABEL, or the site alone where it has one dictionary."""
         known = self.dictionaries()
         there = [place for place in known if name in (str(place), str(place.site))]
@@ -169,7 +169,7 @@ class Study:
         """The file that says what comes of steering with a dictionary's features."""
         return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
 
-    def removal(self, places: Sequence[Place]) -> Path:
+    def removal(self, places: Sequence[DictionaryRef]) -> Path:
         """The file that says what comes of removing concepts with the features of these dictionaries, all at once."""
         sites, labels = ",".join(place.site.folder for place in places), [place.label for place in places]
         name = labels[0] if len(set(labels)) == 1 else ",".join(labels)

@@ -10,17 +10,17 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from difflex.miniature.captions import Request, read, write
-from difflex.miniature.judge import Judge, Reading
+from difflex.miniature.captions import CaptionRequest, read, write
+from difflex.miniature.judge import Judge, SceneReading
 from difflex.miniature.scoring import right_of
-from difflex.miniature.world import COLUMNS, CONCEPTS, HELD_OUT_SEEDS, PIXELS, ROWS, Mix, scenes
+from difflex.miniature.world import COLUMNS, CONCEPTS, HELD_OUT_SEEDS, PIXELS, ROWS, SceneMix, scenes
 from difflex.records import Rectangle
-from difflex.steering import Task, Trial, Verdict
+from difflex.steering import JudgeVerdict, SteeringTask, SteeringTrial
 
 __all__ = [
     "NAMED",
     "DrawnJudge",
-    "Naming",
+    "NamedCaption",
     "as_pictures",
     "as_tensor",
     "drawn_naming",
@@ -36,7 +36,7 @@ CHUNK = 1024
 LOOKED_AT = 20
 """Scenes looked at for each that is wanted."""
 WHOLE = ("background", "style")
-ONE = Mix(1, 0, 0)
+ONE = SceneMix(1, 0, 0)
 AWAY, REACH = 0.29, 0.26
 """How far outer cells lie from the middle of the picture, and how far an object reaches, as shares of the picture."""
 
@@ -45,7 +45,7 @@ NAMED = ("shape", "colour", "texture", "size", "background", "style")
 """Groups of which a caption of a single object can name a concept."""
 
 
-class Naming(NamedTuple):
+class NamedCaption(NamedTuple):
     """A caption of a single object, and the concept of a group that it names."""
 
     concept: str
@@ -57,37 +57,39 @@ def group_of(concept: str) -> str:
     return next((group for group, names in CONCEPTS.items() if concept in names), "")
 
 
-def drawn_task(concept: str, trials: int, mix: Mix = ONE) -> Task:
+def drawn_task(concept: str, trials: int, mix: SceneMix = ONE) -> SteeringTask:
     """Captions that name another concept of the group and, for what belongs to an object, say where it is.
 
     They are of single objects; in another mix the first one counts.
     """
     group = group_of(concept)
-    found, chunks = list[Trial](), counted(FIRST, LOOKED_AT * trials)
+    found, chunks = list[SteeringTrial](), counted(FIRST, LOOKED_AT * trials)
     while len(found) < trials:
         first = next(chunks)
         for caption in write(scenes(torch.arange(first, first + LOOKED_AT * trials), mix)):
             request = read(caption)
             named, region = _named(request, group), _place(request) if group not in WHOLE else None
             if named is not None and named != concept and (region is not None or group in WHOLE):
-                found.append(Trial(caption, len(found), region))
-    return Task(concept=concept, group=group, trials=tuple(found[:trials]))
+                found.append(SteeringTrial(caption, len(found), region))
+    return SteeringTask(concept=concept, group=group, trials=tuple(found[:trials]))
 
 
-def drawn_naming(group: str, count: int) -> list[list[Naming]]:
+def drawn_naming(group: str, count: int) -> list[list[NamedCaption]]:
     """Captions of single objects: for each concept of the group, one of `NAMED`, `count` that name it. No caption comes twice."""
-    found: dict[str, dict[str, Naming]] = {concept: {} for concept in CONCEPTS[group]}
+    found: dict[str, dict[str, NamedCaption]] = {concept: {} for concept in CONCEPTS[group]}
     for first in counted(FIRST_NAMING, CHUNK):
-        for caption in write(scenes(torch.arange(first, first + CHUNK), Mix(1, 0, 0))):
+        for caption in write(scenes(torch.arange(first, first + CHUNK), SceneMix(1, 0, 0))):
             concept = _named(read(caption), group)
             if concept is not None:
-                found[concept].setdefault(caption, Naming(concept, caption))
+                found[concept].setdefault(caption, NamedCaption(concept, caption))
         if all(len(each) >= count for each in found.values()):
             break
     return [list(each.values())[:count] for each in found.values()]
 
 
-def drawn_pairs(concept: str, count: int, among: Callable[[Request], bool] = lambda request: True) -> list[tuple[str, str]]:
+def drawn_pairs(
+    concept: str, count: int, among: Callable[[CaptionRequest], bool] = lambda request: True
+) -> list[tuple[str, str]]:
     """Pairs of captions that are alike but for a concept: it, and another one of its group.
 
     For what belongs to an object they say where it is. `among` says of what a wanted caption asks for whether it will do.
@@ -107,7 +109,7 @@ def drawn_pairs(concept: str, count: int, among: Callable[[Request], bool] = lam
     raise AssertionError("the seeds of scenes do not end")
 
 
-def reworded(trial: Trial, concept: str) -> Trial:
+def reworded(trial: SteeringTrial, concept: str) -> SteeringTrial:
     """The same caption, but for the concept: what an edit must be as good as."""
     group = group_of(concept)
     words = [concept if group_of(word) == group else word for word in trial.prompt.split()]
@@ -138,11 +140,11 @@ def as_pictures(pixels: Float[Tensor, "picture channel row column"]) -> Iterator
         yield Image.frombytes("RGB", (one.shape[1], one.shape[0]), one.contiguous().numpy().tobytes())
 
 
-def _named(request: Request, group: str) -> str | None:
+def _named(request: CaptionRequest, group: str) -> str | None:
     return getattr(request if group in WHOLE else request.objects[0], group)
 
 
-def _place(request: Request) -> Rectangle | None:
+def _place(request: CaptionRequest) -> Rectangle | None:
     """Where a caption puts its object, if it says both row and column."""
     thing = request.objects[0]
     if thing.row is None or thing.column is None:
@@ -159,30 +161,32 @@ class DrawnJudge:
         self._judge = judge
 
     def __call__(
-        self, task: Task, trials: Sequence[Trial], pictures: Float[Tensor, "picture channel row column"]
-    ) -> list[Verdict]:
+        self, task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Float[Tensor, "picture channel row column"]
+    ) -> list[JudgeVerdict]:
         """What it sees of each picture."""
         readings = self._readings(pictures)
         return [self._verdict(task, trial, reading) for trial, reading in zip(trials, readings, strict=True)]
 
     def of_named(
-        self, group: str, named: Sequence[Naming], pictures: Float[Tensor, "picture channel row column"]
-    ) -> list[Verdict]:
+        self, group: str, named: Sequence[NamedCaption], pictures: Float[Tensor, "picture channel row column"]
+    ) -> list[JudgeVerdict]:
         """What it sees of each picture: whether it shows the concept of the group that its caption names, and what else."""
         readings = self._readings(pictures)
-        tasks = [Task(concept=each.concept, group=group, trials=(Trial(each.caption, 0, None),)) for each in named]
+        tasks = [
+            SteeringTask(concept=each.concept, group=group, trials=(SteeringTrial(each.caption, 0, None),)) for each in named
+        ]
         return [self._verdict(task, task.trials[0], reading) for task, reading in zip(tasks, readings, strict=True)]
 
-    def _readings(self, pictures: Float[Tensor, "picture channel row column"]) -> list[Reading]:
+    def _readings(self, pictures: Float[Tensor, "picture channel row column"]) -> list[SceneReading]:
         return [reading for chunk in pictures.split(64) for reading in self._judge.read(chunk)]
 
-    def _verdict(self, task: Task, trial: Trial, reading: Reading) -> Verdict:
+    def _verdict(self, task: SteeringTask, trial: SteeringTrial, reading: SceneReading) -> JudgeVerdict:
         right = {what: ok for what, ok in right_of(read(trial.prompt), reading).items() if what != task.group}
         if task.group in WHOLE:
-            return Verdict(getattr(reading, task.group) == task.concept, right, reading.confidence)
+            return JudgeVerdict(getattr(reading, task.group) == task.concept, right, reading.confidence)
         region = _pixels(trial.region)
         there = [thing for thing in reading.objects if (thing.mask & region).sum() > 0.5 * thing.mask.sum()]
-        return Verdict(any(thing.concepts[task.group] == task.concept for thing in there), right, reading.confidence)
+        return JudgeVerdict(any(thing.concepts[task.group] == task.concept for thing in there), right, reading.confidence)
 
 
 def _pixels(region: Rectangle | None) -> Bool[Tensor, "row column"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.errors import BadInput, BrokenFile
 from difflex.records import Activations, Site
 
-__all__ = ["Anatomy", "Shape", "measure"]
+__all__ = ["ActivationShape", "Anatomy", "measure"]
 
 FORMAT = 1
 TOP = 10
@@ -22,7 +22,7 @@ TOP = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ActivationShape:
     """What the activations of a site look like as a cloud of points."""
 
     tokens: int
@@ -49,7 +49,7 @@ class Anatomy:
     model: str
     norms: dict[Site, dict[float, float]]
     """Mean length of a token's activation, by timestep."""
-    shapes: dict[Site, Shape]
+    shapes: dict[Site, ActivationShape]
     """For the sites whose spectrum was asked for."""
     made_from: Mapping[str, str] = field(default_factory=dict)
     """What was asked of which model: an anatomy that was made from something else is measured again."""
@@ -81,10 +81,10 @@ class Anatomy:
             raise BrokenFile(f"{path} is not an anatomy ({error}). Measure it again.") from error
 
 
-def _shape_of(entries: dict[str, object]) -> Shape:
+def _shape_of(entries: dict[str, object]) -> ActivationShape:
     """A shape from JSON, which knows no tuples."""
     frozen = {name: tuple(map(_frozen, entry)) if isinstance(entry, list) else entry for name, entry in entries.items()}
-    return Shape(**frozen)  # pyright: ignore[reportArgumentType]
+    return ActivationShape(**frozen)  # pyright: ignore[reportArgumentType]
 
 
 def _frozen(entry: object) -> object:
@@ -93,16 +93,16 @@ def _frozen(entry: object) -> object:
 
 def measure(activations: Iterable[Activations], spectra: Collection[Site] | None = None) -> Anatomy:
     """The anatomy that `activations` show; spectra for all sites, or for those in `spectra` (a width x width matrix each)."""
-    lengths: dict[Site, dict[float, _Mean]] = {}
-    clouds: dict[Site, _Cloud] = {}
+    lengths: dict[Site, dict[float, _RunningMean]] = {}
+    clouds: dict[Site, _CloudMoments] = {}
     model = ""
     for seen in activations:
         model = seen.shots[0].model
         timestep = seen.shots[0].timestep or 0.0
-        mean = lengths.setdefault(seen.site, {}).setdefault(timestep, _Mean())
+        mean = lengths.setdefault(seen.site, {}).setdefault(timestep, _RunningMean())
         mean.take(seen.values.float().norm(dim=-1))
         if spectra is None or seen.site in spectra:
-            clouds.setdefault(seen.site, _Cloud(seen.values.shape[-1], seen.values.device)).take(seen.values.flatten(0, 1))
+            clouds.setdefault(seen.site, _CloudMoments(seen.values.shape[-1], seen.values.device)).take(seen.values.flatten(0, 1))
     if not lengths:
         raise BadInput("No activations were given, so there is no anatomy. Harvest at least one shot.")
     norms = {site: {t: by[t].value for t in sorted(by, reverse=True)} for site, by in lengths.items()}
@@ -110,7 +110,7 @@ def measure(activations: Iterable[Activations], spectra: Collection[Site] | None
 
 
 @final
-class _Mean:
+class _RunningMean:
     """A running mean."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class _Mean:
 
 
 @final
-class _Cloud:
+class _CloudMoments:
     """First and second moments, in float64 and about the first batch's mean: large offsets must not eat the digits."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -144,14 +144,14 @@ class _Cloud:
         self._products.addmm_(x.T, x)
         self._count += len(x)
 
-    def shape(self) -> Shape:
+    def shape(self) -> ActivationShape:
         assert self._about is not None
         moved = self._sum / self._count
         mean = self._about + moved
         covariance = self._products / self._count - torch.outer(moved, moved)
         variances, directions = torch.linalg.eigh(covariance)
         variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
-        return Shape(
+        return ActivationShape(
             tokens=self._count,
             variances=tuple(variances.tolist()),
             components_for_90=_components(variances, 0.9),

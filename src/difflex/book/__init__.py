@@ -1,56 +1,56 @@
 """The book of a dictionary: what each of its features is, in figures, in pictures and in words; one SQLite file."""
 
-from difflex.book.album import Album, Filed
-from difflex.book.book import SORTS, Book, Condition, Covering
+from difflex.book.album import ImageAlbum, StoredImage
+from difflex.book.book import SORTS, Book, CoverageSummary, FeatureFilter
 from difflex.book.entries import (
     KINDS,
     SHOWN,
-    About,
+    AtomImage,
+    BookInfo,
     Example,
     ExampleKind,
     Explanation,
-    FeatureRow,
+    ExplanationScore,
+    FeatureNeighbour,
+    FeatureStats,
     Histogram,
+    ImageFile,
     Judgement,
-    Neighbour,
-    PatchOf,
-    PictureFile,
-    Score,
+    RecordedUsage,
     ShotRow,
     TokenMap,
-    Usage,
 )
 from difflex.book.overlay import STYLES, Style, enlarged, overlaid
 from difflex.book.sheet import overview, sheet
-from difflex.book.writing import Draft, PackedExample
+from difflex.book.writing import BookWriter, PackedExample
 
 __all__ = [
     "KINDS",
     "SHOWN",
     "SORTS",
     "STYLES",
-    "About",
-    "Album",
+    "AtomImage",
     "Book",
-    "Condition",
-    "Covering",
-    "Draft",
+    "BookInfo",
+    "BookWriter",
+    "CoverageSummary",
     "Example",
     "ExampleKind",
     "Explanation",
-    "FeatureRow",
-    "Filed",
+    "ExplanationScore",
+    "FeatureFilter",
+    "FeatureNeighbour",
+    "FeatureStats",
     "Histogram",
+    "ImageAlbum",
+    "ImageFile",
     "Judgement",
-    "Neighbour",
     "PackedExample",
-    "PatchOf",
-    "PictureFile",
-    "Score",
+    "RecordedUsage",
     "ShotRow",
+    "StoredImage",
     "Style",
     "TokenMap",
-    "Usage",
     "enlarged",
     "overlaid",
     "overview",

@@ -11,14 +11,14 @@ from PIL import Image, UnidentifiedImageError
 
 from difflex.errors import BrokenFile, OutOfSpace, UnknownName
 
-__all__ = ["Album", "Filed"]
+__all__ = ["ImageAlbum", "StoredImage"]
 
 EXACT = 128 * 128
 """Pictures of up to this many pixels are kept exactly; in larger ones no eye sees the loss."""
 QUALITY = 92
 
 
-class Filed(NamedTuple):
+class StoredImage(NamedTuple):
     """A picture in an album."""
 
     file: str
@@ -27,7 +27,7 @@ class Filed(NamedTuple):
 
 
 @final
-class Album:
+class ImageAlbum:
     """A folder of pictures."""
 
     def __init__(self, folder: Path | str) -> None:
@@ -38,10 +38,10 @@ class Album:
         content = f"{picture.mode} {picture.width} {picture.height} ".encode() + picture.tobytes()
         return f"{hashlib.sha256(content).hexdigest()[:24]}.webp"
 
-    def file(self, picture: Image.Image) -> tuple[Filed, bool]:
+    def file(self, picture: Image.Image) -> tuple[StoredImage, bool]:
         """Where `picture` is from now on, and whether it is new there."""
         picture = picture.convert("RGB")
-        filed = Filed(self.name(picture), picture.width, picture.height)
+        filed = StoredImage(self.name(picture), picture.width, picture.height)
         path = self.folder / filed.file
         if path.exists():
             return filed, False

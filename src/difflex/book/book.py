@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Literal, NamedTuple, final
 
 from difflex.book.entries import (
-    About,
+    AtomImage,
+    BookInfo,
     Example,
     ExampleKind,
     Explanation,
-    FeatureRow,
+    ExplanationScore,
+    FeatureNeighbour,
+    FeatureStats,
     Histogram,
+    ImageFile,
     Judgement,
-    Neighbour,
-    PatchOf,
-    PictureFile,
-    Score,
+    RecordedUsage,
     ShotRow,
     TokenMap,
-    Usage,
 )
 from difflex.book.opening import connected, read_about, told, transaction
 from difflex.errors import BadInput, UnknownName
 from difflex.records import Shot, Split
 
-__all__ = ["SORTS", "Book", "Condition", "Covering"]
+__all__ = ["SORTS", "Book", "CoverageSummary", "FeatureFilter"]
 
 COLUMNS = (
     "feature, fired, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
@@ -45,7 +45,7 @@ SCORE = (
 )
 
 
-class Condition(NamedTuple):
+class FeatureFilter(NamedTuple):
     """What a figure of a feature must be."""
 
     column: str
@@ -53,7 +53,7 @@ class Condition(NamedTuple):
     value: float
 
     @classmethod
-    def parse(cls, text: str) -> Condition:
+    def parse(cls, text: str) -> FeatureFilter:
         """The condition written as `text`, as in `density<0.01`."""
         found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(-?\d+\.?\d*(?:[eE]-?\d+)?)\s*", text)
         if not found:
@@ -65,8 +65,8 @@ class Condition(NamedTuple):
         return cls(found[1], sign, float(found[3]))
 
 
-class Covering(NamedTuple):
-    """How much of their top pictures the features of a dictionary cover (`FeatureRow.coverage`)."""
+class CoverageSummary(NamedTuple):
+    """How much of their top pictures the features of a dictionary cover (`FeatureStats.coverage`)."""
 
     features: int
     """Over how many features: those that fire in enough pictures."""
@@ -83,7 +83,7 @@ class Book:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
-        self.about: About = read_about(path, connection)
+        self.about: BookInfo = read_about(path, connection)
         self._connection = connection
 
     @classmethod
@@ -106,7 +106,7 @@ class Book:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def feature(self, feature: int) -> FeatureRow:
+    def feature(self, feature: int) -> FeatureStats:
         """One feature in figures."""
         rows = self._asked(f"SELECT {COLUMNS} FROM features WHERE feature = ?", feature)
         if not rows:
@@ -120,10 +120,10 @@ class Book:
         sort: str = "feature",
         *,
         descending: bool = False,
-        where: Iterable[Condition] = (),
+        where: Iterable[FeatureFilter] = (),
         limit: int | None = None,
         measure: str = "accuracy",
-    ) -> list[FeatureRow]:
+    ) -> list[FeatureStats]:
         """Features in the order of a column of `SORTS`, or of `score`, their explanations' best of `measure`.
 
         What has no value comes last.
@@ -140,7 +140,7 @@ class Book:
         given += [measure] * (sort == "score") + [-1 if limit is None else limit]
         return [_feature(row) for row in self._asked(f"SELECT {COLUMNS} FROM features{filtered}{order}", *given)]
 
-    def covering(self, shots: int = 8) -> Covering | None:
+    def covering(self, shots: int = 8) -> CoverageSummary | None:
         """How much of their top pictures features cover that fire in so many shots or more; None where there are none."""
         rows = self._asked(
             "SELECT coverage, area FROM features WHERE shots >= ? AND coverage IS NOT NULL ORDER BY coverage", shots
@@ -149,7 +149,7 @@ class Book:
             return None
         covered, areas = [row[0] for row in rows], [row[1] for row in rows]
         quarter, half, most = (covered[len(covered) * part // 4] for part in (1, 2, 3))
-        return Covering(len(rows), sum(covered) / len(rows), (quarter, half, most), sum(areas) / len(rows))
+        return CoverageSummary(len(rows), sum(covered) / len(rows), (quarter, half, most), sum(areas) / len(rows))
 
     def count_firing(self) -> int:
         """How many features fire at some token."""
@@ -177,25 +177,25 @@ class Book:
         wanted = json.dumps(sorted(set(numbers)))
         joined = "shots JOIN pictures ON pictures.id = picture WHERE shots.id IN (SELECT value FROM json_each(?))"
         rows = self._asked(f"SELECT shots.id, shot, {PICTURE} FROM {joined}", wanted)
-        return {number: ShotRow(number, PictureFile(*picture), _shot(told)) for number, told, *picture in rows}
+        return {number: ShotRow(number, ImageFile(*picture), _shot(told)) for number, told, *picture in rows}
 
-    def pictures(self) -> list[PictureFile]:
+    def pictures(self) -> list[ImageFile]:
         """All pictures that the book shows."""
-        return [PictureFile(*row) for row in self._asked(f"SELECT {PICTURE} FROM pictures ORDER BY id")]
+        return [ImageFile(*row) for row in self._asked(f"SELECT {PICTURE} FROM pictures ORDER BY id")]
 
-    def neighbours(self, feature: int) -> list[Neighbour]:
+    def neighbours(self, feature: int) -> list[FeatureNeighbour]:
         """The features that fire together with this one, and those whose decoder is nearest, each the nearest first."""
         asked = "SELECT other, kind, value FROM neighbours WHERE feature = ? ORDER BY kind = 'direction', rank"
-        return [Neighbour(*row) for row in self._asked(asked, feature)]
+        return [FeatureNeighbour(*row) for row in self._asked(asked, feature)]
 
-    def patch(self, feature: int) -> PatchOf | None:
+    def patch(self, feature: int) -> AtomImage | None:
         """The patch of the data that an ITDA atom is; None for other dictionaries, or where nobody knows."""
         joined = "patches LEFT JOIN pictures ON pictures.id = picture WHERE feature = ?"
         rows = self._asked(f"SELECT feature, token, shot, {PICTURE} FROM {joined}", feature)
         if not rows:
             return None
         number, token, told, *picture = rows[0]
-        return PatchOf(number, token, None if picture[0] is None else PictureFile(*picture), _shot(told))
+        return AtomImage(number, token, None if picture[0] is None else ImageFile(*picture), _shot(told))
 
     def explanations(self, feature: int | None = None) -> list[Explanation]:
         """The explanations of a feature, or of all."""
@@ -208,10 +208,10 @@ class Book:
         asked = "SELECT example, wanted, score FROM judgements WHERE explanation = ? ORDER BY id"
         return [Judgement(example, bool(wanted), score) for example, wanted, score in self._asked(asked, explanation)]
 
-    def scores(self, explanation: int) -> list[Score]:
+    def scores(self, explanation: int) -> list[ExplanationScore]:
         """How well an explanation tells its feature's examples from others, by measure."""
         asked = "SELECT measure, value, low, high, count FROM scores WHERE explanation = ? ORDER BY measure"
-        return [Score(*row) for row in self._asked(asked, explanation)]
+        return [ExplanationScore(*row) for row in self._asked(asked, explanation)]
 
     def best_scores(self, measure: str = "accuracy") -> dict[int, float]:
         """The best score of each feature that has one."""
@@ -222,8 +222,8 @@ class Book:
         self,
         explanation: Explanation,
         judgements: Sequence[Judgement] = (),
-        scores: Sequence[Score] = (),
-        usage: Sequence[Usage] = (),
+        scores: Sequence[ExplanationScore] = (),
+        usage: Sequence[RecordedUsage] = (),
     ) -> int:
         """The number of the explanation, which the book now holds with all that belongs to it, in place of an older one.
 
@@ -243,17 +243,17 @@ class Book:
             writer.executemany(_USED, [_used(each, number) for each in usage])
         return number
 
-    def use(self, usage: Iterable[Usage]) -> None:
+    def use(self, usage: Iterable[RecordedUsage]) -> None:
         """Nothing; the book says what these answers took."""
         with transaction(self.path, self._connection) as writer:
             writer.executemany(_USED, [_used(each, each.explanation) for each in usage])
 
-    def usage(self) -> Iterator[Usage]:
+    def usage(self) -> Iterator[RecordedUsage]:
         """What answers took, in the order in which it was written down."""
         columns = "explanation, backend, role, asked, tokens_in, tokens_out, cost, seconds"
         names = columns.split(", ")
         for row in self._asked(f"SELECT {columns} FROM usage ORDER BY id"):
-            yield Usage(**dict(zip(names, row, strict=True)))
+            yield RecordedUsage(**dict(zip(names, row, strict=True)))
 
     def _asked(self, query: str, *given: object) -> list[tuple]:
         with told(self.path):
@@ -265,16 +265,16 @@ _USED = (
 )
 
 
-def _used(usage: Usage, explanation: int | None) -> tuple[object, ...]:
+def _used(usage: RecordedUsage, explanation: int | None) -> tuple[object, ...]:
     taken = (usage.asked, usage.tokens_in, usage.tokens_out, usage.cost, usage.seconds)
     return explanation, usage.backend, usage.role, *taken
 
 
-def _feature(row: tuple) -> FeatureRow:
+def _feature(row: tuple) -> FeatureStats:
     *figures, histogram, activity = row
     first, *counts = json.loads(histogram)
     names = dict(zip(SORTS, figures, strict=True))
-    return FeatureRow(**names, histogram=Histogram(first, tuple(counts)), activity=tuple(json.loads(activity)))
+    return FeatureStats(**names, histogram=Histogram(first, tuple(counts)), activity=tuple(json.loads(activity)))
 
 
 def _example(row: tuple) -> Example:

@@ -13,20 +13,20 @@ from difflex.records import Shot, Split
 __all__ = [
     "KINDS",
     "SHOWN",
-    "About",
+    "AtomImage",
+    "BookInfo",
     "Example",
     "ExampleKind",
     "Explanation",
-    "FeatureRow",
+    "ExplanationScore",
+    "FeatureNeighbour",
+    "FeatureStats",
     "Histogram",
+    "ImageFile",
     "Judgement",
-    "Neighbour",
-    "PatchOf",
-    "PictureFile",
-    "Score",
+    "RecordedUsage",
     "ShotRow",
     "TokenMap",
-    "Usage",
 ]
 
 ExampleKind = Literal["top", "quantile", "silent"]
@@ -39,7 +39,7 @@ OCTAVE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class BookInfo:
     """What a book is about, and what it was made from."""
 
     dictionary: str
@@ -62,12 +62,12 @@ class About:
     """How many, by split."""
     pictures: int
     timesteps: tuple[float, ...] = ()
-    """That `FeatureRow.activity` speaks of, falling."""
+    """That `FeatureStats.activity` speaks of, falling."""
     difflex: str = ""
     """The version that made it."""
 
 
-class PictureFile(NamedTuple):
+class ImageFile(NamedTuple):
     """A picture, once for all books of a study."""
 
     id: int
@@ -81,7 +81,7 @@ class ShotRow(NamedTuple):
     """A shot and the picture that it belongs to."""
 
     id: int
-    picture: PictureFile
+    picture: ImageFile
     shot: Shot
 
 
@@ -100,7 +100,7 @@ class Histogram(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureRow:
+class FeatureStats:
     """A feature in figures; it fires where its code is positive. Figures of place are None where it never fires, or for text."""
 
     feature: int
@@ -135,7 +135,7 @@ class FeatureRow:
     """How strongly it is added to a picture where no strength is named, in peaks as steering has them; None if nobody knows."""
     histogram: Histogram = Histogram(0, ())  # noqa: RUF009 (a constant)
     activity: tuple[float, ...] = ()
-    """Its density at each timestep of `About.timesteps`."""
+    """Its density at each timestep of `BookInfo.timesteps`."""
 
 
 class TokenMap(NamedTuple):
@@ -182,7 +182,7 @@ class Example:
     map: TokenMap = TokenMap((), ())  # noqa: RUF009 (a constant)
 
 
-class Neighbour(NamedTuple):
+class FeatureNeighbour(NamedTuple):
     """A feature that has to do with another one."""
 
     other: int
@@ -191,12 +191,12 @@ class Neighbour(NamedTuple):
     """`firing`: at what share of the tokens looked at the other one fires too; `direction`: the cosine of what the two add."""
 
 
-class PatchOf(NamedTuple):
+class AtomImage(NamedTuple):
     """The very patch of the data that an ITDA atom is."""
 
     feature: int
     token: int
-    picture: PictureFile | None
+    picture: ImageFile | None
     shot: Shot
 
 
@@ -229,7 +229,7 @@ class Judgement(NamedTuple):
     """Between 0 and 1."""
 
 
-class Score(NamedTuple):
+class ExplanationScore(NamedTuple):
     """How well an explanation tells the feature's examples from others."""
 
     measure: str
@@ -242,7 +242,7 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage:
+class RecordedUsage:
     """What an answer took."""
 
     backend: str

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from difflex.book.entries import About
+from difflex.book.entries import BookInfo
 from difflex.book.schema import APPLICATION, FORMAT
 from difflex.errors import BadInput, BrokenFile, OutOfSpace, UnknownName
 
@@ -100,20 +100,20 @@ def transaction(path: Path, connection: sqlite3.Connection) -> Iterator[sqlite3.
         connection.execute("COMMIT")
 
 
-def write_about(connection: sqlite3.Connection, about: About) -> None:
+def write_about(connection: sqlite3.Connection, about: BookInfo) -> None:
     """Nothing; the book says what it is about."""
     connection.executemany(
         "INSERT INTO about VALUES (?, ?)", [(name, json.dumps(value)) for name, value in asdict(about).items()]
     )
 
 
-def read_about(path: Path, connection: sqlite3.Connection) -> About:
+def read_about(path: Path, connection: sqlite3.Connection) -> BookInfo:
     """What the book says it is about."""
     with told(path):
         said = {name: json.loads(value) for name, value in connection.execute("SELECT name, value FROM about")}
-    names = {each.name for each in fields(About)}
+    names = {each.name for each in fields(BookInfo)}
     if said.keys() != names:
         raise BrokenFile(f"{path} does not say its {', '.join(sorted(said.keys() ^ names))}. {AGAIN}")
     said["grid"] = None if said["grid"] is None else (said["grid"][0], said["grid"][1])
     said["timesteps"] = tuple(said["timesteps"])
-    return About(**said)
+    return BookInfo(**said)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from difflex.book.album import Album
+from difflex.book.album import ImageAlbum
 from difflex.book.book import Book
-from difflex.book.entries import Example, FeatureRow, ShotRow, TokenMap
+from difflex.book.entries import Example, FeatureStats, ShotRow, TokenMap
 from difflex.book.overlay import Style, enlarged, overlaid
 from difflex.errors import BadInput
 
@@ -24,21 +24,21 @@ NEIGHBOURS = 5
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-class _Tile(NamedTuple):
+class _SheetTile(NamedTuple):
     """A picture with a line below it."""
 
     picture: Image.Image
     line: str
 
 
-class _Row(NamedTuple):
+class _SheetRow(NamedTuple):
     words: Sequence[str]
     """Beside it, a line each."""
-    tiles: Sequence[_Tile]
+    tiles: Sequence[_SheetTile]
 
 
 def sheet(
-    book: Book, album: Album, feature: int, *, style: Style = "blue", columns: int = 8, side: int = 128, concept: str = ""
+    book: Book, album: ImageAlbum, feature: int, *, style: Style = "blue", columns: int = 8, side: int = 128, concept: str = ""
 ) -> Image.Image:
     """One feature: its figures, its explanation, its strongest shots, random ones and silent ones, of both splits.
 
@@ -50,14 +50,16 @@ def sheet(
     asked = [(kind, split) for kind in ("top", "quantile", "silent") for split in ("train", "held-out")]
     shown = {key: [each for each in examples if (each.kind, each.split) == key][:columns] for key in asked}
     shots = book.shots(each.shot for some in shown.values() for each in some)
-    draw = _Drawer(book, album, shots, style, side)
+    draw = _SheetRenderer(book, album, shots, style, side)
     rows = [
-        _Row(_named(kind, split), [draw.tile(each, row.peak) for each in some]) for (kind, split), some in shown.items() if some
+        _SheetRow(_named(kind, split), [draw.tile(each, row.peak) for each in some])
+        for (kind, split), some in shown.items()
+        if some
     ]
     if patch := book.patch(feature):
         picture = None if patch.picture is None else album.open(patch.picture.file)
         told = ["the patch that", "the atom is", _prompt(patch.shot.prompt)]
-        rows.insert(0, _Row(told, [] if picture is None else [draw.patch(picture, patch.token)]))
+        rows.insert(0, _SheetRow(told, [] if picture is None else [draw.patch(picture, patch.token)]))
     fellows = [(each.kind, f"{each.other} ({each.value:.2f})") for each in book.neighbours(feature)]
     for kind, words in (("firing", "fires together with"), ("direction", "adds about the same as")):
         named = [name for each, name in fellows if each == kind][:NEIGHBOURS]
@@ -68,7 +70,7 @@ def sheet(
 
 def overview(
     book: Book,
-    album: Album,
+    album: ImageAlbum,
     features: Sequence[int],
     *,
     style: Style = "blue",
@@ -82,35 +84,35 @@ def overview(
     rows = []
     for feature in features:
         examples = sorted(book.examples(feature, "top"), key=lambda each: -each.peak)[:columns]
-        draw = _Drawer(book, album, book.shots(each.shot for each in examples), style, side)
+        draw = _SheetRenderer(book, album, book.shots(each.shot for each in examples), style, side)
         row = book.feature(feature)
         words = [f"feature {feature}", *_wrapped((labels or {}).get(feature, ""), 22)[:3], f"at {row.density:.2%} of tokens"]
-        rows.append(_Row(words, [draw.tile(each, row.peak) for each in examples]))
+        rows.append(_SheetRow(words, [draw.tile(each, row.peak) for each in examples]))
     return _assembled([book.about.dictionary], None, rows, columns, side)
 
 
-class _Drawer(NamedTuple):
+class _SheetRenderer(NamedTuple):
     """What it takes to draw examples of one book."""
 
     book: Book
-    album: Album
+    album: ImageAlbum
     shots: Mapping[int, ShotRow]
     style: Style
     side: int
 
-    def tile(self, example: Example, peak: float) -> _Tile:
+    def tile(self, example: Example, peak: float) -> _SheetTile:
         """An example with its overlay."""
         shown = self.shots[example.shot]
         picture = self._fitted(self.album.open(shown.picture.file))
         drawn = overlaid(picture, example.map, self.book.about.grid, peak or 1.0, style=self.style)
         moment = shown.shot.timestep
         share = f"{example.peak / peak:.2f}" if peak and example.peak else "silent"
-        return _Tile(drawn, share if moment is None else f"{share}  t {moment:.0f}")
+        return _SheetTile(drawn, share if moment is None else f"{share}  t {moment:.0f}")
 
-    def patch(self, picture: Image.Image, token: int) -> _Tile:
+    def patch(self, picture: Image.Image, token: int) -> _SheetTile:
         """A picture with one token outlined."""
         marked = overlaid(self._fitted(picture), TokenMap((token,), (1.0,)), self.book.about.grid, 1.0, style="outline")
-        return _Tile(marked, f"token {token}")
+        return _SheetTile(marked, f"token {token}")
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
         """`picture`, enlarged or scaled down to about the side of a tile."""
@@ -127,7 +129,7 @@ def _named(kind: str, split: str) -> list[str]:
     return [words, more, split]
 
 
-def _head(book: Book, row: FeatureRow, texts: Sequence[str]) -> list[str]:
+def _head(book: Book, row: FeatureStats, texts: Sequence[str]) -> list[str]:
     """The lines above the pictures."""
     figures = [
         f"at {row.density:.3%} of tokens, in {row.shots:,} shots",
@@ -142,7 +144,7 @@ def _head(book: Book, row: FeatureRow, texts: Sequence[str]) -> list[str]:
     return [line for text in [*lines, *texts] for line in _wrapped(text, 110)[:3]]
 
 
-def _assembled(head: Sequence[str], row: FeatureRow | None, rows: Sequence[_Row], columns: int, side: int) -> Image.Image:
+def _assembled(head: Sequence[str], row: FeatureStats | None, rows: Sequence[_SheetRow], columns: int, side: int) -> Image.Image:
     """One picture of all that."""
     font, small = ImageFont.load_default(LETTERS), ImageFont.load_default(LETTERS - 2)
     high = max([tile.picture.height for each in rows for tile in each.tiles], default=side)
@@ -167,7 +169,7 @@ def _assembled(head: Sequence[str], row: FeatureRow | None, rows: Sequence[_Row]
     return made
 
 
-def _plots(pen: ImageDraw.ImageDraw, row: FeatureRow, corner: tuple[int, int], font: Font) -> None:
+def _plots(pen: ImageDraw.ImageDraw, row: FeatureStats, corner: tuple[int, int], font: Font) -> None:
     """The histogram of values, and beside it the density at each timestep."""
     x, y = corner
     edges = row.histogram.edges

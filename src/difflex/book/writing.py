@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, final
 
-from difflex.book.entries import About, Example, ExampleKind, FeatureRow, Neighbour, PatchOf, PictureFile
+from difflex.book.entries import AtomImage, BookInfo, Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile
 from difflex.book.opening import told, write_about
 from difflex.book.schema import APPLICATION, FORMAT, INDEXES, TABLES
 from difflex.errors import BadInput
 from difflex.records import Shot, Split
 
-__all__ = ["Draft", "PackedExample"]
+__all__ = ["BookWriter", "PackedExample"]
 
 PATIENCE = 5.0
 """Seconds to wait for readers and a writer of the book that is replaced."""
@@ -43,7 +43,7 @@ class PackedExample(NamedTuple):
 
 
 @final
-class Draft:
+class BookWriter:
     """A book that nobody sees before it is finished."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -51,7 +51,7 @@ class Draft:
 
     @classmethod
     @contextmanager
-    def of(cls, path: Path | str, about: About) -> Iterator[Draft]:
+    def of(cls, path: Path | str, about: BookInfo) -> Iterator[BookWriter]:
         """A block in which the book at `path` is written: an older one gives way at its end, and stays if it fails."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class Draft:
         connection.close()
         _put(part, path)
 
-    def pictures(self, pictures: Iterable[PictureFile]) -> None:
+    def pictures(self, pictures: Iterable[ImageFile]) -> None:
         """Nothing; the book knows these pictures."""
         self._connection.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
 
@@ -84,7 +84,7 @@ class Draft:
         rows = ((number, picture, shot.split, json.dumps(asdict(shot))) for number, picture, shot in shots)
         self._connection.executemany("INSERT INTO shots VALUES (?, ?, ?, ?)", rows)
 
-    def features(self, features: Iterable[FeatureRow]) -> None:
+    def features(self, features: Iterable[FeatureStats]) -> None:
         """Nothing; the book knows the figures of these features."""
         self._connection.executemany(f"INSERT INTO features VALUES ({', '.join('?' * 17)})", map(_figures, features))
 
@@ -94,20 +94,20 @@ class Draft:
         rows = (each if isinstance(each, PackedExample) else PackedExample.of(each) for each in examples)
         self._connection.executemany(f"INSERT INTO examples ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def neighbours(self, feature: int, neighbours: Iterable[Neighbour]) -> None:
+    def neighbours(self, feature: int, neighbours: Iterable[FeatureNeighbour]) -> None:
         """Nothing; the book knows the neighbours of a feature, each kind in its order."""
         ranks: dict[str, int] = {}
         for other, kind, value in neighbours:
             rank = ranks[kind] = ranks.get(kind, -1) + 1
             self._connection.execute("INSERT INTO neighbours VALUES (?, ?, ?, ?, ?)", (feature, kind, rank, other, value))
 
-    def patches(self, patches: Iterable[PatchOf]) -> None:
+    def patches(self, patches: Iterable[AtomImage]) -> None:
         """Nothing; the book knows which patches these features are."""
         rows = ((each.feature, each.token, each.picture and each.picture.id, json.dumps(asdict(each.shot))) for each in patches)
         self._connection.executemany("INSERT INTO patches VALUES (?, ?, ?, ?)", rows)
 
 
-def _figures(row: FeatureRow) -> tuple[object, ...]:
+def _figures(row: FeatureStats) -> tuple[object, ...]:
     place = (row.area, row.spread, row.concentration, row.border, row.position, row.coverage, row.strength)
     told = (json.dumps([row.histogram.first, *row.histogram.counts]), json.dumps(row.activity))
     counts = (row.feature, row.fired, row.shots, row.density, row.peak, row.mean, row.negative_share, row.negative_peak)

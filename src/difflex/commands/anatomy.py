@@ -9,18 +9,17 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 import difflex
-from difflex.anatomy import Anatomy as Measured
-from difflex.anatomy import heat_map, measure, spectra
+from difflex.anatomy import Anatomy, heat_map, measure, spectra
 from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels
-from difflex.commands.opening import Opening
+from difflex.commands.opening import ModelCommand
 from difflex.commands.prompts import read_prompts
 from difflex.errors import BadInput, BrokenFile
-from difflex.forecast import Estimate, Outlook
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.records import Site, Stream
 from difflex.study import Study
 
-__all__ = ["Anatomy"]
+__all__ = ["AnatomyCommand"]
 
 THE_MODELS_OWN = "(default: the model's own)"
 UP_TO = 6
@@ -33,7 +32,7 @@ DRAWN = 3.0
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Anatomy(Opening):
+class AnatomyCommand(ModelCommand):
     """Measure norms by site and timestep, spectra, outliers and offsets; what is up to date is not measured again."""
 
     prompts: Annotated[str, arg(metavar="FILE")]
@@ -78,14 +77,14 @@ class Anatomy(Opening):
             print(f"{study.anatomy}: up to date")
         return [study.anatomy, *_drawn(anatomy, study.anatomy_figures)]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """The passes over its prompts, and a matrix of moments for each spectrum."""
         model = foreseen(self.model, self.sites, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
         if isinstance(model, str):
-            return Estimate(sites=self.sites, unknown=model)
+            return CostEstimate(sites=self.sites, unknown=model)
         shots = self.limit * model.shot.steps
         work = walking(model, self.limit, self.limit, model.shot.steps)
-        return Estimate(
+        return CostEstimate(
             sites=tuple(map(str, model.shapes)),
             tokens=shots * sum(tokens for tokens, _ in model.shapes.values()),
             bytes=FIGURES + UP_TO * PER_AXIS * max(width for _, width in model.shapes.values()),
@@ -106,16 +105,16 @@ class Anatomy(Opening):
         return {name: str(value) for name, value in {**how, **what}.items()}
 
 
-def _kept(path: Path, made_from: Mapping[str, str]) -> Measured | None:
+def _kept(path: Path, made_from: Mapping[str, str]) -> Anatomy | None:
     """The anatomy that is there, if it is whole and made from the same."""
     try:
-        kept = Measured.load(path) if path.is_file() else None
+        kept = Anatomy.load(path) if path.is_file() else None
     except BrokenFile:
         return None
     return kept if kept is not None and kept.made_from == made_from else None
 
 
-def _drawn(anatomy: Measured, folder: Path) -> list[Path]:
+def _drawn(anatomy: Anatomy, folder: Path) -> list[Path]:
     """The figures of `anatomy`, now in `folder`."""
     figures = {"spectra": spectra(anatomy)}
     streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from difflex.book import Book
 from difflex.dictionary import checksum
 from difflex.errors import BrokenFile, StaleWork, UnknownName
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
 __all__ = ["kept_strength", "opened_book"]
 
 
-def opened_book(study: Study, place: Place) -> Book:
+def opened_book(study: Study, place: DictionaryRef) -> Book:
     """The book of a dictionary, to be read; one of a dictionary that has changed since is an error."""
     path, folder = study.book(*place), study.dictionary(*place)
     if not path.is_file():
@@ -25,7 +25,7 @@ def opened_book(study: Study, place: Place) -> Book:
     return book
 
 
-def kept_strength(study: Study, place: Place, features: Iterable[int]) -> float | None:
+def kept_strength(study: Study, place: DictionaryRef, features: Iterable[int]) -> float | None:
     """The strength at which features of a dictionary are added where none is named: the least of those in its book; None where
     there is no book that says."""
     if not study.book(*place).is_file():

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.book import Album, Book
+from difflex.book import Book, ImageAlbum
 from difflex.commands.concepts import DRAWN, Levels, drawn_pictures
 from difflex.commands.costs import (
     Work,
@@ -28,23 +28,23 @@ from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
 from difflex.dictionary import ITDA, Dictionary, checksum
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.examples import Collecting, Met, PatchAt, Subject, collect
-from difflex.forecast import Estimate, Outlook
+from difflex.examples import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.pipeline.pictures import open_picture
 from difflex.records import Shot, Site
-from difflex.steering import Toolbox
+from difflex.steering import StudyEditor
 from difflex.store import Store
 from difflex.store.files import locked
-from difflex.study import Command, Place, Study
+from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["Collect"]
+__all__ = ["CollectCommand"]
 
 A_FEATURE, A_PIXEL = 4000, 1.1
 """What the examples of a feature, and a pixel of a picture, take on disk, in bytes; measured on mini-flux."""
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
-class Shown(NamedTuple):
+class CollectInput(NamedTuple):
     """What is shown to dictionaries."""
 
     told: str
@@ -57,7 +57,7 @@ class Shown(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Collect(Command):
+class CollectCommand(Command):
     """Write the book of every dictionary: where each feature fires, with pictures and figures; killed, it goes on."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -112,8 +112,8 @@ class Collect(Command):
             raise BadInput("--prompts, --folder and --drawn are three sources of pictures. Name one of them.")
         study = Study.open(self.study)
         places = self._places(study)
-        settings = Collecting(top=self.top, sampled=self.sampled, silent=self.silent)
-        pipe = _Pipe(study, self)
+        settings = CollectConfig(top=self.top, sampled=self.sampled, silent=self.silent)
+        pipe = _LazyPipeline(study, self)
         shown = self._shown(study, places, pipe)
         data = (
             f"{shown.told}, {self.pictures} pictures, {self.batch} at once, {_told(settings)}{', no patches' * self.no_patches}"
@@ -129,19 +129,19 @@ class Collect(Command):
         print(_table(study, places))
         return [study.book(*place) for place in places]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Drawing the pictures, or showing them to the model, and encoding what it shows by each dictionary."""
         named = [name.rpartition("/")[0] for name in self.dictionary]
         found = dictionaries(outlook, self.study, (*self.site, *named))
         at = next(iter(found), None)
         store = None if at is None else held(outlook, self.study, at)
         if at is None or store is None:
-            return Estimate(
+            return CostEstimate(
                 unknown="which dictionaries there will be is not known" if at is None else unknown_store(self.study, at)
             )
         model = foreseen_like(store.shot, *found)
         if isinstance(model, str):
-            return Estimate(sites=tuple(map(str, found)), unknown=model)
+            return CostEstimate(sites=tuple(map(str, found)), unknown=model)
         is_shown, steps = self.drawn or self.folder is not None, self.steps or store.shot.steps
         moments = len(self.noise) if is_shown else len(self.keep or range(steps))
         walked = moments * model.reached if is_shown else steps * model.step
@@ -154,22 +154,28 @@ class Collect(Command):
         }
         height, width = store.shot.pixels
         size = sum(each.size for each in learned) * A_FEATURE + self.pictures * height * width * A_PIXEL
-        return Estimate(
+        return CostEstimate(
             sites=tuple(map(str, found)), tokens=tokens * len(found), bytes=round(size), seconds=seconds(outlook, work)
         )
 
     def _collect(
-        self, study: Study, places: Sequence[Place], pipe: "_Pipe", shown: Shown, settings: Collecting, data: str
+        self,
+        study: Study,
+        places: Sequence[DictionaryRef],
+        pipe: "_LazyPipeline",
+        shown: CollectInput,
+        settings: CollectConfig,
+        data: str,
     ) -> None:
         """Nothing; the books of these dictionaries are there."""
         sites = list(dict.fromkeys(place.site for place in places))
         pipe.precision = self.precision or shown.precision
 
-        def source(start: int) -> Iterator[Met]:
+        def source(start: int) -> Iterator[CollectBatch]:
             if not shown.runs:
                 return self._met_pictures(pipe.opened, sites, start)
             shots = [shot for run in shown.runs[start:] for shot in run]
-            return (Met(*batch) for batch in pipe.opened.harvest_and_finish(shots, sites, batch=self.batch))
+            return (CollectBatch(*batch) for batch in pipe.opened.harvest_and_finish(shots, sites, batch=self.batch))
 
         def draw(shots: Sequence[Shot]) -> list:
             finished = pipe.opened.harvest_and_finish(shots, sites[:1], batch=self.batch)
@@ -178,7 +184,7 @@ class Collect(Command):
         collect(
             self._subjects(study, places),
             source,
-            Album(study.pictures),
+            ImageAlbum(study.pictures),
             data=data,
             state=study.folder / "books" / "collecting.safetensors",
             settings=settings,
@@ -186,11 +192,11 @@ class Collect(Command):
             pictures=len(shown.runs) or self.pictures,
         )
 
-    def _subjects(self, study: Study, places: Sequence[Place]) -> list[Subject]:
+    def _subjects(self, study: Study, places: Sequence[DictionaryRef]) -> list[CollectTarget]:
         """The dictionaries with all that their books say beside what the pass shows."""
-        toolbox, stores = Toolbox(study), study.stores()
+        toolbox, stores = StudyEditor(study), study.stores()
         return [
-            Subject(
+            CollectTarget(
                 dictionary=toolbox.dictionary(place),
                 name=str(place),
                 checksum=checksum(study.dictionary(*place)),
@@ -201,7 +207,7 @@ class Collect(Command):
             for place in places
         ]
 
-    def _places(self, study: Study) -> list[Place]:
+    def _places(self, study: Study) -> list[DictionaryRef]:
         """The dictionaries asked for."""
         known = study.dictionaries()
         if not known:
@@ -217,12 +223,12 @@ class Collect(Command):
         everything = not asked and not self.dictionary
         return [place for place in known if everything or str(place.site) in asked or str(place) in self.dictionary]
 
-    def _shown(self, study: Study, places: Sequence[Place], pipe: "_Pipe") -> Shown:
+    def _shown(self, study: Study, places: Sequence[DictionaryRef], pipe: "_LazyPipeline") -> CollectInput:
         """What is shown to the dictionaries."""
         if self.drawn or self.folder is not None:
             files = "" if self.folder is None else f"folder of {[path.name for path in self._files()]}"
             levels = ",".join(f"{level:g}" for level in self.noise)
-            return Shown(f"{files or f'drawn world from {DRAWN}'}, noise {levels}, pixels {self.pixels}", None)
+            return CollectInput(f"{files or f'drawn world from {DRAWN}'}, noise {levels}, pixels {self.pixels}", None)
         if self.prompts is None:
             stores = study.stores()
             at = next((place.site for place in places if place.site in stores), next(iter(stores), None))
@@ -230,7 +236,7 @@ class Collect(Command):
                 raise UnknownName(f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn.")
             store = Store.open(stores[at])
             runs = _runs(store, self.pictures)
-            return Shown(f"harvest of {at} {store.fingerprint}", runs[0][0].precision if runs else None, runs)
+            return CollectInput(f"harvest of {at} {store.fingerprint}", runs[0][0].precision if runs else None, runs)
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.pictures // len(self.seeds)))
         shots = pipe.opened.shots(texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
@@ -238,9 +244,9 @@ class Collect(Command):
         if not runs:
             raise BadInput(f"{self.prompts} holds no prompt. Name a file with one a line.")
         first = [replace(shot, prompt="") for shot in runs[0]]
-        return Shown(f"{prompts.source}, seeds {self.seeds.start}:{self.seeds.stop}, {first}", None, runs)
+        return CollectInput(f"{prompts.source}, seeds {self.seeds.start}:{self.seeds.stop}, {first}", None, runs)
 
-    def _met_pictures(self, pipe: "difflex.Pipeline", sites: Sequence[Site], start: int) -> Iterator[Met]:
+    def _met_pictures(self, pipe: "difflex.Pipeline", sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
         """Pictures that are shown to the model, noised, from the place `start` on."""
         given = self._given(start)
         while group := list(islice(given, self.batch)):
@@ -257,7 +263,7 @@ class Collect(Command):
                 batch=self.batch,
                 progress=False,
             )
-            yield Met(pictures, list(seen))
+            yield CollectBatch(pictures, list(seen))
             start += len(group)
 
     def _given(self, start: int) -> Iterator[tuple[Image.Image, str, str]]:
@@ -283,10 +289,10 @@ class Collect(Command):
 
 
 @final
-class _Pipe:
+class _LazyPipeline:
     """The model of a study, loaded when it is first needed."""
 
-    def __init__(self, study: Study, command: Collect) -> None:
+    def __init__(self, study: Study, command: CollectCommand) -> None:
         self._study, self._command = study, command
         self.precision: str | None = command.precision
 
@@ -296,7 +302,7 @@ class _Pipe:
         return load_studied(self._study, self.precision, self._command.offload, self._command.offline)
 
 
-def _told(settings: Collecting) -> str:
+def _told(settings: CollectConfig) -> str:
     return ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
 
 
@@ -316,7 +322,7 @@ def _runs(store: Store, most: int) -> list[tuple[Shot, ...]]:
     return [tuple(shots) for shots in runs.values()]
 
 
-def _is_there(study: Study, place: Place, data: str) -> bool:
+def _is_there(study: Study, place: DictionaryRef, data: str) -> bool:
     """Whether the book of a dictionary is there, whole, of what the dictionary now is, and from the same pictures."""
     path = study.book(*place)
     if not path.is_file():
@@ -329,15 +335,15 @@ def _is_there(study: Study, place: Place, data: str) -> bool:
         return False
 
 
-def _patches(dictionary: Dictionary) -> Mapping[int, PatchAt]:
+def _patches(dictionary: Dictionary) -> Mapping[int, AtomLocation]:
     """What the atoms of an ITDA dictionary are, as far as it knows."""
     if not isinstance(dictionary, ITDA):
         return {}
     known = ((feature, dictionary.patch(feature)) for feature in range(dictionary.size))
-    return {feature: PatchAt(patch.shot, patch.token) for feature, patch in known if patch and patch.shot}
+    return {feature: AtomLocation(patch.shot, patch.token) for feature, patch in known if patch and patch.shot}
 
 
-def _table(study: Study, places: Sequence[Place]) -> str:
+def _table(study: Study, places: Sequence[DictionaryRef]) -> str:
     """How many features fire, and how much of their top pictures they cover: a line for each dictionary."""
     lines = [f"{'':<40}{'features':>10}{'that fire':>11}{'tokens':>12}{'covered':>9}{'median':>8}"]
     for place in places:

@@ -11,12 +11,12 @@ from difflex.report import read
 from difflex.report.comparison import compare, in_words, write_comparison
 from difflex.study import Command, Study
 
-__all__ = ["Compare"]
+__all__ = ["CompareCommand"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Compare(Command):
+class CompareCommand(Command):
     """Say and draw how two studies differ: what was asked, which dictionaries there are, and every figure of those in both."""
 
     one: Annotated[Positional[Path], arg(metavar="STUDY")]

@@ -26,24 +26,24 @@ from difflex.commands.flags import Pixels
 from difflex.commands.opening import load_studied
 from difflex.concepts import (
     Concept,
+    ConceptMatches,
     LabelFolder,
-    Labelled,
-    Marking,
-    Matches,
-    Pictured,
+    LabelledActivations,
+    LabelledImage,
+    LabelThresholds,
     keep,
     label,
     painted,
     table,
 )
 from difflex.errors import BadInput, UnknownName
-from difflex.forecast import Estimate, Outlook
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 from difflex.records import Activations, Site
 from difflex.study import Command, Study
 
-__all__ = ["Concepts", "drawn_concepts", "drawn_pictures"]
+__all__ = ["ConceptsCommand", "drawn_concepts", "drawn_pictures"]
 
 CONCEPTS_DRAWN = sum(map(len, CONCEPTS.values()))
 PER_LEVEL, PER_FEATURE = 27_000, 47
@@ -74,11 +74,11 @@ Levels = Annotated[
 """Levels of noise between 0 (the picture) and 1 (pure noise)."""
 
 
-class Given(NamedTuple):
+class LabelledImages(NamedTuple):
     """Pictures of which it is known what is where."""
 
     concepts: tuple[Concept, ...]
-    pictured: Callable[[], Iterable[Pictured]]
+    pictured: Callable[[], Iterable[LabelledImage]]
     told: str
     """What they are, for the record."""
 
@@ -88,21 +88,21 @@ def drawn_concepts() -> tuple[Concept, ...]:
     return tuple(Concept(name, group) for group, names in CONCEPTS.items() for name in names)
 
 
-def drawn_pictures(count: int, first: int = DRAWN) -> Iterator[Pictured]:
+def drawn_pictures(count: int, first: int = DRAWN) -> Iterator[LabelledImage]:
     """Scenes of the drawn world from the seed `first` on; from there on none was ever trained with."""
     for start in range(first, first + count, SCENES):
         seeds = range(start, min(start + SCENES, first + count))
         scenes = draw(seeds)
         shares = cache(scenes.shares)
         for i, seed in enumerate(seeds):
-            yield Pictured(
+            yield LabelledImage(
                 painted(scenes.pictures[i]), f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i]
             )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Concepts(Command):
+class ConceptsCommand(Command):
     """Hold features against known concepts: what each detects, how well, and what a linear probe would find there."""
 
     studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
@@ -150,22 +150,22 @@ class Concepts(Command):
         print(table([*found.values()]))
         return [*found]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Pictures through the model up to each site, a probe for each concept there, and all methods held against them."""
         seen = [self._seen(outlook, folder) for folder in self.studies]
-        known = [each for each in seen if isinstance(each, Estimate)]
+        known = [each for each in seen if isinstance(each, CostEstimate)]
         why = next((each for each in seen if isinstance(each, str)), "")
         if why or self.folder is not None:
-            return Estimate(sites=self.site, unknown=why or "how many pictures the folder holds is known when they are read")
+            return CostEstimate(sites=self.site, unknown=why or "how many pictures the folder holds is known when they are read")
         drawn = seconds(outlook, {"concepts": drawing(self.pictures)})
-        return Estimate(
+        return CostEstimate(
             sites=tuple(dict.fromkeys(site for each in known for site in each.sites)),
             tokens=sum(each.tokens or 0 for each in known),
             bytes=sum(each.bytes or 0 for each in known),
             seconds=drawn + sum(each.seconds or 0.0 for each in known),
         )
 
-    def _seen(self, outlook: Outlook, folder: Path) -> Estimate | str:
+    def _seen(self, outlook: CostOutlook, folder: Path) -> CostEstimate | str:
         """What one study takes, or why that is not known."""
         found, levels = dictionaries(outlook, folder, self.site), len(self.noise)
         judged = levels + (levels > 1)
@@ -190,7 +190,7 @@ class Concepts(Command):
             size += methods * judged * PER_LEVEL + largest * PER_FEATURE
         if not found:
             return f"which dictionaries {folder} will hold is not known"
-        return Estimate(sites=tuple(map(str, found)), tokens=total, bytes=size, seconds=seconds(outlook, work))
+        return CostEstimate(sites=tuple(map(str, found)), tokens=total, bytes=size, seconds=seconds(outlook, work))
 
     def _dictionaries(self, study: Study) -> dict[Site, dict[str, Path]]:
         """The folders of the dictionaries asked for, by site and label."""
@@ -213,19 +213,23 @@ class Concepts(Command):
         }
         return {site: paths for site, paths in chosen.items() if paths}
 
-    def _given(self) -> Given:
+    def _given(self) -> LabelledImages:
         if self.folder is None:
             scenes = cache(lambda: list(drawn_pictures(self.pictures)))  # small, and long to draw
-            return Given(drawn_concepts(), scenes, f"drawn world from {DRAWN}")
+            return LabelledImages(drawn_concepts(), scenes, f"drawn world from {DRAWN}")
         folder = LabelFolder.open(self.folder)
-        return Given(folder.concepts, lambda: folder.pictured(self.pictures, self.pixels), f"folder {folder.fingerprint}")
+        return LabelledImages(
+            folder.concepts, lambda: folder.pictured(self.pictures, self.pixels), f"folder {folder.fingerprint}"
+        )
 
-    def _judged(self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: Given) -> dict[Path, Matches]:
+    def _judged(
+        self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: LabelledImages
+    ) -> dict[Path, ConceptMatches]:
         """The matches of a study's dictionaries and of what they must beat; the model is loaded only if some are missing."""
         pipe = cache(lambda: load_studied(study, self.precision, self.offload, self.offline))
-        marking = Marking(shown=self.shown, absent=self.absent)
+        marking = LabelThresholds(shown=self.shown, absent=self.absent)
 
-        def labelled(site: Site) -> Labelled | None:
+        def labelled(site: Site) -> LabelledActivations | None:
             if site.kind == "neurons" and "neurons" not in pipe().engine.sites.kinds(site.path, site.stream):
                 return None
 
@@ -241,7 +245,7 @@ class Concepts(Command):
             print(f"{study.concepts(each.site, each.label)}: {'made' if each.is_new else 'is there already'}")
         return {study.concepts(each.site, each.label): each.matches for each in kept}
 
-    def _made_from(self, study: Study, given: Given) -> dict[str, str | int | float]:
+    def _made_from(self, study: Study, given: LabelledImages) -> dict[str, str | int | float]:
         return {
             "model": study.model,
             "revision": study.revision or "",

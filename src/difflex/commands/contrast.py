@@ -13,10 +13,10 @@ from difflex.commands.opening import load_studied
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
 from difflex.records import Activations, Shot, Site
-from difflex.steering import Inside, Method, Toolbox, contrast, everywhere, made_of
+from difflex.steering import Inside, Method, StudyEditor, contrast, everywhere, made_of
 from difflex.study import Command, Study
 
-__all__ = ["Contrast", "both_sides", "contrasted", "pairs_in"]
+__all__ = ["ContrastCommand", "both_sides", "contrasted", "pairs_in"]
 
 NOISE = 10**6
 """The seed of the first pair."""
@@ -24,7 +24,7 @@ NOISE = 10**6
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Contrast(Command):
+class ContrastCommand(Command):
     """Find the direction that lies between two sets of prompts at a site; `difflex steer --contrast NAME` goes along it."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -57,7 +57,7 @@ class Contrast(Command):
     def __call__(self) -> list[Path]:
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise BadInput(f"'{self.name}' cannot be a file's name. Call the contrast by letters, digits, '.', '_' and '-'.")
-        toolbox = Toolbox(Study.open(self.study))
+        toolbox = StudyEditor(Study.open(self.study))
         pairs = pairs_in(self.pairs) if self.pairs is not None else self._given()
         place = None if self.dictionary is None else toolbox.study.named(self.dictionary)
         pipe = load_studied(toolbox.study, None, self.offload, self.offline)

@@ -12,8 +12,8 @@ from typing import Literal
 
 from difflex.commands.opening import UNTRAINED
 from difflex.errors import DifflexError
-from difflex.forecast import Held, Learned, Outlook
-from difflex.pipeline import Foreseen, foresee
+from difflex.forecast import CostOutlook, DictionaryForecast, StoreForecast
+from difflex.pipeline import ModelProfile, foresee
 from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.study import Study
@@ -63,7 +63,7 @@ A_POINT = 220
 """Bytes of a record that one strength of a method takes for a concept; measured on mini-flux."""
 
 
-def seconds(outlook: Outlook, work: Mapping[Work, float]) -> float:
+def seconds(outlook: CostOutlook, work: Mapping[Work, float]) -> float:
     """What the operations of `work`, and getting to it, take on this machine."""
     return START + sum(operations / (outlook.rate * EFFICIENCY[kind]) for kind, operations in work.items())
 
@@ -76,7 +76,7 @@ def foreseen(
     steps: int | None = None,
     pixels: tuple[int, int] | None = None,
     guidance: float | None = None,
-) -> Foreseen | str:
+) -> ModelProfile | str:
     """What is foreseen of a model, or why nothing is."""
     try:
         return foresee(name, tuple(sites), revision, steps, pixels, guidance)
@@ -84,13 +84,13 @@ def foreseen(
         return not_here(name, error)
 
 
-def foreseen_like(shot: Shot, *sites: Site) -> Foreseen | str:
+def foreseen_like(shot: Shot, *sites: Site) -> ModelProfile | str:
     """The same of the model of `shot`, in runs like it."""
     same = {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
     return foreseen(shot.model, map(str, sites), _trained(shot.revision), **same)
 
 
-def studied(outlook: Outlook, folder: Path, *sites: Site) -> Foreseen | str:
+def studied(outlook: CostOutlook, folder: Path, *sites: Site) -> ModelProfile | str:
     """The same of the model that a study is about, in runs of its own steps, pixels and guidance."""
     known = next((store.shot for (study, _), store in outlook.stores.items() if study == folder), None)
     try:
@@ -110,14 +110,14 @@ def not_here(name: str, error: DifflexError) -> str:
     return f"the model {name} is not here" if "could not be read from" in str(error) else str(error).split(". ")[0]
 
 
-def held(outlook: Outlook, folder: Path, site: str | Site) -> Held | None:
+def held(outlook: CostOutlook, folder: Path, site: str | Site) -> StoreForecast | None:
     """What a study holds of a site, or will hold; None where nobody knows."""
     site = Site.parse(site) if isinstance(site, str) else site
     if (folder, site) in outlook.stores:
         return outlook.stores[folder, site]
     try:
         store = Store.open(Study.open(folder).stores()[site])
-        return Held(store.count() + store.count("held-out"), store.tokens, store.width, store.shot(0))
+        return StoreForecast(store.count() + store.count("held-out"), store.tokens, store.width, store.shot(0))
     except (DifflexError, KeyError):
         return None
 
@@ -127,45 +127,45 @@ def unknown_store(folder: Path, site: str | Site) -> str:
     return f"{site} is not in {folder} yet, and how wide it will be is not known"
 
 
-def dictionaries(outlook: Outlook, folder: Path, asked: Iterable[str]) -> dict[Site, tuple[Learned, ...]]:
+def dictionaries(outlook: CostOutlook, folder: Path, asked: Iterable[str]) -> dict[Site, tuple[DictionaryForecast, ...]]:
     """What dictionaries a study has, or will have, at the sites asked for (all, if none is named)."""
     sites = {Site.parse(site) for site in asked}
     found = {site: learned for (study, site), learned in outlook.dictionaries.items() if study == folder}
     return {site: learned for site, learned in found.items() if not sites or site in sites}
 
 
-def walking(foreseen: Foreseen, runs: float, prompts: float, steps: int) -> float:
+def walking(foreseen: ModelProfile, runs: float, prompts: float, steps: int) -> float:
     """Walking runs to their last step kept, which ends at the site, and encoding their prompts."""
     return runs * ((steps - 1) * foreseen.step + foreseen.reached) + prompts * foreseen.prompt
 
 
-def generating(foreseen: Foreseen, pictures: float, steps: int | None = None) -> float:
+def generating(foreseen: ModelProfile, pictures: float, steps: int | None = None) -> float:
     """Whole pictures, each with a prompt of its own, in the steps of `foreseen` or in so many."""
     return pictures * (foreseen.prompt + (steps or foreseen.shot.steps) * foreseen.step + foreseen.decoded)
 
 
-def judging(foreseen: Foreseen, pictures: float, levels: int = 0) -> float:
+def judging(foreseen: ModelProfile, pictures: float, levels: int = 0) -> float:
     """Looking at pictures as the judge of the drawn world does, and foretelling them from so many levels of noise."""
     return pictures * (JUDGED + (foreseen.decoded + levels * foreseen.step if levels else 0.0))
 
 
-def scaling(learned: Learned) -> float:
+def scaling(learned: DictionaryForecast) -> float:
     """Measuring the units of a dictionary's features."""
     return encoding(learned, SCALED)
 
 
-def encoding(learned: Learned, tokens: float) -> float:
+def encoding(learned: DictionaryForecast, tokens: float) -> float:
     """One dense product, the gathering of k rows, and what goes on beside it for each token."""
     return tokens * (learned.width * learned.size + 60 * learned.k * learned.width + 1e6)
 
 
-def growing(learned: Learned, tokens: float) -> float:
+def growing(learned: DictionaryForecast, tokens: float) -> float:
     """Three passes over the tokens on the way to the threshold: dense products, a Gram matrix, and k equations for each token."""
     width, size, k = learned.width, learned.size, learned.k
     return tokens * (6.0 * width * size + 530.0 * size * k + 3100.0 * k**3 + 9e6)
 
 
-def effect(foreseen: Foreseen, shots: int, count: int) -> float:
+def effect(foreseen: ModelProfile, shots: int, count: int) -> float:
     """Predictions and finished pictures under `count` dictionaries, the mean and zero, and plainly."""
     steps = foreseen.shot.steps
     predicted = shots * (steps / 2 + count + 2) * foreseen.step

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from difflex.concepts import Matches
+from difflex.concepts import ConceptMatches
 from difflex.errors import StaleWork
-from difflex.steering import Toolbox
+from difflex.steering import StudyEditor
 from difflex.store.files import digest
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
-__all__ = ["Neurons", "matches_of", "neurons_beside"]
+__all__ = ["NeuronBaseline", "matches_of", "neurons_beside"]
 
 
-def matches_of(study: Study, place: Place) -> Matches | None:
+def matches_of(study: Study, place: DictionaryRef) -> ConceptMatches | None:
     """What `difflex concepts` found out about a dictionary, None where it was not asked; of one that has changed since, an error.
 
     What is said of the numbers of its features would be said of others.
@@ -21,7 +21,7 @@ def matches_of(study: Study, place: Place) -> Matches | None:
     path, weights = study.concepts(*place), study.dictionary(*place) / "dictionary.safetensors"
     if not path.is_file():
         return None
-    matches = Matches.load(path)
+    matches = ConceptMatches.load(path)
     if "sha256" not in matches.made_from or not weights.is_file():
         return matches
     if matches.made_from["sha256"] != digest(weights):
@@ -29,15 +29,15 @@ def matches_of(study: Study, place: Place) -> Matches | None:
     return matches
 
 
-class Neurons(NamedTuple):
+class NeuronBaseline(NamedTuple):
     """The neurons of a block as a dictionary, and what they detect."""
 
-    place: Place
+    place: DictionaryRef
     best: Mapping[str, int]
     """The neuron that detects each concept best."""
 
 
-def neurons_beside(toolbox: Toolbox, place: Place) -> Neurons | None:
+def neurons_beside(toolbox: StudyEditor, place: DictionaryRef) -> NeuronBaseline | None:
     """The neurons of the block of a dictionary, where the study holds them and knows what they detect.
 
     That stands in a file of their own, or in that of what was held against concepts beside the dictionary.
@@ -45,8 +45,8 @@ def neurons_beside(toolbox: Toolbox, place: Place) -> Neurons | None:
     study, site, k = toolbox.study, replace(place.site, kind="neurons"), toolbox.dictionary(place).k
     neurons = [each for each in study.dictionaries() if each.site == site]
     there = sorted(neurons, key=lambda each: toolbox.dictionary(each).k != k)
-    for known in (*there, Place(site, f"neurons-k{k}")):
+    for known in (*there, DictionaryRef(site, f"neurons-k{k}")):
         if there and (matches := matches_of(study, known)) is not None:
             findings = matches.clearest.findings
-            return Neurons(there[0], {finding.concept.name: finding.best.features[0] for finding in findings})
+            return NeuronBaseline(there[0], {finding.concept.name: finding.best.features[0] for finding in findings})
     return None

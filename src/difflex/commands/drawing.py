@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from difflex.miniature import load_judge
 from difflex.pipeline import Pipeline
-from difflex.steering import Drawn, Steering, Trial
+from difflex.steering import JudgedGenerator, SteeringHook, SteeringTrial
 from difflex.trials import DrawnJudge, as_pictures, as_tensor
 
 __all__ = ["drawn_by"]
@@ -14,13 +14,13 @@ LEVELS = (0.3, 0.6, 0.9)
 BATCH = 32
 
 
-def drawn_by(pipe: Pipeline, steps: int | None = None) -> Drawn:
+def drawn_by(pipe: Pipeline, steps: int | None = None) -> JudgedGenerator:
     """What the model draws in so many steps (its own, if None) and says, and what the judge sees."""
 
-    def pictures(trials: Sequence[Trial], steering: Steering | None):
+    def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None):
         prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
         assert seeds == list(range(seeds[0], seeds[0] + len(seeds))), "the seeds of a task's trials follow one another"
         edits = [steering] if steering else []
         return as_tensor(each.picture for each in pipe.generate(prompts, seed=seeds[0], steps=steps, batch=BATCH, edits=edits))
 
-    return Drawn(pictures, DrawnJudge(load_judge()), lambda drawn: pipe.losses(as_pictures(drawn), LEVELS).mean(1))
+    return JudgedGenerator(pictures, DrawnJudge(load_judge()), lambda drawn: pipe.losses(as_pictures(drawn), LEVELS).mean(1))

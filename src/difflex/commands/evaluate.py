@@ -13,13 +13,13 @@ import difflex
 from difflex.commands.costs import dictionaries, effect, encoding, foreseen_like, held, seconds, unknown_store
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import Evaluation, HeldOut, Model, check_likeness, likeness, renew
-from difflex.forecast import Estimate, Outlook
+from difflex.evaluation import EditedModel, Evaluation, HeldOutData, check_likeness, likeness, renew
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.records import Shot, Site
 from difflex.store import Store
-from difflex.study import Command, Place, Study
+from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["Evaluate"]
+__all__ = ["EvaluateCommand"]
 
 Load = Callable[[str | None], "difflex.Pipeline"]
 """From the precision of the weights."""
@@ -30,7 +30,7 @@ PER_FILE = 3600
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Command):
+class EvaluateCommand(Command):
     """Measure dictionaries on held-out activations, and what they do to the model; what is up to date is not done again."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -83,7 +83,7 @@ class Evaluate(Command):
         print(_table(lines))
         return written
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Encoding held-out tokens by each dictionary, and the model's passes with each in the place of its site."""
         named = [name.rpartition("/")[0] for name in self.dictionary]
         found = dictionaries(outlook, self.study, (*self.site, *named))
@@ -94,17 +94,17 @@ class Evaluate(Command):
             learned = learned[: len(self.dictionary) or None]  # which of them is in a label that nobody has yet
             if store is None or isinstance(model, str) or model is None:
                 why = model if isinstance(model, str) else unknown_store(self.study, site)
-                return Estimate(sites=tuple(map(str, found)), unknown=why)
+                return CostEstimate(sites=tuple(map(str, found)), unknown=why)
             tokens = min(self.tokens, store.rows // 10)
             coded += sum(encoding(each, tokens) for each in learned)
             passes += effect(model, min(self.effect, store.rows // 10 // store.tokens), len(learned)) if self.effect else 0
             total, count = total + tokens * len(learned), count + len(learned)
         if not found:
-            return Estimate(unknown="which dictionaries there will be is not known")
+            return CostEstimate(unknown="which dictionaries there will be is not known")
         taken = seconds(outlook, {"encoding": coded, "effect": passes})
-        return Estimate(sites=tuple(map(str, found)), tokens=total, bytes=count * PER_FILE, seconds=taken)
+        return CostEstimate(sites=tuple(map(str, found)), tokens=total, bytes=count * PER_FILE, seconds=taken)
 
-    def _places(self, known: Sequence[Place]) -> list[Place]:
+    def _places(self, known: Sequence[DictionaryRef]) -> list[DictionaryRef]:
         """Those of the `known` dictionaries that are asked for."""
         if not known:
             raise UnknownName(f"{self.study} has no dictionaries yet. difflex train and difflex itda make them.")
@@ -125,10 +125,10 @@ def _store(study: Study, site: Site) -> Store:
     return Store.open(stores[site])
 
 
-def _held_out(store: Store) -> HeldOut:
+def _held_out(store: Store) -> HeldOutData:
     """The held-out rows of a store; another harvest is told by its manifest."""
     rows = store.count("held-out")
-    return HeldOut(
+    return HeldOutData(
         data=f"{rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, {store.fingerprint}",
         batches=lambda: store.batches(BATCH, seed=SEED, split="held-out"),
         shot=store.shot,
@@ -138,10 +138,10 @@ def _held_out(store: Store) -> HeldOut:
     )
 
 
-def _model(load: Load, site: Site, shots: Sequence[Shot]) -> Model:
+def _model(load: Load, site: Site, shots: Sequence[Shot]) -> EditedModel:
     """What the model makes of `shots`."""
     pipe = load(shots[0].precision)
-    return Model(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
+    return EditedModel(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
 
 
 def _line(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:

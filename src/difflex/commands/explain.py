@@ -8,32 +8,32 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.book import Album, Book
+from difflex.book import Book, ImageAlbum
 from difflex.commands.concepts import drawn_concepts
 from difflex.commands.costs import START, dictionaries
-from difflex.commands.looking import Looking, kept_answers
+from difflex.commands.looking import VLMCommand, kept_answers
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation import (
-    Answers,
-    Asker,
-    Backend,
-    KnownConcepts,
-    Method,
-    Protocol,
-    Rehearsal,
-    Work,
+    AnswerCache,
+    CachedClient,
+    DryRunClient,
+    ExplainedMethod,
+    ExplainResult,
+    ExplanationProtocol,
+    KnownConceptsBackend,
+    VLMBackend,
     chosen,
     compare,
     explain,
     methods,
     rehearse,
 )
-from difflex.forecast import Estimate, Outlook
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.miniature import draw
 from difflex.records import Site
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
-__all__ = ["Explain"]
+__all__ = ["ExplainCommand"]
 
 KNOWN = "known"
 DRAWN = "drawn:"
@@ -48,7 +48,7 @@ LISTED = 20
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Explain(Looking):
+class ExplainCommand(VLMCommand):
     """Say in words what features are, and measure how true that is; what was answered is never asked, or paid, again."""
 
     studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
@@ -76,7 +76,7 @@ class Explain(Looking):
 
     def __call__(self) -> list[Path]:
         self._check()
-        protocol = Protocol(name=self.protocol, judged=self.judged, style=self.style, seed=self.seed)
+        protocol = ExplanationProtocol(name=self.protocol, judged=self.judged, style=self.style, seed=self.seed)
         studies = [Study.open(folder) for folder in self.studies]
         asked = [*zip(studies, self._places(studies), strict=True)]
         with closing(self._backend()) as backend:
@@ -93,35 +93,35 @@ class Explain(Looking):
             found.save(path)
         return made
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """By known concepts a moment for each feature; how long others take who are asked, nobody knows."""
         if self.vlm != KNOWN:
-            return Estimate(unknown="how long a model takes to answer is not known; --dry-run counts the calls")
+            return CostEstimate(unknown="how long a model takes to answer is not known; --dry-run counts the calls")
         named = [name.rpartition("/")[0] for name in self.dictionary]
         found = [dictionaries(outlook, study, (*self.site, *named)) for study in self.studies]
         books = len(self.dictionary) or sum(len(several) for by_site in found for several in by_site.values())
         if not books:
-            return Estimate(unknown="which dictionaries there will be is not known")
+            return CostEstimate(unknown="which dictionaries there will be is not known")
         features = books * (len(self.feature) or self.features)
-        return Estimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
+        return CostEstimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
 
     def _check(self) -> None:
         if self.features < 1:
             raise BadInput(f"--features {self.features} explains nothing. Ask for 1 or more.")
         self.check_terms(self.vlm)
 
-    def _backend(self) -> Backend:
+    def _backend(self) -> VLMBackend:
         """Who looks."""
         if self.vlm == KNOWN:
             seed = lambda name: int(name.removeprefix(DRAWN))  # noqa: E731 (the truth of a picture is drawn anew from its name)
-            return KnownConcepts(
+            return KnownConceptsBackend(
                 [concept.name for concept in drawn_concepts()],
                 lambda name, rows, columns: draw([seed(name)]).shares(rows, columns)[0],
                 draw(range(COUNTED)).shares(8, 8).mean((0, 2, 3)),
             )
         return self.backend(self.vlm)
 
-    def _places(self, studies: Sequence[Study]) -> list[list[Place]]:
+    def _places(self, studies: Sequence[Study]) -> list[list[DictionaryRef]]:
         """Of each study the dictionaries asked for, which have books; what is asked for is in one of the studies at least."""
         known = [[place for place in study.dictionaries() if study.book(*place).is_file()] for study in studies]
         for study, places in zip(studies, known, strict=True):
@@ -137,7 +137,7 @@ class Explain(Looking):
         meant = lambda place: everything or str(place.site) in asked or str(place) in self.dictionary  # noqa: E731
         return [[place for place in places if meant(place)] for places in known]
 
-    def _of(self, book: Book, protocol: Protocol) -> list[int]:
+    def _of(self, book: Book, protocol: ExplanationProtocol) -> list[int]:
         """The features to explain."""
         if self.feature:
             return [book.feature(feature).feature for feature in dict.fromkeys(self.feature)]
@@ -151,23 +151,37 @@ class Explain(Looking):
             _check_drawn(book, features[0])
         return features
 
-    def _explained(self, study: Study, places: Sequence[Place], backend: Backend, answers: Answers, protocol: Protocol) -> None:
-        asker = Asker(backend, answers, self.terms())
+    def _explained(
+        self,
+        study: Study,
+        places: Sequence[DictionaryRef],
+        backend: VLMBackend,
+        answers: AnswerCache,
+        protocol: ExplanationProtocol,
+    ) -> None:
+        asker = CachedClient(backend, answers, self.terms())
         for place in places:
             with Book.edit(study.book(*place)) as book:
                 features = self._of(book, protocol)
-                work = explain(book, features, asker, Album(study.pictures), protocol, connections=self.connections)
+                work = explain(book, features, asker, ImageAlbum(study.pictures), protocol, connections=self.connections)
                 print(f"{study.folder.name}/{place}: {_told(work)}")
         asked = asker.asked
         if asked.spent.calls:
             spent, cost = asked.spent, f", cost {asked.spent.cost:.4g}" if asked.spent.cost else ""
             print(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{cost}")
 
-    def _rehearsed(self, study: Study, places: Sequence[Place], backend: Backend, answers: Answers, protocol: Protocol) -> None:
-        rehearsal = Rehearsal(backend, answers, self.terms())
+    def _rehearsed(
+        self,
+        study: Study,
+        places: Sequence[DictionaryRef],
+        backend: VLMBackend,
+        answers: AnswerCache,
+        protocol: ExplanationProtocol,
+    ) -> None:
+        rehearsal = DryRunClient(backend, answers, self.terms())
         for place in places:
             with Book.open(study.book(*place)) as book:
-                rehearse(book, self._of(book, protocol), rehearsal, Album(study.pictures), protocol)
+                rehearse(book, self._of(book, protocol), rehearsal, ImageAlbum(study.pictures), protocol)
         spent = rehearsal.asked.spent
         cost = f"cost about {spent.cost:.4g}" if self.price else "for the cost, give --price IN,OUT"
         print(
@@ -185,7 +199,7 @@ def _check_drawn(book: Book, feature: int) -> None:
         )
 
 
-def _methods(study: Study, places: Sequence[Place]) -> list[Method]:
+def _methods(study: Study, places: Sequence[DictionaryRef]) -> list[ExplainedMethod]:
     found = []
     for place in places:
         with Book.open(study.book(*place)) as book:
@@ -193,7 +207,7 @@ def _methods(study: Study, places: Sequence[Place]) -> list[Method]:
     return found
 
 
-def _told(work: Work) -> str:
+def _told(work: ExplainResult) -> str:
     """What came of a dictionary, with a line for each failure."""
     lines = [f"{len(work.done)} explained, {len(work.kept)} were before, {len(work.failed)} failed"]
     lines += [f"  feature {feature}: {reason}" for feature, reason in [*work.failed.items()][:LISTED]]

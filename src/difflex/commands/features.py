@@ -7,20 +7,20 @@ from typing import Annotated, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.book import SORTS, Book, Condition, FeatureRow
+from difflex.book import SORTS, Book, FeatureFilter, FeatureStats
 from difflex.commands.books import opened_book
-from difflex.concepts import Matches
+from difflex.concepts import ConceptMatches
 from difflex.errors import BadInput, UnknownName
-from difflex.study import Command, Place, Study
+from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["Detected", "Features", "detected"]
+__all__ = ["BestConcept", "FeaturesCommand", "detected"]
 
 SORTED = ("concept", "score", *SORTS)
 WORDS = 48
 """Letters of an explanation that are shown."""
 
 
-class Detected(NamedTuple):
+class BestConcept(NamedTuple):
     """The known concept that a feature detects best."""
 
     concept: str
@@ -28,22 +28,22 @@ class Detected(NamedTuple):
     """Average precision on held-out pictures."""
 
 
-def detected(study: Study, place: Place) -> dict[int, Detected]:
+def detected(study: Study, place: DictionaryRef) -> dict[int, BestConcept]:
     """What the features of a dictionary detect, by feature; nothing where it was not held against known concepts."""
     path = study.concepts(*place)
     if not path.is_file():
         return {}
-    matches = Matches.load(path)
+    matches = ConceptMatches.load(path)
     found = matches.features
     return {
-        feature: Detected(matches.concepts[concept].name, ap)
+        feature: BestConcept(matches.concepts[concept].name, ap)
         for feature, concept, ap in zip(found.features, found.concepts, found.ap, strict=True)
     }
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Features(Command):
+class FeaturesCommand(Command):
     """List the features of a dictionary's book, sorted and filtered."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -74,7 +74,7 @@ class Features(Command):
             print(f"{place}: {len(rows):,} of {book.about.size:,} features, {min(self.limit, len(rows))} are shown")
             print(_table(book, rows[: self.limit], known, self.measure))
 
-    def _place(self, study: Study) -> Place:
+    def _place(self, study: Study) -> DictionaryRef:
         if self.dictionary is not None:
             return study.named(self.dictionary)
         there = [place for place in study.dictionaries() if study.book(*place).is_file()]
@@ -83,10 +83,10 @@ class Features(Command):
             raise BadInput(f"{study.folder} has {len(there)} books. Name one by --dictionary: {names}.")
         return there[0]
 
-    def _rows(self, book: Book, known: Mapping[int, Detected]) -> list[FeatureRow]:
+    def _rows(self, book: Book, known: Mapping[int, BestConcept]) -> list[FeatureStats]:
         """The features that are wanted, in order."""
         wanted = [text.split("=", 1)[1].strip() for text in self.filter if text.replace(" ", "").startswith("concept=")]
-        where = [Condition.parse(text) for text in self.filter if not text.replace(" ", "").startswith("concept=")]
+        where = [FeatureFilter.parse(text) for text in self.filter if not text.replace(" ", "").startswith("concept=")]
         if (wanted or self.sort == "concept") and not known:
             raise UnknownName(f"What the features of {book.about.dictionary} detect is not known. difflex concepts finds out.")
         sort = "feature" if self.sort == "concept" else self.sort
@@ -102,7 +102,7 @@ class Features(Command):
         return rows
 
 
-def _table(book: Book, rows: list[FeatureRow], known: Mapping[int, Detected], measure: str) -> str:
+def _table(book: Book, rows: list[FeatureStats], known: Mapping[int, BestConcept], measure: str) -> str:
     """A line for each feature under a line of columns."""
     scores = book.best_scores(measure)
     names = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", measure, "what it is")
@@ -118,7 +118,7 @@ def _table(book: Book, rows: list[FeatureRow], known: Mapping[int, Detected], me
     )
 
 
-def _line(book: Book, row: FeatureRow, found: Detected | None, score: float | None) -> tuple[str, ...]:
+def _line(book: Book, row: FeatureStats, found: BestConcept | None, score: float | None) -> tuple[str, ...]:
     texts = [each.text for each in book.explanations(row.feature) if each.state == "done"]
     text = texts[-1] if texts else ""
     return (

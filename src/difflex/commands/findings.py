@@ -15,18 +15,27 @@ from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.concepts import Matches
+from difflex.concepts import ConceptMatches
 from difflex.errors import BadInput, StaleWork
-from difflex.findings import EXPERIMENTS, Bench, Finding, Scope, Way, finding, pairs_for, workload
-from difflex.forecast import Estimate, Outlook
+from difflex.findings import (
+    EXPERIMENTS,
+    ExperimentBench,
+    Finding,
+    FindingsConfig,
+    SteeringDirection,
+    finding,
+    pairs_for,
+    workload,
+)
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
-from difflex.steering import Toolbox, contrasts, steered_along
+from difflex.steering import StudyEditor, contrasts, steered_along
 from difflex.store.files import digest
-from difflex.study import Command, Place, Study
+from difflex.study import Command, DictionaryRef, Study
 from difflex.trials import group_of, placed
 
-__all__ = ["Findings"]
+__all__ = ["FindingsCommand"]
 
 LEAST = 0.5
 """A feature of this average precision or more stands for a concept; else its contrast does."""
@@ -35,16 +44,16 @@ BY_FEATURES = ("related", "steps")
 """Experiments in which features are tried where there are any."""
 
 
-class Feature(NamedTuple):
+class DetectingFeature(NamedTuple):
     """A feature that stands for a concept."""
 
-    place: Place
+    place: DictionaryRef
     number: int
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Findings(Command):
+class FindingsCommand(Command):
     """Try on a model of the drawn world what papers found of steering, and say of each finding whether it holds here.
 
     Five of arXiv 2505.03189 on contrasts, two of arXiv 2505.24360 on features. Given again, it makes what is lacking.
@@ -73,7 +82,7 @@ class Findings(Command):
 
     def __call__(self) -> list[Path]:
         scope = self._scope()
-        toolbox = Toolbox(Study.open(self.study))
+        toolbox = StudyEditor(Study.open(self.study))
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
         site = self._site(toolbox.study, pipe)
         path, other = toolbox.study.findings(site), self._other(site)
@@ -98,7 +107,7 @@ class Findings(Command):
         print("\n".join(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.because}" for each in made.found))
         return [path]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """The contrasts of all concepts, and pictures that are judged, of the experiments asked for.
 
         That is at most so much: what was found before is not tried again.
@@ -106,30 +115,30 @@ class Findings(Command):
         scope, found = self._scope(), dictionaries(outlook, self.study, ())
         sites = [Site.parse(self.site)] if self.site else [site for site in found if site.kind != "neurons"]
         if len(sites) != 1:
-            return Estimate(sites=tuple(map(str, sites)), unknown="where to steer is not known: --site says it")
+            return CostEstimate(sites=tuple(map(str, sites)), unknown="where to steer is not known: --site says it")
         site = sites[0]
         model = studied(outlook, self.study, site)
         if isinstance(model, str):
-            return Estimate(sites=(str(site),), unknown=model)
+            return CostEstimate(sites=(str(site),), unknown=model)
         pictures = workload(self.only or tuple(EXPERIMENTS), scope)
         sides, steps = 2 * max(scope.counts) * len(scope.concepts()), model.shot.steps
         drawn = sum(generating(model, count, steps) for steps, count in pictures.items())
         judged = judging(model, sum(pictures.values()), len(LEVELS))
         scaled = sum(map(scaling, found.get(site, ())))
-        return Estimate(
+        return CostEstimate(
             sites=(str(site),),
             tokens=sides * steps * model.shapes[site][0],
             bytes=sum(pictures.values()) // scope.trials * A_POINT,
             seconds=seconds(outlook, {"model": drawn + judged + walking(model, sides, sides, steps), "encoding": scaled}),
         )
 
-    def _scope(self) -> Scope:
+    def _scope(self) -> FindingsConfig:
         if self.trials < 1 or not self.pairs or min(self.pairs) < 1 or not self.strength or min(self.strength) <= 0:
             raise BadInput(
                 f"--trials {self.trials}, --pairs {','.join(map(str, self.pairs))} and --strength "
                 f"{','.join(f'{each:g}' for each in self.strength)} leave nothing to try. Give numbers above 0."
             )
-        scope = Scope(
+        scope = FindingsConfig(
             groups=self.groups,
             each=self.concepts,
             trials=self.trials,
@@ -161,14 +170,20 @@ class Findings(Command):
         return own if own in there else there[0]
 
     def _bench(
-        self, toolbox: Toolbox, pipe: Pipeline, site: Site, scope: Scope, detectors: Mapping[str, Feature], other: Path | None
-    ) -> Bench:
-        def contrasted(concept: str) -> Mapping[int, Way]:
+        self,
+        toolbox: StudyEditor,
+        pipe: Pipeline,
+        site: Site,
+        scope: FindingsConfig,
+        detectors: Mapping[str, DetectingFeature],
+        other: Path | None,
+    ) -> ExperimentBench:
+        def contrasted(concept: str) -> Mapping[int, SteeringDirection]:
             sides = both_sides(pipe, site, pairs_for(concept, max(scope.counts)), batch=32)
             found = contrasts(*sides, scope.counts, inside=lambda shot: placed(shot.prompt, group_of(concept)))
-            return {each.pairs: Way(f"{each.pairs} pairs", steered_along(each)) for each in found}
+            return {each.pairs: SteeringDirection(f"{each.pairs} pairs", steered_along(each)) for each in found}
 
-        return Bench(
+        return ExperimentBench(
             site=site,
             scope=scope,
             parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
@@ -179,7 +194,13 @@ class Findings(Command):
         )
 
     def _made_from(
-        self, toolbox: Toolbox, site: Site, scope: Scope, name: str, detectors: Mapping[str, Feature], other: Path | None
+        self,
+        toolbox: StudyEditor,
+        site: Site,
+        scope: FindingsConfig,
+        name: str,
+        detectors: Mapping[str, DetectingFeature],
+        other: Path | None,
     ) -> Mapping[str, str | int | float]:
         """What the figures of an experiment depend on."""
         by = detectors if name in BY_FEATURES else {}
@@ -207,18 +228,18 @@ def _is_as(known: Finding | None, name: str, made_from: Mapping[str, str | int |
     return known is not None and known.made_from == made_from and known.rule == EXPERIMENTS[name].rule
 
 
-def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, Feature]:
+def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, DetectingFeature]:
     """For each of `concepts` that a feature of the study's dictionaries at a site detects the best one."""
-    found: dict[str, tuple[float, Feature]] = {}
+    found: dict[str, tuple[float, DetectingFeature]] = {}
     for place, matches in _known(study, site):
         for each in matches.clearest.findings:
             ap, name = each.best.ap.value, each.concept.name
             if name in concepts and ap >= (found[name][0] if name in found else LEAST):
-                found[name] = ap, Feature(place, each.best.features[0])
+                found[name] = ap, DetectingFeature(place, each.best.features[0])
     return {concept: found[concept][1] for concept in concepts if concept in found}
 
 
-def _known(study: Study, site: Site) -> Iterator[tuple[Place, Matches]]:
+def _known(study: Study, site: Site) -> Iterator[tuple[DictionaryRef, ConceptMatches]]:
     """What the features of dictionaries at a site detect; those that have changed since are named and left out."""
     for place in study.dictionaries():
         try:
@@ -230,7 +251,7 @@ def _known(study: Study, site: Site) -> Iterator[tuple[Place, Matches]]:
             yield place, matches
 
 
-def _way(toolbox: Toolbox, feature: Feature) -> Way:
+def _way(toolbox: StudyEditor, feature: DetectingFeature) -> SteeringDirection:
     place, number = feature
     edit = Edit(what="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
-    return Way(f"{place} {number}", toolbox.features(edit))
+    return SteeringDirection(f"{place} {number}", toolbox.features(edit))

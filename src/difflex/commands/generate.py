@@ -8,11 +8,11 @@ from PIL import Image
 from tyro.conf import Positional, arg
 
 from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import Opening
+from difflex.commands.opening import ModelCommand
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
 
-__all__ = ["FORMATS", "Generate", "write_picture"]
+__all__ = ["FORMATS", "GenerateCommand", "write_picture"]
 
 FORMATS = (".png", ".webp", ".jpg", ".jpeg")
 THE_MODELS_OWN = "(default: the model's own)"
@@ -20,7 +20,7 @@ THE_MODELS_OWN = "(default: the model's own)"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Generate(Opening):
+class GenerateCommand(ModelCommand):
     """Draw pictures from prompts and save them as one labelled grid: a row for each prompt, a column for each seed."""
 
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT...", help_behavior_hint="(one or more)")] = ()

@@ -14,16 +14,16 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import UNTRAINED, Opening, see_own_card
-from difflex.commands.prompts import CAPTIONS, Prompts, read_prompts
+from difflex.commands.opening import UNTRAINED, ModelCommand, see_own_card
+from difflex.commands.prompts import CAPTIONS, PromptSource, read_prompts
 from difflex.errors import BadInput
-from difflex.forecast import Estimate, Held, Outlook
-from difflex.pipeline import Foreseen
+from difflex.forecast import CostEstimate, CostOutlook, StoreForecast
+from difflex.pipeline import ModelProfile
 from difflex.records import Shot, split_of
-from difflex.store import Form, Recording, record, recorded_bytes, shots_for
+from difflex.store import RecordingConfig, ShardFormat, record, recorded_bytes, shots_for
 from difflex.study import Study
 
-__all__ = ["Harvest"]
+__all__ = ["HarvestCommand"]
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 THE_MODELS_OWN = "(default: the model's own)"
@@ -54,7 +54,7 @@ Bytes = Annotated[
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Harvest(Opening):
+class HarvestCommand(ModelCommand):
     """Store a model's activations at one or several sites; given again it goes on; under torchrun processes share the work."""
 
     sites: Annotated[tuple[str, ...], arg(metavar="SITE...")]
@@ -106,29 +106,31 @@ class Harvest(Opening):
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
         return [store.folder for store in stores]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """The passes that it takes, and what the store would plan for its shards."""
         kept = len(self.keep) if self.keep is not None else None
         model = foreseen(self.model, self.sites, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
         if isinstance(model, str):
             tokens = None if self.tokens is None else self.tokens * len(self.sites)
-            return Estimate(sites=self.sites, tokens=tokens, unknown=model)
-        forms = [Form(site, self.dtype, *shape) for site, shape in model.shapes.items()]
+            return CostEstimate(sites=self.sites, tokens=tokens, unknown=model)
+        forms = [ShardFormat(site, self.dtype, *shape) for site, shape in model.shapes.items()]
         run, steps = kept or model.shot.steps, self.keep.stop if self.keep is not None else model.shot.steps
         total, known = self._shots(model, forms, run)
         if total is None:
-            return Estimate(sites=self.sites, unknown=f"how many prompts {self.prompts} has is known when they are read")
+            return CostEstimate(sites=self.sites, unknown=f"how many prompts {self.prompts} has is known when they are read")
         runs = total // run
         work = walking(model, runs, -(-runs // len(self.seeds)), steps)
-        return Estimate(
+        return CostEstimate(
             sites=tuple(map(str, model.shapes)),
             tokens=sum(total * form.tokens for form in forms),
-            bytes=recorded_bytes(forms, known, run, total, Recording(dtype=self.dtype, batch=self.batch)),
+            bytes=recorded_bytes(forms, known, run, total, RecordingConfig(dtype=self.dtype, batch=self.batch)),
             seconds=seconds(outlook, {"model": work}),
-            stores={(self.out, form.site): Held(total * form.tokens, form.tokens, form.width, known[0]) for form in forms},
+            stores={
+                (self.out, form.site): StoreForecast(total * form.tokens, form.tokens, form.width, known[0]) for form in forms
+            },
         )
 
-    def _shots(self, model: Foreseen, forms: Sequence[Form], run: int) -> tuple[int | None, list[Shot]]:
+    def _shots(self, model: ModelProfile, forms: Sequence[ShardFormat], run: int) -> tuple[int | None, list[Shot]]:
         """How many shots there will be, if that can be told, and what some of them are like."""
         revision = self.revision if self.untrained is None else f"{UNTRAINED}{self.untrained}"
         plain = replace(model.shot, revision=revision, precision=self.precision or "fp32", timestep=TYPICAL)
@@ -143,11 +145,11 @@ class Harvest(Opening):
             return shots_for(self.tokens, forms, run), known
         return (None if count is None else count * len(self.seeds) * run), known
 
-    def _settings(self, prompts: Prompts) -> Recording:
+    def _settings(self, prompts: PromptSource) -> RecordingConfig:
         rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         see_own_card()
         order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
-        return Recording(
+        return RecordingConfig(
             dtype=self.dtype,
             tokens=self.tokens,
             batch=self.batch,

@@ -13,15 +13,15 @@ from difflex.commands.steer import Strengths
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
 from difflex.records import Edit
-from difflex.steering import Toolbox
+from difflex.steering import StudyEditor
 from difflex.study import Command, Study
 
-__all__ = ["Icon"]
+__all__ = ["IconCommand"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Icon(Command):
+class IconCommand(Command):
     """Draw what features say on their own, for an empty prompt; a row for each.
 
     At an `update` site the block gives nothing but the feature. At others it is added to what is there: without its stream, in
@@ -52,7 +52,7 @@ class Icon(Command):
             raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
-        toolbox = Toolbox(Study.open(self.study))
+        toolbox = StudyEditor(Study.open(self.study))
         place = toolbox.study.named(self.dictionary)
         pipe = load_studied(toolbox.study, None, self.offload, self.offline)
         edit = Edit(

@@ -11,20 +11,20 @@ from tyro.conf import Positional, arg
 
 from difflex.commands.costs import growing, held, seconds, unknown_store
 from difflex.commands.opening import see_own_card
-from difflex.dictionary import Dictionary, Origin
+from difflex.dictionary import Dictionary, DictionaryOrigin
 from difflex.dictionary.files import Json
-from difflex.dictionary.itda import ITDA, Growth, Progress, Source, grow, paper
+from difflex.dictionary.itda import ITDA, GrowthConfig, GrowthData, GrowthProgress, grow, paper
 from difflex.dictionary.itda.config import variant
 from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.forecast import Estimate, Learned, Outlook
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import GROWING, Command, Study
 
-__all__ = ["Itda"]
+__all__ = ["ItdaCommand"]
 
 ROOM = 16_384
 BATCH = 2048
@@ -36,7 +36,7 @@ SECONDS = 10.0
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Itda(Command):
+class ItdaCommand(Command):
     """Grow ITDA dictionaries from stored activations; given again it goes on; under torchrun processes grow one together."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -72,25 +72,25 @@ class Itda(Command):
             ranks = Ranks()
             source = self._source(store, ranks)
             training: dict[str, Json] = {"seed": self.seed, **({} if self.tokens is None else {"first": self.tokens})}
-            origin = Origin(site=site, model=study.model, revision=study.revision, training=training)
+            origin = DictionaryOrigin(site=site, model=study.model, revision=study.revision, training=training)
             growths = self._growths(ranks.count)
             there = [_there(study, site, growth, source, ranks) for growth in growths]
             missing = [growth for growth, place in zip(growths, there, strict=True) if place is None]
             made = [place for place in there if place is not None]
             if missing:
                 asked = {_work(study, site, growth, training): growth for growth in missing}
-                grown = grow(asked, source, origin=origin, told=Teller())
+                grown = grow(asked, source, origin=origin, told=GrowthPrinter())
                 made += _put(study, grown) if ranks.rank == 0 else []
         return made
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Growth to the size asked for, which takes about three passes where the threshold has to be found."""
         store = held(outlook, self.study, self.site)
         if store is None:
-            return Estimate(sites=(self.site,), tokens=self.tokens, unknown=unknown_store(self.study, self.site))
+            return CostEstimate(sites=(self.site,), tokens=self.tokens, unknown=unknown_store(self.study, self.site))
         tokens = min(self.tokens or store.rows, round(0.9 * store.rows))
-        grown = [Learned(growth.size, growth.k, store.width) for growth in self._growths(1)]
-        return Estimate(
+        grown = [DictionaryForecast(growth.size, growth.k, store.width) for growth in self._growths(1)]
+        return CostEstimate(
             sites=(self.site,),
             tokens=tokens,
             bytes=sum(each.size * (4 * each.width + PER_ATOM) + BESIDE for each in grown),
@@ -105,18 +105,18 @@ class Itda(Command):
             if value is not None and value < 1:
                 raise BadInput(f"{flag} {value} grows nothing: ask for 1 or more.")
 
-    def _growths(self, of: int) -> list[Growth]:
-        preset = paper() if self.paper else Growth(size=ROOM)
+    def _growths(self, of: int) -> list[GrowthConfig]:
+        preset = paper() if self.paper else GrowthConfig(size=ROOM)
         flags = {name: getattr(self, name) for name in ("k", "size", "pursuit", "normalisation")}
         given = {name: value for name, value in flags.items() if value is not None}
         growth = replace(preset, batch=max(1, 256 // of), **given)
         return [replace(growth, threshold=threshold) for threshold in self.threshold or (preset.threshold,)]
 
-    def _source(self, store: Store, ranks: Ranks) -> Source:
+    def _source(self, store: Store, ranks: Ranks) -> GrowthData:
         rows = store.count("train")
         tokens = rows if self.tokens is None else min(self.tokens, rows)
         share = max(1, BATCH // ranks.count)
-        return Source(
+        return GrowthData(
             batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.count, start=start),
             tokens=tokens,
             data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {self.seed}, {store.fingerprint}",
@@ -125,13 +125,13 @@ class Itda(Command):
 
 
 @final
-class Teller:
+class GrowthPrinter:
     """Says now and then how far a growth is."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: GrowthProgress) -> None:
         now = time.monotonic()
         if now - self._said < SECONDS:
             return
@@ -147,13 +147,13 @@ class Teller:
         )
 
 
-def _work(study: Study, site: Site, growth: Growth, training: Mapping[str, Json]) -> Path:
+def _work(study: Study, site: Site, growth: GrowthConfig, training: Mapping[str, Json]) -> Path:
     """Where a dictionary grows until its size, and so its name, is known."""
     told = variant({**training, "config": growth.as_json()})
     return study.dictionary(site, f"{GROWING}itda-to-{growth.size}-k{growth.k}{told}")
 
 
-def _there(study: Study, site: Site, growth: Growth, source: Source, ranks: Ranks) -> Path | None:
+def _there(study: Study, site: Site, growth: GrowthConfig, source: GrowthData, ranks: Ranks) -> Path | None:
     """Where the same dictionary, if it has been grown before, stands; then it is said."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
         if _alike(_training(path), growth, source):
@@ -175,7 +175,7 @@ def _training(path: Path) -> Mapping[str, Json]:
     return training if isinstance(training, dict) else {}
 
 
-def _alike(training: Mapping[str, Json], growth: Growth, source: Source) -> bool:
+def _alike(training: Mapping[str, Json], growth: GrowthConfig, source: GrowthData) -> bool:
     """Whether a dictionary that says this of itself was grown as is asked, by however many processes."""
     config = training.get("config")
     same = isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json()

@@ -11,34 +11,34 @@ from tyro.conf import FlagCreatePairsOff, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.errors import BadInput
-from difflex.explanation import Answers, Backend, Endpoint, Key, LocalModel, Price, Terms
+from difflex.explanation import AnswerCache, ApiKey, EndpointBackend, LocalBackend, RequestPolicy, TokenPrice, VLMBackend
 from difflex.store.files import locked
 from difflex.study import Command, Study
 
-__all__ = ["Looking", "kept_answers"]
+__all__ = ["VLMCommand", "kept_answers"]
 
 
-def _price(words: list[str]) -> Price:
+def _price(words: list[str]) -> TokenPrice:
     found = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", words[0])
     if not found:
         raise ValueError(f"'{words[0]}' is not a price. Write IN,OUT, what a million tokens cost each way: 0.1,0.4.")
-    return Price(tokens_in=float(found[1]), tokens_out=float(found[2]))
+    return TokenPrice(tokens_in=float(found[1]), tokens_out=float(found[2]))
 
 
 Prices = Annotated[
-    Price,
+    TokenPrice,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="IN,OUT",
         instance_from_str=_price,
-        is_instance=lambda value: isinstance(value, Price),
+        is_instance=lambda value: isinstance(value, TokenPrice),
         str_from_instance=lambda value: [f"{value.tokens_in:g},{value.tokens_out:g}"],
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looking(Command):
+class VLMCommand(Command):
     """A verb that asks a model that sees."""
 
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
@@ -72,26 +72,26 @@ class Looking(Command):
                 "million tokens cost each way."
             )
 
-    def backend(self, who: str) -> Backend:
+    def backend(self, who: str) -> VLMBackend:
         """The model of an endpoint at the address `who`, or that in the folder or of the hub name `who`."""
         if "://" not in who:
-            return LocalModel(who, offline=self.offline)
+            return LocalBackend(who, offline=self.offline)
         if self.model is None:
             raise BadInput(f"{who} serves more than one model. Name the one that is to look: --model NAME.")
-        key = Key.found(self.key_file, self.key_variable)
-        return Endpoint(who, self.model, key, timeout=self.timeout, connections=self.connections)
+        key = ApiKey.found(self.key_file, self.key_variable)
+        return EndpointBackend(who, self.model, key, timeout=self.timeout, connections=self.connections)
 
-    def terms(self) -> Terms:
+    def terms(self) -> RequestPolicy:
         """On what terms it is asked."""
-        return Terms(
-            per_minute=self.per_minute, price=self.price or Price(), budget=self.budget, picture_tokens=self.picture_tokens
+        return RequestPolicy(
+            per_minute=self.per_minute, price=self.price or TokenPrice(), budget=self.budget, picture_tokens=self.picture_tokens
         )
 
 
 @contextmanager
-def kept_answers(study: Study) -> Iterator[Answers]:
+def kept_answers(study: Study) -> Iterator[AnswerCache]:
     """The answers of a study, which nobody else adds to meanwhile."""
     folder = study.explanations
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, shared=False), closing(Answers(folder / "answers.sqlite")) as answers:
+    with locked(folder, shared=False), closing(AnswerCache(folder / "answers.sqlite")) as answers:
         yield answers

@@ -9,14 +9,14 @@ from typing import final
 from difflex.errors import BrokenFile
 from difflex.study import Command
 
-__all__ = ["Models", "table"]
+__all__ = ["ModelsCommand", "table"]
 
 COLUMNS = ("model", "pixels", "steps", "guidance", "words", "MB")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Models(Command):
+class ModelsCommand(Command):
     """List the models inside the package: possible sizes (the default first), default steps and guidance, known words, size."""
 
     def __call__(self) -> None:

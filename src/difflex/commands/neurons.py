@@ -10,12 +10,12 @@ from difflex import dictionary
 from difflex.commands.costs import START, held, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.forecast import Estimate, Learned, Outlook
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
 
-__all__ = ["Neurons"]
+__all__ = ["NeuronsCommand"]
 
 BESIDE = 600
 """Bytes of a dictionary's config and of the head of its file."""
@@ -23,7 +23,7 @@ BESIDE = 600
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Neurons(Command):
+class NeuronsCommand(Command):
     """Put the neurons of blocks into a study as dictionaries, in which nothing is learned: the baseline."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -43,23 +43,23 @@ class Neurons(Command):
                 raise UnknownName.among("The site", name, map(str, stores), "Harvest it first.")
         return [_put(study, Store.open(stores[Site.parse(name)]), k) for name in self.site for k in self.k]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Next to nothing: nothing is learned."""
         stores = {Site.parse(site): held(outlook, self.study, site) for site in self.site}
         made = {
-            (self.study, site): tuple(Learned(store.width, k, store.width) for k in self.k)
+            (self.study, site): tuple(DictionaryForecast(store.width, k, store.width) for k in self.k)
             for site, store in stores.items()
             if store is not None
         }
         missing = next((site for site, store in stores.items() if store is None), None)
         size = sum(BESIDE + 4 * each.width for several in made.values() for each in several)
         why = "" if missing is None else unknown_store(self.study, missing)
-        return Estimate(sites=self.site, tokens=0, bytes=None if why else size, seconds=START, unknown=why, dictionaries=made)
+        return CostEstimate(sites=self.site, tokens=0, bytes=None if why else size, seconds=START, unknown=why, dictionaries=made)
 
 
 def _put(study: Study, store: Store, k: int) -> Path:
     """Where the neurons of a store's block now are."""
-    origin = dictionary.Origin(site=store.site, model=study.model, revision=study.revision)
+    origin = dictionary.DictionaryOrigin(site=store.site, model=study.model, revision=study.revision)
     neurons = dictionary.Neurons(width=store.width, k=k, origin=origin)
     folder = study.dictionary(store.site, neurons.label)
     if (folder / "config.json").is_file():

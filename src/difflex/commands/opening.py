@@ -10,14 +10,14 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import difflex
 from difflex.study import Command, Study
 
-__all__ = ["UNTRAINED", "Opening", "load_studied", "see_own_card"]
+__all__ = ["UNTRAINED", "ModelCommand", "load_studied", "see_own_card"]
 
 UNTRAINED = "untrained-"
 """What the revision of random weights begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening(Command):
+class ModelCommand(Command):
     """A verb that loads a model."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]

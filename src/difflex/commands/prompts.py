@@ -10,12 +10,12 @@ from difflex import pipeline
 from difflex.errors import BadInput
 from difflex.miniature.captions import endless
 
-__all__ = ["CAPTIONS", "Prompts", "read_prompts"]
+__all__ = ["CAPTIONS", "PromptSource", "read_prompts"]
 
 CAPTIONS = "captions"
 
 
-class Prompts(NamedTuple):
+class PromptSource(NamedTuple):
     """Prompts and what they were read from."""
 
     texts: Iterable[str]
@@ -24,18 +24,18 @@ class Prompts(NamedTuple):
     is_endless: bool
 
 
-def read_prompts(name: str, shuffle: int | None, column: str | None = None, revision: str | None = None) -> Prompts:
+def read_prompts(name: str, shuffle: int | None, column: str | None = None, revision: str | None = None) -> PromptSource:
     """The prompts in the file, folder or data set `name`, shuffled by a seed if one is given; or `captions`, which do not end."""
     if name == CAPTIONS and not Path(name).exists():
         if shuffle is not None:
             raise BadInput("--shuffle goes with a file: the captions of the drawn world come in no order. Leave it out.")
-        return Prompts(endless(), CAPTIONS, True)
+        return PromptSource(endless(), CAPTIONS, True)
     texts: Iterable[str] = pipeline.read_prompts(name, column, revision)
     source = ":".join(filter(None, (_content(Path(name)) or name, column, revision)))
     if shuffle is not None:
         texts = list(texts)
         random.Random(shuffle).shuffle(texts)
-    return Prompts(texts, source, False)
+    return PromptSource(texts, source, False)
 
 
 def _content(path: Path) -> str | None:

@@ -18,22 +18,31 @@ from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, UnknownName
-from difflex.forecast import Estimate, Learned, Outlook
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Shot, Site
-from difflex.steering import Firings, Pictured, Removed, Steering, Toolbox, Verdict, best_of, check_maker
+from difflex.steering import (
+    GenerationCodes,
+    JudgeVerdict,
+    RemovalImages,
+    RemovedConcept,
+    SteeringHook,
+    StudyEditor,
+    best_of,
+    check_maker,
+)
 from difflex.steering.removal import about
-from difflex.study import Command, Place, Study
-from difflex.trials import NAMED, DrawnJudge, Naming, as_tensor, drawn_naming
+from difflex.study import Command, DictionaryRef, Study
+from difflex.trials import NAMED, DrawnJudge, NamedCaption, as_tensor, drawn_naming
 
-__all__ = ["Removal"]
+__all__ = ["RemovalCommand"]
 
 BATCH = 32
 APART = 10**6
 """How far the seeds of one set of pictures are from those of the next."""
-Together = tuple[Place, ...]
+Together = tuple[DictionaryRef, ...]
 """Dictionaries whose features are edited at once."""
 TRIED = 0.6
 """The share of several settings that is tried until one is good enough: 57 % for 36 concepts of mini-flux."""
@@ -43,7 +52,7 @@ A_CONCEPT = 1_700
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Removal(Command):
+class RemovalCommand(Command):
     """Remove known concepts by their features, and judge on unseen prompts what is gone and what else is lost.
 
     Features are chosen step by step by the score of SAeUron on one set of prompts, their number and strength on another one,
@@ -75,7 +84,7 @@ class Removal(Command):
 
     def __call__(self) -> list[Path]:
         self._check()
-        toolbox = Toolbox(Study.open(self.study))
+        toolbox = StudyEditor(Study.open(self.study))
         sets = self._sets(toolbox)
         known = {together: known for together in sets if (known := self._known(toolbox, together)) is not None}
         made = self._made(toolbox, [together for together in sets if together not in known])
@@ -84,20 +93,20 @@ class Removal(Command):
             print(f"{_named(together)}{'' if together in made else ': as before'}\n{_table(removal)}")
         return [toolbox.study.removal(together) for together in sets]
 
-    def _known(self, toolbox: Toolbox, together: Together) -> steering.Removal | None:
+    def _known(self, toolbox: StudyEditor, together: Together) -> steering.RemovalResults | None:
         """What came of it when it was done just so before."""
         path = toolbox.study.removal(together)
-        known = steering.Removal.load(path) if path.is_file() else None
+        known = steering.RemovalResults.load(path) if path.is_file() else None
         return known if known and known.made_from == self._made_from(toolbox, together) else None
 
-    def _made(self, toolbox: Toolbox, sets: Sequence[Together]) -> Mapping[Together, steering.Removal]:
+    def _made(self, toolbox: StudyEditor, sets: Sequence[Together]) -> Mapping[Together, steering.RemovalResults]:
         """What comes of these sets, written down."""
         if not sets:
             return {}
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
         next(pipe.shots("", keep_steps=self.steps))  # steps that the run does not have are refused
-        studio = _Studio(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
-        removed: dict[Together, list[Removed]] = {together: [] for together in sets}
+        studio = _RemovalGenerator(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
+        removed: dict[Together, list[RemovedConcept]] = {together: [] for together in sets}
         for group in self.groups:
             scouted, tried_on, unseen = studio.apart(group, (self.chosen_by, self.tried_on, self.pictures))
             for together in sets:
@@ -107,7 +116,7 @@ class Removal(Command):
                     removed[together].append(each)
         return {together: self._written(toolbox, together, concepts) for together, concepts in removed.items()}
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Pictures that are looked at and whose codes are counted: without an edit those of all prompts, and for each concept
         those it is judged by, under each setting tried and under the best.
 
@@ -118,10 +127,10 @@ class Removal(Command):
         sets = self._expected(outlook)
         sites = list(dict.fromkeys(site for together in sets for site in together))
         if not sites:
-            return Estimate(unknown="which dictionaries there will be is not known")
+            return CostEstimate(unknown="which dictionaries there will be is not known")
         model = studied(outlook, self.study, *sites)
         if isinstance(model, str):
-            return Estimate(sites=tuple(map(str, sites)), unknown=model)
+            return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
         named = [len(CONCEPTS[group]) for group in self.groups]
         plain, edited = sum(named) * (self.chosen_by + self.tried_on + self.pictures), sum(map(self._edited, named))
         pictures = plain + len(sets) * edited
@@ -132,7 +141,7 @@ class Removal(Command):
             for site, learned in together.items()
         ]
         coded = sum(encoding(learned, tokens) for learned, tokens in rows)
-        return Estimate(
+        return CostEstimate(
             sites=tuple(map(str, sites)),
             tokens=round(sum(tokens for _, tokens in rows)),
             bytes=len(sets) * sum(named) * A_CONCEPT,
@@ -145,7 +154,7 @@ class Removal(Command):
         tried = settings * TRIED if settings > 1 else 0
         return concepts * (tried * about(concepts, self.tried_on) + about(concepts, self.pictures))
 
-    def _expected(self, outlook: Outlook) -> list[dict[Site, Learned]]:
+    def _expected(self, outlook: CostOutlook) -> list[dict[Site, DictionaryForecast]]:
         """Which dictionaries will be edited at once, by site; none where one of them is not known."""
         found = dictionaries(outlook, self.study, ())
         asked = [[Site.parse(name.partition("/")[0]) for name in each.split(",")] for each in self.dictionary]
@@ -170,7 +179,7 @@ class Removal(Command):
         if max(self.strength) >= 1:
             raise BadInput(f"A strength of {max(self.strength):g} takes nothing away: codes are multiplied by it. Stay below 1.")
 
-    def _sets(self, toolbox: Toolbox) -> list[Together]:
+    def _sets(self, toolbox: StudyEditor) -> list[Together]:
         """Which dictionaries are edited at once."""
         study = toolbox.study
         if self.dictionary:
@@ -186,8 +195,8 @@ class Removal(Command):
         return list(dict.fromkeys(sets))
 
     def _removed(
-        self, scouted: Pictured, tried_on: Pictured, unseen: Pictured, group: str, together: Together
-    ) -> Iterator[Removed]:
+        self, scouted: RemovalImages, tried_on: RemovalImages, unseen: RemovalImages, group: str, together: Together
+    ) -> Iterator[RemovedConcept]:
         """Each concept of a group, removed by what was chosen on the first two sets of pictures, judged on the third."""
         for concept in dict.fromkeys(scouted.named):
             cuts = scouted.chosen(concept, max(self.features), self.steps)
@@ -196,7 +205,7 @@ class Removal(Command):
             number, strength = best_of(tried)[:2] if tried else settings[0]
             cuts = [cut.of(number) for cut in cuts]
             own = [seen.shows for name, seen in zip(unseen.named, unseen.before, strict=True) if name == concept]
-            yield Removed(
+            yield RemovedConcept(
                 concept=concept,
                 group=group,
                 features={str(place): cut.features for place, cut in zip(together, cuts, strict=True)},
@@ -207,8 +216,8 @@ class Removal(Command):
                 rates=unseen.rates(concept, cuts, strength),
             )
 
-    def _written(self, toolbox: Toolbox, together: Together, concepts: Sequence[Removed]) -> steering.Removal:
-        removal = steering.Removal(
+    def _written(self, toolbox: StudyEditor, together: Together, concepts: Sequence[RemovedConcept]) -> steering.RemovalResults:
+        removal = steering.RemovalResults(
             model=toolbox.study.model,
             dictionaries=tuple(map(str, together)),
             concepts=tuple(concepts),
@@ -217,7 +226,7 @@ class Removal(Command):
         removal.save(toolbox.study.removal(together))
         return removal
 
-    def _made_from(self, toolbox: Toolbox, together: Together) -> Mapping[str, str | int]:
+    def _made_from(self, toolbox: StudyEditor, together: Together) -> Mapping[str, str | int]:
         edits = [Edit(what="scale", site=place.site, dictionary=place.label) for place in together]
         return {
             **toolbox.checksums(edits),
@@ -232,32 +241,32 @@ class Removal(Command):
 
 
 @final
-class _Studio:
+class _RemovalGenerator:
     """Where pictures are drawn and looked at."""
 
-    def __init__(self, pipe: Pipeline, dictionaries: Mapping[Place, Dictionary]) -> None:
+    def __init__(self, pipe: Pipeline, dictionaries: Mapping[DictionaryRef, Dictionary]) -> None:
         self._pipe, self._dictionaries, self._judge = pipe, dictionaries, DrawnJudge(load_judge())
 
-    def apart(self, group: str, counts: Sequence[int]) -> list[Callable[[Together], Pictured]]:
+    def apart(self, group: str, counts: Sequence[int]) -> list[Callable[[Together], RemovalImages]]:
         """Sets of pictures, so many for each concept, for any of the dictionaries; they share no caption and no seed."""
         captions, ends = drawn_naming(group, sum(counts)), [0, *accumulate(counts)]
         parts = [[one for each in captions for one in each[start:end]] for start, end in pairwise(ends)]
         return [self._unedited(group, part, number * APART) for number, part in enumerate(parts)]
 
-    def _unedited(self, group: str, named: Sequence[Naming], first_seed: int) -> Callable[[Together], Pictured]:
+    def _unedited(self, group: str, named: Sequence[NamedCaption], first_seed: int) -> Callable[[Together], RemovalImages]:
         """The pictures of captions, for any of the dictionaries."""
-        firings = {place: Firings(dictionary) for place, dictionary in self._dictionaries.items()}
+        firings = {place: GenerationCodes(dictionary) for place, dictionary in self._dictionaries.items()}
         shots = [shot for seed, each in enumerate(named, first_seed) for shot in self._shots(each.caption, seed)]
         before = self._seen(group, named, shots, [place.site for place in firings], firings)
 
-        def edited(numbers: Sequence[int], edits: Sequence[Steering]) -> list[Verdict]:
+        def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
             with ExitStack() as edited:
                 for site, change in edits:
                     edited.enter_context(self._pipe.at(site, change))
                 return self._seen(group, [named[i] for i in numbers], [shots[i] for i in numbers], [edits[0].site], {})
 
         concepts = tuple(each.concept for each in named)
-        return lambda together: Pictured(
+        return lambda together: RemovalImages(
             named=concepts, before=tuple(before), firings=tuple(firings[place] for place in together), edited=edited
         )
 
@@ -265,8 +274,13 @@ class _Studio:
         return (replace(shot, timestep=None) for shot in self._pipe.shots(caption, seeds=[seed], keep_steps=[0]))
 
     def _seen(
-        self, group: str, named: Sequence[Naming], shots: Sequence[Shot], sites: Sequence[Site], firings: Mapping[Place, Firings]
-    ) -> list[Verdict]:
+        self,
+        group: str,
+        named: Sequence[NamedCaption],
+        shots: Sequence[Shot],
+        sites: Sequence[Site],
+        firings: Mapping[DictionaryRef, GenerationCodes],
+    ) -> list[JudgeVerdict]:
         """What the judge sees of the pictures; how features fire on the way is added to `firings`."""
         drawn: list[Image.Image] = []
         for pictures, activations in self._pipe.harvest_and_finish(shots, list(dict.fromkeys(sites)), BATCH):
@@ -281,7 +295,7 @@ def _named(together: Together) -> str:
     return ", ".join(map(str, together))
 
 
-def _told(each: Removed) -> str:
+def _told(each: RemovedConcept) -> str:
     """A line of the table."""
     rates = each.rates
     return f"{each.concept:<12}{each.each:>8}{each.strength:>10g}" + "".join(
@@ -289,7 +303,7 @@ def _told(each: Removed) -> str:
     )
 
 
-def _table(removal: steering.Removal) -> str:
+def _table(removal: steering.RemovalResults) -> str:
     """A line for each concept, and how many reach the bar."""
     count, of = len(removal.reaching()), len(removal.concepts)
     return "\n".join(

@@ -8,13 +8,13 @@ from tyro.conf import Positional, arg
 
 from difflex.commands.words import words
 from difflex.errors import DifflexError
-from difflex.forecast import Estimate, Outlook
+from difflex.forecast import CostEstimate, CostOutlook
 from difflex.report import write_report
 from difflex.report.overview import plainly
-from difflex.run import Entry
+from difflex.run import CommandRecord
 from difflex.study import Command, Study
 
-__all__ = ["Report"]
+__all__ = ["ReportCommand"]
 
 CONTROL = "untrained"
 """The folder in a study where recipes put that of an untrained model."""
@@ -24,7 +24,7 @@ SECONDS, BYTES = (3.0, 1.5), (700_000, 50_000)
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Report(Command):
+class ReportCommand(Command):
     """Write a study as one page that needs nothing from outside: tables, figures, claims; and a CSV file for every figure."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -42,16 +42,16 @@ class Report(Command):
         print(f"{paths[0]}: the report; beside it {len(paths) - 1} CSV files")
         return paths
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Reading what was measured of each dictionary, and drawing it; it stores and reads no tokens."""
         found = {str(site): len(learned) for (study, site), learned in outlook.dictionaries.items() if study == self.study}
         if not found:
-            return Estimate(unknown="which dictionaries there will be is not known")
+            return CostEstimate(unknown="which dictionaries there will be is not known")
         taken, size = (first + sum(found.values()) * each for first, each in (SECONDS, BYTES))
-        return Estimate(sites=tuple(found), tokens=0, bytes=round(size), seconds=taken)
+        return CostEstimate(sites=tuple(found), tokens=0, bytes=round(size), seconds=taken)
 
 
-def _spelt(entry: Entry) -> list[str]:
+def _spelt(entry: CommandRecord) -> list[str]:
     """The words of a command; of one that this difflex does not know, its values by name."""
     try:
         return words(entry)

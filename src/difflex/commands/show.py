@@ -6,19 +6,19 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import Positional, arg
 
-from difflex.book import Album, sheet
+from difflex.book import ImageAlbum, sheet
 from difflex.commands.books import opened_book
 from difflex.commands.features import detected
 from difflex.commands.generate import FORMATS, write_picture
 from difflex.errors import BadInput
 from difflex.study import Command, Study
 
-__all__ = ["Show"]
+__all__ = ["ShowCommand"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Show(Command):
+class ShowCommand(Command):
     """Draw one feature's sheet: figures, strongest and random pictures with where it fires, pictures where it is silent."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -49,7 +49,7 @@ class Show(Command):
         with opened_book(study, place) as book:
             drawn = sheet(
                 book,
-                Album(study.pictures),
+                ImageAlbum(study.pictures),
                 self.feature,
                 style=self.style,
                 columns=self.columns,

@@ -6,16 +6,16 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 from difflex.commands.flags import Pixels
-from difflex.commands.opening import Opening
+from difflex.commands.opening import ModelCommand
 
-__all__ = ["Sites"]
+__all__ = ["SitesCommand"]
 
 COLUMNS = ("site", "module", "width", "tokens", "kinds")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Sites(Opening):
+class SitesCommand(ModelCommand):
     """List a model's sites: name, module path, width, tokens, kinds; a line for each block and stream."""
 
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"

@@ -7,18 +7,18 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.run import Entry, diary
+from difflex.run import CommandRecord, diary
 from difflex.store import Store
 from difflex.study import Command, Study
 
-__all__ = ["Status"]
+__all__ = ["StatusCommand"]
 
 COLUMNS = ("", "state", "when (UTC)", "seconds", "verb", "asked")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Status(Command):
+class StatusCommand(Command):
     """Say what a study holds: its activations and dictionaries, and how far its recipe is."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -37,13 +37,13 @@ class Status(Command):
             print(_table([(entry, "begun" if entry.seconds is None else "done") for entry in entries]))
 
 
-def _table(rows: Sequence[tuple[Entry, str]]) -> str:
+def _table(rows: Sequence[tuple[CommandRecord, str]]) -> str:
     lines = [COLUMNS, *(_line(number, entry, state) for number, (entry, state) in enumerate(rows, 1))]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def _line(number: int, entry: Entry, state: str) -> tuple[str, ...]:
+def _line(number: int, entry: CommandRecord, state: str) -> tuple[str, ...]:
     asked = " ".join(f"{name}={_short(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
     when = entry.done[:16].replace("T", " ") if entry.done else ""
     return str(number), state, when, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked

@@ -17,12 +17,12 @@ from difflex.commands.generate import FORMATS, write_picture
 from difflex.commands.opening import load_studied
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
-from difflex.pipeline import Generated, Pipeline
-from difflex.records import Edit, Operation, Rectangle, Shot, Site, Source, Unit
-from difflex.steering import Maps, Recorded, Toolbox, rectangle
-from difflex.study import Command, Place, Study
+from difflex.pipeline import GeneratedImage, Pipeline
+from difflex.records import Edit, Operation, Rectangle, Shot, Site, TransplantSource, Unit
+from difflex.steering import EditRecord, StudyEditor, TransplantMaps, rectangle
+from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["Steer"]
+__all__ = ["SteerCommand"]
 
 AMPLIFIED = 4
 """How much stronger a difference is shown than it is."""
@@ -60,7 +60,7 @@ Strengths = Annotated[
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Steer(Command):
+class SteerCommand(Command):
     """Draw pictures while features of a dictionary, or a direction found by contrast, are changed; unedited ones stand first."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -113,8 +113,8 @@ class Steer(Command):
     def __call__(self) -> list[Path]:
         if self.out.suffix.lower() not in FORMATS:
             raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
-        toolbox = Toolbox(Study.open(self.study))
-        recorded = None if self.replay is None else Recorded.load(self.replay)
+        toolbox = StudyEditor(Study.open(self.study))
+        recorded = None if self.replay is None else EditRecord.load(self.replay)
         if recorded is not None:
             recorded.check(toolbox)
         pipe = load_studied(toolbox.study, None, self.offload, self.offline)
@@ -128,12 +128,12 @@ class Steer(Command):
         write_picture(self._sheet(plain, columns, drawn), self.out)
         written = [self.out]
         if self.record is not None:
-            recorded = Recorded(shot=plain[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
+            recorded = EditRecord(shot=plain[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
             written.append(recorded.save(self.record))
         print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} pictures")
         return written
 
-    def _edits(self, toolbox: Toolbox, pipe: Pipeline) -> list[Edit]:
+    def _edits(self, toolbox: StudyEditor, pipe: Pipeline) -> list[Edit]:
         """One for each strength."""
         pixels = next(pipe.shots("")).pixels
         place = None if self.dictionary is None else toolbox.study.named(self.dictionary)
@@ -143,7 +143,7 @@ class Steer(Command):
         source = (
             None
             if self.source is None
-            else Source(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
+            else TransplantSource(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
         )
         edit = Edit(
             what=self.what,
@@ -161,7 +161,7 @@ class Steer(Command):
             return [self._safe(edit, toolbox)]
         return [replace(edit, strength=strength) for strength in self.strength]
 
-    def _safe(self, edit: Edit, toolbox: Toolbox) -> Edit:
+    def _safe(self, edit: Edit, toolbox: StudyEditor) -> Edit:
         """The edit at the strength that is taken where none is named."""
         if self.what == "scale":
             raise BadInput("--what scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice.")
@@ -171,17 +171,17 @@ class Steer(Command):
             raise BadInput(
                 f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
             )
-        kept = kept_strength(toolbox.study, Place(edit.site, edit.dictionary), edit.features)
+        kept = kept_strength(toolbox.study, DictionaryRef(edit.site, edit.dictionary), edit.features)
         return replace(edit, strength=toolbox.default_strength(edit) if kept is None else kept)
 
     def _shots(self, pipe: Pipeline) -> list[Shot]:
         shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.run_steps, keep_steps=[0], guidance=self.guidance)
         return [replace(shot, timestep=None) for shot in shots]
 
-    def _drawn(self, pipe: Pipeline, toolbox: Toolbox, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
+    def _drawn(self, pipe: Pipeline, toolbox: StudyEditor, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
         """The picture of each shot under `edits`, each transplant's source drawn as the shot is."""
 
-        def draw(source: Source, site: Site, maps: Maps) -> None:
+        def draw(source: TransplantSource, site: Site, maps: TransplantMaps) -> None:
             with pipe.at(site, maps):
                 _generate(pipe, replace(shots[0], prompt=source.prompt, seed=source.seed))
 
@@ -201,7 +201,7 @@ class Steer(Command):
         return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_said, columns)])
 
 
-def _generate(pipe: Pipeline, shot: Shot, edits: Sequence = ()) -> Generated:
+def _generate(pipe: Pipeline, shot: Shot, edits: Sequence = ()) -> GeneratedImage:
     return pipe.generate(shot.prompt, seed=shot.seed, steps=shot.steps, pixels=shot.pixels, guidance=shot.guidance, edits=edits)[
         0
     ]

@@ -26,36 +26,36 @@ from difflex.commands.costs import (
 from difflex.commands.detected import matches_of, neurons_beside
 from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Range
-from difflex.commands.looking import Looking
+from difflex.commands.looking import VLMCommand
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.commands.worlds import DRAWN, World, read_told, told_world
+from difflex.commands.worlds import DRAWN, JudgedWorld, read_told, told_world
 from difflex.errors import BadInput, DifflexError
-from difflex.forecast import Estimate, Learned, Outlook
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site, Unit
 from difflex.steering import (
-    Curve,
-    Drawn,
-    Features,
-    Judged,
-    Sought,
-    Steering,
-    Strip,
-    Task,
-    Toolbox,
-    Trial,
+    ConceptSpec,
+    EditFeatures,
+    ImageStrip,
+    JudgedGenerator,
+    SteeringHook,
+    SteeringResults,
+    SteeringTask,
+    SteeringTrial,
+    StrengthCurve,
+    StudyEditor,
     at_random,
     judge,
     steered_along,
     steerings,
 )
 from difflex.store.files import digest
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 from difflex.trials import as_pictures, group_of
 
-__all__ = ["SteerEval"]
+__all__ = ["SteerEvalCommand"]
 
 DETECTED = 1 / 3
 """The share of concepts that a dictionary of mini-flux detects: 29 % in one study, 62 % and none in another."""
@@ -65,15 +65,15 @@ A_PIXEL = 1.1
 """Bytes on disk."""
 
 
-class Expected(NamedTuple):
+class ExpectedDictionary(NamedTuple):
     """A dictionary that is steered with, as far as it is known."""
 
     site: Site
-    learned: Learned
+    learned: DictionaryForecast
     concepts: float
 
 
-class Wanted(NamedTuple):
+class TargetConcept(NamedTuple):
     """A concept and the feature that detects it."""
 
     concept: str
@@ -84,7 +84,7 @@ class Wanted(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteerEval(Looking):
+class SteerEvalCommand(VLMCommand):
     """Steer towards known concepts with the features that detect them, and judge: does it appear, what else changes, what breaks.
 
     Beside each feature: the contrast of pairs of captions, a random direction of equal length, the neuron that detects the
@@ -121,7 +121,7 @@ class SteerEval(Looking):
     def __call__(self) -> list[Path]:
         if self.trials < 1 or self.pairs < 1:
             raise BadInput(f"--trials {self.trials} --pairs {self.pairs} leave nothing to judge. Ask for 1 or more.")
-        toolbox = Toolbox(Study.open(self.study))
+        toolbox = StudyEditor(Study.open(self.study))
         known = [place for place in toolbox.study.dictionaries() if place.site.kind != "neurons"]
         places = [toolbox.study.named(name) for name in self.dictionary] or known
         told = read_told(self.told) if self.told else {}
@@ -133,7 +133,7 @@ class SteerEval(Looking):
         with told_world(told, toolbox.study, self, self.clip, self.vlm) if told else nullcontext(DRAWN) as world:
             return self._all(toolbox, wanted, world)
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """For each concept its contrast, and pictures that are judged: without an edit, by each method at each strength, and of
         the caption edited.
 
@@ -143,11 +143,11 @@ class SteerEval(Looking):
         expected = self._expected(outlook)
         if self.told or not expected:
             why = "how long those take to look who judge" if self.told else "which dictionaries there will be"
-            return Estimate(unknown=f"{why} is not known")
+            return CostEstimate(unknown=f"{why} is not known")
         sites = tuple(dict.fromkeys(each.site for each in expected))
         model = studied(outlook, self.study, *sites)
         if isinstance(model, str):
-            return Estimate(sites=tuple(map(str, sites)), unknown=model)
+            return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
         points, steps = BY_STRENGTH * len(self.strength) + 1, self.steps or range(model.shot.steps)
         concepts = sum(each.concepts for each in expected)
         pictures, sides = concepts * self.trials * (1 + points), concepts * self.pairs * 2
@@ -160,25 +160,25 @@ class SteerEval(Looking):
         tokens = sum(2 * each.concepts * self.pairs * len(steps) * model.shapes[each.site][0] for each in expected)
         height, width = model.shot.pixels
         shown = len(expected) * len(self.groups) * (points + BY_STRENGTH + 1) * height * width
-        return Estimate(
+        return CostEstimate(
             sites=tuple(map(str, sites)),
             tokens=round(tokens),
             bytes=round(concepts * points * A_POINT + shown * A_PIXEL),
             seconds=seconds(outlook, work),
         )
 
-    def _expected(self, outlook: Outlook) -> list[Expected]:
+    def _expected(self, outlook: CostOutlook) -> list[ExpectedDictionary]:
         """The dictionaries asked for; none where one of them is not known."""
         found = dictionaries(outlook, self.study, ())
         typical = DETECTED * sum(len(CONCEPTS.get(group, ())) for group in self.groups)
         if not self.dictionary:
             trained = {site: several for site, several in found.items() if site.kind != "neurons"}
-            return [Expected(site, each, typical) for site, several in trained.items() for each in several]
+            return [ExpectedDictionary(site, each, typical) for site, several in trained.items() for each in several]
         asked = [(Site.parse(name.partition("/")[0]), name) for name in self.dictionary]
         if any(site not in found for site, _ in asked):
             return []
         # Which of a site's dictionaries is meant is in a label that nobody has yet: no larger one than the largest.
-        return [Expected(site, max(found[site]), self._detected(name, typical)) for site, name in asked]
+        return [ExpectedDictionary(site, max(found[site]), self._detected(name, typical)) for site, name in asked]
 
     def _detected(self, name: str, typical: float) -> float:
         """How many concepts the features of a dictionary detect; `typical` where that was not looked into yet."""
@@ -188,17 +188,19 @@ class SteerEval(Looking):
         except DifflexError:
             return typical
 
-    def _all(self, toolbox: Toolbox, wanted: Mapping[Place, Sequence[Wanted]], world: World) -> list[Path]:
+    def _all(
+        self, toolbox: StudyEditor, wanted: Mapping[DictionaryRef, Sequence[TargetConcept]], world: JudgedWorld
+    ) -> list[Path]:
         """The files with what was judged, one for each dictionary; what was judged before just so is left as it is."""
         pipe = cache(lambda: load_studied(toolbox.study, None, self.offload, self.offline))
         written = []
         for place, concepts in wanted.items():
             path, made_from = toolbox.study.steering(*place), self._made_from(toolbox, place, concepts)
-            known = Judged.load(path) if path.is_file() else None
+            known = SteeringResults.load(path) if path.is_file() else None
             shown = known is not None and all((path.with_suffix("") / strip.file).is_file() for strip in known.strips)
             if known is None or not shown or known.made_from != made_from:
                 curves, strips = self._judged(toolbox, pipe(), place, concepts, world)
-                judged = Judged(
+                judged = SteeringResults(
                     model=toolbox.study.model,
                     site=str(place.site),
                     curves=tuple(curves),
@@ -215,8 +217,8 @@ class SteerEval(Looking):
             print(_table(judged))
         return written
 
-    def _wanted(self, study: Study, place: Place, told: Mapping[str, Sought]) -> list[Wanted]:
-        given = [Wanted(each.concept, each.feature, None) for each in told.values() if each.feature is not None]
+    def _wanted(self, study: Study, place: DictionaryRef, told: Mapping[str, ConceptSpec]) -> list[TargetConcept]:
+        given = [TargetConcept(each.concept, each.feature, None) for each in told.values() if each.feature is not None]
         if told and len(given) == len(told):
             return given
         matches = matches_of(study, place)
@@ -227,7 +229,7 @@ class SteerEval(Looking):
             )
         asked = {name for name, each in told.items() if each.feature is None}
         return given + [
-            Wanted(concept.name, finding.best.features[0], finding.best.ap.value)
+            TargetConcept(concept.name, finding.best.features[0], finding.best.ap.value)
             for finding in matches.clearest.findings
             if (concept := finding.concept).name in asked
             or (not told and concept.group in self.groups and group_of(concept.name))
@@ -235,11 +237,11 @@ class SteerEval(Looking):
         ]
 
     def _judged(
-        self, toolbox: Toolbox, pipe: Pipeline, place: Place, concepts: Sequence[Wanted], world: World
-    ) -> tuple[list[Curve], dict[Strip, Image.Image]]:
+        self, toolbox: StudyEditor, pipe: Pipeline, place: DictionaryRef, concepts: Sequence[TargetConcept], world: JudgedWorld
+    ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
         """All curves, and of each group the pictures of the concept that its feature is best at."""
-        seen = _Seen(world.seen(drawn_by(pipe)))
-        curves, best = list[Curve](), dict[str, tuple[float, dict[Strip, Image.Image]]]()
+        seen = _StripRecorder(world.seen(drawn_by(pipe)))
+        curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
         for number, each in enumerate(concepts, 1):
             known = "" if each.ap is None else f" (AP {each.ap:.2f})"
             print(f"{place}: {each.concept} by feature {each.feature}{known}, {number} of {len(concepts)}", flush=True)
@@ -251,7 +253,7 @@ class SteerEval(Looking):
             curves += made
         return curves, {strip: picture for _, strips in best.values() for strip, picture in strips.items()}
 
-    def _methods(self, toolbox: Toolbox, pipe: Pipeline, place: Place, wanted: Wanted, world: World):
+    def _methods(self, toolbox: StudyEditor, pipe: Pipeline, place: DictionaryRef, wanted: TargetConcept, world: JudgedWorld):
         """Each method by name: what it adds, how, and at which strengths."""
         edit = Edit(
             what="add",
@@ -273,7 +275,7 @@ class SteerEval(Looking):
         }
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
 
-    def _neuron(self, toolbox: Toolbox, place: Place, wanted: Wanted, edit: Edit):
+    def _neuron(self, toolbox: StudyEditor, place: DictionaryRef, wanted: TargetConcept, edit: Edit):
         """The neuron of the same block that detects the concept best, where that is known."""
         known = neurons_beside(toolbox, place)
         neuron = None if known is None else known.best.get(wanted.concept)
@@ -282,7 +284,9 @@ class SteerEval(Looking):
         own = replace(edit, site=known.place.site, dictionary=known.place.label, features=(neuron,))
         return {"neuron": (f"{known.place} {neuron}", _adding(own, toolbox.features(own)), self.strength)}
 
-    def _made_from(self, toolbox: Toolbox, place: Place, concepts: Sequence[Wanted]) -> Mapping[str, str | int | float]:
+    def _made_from(
+        self, toolbox: StudyEditor, place: DictionaryRef, concepts: Sequence[TargetConcept]
+    ) -> Mapping[str, str | int | float]:
         neurons = neurons_beside(toolbox, place)
         used = [place] if neurons is None else [place, neurons.place]
         edits = [Edit(what="add", site=each.site, dictionary=each.label) for each in used]
@@ -304,8 +308,8 @@ class SteerEval(Looking):
         }
 
 
-def _adding(edit: Edit, features: Features):
-    def added(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
+def _adding(edit: Edit, features: EditFeatures):
+    def added(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
         # Tokens of text have no place in the picture.
         here = replace(edit, strength=strength, region=None if edit.site.stream == "text" else trial.region)
         return trial, steerings([here], lambda _: features)[0]
@@ -313,32 +317,32 @@ def _adding(edit: Edit, features: Features):
     return added
 
 
-def _saying(concept: str, world: World):
+def _saying(concept: str, world: JudgedWorld):
     """The caption edited in place of the activations."""
     return lambda trial, strength: (world.reworded(trial, concept), None)
 
 
 @final
-class _Seen:
+class _StripRecorder:
     """What is drawn, with the first picture of every batch kept to be shown."""
 
-    def __init__(self, drawn: Drawn) -> None:
+    def __init__(self, drawn: JudgedGenerator) -> None:
         self._first: list[Image.Image] = []
         self._pictures = drawn.pictures
         self.drawn = drawn._replace(pictures=self._drawn)
 
-    def _drawn(self, trials: Sequence[Trial], steering: Steering | None):
+    def _drawn(self, trials: Sequence[SteeringTrial], steering: SteeringHook | None):
         made = self._pictures(trials, steering)
         self._first += as_pictures(made[:1])
         return made
 
-    def strips(self, task: Task, curves: Sequence[Curve]) -> Iterator[tuple[Strip, Image.Image]]:
+    def strips(self, task: SteeringTask, curves: Sequence[StrengthCurve]) -> Iterator[tuple[ImageStrip, Image.Image]]:
         """The pictures kept since the last call, a strip for each of `curves`, which were judged one after another."""
         plain, *edited = self._first
         self._first.clear()
         for curve in curves:
             tiles = [plain, *(edited.pop(0) for _ in curve.points)]
-            strip = Strip(
+            strip = ImageStrip(
                 method=curve.method,
                 concept=curve.concept,
                 group=curve.group,
@@ -358,7 +362,7 @@ def _beside(tiles: Sequence[Image.Image]) -> Image.Image:
     return made
 
 
-def _keep(folder: Path, strips: Mapping[Strip, Image.Image]) -> None:
+def _keep(folder: Path, strips: Mapping[ImageStrip, Image.Image]) -> None:
     """Nothing; the folder holds these strips and no other."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.webp"):
@@ -367,7 +371,7 @@ def _keep(folder: Path, strips: Mapping[Strip, Image.Image]) -> None:
         picture.save(folder / strip.file, lossless=True)
 
 
-def _table(judged: Judged) -> str:
+def _table(judged: SteeringResults) -> str:
     """A line for each method: medians over concepts, at the strength that is best for each."""
     lines = [f"{'method':<10}{'concepts':>9}{'gain':>8}{'success':>9}{'without':>9}{'kept':>7}{'loss':>7}{'strength':>10}"]
     for method in dict.fromkeys(curve.method for curve in judged.curves):

@@ -10,18 +10,18 @@ from tyro.conf import Positional, arg
 from difflex.commands.costs import encoding, held, seconds, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import see_own_card
-from difflex.dictionary import Autoencoder, Origin
+from difflex.dictionary import SAE, DictionaryOrigin
 from difflex.dictionary.autoencoder import Kind
 from difflex.dictionary.normalisation import Method
 from difflex.errors import BadInput, UnknownName
-from difflex.forecast import Estimate, Learned, Outlook
+from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.ranks import joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
-from difflex.training import Course, Team, Training, default, fit, paper, unbox
+from difflex.training import FitConfig, Team, TrainingConfig, default, fit, paper, unbox
 
-__all__ = ["Train"]
+__all__ = ["TrainCommand"]
 
 Preset = Literal["default", "paper", "paper-auxk", "unbox"]
 THE_PRESETS = "(default: the preset's)"
@@ -29,27 +29,29 @@ BESIDE = 11_000
 """Bytes of a dictionary's config, of the heads of its files and of its log."""
 
 
-class Usual(NamedTuple):
+class PresetDefaults(NamedTuple):
     """What a preset is about where nothing else is asked for."""
 
     size: int
     k: int
     batch: int
-    make: Callable[[int, int, int, int], Training]
+    make: Callable[[int, int, int, int], TrainingConfig]
     """From width, size, k and the number of updates."""
 
 
-USUAL: dict[Preset, Usual] = {
-    "default": Usual(8192, 32, 1024, lambda width, size, k, updates: default(width=width, size=size, k=k, updates=updates)),
-    "paper": Usual(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k)),
-    "paper-auxk": Usual(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k, auxk="reconstruction")),
-    "unbox": Usual(5120, 10, 4096, lambda _, size, k, __: unbox(size=size, k=k)),
+USUAL: dict[Preset, PresetDefaults] = {
+    "default": PresetDefaults(
+        8192, 32, 1024, lambda width, size, k, updates: default(width=width, size=size, k=k, updates=updates)
+    ),
+    "paper": PresetDefaults(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k)),
+    "paper-auxk": PresetDefaults(65_536, 64, 1024, lambda _, size, k, __: paper(size=size, k=k, auxk="reconstruction")),
+    "unbox": PresetDefaults(5120, 10, 4096, lambda _, size, k, __: unbox(size=size, k=k)),
 }
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Train(Command):
+class TrainCommand(Command):
     """Train sparse autoencoders, all k and sizes in one pass over stored activations; given again it goes on, bit for bit.
 
     Under torchrun processes train together, on any number of ranks after any other.
@@ -95,7 +97,7 @@ class Train(Command):
             made = [self._train(study, Store.open(stores[Site.parse(name)])) for name in self.site]
         return [folder for folders in made for folder in folders]
 
-    def estimate(self, outlook: Outlook) -> Estimate:
+    def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """Every dictionary learns from every token; weights, and what it takes to go on training them, stay on disk."""
         usual = USUAL[self.preset]
         stores = {Site.parse(site): held(outlook, self.study, site) for site in self.site}
@@ -103,15 +105,17 @@ class Train(Command):
         for site, store in stores.items():
             if store is None:
                 tokens = None if self.tokens is None else self.tokens * len(self.site)
-                return Estimate(sites=self.site, tokens=tokens, unknown=unknown_store(self.study, site))
+                return CostEstimate(sites=self.site, tokens=tokens, unknown=unknown_store(self.study, site))
             tokens = round(0.9 * store.rows) if self.tokens is None else self.tokens
-            learned = [Learned(size, k, store.width) for size in self.size or (usual.size,) for k in self.k or (usual.k,)]
+            learned = [
+                DictionaryForecast(size, k, store.width) for size in self.size or (usual.size,) for k in self.k or (usual.k,)
+            ]
             trainings = [self._training(each.width, each.size, each.k, tokens // usual.batch) for each in learned]
             made[self.study, site] = tuple(learned)
             total += tokens
             size += sum(map(bytes_of, trainings, [store.width] * len(trainings)))
             work += sum(encoding(each, tokens) for each in learned)
-        return Estimate(
+        return CostEstimate(
             sites=self.site, tokens=total, bytes=size, seconds=seconds(outlook, {"training": work}), dictionaries=made
         )
 
@@ -129,13 +133,13 @@ class Train(Command):
             lambda start: store.batches(
                 batch // team.count, seed=self.seed, rank=team.rank, of=team.count, start=start, epochs=None
             ),
-            origin=Origin(
+            origin=DictionaryOrigin(
                 site=store.site,
                 model=study.model,
                 revision=study.revision,
                 training={"variant": self._variant()},
             ),
-            course=Course(
+            course=FitConfig(
                 tokens=tokens,
                 epoch=rows,
                 data=(
@@ -157,7 +161,7 @@ class Train(Command):
         given = ("" if self.preset == "default" else self.preset, self.normalisation, self.lr and f"lr{self.lr:g}")
         return "".join(f"-{word}" for word in (*given, self.seed and f"seed{self.seed}") if word)
 
-    def _training(self, width: int, size: int, k: int, updates: int) -> Training:
+    def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
         training = USUAL[self.preset].make(width, size, k, updates)
         prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
         training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
@@ -168,7 +172,7 @@ class Train(Command):
         return training
 
 
-def bytes_of(training: Training, width: int) -> int:
+def bytes_of(training: TrainingConfig, width: int) -> int:
     """What a trained dictionary takes on disk: weights in float32, the state of Adam beside them, counts, heads and the log."""
     weights = 2 * training.size * width + training.size + width
     copies = 3 + (training.optimiser.beta1 > 0) + (training.optimiser.ema is not None)
@@ -176,7 +180,7 @@ def bytes_of(training: Training, width: int) -> int:
     return 4 * (copies * weights + normalisation) + 24 * training.size + BESIDE
 
 
-def _described(dictionary: Autoencoder) -> str:
+def _described(dictionary: SAE) -> str:
     told = dictionary.origin.training
     last = told["last"]
     assert isinstance(last, dict)

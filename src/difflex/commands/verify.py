@@ -10,12 +10,12 @@ from difflex.errors import BrokenFile, DifflexError, UnknownName
 from difflex.store import Store
 from difflex.study import Command, Study
 
-__all__ = ["Verify"]
+__all__ = ["VerifyCommand"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Verify(Command):
+class VerifyCommand(Command):
     """Read all stored activations of a study and compare every file with its checksum."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.errors import UnknownName
-from difflex.run import Entry, Json
+from difflex.run import CommandRecord, Json
 
 __all__ = ["words"]
 
@@ -17,7 +17,7 @@ FIRST = get_args(Positional[int])[1:]
 """What marks a field that is given without its name."""
 
 
-def words(entry: Entry, study: str = "STUDY") -> list[str]:
+def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
     """The verb of `entry` and its flags, as a shell is told them; what is as by default is left out, the folder is `study`."""
     command = _class(entry.verb)
     hints = get_type_hints(command, include_extras=True)

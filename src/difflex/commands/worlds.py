@@ -7,41 +7,51 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difflex.commands.looking import Looking, kept_answers
+from difflex.commands.looking import VLMCommand, kept_answers
 from difflex.errors import BadInput
-from difflex.evaluation import Clip
-from difflex.explanation import Asker, Looked, look
+from difflex.evaluation import ClipModel
+from difflex.explanation import CachedClient, PresenceQuestion, look
 from difflex.records import Rectangle, Shot
-from difflex.steering import Answered, Asked, Drawn, Likeness, Sought, Task, Trial, by_answers, rectangle
+from difflex.steering import (
+    ConceptSpec,
+    ImageAnswer,
+    ImageQuestion,
+    JudgedGenerator,
+    SimilarityJudge,
+    SteeringTask,
+    SteeringTrial,
+    by_answers,
+    rectangle,
+)
 from difflex.study import Study
 from difflex.trials import as_pictures, drawn_pairs, drawn_task, group_of, placed, reworded
 
-__all__ = ["DRAWN", "World", "read_told", "told_world"]
+__all__ = ["DRAWN", "JudgedWorld", "read_told", "told_world"]
 
 KEYS = ("name", "group", "instead", "prompts", "region", "feature")
 KEPT = 2
 """Batches of unedited pictures that are kept: those of a task's trials, and of its edited prompts."""
 
 
-class World(NamedTuple):
+class JudgedWorld(NamedTuple):
     """What is asked of edits, and who judges."""
 
-    task: Callable[[str, int], Task]
+    task: Callable[[str, int], SteeringTask]
     pairs: Callable[[str, int], list[tuple[str, str]]]
-    reworded: Callable[[Trial, str], Trial]
+    reworded: Callable[[SteeringTrial, str], SteeringTrial]
     inside: Callable[[Shot, str], Rectangle | None]
     """Where the picture of a pair of prompts shows the concept."""
-    seen: Callable[[Drawn], Drawn]
+    seen: Callable[[JudgedGenerator], JudgedGenerator]
     """The same model with the eyes of this world."""
 
 
-DRAWN = World(
+DRAWN = JudgedWorld(
     drawn_task, drawn_pairs, reworded, lambda shot, concept: placed(shot.prompt, group_of(concept)), lambda drawn: drawn
 )
 """The world of mini-flux."""
 
 
-def read_told(path: Path) -> dict[str, Sought]:
+def read_told(path: Path) -> dict[str, ConceptSpec]:
     """The concepts that a TOML file tells, each as a table `[[concept]]`."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("concept")
@@ -53,7 +63,7 @@ def read_told(path: Path) -> dict[str, Sought]:
     return {each.concept: each for each in told}
 
 
-def _sought(path: Path, table: Mapping[str, Any]) -> Sought:
+def _sought(path: Path, table: Mapping[str, Any]) -> ConceptSpec:
     name = table.get("name", "")
     wrong = [key for key in table if key not in KEYS]
     texts = [name, table.get("group", "concept"), *_listed(table, "instead"), *_listed(table, "prompts")]
@@ -65,7 +75,7 @@ def _sought(path: Path, table: Mapping[str, Any]) -> Sought:
         )
     if "/" in table.get("group", ""):
         raise BadInput(f"In {path} the group '{table['group']}' of '{name}' names a file: leave out the '/'.")
-    return Sought(
+    return ConceptSpec(
         concept=name,
         group=table.get("group", "concept"),
         instead=tuple(_listed(table, "instead")),
@@ -81,13 +91,15 @@ def _listed(table: Mapping[str, Any], key: str) -> list[Any]:
 
 
 @contextmanager
-def told_world(told: Mapping[str, Sought], study: Study, verb: Looking, clip: str | None, vlm: str | None) -> Iterator[World]:
+def told_world(
+    told: Mapping[str, ConceptSpec], study: Study, verb: VLMCommand, clip: str | None, vlm: str | None
+) -> Iterator[JudgedWorld]:
     """The world of these concepts; its eyes are a CLIP, or a model that answers `verb`."""
     if (clip is None) == (vlm is None):
         raise BadInput("Concepts that a file tells need somebody who sees them in pictures: name one of --clip and --vlm.")
 
-    def world(seen: Callable[[Drawn], Drawn]) -> World:
-        return World(
+    def world(seen: Callable[[JudgedGenerator], JudgedGenerator]) -> JudgedWorld:
+        return JudgedWorld(
             lambda concept, trials: told[concept].task(trials),
             lambda concept, count: told[concept].pairs(count),
             lambda trial, concept: told[concept].reworded(trial),
@@ -96,30 +108,32 @@ def told_world(told: Mapping[str, Sought], study: Study, verb: Looking, clip: st
         )
 
     if clip is not None:
-        yield world(_by_likeness(Clip(clip, offline=verb.offline), told))
+        yield world(_by_likeness(ClipModel(clip, offline=verb.offline), told))
         return
     assert vlm is not None
     verb.check_terms(vlm)
     with closing(verb.backend(vlm)) as backend, kept_answers(study) as answers:
-        asker = Asker(backend, answers, verb.terms())
+        asker = CachedClient(backend, answers, verb.terms())
         yield world(lambda drawn: drawn._replace(verdicts=by_answers(lambda asked: _looked(asker, asked, verb), told)))
         spent = asker.asked.spent
         print(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out, cost {spent.cost:.4g}")
 
 
-def _by_likeness(clip: Clip, told: Mapping[str, Sought]) -> Callable[[Drawn], Drawn]:
-    def seen(drawn: Drawn) -> Drawn:
+def _by_likeness(clip: ClipModel, told: Mapping[str, ConceptSpec]) -> Callable[[JudgedGenerator], JudgedGenerator]:
+    def seen(drawn: JudgedGenerator) -> JudgedGenerator:
         plain = lru_cache(KEPT)(lambda trials: drawn.pictures(trials, None))
         unedited = lambda trials: plain(tuple(trials))  # noqa: E731 (drawn once, looked at again beside every edit)
-        eyes = Likeness(clip.of_pictures, clip.of_words, clip.sharpness, told, unedited)
+        eyes = SimilarityJudge(clip.of_pictures, clip.of_words, clip.sharpness, told, unedited)
         pictures = lambda trials, steering: unedited(trials) if steering is None else drawn.pictures(trials, steering)  # noqa: E731
         return drawn._replace(pictures=pictures, verdicts=eyes)
 
     return seen
 
 
-def _looked(asker: Asker, asked: Sequence[Asked], verb: Looking) -> list[Answered]:
+def _looked(asker: CachedClient, asked: Sequence[ImageQuestion], verb: VLMCommand) -> list[ImageAnswer]:
     """What a model that answers says of pictures."""
     image = lambda pixels: None if pixels is None else next(iter(as_pictures(pixels[None])))  # noqa: E731
-    shown = [Looked(next(iter(as_pictures(each.picture[None]))), image(each.part), each.concept, each.rest) for each in asked]
-    return [Answered(seen.shows, seen.rest) for seen in look(asker, shown, connections=verb.connections)]
+    shown = [
+        PresenceQuestion(next(iter(as_pictures(each.picture[None]))), image(each.part), each.concept, each.rest) for each in asked
+    ]
+    return [ImageAnswer(seen.shows, seen.rest) for seen in look(asker, shown, connections=verb.connections)]

@@ -1,28 +1,36 @@
 """Known concepts: what the features of a dictionary have to do with what pictures are known to show."""
 
 from difflex.concepts.folder import LabelFolder
-from difflex.concepts.keeping import Kept, keep
-from difflex.concepts.labelled import Concept, Labelled, Marking, Pictured, label, on_grid, painted
-from difflex.concepts.matches import Detector, Features, Finding, Interval, Level, Matches, covered
-from difflex.concepts.matching import Matching, match
-from difflex.concepts.methods import Method, principal_axes, random_directions
+from difflex.concepts.keeping import StoredMatches, keep
+from difflex.concepts.labelled import Concept, LabelledActivations, LabelledImage, LabelThresholds, label, on_grid, painted
+from difflex.concepts.matches import (
+    ConceptDetector,
+    ConceptMatches,
+    ConceptResult,
+    ConfidenceInterval,
+    FeatureMatches,
+    NoiseLevelResult,
+    covered,
+)
+from difflex.concepts.matching import MatchingConfig, match
+from difflex.concepts.methods import FeatureMethod, principal_axes, random_directions
 from difflex.concepts.tables import table
 
 __all__ = [
     "Concept",
-    "Detector",
-    "Features",
-    "Finding",
-    "Interval",
-    "Kept",
+    "ConceptDetector",
+    "ConceptMatches",
+    "ConceptResult",
+    "ConfidenceInterval",
+    "FeatureMatches",
+    "FeatureMethod",
     "LabelFolder",
-    "Labelled",
-    "Level",
-    "Marking",
-    "Matches",
-    "Matching",
-    "Method",
-    "Pictured",
+    "LabelThresholds",
+    "LabelledActivations",
+    "LabelledImage",
+    "MatchingConfig",
+    "NoiseLevelResult",
+    "StoredMatches",
     "covered",
     "keep",
     "label",

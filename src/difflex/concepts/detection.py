@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difflex.records import Codes
 
-__all__ = ["Firings", "Ranking", "Scores", "scores"]
+__all__ = ["DetectionScores", "FeatureFirings", "TokenRanking", "scores"]
 
 ROOM = 1 << 22
 """Numbers that a block of (concept, feature, firing) holds at most, so that it stays near the processor."""
@@ -25,7 +25,7 @@ CHUNK = 8192
 
 
 @final
-class Firings:
+class FeatureFirings:
     """Where each feature fires, strongest first: pairs of token and value, feature after feature."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Firings:
         self.starts = counts.cumsum(0) - counts
 
     @classmethod
-    def found(cls, encode: Callable[[Tensor], Codes], values: Float[Tensor, "token width"], size: int) -> Firings:
+    def found(cls, encode: Callable[[Tensor], Codes], values: Float[Tensor, "token width"], size: int) -> FeatureFirings:
         """Where the features that `encode` knows fire at the activations `values`."""
         tokens, features, strengths = [], [], []
         for first in range(0, len(values), CHUNK):
@@ -48,7 +48,7 @@ class Firings:
         return cls.sorted(torch.cat(tokens), torch.cat(features), torch.cat(strengths), size, len(values))
 
     @classmethod
-    def sorted(cls, tokens: Tensor, features: Tensor, values: Tensor, size: int, of: int) -> Firings:
+    def sorted(cls, tokens: Tensor, features: Tensor, values: Tensor, size: int, of: int) -> FeatureFirings:
         """The same from pairs in any order."""
         order = values.argsort(descending=True)
         order = order[features[order].argsort(stable=True)]
@@ -64,15 +64,15 @@ class Firings:
         start, count = int(self.starts[feature]), int(self.counts[feature])
         return self.tokens[start : start + count], self.values[start : start + count]
 
-    def part(self, chosen: Tensor) -> Firings:
+    def part(self, chosen: Tensor) -> FeatureFirings:
         """The firings at the `chosen` tokens (a mask), which are numbered anew."""
         kept = chosen[self.tokens]
         features = torch.repeat_interleave(torch.arange(self.size), self.counts)[kept]
         number = chosen.cumsum(0) - 1
         counts = torch.bincount(features, minlength=self.size)
-        return Firings(number[self.tokens[kept]], self.values[kept], counts, int(chosen.sum()))
+        return FeatureFirings(number[self.tokens[kept]], self.values[kept], counts, int(chosen.sum()))
 
-    def blocks(self, concepts: int) -> Iterator[Block]:
+    def blocks(self, concepts: int) -> Iterator[FiringBlock]:
         """The firings of all features that fire, as rectangles: features of about equal counts together, shorter ones padded."""
         order = self.counts.argsort(descending=True)
         order = order[self.counts[order] > 0]
@@ -82,10 +82,12 @@ class Firings:
             places = torch.arange(longest)
             there = places < self.counts[features, None]
             pairs = torch.where(there, self.starts[features, None] + places, 0)
-            yield Block(features, torch.where(there, self.tokens[pairs], self.of), torch.where(there, self.values[pairs], 0.0))
+            yield FiringBlock(
+                features, torch.where(there, self.tokens[pairs], self.of), torch.where(there, self.values[pairs], 0.0)
+            )
 
 
-class Block(NamedTuple):
+class FiringBlock(NamedTuple):
     """Firings of some features as a rectangle; what is padded has value 0 and a token beyond the last."""
 
     features: Int[Tensor, " feature"]
@@ -103,7 +105,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class DetectionScores:
     """How well each feature detects each concept."""
 
     ap: Float[Tensor, "size concept"]
@@ -119,11 +121,11 @@ class Scores:
 
 
 def scores(
-    firings: Firings, truth: Int8[Tensor, "concept token"], thresholds: Float[Tensor, "size concept"] | None = None
-) -> Scores:
+    firings: FeatureFirings, truth: Int8[Tensor, "concept token"], thresholds: Float[Tensor, "size concept"] | None = None
+) -> DetectionScores:
     """The scores of all pairs of feature and concept; with `thresholds`, features are cut at these instead of at their best."""
     positives, shown = (truth == 1).sum(1), (truth >= 0).sum(1)
-    found = {field.name: torch.zeros(firings.size, len(truth)) for field in fields(Scores)}
+    found = {field.name: torch.zeros(firings.size, len(truth)) for field in fields(DetectionScores)}
     found["threshold"].fill_(torch.inf)
     found["ap"] += positives / shown.clamp_min(1)
     # The token beyond the last, which padding points to, is left out for every concept.
@@ -136,11 +138,11 @@ def scores(
             each = _scores(block, known, positives[part], shown[part], cuts)
             for name, values in each.items():
                 found[name][block.features[:, None], part] = values.T
-    return Scores(**found)
+    return DetectionScores(**found)
 
 
 def _scores(
-    block: Block, known: Tensor, positives: Tensor, shown: Tensor, cuts: Float[Tensor, "concept feature"] | None
+    block: FiringBlock, known: Tensor, positives: Tensor, shown: Tensor, cuts: Float[Tensor, "concept feature"] | None
 ) -> dict[str, Float[Tensor, "concept feature"]]:
     is_positive = (known == 1).float()
     hits, fired = is_positive.cumsum(2), (known >= 0).float().cumsum(2)
@@ -163,14 +165,14 @@ def _scores(
     }
 
 
-def _last_above(block: Block, cuts: Float[Tensor, "concept feature"]) -> Int[Tensor, "concept feature 1"]:
+def _last_above(block: FiringBlock, cuts: Float[Tensor, "concept feature"]) -> Int[Tensor, "concept feature 1"]:
     """The place of each feature's last firing that is not under its cut; -1 where all are."""
     above = (block.values >= cuts[..., None]) & (block.values > 0)
     return above.sum(2, keepdim=True) - 1
 
 
 @final
-class Ranking:
+class TokenRanking:
     """One ranking of tokens by how strongly something says a concept is there; what is not in it comes last, tied."""
 
     def __init__(
@@ -184,7 +186,7 @@ class Ranking:
         """The ranking of `tokens` by `values`, in any order; `pictures` are numbered up to `count`."""
         order = values.argsort(descending=True)
         tokens, self._pictures = tokens[order], pictures[tokens[order]]
-        self._ends = Block(tokens[:0], tokens[None], values[order][None]).ends()
+        self._ends = FiringBlock(tokens[:0], tokens[None], values[order][None]).ends()
         self._is_positive, self._is_known = (truth[tokens] == 1).float(), (truth[tokens] >= 0).float()
         self._positives = torch.bincount(pictures, (truth == 1).float(), count)
         self._known = torch.bincount(pictures, (truth >= 0).float(), count)

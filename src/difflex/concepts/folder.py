@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from difflex.concepts.labelled import Concept, Pictured, on_grid
+from difflex.concepts.labelled import Concept, LabelledImage, on_grid
 from difflex.errors import BadInput, BrokenFile
 
 __all__ = ["LabelFolder"]
@@ -64,7 +64,7 @@ class LabelFolder:
         told = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
-    def pictured(self, count: int, pixels: tuple[int, int] | None = None) -> Iterator[Pictured]:
+    def pictured(self, count: int, pixels: tuple[int, int] | None = None) -> Iterator[LabelledImage]:
         """The first `count` pictures; with `pixels` (height, width) all are scaled and cut to that size, as are their maps."""
         for path in self.pictures[:count]:
             picture, labels = _opened(path, "RGB"), _opened(_map_of(self.folder, path), None)
@@ -79,7 +79,7 @@ class LabelFolder:
                 labels = ImageOps.fit(labels, (width, height), Image.Resampling.NEAREST)
             told = path.with_suffix(".txt")
             prompt = told.read_text(encoding="utf-8").strip() if told.is_file() else ""
-            yield Pictured(picture, path.name, prompt, self._shares(path, labels))
+            yield LabelledImage(picture, path.name, prompt, self._shares(path, labels))
 
     def _shares(self, path: Path, labels: Image.Image) -> Callable[[int, int], Float[Tensor, "concept row column"]]:
         shared = self.numbers.get(None)

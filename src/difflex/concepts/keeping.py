@@ -10,36 +10,36 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex.concepts.labelled import Labelled
-from difflex.concepts.matches import Matches
-from difflex.concepts.matching import Matching, match
-from difflex.concepts.methods import Method, principal_axes, random_directions
-from difflex.dictionary import Dictionary, Neurons, Origin
+from difflex.concepts.labelled import LabelledActivations
+from difflex.concepts.matches import ConceptMatches
+from difflex.concepts.matching import MatchingConfig, match
+from difflex.concepts.methods import FeatureMethod, principal_axes, random_directions
+from difflex.dictionary import Dictionary, DictionaryOrigin, Neurons
 from difflex.errors import BrokenFile
 from difflex.records import Site
 
-__all__ = ["Kept", "keep"]
+__all__ = ["StoredMatches", "keep"]
 
 MadeFrom = Mapping[str, str | int | float]
 
 
-class Kept(NamedTuple):
+class StoredMatches(NamedTuple):
     """Matches, and whether they were made just now."""
 
     site: Site
     label: str
     """The name of the file."""
-    matches: Matches
+    matches: ConceptMatches
     is_new: bool
 
 
 def keep(
     folders: Mapping[Site, Mapping[str, Path]],
     place: Callable[[Site, str], Path],
-    labelled: Callable[[Site], Labelled | None],
+    labelled: Callable[[Site], LabelledActivations | None],
     made_from: MadeFrom,
-    matching: Matching = Matching(),  # noqa: B008 (a constant)
-) -> list[Kept]:
+    matching: MatchingConfig = MatchingConfig(),  # noqa: B008 (a constant)
+) -> list[StoredMatches]:
     """The matches of all dictionaries in `folders` (by site and label) and of what they must beat, from the files at `place`.
 
     That is, for each number of active features: principal axes, random directions, and the neurons of the same block where it
@@ -49,7 +49,7 @@ def keep(
     told = {**made_from, **{f"matching {name}": value for name, value in vars(matching).items()}}
     kept = []
     for site, paths in folders.items():
-        work = _Work(place, told)
+        work = _MatchInputs(place, told)
         tasks = [*work.dictionaries(site, paths), *work.axes(site, paths)]
         beside = work.neurons(site, paths, folders)
         missing = [task for task in tasks if not task.is_done]
@@ -57,31 +57,35 @@ def keep(
         fresh = [*_made([task for task in beside if missing and not task.is_done], labelled, matching)]
         fresh += _made(missing, labelled, matching)
         kept += [
-            Kept(task.site, task.label, Matches.load(task.path), task in fresh) for task in [*tasks, *beside] if task.is_done
+            StoredMatches(task.site, task.label, ConceptMatches.load(task.path), task in fresh)
+            for task in [*tasks, *beside]
+            if task.is_done
         ]
     return kept
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Task:
+class _MatchTask:
     """One method, and the file that its matches go to."""
 
     site: Site
     label: str
     path: Path
     made_from: dict[str, str | int | float]
-    method: Callable[[Labelled], Method]
+    method: Callable[[LabelledActivations], FeatureMethod]
 
     @property
     def is_done(self) -> bool:
         """Whether the file is there, whole, and made from the same."""
         try:
-            return self.path.is_file() and Matches.load(self.path).made_from == self.made_from
+            return self.path.is_file() and ConceptMatches.load(self.path).made_from == self.made_from
         except BrokenFile:
             return False
 
 
-def _made(tasks: Sequence[_Task], labelled: Callable[[Site], Labelled | None], matching: Matching) -> list[_Task]:
+def _made(
+    tasks: Sequence[_MatchTask], labelled: Callable[[Site], LabelledActivations | None], matching: MatchingConfig
+) -> list[_MatchTask]:
     """Those of `tasks`, all of one site, that could be made; their files are written."""
     here = labelled(tasks[0].site) if tasks else None
     if here is None:
@@ -91,20 +95,20 @@ def _made(tasks: Sequence[_Task], labelled: Callable[[Site], Labelled | None], m
     return list(tasks)
 
 
-class _Work(NamedTuple):
+class _MatchInputs(NamedTuple):
     """What makes tasks."""
 
     place: Callable[[Site, str], Path]
     made_from: MadeFrom
 
-    def dictionaries(self, site: Site, paths: Mapping[str, Path]) -> list[_Task]:
+    def dictionaries(self, site: Site, paths: Mapping[str, Path]) -> list[_MatchTask]:
         """The dictionaries themselves, known by the checksums of their weights."""
         return [
             self._task(site, label, partial(_loaded, folder), sha256=_checksum(folder / "dictionary.safetensors"))
             for label, folder in paths.items()
         ]
 
-    def axes(self, site: Site, paths: Mapping[str, Path]) -> list[_Task]:
+    def axes(self, site: Site, paths: Mapping[str, Path]) -> list[_MatchTask]:
         """Axes that nobody trained, with as many active features as each dictionary; random ones as many as the largest has."""
         tasks, sizes = [], _sizes(paths)
         for k, (size, width) in sizes.items():
@@ -114,7 +118,7 @@ class _Work(NamedTuple):
                 tasks.append(self._task(site, f"random-{size // 2 * 2}-k{k}", partial(random_directions, size=size, k=k)))
         return tasks
 
-    def neurons(self, site: Site, paths: Mapping[str, Path], others: Mapping[Site, Mapping[str, Path]]) -> list[_Task]:
+    def neurons(self, site: Site, paths: Mapping[str, Path], others: Mapping[Site, Mapping[str, Path]]) -> list[_MatchTask]:
         """The neurons of the same block and stream, but for those that are among the dictionaries themselves."""
         inner = Site(site.path, "neurons", site.stream)
         if site.kind == "neurons":
@@ -122,8 +126,10 @@ class _Work(NamedTuple):
         missing = _sizes(paths).keys() - _sizes(others.get(inner, {})).keys()
         return [self._task(inner, f"neurons-k{k}", partial(_neurons, k)) for k in sorted(missing)]
 
-    def _task(self, site: Site, label: str, method: Callable[[Labelled], Method], **also: str) -> _Task:
-        return _Task(site=site, label=label, path=self.place(site, label), made_from={**self.made_from, **also}, method=method)
+    def _task(self, site: Site, label: str, method: Callable[[LabelledActivations], FeatureMethod], **also: str) -> _MatchTask:
+        return _MatchTask(
+            site=site, label=label, path=self.place(site, label), made_from={**self.made_from, **also}, method=method
+        )
 
 
 def _sizes(paths: Mapping[str, Path]) -> dict[int, tuple[int, int]]:
@@ -143,9 +149,9 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _loaded(folder: Path, _: Labelled) -> Method:
-    return Method.of(Dictionary.load(folder))
+def _loaded(folder: Path, _: LabelledActivations) -> FeatureMethod:
+    return FeatureMethod.of(Dictionary.load(folder))
 
 
-def _neurons(k: int, labelled: Labelled) -> Method:
-    return Method.of(Neurons(width=labelled.values.shape[1], k=k, origin=Origin(site=labelled.site)))
+def _neurons(k: int, labelled: LabelledActivations) -> FeatureMethod:
+    return FeatureMethod.of(Neurons(width=labelled.values.shape[1], k=k, origin=DictionaryOrigin(site=labelled.site)))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from difflex.errors import BadInput, NonFinite
 from difflex.records import Activations, Shot, Site
 
-__all__ = ["Concept", "Labelled", "Marking", "Pictured", "label", "on_grid", "painted"]
+__all__ = ["Concept", "LabelThresholds", "LabelledActivations", "LabelledImage", "label", "on_grid", "painted"]
 
 
 class Concept(NamedTuple):
@@ -28,7 +28,7 @@ class Concept(NamedTuple):
     """What kind of thing it is: colour, shape, background ..."""
 
 
-class Pictured(NamedTuple):
+class LabelledImage(NamedTuple):
     """A picture of which it is known what is where."""
 
     picture: Image.Image
@@ -41,7 +41,7 @@ class Pictured(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Marking:
+class LabelThresholds:
     """What a covered share of a token's area says; between the two the token is left out, for that concept alone."""
 
     shown: float = 0.5
@@ -62,7 +62,7 @@ class Marking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class LabelledActivations:
     """Labelled activations of one site; tokens of all pictures and noise levels in one row."""
 
     site: Site
@@ -76,7 +76,7 @@ class Labelled:
     """Between 0 (the picture) and 1 (pure noise)."""
     held_out: Bool[Tensor, " token"]
 
-    def part(self, chosen: Bool[Tensor, " token"]) -> Labelled:
+    def part(self, chosen: Bool[Tensor, " token"]) -> LabelledActivations:
         """The `chosen` tokens."""
         return replace(
             self,
@@ -87,7 +87,7 @@ class Labelled:
             held_out=self.held_out[chosen],
         )
 
-    def of(self, concepts: Sequence[int]) -> Labelled:
+    def of(self, concepts: Sequence[int]) -> LabelledActivations:
         """The same tokens, labelled with these concepts alone."""
         return replace(self, concepts=tuple(self.concepts[i] for i in concepts), truth=self.truth[list(concepts)])
 
@@ -102,14 +102,14 @@ Harvest = Callable[[Iterable[Image.Image], Iterable[str], Iterable[str]], Iterat
 
 
 def label(
-    pictured: Iterable[Pictured],
+    pictured: Iterable[LabelledImage],
     harvest: Harvest,
     concepts: Sequence[Concept],
-    marking: Marking = Marking(),
-) -> dict[Site, Labelled]:
+    marking: LabelThresholds = LabelThresholds(),
+) -> dict[Site, LabelledActivations]:
     """The activations that `harvest` finds at pictures, with the truth about each of their tokens; by site."""
-    parts: dict[Site, list[Labelled]] = {}
-    known: dict[str, _Known] = {}
+    parts: dict[Site, list[LabelledActivations]] = {}
+    known: dict[str, _PendingImage] = {}
     images, prompts, names = tee(_noted(pictured, known), 3)
     for seen in harvest((one.picture for one in images), (one.prompt for one in prompts), (one.name for one in names)):
         there = [_known(known, shot) for shot in seen.shots]
@@ -122,22 +122,22 @@ def label(
 
 
 @final
-class _Known:
+class _PendingImage:
     """A picture on its way through a harvest."""
 
     def __init__(self, number: int, shares: Callable[[int, int], Tensor]) -> None:
         self.number, self.shares, self.met = number, cache(shares), False
 
 
-def _noted(pictured: Iterable[Pictured], known: dict[str, _Known]) -> Iterator[Pictured]:
+def _noted(pictured: Iterable[LabelledImage], known: dict[str, _PendingImage]) -> Iterator[LabelledImage]:
     for number, one in enumerate(pictured):
         if one.name in known:
             raise BadInput(f"Two pictures are called '{one.name}': which masks are whose cannot be told. Name each differently.")
-        known[one.name] = _Known(number, one.shares)
+        known[one.name] = _PendingImage(number, one.shares)
         yield one
 
 
-def _known(known: dict[str, _Known], shot: Shot) -> _Known:
+def _known(known: dict[str, _PendingImage], shot: Shot) -> _PendingImage:
     if shot.picture not in known:
         raise BadInput(
             f"The activations are those of '{shot.picture or shot.prompt}', not of a picture whose concepts are known."
@@ -146,7 +146,9 @@ def _known(known: dict[str, _Known], shot: Shot) -> _Known:
     return known[shot.picture]
 
 
-def _labelled(seen: Activations, there: Sequence[_Known], concepts: tuple[Concept, ...], marking: Marking) -> Labelled:
+def _labelled(
+    seen: Activations, there: Sequence[_PendingImage], concepts: tuple[Concept, ...], marking: LabelThresholds
+) -> LabelledActivations:
     if seen.grid is None:
         raise BadInput(f"The site {seen.site} has no grid: concepts have a place in the picture, tokens of text have none.")
     if not bool(torch.isfinite(seen.values).all()):
@@ -154,7 +156,7 @@ def _labelled(seen: Activations, there: Sequence[_Known], concepts: tuple[Concep
     rows, columns = seen.grid
     shares = torch.stack([one.shares(rows, columns) for one in there], dim=1)
     each = torch.ones(len(there), rows * columns)
-    return Labelled(
+    return LabelledActivations(
         site=seen.site,
         concepts=concepts,
         values=seen.values.flatten(0, 1).float().cpu(),
@@ -165,7 +167,7 @@ def _labelled(seen: Activations, there: Sequence[_Known], concepts: tuple[Concep
     )
 
 
-def _joined(parts: Sequence[Labelled]) -> Labelled:
+def _joined(parts: Sequence[LabelledActivations]) -> LabelledActivations:
     return replace(
         parts[0],
         values=torch.cat([part.values for part in parts]),

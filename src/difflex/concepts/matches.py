@@ -11,7 +11,7 @@ from difflex.concepts.labelled import Concept
 from difflex.dictionary.files import reading_record, write_record
 from difflex.records import Site
 
-__all__ = ["Detector", "Features", "Finding", "Interval", "Level", "Matches"]
+__all__ = ["ConceptDetector", "ConceptMatches", "ConceptResult", "ConfidenceInterval", "FeatureMatches", "NoiseLevelResult"]
 
 FORMAT = 1
 COVERED = 0.8
@@ -20,7 +20,7 @@ FINDABLE = 0.9
 """From this average precision of a linear probe on, a concept is there to be found."""
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """A figure and where 95 % of its values lie when pictures are drawn again."""
 
     value: float
@@ -29,12 +29,12 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detector:
+class ConceptDetector:
     """One or few features that stand for a concept: chosen on training pictures, measured on held-out ones."""
 
     features: tuple[int, ...]
     """The best first."""
-    ap: Interval
+    ap: ConfidenceInterval
     """Average precision."""
     iou: float
     """Intersection over union, cut at the value that was best on training pictures."""
@@ -45,7 +45,7 @@ class Detector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class ConceptResult:
     """What is known of one concept."""
 
     concept: Concept
@@ -53,13 +53,13 @@ class Finding:
     """Held-out tokens that show it."""
     chance: float
     """Their share: the average precision of a ranking by chance."""
-    probe: Interval
+    probe: ConfidenceInterval
     """The ceiling: average precision of a linear probe on the same activations."""
-    best: Detector
+    best: ConceptDetector
     """The single feature of the highest average precision."""
-    segmenting: Detector
+    segmenting: ConceptDetector
     """The single feature of the highest IoU."""
-    few: Detector
+    few: ConceptDetector
     """The best few features together."""
     unrelated: str | None
     """The concept that `best` detects best among those that have nothing to do with this one."""
@@ -72,12 +72,12 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
+class FeatureMatches:
     """Every feature that fires at training tokens, each entry of a column one feature; figures are of held-out pictures."""
 
     features: tuple[int, ...]
     concepts: tuple[int, ...]
-    """Of the highest average precision, as a place in `Matches.concepts`."""
+    """Of the highest average precision, as a place in `ConceptMatches.concepts`."""
     ap: tuple[float, ...]
     segmented: tuple[int, ...]
     """The concepts of the highest IoU."""
@@ -88,18 +88,18 @@ class Features:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class NoiseLevelResult:
     """What is known at one level of noise, or at all of them together."""
 
     noise: float | None
     """Between 0 (the picture) and 1 (pure noise); None for all levels together."""
-    findings: tuple[Finding, ...]
-    coverage: Interval
+    findings: tuple[ConceptResult, ...]
+    coverage: ConfidenceInterval
     """The share of concepts that one feature detects (AP >= 0.8)."""
-    coverage_of_findable: Interval | None
+    coverage_of_findable: ConfidenceInterval | None
     """The same among concepts that a linear probe finds (AP >= 0.9); None where there are none."""
 
-    def of(self, group: str) -> list[Finding]:
+    def of(self, group: str) -> list[ConceptResult]:
         """The findings about the concepts of a group."""
         return [finding for finding in self.findings if finding.concept.group == group]
 
@@ -109,14 +109,14 @@ class Level:
         return sum(finding.monosemanticity for finding in self.findings) / len(self.findings)
 
 
-def covered(findings: Collection[Finding], findable: bool = False) -> tuple[int, int]:
+def covered(findings: Collection[ConceptResult], findable: bool = False) -> tuple[int, int]:
     """How many concepts one feature detects, and of how many; with `findable`, of those that a linear probe finds."""
     among = [finding for finding in findings if not findable or finding.probe.value >= FINDABLE]
     return sum(finding.best.ap.value >= COVERED for finding in among), len(among)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matches:
+class ConceptMatches:
     """The features of one method against known concepts."""
 
     site: Site
@@ -125,15 +125,15 @@ class Matches:
     concepts: tuple[Concept, ...]
     left_out: tuple[Concept, ...]
     """Concepts that too few pictures show."""
-    levels: tuple[Level, ...]
+    levels: tuple[NoiseLevelResult, ...]
     """All levels of noise together first, then each where there are several."""
-    features: Features
+    features: FeatureMatches
     """At all levels together."""
     made_from: Mapping[str, str | int | float] = field(default_factory=dict)
     """What the figures depend on: checksums, pictures, settings. Work made from something else is done again."""
 
     @property
-    def clearest(self) -> Level:
+    def clearest(self) -> NoiseLevelResult:
         """The level at which a linear probe finds the most concepts: there it is best seen what a site knows."""
         return max(self.levels, key=lambda level: covered(level.findings, findable=True)[1])
 
@@ -142,7 +142,7 @@ class Matches:
         write_record(path, FORMAT, {**asdict(self), "site": str(self.site)}, indent=None)
 
     @classmethod
-    def load(cls, path: Path) -> Matches:
+    def load(cls, path: Path) -> ConceptMatches:
         """The matches saved in `path`."""
         with reading_record(path, FORMAT, "matches") as data:
             columns = {name: tuple(column) for name, column in data.pop("features").items()}
@@ -151,7 +151,7 @@ class Matches:
                 concepts=_concepts(data.pop("concepts")),
                 left_out=_concepts(data.pop("left_out")),
                 levels=tuple(_level(level) for level in data.pop("levels")),
-                features=Features(**columns),
+                features=FeatureMatches(**columns),
                 **data,
             )
 
@@ -160,20 +160,20 @@ def _concepts(entries: list[list[str]]) -> tuple[Concept, ...]:
     return tuple(Concept(*entry) for entry in entries)
 
 
-def _level(entries: dict) -> Level:
+def _level(entries: dict) -> NoiseLevelResult:
     findings = tuple(_finding(each) for each in entries.pop("findings"))
-    coverage, of_findable = Interval(*entries.pop("coverage")), entries.pop("coverage_of_findable")
-    found = None if of_findable is None else Interval(*of_findable)
-    return Level(findings=findings, coverage=coverage, coverage_of_findable=found, **entries)
+    coverage, of_findable = ConfidenceInterval(*entries.pop("coverage")), entries.pop("coverage_of_findable")
+    found = None if of_findable is None else ConfidenceInterval(*of_findable)
+    return NoiseLevelResult(findings=findings, coverage=coverage, coverage_of_findable=found, **entries)
 
 
-def _finding(entries: dict) -> Finding:
+def _finding(entries: dict) -> ConceptResult:
     detectors = {name: _detector(entries.pop(name)) for name in ("best", "segmenting", "few")}
     tuples = {name: tuple(entries.pop(name)) for name in ("pieces", "absorbers")}
-    concept, probe = Concept(*entries.pop("concept")), Interval(*entries.pop("probe"))
-    return Finding(concept=concept, probe=probe, **detectors, **tuples, **entries)
+    concept, probe = Concept(*entries.pop("concept")), ConfidenceInterval(*entries.pop("probe"))
+    return ConceptResult(concept=concept, probe=probe, **detectors, **tuples, **entries)
 
 
-def _detector(entries: dict) -> Detector:
-    features, ap = tuple(entries.pop("features")), Interval(*entries.pop("ap"))
-    return Detector(features=features, ap=ap, **entries)
+def _detector(entries: dict) -> ConceptDetector:
+    features, ap = tuple(entries.pop("features")), ConfidenceInterval(*entries.pop("ap"))
+    return ConceptDetector(features=features, ap=ap, **entries)

@@ -10,19 +10,28 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from difflex.concepts.detection import Firings, Ranking, Scores, scores
-from difflex.concepts.labelled import Labelled
-from difflex.concepts.matches import COVERED, FINDABLE, Detector, Features, Finding, Interval, Level, Matches
-from difflex.concepts.methods import Method
+from difflex.concepts.detection import DetectionScores, FeatureFirings, TokenRanking, scores
+from difflex.concepts.labelled import LabelledActivations
+from difflex.concepts.matches import (
+    COVERED,
+    FINDABLE,
+    ConceptDetector,
+    ConceptMatches,
+    ConceptResult,
+    ConfidenceInterval,
+    FeatureMatches,
+    NoiseLevelResult,
+)
+from difflex.concepts.methods import FeatureMethod
 from difflex.concepts.probing import probed
 from difflex.concepts.relations import absorbers, over_chance, pieces, strengths, together, unrelated
 from difflex.errors import BadInput
 
-__all__ = ["Matching", "match"]
+__all__ = ["MatchingConfig", "match"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matching:
+class MatchingConfig:
     """How concepts are held against features."""
 
     most: int = 4
@@ -42,7 +51,9 @@ class Matching:
                 raise BadInput(f"{name} {getattr(self, name):g} is not possible: choose at least {least}.")
 
 
-def match(labelled: Labelled, methods: Iterable[Method], matching: Matching = Matching()) -> list[Matches]:
+def match(
+    labelled: LabelledActivations, methods: Iterable[FeatureMethod], matching: MatchingConfig = MatchingConfig()
+) -> list[ConceptMatches]:
     """The matches of each method, over all levels of noise together and, where there are several, at each.
 
     Features are chosen on training pictures, what is told of them is measured on held-out ones.
@@ -51,15 +62,15 @@ def match(labelled: Labelled, methods: Iterable[Method], matching: Matching = Ma
     left_out = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in often)
     labelled = labelled.of(often)
     levels = labelled.levels
-    grounds = [_Ground(labelled, noise, matching) for noise in (None, *(levels if len(levels) > 1 else ()))]
+    grounds = [_MatchingData(labelled, noise, matching) for noise in (None, *(levels if len(levels) > 1 else ()))]
     matches = []
     for method in methods:
         if method.site != labelled.site:
             raise BadInput(f"{method.label} reads {method.site}, the labelled activations are of {labelled.site}.")
-        firings = Firings.found(method.encode, labelled.values, method.size)
-        judged = [_Judged(ground, firings, matching.most) for ground in grounds]
+        firings = FeatureFirings.found(method.encode, labelled.values, method.size)
+        judged = [_MethodResult(ground, firings, matching.most) for ground in grounds]
         matches.append(
-            Matches(
+            ConceptMatches(
                 site=labelled.site,
                 label=method.label,
                 size=method.size,
@@ -72,7 +83,7 @@ def match(labelled: Labelled, methods: Iterable[Method], matching: Matching = Ma
     return matches
 
 
-def _often(labelled: Labelled, least: int) -> list[int]:
+def _often(labelled: LabelledActivations, least: int) -> list[int]:
     """The concepts that enough pictures show on both sides of the split, at every level of noise."""
     sides = [labelled.held_out, ~labelled.held_out]
     counts = torch.stack([_shown_in(labelled, side & (labelled.noise == level)) for side in sides for level in labelled.levels])
@@ -86,13 +97,13 @@ def _often(labelled: Labelled, least: int) -> list[int]:
     return enough.nonzero()[:, 0].tolist()
 
 
-def _shown_in(labelled: Labelled, chosen: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
+def _shown_in(labelled: LabelledActivations, chosen: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
     """How many pictures show each concept at the `chosen` tokens."""
     pictures = labelled.pictures[chosen]
     return torch.tensor([len(pictures[truth == 1].unique()) for truth in labelled.truth[:, chosen]])
 
 
-class _Side(NamedTuple):
+class _SplitSide(NamedTuple):
     """The tokens of one side of the split."""
 
     chosen: Tensor
@@ -102,14 +113,14 @@ class _Side(NamedTuple):
 
 
 @final
-class _Ground:
+class _MatchingData:
     """What all methods are held against at one level of noise: the truth, the ceiling, and the draws of pictures."""
 
-    def __init__(self, labelled: Labelled, noise: float | None, matching: Matching) -> None:
+    def __init__(self, labelled: LabelledActivations, noise: float | None, matching: MatchingConfig) -> None:
         at = torch.ones_like(labelled.held_out) if noise is None else labelled.noise == noise
         self.noise, self.concepts = noise, labelled.concepts
         self.train, self.held = (
-            _Side(at & side, labelled.truth[:, at & side], labelled.pictures[at & side])
+            _SplitSide(at & side, labelled.truth[:, at & side], labelled.pictures[at & side])
             for side in (~labelled.held_out, labelled.held_out)
         )
         self.weights = _redrawn(self.held.pictures, int(labelled.pictures.max()) + 1, matching.draws, matching.seed)
@@ -121,7 +132,7 @@ class _Ground:
 
     def ap_draws(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
         """The average precision of a ranking on held-out tokens: as they are, then in each draw of pictures."""
-        ranking = Ranking(tokens, values, self.held.truth[concept], self.held.pictures, self.weights.shape[1])
+        ranking = TokenRanking(tokens, values, self.held.truth[concept], self.held.pictures, self.weights.shape[1])
         return ranking.average_precision(self.weights)
 
 
@@ -135,53 +146,53 @@ def _redrawn(pictures: Tensor, count: int, draws: int, seed: int) -> Float[Tenso
     return weights
 
 
-def _interval(draws: Float[Tensor, " draw"]) -> Interval:
+def _interval(draws: Float[Tensor, " draw"]) -> ConfidenceInterval:
     """The first of `draws`, and the 2.5 and 97.5 percentiles of the others."""
     low, high = draws[1:].nanquantile(torch.tensor([0.025, 0.975])).tolist()
-    return Interval(float(draws[0]), low, high)
+    return ConfidenceInterval(float(draws[0]), low, high)
 
 
-def _share(ap: Float[Tensor, "concept draw"]) -> Interval:
+def _share(ap: Float[Tensor, "concept draw"]) -> ConfidenceInterval:
     """The share of concepts that are detected."""
     known = ~ap.isnan()
     return _interval((ap >= COVERED).sum(0) / known.sum(0))
 
 
 @final
-class _Judged:
+class _MethodResult:
     """One method on one ground."""
 
-    def __init__(self, ground: _Ground, firings: Firings, most: int) -> None:
+    def __init__(self, ground: _MatchingData, firings: FeatureFirings, most: int) -> None:
         self._ground, self._most = ground, most
         self._train, self._held = firings.part(ground.train.chosen), firings.part(ground.held.chosen)
-        self._chosen_by: Scores = scores(self._train, ground.train.truth)
-        self._found: Scores = scores(self._held, ground.held.truth, self._chosen_by.threshold)
+        self._chosen_by: DetectionScores = scores(self._train, ground.train.truth)
+        self._found: DetectionScores = scores(self._held, ground.held.truth, self._chosen_by.threshold)
         self._peaks = torch.zeros(firings.size)
         alive = self._train.counts > 0
         self._peaks[alive] = self._train.values[self._train.starts[alive]]
         self._shown = (ground.held.truth == 1).sum(1)
         self._chance = self._shown / (ground.held.truth >= 0).sum(1).clamp_min(1)
 
-    def level(self) -> Level:
+    def level(self) -> NoiseLevelResult:
         """What is known of every concept."""
         judged = [self._finding(concept) for concept in range(len(self._ground.concepts))]
         draws = torch.stack([draws for _, draws in judged])
         findable = self._ground.probe[:, 0] >= FINDABLE
-        return Level(
+        return NoiseLevelResult(
             noise=self._ground.noise,
             findings=tuple(finding for finding, _ in judged),
             coverage=_share(draws),
             coverage_of_findable=_share(draws[findable]) if bool(findable.any()) else None,
         )
 
-    def _finding(self, concept: int) -> tuple[Finding, Tensor]:
+    def _finding(self, concept: int) -> tuple[ConceptResult, Tensor]:
         """The finding, and the average precision of the best feature in each draw of pictures."""
         chosen_by, truth = self._chosen_by, self._ground.train.truth[concept]
         best, segmenting = int(chosen_by.ap[:, concept].argmax()), int(chosen_by.iou[:, concept].argmax())
         few = together(self._train, truth, chosen_by.ap[:, concept], self._peaks, self._most)
         draws = self._draws(best, concept)
         other, monosemanticity = self._meaning(torch.tensor([best]), torch.tensor([concept]))
-        finding = Finding(
+        finding = ConceptResult(
             concept=self._ground.concepts[concept],
             tokens=int(self._shown[concept]),
             chance=float(self._chance[concept]),
@@ -199,22 +210,22 @@ class _Judged:
     def _draws(self, feature: int, concept: int) -> Tensor:
         return self._ground.ap_draws(*self._held.one(feature), concept)
 
-    def _single(self, feature: int, concept: int, draws: Tensor) -> Detector:
+    def _single(self, feature: int, concept: int, draws: Tensor) -> ConceptDetector:
         iou, precision, recall = (
             float(each[feature, concept]) for each in (self._found.iou, self._found.precision, self._found.recall)
         )
-        return Detector(features=(feature,), ap=_interval(draws), iou=iou, precision=precision, recall=recall)
+        return ConceptDetector(features=(feature,), ap=_interval(draws), iou=iou, precision=precision, recall=recall)
 
-    def _several(self, features: tuple[int, ...], concept: int) -> Detector:
+    def _several(self, features: tuple[int, ...], concept: int) -> ConceptDetector:
         """Features together, as if they were one: at each token the strongest speaks, in units of its peak."""
         ground, either = self._ground, torch.tensor(features)
         train, held = (strengths(each, either, self._peaks).amax(0) for each in (self._train, self._held))
-        one = lambda x: Firings.sorted(x.nonzero()[:, 0], torch.zeros_like(x).long()[x > 0], x[x > 0], 1, len(x))  # noqa: E731
+        one = lambda x: FeatureFirings.sorted(x.nonzero()[:, 0], torch.zeros_like(x).long()[x > 0], x[x > 0], 1, len(x))  # noqa: E731
         cut = scores(one(train), ground.train.truth[concept, None]).threshold
         found = scores(one(held), ground.held.truth[concept, None], cut)
         draws = ground.ap_draws(*one(held).one(0), concept)
         iou, precision, recall = float(found.iou), float(found.precision), float(found.recall)
-        return Detector(features=features, ap=_interval(draws), iou=iou, precision=precision, recall=recall)
+        return ConceptDetector(features=features, ap=_interval(draws), iou=iou, precision=precision, recall=recall)
 
     def _meaning(self, features: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
         """For features and their concepts: the best unrelated concept, and the monosemanticity."""
@@ -223,7 +234,7 @@ class _Judged:
         own = above.gather(1, concepts[:, None])[:, 0]
         return elsewhere.indices, own - elsewhere.values.clamp_min(0)
 
-    def features(self) -> Features:
+    def features(self) -> FeatureMatches:
         """What is known of every feature that fires."""
         alive = (self._train.counts > 0).nonzero()[:, 0]
         # Over chance, or every feature would be said to mean what is commonest.
@@ -233,7 +244,7 @@ class _Judged:
         other, monosemanticity = self._meaning(alive, concepts)
         has_other = self._ground.unrelated[concepts].any(1)
         column = lambda values: tuple(round(value, 5) for value in values.tolist())  # noqa: E731
-        return Features(
+        return FeatureMatches(
             features=tuple(alive.tolist()),
             concepts=tuple(concepts.tolist()),
             ap=column(self._found.ap[alive, concepts]),

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.concepts.labelled import Labelled
+from difflex.concepts.labelled import LabelledActivations
 
 __all__ = ["probed"]
 
@@ -16,7 +16,7 @@ MOST = 32_768
 ITERATIONS = 40
 
 
-def probed(labelled: Labelled, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
+def probed(labelled: LabelledActivations, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
     """How strongly each token speaks for each concept: logits of logistic regressions learned from the pictures not held out."""
     train = (~labelled.held_out).nonzero()[:, 0]
     if len(train) > MOST:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
-from difflex.concepts.detection import Firings, Scores, scores
+from difflex.concepts.detection import DetectionScores, FeatureFirings, scores
 from difflex.concepts.labelled import Concept
 
 __all__ = ["absorbers", "over_chance", "pieces", "together", "unrelated"]
@@ -37,7 +37,7 @@ def over_chance(ap: Tensor, chance: Tensor) -> Tensor:
     return (ap - chance) / (1 - chance).clamp_min(1e-6)
 
 
-def pieces(firings: Firings, truth: Int8[Tensor, " token"], found: Scores, concept: int) -> tuple[int, ...]:
+def pieces(firings: FeatureFirings, truth: Int8[Tensor, " token"], found: DetectionScores, concept: int) -> tuple[int, ...]:
     """The features that share `concept` among them: feature splitting, as in Bricken et al. 2023. Empty where it is not split.
 
     Each is clean and fires at less than half of the concept's tokens, each adds some, together they have half of them; and
@@ -56,7 +56,9 @@ def pieces(firings: Firings, truth: Int8[Tensor, " token"], found: Scores, conce
     return tuple(kept) if len(kept) > 1 and int(covered.sum()) >= HALF * count else ()
 
 
-def absorbers(firings: Firings, truth: Int8[Tensor, " token"], found: Scores, concept: int, main: int) -> tuple[int, ...]:
+def absorbers(
+    firings: FeatureFirings, truth: Int8[Tensor, " token"], found: DetectionScores, concept: int, main: int
+) -> tuple[int, ...]:
     """The features that take `concept` away from its feature `main`: feature absorption (Chanin et al., arXiv 2409.14507).
 
     There, a feature that tracks a concept is silent at some of its tokens, because a more specific feature fires that holds the
@@ -76,13 +78,13 @@ def absorbers(firings: Firings, truth: Int8[Tensor, " token"], found: Scores, co
     return tuple(taken)
 
 
-def fires(firings: Firings, feature: int, cut: Tensor) -> Bool[Tensor, " token"]:
+def fires(firings: FeatureFirings, feature: int, cut: Tensor) -> Bool[Tensor, " token"]:
     """Where `feature` fires at `cut` or above."""
     tokens, values = firings.one(feature)
     return torch.zeros(firings.of, dtype=torch.bool).index_fill_(0, tokens[values >= cut], True)
 
 
-def strengths(firings: Firings, features: Tensor, peaks: Float[Tensor, " size"]) -> Float[Tensor, "feature token"]:
+def strengths(firings: FeatureFirings, features: Tensor, peaks: Float[Tensor, " size"]) -> Float[Tensor, "feature token"]:
     """How strongly some features fire at each token, in units of their peaks; a dense matrix of few rows."""
     made = torch.zeros(len(features), firings.of)
     for row, feature in zip(made, features.tolist(), strict=True):
@@ -92,7 +94,7 @@ def strengths(firings: Firings, features: Tensor, peaks: Float[Tensor, " size"])
 
 
 def together(
-    firings: Firings, truth: Int8[Tensor, " token"], ap: Float[Tensor, " size"], peaks: Float[Tensor, " size"], most: int
+    firings: FeatureFirings, truth: Int8[Tensor, " token"], ap: Float[Tensor, " size"], peaks: Float[Tensor, " size"], most: int
 ) -> tuple[int, ...]:
     """Up to `most` features that detect a concept best together, the best single one first; each added one must help.
 
@@ -105,7 +107,7 @@ def together(
     while len(chosen) < most:
         joined = torch.maximum(each, current)
         rows, tokens = joined.nonzero(as_tuple=True)
-        tried = Firings.sorted(tokens, rows, joined[rows, tokens], len(candidates), firings.of)
+        tried = FeatureFirings.sorted(tokens, rows, joined[rows, tokens], len(candidates), firings.of)
         gains = scores(tried, truth[None]).ap[:, 0]
         best = int(gains.argmax())
         if float(gains[best]) < reached + 0.005:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from difflex.concepts.matches import Finding, Interval, Matches, covered
+from difflex.concepts.matches import ConceptMatches, ConceptResult, ConfidenceInterval, covered
 
 __all__ = ["table"]
 
 PROBE = "a linear probe"
 
 
-def table(matches: Sequence[Matches]) -> str:
+def table(matches: Sequence[ConceptMatches]) -> str:
     """What each method detects: in all, by group of concepts, and by level of noise; sites one after another."""
     sites = dict.fromkeys((each.site, each.made_from.get("revision", "")) for each in matches)
     return "\n\n".join(
@@ -19,7 +19,7 @@ def table(matches: Sequence[Matches]) -> str:
     )
 
 
-def _of_site(matches: Sequence[Matches]) -> str:
+def _of_site(matches: Sequence[ConceptMatches]) -> str:
     first = matches[0]
     whole = first.levels[0]
     found, of = covered(whole.findings, findable=True)[1], len(whole.findings)
@@ -30,7 +30,7 @@ def _of_site(matches: Sequence[Matches]) -> str:
     return "\n".join([title, *(part for part in parts if part)])
 
 
-def _summary(matches: Sequence[Matches]) -> str:
+def _summary(matches: Sequence[ConceptMatches]) -> str:
     head = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "few together", "meaning", "split", "absorbed"]
     rows = [head]
     for each in matches:
@@ -51,12 +51,12 @@ def _summary(matches: Sequence[Matches]) -> str:
     return _aligned(rows)
 
 
-def _shares(share: Interval | None, counts: tuple[int, int]) -> str:
+def _shares(share: ConfidenceInterval | None, counts: tuple[int, int]) -> str:
     found, of = counts
     return f"{found}/{of} [{share.low:.0%}, {share.high:.0%}]" if share else "-"
 
 
-def _by_group(matches: Sequence[Matches]) -> str:
+def _by_group(matches: Sequence[ConceptMatches]) -> str:
     """Mean average precision of the best features, and of the probe."""
     groups = list(dict.fromkeys(finding.concept.group for finding in matches[0].levels[0].findings))
     rows = [["AP by group", *groups]]
@@ -65,7 +65,7 @@ def _by_group(matches: Sequence[Matches]) -> str:
     return _aligned(rows)
 
 
-def _by_level(matches: Sequence[Matches]) -> str:
+def _by_level(matches: Sequence[ConceptMatches]) -> str:
     """Mean average precision at each level of noise."""
     levels = matches[0].levels[1:]
     if not levels:
@@ -76,7 +76,7 @@ def _by_level(matches: Sequence[Matches]) -> str:
     return _aligned(rows)
 
 
-def _ap(findings: Iterable[Finding], probe: bool = False) -> str:
+def _ap(findings: Iterable[ConceptResult], probe: bool = False) -> str:
     return f"{_mean((finding.probe if probe else finding.best.ap).value for finding in findings):.2f}"
 
 

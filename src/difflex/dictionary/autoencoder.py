@@ -10,21 +10,21 @@ from typing import Literal, final, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary.base import NormalisedDictionary, Origin, Saved
+from difflex.dictionary.base import DictionaryOrigin, DictionaryState, NormalisedDictionary
 from difflex.dictionary.normalisation import Normalisation
-from difflex.dictionary.scores import Scores
+from difflex.dictionary.scores import EncoderSearch
 from difflex.dictionary.sparse import padded
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Codes
 
-__all__ = ["KINDS", "Autoencoder", "Kind", "Weights", "kind_of"]
+__all__ = ["KINDS", "SAE", "Kind", "SAEWeights", "kind_of"]
 
 Kind = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class SAEWeights:
     """The tensors of a sparse autoencoder, in its normalised space z: `a = (z - bias) encoder^T + encoder_bias`."""
 
     encoder: Float[Tensor, "size width"]
@@ -40,7 +40,7 @@ class Weights:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+    def of(cls, tensors: Mapping[str, Tensor]) -> SAEWeights:
         """The weights among `tensors`, by the names that `named` gives."""
         if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
             raise BrokenFile(f"An autoencoder's file lacks the tensors {', '.join(missing)}: train or copy it again.")
@@ -53,11 +53,18 @@ class Weights:
 
 
 @final
-class Autoencoder(NormalisedDictionary, kinds=KINDS):
+class SAE(NormalisedDictionary, kinds=KINDS):
     """A trained sparse autoencoder behind the interface of every dictionary."""
 
     def __init__(
-        self, *, kind: Kind, k: int, origin: Origin, normalisation: Normalisation, weights: Weights, relu: bool = True
+        self,
+        *,
+        kind: Kind,
+        k: int,
+        origin: DictionaryOrigin,
+        normalisation: Normalisation,
+        weights: SAEWeights,
+        relu: bool = True,
     ) -> None:
         """The dictionary that shares `weights`; without `relu`, negative scores among the k largest are kept as they are."""
         self.kind, self.k, self.origin = kind, k, origin
@@ -83,7 +90,7 @@ class Autoencoder(NormalisedDictionary, kinds=KINDS):
         top = self._scores.top(z, self.k)
         return Codes(top.values.relu_(), top.indices) if self.relu else top
 
-    def fold(self) -> Autoencoder:
+    def fold(self) -> SAE:
         """The same dictionary with its normalisation inside the weights: z is model space, decoder rows lose length one."""
         normal, weights = self.normalisation, self.weights
         if normal.clip is not None:
@@ -93,7 +100,7 @@ class Autoencoder(NormalisedDictionary, kinds=KINDS):
         # z - bias = (x - mean) V / s - bias, so a row w of the encoder becomes (w / s) V^T around the restored bias.
         scaled = weights.encoder / normal.scale
         encoder = scaled if normal.basis is None else scaled @ normal.basis.T
-        folded = Weights(
+        folded = SAEWeights(
             encoder=encoder,
             decoder=normal.spread(weights.decoder),
             bias=self.constant,
@@ -101,31 +108,29 @@ class Autoencoder(NormalisedDictionary, kinds=KINDS):
             floor=weights.floor,
         )
         identity = Normalisation.identity(self.width, self.bias.device)
-        return Autoencoder(
-            kind=kind_of(self.kind), k=self.k, origin=self.origin, normalisation=identity, weights=folded, relu=self.relu
-        )
+        return SAE(kind=kind_of(self.kind), k=self.k, origin=self.origin, normalisation=identity, weights=folded, relu=self.relu)
 
-    def saved(self) -> Saved:
+    def saved(self) -> DictionaryState:
         settings = {"relu": self.relu, "normalisation": self.normalisation.settings()}
         tensors = {**self.weights.named(), **self.normalisation.tensors()}
-        return Saved(kind=self.kind, k=self.k, origin=self.origin, settings=settings, tensors=tensors)
+        return DictionaryState(kind=self.kind, k=self.k, origin=self.origin, settings=settings, tensors=tensors)
 
     @classmethod
-    def restored(cls, saved: Saved) -> Autoencoder:
+    def restored(cls, saved: DictionaryState) -> SAE:
         stated = saved.settings.get("normalisation")
         return cls(
             kind=kind_of(saved.kind),
             k=saved.k,
             origin=saved.origin,
             normalisation=Normalisation.of(stated if isinstance(stated, dict) else {}, saved.tensors),
-            weights=Weights.of(saved.tensors),
+            weights=SAEWeights.of(saved.tensors),
             relu=saved.settings.get("relu") is not False,
         )
 
     @cached_property
-    def _scores(self) -> Scores:
+    def _scores(self) -> EncoderSearch:
         """Built at the first `encode`: the search keeps a copy of the encoder."""
-        return Scores(self.weights.encoder, self.weights.encoder_bias)
+        return EncoderSearch(self.weights.encoder, self.weights.encoder_bias)
 
 
 def kind_of(name: str) -> Kind:

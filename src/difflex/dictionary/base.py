@@ -19,11 +19,11 @@ from difflex.dictionary.sparse import bag
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.records import Codes, Site
 
-__all__ = ["Dictionary", "NormalisedDictionary", "Origin", "Saved"]
+__all__ = ["Dictionary", "DictionaryOrigin", "DictionaryState", "NormalisedDictionary"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class DictionaryOrigin:
     """Where a dictionary comes from."""
 
     site: Site
@@ -35,12 +35,12 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class DictionaryState:
     """A dictionary as it stands on disk: what `restored` of its class needs to make it again."""
 
     kind: str
     k: int
-    origin: Origin
+    origin: DictionaryOrigin
     settings: Mapping[str, Json]
     """What only this kind has, as plain JSON."""
     tensors: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class Dictionary(ABC):
     """`topk`, `batchtopk`, `jumprelu`, `matryoshka`, `itda` or `neurons`."""
     k: int
     """Features per token: exact, an average (`batchtopk`), or a target (`jumprelu`), as the kind has it."""
-    origin: Origin
+    origin: DictionaryOrigin
 
     def __init_subclass__(cls, kinds: tuple[str, ...] = ()) -> None:
         """Register `cls` as the class that restores dictionaries of these `kinds`."""
@@ -93,12 +93,12 @@ class Dictionary(ABC):
         """What one unit of code of each of `features` adds in model space."""
 
     @abstractmethod
-    def saved(self) -> Saved:
+    def saved(self) -> DictionaryState:
         """This dictionary as it would stand on disk; tensors are not copied."""
 
     @classmethod
     @abstractmethod
-    def restored(cls, saved: Saved) -> Dictionary:
+    def restored(cls, saved: DictionaryState) -> Dictionary:
         """The dictionary that `saved` describes, on the device of its tensors."""
 
     def decode(self, codes: Codes) -> Float[Tensor, "token width"]:
@@ -159,8 +159,8 @@ class Dictionary(ABC):
             raise UnknownName.among(
                 "The dictionary kind", config.kind, Dictionary._classes, f"It stands in {folder}/config.json."
             )
-        origin = Origin(site=config.site, model=config.model, revision=config.revision, training=config.training)
-        saved = Saved(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
+        origin = DictionaryOrigin(site=config.site, model=config.model, revision=config.revision, training=config.training)
+        saved = DictionaryState(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
         try:
             made = Dictionary._classes[config.kind].restored(saved)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:

@@ -19,7 +19,7 @@ from difflex.records import Site
 
 __all__ = [
     "FORMAT",
-    "Config",
+    "DictionaryConfig",
     "Json",
     "as_text",
     "read",
@@ -35,7 +35,7 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class DictionaryConfig:
     """`config.json` of a dictionary."""
 
     format: int
@@ -63,7 +63,7 @@ def write(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor
     return folder
 
 
-def read(folder: Path, device: str = "cpu") -> tuple[Config, dict[str, Tensor]]:
+def read(folder: Path, device: str = "cpu") -> tuple[DictionaryConfig, dict[str, Tensor]]:
     """The two files of `folder`; an error that says what is wrong where they are not what `write` writes."""
     config = read_config(folder)
     try:
@@ -124,7 +124,7 @@ def as_text(entries: Mapping[str, Json]) -> str:
     return json.dumps(entries, indent=2) + "\n"
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path) -> DictionaryConfig:
     """What `config.json` of `folder` says; its tensors are not touched."""
     path = folder / "config.json"
     try:
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> Config:
         raise BadInput(f"{folder} holds no dictionary: it has no config.json. Name the folder that `save` wrote.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BrokenFile(f"{path} is not JSON: {error}. Train or copy the dictionary again.") from error
-    names = [field.name for field in fields(Config)]
+    names = [field.name for field in fields(DictionaryConfig)]
     if not isinstance(entries, dict) or entries.get("format") != FORMAT:
         found = entries.get("format") if isinstance(entries, dict) else type(entries).__name__
         raise BrokenFile(
@@ -147,4 +147,4 @@ def read_config(folder: Path) -> Config:
     kinds = {"kind": str, "site": str, "width": int, "size": int, "k": int, "settings": dict, "training": dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(entries[name], kind)]:
         raise BrokenFile(f"{path} says {', '.join(f'{name}: {entries[name]!r}' for name in wrong)}: copy the dictionary again.")
-    return Config(**{**entries, "site": Site.parse(entries["site"])})
+    return DictionaryConfig(**{**entries, "site": Site.parse(entries["site"])})

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.base import Origin
+from difflex.dictionary.base import DictionaryOrigin
 from difflex.dictionary.files import Json
 from difflex.dictionary.itda.dictionary import ITDA
-from difflex.dictionary.itda.provenance import Provenance
+from difflex.dictionary.itda.provenance import AtomProvenance
 from difflex.dictionary.normalisation import Normalisation
 from difflex.errors import BadInput, BrokenFile
 from difflex.records import Site
@@ -75,10 +75,10 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
     normalisation = Normalisation(method="standardise", mean=mean * deviation, scale=deviation)
     return ITDA(
         k=k,
-        origin=Origin(site=site, model=model, training={"read_from": "flux-saes-gpu", "cfg": config}),
+        origin=DictionaryOrigin(site=site, model=model, training={"read_from": "flux-saes-gpu", "cfg": config}),
         normalisation=normalisation,
         atoms=_unit(atoms, path, "xs"),
-        provenance=Provenance.unknown(size),
+        provenance=AtomProvenance.unknown(size),
         way="gradient",
     )
 
@@ -96,10 +96,10 @@ def _read_leask(folder: Path, site: Site, model: str | None) -> ITDA:
     atoms = atoms.float()
     return ITDA(
         k=_count(metadata, "k", folder),
-        origin=Origin(site=site, model=model, training={"read_from": "itda", "metadata": metadata}),
+        origin=DictionaryOrigin(site=site, model=model, training={"read_from": "itda", "metadata": metadata}),
         normalisation=Normalisation.identity(atoms.shape[1]),
         atoms=_unit(atoms, folder / "atoms.pt", "atoms"),
-        provenance=Provenance(shots=places[:, 0].long(), tokens=places[:, 1].long()),
+        provenance=AtomProvenance(shots=places[:, 0].long(), tokens=places[:, 1].long()),
         way="matching",
     )
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difflex.dictionary.base import Dictionary, Origin, Saved
+from difflex.dictionary.base import Dictionary, DictionaryOrigin, DictionaryState
 from difflex.errors import BadInput
 from difflex.records import Codes
 
@@ -21,7 +21,7 @@ class Neurons(Dictionary, kinds=("neurons",)):
 
     kind = "neurons"
 
-    def __init__(self, *, width: int, k: int, origin: Origin, device: torch.device | str = "cpu") -> None:
+    def __init__(self, *, width: int, k: int, origin: DictionaryOrigin, device: torch.device | str = "cpu") -> None:
         """The dictionary of `width` neurons."""
         if origin.site.kind != "neurons":
             raise BadInput(
@@ -57,10 +57,10 @@ class Neurons(Dictionary, kinds=("neurons",)):
         rows = self._constant.new_zeros(len(features), self.width)
         return rows.scatter_(1, features[:, None], 1.0)
 
-    def saved(self) -> Saved:
-        return Saved(kind=self.kind, k=self.k, origin=self.origin, settings={}, tensors={"constant": self._constant})
+    def saved(self) -> DictionaryState:
+        return DictionaryState(kind=self.kind, k=self.k, origin=self.origin, settings={}, tensors={"constant": self._constant})
 
     @classmethod
-    def restored(cls, saved: Saved) -> Neurons:
+    def restored(cls, saved: DictionaryState) -> Neurons:
         constant = saved.tensors["constant"]
         return cls(width=len(constant), k=saved.k, origin=saved.origin, device=constant.device)

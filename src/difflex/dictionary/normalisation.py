@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 
-__all__ = ["METHODS", "VECTORS_PER_AXIS", "Method", "Moments", "Normalisation", "estimate"]
+__all__ = ["METHODS", "VECTORS_PER_AXIS", "Method", "Normalisation", "VectorMoments", "estimate"]
 
 Method = Literal["whiten", "standardise", "scale", "none"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -99,7 +99,7 @@ class Normalisation:
         )
 
 
-class Moments:
+class VectorMoments:
     """Count, mean and (co)variance of a stream of vectors, accumulated in float64."""
 
     def __init__(self, width: int, *, covariance: bool, device: torch.device | str = "cpu") -> None:
@@ -171,7 +171,7 @@ def estimate(batches: Iterable[Float[Tensor, "token width"]], method: Method, cl
     moments = None
     for x in batches:
         if moments is None:
-            moments = Moments(x.shape[1], covariance=method == "whiten", device=x.device)
+            moments = VectorMoments(x.shape[1], covariance=method == "whiten", device=x.device)
         moments.add(x)
         if method == "none" or moments.count >= VECTORS_PER_AXIS * x.shape[1]:
             break

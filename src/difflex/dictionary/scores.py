@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.sparse import Pairs, dots, padded
+from difflex.dictionary.sparse import SparsePairs, dots, padded
 from difflex.records import Codes
 
-__all__ = ["Scores"]
+__all__ = ["EncoderSearch"]
 
 BLOCK = 32
 """Neighbouring features, of which only the largest score is looked at first."""
@@ -42,7 +42,7 @@ HALVINGS = 8
 """Of the interval in which a token's threshold lies; what is left of it costs a few more candidates."""
 
 
-class Coarse(NamedTuple):
+class QuantisedRows(NamedTuple):
     """8-bit copies of rows: `row ~ step * integers`."""
 
     integers: Tensor
@@ -53,7 +53,7 @@ class Coarse(NamedTuple):
     """Where one entry leaves few steps to the others."""
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "row width"]) -> Coarse:
+    def of(cls, rows: Float[Tensor, "row width"]) -> QuantisedRows:
         """The nearest integers to `rows`, the largest entry of each row at 127."""
         steps = torch.maximum(rows.amax(1), -rows.amin(1)).clamp_min(1e-12) / 127
         integers = (rows * (1 / steps)[:, None]).round_().to(torch.int8)
@@ -61,7 +61,7 @@ class Coarse(NamedTuple):
         return cls(integers, steps, torch.linalg.vector_norm(rows, dim=1), rough)
 
 
-class Candidates(NamedTuple):
+class CandidatePairs(NamedTuple):
     """Pairs that may be wanted, with their coarse scores in units of the token's step."""
 
     tokens: Int[Tensor, " pair"]
@@ -70,26 +70,26 @@ class Candidates(NamedTuple):
 
 
 @final
-class Scores:
+class EncoderSearch:
     """The search through the scores of one encoder; `rows` and `bias` stay their owner's, who says `refresh` after a change."""
 
     def __init__(self, rows: Float[Tensor, "size width"], bias: Float[Tensor, " size"] | None = None) -> None:
         """The search over `rows`; it keeps an 8-bit copy of them where that makes it faster."""
         self.rows, self.bias = rows, bias
         size, width = rows.shape
-        self._coarse: Coarse | None = None
+        self._coarse: QuantisedRows | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         if size % BLOCK == 0 and size >= 32 * BLOCK and _integers_pay(width, rows.device):
             steps, lengths = (torch.empty(size, device=rows.device) for _ in range(2))
             integers = torch.empty(size, width, dtype=torch.int8, device=rows.device)
-            self._coarse = Coarse(integers, steps, lengths, torch.empty(size, dtype=torch.bool, device=rows.device))
+            self._coarse = QuantisedRows(integers, steps, lengths, torch.empty(size, dtype=torch.bool, device=rows.device))
             for start in range(0, size, 1024):
                 self.refresh(slice(start, start + 1024))
 
     def refresh(self, rows: slice | Int[Tensor, " row"]) -> None:
         """Take note that these rows have changed."""
         if self._coarse is not None:
-            for whole, part in zip(self._coarse, Coarse.of(self.rows[rows]), strict=True):
+            for whole, part in zip(self._coarse, QuantisedRows.of(self.rows[rows]), strict=True):
                 whole[rows] = part
 
     def top(self, z: Float[Tensor, "token width"], k: int) -> Codes:
@@ -101,17 +101,17 @@ class Scores:
         values, indices = zip(*(scores.topk(k) for _, scores in self._dense_chunks(z)), strict=True)
         return Codes(torch.cat(values), torch.cat(indices))
 
-    def above(self, z: Float[Tensor, "token width"], floor: Float[Tensor, " size"]) -> Pairs:
+    def above(self, z: Float[Tensor, "token width"], floor: Float[Tensor, " size"]) -> SparsePairs:
         """All pairs whose score exceeds its feature's `floor`, token by token."""
         pairs = None if self._coarse is None else self._rescored(self._coarse, z, floor=floor)
         if pairs is None:
             found = []
             for start, scores in self._dense_chunks(z):
                 tokens, features = (scores > floor).nonzero(as_tuple=True)
-                found.append(Pairs(tokens + start, features, scores[tokens, features]))
-            return Pairs(*(torch.cat(part) for part in zip(*found, strict=True)))
+                found.append(SparsePairs(tokens + start, features, scores[tokens, features]))
+            return SparsePairs(*(torch.cat(part) for part in zip(*found, strict=True)))
         kept = pairs.values > floor[pairs.features]
-        return Pairs(pairs.tokens[kept], pairs.features[kept], pairs.values[kept])
+        return SparsePairs(pairs.tokens[kept], pairs.features[kept], pairs.values[kept])
 
     def _chunks(self, z: Float[Tensor, "token width"]) -> Iterator[tuple[int, Tensor]]:
         """The first token and the rows of every chunk of `z`; one empty chunk where `z` is empty."""
@@ -129,18 +129,18 @@ class Scores:
             yield start, scores if self.bias is None else scores.add_(self.bias)
 
     def _rescored(
-        self, coarse: Coarse, z: Float[Tensor, "token width"], k: int = 0, floor: Float[Tensor, " size"] | None = None
-    ) -> Pairs | None:
+        self, coarse: QuantisedRows, z: Float[Tensor, "token width"], k: int = 0, floor: Float[Tensor, " size"] | None = None
+    ) -> SparsePairs | None:
         """Every pair among the k largest or over the floor, and some more, scored in float32; None if the bound was broken."""
         lift = self.bias if floor is None else (-floor if self.bias is None else self.bias - floor)
         longest, widest = float(coarse.lengths.max()), float(coarse.steps.max())
         found, slacks, steps = [], [], []
-        every = Coarse.of(z)
+        every = QuantisedRows.of(z)
         rough = z[every.rough]
         # All at once, as the rows are long to read; where they would fill a chunk they are many, and each chunk has its own.
         together = rough @ self.rows.T if 0 < len(rough) <= self._chunk else None
         for start, part in self._chunks(z):
-            token = Coarse(*(each[start : start + len(part)] for each in every))
+            token = QuantisedRows(*(each[start : start + len(part)] for each in every))
             first = int(every.rough[:start].sum())
             mine = slice(first, first + int(token.rough.sum()))
             exact = rough[mine] @ self.rows.T if together is None else together[mine]
@@ -156,13 +156,13 @@ class Scores:
         values = _scored(self.rows, self.bias, z, tokens, features)
         lifted = values if floor is None else values - floor[features]
         error = (lifted - units * torch.cat(steps)[tokens]).abs()
-        return Pairs(tokens, features, values) if bool((error <= torch.cat(slacks)[tokens]).all()) else None
+        return SparsePairs(tokens, features, values) if bool((error <= torch.cat(slacks)[tokens]).all()) else None
 
     def _product(
         self,
         part: Float[Tensor, "token width"],
-        token: Coarse,
-        coarse: Coarse,
+        token: QuantisedRows,
+        coarse: QuantisedRows,
         lift: Float[Tensor, " size"] | None,
         exact: Float[Tensor, "rough size"],
     ) -> Float[Tensor, "token size"]:
@@ -185,7 +185,7 @@ class Scores:
         return scores if lift is None else scores.addr_(1 / token.steps, lift)
 
 
-def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " token"], k: int) -> Candidates:
+def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " token"], k: int) -> CandidatePairs:
     """Where `scores` come within sqrt(2) `slack` of the k-th largest; without k, where they exceed `-slack`."""
     count, size = scores.shape
     blocks = scores.view(count, size // BLOCK, BLOCK)
@@ -194,7 +194,7 @@ def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " toke
     tokens, places = (peaks >= threshold[:, None]).nonzero(as_tuple=True)
     members = blocks.reshape(-1, BLOCK)[tokens * (size // BLOCK) + places]
     which, inside = (members >= threshold[tokens, None]).nonzero(as_tuple=True)
-    return Candidates(tokens[which], places[which] * BLOCK + inside, members[which, inside])
+    return CandidatePairs(tokens[which], places[which] * BLOCK + inside, members[which, inside])
 
 
 def _reached(peaks: Float[Tensor, "token block"], k: int) -> Float[Tensor, " token"]:
@@ -221,7 +221,7 @@ def _scored(
     return values if bias is None else values.add_(bias[features])
 
 
-def _top_of(pairs: Pairs, count: int, k: int) -> Codes:
+def _top_of(pairs: SparsePairs, count: int, k: int) -> Codes:
     """The k largest values of every token and their features, from pairs that come token by token."""
     rows = padded(pairs, count, empty=-torch.inf)
     top = rows.values.topk(k)

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from difflex.records import Codes
 
-__all__ = ["Pairs", "bag", "dots", "padded", "sums"]
+__all__ = ["SparsePairs", "bag", "dots", "padded", "sums"]
 
 
-class Pairs(NamedTuple):
+class SparsePairs(NamedTuple):
     """Which feature meets which token: the sparse form of a [token, size] matrix, one entry per pair."""
 
     tokens: Int[Tensor, " pair"]
@@ -53,7 +53,7 @@ def dots(
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, of_right, starts, of_left, 0)
 
 
-def padded(pairs: Pairs, count: int, empty: float) -> Codes:
+def padded(pairs: SparsePairs, count: int, empty: float) -> Codes:
     """Pairs that come token by token as one row per token, as long as the longest; empty slots hold `empty` and feature 0."""
     per_token = torch.bincount(pairs.tokens, minlength=count)
     first = per_token.cumsum(0) - per_token

@@ -2,19 +2,19 @@
 
 from difflex.evaluation.changing import effects
 from difflex.evaluation.measuring import evaluate
-from difflex.evaluation.networks import Clip, check_likeness, likeness
-from difflex.evaluation.record import Effect, Evaluation, Figures, Quality, Replaced
-from difflex.evaluation.renewing import HeldOut, Model, renew
+from difflex.evaluation.networks import ClipModel, check_likeness, likeness
+from difflex.evaluation.record import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
+from difflex.evaluation.renewing import EditedModel, HeldOutData, renew
 
 __all__ = [
-    "Clip",
-    "Effect",
+    "ClipModel",
+    "EditedModel",
     "Evaluation",
-    "Figures",
-    "HeldOut",
-    "Model",
-    "Quality",
-    "Replaced",
+    "HeldOutData",
+    "ModelEffect",
+    "ReconstructionMetrics",
+    "ReconstructionQuality",
+    "ReplacementEffect",
     "check_likeness",
     "effects",
     "evaluate",

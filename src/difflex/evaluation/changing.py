@@ -11,9 +11,9 @@ from torch import Tensor
 
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, NonFinite
-from difflex.evaluation.record import Effect, Replaced
+from difflex.evaluation.record import ModelEffect, ReplacementEffect
 from difflex.evaluation.similarity import ssim
-from difflex.records import Outcomes, Rows, Shot
+from difflex.records import ActivationBatch, EditOutcomes, Shot
 
 __all__ = ["Edits", "Measure", "effects", "some_shots"]
 
@@ -30,12 +30,12 @@ ERROR = "squared error"
 def effects(
     dictionaries: Sequence[Dictionary],
     mean: Float[Tensor, " width"],
-    predictions: Callable[[Edits], Iterable[Outcomes]],
-    pictures: Callable[[Edits], Iterable[Outcomes]] | None = None,
+    predictions: Callable[[Edits], Iterable[EditOutcomes]],
+    pictures: Callable[[Edits], Iterable[EditOutcomes]] | None = None,
     *,
     measures: Mapping[str, Measure] | None = None,
     device: torch.device | str | None = None,
-) -> list[Effect]:
+) -> list[ModelEffect]:
     """What each of `dictionaries` of one site does to the model, beside what the `mean` activation, or zero, does in their place.
 
     `predictions` and `pictures` say what the model makes of some shots under edits of that site, as the methods of a pipeline do;
@@ -67,7 +67,7 @@ def _edits(dictionaries: Sequence[Dictionary], mean: Float[Tensor, " width"]) ->
     return {**rebuilt, "mean": lambda x, _: mean.to(x).expand_as(x), "zero": lambda x, _: torch.zeros_like(x)}
 
 
-def _predicted(outcomes: Iterable[Outcomes], edits: Sequence[str]) -> tuple[Float64[Tensor, "shot column"], list[float]]:
+def _predicted(outcomes: Iterable[EditOutcomes], edits: Sequence[str]) -> tuple[Float64[Tensor, "shot column"], list[float]]:
     """For each shot the squared length of what is predicted plainly, then of the change by each edit; and its timestep."""
     rows, timesteps = [torch.empty(0, 1 + len(edits), dtype=torch.float64)], []
     for outcome in outcomes:
@@ -79,7 +79,7 @@ def _predicted(outcomes: Iterable[Outcomes], edits: Sequence[str]) -> tuple[Floa
 
 
 def _drawn(
-    outcomes: Iterable[Outcomes], edits: Sequence[str], measures: Mapping[str, Measure]
+    outcomes: Iterable[EditOutcomes], edits: Sequence[str], measures: Mapping[str, Measure]
 ) -> dict[str, Float64[Tensor, "picture edit"]]:
     """The squared error and each of `measures` of each picture under each edit."""
     every = {ERROR: lambda edited, plain: (edited - plain).square().mean((1, 2, 3)), **measures}
@@ -97,15 +97,15 @@ def _effect(
     timesteps: Float64[Tensor, " shot"],
     drawn: Mapping[str, Float64[Tensor, "picture edit"]],
     number: int,
-) -> Effect:
+) -> ModelEffect:
     """Of the dictionary of that number."""
     errors = drawn[ERROR]
 
-    def shares(of: Float64[Tensor, "shot column"]) -> Replaced:
+    def shares(of: Float64[Tensor, "shot column"]) -> ReplacementEffect:
         sums = of.sum(0)
         return _replaced(sums[1:] / sums[0], number)
 
-    return Effect(
+    return ModelEffect(
         shots=len(timesteps),
         prediction=shares(changes),
         timesteps={at: shares(changes[timesteps == at]) for at in sorted(set(timesteps.tolist()), reverse=True)},
@@ -115,11 +115,11 @@ def _effect(
     )
 
 
-def _replaced(by_edit: Float64[Tensor, " edit"], number: int) -> Replaced:
-    return Replaced(reconstruction=float(by_edit[number]), mean=float(by_edit[-2]), zero=float(by_edit[-1]))
+def _replaced(by_edit: Float64[Tensor, " edit"], number: int) -> ReplacementEffect:
+    return ReplacementEffect(reconstruction=float(by_edit[number]), mean=float(by_edit[-2]), zero=float(by_edit[-1]))
 
 
-def some_shots(batches: Iterable[Rows], shot: Callable[[int], Shot], count: int, seed: int = 0) -> list[Shot]:
+def some_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot], count: int, seed: int = 0) -> list[Shot]:
     """At most `count` of the shots that `batches` begin with, chosen at random, those of one timestep together.
 
     Shots that cannot be walked again from a prompt, as they are of given pictures, are left out.

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from difflex.dictionary import Dictionary, Normalisation, NormalisedDictionary
 from difflex.dictionary.sparse import bag
 from difflex.errors import BadInput, NonFinite
-from difflex.evaluation.moments import Joint, both, figures, joint
-from difflex.evaluation.record import Evaluation, Quality
-from difflex.records import Codes, Rows, Shot, of_split
+from difflex.evaluation.moments import JointMoments, both, figures, joint
+from difflex.evaluation.record import Evaluation, ReconstructionQuality
+from difflex.records import ActivationBatch, Codes, Shot, of_split
 
 __all__ = ["TOKENS", "evaluate"]
 
@@ -26,7 +26,7 @@ TOKENS = 1_000_000
 
 def evaluate(
     dictionary: Dictionary,
-    batches: Iterator[Rows],
+    batches: Iterator[ActivationBatch],
     shot: Callable[[int], Shot],
     *,
     tokens: int = TOKENS,
@@ -43,7 +43,7 @@ def evaluate(
     """
     if tokens < 1:
         raise BadInput(f"{tokens} tokens evaluate nothing: ask for 1 or more.")
-    tally = _Tally(dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), shot)
+    tally = _EvaluationTally(dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), shot)
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None if progress else True, desc=dictionary.name) as bar:
         for rows in _first(of_split(batches, "held-out"), tokens):
             tally.take(rows)
@@ -53,27 +53,27 @@ def evaluate(
     return tally.evaluation(checksum, data)
 
 
-def _first(batches: Iterator[Rows], tokens: int) -> Iterator[Rows]:
+def _first(batches: Iterator[ActivationBatch], tokens: int) -> Iterator[ActivationBatch]:
     """`batches` up to `tokens` rows; what comes after is not asked for."""
     left = tokens
     while left > 0 and (rows := next(batches, None)) is not None:
-        yield Rows(*(part[:left] for part in rows))
+        yield ActivationBatch(*(part[:left] for part in rows))
         left -= len(rows.values)
 
 
-class _Part(NamedTuple):
+class _TokenMetrics(NamedTuple):
     """What is known of some tokens."""
 
     active: int
     """Codes other than 0."""
     negative: int
-    spaces: tuple[Joint, ...]
+    spaces: tuple[JointMoments, ...]
     """Model space, then the normalised space if there is one."""
 
-    def quality(self) -> Quality:
+    def quality(self) -> ReconstructionQuality:
         model, *normalised = map(figures, self.spaces)
         tokens = self.spaces[0].tokens
-        return Quality(
+        return ReconstructionQuality(
             tokens=tokens,
             l0=self.active / tokens,
             negative=self.negative / max(self.active, 1),
@@ -82,12 +82,12 @@ class _Part(NamedTuple):
         )
 
 
-def _together(one: _Part, other: _Part) -> _Part:
+def _together(one: _TokenMetrics, other: _TokenMetrics) -> _TokenMetrics:
     spaces = tuple(map(both, one.spaces, other.spaces))
-    return _Part(one.active + other.active, one.negative + other.negative, spaces)
+    return _TokenMetrics(one.active + other.active, one.negative + other.negative, spaces)
 
 
-class _Order(NamedTuple):
+class _TimestepOrder(NamedTuple):
     """An order of the rows of a batch in which those of one timestep stand together."""
 
     rows: Int[Tensor, " token"]
@@ -97,11 +97,11 @@ class _Order(NamedTuple):
 
 
 @final
-class _Tally:
+class _EvaluationTally:
     """Takes in batches; keeps sums alone, a few numbers for each axis, timestep and feature."""
 
     def __init__(self, dictionary: Dictionary, shot: Callable[[int], Shot]) -> None:
-        self.parts: dict[float, _Part] = {}
+        self.parts: dict[float, _TokenMetrics] = {}
         """By timestep."""
         self._dictionary = dictionary
         self._shot = shot
@@ -109,7 +109,7 @@ class _Tally:
         """Of the shots met so far, by number."""
         self._fired = torch.zeros(dictionary.size, dtype=torch.int64, device=dictionary.constant.device)
 
-    def take(self, rows: Rows) -> None:
+    def take(self, rows: ActivationBatch) -> None:
         order = self._by_timestep(rows.shots)
         x = rows.values[order.rows].to(self._fired.device, torch.float32)
         codes = self._dictionary.encode(x)
@@ -119,10 +119,10 @@ class _Tally:
             here = slice(first, first := first + count)
             values = codes.values[here]
             joints = tuple(joint(one[here], other[here]) for one, other in spaces)
-            part = _Part(int(values.count_nonzero()), int((values < 0).sum()), joints)
+            part = _TokenMetrics(int(values.count_nonzero()), int((values < 0).sum()), joints)
             self.parts[timestep] = _together(self.parts[timestep], part) if timestep in self.parts else part
 
-    def _by_timestep(self, shots: Int[Tensor, " token"]) -> _Order:
+    def _by_timestep(self, shots: Int[Tensor, " token"]) -> _TimestepOrder:
         numbers, places = shots.unique(return_inverse=True)
         for number in numbers.tolist():
             if number not in self._timesteps:
@@ -130,7 +130,7 @@ class _Tally:
         of_shots = [self._timesteps[number] for number in numbers.tolist()]
         timesteps = sorted(set(of_shots), reverse=True)
         of_rows = torch.tensor([timesteps.index(timestep) for timestep in of_shots])[places]
-        return _Order(of_rows.argsort(stable=True), timesteps, of_rows.bincount().tolist())
+        return _TimestepOrder(of_rows.argsort(stable=True), timesteps, of_rows.bincount().tolist())
 
     def evaluation(self, checksum: str, data: str) -> Evaluation:
         whole = reduce(_together, self.parts.values())

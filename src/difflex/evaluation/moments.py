@@ -9,15 +9,15 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.evaluation.record import Figures
+from difflex.evaluation.record import ReconstructionMetrics
 
-__all__ = ["Joint", "both", "figures", "joint"]
+__all__ = ["JointMoments", "both", "figures", "joint"]
 
 STILL = 1e-12
 """An axis whose deviation is less than this share of its mean does not vary: what is left is float64's own rounding."""
 
 
-class Joint(NamedTuple):
+class JointMoments(NamedTuple):
     """Of activations x and reconstructions y, axis by axis; products are summed about the means, so no offset eats digits."""
 
     tokens: int
@@ -34,22 +34,22 @@ class Joint(NamedTuple):
     """Sum over the tokens."""
 
 
-def joint(x: Float[Tensor, "token width"], y: Float[Tensor, "token width"]) -> Joint:
+def joint(x: Float[Tensor, "token width"], y: Float[Tensor, "token width"]) -> JointMoments:
     """The moments of these rows."""
     cosine = float(F.cosine_similarity(x, y, dim=1).sum(dtype=torch.float64))
     a, b = x.double(), y.double()
     x_mean, y_mean = a.mean(0), b.mean(0)
     a, b = a - x_mean, b - y_mean
     xx, yy, xy = (torch.linalg.vecdot(one, other, dim=0) for one, other in ((a, a), (b, b), (a, b)))
-    return Joint(len(x), x_mean, y_mean, xx, yy, xy, (a - b).square_().sum(0), cosine)
+    return JointMoments(len(x), x_mean, y_mean, xx, yy, xy, (a - b).square_().sum(0), cosine)
 
 
-def both(one: Joint, other: Joint) -> Joint:
+def both(one: JointMoments, other: JointMoments) -> JointMoments:
     """The moments of the rows of both (Chan, Golub & LeVeque 1983)."""
     tokens = one.tokens + other.tokens
     share, weight = other.tokens / tokens, one.tokens * other.tokens / tokens
     x, y = other.x - one.x, other.y - one.y
-    return Joint(
+    return JointMoments(
         tokens,
         one.x + share * x,
         one.y + share * y,
@@ -61,7 +61,7 @@ def both(one: Joint, other: Joint) -> Joint:
     )
 
 
-def figures(of: Joint) -> Figures:
+def figures(of: JointMoments) -> ReconstructionMetrics:
     """What the moments say of the reconstruction; axes that do not vary are left out of the means over axes."""
     left = float((of.ee + of.tokens * (of.x - of.y).square()).sum())
     spread, length = float(of.xx.sum()), float((of.xx + of.tokens * of.x.square()).sum())
@@ -69,7 +69,7 @@ def figures(of: Joint) -> Figures:
     # An axis that the reconstruction leaves still follows nothing of it: its correlation is 0, not 0 / 0.
     r2 = torch.where(follows, of.xy.square() / (of.xx * of.yy), 0.0)[varies]
     ev = 1 - of.ee[varies] / of.xx[varies]
-    return Figures(
+    return ReconstructionMetrics(
         fvu=left / spread if bool(varies.any()) else None,
         fvu_raw=left / length if length else None,
         r2=float(r2.mean()) if len(r2) else None,

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.changing import Measure
 
-__all__ = ["Clip", "Lpips", "check_likeness", "likeness"]
+__all__ = ["ClipModel", "LpipsDistance", "check_likeness", "likeness"]
 
 CLIP, LPIPS = "clip:", "lpips"
 AT_ONCE = 64
@@ -32,7 +32,7 @@ SMALLEST = 31
 """Pixels of which AlexNet makes one."""
 
 
-class _Published(NamedTuple):
+class _PublishedFile(NamedTuple):
     """A file that its makers publish."""
 
     url: str
@@ -40,14 +40,14 @@ class _Published(NamedTuple):
     """In torch's cache; ends in the beginning of its SHA-256, which torch holds it to."""
 
 
-ALEXNET = _Published("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth")
-HEADS = _Published(
+ALEXNET = _PublishedFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth")
+HEADS = _PublishedFile(
     "https://github.com/richzhang/PerceptualSimilarity/raw/c33f89e9f46522a584cf41d8880eb0afa982708b/lpips/weights/v0.1/alex.pth",
     "lpips-df73285e.pth",
 )
 
 
-class _Layer(NamedTuple):
+class _AlexNetLayer(NamedTuple):
     """A convolution of AlexNet, whose output LPIPS looks at after its rectifier."""
 
     number: int
@@ -58,7 +58,13 @@ class _Layer(NamedTuple):
     """Whether its input is halved first."""
 
 
-LAYERS = (_Layer(0, 4, 2, False), _Layer(3, 1, 2, True), _Layer(6, 1, 1, True), _Layer(8, 1, 1, False), _Layer(10, 1, 1, False))
+LAYERS = (
+    _AlexNetLayer(0, 4, 2, False),
+    _AlexNetLayer(3, 1, 2, True),
+    _AlexNetLayer(6, 1, 1, True),
+    _AlexNetLayer(8, 1, 1, False),
+    _AlexNetLayer(10, 1, 1, False),
+)
 
 
 def check_likeness(name: str) -> None:
@@ -73,11 +79,11 @@ def check_likeness(name: str) -> None:
 def likeness(name: str, *, offline: bool = False) -> Measure:
     """The measure called `name`, loaded: `clip:MODEL` is the cosine of what CLIP makes of two pictures, `lpips` a distance."""
     check_likeness(name)
-    return Lpips.published(offline=offline) if name == LPIPS else Clip(name.removeprefix(CLIP), offline=offline)
+    return LpipsDistance.published(offline=offline) if name == LPIPS else ClipModel(name.removeprefix(CLIP), offline=offline)
 
 
 @final
-class Clip:
+class ClipModel:
     """A CLIP of transformers: pictures and words as directions of one space."""
 
     def __init__(self, model: str, *, device: torch.device | str | None = None, offline: bool = False) -> None:
@@ -141,7 +147,7 @@ class Clip:
 
 
 @final
-class Lpips:
+class LpipsDistance:
     """The distance of pictures by what AlexNet makes of them, weighted to agree with people."""
 
     def __init__(
@@ -157,7 +163,7 @@ class Lpips:
         self._mean, self._deviation = _column(MEAN, place), _column(DEVIATION, place)
 
     @classmethod
-    def published(cls, *, offline: bool = False) -> Lpips:
+    def published(cls, *, offline: bool = False) -> LpipsDistance:
         """That of version 0.1 for AlexNet: its weights are in torch's cache, or else fetched into it."""
         return cls(_fetched(ALEXNET, offline), _fetched(HEADS, offline))
 
@@ -207,7 +213,7 @@ def _seen(model: str, offline: bool) -> dict[str, Any]:
     return json.loads(Path(path).read_bytes())
 
 
-def _fetched(file: _Published, offline: bool) -> dict[str, Tensor]:
+def _fetched(file: _PublishedFile, offline: bool) -> dict[str, Tensor]:
     """The weights in a published file, from torch's cache or, if need be, from where it is published."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     advice = f"LPIPS needs {file.url}: fetch it where there is a network, and put it into {folder} as {file.name}."

@@ -12,14 +12,14 @@ from difflex import __version__
 from difflex.dictionary.files import checksum, replace_file
 from difflex.errors import BadInput, BrokenFile
 
-__all__ = ["Effect", "Evaluation", "Figures", "Quality", "Replaced"]
+__all__ = ["Evaluation", "ModelEffect", "ReconstructionMetrics", "ReconstructionQuality", "ReplacementEffect"]
 
 FORMAT = 1
 AGAIN = "Delete it and evaluate again."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class ReconstructionMetrics:
     """How near reconstructions y come to activations x, in one space; a figure that has no meaning there is None."""
 
     fvu: float | None
@@ -36,7 +36,7 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
+class ReconstructionQuality:
     """How well some tokens are rebuilt, and with how many features."""
 
     tokens: int
@@ -44,13 +44,13 @@ class Quality:
     """Codes other than 0 for a token."""
     negative: float
     """The share of these that are below 0; they do not count as firing."""
-    model_space: Figures
-    normalised_space: Figures | None
+    model_space: ReconstructionMetrics
+    normalised_space: ReconstructionMetrics | None
     """In the space that the dictionary was trained in; None where that is model space."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replaced:
+class ReplacementEffect:
     """One measure of what changes where the activation of a site gives way to something else."""
 
     reconstruction: float
@@ -71,27 +71,29 @@ class Replaced:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effect:
+class ModelEffect:
     """What becomes of the model where a site's activation is replaced, in the conditional half under guidance."""
 
     shots: int
     """At how many the denoiser's prediction was compared."""
-    prediction: Replaced
+    prediction: ReplacementEffect
     """sum |v' - v|^2 / sum |v|^2, where v is what the denoiser predicts and v' what it predicts after the replacement."""
-    timesteps: dict[float, Replaced]
+    timesteps: dict[float, ReplacementEffect]
     """The same at the shots of each timestep."""
     pictures: int
     """How many finished pictures were compared; the site is replaced at every step of them."""
-    picture_error: Replaced | None
+    picture_error: ReplacementEffect | None
     """Mean squared difference of pixels between 0 and 1; None without pictures."""
-    similarity: dict[str, Replaced]
+    similarity: dict[str, ReplacementEffect]
     """`ssim`, and whatever else was asked of the finished pictures, by name; means over pictures."""
 
     @property
-    def psnr(self) -> Replaced | None:
+    def psnr(self) -> ReplacementEffect | None:
         """Peak signal-to-noise ratio in decibels, of the error over all pictures; infinite where no pixel changes."""
         error = self.picture_error
-        return error and Replaced(reconstruction=_psnr(error.reconstruction), mean=_psnr(error.mean), zero=_psnr(error.zero))
+        return error and ReplacementEffect(
+            reconstruction=_psnr(error.reconstruction), mean=_psnr(error.mean), zero=_psnr(error.zero)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +111,14 @@ class Evaluation:
     """What it was evaluated on."""
     size: int
     """Features."""
-    overall: Quality
-    timesteps: dict[float, Quality]
+    overall: ReconstructionQuality
+    timesteps: dict[float, ReconstructionQuality]
     """The same for the tokens of each timestep."""
     dead: int
     """Features that fired at none of the tokens."""
     density: tuple[int, ...]
     """How many features fire at what share of the tokens, in the bins of log10 that `edges` bounds; dead ones are in none."""
-    effect: Effect | None = None
+    effect: ModelEffect | None = None
     """None where it was not measured."""
 
     edges: ClassVar[tuple[float, ...]] = tuple(step / 4 for step in range(-32, 1))
@@ -183,16 +185,18 @@ def _restored(entries: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _quality(entries: dict[str, Any]) -> Quality:
+def _quality(entries: dict[str, Any]) -> ReconstructionQuality:
     spaces = ("model_space", "normalised_space")
-    return Quality(**{**entries, **{space: entries[space] and Figures(**entries[space]) for space in spaces}})
+    return ReconstructionQuality(
+        **{**entries, **{space: entries[space] and ReconstructionMetrics(**entries[space]) for space in spaces}}
+    )
 
 
-def _effect(entries: dict[str, Any]) -> Effect:
+def _effect(entries: dict[str, Any]) -> ModelEffect:
     made = {
-        "prediction": Replaced(**entries["prediction"]),
-        "timesteps": {float(timestep): Replaced(**each) for timestep, each in entries["timesteps"].items()},
-        "picture_error": entries["picture_error"] and Replaced(**entries["picture_error"]),
-        "similarity": {name: Replaced(**each) for name, each in entries["similarity"].items()},
+        "prediction": ReplacementEffect(**entries["prediction"]),
+        "timesteps": {float(timestep): ReplacementEffect(**each) for timestep, each in entries["timesteps"].items()},
+        "picture_error": entries["picture_error"] and ReplacementEffect(**entries["picture_error"]),
+        "similarity": {name: ReplacementEffect(**each) for name, each in entries["similarity"].items()},
     }
-    return Effect(**{**entries, **made})
+    return ModelEffect(**{**entries, **made})

@@ -15,22 +15,22 @@ from difflex.dictionary import Dictionary, checksum
 from difflex.errors import BadInput
 from difflex.evaluation.changing import Edits, Measure, effects, some_shots
 from difflex.evaluation.measuring import TOKENS, evaluate
-from difflex.evaluation.record import Effect, Evaluation
-from difflex.records import Outcomes, Rows, Shot
+from difflex.evaluation.record import Evaluation, ModelEffect
+from difflex.records import ActivationBatch, EditOutcomes, Shot
 
-__all__ = ["HeldOut", "Model", "Renewed", "renew"]
+__all__ = ["EditedModel", "EvaluationResult", "HeldOutData", "renew"]
 
 SHOTS = 32
 """At how many the effect on a model is measured, if nobody says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutData:
     """The held-out tokens of one site, and what else is known of its activations."""
 
     data: str
     """What they are, in words that differ wherever they do: an evaluation on other ones does not hold."""
-    batches: Callable[[], Iterator[Rows]]
+    batches: Callable[[], Iterator[ActivationBatch]]
     """All of them, in the same order at each call."""
     shot: Callable[[int], Shot]
     """By the numbers in the batches."""
@@ -40,14 +40,14 @@ class HeldOut:
     """Of the training tokens."""
 
 
-class Model(NamedTuple):
+class EditedModel(NamedTuple):
     """What a model makes of some shots, under edits of one site."""
 
-    predictions: Callable[[Edits], Iterable[Outcomes]]
-    pictures: Callable[[Edits], Iterable[Outcomes]] | None
+    predictions: Callable[[Edits], Iterable[EditOutcomes]]
+    pictures: Callable[[Edits], Iterable[EditOutcomes]] | None
 
 
-class Renewed(NamedTuple):
+class EvaluationResult(NamedTuple):
     """An evaluation that holds."""
 
     evaluation: Evaluation
@@ -57,14 +57,14 @@ class Renewed(NamedTuple):
 
 def renew(
     dictionaries: Mapping[Path, Path],
-    held_out: HeldOut,
-    model: Callable[[Sequence[Shot]], Model] | None = None,
+    held_out: HeldOutData,
+    model: Callable[[Sequence[Shot]], EditedModel] | None = None,
     *,
     tokens: int = TOKENS,
     shots: int = SHOTS,
     measures: Mapping[str, Callable[[], Measure]] | None = None,
     progress: bool = True,
-) -> dict[Path, Renewed]:
+) -> dict[Path, EvaluationResult]:
     """The evaluation of each dictionary in a folder, also in the file that it is mapped to.
 
     `model` is asked once, and only if an effect lacks, with the shots at which all effects are measured; without it, or with
@@ -86,30 +86,30 @@ def renew(
     for folder, effect in zip(lacking, found, strict=False):
         done[folder] = replace(done[folder], effect=_both(done[folder].effect, effect))
         done[folder].save(dictionaries[folder])
-    return {folder: Renewed(each, each == kept[folder]) for folder, each in done.items()}
+    return {folder: EvaluationResult(each, each == kept[folder]) for folder, each in done.items()}
 
 
-def _lacks(effect: Effect | None, wanted: int, measures: Iterable[str]) -> bool:
+def _lacks(effect: ModelEffect | None, wanted: int, measures: Iterable[str]) -> bool:
     """Whether an effect is to be measured, again or at all."""
     if effect is None or not wanted:
         return wanted > 0
     return effect.shots < wanted or any(name not in effect.similarity for name in measures)
 
 
-def _both(before: Effect | None, now: Effect) -> Effect:
+def _both(before: ModelEffect | None, now: ModelEffect) -> ModelEffect:
     """What was measured now, with what was measured before of the same pictures."""
     if before is None or before.shots != now.shots:
         return now
     return replace(now, similarity={**before.similarity, **now.similarity})
 
 
-def _measured(folder: Path, held_out: HeldOut, tokens: int, data: str, progress: bool) -> Evaluation:
+def _measured(folder: Path, held_out: HeldOutData, tokens: int, data: str, progress: bool) -> Evaluation:
     taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
     dictionary, batches = _read(folder, held_out), held_out.batches()
     return evaluate(dictionary, batches, held_out.shot, tokens=tokens, checksum=taken, data=data, progress=progress)
 
 
-def _read(folder: Path, held_out: HeldOut) -> Dictionary:
+def _read(folder: Path, held_out: HeldOutData) -> Dictionary:
     dictionary, width = Dictionary.load(folder), len(held_out.mean)
     if dictionary.width != width:
         raise BadInput(
@@ -121,11 +121,11 @@ def _read(folder: Path, held_out: HeldOut) -> Dictionary:
 
 def _effects(
     folders: Sequence[Path],
-    held_out: HeldOut,
-    model: Callable[[Sequence[Shot]], Model],
+    held_out: HeldOutData,
+    model: Callable[[Sequence[Shot]], EditedModel],
     count: int,
     measures: Mapping[str, Callable[[], Measure]],
-) -> list[Effect]:
+) -> list[ModelEffect]:
     """What each dictionary does to the model; none, and a warning, where no shot can be walked again."""
     shots = some_shots(held_out.batches(), held_out.shot, count)
     if not shots:

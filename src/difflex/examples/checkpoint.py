@@ -15,24 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from difflex import __version__
-from difflex.examples.gathering import Gathering
-from difflex.examples.roll import Roll
+from difflex.examples.gathering import FeatureCollector
+from difflex.examples.roll import ShotRegistry
 
-__all__ = ["Checkpoint"]
+__all__ = ["CollectCheckpoint"]
 
 FORMAT = 1
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CollectCheckpoint:
     """Where the state of a pass is kept, and what that pass is."""
 
     path: Path
     asked: Mapping[str, object]
     """Of plain JSON; the state of a pass that was asked in other words is not gone on with."""
 
-    def save(self, gathered: Sequence[Gathering], roll: Roll) -> None:
+    def save(self, gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> None:
         """Nothing; the file holds what is known."""
         tensors = {f"{number}/{name}": each for number, one in enumerate(gathered) for name, each in one.tensors().items()}
         tensors["roll"] = torch.frombuffer(bytearray(roll.told()), dtype=torch.uint8)
@@ -43,7 +43,7 @@ class Checkpoint:
             os.fsync(file.fileno())
         part.replace(self.path)
 
-    def restore(self, gathered: Sequence[Gathering], roll: Roll) -> bool:
+    def restore(self, gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> bool:
         """Whether there was a state of this very pass; if so it is restored."""
         tensors = self._read()
         if tensors is None:

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.book import Album
+from difflex.book import ImageAlbum
 from difflex.errors import BadInput
-from difflex.examples.checkpoint import Checkpoint
+from difflex.examples.checkpoint import CollectCheckpoint
 from difflex.examples.drawing import key_of
-from difflex.examples.gathering import Collecting, Gathering
-from difflex.examples.roll import Met, Roll
-from difflex.examples.writing import Subject, write
+from difflex.examples.gathering import CollectConfig, FeatureCollector
+from difflex.examples.roll import CollectBatch, ShotRegistry
+from difflex.examples.writing import CollectTarget, write
 from difflex.records import Shot
 
 __all__ = ["Draw", "Source", "collect"]
 
-Source = Callable[[int], Iterator[Met]]
+Source = Callable[[int], Iterator[CollectBatch]]
 """From how many pictures to leave out, to the batches of all others: the same ones each time."""
 Draw = Callable[[Sequence[Shot]], Sequence[Image.Image]]
 """The pictures that the runs of shots end in."""
@@ -31,13 +31,13 @@ AT_ONCE = 32
 
 
 def collect(
-    subjects: Sequence[Subject],
+    subjects: Sequence[CollectTarget],
     source: Source,
-    album: Album,
+    album: ImageAlbum,
     *,
     data: str,
     state: Path,
-    settings: Collecting = Collecting(),  # noqa: B008 (a constant)
+    settings: CollectConfig = CollectConfig(),  # noqa: B008 (a constant)
     draw: Draw | None = None,
     every: float = 60.0,
     pictures: int | None = None,
@@ -52,9 +52,9 @@ def collect(
     """
     subjects = _placed(subjects, device)
     wanted = {key_of(at.shot): at.shot for subject in subjects for at in subject.patches.values() if at.shot.picture is None}
-    gathered = [Gathering(subject.dictionary, settings) for subject in subjects]
-    roll = Roll(album, wanted)
-    kept = Checkpoint(path=state, asked=_asked(subjects, settings, data))
+    gathered = [FeatureCollector(subject.dictionary, settings) for subject in subjects]
+    roll = ShotRegistry(album, wanted)
+    kept = CollectCheckpoint(path=state, asked=_asked(subjects, settings, data))
     kept.restore(gathered, roll)
     saved = time.monotonic()
     with tqdm(total=pictures, initial=roll.pictures, unit=" pictures", desc="collect", disable=None if progress else True) as bar:
@@ -74,19 +74,19 @@ def collect(
     return books
 
 
-def _placed(subjects: Sequence[Subject], device: torch.device | str | None) -> Sequence[Subject]:
+def _placed(subjects: Sequence[CollectTarget], device: torch.device | str | None) -> Sequence[CollectTarget]:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cpu":
         return subjects
     return [replace(subject, dictionary=subject.dictionary.to(place)) for subject in subjects]
 
 
-def _asked(subjects: Sequence[Subject], settings: Collecting, data: str) -> dict[str, object]:
+def _asked(subjects: Sequence[CollectTarget], settings: CollectConfig, data: str) -> dict[str, object]:
     names = {subject.name: subject.checksum for subject in subjects}
     return {"dictionaries": names, "settings": asdict(settings), "data": data}
 
 
-def _meet(met: Met, subjects: Sequence[Subject], gathered: Sequence[Gathering], roll: Roll) -> None:
+def _meet(met: CollectBatch, subjects: Sequence[CollectTarget], gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> None:
     """Nothing; a batch of pictures is taken into account."""
     arrivals = roll.arrive(met)
     shown: set[int] = set()
@@ -99,12 +99,12 @@ def _meet(met: Met, subjects: Sequence[Subject], gathered: Sequence[Gathering], 
     roll.seat(met, arrivals, shown)
 
 
-def _save(kept: Checkpoint, gathered: Sequence[Gathering], roll: Roll) -> None:
+def _save(kept: CollectCheckpoint, gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> None:
     roll.keep({number for one in gathered for number in one.shots().tolist()})
     kept.save(gathered, roll)
 
 
-def _patched(wanted: dict[int, Shot], roll: Roll, draw: Draw | None, progress: bool) -> Iterator[None]:
+def _patched(wanted: dict[int, Shot], roll: ShotRegistry, draw: Draw | None, progress: bool) -> Iterator[None]:
     """Nothing, after each batch of pictures of atoms that were not shown yet."""
     missing = [key for key in wanted if key not in roll.patches] if draw else []
     silent = None if progress and missing else True

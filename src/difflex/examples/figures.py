@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difflex.book import SHOWN, Neighbour
+from difflex.book import SHOWN, FeatureNeighbour
 from difflex.examples.firing import ranges
-from difflex.examples.sightings import LEVELS, Sightings
+from difflex.examples.sightings import LEVELS, FeatureMaps
 
-__all__ = ["Shape", "coverage", "fellows", "nearest", "shapes"]
+__all__ = ["MapShape", "coverage", "fellows", "nearest", "shapes"]
 
 SLICE = 1 << 16
 """Sightings looked at once."""
@@ -24,14 +24,14 @@ ROWS = 1024
 """Directions compared at once with all others."""
 
 
-class Shape(NamedTuple):
+class MapShape(NamedTuple):
     """Means over the maps of every feature; NaN where it has none."""
 
     spread: Float[Tensor, " size"]
     concentration: Float[Tensor, " size"]
 
 
-class Marks(NamedTuple):
+class MapEntries(NamedTuple):
     """The maps of some sightings, mark by mark."""
 
     of: Int[Tensor, " mark"]
@@ -42,7 +42,7 @@ class Marks(NamedTuple):
     sightings: slice
 
 
-def shapes(kept: Sightings, size: int, grid: tuple[int, int]) -> Shape:
+def shapes(kept: FeatureMaps, size: int, grid: tuple[int, int]) -> MapShape:
     """How far the maps of every feature spread, and how much of their sum lies in their strongest quarter."""
     sums, counts = torch.zeros(2, size, dtype=torch.float64), torch.zeros(size)
     for marks in _marks(kept):
@@ -50,10 +50,10 @@ def shapes(kept: Sightings, size: int, grid: tuple[int, int]) -> Shape:
         sums[0].index_add_(0, features, _spread(marks, len(features), grid))
         sums[1].index_add_(0, features, _concentration(marks, len(features)))
         counts += torch.bincount(features, minlength=size)
-    return Shape(*(sums / counts).float())
+    return MapShape(*(sums / counts).float())
 
 
-def coverage(kept: Sightings, peaks: Float[Tensor, " size"], tokens: int) -> Float[Tensor, " size"]:
+def coverage(kept: FeatureMaps, peaks: Float[Tensor, " size"], tokens: int) -> Float[Tensor, " size"]:
     """The share of the tokens that every feature covers in the shots kept of it, mean over these; NaN where there are none."""
     sums, counts = torch.zeros(len(peaks)), torch.zeros(len(peaks))
     for marks in _marks(kept):
@@ -65,7 +65,7 @@ def coverage(kept: Sightings, peaks: Float[Tensor, " size"], tokens: int) -> Flo
     return sums / counts
 
 
-def fellows(kept: Sightings, density: Float[Tensor, " size"]) -> dict[int, list[Neighbour]]:
+def fellows(kept: FeatureMaps, density: Float[Tensor, " size"]) -> dict[int, list[FeatureNeighbour]]:
     """The features that fire at the strongest tokens of each, more often than by chance; the most frequent first."""
     size = len(density)
     features = (kept.groups // 2).long()
@@ -78,15 +78,15 @@ def fellows(kept: Sightings, density: Float[Tensor, " size"]) -> dict[int, list[
     one, other, shares = one[likely], other[likely], shares[likely]
     order = torch.argsort(shares, descending=True, stable=True)
     order = order[torch.argsort(one[order], stable=True)]
-    found: dict[int, list[Neighbour]] = {}
+    found: dict[int, list[FeatureNeighbour]] = {}
     for feature, fellow, share in zip(one[order].tolist(), other[order].tolist(), shares[order].tolist(), strict=True):
         mine = found.setdefault(feature, [])
         if len(mine) < NEIGHBOURS:
-            mine.append(Neighbour(fellow, "firing", share))
+            mine.append(FeatureNeighbour(fellow, "firing", share))
     return found
 
 
-def nearest(directions: Float[Tensor, "size width"]) -> Iterator[list[Neighbour]]:
+def nearest(directions: Float[Tensor, "size width"]) -> Iterator[list[FeatureNeighbour]]:
     """For every feature in turn those whose directions are nearest, of a cosine above 0."""
     size = len(directions)
     for first in range(0, size, ROWS):
@@ -96,11 +96,13 @@ def nearest(directions: Float[Tensor, "size width"]) -> Iterator[list[Neighbour]
         best = cosines.topk(min(NEIGHBOURS, size), dim=1)
         for values, others in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             yield [
-                Neighbour(other, "direction", min(value, 1.0)) for value, other in zip(values, others, strict=True) if value > 0
+                FeatureNeighbour(other, "direction", min(value, 1.0))
+                for value, other in zip(values, others, strict=True)
+                if value > 0
             ]
 
 
-def _marks(kept: Sightings) -> Iterator[Marks]:
+def _marks(kept: FeatureMaps) -> Iterator[MapEntries]:
     starts = (kept.counts.cumsum(0) - kept.counts).long()
     for first in range(0, len(kept.groups), SLICE):
         here = slice(first, first + SLICE)
@@ -109,10 +111,10 @@ def _marks(kept: Sightings) -> Iterator[Marks]:
         of = torch.repeat_interleave(torch.arange(len(counts)), counts)
         # Kept as 16 bits with a sign that means nothing.
         tokens, levels = kept.tokens[places].int() & 0xFFFF, kept.levels[places].int() & 0xFFFF
-        yield Marks(of, tokens.long(), levels.float() / LEVELS, here)
+        yield MapEntries(of, tokens.long(), levels.float() / LEVELS, here)
 
 
-def _spread(marks: Marks, count: int, grid: tuple[int, int]) -> Float[Tensor, " sighting"]:
+def _spread(marks: MapEntries, count: int, grid: tuple[int, int]) -> Float[Tensor, " sighting"]:
     """The distance of the marks from their middle, weighted, as a share of the diagonal between the outermost tokens."""
     at = torch.stack([marks.tokens // grid[1], marks.tokens % grid[1]]).double()
     weights = marks.shares.double()
@@ -123,7 +125,7 @@ def _spread(marks: Marks, count: int, grid: tuple[int, int]) -> Float[Tensor, " 
     return _summed(distance * weights, marks.of, count) / whole / diagonal
 
 
-def _concentration(marks: Marks, count: int) -> Float[Tensor, " sighting"]:
+def _concentration(marks: MapEntries, count: int) -> Float[Tensor, " sighting"]:
     """The share of the sum of each sighting's marks that lies in the strongest quarter of them."""
     order = torch.argsort(marks.shares, descending=True, stable=True)
     order = order[torch.argsort(marks.of[order], stable=True)]

@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from difflex.records import Codes
 
-__all__ = ["Arrivals", "Batch", "Fired", "Negative", "Spots", "fired", "ranges"]
+__all__ = ["FeatureShots", "FiringBatch", "FiringPairs", "ImageBatch", "NegativeCodes", "fired", "ranges"]
 
 CHUNK = 8192
 """Tokens encoded at once."""
 Encode = Callable[[Float[Tensor, "token width"]], Codes]
 
 
-class Arrivals(NamedTuple):
+class ImageBatch(NamedTuple):
     """The pictures of a batch, each seen at the same timesteps."""
 
     shots: Int[Tensor, "picture timestep"]
@@ -31,14 +31,14 @@ class Arrivals(NamedTuple):
     """Whether some of them may have come before."""
 
 
-class Negative(NamedTuple):
+class NegativeCodes(NamedTuple):
     """Codes below 0, which do not count as firing."""
 
     features: Int[Tensor, " code"]
     values: Float[Tensor, " code"]
 
 
-class Fired(NamedTuple):
+class FiringPairs(NamedTuple):
     """Pairs of token and feature in the order of features; for one feature those of a shot stand together, in order of tokens."""
 
     features: Int[Tensor, " pair"]
@@ -49,7 +49,7 @@ class Fired(NamedTuple):
     values: Float[Tensor, " pair"]
 
 
-class Spots(NamedTuple):
+class FeatureShots(NamedTuple):
     """One feature in one shot each: neighbours among the pairs."""
 
     features: Int[Tensor, " spot"]
@@ -61,28 +61,28 @@ class Spots(NamedTuple):
     peaks: Float[Tensor, " spot"]
 
 
-class Batch(NamedTuple):
+class FiringBatch(NamedTuple):
     """What the codes of a batch of pictures say."""
 
-    fired: Fired
-    negative: Negative
-    spots: Spots
+    fired: FiringPairs
+    negative: NegativeCodes
+    spots: FeatureShots
     codes: tuple[Codes, ...]
     """Of each timestep."""
     tokens: int
     """Of a shot."""
 
 
-def fired(encode: Encode, seen: Sequence[Float[Tensor, "picture token width"]]) -> Batch:
+def fired(encode: Encode, seen: Sequence[Float[Tensor, "picture token width"]]) -> FiringBatch:
     """Where the features that `encode` knows fire in pictures, seen at one or several timesteps."""
     tokens = seen[0].shape[1]
     codes = tuple(_encoded(encode, values.flatten(0, 1)) for values in seen)
     parts = [_pairs(each, step, len(seen), tokens) for step, each in enumerate(codes)]
-    joined = Fired(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    joined = FiringPairs(*(torch.cat(part) for part in zip(*parts, strict=True)))
     # 32 bits are sorted by digit, three times faster than 64.
     features, order = torch.sort(joined.features, stable=True)
-    pairs = Fired(features, joined.shots[order], joined.tokens[order], joined.values[order])
-    return Batch(pairs, _negative(codes), _spots(pairs), codes, tokens)
+    pairs = FiringPairs(features, joined.shots[order], joined.tokens[order], joined.values[order])
+    return FiringBatch(pairs, _negative(codes), _spots(pairs), codes, tokens)
 
 
 def ranges(starts: Int[Tensor, " range"], counts: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
@@ -99,7 +99,7 @@ def _encoded(encode: Encode, values: Float[Tensor, "token width"]) -> Codes:
     return Codes(strengths.float(), indices)
 
 
-def _pairs(codes: Codes, step: int, of: int, tokens: int) -> Fired:
+def _pairs(codes: Codes, step: int, of: int, tokens: int) -> FiringPairs:
     """The codes of one timestep of several that are above 0, token by token."""
     rows, slots = codes.values.shape
     features, values = codes.indices.to(torch.int32).flatten(), codes.values.flatten()
@@ -107,21 +107,21 @@ def _pairs(codes: Codes, step: int, of: int, tokens: int) -> Fired:
     places = torch.arange(tokens, dtype=torch.int32).repeat_interleave(slots).repeat(rows // tokens)
     positive = values > 0
     if bool(positive.all()):
-        return Fired(features, shots, places, values)
+        return FiringPairs(features, shots, places, values)
     there = positive.nonzero()[:, 0]
-    return Fired(features[there], shots[there], places[there], values[there])
+    return FiringPairs(features[there], shots[there], places[there], values[there])
 
 
-def _negative(codes: Sequence[Codes]) -> Negative:
+def _negative(codes: Sequence[Codes]) -> NegativeCodes:
     below = [each.values < 0 for each in codes]
     features = torch.cat([each.indices[there] for each, there in zip(codes, below, strict=True)])
-    return Negative(features.long(), torch.cat([each.values[there] for each, there in zip(codes, below, strict=True)]))
+    return NegativeCodes(features.long(), torch.cat([each.values[there] for each, there in zip(codes, below, strict=True)]))
 
 
-def _spots(pairs: Fired) -> Spots:
+def _spots(pairs: FiringPairs) -> FeatureShots:
     begins = torch.ones(len(pairs.values), dtype=torch.bool)
     begins[1:] = (pairs.features[1:] != pairs.features[:-1]) | (pairs.shots[1:] != pairs.shots[:-1])
     starts = begins.nonzero()[:, 0]
     counts = torch.diff(starts, append=torch.tensor([len(begins)]))
     peaks = torch.segment_reduce(pairs.values, "max", lengths=counts) if len(starts) else pairs.values[:0]
-    return Spots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)
+    return FeatureShots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)

@@ -13,19 +13,19 @@ from torch import Tensor
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput
 from difflex.examples.drawing import drawn
-from difflex.examples.firing import Arrivals, Batch, Spots, fired, ranges
-from difflex.examples.sightings import LEVELS, Kept, Sightings
-from difflex.examples.silence import Pool
-from difflex.examples.tally import Tally
+from difflex.examples.firing import FeatureShots, FiringBatch, ImageBatch, fired, ranges
+from difflex.examples.sightings import LEVELS, FeatureMaps, TopMaps
+from difflex.examples.silence import SilentPool
+from difflex.examples.tally import FeatureTotals
 from difflex.records import Activations
 
-__all__ = ["Collecting", "Gathering"]
+__all__ = ["CollectConfig", "FeatureCollector"]
 
 MOST_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collecting:
+class CollectConfig:
     """How many examples of each feature are kept, of each split."""
 
     top: int = 32
@@ -47,21 +47,21 @@ class Collecting:
 
 
 @final
-class Gathering:
+class FeatureCollector:
     """Figures and examples of all features of one dictionary, in memory that grows with its size alone."""
 
-    def __init__(self, dictionary: Dictionary, settings: Collecting) -> None:
+    def __init__(self, dictionary: Dictionary, settings: CollectConfig) -> None:
         self.dictionary, self.settings = dictionary, settings
         self.grid: tuple[int, int] | None = None
         groups = 2 * dictionary.size
-        self.top = Kept(groups, settings.top, "peak")
-        self.sampled = Kept(groups, settings.sampled, "draw", settings.beside)
-        self.pool = Pool(dictionary.size, settings.pool, settings.seed)
-        self.tally: Tally | None = None
+        self.top = TopMaps(groups, settings.top, "peak")
+        self.sampled = TopMaps(groups, settings.sampled, "draw", settings.beside)
+        self.pool = SilentPool(dictionary.size, settings.pool, settings.seed)
+        self.tally: FeatureTotals | None = None
         self.tokens = 0
         """Of each shot."""
 
-    def meet(self, seen: Sequence[Activations], arrivals: Arrivals) -> list[int]:
+    def meet(self, seen: Sequence[Activations], arrivals: ImageBatch) -> list[int]:
         """Which pictures of a batch are shown by some feature, as things stand; `seen` at each timestep of the batch."""
         if self.tally is None:
             self._begin(seen[0])
@@ -82,9 +82,9 @@ class Gathering:
             raise BadInput(
                 f"Maps of {self.tokens} tokens do not fit a book: {MOST_TOKENS} is the most. Collect smaller pictures."
             )
-        self.tally = Tally(self.dictionary.size, self.grid)
+        self.tally = FeatureTotals(self.dictionary.size, self.grid)
 
-    def _keep(self, batch: Batch, arrivals: Arrivals) -> set[int]:
+    def _keep(self, batch: FiringBatch, arrivals: ImageBatch) -> set[int]:
         """The pictures of what may be among the examples."""
         timesteps = arrivals.shots.shape[1]
         spots = batch.spots if timesteps == 1 else _strongest(batch.spots, timesteps)
@@ -95,7 +95,7 @@ class Gathering:
         for kept in (self.top, self.sampled):
             chosen = kept.wants(groups, spots.peaks, draws).nonzero()[:, 0]
             if len(chosen):
-                here = Spots(*(column[chosen] for column in spots))
+                here = FeatureShots(*(column[chosen] for column in spots))
                 numbers = arrivals.shots.flatten()[here.shots]
                 beside = self.settings.beside if kept is self.sampled else 0
                 kept.add(_sightings(batch, here, groups[chosen], numbers, draws[chosen], beside), arrivals.may_repeat)
@@ -131,7 +131,7 @@ class Gathering:
         if "shape" in tensors:
             self.tokens, *grid = tensors["shape"].tolist()
             self.grid = (grid[0], grid[1]) if grid else None
-            self.tally = Tally(self.dictionary.size, self.grid)
+            self.tally = FeatureTotals(self.dictionary.size, self.grid)
             self.tally.restore(part("tally"))
 
 
@@ -140,7 +140,7 @@ def _moment(seen: Activations) -> float:
     return float(seen.shots[0].timestep or 0.0)
 
 
-def _strongest(spots: Spots, timesteps: int) -> Spots:
+def _strongest(spots: FeatureShots, timesteps: int) -> FeatureShots:
     """Of each feature in each picture the spot of the highest peak, the first among equals."""
     pictures = spots.shots // timesteps
     order = torch.argsort(spots.peaks, descending=True, stable=True)
@@ -149,15 +149,17 @@ def _strongest(spots: Spots, timesteps: int) -> Spots:
     first = torch.ones(len(order), dtype=torch.bool)
     features, pictures = spots.features[order], pictures[order]
     first[1:] = (features[1:] != features[:-1]) | (pictures[1:] != pictures[:-1])
-    return Spots(*(column[order[first]] for column in spots))
+    return FeatureShots(*(column[order[first]] for column in spots))
 
 
-def _sightings(batch: Batch, spots: Spots, groups: Tensor, numbers: Tensor, draws: Tensor, beside: int) -> Sightings:
+def _sightings(
+    batch: FiringBatch, spots: FeatureShots, groups: Tensor, numbers: Tensor, draws: Tensor, beside: int
+) -> FeatureMaps:
     """These spots with their maps."""
     places = ranges(spots.starts, spots.counts)
     values = batch.fired.values[places]
     shares = values / torch.repeat_interleave(spots.peaks, spots.counts)
-    return Sightings(
+    return FeatureMaps(
         groups=groups.int(),
         shots=numbers.int(),
         peaks=spots.peaks,
@@ -169,7 +171,7 @@ def _sightings(batch: Batch, spots: Spots, groups: Tensor, numbers: Tensor, draw
     )
 
 
-def _beside(batch: Batch, spots: Spots, shares: Tensor, places: Tensor, most: int) -> Int[Tensor, "spot other"]:
+def _beside(batch: FiringBatch, spots: FeatureShots, shares: Tensor, places: Tensor, most: int) -> Int[Tensor, "spot other"]:
     """The features that fire most strongly at the token of each spot's peak, but for its own."""
     found = torch.full((len(spots.features), most), -1, dtype=torch.int32)
     if not most:

@@ -12,18 +12,18 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from difflex.book import Album, Filed
+from difflex.book import ImageAlbum, StoredImage
 from difflex.examples.drawing import key_of
-from difflex.examples.firing import Arrivals
+from difflex.examples.firing import ImageBatch
 from difflex.records import Activations, Shot, Split
 
-__all__ = ["Met", "Roll", "Seat"]
+__all__ = ["CollectBatch", "RegisteredShot", "ShotRegistry"]
 
 FILTER = 25
 """Bits of the numbers of places in the filter by which pictures are known again: right for half a million of them."""
 
 
-class Met(NamedTuple):
+class CollectBatch(NamedTuple):
     """Pictures, and what a model shows on the way to them, or at them: a batch of what is collected from."""
 
     pictures: Sequence[Image.Image]
@@ -31,22 +31,22 @@ class Met(NamedTuple):
     """Each of all these pictures, in their order, at one site and timestep; the same timesteps at each site."""
 
 
-class Seat(NamedTuple):
+class RegisteredShot(NamedTuple):
     """A shot, and the file of its picture."""
 
     shot: Shot
-    filed: Filed
+    filed: StoredImage
 
 
 @final
-class Roll:
+class ShotRegistry:
     """The shots that are shown, out of all that were met."""
 
-    def __init__(self, album: Album, wanted: Collection[int] = ()) -> None:
+    def __init__(self, album: ImageAlbum, wanted: Collection[int] = ()) -> None:
         """A roll of nobody; `wanted` are the keys of runs whose pictures are kept whoever shows them."""
         self.album = album
-        self.seats: dict[int, Seat] = {}
-        self.patches: dict[int, Filed] = {}
+        self.seats: dict[int, RegisteredShot] = {}
+        self.patches: dict[int, StoredImage] = {}
         """The pictures of wanted runs, by key."""
         self.pictures = 0
         self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
@@ -55,7 +55,7 @@ class Roll:
         self._met = torch.zeros(1 << FILTER, dtype=torch.bool)
         self._wanted = frozenset(wanted)
 
-    def arrive(self, met: Met) -> Arrivals:
+    def arrive(self, met: CollectBatch) -> ImageBatch:
         """The pictures of a batch, numbered."""
         first = met.activations[0]
         steps = sum(each.site == first.site for each in met.activations)
@@ -65,7 +65,7 @@ class Roll:
         for shot in first.shots:
             self.shots[shot.split] += steps
         keys = torch.tensor([key_of(shot) for shot in first.shots])
-        return Arrivals(
+        return ImageBatch(
             shots=torch.arange(start, start + count * steps).view(count, steps),
             keys=keys,
             held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
@@ -81,7 +81,7 @@ class Roll:
             self._met[bits] = True
         return found
 
-    def seat(self, met: Met, arrivals: Arrivals, shown: Collection[int]) -> None:
+    def seat(self, met: CollectBatch, arrivals: ImageBatch, shown: Collection[int]) -> None:
         """Nothing; the pictures `shown`, and those of wanted runs, are in the album, and their shots known."""
         first = met.activations[0].site
         steps = [each.shots for each in met.activations if each.site == first]
@@ -92,9 +92,9 @@ class Roll:
                 self.patches[keys[place]] = filed
             if place in shown:
                 numbers = arrivals.shots[place].tolist()
-                self.seats |= {number: Seat(shots[place], filed) for number, shots in zip(numbers, steps, strict=True)}
+                self.seats |= {number: RegisteredShot(shots[place], filed) for number, shots in zip(numbers, steps, strict=True)}
 
-    def file(self, picture: Image.Image) -> Filed:
+    def file(self, picture: Image.Image) -> StoredImage:
         """Where a picture is in the album."""
         filed, is_new = self.album.file(picture)
         if is_new:
@@ -120,8 +120,10 @@ class Roll:
         """Nothing; the roll is the one that was `told`."""
         head, *lines = [json.loads(line) for line in told.decode().split("\n")]
         self.pictures, self.shots, self._made = head["pictures"], head["shots"], set(head["made"])
-        self.patches = {key: Filed(*filed) for key, *filed in lines[: head["patches"]]}
-        self.seats = {number: Seat(_shot(shot), Filed(*filed)) for number, *filed, shot in lines[head["patches"] :]}
+        self.patches = {key: StoredImage(*filed) for key, *filed in lines[: head["patches"]]}
+        self.seats = {
+            number: RegisteredShot(_shot(shot), StoredImage(*filed)) for number, *filed, shot in lines[head["patches"] :]
+        }
 
 
 def _shot(entries: dict) -> Shot:

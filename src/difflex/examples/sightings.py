@@ -11,7 +11,7 @@ from torch import Tensor
 
 from difflex.examples.firing import ranges
 
-__all__ = ["LEVELS", "Kept", "Sightings"]
+__all__ = ["LEVELS", "FeatureMaps", "TopMaps"]
 
 LEVELS = 65535
 """Values of a map are whole parts of its peak."""
@@ -23,7 +23,7 @@ MARKS = 1 << 22
 """How many marks of maps wait at most."""
 
 
-class Sightings(NamedTuple):
+class FeatureMaps(NamedTuple):
     """A feature in a shot each, with its map."""
 
     groups: Int[Tensor, " sighting"]
@@ -42,20 +42,20 @@ class Sightings(NamedTuple):
     """Values as parts of the peak in 1/65535, modulo 2^16."""
 
     @classmethod
-    def none(cls, beside: int) -> Sightings:
+    def none(cls, beside: int) -> FeatureMaps:
         """No sighting."""
         few = torch.zeros(0, dtype=torch.int32)
         marks = torch.zeros(0, dtype=torch.int16)
         return cls(few, few, torch.zeros(0), few.long(), few, torch.zeros(0, beside, dtype=torch.int32), marks, marks)
 
     @classmethod
-    def joined(cls, parts: list[Sightings]) -> Sightings:
+    def joined(cls, parts: list[FeatureMaps]) -> FeatureMaps:
         """All `parts` one after another; the list is emptied, so that memory holds few of them twice."""
         columns = [list(column) for column in zip(*parts, strict=True)]
         parts.clear()
         return cls(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
 
-    def take(self, chosen: Int[Tensor, " chosen"]) -> Sightings:
+    def take(self, chosen: Int[Tensor, " chosen"]) -> FeatureMaps:
         """The `chosen` sightings, in this order."""
         starts, counts = (self.counts.cumsum(0) - self.counts)[chosen], self.counts[chosen]
         total = int(counts.sum())
@@ -66,7 +66,7 @@ class Sightings(NamedTuple):
             for made, known in zip(marks, (self.tokens, self.levels), strict=True):
                 torch.index_select(known, 0, places, out=made[done : done + len(places)])
             done += len(places)
-        return Sightings(
+        return FeatureMaps(
             groups=self.groups[chosen],
             shots=self.shots[chosen],
             peaks=self.peaks[chosen],
@@ -79,7 +79,7 @@ class Sightings(NamedTuple):
 
 
 @final
-class Kept:
+class TopMaps:
     """Of each group the first `most` sightings by an order; of one picture the strongest alone.
 
     `peak`: the highest peaks, among equals the lower draws. `draw`: the lowest draws, that is, a random choice of pictures.
@@ -88,9 +88,9 @@ class Kept:
 
     def __init__(self, groups: int, most: int, order: Literal["peak", "draw"], beside: int = 0) -> None:
         self.most, self.order = most, order
-        self.sightings = Sightings.none(beside)
+        self.sightings = FeatureMaps.none(beside)
         self._groups = groups
-        self._waiting: list[Sightings] = []
+        self._waiting: list[FeatureMaps] = []
         self._bar = self._no_bar()
         self._may_repeat = False
 
@@ -98,7 +98,7 @@ class Kept:
         """Which sightings may be among the first; others never are."""
         return peaks >= self._bar[groups] if self.order == "peak" else draws <= self._bar[groups]
 
-    def add(self, sightings: Sightings, may_repeat: bool) -> None:
+    def add(self, sightings: FeatureMaps, may_repeat: bool) -> None:
         """Nothing; the sightings are taken into account, sooner or later. They `may_repeat` pictures that came before."""
         self._waiting.append(sightings)
         self._may_repeat |= may_repeat
@@ -107,12 +107,12 @@ class Kept:
         if waiting > max(PATIENCE, len(self.sightings.groups) // 4) or marks > MARKS:
             self.settle()
 
-    def settle(self) -> Sightings:
+    def settle(self) -> FeatureMaps:
         """What is kept, by group and in order; nothing waits any more."""
         if self._waiting:
             self._waiting.insert(0, self.sightings)
-            self.sightings = Sightings.none(self.sightings.beside.shape[1])
-            everything = Sightings.joined(self._waiting)
+            self.sightings = FeatureMaps.none(self.sightings.beside.shape[1])
+            everything = FeatureMaps.joined(self._waiting)
             self.sightings = everything.take(self._first(everything))
             self._raise_bar()
         return self.sightings
@@ -120,11 +120,11 @@ class Kept:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing; what was kept is kept again."""
         self._waiting.clear()
-        self.sightings = Sightings(**tensors)
+        self.sightings = FeatureMaps(**tensors)
         self._may_repeat = True
         self._raise_bar()
 
-    def _first(self, given: Sightings) -> Int[Tensor, " kept"]:
+    def _first(self, given: FeatureMaps) -> Int[Tensor, " kept"]:
         """The places of what is kept, by group and in order."""
         order = self._cut(given, torch.arange(len(given.groups)))
         if self._may_repeat:
@@ -133,7 +133,7 @@ class Kept:
                 return self._cut(given, _single(given))
         return order
 
-    def _cut(self, given: Sightings, among: Int[Tensor, " sighting"]) -> Int[Tensor, " kept"]:
+    def _cut(self, given: FeatureMaps, among: Int[Tensor, " sighting"]) -> Int[Tensor, " kept"]:
         # One sort of whole numbers: the group, then what the order goes by, then what decides among equals.
         groups, bits = given.groups[among], max(1, (self._groups - 1).bit_length())
         peaks, draws = given.peaks[among].view(torch.int32).long(), given.draws[among]
@@ -158,7 +158,7 @@ class Kept:
         return torch.full((self._groups,), torch.iinfo(torch.int64).max)
 
 
-def _single(given: Sightings) -> Int[Tensor, " sighting"]:
+def _single(given: FeatureMaps) -> Int[Tensor, " sighting"]:
     """The places of all sightings but those of a picture that, in the same group, has a stronger one."""
     order = torch.argsort(given.peaks, descending=True, stable=True)
     order = order[torch.argsort(given.draws[order], stable=True)]

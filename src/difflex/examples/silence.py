@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difflex.examples.drawing import drawn
-from difflex.examples.firing import Arrivals, Batch
+from difflex.examples.firing import FiringBatch, ImageBatch
 
-__all__ = ["Pool"]
+__all__ = ["SilentPool"]
 
 NOBODY = torch.iinfo(torch.int64).max
 CHUNK = 4096
@@ -20,7 +20,7 @@ CHUNK = 4096
 
 
 @final
-class Pool:
+class SilentPool:
     """For each split the pictures of the lowest draws, and which features fire in them at any timestep."""
 
     def __init__(self, size: int, places: int, seed: int) -> None:
@@ -30,7 +30,7 @@ class Pool:
         self.shots = torch.full((2 * places,), -1, dtype=torch.int64)
         self.fires = torch.zeros(2 * places, size, dtype=torch.bool)
 
-    def add(self, batch: Batch, arrivals: Arrivals) -> list[int]:
+    def add(self, batch: FiringBatch, arrivals: ImageBatch) -> list[int]:
         """The pictures of the batch that are in the pool now."""
         draws = drawn(arrivals.keys, torch.full_like(arrivals.keys, -1), self._seed)
         came, pictures = [], batch.spots.shots // arrivals.shots.shape[1]

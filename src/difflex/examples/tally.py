@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difflex.examples.firing import Batch
+from difflex.examples.firing import FiringBatch
 
-__all__ = ["BINS", "FIRST_BIN", "PARTS", "Tally"]
+__all__ = ["BINS", "FIRST_BIN", "PARTS", "FeatureTotals"]
 
 BINS, FIRST_BIN = 128, -64
 """Of the histogram of values: from 2^-16 to 2^16, four for each doubling; what lies beyond is in the outermost."""
@@ -20,7 +20,7 @@ PARTS = 4
 
 
 @final
-class Tally:
+class FeatureTotals:
     """What is summed up for each of `size` features."""
 
     def __init__(self, size: int, grid: tuple[int, int] | None) -> None:
@@ -36,7 +36,7 @@ class Tally:
         """How many tokens of each timestep there were."""
         self._places = None if grid is None else _places(*grid)
 
-    def add(self, batch: Batch, timesteps: Sequence[float], pictures: int) -> None:
+    def add(self, batch: FiringBatch, timesteps: Sequence[float], pictures: int) -> None:
         """Nothing; a batch of `pictures` at these timesteps is counted."""
         features, values, spots = batch.fired.features, batch.fired.values, batch.spots
         self.fired += torch.bincount(features, minlength=self.size)
@@ -51,7 +51,7 @@ class Tally:
             self.negative += torch.bincount(below.features, minlength=self.size)
             self.lowest.scatter_reduce_(0, below.features, below.values, "amin")
 
-    def _add_places(self, batch: Batch) -> None:
+    def _add_places(self, batch: FiringBatch) -> None:
         if self._places is None:
             return
         part, border = self._places
@@ -59,7 +59,7 @@ class Tally:
         self.parts.view(-1).index_add_(0, features * PARTS**2 + part[token], values.double())
         self.edge.index_add_(0, features, (values * border[token]).double())
 
-    def _add_timesteps(self, batch: Batch, timesteps: Sequence[float], pictures: int) -> None:
+    def _add_timesteps(self, batch: FiringBatch, timesteps: Sequence[float], pictures: int) -> None:
         step = batch.fired.shots % len(timesteps) if len(timesteps) > 1 else None
         for number, timestep in enumerate(timesteps):
             here = batch.fired.features if step is None else batch.fired.features[step == number]
@@ -124,7 +124,7 @@ def _places(rows: int, columns: int) -> tuple[Int[Tensor, " token"], Float[Tenso
     return part.flatten().int(), border.flatten().float()
 
 
-def _sums(batch: Batch) -> Float[Tensor, " spot"]:
+def _sums(batch: FiringBatch) -> Float[Tensor, " spot"]:
     if not len(batch.spots.starts):
         return torch.zeros(0, dtype=torch.float64)
     return torch.segment_reduce(batch.fired.values, "sum", lengths=batch.spots.counts).double()

@@ -12,23 +12,33 @@ import torch
 from torch import Tensor
 
 from difflex import __version__
-from difflex.book import About, Draft, ExampleKind, FeatureRow, Filed, Histogram, PackedExample, PatchOf, PictureFile
+from difflex.book import (
+    AtomImage,
+    BookInfo,
+    BookWriter,
+    ExampleKind,
+    FeatureStats,
+    Histogram,
+    ImageFile,
+    PackedExample,
+    StoredImage,
+)
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput
 from difflex.examples.drawing import key_of
-from difflex.examples.figures import Shape, coverage, fellows, nearest, shapes
-from difflex.examples.gathering import Gathering
-from difflex.examples.roll import Roll
-from difflex.examples.sightings import Sightings
-from difflex.examples.tally import FIRST_BIN, Tally
+from difflex.examples.figures import MapShape, coverage, fellows, nearest, shapes
+from difflex.examples.gathering import FeatureCollector
+from difflex.examples.roll import ShotRegistry
+from difflex.examples.sightings import FeatureMaps
+from difflex.examples.tally import FIRST_BIN, FeatureTotals
 from difflex.records import Shot, Split
 
-__all__ = ["PatchAt", "Subject", "write"]
+__all__ = ["AtomLocation", "CollectTarget", "write"]
 
 SPLITS: tuple[Split, Split] = ("train", "held-out")
 
 
-class PatchAt(NamedTuple):
+class AtomLocation(NamedTuple):
     """Where in the data an atom comes from."""
 
     shot: Shot
@@ -36,7 +46,7 @@ class PatchAt(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class CollectTarget:
     """A dictionary whose book is made."""
 
     dictionary: Dictionary
@@ -46,21 +56,21 @@ class Subject:
     """Of its files."""
     book: Path
     """Where its book goes."""
-    patches: Mapping[int, PatchAt] = field(default_factory=dict)
+    patches: Mapping[int, AtomLocation] = field(default_factory=dict)
     """For an ITDA dictionary, what its atoms are."""
     strengths: Sequence[float] = ()
     """How strongly each feature is added where no strength is named, in peaks; none where nobody knows."""
 
 
-def write(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> Path:
+def write(subject: CollectTarget, gathered: FeatureCollector, roll: ShotRegistry, data: str) -> Path:
     """The book of a dictionary, finished."""
     if gathered.tally is None:
         raise BadInput(f"No picture was shown to {subject.name}. Give some.")
     numbers = gathered.shots().tolist()
     files = dict.fromkeys(roll.seats[number].filed for number in numbers)
     files |= dict.fromkeys(filed for at in subject.patches.values() if (filed := roll.patches.get(key_of(at.shot))))
-    pictures = {filed: PictureFile(number, *filed) for number, filed in enumerate(files)}
-    with Draft.of(subject.book, _about(subject, gathered, roll, data)) as draft:
+    pictures = {filed: ImageFile(number, *filed) for number, filed in enumerate(files)}
+    with BookWriter.of(subject.book, _about(subject, gathered, roll, data)) as draft:
         draft.pictures(pictures.values())
         draft.shots((number, pictures[(seat := roll.seats[number]).filed].id, seat.shot) for number in numbers)
         draft.features(_features(gathered, subject.strengths))
@@ -72,11 +82,11 @@ def write(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> Path:
     return subject.book
 
 
-def _about(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> About:
+def _about(subject: CollectTarget, gathered: FeatureCollector, roll: ShotRegistry, data: str) -> BookInfo:
     dictionary, tally = subject.dictionary, gathered.tally
     assert tally is not None
     first = next(iter(roll.seats.values())).shot
-    return About(
+    return BookInfo(
         dictionary=subject.name,
         kind=dictionary.kind,
         size=dictionary.size,
@@ -94,17 +104,17 @@ def _about(subject: Subject, gathered: Gathering, roll: Roll, data: str) -> Abou
     )
 
 
-def _timesteps(tally: Tally) -> tuple[float, ...]:
+def _timesteps(tally: FeatureTotals) -> tuple[float, ...]:
     return tuple(sorted(tally.seen, reverse=True))
 
 
-def _features(gathered: Gathering, strengths: Sequence[float]) -> Iterator[FeatureRow]:
+def _features(gathered: FeatureCollector, strengths: Sequence[float]) -> Iterator[FeatureStats]:
     """The figures of all features."""
     tally = gathered.tally
     assert tally is not None
     top, sampled = gathered.top.settle(), gathered.sampled.settle()
     nothing = torch.full((tally.size,), torch.nan)
-    shape = Shape(nothing, nothing) if gathered.grid is None else shapes(sampled, tally.size, gathered.grid)
+    shape = MapShape(nothing, nothing) if gathered.grid is None else shapes(sampled, tally.size, gathered.grid)
     fires = tally.fired.clamp_min(1)
     placed = {
         "area": tally.fired / tally.shots.clamp_min(1) / gathered.tokens,
@@ -130,7 +140,7 @@ def _features(gathered: Gathering, strengths: Sequence[float]) -> Iterator[Featu
         silent = not here["fired"] or gathered.grid is None
         for name in placed:
             here[name] = None if silent or math.isnan(here[name]) else here[name]
-        yield FeatureRow(
+        yield FeatureStats(
             feature=feature,
             **here,
             strength=strengths[feature] if strengths else None,
@@ -147,7 +157,7 @@ def _histogram(bins: Tensor) -> Histogram:
     return Histogram(FIRST_BIN + first, tuple(bins[first : last + 1].tolist()))
 
 
-class _Column(NamedTuple):
+class _ExampleColumn(NamedTuple):
     """The sightings of a kind, to be read group by group."""
 
     starts: list[int]
@@ -161,7 +171,7 @@ class _Column(NamedTuple):
     levels: bytes
 
     @classmethod
-    def of(cls, kept: Sightings, groups: int) -> _Column:
+    def of(cls, kept: FeatureMaps, groups: int) -> _ExampleColumn:
         starts = torch.searchsorted(kept.groups.long(), torch.arange(groups + 1))
         marks = torch.cat([torch.zeros(1, dtype=torch.int64), kept.counts.long().cumsum(0)])
         return cls(
@@ -180,10 +190,10 @@ class _Column(NamedTuple):
         return self.tokens[here] + self.levels[here]
 
 
-def _examples(gathered: Gathering) -> Iterator[PackedExample]:
+def _examples(gathered: FeatureCollector) -> Iterator[PackedExample]:
     """The examples of all features, feature by feature."""
     size, settings = gathered.dictionary.size, gathered.settings
-    top, sampled = (_Column.of(kept.settle(), 2 * size) for kept in (gathered.top, gathered.sampled))
+    top, sampled = (_ExampleColumn.of(kept.settle(), 2 * size) for kept in (gathered.top, gathered.sampled))
     silent = [gathered.pool.silent(held_out, settings.silent) for held_out in (False, True)]
     for feature in range(size):
         for side, split in enumerate(SPLITS):
@@ -197,7 +207,7 @@ def _examples(gathered: Gathering) -> Iterator[PackedExample]:
             yield from (PackedExample(feature, "silent", split, rank, shot, 0.0, None, b"") for rank, shot in enumerate(quiet))
 
 
-def _drawn(sampled: _Column, feature: int, split: Split, group: int, shown: set[int]) -> Iterator[PackedExample]:
+def _drawn(sampled: _ExampleColumn, feature: int, split: Split, group: int, shown: set[int]) -> Iterator[PackedExample]:
     """The pictures drawn at random, strongest first, but for those that are shown already."""
     places = range(sampled.starts[group], sampled.starts[group + 1])
     strongest = sorted(places, key=lambda place: (-sampled.peaks[place], sampled.draws[place]))
@@ -210,12 +220,12 @@ def _drawn(sampled: _Column, feature: int, split: Split, group: int, shown: set[
 
 
 def _packed(
-    kept: _Column, feature: int, kind: ExampleKind, split: Split, rank: int, place: int, quantile: float | None
+    kept: _ExampleColumn, feature: int, kind: ExampleKind, split: Split, rank: int, place: int, quantile: float | None
 ) -> PackedExample:
     return PackedExample(feature, kind, split, rank, kept.shots[place], kept.peaks[place], quantile, kept.map(place))
 
 
-def _patches(subject: Subject, roll: Roll, pictures: Mapping[Filed, PictureFile]) -> Iterator[PatchOf]:
+def _patches(subject: CollectTarget, roll: ShotRegistry, pictures: Mapping[StoredImage, ImageFile]) -> Iterator[AtomImage]:
     for feature, (shot, token) in sorted(subject.patches.items()):
         filed = roll.patches.get(key_of(shot))
-        yield PatchOf(feature, token, None if filed is None else pictures[filed], shot)
+        yield AtomImage(feature, token, None if filed is None else pictures[filed], shot)

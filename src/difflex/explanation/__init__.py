@@ -1,46 +1,54 @@
 """Explanation: a seeing model says what a feature is, and a judge says how true that is."""
 
-from difflex.explanation.answers import Answers
-from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, Seen, View
-from difflex.explanation.asker import Asker, Rehearsal, Terms, Unanswered
-from difflex.explanation.backend import Backend
-from difflex.explanation.comparing import Comparison, Difference, Method, compare, methods
-from difflex.explanation.endpoint import Endpoint
-from difflex.explanation.explaining import Work, chosen, explain, rehearse
-from difflex.explanation.key import Key
-from difflex.explanation.known import KnownConcepts
-from difflex.explanation.local import LocalModel
-from difflex.explanation.looking import Looked, look
-from difflex.explanation.pace import Patience
-from difflex.explanation.protocol import Protocol
-from difflex.explanation.spending import Price
+from difflex.explanation.answers import AnswerCache
+from difflex.explanation.asked import (
+    ExplanationAnswer,
+    ImageView,
+    Instruction,
+    JudgementAnswer,
+    OddOneOutAnswer,
+    PresenceAnswer,
+    VLMAnswer,
+)
+from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, RequestPolicy
+from difflex.explanation.backend import VLMBackend
+from difflex.explanation.comparing import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
+from difflex.explanation.endpoint import EndpointBackend
+from difflex.explanation.explaining import ExplainResult, chosen, explain, rehearse
+from difflex.explanation.key import ApiKey
+from difflex.explanation.known import KnownConceptsBackend
+from difflex.explanation.local import LocalBackend
+from difflex.explanation.looking import PresenceQuestion, look
+from difflex.explanation.pace import RetryPolicy
+from difflex.explanation.protocol import ExplanationProtocol
+from difflex.explanation.spending import TokenPrice
 
 __all__ = [
-    "Answer",
-    "Answers",
-    "Asker",
-    "Backend",
-    "Comparison",
-    "Difference",
-    "Endpoint",
-    "Explained",
+    "AnswerCache",
+    "ApiKey",
+    "CachedClient",
+    "DryRunClient",
+    "EndpointBackend",
+    "ExplainResult",
+    "ExplainedMethod",
+    "ExplanationAnswer",
+    "ExplanationProtocol",
+    "ImageView",
     "Instruction",
-    "Judged",
-    "Key",
-    "KnownConcepts",
-    "LocalModel",
-    "Looked",
-    "Method",
-    "Patience",
-    "Picked",
-    "Price",
-    "Protocol",
-    "Rehearsal",
-    "Seen",
-    "Terms",
-    "Unanswered",
-    "View",
-    "Work",
+    "JudgementAnswer",
+    "KnownConceptsBackend",
+    "LocalBackend",
+    "MethodComparison",
+    "MethodDifference",
+    "NoAnswer",
+    "OddOneOutAnswer",
+    "PresenceAnswer",
+    "PresenceQuestion",
+    "RequestPolicy",
+    "RetryPolicy",
+    "TokenPrice",
+    "VLMAnswer",
+    "VLMBackend",
     "chosen",
     "compare",
     "explain",

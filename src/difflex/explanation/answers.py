@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 
 from difflex.errors import BrokenFile
 
-__all__ = ["Answers", "Spent"]
+__all__ = ["AnswerCache", "Spending"]
 
 FORMAT = 1
 TABLES = """
@@ -26,7 +26,7 @@ CREATE INDEX calls_by_key ON calls (key);
 """
 
 
-class Spent(NamedTuple):
+class Spending(NamedTuple):
     """What calls took."""
 
     calls: int = 0
@@ -35,9 +35,9 @@ class Spent(NamedTuple):
     cost: float = 0.0
     seconds: float = 0.0
 
-    def plus(self, other: Spent) -> Spent:
+    def plus(self, other: Spending) -> Spending:
         """Both together."""
-        return Spent(
+        return Spending(
             self.calls + other.calls,
             self.tokens_in + other.tokens_in,
             self.tokens_out + other.tokens_out,
@@ -47,7 +47,7 @@ class Spent(NamedTuple):
 
 
 @final
-class Answers:
+class AnswerCache:
     """The answers in one file; threads may share it. What is in it survives a kill at any moment."""
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +84,7 @@ class Answers:
             found = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return found and found[0]
 
-    def spent(self, keys: Iterable[str], unbooked: bool = False) -> Spent:
+    def spent(self, keys: Iterable[str], unbooked: bool = False) -> Spending:
         """What the calls for `keys` took, those included that came to nothing; with `unbooked`, only what is not yet booked."""
         sums = ", ".join(f"coalesce(sum({name}), 0)" for name in ("tokens_in", "tokens_out", "cost", "seconds"))
         among = "key IN (SELECT value FROM json_each(?)) AND booked <= ?"
@@ -92,7 +92,7 @@ class Answers:
             row = self._file.execute(
                 f"SELECT count(*), {sums} FROM calls WHERE {among}", (json.dumps([*keys]), 0 if unbooked else 1)
             ).fetchone()
-        return Spent(*row)
+        return Spending(*row)
 
     def cost(self, model: str) -> float:
         """What all calls to a model cost."""
@@ -107,7 +107,7 @@ class Answers:
                 "UPDATE calls SET booked = 1 WHERE key IN (SELECT value FROM json_each(?))", (json.dumps([*keys]),)
             )
 
-    def keep(self, key: str, model: str, outcome: str, spent: Spent, answer: str | None = None) -> None:
+    def keep(self, key: str, model: str, outcome: str, spent: Spending, answer: str | None = None) -> None:
         """Nothing; what a call took is on disk and, if it was valid, its answer, both or neither."""
         with self._lock, self._transaction():
             self._file.execute(

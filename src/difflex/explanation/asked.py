@@ -20,15 +20,15 @@ from difflex.explanation.words import cleaned
 from difflex.records import Shot
 
 __all__ = [
-    "Answer",
-    "Explained",
+    "ExplanationAnswer",
+    "ImageView",
     "Instruction",
-    "Judged",
-    "Malformed",
-    "Picked",
-    "Seen",
-    "Usage",
-    "View",
+    "JudgementAnswer",
+    "MalformedAnswer",
+    "OddOneOutAnswer",
+    "PresenceAnswer",
+    "TokenUsage",
+    "VLMAnswer",
     "content_key",
     "form",
     "read",
@@ -40,7 +40,7 @@ SHOWN_OF_ERROR = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class ImageView:
     """A picture as a backend sees it: with what is highlighted in it, and where it is from."""
 
     draw: Callable[[], Image.Image]
@@ -87,69 +87,69 @@ def _counted(number: int) -> int:
     return number
 
 
-class Answer(BaseModel, ABC):
+class VLMAnswer(BaseModel, ABC):
     """What a seeing model may answer; its text is cleaned when it is read."""
 
     model_config = ConfigDict(frozen=True)
 
     @classmethod
     @abstractmethod
-    def imagined(cls) -> Answer:
+    def imagined(cls) -> VLMAnswer:
         """An answer that nobody gave, for rehearsals."""
 
 
-class Explained(Answer):
+class ExplanationAnswer(VLMAnswer):
     """What is highlighted in each picture, and what that has in common."""
 
     pattern_descriptions: Annotated[list[Annotated[str, _line(DESCRIPTION)]], Field(description="one entry for each picture")]
     common_pattern: Annotated[str, _line(PATTERN), Field(description="what all highlighted areas have in common")]
 
     @classmethod
-    def imagined(cls) -> Explained:
+    def imagined(cls) -> ExplanationAnswer:
         """As long as those of models are."""
         return cls(
             pattern_descriptions=["an area that stands out"], common_pattern="some pattern that is told in a line of words"
         )
 
 
-class Judged(Answer):
+class JudgementAnswer(VLMAnswer):
     """How well a picture's highlights fit an explanation."""
 
     score: Annotated[float, AfterValidator(_share), Field(description="between 0 (not at all) and 1 (exactly)")]
 
     @classmethod
-    def imagined(cls) -> Judged:
+    def imagined(cls) -> JudgementAnswer:
         """Undecided."""
         return cls(score=0.5)
 
 
-class Picked(Answer):
+class OddOneOutAnswer(VLMAnswer):
     """Which of several pictures does not belong."""
 
     picture: Annotated[int, AfterValidator(_counted), Field(description="its number, counted from 1")]
 
     @classmethod
-    def imagined(cls) -> Picked:
+    def imagined(cls) -> OddOneOutAnswer:
         """The first."""
         return cls(picture=1)
 
 
-class Seen(Answer):
+class PresenceAnswer(VLMAnswer):
     """Which of two statements about a picture are true."""
 
     shows: Annotated[bool, Field(description="whether the first statement is true")]
     rest: Annotated[bool, Field(description="whether the second statement is true")]
 
     @classmethod
-    def imagined(cls) -> Seen:
+    def imagined(cls) -> PresenceAnswer:
         """Nothing is seen."""
         return cls(shows=False, rest=False)
 
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=VLMAnswer)
 
 
-class Usage(NamedTuple):
+class TokenUsage(NamedTuple):
     """What a call took."""
 
     tokens_in: int
@@ -158,7 +158,7 @@ class Usage(NamedTuple):
     """As the endpoint says; None where it does not."""
 
 
-class Malformed(Exception):
+class MalformedAnswer(Exception):
     """An answer that is not of the form that was asked for; its text says why."""
 
 
@@ -166,16 +166,16 @@ def read(text: str, schema: type[A]) -> A:
     """The answer in `text`, which may stand in a block of code or among other words."""
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
-        raise Malformed(f"no JSON object in '{cleaned(text, 80)}'")
+        raise MalformedAnswer(f"no JSON object in '{cleaned(text, 80)}'")
     try:
         return schema.model_validate_json(text[start : end + 1])
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'JSON'}: {each['msg']}" for each in error.errors())
-        raise Malformed(cleaned(told, SHOWN_OF_ERROR)) from None
+        raise MalformedAnswer(cleaned(told, SHOWN_OF_ERROR)) from None
 
 
 @cache
-def form(schema: type[Answer]) -> dict[str, object]:
+def form(schema: type[VLMAnswer]) -> dict[str, object]:
     """The JSON schema of an answer, as strict as all endpoints can be: every key is required, no other is allowed."""
     entries = schema.model_json_schema()
     properties = {
@@ -184,7 +184,7 @@ def form(schema: type[Answer]) -> dict[str, object]:
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
-def content_key(model: str, views: Sequence[View], instruction: Instruction, schema: type[Answer]) -> str:
+def content_key(model: str, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer]) -> str:
     """The hash of everything that an answer depends on: who is asked, what is shown, told, and of what form the answer is."""
     pictures = [hashlib.sha256(view.png).hexdigest() for view in views]
     told = {"model": model, "pictures": pictures, "instruction": instruction.text, "form": form(schema)}

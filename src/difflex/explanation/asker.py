@@ -1,4 +1,4 @@
-"""`Asker`: questions to a backend under one policy: from what was answered before, within pace and budget, and with patience."""
+"""`CachedClient`: questions to a backend under one policy: from what was answered before, within pace and budget, and with patience."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from threading import Lock
 from typing import NamedTuple, TypeVar, final
 
 from difflex.errors import BadInput
-from difflex.explanation.answers import Answers, Spent
-from difflex.explanation.asked import Answer, Instruction, Malformed, Usage, View, content_key, read
-from difflex.explanation.backend import Backend, Fault, Refused, Rejected
-from difflex.explanation.pace import Pace, Patience
-from difflex.explanation.spending import Budget, Price, expected
+from difflex.explanation.answers import AnswerCache, Spending
+from difflex.explanation.asked import ImageView, Instruction, MalformedAnswer, TokenUsage, VLMAnswer, content_key, read
+from difflex.explanation.backend import RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
+from difflex.explanation.pace import RateLimiter, RetryPolicy
+from difflex.explanation.spending import CallBudget, TokenPrice, expected
 
-__all__ = ["Asked", "Asker", "Asking", "Rehearsal", "Terms", "Unanswered"]
+__all__ = ["AnswerBatch", "CachedClient", "DryRunClient", "NoAnswer", "RequestPolicy", "VLMClient"]
 
 HOPELESS = 8
 """Questions in a row, over all threads, that may come to nothing before the endpoint is held to be the reason."""
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=VLMAnswer)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class RequestPolicy:
     """On what terms a backend is asked."""
 
     per_minute: float | None = None
     """Calls; None for no limit."""
-    price: Price = field(default_factory=Price)
+    price: TokenPrice = field(default_factory=TokenPrice)
     """For endpoints that do not say what a call cost."""
     budget: float | None = None
     """What all calls to this backend may cost together, those of earlier runs that the same file of answers tells of included, so
@@ -39,25 +39,25 @@ class Terms:
     """That a picture is taken for, where an endpoint does not count, and before it does."""
     answer_tokens: int = 150
     """That an answer is taken for."""
-    patience: Patience = field(default_factory=Patience)
+    patience: RetryPolicy = field(default_factory=RetryPolicy)
 
 
-class Unanswered(Exception):
+class NoAnswer(Exception):
     """A question to which no valid answer came; its text says why."""
 
 
-class Asked(NamedTuple):
+class AnswerBatch(NamedTuple):
     """What was asked, all questions together."""
 
     answers: int = 0
     """Valid ones."""
     found: int = 0
     """Of these, how many had been answered before."""
-    spent: Spent = Spent()
+    spent: Spending = Spending()
     """By the calls of now."""
 
 
-class Asking(ABC):
+class VLMClient(ABC):
     """Who is asked."""
 
     @property
@@ -66,25 +66,25 @@ class Asking(ABC):
         """Whose the answers are."""
 
     @abstractmethod
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
-        """The answer; `Unanswered` where none came. What was asked is noted in `keys`, by its hash."""
+    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
+        """The answer; `NoAnswer` where none came. What was asked is noted in `keys`, by its hash."""
 
 
 @final
-class Asker(Asking):
+class CachedClient(VLMClient):
     """Who asks a backend; threads share one."""
 
-    def __init__(self, backend: Backend, answers: Answers, terms: Terms = Terms()) -> None:
+    def __init__(self, backend: VLMBackend, answers: AnswerCache, terms: RequestPolicy = RequestPolicy()) -> None:
         """`answers` are kept only of a backend that is worth it."""
         self._backend, self._terms = backend, terms
         self._answers = answers if backend.is_costly else None
         self._pace, self._budget = (
-            Pace(terms.per_minute, terms.patience),
-            Budget(terms.budget, self._answers.cost(backend.name) if self._answers else 0.0),
+            RateLimiter(terms.per_minute, terms.patience),
+            CallBudget(terms.budget, self._answers.cost(backend.name) if self._answers else 0.0),
         )
         self._lock, self._busy = Lock(), dict[str, Lock]()
         self._in_vain, self._has_answered = 0, False
-        self.asked = Asked()
+        self.asked = AnswerBatch()
 
     @property
     def name(self) -> str:
@@ -95,16 +95,16 @@ class Asker(Asking):
         """Nothing; calls under way end, nobody waits, no further one is sent."""
         self._pace.stop()
 
-    def spent(self, keys: Sequence[str]) -> Spent:
+    def spent(self, keys: Sequence[str]) -> Spending:
         """What the calls for `keys` took that is not booked yet."""
-        return self._answers.spent(keys, unbooked=True) if self._answers else Spent()
+        return self._answers.spent(keys, unbooked=True) if self._answers else Spending()
 
     def book(self, keys: Sequence[str]) -> None:
         """Nothing; what the calls for `keys` took is told in a book."""
         if self._answers:
             self._answers.book(keys)
 
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
+    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
         """The answer. What has a valid answer is not sent again, not even when two ask for the same at once."""
         if self._answers is None:
             return self._answer("", views, instruction, schema)
@@ -124,18 +124,18 @@ class Asker(Asking):
         with busy:
             yield
 
-    def _answer(self, key: str, views: Sequence[View], instruction: Instruction, schema: type[A]) -> A:
+    def _answer(self, key: str, views: Sequence[ImageView], instruction: Instruction, schema: type[A]) -> A:
         """An answer, asked again with what was wrong as long as it is none."""
         objection, wrong = "", ""
         for _ in range(1 + self._terms.patience.asked_again):
             try:
                 return self._attempt(key, views, instruction, schema, objection)
-            except (Malformed, Refused) as error:
-                wrong = f"{'refused' if isinstance(error, Refused) else 'malformed'}: {error}"
+            except (MalformedAnswer, RefusedAnswer) as error:
+                wrong = f"{'refused' if isinstance(error, RefusedAnswer) else 'malformed'}: {error}"
             objection = f"Your last answer could not be used ({wrong}). Answer again, in JSON of the form asked for."
-        raise Unanswered(wrong)
+        raise NoAnswer(wrong)
 
-    def _attempt(self, key: str, views: Sequence[View], instruction: Instruction, schema: type[A], objection: str) -> A:
+    def _attempt(self, key: str, views: Sequence[ImageView], instruction: Instruction, schema: type[A], objection: str) -> A:
         """An answer, sent again as long as nothing comes back."""
         about = expected(views, instruction, self._terms.picture_tokens, self._terms.answer_tokens)
         wrong, tries = "", 1 + self._terms.patience.sent_again
@@ -143,16 +143,16 @@ class Asker(Asking):
             self._pace.wait()
             try:
                 return self._call(key, about, views, instruction, schema, objection)
-            except Rejected as error:
+            except RejectedRequest as error:
                 raise self._vain(f"rejected: {error}", HOPELESS) from None
-            except Fault as error:
+            except TransportFault as error:
                 wrong = str(error)
                 if failures < tries:
                     self._pace.after(wrong, failures, error.wait)
         raise self._vain(f"{wrong} ({tries} times)", HOPELESS if self._has_answered else 1)
 
     def _call(
-        self, key: str, about: Usage, views: Sequence[View], instruction: Instruction, schema: type[A], objection: str
+        self, key: str, about: TokenUsage, views: Sequence[ImageView], instruction: Instruction, schema: type[A], objection: str
     ) -> A:
         """An answer to one call, which is charged and written down whatever comes of it."""
         reserved, began = self._terms.price.of(about), time.monotonic()
@@ -164,17 +164,17 @@ class Asker(Asking):
             answer = read(reply.text, schema)
             outcome, told = "valid", answer.model_dump_json()
             return answer
-        except Refused as error:
+        except RefusedAnswer as error:
             usage, outcome, self._in_vain, self._has_answered = error.usage or about, f"refused: {error}", 0, True
             raise
-        except (Malformed, Rejected, Fault) as error:
+        except (MalformedAnswer, RejectedRequest, TransportFault) as error:
             outcome = f"{type(error).__name__.lower()}: {error}"
             raise
         finally:
             cost = self._terms.price.of(usage) if usage else 0.0
             self._budget.settle(reserved, cost)
             tokens = (usage.tokens_in, usage.tokens_out) if usage else (0, 0)
-            spent = Spent(1, *tokens, cost, time.monotonic() - began)
+            spent = Spending(1, *tokens, cost, time.monotonic() - began)
             if self._answers is not None:
                 self._answers.keep(key, self.name, outcome, spent, told)
             self._count(answers=int(told is not None), spent=spent)
@@ -183,34 +183,34 @@ class Asker(Asking):
         """What a question that came to nothing ends in: the whole work, if it is the last of `most` in a row."""
         self._in_vain += 1
         if self._in_vain < most:
-            return Unanswered(reason)
+            return NoAnswer(reason)
         return BadInput(f"'{self.name}' answers nothing: {reason}. Mend that and give the same command again to go on.")
 
-    def _count(self, answers: int = 0, found: int = 0, spent: Spent = Spent()) -> None:  # noqa: B008 (a constant)
+    def _count(self, answers: int = 0, found: int = 0, spent: Spending = Spending()) -> None:  # noqa: B008 (a constant)
         with self._lock:
-            self.asked = Asked(self.asked.answers + answers, self.asked.found + found, self.asked.spent.plus(spent))
+            self.asked = AnswerBatch(self.asked.answers + answers, self.asked.found + found, self.asked.spent.plus(spent))
 
 
 @final
-class Rehearsal(Asking):
+class DryRunClient(VLMClient):
     """Counts what would be asked, and sends nothing: what was answered before is answered, all else is imagined."""
 
-    def __init__(self, backend: Backend, answers: Answers, terms: Terms = Terms()) -> None:
+    def __init__(self, backend: VLMBackend, answers: AnswerCache, terms: RequestPolicy = RequestPolicy()) -> None:
         self._name, self._terms, self._lock = backend.name, terms, Lock()
         # Pictures are drawn only where their hash may be known.
         self._answers = None if answers.is_empty else answers
-        self.asked = Asked()
+        self.asked = AnswerBatch()
 
     @property
     def name(self) -> str:
         """The backend's."""
         return self._name
 
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
+    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
         """An answer that was given before, or none that means anything."""
         found = self._answers and self._answers.get(content_key(self.name, views, instruction, schema))
         about = expected(views, instruction, self._terms.picture_tokens, self._terms.answer_tokens)
         with self._lock:
-            spent = Spent() if found else Spent(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
-            self.asked = Asked(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))
+            spent = Spending() if found else Spending(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
+            self.asked = AnswerBatch(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))
         return schema.model_validate_json(found or schema.imagined().model_dump_json())

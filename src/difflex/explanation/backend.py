@@ -6,21 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from difflex.explanation.asked import Answer, Instruction, Usage, View
+from difflex.explanation.asked import ImageView, Instruction, TokenUsage, VLMAnswer
 
-__all__ = ["Backend", "Fault", "Refused", "Rejected", "Reply"]
+__all__ = ["BackendReply", "RefusedAnswer", "RejectedRequest", "TransportFault", "VLMBackend"]
 
 
-class Reply(NamedTuple):
+class BackendReply(NamedTuple):
     """What a backend said, and what it took."""
 
     text: str
     """JSON, if the backend did as told."""
-    usage: Usage | None
+    usage: TokenUsage | None
     """None if nobody said."""
 
 
-class Fault(Exception):
+class TransportFault(Exception):
     """A call that came to nothing on its way: no connection, no time, a busy or broken endpoint. It may be sent again."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
@@ -29,19 +29,19 @@ class Fault(Exception):
         self.wait = wait
 
 
-class Refused(Exception):
+class RefusedAnswer(Exception):
     """A call that was answered by a refusal. It may be asked again."""
 
-    def __init__(self, reason: str, usage: Usage | None = None) -> None:
+    def __init__(self, reason: str, usage: TokenUsage | None = None) -> None:
         super().__init__(reason)
         self.usage = usage
 
 
-class Rejected(Exception):
+class RejectedRequest(Exception):
     """A call that the endpoint does not take, such as one with a picture of a kind that it does not read."""
 
 
-class Backend(ABC):
+class VLMBackend(ABC):
     """Something that sees: it looks at pictures, is told what to do, and answers in a given form."""
 
     @property
@@ -55,8 +55,10 @@ class Backend(ABC):
         return True
 
     @abstractmethod
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
-        """What it answers; raises a `Fault`, `Refused` or `Rejected`. `objection` says what was wrong with its last answer."""
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
+        """What it answers; raises a `TransportFault`, `RefusedAnswer` or `RejectedRequest`. `objection` says what was wrong with its last answer."""
 
     def close(self) -> None:
         """Nothing; what it holds open is closed."""

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from difflex.explanation.scoring import Estimate, estimate
+from difflex.explanation.scoring import MeanEstimate, estimate
 
-__all__ = ["Bias", "biases", "surface"]
+__all__ = ["BiasGroup", "biases", "surface"]
 
 COLOURS = (
     "black white grey gray red green blue yellow orange purple violet pink brown beige cyan turquoise magenta teal gold golden "
@@ -31,11 +31,11 @@ SURFACE, NOTHING = frozenset(f"{COLOURS} {PLACES}".split()), frozenset(EMPTY.spl
 Share = Literal["none", "some", "all"]
 
 
-class Bias(NamedTuple):
+class BiasGroup(NamedTuple):
     """Explanations of which none, some or all words speak of colour or place."""
 
     surface: Share
-    accuracy: Estimate
+    accuracy: MeanEstimate
 
 
 def surface(explanation: str) -> float:
@@ -44,10 +44,10 @@ def surface(explanation: str) -> float:
     return sum(word in SURFACE for word in words) / max(1, len(words))
 
 
-def biases(explanations: Sequence[str], accuracies: Sequence[float]) -> list[Bias]:
+def biases(explanations: Sequence[str], accuracies: Sequence[float]) -> list[BiasGroup]:
     """The accuracy of explanations by how much of them is only colour or place; kinds that do not occur are left out."""
     kinds: dict[Share, list[float]] = {"none": [], "some": [], "all": []}
     for text, accuracy in zip(explanations, accuracies, strict=True):
         share = surface(text)
         kinds["all" if share == 1 else "some" if share else "none"].append(accuracy)
-    return [Bias(kind, estimate(values)) for kind, values in kinds.items() if values]
+    return [BiasGroup(kind, estimate(values)) for kind, values in kinds.items() if values]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from difflex import __version__
 from difflex.book import Book
-from difflex.explanation.biases import Bias, biases
-from difflex.explanation.scoring import Estimate, estimate, p_value
+from difflex.explanation.biases import BiasGroup, biases
+from difflex.explanation.scoring import MeanEstimate, estimate, p_value
 
-__all__ = ["Comparison", "Difference", "Fall", "Method", "compare", "methods"]
+__all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "ProtocolGap", "compare", "methods"]
 
 FORMAT = 1
 BINS = 20
@@ -25,7 +25,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class ExplainedMethod:
     """The explained features of one dictionary, by one backend and protocol."""
 
     study: Path
@@ -50,52 +50,52 @@ class Method:
         return f"{self.study.name}/{self.dictionary}"
 
     @cached_property
-    def accuracy(self) -> Estimate:
+    def accuracy(self) -> MeanEstimate:
         """Mean over features."""
         return estimate(self.accuracies)
 
     @cached_property
-    def auroc(self) -> Estimate:
+    def auroc(self) -> MeanEstimate:
         """Mean over features."""
         return estimate(self.aurocs)
 
     @cached_property
-    def intruder(self) -> Estimate | None:
+    def intruder(self) -> MeanEstimate | None:
         """The share of strangers that were found; None where none was looked for."""
         return estimate(self.intruders) if self.intruders else None
 
     @cached_property
-    def biases(self) -> list[Bias]:
+    def biases(self) -> list[BiasGroup]:
         """Its accuracy by how much of an explanation is only colour or place."""
         return biases(self.explanations, self.accuracies)
 
 
-class Difference(NamedTuple):
+class MethodDifference(NamedTuple):
     """Two methods held against one another."""
 
-    one: Method
-    other: Method
+    one: ExplainedMethod
+    other: ExplainedMethod
     difference: float
     """Of the mean accuracies."""
     p: float
     """By a permutation test, corrected by Holm for how many pairs are compared."""
 
 
-class Fall(NamedTuple):
+class ProtocolGap(NamedTuple):
     """How accuracy falls, for the same features, when the judge's pictures are held out."""
 
-    paper: Method
-    heldout: Method
-    fall: Estimate
+    paper: ExplainedMethod
+    heldout: ExplainedMethod
+    fall: MeanEstimate
 
 
-class Comparison(NamedTuple):
+class MethodComparison(NamedTuple):
     """Methods, and all that follows from them."""
 
-    methods: tuple[Method, ...]
-    differences: tuple[Difference, ...]
+    methods: tuple[ExplainedMethod, ...]
+    differences: tuple[MethodDifference, ...]
     """All pairs of one backend and protocol."""
-    falls: tuple[Fall, ...]
+    falls: tuple[ProtocolGap, ...]
     """All dictionaries whose features were judged by both protocols."""
 
     @property
@@ -137,12 +137,12 @@ class Comparison(NamedTuple):
         draft.replace(path)
 
 
-def compare(found: Sequence[Method]) -> Comparison:
+def compare(found: Sequence[ExplainedMethod]) -> MethodComparison:
     """All that follows from these methods."""
-    return Comparison(tuple(found), tuple(_differences(found)), tuple(_falls(found)))
+    return MethodComparison(tuple(found), tuple(_differences(found)), tuple(_falls(found)))
 
 
-def methods(book: Book, study: Path) -> list[Method]:
+def methods(book: Book, study: Path) -> list[ExplainedMethod]:
     """What `book`, of the study in the folder `study`, knows of each backend and protocol by which features were explained."""
     grouped: dict[tuple[str, str], list] = {}
     for each in book.explanations():
@@ -152,7 +152,7 @@ def methods(book: Book, study: Path) -> list[Method]:
         done = [each for each in explanations if each.state == "done"]
         figures = [{score.measure: score.value for score in book.scores(each.id)} for each in done]
         revision = book.about.revision
-        method = Method(
+        method = ExplainedMethod(
             study=study.resolve(),
             model=f"{book.about.model}@{revision}" if revision else book.about.model,
             dictionary=book.about.dictionary,
@@ -169,14 +169,14 @@ def methods(book: Book, study: Path) -> list[Method]:
     return found
 
 
-def _differences(found: Sequence[Method]) -> list[Difference]:
+def _differences(found: Sequence[ExplainedMethod]) -> list[MethodDifference]:
     """All pairs of methods of one backend and protocol."""
     pairs = [
         (one, other) for one, other in combinations(found, 2) if (one.backend, one.protocol) == (other.backend, other.protocol)
     ]
     values = [p_value(one.accuracies, other.accuracies) for one, other in pairs]
     return [
-        Difference(one, other, one.accuracy.value - other.accuracy.value, p)
+        MethodDifference(one, other, one.accuracy.value - other.accuracy.value, p)
         for (one, other), p in zip(pairs, _holm(values), strict=True)
     ]
 
@@ -190,7 +190,7 @@ def _holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _falls(found: Sequence[Method]) -> list[Fall]:
+def _falls(found: Sequence[ExplainedMethod]) -> list[ProtocolGap]:
     """Dictionaries whose features were judged by both protocols, of those features alone."""
     made = []
     for paper, heldout in ((one, other) for one in found for other in found):
@@ -199,7 +199,7 @@ def _falls(found: Sequence[Method]) -> list[Fall]:
             before = dict(zip(paper.features, paper.accuracies, strict=True))
             after = dict(zip(heldout.features, heldout.accuracies, strict=True))
             fallen = [before[feature] - after[feature] for feature in before if feature in after]
-            made += [Fall(paper, heldout, estimate(fallen))] if fallen else []
+            made += [ProtocolGap(paper, heldout, estimate(fallen))] if fallen else []
     return made
 
 
@@ -211,18 +211,18 @@ def _histogram(accuracies: Iterable[float]) -> list[int]:
     return counts
 
 
-def _row(method: Method) -> tuple[str, ...]:
+def _row(method: ExplainedMethod) -> tuple[str, ...]:
     counts = _histogram(method.accuracies)
     bars = "".join(BARS[-(-count * (len(BARS) - 1) // max(counts))] for count in counts)
     figures = [_told(method.accuracy), _told(method.auroc), _told(method.intruder) if method.intruder else "-"]
     return (method.name, method.backend, method.protocol, str(len(method.features)), str(method.failed), *figures, f"|{bars}|")
 
 
-def _told(each: Estimate) -> str:
+def _told(each: MeanEstimate) -> str:
     return f"{each.value:.3f} ({each.low:.3f} to {each.high:.3f})"
 
 
-def _entry(method: Method) -> dict[str, object]:
+def _entry(method: ExplainedMethod) -> dict[str, object]:
     return asdict(method) | {
         "study": method.study.name,
         "accuracy": method.accuracy._asdict(),

@@ -14,16 +14,16 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 
 from difflex.errors import BadInput, MissingExtra
-from difflex.explanation.asked import Answer, Instruction, Usage, View, form
-from difflex.explanation.backend import Backend, Fault, Refused, Rejected, Reply
-from difflex.explanation.key import Key
+from difflex.explanation.asked import ImageView, Instruction, TokenUsage, VLMAnswer, form
+from difflex.explanation.backend import BackendReply, RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
+from difflex.explanation.key import ApiKey
 from difflex.explanation.words import cleaned
 
 if TYPE_CHECKING:
     import httpx2
     import openai
 
-__all__ = ["Endpoint"]
+__all__ = ["EndpointBackend"]
 
 LARGEST = 2**20
 """Bytes of an answer; who sends more is not answering."""
@@ -34,33 +34,33 @@ CONNECT = 15.0
 """Seconds to reach an endpoint; the rest of the time is for its answer."""
 
 
-class _Message(BaseModel):
+class _ChatMessage(BaseModel):
     content: str | None = None
     refusal: str | None = None
 
 
-class _Choice(BaseModel):
-    message: _Message
+class _ChatChoice(BaseModel):
+    message: _ChatMessage
     finish_reason: str | None = None
 
 
-class _Usage(BaseModel):
+class _ChatUsage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
 
 
-class _Completion(BaseModel):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
+class _ChatCompletion(BaseModel):
+    choices: list[_ChatChoice] | None = None
+    usage: _ChatUsage | None = None
 
 
 @final
-class Endpoint(Backend):
+class EndpointBackend(VLMBackend):
     """A model behind an OpenAI-compatible address; threads share one."""
 
     def __init__(
-        self, url: str, model: str, key: Key, *, timeout: float = 120.0, longest: int = 2048, connections: int = 16
+        self, url: str, model: str, key: ApiKey, *, timeout: float = 120.0, longest: int = 2048, connections: int = 16
     ) -> None:
         """`timeout`: seconds that a whole call may take; `longest`: tokens that an answer may have, thoughts included."""
         self._model, self._key, self._timeout, self._lock = model, key, timeout, Lock()
@@ -73,7 +73,9 @@ class Endpoint(Backend):
         """The model, whoever serves it: a server that has moved is not paid again."""
         return self._model
 
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
         """What the model answers."""
         import openai
 
@@ -105,29 +107,29 @@ class Endpoint(Backend):
                 for part in response.iter_bytes():
                     body += part
                     if time.monotonic() > until:  # some send blanks while they think: each in time, the whole for ever
-                        raise Fault(f"no whole answer within {self._timeout:g} s")
+                        raise TransportFault(f"no whole answer within {self._timeout:g} s")
                     if len(body) > LARGEST:
-                        raise Fault(f"an answer of more than {LARGEST} bytes")
+                        raise TransportFault(f"an answer of more than {LARGEST} bytes")
         except (openai.APITimeoutError, httpx2.TimeoutException):
-            raise Fault(f"no answer within {self._timeout:g} s") from None
+            raise TransportFault(f"no answer within {self._timeout:g} s") from None
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            raise Fault(self._told(f"the connection failed: {error.__cause__ or error}")) from None
+            raise TransportFault(self._told(f"the connection failed: {error.__cause__ or error}")) from None
         return bytes(body)
 
-    def _reply(self, body: bytes) -> Reply:
+    def _reply(self, body: bytes) -> BackendReply:
         try:
-            completion = _Completion.model_validate_json(body)
+            completion = _ChatCompletion.model_validate_json(body)
         except ValidationError:
-            raise Fault(self._told(f"the body is no completion: {body.decode(errors='replace')}")) from None
-        usage = completion.usage and Usage(
+            raise TransportFault(self._told(f"the body is no completion: {body.decode(errors='replace')}")) from None
+        usage = completion.usage and TokenUsage(
             max(0, completion.usage.prompt_tokens), max(0, completion.usage.completion_tokens), _cost(completion.usage)
         )
         if not completion.choices:
-            raise Fault(self._told(f"no choice in the body: {body.decode(errors='replace')}"))
+            raise TransportFault(self._told(f"no choice in the body: {body.decode(errors='replace')}"))
         choice = completion.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise Refused(self._told(choice.message.refusal or "the content filter stopped the answer"), usage)
-        return Reply(choice.message.content or "", usage)
+            raise RefusedAnswer(self._told(choice.message.refusal or "the content filter stopped the answer"), usage)
+        return BackendReply(choice.message.content or "", usage)
 
     def _forgone(self, wishes: dict[str, object], complaint: str) -> bool:
         """Whether a wish that `complaint` speaks of is given up."""
@@ -147,14 +149,14 @@ class Endpoint(Backend):
         if status in (401, 402, 404) or "insufficient_quota" in told:
             return BadInput(f"The endpoint does not serve '{self._model}' to {self._key}: {told}. Mend that and run again.")
         if status in (408, 409, 425, 429) or status >= 500:
-            return Fault(told, _wait(error.response.headers))
-        return Rejected(told)
+            return TransportFault(told, _wait(error.response.headers))
+        return RejectedRequest(told)
 
     def _told(self, reason: str) -> str:
         return self._key.hidden(cleaned(self._key.hidden(reason), REASON))
 
 
-def _checked(url: str, key: Key) -> str:
+def _checked(url: str, key: ApiKey) -> str:
     """`url`, which a key may be sent to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -169,7 +171,7 @@ def _checked(url: str, key: Key) -> str:
     return url
 
 
-def _client(url: str, key: Key, connections: int, timeout: float) -> openai.OpenAI:
+def _client(url: str, key: ApiKey, connections: int, timeout: float) -> openai.OpenAI:
     try:
         import httpx2
         import openai
@@ -183,7 +185,7 @@ def _client(url: str, key: Key, connections: int, timeout: float) -> openai.Open
     return openai.OpenAI(base_url=url, api_key=key.reveal() or "none", max_retries=0, timeout=times, http_client=http)
 
 
-def _content(views: Sequence[View], instruction: Instruction, objection: str) -> list[dict[str, object]]:
+def _content(views: Sequence[ImageView], instruction: Instruction, objection: str) -> list[dict[str, object]]:
     content: list[dict[str, object]] = [{"type": "text", "text": instruction.text}]
     for number, view in enumerate(views, 1):
         address = f"data:image/png;base64,{base64.b64encode(view.png).decode()}"
@@ -193,12 +195,12 @@ def _content(views: Sequence[View], instruction: Instruction, objection: str) ->
     return content
 
 
-def _wished(wishes: dict[str, object], schema: type[Answer]) -> dict[str, object]:
+def _wished(wishes: dict[str, object], schema: type[VLMAnswer]) -> dict[str, object]:
     said = {"type": "json_schema", "json_schema": {"name": schema.__name__.lower(), "strict": True, "schema": form(schema)}}
     return {name: said if name == "response_format" else value for name, value in wishes.items()}
 
 
-def _cost(usage: _Usage) -> float | None:
+def _cost(usage: _ChatUsage) -> float | None:
     return usage.cost if usage.cost is not None and usage.cost >= 0 else None
 
 

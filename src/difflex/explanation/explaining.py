@@ -13,16 +13,28 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.book import SHOWN, Album, Book, Condition, Example, Explanation, Judgement, Score, ShotRow, Usage, overlaid
+from difflex.book import (
+    SHOWN,
+    Book,
+    Example,
+    Explanation,
+    ExplanationScore,
+    FeatureFilter,
+    ImageAlbum,
+    Judgement,
+    RecordedUsage,
+    ShotRow,
+    overlaid,
+)
 from difflex.errors import BadInput
-from difflex.explanation.answers import Spent
-from difflex.explanation.asked import Explained, Judged, Picked, View
-from difflex.explanation.asker import Asker, Asking, Rehearsal, Unanswered
-from difflex.explanation.protocol import Plan, Protocol, Unfit, plan
+from difflex.explanation.answers import Spending
+from difflex.explanation.asked import ExplanationAnswer, ImageView, JudgementAnswer, OddOneOutAnswer
+from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, VLMClient
+from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan
 from difflex.explanation.scoring import scores
 from difflex.explanation.wording import to_explain, to_judge, to_pick
 
-__all__ = ["Work", "chosen", "explain", "rehearse"]
+__all__ = ["ExplainResult", "chosen", "explain", "rehearse"]
 
 Role = Literal["explainer", "judge"]
 SIDE = 256
@@ -39,15 +51,15 @@ def _keys() -> _Keys:
     return {"explainer": [], "judge": []}
 
 
-class Done(NamedTuple):
+class FeatureOutcome(NamedTuple):
     """What came of one feature."""
 
     explanation: Explanation
     judgements: tuple[Judgement, ...] = ()
-    scores: tuple[Score, ...] = ()
+    scores: tuple[ExplanationScore, ...] = ()
 
 
-class Work(NamedTuple):
+class ExplainResult(NamedTuple):
     """What came of explaining."""
 
     done: tuple[int, ...]
@@ -58,12 +70,12 @@ class Work(NamedTuple):
     """Those that could not be, and why; the next run tries them again."""
 
 
-def chosen(book: Book, count: int, protocol: Protocol, seed: int = 0) -> list[int]:
+def chosen(book: Book, count: int, protocol: ExplanationProtocol, seed: int = 0) -> list[int]:
     """`count` features of `book` by chance, among those that fire in as many shots as `protocol` needs; all if there are fewer.
 
     With one seed, a larger `count` takes the same and more, and another protocol mostly the same.
     """
-    fit = {row.feature for row in book.features(where=[Condition("shots", ">=", protocol.needs)])}
+    fit = {row.feature for row in book.features(where=[FeatureFilter("shots", ">=", protocol.needs)])}
     order = random.Random(seed).sample(range(book.about.size), book.about.size)
     return [feature for feature in order if feature in fit][:count]
 
@@ -71,13 +83,13 @@ def chosen(book: Book, count: int, protocol: Protocol, seed: int = 0) -> list[in
 def explain(
     book: Book,
     features: Sequence[int],
-    asker: Asker,
-    album: Album,
-    protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
+    asker: CachedClient,
+    album: ImageAlbum,
+    protocol: ExplanationProtocol = ExplanationProtocol(),  # noqa: B008 (a constant)
     *,
     connections: int = 16,
     progress: bool = True,
-) -> Work:
+) -> ExplainResult:
     """What came of explaining `features`: each is in the book with its judgements and scores as soon as all of it is there.
 
     Killed and called again, what was answered is not asked again. A call that cannot be sent any more, as for a budget, ends the
@@ -89,22 +101,22 @@ def explain(
     plans = (_planned(book, feature, others, album, protocol) for feature in todo)
     with (
         tqdm(total=len(todo), desc="explaining", unit=" features", disable=None if progress else True) as bar,
-        _Crew(book, asker, protocol, connections) as crew,
+        _ExplainThreads(book, asker, protocol, connections) as crew,
     ):
         for explanation in crew.through(plans):
             if explanation.state == "failed":
                 failed[explanation.feature] = explanation.reason
             bar.update()
     explained = tuple(feature for feature in todo if feature not in failed)
-    return Work(explained, tuple(feature for feature in features if feature in kept), failed)
+    return ExplainResult(explained, tuple(feature for feature in features if feature in kept), failed)
 
 
 def rehearse(
     book: Book,
     features: Sequence[int],
-    rehearsal: Rehearsal,
-    album: Album,
-    protocol: Protocol = Protocol(),  # noqa: B008 (a constant)
+    rehearsal: DryRunClient,
+    album: ImageAlbum,
+    protocol: ExplanationProtocol = ExplanationProtocol(),  # noqa: B008 (a constant)
 ) -> None:
     """Nothing; `rehearsal` knows what `explain` would ask."""
     kept, others = _kept(book, rehearsal.name, protocol), _with_pictures(book)
@@ -113,28 +125,30 @@ def rehearse(
             _explained(rehearsal, protocol, _planned(book, feature, others, album, protocol), _keys())
 
 
-def _kept(book: Book, backend: str, protocol: Protocol) -> set[int]:
+def _kept(book: Book, backend: str, protocol: ExplanationProtocol) -> set[int]:
     """The features that are explained already."""
     same = (backend, protocol.label, "done")
     return {each.feature for each in book.explanations() if (each.backend, each.protocol, each.state) == same}
 
 
 def _with_pictures(book: Book) -> list[int]:
-    return [row.feature for row in book.features(where=[Condition("shots", ">", 0)])]
+    return [row.feature for row in book.features(where=[FeatureFilter("shots", ">", 0)])]
 
 
-class _Shown(NamedTuple):
+class _PreparedPlan(NamedTuple):
     """A plan whose pictures are at hand."""
 
-    plan: Plan
-    views: Mapping[int, View]
+    plan: FeaturePlan
+    views: Mapping[int, ImageView]
     """By the number of the example."""
 
 
-def _planned(book: Book, feature: int, others: Sequence[int], album: Album, protocol: Protocol) -> _Shown | Done:
+def _planned(
+    book: Book, feature: int, others: Sequence[int], album: ImageAlbum, protocol: ExplanationProtocol
+) -> _PreparedPlan | FeatureOutcome:
     try:
         made = plan(book, feature, others, protocol)
-    except Unfit as error:
+    except UnsuitableFeature as error:
         return _failure(feature, "", protocol, str(error))
     rows = book.shots(example.shot for example in made.examples)
     peaks = {each: book.feature(each).peak for each in {example.feature for example in made.examples}}
@@ -142,7 +156,7 @@ def _planned(book: Book, feature: int, others: Sequence[int], album: Album, prot
     views = {
         example.id: _view(example, rows[example.shot], peaks[example.feature], grid, album, protocol) for example in made.examples
     }
-    return _Shown(made, views)
+    return _PreparedPlan(made, views)
 
 
 def _grid(book: Book) -> tuple[int, int]:
@@ -151,19 +165,23 @@ def _grid(book: Book) -> tuple[int, int]:
     return book.about.grid
 
 
-def _view(example: Example, row: ShotRow, peak: float, grid: tuple[int, int], album: Album, protocol: Protocol) -> View:
+def _view(
+    example: Example, row: ShotRow, peak: float, grid: tuple[int, int], album: ImageAlbum, protocol: ExplanationProtocol
+) -> ImageView:
     highlight, strength = torch.zeros(grid), torch.tensor(example.map.values) / peak
     highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= SHOWN, 0.0)
 
     def draw() -> Image.Image:
         return overlaid(album.open(row.picture.file), example.map, grid, peak, style=protocol.style, side=SIDE)
 
-    return View(draw=draw, shot=row.shot, highlight=highlight)
+    return ImageView(draw=draw, shot=row.shot, highlight=highlight)
 
 
-def _failure(feature: int, backend: str, protocol: Protocol, reason: str, found: Explained | None = None) -> Done:
+def _failure(
+    feature: int, backend: str, protocol: ExplanationProtocol, reason: str, found: ExplanationAnswer | None = None
+) -> FeatureOutcome:
     text, descriptions = (found.common_pattern, found.pattern_descriptions) if found else ("", [])
-    return Done(
+    return FeatureOutcome(
         Explanation(
             feature=feature,
             backend=backend,
@@ -176,24 +194,28 @@ def _failure(feature: int, backend: str, protocol: Protocol, reason: str, found:
     )
 
 
-def _explained(asking: Asking, protocol: Protocol, shown: _Shown | Done, keys: _Keys) -> Done:
+def _explained(
+    asking: VLMClient, protocol: ExplanationProtocol, shown: _PreparedPlan | FeatureOutcome, keys: _Keys
+) -> FeatureOutcome:
     """A feature explained and judged, or why not."""
-    if isinstance(shown, Done):
-        return Done(replace(shown.explanation, backend=asking.name))
+    if isinstance(shown, FeatureOutcome):
+        return FeatureOutcome(replace(shown.explanation, backend=asking.name))
     (feature, examples, trials, _), views = shown.plan, shown.views
     found = None
     try:
         told = to_explain(len(examples), protocol.style)
-        found = asking.see([views[example.id] for example in examples], told, Explained, keys["explainer"])
+        found = asking.see([views[example.id] for example in examples], told, ExplanationAnswer, keys["explainer"])
         instruction = to_judge(found.common_pattern, protocol.style)
         judgements = [
             Judgement(
-                trial.example.id, trial.wanted, asking.see([views[trial.example.id]], instruction, Judged, keys["judge"]).score
+                trial.example.id,
+                trial.wanted,
+                asking.see([views[trial.example.id]], instruction, JudgementAnswer, keys["judge"]).score,
             )
             for trial in trials
         ]
         figures = [*scores(judgements, protocol.seed), *_picked(asking, protocol, shown, keys)]
-    except Unanswered as error:
+    except NoAnswer as error:
         return _failure(feature, asking.name, protocol, str(error), found)
     explanation = Explanation(
         feature=feature,
@@ -202,29 +224,29 @@ def _explained(asking: Asking, protocol: Protocol, shown: _Shown | Done, keys: _
         text=found.common_pattern,
         descriptions=tuple(found.pattern_descriptions),
     )
-    return Done(explanation, tuple(judgements), tuple(figures))
+    return FeatureOutcome(explanation, tuple(judgements), tuple(figures))
 
 
-def _picked(asking: Asking, protocol: Protocol, shown: _Shown, keys: _Keys) -> list[Score]:
+def _picked(asking: VLMClient, protocol: ExplanationProtocol, shown: _PreparedPlan, keys: _Keys) -> list[ExplanationScore]:
     """Whether the picture that does not belong is found."""
     lineup = shown.plan.lineup
     if lineup is None:
         return []
     views = [shown.views[example.id] for example in lineup.examples]
-    picked = asking.see(views, to_pick(len(views), protocol.style), Picked, keys["judge"])
-    return [Score("intruder", float(picked.picture == 1 + lineup.odd), None, None, 1)]
+    picked = asking.see(views, to_pick(len(views), protocol.style), OddOneOutAnswer, keys["judge"])
+    return [ExplanationScore("intruder", float(picked.picture == 1 + lineup.odd), None, None, 1)]
 
 
 @final
-class _Crew:
+class _ExplainThreads:
     """Threads that explain a feature each, while the one that made them writes the book."""
 
-    def __init__(self, book: Book, asker: Asker, protocol: Protocol, connections: int) -> None:
+    def __init__(self, book: Book, asker: CachedClient, protocol: ExplanationProtocol, connections: int) -> None:
         self._book, self._asker, self._protocol, self._connections = book, asker, protocol, connections
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="explaining")
-        self._under_way: dict[Future[Done], _Keys] = {}
+        self._under_way: dict[Future[FeatureOutcome], _Keys] = {}
 
-    def __enter__(self) -> _Crew:
+    def __enter__(self) -> _ExplainThreads:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -239,7 +261,7 @@ class _Crew:
             else:
                 self._write(future.result(), keys)
 
-    def through(self, plans: Iterator[_Shown | Done]) -> Iterator[Explanation]:
+    def through(self, plans: Iterator[_PreparedPlan | FeatureOutcome]) -> Iterator[Explanation]:
         """The explanations, as they come, each in the book already."""
         while True:
             for shown in islice(plans, AHEAD * self._connections - len(self._under_way)):
@@ -251,16 +273,16 @@ class _Crew:
                 done = future.result()
                 yield self._write(done, self._under_way.pop(future))
 
-    def _write(self, done: Done, keys: _Keys) -> Explanation:
+    def _write(self, done: FeatureOutcome, keys: _Keys) -> Explanation:
         self._book.explain(done.explanation, done.judgements, done.scores, _usage(keys, self._asker))
         self._asker.book(keys["explainer"] + keys["judge"])
         return done.explanation
 
 
-def _usage(keys: _Keys, asker: Asker) -> list[Usage]:
-    found: dict[Role, Spent] = {role: asker.spent(asked) for role, asked in keys.items()}
+def _usage(keys: _Keys, asker: CachedClient) -> list[RecordedUsage]:
+    found: dict[Role, Spending] = {role: asker.spent(asked) for role, asked in keys.items()}
     return [
-        Usage(
+        RecordedUsage(
             backend=asker.name,
             role=role,
             asked=spent.calls,

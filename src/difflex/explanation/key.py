@@ -9,11 +9,11 @@ from typing import final
 
 from difflex.errors import BadInput
 
-__all__ = ["Key"]
+__all__ = ["ApiKey"]
 
 
 @final
-class Key:
+class ApiKey:
     """A secret: it shows itself to nobody who does not ask for it by name."""
 
     def __init__(self, secret: str, told: str) -> None:
@@ -21,7 +21,7 @@ class Key:
         self._secret, self._told = secret, told
 
     @classmethod
-    def found(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> Key:
+    def found(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
         """The key in `file`, or else in the environment's `variable`; an empty one where there is none, as for local servers."""
         if file is None:
             return cls(environment.get(variable, "").strip(), f"${variable}")

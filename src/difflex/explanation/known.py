@@ -11,10 +11,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.explanation.asked import Answer, Explained, Instruction, Judged, Picked, Usage, View
-from difflex.explanation.backend import Backend, Rejected, Reply
+from difflex.explanation.asked import (
+    ExplanationAnswer,
+    ImageView,
+    Instruction,
+    JudgementAnswer,
+    OddOneOutAnswer,
+    TokenUsage,
+    VLMAnswer,
+)
+from difflex.explanation.backend import BackendReply, RejectedRequest, VLMBackend
 
-__all__ = ["KnownConcepts"]
+__all__ = ["KnownConceptsBackend"]
 
 SHOWN = 0.5
 """From this share of its area on a token shows a concept; at 0 it does not; tokens between the two are left out."""
@@ -23,7 +31,7 @@ Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
 
 
 @final
-class KnownConcepts(Backend):
+class KnownConceptsBackend(VLMBackend):
     """The ceiling for models that see: it needs shots of pictures whose concepts are known by mask, and costs nothing."""
 
     def __init__(self, concepts: Sequence[str], shares: Shares, common: Float[Tensor, " concept"]) -> None:
@@ -41,27 +49,29 @@ class KnownConcepts(Backend):
         """No."""
         return False
 
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
         """The best concept, its share of the highlights, or the picture whose highlights show something else."""
-        if schema is Explained:
+        if schema is ExplanationAnswer:
             fits = torch.stack([self._fits(view) for view in views])
             each, common = fits.argmax(1).tolist(), int(fits.mean(0).argmax())
             names = [self._concepts[best] for best in each]
-            answer = Explained(pattern_descriptions=names, common_pattern=self._concepts[common])
-        elif schema is Judged:
-            answer = Judged(score=self._share(views[0], self._named(instruction.explanation)))
-        elif schema is Picked:
-            answer = Picked(picture=1 + self._stranger(views))
+            answer = ExplanationAnswer(pattern_descriptions=names, common_pattern=self._concepts[common])
+        elif schema is JudgementAnswer:
+            answer = JudgementAnswer(score=self._share(views[0], self._named(instruction.explanation)))
+        elif schema is OddOneOutAnswer:
+            answer = OddOneOutAnswer(picture=1 + self._stranger(views))
         else:
-            raise Rejected(f"known concepts do not answer {schema.__name__}")
-        return Reply(answer.model_dump_json(), Usage(0, 0, 0.0))
+            raise RejectedRequest(f"known concepts do not answer {schema.__name__}")
+        return BackendReply(answer.model_dump_json(), TokenUsage(0, 0, 0.0))
 
-    def _truth(self, view: View) -> Float[Tensor, "concept row column"]:
+    def _truth(self, view: ImageView) -> Float[Tensor, "concept row column"]:
         if view.shot.picture is None:
-            raise Rejected(f"nobody knows what is where in the picture of '{view.shot.prompt}'")
+            raise RejectedRequest(f"nobody knows what is where in the picture of '{view.shot.prompt}'")
         return self._shares(view.shot.picture, *view.highlight.shape)
 
-    def _fits(self, view: View) -> Float[Tensor, " concept"]:
+    def _fits(self, view: ImageView) -> Float[Tensor, " concept"]:
         """How well each concept tells what is highlighted from what is not: 0 for no better than chance, 1 for wholly.
 
         The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all pictures; and of what shows
@@ -79,17 +89,17 @@ class KnownConcepts(Backend):
         """The concepts that an explanation names."""
         named = [i for i, name in enumerate(self._concepts) if re.search(rf"\b{re.escape(name)}s?\b", explanation, re.IGNORECASE)]
         if not named:
-            raise Rejected("the explanation names no known concept")
+            raise RejectedRequest("the explanation names no known concept")
         return named
 
-    def _share(self, view: View, named: Sequence[int]) -> float:
+    def _share(self, view: ImageView, named: Sequence[int]) -> float:
         """The share of the highlighted tokens, by how strongly they are, that show all `named` concepts."""
         truth = self._truth(view)[list(named)].amin(0)
         shown, known = truth >= SHOWN, (truth >= SHOWN) | (truth <= 0)
         weight = (view.highlight * known).sum()
         return float((view.highlight * shown).sum() / weight) if weight > 0 else float(truth[view.highlight > 0].mean())
 
-    def _stranger(self, views: Sequence[View]) -> int:
+    def _stranger(self, views: Sequence[ImageView]) -> int:
         """The place of the view whose concepts agree least with those of the others."""
         fits = torch.nn.functional.normalize(torch.stack([self._fits(view) for view in views]), dim=1)
         return int((fits @ fits.T).sum(1).argmin())

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.explanation.asked import Answer, Instruction, Usage, View
-from difflex.explanation.backend import Backend, Reply
+from difflex.explanation.asked import ImageView, Instruction, TokenUsage, VLMAnswer
+from difflex.explanation.backend import BackendReply, VLMBackend
 
-__all__ = ["LocalModel"]
+__all__ = ["LocalBackend"]
 
 
 @final
-class LocalModel(Backend):
+class LocalBackend(VLMBackend):
     """A model in memory; it answers one question after another."""
 
     def __init__(self, model: str, *, device: str | None = None, offline: bool = False, longest: int = 512) -> None:
@@ -45,7 +45,9 @@ class LocalModel(Backend):
         """Its folder or hub name."""
         return self._name
 
-    def see(self, views: Sequence[View], instruction: Instruction, schema: type[Answer], objection: str = "") -> Reply:
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
         """What the model answers, the likeliest word each time."""
         pictures = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
         told = f"{instruction.text}\n{objection}".rstrip()
@@ -57,4 +59,4 @@ class LocalModel(Backend):
             words = self._model.generate(**inputs, max_new_tokens=self._longest, do_sample=False)
         asked = inputs["input_ids"].shape[1]
         text = self._processor.decode(words[0, asked:], skip_special_tokens=True)
-        return Reply(text, Usage(asked, words.shape[1] - asked, 0.0))
+        return BackendReply(text, TokenUsage(asked, words.shape[1] - asked, 0.0))

@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.explanation.asked import Seen, View
-from difflex.explanation.asker import Asker, Unanswered
+from difflex.explanation.asked import ImageView, PresenceAnswer
+from difflex.explanation.asker import CachedClient, NoAnswer
 from difflex.explanation.wording import to_see
 from difflex.records import Shot
 
-__all__ = ["Looked", "look"]
+__all__ = ["PresenceQuestion", "look"]
 
 SIDE = 256
 """Pixels that the shorter side of what is shown is enlarged to at least."""
 
 
-class Looked(NamedTuple):
+class PresenceQuestion(NamedTuple):
     """A picture, and what is asked of it."""
 
     picture: Image.Image
@@ -32,16 +32,16 @@ class Looked(NamedTuple):
     """What else the picture is of."""
 
 
-def look(asker: Asker, pictures: Sequence[Looked], *, connections: int = 16) -> list[Seen]:
+def look(asker: CachedClient, pictures: Sequence[PresenceQuestion], *, connections: int = 16) -> list[PresenceAnswer]:
     """What is seen of each picture. A question that gets no answer ends it, as figures with holes mislead."""
 
-    def seen(number: int) -> Seen:
+    def seen(number: int) -> PresenceAnswer:
         asked = pictures[number]
         shown = [each for each in (asked.picture, asked.part) if each is not None]
         instruction = to_see(asked.concept, asked.rest, asked.part is not None)
         try:
-            return asker.see([_view(each) for each in shown], instruction, Seen, [])
-        except Unanswered as error:
+            return asker.see([_view(each) for each in shown], instruction, PresenceAnswer, [])
+        except NoAnswer as error:
             raise BadInput(
                 f"Whether picture {number + 1} of {len(pictures)} shows '{asked.concept}' was not answered: {error}. Give the "
                 "same command again; what was answered is kept."
@@ -51,8 +51,8 @@ def look(asker: Asker, pictures: Sequence[Looked], *, connections: int = 16) -> 
         return list(threads.map(seen, range(len(pictures))))
 
 
-def _view(picture: Image.Image) -> View:
+def _view(picture: Image.Image) -> ImageView:
     times = max(1, -(-SIDE // min(picture.size)))
     shown = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
     shot = Shot(model="", pixels=(picture.height, picture.width), steps=1, guidance=0.0)
-    return View(draw=lambda: shown, shot=shot, highlight=torch.ones(1, 1))
+    return ImageView(draw=lambda: shown, shot=shot, highlight=torch.ones(1, 1))

@@ -10,11 +10,11 @@ from typing import final
 
 from difflex.errors import BadInput
 
-__all__ = ["Pace", "Patience", "Stopped"]
+__all__ = ["RateLimiter", "RequestsStopped", "RetryPolicy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How often and after how long what came to nothing is tried again."""
 
     asked_again: int = 4
@@ -33,15 +33,15 @@ class Patience:
             raise BadInput(f"{self} cannot be: nothing of it may be below 0.")
 
 
-class Stopped(Exception):
+class RequestsStopped(Exception):
     """The work was called off."""
 
 
 @final
-class Pace:
+class RateLimiter:
     """The one clock of all threads that ask the same endpoint."""
 
-    def __init__(self, per_minute: float | None, patience: Patience) -> None:
+    def __init__(self, per_minute: float | None, patience: RetryPolicy) -> None:
         """`per_minute`: calls; None for no limit."""
         if per_minute is not None and per_minute <= 0:
             raise BadInput(f"{per_minute:g} calls a minute are none. Allow more.")
@@ -80,4 +80,4 @@ class Pace:
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(max(0.0, seconds)):
-            raise Stopped
+            raise RequestsStopped

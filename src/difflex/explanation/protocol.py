@@ -11,7 +11,7 @@ from difflex.book import SHOWN, Book, Example, Style
 from difflex.errors import BadInput
 from difflex.records import Shot
 
-__all__ = ["Lineup", "Plan", "Protocol", "Trial", "Unfit", "plan"]
+__all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan"]
 
 Name = Literal["heldout", "paper"]
 APART = 0.5
@@ -19,7 +19,7 @@ APART = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class ExplanationProtocol:
     """How features are explained and judged."""
 
     name: Name = "heldout"
@@ -55,7 +55,7 @@ class Protocol:
             )
 
 
-class Trial(NamedTuple):
+class JudgementTrial(NamedTuple):
     """An example to be judged."""
 
     example: Example
@@ -72,12 +72,12 @@ class Lineup(NamedTuple):
     """Its place, from 0."""
 
 
-class Plan(NamedTuple):
+class FeaturePlan(NamedTuple):
     """What is shown for one feature."""
 
     feature: int
     shown: tuple[Example, ...]
-    trials: tuple[Trial, ...]
+    trials: tuple[JudgementTrial, ...]
     lineup: Lineup | None
 
     @property
@@ -86,11 +86,11 @@ class Plan(NamedTuple):
         return [*self.shown, *(trial.example for trial in self.trials), *(self.lineup.examples if self.lineup else ())]
 
 
-class Unfit(Exception):
+class UnsuitableFeature(Exception):
     """A feature that cannot be explained by a protocol; its text says why."""
 
 
-def plan(book: Book, feature: int, others: Sequence[int], protocol: Protocol) -> Plan:
+def plan(book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> FeaturePlan:
     """What is shown for `feature`, with negatives of `others`; by chance that the seed and the feature decide."""
     chance = random.Random(f"{protocol.seed} {feature}")
     own = [example for example in book.examples(feature) if _is_seen(book, example)]
@@ -98,33 +98,39 @@ def plan(book: Book, feature: int, others: Sequence[int], protocol: Protocol) ->
 
 
 def _paper(
-    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: Protocol, chance: random.Random
-) -> Plan:
+    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: ExplanationProtocol, chance: random.Random
+) -> FeaturePlan:
     half = protocol.judged // 2
     strongest = sorted((example for example in own if example.kind == "top"), key=lambda example: -example.peak)
     top = _distinct(book, strongest, max(protocol.shown, half))
     if len(top) < max(protocol.shown, half):
-        raise Unfit(f"it has {len(top)} top pictures, {max(protocol.shown, half)} are needed")
+        raise UnsuitableFeature(f"it has {len(top)} top pictures, {max(protocol.shown, half)} are needed")
     negatives = _tops(book, {feature}, others, half, chance)
-    trials = [*(Trial(example, True) for example in top[:half]), *(Trial(example, False) for example in negatives)]
-    return Plan(feature, tuple(top[: protocol.shown]), tuple(trials), None)
+    trials = [
+        *(JudgementTrial(example, True) for example in top[:half]),
+        *(JudgementTrial(example, False) for example in negatives),
+    ]
+    return FeaturePlan(feature, tuple(top[: protocol.shown]), tuple(trials), None)
 
 
 def _heldout(
-    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: Protocol, chance: random.Random
-) -> Plan:
+    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: ExplanationProtocol, chance: random.Random
+) -> FeaturePlan:
     top = [example for example in own if example.kind == "top" and example.split == "train"]
     shown = _distinct(book, sorted(top, key=lambda example: -example.peak), protocol.shown)
     if len(shown) < protocol.shown:
-        raise Unfit(f"it has {len(shown)} top pictures of the split 'train', {protocol.shown} are needed")
+        raise UnsuitableFeature(f"it has {len(shown)} top pictures of the split 'train', {protocol.shown} are needed")
     half = protocol.judged // 2
     unseen = _unseen(book, own, shown, half)
     if len(unseen) < half:
-        raise Unfit(f"it has {len(unseen)} pictures that the explainer does not see, {half} are needed to judge")
+        raise UnsuitableFeature(f"it has {len(unseen)} pictures that the explainer does not see, {half} are needed to judge")
     positives = _spread(unseen, half)
     negatives = _negatives(book, feature, positives, others, half, chance)
-    trials = [*(Trial(example, True) for example in positives), *(Trial(example, False) for example in negatives)]
-    return Plan(feature, tuple(shown), tuple(trials), _lineup(book, feature, unseen, others, protocol.lineup, chance))
+    trials = [
+        *(JudgementTrial(example, True) for example in positives),
+        *(JudgementTrial(example, False) for example in negatives),
+    ]
+    return FeaturePlan(feature, tuple(shown), tuple(trials), _lineup(book, feature, unseen, others, protocol.lineup, chance))
 
 
 def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collection[str] = ()) -> list[Example]:
@@ -172,7 +178,7 @@ def _tops(book: Book, taken: Collection[int], others: Sequence[int], count: int,
         if other not in taken and (best := book.examples(other, "top")):
             found.append(max(best, key=lambda example: example.peak))
     if len(found) < count:
-        raise Unfit(f"{len(found)} other features have pictures, {count} are needed to tell it from")
+        raise UnsuitableFeature(f"{len(found)} other features have pictures, {count} are needed to tell it from")
     return found
 
 

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.book import Judgement, Score
+from difflex.book import ExplanationScore, Judgement
 from difflex.errors import BadInput
 
-__all__ = ["Estimate", "accuracy", "auroc", "estimate", "p_value", "scores"]
+__all__ = ["MeanEstimate", "accuracy", "auroc", "estimate", "p_value", "scores"]
 
 DRAWS = 2000
 LEVEL = 0.95
 
 
-class Estimate(NamedTuple):
+class MeanEstimate(NamedTuple):
     """A mean, and where 95 % of the means lie when what it is of is drawn again."""
 
     value: float
@@ -40,7 +40,7 @@ def auroc(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw 
     return (higher * pairs).sum((-2, -1)) / pairs.sum((-2, -1))
 
 
-def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[Score]:
+def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[ExplanationScore]:
     """Accuracy and AUROC of one explanation; intervals from judgements drawn again, own and other ones each among themselves."""
     wanted = torch.tensor([each.wanted for each in judgements], dtype=torch.bool)
     given = torch.tensor([each.score for each in judgements], dtype=torch.float64)
@@ -53,18 +53,18 @@ def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[Score]:
     found = []
     for name, measure in measures.items():
         low, high = _bounds(measure(wanted[drawn], given[drawn]))
-        found.append(Score(name, float(measure(wanted, given)), low, high, len(judgements)))
+        found.append(ExplanationScore(name, float(measure(wanted, given)), low, high, len(judgements)))
     return found
 
 
-def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+def estimate(values: Sequence[float], seed: int = 0) -> MeanEstimate:
     """The mean of `values`; its interval from values drawn again."""
     if not values:
         raise BadInput("A mean was asked of no values. Explain at least one feature.")
     each = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack([each[torch.randint(len(each), (len(each),), generator=generator)].mean() for _ in range(DRAWS)])
-    return Estimate(float(each.mean()), *_bounds(means), len(values))
+    return MeanEstimate(float(each.mean()), *_bounds(means), len(values))
 
 
 def p_value(one: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 10_000) -> float:

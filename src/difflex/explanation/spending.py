@@ -9,16 +9,16 @@ from threading import Lock
 from typing import final
 
 from difflex.errors import BadInput, OutOfBudget
-from difflex.explanation.asked import Instruction, Usage, View
+from difflex.explanation.asked import ImageView, Instruction, TokenUsage
 
-__all__ = ["Budget", "Price", "expected"]
+__all__ = ["CallBudget", "TokenPrice", "expected"]
 
 LETTERS = 4
 """Of a token, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Price:
+class TokenPrice:
     """What a million tokens cost."""
 
     tokens_in: float = 0.0
@@ -30,20 +30,20 @@ class Price:
                 f"A price of {self.tokens_in:g} and {self.tokens_out:g} for a million tokens cannot be. Give it in numbers."
             )
 
-    def of(self, usage: Usage) -> float:
+    def of(self, usage: TokenUsage) -> float:
         """The cost of a call: what the endpoint says, or what its tokens cost."""
         if usage.cost is not None:
             return usage.cost
         return (self.tokens_in * usage.tokens_in + self.tokens_out * usage.tokens_out) / 1e6
 
 
-def expected(views: Sequence[View], instruction: Instruction, picture_tokens: int, answer_tokens: int) -> Usage:
+def expected(views: Sequence[ImageView], instruction: Instruction, picture_tokens: int, answer_tokens: int) -> TokenUsage:
     """What a call will take, about: counted where the endpoint does not say, and before anything is sent."""
-    return Usage(len(instruction.text) // LETTERS + picture_tokens * len(views), answer_tokens)
+    return TokenUsage(len(instruction.text) // LETTERS + picture_tokens * len(views), answer_tokens)
 
 
 @final
-class Budget:
+class CallBudget:
     """What may be spent; threads share one."""
 
     def __init__(self, most: float | None, spent: float = 0.0) -> None:

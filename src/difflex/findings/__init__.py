@@ -1,18 +1,18 @@
 """What papers found of steering, as experiments: is it so of this model, too?"""
 
-from difflex.findings.bench import Bench, Scope, Way
+from difflex.findings.bench import ExperimentBench, FindingsConfig, SteeringDirection
 from difflex.findings.captions import concepts_of, pairs_for
 from difflex.findings.experiments import EXPERIMENTS, finding, workload
-from difflex.findings.record import Finding, Findings, Line
+from difflex.findings.record import Finding, FindingLine, Findings
 
 __all__ = [
     "EXPERIMENTS",
-    "Bench",
+    "ExperimentBench",
     "Finding",
+    "FindingLine",
     "Findings",
-    "Line",
-    "Scope",
-    "Way",
+    "FindingsConfig",
+    "SteeringDirection",
     "concepts_of",
     "finding",
     "pairs_for",

@@ -13,21 +13,31 @@ from torch import Tensor
 from difflex.findings.captions import ANYWHERE, Kind, concepts_of, task_of
 from difflex.findings.record import Findings
 from difflex.records import Edit, Site
-from difflex.steering import Curve, Drawn, Features, Steering, Task, Trial, Verdict, judge, steerings
+from difflex.steering import (
+    EditFeatures,
+    JudgedGenerator,
+    JudgeVerdict,
+    SteeringHook,
+    SteeringTask,
+    SteeringTrial,
+    StrengthCurve,
+    judge,
+    steerings,
+)
 
-__all__ = ["Bench", "Scope", "Way", "groups_of"]
+__all__ = ["ExperimentBench", "FindingsConfig", "SteeringDirection", "groups_of"]
 
 
-class Way(NamedTuple):
+class SteeringDirection(NamedTuple):
     """A direction that leads to a concept."""
 
     told: str
-    features: Features
+    features: EditFeatures
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Scope:
+class FindingsConfig:
     """How much is tried."""
 
     groups: tuple[str, ...]
@@ -52,18 +62,18 @@ class Scope:
 
 
 @final
-class Bench:
+class ExperimentBench:
     """Where experiments are made; what several of them need is judged once."""
 
     def __init__(
         self,
         *,
         site: Site,
-        scope: Scope,
+        scope: FindingsConfig,
         parameters: int,
-        drawn: Callable[[int | None], Drawn],
-        contrasts: Callable[[str], Mapping[int, Way]],
-        feature: Callable[[str], Way | None],
+        drawn: Callable[[int | None], JudgedGenerator],
+        contrasts: Callable[[str], Mapping[int, SteeringDirection]],
+        feature: Callable[[str], SteeringDirection | None],
         other: Findings | None = None,
     ) -> None:
         """`drawn` by the number of steps of a run, `contrasts` and `feature` of a concept; `other` is what another model gave."""
@@ -72,24 +82,24 @@ class Bench:
         self.base = cache(self._base)
         self._unedited = dict[tuple[str, Kind, int | None], float]()
 
-    def contrast(self, concept: str) -> Way:
+    def contrast(self, concept: str) -> SteeringDirection:
         """By all pairs that there are."""
         return self.contrasts(concept)[max(self.scope.counts)]
 
-    def best_way(self, concept: str) -> Way:
+    def best_way(self, concept: str) -> SteeringDirection:
         """The feature that detects a concept, or else its contrast."""
         return self.feature(concept) or self.contrast(concept)
 
-    def _base(self, concept: str) -> Curve:
+    def _base(self, concept: str) -> StrengthCurve:
         """The contrast at all strengths on captions like those of its pairs."""
         return self.curves(concept, "alike", {"alike": self.contrast(concept)}, self.scope.strengths)[0]
 
-    def alike(self, concept: str) -> Curve:
+    def alike(self, concept: str) -> StrengthCurve:
         """The same at the inner strengths."""
         base = self.base(concept)
         return replace(base, points=tuple(point for point in base.points if point.strength in self.scope.inner))
 
-    def conditions(self, concept: str, kinds: Sequence[Kind], way: Way) -> list[Curve]:
+    def conditions(self, concept: str, kinds: Sequence[Kind], way: SteeringDirection) -> list[StrengthCurve]:
         """A curve for each kind of captions, so that one can be held against another.
 
         Unedited pictures of captions that ask for less have less loss: by their own, pictures of one kind would be called broken
@@ -106,11 +116,11 @@ class Bench:
         self,
         concept: str,
         kind: Kind,
-        ways: Mapping[str, Way],
+        ways: Mapping[str, SteeringDirection],
         strengths: Sequence[float] | None = None,
         run: int | None = None,
         steps: Mapping[str, tuple[int, int]] | None = None,
-    ) -> list[Curve]:
+    ) -> list[StrengthCurve]:
         """A curve for each of `ways` by name, on captions of a kind; in a run of so many steps, at some of them alone."""
         own = steps or {}
         methods = {
@@ -130,11 +140,11 @@ class Bench:
         return curves
 
     def _adding(
-        self, features: Features, steps: tuple[int, int] | None
-    ) -> Callable[[Trial, float], tuple[Trial, Steering | None]]:
+        self, features: EditFeatures, steps: tuple[int, int] | None
+    ) -> Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]:
         plain = Edit(what="add", site=self.site, unit="norm", steps=steps)
 
-        def added(trial: Trial, strength: float) -> tuple[Trial, Steering | None]:
+        def added(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
             region = None if self.site.stream == "text" else trial.region
             edit = replace(plain, strength=strength, region=region)
             return trial, steerings([edit], lambda _: features)[0]
@@ -142,20 +152,22 @@ class Bench:
         return added
 
 
-def _anywhere(drawn: Drawn) -> Drawn:
+def _anywhere(drawn: JudgedGenerator) -> JudgedGenerator:
     """The same, but that the concept counts wherever it is seen."""
 
-    def verdicts(task: Task, trials: Sequence[Trial], pictures: Float[Tensor, "picture channel row column"]) -> Sequence[Verdict]:
+    def verdicts(
+        task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Float[Tensor, "picture channel row column"]
+    ) -> Sequence[JudgeVerdict]:
         return drawn.verdicts(task, [trial._replace(region=None) for trial in trials], pictures)
 
     return drawn._replace(verdicts=verdicts)
 
 
-def _times(curve: Curve, factor: float) -> Curve:
+def _times(curve: StrengthCurve, factor: float) -> StrengthCurve:
     """The curve with so many times the loss."""
     return replace(curve, points=tuple(replace(point, quality=factor * point.quality) for point in curve.points))
 
 
-def groups_of(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+def groups_of(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]:
     """Curves by the group of their concept."""
     return {group: [each for each in curves if each.group == group] for group in dict.fromkeys(each.group for each in curves)}

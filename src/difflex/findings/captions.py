@@ -7,9 +7,9 @@ from functools import cache
 from typing import Literal
 
 from difflex.errors import BadInput
-from difflex.miniature.captions import Request, read
-from difflex.miniature.world import BACKGROUNDS, CONCEPTS, OBJECT_GROUPS, STYLES, Mix
-from difflex.steering import Task, Trial
+from difflex.miniature.captions import CaptionRequest, read
+from difflex.miniature.world import BACKGROUNDS, CONCEPTS, OBJECT_GROUPS, STYLES, SceneMix
+from difflex.steering import SteeringTask, SteeringTrial
 from difflex.trials import drawn_pairs, drawn_task, group_of
 
 __all__ = ["ANYWHERE", "Kind", "concepts_of", "pairs_for", "task_of"]
@@ -27,7 +27,7 @@ TIMES = 3
 """So often does a caption that argues against a concept name another one."""
 LOOKED_AT = 12
 """Captions looked at for each that is wanted."""
-ALIKE, TWO = Mix(1, 0, 0), Mix(0, 1, 0)
+ALIKE, TWO = SceneMix(1, 0, 0), SceneMix(0, 1, 0)
 
 
 def concepts_of(group: str, count: int) -> list[str]:
@@ -49,7 +49,7 @@ def pairs_for(concept: str, count: int) -> list[tuple[str, str]]:
 
 
 @cache
-def task_of(concept: str, kind: Kind, trials: int) -> Task:
+def task_of(concept: str, kind: Kind, trials: int) -> SteeringTask:
     """Captions of a kind in which a concept is to appear; as many as asked for, with seeds that follow one another."""
     group, looked = group_of(concept), LOOKED_AT
     wanted = UNPAIRED if kind == "other scenery" else PAIRED
@@ -60,16 +60,16 @@ def task_of(concept: str, kind: Kind, trials: int) -> Task:
             break
         looked *= 2
     made = [trial._replace(prompt=_said(trial, group, kind), seed=number) for number, trial in enumerate(found[:trials])]
-    return Task(concept=concept, group=group, trials=tuple(made))
+    return SteeringTask(concept=concept, group=group, trials=tuple(made))
 
 
-def _is_in(request: Request, group: str, scenery: tuple[tuple[str, ...], ...], stated: bool = False) -> bool:
+def _is_in(request: CaptionRequest, group: str, scenery: tuple[tuple[str, ...], ...], stated: bool = False) -> bool:
     """Whether ground and style, where they are not what is looked at, are of `scenery`; or, unless `stated`, not said."""
     pairs = (("background", request.background, scenery[0]), ("style", request.style, scenery[1]))
     return all((said is None and not stated) or said in among for name, said, among in pairs if name != group)
 
 
-def _said(trial: Trial, group: str, kind: Kind) -> str:
+def _said(trial: SteeringTrial, group: str, kind: Kind) -> str:
     if kind == "no object":
         request = read(trial.prompt)
         return " ".join(

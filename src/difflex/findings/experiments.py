@@ -7,12 +7,24 @@ from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
-from difflex.findings.bench import Bench, Scope, groups_of
+from difflex.findings.bench import ExperimentBench, FindingsConfig, groups_of
 from difflex.findings.captions import Kind
-from difflex.findings.record import Finding, Line
-from difflex.findings.rules import KEPT, SURELY, Above, Ruling, are_above, gain, line, line_of, rises_above_one, ruled, under_half
+from difflex.findings.record import Finding, FindingLine
+from difflex.findings.rules import (
+    KEPT,
+    SURELY,
+    RuleCondition,
+    Ruling,
+    are_above,
+    gain,
+    line,
+    line_of,
+    rises_above_one,
+    ruled,
+    under_half,
+)
 from difflex.miniature.world import OBJECT_GROUPS
-from difflex.steering import Curve, Point
+from difflex.steering import StrengthCurve, StrengthPoint
 
 __all__ = ["EXPERIMENTS", "finding", "workload"]
 
@@ -24,21 +36,21 @@ STRENGTH, ADDED = "strength, in lengths of a mean activation", "success above th
 LOSS = "loss over that of unedited pictures"
 
 
-class Outcome(NamedTuple):
+class ExperimentOutcome(NamedTuple):
     """What an experiment gave."""
 
     ruling: Ruling
     numbers: dict[str, float]
     x: str
     y: str
-    lines: tuple[Line, ...]
-    curves: tuple[Curve, ...]
+    lines: tuple[FindingLine, ...]
+    curves: tuple[StrengthCurve, ...]
 
 
-def pairs(bench: Bench) -> Outcome:
+def pairs(bench: ExperimentBench) -> ExperimentOutcome:
     """A contrast from more and more pairs."""
     counts = bench.scope.counts
-    by_concept: list[list[Curve]] = []
+    by_concept: list[list[StrengthCurve]] = []
     for concept in bench.scope.concepts():
         fewer = {f"{count} pairs": way for count, way in bench.contrasts(concept).items() if count != max(counts)}
         at_most = replace(bench.alike(concept), method=f"{max(counts)} pairs")
@@ -50,7 +62,7 @@ def pairs(bench: Bench) -> Outcome:
         own = [[gain(each) for each in curves if (each.group, each.method) == (group, f"{count} pairs")] for count in counts]
         lines.append(line_of(group, counts, own))
     numbers = {f"gain of {count} pairs": fmean(values) for count, values in gains.items()}
-    return Outcome(_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
+    return ExperimentOutcome(_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
 
 
 def _knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
@@ -58,15 +70,15 @@ def _knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
     most = max(gains)
     if KNEE not in gains or BEFORE not in gains or most <= KNEE:
         return Ruling("cannot be said", f"A knee at {KNEE} takes contrasts of {BEFORE}, {KNEE} and more pairs: name them.")
-    rises = Above([b - a for a, b in zip(gains[BEFORE], gains[KNEE], strict=True)], FLAT)
-    flat = Above([a - b for a, b in zip(gains[KNEE], gains[most], strict=True)], -FLAT)
+    rises = RuleCondition([b - a for a, b in zip(gains[BEFORE], gains[KNEE], strict=True)], FLAT)
+    flat = RuleCondition([a - b for a, b in zip(gains[KNEE], gains[most], strict=True)], -FLAT)
     means = {count: fmean(values) for count, values in gains.items()}
     enough = min(count for count, value in means.items() if value >= means[most] - FLAT)
     told = ", ".join(f"{value:.2f} by {count}" for count, value in means.items())
     return ruled(are_above([rises, flat]), f"gain {told} pairs; {enough} come within {FLAT} of {most}")
 
 
-def distribution(bench: Bench) -> Outcome:
+def distribution(bench: ExperimentBench) -> ExperimentOutcome:
     """Captions of other kinds than those of the pairs."""
     kinds: tuple[Kind, ...] = ("alike", "other scenery", "two objects")
     by_concept = [bench.conditions(concept, kinds, bench.contrast(concept)) for concept in bench.scope.concepts()]
@@ -74,7 +86,7 @@ def distribution(bench: Bench) -> Outcome:
     return _compared(kinds, by_concept, "gain on captions like the pairs", others)
 
 
-def adversarial(bench: Bench) -> Outcome:
+def adversarial(bench: ExperimentBench) -> ExperimentOutcome:
     """Captions that name another concept again and again, beside captions that leave it open."""
     concepts = bench.scope.concepts([group for group in bench.scope.groups if group != "shape"])
     by_concept = [bench.conditions(concept, ("unsaid", "against"), bench.contrast(concept)) for concept in concepts]
@@ -82,15 +94,15 @@ def adversarial(bench: Bench) -> Outcome:
     return _compared(("unsaid", "against"), by_concept, "gain where captions leave it open", others)
 
 
-def quality(bench: Bench) -> Outcome:
+def quality(bench: ExperimentBench) -> ExperimentOutcome:
     """What edits cost by their strength."""
     curves = [bench.base(concept) for concept in bench.scope.concepts()]
     lines = [line("all concepts", curves, _loss), *(line(group, each, _loss) for group, each in groups_of(curves).items())]
     numbers = {f"loss at {x:g}": y for x, y in zip(lines[0].x, lines[0].y, strict=True)}
-    return Outcome(rises_above_one(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
+    return ExperimentOutcome(rises_above_one(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
 
 
-def size(bench: Bench) -> Outcome:
+def size(bench: ExperimentBench) -> ExperimentOutcome:
     """What edits cost in a larger and in a smaller model."""
     mine = [bench.base(concept) for concept in bench.scope.concepts()]
     lines = [line(_millions(bench.parameters), mine, _loss)]
@@ -106,18 +118,18 @@ def size(bench: Bench) -> Outcome:
             else "The other study has no other size, or nothing alike"
         )
         ruling = Ruling("cannot be said", f"{why}. --other names a study of another size with findings of the same concepts.")
-        return Outcome(ruling, {}, STRENGTH, LOSS, tuple(lines), tuple(mine))
+        return ExperimentOutcome(ruling, {}, STRENGTH, LOSS, tuple(lines), tuple(mine))
     excess = [(_mean_loss(a, b), _mean_loss(b, a)) for a, b in shared]
     smaller_first = [pair if bench.parameters < bench.other.parameters else pair[::-1] for pair in excess]
     names = _millions(bench.parameters), _millions(bench.other.parameters)
     numbers = {f"loss, {name}": fmean([pair[i] for pair in excess]) for i, name in enumerate(names)}
     told = "mean loss " + ", ".join(f"{value:.2f} of {name}" for name, value in zip(names, numbers.values(), strict=True))
-    ruling = ruled(are_above([Above([small - large for small, large in smaller_first])]), told)
+    ruling = ruled(are_above([RuleCondition([small - large for small, large in smaller_first])]), told)
     lines.append(line(_millions(bench.other.parameters), list(there.curves), _loss))
-    return Outcome(ruling, numbers, STRENGTH, LOSS, tuple(lines), tuple(curve for pair in shared for curve in pair))
+    return ExperimentOutcome(ruling, numbers, STRENGTH, LOSS, tuple(lines), tuple(curve for pair in shared for curve in pair))
 
 
-def related(bench: Bench) -> Outcome:
+def related(bench: ExperimentBench) -> ExperimentOutcome:
     """Prompts with an object that could have the concept, and prompts with none."""
     kinds: tuple[Kind, ...] = ("an object", "no object")
     by_concept = [bench.conditions(concept, kinds, bench.best_way(concept)) for concept in bench.scope.concepts(OBJECT_GROUPS)]
@@ -125,7 +137,7 @@ def related(bench: Bench) -> Outcome:
     return _compared(kinds, by_concept, "gain with an object in the prompt", {"no object": "with none"}, kept=0)
 
 
-def steps(bench: Bench) -> Outcome:
+def steps(bench: ExperimentBench) -> ExperimentOutcome:
     """All steps of a run steered, and the first of them."""
     names = ("all steps", f"first {FIRST} of {RUN}")
     by_concept = []
@@ -139,12 +151,12 @@ def steps(bench: Bench) -> Outcome:
     lines = tuple(line(name, each, _loss) for name, each in curves.items())
     numbers = {f"excess loss, {name}": fmean(values) for name, values in excess.items()}
     numbers |= {f"gain, {name}": fmean([gain(curve) for curve in each]) for name, each in curves.items()}
-    return Outcome(ruling, numbers, STRENGTH, LOSS, lines, tuple(curve for each in curves.values() for curve in each))
+    return ExperimentOutcome(ruling, numbers, STRENGTH, LOSS, lines, tuple(curve for each in curves.values() for curve in each))
 
 
 def _compared(
-    kinds: Sequence[str], by_concept: Sequence[Sequence[Curve]], first: str, others: Mapping[str, str], kept: float = KEPT
-) -> Outcome:
+    kinds: Sequence[str], by_concept: Sequence[Sequence[StrengthCurve]], first: str, others: Mapping[str, str], kept: float = KEPT
+) -> ExperimentOutcome:
     """Whether the gain on captions of other kinds is under half of that on the first; `first` and `others` say them in words.
 
     Pictures that show the concept unedited leave less to be gained, all of them nothing: so gains are shares of that.
@@ -155,23 +167,23 @@ def _compared(
     ruling = under_half(first, gains[kinds[0]], {words: gains[kind] for kind, words in others.items()})
     lines = tuple(line(kind, each, _added) for kind, each in curves.items())
     numbers = {f"gain, {kind}": fmean(values) for kind, values in gains.items() if values}
-    return Outcome(ruling, numbers, STRENGTH, ADDED, lines, tuple(curve for each in curves.values() for curve in each))
+    return ExperimentOutcome(ruling, numbers, STRENGTH, ADDED, lines, tuple(curve for each in curves.values() for curve in each))
 
 
-def _added(curve: Curve, point: Point) -> float:
+def _added(curve: StrengthCurve, point: StrengthPoint) -> float:
     return point.success - curve.without
 
 
-def _loss(curve: Curve, point: Point) -> float:
+def _loss(curve: StrengthCurve, point: StrengthPoint) -> float:
     return point.quality
 
 
-def _shared(curve: Curve, other: Curve) -> set[float]:
+def _shared(curve: StrengthCurve, other: StrengthCurve) -> set[float]:
     """The strengths that both have."""
     return {point.strength for point in curve.points} & {point.strength for point in other.points}
 
 
-def _mean_loss(curve: Curve, other: Curve | None = None) -> float:
+def _mean_loss(curve: StrengthCurve, other: StrengthCurve | None = None) -> float:
     """Over the strengths that `other` has, too."""
     shared = _shared(curve, other or curve)
     return fmean(point.quality for point in curve.points if point.strength in shared)
@@ -187,7 +199,7 @@ class Experiment(NamedTuple):
     claim: str
     paper: str
     when: str
-    run: Callable[[Bench], Outcome]
+    run: Callable[[ExperimentBench], ExperimentOutcome]
 
     @property
     def rule(self) -> str:
@@ -256,7 +268,7 @@ BASED = ("pairs", "distribution", "quality", "size")
 """Those that share the contrast at all strengths."""
 
 
-def workload(names: Collection[str], scope: Scope) -> dict[int | None, int]:
+def workload(names: Collection[str], scope: FindingsConfig) -> dict[int | None, int]:
     """How many pictures the experiments called `names` draw and judge, by the steps of a run; None is the model's own number.
 
     What several of them share counts once.
@@ -275,7 +287,7 @@ def workload(names: Collection[str], scope: Scope) -> dict[int | None, int]:
     return {None: own * scope.trials, RUN: everything * (1 + 2 * inner) * scope.trials if "steps" in names else 0}
 
 
-def finding(name: str, bench: Bench, made_from: Mapping[str, str | int | float]) -> Finding:
+def finding(name: str, bench: ExperimentBench, made_from: Mapping[str, str | int | float]) -> Finding:
     """The finding of the experiment called `name`."""
     made = EXPERIMENTS[name]
     outcome = made.run(bench)

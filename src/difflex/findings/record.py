@@ -9,15 +9,15 @@ from typing import Literal, NamedTuple, final
 
 from difflex.dictionary.files import reading_record, write_record
 from difflex.errors import BadInput
-from difflex.steering import Curve, Point
+from difflex.steering import StrengthCurve, StrengthPoint
 
-__all__ = ["Finding", "Findings", "Line", "Verdict"]
+__all__ = ["Finding", "FindingLine", "Findings", "Verdict"]
 
 FORMAT = 1
 Verdict = Literal["holds here", "does not hold here", "cannot be said"]
 
 
-class Line(NamedTuple):
+class FindingLine(NamedTuple):
     """A line of a figure: means over concepts, and the standard error of each."""
 
     name: str
@@ -45,8 +45,8 @@ class Finding:
     x: str
     """What the lines run over: the title of an axis."""
     y: str
-    lines: tuple[Line, ...]
-    curves: tuple[Curve, ...]
+    lines: tuple[FindingLine, ...]
+    curves: tuple[StrengthCurve, ...]
     """All that was judged; `method` is the condition. Where captions of several kinds are compared, `quality` is over the largest
     loss that unedited pictures of a kind have."""
     made_from: Mapping[str, str | int | float]
@@ -90,7 +90,9 @@ def _finding(said: Mapping[str, object]) -> Finding:
     lines, curves = said["lines"], said["curves"]
     assert isinstance(lines, list) and isinstance(curves, list)
     parts = {
-        "lines": tuple(Line(name, tuple(x), tuple(y), tuple(errors), concepts) for name, x, y, errors, concepts in lines),
-        "curves": tuple(Curve(**{**each, "points": tuple(Point(**point) for point in each["points"])}) for each in curves),
+        "lines": tuple(FindingLine(name, tuple(x), tuple(y), tuple(errors), concepts) for name, x, y, errors, concepts in lines),
+        "curves": tuple(
+            StrengthCurve(**{**each, "points": tuple(StrengthPoint(**point) for point in each["points"])}) for each in curves
+        ),
     }
     return Finding(**{**said, **parts})  # pyright: ignore[reportArgumentType]

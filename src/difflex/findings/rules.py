@@ -8,13 +8,13 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from difflex.findings.record import Line, Verdict
-from difflex.steering import Curve, Point
+from difflex.findings.record import FindingLine, Verdict
+from difflex.steering import StrengthCurve, StrengthPoint
 
 __all__ = [
     "KEPT",
     "SURELY",
-    "Above",
+    "RuleCondition",
     "Ruling",
     "are_above",
     "chance",
@@ -41,7 +41,7 @@ SURELY = (
 """What every rule says besides."""
 
 
-class Above(NamedTuple):
+class RuleCondition(NamedTuple):
     """A condition of a rule: the mean of these is above a threshold."""
 
     values: Sequence[float]
@@ -55,13 +55,13 @@ class Ruling(NamedTuple):
     because: str
 
 
-def are_above(conditions: Sequence[Above]) -> bool | None:
+def are_above(conditions: Sequence[RuleCondition]) -> bool | None:
     """Whether all conditions are so; None where chance may have made one of them so or not, or where there are too few values."""
     answers = [_is_above(each, CHANCE / len(conditions)) for each in conditions]
     return False if False in answers else (None if None in answers else True)
 
 
-def _is_above(condition: Above, share: float) -> bool | None:
+def _is_above(condition: RuleCondition, share: float) -> bool | None:
     """Whether it is so, if such a mean comes up by chance in less than this share of cases."""
     values, threshold = condition
     if len(values) < FEWEST:
@@ -100,16 +100,16 @@ def under_half(name: str, full: Sequence[float], others: Mapping[str, Sequence[f
     told += f", over {len(full)} concepts"
     if fmean(full) < LEAST:
         return Ruling("cannot be said", f"{told}: of an effect under {LEAST} no half can be told.")
-    lost = [Above([one / 2 - two for one, two in zip(full, values, strict=True)]) for values in others.values()]
+    lost = [RuleCondition([one / 2 - two for one, two in zip(full, values, strict=True)]) for values in others.values()]
     return ruled(are_above(lost), told)
 
 
-def rises_above_one(curves: Sequence[Curve]) -> Ruling:
+def rises_above_one(curves: Sequence[StrengthCurve]) -> Ruling:
     """Whether the loss is above that of unedited pictures at every strength and rises from each to the next."""
     table = [[point.quality for point in curve.points] for curve in curves]
     columns = list(zip(*table, strict=True))
-    above = [Above(column, 1.0) for column in columns]
-    rising = [Above([b - a for a, b in zip(*pair, strict=True)]) for pair in pairwise(columns)]
+    above = [RuleCondition(column, 1.0) for column in columns]
+    rising = [RuleCondition([b - a for a, b in zip(*pair, strict=True)]) for pair in pairwise(columns)]
     strengths = [point.strength for point in curves[0].points]
     told = "loss over that of unedited pictures " + ", ".join(
         f"{fmean(column):.2f} at {strength:g}" for strength, column in zip(strengths, columns, strict=True)
@@ -117,21 +117,21 @@ def rises_above_one(curves: Sequence[Curve]) -> Ruling:
     return ruled(are_above(above + rising), told)
 
 
-def gain(curve: Curve, kept: float = KEPT) -> float:
+def gain(curve: StrengthCurve, kept: float = KEPT) -> float:
     """What the best of its strengths that keep so much of all else adds to success."""
     return curve.gain(kept)
 
 
-def line(name: str, curves: Sequence[Curve], of: Callable[[Curve, Point], float]) -> Line:
+def line(name: str, curves: Sequence[StrengthCurve], of: Callable[[StrengthCurve, StrengthPoint], float]) -> FindingLine:
     """A number of points over strengths: its mean over curves of the same strengths."""
     columns = list(zip(*([of(curve, point) for point in curve.points] for curve in curves), strict=True))
     return line_of(name, [point.strength for point in curves[0].points] if curves else [], columns)
 
 
-def line_of(name: str, x: Sequence[float], columns: Sequence[Sequence[float]]) -> Line:
+def line_of(name: str, x: Sequence[float], columns: Sequence[Sequence[float]]) -> FindingLine:
     """A line through the mean of each column."""
     y, errors = (tuple(map(each, columns)) for each in (fmean, standard_error))
-    return Line(name, tuple(x), y, errors, len(columns[0]) if columns else 0)
+    return FindingLine(name, tuple(x), y, errors, len(columns[0]) if columns else 0)
 
 
 def standard_error(values: Sequence[float]) -> float:

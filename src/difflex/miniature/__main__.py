@@ -15,13 +15,13 @@ from difflex.quiet import quiet
 with quiet("transformers"):  # which tells at the first import which packages it does without
     from diffusers import FluxPipeline
 
-    from difflex.miniature.architecture import Architecture
+    from difflex.miniature.architecture import MiniatureConfig
     from difflex.miniature.card import write_card
     from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
     from difflex.miniature.exporting import STEPS, export, pictures
     from difflex.miniature.flow import FlowRecipe
     from difflex.miniature.judge import load_judge
-    from difflex.miniature.training import Workshop, pack, train
+    from difflex.miniature.training import TrainingFolder, pack, train
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def _training_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb = verbs.add_parser("pack", help="copy a run in a form small enough to travel; train goes on from the copy")
     verb.add_argument("folder", type=Path)
     verb.add_argument("target", type=Path, help="the folder to write")
-    verb.set_defaults(run=lambda asked: pack(Workshop(folder=asked.folder), Workshop(folder=asked.target)))
+    verb.set_defaults(run=lambda asked: pack(TrainingFolder(folder=asked.folder), TrainingFolder(folder=asked.target)))
 
 
 def _reading_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -70,17 +70,17 @@ def _reading_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _train(asked: argparse.Namespace) -> None:
     torch.set_num_threads(asked.threads)
     recipe = replace(FlowRecipe(), updates=asked.updates, decay_from=asked.decay_from, seed=asked.seed)
-    train(asked.folder, recipe, Architecture(), asked.minutes)
+    train(asked.folder, recipe, MiniatureConfig(), asked.minutes)
 
 
 def _export(asked: argparse.Namespace) -> None:
-    export(Workshop(folder=asked.folder), asked.target, Architecture())
+    export(TrainingFolder(folder=asked.folder), asked.target, MiniatureConfig())
     print(f"Wrote {asked.target}.")
 
 
 def _card(asked: argparse.Namespace) -> None:
     examinations = {steps: _examination(asked.target, None, 500, steps, 0) for steps in (STEPS, 20)}
-    write_card(Workshop(folder=asked.folder), asked.target, examinations, Architecture())
+    write_card(TrainingFolder(folder=asked.folder), asked.target, examinations, MiniatureConfig())
     print(f"Wrote {asked.target / 'README.md'}.")
 
 

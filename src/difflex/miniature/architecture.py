@@ -17,7 +17,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class MiniatureConfig:
     """The sizes of a miniature FLUX."""
 
     double_blocks: int = 3
@@ -31,7 +31,7 @@ class Architecture:
     """Tokens of the T5 stream; longer captions are cut."""
 
 
-def untrained_pipeline(architecture: Architecture, seed: int) -> FluxPipeline:
+def untrained_pipeline(architecture: MiniatureConfig, seed: int) -> FluxPipeline:
     """A whole pipeline with random weights; the autoencoder's encoder is fitted later in closed form."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -46,7 +46,7 @@ def untrained_pipeline(architecture: Architecture, seed: int) -> FluxPipeline:
         )
 
 
-def _transformer(sizes: Architecture) -> FluxTransformer2DModel:
+def _transformer(sizes: MiniatureConfig) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -82,7 +82,7 @@ def _autoencoder() -> AutoencoderKL:
     return autoencoder
 
 
-def _clip(sizes: Architecture) -> CLIPTextModel:
+def _clip(sizes: MiniatureConfig) -> CLIPTextModel:
     vocabulary = _clip_vocabulary()
     end = vocabulary.index(CLIP_END)
     return CLIPTextModel(
@@ -101,7 +101,7 @@ def _clip(sizes: Architecture) -> CLIPTextModel:
     )
 
 
-def _t5(sizes: Architecture) -> T5EncoderModel:
+def _t5(sizes: MiniatureConfig) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(_t5_pieces()),

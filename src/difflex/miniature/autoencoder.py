@@ -21,14 +21,14 @@ ANCHOR = 300.0
 """Value of the constant channels that hold the group norm still; large against components of size 1."""
 
 
-class Components(NamedTuple):
+class PatchComponents(NamedTuple):
     """Half-whitened principal components of 4 x 4 patches: what the encoder computes, as one small matrix product."""
 
     mean: Float[Tensor, " patch"]
     weights: Float[Tensor, "latent patch"]
 
     @classmethod
-    def of(cls, pictures: Float[Tensor, "picture 3 height width"]) -> "Components":
+    def of(cls, pictures: Float[Tensor, "picture 3 height width"]) -> "PatchComponents":
         """Those of pictures in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
         patches = F.unfold(pictures, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH**2).double()
         mean = patches.mean(0)
@@ -46,7 +46,7 @@ class Components(NamedTuple):
 
 
 @torch.no_grad()
-def write_encoder(vae: AutoencoderKL, components: Components) -> None:
+def write_encoder(vae: AutoencoderKL, components: PatchComponents) -> None:
     """Makes the autoencoder's encoder compute the components.
 
     Components come as pairs y, -y: silu(y) - silu(-y) = y, and their mean is 0. Two constant channels +-ANCHOR in each norm
@@ -86,7 +86,7 @@ def _gather(weight: Tensor) -> None:
                 weight[c * 4 + 2 * dy + dx, c, dy, dx] = 1.0
 
 
-def _project(weight: Tensor, bias: Tensor, components: Components) -> None:
+def _project(weight: Tensor, bias: Tensor, components: PatchComponents) -> None:
     """From the 12 gathered channels of 2 x 2 blocks to the components of 4 x 4 patches, and the anchors."""
     # colour, block row, row in block, block column, column in block
     patch = components.weights.view(LATENT_CHANNELS, 3, 2, 2, 2, 2)
@@ -102,7 +102,7 @@ def _project(weight: Tensor, bias: Tensor, components: Components) -> None:
 
 def decoder_losses(
     vae: AutoencoderKL,
-    components: Components,
+    components: PatchComponents,
     batches: Iterator[Float[Tensor, "picture 3 height width"]],
     updates: int,
     noise: float = 0.1,

@@ -17,7 +17,7 @@ from difflex.miniature.world import (
     SIZES,
     STYLES,
     TEXTURES,
-    Specs,
+    SceneSpecs,
     scenes,
     uniform,
 )
@@ -32,7 +32,7 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class ObjectRequest:
     """One kind of object that a caption asks for; None where the caption says nothing."""
 
     shape: str
@@ -45,10 +45,10 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class CaptionRequest:
     """What a caption asks for."""
 
-    objects: tuple[Wanted, ...] = ()
+    objects: tuple[ObjectRequest, ...] = ()
     background: str | None = None
     style: str | None = None
     relation: str | None = None
@@ -57,7 +57,7 @@ class Request:
     """Words that no caption of the drawn world holds."""
 
 
-def write(specs: Specs) -> list[str]:
+def write(specs: SceneSpecs) -> list[str]:
     """One caption a scene."""
     u = uniform(specs.seed, 40, stream=2).tolist()
     rows = [part.tolist() for part in (specs.count, specs.background, specs.style)]
@@ -147,7 +147,7 @@ def _sign(x: int) -> int:
     return (x > 0) - (x < 0)
 
 
-def read(caption: str) -> Request:
+def read(caption: str) -> CaptionRequest:
     """What a caption asks for: the inverse of `write`, and good enough for what people type."""
     text = re.sub(r"[^a-z ]", " ", caption.lower())
     text = text.replace("in the center", "middle center")
@@ -159,7 +159,7 @@ def read(caption: str) -> Request:
     for start, noun, end in zip(starts, nouns, [*starts[1:], len(words)][: len(starts)], strict=True):
         objects.append(_wanted(words[start : noun + 1], words[noun + 1 : end]))
     relation = next((word.replace("-", " ") for word in words if word.replace("-", " ") in RELATIONS), None)
-    return Request(
+    return CaptionRequest(
         objects=tuple(objects),
         background=_first(words, BACKGROUNDS),
         style=_first(words, STYLES),
@@ -168,9 +168,9 @@ def read(caption: str) -> Request:
     )
 
 
-def _wanted(phrase: list[str], after: list[str]) -> Wanted:
+def _wanted(phrase: list[str], after: list[str]) -> ObjectRequest:
     noun = phrase[-1]
-    return Wanted(
+    return ObjectRequest(
         shape=noun if noun in SHAPES else SHAPES[PLURALS.index(noun)],
         count=next((COUNTS.index(word) + 1 for word in phrase if word in COUNTS), 1),
         colour=_first(phrase, COLOURS),

@@ -6,10 +6,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from difflex.miniature.architecture import Architecture
+from difflex.miniature.architecture import MiniatureConfig
 from difflex.miniature.examination import Examination, as_markdown, shortfalls
 from difflex.miniature.flow import FlowRecipe
-from difflex.miniature.training import Workshop
+from difflex.miniature.training import TrainingFolder
 
 WORDS = """---
 license: apache-2.0
@@ -57,7 +57,9 @@ for all of its objects. The judge is a small network trained on true drawings al
 """
 
 
-def write_card(workshop: Workshop, target: Path, examinations: dict[int, Examination], architecture: Architecture) -> None:
+def write_card(
+    workshop: TrainingFolder, target: Path, examinations: dict[int, Examination], architecture: MiniatureConfig
+) -> None:
     """Writes the card into the model's folder; `examinations` are by number of steps, the usual one first."""
     log = [json.loads(line) for line in workshop.log.read_text().splitlines()]
     recipe = FlowRecipe()

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.miniature.captions import write
-from difflex.miniature.world import CONCEPTS, OBJECT_GROUPS, PIXELS, SLOTS, STYLES, Mix, Specs, scenes
+from difflex.miniature.world import CONCEPTS, OBJECT_GROUPS, PIXELS, SLOTS, STYLES, SceneMix, SceneSpecs, scenes
 
 PALETTE = torch.tensor(
     [
@@ -49,7 +49,7 @@ BLOCKS = (4, 2)
 class Scenes:
     """A batch of drawn scenes: what is in them, how they look, how they are described, and which pixel is what."""
 
-    specs: Specs
+    specs: SceneSpecs
     pictures: Float[Tensor, "scene 3 height width"]
     """Red, green, blue in [0, 1]."""
     slots: Int[Tensor, "scene height width"]
@@ -98,12 +98,12 @@ def concept_index(concept: str) -> tuple[str, int]:
     raise UnknownName.among("the concept", concept, [name for names in CONCEPTS.values() for name in names])
 
 
-def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: Mix = Mix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
+def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
     """The scenes of these seeds, drawn."""
     return draw_specs(scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out))
 
 
-def draw_specs(specs: Specs) -> Scenes:
+def draw_specs(specs: SceneSpecs) -> Scenes:
     """These scenes, drawn."""
     count = len(specs.seed)
     there = torch.arange(SLOTS, device=specs.seed.device) < specs.count[:, None]
@@ -134,7 +134,7 @@ def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
     return at.expand(PIXELS, PIXELS), at[:, None].expand(PIXELS, PIXELS)
 
 
-def _local_frame(specs: Specs, scene: Tensor, slot: Tensor) -> Float[Tensor, "2 object height width"]:
+def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor) -> Float[Tensor, "2 object height width"]:
     """Pixel positions seen from each object's centre, in units of its radius; wobbling in watercolours."""
     x, y = _grid(specs.seed.device)
     centre = specs.centre[scene, slot]
@@ -204,7 +204,7 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
     return (torch.hypot(x, y) - 0.68).abs() - 0.29
 
 
-def _paint(specs: Specs, scene: Tensor, slot: Tensor, style: Tensor, local: Tensor, distance: Tensor) -> Tensor:
+def _paint(specs: SceneSpecs, scene: Tensor, slot: Tensor, style: Tensor, local: Tensor, distance: Tensor) -> Tensor:
     """Each object's colours, as if it filled the picture: texture, rim, outline, pigment."""
     colour = PALETTE.to(local.device)[specs.colour[scene, slot]][:, :, None, None]
     luma = (colour * torch.tensor([0.3, 0.59, 0.11], device=local.device)[:, None, None]).sum(1, keepdim=True)
@@ -258,7 +258,7 @@ def _blotches(phase: Tensor) -> Tensor:
     return one * two
 
 
-def _background(specs: Specs) -> Tensor:
+def _background(specs: SceneSpecs) -> Tensor:
     """The picture without objects."""
     amount = _ground_pattern(specs)[:, None]
     style = specs.style[:, None, None, None]
@@ -269,7 +269,7 @@ def _background(specs: Specs) -> Tensor:
     return torch.where(style == 2, wash, ground)
 
 
-def _ground_pattern(specs: Specs) -> Tensor:
+def _ground_pattern(specs: SceneSpecs) -> Tensor:
     """Per pixel the share (0..1) of each background's second colour."""
     x, y = _grid(specs.seed.device)
     phase = specs.phase[:, :, None, None]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.judge import Judge
-from difflex.miniature.scoring import ATTRIBUTES, Score, score, table
-from difflex.miniature.world import HELD_OUT_SEEDS, Mix
+from difflex.miniature.scoring import ATTRIBUTES, CaptionScore, score, table
+from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
 
 Generate = Callable[[list[str]], Float[Tensor, "caption 3 height width"]]
 """Captions -> pictures in [0, 1]."""
@@ -28,7 +28,7 @@ FLOORS = {
 """What each attribute must reach over all captions."""
 COMPOSITION_FLOOR = 0.75
 """What shape and colour together must reach on combinations that training never shows."""
-THIRDS = {"one object": Mix(1, 0, 0), "two different": Mix(0, 1, 0), "copies": Mix(0, 0, 1)}
+THIRDS = {"one object": SceneMix(1, 0, 0), "two different": SceneMix(0, 1, 0), "copies": SceneMix(0, 0, 1)}
 FIRST = HELD_OUT_SEEDS + 1_000_000
 """The seed of the first scene asked."""
 
@@ -36,7 +36,7 @@ FIRST = HELD_OUT_SEEDS + 1_000_000
 def examine(generate: Generate, judge: Judge, captions: int = 500) -> Examination:
     """A row for each third of the captions (one object, two, copies), one for all, one for unseen combinations."""
     rows: Examination = {}
-    scores: list[Score] = []
+    scores: list[CaptionScore] = []
     for number, (name, mix) in enumerate(THIRDS.items()):
         asked = captions // 3 + (number < captions % 3)
         part = _asked(generate, judge, draw(torch.arange(asked) + FIRST + number * 100_000, mix))
@@ -75,11 +75,11 @@ def as_markdown(rows: Examination) -> str:
     return head + "\n".join(f"| {name} | {cells(row)} |" for name, row in rows.items())
 
 
-def _asked(generate: Generate, judge: Judge, scenes: Scenes) -> list[Score]:
+def _asked(generate: Generate, judge: Judge, scenes: Scenes) -> list[CaptionScore]:
     return score(scenes.captions, generate(scenes.captions), judge)
 
 
-def _both(scores: list[Score]) -> float:
+def _both(scores: list[CaptionScore]) -> float:
     """Share of pictures with shape and colour both right, among those that state both."""
     stated = [s.right for s in scores if {"shape", "colour"} <= s.right.keys()]
     return sum(right["shape"] and right["colour"] for right in stated) / len(stated)

@@ -8,16 +8,16 @@ from diffusers import AutoencoderKL, FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.captions import WORDS
 from difflex.miniature.flow import FlowModel
-from difflex.miniature.training import Workshop, write_average
+from difflex.miniature.training import TrainingFolder, write_average
 from difflex.miniature.world import PIXELS
 
 STEPS = 4
 
 
-def export(workshop: Workshop, target: Path, architecture: Architecture) -> FluxPipeline:
+def export(workshop: TrainingFolder, target: Path, architecture: MiniatureConfig) -> FluxPipeline:
     """Writes the averaged weights as a pipeline folder, the transformer in bfloat16; gives the pipeline back as read from it."""
     pipeline = untrained_pipeline(architecture, seed=0)
     write_average(FlowModel(pipeline), workshop.flow)
@@ -37,7 +37,7 @@ def _without_origins(folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def settings(architecture: Architecture) -> dict[str, object]:
+def settings(architecture: MiniatureConfig) -> dict[str, object]:
     """What a loader should know of the model besides its weights."""
     return {
         "format": 1,

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from difflex.miniature.autoencoder import Components
+from difflex.miniature.autoencoder import PatchComponents
 from difflex.miniature.drawing import Scenes, draw
-from difflex.miniature.world import COLOURS, SHAPES, TEXTURES, Mix
+from difflex.miniature.world import COLOURS, SHAPES, TEXTURES, SceneMix
 
 HEAD_CONCEPTS = (*SHAPES, *COLOURS, *TEXTURES)
 
@@ -75,7 +75,7 @@ class FlowRecipe:
         return update >= self.guided_from * self.updates
 
 
-class Batch(NamedTuple):
+class FlowBatch(NamedTuple):
     """Scenes as the model meets them."""
 
     latents: Float[Tensor, "scene token channel"]
@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     """Share of each token that each of `HEAD_CONCEPTS` covers."""
 
 
-class Texts:
+class CaptionTokens:
     """Captions as token ids for both text encoders, padded as `FluxPipeline` pads them."""
 
     def __init__(self, pipeline: FluxPipeline) -> None:
@@ -99,7 +99,7 @@ class Texts:
         return clip.input_ids, t5.input_ids
 
 
-def batch_of(scenes: Scenes, components: Components, texts: Texts, captions: list[str]) -> Batch:
+def batch_of(scenes: Scenes, components: PatchComponents, texts: CaptionTokens, captions: list[str]) -> FlowBatch:
     """These scenes as a batch, described by `captions`."""
     latents = components.encode(scenes.pictures * 2 - 1)
     tokens = F.pixel_unshuffle(latents, 2).flatten(2).movedim(1, 2)
@@ -108,13 +108,13 @@ def batch_of(scenes: Scenes, components: Components, texts: Texts, captions: lis
         (scenes.labels(group), len(names)) for group, names in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES))
     ]
     concepts = [F.adaptive_avg_pool2d(F.one_hot(at + 1, n + 1)[..., 1:].movedim(-1, 1).float(), grid) for at, n in labels]
-    return Batch(tokens, *texts(captions), torch.cat(concepts, dim=1).flatten(2).movedim(1, 2))
+    return FlowBatch(tokens, *texts(captions), torch.cat(concepts, dim=1).flatten(2).movedim(1, 2))
 
 
-def training_batch(update: int, recipe: FlowRecipe, components: Components, texts: Texts) -> Batch:
+def training_batch(update: int, recipe: FlowRecipe, components: PatchComponents, texts: CaptionTokens) -> FlowBatch:
     """The batch of one update: fresh scenes, some without their caption."""
     mix = recipe.layout_mix if recipe.settles_layout(update) else recipe.mix
-    scenes = draw(torch.arange(recipe.batch) + (recipe.seed * 100_000 + update) * recipe.batch, Mix(*mix))
+    scenes = draw(torch.arange(recipe.batch) + (recipe.seed * 100_000 + update) * recipe.batch, SceneMix(*mix))
     drop = torch.rand(recipe.batch, generator=torch.Generator().manual_seed(update)) < recipe.drop_caption
     captions = ["" if dropped else caption for dropped, caption in zip(drop.tolist(), scenes.captions, strict=True)]
     return batch_of(scenes, components, texts, captions)
@@ -171,7 +171,7 @@ Push = Callable[[Tensor, Tensor, Tensor, Tensor], Float[Tensor, "scene token cha
 """Noisy latents, their levels, captions for both encoders -> what the captions change in the velocity."""
 
 
-class Losses(NamedTuple):
+class FlowLosses(NamedTuple):
     """The parts of the loss."""
 
     flow: Tensor
@@ -181,8 +181,8 @@ class Losses(NamedTuple):
 
 
 def losses(
-    model: FlowModel, batch: Batch, recipe: FlowRecipe, generator: torch.Generator, update: int, guide: Push | None = None
-) -> Losses:
+    model: FlowModel, batch: FlowBatch, recipe: FlowRecipe, generator: torch.Generator, update: int, guide: Push | None = None
+) -> FlowLosses:
     """Both losses at random noise levels; with a `guide`, targets are moved along what captions change."""
     noise = torch.randn(batch.latents.shape, generator=generator)
     level = noise_levels(len(noise), recipe, generator, update)
@@ -198,7 +198,7 @@ def losses(
     weight = 1 + emphasis[:, None] * objects
     error = (velocity.float() - target).square().mean(-1)
     flow = (error * weight).sum() / weight.sum()
-    return Losses(flow, _concept_loss(logits.float(), batch.concepts))
+    return FlowLosses(flow, _concept_loss(logits.float(), batch.concepts))
 
 
 def _concept_loss(logits: Tensor, shares: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ def one_update(
     model: FlowModel,
     average: list[Tensor],
     opts: list[torch.optim.Optimizer],
-    batch: Batch,
+    batch: FlowBatch,
     recipe: FlowRecipe,
     update: int,
     guide: Push | None = None,
-) -> Losses:
+) -> FlowLosses:
     """Trains on one batch, in place; `average` follows the parameters."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + update)
     parts = losses(model, batch, recipe, generator, update, guide)
@@ -256,4 +256,4 @@ def one_update(
         optimiser.zero_grad(set_to_none=True)
     keep = min(recipe.ema, (update + 1) / (update + 10))
     torch._foreach_lerp_(average, parameters, 1 - keep)
-    return Losses(parts.flow.detach(), parts.concepts.detach())
+    return FlowLosses(parts.flow.detach(), parts.concepts.detach())

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difflex.miniature.flow import FlowModel, Texts
+from difflex.miniature.flow import CaptionTokens, FlowModel
 
-__all__ = ["Guide"]
+__all__ = ["GuidanceTeacher"]
 
 
-class Guide:
+class GuidanceTeacher:
     """The model as it was when guidance began."""
 
-    def __init__(self, model: FlowModel, weights: list[Tensor], texts: Texts) -> None:
+    def __init__(self, model: FlowModel, weights: list[Tensor], texts: CaptionTokens) -> None:
         self._model = copy.deepcopy(model).requires_grad_(False)
         for parameter, x in zip(self._model.parameters(), weights, strict=True):
             parameter.copy_(x)

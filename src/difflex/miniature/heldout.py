@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.miniature.autoencoder import Components
+from difflex.miniature.autoencoder import PatchComponents
 from difflex.miniature.drawing import draw
-from difflex.miniature.flow import Batch, FlowModel, Texts, batch_of
-from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, Mix
+from difflex.miniature.flow import CaptionTokens, FlowBatch, FlowModel, batch_of
+from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 WATCHED = ("background", "style", "colour", "size", "texture", "shape", "row", "column")
@@ -15,12 +15,12 @@ EARLY = 0.95
 """The noise level at which wrong words are tried: there the words decide, not the picture."""
 
 
-class HeldOut:
+class HeldOutLoss:
     """Fixed scenes and captions, some with one word exchanged for another of its group."""
 
-    def __init__(self, components: Components, texts: Texts, scenes: int = 192) -> None:
+    def __init__(self, components: PatchComponents, texts: CaptionTokens, scenes: int = 192) -> None:
         seeds = torch.arange(scenes) + HELD_OUT_SEEDS
-        mixed, single = draw(seeds), draw(seeds + scenes, Mix(1, 0, 0))
+        mixed, single = draw(seeds), draw(seeds + scenes, SceneMix(1, 0, 0))
         self._mixed = batch_of(mixed, components, texts, mixed.captions)
         self._single = batch_of(single, components, texts, single.captions)
         swapped = {group: [_swapped(caption, group) for caption in single.captions] for group in WATCHED}
@@ -43,7 +43,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def _errors(model: FlowModel, batch: Batch, level: float) -> Float[Tensor, " scene"]:
+def _errors(model: FlowModel, batch: FlowBatch, level: float) -> Float[Tensor, " scene"]:
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         noisy = torch.lerp(batch.latents, noise, level)

@@ -27,7 +27,7 @@ EDGES = (PIXELS / 2 - 9.0, PIXELS / 2 + 9.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class SeenObject:
     """One object that the judge sees."""
 
     concepts: dict[str, str]
@@ -38,10 +38,10 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class SceneReading:
     """What the judge sees in one picture."""
 
-    objects: tuple[Seen, ...]
+    objects: tuple[SeenObject, ...]
     background: str
     style: str
     count: str
@@ -76,7 +76,7 @@ class Judge(nn.Module):
         return answers | {group: layer(pooled) for group, layer in self.whole.items()}
 
     @torch.no_grad()
-    def read(self, pictures: Float[Tensor, "picture 3 height width"]) -> list[Reading]:
+    def read(self, pictures: Float[Tensor, "picture 3 height width"]) -> list[SceneReading]:
         """What is in each picture."""
         if pictures.ndim != 4 or pictures.shape[1:] != (3, PIXELS, PIXELS):
             raise BadInput(f"The judge reads pictures of 3 x {PIXELS} x {PIXELS}; these are {tuple(pictures.shape)}.")
@@ -139,13 +139,13 @@ def _place(mask: Tensor) -> tuple[int, int]:
     return row, column
 
 
-def _reading(answers: dict[str, Tensor], islands: Tensor) -> Reading:
+def _reading(answers: dict[str, Tensor], islands: Tensor) -> SceneReading:
     masks = [islands == label for label in islands.unique().tolist() if label]
     objects = tuple(_seen(answers, mask) for mask in masks if mask.sum() >= SMALLEST)
     ground = answers["background"].softmax(0)[:, islands == 0].mean(1)
     style, count = answers["style"].softmax(0), answers["count"].softmax(0)
     sure = [float(p.max()) for p in (ground, style, count)] + [thing.confidence for thing in objects]
-    return Reading(
+    return SceneReading(
         objects=objects,
         background=CONCEPTS["background"][int(ground.argmax())],
         style=CONCEPTS["style"][int(style.argmax())],
@@ -154,11 +154,11 @@ def _reading(answers: dict[str, Tensor], islands: Tensor) -> Reading:
     )
 
 
-def _seen(answers: dict[str, Tensor], mask: Tensor) -> Seen:
+def _seen(answers: dict[str, Tensor], mask: Tensor) -> SeenObject:
     odds = {group: answers[group].log_softmax(0)[:, mask].mean(1).softmax(0) for group in DENSE[:4]}
     concepts = {group: CONCEPTS[group][int(p.argmax())] for group, p in odds.items()}
     row, column = _place(mask)
-    return Seen(
+    return SeenObject(
         concepts=concepts | {"row": CONCEPTS["row"][row], "column": CONCEPTS["column"][column]},
         confidence=sum(float(odds[group].max()) for group in DENSE[:3]) / 3,
         mask=mask,

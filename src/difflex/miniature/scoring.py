@@ -6,21 +6,21 @@ from itertools import permutations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.miniature.captions import RELATIONS, Request, Wanted, read
-from difflex.miniature.judge import Judge, Reading, Seen
+from difflex.miniature.captions import RELATIONS, CaptionRequest, ObjectRequest, read
+from difflex.miniature.judge import Judge, SceneReading, SeenObject
 from difflex.miniature.world import COLUMNS, ROWS
 
 ATTRIBUTES = ("colour", "shape", "background", "style", "position", "texture", "size", "count", "relation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class CaptionScore:
     """What is right in one picture."""
 
     caption: str
     right: dict[str, bool]
     """Attribute -> whether it is right for all objects; only attributes that the caption states."""
-    reading: Reading
+    reading: SceneReading
 
 
 def score(
@@ -28,23 +28,23 @@ def score(
     pictures: Float[Tensor, "picture 3 height width"],
     judge: Judge,
     regions: Bool[Tensor, "picture height width"] | None = None,
-) -> list[Score]:
+) -> list[CaptionScore]:
     """One score a picture; with regions, only what lies in a picture's region, by most of its pixels, counts as there."""
     readings = [reading for chunk in pictures.split(64) for reading in judge.read(chunk)]
     if regions is not None:
         readings = [_inside(reading, region) for reading, region in zip(readings, regions, strict=True)]
     return [
-        Score(caption=caption, right=right_of(read(caption), reading), reading=reading)
+        CaptionScore(caption=caption, right=right_of(read(caption), reading), reading=reading)
         for caption, reading in zip(captions, readings, strict=True)
     ]
 
 
-def _inside(reading: Reading, region: Bool[Tensor, "height width"]) -> Reading:
+def _inside(reading: SceneReading, region: Bool[Tensor, "height width"]) -> SceneReading:
     there = tuple(thing for thing in reading.objects if (thing.mask & region).sum() > 0.5 * thing.mask.sum())
     return replace(reading, objects=there)
 
 
-def table(scores: list[Score]) -> dict[str, float]:
+def table(scores: list[CaptionScore]) -> dict[str, float]:
     """Attribute -> the share of pictures in which it is right, among those whose caption states it."""
     rows = {attribute: [s.right[attribute] for s in scores if attribute in s.right] for attribute in ATTRIBUTES}
     return {attribute: sum(row) / len(row) for attribute, row in rows.items() if row}
@@ -56,7 +56,7 @@ def kind(caption: str) -> str:
     return "copies" if any(thing.count > 1 for thing in objects) else ("two different" if len(objects) > 1 else "one object")
 
 
-def right_of(request: Request, reading: Reading) -> dict[str, bool]:
+def right_of(request: CaptionRequest, reading: SceneReading) -> dict[str, bool]:
     """Attribute -> whether the picture as read has it right; only attributes that the caption states."""
     wanted = [thing for thing in request.objects for _ in range(thing.count)]
     matched = _match(wanted, reading.objects)
@@ -79,9 +79,9 @@ def right_of(request: Request, reading: Reading) -> dict[str, bool]:
     return right
 
 
-def _match(wanted: list[Wanted], seen: tuple[Seen, ...]) -> list[Seen | None]:
+def _match(wanted: list[ObjectRequest], seen: tuple[SeenObject, ...]) -> list[SeenObject | None]:
     """The assignment of seen objects to wanted ones under which most is right."""
-    candidates: list[Seen | None] = [*seen, *[None] * len(wanted)]
+    candidates: list[SeenObject | None] = [*seen, *[None] * len(wanted)]
     best = max(
         permutations(range(len(candidates)), len(wanted)),
         key=lambda order: sum(_agreement(thing, candidates[i]) for thing, i in zip(wanted, order, strict=True)),
@@ -89,19 +89,19 @@ def _match(wanted: list[Wanted], seen: tuple[Seen, ...]) -> list[Seen | None]:
     return [candidates[i] for i in best]
 
 
-def _agreement(thing: Wanted, seen: Seen | None) -> float:
+def _agreement(thing: ObjectRequest, seen: SeenObject | None) -> float:
     if seen is None:
         return -0.1
     asked = [getattr(thing, group) for group in ("shape", "colour", "texture", "size", "row", "column")]
     return sum(value is not None and value in seen.concepts.values() for value in asked)
 
 
-def _in_place(thing: Wanted, seen: Seen) -> bool:
+def _in_place(thing: ObjectRequest, seen: SeenObject) -> bool:
     row = thing.row is None or thing.row == seen.concepts["row"]
     return row and (thing.column is None or thing.column == seen.concepts["column"])
 
 
-def _related(relation: str, first: Seen | None, second: Seen | None) -> bool:
+def _related(relation: str, first: SeenObject | None, second: SeenObject | None) -> bool:
     if first is None or second is None:
         return False
     dx, dy = RELATIONS[relation]

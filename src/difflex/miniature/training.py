@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from difflex.errors import StaleWork
-from difflex.miniature.architecture import Architecture, untrained_pipeline
-from difflex.miniature.autoencoder import Components, decoder_losses, write_encoder
+from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
+from difflex.miniature.autoencoder import PatchComponents, decoder_losses, write_encoder
 from difflex.miniature.drawing import draw
-from difflex.miniature.flow import Batch, FlowModel, FlowRecipe, Texts, one_update, optimisers, training_batch
-from difflex.miniature.guidance import Guide
-from difflex.miniature.heldout import HeldOut
+from difflex.miniature.flow import CaptionTokens, FlowBatch, FlowModel, FlowRecipe, one_update, optimisers, training_batch
+from difflex.miniature.guidance import GuidanceTeacher
+from difflex.miniature.heldout import HeldOutLoss
 from difflex.miniature.judge import Judge, save_judge, training_losses
 
 DECODER_UPDATES = 2200
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
+class TrainingFolder:
     """The files of one training run."""
 
     folder: Path
@@ -62,10 +62,10 @@ class Workshop:
         return self.folder / "log.jsonl"
 
 
-def train(folder: Path, recipe: FlowRecipe, architecture: Architecture, minutes: float | None = None) -> None:
+def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minutes: float | None = None) -> None:
     """Trains what is not trained yet, for at most `minutes`; call it again to go on where it stopped."""
     until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    workshop = Workshop(folder=folder)
+    workshop = TrainingFolder(folder=folder)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = untrained_pipeline(architecture, recipe.seed)
     if not workshop.judge.exists():
@@ -75,7 +75,7 @@ def train(folder: Path, recipe: FlowRecipe, architecture: Architecture, minutes:
     train_flow(workshop, pipeline, recipe, until)
 
 
-def train_judge(workshop: Workshop, updates: int) -> None:
+def train_judge(workshop: TrainingFolder, updates: int) -> None:
     """Trains and saves the judge."""
     judge = Judge()
     for _ in _shown(training_losses(judge, updates), "judge", updates):
@@ -83,15 +83,15 @@ def train_judge(workshop: Workshop, updates: int) -> None:
     save_judge(judge, workshop.judge)
 
 
-def picture_components(workshop: Workshop) -> Components:
+def picture_components(workshop: TrainingFolder) -> PatchComponents:
     """The components of the drawn world's patches: fitted once for a run and kept, since latents mean nothing without them."""
     if not workshop.components.exists():
-        components = Components.of(draw(torch.arange(512)).pictures * 2 - 1)
+        components = PatchComponents.of(draw(torch.arange(512)).pictures * 2 - 1)
         write_tensors(workshop.components, components._asdict(), {})
-    return Components(**load_file(workshop.components))
+    return PatchComponents(**load_file(workshop.components))
 
 
-def train_autoencoder(workshop: Workshop, vae: AutoencoderKL, updates: int) -> None:
+def train_autoencoder(workshop: TrainingFolder, vae: AutoencoderKL, updates: int) -> None:
     """Writes the encoder, trains the decoder, saves both."""
     components = picture_components(workshop)
     write_encoder(vae, components)
@@ -101,13 +101,13 @@ def train_autoencoder(workshop: Workshop, vae: AutoencoderKL, updates: int) -> N
     vae.save_pretrained(workshop.autoencoder)
 
 
-def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
+def train_flow(workshop: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
     """Trains transformer and text encoders until the recipe's end or the time `until`."""
-    components, texts = picture_components(workshop), Texts(pipeline)
+    components, texts = picture_components(workshop), CaptionTokens(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
     for name, (before, now) in state.restore(workshop.flow).items():
         _log(workshop, update=state.update, changed=name, before=before, now=now)
-    held_out: HeldOut | None = None
+    held_out: HeldOutLoss | None = None
     saved = time.monotonic()
     batches = _prefetched(state.update, recipe, components, texts)
     for batch in _shown(batches, "flow", recipe.updates, state.update):
@@ -123,7 +123,7 @@ def train_flow(workshop: Workshop, pipeline: FluxPipeline, recipe: FlowRecipe, u
                 seconds=time.monotonic() - started,
             )
         if state.update % REPORT_EVERY == 0:
-            held_out = held_out or HeldOut(components, texts)
+            held_out = held_out or HeldOutLoss(components, texts)
             _log(workshop, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
         if time.monotonic() - saved > CHECKPOINT_SECONDS or time.monotonic() > until:
             state.save(workshop.flow)
@@ -140,16 +140,16 @@ class FlowState:
         self.model, self.recipe, self.update = model, recipe, 0
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
         self._guiding: list[Tensor] = []
-        self._guide: Guide | None = None
+        self._guide: GuidanceTeacher | None = None
         self.optimisers = optimisers(model, recipe)
 
-    def guide(self, texts: Texts) -> Guide | None:
+    def guide(self, texts: CaptionTokens) -> GuidanceTeacher | None:
         """What guides this update: the average as it was when guidance began; None before."""
         if not self.recipe.guides(self.update):
             return None
         if self._guide is None:
             self._guiding = self._guiding or [x.clone() for x in self.average]
-            self._guide = Guide(self.model, self._guiding, texts)
+            self._guide = GuidanceTeacher(self.model, self._guiding, texts)
         return self._guide
 
     def save(self, file: Path) -> None:
@@ -209,7 +209,7 @@ def write_average(model: FlowModel, file: Path) -> None:
             parameter.copy_(tensors[f"average.{i}"])
 
 
-def pack(source: Workshop, target: Workshop) -> None:
+def pack(source: TrainingFolder, target: TrainingFolder) -> None:
     """Copies a run in a form small enough to travel, from which `train` goes on.
 
     The flow's parameters, guide and second moments are kept in bfloat16; first moments and average, soon regained, stay behind.
@@ -237,26 +237,26 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str])
     partial.replace(file)
 
 
-class _Batches(IterableDataset[Batch]):
+class _FlowBatches(IterableDataset[FlowBatch]):
     """Training batches from one update on, drawn in another process."""
 
-    def __init__(self, first: int, recipe: FlowRecipe, components: Components, texts: Texts) -> None:
+    def __init__(self, first: int, recipe: FlowRecipe, components: PatchComponents, texts: CaptionTokens) -> None:
         self._first, self._recipe, self._components, self._texts = first, recipe, components, texts
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[FlowBatch]:
         torch.set_num_threads(1)
         for update in range(self._first, self._recipe.updates):
             yield training_batch(update, self._recipe, self._components, self._texts)
 
 
-def _prefetched(first: int, recipe: FlowRecipe, components: Components, texts: Texts) -> Iterator[Batch]:
-    yield from DataLoader(_Batches(first, recipe, components, texts), batch_size=None, num_workers=1, prefetch_factor=8)
+def _prefetched(first: int, recipe: FlowRecipe, components: PatchComponents, texts: CaptionTokens) -> Iterator[FlowBatch]:
+    yield from DataLoader(_FlowBatches(first, recipe, components, texts), batch_size=None, num_workers=1, prefetch_factor=8)
 
 
 def _shown(items: Iterator[T], what: str, total: int, done: int = 0) -> Iterator[T]:
     yield from tqdm(items, desc=what, total=total, initial=done, unit="update", mininterval=1.0)
 
 
-def _log(workshop: Workshop, **entry: object) -> None:
+def _log(workshop: TrainingFolder, **entry: object) -> None:
     with workshop.log.open("a") as file:
         file.write(json.dumps(entry) + "\n")

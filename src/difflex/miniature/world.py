@@ -49,7 +49,7 @@ GAP = 4.0
 
 
 @dataclass(frozen=True)
-class Specs:
+class SceneSpecs:
     """What is in each scene, as indices into the concept tuples; one row a scene, one column an object slot."""
 
     seed: Int[Tensor, " scene"]
@@ -71,7 +71,7 @@ class Specs:
     """Eight numbers in [0, 1) that place background patterns and other details."""
 
 
-class Mix(NamedTuple):
+class SceneMix(NamedTuple):
     """The shares of scene kinds."""
 
     single: float = 1 / 3
@@ -91,7 +91,7 @@ def uniform(seeds: Int[Tensor, " scene"], draws: int, stream: int = 0) -> Float[
     return (_shift_right(x ^ _shift_right(x, 32), 40).double() * 2.0**-24).float()
 
 
-def scenes(seeds: Int[Tensor, " scene"], mix: Mix = Mix(), held_out: bool = False) -> Specs:  # noqa: B008 (a constant)
+def scenes(seeds: Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> SceneSpecs:  # noqa: B008 (a constant)
     """The scenes of these seeds; `held_out` makes every object a (shape, colour, texture) that training never shows."""
     u = uniform(seeds, 32)
     kind = torch.bucketize(u[:, 0] * sum(mix), torch.tensor([mix.single, mix.single + mix.different], device=u.device))
@@ -110,7 +110,7 @@ def scenes(seeds: Int[Tensor, " scene"], mix: Mix = Mix(), held_out: bool = Fals
     row, column = cells // 3, cells % 3
     offset = torch.stack([column - 1, row - 1], dim=-1) * _offset(size)[..., None]
     jitter = (uniform(seeds, 2 * SLOTS, stream=1).view(-1, SLOTS, 2) * 2 - 1) * JITTER
-    return Specs(
+    return SceneSpecs(
         seed=seeds,
         count=count,
         background=_pick(u[:, 20], len(BACKGROUNDS)),

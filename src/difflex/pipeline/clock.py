@@ -14,7 +14,7 @@ from difflex.errors import DifflexError, UnknownName
 from difflex.pipeline.families import Family
 from difflex.records import Half, Shot
 
-__all__ = ["Call", "Clock", "Run", "check_half"]
+__all__ = ["CallTracker", "DenoiserCall", "PipelineRun", "check_half"]
 
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
@@ -25,7 +25,7 @@ def check_half(half: str | None) -> None:
         raise UnknownName.among("The half", half, HALVES.values())
 
 
-class Run(NamedTuple):
+class PipelineRun(NamedTuple):
     """What difflex knows of a call of the pipeline because it makes the call itself."""
 
     shots: tuple[Shot, ...]
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     """The embedding of the empty prompt that the unconditional half is given."""
 
 
-class Call(NamedTuple):
+class DenoiserCall(NamedTuple):
     """One call of the denoiser."""
 
     step: int
@@ -50,19 +50,19 @@ class Call(NamedTuple):
 
 
 @final
-class Clock:
+class CallTracker:
     """Watches the calls of the denoiser while anyone asks; entered once for each who does."""
 
     def __init__(self, pipeline: DiffusionPipeline, family: Family) -> None:
         self._pipeline = pipeline
         self._family = family
         self._watchers = 0
-        self._call: Call | None = None
+        self._call: DenoiserCall | None = None
         self._context: str | None = None
-        self._run: Run | None = None
+        self._run: PipelineRun | None = None
 
     @property
-    def call(self) -> Call:
+    def call(self) -> DenoiserCall:
         """The call of the denoiser that is being computed."""
         if self._call is None:
             raise DifflexError(
@@ -75,7 +75,7 @@ class Clock:
         return self._pipeline.components[self._family.denoiser]
 
     @contextmanager
-    def running(self, run: Run) -> Iterator[None]:
+    def running(self, run: PipelineRun) -> Iterator[None]:
         """While `run` is computed, its shots and guidance are known."""
         before, self._run = self._run, run
         try:
@@ -124,7 +124,7 @@ class Clock:
         sample = _tensor(given, "hidden_states", "sample")
         text = _tensor(given, "encoder_hidden_states")
         step, timestep = self._time(_tensor(given, "timestep"))
-        self._call = Call(
+        self._call = DenoiserCall(
             step=step,
             timestep=timestep,
             halves=self._halves(sample, text),

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from difflex.errors import OutOfMemory
-from difflex.pipeline.clock import Clock, Run
+from difflex.pipeline.clock import CallTracker, PipelineRun
 from difflex.pipeline.encoding import PromptEncoder
 from difflex.pipeline.families import Family
-from difflex.pipeline.loading import Card
+from difflex.pipeline.loading import ModelDefaults
 from difflex.pipeline.sharded import ranks, settle
 from difflex.pipeline.sites import SiteMap
 from difflex.records import Shot
 
-__all__ = ["Engine", "Stop"]
+__all__ = ["Engine", "StopForward"]
 
 
 Item = TypeVar("Item")
@@ -31,7 +31,7 @@ Arguments = tuple[tuple[object, ...], dict[str, object]]
 ADVICE = "Load the model with precision='nf4' or offload=True, ask for fewer pixels, or for a smaller batch."
 
 
-class Stop(Exception):
+class StopForward(Exception):
     """Raised in a hook when nothing further of a forward pass is needed; `Engine.run` catches it."""
 
 
@@ -39,12 +39,12 @@ class Stop(Exception):
 class Engine:
     """A diffusers pipeline, its family, its prompts, its clock and its sites."""
 
-    def __init__(self, diffusers: DiffusionPipeline, family: Family, card: Card) -> None:
+    def __init__(self, diffusers: DiffusionPipeline, family: Family, card: ModelDefaults) -> None:
         self.diffusers = diffusers
         self.family = family
         self.card = card
         self.encoder = PromptEncoder(diffusers, family, card.text_length)
-        self.clock = Clock(diffusers, family)
+        self.clock = CallTracker(diffusers, family)
         self.sites = SiteMap(self.denoiser, family)
         self.sharded = False
         """Whether the denoiser is shared over ranks: then all of them must call it equally often."""
@@ -78,17 +78,17 @@ class Engine:
         return self.family.guidance != "none" and guidance > 1 and not folded
 
     def run(self, shots: Sequence[Shot], timestep: float | None = None, **extra: object) -> list[Image.Image] | Tensor | None:
-        """Pictures (latents, if asked) of `shots`, which differ in prompt and seed only; None if a hook raised `Stop`."""
+        """Pictures (latents, if asked) of `shots`, which differ in prompt and seed only; None if a hook raised `StopForward`."""
         guided = self.is_guided(shots[0].guidance)
         prompts = self.encoder([shot.prompt for shot in shots], guided)
         unconditional = prompts.get("negative_prompt_embeds")
-        run = Run(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
+        run = PipelineRun(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
         pipeline = cast(Callable[..., tuple[list[Image.Image] | Tensor]], self.diffusers)
         with self.clock.running(run), torch.no_grad():
             try:
                 return pipeline(**prompts, **self._settings(shots, guided), **extra, return_dict=False)[0]
-            except Stop:
+            except StopForward:
                 self.diffusers.maybe_free_model_hooks()
                 if self.sharded:
                     settle(self.denoiser)
@@ -123,7 +123,7 @@ class Engine:
 
         def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> NoReturn:
             given.append((args, kwargs))
-            raise Stop
+            raise StopForward
 
         with _before(self.denoiser, stop):
             self.run([shot])

@@ -7,14 +7,14 @@ from typing import Literal
 
 from difflex.records import Stream
 
-__all__ = ["FAMILIES", "Block", "Family", "Few", "family_of"]
+__all__ = ["FAMILIES", "BlockPattern", "Family", "FewStepDefaults", "family_of"]
 
 Guidance = Literal["doubled", "separate", "none"]
 Latents = Literal["plain", "packed", "patchified"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class BlockPattern:
     """A kind of block: `*` stands for an index, the same ones in `name` and `path`."""
 
     name: str
@@ -28,7 +28,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Few:
+class FewStepDefaults:
     """How the few-step models of a family, distilled to need no guidance, are told and used."""
 
     signs: Mapping[str, object]
@@ -47,7 +47,7 @@ class Family:
     """Names of the diffusers classes."""
     denoiser: str = "transformer"
     """The component that is called once per step: `transformer` or `unet`."""
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[BlockPattern, ...] = ()
     timestep_scale: float = 1.0
     """The scheduler's timestep divided by what the denoiser is given."""
     guidance: Guidance = "none"
@@ -70,7 +70,7 @@ class Family:
     """Further arguments of `__call__`."""
     steps: int = 50
     default_guidance: float = 0.0
-    few: Few | None = None
+    few: FewStepDefaults | None = None
     latents: Latents = "plain"
     """What the denoiser takes: latents as the autoencoder gives them, packed in 2 x 2 patches, or patchified and normalised."""
     flow: bool = False
@@ -80,14 +80,14 @@ class Family:
 BOTH: Mapping[Stream, int] = MappingProxyType({"text": 0, "image": 1})
 
 
-def _double(name: str, path: str, image: str, text: str) -> Block:
-    return Block(name=name, path=path, outputs=BOTH, neurons=MappingProxyType({"image": image, "text": text}))
+def _double(name: str, path: str, image: str, text: str) -> BlockPattern:
+    return BlockPattern(name=name, path=path, outputs=BOTH, neurons=MappingProxyType({"image": image, "text": text}))
 
 
-def _attention(name: str, path: str) -> tuple[Block, Block]:
+def _attention(name: str, path: str) -> tuple[BlockPattern, BlockPattern]:
     """The rows of a U-Net's attention stack and of the layers inside it."""
-    inner = Block(name=f"{name}.*", path=f"{path}.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"}))
-    return Block(name=name, path=path), inner
+    inner = BlockPattern(name=f"{name}.*", path=f"{path}.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"}))
+    return BlockPattern(name=name, path=path), inner
 
 
 UNET = (
@@ -102,7 +102,9 @@ FLUX2 = (
 )
 
 # SDXL Turbo, SD Turbo and their kin start at the last timestep; models for many steps that do so too predict velocities.
-TURBO = Few(signs=MappingProxyType({"scheduler.timestep_spacing": "trailing", "scheduler.prediction_type": "epsilon"}))
+TURBO = FewStepDefaults(
+    signs=MappingProxyType({"scheduler.timestep_spacing": "trailing", "scheduler.prediction_type": "epsilon"})
+)
 
 CLIP_PAIR = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -125,7 +127,7 @@ FAMILIES = (
         steps=28,
         default_guidance=3.5,
         # FLUX.1 schnell.
-        few=Few(signs=MappingProxyType({"transformer.guidance_embeds": False}), text_length=256),
+        few=FewStepDefaults(signs=MappingProxyType({"transformer.guidance_embeds": False}), text_length=256),
         latents="packed",
         flow=True,
     ),
@@ -196,7 +198,11 @@ FAMILIES = (
     Family(
         name="pixart",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        blocks=(Block(name="block.*", path="transformer.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"})),),
+        blocks=(
+            BlockPattern(
+                name="block.*", path="transformer.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"})
+            ),
+        ),
         guidance="doubled",
         embeds=(
             "prompt_embeds",

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline.clock import Call
+from difflex.pipeline.clock import DenoiserCall
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.loading import Card, find, plan_of, read_card
-from difflex.pipeline.plans import PLANS, Plan
-from difflex.pipeline.sites import Located, SiteMap
+from difflex.pipeline.loading import ModelDefaults, find, plan_of, read_card
+from difflex.pipeline.plans import PLANS, PipelinePlan
+from difflex.pipeline.sites import SiteMap, SiteModule
 from difflex.pipeline.table import shapes_of
 from difflex.records import Shot, Site
 
-__all__ = ["Foreseen", "foresee"]
+__all__ = ["ModelProfile", "foresee"]
 
 CLIP_LENGTH = 77
 
 
-class Foreseen(NamedTuple):
+class ModelProfile(NamedTuple):
     """What a model will show and cost. Costs are floating-point operations for one picture."""
 
     shot: Shot
@@ -49,7 +49,7 @@ def foresee(
     steps: int | None = None,
     pixels: tuple[int, int] | None = None,
     guidance: float | None = None,
-) -> Foreseen:
+) -> ModelProfile:
     """What the model `name` will show at `sites` (all blocks, if none is named); an error where its configs are not here."""
     source = None if name in PLANS else find(name, revision)
     plan = PLANS[name] if source is None else plan_of(source, offline=True)
@@ -67,7 +67,7 @@ def foresee(
     )
     denoised = _denoised(plan, family, card, shot, sites)
     halves = 2 if _is_guided(plan, family, shot.guidance) else 1
-    return Foreseen(
+    return ModelProfile(
         shot=shot,
         shapes=denoised.shapes,
         reached=(1 if family.guidance == "separate" else halves) * denoised.reached,
@@ -77,7 +77,7 @@ def foresee(
     )
 
 
-class Denoised(NamedTuple):
+class DenoiserProfile(NamedTuple):
     """What one call of the denoiser shows and costs."""
 
     shapes: Mapping[Site, tuple[int, int]]
@@ -86,7 +86,7 @@ class Denoised(NamedTuple):
 
 
 @torch.no_grad()
-def _denoised(plan: Plan, family: Family, card: Card, shot: Shot, names: Sequence[str]) -> Denoised:
+def _denoised(plan: PipelinePlan, family: Family, card: ModelDefaults, shot: Shot, names: Sequence[str]) -> DenoiserProfile:
     """Asked of a denoiser without weights, for which every operation yields a shape and computes nothing."""
     twin = plan.parts[family.denoiser].weightless()
     assert twin is not None, "a denoiser has weights"
@@ -106,17 +106,19 @@ def _denoised(plan: Plan, family: Family, card: Card, shot: Shot, names: Sequenc
     if missing and names:
         raise BadInput(f"The site '{missing[0]}' gives no tokens. Name another; difflex sites lists them.")
     found = {each.site: (shapes[each.site][1], shapes[each.site][2]) for each in located if each.site in shapes}
-    return Denoised(found, max(passed), counter.get_total_flops())
+    return DenoiserProfile(found, max(passed), counter.get_total_flops())
 
 
-def _located(sites: SiteMap, names: Sequence[str]) -> list[Located]:
+def _located(sites: SiteMap, names: Sequence[str]) -> list[SiteModule]:
     every = [Site(name, "residual", stream) for name in sites.blocks for stream in sites.streams(name)]
     return sites.expand(names or every)
 
 
-def _given(twin: nn.Module, plan: Plan, family: Family, card: Card, shot: Shot) -> tuple[dict[str, object], Call]:
+def _given(
+    twin: nn.Module, plan: PipelinePlan, family: Family, card: ModelDefaults, shot: Shot
+) -> tuple[dict[str, object], DenoiserCall]:
     """What the denoiser is called with, shapes alone, and what is known of the call."""
-    config, factor = _Config(plan, family.denoiser), _factor(plan)
+    config, factor = _PartConfig(plan, family.denoiser), _factor(plan)
     rows, columns = (side // factor for side in shot.pixels)
     packed = family.latents != "plain"
     patch = 2 if packed else int(config("patch_size") or 1)
@@ -137,21 +139,21 @@ def _given(twin: nn.Module, plan: Plan, family: Family, card: Card, shot: Shot) 
     accepted = inspect.signature(type(twin).forward).parameters
     tensors = {name: torch.empty(shape, device="meta") for name, shape in known.items() if shape and name in accepted}
     extra = {"added_cond_kwargs": _conditions(config)} if "added_cond_kwargs" in accepted else {}
-    call = Call(step=0, timestep=0.0, halves=(None,), shots=None, text_tokens=length, grid=grid)
+    call = DenoiserCall(step=0, timestep=0.0, halves=(None,), shots=None, text_tokens=length, grid=grid)
     return {**tensors, **extra, "return_dict": False}, call
 
 
-class _Config(NamedTuple):
+class _PartConfig(NamedTuple):
     """The config of a part."""
 
-    plan: Plan
+    plan: PipelinePlan
     part: str
 
     def __call__(self, entry: str) -> Any:
         return self.plan.entry(f"{self.part}.{entry}")
 
 
-def _conditions(config: _Config) -> dict[str, Tensor | None]:
+def _conditions(config: _PartConfig) -> dict[str, Tensor | None]:
     """What a U-Net of SDXL's kind is told besides; PixArt asks for what may be None."""
     if config("addition_embed_type") != "text_time":
         return {"resolution": None, "aspect_ratio": None}
@@ -160,14 +162,14 @@ def _conditions(config: _Config) -> dict[str, Tensor | None]:
     return {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, times, device="meta")}
 
 
-def _factor(plan: Plan) -> int:
+def _factor(plan: PipelinePlan) -> int:
     """The side of the patch of a picture that becomes one latent, in pixels."""
     channels = plan.entry("vae.block_out_channels")
     assert isinstance(channels, (list, tuple)), "an autoencoder has levels"
     return 2 ** (len(channels) - 1)
 
 
-def _usual_size(plan: Plan, family: Family, card: Card) -> tuple[int, int]:
+def _usual_size(plan: PipelinePlan, family: Family, card: ModelDefaults) -> tuple[int, int]:
     if card.pixels:
         return card.pixels[0]
     sample = plan.entry(f"{family.denoiser}.sample_size") or 128
@@ -175,20 +177,20 @@ def _usual_size(plan: Plan, family: Family, card: Card) -> tuple[int, int]:
     return height * _factor(plan), width * _factor(plan)
 
 
-def _text_length(plan: Plan, family: Family, card: Card) -> int:
+def _text_length(plan: PipelinePlan, family: Family, card: ModelDefaults) -> int:
     """Tokens of text that the denoiser sees; SD3 lays those of CLIP before those of T5."""
     if family.text_length is None:
         return CLIP_LENGTH
     return (card.text_length or family.text_length) + (CLIP_LENGTH if "text_encoder_3" in plan.parts else 0)
 
 
-def _is_guided(plan: Plan, family: Family, guidance: float) -> bool:
+def _is_guided(plan: PipelinePlan, family: Family, guidance: float) -> bool:
     """Whether the denoiser computes two halves, conditional and unconditional."""
     folded = family.folded and (plan.entry(f"{family.denoiser}.{family.folded}") or plan.settings.get(family.folded))
     return family.guidance != "none" and guidance > 1 and not folded
 
 
-def _encoding(plan: Plan, family: Family, card: Card) -> float:
+def _encoding(plan: PipelinePlan, family: Family, card: ModelDefaults) -> float:
     """Two operations for each weight of a text encoder's products and each token."""
     length, operations = card.text_length or family.text_length or CLIP_LENGTH, 0.0
     for name, part in plan.parts.items():
@@ -200,10 +202,10 @@ def _encoding(plan: Plan, family: Family, card: Card) -> float:
 
 
 @torch.no_grad()
-def _decoding(plan: Plan, shot: Shot) -> float:
+def _decoding(plan: PipelinePlan, shot: Shot) -> float:
     autoencoder: Any = plan.parts["vae"].weightless()
     rows, columns = (side // _factor(plan) for side in shot.pixels)
-    channels = _Config(plan, "vae")("latent_channels")
+    channels = _PartConfig(plan, "vae")("latent_channels")
     with FlopCounterMode(display=False) as counter:
         autoencoder.eval().decode(torch.empty(1, channels, rows, columns, device="meta"))
     return float(counter.get_total_flops())

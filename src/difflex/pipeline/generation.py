@@ -8,13 +8,13 @@ from typing import NamedTuple
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.pipeline.loading import Card
+from difflex.pipeline.loading import ModelDefaults
 from difflex.records import Shot
 
-__all__ = ["Generated", "check_batch", "check_size", "warn_of_unknown_words"]
+__all__ = ["GeneratedImage", "check_batch", "check_size", "warn_of_unknown_words"]
 
 
-class Generated(NamedTuple):
+class GeneratedImage(NamedTuple):
     """A picture and everything needed to make it again."""
 
     picture: Image.Image
@@ -27,7 +27,7 @@ def check_batch(batch: int) -> None:
         raise BadInput(f"A batch of {batch} pictures is not possible. Ask for 1 or more.")
 
 
-def check_size(pixels: tuple[int, int], card: Card, stride: int) -> None:
+def check_size(pixels: tuple[int, int], card: ModelDefaults, stride: int) -> None:
     """Nothing; a size that the model cannot make is an error that says which ones it can."""
     if card.pixels and tuple(pixels) not in card.pixels:
         sizes = ", ".join(f"{height} x {width}" for height, width in card.pixels)

@@ -13,22 +13,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.errors import BadInput, DifflexError, NonFinite
-from difflex.pipeline.engine import Engine, Stop
+from difflex.pipeline.engine import Engine, StopForward
 from difflex.pipeline.hooks import Visit, visiting
-from difflex.pipeline.sites import Located
-from difflex.records import Activations, Moment, Shot, Site
+from difflex.pipeline.sites import SiteModule
+from difflex.records import Activations, HookContext, Shot, Site
 
-__all__ = ["Finished", "Pass", "Seen", "collect", "finish", "harvest", "runs", "yielded"]
+__all__ = ["FinishedBatch", "HarvestRun", "SiteOutput", "collect", "finish", "harvest", "runs", "yielded"]
 
 
-class Seen(NamedTuple):
+class SiteOutput(NamedTuple):
     """What a site showed at a step."""
 
     values: Float[Tensor, "shot token width"]
     grid: tuple[int, int] | None
 
 
-class Pass(NamedTuple):
+class HarvestRun(NamedTuple):
     """A run of the pipeline and the steps of it that are kept."""
 
     shot: Shot
@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     """In the order of the shots that asked for them."""
 
 
-class Finished(NamedTuple):
+class FinishedBatch(NamedTuple):
     """Pictures, and what was seen on the way to them."""
 
     pictures: tuple[Image.Image, ...]
@@ -45,14 +45,16 @@ class Finished(NamedTuple):
     """Of all these pictures, at each kept step and site."""
 
 
-Found = dict[tuple[float, Site], Seen]
+Found = dict[tuple[float, Site], SiteOutput]
 Result = TypeVar("Result")
 
 
-def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batch: int, progress: bool) -> Iterator[Activations]:
+def harvest(
+    engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int, progress: bool
+) -> Iterator[Activations]:
     """The activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
 
-    def work(passes: Sequence[Pass]) -> Found:
+    def work(passes: Sequence[HarvestRun]) -> Found:
         return collect(engine, [each.shot for each in passes], passes[0].timesteps, sites)
 
     if not sites:
@@ -65,10 +67,10 @@ def harvest(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], bat
             yield from yielded(engine, [each.shot for each in passes], found, sites)
 
 
-def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batch: int) -> Iterator[Finished]:
+def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[FinishedBatch]:
     """The pictures that the runs of `shots` end in, and the activations of `sites` at the kept steps, batch by batch."""
 
-    def work(passes: Sequence[Pass]) -> tuple[Found, tuple[Image.Image, ...]]:
+    def work(passes: Sequence[HarvestRun]) -> tuple[Found, tuple[Image.Image, ...]]:
         shots, found = [each.shot for each in passes], Found()
         with _watched(engine, shots, passes[0].timesteps, sites, found, to_the_end=True):
             pictures = engine.run(shots)
@@ -78,12 +80,12 @@ def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[Located], batc
     if not sites:
         raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
     for passes, (found, pictures) in runs(engine, shots, batch, work):
-        yield Finished(pictures, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
+        yield FinishedBatch(pictures, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
 
 
 def runs(
-    engine: Engine, shots: Iterable[Shot], batch: int, work: Callable[[Sequence[Pass]], Result]
-) -> Iterator[tuple[Sequence[Pass], Result]]:
+    engine: Engine, shots: Iterable[Shot], batch: int, work: Callable[[Sequence[HarvestRun]], Result]
+) -> Iterator[tuple[Sequence[HarvestRun], Result]]:
     """The runs that `shots` ask for, in batches of the same settings, with what `work` makes of each batch."""
     for _, alike in groupby(_passes(engine, shots), key=_settings):
         yield from engine.batches(work, _encoded(engine, alike, batch), batch, shared=True)
@@ -93,7 +95,7 @@ def collect(
     engine: Engine,
     shots: Sequence[Shot],
     timesteps: Sequence[float],
-    sites: Sequence[Located],
+    sites: Sequence[SiteModule],
     timestep: float | None = None,
     **extra: object,
 ) -> Found:
@@ -109,23 +111,23 @@ def _watched(
     engine: Engine,
     shots: Sequence[Shot],
     timesteps: Sequence[float],
-    sites: Sequence[Located],
+    sites: Sequence[SiteModule],
     found: Found,
     to_the_end: bool = False,
 ) -> Iterator[None]:
     """A block in which a run of `shots` fills `found`, and is stopped by that unless it is to go `to_the_end`."""
 
     def looking(site: Site) -> Visit:
-        def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+        def look(x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
             if len(x) != len(shots):
                 raise BadInput(_mixed(engine, site, len(x), len(shots)))
             # A scheduler may repeat a timestep; the shot stands for the first call at it.
             if moment.timestep not in timesteps or moment.half == "unconditional" or (moment.timestep, site) in found:
                 return
             # A copy: the model may go on to write into its own tensor, and a view would keep the other stream alive.
-            found[moment.timestep, site] = Seen(x.clone(memory_format=torch.contiguous_format), moment.grid)
+            found[moment.timestep, site] = SiteOutput(x.clone(memory_format=torch.contiguous_format), moment.grid)
             if len(found) == len(timesteps) * len(sites) and not to_the_end:
-                raise Stop
+                raise StopForward
 
         return look
 
@@ -140,7 +142,7 @@ def _watched(
         )
 
 
-def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence[Located]) -> Iterator[Activations]:
+def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence[SiteModule]) -> Iterator[Activations]:
     """`found` in the order of steps and sites, each with its shots; values that are not finite are an error."""
     paths = {located.site: located for located in sites}
     for timestep, site in sorted(found, key=lambda key: (-key[0], list(paths).index(key[1]))):
@@ -159,7 +161,7 @@ def _mixed(engine: Engine, site: Site, rows: int, shots: int) -> str:
     )
 
 
-def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[Pass]:
+def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[HarvestRun]:
     """The runs that `shots` ask for: neighbours that differ in their timestep alone share one."""
     for shot, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
         if shot.picture is not None:
@@ -169,17 +171,17 @@ def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[Pass]:
             )
         known = engine.timesteps(shot)
         asked = [known if one.timestep is None else (_nearest(one.timestep, known),) for one in alike]
-        yield Pass(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))
+        yield HarvestRun(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))
 
 
-def _encoded(engine: Engine, passes: Iterator[Pass], batch: int) -> Iterator[Pass]:
+def _encoded(engine: Engine, passes: Iterator[HarvestRun], batch: int) -> Iterator[HarvestRun]:
     """`passes`, their prompts encoded some batches ahead where that is cheap."""
     while chunk := list(islice(passes, batch * engine.encoder.ahead(batch))):
         engine.encoder.encode([each.shot.prompt for each in chunk])
         yield from chunk
 
 
-def _settings(each: Pass) -> tuple[object, ...]:
+def _settings(each: HarvestRun) -> tuple[object, ...]:
     """What must be the same for runs to share a batch."""
     shot = each.shot
     return shot.pixels, shot.steps, shot.guidance, each.timesteps
@@ -198,7 +200,7 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: Located) -> str:
+def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: SiteModule) -> str:
     wrong = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
     shot = shots[wrong]
     what = shot.picture if shot.picture is not None else repr(shot.prompt)
@@ -212,13 +214,13 @@ def _origin(engine: Engine, shot: Shot) -> str:
     """Which block gave the first value that is not finite; found by one more run, since it cannot be told afterwards."""
     if shot.picture is not None:
         return ""
-    first: list[Located] = []
+    first: list[SiteModule] = []
 
-    def looking(located: Located) -> Visit:
-        def look(x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+    def looking(located: SiteModule) -> Visit:
+        def look(x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
             if not _is_finite(x):
                 first.append(located)
-                raise Stop
+                raise StopForward
 
         return look
 

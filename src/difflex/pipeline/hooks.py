@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Call, Clock
-from difflex.pipeline.sites import Located
-from difflex.records import Half, Moment, Stream
+from difflex.pipeline.clock import CallTracker, DenoiserCall
+from difflex.pipeline.sites import SiteModule
+from difflex.records import Half, HookContext, Stream
 
 __all__ = ["Visit", "holds", "on_copies", "visit", "visiting"]
 
-Visit = Callable[[Float[Tensor, "batch token width"], Moment], Float[Tensor, "batch token width"] | None]
+Visit = Callable[[Float[Tensor, "batch token width"], HookContext], Float[Tensor, "batch token width"] | None]
 
 
 @contextmanager
-def visiting(clock: Clock, located: Located, fn: Visit, half: Half | None = None) -> Iterator[None]:
+def visiting(clock: CallTracker, located: SiteModule, fn: Visit, half: Half | None = None) -> Iterator[None]:
     """While it lasts, `fn` meets the activations of the site at each call of the denoiser; what it returns takes their place."""
 
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
@@ -35,15 +35,15 @@ def visiting(clock: Clock, located: Located, fn: Visit, half: Half | None = None
 def on_copies(fn: Visit) -> Visit:
     """`fn`, handed copies: what it does to them in place is its own affair, and it may keep them."""
 
-    def given_a_copy(x: Float[Tensor, "batch token width"], moment: Moment) -> Tensor | None:
+    def given_a_copy(x: Float[Tensor, "batch token width"], moment: HookContext) -> Tensor | None:
         return fn(x.clone(memory_format=torch.contiguous_format), moment)
 
     return given_a_copy
 
 
 def visit(
-    located: Located,
-    call: Call,
+    located: SiteModule,
+    call: DenoiserCall,
     args: tuple[object, ...],
     kwargs: dict[str, object],
     output: object,
@@ -68,14 +68,14 @@ def visit(
     return _put(output, index, whole, span, written)
 
 
-def holds(located: Located, output: object) -> bool:
+def holds(located: SiteModule, output: object) -> bool:
     """Whether there are tokens of the stream: the last joint block of SD3 gives no text."""
     if isinstance(output, (tuple, list)):
         output = output[_index(located, len(output))] if _is_known(located, len(output)) else None
     return isinstance(output, Tensor) and output.ndim in (3, 4)
 
 
-def _pick(located: Located, output: object) -> tuple[Tensor, int | None]:
+def _pick(located: SiteModule, output: object) -> tuple[Tensor, int | None]:
     """The tensor that holds the stream, and its index if it is an element of a tuple."""
     if isinstance(output, Tensor):
         return output, None
@@ -94,24 +94,24 @@ def _pick(located: Located, output: object) -> tuple[Tensor, int | None]:
     return found, index
 
 
-def _is_known(located: Located, elements: int) -> bool:
+def _is_known(located: SiteModule, elements: int) -> bool:
     """Whether the family says which of several elements is which stream."""
     return elements == 1 or located.block is not None
 
 
-def _index(located: Located, elements: int) -> int:
+def _index(located: SiteModule, elements: int) -> int:
     """Which element of a tuple holds the stream."""
     return located.block.outputs.get(located.site.stream, 0) if located.block is not None and elements > 1 else 0
 
 
-def _span(located: Located, call: Call, shape: torch.Size) -> slice:
+def _span(located: SiteModule, call: DenoiserCall, shape: torch.Size) -> slice:
     """The tokens of the stream: all, or one side of the border where text and image lie in one tensor, text first."""
     if len(shape) != 3 or not _is_joint(located, call, shape[1]):
         return slice(None)
     return slice(call.text_tokens, None) if located.site.stream == "image" else slice(0, call.text_tokens)
 
 
-def _is_joint(located: Located, call: Call, tokens: int) -> bool:
+def _is_joint(located: SiteModule, call: DenoiserCall, tokens: int) -> bool:
     if call.grid is None:
         return False
     both = call.text_tokens + call.grid[0] * call.grid[1]
@@ -134,7 +134,9 @@ def _tokens(x: Tensor) -> Float[Tensor, "batch token width"]:
     )
 
 
-def _before(located: Located, call: Call, args: tuple[object, ...], kwargs: dict[str, object], whole: Tensor) -> Tensor:
+def _before(
+    located: SiteModule, call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object], whole: Tensor
+) -> Tensor:
     """What went into the block where `whole` came out."""
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     text = kwargs.get("encoder_hidden_states")
@@ -146,7 +148,7 @@ def _before(located: Located, call: Call, args: tuple[object, ...], kwargs: dict
     return tokens[:, _span(located, call, given.shape)]
 
 
-def _grid(located: Located, call: Call, whole: Tensor) -> tuple[int, int] | None:
+def _grid(located: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, int] | None:
     """Rows and columns of the tokens at this site; a U-Net's lower levels see the image halved, rounded up."""
     if located.site.stream == "text":
         return None
@@ -161,11 +163,13 @@ def _grid(located: Located, call: Call, whole: Tensor) -> tuple[int, int] | None
     return (rows, columns) if rows * columns == tokens else None
 
 
-def _by_half(x: Tensor, call: Call, grid: tuple[int, int] | None, fn: Visit, wanted: Half | None) -> Tensor | None:
+def _by_half(x: Tensor, call: DenoiserCall, grid: tuple[int, int] | None, fn: Visit, wanted: Half | None) -> Tensor | None:
     """What `fn` makes of each half of the batch, together again; None if it wrote nothing."""
     parts = x.chunk(len(call.halves))
     written = [
-        fn(part, Moment(call.step, call.timestep, half, call.shots, grid)) if wanted is None or half in (wanted, None) else None
+        fn(part, HookContext(call.step, call.timestep, half, call.shots, grid))
+        if wanted is None or half in (wanted, None)
+        else None
         for part, half in zip(parts, call.halves, strict=True)
     ]
     for new, part in zip(written, parts, strict=True):

@@ -14,10 +14,21 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.pipeline.families import Family
-from difflex.pipeline.plans import Plan, read_plan
+from difflex.pipeline.plans import PipelinePlan, read_plan
 from difflex.quiet import quiet, without_bars
 
-__all__ = ["Card", "Precision", "Source", "check_weights", "embedded", "fetch", "find", "plan_of", "read_card", "read_pipeline"]
+__all__ = [
+    "ModelDefaults",
+    "ModelSource",
+    "Precision",
+    "check_weights",
+    "embedded",
+    "fetch",
+    "find",
+    "plan_of",
+    "read_card",
+    "read_pipeline",
+]
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -27,7 +38,7 @@ CARD = "difflex.json"
 INDEX = "model_index.json"
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where a model is."""
 
     name: str
@@ -39,7 +50,7 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class ModelDefaults:
     """What a model is meant to be used with; `difflex.json` in its folder, else the defaults of its family."""
 
     steps: int
@@ -57,24 +68,24 @@ def embedded() -> dict[str, Path]:
     return {folder.parent.name: folder.parent for folder in sorted(root.glob(f"*/{INDEX}"))}
 
 
-def find(name: str | Path, revision: str | None = None) -> Source:
+def find(name: str | Path, revision: str | None = None) -> ModelSource:
     """Where the model `name` is: inside the package, in a folder, or on the hub, from which nothing is fetched yet."""
     known = embedded()
     folder = Path(name).expanduser()
     if revision is not None and (str(name) in known or folder.is_dir()):
         raise BadInput(f"The model '{name}' has no revision {revision}: revisions are those of models on the hub. Leave it out.")
     if str(name) in known:
-        return Source(str(name), known[str(name)], None)
+        return ModelSource(str(name), known[str(name)], None)
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
-        return Source(str(name), folder, None)
+        return ModelSource(str(name), folder, None)
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UnknownName.among("The model", str(name), known, HOW_TO_NAME)
-    return Source(name, None, revision)
+    return ModelSource(name, None, revision)
 
 
-def plan_of(source: Source, offline: bool) -> Plan:
+def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
     """What the model is made of; of a hub model only the configs are fetched."""
     try:
         return read_plan(source.folder or source.name, source.revision, offline)
@@ -84,7 +95,7 @@ def plan_of(source: Source, offline: bool) -> Plan:
         raise _unreachable(source, offline, error) from error
 
 
-def fetch(source: Source, offline: bool) -> Source:
+def fetch(source: ModelSource, offline: bool) -> ModelSource:
     """`source` with a folder: a hub model is downloaded, unless it is in the cache, and its revision is pinned."""
     if source.folder is not None:
         return source
@@ -92,10 +103,10 @@ def fetch(source: Source, offline: bool) -> Source:
         folder = Path(DiffusionPipeline.download(source.name, revision=source.revision, local_files_only=offline))
     except (OSError, ValueError) as error:
         raise _unreachable(source, offline, error) from error
-    return Source(source.name, folder, folder.name)
+    return ModelSource(source.name, folder, folder.name)
 
 
-def _unreachable(source: Source, offline: bool, error: Exception) -> UnknownName:
+def _unreachable(source: ModelSource, offline: bool, error: Exception) -> UnknownName:
     where = "the local cache of the hub" if offline else "the hub"
     at = f" at revision {source.revision}" if source.revision else ""
     # diffusers says only that this file was not found, whatever the reason.
@@ -107,14 +118,14 @@ def _unreachable(source: Source, offline: bool, error: Exception) -> UnknownName
     )
 
 
-def read_card(folder: Path | None, family: Family, plan: Plan) -> Card:
+def read_card(folder: Path | None, family: Family, plan: PipelinePlan) -> ModelDefaults:
     """What `difflex.json` in `folder` says, completed by the family's defaults for such a model."""
     path, usual = folder / CARD if folder else None, _usual(family, plan)
     if path is None or not path.is_file():
         return usual
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Card(
+        return ModelDefaults(
             steps=int(data.get("steps", usual.steps)),
             guidance=float(data.get("guidance", usual.guidance)),
             pixels=tuple((int(height), int(width)) for height, width in data.get("pixels", ())),
@@ -125,10 +136,10 @@ def read_card(folder: Path | None, family: Family, plan: Plan) -> Card:
         raise BrokenFile(f"{path} cannot be read ({_first_line(error)}). Write it anew, or delete it: it is optional.") from error
 
 
-def _usual(family: Family, plan: Plan) -> Card:
+def _usual(family: Family, plan: PipelinePlan) -> ModelDefaults:
     if family.few and all(plan.entry(sign) == value for sign, value in family.few.signs.items()):
-        return Card(steps=family.few.steps, guidance=0.0, text_length=family.few.text_length or family.text_length)
-    return Card(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
+        return ModelDefaults(steps=family.few.steps, guidance=0.0, text_length=family.few.text_length or family.text_length)
+    return ModelDefaults(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
 
 
 def check_weights(folder: Path) -> None:

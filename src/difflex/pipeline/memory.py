@@ -10,10 +10,10 @@ import torch
 from difflex.errors import OutOfMemory
 from difflex.pipeline.families import Family
 from difflex.pipeline.loading import DTYPES, Precision
-from difflex.pipeline.plans import Plan
+from difflex.pipeline.plans import PipelinePlan
 from difflex.pipeline.quantised import four_bit_layers
 
-__all__ = ["Need", "Room", "check_fits", "dense_dtype", "estimate", "free_memory"]
+__all__ = ["MemoryNeed", "WeightPlacement", "check_fits", "dense_dtype", "estimate", "free_memory"]
 
 NF4_BYTES = 0.5 + 4 / 64
 """Of a weight in nf4: half a byte, and a float for each 64 of them."""
@@ -23,7 +23,7 @@ HEADROOM = 1.1
 """Activations, buffers and the allocator's own slack, beside the weights."""
 
 
-class Need(NamedTuple):
+class MemoryNeed(NamedTuple):
     """What the parts of a model take, as numbers of weights."""
 
     quantised: dict[str, int]
@@ -47,7 +47,7 @@ class Need(NamedTuple):
         return sum(held.values()) + max(whole[part] - held[part] for part in held)
 
 
-class Room(NamedTuple):
+class WeightPlacement(NamedTuple):
     """A way to hold the weights."""
 
     precision: Precision
@@ -56,7 +56,7 @@ class Room(NamedTuple):
     """How many cards share the denoiser."""
 
 
-def estimate(plan: Plan, family: Family) -> Need:
+def estimate(plan: PipelinePlan, family: Family) -> MemoryNeed:
     """The weights of each part, counted on the meta device: nothing is allocated."""
     models = {name: model for name, part in plan.parts.items() if (model := part.weightless()) is not None}
     heavy = (family.denoiser, family.large_text)
@@ -65,7 +65,7 @@ def estimate(plan: Plan, family: Family) -> Need:
         for name, model in models.items()
     }
     whole = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
-    return Need(quantised, {name: whole[name] - quantised[name] for name in models})
+    return MemoryNeed(quantised, {name: whole[name] - quantised[name] for name in models})
 
 
 def free_memory(place: torch.device) -> int:
@@ -94,7 +94,7 @@ def dense_dtype(place: torch.device) -> torch.dtype:
     return torch.float32 if place.type == "cpu" else torch.bfloat16
 
 
-def check_fits(name: str, plan: Plan, family: Family, place: torch.device, room: Room) -> None:
+def check_fits(name: str, plan: PipelinePlan, family: Family, place: torch.device, room: WeightPlacement) -> None:
     """Nothing; a model that cannot fit is an error that names the option that would."""
     free, need = free_memory(place), estimate(plan, family)
     if _needed(need, family, place, room) <= free:
@@ -107,13 +107,13 @@ def check_fits(name: str, plan: Plan, family: Family, place: torch.device, room:
     )
 
 
-def _advice(need: Need, family: Family, place: torch.device, room: Room, free: int) -> str:
+def _advice(need: MemoryNeed, family: Family, place: torch.device, room: WeightPlacement, free: int) -> str:
     """The first option under which the model fits."""
     options = {f"precision='{other}'": room._replace(precision=other) for other in ("bf16", "nf4") if other != room.precision}
     if place.type == "cuda":
         options |= {
             "offload=True": room._replace(offload=True),
-            "precision='nf4', offload=True": Room("nf4", True, room.ranks),
+            "precision='nf4', offload=True": WeightPlacement("nf4", True, room.ranks),
         }
     for said, other in options.items():
         if _needed(need, family, place, other) <= free:
@@ -124,7 +124,7 @@ def _advice(need: Need, family: Family, place: torch.device, room: Room, free: i
     return "No option makes it fit: use a larger machine or a smaller model."
 
 
-def _needed(need: Need, family: Family, place: torch.device, room: Room) -> int:
+def _needed(need: MemoryNeed, family: Family, place: torch.device, room: WeightPlacement) -> int:
     """Bytes on one card at the worst moment: one part at a time if offloaded, a share of the denoiser if sharded."""
     sizes = need.bytes(room.precision, place)
     if room.offload:
@@ -133,7 +133,7 @@ def _needed(need: Need, family: Family, place: torch.device, room: Room) -> int:
     return round(HEADROOM * (need.peak(room.precision, place) - shared))
 
 
-def _while_loading(need: Need, place: torch.device, room: Room) -> str:
+def _while_loading(need: MemoryNeed, place: torch.device, room: WeightPlacement) -> str:
     peak = need.peak(room.precision, place)
     return f", {_said(peak)} while it is loaded" if peak > sum(need.bytes(room.precision, place).values()) else ""
 

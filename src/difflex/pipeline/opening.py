@@ -12,10 +12,10 @@ from torch import nn
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
-from difflex.pipeline.loading import DTYPES, Precision, Source, check_weights, fetch, find, plan_of, read_card, read_pipeline
-from difflex.pipeline.memory import Room, check_fits, dense_dtype
+from difflex.pipeline.loading import DTYPES, ModelSource, Precision, check_weights, fetch, find, plan_of, read_card, read_pipeline
+from difflex.pipeline.memory import WeightPlacement, check_fits, dense_dtype
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.plans import PLANS, Plan
+from difflex.pipeline.plans import PLANS, PipelinePlan
 from difflex.pipeline.quantised import for_card, quantise, read_denoiser, read_text_encoder
 from difflex.pipeline.sharded import join, ranks, shard
 from difflex.pipeline.untrained import build_parts, build_untrained
@@ -50,7 +50,7 @@ def load(
     source, plan = _planned(name, revision, offline, untrained is not None)
     denoiser = "unet" if "unet" in plan.parts else "transformer"
     family = family_of(plan.pipeline, denoiser)
-    check_fits(source.name, plan, family, place, Room(precision, offload, ranks().all if sharded else 1))
+    check_fits(source.name, plan, family, place, WeightPlacement(precision, offload, ranks().all if sharded else 1))
     if untrained is None:
         source = fetch(source, offline)
         pipeline = _read(source, plan, precision, family, place)
@@ -84,16 +84,16 @@ def _precision(asked: str | None, place: torch.device) -> Precision:
     raise UnknownName.among("The precision", asked, get_args(Precision))
 
 
-def _planned(name: str | Path, revision: str | None, offline: bool, untrained: bool) -> tuple[Source, Plan]:
+def _planned(name: str | Path, revision: str | None, offline: bool, untrained: bool) -> tuple[ModelSource, PipelinePlan]:
     """Where the model is and what it is made of; an untrained FLUX.1 needs no file."""
     if untrained and str(name) in PLANS:
-        return Source(str(name), None, None), PLANS[str(name)]
+        return ModelSource(str(name), None, None), PLANS[str(name)]
     source = find(name, revision)
     return source, plan_of(source, offline)
 
 
 def _read(
-    source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, **given: nn.Module
+    source: ModelSource, plan: PipelinePlan, precision: Precision, family: Family, place: torch.device, **given: nn.Module
 ) -> DiffusionPipeline:
     """The pipeline with its trained weights; `given` parts are not read."""
     assert source.folder is not None
@@ -114,7 +114,9 @@ def _read(
     return read_pipeline(source.folder, dtype, **given, **read)
 
 
-def _built(source: Source, plan: Plan, precision: Precision, family: Family, place: torch.device, seed: int) -> DiffusionPipeline:
+def _built(
+    source: ModelSource, plan: PipelinePlan, precision: Precision, family: Family, place: torch.device, seed: int
+) -> DiffusionPipeline:
     """The pipeline with a denoiser of random weights, made where it will run; all other parts too where no file is at hand."""
     dtype = dense_dtype(place) if precision == "nf4" else DTYPES[precision]
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.pipeline.engine import Engine, Stop
+from difflex.pipeline.engine import Engine, StopForward
 from difflex.pipeline.generation import check_size
 from difflex.pipeline.harvesting import collect, yielded
 from difflex.pipeline.predicting import prediction
-from difflex.pipeline.sites import Located
+from difflex.pipeline.sites import SiteModule
 from difflex.records import Activations, Shot, split_of
 
 __all__ = ["Picture", "harvest_pictures", "losses"]
@@ -30,7 +30,7 @@ __all__ = ["Picture", "harvest_pictures", "losses"]
 Picture = Image.Image | Path | str
 
 
-class Given(NamedTuple):
+class GivenImage(NamedTuple):
     """A picture and its shot, but for the noise."""
 
     picture: Image.Image
@@ -42,7 +42,7 @@ def harvest_pictures(
     plain: Shot,
     pictures: Iterable[Picture],
     noise: float | Sequence[float],
-    sites: Sequence[Located],
+    sites: Sequence[SiteModule],
     prompts: Iterable[str],
     names: Iterable[str | None],
     seed: int,
@@ -87,7 +87,9 @@ def losses(
         yield torch.stack([_losses_at(engine, alike, latents, level, batch) for level in levels], dim=1)
 
 
-def _losses_at(engine: Engine, given: Sequence[Given], latents: Tensor, level: float, batch: int) -> Float[Tensor, " picture"]:
+def _losses_at(
+    engine: Engine, given: Sequence[GivenImage], latents: Tensor, level: float, batch: int
+) -> Float[Tensor, " picture"]:
     noise = _noises(given, latents)
     noised, timestep = _noised(engine, latents, noise, level)
 
@@ -113,7 +115,7 @@ def _answer(engine: Engine, shots: Sequence[Shot], noised: Tensor, timestep: flo
 
     def answered(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         said.append(prediction(engine, engine.clock.call, output))
-        raise Stop
+        raise StopForward
 
     with _entering(engine, _layout(engine, noised), timestep), engine.clock.watching():
         handle = engine.denoiser.register_forward_hook(answered)
@@ -138,7 +140,7 @@ def _target(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> Ten
     return share**0.5 * noise - (1 - share) ** 0.5 * latents
 
 
-def _noises(given: Sequence[Given], latents: Tensor) -> Tensor:
+def _noises(given: Sequence[GivenImage], latents: Tensor) -> Tensor:
     """The noise of each shot's seed."""
     return torch.stack(
         [torch.randn(latents.shape[1:], generator=torch.Generator("cpu").manual_seed(one.shot.seed)) for one in given]
@@ -152,7 +154,7 @@ def _given(
     prompts: Iterable[str],
     names: Iterable[str | None],
     seed: int,
-) -> Iterator[Given]:
+) -> Iterator[GivenImage]:
     told, called = iter(prompts), iter(names)
     for i, given in enumerate(pictures):
         prompt, name = next(told, None), next(called, None)
@@ -163,7 +165,9 @@ def _given(
         check_size(pixels, engine.card, engine.stride)
         content = hashlib.sha256(picture.tobytes()).hexdigest()
         name = name or (f"sha256:{content[:16]}" if isinstance(given, Image.Image) else str(given))
-        yield Given(picture, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, picture=name, split=split_of(content)))
+        yield GivenImage(
+            picture, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, picture=name, split=split_of(content))
+        )
 
 
 def open_picture(given: Picture) -> Image.Image:
@@ -177,9 +181,9 @@ def open_picture(given: Picture) -> Image.Image:
         raise BadInput(f"The picture {given} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
 
 
-def _by_size(asked: Iterable[Given], batch: int) -> Iterator[list[Given]]:
+def _by_size(asked: Iterable[GivenImage], batch: int) -> Iterator[list[GivenImage]]:
     """Neighbours of one size, a batch at most: no more pictures are held than one batch needs."""
-    group: list[Given] = []
+    group: list[GivenImage] = []
     for given in chain(asked, [None]):
         if group and (given is None or len(group) == batch or given.shot.pixels != group[0].shot.pixels):
             yield group
@@ -189,7 +193,7 @@ def _by_size(asked: Iterable[Given], batch: int) -> Iterator[list[Given]]:
 
 
 def _at_level(
-    engine: Engine, given: Sequence[Given], latents: Tensor, level: float, sites: Sequence[Located], batch: int
+    engine: Engine, given: Sequence[GivenImage], latents: Tensor, level: float, sites: Sequence[SiteModule], batch: int
 ) -> Iterator[Activations]:
     noised, timestep = _noised(engine, latents, _noises(given, latents), level)
 
@@ -203,7 +207,7 @@ def _at_level(
 
 
 @torch.no_grad()
-def _encode(engine: Engine, given: Sequence[Given]) -> Float[Tensor, "picture channel row column"]:
+def _encode(engine: Engine, given: Sequence[GivenImage]) -> Float[Tensor, "picture channel row column"]:
     """Latents of pictures, scaled as the denoiser was trained on."""
     vae = engine.diffusers.components["vae"]
     processor = cast(VaeImageProcessor, engine.diffusers.image_processor)

@@ -16,15 +16,15 @@ from torch import Tensor
 from difflex.errors import BadInput
 from difflex.pipeline.clock import check_half
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.generation import Generated, check_batch, check_size, warn_of_unknown_words
-from difflex.pipeline.harvesting import Finished, finish, harvest
+from difflex.pipeline.generation import GeneratedImage, check_batch, check_size, warn_of_unknown_words
+from difflex.pipeline.harvesting import FinishedBatch, finish, harvest
 from difflex.pipeline.hooks import Visit, on_copies, visiting
-from difflex.pipeline.loading import Precision, Source
+from difflex.pipeline.loading import ModelSource, Precision
 from difflex.pipeline.pictures import Picture, harvest_pictures, losses
 from difflex.pipeline.predicting import pictures, predictions
-from difflex.pipeline.sites import Located, SiteRow
+from difflex.pipeline.sites import SiteModule, SiteRow
 from difflex.pipeline.table import site_rows
-from difflex.records import Activations, Half, Outcomes, Shot, Site, split_of
+from difflex.records import Activations, EditOutcomes, Half, Shot, Site, split_of
 
 __all__ = ["Pipeline"]
 
@@ -33,7 +33,7 @@ __all__ = ["Pipeline"]
 class Pipeline:
     """A text-to-image model: a diffusers pipeline, what it is meant to be used with, and the ways into it."""
 
-    def __init__(self, engine: Engine, source: Source, precision: Precision) -> None:
+    def __init__(self, engine: Engine, source: ModelSource, precision: Precision) -> None:
         self.name = source.name
         self.revision = source.revision
         self.precision: Precision = precision
@@ -53,7 +53,7 @@ class Pipeline:
         guidance: float | None = None,
         batch: int = 16,
         edits: Iterable[tuple[Site | str, Visit]] = (),
-    ) -> list[Generated]:
+    ) -> list[GeneratedImage]:
         """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
 
         `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steerings` gives.
@@ -67,7 +67,7 @@ class Pipeline:
             for site, change in edits:
                 edited.enter_context(self.at(site, change))
             made = [picture for _, pictures in self.engine.batches(self._draw, shots, batch) for picture in pictures]
-        return [Generated(picture, shot) for picture, shot in zip(made, shots, strict=True)]
+        return [GeneratedImage(picture, shot) for picture, shot in zip(made, shots, strict=True)]
 
     def _draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
         pictures = self.engine.run(shots)
@@ -132,7 +132,7 @@ class Pipeline:
 
     def harvest_and_finish(
         self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16
-    ) -> Iterator[Finished]:
+    ) -> Iterator[FinishedBatch]:
         """The pictures that the runs of `shots` end in, and the activations of `sites` on the way, batch by batch.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
@@ -182,7 +182,7 @@ class Pipeline:
 
     def predictions(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
-    ) -> Iterator[Outcomes]:
+    ) -> Iterator[EditOutcomes]:
         """What the denoiser predicts at `shots`, plainly and under each of `edits` of `site`, from the same noisy pictures.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is edited and compared.
@@ -192,7 +192,7 @@ class Pipeline:
 
     def pictures(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
-    ) -> Iterator[Outcomes]:
+    ) -> Iterator[EditOutcomes]:
         """The pictures that the runs of `shots` end in, with pixels between 0 and 1, plainly and under each of `edits`.
 
         An edit is made at every step, under guidance in the conditional half.
@@ -200,7 +200,7 @@ class Pipeline:
         check_batch(batch)
         return pictures(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
-    def _located(self, sites: Iterable[Site | str] | Site | str) -> list[Located]:
+    def _located(self, sites: Iterable[Site | str] | Site | str) -> list[SiteModule]:
         return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)
 
     def _plain(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:

@@ -15,10 +15,10 @@ from torch import nn
 
 from difflex.errors import BadInput
 
-__all__ = ["PLANS", "Part", "Plan", "read_plan"]
+__all__ = ["PLANS", "ComponentPlan", "PipelinePlan", "read_plan"]
 
 
-class Part(NamedTuple):
+class ComponentPlan(NamedTuple):
     """A component: its class and what that class is built from."""
 
     library: str
@@ -41,11 +41,11 @@ class Part(NamedTuple):
             return self.build()
 
 
-class Plan(NamedTuple):
+class PipelinePlan(NamedTuple):
     """A pipeline's class and its parts."""
 
     pipeline: str
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ComponentPlan]
     settings: Mapping[str, Any]
     """Further arguments of the pipeline's constructor, as in `is_distilled`."""
     absent: tuple[str, ...] = ()
@@ -61,34 +61,34 @@ class Plan(NamedTuple):
         return (part.config or {}).get(key, default and default.default)
 
 
-def read_plan(source: str | Path, revision: str | None = None, offline: bool = False) -> Plan:
+def read_plan(source: str | Path, revision: str | None = None, offline: bool = False) -> PipelinePlan:
     """The plan in a folder or of a hub model; of the latter only its small config files are fetched."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers passes the hub an argument that it no longer has
         return _read(os.fspath(source), {"revision": revision, "local_files_only": offline or Path(source).is_dir()})
 
 
-def _read(source: str, where: Mapping[str, Any]) -> Plan:
+def _read(source: str, where: Mapping[str, Any]) -> PipelinePlan:
     index = cast(dict[str, Any], DiffusionPipeline.load_config(source, **where))
     entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
     present = {name: entry for name, entry in entries.items() if entry[0] is not None}
     settings = {name: entry for name, entry in index.items() if isinstance(entry, (bool, int, float, str)) and name[0] != "_"}
     parts = {name: _part(entry[0], entry[1], source, name, where) for name, entry in present.items()}
-    return Plan(str(index["_class_name"]), parts, settings, tuple(entries.keys() - present.keys()))
+    return PipelinePlan(str(index["_class_name"]), parts, settings, tuple(entries.keys() - present.keys()))
 
 
-def _part(library: str, kind: str, source: str, name: str, where: Mapping[str, Any]) -> Part:
+def _part(library: str, kind: str, source: str, name: str, where: Mapping[str, Any]) -> ComponentPlan:
     if library not in ("diffusers", "transformers"):
         raise BadInput(f"The part {name} of {source} is of the library {library}, which only the model's own code can build.")
     made = getattr(import_module(library), kind)
     if library == "diffusers":
-        return Part(library, kind, dict(made.load_config(source, subfolder=name, **where)))
+        return ComponentPlan(library, kind, dict(made.load_config(source, subfolder=name, **where)))
     if not hasattr(made, "config_class"):  # tokenizers and processors have none
-        return Part(library, kind, None)
-    return Part(library, kind, made.config_class.from_pretrained(source, subfolder=name, **where).to_dict())
+        return ComponentPlan(library, kind, None)
+    return ComponentPlan(library, kind, made.config_class.from_pretrained(source, subfolder=name, **where).to_dict())
 
 
-def _flux(guidance_embeds: bool, shift: float) -> Plan:
+def _flux(guidance_embeds: bool, shift: float) -> PipelinePlan:
     """The geometry of FLUX.1."""
     scheduler = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": guidance_embeds}
     autoencoder = {
@@ -125,19 +125,19 @@ def _flux(guidance_embeds: bool, shift: float) -> Plan:
         "feed_forward_proj": "gated-gelu",
     }
     parts = {
-        "scheduler": Part("diffusers", "FlowMatchEulerDiscreteScheduler", scheduler),
-        "vae": Part("diffusers", "AutoencoderKL", autoencoder),
-        "text_encoder": Part("transformers", "CLIPTextModel", clip),
-        "tokenizer": Part("transformers", "CLIPTokenizer", None),
-        "text_encoder_2": Part("transformers", "T5EncoderModel", t5),
-        "tokenizer_2": Part("transformers", "T5TokenizerFast", None),
+        "scheduler": ComponentPlan("diffusers", "FlowMatchEulerDiscreteScheduler", scheduler),
+        "vae": ComponentPlan("diffusers", "AutoencoderKL", autoencoder),
+        "text_encoder": ComponentPlan("transformers", "CLIPTextModel", clip),
+        "tokenizer": ComponentPlan("transformers", "CLIPTokenizer", None),
+        "text_encoder_2": ComponentPlan("transformers", "T5EncoderModel", t5),
+        "tokenizer_2": ComponentPlan("transformers", "T5TokenizerFast", None),
         # Its defaults are the geometry of FLUX.1 [schnell].
-        "transformer": Part("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}),
+        "transformer": ComponentPlan("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}),
     }
-    return Plan("FluxPipeline", parts, {})
+    return PipelinePlan("FluxPipeline", parts, {})
 
 
-PLANS: Mapping[str, Plan] = MappingProxyType(
+PLANS: Mapping[str, PipelinePlan] = MappingProxyType(
     {
         "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False, shift=1.0),
         "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True, shift=3.0),

@@ -7,37 +7,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difflex.errors import DifflexError
-from difflex.pipeline.clock import Call
-from difflex.pipeline.engine import Engine, Stop
-from difflex.pipeline.harvesting import Pass, runs
+from difflex.pipeline.clock import DenoiserCall
+from difflex.pipeline.engine import Engine, StopForward
+from difflex.pipeline.harvesting import HarvestRun, runs
 from difflex.pipeline.hooks import Visit, on_copies, visiting
-from difflex.pipeline.sites import Located
-from difflex.records import Outcomes, Shot
+from difflex.pipeline.sites import SiteModule
+from difflex.records import EditOutcomes, Shot
 
 __all__ = ["pictures", "prediction", "predictions"]
 
 Edits = Mapping[str, Visit]
 
 
-def predictions(engine: Engine, shots: Iterable[Shot], located: Located, edits: Edits, batch: int) -> Iterator[Outcomes]:
+def predictions(engine: Engine, shots: Iterable[Shot], located: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
     """What the denoiser predicts at `shots`: for each batch of runs, each kept step."""
 
-    def work(passes: Sequence[Pass]) -> list[Outcomes]:
+    def work(passes: Sequence[HarvestRun]) -> list[EditOutcomes]:
         return _predict(engine, passes, located, edits)
 
     for _, found in runs(engine, shots, batch, work):
         yield from found
 
 
-def pictures(engine: Engine, shots: Iterable[Shot], located: Located, edits: Edits, batch: int) -> Iterator[Outcomes]:
+def pictures(engine: Engine, shots: Iterable[Shot], located: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
     """The pictures that runs of `shots` end in, the edit made at every step; pixels between 0 and 1."""
 
-    def work(passes: Sequence[Pass]) -> Outcomes:
+    def work(passes: Sequence[HarvestRun]) -> EditOutcomes:
         shots, edited = tuple(each.shot for each in passes), {}
         for name, fn in edits.items():
             with visiting(engine.clock, located, on_copies(fn), "conditional"):
                 edited[name] = _draw(engine, shots)
-        return Outcomes(shots, _draw(engine, shots), edited)
+        return EditOutcomes(shots, _draw(engine, shots), edited)
 
     # Shots of one run that differ in their timestep end in one picture.
     finished = dict.fromkeys(replace(shot, timestep=None) for shot in shots)
@@ -51,13 +51,13 @@ def _draw(engine: Engine, shots: Sequence[Shot]) -> Float[Tensor, "picture chann
     return drawn
 
 
-def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Edits) -> list[Outcomes]:
+def _predict(engine: Engine, passes: Sequence[HarvestRun], located: SiteModule, edits: Edits) -> list[EditOutcomes]:
     """The predictions at each kept timestep of one run, which stops after the last of them.
 
     When the denoiser has answered at a kept step it is asked again, with the very same arguments, under each edit: all answers
     are to the same noisy pictures. The run itself goes on with the plain one.
     """
-    found: dict[float, Outcomes] = {}
+    found: dict[float, EditOutcomes] = {}
     shots, timesteps, asking = [each.shot for each in passes], passes[0].timesteps, False
 
     def answered(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
@@ -74,9 +74,9 @@ def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Ed
         finally:
             asking = False
         here = tuple(replace(shot, timestep=call.timestep) for shot in shots)
-        found[call.timestep] = Outcomes(here, prediction(engine, call, output), edited)
+        found[call.timestep] = EditOutcomes(here, prediction(engine, call, output), edited)
         if len(found) == len(timesteps):
-            raise Stop
+            raise StopForward
 
     with engine.clock.watching():
         handle = engine.denoiser.register_forward_hook(answered, with_kwargs=True)
@@ -89,7 +89,7 @@ def _predict(engine: Engine, passes: Sequence[Pass], located: Located, edits: Ed
     return [found[timestep] for timestep in sorted(found, reverse=True)]
 
 
-def prediction(engine: Engine, call: Call, output: object) -> Float[Tensor, "shot ..."]:
+def prediction(engine: Engine, call: DenoiserCall, output: object) -> Float[Tensor, "shot ..."]:
     """What the denoiser predicts for the conditional half, without the variances that some predict beside it."""
     whole = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
     assert isinstance(whole, Tensor)

@@ -14,22 +14,22 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from difflex.errors import BadInput
 from difflex.records import Shot
 
-__all__ = ["Ranks", "join", "ranks", "settle", "shard", "share"]
+__all__ = ["RankOf", "join", "ranks", "settle", "shard", "share"]
 
 
-class Ranks(NamedTuple):
+class RankOf(NamedTuple):
     """This process among those that `torchrun` started."""
 
     mine: int
     all: int
 
 
-def ranks() -> Ranks:
+def ranks() -> RankOf:
     """Which process this is; (0, 1) outside of `torchrun`."""
-    return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Ranks(0, 1)
+    return RankOf(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else RankOf(0, 1)
 
 
-def join(place: torch.device) -> Ranks:
+def join(place: torch.device) -> RankOf:
     """Which process this is, after it joined the others that `torchrun` started."""
     if not dist.is_initialized():
         if not dist.is_torchelastic_launched():
@@ -59,7 +59,7 @@ def settle(denoiser: nn.Module) -> None:
             module.reshard()
 
 
-def share(shots: Iterable[Shot], among: Ranks | None = None) -> Iterator[Shot]:
+def share(shots: Iterable[Shot], among: RankOf | None = None) -> Iterator[Shot]:
     """The shots of this process, where each process of `torchrun` holds a whole model: every n-th run with all its steps."""
     mine, every = among or ranks()
     for _, run in islice(groupby(shots, key=lambda shot: replace(shot, timestep=None)), mine, None, every):

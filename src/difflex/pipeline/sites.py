@@ -8,15 +8,15 @@ from typing import NamedTuple, final
 from torch import nn
 
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline.families import Block, Family
+from difflex.pipeline.families import BlockPattern, Family
 from difflex.records import STREAMS, Kind, Site, Stream
 
-__all__ = ["Located", "SiteMap", "SiteRow"]
+__all__ = ["SiteMap", "SiteModule", "SiteRow"]
 
 ADVICE = "`sites` lists them; a full module path works too."
 
 
-class Located(NamedTuple):
+class SiteModule(NamedTuple):
     """A site and the modules that it is read from."""
 
     site: Site
@@ -25,7 +25,7 @@ class Located(NamedTuple):
     """Module path of the block, from the pipeline."""
     module: nn.Module
     """Where the hook goes: the block, or the activation inside it for `neurons`."""
-    block: Block | None
+    block: BlockPattern | None
     """The family's row; None for a module that has none."""
 
 
@@ -49,7 +49,7 @@ class SiteMap:
         self._family = family
         self._prefix = f"{family.denoiser}."
         self._modules = {self._prefix + path: module for path, module in denoiser.named_modules() if path}
-        self.blocks: dict[str, tuple[str, Block]] = {}
+        self.blocks: dict[str, tuple[str, BlockPattern]] = {}
         """Short name -> module path and row, in the order of the model."""
         patterns = [(re.compile(re.escape(block.path).replace(r"\*", r"(\d+)")), block) for block in family.blocks]
         for path in self._modules:
@@ -58,7 +58,7 @@ class SiteMap:
                     self.blocks[_fill(block.name, found.groups())] = (path, block)
         self._short = {path: name for name, (path, _) in self.blocks.items()}
 
-    def locate(self, site: Site | str) -> Located:
+    def locate(self, site: Site | str) -> SiteModule:
         """The modules behind `site`."""
         site = Site.parse(site) if isinstance(site, str) else site
         path = self._path(site.path)
@@ -72,12 +72,12 @@ class SiteMap:
                 "activation function itself, without ':neurons'."
             )
         if site.kind != "neurons" or block is None:
-            return Located(site, path, self._modules[path], block)
-        return Located(site, path, self._modules[self._neurons(site, path, block)], block)
+            return SiteModule(site, path, self._modules[path], block)
+        return SiteModule(site, path, self._modules[self._neurons(site, path, block)], block)
 
-    def expand(self, sites: Iterable[Site | str]) -> list[Located]:
+    def expand(self, sites: Iterable[Site | str]) -> list[SiteModule]:
         """The sites named, wildcards included: `double.*:text`, `down.*.1`. A star stands for one index."""
-        found: dict[Site, Located] = {}
+        found: dict[Site, SiteModule] = {}
         for site in sites:
             for located in map(self.locate, self._matching(str(site))):
                 found[located.site] = located
@@ -102,7 +102,7 @@ class SiteMap:
                 return path
         raise UnknownName.among("The site", name, [*self.blocks, *([] if self.blocks else self._modules)], ADVICE)
 
-    def _neurons(self, site: Site, path: str, block: Block) -> str:
+    def _neurons(self, site: Site, path: str, block: BlockPattern) -> str:
         inner = f"{path}.{block.neurons.get(site.stream, '')}"
         if inner in self._modules:
             return inner

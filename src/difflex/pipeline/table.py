@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import Call
+from difflex.pipeline.clock import DenoiserCall
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
-from difflex.pipeline.sites import Located, SiteMap, SiteRow
+from difflex.pipeline.sites import SiteMap, SiteModule, SiteRow
 from difflex.quiet import quiet
-from difflex.records import STREAMS, Moment, Shot, Site
+from difflex.records import STREAMS, HookContext, Shot, Site
 
 __all__ = ["shapes_of", "site_rows"]
 
@@ -78,13 +78,13 @@ def _twin(denoiser: nn.Module, given: dict[str, object]) -> nn.Module:
 
 @torch.no_grad()
 def shapes_of(
-    twin: nn.Module, sites: Sequence[Located], call: Call, args: tuple[object, ...], kwargs: dict[str, object]
+    twin: nn.Module, sites: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> dict[Site, torch.Size]:
     """What each site would show; a site whose block gives nothing for its stream is left out."""
     shapes: dict[Site, torch.Size] = {}
 
-    def watch(located: Located) -> None:
-        def fn(x: Tensor, moment: Moment) -> None:
+    def watch(located: SiteModule) -> None:
+        def fn(x: Tensor, moment: HookContext) -> None:
             shapes[located.site] = x.shape
 
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from difflex.errors import BadInput
-from difflex.pipeline.plans import Part, Plan
+from difflex.pipeline.plans import ComponentPlan, PipelinePlan
 
 __all__ = ["build_parts", "build_untrained"]
 
@@ -23,7 +23,7 @@ LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
 
 
 def build_untrained(
-    plan: Plan,
+    plan: PipelinePlan,
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -41,7 +41,9 @@ def build_untrained(
     return cast(DiffusionPipeline, getattr(diffusers, plan.pipeline)(**dict.fromkeys(plan.absent), **parts, **plan.settings))
 
 
-def build_parts(parts: Mapping[str, Part], seed: int, dtype: torch.dtype, device: torch.device, made: Made) -> dict[str, Any]:
+def build_parts(
+    parts: Mapping[str, ComponentPlan], seed: int, dtype: torch.dtype, device: torch.device, made: Made
+) -> dict[str, Any]:
     """Those of `parts` that are built from a config, with random weights of `seed`."""
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards), _making(dtype, device):
@@ -54,7 +56,7 @@ def build_parts(parts: Mapping[str, Part], seed: int, dtype: torch.dtype, device
     return ready
 
 
-def _tokenizer(part: Part, folder: Path | None) -> Any:
+def _tokenizer(part: ComponentPlan, folder: Path | None) -> Any:
     made = getattr(transformers, part.kind)
     if folder is not None and folder.is_dir():
         return made.from_pretrained(folder)

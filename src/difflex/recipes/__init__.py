@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from difflex.commands.anatomy import Anatomy
-from difflex.commands.collect import Collect
-from difflex.commands.concepts import Concepts
-from difflex.commands.evaluate import Evaluate
-from difflex.commands.explain import Explain
-from difflex.commands.findings import Findings
-from difflex.commands.harvest import Harvest
-from difflex.commands.itda import Itda
-from difflex.commands.neurons import Neurons
-from difflex.commands.removal import Removal
-from difflex.commands.report import Report
-from difflex.commands.steer_eval import SteerEval
-from difflex.commands.train import Train
+from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.collect import CollectCommand
+from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.explain import ExplainCommand
+from difflex.commands.findings import FindingsCommand
+from difflex.commands.harvest import HarvestCommand
+from difflex.commands.itda import ItdaCommand
+from difflex.commands.neurons import NeuronsCommand
+from difflex.commands.removal import RemovalCommand
+from difflex.commands.report import ReportCommand
+from difflex.commands.steer_eval import SteerEvalCommand
+from difflex.commands.train import TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study
 
@@ -45,17 +45,17 @@ def mini(folder: Path) -> Study:
         folder=folder,
         model="mini-flux",
         commands=(
-            Anatomy(model="mini-flux", prompts="captions", limit=16, out=folder),
-            Harvest(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
-            Train(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
-            Itda(study=folder, site=site, k=16, size=2048, tokens=100_000),
-            Evaluate(study=folder, effect=8),
-            Concepts(studies=(folder,), pictures=600, noise=(LATE,)),
-            Collect(study=folder, drawn=True, pictures=400, noise=(LATE,), no_patches=True),
-            Explain(studies=(folder,), features=50),
-            Explain(studies=(folder,), features=50, protocol="paper"),
-            SteerEval(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
-            Report(study=folder),
+            AnatomyCommand(model="mini-flux", prompts="captions", limit=16, out=folder),
+            HarvestCommand(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
+            TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
+            ItdaCommand(study=folder, site=site, k=16, size=2048, tokens=100_000),
+            EvaluateCommand(study=folder, effect=8),
+            ConceptsCommand(studies=(folder,), pictures=600, noise=(LATE,)),
+            CollectCommand(study=folder, drawn=True, pictures=400, noise=(LATE,), no_patches=True),
+            ExplainCommand(studies=(folder,), features=50),
+            ExplainCommand(studies=(folder,), features=50, protocol="paper"),
+            SteerEvalCommand(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
+            ReportCommand(study=folder),
         ),
     )
 
@@ -69,17 +69,17 @@ def mini_full(folder: Path) -> Study:
     middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = Harvest(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
-    train = Train(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
-    itda = Itda(study=folder, site=middle, k=16, size=2048, tokens=100_000)
+    harvest = HarvestCommand(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
+    train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
+    itda = ItdaCommand(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
-    explain = Explain(studies=(folder, folder / "untrained"), dictionary=compared, features=2048)
+    explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, features=2048)
     return Study(
         folder=folder,
         model="mini-flux",
         commands=(
-            Anatomy(model="mini-flux", prompts="captions", out=folder),
+            AnatomyCommand(model="mini-flux", prompts="captions", out=folder),
             harvest,
             replace(train, k=ks, size=sizes),
             replace(train, site=elsewhere),
@@ -88,35 +88,35 @@ def mini_full(folder: Path) -> Study:
             *(replace(itda, k=k) for k in ks if k != itda.k),
             *(replace(itda, site=site) for site in elsewhere),
             *_neurons(harvest, middle, ks, tokens=200_000),
-            Evaluate(study=folder, effect=EFFECT),
+            EvaluateCommand(study=folder, effect=EFFECT),
             *_control(folder / "untrained", harvest, replace(train, k=(32,))),
-            Concepts(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
-            Concepts(studies=(folder,), site=elsewhere, noise=(LATE,)),
-            Collect(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(LATE,)),
-            Collect(study=folder / "untrained", dictionary=compared[:1], drawn=True, pictures=2000, noise=(LATE,)),
+            ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
+            ConceptsCommand(studies=(folder,), site=elsewhere, noise=(LATE,)),
+            CollectCommand(study=folder, dictionary=compared, drawn=True, pictures=2000, noise=(LATE,)),
+            CollectCommand(study=folder / "untrained", dictionary=compared[:1], drawn=True, pictures=2000, noise=(LATE,)),
             replace(explain, protocol="heldout"),
             replace(explain, protocol="paper"),
-            SteerEval(study=folder, dictionary=compared[:2], trials=12),
-            SteerEval(study=folder, dictionary=("single.0/topk-2048-k16",), groups=("background",), trials=12),
-            Removal(study=folder, dictionary=(together,)),
-            Findings(study=folder, site=middle),
-            Report(study=folder),
+            SteerEvalCommand(study=folder, dictionary=compared[:2], trials=12),
+            SteerEvalCommand(study=folder, dictionary=("single.0/topk-2048-k16",), groups=("background",), trials=12),
+            RemovalCommand(study=folder, dictionary=(together,)),
+            FindingsCommand(study=folder, site=middle),
+            ReportCommand(study=folder),
         ),
     )
 
 
-def _neurons(harvest: Harvest, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
+def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
     """The neurons of a block as dictionaries, of as many tokens as it takes to evaluate what nobody trains."""
     inner = (f"{site}:neurons",)
-    return replace(harvest, sites=inner, tokens=tokens), Neurons(study=harvest.out, site=inner, k=ks)
+    return replace(harvest, sites=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
 
 
-def _control(folder: Path, harvest: Harvest, train: Train) -> tuple[Command, ...]:
+def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tuple[Command, ...]:
     """What `train` learns, at its site, of a denoiser that was never trained."""
     return (
         replace(harvest, sites=train.site, untrained=0, out=folder),
         replace(train, study=folder),
-        Evaluate(study=folder, effect=EFFECT),
+        EvaluateCommand(study=folder, effect=EFFECT),
     )
 
 
@@ -136,7 +136,7 @@ def flux_dev(folder: Path) -> Study:
 def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
     middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = Harvest(
+    harvest = HarvestCommand(
         model=model,
         sites=sites,
         prompts=CAPTIONS,
@@ -151,15 +151,15 @@ def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
         folder=folder,
         model=model,
         commands=(
-            Anatomy(model=model, prompts=CAPTIONS, steps=steps, pixels=(256, 256), guidance=guidance, out=folder),
+            AnatomyCommand(model=model, prompts=CAPTIONS, steps=steps, pixels=(256, 256), guidance=guidance, out=folder),
             harvest,
-            Train(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
-            Train(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
-            *(Itda(study=folder, site=site, paper=True) for site in sites),
+            TrainCommand(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
+            TrainCommand(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
+            *(ItdaCommand(study=folder, site=site, paper=True) for site in sites),
             *_neurons(harvest, middle, (64,), tokens=1_000_000),
-            Evaluate(study=folder),
-            Collect(study=folder, site=(middle,), pictures=8000),
-            Report(study=folder),
+            EvaluateCommand(study=folder),
+            CollectCommand(study=folder, site=(middle,), pictures=8000),
+            ReportCommand(study=folder),
         ),
     )
 
@@ -174,8 +174,8 @@ def sdxl_turbo(folder: Path) -> Study:
         folder=folder,
         model=model,
         commands=(
-            Anatomy(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
-            Harvest(
+            AnatomyCommand(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
+            HarvestCommand(
                 model=model,
                 sites=sites,
                 prompts=AESTHETIC,
@@ -186,10 +186,10 @@ def sdxl_turbo(folder: Path) -> Study:
                 dtype="int8",
                 out=folder,
             ),
-            Train(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
-            Evaluate(study=folder),
-            Collect(study=folder, pictures=8000),
-            Report(study=folder),
+            TrainCommand(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
+            EvaluateCommand(study=folder),
+            CollectCommand(study=folder, pictures=8000),
+            ReportCommand(study=folder),
         ),
     )
 

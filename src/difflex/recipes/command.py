@@ -12,12 +12,12 @@ from difflex.recipes.planning import machine_rate, plan, plan_table
 from difflex.run import run_study
 from difflex.study import Command, Study
 
-__all__ = ["Run"]
+__all__ = ["RunCommand"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Run(Command):
+class RunCommand(Command):
     """Run a recipe: its commands in order; given again it goes on, and does again only what a change has made useless."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]

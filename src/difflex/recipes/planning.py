@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from difflex.errors import DifflexError
-from difflex.forecast import Estimate, Outlook
-from difflex.run import Step, steps
+from difflex.forecast import CostEstimate, CostOutlook
+from difflex.run import StudyStep, steps
 from difflex.store import said_size
 from difflex.study import Study
 
-__all__ = ["Planned", "machine_rate", "plan", "plan_table"]
+__all__ = ["PlannedCommand", "machine_rate", "plan", "plan_table"]
 
 MOMENT = 0.2
 """Seconds for which the machine is measured."""
@@ -24,27 +24,27 @@ SIDE = {"cpu": 512, "cuda": 4096}
 COLUMNS = ("", "state", "verb", "sites", "tokens", "disk", "time", "asked")
 
 
-class Planned(NamedTuple):
+class PlannedCommand(NamedTuple):
     """A command, how far it is, and what it takes."""
 
-    step: Step
-    estimate: Estimate
+    step: StudyStep
+    estimate: CostEstimate
     """What it is expected to take; of what is done the files that are there, and the time that it took."""
 
 
-def plan(study: Study, rate: float) -> list[Planned]:
+def plan(study: Study, rate: float) -> list[PlannedCommand]:
     """The commands of `study` with what each takes on a machine of this `rate`."""
-    outlook, planned = Outlook(rate=rate), []
+    outlook, planned = CostOutlook(rate=rate), []
     for step in steps(study):
         try:
             estimate = step.command.estimate(outlook)
         except DifflexError as error:  # what is wrong with a command is said when it is run
-            estimate = Estimate(unknown=str(error))
+            estimate = CostEstimate(unknown=str(error))
         outlook = outlook.after(estimate)
         if step.state == "done":
             there = sum(_size(study.folder / path) for path in step.entry.made)
             estimate = replace(estimate, bytes=there, seconds=step.entry.seconds, unknown="")
-        planned.append(Planned(step, estimate))
+        planned.append(PlannedCommand(step, estimate))
     return planned
 
 
@@ -70,7 +70,7 @@ def machine_rate() -> float:
     return 2 * side**3 / best * (1 if place == "cuda" else threads)
 
 
-def plan_table(planned: Sequence[Planned]) -> str:
+def plan_table(planned: Sequence[PlannedCommand]) -> str:
     """A line for each command, what cannot be told below them, and the whole."""
     lines = [COLUMNS, *(_line(number, each) for number, each in enumerate(planned, 1)), *_whole(planned)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -79,7 +79,7 @@ def plan_table(planned: Sequence[Planned]) -> str:
     return "\n".join([text, *unknown])
 
 
-def _line(number: int, planned: Planned) -> tuple[str, ...]:
+def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
     step, estimate = planned
     asked = {name: value for name, value in step.entry.flags.items() if value not in (None, False, [], {})}
     sites = ",".join(estimate.sites[:MOST]) + (f" and {len(estimate.sites) - MOST} more" if len(estimate.sites) > MOST else "")
@@ -99,14 +99,14 @@ def _asked(flag: tuple[str, object]) -> str:
     return f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def _whole(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
+def _whole(planned: Sequence[PlannedCommand]) -> list[tuple[str, ...]]:
     """A line for what is left to do, and one for everything."""
     left = [each.estimate for each in planned if each.step.state != "done"]
     every = [each.estimate for each in planned]
     return [_sum("left to do", left), _sum("in all", every)] if len(left) < len(every) else [_sum("in all", every)]
 
 
-def _sum(name: str, estimates: Sequence[Estimate]) -> tuple[str, ...]:
+def _sum(name: str, estimates: Sequence[CostEstimate]) -> tuple[str, ...]:
     sizes, times = [each.bytes for each in estimates], [each.seconds for each in estimates]
     size = said_size(sum(size or 0 for size in sizes)) + (" and ?" if None in sizes else "")
     took = said_time(sum(took or 0.0 for took in times)) + (" and ?" if None in times else "")

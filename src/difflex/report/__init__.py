@@ -1,7 +1,7 @@
 """The report of a study: one page that needs nothing from outside, and the numbers of every figure as CSV files."""
 
-from difflex.report.facts import Facts, read
+from difflex.report.facts import StudyFacts, read
 from difflex.report.page import SECTIONS, write_report
-from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 
-__all__ = ["SECTIONS", "Facts", "Figure", "Missing", "Section", "Table", "read", "write_report"]
+__all__ = ["SECTIONS", "FigureTable", "MissingFigure", "ReportFigure", "ReportSection", "StudyFacts", "read", "write_report"]

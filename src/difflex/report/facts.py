@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from difflex.anatomy import Anatomy
-from difflex.book import About, Book
-from difflex.concepts import Matches
+from difflex.book import Book, BookInfo
+from difflex.concepts import ConceptMatches
 from difflex.dictionary import checksum
 from difflex.dictionary.files import read_config
 from difflex.errors import DifflexError
@@ -19,20 +19,19 @@ from difflex.evaluation import Evaluation
 from difflex.findings import Findings
 from difflex.records import Site
 from difflex.report.soundness import changed, is_picture, is_sound, k_of, known_in_numbers, normalisation
-from difflex.report.steered import Steered, has_numbers, known
-from difflex.run import Entry, diary, recipe_of
-from difflex.steering import Judged as Edited
-from difflex.steering import Removal
+from difflex.report.steered import SteeringFacts, has_numbers, known
+from difflex.run import CommandRecord, diary, recipe_of
+from difflex.steering import RemovalResults, SteeringResults
 from difflex.store import Store
 from difflex.store.files import digest
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
-__all__ = ["Facts", "Judged", "Measured", "Stored", "read"]
+__all__ = ["DictionaryFacts", "MatchFacts", "StoreFacts", "StudyFacts", "read"]
 
 T = TypeVar("T")
 
 
-class Stored(NamedTuple):
+class StoreFacts(NamedTuple):
     """The activations of a site."""
 
     site: Site
@@ -43,10 +42,10 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class DictionaryFacts:
     """A dictionary, and what was measured of it."""
 
-    place: Place
+    place: DictionaryRef
     kind: str
     size: int
     k: int
@@ -66,10 +65,10 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class MatchFacts:
     """The features of one method, held against known concepts."""
 
-    matches: Matches
+    matches: ConceptMatches
     kind: str
     """Of a dictionary, or `pca`, `random`, `neurons`."""
     normalisation: str | None
@@ -98,7 +97,7 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class StudyFacts:
     """What is known of a study."""
 
     name: str
@@ -108,22 +107,22 @@ class Facts:
     """When study.json was written."""
     latest: datetime | None
     """When the youngest of the files that the report reads was written."""
-    diary: tuple[Entry, ...]
+    diary: tuple[CommandRecord, ...]
     recipe: str | None
     """Its name, where the diary keeps one."""
-    stores: tuple[Stored, ...]
-    dictionaries: tuple[Measured, ...]
-    judged: tuple[Judged, ...]
+    stores: tuple[StoreFacts, ...]
+    dictionaries: tuple[DictionaryFacts, ...]
+    judged: tuple[MatchFacts, ...]
     """Of the study itself and, where one was named, of its control; at each block only what was judged on the same pictures."""
     anatomy: Anatomy | None
-    books: tuple[Place, ...]
+    books: tuple[DictionaryRef, ...]
     """The dictionaries that have a book of what they now are."""
     control: Study | None
     """The same model untrained, where a study of it was named."""
-    control_books: tuple[Place, ...]
-    steered: tuple[Steered, ...]
+    control_books: tuple[DictionaryRef, ...]
+    steered: tuple[SteeringFacts, ...]
     """The dictionaries whose features were steered with."""
-    removals: tuple[Removal, ...]
+    removals: tuple[RemovalResults, ...]
     """What came of taking concepts away."""
     findings: tuple[Findings, ...]
     """What experiments with steering found."""
@@ -131,21 +130,21 @@ class Facts:
     """What is there but cannot be shown, and why."""
 
     @property
-    def evaluated(self) -> list[tuple[Measured, Evaluation]]:
+    def evaluated(self) -> list[tuple[DictionaryFacts, Evaluation]]:
         """The dictionaries that have figures."""
         return [(each, each.evaluation) for each in self.dictionaries if each.evaluation is not None]
 
     @property
-    def blocks(self) -> dict[str, list[Judged]]:
+    def blocks(self) -> dict[str, list[MatchFacts]]:
         """What was held against known concepts, by block."""
         paths = dict.fromkeys(each.path for each in self.judged)
         return {path: [each for each in self.judged if each.path == path] for path in paths}
 
 
-def read(study: Study, control: Study | None = None) -> Facts:
+def read(study: Study, control: Study | None = None) -> StudyFacts:
     """The facts of `study`, with the matches of `control`, a study of the same model untrained, beside its own."""
     troubles: list[str] = []
-    reading = _Reading(troubles)
+    reading = _FactsReader(troubles)
     dictionaries = tuple(each for place in study.dictionaries() if (each := reading.measured(study, place)) is not None)
     judged = [*reading.judged(study, untrained=False), *(reading.judged(control, untrained=True) if control else ())]
     found = (study.folder / "steering" / "findings").glob("*.json")
@@ -157,7 +156,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
         for each in (study, control)
     )
     entries = tuple(reading.tried(lambda: diary(study.folder)) or ())
-    return Facts(
+    return StudyFacts(
         name=study.folder.resolve().name,
         study=study,
         begun=_written([study.folder / "study.json"]),
@@ -178,7 +177,7 @@ def read(study: Study, control: Study | None = None) -> Facts:
     )
 
 
-class _Reading(NamedTuple):
+class _FactsReader(NamedTuple):
     """Reads what may be broken: what cannot be read goes to the troubles."""
 
     troubles: list[str]
@@ -191,7 +190,7 @@ class _Reading(NamedTuple):
             self.troubles.append(str(error))
             return None
 
-    def measured(self, study: Study, place: Place) -> Measured | None:
+    def measured(self, study: Study, place: DictionaryRef) -> DictionaryFacts | None:
         """A dictionary, with its evaluation where that is of what the dictionary now is."""
         folder, path = study.dictionary(*place), study.evaluation(*place)
         config = self.tried(lambda: read_config(folder))
@@ -206,7 +205,7 @@ class _Reading(NamedTuple):
         if evaluation is not None and not is_sound(evaluation, config):
             self.troubles.append(f"{path} holds what is no number: it is damaged. Delete it and evaluate again.")
             evaluation = None
-        return Measured(
+        return DictionaryFacts(
             place=place,
             kind=config.kind,
             size=config.size,
@@ -217,7 +216,7 @@ class _Reading(NamedTuple):
             evaluation=evaluation,
         )
 
-    def has_book(self, study: Study, place: Place) -> bool:
+    def has_book(self, study: Study, place: DictionaryRef) -> bool:
         """Whether a dictionary has a book of what it now is."""
         path = study.book(*place)
         if not path.exists():
@@ -231,11 +230,11 @@ class _Reading(NamedTuple):
             return False
         return True
 
-    def judged(self, study: Study, untrained: bool) -> list[Judged]:
+    def judged(self, study: Study, untrained: bool) -> list[MatchFacts]:
         """The matches of a study that are of its model and of what its dictionaries now are."""
         found = []
         for path in sorted(study.folder.glob("concepts/*/*.json")):
-            matches = self.tried(lambda path=path: Matches.load(path))
+            matches = self.tried(lambda path=path: ConceptMatches.load(path))
             name = f"concepts/{path.parent.name}/{path.name}"
             if matches is None:
                 continue
@@ -252,11 +251,11 @@ class _Reading(NamedTuple):
                 found.append(each)
         return found
 
-    def _of(self, study: Study, matches: Matches, name: str, untrained: bool) -> Judged | None:
+    def _of(self, study: Study, matches: ConceptMatches, name: str, untrained: bool) -> MatchFacts | None:
         kind, k = matches.label.split("-")[0], k_of(matches.label)
         folder = study.dictionary(matches.site, matches.label)
         if "sha256" not in matches.made_from:
-            return None if untrained else Judged(matches=matches, kind=kind, normalisation=None, untrained=untrained, k=k)
+            return None if untrained else MatchFacts(matches=matches, kind=kind, normalisation=None, untrained=untrained, k=k)
         if not (folder / "config.json").is_file():
             self.troubles.append(f"{name} is of a dictionary that is no longer there. Delete it.")
             return None
@@ -267,13 +266,13 @@ class _Reading(NamedTuple):
         if config is None:
             return None
         learned = None if config.kind == "neurons" else normalisation(config)
-        return Judged(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
+        return MatchFacts(matches=matches, kind=config.kind, normalisation=learned, untrained=untrained, k=config.k)
 
-    def steered(self, study: Study, measured: Measured, judged: Iterable[Judged]) -> Steered | None:
+    def steered(self, study: Study, measured: DictionaryFacts, judged: Iterable[MatchFacts]) -> SteeringFacts | None:
         """What came of steering with a dictionary's features, where it is of what the dictionary now is."""
         place = measured.place
         path = study.steering(*place)
-        edited = self.tried(lambda: Edited.load(path)) if path.exists() else None
+        edited = self.tried(lambda: SteeringResults.load(path)) if path.exists() else None
         if edited is None:
             return None
         now = self.tried(lambda: checksum(study.dictionary(*place)))
@@ -291,7 +290,7 @@ class _Reading(NamedTuple):
             self.troubles.append(f"{place} was steered with, but what its features detect is not known. Run difflex concepts.")
             return None
         files = [(strip, path.with_suffix("") / strip.file) for strip in edited.strips]
-        return Steered(
+        return SteeringFacts(
             place=place,
             kind=measured.kind,
             judged=edited,
@@ -299,9 +298,9 @@ class _Reading(NamedTuple):
             strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: is_picture(file))),
         )
 
-    def removal(self, study: Study, path: Path) -> Removal | None:
+    def removal(self, study: Study, path: Path) -> RemovalResults | None:
         """What came of taking concepts away, where it is of what the dictionaries now are."""
-        removed = self.tried(lambda: Removal.load(path))
+        removed = self.tried(lambda: RemovalResults.load(path))
         if removed is None:
             return None
         now = {str(place): self.tried(lambda place=place: checksum(study.dictionary(*place))) for place in study.dictionaries()}
@@ -340,10 +339,10 @@ class _Reading(NamedTuple):
         return anatomy
 
 
-def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
+def _comparable(judged: Iterable[MatchFacts], troubles: list[str]) -> list[MatchFacts]:
     """Of each block what was judged on the same pictures in the same way as most there; the others are named."""
-    kept: list[Judged] = []
-    by_path: dict[str, list[Judged]] = {}
+    kept: list[MatchFacts] = []
+    by_path: dict[str, list[MatchFacts]] = {}
     for each in judged:
         by_path.setdefault(each.path, []).append(each)
     for path, there in by_path.items():
@@ -361,17 +360,17 @@ def _comparable(judged: Iterable[Judged], troubles: list[str]) -> list[Judged]:
     return kept
 
 
-def _settings(judged: Judged) -> tuple[tuple[str, str], ...]:
+def _settings(judged: MatchFacts) -> tuple[tuple[str, str], ...]:
     """What the figures of matches depend on beside the dictionary and the model's revision."""
     left_out = ("sha256", "revision", "model")
     return tuple(sorted((name, str(value)) for name, value in judged.matches.made_from.items() if name not in left_out))
 
 
-def _stored(folder: Path) -> Stored:
+def _stored(folder: Path) -> StoreFacts:
     store = Store.open(folder)
     held_out = store.count("held-out")
     rows = store.count() + held_out
-    return Stored(site=store.site, rows=rows, held_out=held_out, width=store.width, complete=store.complete)
+    return StoreFacts(site=store.site, rows=rows, held_out=held_out, width=store.width, complete=store.complete)
 
 
 def _files(study: Study) -> list[Path]:
@@ -385,6 +384,6 @@ def _written(paths: Iterable[Path]) -> datetime | None:
     return datetime.fromtimestamp(max(times), UTC) if times else None
 
 
-def _about(path: Path) -> About:
+def _about(path: Path) -> BookInfo:
     with Book.open(path) as book:
         return book.about

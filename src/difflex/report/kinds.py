@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from difflex.report.drawing import Key, Look
-from difflex.report.facts import Judged, Measured
+from difflex.report.drawing import LegendEntry, SeriesStyle
+from difflex.report.facts import DictionaryFacts, MatchFacts
 
 __all__ = ["AUTOENCODERS", "DASHES", "alike", "key", "key_of", "look", "looks", "plain", "usual"]
 
@@ -21,50 +21,50 @@ NAMES = {
 }
 AUTOENCODERS = ("topk", "batchtopk", "jumprelu", "matryoshka")
 LOOKS = {
-    "topk": Look(colour=0, marker="circle"),
-    "itda": Look(colour=1, marker="diamond", dash="7 3"),
-    "neurons": Look(colour=2, marker="square", dash="1 4"),
-    "pca": Look(colour=3, marker="triangle", dash="9 3 2 3"),
-    "random": Look(colour=4, marker="cross", dash="3 3"),
-    "batchtopk": Look(colour=6, marker="ring", dash="12 3"),
-    "jumprelu": Look(colour=7, marker="square", dash="5 2"),
-    "matryoshka": Look(colour=8, marker="triangle", dash="2 2"),
-    "untrained": Look(colour=5, marker="wedge", dash="12 3 2 3"),
+    "topk": SeriesStyle(colour=0, marker="circle"),
+    "itda": SeriesStyle(colour=1, marker="diamond", dash="7 3"),
+    "neurons": SeriesStyle(colour=2, marker="square", dash="1 4"),
+    "pca": SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3"),
+    "random": SeriesStyle(colour=4, marker="cross", dash="3 3"),
+    "batchtopk": SeriesStyle(colour=6, marker="ring", dash="12 3"),
+    "jumprelu": SeriesStyle(colour=7, marker="square", dash="5 2"),
+    "matryoshka": SeriesStyle(colour=8, marker="triangle", dash="2 2"),
+    "untrained": SeriesStyle(colour=5, marker="wedge", dash="12 3 2 3"),
 }
 UNTRAINED = LOOKS["untrained"]
 DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
 NEAR = 0.1
 """Sizes that differ by no more than this share count as equal: an ITDA ends where its data ends."""
-T = TypeVar("T", bound=Measured | Judged)
+T = TypeVar("T", bound=DictionaryFacts | MatchFacts)
 
 
-def key(kind: str, untrained: bool = False, line: bool = True) -> Key:
+def key(kind: str, untrained: bool = False, line: bool = True) -> LegendEntry:
     """The entry of a kind in a legend; `line` where the figure has lines."""
     name = NAMES.get(kind, kind)
     return (
-        Key(f"{kind} untrained", f"{name} of an untrained model", UNTRAINED, line)
+        LegendEntry(f"{kind} untrained", f"{name} of an untrained model", UNTRAINED, line)
         if untrained
-        else Key(kind, name, look(kind), line)
+        else LegendEntry(kind, name, look(kind), line)
     )
 
 
-def key_of(judged: Judged) -> Key:
+def key_of(judged: MatchFacts) -> LegendEntry:
     """The entry of what was held against concepts."""
     return key(judged.kind, judged.untrained)
 
 
-def look(kind: str) -> Look:
+def look(kind: str) -> SeriesStyle:
     """How a kind looks."""
-    return LOOKS.get(kind, Look(colour=8, marker="ring"))
+    return LOOKS.get(kind, SeriesStyle(colour=8, marker="ring"))
 
 
-def looks(kinds: Mapping[str, str]) -> dict[str, Look]:
+def looks(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:
     """By name, from names to kinds: dictionaries of one kind differ in their dashes."""
     made = {}
     for name, kind in kinds.items():
         same, own = [each for each in kinds if kinds[each] == kind], look(kind)
         dash = own.dash if len(same) == 1 else DASHES[same.index(name) % len(DASHES)]
-        made[name] = Look(colour=own.colour, marker=own.marker, dash=dash)
+        made[name] = SeriesStyle(colour=own.colour, marker=own.marker, dash=dash)
     return made
 
 

@@ -7,18 +7,18 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from difflex.report.drawing import element
-from difflex.report.facts import Facts
-from difflex.report.sections import Section
+from difflex.report.facts import StudyFacts
+from difflex.report.sections import ReportSection
 from difflex.report.telling import count
-from difflex.run import Entry
+from difflex.run import CommandRecord
 
 __all__ = ["Spell", "again", "overview", "plainly"]
 
-Spell = Callable[[Entry], Sequence[str]]
+Spell = Callable[[CommandRecord], Sequence[str]]
 """From an entry of the diary to the words that the command is given by."""
 
 
-def overview(facts: Facts) -> Section:
+def overview(facts: StudyFacts) -> ReportSection:
     """The section about the study itself: the model, and which stations are done."""
     study = facts.study
     seconds = sum(entry.seconds or 0 for entry in facts.diary)
@@ -31,7 +31,7 @@ def overview(facts: Facts) -> Section:
         **({"Time its commands took": _duration(seconds)} if seconds else {}),
     }
     entries = [element("div", element("dt", name), element("dd", value)) for name, value in told.items()]
-    return Section(
+    return ReportSection(
         name="study",
         title="What was studied",
         lead="",
@@ -39,21 +39,21 @@ def overview(facts: Facts) -> Section:
     )
 
 
-def again(facts: Facts, spell: Spell) -> Section:
+def again(facts: StudyFacts, spell: Spell) -> ReportSection:
     """The section about how to run the study again."""
     whole = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
     if not facts.diary:
         lead = "This study has no diary: its commands were given one by one, not by a recipe. What each dictionary was made "
         "with is in its config.json."
-        return Section(name="again", title="How to run it again", lead=lead, body=_code([["difflex", "report", "STUDY"]]))
+        return ReportSection(name="again", title="How to run it again", lead=lead, body=_code([["difflex", "report", "STUDY"]]))
     lead = (
         "One command runs the recipe: what is done is left out, what a change made useless is made again. These are its commands."
     )
     commands = element("ol", *(_command(entry, spell) for entry in facts.diary if entry.verb != "report"), class_="commands")
-    return Section(name="again", title="How to run it again", lead=lead, body=_code([whole]) + commands)
+    return ReportSection(name="again", title="How to run it again", lead=lead, body=_code([whole]) + commands)
 
 
-def plainly(entry: Entry) -> list[str]:
+def plainly(entry: CommandRecord) -> list[str]:
     """The words of an entry where nobody knows the flags of its verb: the values that say something, by name."""
     told = [
         f"{name}={value}" for name, value in entry.flags.items() if value not in (None, False, [], {}) and "SHA-256" not in name
@@ -61,7 +61,7 @@ def plainly(entry: Entry) -> list[str]:
     return [entry.verb, *told]
 
 
-def _stations(facts: Facts) -> Markup:
+def _stations(facts: StudyFacts) -> Markup:
     """A line for each station: how far it is, and the verb that goes on where it is not done."""
     rows = sum(store.rows for store in facts.stores)
     waiting = sum(not store.complete for store in facts.stores)
@@ -92,12 +92,12 @@ def _stations(facts: Facts) -> Markup:
     return element("ul", *items, class_="stations")
 
 
-def _anatomy(facts: Facts) -> str:
+def _anatomy(facts: StudyFacts) -> str:
     found = facts.anatomy
     return "not measured" if found is None else f"norms of {count(len(found.norms), 'site')}, spectra of {len(found.shapes)}"
 
 
-def _troubles(facts: Facts) -> Markup:
+def _troubles(facts: StudyFacts) -> Markup:
     """What is there but is not shown."""
     if not facts.troubles:
         return Markup("")
@@ -105,11 +105,11 @@ def _troubles(facts: Facts) -> Markup:
     return element("aside", element("h3", "Left out, because it cannot be trusted"), element("ul", *items), class_="troubles")
 
 
-def _command(entry: Entry, spell: Spell) -> Markup:
+def _command(entry: CommandRecord, spell: Spell) -> Markup:
     return element("li", element("code", f"difflex {shlex.join(spell(entry))}"), " ", element("span", _state(entry)))
 
 
-def _state(entry: Entry) -> str:
+def _state(entry: CommandRecord) -> str:
     """When a command was done, and what it took."""
     if entry.seconds is None:
         return "begun, not done"

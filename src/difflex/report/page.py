@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from difflex.report.claims import claims
 from difflex.report.drawing import legend, script, style
-from difflex.report.facts import Facts, read
+from difflex.report.facts import StudyFacts, read
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
 from difflex.report.figures.explanations import explanations
@@ -21,13 +21,13 @@ from difflex.report.figures.quality import quality
 from difflex.report.figures.removal import removal
 from difflex.report.figures.steering import steering
 from difflex.report.overview import Spell, again, overview, plainly
-from difflex.report.sections import Figure, Section
+from difflex.report.sections import ReportFigure, ReportSection
 from difflex.report.table import dictionaries
 from difflex.study import Study
 
 __all__ = ["SECTIONS", "rendered", "write", "write_report"]
 
-SECTIONS: tuple[Callable[[Facts], Section], ...] = (
+SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     overview,
     claims,
     anatomy,
@@ -61,7 +61,7 @@ def write_report(study: Study, control: Study | None = None, spell: Spell = plai
     return [*written, *(write(folder / f"{figure.name}.csv", figure.table.csv) for figure in figures)]
 
 
-def rendered(template: str, sections: Sequence[Section], **told: object) -> str:
+def rendered(template: str, sections: Sequence[ReportSection], **told: object) -> str:
     """The page that `template` makes of `sections`, with all that it needs inside."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -73,7 +73,7 @@ def rendered(template: str, sections: Sequence[Section], **told: object) -> str:
     )
 
 
-def _download(figure: Figure) -> str:
+def _download(figure: ReportFigure) -> str:
     """The CSV of a figure as an address that holds it."""
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
 

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from difflex.report.drawing import Drawing, Key
+from difflex.report.drawing import Drawing, LegendEntry
 from difflex.report.telling import exact
 
-__all__ = ["Figure", "Missing", "Section", "Table"]
+__all__ = ["FigureTable", "MissingFigure", "ReportFigure", "ReportSection"]
 
 NOTHING = Markup()
 Value = str | float | None
 
 
-class Table(NamedTuple):
+class FigureTable(NamedTuple):
     """The numbers behind a figure."""
 
     columns: tuple[str, ...]
@@ -32,7 +32,7 @@ class Table(NamedTuple):
         return file.getvalue()
 
 
-class Missing(NamedTuple):
+class MissingFigure(NamedTuple):
     """A figure that cannot be drawn yet."""
 
     what: str
@@ -41,7 +41,7 @@ class Missing(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class ReportFigure:
     """Drawings side by side, what they show, and their numbers."""
 
     name: str
@@ -51,9 +51,9 @@ class Figure:
     """What is seen."""
     formula: str
     """How it was computed."""
-    table: Table
+    table: FigureTable
     drawings: tuple[Drawing, ...]
-    keys: tuple[Key, ...] = ()
+    keys: tuple[LegendEntry, ...] = ()
     """Of the legend."""
     ramp: Markup = NOTHING
     """The legend of a heat map."""
@@ -67,7 +67,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class ReportSection:
     """A part of the page."""
 
     name: str
@@ -75,7 +75,7 @@ class Section:
     title: str
     lead: str
     """What it is about, in a sentence or two."""
-    figures: tuple[Figure, ...] = ()
-    missing: tuple[Missing, ...] = ()
+    figures: tuple[ReportFigure, ...] = ()
+    missing: tuple[MissingFigure, ...] = ()
     body: Markup = NOTHING
     """What is neither: a table, a list of claims."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.concepts import Matches
+from difflex.concepts import ConceptMatches
 from difflex.dictionary import checksum
-from difflex.dictionary.files import Config
+from difflex.dictionary.files import DictionaryConfig
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.study import Study
@@ -19,7 +19,7 @@ WORDS = ("difflex", "dictionary", "checksum", "data")
 """What of an evaluation is no number."""
 
 
-def is_sound(evaluation: Evaluation, config: Config) -> bool:
+def is_sound(evaluation: Evaluation, config: DictionaryConfig) -> bool:
     """Whether all that should be a number is one (or NaN, which can be told), and the counts are of this dictionary."""
     figures = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
     whole = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
@@ -40,7 +40,7 @@ def _is(folder: Path, told: str | int | float) -> bool:
         return False  # named where the dictionaries are read
 
 
-def known_in_numbers(matches: Matches) -> bool:
+def known_in_numbers(matches: ConceptMatches) -> bool:
     """Whether the figures that are shown are numbers, or NaN, which can be told."""
     shown = [figure for level in matches.levels for each in level.findings for figure in (*each.best.ap, *each.probe)]
     shares = [share for level in matches.levels for share in level.coverage]
@@ -63,7 +63,7 @@ def _leaves(entry: object) -> Iterator[object]:
         yield from _leaves(each)
 
 
-def normalisation(config: Config) -> str:
+def normalisation(config: DictionaryConfig) -> str:
     """The method by which a dictionary normalises its data."""
     said = config.settings.get("normalisation")
     method = said.get("method") if isinstance(said, Mapping) else None

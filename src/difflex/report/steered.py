@@ -7,17 +7,17 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from difflex.concepts import Matches
-from difflex.steering import Curve, Judged, Strip
-from difflex.study import Place
+from difflex.concepts import ConceptMatches
+from difflex.steering import ImageStrip, SteeringResults, StrengthCurve
+from difflex.study import DictionaryRef
 
-__all__ = ["DETECTS", "Known", "Steered", "Summary", "has_numbers", "known", "summary"]
+__all__ = ["DETECTS", "GroupCoverage", "SteeringFacts", "SteeringSummary", "has_numbers", "known", "summary"]
 
 DETECTS = 0.8
 """From this average precision on a feature detects a concept, and is held to what it says."""
 
 
-class Known(NamedTuple):
+class GroupCoverage(NamedTuple):
     """The concepts of a group, and those of them that a steered feature stands for."""
 
     concepts: int
@@ -27,7 +27,7 @@ class Known(NamedTuple):
     """Those that a feature detects; of concepts told in words all, each steered with the feature told."""
 
 
-class Summary(NamedTuple):
+class SteeringSummary(NamedTuple):
     """Medians over concepts, each at the strength that is best for it; None where no strength will do for any."""
 
     features: int
@@ -41,15 +41,15 @@ class Summary(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steered:
+class SteeringFacts:
     """A dictionary whose features were steered with."""
 
-    place: Place
+    place: DictionaryRef
     kind: str
-    judged: Judged
-    known: Mapping[str, Known]
+    judged: SteeringResults
+    known: Mapping[str, GroupCoverage]
     """By group of concepts."""
-    strips: tuple[tuple[Strip, Path], ...]
+    strips: tuple[tuple[ImageStrip, Path], ...]
     """To be looked at, each with its picture."""
 
     @property
@@ -67,7 +67,7 @@ class Steered:
         """The groups in which some concept has a feature."""
         return [group for group, known in self.known.items() if known.detected]
 
-    def curves(self, method: str, *groups: str) -> list[Curve]:
+    def curves(self, method: str, *groups: str) -> list[StrengthCurve]:
         """Those of a method for the concepts of these groups that the dictionary has a feature for."""
         return [
             curve
@@ -76,17 +76,17 @@ class Steered:
         ]
 
 
-def _is_told(judged: Judged) -> bool:
+def _is_told(judged: SteeringResults) -> bool:
     return bool(judged.made_from.get("told"))
 
 
-def known(matches: Matches | None, judged: Judged, place: Place) -> dict[str, Known] | None:
+def known(matches: ConceptMatches | None, judged: SteeringResults, place: DictionaryRef) -> dict[str, GroupCoverage] | None:
     """By group: how many concepts there are, and which the features that were steered with detect; None where that is not
     known. What was told in words is known by that alone."""
     steered = {curve.concept: curve.told for curve in judged.of("feature")}
     if _is_told(judged):
         groups = {group: frozenset(curve.concept for curve in judged.curves if curve.group == group) for group in _groups(judged)}
-        return {group: Known(len(names), 0, names) for group, names in groups.items()}
+        return {group: GroupCoverage(len(names), 0, names) for group, names in groups.items()}
     if matches is None:
         return None
     findings = matches.clearest.findings
@@ -100,23 +100,23 @@ def known(matches: Matches | None, judged: Judged, place: Place) -> dict[str, Kn
             if finding.best.ap.value >= DETECTS and steered.get(finding.concept.name) == f"{place} {finding.best.features[0]}"
         ]
         rare = sum(concept.group == group for concept in matches.left_out)
-        made[group] = Known(len(there) + rare, rare, frozenset(detected))
+        made[group] = GroupCoverage(len(there) + rare, rare, frozenset(detected))
     return made
 
 
-def _groups(judged: Judged) -> list[str]:
+def _groups(judged: SteeringResults) -> list[str]:
     """Those of the concepts that were steered towards."""
     return list(dict.fromkeys(curve.group for curve in judged.curves))
 
 
-def summary(curves: Iterable[Curve]) -> Summary | None:
+def summary(curves: Iterable[StrengthCurve]) -> SteeringSummary | None:
     """What came of steering towards each concept, in the middle; None for no concept."""
     listed = list(curves)
     if not listed:
         return None
     best = [point for curve in listed if (point := curve.best()) is not None]
     middle = lambda values: median(values) if values else None  # noqa: E731
-    return Summary(
+    return SteeringSummary(
         features=len(listed),
         gain=median([curve.gain() for curve in listed]),
         without=median([curve.without for curve in listed]),
@@ -127,7 +127,7 @@ def summary(curves: Iterable[Curve]) -> Summary | None:
     )
 
 
-def has_numbers(judged: Judged) -> bool:
+def has_numbers(judged: SteeringResults) -> bool:
     """Whether all that should be a number is one, and there is something to tell."""
     points = [point for curve in judged.curves for point in curve.points]
     figures = [

@@ -1,46 +1,69 @@
 """Edits of activations while a picture is made: by the features of a dictionary, or along a direction found by contrast."""
 
-from difflex.steering.contrast import Contrast, Inside, Method, Part, contrast, contrasts, everywhere, made_of
-from difflex.steering.editing import Features, Steering, at_random, check_maker, features_of, steered_along, steerings
-from difflex.steering.judging import Curve, Drawn, Judged, Point, Strip, Task, Trial, Verdict, judge, side_by_side
-from difflex.steering.maps import Maps
+from difflex.steering.contrast import Contrast, FeatureContribution, Inside, Method, contrast, contrasts, everywhere, made_of
+from difflex.steering.editing import EditFeatures, SteeringHook, at_random, check_maker, features_of, steered_along, steerings
+from difflex.steering.judging import (
+    ImageStrip,
+    JudgedGenerator,
+    JudgeVerdict,
+    SteeringResults,
+    SteeringTask,
+    SteeringTrial,
+    StrengthCurve,
+    StrengthPoint,
+    judge,
+    side_by_side,
+)
+from difflex.steering.maps import TransplantMaps
 from difflex.steering.regions import covered, rectangle
-from difflex.steering.removal import Cut, Firings, Pictured, Rates, Removal, Removed, Tried, best_of, choose, importance, rates
-from difflex.steering.scales import Scales, scales_of
-from difflex.steering.sought import Answered, Asked, Likeness, Sought, by_answers
-from difflex.steering.studied import Draw, Recorded, Toolbox, steer
+from difflex.steering.removal import (
+    FeatureCut,
+    GenerationCodes,
+    RemovalImages,
+    RemovalRates,
+    RemovalResults,
+    RemovalTrial,
+    RemovedConcept,
+    best_of,
+    choose,
+    importance,
+    rates,
+)
+from difflex.steering.scales import FeatureScales, scales_of
+from difflex.steering.sought import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, by_answers
+from difflex.steering.studied import Draw, EditRecord, StudyEditor, steer
 
 __all__ = [
-    "Answered",
-    "Asked",
+    "ConceptSpec",
     "Contrast",
-    "Curve",
-    "Cut",
     "Draw",
-    "Drawn",
-    "Features",
-    "Firings",
+    "EditFeatures",
+    "EditRecord",
+    "FeatureContribution",
+    "FeatureCut",
+    "FeatureScales",
+    "GenerationCodes",
+    "ImageAnswer",
+    "ImageQuestion",
+    "ImageStrip",
     "Inside",
-    "Judged",
-    "Likeness",
-    "Maps",
+    "JudgeVerdict",
+    "JudgedGenerator",
     "Method",
-    "Part",
-    "Pictured",
-    "Point",
-    "Rates",
-    "Recorded",
-    "Removal",
-    "Removed",
-    "Scales",
-    "Sought",
-    "Steering",
-    "Strip",
-    "Task",
-    "Toolbox",
-    "Trial",
-    "Tried",
-    "Verdict",
+    "RemovalImages",
+    "RemovalRates",
+    "RemovalResults",
+    "RemovalTrial",
+    "RemovedConcept",
+    "SimilarityJudge",
+    "SteeringHook",
+    "SteeringResults",
+    "SteeringTask",
+    "SteeringTrial",
+    "StrengthCurve",
+    "StrengthPoint",
+    "StudyEditor",
+    "TransplantMaps",
     "at_random",
     "best_of",
     "by_answers",

@@ -21,7 +21,7 @@ from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering.regions import covered
 
-__all__ = ["Contrast", "Inside", "Method", "Part", "contrast", "contrasts", "everywhere", "made_of"]
+__all__ = ["Contrast", "FeatureContribution", "Inside", "Method", "contrast", "contrasts", "everywhere", "made_of"]
 
 FORMAT = 1
 Method = Literal["mean", "principal"]
@@ -33,7 +33,7 @@ def everywhere(shot: Shot) -> None:
     """No part of the picture of a shot counts more than another."""
 
 
-class Part(NamedTuple):
+class FeatureContribution(NamedTuple):
     """A feature's part in a direction."""
 
     feature: int
@@ -117,7 +117,7 @@ def contrasts(
     inside: Inside = everywhere,
 ) -> list[Contrast]:
     """The same from the first so many pairs alone, for each of `counts`; None for all."""
-    ours, theirs = _Side(wanted, steps, inside), _Side(unwanted, steps, inside)
+    ours, theirs = _ContrastSide(wanted, steps, inside), _ContrastSide(unwanted, steps, inside)
     if not ours.means or len(ours.means) != len(theirs.means):
         raise BadInput(f"A contrast takes pairs of prompts; it was given {len(ours.means)} and {len(theirs.means)}.")
     if ours.site != theirs.site or ours.timesteps != theirs.timesteps:
@@ -125,7 +125,7 @@ def contrasts(
     return [_between(ours, theirs, count, method) for count in counts]
 
 
-def _between(ours: _Side, theirs: _Side, count: int | None, method: Method) -> Contrast:
+def _between(ours: _ContrastSide, theirs: _ContrastSide, count: int | None, method: Method) -> Contrast:
     """The contrast by the first `count` pairs."""
     many = len(ours.means) if count is None else count
     if not 0 < many <= len(ours.means):
@@ -149,7 +149,7 @@ def _between(ours: _Side, theirs: _Side, count: int | None, method: Method) -> C
     )
 
 
-class _Side:
+class _ContrastSide:
     """The mean activation of each shot's run, in the order of the prompts."""
 
     def __init__(self, activations: Iterable[Activations], steps: Sequence[float] | None, inside: Inside) -> None:
@@ -182,7 +182,7 @@ def _principal(differences: Float[Tensor, "pair width"], mean: Float[Tensor, " w
     return first * math.copysign(float(mean.norm()), float(first @ mean))
 
 
-def made_of(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: int = 10) -> list[Part]:
+def made_of(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: int = 10) -> list[FeatureContribution]:
     """What features make up `direction`: found one after another, each time the one that has most in common with what is left,
     with a code above 0; the codes of all are then fitted anew."""
     if len(direction) != dictionary.width:
@@ -204,6 +204,6 @@ def made_of(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: i
     lengths = dictionary.decoder_of(torch.tensor(chosen, dtype=torch.long, device=unit.device)).norm(dim=1).double()
     cosines = unit @ (x / x.norm())
     return [
-        Part(feature, float(weight / length), float(cosines[feature]), explained)
+        FeatureContribution(feature, float(weight / length), float(cosines[feature]), explained)
         for (feature, explained), weight, length in zip(found, weights, lengths, strict=True)
     ]

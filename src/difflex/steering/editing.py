@@ -15,18 +15,18 @@ from torch import Tensor
 
 from difflex.dictionary import Dictionary
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.records import Edit, Moment, Site
+from difflex.records import Edit, HookContext, Site
 from difflex.steering.contrast import Contrast
-from difflex.steering.maps import Maps
+from difflex.steering.maps import TransplantMaps
 from difflex.steering.regions import covered
-from difflex.steering.scales import Scales
+from difflex.steering.scales import FeatureScales
 
-__all__ = ["Features", "Steering", "at_random", "check_maker", "features_of", "steered_along", "steerings"]
+__all__ = ["EditFeatures", "SteeringHook", "at_random", "check_maker", "features_of", "steered_along", "steerings"]
 
 Codes = Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]
 
 
-class Features(NamedTuple):
+class EditFeatures(NamedTuple):
     """The features that an edit is about."""
 
     told: str
@@ -39,14 +39,14 @@ class Features(NamedTuple):
     """The code that a strength of 1 is, by unit."""
 
 
-class Steering(NamedTuple):
+class SteeringHook(NamedTuple):
     """What is done at one site; `Pipeline.generate` takes several."""
 
     site: Site
-    change: Callable[[Float[Tensor, "batch token width"], Moment], Float[Tensor, "batch token width"] | None]
+    change: Callable[[Float[Tensor, "batch token width"], HookContext], Float[Tensor, "batch token width"] | None]
 
 
-def features_of(dictionary: Dictionary, features: Iterable[int], scales: Scales | None) -> Features:
+def features_of(dictionary: Dictionary, features: Iterable[int], scales: FeatureScales | None) -> EditFeatures:
     """Those features of a dictionary; without `scales` a strength is a code."""
     chosen = torch.tensor(list(features), dtype=torch.long)
     if not len(chosen):
@@ -69,10 +69,10 @@ def features_of(dictionary: Dictionary, features: Iterable[int], scales: Scales 
             warnings.warn(
                 f"Feature {feature} of {dictionary.name} fired at none of the tokens looked at: it is dead.", stacklevel=2
             )
-    return Features(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units)
+    return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units)
 
 
-def steered_along(contrast: Contrast) -> Features:
+def steered_along(contrast: Contrast) -> EditFeatures:
     """A direction found by contrast as the only feature: its code is how far a token lies along it, in its own lengths."""
     direction = contrast.direction.float()
     one, length = torch.ones(1), direction.norm()
@@ -81,10 +81,10 @@ def steered_along(contrast: Contrast) -> Features:
         return (x @ direction.to(x.device) / length.square().to(x.device))[:, None]
 
     units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length}
-    return Features(f"the contrast at {contrast.site}", codes, direction[None], units)
+    return EditFeatures(f"the contrast at {contrast.site}", codes, direction[None], units)
 
 
-def at_random(features: Features, seed: int = 0) -> Features:
+def at_random(features: EditFeatures, seed: int = 0) -> EditFeatures:
     """Random directions in place of what the features write, each as long: what any direction does."""
     drawn = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
     lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
@@ -92,8 +92,8 @@ def at_random(features: Features, seed: int = 0) -> Features:
 
 
 def steerings(
-    edits: Iterable[Edit], features: Callable[[Edit], Features], maps: Callable[[Edit], Maps] | None = None
-) -> list[Steering]:
+    edits: Iterable[Edit], features: Callable[[Edit], EditFeatures], maps: Callable[[Edit], TransplantMaps] | None = None
+) -> list[SteeringHook]:
     """What `Pipeline.generate` makes of `edits`: for each of their sites one function.
 
     `features` gives what an edit is about, `maps` what a transplant takes over. All edits of a site see the same activation, and
@@ -105,25 +105,25 @@ def steerings(
     made = []
     for site, group in groupby(ordered, key=lambda edit: edit.site):
         here = [
-            _Ready.of(edit, features(edit), maps(edit) if maps is not None and edit.what == "transplant" else None)
+            _PreparedEdit.of(edit, features(edit), maps(edit) if maps is not None and edit.what == "transplant" else None)
             for edit in group
         ]
         if len(here) > 1 and any(each.edit.what == "replace" for each in here):
             raise BadInput(
                 f"At {site} something is replaced and edited, too. A replacement stands alone: give the other its own run."
             )
-        made.append(Steering(site, _Together(tuple(here))))
+        made.append(SteeringHook(site, _JointHook(tuple(here))))
     return made
 
 
 @final
 @dataclass(frozen=True)
-class _Together:
+class _JointHook:
     """The edits of one site."""
 
-    edits: tuple[_Ready, ...]
+    edits: tuple[_PreparedEdit, ...]
 
-    def __call__(self, x: Float[Tensor, "batch token width"], moment: Moment) -> Float[Tensor, "batch token width"] | None:
+    def __call__(self, x: Float[Tensor, "batch token width"], moment: HookContext) -> Float[Tensor, "batch token width"] | None:
         edited: Tensor | None = None
         for each in self.edits:
             if not each.is_due(moment):
@@ -139,17 +139,17 @@ class _Together:
 
 @final
 @dataclass(frozen=True)
-class _Ready:
+class _PreparedEdit:
     """An edit with all that it needs."""
 
     edit: Edit
-    features: Features
+    features: EditFeatures
     amounts: Float[Tensor, " feature"]
     """The code that the strength stands for."""
-    maps: Maps | None
+    maps: TransplantMaps | None
 
     @classmethod
-    def of(cls, edit: Edit, features: Features, maps: Maps | None) -> _Ready:
+    def of(cls, edit: Edit, features: EditFeatures, maps: TransplantMaps | None) -> _PreparedEdit:
         if edit.what != "scale" and edit.unit not in features.units:
             raise BadInput(
                 f"A strength in units of {edit.unit} needs the scales of {features.told}; known: {', '.join(features.units)}."
@@ -157,7 +157,7 @@ class _Ready:
         unit = torch.ones(len(features.decoder)) if edit.what == "scale" else features.units[edit.unit]
         return cls(edit, features, edit.strength * unit, maps)
 
-    def is_due(self, moment: Moment) -> bool:
+    def is_due(self, moment: HookContext) -> bool:
         """Whether it is this step's and this half's turn."""
         if self.edit.steps is not None:
             first, end = self.edit.steps
@@ -169,7 +169,7 @@ class _Ready:
         return moment.half != "unconditional" or self.edit.half != "conditional"
 
     def changes(
-        self, x: Float[Tensor, "batch token width"], moment: Moment
+        self, x: Float[Tensor, "batch token width"], moment: HookContext
     ) -> Iterable[tuple[int | slice, Bool[Tensor, " token"] | slice, Tensor]]:
         """Which tokens of which activations change, and by how much: what is not named keeps its bits."""
         sign = -1.0 if self.edit.half == "opposed" and moment.half == "unconditional" else 1.0
@@ -189,7 +189,7 @@ class _Ready:
             if bool(changed.any()):
                 yield number, inside[changed], sign * (delta[changed] @ self.features.decoder.to(x.device))
 
-    def _tokens(self, x: Tensor, moment: Moment) -> Bool[Tensor, " token"] | slice:
+    def _tokens(self, x: Tensor, moment: HookContext) -> Bool[Tensor, " token"] | slice:
         region = self.edit.region
         if region is None or region == "fires":
             return slice(None)
@@ -197,7 +197,7 @@ class _Ready:
             raise BadInput(f"{self.edit.site} has no place in the picture: a region cannot be edited there. Leave it out.")
         return covered(region, moment.grid).to(x.device)
 
-    def _wanted(self, codes: Float[Tensor, "token feature"], tokens: Tensor, moment: Moment) -> Tensor:
+    def _wanted(self, codes: Float[Tensor, "token feature"], tokens: Tensor, moment: HookContext) -> Tensor:
         """The codes that are to be in place of `codes`."""
         amounts = self.amounts.to(codes)
         if self.edit.what == "add":

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from difflex.dictionary.files import reading_record, write_record
 from difflex.errors import BadInput
-from difflex.records import Moment, Rectangle
-from difflex.steering.editing import Steering
+from difflex.records import HookContext, Rectangle
+from difflex.steering.editing import SteeringHook
 
-__all__ = ["Curve", "Drawn", "Judged", "Point", "Strip", "Task", "Trial", "Verdict", "judge", "side_by_side"]
+__all__ = [
+    "ImageStrip",
+    "JudgeVerdict",
+    "JudgedGenerator",
+    "SteeringResults",
+    "SteeringTask",
+    "SteeringTrial",
+    "StrengthCurve",
+    "StrengthPoint",
+    "judge",
+    "side_by_side",
+]
 
 FORMAT = 2
 BROKEN = 1.5
@@ -25,7 +36,7 @@ BROKEN = 1.5
 Pictures = Float[Tensor, "picture channel row column"]
 
 
-class Trial(NamedTuple):
+class SteeringTrial(NamedTuple):
     """A picture in which a concept is to appear."""
 
     prompt: str
@@ -34,7 +45,7 @@ class Trial(NamedTuple):
     """Where the concept is put; None for the whole picture."""
 
 
-class Verdict(NamedTuple):
+class JudgeVerdict(NamedTuple):
     """What is seen in an edited picture."""
 
     shows: bool
@@ -47,17 +58,17 @@ class Verdict(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class SteeringTask:
     """A concept, and the pictures in which it is to appear; their prompts name another one of its group."""
 
     concept: str
     group: str
-    trials: tuple[Trial, ...]
+    trials: tuple[SteeringTrial, ...]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class StrengthPoint:
     """What came of one strength."""
 
     strength: float
@@ -73,7 +84,7 @@ class Point:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class StrengthCurve:
     """A method on a task, over strengths."""
 
     method: str
@@ -84,14 +95,14 @@ class Curve:
     trials: int
     without: float
     """The share of unedited pictures that show the concept."""
-    points: tuple[Point, ...]
+    points: tuple[StrengthPoint, ...]
 
     @property
     def breaks(self) -> float | None:
         """The first strength at which pictures are broken; None if none of them does it."""
         return next((point.strength for point in self.points if point.quality >= BROKEN), None)
 
-    def best(self, kept: float = 0.9) -> Point | None:
+    def best(self, kept: float = 0.9) -> StrengthPoint | None:
         """The point of the highest success among those that keep `kept` of all else and do not break; None if there is none."""
         good = [point for point in self.points if point.specificity >= kept and point.quality < BROKEN]
         return max(good, key=lambda point: (point.success, -abs(point.strength)), default=None)
@@ -104,7 +115,7 @@ class Curve:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Strip:
+class ImageStrip:
     """A picture under a method at rising strengths, to be looked at: the first of a task, whatever came of it."""
 
     method: str
@@ -119,17 +130,17 @@ class Strip:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class SteeringResults:
     """Several methods on several tasks, as they are written and read again."""
 
     model: str
     site: str
-    curves: tuple[Curve, ...]
+    curves: tuple[StrengthCurve, ...]
     made_from: Mapping[str, str | int | float]
     """What the figures depend on."""
-    strips: tuple[Strip, ...] = ()
+    strips: tuple[ImageStrip, ...] = ()
 
-    def of(self, method: str) -> list[Curve]:
+    def of(self, method: str) -> list[StrengthCurve]:
         """The curves of a method."""
         return [curve for curve in self.curves if curve.method == method]
 
@@ -138,36 +149,41 @@ class Judged:
         return write_record(path, FORMAT, asdict(self))
 
     @classmethod
-    def load(cls, path: Path) -> Judged:
+    def load(cls, path: Path) -> SteeringResults:
         """What was written to `path`."""
         with reading_record(path, FORMAT, "what edits do") as said:
-            curves = [Curve(**{**each, "points": tuple(Point(**point) for point in each["points"])}) for each in said["curves"]]
-            strips = [Strip(**{**each, "strengths": tuple(each["strengths"])}) for each in said["strips"]]
+            curves = [
+                StrengthCurve(**{**each, "points": tuple(StrengthPoint(**point) for point in each["points"])})
+                for each in said["curves"]
+            ]
+            strips = [ImageStrip(**{**each, "strengths": tuple(each["strengths"])}) for each in said["strips"]]
             return cls(**{**said, "curves": tuple(curves), "strips": tuple(strips)})
 
 
-class Drawn(NamedTuple):
+class JudgedGenerator(NamedTuple):
     """What a task needs of the model and of a judge."""
 
-    pictures: Callable[[Sequence[Trial], Steering | None], Pictures]
+    pictures: Callable[[Sequence[SteeringTrial], SteeringHook | None], Pictures]
     """The pictures of trials under an edit, or without one."""
-    verdicts: Callable[[Task, Sequence[Trial], Pictures], Sequence[Verdict]]
+    verdicts: Callable[[SteeringTask, Sequence[SteeringTrial], Pictures], Sequence[JudgeVerdict]]
     losses: Callable[[Pictures], Float[Tensor, " picture"]]
     """The unedited model's loss on finished pictures, noised again."""
 
 
-Method = Callable[[Trial, float], tuple[Trial, Steering | None]]
+Method = Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]
 """What a method makes of a trial at a strength: the same trial under an edit, or another trial, where the prompt is the edit."""
 
 
-def judge(task: Task, methods: Mapping[str, tuple[str, Method, Sequence[float]]], drawn: Drawn) -> Iterator[Curve]:
+def judge(
+    task: SteeringTask, methods: Mapping[str, tuple[str, Method, Sequence[float]]], drawn: JudgedGenerator
+) -> Iterator[StrengthCurve]:
     """A curve for each of `methods`: by name what it adds, how, and at which strengths."""
     if not task.trials:
         raise BadInput(f"There is no picture in which '{task.concept}' could appear. Give at least one trial.")
     plain = drawn.pictures(task.trials, None)
     before, losses = drawn.verdicts(task, task.trials, plain), drawn.losses(plain)
     for name, (told, method, strengths) in methods.items():
-        yield Curve(
+        yield StrengthCurve(
             method=name,
             told=told,
             concept=task.concept,
@@ -179,14 +195,19 @@ def judge(task: Task, methods: Mapping[str, tuple[str, Method, Sequence[float]]]
 
 
 def _point(
-    task: Task, method: Method, strength: float, before: Sequence[Verdict], losses: Float[Tensor, " picture"], drawn: Drawn
-) -> Point:
+    task: SteeringTask,
+    method: Method,
+    strength: float,
+    before: Sequence[JudgeVerdict],
+    losses: Float[Tensor, " picture"],
+    drawn: JudgedGenerator,
+) -> StrengthPoint:
     trials, changes = zip(*(method(trial, strength) for trial in task.trials), strict=True)
     edited = drawn.pictures(trials, side_by_side(trials, changes))
     # Judged by what was asked before: a prompt that was itself the edit states the concept, not what it took the place of.
     after = drawn.verdicts(task, task.trials, edited)
     kept = [new.right[what] for old, new in zip(before, after, strict=True) for what, right in old.right.items() if right]
-    return Point(
+    return StrengthPoint(
         strength=float(strength),
         success=_mean([verdict.shows for verdict in after]),
         specificity=_mean(kept) if kept else 1.0,
@@ -195,7 +216,7 @@ def _point(
     )
 
 
-def side_by_side(trials: Sequence[Trial], changes: Sequence[Steering | None]) -> Steering | None:
+def side_by_side(trials: Sequence[SteeringTrial], changes: Sequence[SteeringHook | None]) -> SteeringHook | None:
     """One edit for a batch in which each picture has its own, all at one site."""
     given = {(trial.prompt, trial.seed): each for trial, each in zip(trials, changes, strict=True) if each is not None}
     sites = {each.site for each in given.values()}
@@ -204,7 +225,7 @@ def side_by_side(trials: Sequence[Trial], changes: Sequence[Steering | None]) ->
     if len(sites) > 1:
         raise BadInput(f"Pictures of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
 
-    def change(x: Float[Tensor, "batch token width"], moment: Moment) -> Float[Tensor, "batch token width"] | None:
+    def change(x: Float[Tensor, "batch token width"], moment: HookContext) -> Float[Tensor, "batch token width"] | None:
         assert moment.shots is not None
         written, any_new = [], False
         for row, shot in zip(x.split(1), moment.shots, strict=True):
@@ -214,7 +235,7 @@ def side_by_side(trials: Sequence[Trial], changes: Sequence[Steering | None]) ->
             any_new |= new is not None
         return torch.cat(written) if any_new else None
 
-    return Steering(sites.pop(), change)
+    return SteeringHook(sites.pop(), change)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,14 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.records import Edit, Moment, Rectangle
+from difflex.records import Edit, HookContext, Rectangle
 from difflex.steering.regions import covered
 
-__all__ = ["Maps"]
+__all__ = ["TransplantMaps"]
 
 
 @final
-class Maps:
+class TransplantMaps:
     """The codes of an edit's features at each token and step of its source; given to `Pipeline.at` while the source is drawn."""
 
     def __init__(self, edit: Edit, codes: Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]) -> None:
@@ -26,13 +26,13 @@ class Maps:
         self._by_step: dict[int, Float[Tensor, "token feature"]] = {}
         self._grid: tuple[int, int] | None = None
 
-    def __call__(self, x: Float[Tensor, "batch token width"], moment: Moment) -> None:
+    def __call__(self, x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
         """Keeps the maps of this step of the first picture, as the conditional half has them."""
         if moment.half != "unconditional":
             self._by_step[moment.step], self._grid = self._codes(x[0].float()), moment.grid
 
     def codes(
-        self, moment: Moment, tokens: Int[Tensor, " inside"], there: Float[Tensor, "inside feature"]
+        self, moment: HookContext, tokens: Int[Tensor, " inside"], there: Float[Tensor, "inside feature"]
     ) -> Float[Tensor, "inside feature"]:
         """What is to be at `tokens` instead of the codes `there`: those of the source, its region laid middle on middle."""
         if moment.step not in self._by_step or self._grid is None or moment.grid != self._grid:

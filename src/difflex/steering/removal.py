@@ -17,17 +17,17 @@ from difflex.dictionary import Dictionary
 from difflex.dictionary.files import reading_record, write_record
 from difflex.errors import BadInput
 from difflex.records import Activations, Edit
-from difflex.steering.editing import Features, Steering, features_of, steerings
-from difflex.steering.judging import Verdict
+from difflex.steering.editing import EditFeatures, SteeringHook, features_of, steerings
+from difflex.steering.judging import JudgeVerdict
 
 __all__ = [
-    "Cut",
-    "Firings",
-    "Pictured",
-    "Rates",
-    "Removal",
-    "Removed",
-    "Tried",
+    "FeatureCut",
+    "GenerationCodes",
+    "RemovalImages",
+    "RemovalRates",
+    "RemovalResults",
+    "RemovalTrial",
+    "RemovedConcept",
     "about",
     "best_of",
     "choose",
@@ -46,7 +46,7 @@ Setting = tuple[int, float]
 """A number of features at each step and site, and what their codes are multiplied by."""
 
 
-class Rates(NamedTuple):
+class RemovalRates(NamedTuple):
     """What an edit took from pictures, and what it left; each concept that prompts name counts alike."""
 
     ua: float
@@ -70,19 +70,19 @@ class Rates(NamedTuple):
         return min(self.ua, self.ira, self.cra)
 
 
-class Tried(NamedTuple):
+class RemovalTrial(NamedTuple):
     """What came of a setting on the prompts it was chosen by."""
 
     features: int
     """At each step and site."""
     strength: float
     """What their codes were multiplied by."""
-    rates: Rates
+    rates: RemovalRates
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Removed:
+class RemovedConcept:
     """A concept, what was taken away for it, and what came of that on prompts that nothing was chosen by."""
 
     concept: str
@@ -91,13 +91,13 @@ class Removed:
     """By dictionary: the features of each step."""
     strength: float
     """What their codes were multiplied by: 0 takes them away, less writes the opposite."""
-    tried: tuple[Tried, ...]
+    tried: tuple[RemovalTrial, ...]
     """Settings on the prompts they were chosen by, in the order they were tried; none where there was nothing to choose."""
     pictures: int
     """How many of those prompts name it."""
     shown: float
     """The share of their unedited pictures that show it."""
-    rates: Rates
+    rates: RemovalRates
 
     @property
     def each(self) -> int:
@@ -107,17 +107,17 @@ class Removed:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Removal:
+class RemovalResults:
     """Concepts removed with the same dictionaries, as it is written and read again."""
 
     model: str
     dictionaries: tuple[str, ...]
     """SITE/LABEL of each; the features of all were edited at once."""
-    concepts: tuple[Removed, ...]
+    concepts: tuple[RemovedConcept, ...]
     made_from: Mapping[str, str | int | float]
     """What the figures depend on."""
 
-    def reaching(self, bar: float = BAR) -> list[Removed]:
+    def reaching(self, bar: float = BAR) -> list[RemovedConcept]:
         """The concepts of which at least `bar` is removed while at least `bar` of everything else stays."""
         return [each for each in self.concepts if each.rates.reach(bar)]
 
@@ -126,20 +126,20 @@ class Removal:
         return write_record(path, FORMAT, asdict(self))
 
     @classmethod
-    def load(cls, path: Path) -> Removal:
+    def load(cls, path: Path) -> RemovalResults:
         """What was written to `path`."""
         with reading_record(path, FORMAT, "what was removed") as said:
             concepts = tuple(map(_removed, said.pop("concepts")))
             return cls(**{**said, "dictionaries": tuple(said["dictionaries"]), "concepts": concepts})
 
 
-def _removed(said: dict) -> Removed:
-    tried = tuple(Tried(number, strength, Rates(*shares)) for number, strength, shares in said["tried"])
+def _removed(said: dict) -> RemovedConcept:
+    tried = tuple(RemovalTrial(number, strength, RemovalRates(*shares)) for number, strength, shares in said["tried"])
     features = {name: tuple(tuple(step) for step in steps) for name, steps in said["features"].items()}
-    return Removed(**{**said, "features": features, "tried": tried, "rates": Rates(*said["rates"])})
+    return RemovedConcept(**{**said, "features": features, "tried": tried, "rates": RemovalRates(*said["rates"])})
 
 
-def rates(concept: str, named: Sequence[str], before: Sequence[Verdict], after: Sequence[Verdict]) -> Rates:
+def rates(concept: str, named: Sequence[str], before: Sequence[JudgeVerdict], after: Sequence[JudgeVerdict]) -> RemovalRates:
     """What an edit that is to remove `concept` did: `named` are the concepts of the group that the prompts name, one for each
     picture, and verdicts tell whether a picture shows that."""
     still, kept = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
@@ -147,7 +147,7 @@ def rates(concept: str, named: Sequence[str], before: Sequence[Verdict], after: 
         still[name] += [new.shows] if old.shows else []
         kept[name] += [new.right[what] for what, right in old.right.items() if right]
     others = [name for name in still if name != concept]
-    return Rates(
+    return RemovalRates(
         ua=1 - _share([still[concept]]),
         ira=_share([still[name] for name in others]),
         cra=_share(kept.values()),
@@ -161,7 +161,7 @@ def _share(answers: Iterable[Sequence[bool]]) -> float:
     return math.fsum(shares) / len(shares) if shares else 1.0
 
 
-def best_of(tried: Sequence[Tried]) -> Tried:
+def best_of(tried: Sequence[RemovalTrial]) -> RemovalTrial:
     """The setting to take: the last that is good enough; if none is, the one whose least rate is largest, among equals the one
     that costs least where it is at work, then the first."""
     if not tried:
@@ -171,7 +171,7 @@ def best_of(tried: Sequence[Tried]) -> Tried:
 
 
 @final
-class Firings:
+class GenerationCodes:
     """How the features of a dictionary fire while pictures are drawn without an edit, step by step and picture by picture."""
 
     def __init__(self, dictionary: Dictionary) -> None:
@@ -218,7 +218,7 @@ def importance(with_it: Float[Tensor, "picture feature"], without: Float[Tensor,
 
 @final
 @dataclass(frozen=True)
-class Cut:
+class FeatureCut:
     """What goes at the site of a dictionary."""
 
     dictionary: Dictionary
@@ -227,12 +227,12 @@ class Cut:
     floors: tuple[tuple[float, ...], ...]
     """Codes above these are touched: the mean codes over all pictures that features were chosen by."""
 
-    def of(self, number: int) -> Cut:
+    def of(self, number: int) -> FeatureCut:
         """The same with no more than `number` features at a step."""
         features, floors = (tuple(step[:number] for step in self.features), tuple(step[:number] for step in self.floors))
         return replace(self, features=features, floors=floors)
 
-    def touches(self, firings: Firings) -> Bool[Tensor, " picture"]:
+    def touches(self, firings: GenerationCodes) -> Bool[Tensor, " picture"]:
         """Which of the pictures it changes at all: those in which one of its features fires above its floor."""
         peaks = firings.peaks()
         found = torch.zeros(peaks.shape[1], dtype=torch.bool)
@@ -240,9 +240,9 @@ class Cut:
             found |= (step[:, list(features)] > torch.tensor(floors)).any(1)
         return found
 
-    def steerings(self, strength: float) -> list[Steering]:
+    def steerings(self, strength: float) -> list[SteeringHook]:
         """The edit: at each step the codes of its features that are above their floors, multiplied by `strength`."""
-        given: dict[Edit, Features] = {}
+        given: dict[Edit, EditFeatures] = {}
         for step, (features, floors) in enumerate(zip(self.features, self.floors, strict=True)):
             if features:
                 edit = Edit(what="scale", site=self.dictionary.site, features=features, strength=strength, steps=(step, step + 1))
@@ -250,7 +250,7 @@ class Cut:
         return steerings(given, given.__getitem__)
 
 
-def _above(features: Features, floors: Float[Tensor, " feature"]) -> Features:
+def _above(features: EditFeatures, floors: Float[Tensor, " feature"]) -> EditFeatures:
     """The same features, silent where their codes are no larger than `floors`."""
 
     def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
@@ -260,7 +260,7 @@ def _above(features: Features, floors: Float[Tensor, " feature"]) -> Features:
     return features._replace(codes=codes)
 
 
-def choose(firings: Firings, named: Sequence[str], concept: str, number: int, steps: range | None = None) -> Cut:
+def choose(firings: GenerationCodes, named: Sequence[str], concept: str, number: int, steps: range | None = None) -> FeatureCut:
     """The `number` features of each step (of `steps` alone, if given) with the highest importance for `concept`.
 
     `named` are the concepts that the prompts of the pictures name. Features that are no more important with the concept than
@@ -279,27 +279,27 @@ def choose(firings: Firings, named: Sequence[str], concept: str, number: int, st
         order = order[scores > 0] if steps is None or step in steps else order[:0]
         features.append(tuple(order.tolist()))
         floors.append(tuple(codes.mean(0)[order].tolist()))
-    return Cut(firings.dictionary, tuple(features), tuple(floors))
+    return FeatureCut(firings.dictionary, tuple(features), tuple(floors))
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Pictured:
+class RemovalImages:
     """Pictures whose prompts name a concept of one group each, as they are without an edit, and a way to draw them with one."""
 
     named: tuple[str, ...]
     """The concepts, picture by picture."""
-    before: tuple[Verdict, ...]
-    firings: tuple[Firings, ...]
+    before: tuple[JudgeVerdict, ...]
+    firings: tuple[GenerationCodes, ...]
     """Of each dictionary, on all pictures."""
-    edited: Callable[[Sequence[int], Sequence[Steering]], Sequence[Verdict]]
+    edited: Callable[[Sequence[int], Sequence[SteeringHook]], Sequence[JudgeVerdict]]
     """What is seen of the pictures of these numbers, drawn under edits."""
 
-    def chosen(self, concept: str, number: int, steps: range | None = None) -> list[Cut]:
+    def chosen(self, concept: str, number: int, steps: range | None = None) -> list[FeatureCut]:
         """What is to go for `concept` at the site of each dictionary."""
         return [choose(firings, self.named, concept, number, steps) for firings in self.firings]
 
-    def rates(self, concept: str, cuts: Sequence[Cut], strength: float) -> Rates:
+    def rates(self, concept: str, cuts: Sequence[FeatureCut], strength: float) -> RemovalRates:
         """What comes of taking away `cuts`. A picture in which none of their features fires is not drawn anew: it is the same."""
         about = self._about(concept)
         touched = torch.stack([cut.touches(firings) for cut, firings in zip(cuts, self.firings, strict=True)]).any(0)
@@ -311,7 +311,7 @@ class Pictured:
         named = [self.named[number] for number in about]
         return rates(concept, named, [self.before[number] for number in about], [after[number] for number in about])
 
-    def tried(self, concept: str, cuts: Sequence[Cut], settings: Iterable[Setting]) -> Iterator[Tried]:
+    def tried(self, concept: str, cuts: Sequence[FeatureCut], settings: Iterable[Setting]) -> Iterator[RemovalTrial]:
         """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough,
         and one step further: what is just enough for these few pictures may be too little for others.
 
@@ -323,7 +323,7 @@ class Pictured:
             if any(_no_milder(setting, other) for other in lost) or (enough is not None and not _no_milder(setting, enough)):
                 continue
             number, strength = setting
-            found = Tried(number, strength, self.rates(concept, [cut.of(number) for cut in cuts], strength))
+            found = RemovalTrial(number, strength, self.rates(concept, [cut.of(number) for cut in cuts], strength))
             yield found
             if enough is not None:
                 return

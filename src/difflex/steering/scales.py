@@ -17,9 +17,9 @@ from torch import Tensor
 from difflex.dictionary import Dictionary
 from difflex.dictionary.files import replace_file
 from difflex.errors import BadInput, BrokenFile
-from difflex.records import Rows
+from difflex.records import ActivationBatch
 
-__all__ = ["Scales", "scales_of"]
+__all__ = ["FeatureScales", "scales_of"]
 
 FORMAT = 1
 TOKENS, SAMPLE = 65_536, 2048
@@ -30,7 +30,7 @@ MOST = 2.0
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Scales:
+class FeatureScales:
     """How large things are at a site."""
 
     peaks: Float[Tensor, " feature"]
@@ -73,7 +73,7 @@ class Scales:
         replace_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
 
     @classmethod
-    def kept(cls, path: Path, checksum: str) -> Scales | None:
+    def kept(cls, path: Path, checksum: str) -> FeatureScales | None:
         """Those in `path`, if they are of the dictionary of that checksum."""
         if not path.exists():
             return None
@@ -91,7 +91,7 @@ class Scales:
         return cls(norm=norm, ceiling=ceiling, **tensors)
 
 
-def scales_of(dictionary: Dictionary, batches: Iterable[Rows], tokens: int = TOKENS) -> Scales:
+def scales_of(dictionary: Dictionary, batches: Iterable[ActivationBatch], tokens: int = TOKENS) -> FeatureScales:
     """The scales by the first `tokens` of `batches`, training tokens in any order."""
     peaks, sums, fired = (torch.zeros(dictionary.size) for _ in range(3))
     norms, sample, seen = [], [], 0
@@ -114,4 +114,4 @@ def scales_of(dictionary: Dictionary, batches: Iterable[Rows], tokens: int = TOK
     # `quantile` takes no more than 16 M numbers.
     ceiling = float(lengths.kthvalue(max(1, round(0.99 * len(lengths)))).values)
     means = sums / fired.clamp(min=1)
-    return Scales(peaks=peaks, means=means, norm=float(lengths.double().mean()), ceiling=ceiling, sample=torch.cat(sample))
+    return FeatureScales(peaks=peaks, means=means, norm=float(lengths.double().mean()), ceiling=ceiling, sample=torch.cat(sample))

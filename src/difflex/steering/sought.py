@@ -12,20 +12,20 @@ from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.records import Rectangle
-from difflex.steering.judging import Task, Trial, Verdict
+from difflex.steering.judging import JudgeVerdict, SteeringTask, SteeringTrial
 
-__all__ = ["Answered", "Asked", "Likeness", "Sought", "by_answers"]
+__all__ = ["ConceptSpec", "ImageAnswer", "ImageQuestion", "SimilarityJudge", "by_answers"]
 
 BLANK = "{}"
 """Where in a prompt a concept goes."""
 Pictures = Float[Tensor, "picture channel row column"]
-Unedited = Callable[[Sequence[Trial]], Pictures]
+Unedited = Callable[[Sequence[SteeringTrial]], Pictures]
 """The pictures of trials without an edit."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Sought:
+class ConceptSpec:
     """A concept that edits are to bring about, in words."""
 
     concept: str
@@ -48,21 +48,21 @@ class Sought:
                 f"'instead', and one prompt or more in 'prompts', each with a {BLANK} where the concept goes."
             )
 
-    def task(self, trials: int) -> Task:
+    def task(self, trials: int) -> SteeringTask:
         """The pictures in which it is to appear: every prompt with every other concept, then again with other seeds."""
-        told = tuple(Trial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
-        return Task(concept=self.concept, group=self.group, trials=told)
+        told = tuple(SteeringTrial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
+        return SteeringTask(concept=self.concept, group=self.group, trials=told)
 
     def pairs(self, count: int) -> list[tuple[str, str]]:
         """Pairs of prompts that are alike but for the concept: it, and another one of its group; none twice."""
         count = min(count, len(self.prompts) * len(self.instead))
         return [(self._prompt(i, self.concept), self._prompt(i, self._other(i))) for i in range(count)]
 
-    def reworded(self, trial: Trial) -> Trial:
+    def reworded(self, trial: SteeringTrial) -> SteeringTrial:
         """The same prompt, but for the concept: what an edit must be as good as."""
         return trial._replace(prompt=self._prompt(trial.seed, self.concept))
 
-    def rest(self, trial: Trial) -> str:
+    def rest(self, trial: SteeringTrial) -> str:
         """What else the picture of a trial is of."""
         return self._prompt(trial.seed, "something")
 
@@ -74,7 +74,7 @@ class Sought:
 
 
 @final
-class Likeness:
+class SimilarityJudge:
     """Eyes by what a model makes of pictures and of words in one space, as CLIP does."""
 
     def __init__(
@@ -82,14 +82,14 @@ class Likeness:
         of_pictures: Callable[[Pictures], Float[Tensor, "picture width"]],
         of_words: Callable[[Sequence[str]], Float[Tensor, "text width"]],
         sharpness: float,
-        sought: Mapping[str, Sought],
+        sought: Mapping[str, ConceptSpec],
         unedited: Unedited,
     ) -> None:
         """Directions of length 1; what their cosines are multiplied by to be shares; and what is sought, by concept."""
         self._of_pictures, self._of_words, self._sharpness = of_pictures, of_words, sharpness
         self._sought, self._unedited = sought, unedited
 
-    def __call__(self, task: Task, trials: Sequence[Trial], pictures: Pictures) -> list[Verdict]:
+    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Pictures) -> list[JudgeVerdict]:
         """What is seen: the concept, where it is likelier there than the others of its group; the rest, where what is outside
         is likest to the same of its own unedited picture, and not to that of another trial."""
         words = self._of_words([task.concept, *self._sought[task.concept].instead])
@@ -99,12 +99,12 @@ class Likeness:
         likeness = after @ before.T
         own = likeness.diagonal() >= likeness.amax(1) - 1e-6
         return [
-            Verdict(int(each.argmax()) == 0, {"the rest": bool(kept)}, float(each.max()))
+            JudgeVerdict(int(each.argmax()) == 0, {"the rest": bool(kept)}, float(each.max()))
             for each, kept in zip(shares, own, strict=True)
         ]
 
 
-class Asked(NamedTuple):
+class ImageQuestion(NamedTuple):
     """What is asked of a picture."""
 
     picture: Float[Tensor, "channel row column"]
@@ -115,7 +115,7 @@ class Asked(NamedTuple):
     """What else it is of."""
 
 
-class Answered(NamedTuple):
+class ImageAnswer(NamedTuple):
     """What is answered."""
 
     shows: bool
@@ -124,17 +124,17 @@ class Answered(NamedTuple):
 
 
 def by_answers(
-    ask: Callable[[Sequence[Asked]], Sequence[Answered]], sought: Mapping[str, Sought]
-) -> Callable[[Task, Sequence[Trial], Pictures], list[Verdict]]:
+    ask: Callable[[Sequence[ImageQuestion]], Sequence[ImageAnswer]], sought: Mapping[str, ConceptSpec]
+) -> Callable[[SteeringTask, Sequence[SteeringTrial], Pictures], list[JudgeVerdict]]:
     """The verdicts of somebody who is asked about each picture."""
 
-    def verdicts(task: Task, trials: Sequence[Trial], pictures: Pictures) -> list[Verdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Pictures) -> list[JudgeVerdict]:
         rest = sought[task.concept].rest
         asked = [
-            Asked(picture, _inside(picture, trial.region) if trial.region else None, task.concept, rest(trial))
+            ImageQuestion(picture, _inside(picture, trial.region) if trial.region else None, task.concept, rest(trial))
             for picture, trial in zip(pictures, trials, strict=True)
         ]
-        return [Verdict(each.shows, {"the rest": each.rest}, 1.0) for each in ask(asked)]
+        return [JudgeVerdict(each.shows, {"the rest": each.rest}, 1.0) for each in ask(asked)]
 
     return verdicts
 

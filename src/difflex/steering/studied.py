@@ -14,32 +14,32 @@ import torch
 from difflex.dictionary import Dictionary, checksum
 from difflex.dictionary.files import write_record
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.records import Edit, Rectangle, Shot, Site, Source, of_split
+from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource, of_split
 from difflex.steering.contrast import Contrast
-from difflex.steering.editing import Features, Steering, check_maker, features_of, steered_along, steerings
-from difflex.steering.maps import Maps
-from difflex.steering.scales import Scales, scales_of
+from difflex.steering.editing import EditFeatures, SteeringHook, check_maker, features_of, steered_along, steerings
+from difflex.steering.maps import TransplantMaps
+from difflex.steering.scales import FeatureScales, scales_of
 from difflex.store import Store
 from difflex.store.files import digest
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
-__all__ = ["Draw", "Recorded", "Toolbox", "steer"]
+__all__ = ["Draw", "EditRecord", "StudyEditor", "steer"]
 
 FORMAT = 1
 BATCH = 2048
 AT_ONCE = 1024
 """Features whose strengths are weighed at once."""
-Draw = Callable[[Source, Site, Maps], object]
+Draw = Callable[[TransplantSource, Site, TransplantMaps], object]
 """Draws the source of a transplant while its maps are read at the site."""
 
 
-def steer(study: Study, edits: Iterable[Edit], draw: Draw | None = None) -> list[Steering]:
+def steer(study: Study, edits: Iterable[Edit], draw: Draw | None = None) -> list[SteeringHook]:
     """`edits` of the model of `study`, for `Pipeline.generate`; `draw` is needed for transplants alone."""
-    return Toolbox(study).steerings(edits, draw)
+    return StudyEditor(study).steerings(edits, draw)
 
 
 @final
-class Toolbox:
+class StudyEditor:
     """What edits are made with: the dictionaries, units and contrasts of a study, each read once."""
 
     def __init__(self, study: Study) -> None:
@@ -48,11 +48,11 @@ class Toolbox:
         self.scales = cache(self._scales)
         self.contrast = cache(lambda name: Contrast.load(study.contrast(name)))
 
-    def steerings(self, edits: Iterable[Edit], draw: Draw | None = None) -> list[Steering]:
+    def steerings(self, edits: Iterable[Edit], draw: Draw | None = None) -> list[SteeringHook]:
         """What `Pipeline.generate` makes of `edits`."""
         return steerings(edits, self.features, lambda edit: self._maps(edit, draw))
 
-    def features(self, edit: Edit) -> Features:
+    def features(self, edit: Edit) -> EditFeatures:
         """What `edit` is about."""
         if (edit.dictionary is None) == (edit.contrast is None):
             raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
@@ -62,18 +62,18 @@ class Toolbox:
                 raise StaleWork(f"The contrast '{edit.contrast}' is at {found.site}, the edit at {edit.site}. Edit {found.site}.")
             self._is_of_model(f"The contrast '{edit.contrast}'", found.model, found.revision)
             return steered_along(found)
-        place = Place(edit.site, edit.dictionary or "")
+        place = DictionaryRef(edit.site, edit.dictionary or "")
         dictionary = self.dictionary(place)
         check_maker(dictionary, edit.site, self.study.model, self.study.revision)
         return features_of(dictionary, edit.features, self.scales(place))
 
     def default_strength(self, edit: Edit) -> float:
         """The strength, in peaks, that an edit has where none is named: the least of its features' own."""
-        place, chosen = Place(edit.site, edit.dictionary or ""), torch.tensor(edit.features, dtype=torch.long)
+        place, chosen = DictionaryRef(edit.site, edit.dictionary or ""), torch.tensor(edit.features, dtype=torch.long)
         self.features(edit)  # says what is wrong with them
         return round(float(self.scales(place).default_strengths(self.dictionary(place).decoder_of(chosen), chosen).min()), 3)
 
-    def default_strengths(self, place: Place) -> list[float]:
+    def default_strengths(self, place: DictionaryRef) -> list[float]:
         """The same of every feature of a dictionary."""
         dictionary, found = self.dictionary(place), list[float]()
         for some in torch.arange(dictionary.size).split(AT_ONCE):
@@ -82,16 +82,16 @@ class Toolbox:
             )
         return [round(strength, 3) for strength in found]
 
-    def _dictionary(self, place: Place) -> Dictionary:
+    def _dictionary(self, place: DictionaryRef) -> Dictionary:
         if place not in self.study.dictionaries():
             known = map(str, self.study.dictionaries())
             raise UnknownName.among("The dictionary", str(place), known, "difflex train and difflex itda make dictionaries.")
         return Dictionary.load(self.study.dictionary(*place))
 
-    def _scales(self, place: Place) -> Scales:
+    def _scales(self, place: DictionaryRef) -> FeatureScales:
         """The scales of a dictionary: from the study, or from its activations and then kept there."""
         path, now = self.study.scales(*place), checksum(self.study.dictionary(*place))
-        kept, stores = Scales.kept(path, now), self.study.stores()
+        kept, stores = FeatureScales.kept(path, now), self.study.stores()
         if kept is not None:
             return kept
         if place.site not in stores:
@@ -103,12 +103,12 @@ class Toolbox:
         made.save(path, now)
         return made
 
-    def _maps(self, edit: Edit, draw: Draw | None) -> Maps:
+    def _maps(self, edit: Edit, draw: Draw | None) -> TransplantMaps:
         """The maps that a transplant takes over, read while its source is drawn."""
         if draw is None:
             raise BadInput("A transplant draws its source first. Give `steer` a function that does it.")
         assert edit.source is not None
-        maps = Maps(edit, self.features(edit).codes)
+        maps = TransplantMaps(edit, self.features(edit).codes)
         draw(edit.source, edit.site, maps)
         return maps
 
@@ -118,7 +118,7 @@ class Toolbox:
 
     def checksums(self, edits: Iterable[Edit]) -> dict[str, str]:
         """Of the files that `edits` are made with, by their names in the study."""
-        folders = {str(Place(edit.site, edit.dictionary)): edit for edit in edits if edit.dictionary is not None}
+        folders = {str(DictionaryRef(edit.site, edit.dictionary)): edit for edit in edits if edit.dictionary is not None}
         found = {name: checksum(self.study.dictionary(edit.site, edit.dictionary or "")) for name, edit in folders.items()}
         names = {edit.contrast for edit in edits if edit.contrast is not None}
         found |= {f"contrast {name}": digest(self.study.contrast(name)) for name in sorted(names)}
@@ -128,7 +128,7 @@ class Toolbox:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
+class EditRecord:
     """Edits as they were made, and the picture they were made for: enough to make it again."""
 
     shot: Shot
@@ -145,7 +145,7 @@ class Recorded:
             raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
 
     @classmethod
-    def load(cls, path: Path) -> Recorded:
+    def load(cls, path: Path) -> EditRecord:
         """The edits in `path`."""
         try:
             said = json.loads(path.read_bytes())
@@ -158,7 +158,7 @@ class Recorded:
         except (ValueError, KeyError, TypeError) as error:
             raise BrokenFile(f"{path} is not an edit ({error}): it is damaged. Record it again.") from error
 
-    def check(self, toolbox: Toolbox) -> None:
+    def check(self, toolbox: StudyEditor) -> None:
         """Nothing; dictionaries or contrasts that have changed since are refused."""
         now = toolbox.checksums(self.edits)
         changed = [name for name, digits in self.checksums.items() if now.get(name) != digits]
@@ -167,7 +167,7 @@ class Recorded:
 
 
 def _edit(said: dict[str, Any]) -> Edit:
-    source = said["source"] and Source(**{**said["source"], "region": _region(said["source"]["region"])})
+    source = said["source"] and TransplantSource(**{**said["source"], "region": _region(said["source"]["region"])})
     steps = said["steps"] and tuple(said["steps"])
     made = {"site": Site.parse(said["site"]), "features": tuple(said["features"]), "region": _region(said["region"])}
     return Edit(**{**said, **made, "steps": steps, "source": source})

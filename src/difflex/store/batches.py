@@ -9,17 +9,17 @@ from jaxtyping import Int, Num
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.records import Rows
-from difflex.store.order import Order, Window
-from difflex.store.shard import DTYPES, Form, Mapped, Packed, unpack
+from difflex.records import ActivationBatch
+from difflex.store.order import ReadOrder, ReadWindow
+from difflex.store.shard import DTYPES, MappedShard, PackedRows, ShardFormat, unpack
 
-__all__ = ["Cut", "Reader", "cut"]
+__all__ = ["BatchShares", "ShardReader", "cut"]
 
 SLABS = 2
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
-class Cut(NamedTuple):
+class BatchShares(NamedTuple):
     """Which rows of an epoch make a rank's share of each batch."""
 
     size: int
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
             yield range(start + count * self.rank // self.of, start + count * (self.rank + 1) // self.of)
 
 
-def cut(size: int, rank: int, of: int, start: int, window: int) -> Cut:
+def cut(size: int, rank: int, of: int, start: int, window: int) -> BatchShares:
     """The cut into batches of `size` for `rank` of `of`, checked."""
     if size < 1:
         raise BadInput(f"Batches of {size} rows are not possible. Ask for 1 or more.")
@@ -52,11 +52,11 @@ def cut(size: int, rank: int, of: int, start: int, window: int) -> Cut:
         raise BadInput(f"There is no batch {start} to start at. Batches count from 0.")
     if window < 1:
         raise BadInput(f"A window of {window} rows cannot be shuffled. Ask for 1 or more.")
-    return Cut(size, rank, of)
+    return BatchShares(size, rank, of)
 
 
 @final
-class Slabs:
+class BufferPool:
     """Memory for batches. To have the system clear new pages for every batch would cost as much time as to fill them."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Slabs:
         return self._slabs[-1]
 
 
-class Places(NamedTuple):
+class RowPlaces(NamedTuple):
     """Where rows are."""
 
     of: Int[Tensor, " row"]
@@ -93,22 +93,22 @@ class Places(NamedTuple):
 
 
 @final
-class Reader:
+class ShardReader:
     """Rows at ascending places of an order, read from the shards that `opened` gives; only those in use are open."""
 
-    def __init__(self, form: Form, shots_per_shard: int, order: Order, opened: Callable[[int], Mapped]) -> None:
+    def __init__(self, form: ShardFormat, shots_per_shard: int, order: ReadOrder, opened: Callable[[int], MappedShard]) -> None:
         self._form = form
         self._shots_per_shard = shots_per_shard
         self._order = order
         self._opened = opened
-        self._slabs = Slabs()
-        self._open: dict[int, Mapped] = {}
-        self._windows: Iterator[Window] | None = None
-        self._places = Places(*[NOTHING] * 4)
+        self._slabs = BufferPool()
+        self._open: dict[int, MappedShard] = {}
+        self._windows: Iterator[ReadWindow] | None = None
+        self._places = RowPlaces(*[NOTHING] * 4)
         self._start = 0
         """Where in the order the places begin."""
 
-    def rows(self, share: range) -> Rows:
+    def rows(self, share: range) -> ActivationBatch:
         """The rows at the places `share`, grouped by shard."""
         values = self._slabs.empty(len(share), self._form.width, DTYPES[self._form.dtype])
         scales = torch.empty(len(share)) if self._form.dtype == "int8" else None
@@ -120,9 +120,9 @@ class Reader:
             shots.append(part.shots)
             tokens.append(part.tokens)
             filled = end
-        return Rows(unpack(Packed(values, scales)), torch.cat(shots), torch.cat(tokens))
+        return ActivationBatch(unpack(PackedRows(values, scales)), torch.cat(shots), torch.cat(tokens))
 
-    def _part(self, start: int, count: int) -> Places:
+    def _part(self, start: int, count: int) -> RowPlaces:
         """At most `count` rows from place `start` on that are in one window, grouped by shard."""
         if self._windows is None:
             self._windows, self._start = self._order.windows(start), start
@@ -132,20 +132,20 @@ class Reader:
         here = slice(start - self._start, start - self._start + count)
         # The sort of numpy counts keys of 8 bits: several times faster than torch's.
         by_shard = torch.from_numpy(self._places.of[here].numpy().argsort(kind="stable")) + here.start
-        return Places(*(part[by_shard] for part in self._places))
+        return RowPlaces(*(part[by_shard] for part in self._places))
 
-    def _turn_to(self, window: Window) -> None:
+    def _turn_to(self, window: ReadWindow) -> None:
         for mapped in self._open.values():
             mapped.give_back()
         self._open = {shard: self._open.get(shard) or self._opened(shard) for shard in window.shards}
-        self._places = Places(
+        self._places = RowPlaces(
             of=window.of.to(torch.uint8),
             rows=window.shots * self._form.tokens + window.tokens,
             shots=torch.tensor(window.shards)[window.of] * self._shots_per_shard + window.shots,
             tokens=window.tokens,
         )
 
-    def _gather(self, part: Places, values: Tensor, scales: Tensor | None) -> None:
+    def _gather(self, part: RowPlaces, values: Tensor, scales: Tensor | None) -> None:
         """Nothing; values and scales are put where they belong."""
         counts = torch.bincount(part.of, minlength=len(self._open)).tolist()
         parts = zip(self._open.values(), part.rows.split(counts), values.split(counts), strict=True)

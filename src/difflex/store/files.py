@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: two harvests into one folder are not noticed there
     fcntl = None
 
-__all__ = ["Whole", "digest", "locked", "read_json", "sweep", "write_whole"]
+__all__ = ["AtomicFile", "digest", "locked", "read_json", "sweep", "write_whole"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 2**22
@@ -28,7 +28,7 @@ FLUSH = 2**25
 """Bytes after which the disk is put to work, so that little is left for it to do at the end."""
 
 
-class Whole:
+class AtomicFile:
     """A file in the making: nobody sees it under its name until `keep`, after which it survives a loss of power."""
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -99,7 +99,7 @@ class Whole:
 
 def write_whole(path: Path, content: bytes, rank: int = 0) -> str:
     """The SHA-256 of the file at `path`, which now holds `content`."""
-    whole = Whole(path, rank)
+    whole = AtomicFile(path, rank)
     whole.write(content)
     return whole.keep()
 

@@ -1,4 +1,4 @@
-"""`Ledger`: what a site's folder already holds, compared with what is asked now, and brought up to date shard by shard."""
+"""`SiteRecorder`: what a site's folder already holds, compared with what is asked now, and brought up to date shard by shard."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from difflex.store.files import sweep
 from difflex.store.manifest import (
     MANIFEST,
     STATISTICS,
-    Entry,
-    Head,
     Manifest,
+    ShardEntry,
+    StoreHeader,
     found_shards,
     new_head,
     read_entry,
@@ -22,16 +22,16 @@ from difflex.store.manifest import (
     shard_paths,
     write_shots,
 )
-from difflex.store.shard import Form, Mapped, ShardWriter
+from difflex.store.shard import MappedShard, ShardFormat, ShardWriter
 from difflex.store.summary import summarise, write_statistics
 
-__all__ = ["Ledger"]
+__all__ = ["SiteRecorder"]
 
 ELSEWHERE = "Ask for the same to go on, or name another folder to begin anew; nothing was changed."
 
 
 @final
-class Ledger:
+class SiteRecorder:
     """The store of one site in the making; nothing is written before `open`.
 
     Several ranks may each hold one of the same folder: each writes its own shards.
@@ -56,7 +56,7 @@ class Ledger:
         return self._head is not None
 
     @property
-    def head(self) -> Head:
+    def head(self) -> StoreHeader:
         """What was decided before the first row."""
         assert self._head is not None, "a ledger is asked for its head after `begin` or where it is begun"
         return self._head
@@ -66,11 +66,13 @@ class Ledger:
         """How many rows are stored."""
         return self.head.tokens * sum(entry.shots for entry in self._entries.values())
 
-    def begin(self, form: Form, shot: Shot, grid: tuple[int, int] | None, shots_per_shard: int, batch: int, source: str) -> None:
+    def begin(
+        self, form: ShardFormat, shot: Shot, grid: tuple[int, int] | None, shots_per_shard: int, batch: int, source: str
+    ) -> None:
         """Nothing; decides the head. Shards that are there without a manifest are taken over if they are of this form."""
         self._head = new_head(form, shot, grid, shots_per_shard, batch, source)
         for number, entry in self._entries.items():
-            Mapped(shard_paths(self.folder, number)[0], form, entry.shots)
+            MappedShard(shard_paths(self.folder, number)[0], form, entry.shots)
 
     def open(self) -> None:
         """Nothing; the folder, which is there, is swept of what killed processes left, and says what was decided."""
@@ -166,7 +168,7 @@ class Ledger:
             if found_shards(self.folder) == numbers:
                 return manifest
 
-    def _entry(self, number: int) -> Entry:
+    def _entry(self, number: int) -> ShardEntry:
         if number not in self._entries:
             self._entries[number] = read_entry(self.folder, number)
         return self._entries[number]

@@ -1,4 +1,4 @@
-"""`Live`: the batches that a store would give, from a running harvest, with nothing on disk."""
+"""`LiveActivations`: the batches that a store would give, from a running harvest, with nothing on disk."""
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -10,18 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from difflex.errors import UnknownName
-from difflex.records import Activations, Reading, Rows, Shot, Site, Split
-from difflex.store.batches import Cut, cut
+from difflex.records import ActivationBatch, Activations, Shot, Site, Split, SplitBatches
+from difflex.store.batches import BatchShares, cut
 from difflex.store.manifest import check_dtype, check_split
 from difflex.store.order import permutation
 from difflex.store.planning import Harvest, distinct, probe
 from difflex.store.shard import Stored, pack, unpack
 from difflex.store.store import SPLITS, WINDOW
 
-__all__ = ["Live"]
+__all__ = ["LiveActivations"]
 
 
-class Window(NamedTuple):
+class LiveWindow(NamedTuple):
     """A part of the stream, in memory that the next one will take."""
 
     values: Float[Tensor, "row width"]
@@ -30,13 +30,13 @@ class Window(NamedTuple):
     order: Int[Tensor, " row"]
     """In which its rows are read."""
 
-    def rows(self, places: Int[Tensor, " token"]) -> Rows:
+    def rows(self, places: Int[Tensor, " token"]) -> ActivationBatch:
         """A copy of some rows."""
-        return Rows(self.values[places.to(self.values.device)], self.shots[places], self.tokens[places])
+        return ActivationBatch(self.values[places.to(self.values.device)], self.shots[places], self.tokens[places])
 
 
 @final
-class Live:
+class LiveActivations:
     """Activations of one site that are made when they are asked for; to a reader it is a `Store`.
 
     `window` rows are harvested and shuffled, then the next ones. Shots of another split than the one that is read are not
@@ -106,7 +106,7 @@ class Live:
         start: int = 0,
         epochs: int | None = 1,
         window: int | None = None,
-    ) -> Reading:
+    ) -> SplitBatches:
         """Batches of `size` rows from batch `start` on, as long as there are prompts; in order of the harvest if `seed` is None.
 
         Ranks harvest their own shots, equally many each. To start at a later batch costs at most a window. Each further epoch
@@ -117,11 +117,11 @@ class Live:
         if split not in SPLITS:
             raise UnknownName.among("The split", split, SPLITS)
         length = max(1, -(-window // self.tokens) // self._batch) * self._batch
-        return Reading(self._epochs(mine, split, length, start, seed, count() if epochs is None else range(epochs)), split)
+        return SplitBatches(self._epochs(mine, split, length, start, seed, count() if epochs is None else range(epochs)), split)
 
     def _epochs(
-        self, mine: Cut, split: Split, length: int, start: int, seed: int | None, epochs: Iterable[int]
-    ) -> Iterator[Rows]:
+        self, mine: BatchShares, split: Split, length: int, start: int, seed: int | None, epochs: Iterable[int]
+    ) -> Iterator[ActivationBatch]:
         """The batches of all epochs, but for the first `start`."""
         for epoch in epochs:
             before = self._at_most(mine, split, length, start)
@@ -133,15 +133,15 @@ class Live:
                 return
             start -= before
 
-    def _at_most(self, mine: Cut, split: Split, length: int, most: int) -> int:
+    def _at_most(self, mine: BatchShares, split: Split, length: int, most: int) -> int:
         """How many batches an epoch has; `most` where they are more, so that endless prompts are read no further than that."""
         enough = (-(-most * mine.size // self.tokens) + length) * mine.of
         whole, rest = divmod(sum(1 for _ in islice(self._numbers(split), enough if most else 0)), length * mine.of)
         return min(most, -(-(whole * length + rest // mine.of) * self.tokens // mine.size))
 
-    def _cut(self, mine: Cut, windows: Iterator[Window], first: int) -> Iterator[Rows]:
+    def _cut(self, mine: BatchShares, windows: Iterator[LiveWindow], first: int) -> Iterator[ActivationBatch]:
         """The windows as batches, from row `first` on; what is left of a window goes before the next one."""
-        left: list[Rows] = []
+        left: list[ActivationBatch] = []
         for window in windows:
             missing = mine.size - sum(len(rows.shots) for rows in left)
             for places in [window.order[first:][:missing], *window.order[first:][missing:].split(mine.size)]:
@@ -153,7 +153,7 @@ class Live:
         if any(len(rows.shots) for rows in left):
             yield _joined(left)
 
-    def _windows(self, mine: Cut, split: Split, length: int, skipped: int, key: str | None) -> Iterator[Window]:
+    def _windows(self, mine: BatchShares, split: Split, length: int, skipped: int, key: str | None) -> Iterator[LiveWindow]:
         """This rank's windows of `length` shots, but for the first `skipped`. All lie in the same memory."""
         numbers, memory = self._numbers(split), None
         for place in count():
@@ -173,7 +173,7 @@ class Live:
                 shots[filled:end] = number.repeat_interleave(self.tokens)
                 filled = end
             assert memory is not None and filled == len(shots), "a harvest gives every shot once"
-            yield Window(memory[:filled], shots, torch.arange(filled) % self.tokens, permutation(filled, key, place))
+            yield LiveWindow(memory[:filled], shots, torch.arange(filled) % self.tokens, permutation(filled, key, place))
 
     def _passes(self, numbers: list[int]) -> Iterator[tuple[Float[Tensor, "shot token width"], Int[Tensor, " shot"]]]:
         """Activations as a store would give them back, with the numbers of their shots."""
@@ -199,5 +199,5 @@ class Live:
                 yield number
 
 
-def _joined(parts: list[Rows]) -> Rows:
-    return Rows(*(torch.cat(each) for each in zip(*parts, strict=True)))
+def _joined(parts: list[ActivationBatch]) -> ActivationBatch:
+    return ActivationBatch(*(torch.cat(each) for each in zip(*parts, strict=True)))

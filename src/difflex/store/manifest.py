@@ -11,9 +11,19 @@ from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Shot, Site, split_of
 from difflex.store.files import digest, read_json, write_whole
-from difflex.store.shard import DTYPES, MEND, Form, Stored
+from difflex.store.shard import DTYPES, MEND, ShardFormat, Stored
 
-__all__ = ["MANIFEST", "STATISTICS", "Entry", "Head", "Manifest", "read_manifest", "read_shots", "shard_paths", "write_shots"]
+__all__ = [
+    "MANIFEST",
+    "STATISTICS",
+    "Manifest",
+    "ShardEntry",
+    "StoreHeader",
+    "read_manifest",
+    "read_shots",
+    "shard_paths",
+    "write_shots",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -23,7 +33,7 @@ RESTORE = f"Delete it and {ANEW}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
+class StoreHeader:
     """What was decided before the first row of a store was written."""
 
     site: Site
@@ -47,13 +57,13 @@ class Head:
     """The version that began the store."""
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ShardFormat:
         """What all its shards have in common."""
-        return Form(self.site, self.dtype, self.tokens, self.width)
+        return ShardFormat(self.site, self.dtype, self.tokens, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class ShardEntry:
     """A finished shard."""
 
     shots: int
@@ -69,8 +79,8 @@ class Entry:
 class Manifest:
     """A store in figures."""
 
-    head: Head
-    shards: dict[int, Entry]
+    head: StoreHeader
+    shards: dict[int, ShardEntry]
     statistics: str | None
     """The checksum of the statistics, which are written when all shards are there; None before."""
 
@@ -82,9 +92,11 @@ class Manifest:
         write_whole(folder / MANIFEST, _text({**said, "checksum": _checksum(said)}).encode(), rank)
 
 
-def new_head(form: Form, shot: Shot, grid: tuple[int, int] | None, shots_per_shard: int, batch: int, source: str) -> Head:
+def new_head(
+    form: ShardFormat, shot: Shot, grid: tuple[int, int] | None, shots_per_shard: int, batch: int, source: str
+) -> StoreHeader:
     """The head of a store that is begun now."""
-    return Head(
+    return StoreHeader(
         **form._asdict(),
         model=shot.model,
         revision=shot.revision,
@@ -107,18 +119,18 @@ def read_manifest(folder: Path) -> Manifest:
     said = read_json(path, FORMAT, RESTORE)
     if said.pop("checksum", None) != _checksum(said):
         raise BrokenFile(f"{path} is damaged: its checksum is not that of its content. {RESTORE}")
-    head = {field.name: said[field.name] for field in fields(Head) if field.name in said}
+    head = {field.name: said[field.name] for field in fields(StoreHeader) if field.name in said}
     grid = cast("list[int] | None", head["grid"])
     shards = cast("dict[str, dict[str, object]]", said["shards"])
     return Manifest(
-        head=Head(**{**head, "site": Site.parse(str(head["site"])), "grid": None if grid is None else (grid[0], grid[1])}),
+        head=StoreHeader(**{**head, "site": Site.parse(str(head["site"])), "grid": None if grid is None else (grid[0], grid[1])}),
         shards={int(number): _entry(entry) for number, entry in shards.items()},
         statistics=cast("str | None", said["statistics"]),
     )
 
 
-def _entry(said: dict[str, object]) -> Entry:
-    return Entry(**{**said, "held_out": tuple(cast("list[int]", said["held_out"]))})
+def _entry(said: dict[str, object]) -> ShardEntry:
+    return ShardEntry(**{**said, "held_out": tuple(cast("list[int]", said["held_out"]))})
 
 
 def _text(said: dict[str, object], indent: str = "") -> str:
@@ -147,7 +159,7 @@ def found_shards(folder: Path) -> list[int]:
     return sorted(number for number in numbers if shard_paths(folder, number)[0].is_file())
 
 
-def write_shots(folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str, rank: int) -> Entry:
+def write_shots(folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str, rank: int) -> ShardEntry:
     """The entry of a shard that is finished by this: its shots are written beside it, one a line."""
     lines = ",\n".join(json.dumps(asdict(shot)) for shot in shots)
     head = json.dumps({"format": FORMAT, "site": str(site), "shard": number, "sha256": sha256})
@@ -161,16 +173,16 @@ def read_shots(folder: Path, number: int) -> tuple[Shot, ...]:
     return _shots(shard_paths(folder, number)[1], read_json(shard_paths(folder, number)[1], FORMAT, MEND))
 
 
-def read_entry(folder: Path, number: int) -> Entry:
+def read_entry(folder: Path, number: int) -> ShardEntry:
     """The entry of a finished shard, from the file of its shots: how a killed harvest, or another rank's, is taken over."""
     path = shard_paths(folder, number)[1]
     said = read_json(path, FORMAT, MEND)
     return _described(_shots(path, said), str(said["sha256"]), digest(path))
 
 
-def _described(shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> Entry:
+def _described(shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> ShardEntry:
     held_out = tuple(i for i, shot in enumerate(shots) if shot.split == "held-out")
-    return Entry(shots=len(shots), held_out=held_out, sha256=sha256, shots_sha256=shots_sha256)
+    return ShardEntry(shots=len(shots), held_out=held_out, sha256=sha256, shots_sha256=shots_sha256)
 
 
 def _shots(path: Path, said: dict[str, object]) -> tuple[Shot, ...]:

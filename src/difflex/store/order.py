@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Order", "Window", "permutation"]
+__all__ = ["ReadOrder", "ReadWindow", "permutation"]
 
 TOGETHER = 16
 """Shards that are read at the same time: 700,000 rows of width 3072."""
@@ -18,7 +18,7 @@ BLOCK_BYTES = 2**18
 """What is read in one piece, so that a disk that is not in memory yet is not asked for single rows."""
 
 
-class Window(NamedTuple):
+class ReadWindow(NamedTuple):
     """Neighbours in the order of reading; which of them comes first within a batch means nothing."""
 
     shards: tuple[int, ...]
@@ -31,7 +31,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ReadOrder:
     """The order of one epoch.
 
     Shards are shuffled and read 16 at a time; of these, blocks of neighbouring rows are shuffled; `window` rows of them, in whole
@@ -52,7 +52,7 @@ class Order:
         """In one epoch."""
         return self.tokens * sum(map(len, self.shots.values()))
 
-    def windows(self, start: int = 0) -> Iterator[Window]:
+    def windows(self, start: int = 0) -> Iterator[ReadWindow]:
         """All rows from the one at place `start` of the order on."""
         shards = list(self.shots)
         shuffled = [shards[i] for i in permutation(len(shards), self.key, "shards").tolist()]
@@ -63,7 +63,7 @@ class Order:
                 yield from self._of_group(group, f"{self.key}/{first}", start)
             start = max(0, start - rows)
 
-    def _of_group(self, group: tuple[int, ...], key: str, start: int) -> Iterator[Window]:
+    def _of_group(self, group: tuple[int, ...], key: str, start: int) -> Iterator[ReadWindow]:
         block = _block(self.tokens, self.row_bytes)
         per_shot = self.tokens // block
         bounds = torch.tensor(list(accumulate((len(self.shots[shard]) * per_shot for shard in group), initial=0)))
@@ -78,7 +78,7 @@ class Order:
             shots = chosen[firsts[of] + local // per_shot]
             rows = permutation(len(here) * block, self.key and key, at)[max(0, start - at * block) :]
             mine = rows // block
-            yield Window(group, of[mine], shots[mine], local[mine] % per_shot * block + rows % block)
+            yield ReadWindow(group, of[mine], shots[mine], local[mine] % per_shot * block + rows % block)
 
 
 def permutation(count: int, key: str | None, *more: object) -> Int[Tensor, " count"]:

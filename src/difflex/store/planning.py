@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from difflex.errors import BadInput, StaleWork
 from difflex.records import Activations, Shot, Site
-from difflex.store.ledger import Ledger
-from difflex.store.room import Room, said_size, store_bytes, text_bytes
-from difflex.store.shard import Form, Stored
+from difflex.store.ledger import SiteRecorder
+from difflex.store.room import DiskBudget, said_size, store_bytes, text_bytes
+from difflex.store.shard import ShardFormat, Stored
 
-__all__ = ["Harvest", "Plan", "Recording", "distinct", "plan", "probe", "recorded_bytes", "shots_for"]
+__all__ = ["Harvest", "RecordingConfig", "RecordingPlan", "distinct", "plan", "probe", "recorded_bytes", "shots_for"]
 
 
 Harvest = Callable[[Sequence[Shot], Sequence[Site], int], Iterable[Activations]]
@@ -22,7 +22,7 @@ It gives each shot once at each site, in any order that is always the same.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
+class RecordingConfig:
     """How activations are stored."""
 
     dtype: Stored = "bf16"
@@ -43,7 +43,7 @@ class Recording:
     progress: bool = True
 
 
-class Plan(NamedTuple):
+class RecordingPlan(NamedTuple):
     """What will be recorded."""
 
     shots: Iterator[Shot]
@@ -51,9 +51,9 @@ class Plan(NamedTuple):
     total: int
     """How many of them are wanted; there may be fewer."""
     shots_per_shard: int
-    room: Room
+    room: DiskBudget
 
-    def said(self, ledgers: Sequence[Ledger]) -> str:
+    def said(self, ledgers: Sequence[SiteRecorder]) -> str:
         """The plan in words: what each site will take on disk."""
         shards = -(-self.total // self.shots_per_shard)
         files = f"{shards} shard{'s' * (shards > 1)}"
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         )
 
 
-def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, settings: Recording) -> Plan:
+def plan(ledgers: Sequence[SiteRecorder], shots: Iterable[Shot], harvest: Harvest, settings: RecordingConfig) -> RecordingPlan:
     """The plan; the ledgers are begun where they were not, and nothing is written."""
     shots = distinct(shots)
     if settings.tokens is None:
@@ -85,9 +85,9 @@ def plan(ledgers: Sequence[Ledger], shots: Iterable[Shot], harvest: Harvest, set
         total = len(shots)
     else:
         total = shots_for(settings.tokens or 0, [ledger.head.form for ledger in ledgers], len(first))
-    room = Room(ledgers, settings.limit)
+    room = DiskBudget(ledgers, settings.limit)
     room.check(total, first, shots if isinstance(shots, list) else first)
-    return Plan(chain(first, rest), total, ledgers[0].head.shots_per_shard, room)
+    return RecordingPlan(chain(first, rest), total, ledgers[0].head.shots_per_shard, room)
 
 
 def distinct(shots: Iterable[Shot]) -> Iterator[Shot]:
@@ -126,10 +126,10 @@ def probe(shot: Shot, sites: Sequence[Site], harvest: Harvest) -> dict[Site, Act
     return seen
 
 
-def _begin(ledgers: Sequence[Ledger], run: Sequence[Shot], harvest: Harvest, settings: Recording) -> None:
+def _begin(ledgers: Sequence[SiteRecorder], run: Sequence[Shot], harvest: Harvest, settings: RecordingConfig) -> None:
     """Decide the heads that are not decided yet; all sites share the length of their shards, so that they share passes."""
     seen = probe(run[0], [ledger.site for ledger in ledgers if not ledger.begun], harvest)
-    forms = {site: Form(site, settings.dtype, *activations.values.shape[1:]) for site, activations in seen.items()}
+    forms = {site: ShardFormat(site, settings.dtype, *activations.values.shape[1:]) for site, activations in seen.items()}
     kept = [ledger.head.shots_per_shard for ledger in ledgers if ledger.begun]
     length = kept[0] if kept else shard_length([*forms.values()], len(run), settings)
     for ledger in ledgers:
@@ -137,20 +137,20 @@ def _begin(ledgers: Sequence[Ledger], run: Sequence[Shot], harvest: Harvest, set
             ledger.begin(forms[ledger.site], run[0], seen[ledger.site].grid, length, settings.batch, settings.source)
 
 
-def shots_for(tokens: int, forms: Sequence[Form], run: int) -> int:
+def shots_for(tokens: int, forms: Sequence[ShardFormat], run: int) -> int:
     """How many shots give so many rows at every site, in whole runs of `run` shots."""
     wanted = -(-tokens // min(form.tokens for form in forms))
     return -(-wanted // run) * run
 
 
-def shard_length(forms: Sequence[Form], run: int, settings: Recording) -> int:
+def shard_length(forms: Sequence[ShardFormat], run: int, settings: RecordingConfig) -> int:
     """How many shots go into a shard, where runs have `run` of them: whole batches."""
     together = settings.batch * run
     largest = max(form.tokens * form.row_bytes for form in forms)
     return max(settings.shard_bytes // largest // together, 1) * together
 
 
-def recorded_bytes(forms: Sequence[Form], known: Sequence[Shot], run: int, total: int, settings: Recording) -> int:
+def recorded_bytes(forms: Sequence[ShardFormat], known: Sequence[Shot], run: int, total: int, settings: RecordingConfig) -> int:
     """Bytes of stores that are not begun yet, of these forms and of `total` shots like those `known`."""
     length = shard_length(forms, run, settings)
     return sum(store_bytes(form, length, total, text_bytes(known)) for form in forms)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from difflex.errors import BadInput
 from difflex.records import Shot, Site
 from difflex.store.files import locked
-from difflex.store.ledger import Ledger
+from difflex.store.ledger import SiteRecorder
 from difflex.store.manifest import check_dtype, check_split, found_shards
-from difflex.store.planning import Harvest, Plan, Recording, plan
+from difflex.store.planning import Harvest, RecordingConfig, RecordingPlan, plan
 from difflex.store.shard import ShardWriter, pack
 from difflex.store.store import Store
 
@@ -31,7 +31,7 @@ def record(
     shots: Iterable[Shot],
     sites: Iterable[Site | str] | Site | str,
     harvest: Harvest,
-    settings: Recording | None = None,
+    settings: RecordingConfig | None = None,
     accepted: Callable[[], None] = lambda: None,
 ) -> list[Store]:
     """The stores of `sites`, each in its own folder under `folder`; what is already there is kept and gone on with.
@@ -40,14 +40,14 @@ def record(
     shared by several processes, gives the same files as an undisturbed one. `accepted` is called when it is clear that there is
     room for it, before anything is written.
     """
-    settings, folder = settings or Recording(), Path(folder)
+    settings, folder = settings or RecordingConfig(), Path(folder)
     places = {site: folder / site.folder for site in _parsed(sites)}
     _check(places, settings)
     with ExitStack() as stack:
         there = [place for place in places.values() if place.exists()]
         for place in there:
             _claim(stack, place, settings)
-        ledgers = [Ledger(place, site, settings.rank, settings.of) for site, place in places.items()]
+        ledgers = [SiteRecorder(place, site, settings.rank, settings.of) for site, place in places.items()]
         what = plan(ledgers, shots, harvest, settings)
         accepted()
         for ledger in ledgers:
@@ -67,7 +67,7 @@ def _parsed(sites: Iterable[Site | str] | Site | str) -> list[Site]:
     return [Site.parse(site) if isinstance(site, str) else site for site in several]
 
 
-def _check(sites: Collection[Site], settings: Recording) -> None:
+def _check(sites: Collection[Site], settings: RecordingConfig) -> None:
     check_dtype(settings.dtype)
     if not sites:
         raise BadInput("No site was named to record. Name at least one.")
@@ -77,7 +77,7 @@ def _check(sites: Collection[Site], settings: Recording) -> None:
         raise BadInput(f"Rank {settings.rank} of {settings.of} does not exist. Ranks count from 0 to {settings.of - 1}.")
 
 
-def _claim(stack: ExitStack, folder: Path, settings: Recording, new: bool = False) -> None:
+def _claim(stack: ExitStack, folder: Path, settings: RecordingConfig, new: bool = False) -> None:
     """Nothing; until the stack is left, `folder` is there and only processes of this recording write in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,13 +88,16 @@ def _claim(stack: ExitStack, folder: Path, settings: Recording, new: bool = Fals
         raise BadInput(f"Another process has written in {folder} meanwhile. Give the same command again to go on from there.")
 
 
-def _carry_out(what: Plan, ledgers: Sequence[Ledger], harvest: Harvest, settings: Recording) -> int:
+def _carry_out(what: RecordingPlan, ledgers: Sequence[SiteRecorder], harvest: Harvest, settings: RecordingConfig) -> int:
     """How many shards there are when all are done; this rank's are made where they are missing."""
     stream, number, given = islice(what.shots, what.total), 0, 0
     rows = sum(what.total * ledger.head.tokens for ledger in ledgers) // settings.of
     silent = None if settings.progress else True
     try:
-        with tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=silent) as bar, Saver() as saver:
+        with (
+            tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=silent) as bar,
+            BackgroundWriter() as saver,
+        ):
             while unit := list(islice(stream, what.shots_per_shard)):
                 if number % settings.of == settings.rank:
                     missing = [ledger for ledger in ledgers if not ledger.has(number, unit)]
@@ -114,21 +117,27 @@ def _carry_out(what: Plan, ledgers: Sequence[Ledger], harvest: Harvest, settings
     return number
 
 
-class Making(NamedTuple):
+class OpenShard(NamedTuple):
     """A shard of one site while its rows arrive."""
 
-    ledger: Ledger
+    ledger: SiteRecorder
     writer: ShardWriter
     shots: list[Shot]
 
 
 def _make(
-    number: int, unit: list[Shot], ledgers: Sequence[Ledger], harvest: Harvest, settings: Recording, saver: "Saver", bar: tqdm
+    number: int,
+    unit: list[Shot],
+    ledgers: Sequence[SiteRecorder],
+    harvest: Harvest,
+    settings: RecordingConfig,
+    saver: "BackgroundWriter",
+    bar: tqdm,
 ) -> None:
     """One shard of each site, from one call of the harvest; it is written behind the model's back."""
     for shot in unit:
         check_split(shot)
-    making = {ledger.site: Making(ledger, ledger.writer(number, len(unit)), []) for ledger in ledgers}
+    making = {ledger.site: OpenShard(ledger, ledger.writer(number, len(unit)), []) for ledger in ledgers}
     for activations in harvest(unit, list(making), settings.batch):
         here = making[activations.site]
         here.ledger.fits(activations)
@@ -143,7 +152,7 @@ def _make(
 
 
 @final
-class Saver:
+class BackgroundWriter:
     """A thread that does one thing after the other; after a failure it does nothing more, and says so at the next call."""
 
     def __init__(self) -> None:
@@ -171,7 +180,7 @@ class Saver:
             self._failed = True
             raise
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

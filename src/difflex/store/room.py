@@ -12,11 +12,11 @@ import torch
 
 from difflex.errors import OutOfSpace
 from difflex.records import Shot
-from difflex.store.ledger import Ledger
-from difflex.store.shard import Form, shard_size
+from difflex.store.ledger import SiteRecorder
+from difflex.store.shard import ShardFormat, shard_size
 from difflex.store.statistics import WIDEST
 
-__all__ = ["Room", "said_size", "store_bytes", "text_bytes"]
+__all__ = ["DiskBudget", "said_size", "store_bytes", "text_bytes"]
 
 PER_STORE = 2048
 """Bytes of a manifest's head and of the names of the statistics, at most."""
@@ -27,10 +27,10 @@ PER_SHOT = 2
 
 
 @final
-class Room:
+class DiskBudget:
     """The disk that the stores are on, and the limit that is set to them."""
 
-    def __init__(self, ledgers: Sequence[Ledger], limit: int | None) -> None:
+    def __init__(self, ledgers: Sequence[SiteRecorder], limit: int | None) -> None:
         self._ledgers = ledgers
         self._limit = limit
 
@@ -59,7 +59,7 @@ class Room:
             f"{what} {said_size(allowed)}. {advice}, or ask for fewer sites{smaller}."
         )
 
-    def check_shard(self, shots: Sequence[Shot], missing: Sequence[Ledger]) -> None:
+    def check_shard(self, shots: Sequence[Shot], missing: Sequence[SiteRecorder]) -> None:
         """Nothing; a shard of `shots` at the `missing` sites that would pass the limit is an error."""
         assert self._limit is not None, "without a limit the disk itself says when it is full"
         there = sum(ledger.bytes + PER_STORE + _statistics_bytes(ledger.head.form) for ledger in self._ledgers)
@@ -75,18 +75,18 @@ class Room:
         return sum(store_bytes(ledger.head.form, ledger.head.shots_per_shard, total, text) for ledger in self._ledgers)
 
 
-def store_bytes(form: Form, length: int, total: int, text: float) -> int:
+def store_bytes(form: ShardFormat, length: int, total: int, text: float) -> int:
     """Bytes of a store with `total` shots, `length` of them to a shard, each of which takes `text` bytes to describe."""
     whole, rest = divmod(total, length)
     shards = whole * _shard_bytes(form, length) + (_shard_bytes(form, rest) if rest else 0)
     return shards + math.ceil(total * text) + _statistics_bytes(form) + 2 * PER_STORE
 
 
-def _shard_bytes(form: Form, shots: int) -> int:
+def _shard_bytes(form: ShardFormat, shots: int) -> int:
     return shard_size(form, shots) + PER_SHARD + PER_SHOT * shots
 
 
-def _statistics_bytes(form: Form) -> int:
+def _statistics_bytes(form: ShardFormat) -> int:
     axes = 2 * form.width + (form.width**2 if form.width <= WIDEST else 0)
     return axes * torch.float64.itemsize
 

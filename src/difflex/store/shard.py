@@ -15,10 +15,21 @@ from torch import Tensor
 
 from difflex.errors import BrokenFile, NonFinite
 from difflex.records import Shot, Site
-from difflex.store.files import Whole
-from difflex.store.statistics import Moments, Tally
+from difflex.store.files import AtomicFile
+from difflex.store.statistics import MomentsTally, RowMoments
 
-__all__ = ["Form", "Mapped", "Packed", "ShardWriter", "Stored", "header", "pack", "parts_of", "shard_size", "unpack"]
+__all__ = [
+    "MappedShard",
+    "PackedRows",
+    "ShardFormat",
+    "ShardWriter",
+    "Stored",
+    "header",
+    "pack",
+    "parts_of",
+    "shard_size",
+    "unpack",
+]
 
 Stored = Literal["bf16", "fp16", "int8"]
 DTYPES: dict[Stored, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -36,7 +47,7 @@ GIVE_BACK = getattr(mmap, "MADV_DONTNEED", None)
 MEND = "Delete the shard's two files and give the command that wrote it again: it makes this shard again and no other."
 
 
-class Form(NamedTuple):
+class ShardFormat(NamedTuple):
     """What all shards of a store have in common."""
 
     site: Site
@@ -51,34 +62,34 @@ class Form(NamedTuple):
         return self.width * DTYPES[self.dtype].itemsize + (SCALE.itemsize if self.dtype == "int8" else 0)
 
 
-class Packed(NamedTuple):
+class PackedRows(NamedTuple):
     """Activations as they lie on disk."""
 
     values: Num[Tensor, "*rows width"]
     scales: Float32[Tensor, "*rows"] | None
     """What a row of int8 is multiplied with."""
 
-    def cpu(self) -> "Packed":
+    def cpu(self) -> "PackedRows":
         """The same, where files are written from."""
-        return Packed(self.values.cpu(), None if self.scales is None else self.scales.cpu())
+        return PackedRows(self.values.cpu(), None if self.scales is None else self.scales.cpu())
 
 
-def pack(values: Float[Tensor, "*rows width"], dtype: Stored) -> Packed:
+def pack(values: Float[Tensor, "*rows width"], dtype: Stored) -> PackedRows:
     """`values` rounded to `dtype`; int8 has a scale for each row, so that its largest entry is 127."""
     values = values.detach()
     if dtype != "int8":
-        return Packed(values.to(DTYPES[dtype]), None)
+        return PackedRows(values.to(DTYPES[dtype]), None)
     scales = values.abs().amax(-1).to(SCALE) / 127
     rounded = (values / scales.clamp_min(torch.finfo(SCALE).tiny).unsqueeze(-1)).round()
-    return Packed(rounded.to(torch.int8), scales)
+    return PackedRows(rounded.to(torch.int8), scales)
 
 
-def unpack(packed: Packed) -> Float[Tensor, "*rows width"]:
+def unpack(packed: PackedRows) -> Float[Tensor, "*rows width"]:
     """The values that training reads: bf16 and fp16 as they are, int8 as float32."""
     return packed.values if packed.scales is None else packed.values.float() * packed.scales.unsqueeze(-1)
 
 
-class Part(NamedTuple):
+class TensorSlot(NamedTuple):
     """Where a tensor lies in a shard."""
 
     dtype: torch.dtype
@@ -87,7 +98,7 @@ class Part(NamedTuple):
     """In bytes from the beginning of the file."""
 
 
-def parts_of(form: Form, shots: int) -> dict[str, Part]:
+def parts_of(form: ShardFormat, shots: int) -> dict[str, TensorSlot]:
     """The tensors of a shard in the order of the file, `start` counted from the end of the header."""
     rows = shots * form.tokens
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"values": (DTYPES[form.dtype], (rows, form.width))}
@@ -98,12 +109,12 @@ def parts_of(form: Form, shots: int) -> dict[str, Part]:
     shapes |= {"mean": (torch.float64, (form.width,)), "squares": (torch.float64, (form.width,)), "totals": (torch.float64, (3,))}
     parts, start = {}, 0
     for name, (dtype, shape) in shapes.items():
-        parts[name] = Part(dtype, shape, start)
+        parts[name] = TensorSlot(dtype, shape, start)
         start += math.prod(shape) * dtype.itemsize
     return parts
 
 
-def header(form: Form, shots: int) -> bytes:
+def header(form: ShardFormat, shots: int) -> bytes:
     """The first bytes of a shard: with the same form and number of shots always the same."""
     entries: dict[str, object] = {"__metadata__": {"format": "difflex activations 1", "site": str(form.site)}}
     for name, (dtype, shape, start) in parts_of(form, shots).items():
@@ -114,7 +125,7 @@ def header(form: Form, shots: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_size(form: Form, shots: int) -> int:
+def shard_size(form: ShardFormat, shots: int) -> int:
     """Bytes of the file that holds so many shots."""
     return len(header(form, shots)) + parts_of(form, shots)["totals"].start + 3 * torch.float64.itemsize
 
@@ -127,16 +138,16 @@ def _bytes(tensor: Tensor) -> memoryview:
 class ShardWriter:
     """A shard in the making; rows come in the order of its shots."""
 
-    def __init__(self, path: Path, rank: int, form: Form, shots: int) -> None:
+    def __init__(self, path: Path, rank: int, form: ShardFormat, shots: int) -> None:
         self._form = form
         self._missing = shots
         self._padding = parts_of(form, shots).get("padding")
         self._scales: list[Tensor] = []
-        self._tally = Tally(form.width)
-        self._file = Whole(path, rank)
+        self._tally = MomentsTally(form.width)
+        self._file = AtomicFile(path, rank)
         self._file.write(header(form, shots))
 
-    def append(self, packed: Packed, shots: Sequence[Shot]) -> None:
+    def append(self, packed: PackedRows, shots: Sequence[Shot]) -> None:
         """Nothing; writes the rows of further shots."""
         self._missing -= len(shots)
         if packed.scales is not None:
@@ -176,10 +187,10 @@ class ShardWriter:
 
 
 @final
-class Mapped:
+class MappedShard:
     """A shard seen through a memory map: opening it reads nothing but its header."""
 
-    def __init__(self, path: Path, form: Form, shots: int) -> None:
+    def __init__(self, path: Path, form: ShardFormat, shots: int) -> None:
         head, parts = header(form, shots), parts_of(form, shots)
         size = shard_size(form, shots)
         try:
@@ -197,16 +208,16 @@ class Mapped:
         self.values: Num[Tensor, "row width"] = self._tensors["values"]
         self.scales: Float32[Tensor, " row"] | None = self._tensors.get("scales")
 
-    def moments(self) -> Moments:
+    def moments(self) -> RowMoments:
         """The running statistics of its `train` rows."""
-        return Moments(self._tensors["mean"].clone(), self._tensors["squares"].clone(), self._tensors["totals"].clone())
+        return RowMoments(self._tensors["mean"].clone(), self._tensors["squares"].clone(), self._tensors["totals"].clone())
 
     def give_back(self) -> None:
         """Nothing; the pages seen so far no longer count as this process's memory."""
         if GIVE_BACK is not None:
             self._map.madvise(GIVE_BACK)
 
-    def _tensor(self, part: Part, start: int) -> Tensor:
+    def _tensor(self, part: TensorSlot, start: int) -> Tensor:
         with warnings.catch_warnings():
             # The map is read-only and so is every use of it here: what leaves the store is a copy.
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)

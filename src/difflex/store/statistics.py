@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-__all__ = ["Moments", "Statistics", "Tally", "covariance", "merged", "sample_size"]
+__all__ = ["MomentsTally", "RowMoments", "StoreStatistics", "covariance", "merged", "sample_size"]
 
 BLOCK = 2**19
 """Entries that are added up in float32 before float64 takes over: few enough to stay in the cache."""
@@ -19,7 +19,7 @@ WIDEST = 8192
 STRIP = 256
 
 
-class Moments(NamedTuple):
+class RowMoments(NamedTuple):
     """Sums that describe rows, and that those of other rows can be merged with."""
 
     mean: Float64[Tensor, " width"]
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class StoreStatistics:
     """Moments of all `train` rows, as a reader sees them."""
 
     count: int
@@ -47,7 +47,7 @@ class Statistics:
 
 
 @final
-class Tally:
+class MomentsTally:
     """Moments of rows that come in blocks.
 
     A block is added up in float32 about an origin that lies within the data, blocks are added up in float64: axes whose mean is
@@ -78,22 +78,22 @@ class Tally:
             self._count += len(x)
         return math.isfinite(self._norms)
 
-    def moments(self) -> Moments:
+    def moments(self) -> RowMoments:
         """Of all rows so far."""
         count = max(self._count, 1)
         squares = (self._squares - self._sum.square() / count).clamp_min(0)
         totals = torch.tensor([self._count, self._norms, self._peak], dtype=torch.float64)
-        return Moments(self._origin.double() + self._sum / count, squares, totals)
+        return RowMoments(self._origin.double() + self._sum / count, squares, totals)
 
 
-def merged(one: Moments, other: Moments) -> Moments:
+def merged(one: RowMoments, other: RowMoments) -> RowMoments:
     """The moments of the rows of both (Chan, Golub & LeVeque 1983)."""
     here, there = float(one.totals[0]), float(other.totals[0])
     both = max(here + there, 1.0)
     apart = other.mean - one.mean
     squares = one.squares + other.squares + apart.square() * (here * there / both)
     totals = torch.stack([*(one.totals[:2] + other.totals[:2]), torch.maximum(one.totals[2], other.totals[2])])
-    return Moments(one.mean + apart * (there / both), squares, totals)
+    return RowMoments(one.mean + apart * (there / both), squares, totals)
 
 
 def sample_size(count: int, width: int) -> int:

@@ -12,13 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import Reading, Rows, Shot, Site, Split
-from difflex.store.batches import Cut, Reader, cut
+from difflex.records import ActivationBatch, Shot, Site, Split, SplitBatches
+from difflex.store.batches import BatchShares, ShardReader, cut
 from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST, STATISTICS, Manifest, read_manifest, read_shots, shard_paths
-from difflex.store.order import Order
-from difflex.store.shard import MEND, Mapped
-from difflex.store.statistics import Statistics
+from difflex.store.order import ReadOrder
+from difflex.store.shard import MEND, MappedShard
+from difflex.store.statistics import StoreStatistics
 from difflex.store.summary import chosen, open_shard, read_statistics, summarise
 
 __all__ = ["SPLITS", "WINDOW", "Store"]
@@ -98,14 +98,14 @@ class Store:
         start: int = 0,
         epochs: int | None = 1,
         window: int = WINDOW,
-    ) -> Reading:
+    ) -> SplitBatches:
         """Batches of `size` rows from batch `start` on; endless if `epochs` is None, in the order of writing if `seed` is.
 
         Batch i of several ranks together is batch i of one process that asks for `of` times the size. Which rows make a batch is
         random, within the batch they are grouped by shard. The last batch of an epoch holds what is left.
         """
         mine, form = cut(size, rank, of, start, window), self._manifest.head.form
-        order = Order(shots=self._chosen(split), tokens=form.tokens, row_bytes=form.row_bytes, window=window, key=None)
+        order = ReadOrder(shots=self._chosen(split), tokens=form.tokens, row_bytes=form.row_bytes, window=window, key=None)
         if not order.rows:
             raise BadInput(
                 f"{self.folder} has no rows of the split '{split}'. Harvest more prompts: a tenth of them is held out."
@@ -115,10 +115,10 @@ class Store:
             self._epoch(replace(order, key=None if seed is None else f"{seed}/{epoch}"), mine, first if epoch == begun else 0)
             for epoch in (counting(begun) if epochs is None else range(begun, epochs))
         )
-        return Reading(chain.from_iterable(parts), split)
+        return SplitBatches(chain.from_iterable(parts), split)
 
-    def _epoch(self, order: Order, mine: Cut, first: int) -> Iterator[Rows]:
-        reader = Reader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._mapped)
+    def _epoch(self, order: ReadOrder, mine: BatchShares, first: int) -> Iterator[ActivationBatch]:
+        reader = ShardReader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._mapped)
         for share in mine.shares(order.rows, first):
             yield reader.rows(share)
 
@@ -132,7 +132,7 @@ class Store:
         return self._shots_of(shard)[place]
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> StoreStatistics:
         """Moments of all `train` rows; computed at each call while the harvest is not complete."""
         return read_statistics(self.folder) if self.complete else summarise(self.folder, self._manifest)
 
@@ -154,5 +154,5 @@ class Store:
             raise UnknownName.among("The split", split, SPLITS)
         return {shard: chosen(self._manifest.shards[shard], split) for shard in sorted(self._manifest.shards)}
 
-    def _mapped(self, shard: int) -> Mapped:
+    def _mapped(self, shard: int) -> MappedShard:
         return open_shard(self.folder, self._manifest, shard)

@@ -13,9 +13,9 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.records import Split
 from difflex.store.files import write_whole
-from difflex.store.manifest import STATISTICS, Entry, Manifest, shard_paths
-from difflex.store.shard import Form, Mapped, Packed, unpack
-from difflex.store.statistics import Moments, Statistics, covariance, merged, sample_size
+from difflex.store.manifest import STATISTICS, Manifest, ShardEntry, shard_paths
+from difflex.store.shard import MappedShard, PackedRows, ShardFormat, unpack
+from difflex.store.statistics import RowMoments, StoreStatistics, covariance, merged, sample_size
 
 __all__ = ["chosen", "open_shard", "read_statistics", "summarise", "write_statistics"]
 
@@ -23,7 +23,7 @@ CHUNK = 1024
 AGAIN = "Delete it and give the command that wrote the store again: it is made from the shards."
 
 
-def chosen(entry: Entry, split: Split) -> Int[Tensor, " shot"]:
+def chosen(entry: ShardEntry, split: Split) -> Int[Tensor, " shot"]:
     """The shots of a shard that belong to `split`."""
     held_out = torch.tensor(entry.held_out, dtype=torch.int64)
     if split == "held-out":
@@ -33,20 +33,20 @@ def chosen(entry: Entry, split: Split) -> Int[Tensor, " shot"]:
     return train.nonzero().squeeze(1)
 
 
-def open_shard(folder: Path, manifest: Manifest, shard: int) -> Mapped:
+def open_shard(folder: Path, manifest: Manifest, shard: int) -> MappedShard:
     """A shard of the store in `folder`, mapped."""
-    return Mapped(shard_paths(folder, shard)[0], manifest.head.form, manifest.shards[shard].shots)
+    return MappedShard(shard_paths(folder, shard)[0], manifest.head.form, manifest.shards[shard].shots)
 
 
-def summarise(folder: Path, manifest: Manifest) -> Statistics:
+def summarise(folder: Path, manifest: Manifest) -> StoreStatistics:
     """The statistics of all `train` rows in `folder`: the same whoever wrote which shard."""
     form, shards = manifest.head.form, sorted(manifest.shards)
     none = torch.zeros(form.width, dtype=torch.float64)
     parts = (open_shard(folder, manifest, shard).moments() for shard in shards)
-    mean, squares, totals = reduce(merged, parts, Moments(none, none, torch.zeros(3, dtype=torch.float64)))
+    mean, squares, totals = reduce(merged, parts, RowMoments(none, none, torch.zeros(3, dtype=torch.float64)))
     count, norms, peak = totals.tolist()
     sampled = sample_size(int(count), form.width)
-    return Statistics(
+    return StoreStatistics(
         count=int(count),
         mean=mean,
         variance=squares / max(count, 1),
@@ -71,11 +71,11 @@ def _sample(folder: Path, manifest: Manifest, count: int, sampled: int) -> Itera
         before += len(train) * form.tokens
 
 
-def _rows(mapped: Mapped, rows: Int[Tensor, " row"], form: Form) -> Float[Tensor, "row width"]:
-    return unpack(Packed(mapped.values[rows], None if mapped.scales is None else mapped.scales[rows]))
+def _rows(mapped: MappedShard, rows: Int[Tensor, " row"], form: ShardFormat) -> Float[Tensor, "row width"]:
+    return unpack(PackedRows(mapped.values[rows], None if mapped.scales is None else mapped.scales[rows]))
 
 
-def write_statistics(folder: Path, statistics: Statistics, rank: int) -> str:
+def write_statistics(folder: Path, statistics: StoreStatistics, rank: int) -> str:
     """The SHA-256 of the file in `folder` that now holds `statistics`."""
     tensors = {
         name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -85,12 +85,12 @@ def write_statistics(folder: Path, statistics: Statistics, rank: int) -> str:
     return write_whole(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
 
 
-def read_statistics(folder: Path) -> Statistics:
+def read_statistics(folder: Path) -> StoreStatistics:
     """What `write_statistics` wrote."""
     path = folder / STATISTICS
     try:
         said = load_file(path)
-        return Statistics(
+        return StoreStatistics(
             count=int(said["count"]),
             mean=said["mean"],
             variance=said["variance"],

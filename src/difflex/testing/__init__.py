@@ -2,13 +2,13 @@
 
 from difflex.testing.books import plain_book, plain_colour
 from difflex.testing.pipelines import TINY, tiny_clip, tiny_folder, tiny_pipeline
-from difflex.testing.seeing import MOODS, RuleServer, Served, by_colour
+from difflex.testing.seeing import MOODS, RuleServer, ServedCall, by_colour
 
 __all__ = [
     "MOODS",
     "TINY",
     "RuleServer",
-    "Served",
+    "ServedCall",
     "by_colour",
     "plain_book",
     "plain_colour",

@@ -8,7 +8,17 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from difflex.book import About, Album, Draft, Example, ExampleKind, FeatureRow, Neighbour, PictureFile, TokenMap
+from difflex.book import (
+    BookInfo,
+    BookWriter,
+    Example,
+    ExampleKind,
+    FeatureNeighbour,
+    FeatureStats,
+    ImageAlbum,
+    ImageFile,
+    TokenMap,
+)
 from difflex.records import Shot, Split
 
 __all__ = ["plain_book", "plain_colour"]
@@ -17,7 +27,7 @@ GRID = (4, 4)
 PEAK = 20.0
 
 
-class _Row(NamedTuple):
+class _ExampleTemplate(NamedTuple):
     """What an example of any feature is."""
 
     kind: ExampleKind
@@ -38,29 +48,29 @@ def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, sha
     which it also fires faintly at a second token; in the first `shared` of these the next feature marks another token. The
     nearest decoder is that of the feature after the next.
     """
-    album = Album(folder / "pictures")
+    album = ImageAlbum(folder / "pictures")
     filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
     rows = [*_rows(tops, sampled)]
     path, examples = folder / "book.sqlite", [*_examples(features, rows, shared)]
-    with Draft.of(path, _about(features)) as draft:
-        draft.pictures(PictureFile(number, *each) for number, each in enumerate(filed))
+    with BookWriter.of(path, _about(features)) as draft:
+        draft.pictures(ImageFile(number, *each) for number, each in enumerate(filed))
         draft.shots(
             (number, number // len(rows), _shot(number, rows[number % len(rows)].split)) for number in range(features * len(rows))
         )
         draft.features(_figures(feature, len(rows)) for feature in range(features))
         draft.examples(examples)
         for feature in range(features):
-            draft.neighbours(feature, [Neighbour((feature + 2) % features, "direction", 0.5)])
+            draft.neighbours(feature, [FeatureNeighbour((feature + 2) % features, "direction", 0.5)])
     return path
 
 
-def _rows(tops: int, sampled: int) -> Iterator[_Row]:
-    yield from (_Row("top", "train", rank, PEAK - 0.5 - rank) for rank in range(tops))
-    yield from (_Row("top", "held-out", rank, PEAK - rank) for rank in range(tops))
-    yield from (_Row("quantile", "held-out", rank, PEAK - 6 - rank) for rank in range(sampled))
+def _rows(tops: int, sampled: int) -> Iterator[_ExampleTemplate]:
+    yield from (_ExampleTemplate("top", "train", rank, PEAK - 0.5 - rank) for rank in range(tops))
+    yield from (_ExampleTemplate("top", "held-out", rank, PEAK - rank) for rank in range(tops))
+    yield from (_ExampleTemplate("quantile", "held-out", rank, PEAK - 6 - rank) for rank in range(sampled))
 
 
-def _examples(features: int, rows: list[_Row], shared: int) -> Iterator[Example]:
+def _examples(features: int, rows: list[_ExampleTemplate], shared: int) -> Iterator[Example]:
     for number in range(features * len(rows)):
         feature, row = number // len(rows), rows[number % len(rows)]
         yield _example(feature, row, number, feature % 16)
@@ -69,7 +79,7 @@ def _examples(features: int, rows: list[_Row], shared: int) -> Iterator[Example]
             yield _example((feature + 1) % features, there, number, (feature + 5) % 16)
 
 
-def _example(feature: int, row: _Row, shot: int, token: int) -> Example:
+def _example(feature: int, row: _ExampleTemplate, shot: int, token: int) -> Example:
     where = TokenMap((token, (token + 8) % 16), (row.peak, PEAK / 10))
     return Example(feature=feature, kind=row.kind, split=row.split, rank=row.rank, shot=shot, peak=row.peak, map=where)
 
@@ -78,12 +88,12 @@ def _shot(number: int, split: Split) -> Shot:
     return Shot(model="plain", prompt=f"picture {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
 
 
-def _figures(feature: int, shots: int) -> FeatureRow:
-    return FeatureRow(feature=feature, fired=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
+def _figures(feature: int, shots: int) -> FeatureStats:
+    return FeatureStats(feature=feature, fired=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
 
 
-def _about(features: int) -> About:
-    return About(
+def _about(features: int) -> BookInfo:
+    return BookInfo(
         dictionary="double.1/topk",
         kind="topk",
         size=features,

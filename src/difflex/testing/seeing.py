@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 
 from PIL import Image
 
-__all__ = ["MOODS", "RuleServer", "Served", "by_colour"]
+__all__ = ["MOODS", "RuleServer", "ServedCall", "by_colour"]
 
 MOODS = ("good", "hostile", "malformed", "refusal", "limited", "broken", "hanging", "dripping", "truncated")
 """A good answer; one full of HTML and terminal escapes; JSON of another form or none; a refusal; 429 with Retry-After; 500; no
@@ -42,7 +42,7 @@ Rule = Callable[[Sequence[Image.Image], str, str], dict[str, Any]]
 """From pictures, all that was told about them, and the name of the form of the answer to that answer."""
 
 
-class Served(NamedTuple):
+class ServedCall(NamedTuple):
     """A call that was answered, or not."""
 
     question: str
@@ -95,11 +95,11 @@ class RuleServer:
         self._moods, self._rule, self._seed = dict(moods or {}), rule, seed
         self._latency, self._hangs, self.retry_after = latency, hangs, retry_after
         self._key, self._lacks = key, frozenset(lacks)
-        self.served: list[Served] = []
+        self.served: list[ServedCall] = []
         """All calls, in the order in which they came."""
         self.headers: list[dict[str, str]] = []
         self._seen, self._lock, self._over = Counter[str](), Lock(), Event()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _RuleHTTPServer(("127.0.0.1", 0), _RuleHandler)
         self._server.rules = self
 
     @property
@@ -128,7 +128,7 @@ class RuleServer:
         question = _question(said["model"], pictures, texts[0], form)
         with self._lock:
             mood = self._mood(question)
-            self.served.append(Served(question, mood))
+            self.served.append(ServedCall(question, mood))
             self.headers.append(headers)
         self._over.wait(self._hangs if mood == "hanging" else self._latency)
         if mood == "limited":
@@ -206,7 +206,7 @@ def _json(said: object) -> bytes:
 
 
 @final
-class _Server(ThreadingHTTPServer):
+class _RuleHTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 256
@@ -214,13 +214,13 @@ class _Server(ThreadingHTTPServer):
 
 
 @final
-class _Handler(BaseHTTPRequestHandler):
+class _RuleHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        assert isinstance(self.server, _Server)
+        assert isinstance(self.server, _RuleHTTPServer)
         rules = self.server.rules
         if not self.path.endswith("/v1/chat/completions"):
             self._send(404, _json({"error": {"message": f"nothing is at {self.path}"}}))

@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difflex.training.config import Optimiser
+from difflex.training.config import AdamConfig
 
-__all__ = ["Adam", "Matrix", "Rows"]
+__all__ = ["Adam", "AdamWeight", "Rows"]
 
 Rows = slice | Int[Tensor, " row"]
 """Neighbouring rows, or a list of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matrix:
+class AdamWeight:
     """A weight with what its updates need; a vector is a weight of one column."""
 
     weight: Float[Tensor, "row ..."]
@@ -33,19 +33,19 @@ class Matrix:
     """Running average of the weight; None where none is kept."""
 
     @classmethod
-    def of(cls, weight: Tensor, settings: Optimiser) -> Matrix:
+    def of(cls, weight: Tensor, settings: AdamConfig) -> AdamWeight:
         """`weight` before its first update."""
         first = torch.zeros_like(weight) if settings.beta1 else None
         average = weight.clone() if settings.ema is not None else None
         return cls(weight=weight, first=first, second=torch.zeros_like(weight), average=average)
 
-    def at(self, rows: Rows) -> Matrix:
+    def at(self, rows: Rows) -> AdamWeight:
         """Some rows: a view where they are neighbours, a copy where they are listed."""
         first = None if self.first is None else self.first[rows]
         average = None if self.average is None else self.average[rows]
-        return Matrix(weight=self.weight[rows], first=first, second=self.second[rows], average=average)
+        return AdamWeight(weight=self.weight[rows], first=first, second=self.second[rows], average=average)
 
-    def put(self, rows: Rows, part: Matrix) -> None:
+    def put(self, rows: Rows, part: AdamWeight) -> None:
         """Write back what `at` gave."""
         if isinstance(rows, Tensor):
             for name, tensor in self.named().items():
@@ -60,12 +60,12 @@ class Matrix:
 class Adam:
     """The arithmetic of one update, the same for all weights."""
 
-    def __init__(self, settings: Optimiser, *, update: int, lr: float, scale: float = 1.0) -> None:
+    def __init__(self, settings: AdamConfig, *, update: int, lr: float, scale: float = 1.0) -> None:
         """Update number `update`, counted from 1; all gradients are multiplied by `scale`."""
         self.settings, self.update, self.lr, self.scale = settings, update, lr, scale
         self._count = torch.tensor(float(update))
 
-    def step(self, matrix: Matrix, gradient: Tensor) -> None:
+    def step(self, matrix: AdamWeight, gradient: Tensor) -> None:
         """Move the weight against `gradient`, which is spent."""
         if self.scale != 1.0:
             gradient.mul_(self.scale)
@@ -86,12 +86,12 @@ class Adam:
             maximize=False,
         )
 
-    def averaged(self, matrix: Matrix) -> None:
+    def averaged(self, matrix: AdamWeight) -> None:
         """Take the moved weight into its average."""
         if matrix.average is not None and self.settings.ema is not None:
             matrix.average.lerp_(matrix.weight, 1 - self.settings.ema)
 
-    def decayed(self, matrix: Matrix, missed: Int[Tensor, " row"]) -> None:
+    def decayed(self, matrix: AdamWeight, missed: Int[Tensor, " row"]) -> None:
         """Make up for `missed` updates, in which the rows had no gradient and beta1 was 0."""
         powers = missed.to(matrix.weight.dtype).unsqueeze(-1) if matrix.weight.ndim == 2 else missed.to(matrix.weight.dtype)
         matrix.second.mul_(self.settings.beta2**powers)

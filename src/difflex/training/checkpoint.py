@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import Weights
+from difflex.dictionary.autoencoder import SAEWeights
 from difflex.dictionary.files import Json, replace_file
 from difflex.dictionary.normalisation import Normalisation
 from difflex.errors import BrokenFile, StaleWork
-from difflex.training.config import Training
-from difflex.training.learner import Learner, Measures
+from difflex.training.config import TrainingConfig
+from difflex.training.learner import Learner, UpdateMetrics
 from difflex.training.team import Team
 
 __all__ = ["as_json", "load_state", "save_state", "whole_weights"]
@@ -29,7 +29,7 @@ ALIKE = ("bias",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
+class CheckpointHeader:
     """What stands in the file beside the tensors."""
 
     format: int
@@ -44,7 +44,7 @@ class Header:
     last: dict[str, Any] | None
 
 
-def as_json(training: Training) -> dict[str, Json]:
+def as_json(training: TrainingConfig) -> dict[str, Json]:
     """`training` as plain JSON."""
     return json.loads(json.dumps(asdict(training)))
 
@@ -54,7 +54,7 @@ def save_state(path: Path, learner: Learner, normalisation: Normalisation, data:
     tensors = {name: _gathered(name, tensor, learner.team) for name, tensor in _tensors(learner).items()}
     if learner.team.rank:
         return
-    header = Header(
+    header = CheckpointHeader(
         format=FORMAT,
         training=as_json(learner.config),
         data=data,
@@ -69,7 +69,9 @@ def save_state(path: Path, learner: Learner, normalisation: Normalisation, data:
     replace_file(path, save(packed, metadata={"state": json.dumps(asdict(header))}))
 
 
-def load_state(path: Path, config: Training, data: str, team: Team, device: torch.device) -> tuple[Learner, Normalisation] | None:
+def load_state(
+    path: Path, config: TrainingConfig, data: str, team: Team, device: torch.device
+) -> tuple[Learner, Normalisation] | None:
     """The learner that was saved at `path`, with this rank's features, and its normalisation; None where nothing was saved."""
     if not path.exists():
         return None
@@ -84,7 +86,9 @@ def load_state(path: Path, config: Training, data: str, team: Team, device: torc
             tensors = {name: file.get_slice(name)[rows if _by_feature(name) else slice(None)].clone() for name in names}
     except safetensors.SafetensorError as error:
         raise BrokenFile(f"The training state {path} is damaged: {error}. Remove it to train from the start.") from error
-    weights = Weights.of({name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")})
+    weights = SAEWeights.of(
+        {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")}
+    )
     learner = Learner(config, weights, team)
     for name, tensor in _tensors(learner).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
@@ -92,11 +96,11 @@ def load_state(path: Path, config: Training, data: str, team: Team, device: torc
         tensor.copy_(tensors[name])
     learner.updates, learner.tokens = header.updates, header.tokens
     learner.threshold, learner.floor = header.threshold, header.floor
-    learner.last = None if header.last is None else Measures(**header.last)
+    learner.last = None if header.last is None else UpdateMetrics(**header.last)
     return learner, Normalisation.of(header.normalisation, tensors)
 
 
-def whole_weights(learner: Learner) -> Weights:
+def whole_weights(learner: Learner) -> SAEWeights:
     """The weights to be used from now on, of all ranks' features: averaged, if an average was kept, with unit decoder rows."""
     learner.parameters.caught_up(learner.updates)
     team, matrices = learner.team, learner.parameters.matrices
@@ -107,7 +111,7 @@ def whole_weights(learner: Learner) -> Weights:
     tensors["decoder"] /= torch.linalg.vector_norm(tensors["decoder"], dim=1, keepdim=True)
     if learner.floor is not None:
         tensors["floor"] = torch.full_like(tensors["encoder"][:, 0], learner.floor)
-    return Weights.of(tensors)
+    return SAEWeights.of(tensors)
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:
@@ -127,14 +131,14 @@ def _gathered(name: str, tensor: Tensor, team: Team) -> Tensor:
     return team.gathered(tensor) if team.shards > 1 and _by_feature(name) else tensor
 
 
-def _header(path: Path, text: str | None) -> Header:
+def _header(path: Path, text: str | None) -> CheckpointHeader:
     try:
         entries = json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise BrokenFile(f"The head of {path} is damaged: {error}. Remove it to train from the start.") from error
-    if entries.get("format") != FORMAT or set(entries) != {field.name for field in fields(Header)}:
+    if entries.get("format") != FORMAT or set(entries) != {field.name for field in fields(CheckpointHeader)}:
         raise BrokenFile(f"{path} is not a training state of format {FORMAT}. Remove it to train from the start.")
-    return Header(**entries)
+    return CheckpointHeader(**entries)
 
 
 def _same(path: Path, what: str, found: Json, asked: Json) -> None:

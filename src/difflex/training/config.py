@@ -11,7 +11,7 @@ from difflex.dictionary.autoencoder import Kind, kind_of
 from difflex.dictionary.normalisation import METHODS, Method
 from difflex.errors import BadInput, UnknownName
 
-__all__ = ["Jump", "Optimiser", "Revival", "Start", "Training"]
+__all__ = ["AdamConfig", "AuxKLoss", "InitConfig", "JumpReLUConfig", "TrainingConfig"]
 
 
 Target = Literal["residual", "reconstruction"]
@@ -30,7 +30,7 @@ def _known(what: str, value: str, known: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
+class AdamConfig:
     """Adam, on every weight."""
 
     lr: float = 1e-3
@@ -59,7 +59,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Revival:
+class AuxKLoss:
     """AuxK: dead features learn to explain what the living ones leave."""
 
     target: Target = "residual"
@@ -80,7 +80,7 @@ class Revival:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class InitConfig:
     """The weights before the first update: unit decoder rows, the encoder tied to them."""
 
     seed: int = 0
@@ -98,7 +98,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jump:
+class JumpReLUConfig:
     """What only `jumprelu` needs: thresholds learn through a rectangle of this width around them."""
 
     bandwidth: float = 0.5
@@ -108,7 +108,7 @@ class Jump:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingConfig:
     """One dictionary and how it is trained."""
 
     kind: Kind = "topk"
@@ -123,10 +123,10 @@ class Training:
     normalisation: Method = "standardise"
     clip: float | None = None
     """Normalised inputs are held within +-clip."""
-    start: Start = Start()
-    optimiser: Optimiser = Optimiser()
-    revival: Revival | None = Revival()
-    jump: Jump = Jump()
+    start: InitConfig = InitConfig()
+    optimiser: AdamConfig = AdamConfig()
+    revival: AuxKLoss | None = AuxKLoss()
+    jump: JumpReLUConfig = JumpReLUConfig()
 
     def __post_init__(self) -> None:
         kind_of(self.kind)

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary.normalisation import VECTORS_PER_AXIS, Moments
+from difflex.dictionary.normalisation import VECTORS_PER_AXIS, VectorMoments
 from difflex.errors import BadInput, NonFinite
-from difflex.records import Rows, of_split
+from difflex.records import ActivationBatch, of_split
 from difflex.training.team import Team
 from difflex.training.window import Batches
 
-__all__ = ["Feed", "Preview", "non_finite"]
+__all__ = ["BatchFeed", "DataPreview", "non_finite"]
 
 MOST_KEPT = 32_768
 """Vectors of the preview that are kept, for the first bias and the first floors."""
@@ -28,10 +28,10 @@ STRETCHED = 30.0
 """Largest over median variance of an axis, likewise."""
 
 
-class Preview(NamedTuple):
+class DataPreview(NamedTuple):
     """The first vectors of the data."""
 
-    moments: Moments
+    moments: VectorMoments
     vectors: Float[Tensor, "token width"]
 
     def off_centre(self) -> float:
@@ -51,7 +51,7 @@ class Preview(NamedTuple):
 
 
 @final
-class Feed:
+class BatchFeed:
     """Batches of this rank, timed."""
 
     def __init__(self, batches: Batches, team: Team, device: torch.device, *, own_share: bool) -> None:
@@ -60,7 +60,7 @@ class Feed:
         self.waited = 0.0
         """Seconds spent waiting for data."""
 
-    def rows(self, start: int) -> Iterator[Rows]:
+    def rows(self, start: int) -> Iterator[ActivationBatch]:
         """The shares of this rank in the batches from number `start` on."""
         stream = of_split(self._batches(start), "train")
         while True:
@@ -71,10 +71,10 @@ class Feed:
                 return
             if not self._own_share:
                 share = self._team.share(len(rows.values))
-                rows = Rows(*(part[share] for part in rows))
+                rows = ActivationBatch(*(part[share] for part in rows))
             yield rows._replace(values=rows.values.to(self._device, torch.float32))
 
-    def preview(self, *, covariance: bool, most: int | None = None) -> Preview:
+    def preview(self, *, covariance: bool, most: int | None = None) -> DataPreview:
         """Statistics of the first 10 x width vectors (at least, but no more than `most`), on all ranks alike."""
         moments, kept = None, []
         for number, rows in enumerate(self.rows(0)):
@@ -82,7 +82,7 @@ class Feed:
                 raise NonFinite(f"{found} Nothing was learned yet. Harvest that shot again.")
             values = self._team.gathered(rows.values)
             if moments is None:
-                moments = Moments(values.shape[1], covariance=covariance, device=self._device)
+                moments = VectorMoments(values.shape[1], covariance=covariance, device=self._device)
             if moments.count < MOST_KEPT:
                 kept.append(values)
             moments.add(values)
@@ -90,10 +90,10 @@ class Feed:
                 break
         if moments is None:
             raise BadInput("Training was given a stream without a batch. Harvest some activations first.")
-        return Preview(moments, torch.cat(kept)[:MOST_KEPT])
+        return DataPreview(moments, torch.cat(kept)[:MOST_KEPT])
 
 
-def non_finite(number: int, rows: Rows) -> str:
+def non_finite(number: int, rows: ActivationBatch) -> str:
     """A sentence on the rows of batch `number` that hold NaN or infinity; nothing where there are none."""
     bad = (~torch.isfinite(rows.values)).any(1).nonzero()[:, 0].tolist()
     if not bad:

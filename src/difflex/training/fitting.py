@@ -15,26 +15,26 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.dictionary.autoencoder import Autoencoder, Weights
-from difflex.dictionary.base import Origin
+from difflex.dictionary.autoencoder import SAE, SAEWeights
+from difflex.dictionary.base import DictionaryOrigin
 from difflex.dictionary.files import Json
 from difflex.dictionary.normalisation import Method, Normalisation
 from difflex.errors import BadInput, NonFinite
-from difflex.records import Rows
+from difflex.records import ActivationBatch
 from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights
-from difflex.training.config import Optimiser, Training
-from difflex.training.feed import Feed, Preview, non_finite
+from difflex.training.config import AdamConfig, TrainingConfig
+from difflex.training.feed import BatchFeed, DataPreview, non_finite
 from difflex.training.learner import Learner
-from difflex.training.log import Also, Log
+from difflex.training.log import Also, TrainingLog
 from difflex.training.start import first_weights
 from difflex.training.team import Team
 from difflex.training.window import Batches
 
-__all__ = ["Course", "fit"]
+__all__ = ["FitConfig", "fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class FitConfig:
     """How long a run is and what it leaves on its way."""
 
     tokens: int
@@ -66,10 +66,10 @@ Scheme = tuple[Method, float | None]
 
 
 @final
-class Member:
+class FitMember:
     """One dictionary of a run."""
 
-    def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: Log | None) -> None:
+    def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: TrainingLog | None) -> None:
         """The member whose state goes to `folder`; only rank 0 has a log."""
         self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
 
@@ -79,7 +79,7 @@ class Member:
         wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.named().values()]
         return not bool(self.learner.team.summed(torch.stack(wrong)).any())
 
-    def dictionary(self, origin: Origin, data: str) -> Autoencoder:
+    def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
         """The dictionary as it stands, of all ranks' features."""
         learner, config = self.learner, self.learner.config
         record: dict[str, Json] = {
@@ -90,7 +90,7 @@ class Member:
             "density": density(learner),
             "last": {} if learner.last is None else dict(asdict(learner.last)),
         }
-        return Autoencoder(
+        return SAE(
             kind=config.kind,
             k=config.k,
             origin=replace(origin, training={**origin.training, **record}),
@@ -101,13 +101,13 @@ class Member:
 
 
 def fit(
-    trainings: Mapping[Path, Training],
+    trainings: Mapping[Path, TrainingConfig],
     batches: Batches,
     *,
-    origin: Origin,
-    course: Course,
+    origin: DictionaryOrigin,
+    course: FitConfig,
     device: torch.device | str | None = None,
-) -> dict[Path, Autoencoder]:
+) -> dict[Path, SAE]:
     """The dictionaries, each saved in its folder with the log and the resumable state of its training.
 
     Every dictionary learns from every batch, so that a sweep costs one pass over the data. What stands half done in a folder goes
@@ -115,24 +115,30 @@ def fit(
     where there is one.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(trainings, batches, origin=origin, course=course, device=chosen)
+    run = FitRun(trainings, batches, origin=origin, course=course, device=chosen)
     run.learn()
     return run.finish()
 
 
 @final
-class Run:
+class FitRun:
     """The state of a call of `fit`."""
 
     def __init__(
-        self, trainings: Mapping[Path, Training], batches: Batches, *, origin: Origin, course: Course, device: torch.device
+        self,
+        trainings: Mapping[Path, TrainingConfig],
+        batches: Batches,
+        *,
+        origin: DictionaryOrigin,
+        course: FitConfig,
+        device: torch.device,
     ) -> None:
         """The run with every member taken up where it was, or begun."""
         if not trainings:
             raise BadInput("No training was given. Name at least one kind, size and k.")
         self.origin, self.course, self.device = origin, course, device
         self.team = Team(course.split)
-        self.feed = Feed(batches, self.team, device, own_share=course.own_share)
+        self.feed = BatchFeed(batches, self.team, device, own_share=course.own_share)
         self._normalisations: dict[Scheme, Normalisation] = {}
         resumed = {
             folder: load_state(folder / STATE, training, course.data, self.team, device) for folder, training in trainings.items()
@@ -152,7 +158,7 @@ class Run:
             learner = found[0] if found else self._begin(training, preview)
             self.members.append(self._member(folder, learner, preview))
 
-    def _begin(self, training: Training, preview: Preview | None) -> Learner:
+    def _begin(self, training: TrainingConfig, preview: DataPreview | None) -> Learner:
         assert preview is not None
         scheme = (training.normalisation, training.clip)
         if scheme not in self._normalisations:
@@ -161,16 +167,16 @@ class Run:
         weights = first_weights(training, self._normalisations[scheme].apply(preview.vectors))
         rows = self.team.rows(training.size)
         own = {name: tensor if name == "bias" else tensor[rows].clone() for name, tensor in weights.named().items()}
-        return Learner(training, Weights.of(own), self.team)
+        return Learner(training, SAEWeights.of(own), self.team)
 
-    def _member(self, folder: Path, learner: Learner, preview: Preview | None) -> Member:
+    def _member(self, folder: Path, learner: Learner, preview: DataPreview | None) -> FitMember:
         training = learner.config
         log = None
         if self.team.rank == 0:
-            log = Log(folder / "training", f"{self.origin.site}/{training.label}", learner.updates, self.course.also)
+            log = TrainingLog(folder / "training", f"{self.origin.site}/{training.label}", learner.updates, self.course.also)
             if learner.updates == 0 and preview is not None:
                 log.write(0, {"event": "start", "mean_over_spread": preview.off_centre(), "config": as_json(training)})
-        return Member(folder, learner, self._normalisations[training.normalisation, training.clip], log)
+        return FitMember(folder, learner, self._normalisations[training.normalisation, training.clip], log)
 
     def learn(self) -> None:
         """Update all members until they have seen all tokens; those that a kill left ahead wait for the others."""
@@ -198,7 +204,7 @@ class Run:
         """Tokens that every member has learned from."""
         return min(member.learner.tokens for member in self.members)
 
-    def finish(self) -> dict[Path, Autoencoder]:
+    def finish(self) -> dict[Path, SAE]:
         """Save the last state and the dictionaries."""
         done = {}
         for member in self._well():
@@ -208,7 +214,7 @@ class Run:
                 done[member.folder].save(member.folder)
         return done
 
-    def _update(self, number: int, rows: Rows) -> None:
+    def _update(self, number: int, rows: ActivationBatch) -> None:
         """Batch `number`, for all who have not had it."""
         measured = (number + 1) % self.course.log_every == 0
         normalised: dict[Scheme, Float[Tensor, "token width"]] = {}
@@ -225,7 +231,7 @@ class Run:
                 self._checkpoint(but=member)
                 raise NonFinite(self._bad_batch(number, rows, member)) from error
 
-    def _bad_batch(self, number: int, rows: Rows, member: Member) -> str:
+    def _bad_batch(self, number: int, rows: ActivationBatch, member: FitMember) -> str:
         """Which batch it was that ended a training, and what to do."""
         kept = (
             f"The state of {member.folder / STATE} before it is kept"
@@ -239,7 +245,7 @@ class Run:
             f"weights have diverged. {kept}. Lower the learning rate and train it anew."
         )
 
-    def _well(self, but: Member | None = None) -> Iterator[Member]:
+    def _well(self, but: FitMember | None = None) -> Iterator[FitMember]:
         """The members whose weights are numbers; after them, an error about those whose weights are not."""
         ill = [member for member in self.members if member is not but and not member.is_finite]
         yield from (member for member in self.members if member is not but and member not in ill)
@@ -270,7 +276,7 @@ class Run:
         loss, fvu, dead = (sum(getattr(one, name) for one in shown) / len(shown) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
-    def _checkpoint(self, but: Member | None = None) -> None:
+    def _checkpoint(self, but: FitMember | None = None) -> None:
         """Save the state of every member that is well, `but` one whose update failed."""
         for member in self._well(but):
             save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
@@ -279,7 +285,7 @@ class Run:
                 member.log.write(member.learner.updates, {"event": "checkpoint", "density": found})
 
 
-def rate(settings: Optimiser, update: int, done: float) -> float:
+def rate(settings: AdamConfig, update: int, done: float) -> float:
     """The learning rate of the given update, counted from 0, when the share `done` of all tokens has been seen."""
     rising = min(1.0, (update + 1) / max(1, settings.warmup))
     falling = 1.0 if settings.decay == 0 else min(1.0, (1 - done) / settings.decay)

@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import Weights
-from difflex.dictionary.sparse import Pairs, sums
+from difflex.dictionary.autoencoder import SAEWeights
+from difflex.dictionary.sparse import SparsePairs, sums
 from difflex.errors import NonFinite
-from difflex.training.config import Training
-from difflex.training.selection import Kept, among_dead, kept
+from difflex.training.config import TrainingConfig
+from difflex.training.selection import ActivePairs, among_dead, kept
 from difflex.training.team import Team
-from difflex.training.update import Parameters, Work
+from difflex.training.update import SAEParameters, UpdateInputs
 
-__all__ = ["Learner", "Measures"]
+__all__ = ["Learner", "UpdateMetrics"]
 
 DEAD_AFTER = 1_000_000
 """Tokens without firing after which a feature counts as dead where nothing revives it."""
@@ -27,7 +27,7 @@ FORGETTING = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measures:
+class UpdateMetrics:
     """One update in numbers, over the batches of all ranks."""
 
     loss: float
@@ -42,7 +42,7 @@ class Measures:
     """Length of the whole gradient, before it was shortened; None where it was not asked for."""
 
 
-class Errors(NamedTuple):
+class ReconstructionErrors(NamedTuple):
     """What is wrong with the reconstructions of the tokens that this rank encoded."""
 
     layers: list[Float[Tensor, "token width"]]
@@ -57,10 +57,10 @@ class Errors(NamedTuple):
 class Learner:
     """The state of one dictionary in training; `update` moves it by one batch."""
 
-    def __init__(self, config: Training, weights: Weights, team: Team) -> None:
+    def __init__(self, config: TrainingConfig, weights: SAEWeights, team: Team) -> None:
         """The state before the first update; `weights` are this rank's, and are moved in place."""
         self.config, self.team = config, team
-        self.parameters = Parameters(weights, config.optimiser, total=team.total)
+        self.parameters = SAEParameters(weights, config.optimiser, total=team.total)
         size, device = len(weights.encoder), weights.encoder.device
         self.updates = self.tokens = 0
         self.silence = torch.zeros(size, dtype=torch.long, device=device)
@@ -71,11 +71,11 @@ class Learner:
         """The smallest value kept from the last batch, where that is chosen over the batch."""
         self.floor: float | None = None
         """Its running average: the floor at inference."""
-        self.last: Measures | None = None
+        self.last: UpdateMetrics | None = None
         self._prefixes = torch.tensor(config.prefixes, dtype=torch.long, device=device)
         self._first_feature = team.rows(config.size).start
 
-    def update(self, z: Float[Tensor, "token width"], lr: float, *, measured: bool = True) -> Measures:
+    def update(self, z: Float[Tensor, "token width"], lr: float, *, measured: bool = True) -> UpdateMetrics:
         """Learn from the batch whose share of this rank is `z`; the measures are of the whole batch."""
         z = self.team.seen(z)
         sums_of_z = self.team.over_tokens(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
@@ -90,7 +90,7 @@ class Learner:
             self._work(found, revived, errors, centred), number=self.updates + 1, lr=lr, measured=measured
         )
         fired = self._take_note(found, count)
-        self.last = Measures(
+        self.last = UpdateMetrics(
             loss=square / count / z.shape[1],
             fvu=square / max(variance, 1e-30),
             active=fired / count,
@@ -99,7 +99,7 @@ class Learner:
         )
         return self.last
 
-    def _found(self, centred: Float[Tensor, "token width"]) -> Kept:
+    def _found(self, centred: Float[Tensor, "token width"]) -> ActivePairs:
         """What fires at the tokens that this rank encodes."""
         parameters = self.parameters
         return kept(
@@ -111,12 +111,14 @@ class Learner:
             threshold=self.threshold,
         )
 
-    def _errors(self, pairs: Pairs, centred: Float[Tensor, "token width"], count: int) -> tuple[Errors, Pairs | None]:
+    def _errors(
+        self, pairs: SparsePairs, centred: Float[Tensor, "token width"], count: int
+    ) -> tuple[ReconstructionErrors, SparsePairs | None]:
         """The errors in the batch of `count` tokens on all ranks, and what dead features say, where any are dead."""
         decoder, layer_of = self.parameters.weights.decoder, self._layer_of(pairs)
         y, layers = torch.zeros_like(centred), []
         for layer in range(len(self._prefixes) + 1):
-            inside = Pairs(*(part[layer_of == layer] for part in pairs)) if len(self._prefixes) else pairs
+            inside = SparsePairs(*(part[layer_of == layer] for part in pairs)) if len(self._prefixes) else pairs
             y += self.team.total(_reconstructed(inside, decoder, len(centred)))
             layers.append(y - centred)
         square = _square(layers[-1])
@@ -133,11 +135,11 @@ class Learner:
             if self.config.revival is not None and self.config.revival.target == "reconstruction":
                 for layer in layers[:-1]:  # all features answer for the whole reconstruction
                     layer -= asked
-        return Errors(layers, bias, square), revived
+        return ReconstructionErrors(layers, bias, square), revived
 
     def _revived(
         self, centred: Float[Tensor, "token width"], y: Tensor, error: Tensor, square: Tensor, count: int
-    ) -> tuple[Pairs | None, Float[Tensor, "token width"] | None]:
+    ) -> tuple[SparsePairs | None, Float[Tensor, "token width"] | None]:
         """What dead features say of their target, and the derivative of the second loss by it; nothing where none are dead."""
         revival, team = self.config.revival, self.team
         dead = self._dead().nonzero()[:, 0]
@@ -152,12 +154,14 @@ class Learner:
         whole = float(team.over_tokens(square))
         return pairs, (said + error).mul_(revival.coefficient * 2 / max(whole, 1e-30))
 
-    def _work(self, found: Kept, revived: Pairs | None, errors: Errors, centred: Float[Tensor, "token width"]) -> Work:
+    def _work(
+        self, found: ActivePairs, revived: SparsePairs | None, errors: ReconstructionErrors, centred: Float[Tensor, "token width"]
+    ) -> UpdateInputs:
         """All that the update needs, from all ranks that encoded other tokens, in the order of features."""
         pairs, layers = found.pairs, self._layer_of(found.pairs)
         open_, slopes, pushes = found.open, found.slopes, found.pushes
         if revived is not None:
-            pairs = Pairs(*(torch.cat(both) for both in zip(pairs, revived, strict=True)))
+            pairs = SparsePairs(*(torch.cat(both) for both in zip(pairs, revived, strict=True)))
             layers = torch.cat([layers, torch.full_like(revived.features, len(errors.layers) - 1)])
             if open_ is not None and slopes is not None and pushes is not None:
                 none = torch.zeros_like(revived.values)
@@ -166,7 +170,7 @@ class Learner:
         tokens = pooled(pairs.tokens + self.team.first_token(len(centred)))
         features, order = torch.sort(pooled(pairs.features), stable=True)
         stacked = errors.layers[0] if len(errors.layers) == 1 else torch.stack(errors.layers, dim=1).flatten(0, 1)
-        return Work(
+        return UpdateInputs(
             features=features,
             tokens=tokens[order],
             rows=(tokens * len(errors.layers) + pooled(layers))[order],
@@ -179,7 +183,7 @@ class Learner:
             bias=self.team.over_tokens(errors.bias),
         )
 
-    def _take_note(self, found: Kept, count: int) -> float:
+    def _take_note(self, found: ActivePairs, count: int) -> float:
         """Count the update and who fired in it; how many pairs fired in all."""
         fired = torch.bincount(found.pairs.features[found.pairs.values > 0], minlength=len(self.silence))
         fired = self.team.over_tokens(fired)
@@ -196,14 +200,14 @@ class Learner:
         revival = self.config.revival
         return self.silence > (revival.after if revival is not None else DEAD_AFTER)
 
-    def _layer_of(self, pairs: Pairs) -> Int[Tensor, " pair"]:
+    def _layer_of(self, pairs: SparsePairs) -> Int[Tensor, " pair"]:
         """The prefix that each pair's feature belongs to."""
         if not len(self._prefixes):
             return torch.zeros_like(pairs.features)
         return torch.bucketize(pairs.features + self._first_feature, self._prefixes, right=True)
 
 
-def _reconstructed(pairs: Pairs, decoder: Float[Tensor, "size width"], count: int) -> Float[Tensor, "token width"]:
+def _reconstructed(pairs: SparsePairs, decoder: Float[Tensor, "size width"], count: int) -> Float[Tensor, "token width"]:
     """`sum value * decoder[feature]` for each of `count` tokens, from pairs that come token by token."""
     starts = torch.searchsorted(pairs.tokens, torch.arange(count, device=decoder.device))
     return sums(decoder, pairs.features, pairs.values, starts)

@@ -11,13 +11,13 @@ from typing import Literal, final
 from difflex.dictionary.files import Json
 from difflex.errors import MissingExtra
 
-__all__ = ["Also", "Log"]
+__all__ = ["Also", "TrainingLog"]
 
 Also = Literal["wandb", "tensorboard"]
 
 
 @final
-class Log:
+class TrainingLog:
     """Writes one entry per line to `log.jsonl` and hands its numbers to whoever else was asked to listen."""
 
     def __init__(self, folder: Path, name: str, updates: int, also: Sequence[Also] = ()) -> None:

@@ -8,21 +8,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.scores import Scores
-from difflex.dictionary.sparse import Pairs
-from difflex.training.config import Jump, Training
+from difflex.dictionary.scores import EncoderSearch
+from difflex.dictionary.sparse import SparsePairs
+from difflex.training.config import JumpReLUConfig, TrainingConfig
 from difflex.training.team import Team
 
-__all__ = ["Kept", "among_dead", "kept"]
+__all__ = ["ActivePairs", "among_dead", "kept"]
 
 SLOTS = 2
 """Times k: how many scores per token the first batch of a batch-wise kind looks at to find its threshold."""
 
 
-class Kept(NamedTuple):
+class ActivePairs(NamedTuple):
     """The pairs that an update is about, token by token."""
 
-    pairs: Pairs
+    pairs: SparsePairs
     open: Bool[Tensor, " pair"] | None = None
     """Where a feature fires; None for everywhere. The rest is just under its floor."""
     slopes: Float[Tensor, " pair"] | None = None
@@ -32,35 +32,35 @@ class Kept(NamedTuple):
 
 
 def kept(
-    config: Training,
-    scores: Scores,
+    config: TrainingConfig,
+    scores: EncoderSearch,
     z: Float[Tensor, "token width"],
     *,
     team: Team,
     floor: Float[Tensor, " size"] | None,
     threshold: float | None,
-) -> Kept:
+) -> ActivePairs:
     """The pairs of the batch `z` that fire; `threshold` is the last batch's, for kinds that have one."""
     if config.kind == "jumprelu":
         assert floor is not None
         return _over_floor(scores, z, floor, config.jump, config.k, team)
     if config.kind == "topk":
-        return Kept(_top(scores, z, config.k, config.relu, team))
+        return ActivePairs(_top(scores, z, config.k, config.relu, team))
     return _top_of_batch(scores, z, config.k, threshold, team)
 
 
 def among_dead(
-    scores: Scores, dead: Int[Tensor, " dead"], z: Float[Tensor, "token width"], k: int, relu: bool, team: Team
-) -> Pairs:
+    scores: EncoderSearch, dead: Int[Tensor, " dead"], z: Float[Tensor, "token width"], k: int, relu: bool, team: Team
+) -> SparsePairs:
     """The k largest scores of the dead features of every token."""
     bias = None if scores.bias is None else scores.bias[dead]
     if len(dead) == 0 and team.shards == 1:
-        return Pairs(dead, dead, z.new_zeros(0))
-    pairs = _top(Scores(scores.rows[dead], bias), z, k, relu, team)
+        return SparsePairs(dead, dead, z.new_zeros(0))
+    pairs = _top(EncoderSearch(scores.rows[dead], bias), z, k, relu, team)
     return pairs._replace(features=dead[pairs.features])
 
 
-def _top(scores: Scores, z: Float[Tensor, "token width"], k: int, relu: bool, team: Team) -> Pairs:
+def _top(scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, relu: bool, team: Team) -> SparsePairs:
     size = len(scores.rows)
     found = scores.top(z, min(k, size))
     values, features = found.values, found.indices
@@ -70,10 +70,12 @@ def _top(scores: Scores, z: Float[Tensor, "token width"], k: int, relu: bool, te
         features = torch.nn.functional.pad(features, (0, lacking))
     wanted = team.largest(values, k) & (values > (0 if relu else -torch.inf))
     tokens, slots = wanted.nonzero(as_tuple=True)
-    return Pairs(tokens, features[tokens, slots], values[tokens, slots])
+    return SparsePairs(tokens, features[tokens, slots], values[tokens, slots])
 
 
-def _top_of_batch(scores: Scores, z: Float[Tensor, "token width"], k: int, threshold: float | None, team: Team) -> Kept:
+def _top_of_batch(
+    scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, threshold: float | None, team: Team
+) -> ActivePairs:
     """As many of the largest positive scores as there are tokens times k, whichever token they belong to."""
     wanted = int(team.summed(torch.tensor([len(z) * k], device=z.device))) // team.shards
     if threshold is None:
@@ -88,7 +90,7 @@ def _top_of_batch(scores: Scores, z: Float[Tensor, "token width"], k: int, thres
         guess = guess / 2 if guess > 1e-6 else 0.0
     smallest = _smallest_of(values, wanted) if len(values) else 0.0
     enough = pairs.values >= smallest
-    return Kept(Pairs(*(part[enough] for part in pairs)), threshold=smallest)
+    return ActivePairs(SparsePairs(*(part[enough] for part in pairs)), threshold=smallest)
 
 
 def _smallest_of(values: Float[Tensor, " value"], count: int) -> float:
@@ -97,8 +99,13 @@ def _smallest_of(values: Float[Tensor, " value"], count: int) -> float:
 
 
 def _over_floor(
-    scores: Scores, z: Float[Tensor, "token width"], floor: Float[Tensor, " size"], jump: Jump, k: int, team: Team
-) -> Kept:
+    scores: EncoderSearch,
+    z: Float[Tensor, "token width"],
+    floor: Float[Tensor, " size"],
+    jump: JumpReLUConfig,
+    k: int,
+    team: Team,
+) -> ActivePairs:
     """What exceeds its floor, and what is near it: the step's derivative is a rectangle (Rajamanoharan et al. 2024)."""
     pairs = scores.above(z, floor - jump.bandwidth / 2)
     over = pairs.values - floor[pairs.features]
@@ -107,4 +114,6 @@ def _over_floor(
     tokens /= team.shards
     # d/d floor of strength * (features per token / k - 1)^2, and of the step in value = score * [score > floor]
     push = -jump.strength * 2 * (count / tokens / k - 1) / k / tokens
-    return Kept(pairs._replace(values=pairs.values * fires), open=fires, slopes=-floor[pairs.features] * near, pushes=push * near)
+    return ActivePairs(
+        pairs._replace(values=pairs.values * fires), open=fires, slopes=-floor[pairs.features] * near, pushes=push * near
+    )

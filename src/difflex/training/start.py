@@ -7,14 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.autoencoder import Weights
-from difflex.dictionary.scores import Scores
-from difflex.training.config import Training
+from difflex.dictionary.autoencoder import SAEWeights
+from difflex.dictionary.scores import EncoderSearch
+from difflex.training.config import TrainingConfig
 
 __all__ = ["first_weights", "geometric_median"]
 
 
-def first_weights(config: Training, z: Float[Tensor, "token width"]) -> Weights:
+def first_weights(config: TrainingConfig, z: Float[Tensor, "token width"]) -> SAEWeights:
     """Unit decoder rows with the encoder tied to them; `z`, some normalised tokens, gives the bias and the first floors."""
     decoder = _directions(config, z.shape[1]).to(z.device)
     encoder = decoder * config.start.gain
@@ -23,10 +23,12 @@ def first_weights(config: Training, z: Float[Tensor, "token width"]) -> Weights:
     floor = None
     if config.kind == "jumprelu":
         # The floor that lets k features fire on average before anything is learned.
-        best = Scores(encoder).top(z - bias, min(2 * config.k, config.size)).values.flatten()
+        best = EncoderSearch(encoder).top(z - bias, min(2 * config.k, config.size)).values.flatten()
         smallest = best.kthvalue(max(1, len(best) - len(z) * config.k + 1)).values
         floor = torch.full_like(zeros, float(smallest.clamp_min(0)))
-    return Weights(encoder=encoder, decoder=decoder, bias=bias, encoder_bias=zeros if config.encoder_bias else None, floor=floor)
+    return SAEWeights(
+        encoder=encoder, decoder=decoder, bias=bias, encoder_bias=zeros if config.encoder_bias else None, floor=floor
+    )
 
 
 def geometric_median(z: Float[Tensor, "token width"], rounds: int = 100) -> Float[Tensor, " width"]:
@@ -42,7 +44,7 @@ def geometric_median(z: Float[Tensor, "token width"], rounds: int = 100) -> Floa
     return median.float()
 
 
-def _directions(config: Training, width: int) -> Float[Tensor, "size width"]:
+def _directions(config: TrainingConfig, width: int) -> Float[Tensor, "size width"]:
     generator = torch.Generator().manual_seed(config.start.seed)
     rows = torch.randn(config.size, width, generator=generator)
     if config.start.directions == "orthogonal":
@@ -52,7 +54,7 @@ def _directions(config: Training, width: int) -> Float[Tensor, "size width"]:
     return F.normalize(rows, dim=1).contiguous()
 
 
-def _bias(config: Training, z: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
+def _bias(config: TrainingConfig, z: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
     match config.start.bias:
         case "zero":
             return torch.zeros_like(z[0])

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import Weights
-from difflex.dictionary.scores import Scores
+from difflex.dictionary.autoencoder import SAEWeights
+from difflex.dictionary.scores import EncoderSearch
 from difflex.dictionary.sparse import dots, sums
-from difflex.training.adam import Adam, Matrix
-from difflex.training.config import Optimiser
+from difflex.training.adam import Adam, AdamWeight
+from difflex.training.config import AdamConfig
 
-__all__ = ["Parameters", "Work"]
+__all__ = ["SAEParameters", "UpdateInputs"]
 
 CACHED_BYTES = 1 << 20
 """Of a block of rows: about eight such blocks take part in its update."""
@@ -30,7 +30,7 @@ ROWWISE = ("encoder", "decoder", "encoder_bias", "floor")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class UpdateInputs:
     """What an update is made from; pairs stand in the order of their features."""
 
     features: Int[Tensor, " pair"]
@@ -52,14 +52,14 @@ class Work:
     bias: Float[Tensor, " width"]
     """The derivative of the loss by the bias, as far as it is part of the reconstructions."""
 
-    def part(self, first: int, last: int, start: int) -> Work:
+    def part(self, first: int, last: int, start: int) -> UpdateInputs:
         """Pairs from `first` to `last`, their features counted from `start`."""
         cut = {
             name: tensor[first:last]
             for name, tensor in vars(self).items()
             if isinstance(tensor, Tensor) and tensor.ndim == 1 and name != "bias"
         }
-        return Work(**{**vars(self), **cut, "features": self.features[first:last] - start})
+        return UpdateInputs(**{**vars(self), **cut, "features": self.features[first:last] - start})
 
     def bound(self, longest: float) -> float:
         """No less than the length of the gradient, where decoder rows have length one and encoder rows at most `longest`."""
@@ -71,11 +71,11 @@ class Work:
         return (decoder + encoder + (float(self.bias.norm()) + float(met.sum()) * longest) ** 2) ** 0.5
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some rows of the parameters in an update."""
 
     rows: slice | Tensor
-    matrices: dict[str, Matrix]
+    matrices: dict[str, AdamWeight]
     gradients: dict[str, Tensor]
     back: Float[Tensor, " width"]
     """What the bias feels through the scores of these rows."""
@@ -86,15 +86,17 @@ class Block(NamedTuple):
 
 
 @final
-class Parameters:
+class SAEParameters:
     """The weights of one dictionary with their moments, and how an update moves them."""
 
-    def __init__(self, weights: Weights, settings: Optimiser, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def __init__(
+        self, weights: SAEWeights, settings: AdamConfig, total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> None:
         """`weights` before their first update, to be moved in place; `total` sums over ranks that hold other features."""
         assert all(tensor.is_contiguous() for tensor in weights.named().values()), "fused Adam misreads other layouts"
         self.weights, self.settings, self._total = weights, settings, total
-        self.matrices = {name: Matrix.of(tensor, settings) for name, tensor in weights.named().items()}
-        self.scores = Scores(weights.encoder, weights.encoder_bias)
+        self.matrices = {name: AdamWeight.of(tensor, settings) for name, tensor in weights.named().items()}
+        self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
         self.fresh = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
         """The last update that each row took part in: where beta1 is 0, rows without a gradient are left alone."""
         self._lazy = settings.beta1 == 0
@@ -105,7 +107,7 @@ class Parameters:
             # 32 MB that was ever freed. Without this line, a third of the time of an update goes there.
             torch.empty(31 << 20, dtype=torch.uint8)
 
-    def update(self, work: Work, *, number: int, lr: float, measured: bool = True) -> float | None:
+    def update(self, work: UpdateInputs, *, number: int, lr: float, measured: bool = True) -> float | None:
         """Move all weights for the `number`-th time, counted from 1; if `measured`, the gradient's length before it was cut."""
         bounds = self._bounds(work)
         adam = Adam(self.settings, update=number, lr=lr, scale=self._scale(work, bounds))
@@ -127,13 +129,13 @@ class Parameters:
                     Adam(self.settings, update=number, lr=0).decayed(self.matrices[name], number - self.fresh)
             self.fresh.fill_(number)
 
-    def _bounds(self, work: Work) -> list[tuple[int, int, int, int]]:
+    def _bounds(self, work: UpdateInputs) -> list[tuple[int, int, int, int]]:
         """First and last row, first and last pair of every block."""
         edges = [*range(0, len(self.fresh), self._height), len(self.fresh)]
         pairs = torch.searchsorted(work.features, torch.tensor(edges, device=work.features.device)).tolist()
         return list(zip(edges, edges[1:], pairs, pairs[1:], strict=False))
 
-    def _scale(self, work: Work, bounds: list[tuple[int, int, int, int]]) -> float:
+    def _scale(self, work: UpdateInputs, bounds: list[tuple[int, int, int, int]]) -> float:
         """What shortens the gradient to the longest allowed; found without making it wherever a bound is enough."""
         clip = self.settings.clip
         if clip is None or work.bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
@@ -144,13 +146,13 @@ class Parameters:
             square, back = square + block.square(), back + block.back
         return min(1.0, clip / max(self._whole(square, back, work)[0] ** 0.5, 1e-30))
 
-    def _whole(self, square: float, back: Tensor, work: Work) -> tuple[float, Tensor]:
+    def _whole(self, square: float, back: Tensor, work: UpdateInputs) -> tuple[float, Tensor]:
         """The squared length of the whole gradient, and the gradient of the bias, from what the blocks gave."""
         sums_over_ranks = self._total(torch.cat([back, back.new_tensor([square])]))
         gradient = work.bias - sums_over_ranks[:-1]
         return float(sums_over_ranks[-1] + gradient.square().sum()), gradient
 
-    def _block(self, work: Work, start: int, stop: int) -> Block:
+    def _block(self, work: UpdateInputs, start: int, stop: int) -> RowBlock:
         """The rows from `start` to `stop` (of these, those with a gradient where few have one) and their gradients."""
         rows, places, count = slice(start, stop), work.features, stop - start
         if self._lazy:
@@ -174,9 +176,9 @@ class Parameters:
             gradients["encoder_bias"] = pulls
         if work.slopes is not None and work.pushes is not None:
             gradients["floor"] = pull.new_zeros(count).index_add_(0, places, g * work.slopes + work.pushes)
-        return Block(rows, matrices, gradients, pulls @ encoder)
+        return RowBlock(rows, matrices, gradients, pulls @ encoder)
 
-    def _move(self, block: Block, adam: Adam) -> None:
+    def _move(self, block: RowBlock, adam: Adam) -> None:
         missed = adam.update - 1 - self.fresh[block.rows]
         self.fresh[block.rows] = adam.update
         left_alone = self._lazy and bool(missed.any())

@@ -17,16 +17,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from difflex.dictionary.files import Json, as_text, replace_file
-from difflex.dictionary.itda.config import Growth
-from difflex.dictionary.itda.curve import Moment
-from difflex.dictionary.itda.grower import Grower
-from difflex.dictionary.itda.search import Trial
+from difflex.dictionary.itda.config import GrowthConfig
+from difflex.dictionary.itda.curve import GrowthInterval
+from difflex.dictionary.itda.grower import AtomGrower
+from difflex.dictionary.itda.search import ThresholdTrial
 from difflex.dictionary.normalisation import Normalisation
-from difflex.dictionary.pursuit.means import Means
+from difflex.dictionary.pursuit.means import PursuitBackend
 from difflex.errors import BrokenFile, StaleWork
 
 __all__ = [
-    "State",
+    "GrowthState",
     "clear",
     "means_of_state",
     "read_normalisation",
@@ -43,7 +43,7 @@ AGAIN = "Remove the folder to grow from the start."
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class GrowthState:
     """`state.json`."""
 
     format: int = FORMAT
@@ -66,7 +66,7 @@ class State:
     finished: bool
 
 
-def read_state(folder: Path, growth: Growth, data: str) -> State | None:
+def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | None:
     """The state in `folder`; None where nothing was saved; an error where it is of another growth."""
     path = folder / STATE
     if not path.exists():
@@ -75,10 +75,10 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
         entries = json.loads(path.read_bytes())
     except ValueError as error:
         raise BrokenFile(f"{path} is not JSON ({error}). {AGAIN}") from error
-    names = {field.name for field in fields(State)}
+    names = {field.name for field in fields(GrowthState)}
     if not isinstance(entries, dict) or entries.get("format") != FORMAT or entries.keys() != names:
         raise BrokenFile(f"{path} is not the state of a growth, format {FORMAT}. {AGAIN}")
-    state = State(**entries)
+    state = GrowthState(**entries)
     if not _whole(state):
         raise BrokenFile(f"{path} holds entries of the wrong kind. {AGAIN}")
     asked = growth.as_json()
@@ -91,7 +91,7 @@ def read_state(folder: Path, growth: Growth, data: str) -> State | None:
     return state
 
 
-def write_state(folder: Path, state: State, grower: Grower) -> dict[str, str]:
+def write_state(folder: Path, state: GrowthState, grower: AtomGrower) -> dict[str, str]:
     """All parts, after those of `state` one with the atoms that have come since; then `state.json` itself."""
     folder.mkdir(parents=True, exist_ok=True)
     start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
@@ -103,11 +103,11 @@ def write_state(folder: Path, state: State, grower: Grower) -> dict[str, str]:
     return parts
 
 
-def refill(folder: Path, state: State, grower: Grower) -> None:
+def refill(folder: Path, state: GrowthState, grower: AtomGrower) -> None:
     """Give `grower` back what `state` says that it had."""
     for name, digest in state.parts.items():
         grower.refill(_read(folder / name, digest))
-    grower.curve = [Moment(*moment) for moment in state.curve]
+    grower.curve = [GrowthInterval(*moment) for moment in state.curve]
     grower.idle = state.idle
     if not grower.curve or grower.size != grower.curve[-1].size:
         raise BrokenFile(f"{folder / STATE} names parts with {grower.size} atoms, which is not what had grown. {AGAIN}")
@@ -150,26 +150,26 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
-def _whole(state: State) -> bool:
+def _whole(state: GrowthState) -> bool:
     """Whether the entries are what `write_state` writes."""
     wanted = {"growth": dict, "normalisation": dict, "means": dict, "parts": dict, "trials": list, "curve": list}
     numbers = (state.threshold, state.batches, state.idle)
     return (
         all(isinstance(getattr(state, name), kind) for name, kind in wanted.items())
         and all(isinstance(number, int | float) for number in numbers)
-        and all(isinstance(moment, list) and len(moment) == len(Moment._fields) for moment in state.curve)
-        and all(isinstance(trial, list) and len(trial) == len(Trial._fields) for trial in state.trials)
+        and all(isinstance(moment, list) and len(moment) == len(GrowthInterval._fields) for moment in state.curve)
+        and all(isinstance(trial, list) and len(trial) == len(ThresholdTrial._fields) for trial in state.trials)
     )
 
 
-def means_of_state(folder: Path, state: State) -> Means:
+def means_of_state(folder: Path, state: GrowthState) -> PursuitBackend:
     """What the pursuits of this growth work with."""
     try:
-        return Means.of_json(state.means)
+        return PursuitBackend.of_json(state.means)
     except (KeyError, ValueError) as error:
         raise BrokenFile(f"{folder / STATE} does not say what the pursuits work with ({error}). {AGAIN}") from error
 
 
-def trials_of(state: State) -> list[Trial]:
+def trials_of(state: GrowthState) -> list[ThresholdTrial]:
     """The finished passes."""
-    return [Trial(threshold, int(size), share) for threshold, size, share in state.trials]
+    return [ThresholdTrial(threshold, int(size), share) for threshold, size, share in state.trials]

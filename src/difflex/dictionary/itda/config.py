@@ -12,11 +12,11 @@ from difflex.dictionary.normalisation import Method
 from difflex.dictionary.pursuit import Way
 from difflex.errors import BadInput
 
-__all__ = ["Growth", "paper", "variant"]
+__all__ = ["GrowthConfig", "paper", "variant"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Growth:
+class GrowthConfig:
     """One dictionary and how it grows."""
 
     k: int = 32
@@ -63,13 +63,13 @@ class Growth:
         return self.most_per_batch is None and self.add == "point"
 
 
-def paper() -> Growth:
+def paper() -> GrowthConfig:
     """The settings of arXiv 2505.24360: gradient pursuit, k 64, inputs centred and divided by their standard deviation.
 
     Deliberate departures: the threshold is a share of each vector's own squared length (theirs: of the batch's mean), statistics
     come from at least 10 x width vectors (theirs: one batch), and no near-duplicate enters within a batch.
     """
-    return Growth(k=64, size=64_000, threshold=0.6, pursuit="gradient", normalisation="standardise")
+    return GrowthConfig(k=64, size=64_000, threshold=0.6, pursuit="gradient", normalisation="standardise")
 
 
 NAMED = {
@@ -86,7 +86,7 @@ NAMED = {
 
 def variant(training: Mapping[str, Json]) -> str:
     """What sets one growth apart from others of its size and k, for its name: `-over0.3-gradient`, `-seed1`; often nothing."""
-    config, plain = training.get("config"), Growth().as_json()
+    config, plain = training.get("config"), GrowthConfig().as_json()
     entries = config if isinstance(config, dict) else {}
     words = [form.format(entries[name]) for name, form in NAMED.items() if entries.get(name, plain[name]) != plain[name]]
     words += [f"{name}{training[name]}" for name in ("seed", "first") if training.get(name)]

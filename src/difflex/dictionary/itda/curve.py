@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Moment", "expected_over", "thinned"]
+__all__ = ["GrowthInterval", "expected_over", "thinned"]
 
 
-class Moment(NamedTuple):
+class GrowthInterval(NamedTuple):
     """A stretch of growth."""
 
     tokens: int
@@ -24,22 +24,22 @@ class Moment(NamedTuple):
     """Those of them that were over the threshold when they came."""
 
 
-def thinned(curve: Sequence[Moment], most: int = 256) -> list[Moment]:
+def thinned(curve: Sequence[GrowthInterval], most: int = 256) -> list[GrowthInterval]:
     """The same curve in at most `most` stretches of about equally many tokens."""
     if len(curve) <= most:
         return list(curve)
     step = curve[-1].tokens / most
-    kept: list[Moment] = []
+    kept: list[GrowthInterval] = []
     over = watched = missed = 0
     for place, moment in enumerate(curve):
         over, watched, missed = over + moment.over, watched + moment.watched, missed + moment.missed
         if place + 1 == len(curve) or moment.tokens >= step * (len(kept) + 1):
-            kept.append(Moment(moment.tokens, over, moment.size, watched, missed))
+            kept.append(GrowthInterval(moment.tokens, over, moment.size, watched, missed))
             over = watched = missed = 0
     return kept
 
 
-def expected_over(curve: Sequence[Moment]) -> float | None:
+def expected_over(curve: Sequence[GrowthInterval]) -> float | None:
     """The share of the tokens of new pictures that should be over the threshold at the end of `curve`; None if nobody knows.
 
     Known from shots that are kept out of growth: other tokens are mostly of pictures that the dictionary has atoms of. The share
@@ -48,14 +48,14 @@ def expected_over(curve: Sequence[Moment]) -> float | None:
     sizes = [0, *(moment.size for moment in curve)]
     last = sizes[-1]
     points = [
-        Point(math.log(max(size, 1) / max(last, 1)), moment.watched, moment.missed)
+        CurvePoint(math.log(max(size, 1) / max(last, 1)), moment.watched, moment.missed)
         for size, moment in zip(sizes, curve, strict=False)
         if moment.watched and 2 * size >= last
     ]
     return _at_zero(points) if points else None
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """What was seen of a share at a place."""
 
     x: float
@@ -63,7 +63,7 @@ class Point(NamedTuple):
     hits: int
 
 
-def _at_zero(points: Sequence[Point]) -> float:
+def _at_zero(points: Sequence[CurvePoint]) -> float:
     """The share at x = 0 of the most likely `exp(a + b x)` that does not rise: Newton's method on Poisson's likelihood."""
     count, hits = sum(point.tokens for point in points), sum(point.hits for point in points)
     if not hits:

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary.base import NormalisedDictionary, Origin, Saved
+from difflex.dictionary.base import DictionaryOrigin, DictionaryState, NormalisedDictionary
 from difflex.dictionary.itda.config import variant
-from difflex.dictionary.itda.provenance import Patch, Provenance
+from difflex.dictionary.itda.provenance import AtomPatch, AtomProvenance
 from difflex.dictionary.normalisation import Normalisation
 from difflex.dictionary.pursuit import RULES, Way
-from difflex.dictionary.pursuit.correlations import Atoms
-from difflex.dictionary.pursuit.gram import Gram
-from difflex.dictionary.pursuit.means import Means, free_memory, means
-from difflex.dictionary.pursuit.rules import Matching, Orthogonal
+from difflex.dictionary.pursuit.correlations import AtomSet
+from difflex.dictionary.pursuit.gram import GramMatrix
+from difflex.dictionary.pursuit.means import PursuitBackend, free_memory, means
+from difflex.dictionary.pursuit.rules import MatchingRule, OrthogonalRule
 from difflex.dictionary.pursuit.walk import walk
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Codes
@@ -35,10 +35,10 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         self,
         *,
         k: int,
-        origin: Origin,
+        origin: DictionaryOrigin,
         normalisation: Normalisation,
         atoms: Float[Tensor, "size width"],
-        provenance: Provenance,
+        provenance: AtomProvenance,
         way: Way = "orthogonal",
     ) -> None:
         """The dictionary of `atoms`, whose codes are found by `way`."""
@@ -72,23 +72,23 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         z = self.normalisation.apply(self._checked(x))
         return walk(self._ready, RULES[self.way], z, self.k).unexplained
 
-    def patch(self, feature: int) -> Patch | None:
+    def patch(self, feature: int) -> AtomPatch | None:
         """The very patch of the data that `feature` is; None for a dictionary of others that does not say."""
         return self.provenance.of(feature)
 
     @cached_property
-    def means(self) -> Means:
+    def means(self) -> PursuitBackend:
         """What its pursuits work with on this machine, chosen by shapes and the memory at hand."""
         return means_of(self.way, self.size, self.width, self.k, free_memory(self.atoms.device))
 
     @cached_property
-    def _ready(self) -> Atoms:
+    def _ready(self) -> AtomSet:
         """The atoms, with their Gram matrix where that pays."""
-        gram = None if self.means.gram is None else Gram.of(self.atoms, self.means.gram)
-        return Atoms(self.atoms, gram, self.means.pool)
+        gram = None if self.means.gram is None else GramMatrix.of(self.atoms, self.means.gram)
+        return AtomSet(self.atoms, gram, self.means.pool)
 
-    def saved(self) -> Saved:
-        return Saved(
+    def saved(self) -> DictionaryState:
+        return DictionaryState(
             kind=self.kind,
             k=self.k,
             origin=self.origin,
@@ -97,11 +97,11 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         )
 
     @classmethod
-    def restored(cls, saved: Saved) -> ITDA:
+    def restored(cls, saved: DictionaryState) -> ITDA:
         normalisation, pursuit = saved.settings.get("normalisation"), saved.settings.get("pursuit")
         if not isinstance(normalisation, dict) or not isinstance(pursuit, str) or "atoms" not in saved.tensors:
             raise BrokenFile("A dictionary's files lack its normalisation, its pursuit or its atoms: grow or copy it again.")
-        way, provenance = way_of(pursuit), Provenance.of_tensors(saved.tensors)
+        way, provenance = way_of(pursuit), AtomProvenance.of_tensors(saved.tensors)
         try:
             return cls(
                 k=saved.k,
@@ -115,7 +115,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
             raise BrokenFile(f"A dictionary's files do not belong together: {error} Grow or copy it again.") from error
 
 
-def _check(k: int, atoms: Tensor, provenance: Provenance, normalisation: Normalisation) -> None:
+def _check(k: int, atoms: Tensor, provenance: AtomProvenance, normalisation: Normalisation) -> None:
     if k < 1:
         raise BadInput(f"A dictionary needs at least one atom per token; k is {k}.")
     if atoms.ndim != 2 or not len(atoms):
@@ -132,10 +132,10 @@ def _check(k: int, atoms: Tensor, provenance: Provenance, normalisation: Normali
         raise BadInput(f"Atoms must have length one; atom {place} has {float(lengths[place]):.4g}. Normalise the rows.")
 
 
-def means_of(way: Way, size: int, width: int, k: int, free: int) -> Means:
+def means_of(way: Way, size: int, width: int, k: int, free: int) -> PursuitBackend:
     """What the pursuits of such a dictionary work with where `free` bytes are at hand."""
     rule = RULES[way]
-    least_squares, single = isinstance(rule, Orthogonal), isinstance(rule, Matching)
+    least_squares, single = isinstance(rule, OrthogonalRule), isinstance(rule, MatchingRule)
     return means(size, width, k, least_squares=least_squares, single=single, free=free)
 
 

@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.itda.config import Growth
-from difflex.dictionary.itda.curve import Moment
+from difflex.dictionary.itda.config import GrowthConfig
+from difflex.dictionary.itda.curve import GrowthInterval
 from difflex.dictionary.itda.dictionary import means_of
-from difflex.dictionary.itda.judged import Judged
+from difflex.dictionary.itda.judged import PursuitBatch
 from difflex.dictionary.pursuit import RULES
-from difflex.dictionary.pursuit.correlations import Atoms
-from difflex.dictionary.pursuit.gram import Gram
-from difflex.dictionary.pursuit.means import Means, free_memory
+from difflex.dictionary.pursuit.correlations import AtomSet
+from difflex.dictionary.pursuit.gram import GramMatrix
+from difflex.dictionary.pursuit.means import PursuitBackend, free_memory
 from difflex.dictionary.pursuit.products import product
 from difflex.ranks import Ranks
-from difflex.records import Rows
+from difflex.records import ActivationBatch
 
-__all__ = ["Grower"]
+__all__ = ["AtomGrower"]
 
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
 """How close a new atom must come to one that was picked to count as picked in its place: more than rounding can be."""
@@ -29,7 +29,7 @@ ENOUGH = 1000
 """Tokens of shots that were kept out, by which a full dictionary is judged."""
 
 
-class Line(NamedTuple):
+class AtomQueue(NamedTuple):
     """Tokens over the threshold that wait to become atoms."""
 
     place: Int[Tensor, " mine"]
@@ -45,11 +45,17 @@ class Line(NamedTuple):
 
 
 @final
-class Grower:
+class AtomGrower:
     """The atoms so far, with their Gram matrix where that pays, and the growth curve."""
 
     def __init__(
-        self, growth: Growth, threshold: float, width: int, device: torch.device, ranks: Ranks, means: Means | None = None
+        self,
+        growth: GrowthConfig,
+        threshold: float,
+        width: int,
+        device: torch.device,
+        ranks: Ranks,
+        means: PursuitBackend | None = None,
     ) -> None:
         """The empty dictionary, with room for `growth.size` atoms; without `means`, those that fit the memory at hand."""
         self.growth, self.threshold, self._ranks, self._rule = growth, threshold, ranks, RULES[growth.pursuit]
@@ -57,18 +63,18 @@ class Grower:
         # A batch of candidates stands behind the atoms while it is judged.
         room = growth.size + growth.batch * ranks.count
         self._rows = torch.empty(room, width, device=device)
-        self._gram = None if self.means.gram is None else Gram(room, dtype=self.means.gram, device=device)
+        self._gram = None if self.means.gram is None else GramMatrix(room, dtype=self.means.gram, device=device)
         self.shots = torch.zeros(growth.size, dtype=torch.long)
         self.tokens = torch.zeros(growth.size, dtype=torch.long)
         self.size = 0
-        self.curve: list[Moment] = []
+        self.curve: list[GrowthInterval] = []
         self.idle = 0
         """Tokens since the last new atom."""
 
     @property
-    def atoms(self) -> Atoms:
+    def atoms(self) -> AtomSet:
         """The atoms so far."""
-        return Atoms(self._rows[: self.size], self._gram, self.means.pool)
+        return AtomSet(self._rows[: self.size], self._gram, self.means.pool)
 
     @property
     def seen(self) -> int:
@@ -94,11 +100,11 @@ class Grower:
         watched = sum(moment.watched for moment in self.curve if moment.tokens > filled)
         return self.growth.kept_out == 0 or watched >= ENOUGH or self.idle >= self.growth.patience
 
-    def take(self, rows: Rows, watched: Bool[Tensor, " token"] | None = None) -> None:
+    def take(self, rows: ActivationBatch, watched: Bool[Tensor, " token"] | None = None) -> None:
         """Let the tokens of this rank's batch, with normalised values, become atoms where they must; those `watched` never do."""
         before = self.size
         counts = self._ranks.counts(len(rows.values))
-        judged = Judged(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
+        judged = PursuitBatch(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
         moment = self._moment(judged, watched)
         if watched is not None:
             judged.settled |= watched
@@ -110,15 +116,15 @@ class Grower:
         self.idle = 0 if self.size > before else self.idle + sum(counts)
         self.curve.append(moment._replace(size=self.size))
 
-    def _moment(self, judged: Judged, watched: Bool[Tensor, " token"] | None) -> Moment:
+    def _moment(self, judged: PursuitBatch, watched: Bool[Tensor, " token"] | None) -> GrowthInterval:
         """What the tokens of all ranks say before any of them becomes an atom."""
         over = judged.unexplained > self.threshold
         seen = torch.zeros_like(over) if watched is None else watched
         mine = torch.stack([torch.ones_like(over), over, seen, over & seen]).sum(1)
         count, *rest = self._ranks.summed(mine).tolist()
-        return Moment(self.seen + count, rest[0], self.size, *rest[1:])
+        return GrowthInterval(self.seen + count, rest[0], self.size, *rest[1:])
 
-    def _add(self, judged: Judged, rows: Rows, most: int) -> int:
+    def _add(self, judged: PursuitBatch, rows: ActivationBatch, most: int) -> int:
         """The number of atoms added from tokens over the threshold, `most` at most; then all tokens are judged again.
 
         One after the other, a token becomes an atom if with those before it, it still is over the threshold.
@@ -149,7 +155,9 @@ class Grower:
         judged.again(others[stale], self.atoms)
         return len(kept)
 
-    def _kept(self, judged: Judged, mine: Tensor, place: Tensor, swayed: Tensor, most: int, count: int) -> Bool[Tensor, " new"]:
+    def _kept(
+        self, judged: PursuitBatch, mine: Tensor, place: Tensor, swayed: Tensor, most: int, count: int
+    ) -> Bool[Tensor, " new"]:
         """Which of the candidates become atoms, those in front first.
 
         All are believed to at first; whose path others would sway is judged anew with those before it that are believed to, and
@@ -172,19 +180,19 @@ class Grower:
             doubtful = judged.picked(mine, lost) | (before & over & ~kept).any(1)
             kept = over
 
-    def _line(self, judged: Judged, rows: Rows, mine: Tensor) -> Line:
+    def _line(self, judged: PursuitBatch, rows: ActivationBatch, mine: Tensor) -> AtomQueue:
         """The candidates of all ranks, in the order in which they may become atoms."""
         worth = judged.unexplained[mine]
         parts = (*self._candidates(judged, mine), worth, rows.shots[mine], rows.tokens[mine])
         first = sum(self._ranks.counts(len(mine))[: self._ranks.rank])
         place = torch.arange(first, first + len(mine), device=worth.device)
-        line = Line(place, *map(self._ranks.gathered, parts))
+        line = AtomQueue(place, *map(self._ranks.gathered, parts))
         if self.growth.most_per_batch is None:
             return line
         order = line.worth.argsort(descending=True, stable=True)
-        return Line(order.argsort()[place], *(part[order] for part in line[1:]))
+        return AtomQueue(order.argsort()[place], *(part[order] for part in line[1:]))
 
-    def _candidates(self, judged: Judged, tokens: Int[Tensor, " new"]) -> tuple[Tensor, Tensor]:
+    def _candidates(self, judged: PursuitBatch, tokens: Int[Tensor, " new"]) -> tuple[Tensor, Tensor]:
         """What these tokens would be as atoms, and their products with all atoms."""
         if self.growth.add == "point":
             return judged.points(tokens), judged.point_products(tokens, self.size)

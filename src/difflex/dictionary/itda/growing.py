@@ -11,31 +11,31 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from difflex.dictionary.base import Dictionary, Origin
+from difflex.dictionary.base import Dictionary, DictionaryOrigin
 from difflex.dictionary.files import Json
 from difflex.dictionary.itda import checkpoint
-from difflex.dictionary.itda.checkpoint import State, trials_of
-from difflex.dictionary.itda.config import Growth
-from difflex.dictionary.itda.curve import Moment, expected_over, thinned
+from difflex.dictionary.itda.checkpoint import GrowthState, trials_of
+from difflex.dictionary.itda.config import GrowthConfig
+from difflex.dictionary.itda.curve import GrowthInterval, expected_over, thinned
 from difflex.dictionary.itda.dictionary import ITDA, means_of
-from difflex.dictionary.itda.grower import Grower
-from difflex.dictionary.itda.provenance import Provenance
-from difflex.dictionary.itda.search import Trial, next_threshold, settled
-from difflex.dictionary.itda.watch import Watch
+from difflex.dictionary.itda.grower import AtomGrower
+from difflex.dictionary.itda.provenance import AtomProvenance
+from difflex.dictionary.itda.search import ThresholdTrial, next_threshold, settled
+from difflex.dictionary.itda.watch import HoldOut
 from difflex.dictionary.normalisation import Method, Normalisation, estimate
-from difflex.dictionary.pursuit.means import Means, free_memory
+from difflex.dictionary.pursuit.means import PursuitBackend, free_memory
 from difflex.errors import BadInput, NonFinite
 from difflex.ranks import Ranks
-from difflex.records import Rows, Shot, of_split
+from difflex.records import ActivationBatch, Shot, of_split
 
-__all__ = ["Progress", "Source", "grow"]
+__all__ = ["GrowthData", "GrowthProgress", "grow"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class GrowthData:
     """Where the activations come from."""
 
-    batches: Callable[[int], Iterator[Rows]]
+    batches: Callable[[int], Iterator[ActivationBatch]]
     """The batches from a given number on, the same under the same number; each rank's own share of them."""
     tokens: int
     """Tokens in a pass, over all ranks; a stream that ends earlier ends the pass."""
@@ -45,26 +45,26 @@ class Source:
     """The shot behind a number; without it, atoms only know the numbers."""
 
 
-class Progress(NamedTuple):
+class GrowthProgress(NamedTuple):
     """How far a growth is, told after every batch."""
 
     folder: Path
     threshold: float
     passes: int
     """Finished before this one."""
-    moment: Moment
+    moment: GrowthInterval
     tokens: int
     """In a pass."""
 
 
 def grow(
-    growths: Mapping[Path, Growth],
-    source: Source,
+    growths: Mapping[Path, GrowthConfig],
+    source: GrowthData,
     *,
-    origin: Origin,
+    origin: DictionaryOrigin,
     device: torch.device | str | None = None,
     checkpoint_every: int = 50,
-    told: Callable[[Progress], None] = lambda progress: None,
+    told: Callable[[GrowthProgress], None] = lambda progress: None,
 ) -> dict[Path, ITDA]:
     """The dictionaries, each saved in its folder.
 
@@ -77,8 +77,8 @@ def grow(
         raise BadInput(f"A pass over {source.tokens} tokens grows nothing: ask for 1 or more.")
     ranks = Ranks()
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = Run(source, ranks, chosen, checkpoint_every, told if ranks.rank == 0 else None, len(growths))
-    members = [Member(folder, growth, origin, run) for folder, growth in growths.items()]
+    run = GrowthRun(source, ranks, chosen, checkpoint_every, told if ranks.rank == 0 else None, len(growths))
+    members = [GrowthMember(folder, growth, origin, run) for folder, growth in growths.items()]
     run.passes([member for member in members if member.growth.threshold is not None])
     for member in members:
         while not member.finished:
@@ -87,25 +87,25 @@ def grow(
 
 
 @final
-class Run:
+class GrowthRun:
     """What the members of one call of `grow` share."""
 
     def __init__(
         self,
-        source: Source,
+        source: GrowthData,
         ranks: Ranks,
         device: torch.device,
         checkpoint_every: int,
-        told: Callable[[Progress], None] | None,
+        told: Callable[[GrowthProgress], None] | None,
         members: int,
     ) -> None:
         self.source, self.ranks, self.device = source, ranks, device
         self._every, self._told = checkpoint_every, told
-        self._watch = Watch(source.shot)
+        self._watch = HoldOut(source.shot)
         self._free = ranks.agreed(torch.tensor([self._share(members)], device=self.device))
         self._normalisations: dict[tuple[Method, float | None], Normalisation] = {}
 
-    def normalisation(self, growth: Growth) -> Normalisation:
+    def normalisation(self, growth: GrowthConfig) -> Normalisation:
         """The one that rank 0 estimates from its first batches, on all ranks."""
         scheme = (growth.normalisation, growth.clip)
         if scheme not in self._normalisations:
@@ -114,7 +114,7 @@ class Run:
             self._normalisations[scheme] = Normalisation.of(found.settings(), agreed)
         return self._normalisations[scheme]
 
-    def means(self, growth: Growth) -> Means:
+    def means(self, growth: GrowthConfig) -> PursuitBackend:
         """What the pursuits of `growth` work with, the same on all ranks."""
         width = self.normalisation(growth).width
         return means_of(growth.pursuit, growth.size, width, growth.k, int(self._free))
@@ -124,11 +124,11 @@ class Run:
         sharing = self.ranks.count if self.device.type == "cpu" else 1
         return free_memory(self.device) // (members * sharing)
 
-    def know(self, growth: Growth, normalisation: Normalisation) -> None:
+    def know(self, growth: GrowthConfig, normalisation: Normalisation) -> None:
         """Use the `normalisation` of a growth that was begun earlier."""
         self._normalisations[growth.normalisation, growth.clip] = normalisation
 
-    def passes(self, members: list[Member]) -> None:
+    def passes(self, members: list[GrowthMember]) -> None:
         """One pass over the stream for `members`, each from the batch where it stands."""
         growing = [member for member in members if not member.finished]
         first = min((member.batches for member in growing), default=0)
@@ -149,11 +149,11 @@ class Run:
         for member in members:
             member.end_pass()
 
-    def _take(self, member: Member, rows: Rows | None, most: int, number: int) -> None:
+    def _take(self, member: GrowthMember, rows: ActivationBatch | None, most: int, number: int) -> None:
         """Let `member` have the batch, in the pieces that are judged together; ranks with fewer rows bring empty pieces."""
         if rows is None:
             nothing = torch.empty(0, dtype=torch.long)
-            rows = Rows(torch.empty(0, member.normalisation.width), nothing, nothing)
+            rows = ActivationBatch(torch.empty(0, member.normalisation.width), nothing, nothing)
         _finite(rows, number)
         z = member.normalisation.apply(rows.values.to(self.device))
         watched = self._watch.kept_out(rows.shots, member.growth.kept_out).to(self.device)
@@ -163,22 +163,22 @@ class Run:
             if member.grower.done:
                 break
             here = slice(start, start + size)
-            member.grower.take(Rows(z[here], shots[here], tokens[here]), watched[here])
+            member.grower.take(ActivationBatch(z[here], shots[here], tokens[here]), watched[here])
         member.batches += 1
         if self._told is not None:
             moment = member.grower.curve[-1]
-            self._told(Progress(member.folder, member.grower.threshold, len(member.trials), moment, self.source.tokens))
+            self._told(GrowthProgress(member.folder, member.grower.threshold, len(member.trials), moment, self.source.tokens))
 
 
 @final
-class Member:
+class GrowthMember:
     """One dictionary of a run."""
 
-    def __init__(self, folder: Path, growth: Growth, origin: Origin, run: Run) -> None:
+    def __init__(self, folder: Path, growth: GrowthConfig, origin: DictionaryOrigin, run: GrowthRun) -> None:
         """The member, taken up where it was, or begun."""
         self.folder, self.growth, self._origin, self._run = folder, growth, origin, run
         self._work = folder / "training"
-        self.trials: list[Trial] = []
+        self.trials: list[ThresholdTrial] = []
         self._parts: dict[str, str] = {}
         self._written: dict[str, Json] | None = None
         self._dictionary: ITDA | None = None
@@ -188,13 +188,13 @@ class Member:
         self._means = run.means(growth) if state is None else checkpoint.means_of_state(self._work, state)
         self._begin(state)
 
-    def _known(self, state: State) -> Normalisation:
+    def _known(self, state: GrowthState) -> Normalisation:
         known = checkpoint.read_normalisation(self._work, state.normalisation, self._run.device)
         self._run.know(self.growth, known)
         self._written = state.normalisation
         return known
 
-    def _begin(self, state: State | None) -> None:
+    def _begin(self, state: GrowthState | None) -> None:
         """A pass from its start, or from where `state` stands."""
         if state is not None:
             self.trials = trials_of(state)
@@ -204,7 +204,7 @@ class Member:
             threshold, self.batches, self._parts = state.threshold, state.batches, state.parts
         width, run = self.normalisation.width, self._run
         if not self.finished:
-            self.grower = Grower(self.growth, threshold, width, run.device, run.ranks, self._means)
+            self.grower = AtomGrower(self.growth, threshold, width, run.device, run.ranks, self._means)
             if state is not None and state.batches:
                 checkpoint.refill(self._work, state, self.grower)
 
@@ -233,7 +233,7 @@ class Member:
                 "them. Harvest more prompts, or choose another normalisation."
             )
         share = min(1.0, grower.filled / self._run.source.tokens) if grower.full else 1.0
-        self.trials.append(Trial(grower.threshold, grower.size, share))
+        self.trials.append(ThresholdTrial(grower.threshold, grower.size, share))
         self.finished = self.growth.threshold is not None or settled(self.trials, self.growth.size)
         if self.finished:
             self._finish()
@@ -278,12 +278,12 @@ class Member:
             origin=replace(self._origin, training={**self._origin.training, **record}),
             normalisation=self.normalisation,
             atoms=grower.atoms.rows.clone(),
-            provenance=Provenance(shots=shots, tokens=grower.tokens[:size].clone(), known=known),
+            provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), known=known),
             way=self.growth.pursuit,
         )
 
-    def _state(self) -> State:
-        return State(
+    def _state(self) -> GrowthState:
+        return GrowthState(
             growth=self.growth.as_json(),
             data=self._run.source.data,
             normalisation=self._written or {},
@@ -298,7 +298,7 @@ class Member:
         )
 
 
-def _finite(rows: Rows, number: int) -> None:
+def _finite(rows: ActivationBatch, number: int) -> None:
     bad = ~torch.isfinite(rows.values).all(1)
     if bad.any():
         row = int(bad.nonzero()[0, 0])

@@ -9,23 +9,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.pursuit.correlations import Atoms, Hidden
+from difflex.dictionary.pursuit.correlations import AtomSet, Hidden
 from difflex.dictionary.pursuit.products import product
-from difflex.dictionary.pursuit.walk import Path, Rule, walk
+from difflex.dictionary.pursuit.walk import PursuitPath, PursuitRule, walk
 from difflex.dictionary.sparse import bag
 from difflex.records import Codes
 
-__all__ = ["Judged"]
+__all__ = ["PursuitBatch"]
 
 MOST_AT_HAND = 1 << 24
 """Numbers held at a time when tokens are compared with new atoms."""
 
 
 @final
-class Judged:
+class PursuitBatch:
     """The tokens of one batch and the paths of their pursuits, kept up to date while atoms are added."""
 
-    def __init__(self, z: Float[Tensor, "token width"], atoms: Atoms, rule: Rule, k: int, threshold: float, room: int) -> None:
+    def __init__(
+        self, z: Float[Tensor, "token width"], atoms: AtomSet, rule: PursuitRule, k: int, threshold: float, room: int
+    ) -> None:
         """The tokens judged by `atoms`; at most `room` atoms will be added."""
         self._z, self._rule, self._k = z, rule, k
         # Where more rounds can only explain more, a token under the threshold needs no more of them.
@@ -45,7 +47,7 @@ class Judged:
         """These tokens at length one."""
         return F.normalize(self._z[tokens], dim=1)
 
-    def residuals(self, tokens: Int[Tensor, " new"], atoms: Atoms) -> Float[Tensor, "new width"]:
+    def residuals(self, tokens: Int[Tensor, " new"], atoms: AtomSet) -> Float[Tensor, "new width"]:
         """What is left of these tokens, at length one."""
         if not atoms.size:
             return self.points(tokens)
@@ -71,7 +73,7 @@ class Judged:
         return torch.cat([self._swayed(part, new, by_atom, slack) for part in parts])
 
     def _swayed(self, tokens: Tensor, new: Tensor, by_atom: Tensor, slack: float) -> Tensor:
-        path = Path(*(part[tokens] for part in self._path))
+        path = PursuitPath(*(part[tokens] for part in self._path))
         correlations = product(self._z[tokens], new)[:, None, :]
         if len(by_atom):
             correlations = correlations - torch.bmm(path.history, by_atom[path.support])
@@ -96,13 +98,13 @@ class Judged:
         """Which of `tokens` have one of these `atoms` on their path."""
         return (atoms[self._path.support[tokens]] & (self._path.winners[tokens] < torch.inf)).any(1)
 
-    def again(self, tokens: Int[Tensor, " some"], atoms: Atoms, hidden: Hidden = None) -> None:
+    def again(self, tokens: Int[Tensor, " some"], atoms: AtomSet, hidden: Hidden = None) -> None:
         """Judge these tokens anew; of the last atoms, some are `hidden` from each."""
         if not len(tokens):
             return
         for whole, part in zip(self._path, self._walk(tokens, atoms, hidden), strict=True):
             whole[tokens] = part
 
-    def _walk(self, tokens: Tensor, atoms: Atoms, hidden: Hidden) -> Path:
+    def _walk(self, tokens: Tensor, atoms: AtomSet, hidden: Hidden) -> PursuitPath:
         z, known = self._z[tokens], self._scores[tokens, : atoms.size]
         return walk(atoms, self._rule, z, self._k, until=self._until, correlations=known, hidden=hidden, traced=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.records import Shot
 
-__all__ = ["Patch", "Provenance"]
+__all__ = ["AtomPatch", "AtomProvenance"]
 
 
-class Patch(NamedTuple):
+class AtomPatch(NamedTuple):
     """The place in the data that an atom is."""
 
     number: int
@@ -29,7 +29,7 @@ class Patch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance:
+class AtomProvenance:
     """The shot and token of every atom."""
 
     shots: Int[Tensor, " size"]
@@ -38,18 +38,18 @@ class Provenance:
     known: Mapping[int, Shot] = field(default_factory=dict)
     """The shots behind the numbers."""
 
-    def of(self, feature: int) -> Patch | None:
+    def of(self, feature: int) -> AtomPatch | None:
         """The patch that `feature` is; None where nobody knows."""
         number = int(self.shots[feature])
-        return None if number < 0 else Patch(number, int(self.tokens[feature]), self.known.get(number))
+        return None if number < 0 else AtomPatch(number, int(self.tokens[feature]), self.known.get(number))
 
     @classmethod
-    def unknown(cls, size: int) -> Provenance:
+    def unknown(cls, size: int) -> AtomProvenance:
         """That of `size` atoms whose file does not say where they come from."""
         nowhere = torch.full((size,), -1)
         return cls(shots=nowhere, tokens=nowhere.clone())
 
-    def take(self, features: Int[Tensor, " feature"]) -> Provenance:
+    def take(self, features: Int[Tensor, " feature"]) -> AtomProvenance:
         """The provenance of these features alone."""
         shots = self.shots[features]
         kept = set(shots.tolist())
@@ -66,7 +66,7 @@ class Provenance:
         return {"provenance.shots": self.shots, "provenance.tokens": self.tokens, "provenance.known": packed}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Provenance:
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> AtomProvenance:
         """What `tensors` was written from."""
         try:
             lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from difflex.dictionary.files import Json
 from difflex.dictionary.itda.dictionary import ITDA
-from difflex.dictionary.itda.provenance import Provenance
+from difflex.dictionary.itda.provenance import AtomProvenance
 from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput
 
@@ -59,6 +59,6 @@ def _nearest(rows: Float[Tensor, "row width"], others: Float[Tensor, "other widt
     return torch.cat([product(part, others).argmax(1) for part in rows.split(BLOCK)])
 
 
-def _remade(itda: ITDA, atoms: Tensor, provenance: Provenance, how: Mapping[str, Json]) -> ITDA:
+def _remade(itda: ITDA, atoms: Tensor, provenance: AtomProvenance, how: Mapping[str, Json]) -> ITDA:
     origin = replace(itda.origin, training={**itda.origin.training, "pruned": {**how, "from": itda.size}})
     return ITDA(k=itda.k, origin=origin, normalisation=itda.normalisation, atoms=atoms, provenance=provenance, way=itda.way)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Trial", "next_threshold", "settled"]
+__all__ = ["ThresholdTrial", "next_threshold", "settled"]
 
 FIRST = 0.3
 LATE = 0.9
@@ -18,7 +18,7 @@ FLATTENING = 0.6
 """Sizes grow about as this power of the tokens seen: only used to guess from a pass that was cut short."""
 
 
-class Trial(NamedTuple):
+class ThresholdTrial(NamedTuple):
     """A pass over the stream."""
 
     threshold: float
@@ -28,7 +28,7 @@ class Trial(NamedTuple):
     """How much of the stream it took until the dictionary was full; 1 if it never was."""
 
 
-def settled(trials: Sequence[Trial], size: int) -> bool:
+def settled(trials: Sequence[ThresholdTrial], size: int) -> bool:
     """Whether the last trial is as good as asked, or no better one can be hoped for."""
     if not trials:
         return False
@@ -38,7 +38,7 @@ def settled(trials: Sequence[Trial], size: int) -> bool:
     return filled or nearly or len(trials) == MOST or last.threshold < 1e-3
 
 
-def next_threshold(trials: Sequence[Trial], size: int) -> float:
+def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
     """The threshold to try next: between the nearest one that gave too many atoms and the nearest that gave too few."""
     many = max((trial for trial in trials if _whole(trial) >= size), default=None)
     few = min((trial for trial in trials if _whole(trial) < size), default=None)
@@ -55,6 +55,6 @@ def next_threshold(trials: Sequence[Trial], size: int) -> float:
     return many.threshold + min(max(step, 0.1), 0.9) * (few.threshold - many.threshold)
 
 
-def _whole(trial: Trial) -> float:
+def _whole(trial: ThresholdTrial) -> float:
     """About the size that the whole stream would have given."""
     return trial.size / trial.share**FLATTENING

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from difflex.records import Shot
 
-__all__ = ["Watch"]
+__all__ = ["HoldOut"]
 
 
 @final
-class Watch:
+class HoldOut:
     """Lots that decide which shots are kept out: all of one prompt or picture together, the same whenever and wherever."""
 
     def __init__(self, shot: Callable[[int], Shot] | None) -> None:

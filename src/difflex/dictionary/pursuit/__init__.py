@@ -1,7 +1,7 @@
 """Pursuits: a signal as a sum of few atoms, found by looking again and again for the atom that explains most of what is left.
 
 Pure functions of (signals, atoms, k). Rows of `atoms` have length one (or zero: such are never picked). Give their Gram matrix
-where it fits in memory and the activations are wide; without it every round is a product with the residual; a `Pool` spares most.
+where it fits in memory and the activations are wide; without it every round is a product with the residual; a `CandidatePool` spares most.
 """
 
 from __future__ import annotations
@@ -14,29 +14,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Atoms, Pool
-from difflex.dictionary.pursuit.gram import Gram
-from difflex.dictionary.pursuit.rules import Gradient, Matching, Orthogonal
-from difflex.dictionary.pursuit.walk import Rule, walk
+from difflex.dictionary.pursuit.correlations import AtomSet, CandidatePool
+from difflex.dictionary.pursuit.gram import GramMatrix
+from difflex.dictionary.pursuit.rules import GradientRule, MatchingRule, OrthogonalRule
+from difflex.dictionary.pursuit.walk import PursuitRule, walk
 from difflex.errors import BadInput
 from difflex.records import Codes
 
-__all__ = ["RULES", "Gram", "Pool", "Pursued", "Way", "gradient_pursuit", "matching_pursuit", "orthogonal_pursuit"]
+__all__ = [
+    "RULES",
+    "CandidatePool",
+    "GramMatrix",
+    "PursuitResult",
+    "Way",
+    "gradient_pursuit",
+    "matching_pursuit",
+    "orthogonal_pursuit",
+]
 
 Way = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
 """The pursuits by name. `gradient` is ITDA's for images, with non-negative weights; `matching` that of ITDA's authors, signed."""
-RULES: Mapping[Way, Rule] = MappingProxyType(
+RULES: Mapping[Way, PursuitRule] = MappingProxyType(
     {
-        "orthogonal": Orthogonal(),
-        "gradient": Gradient(signed=False),
-        "signed-gradient": Gradient(signed=True),
-        "matching": Matching(signed=True),
-        "positive-matching": Matching(signed=False),
+        "orthogonal": OrthogonalRule(),
+        "gradient": GradientRule(signed=False),
+        "signed-gradient": GradientRule(signed=True),
+        "matching": MatchingRule(signed=True),
+        "positive-matching": MatchingRule(signed=False),
     }
 )
 
 
-class Pursued(NamedTuple):
+class PursuitResult(NamedTuple):
     """What a pursuit found."""
 
     codes: Codes
@@ -51,14 +60,14 @@ def gradient_pursuit(
     k: int,
     *,
     signed: bool = False,
-    gram: Gram | None = None,
+    gram: GramMatrix | None = None,
     until: float = 0.0,
-) -> Pursued:
+) -> PursuitResult:
     """k rounds of gradient pursuit (Blumensath and Davies 2008); by default weights stay non-negative, as in ITDA's papers.
 
     A signal is done when its unexplained share is `until` or less.
     """
-    return _pursued(Gradient(signed=signed), signals, Atoms(atoms, gram), k, until)
+    return _pursued(GradientRule(signed=signed), signals, AtomSet(atoms, gram), k, until)
 
 
 def matching_pursuit(
@@ -67,11 +76,11 @@ def matching_pursuit(
     k: int,
     *,
     signed: bool = True,
-    gram: Gram | None = None,
+    gram: GramMatrix | None = None,
     until: float = 0.0,
-) -> Pursued:
+) -> PursuitResult:
     """k rounds of matching pursuit (Mallat and Zhang 1993), which may pick an atom again; ITDA's authors use the signed one."""
-    return _pursued(Matching(signed=signed), signals, Atoms(atoms, gram), k, until)
+    return _pursued(MatchingRule(signed=signed), signals, AtomSet(atoms, gram), k, until)
 
 
 def orthogonal_pursuit(
@@ -79,21 +88,21 @@ def orthogonal_pursuit(
     atoms: Float[Tensor, "size width"],
     k: int,
     *,
-    gram: Gram | None = None,
-    pool: Pool | None = None,
+    gram: GramMatrix | None = None,
+    pool: CandidatePool | None = None,
     until: float = 0.0,
-) -> Pursued:
+) -> PursuitResult:
     """k atoms by orthogonal matching pursuit: after every pick the weights are the least squares on all atoms picked so far."""
-    return _pursued(Orthogonal(), signals, Atoms(atoms, gram, pool), k, until)
+    return _pursued(OrthogonalRule(), signals, AtomSet(atoms, gram, pool), k, until)
 
 
-def _pursued(rule: Rule, signals: Tensor, atoms: Atoms, k: int, until: float) -> Pursued:
+def _pursued(rule: PursuitRule, signals: Tensor, atoms: AtomSet, k: int, until: float) -> PursuitResult:
     _check(signals, atoms, k)
     path = walk(atoms, rule, signals, k, until=until)
-    return Pursued(Codes(path.weights, path.support), path.unexplained)
+    return PursuitResult(Codes(path.weights, path.support), path.unexplained)
 
 
-def _check(signals: Tensor, atoms: Atoms, k: int) -> None:
+def _check(signals: Tensor, atoms: AtomSet, k: int) -> None:
     rows, gram = atoms.rows, atoms.gram
     if signals.ndim != 2 or rows.ndim != 2 or signals.shape[1] != rows.shape[1]:
         raise BadInput(

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.pursuit.gram import Gram
+from difflex.dictionary.pursuit.gram import GramMatrix
 from difflex.dictionary.pursuit.products import product
 from difflex.dictionary.sparse import bag, dots
 from difflex.records import Codes
 
-__all__ = ["Atoms", "Best", "Correlations", "Hidden", "Moved", "Pool"]
+__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "Hidden", "WeightChange"]
 
 BLOCK = 128
 """Neighbouring atoms of which only the best is looked at first."""
@@ -22,14 +22,14 @@ Hidden = Bool[Tensor, "token last"] | None
 """Which of the last atoms each signal may not pick."""
 
 
-class Moved(NamedTuple):
+class WeightChange(NamedTuple):
     """A change of weights."""
 
     atoms: Int[Tensor, "token slot"]
     change: Float[Tensor, "token slot"]
 
 
-class Pool(NamedTuple):
+class CandidatePool(NamedTuple):
     """How a pursuit spares products where no Gram matrix is at hand: near exact, and several times faster."""
 
     rounds: int = 4
@@ -38,7 +38,7 @@ class Pool(NamedTuple):
     """... and in between an atom is picked from so many, the best at that time."""
 
 
-class Best(NamedTuple):
+class BestAtoms(NamedTuple):
     """The atom that correlates best with what is left of each signal."""
 
     atoms: Int[Tensor, " token"]
@@ -52,7 +52,7 @@ class Correlations(ABC):
     """The correlations of one chunk's residuals with the atoms, kept up to date as the weights move."""
 
     @abstractmethod
-    def best(self, signed: bool) -> Best:
+    def best(self, signed: bool) -> BestAtoms:
         """The largest correlation of every residual, by absolute value where `signed`."""
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Correlations(ABC):
         """The inner products of the atom picked with those of the support."""
 
     @abstractmethod
-    def advance(self, moved: Moved) -> None:
+    def advance(self, moved: WeightChange) -> None:
         """Take note that the weights moved."""
 
     @abstractmethod
@@ -73,14 +73,14 @@ class Correlations(ABC):
 
 
 @final
-class ByGram(Correlations):
+class GramCorrelations(Correlations):
     """All correlations, moved by rows of the Gram matrix: size x support per round, whatever the width."""
 
-    def __init__(self, gram: Gram, scores: Float[Tensor, "token size"], hidden: Hidden) -> None:
+    def __init__(self, gram: GramMatrix, scores: Float[Tensor, "token size"], hidden: Hidden) -> None:
         """From the correlations of the whole signals, which are worked on in place."""
         self._gram, self._scores, self._hidden = gram, scores, hidden
 
-    def best(self, signed: bool) -> Best:
+    def best(self, signed: bool) -> BestAtoms:
         return _largest(self._scores, signed, self._hidden)
 
     def at(self, support: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class ByGram(Correlations):
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._gram.between(picked, support).to(self._scores.dtype)
 
-    def advance(self, moved: Moved) -> None:
+    def advance(self, moved: WeightChange) -> None:
         self._gram.subtract(self._scores, moved.atoms, moved.change)
 
     def take(self, rows: Tensor) -> None:
@@ -98,11 +98,11 @@ class ByGram(Correlations):
 
 
 @final
-class ByProduct(Correlations):
+class ProductCorrelations(Correlations):
     """All correlations by a product with the residual, in every round or, with a pool, every few."""
 
     def __init__(
-        self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: Pool | None, hidden: Hidden
+        self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: CandidatePool | None, hidden: Hidden
     ) -> None:
         """From the correlations of the whole `signals`."""
         self._rows, self._residual, self._scores, self._hidden = rows, signals.clone(), scores, hidden
@@ -111,7 +111,7 @@ class ByProduct(Correlations):
         self._members: Tensor | None = None
         self._member_rows: Tensor | None = None
 
-    def best(self, signed: bool) -> Best:
+    def best(self, signed: bool) -> BestAtoms:
         if self._pool is not None and self._members is None:
             self._choose(self._pool, signed)
         best = _largest(self._scores, signed, self._hidden if self._members is None else None)
@@ -123,7 +123,7 @@ class ByProduct(Correlations):
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._dots(support, self._rows[picked])
 
-    def advance(self, moved: Moved) -> None:
+    def advance(self, moved: WeightChange) -> None:
         self._residual -= bag(Codes(moved.change, moved.atoms), self._rows)
         self._round += 1
         if self._member_rows is not None and self._pool is not None and self._round % self._pool.rounds:
@@ -138,7 +138,7 @@ class ByProduct(Correlations):
         if self._members is not None and self._member_rows is not None:
             self._members, self._member_rows = self._members[rows], self._member_rows[rows]
 
-    def _choose(self, pool: Pool, signed: bool) -> None:
+    def _choose(self, pool: CandidatePool, signed: bool) -> None:
         merit = _merit(self._scores, signed, self._hidden)
         self._members = merit.topk(pool.atoms, sorted=False).indices
         self._member_rows = self._rows[self._members]
@@ -154,10 +154,12 @@ class ByProduct(Correlations):
 
 
 @final
-class Atoms:
+class AtomSet:
     """The atoms that a pursuit picks from, and the way to their correlations."""
 
-    def __init__(self, rows: Float[Tensor, "size width"], gram: Gram | None = None, pool: Pool | None = None) -> None:
+    def __init__(
+        self, rows: Float[Tensor, "size width"], gram: GramMatrix | None = None, pool: CandidatePool | None = None
+    ) -> None:
         """Unit (or zero) `rows`; with their Gram matrix, or else by products, spared by a `pool` where one is given."""
         self.rows, self.gram, self.pool = rows, gram, pool
 
@@ -171,8 +173,8 @@ class Atoms:
         """The correlations of `signals` with all atoms, at the beginning of a walk; `known` ones are copied."""
         scores = product(signals, self.rows) if known is None else known.clone()
         if self.gram is not None:
-            return ByGram(self.gram, scores, hidden)
-        return ByProduct(self.rows, signals, scores, self.pool, hidden)
+            return GramCorrelations(self.gram, scores, hidden)
+        return ProductCorrelations(self.rows, signals, scores, self.pool, hidden)
 
 
 def _merit(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> Float[Tensor, "token atom"]:
@@ -184,7 +186,7 @@ def _merit(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) ->
     return torch.cat([merit[:, :shown], merit[:, shown:].masked_fill(hidden, -torch.inf)], 1)
 
 
-def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden = None) -> Best:
+def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden = None) -> BestAtoms:
     """The best of every row, looked for among the best of short blocks: several times faster than along whole rows."""
     size = scores.shape[1]
     whole = size - size % BLOCK if hidden is None else (size - hidden.shape[1]) // BLOCK * BLOCK
@@ -200,10 +202,12 @@ def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden =
         return best
     rest = _largest_of_few(scores[:, whole:], signed, hidden)
     better = rest.merit > best.merit
-    return Best(*(torch.where(better, new, old) for new, old in zip(rest._replace(atoms=whole + rest.atoms), best, strict=True)))
+    return BestAtoms(
+        *(torch.where(better, new, old) for new, old in zip(rest._replace(atoms=whole + rest.atoms), best, strict=True))
+    )
 
 
-def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> Best:
+def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> BestAtoms:
     merit = _merit(scores, signed, hidden)
     atoms = merit.argmax(1, keepdim=True)
-    return Best(atoms[:, 0], scores.gather(1, atoms)[:, 0], merit.gather(1, atoms)[:, 0])
+    return BestAtoms(atoms[:, 0], scores.gather(1, atoms)[:, 0], merit.gather(1, atoms)[:, 0])

@@ -11,14 +11,14 @@ from torch import Tensor
 from difflex.dictionary.pursuit.products import product
 from difflex.errors import BadInput
 
-__all__ = ["PANEL", "Gram"]
+__all__ = ["PANEL", "GramMatrix"]
 
 PANEL = 512
 """Columns that stand together in memory: a dictionary that grows fills panels one by one and never moves what stands."""
 
 
 @final
-class Gram:
+class GramMatrix:
     """`atoms @ atoms.T`, which grows by rows and columns without being recomputed; in float16 it takes half the memory."""
 
     def __init__(
@@ -37,7 +37,7 @@ class Gram:
         self._panels = torch.empty(count, capacity, self.panel, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, atoms: Float[Tensor, "size width"], dtype: torch.dtype | None = None, panel: int = PANEL) -> Gram:
+    def of(cls, atoms: Float[Tensor, "size width"], dtype: torch.dtype | None = None, panel: int = PANEL) -> GramMatrix:
         """The Gram matrix of `atoms`, which may not grow."""
         gram = cls(len(atoms), dtype=dtype or atoms.dtype, device=atoms.device, panel=panel)
         for start in range(0, len(atoms), 512):

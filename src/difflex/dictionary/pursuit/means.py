@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from difflex.dictionary.files import Json
-from difflex.dictionary.pursuit.correlations import Pool
-from difflex.dictionary.pursuit.gram import Gram
+from difflex.dictionary.pursuit.correlations import CandidatePool
+from difflex.dictionary.pursuit.gram import GramMatrix
 
-__all__ = ["Means", "free_memory", "means"]
+__all__ = ["PursuitBackend", "free_memory", "means"]
 
 SHARE = 0.6
 """Of the memory at hand, what a Gram matrix may take."""
@@ -23,12 +23,12 @@ WIDTH_PER_MOVE = 8
 """A row of the Gram matrix takes as long as a product with activations of about this width: products are computed better."""
 
 
-class Means(NamedTuple):
+class PursuitBackend(NamedTuple):
     """How correlations are kept up to date."""
 
     gram: torch.dtype | None
     """The precision of the Gram matrix; None where there is none."""
-    pool: Pool | None
+    pool: CandidatePool | None
     reason: str
     """In words."""
 
@@ -41,26 +41,30 @@ class Means(NamedTuple):
         }
 
     @classmethod
-    def of_json(cls, entries: Mapping[str, Json]) -> Means:
+    def of_json(cls, entries: Mapping[str, Json]) -> PursuitBackend:
         """The means that `as_json` was called of; a KeyError or ValueError where it was of none."""
         gram, pool = entries["gram"], entries["pool"]
         if pool is not None and not isinstance(pool, list):
             raise ValueError(f"the pool is {pool!r}")
-        rounds = None if pool is None else Pool(*(int(str(number)) for number in pool))
+        rounds = None if pool is None else CandidatePool(*(int(str(number)) for number in pool))
         return cls(None if gram is None else GRAMS[str(gram)], rounds, str(entries["reason"]))
 
 
-def means(size: int, width: int, k: int, *, least_squares: bool, single: bool, free: int) -> Means:
+def means(size: int, width: int, k: int, *, least_squares: bool, single: bool, free: int) -> PursuitBackend:
     """The means for a dictionary of `size` atoms; `single` pursuits move one weight in a round, others all."""
     if width <= WIDTH_PER_MOVE * (1 if single else k):
-        return Means(None, None, f"products, as a width of {width} is small beside k {k}")
+        return PursuitBackend(None, None, f"products, as a width of {width} is small beside k {k}")
     need = 0
     for name, dtype in GRAMS.items():
-        need = Gram.bytes(size, dtype)
+        need = GramMatrix.bytes(size, dtype)
         if need <= SHARE * free:
-            return Means(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free)")
+            return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free)")
     short = f"products, as not even half a Gram matrix ({_gb(need)}) fits in {_gb(free)} free"
-    return Means(None, Pool(), f"{short}; picks come from pools") if least_squares else Means(None, None, short)
+    return (
+        PursuitBackend(None, CandidatePool(), f"{short}; picks come from pools")
+        if least_squares
+        else PursuitBackend(None, None, short)
+    )
 
 
 def free_memory(device: torch.device | str) -> int:

@@ -12,14 +12,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Best, Correlations, Moved
-from difflex.dictionary.pursuit.walk import Rule, Walk
+from difflex.dictionary.pursuit.correlations import BestAtoms, Correlations, WeightChange
+from difflex.dictionary.pursuit.walk import PursuitRule, PursuitState
 
-__all__ = ["Gradient", "Matching", "Orthogonal"]
+__all__ = ["GradientRule", "MatchingRule", "OrthogonalRule"]
 
 
 @final
-class Gradient(Rule):
+class GradientRule(PursuitRule):
     """All weights move along the gradient; unsigned ones are then cut at zero, as ITDA does, and a cut may undo a gain."""
 
     pairs = True
@@ -27,7 +27,7 @@ class Gradient(Rule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = self.monotone = signed
 
-    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+    def move(self, walk: PursuitState, t: int, scores: Correlations, best: BestAtoms) -> WeightChange:
         on = slice(t + 1)
         gram, support = walk.gram[:, on, on], walk.support[:, on]
         slope = scores.at(support) * walk.used[:, on]
@@ -40,28 +40,28 @@ class Gradient(Rule):
             change = torch.maximum(change, -walk.weights[:, on])
         walk.weights[:, on] += change
         walk.left = walk.left - (change * (2 * slope - _times(gram, change))).sum(1)
-        return Moved(support, change)
+        return WeightChange(support, change)
 
 
 @final
-class Matching(Rule):
+class MatchingRule(PursuitRule):
     """The weight of the picked atom alone moves, by its correlation; an atom may be picked again."""
 
     def __init__(self, *, signed: bool) -> None:
         self.signed = signed
 
-    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+    def move(self, walk: PursuitState, t: int, scores: Correlations, best: BestAtoms) -> WeightChange:
         change = best.correlations if self.signed else best.correlations.clamp_min(0)
         change = torch.where(walk.live, change, 0)
         known = (walk.support[:, :t] == best.atoms[:, None]) & walk.used[:, :t]
         walk.weights[:, :t] += known * change[:, None]
         walk.weights[:, t] = torch.where(walk.used[:, t], change, 0)
         walk.left = walk.left - change.square()
-        return Moved(walk.support[:, t : t + 1], change[:, None])
+        return WeightChange(walk.support[:, t : t + 1], change[:, None])
 
 
 @final
-class Orthogonal(Rule):
+class OrthogonalRule(PursuitRule):
     """The weights become the least squares on the support: one step along the part of the new atom that is new.
 
     `factor` holds the inverse of the Cholesky factor L of the support's Gram matrix; its row t writes the unit vector along
@@ -70,7 +70,7 @@ class Orthogonal(Rule):
 
     signed = pairs = factors = True
 
-    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+    def move(self, walk: PursuitState, t: int, scores: Correlations, best: BestAtoms) -> WeightChange:
         inverse = walk.factor[:, :t, :t]
         shared = _times(inverse, walk.gram[:, t, :t])
         pivot = walk.gram[:, t, t] - shared.square().sum(1)
@@ -84,7 +84,7 @@ class Orthogonal(Rule):
         change = step[:, None] * direction
         walk.weights[:, : t + 1] += change
         walk.left = walk.left - step.square()
-        return Moved(walk.support[:, : t + 1], change)
+        return WeightChange(walk.support[:, : t + 1], change)
 
 
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:

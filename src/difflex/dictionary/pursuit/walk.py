@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.pursuit.correlations import Atoms, Best, Correlations, Hidden, Moved
+from difflex.dictionary.pursuit.correlations import AtomSet, BestAtoms, Correlations, Hidden, WeightChange
 from difflex.errors import NonFinite
 
-__all__ = ["Path", "Rule", "Walk", "walk"]
+__all__ = ["PursuitPath", "PursuitRule", "PursuitState", "walk"]
 
 SCORES_AT_HAND = 1 << 22
 """Correlations held at any time (signals times atoms): larger chunks fall out of the cache."""
@@ -21,7 +21,7 @@ FEWEST, MOST = 64, 1024
 """Signals in a chunk: fewer read the atoms too often for one product, more gain nothing."""
 
 
-class Path(NamedTuple):
+class PursuitPath(NamedTuple):
     """Where pursuits ended, and what would have led them elsewhere."""
 
     support: Int[Tensor, "token k"]
@@ -43,7 +43,7 @@ class Path(NamedTuple):
 
 
 @dataclass
-class Walk:
+class PursuitState:
     """A chunk of signals on their way: what every rule keeps of them. One slot per round."""
 
     energy: Float[Tensor, " token"]
@@ -62,7 +62,7 @@ class Walk:
     history: Float[Tensor, "token _ k"]
 
     @classmethod
-    def of(cls, energy: Float[Tensor, " token"], k: int, rule: Rule, traced: bool) -> Walk:
+    def of(cls, energy: Float[Tensor, " token"], k: int, rule: PursuitRule, traced: bool) -> PursuitState:
         """The beginning of a walk by `rule` of signals of so much `energy`; its history is kept if `traced`."""
         count = len(energy)
         nothing, square = (count, 0, k), (count, k, k)
@@ -79,17 +79,17 @@ class Walk:
             history=energy.new_zeros(square if traced else nothing),
         )
 
-    def take(self, rows: Int[Tensor, " row"]) -> Walk:
+    def take(self, rows: Int[Tensor, " row"]) -> PursuitState:
         """The walk of these signals alone."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
-    def put(self, rows: Int[Tensor, " row"], other: Walk) -> None:
+    def put(self, rows: Int[Tensor, " row"], other: PursuitState) -> None:
         """Write the walk of these signals back."""
         for field in fields(self):
             getattr(self, field.name)[rows] = getattr(other, field.name)
 
 
-class Rule(ABC):
+class PursuitRule(ABC):
     """How the weights move once the round's atom is picked."""
 
     signed: bool
@@ -102,14 +102,14 @@ class Rule(ABC):
     """... and their Cholesky factor."""
 
     @abstractmethod
-    def move(self, walk: Walk, t: int, scores: Correlations, best: Best) -> Moved:
+    def move(self, walk: PursuitState, t: int, scores: Correlations, best: BestAtoms) -> WeightChange:
         """The change of weights in round `t`, in which `best` was picked; `walk.left` is brought up to date."""
 
 
 @torch.no_grad()
 def walk(
-    atoms: Atoms,
-    rule: Rule,
+    atoms: AtomSet,
+    rule: PursuitRule,
     signals: Float[Tensor, "token width"],
     k: int,
     *,
@@ -117,7 +117,7 @@ def walk(
     correlations: Float[Tensor, "token size"] | None = None,
     hidden: Hidden = None,
     traced: bool = False,
-) -> Path:
+) -> PursuitPath:
     """The ends of the pursuits of `signals`; `correlations` with all atoms are taken as they are where they are known.
 
     Of the last atoms, those that are `hidden` from a signal are not picked for it. The history is kept if `traced`.
@@ -129,18 +129,18 @@ def walk(
     for start in range(0, max(len(signals), 1), chunk):
         here = slice(start, start + chunk)
         known, unseen = (None if part is None else part[here] for part in (correlations, hidden))
-        whole = Walk.of(energy[here], k, rule, traced)
+        whole = PursuitState.of(energy[here], k, rule, traced)
         if atoms.size and len(whole.left):
             enough = max(until, 8 * torch.finfo(signals.dtype).eps)
             _all_rounds(whole, rule, atoms.begin(signals[here], known, unseen), k, enough)
         else:
             whole.winners[whole.live, :1] = 0  # any atom would be welcome
         weights, left = whole.weights * whole.used, whole.left.clamp_min(0)
-        paths.append(Path(whole.support, weights, whole.energy, left, whole.winners, whole.history))
-    return paths[0] if len(paths) == 1 else Path(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
+        paths.append(PursuitPath(whole.support, weights, whole.energy, left, whole.winners, whole.history))
+    return paths[0] if len(paths) == 1 else PursuitPath(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
 
 
-def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: float) -> None:
+def _all_rounds(whole: PursuitState, rule: PursuitRule, scores: Correlations, k: int, enough: float) -> None:
     rows, here = torch.arange(len(whole.left), device=whole.left.device), whole
     for t in range(k):
         moved = _round(here, rule, scores, t, enough)
@@ -159,7 +159,7 @@ def _all_rounds(whole: Walk, rule: Rule, scores: Correlations, k: int, enough: f
         whole.put(rows, here)
 
 
-def _round(here: Walk, rule: Rule, scores: Correlations, t: int, enough: float) -> Moved:
+def _round(here: PursuitState, rule: PursuitRule, scores: Correlations, t: int, enough: float) -> WeightChange:
     """What moved in round `t`; signals that have arrived stay as they are."""
     if len(here.history[0]):
         here.history[:, t, :t] = here.weights[:, :t]

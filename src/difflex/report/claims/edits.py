@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 from difflex.report.claims.claim import Claim, decided, listed
-from difflex.report.facts import Facts
+from difflex.report.facts import StudyFacts
 from difflex.report.figures.removal import BAR, together
-from difflex.report.steered import Steered, Summary, summary
+from difflex.report.steered import SteeringFacts, SteeringSummary, summary
 from difflex.report.telling import number, percent
 
 __all__ = ["removes_concepts", "steers_towards_concepts"]
@@ -15,15 +15,15 @@ TOGETHER = "colours, textures and backgrounds together"
 GAIN, SHARE, RANDOM = 0.7, 0.5, 0.1
 
 
-class Found(NamedTuple):
+class SteeringOutcome(NamedTuple):
     """What came of steering towards the concepts of a group, or of several together."""
 
     name: str
     concepts: int
     rare: int
     features: int
-    own: Summary | None
-    random: Summary | None
+    own: SteeringSummary | None
+    random: SteeringSummary | None
 
     @property
     def holds(self) -> bool:
@@ -33,7 +33,7 @@ class Found(NamedTuple):
         return enough and gains and self.random is not None and self.random.gain < RANDOM
 
 
-def steers_towards_concepts(facts: Facts) -> Claim:
+def steers_towards_concepts(facts: StudyFacts) -> Claim:
     """Features of colours, textures and backgrounds put what they detect into pictures."""
     measured = [(_found(each, TOGETHER, *GROUPS), each) for each in facts.steered if _is_measured(each)]
     measured.sort(key=lambda one: -one[0].features)
@@ -53,15 +53,15 @@ def steers_towards_concepts(facts: Facts) -> Claim:
     )
 
 
-def _is_measured(each: Steered) -> bool:
+def _is_measured(each: SteeringFacts) -> bool:
     """Whether it was asked of all three groups of the drawn world what features do."""
     known = [each.known[group] for group in GROUPS if group in each.known and not each.is_told]
     return len(known) == len(GROUPS) and all(group.concepts > group.rare for group in known)
 
 
-def _found(each: Steered, name: str, *groups: str) -> Found:
+def _found(each: SteeringFacts, name: str, *groups: str) -> SteeringOutcome:
     known = [each.known[group] for group in groups]
-    return Found(
+    return SteeringOutcome(
         name,
         sum(group.concepts for group in known),
         sum(group.rare for group in known),
@@ -71,7 +71,7 @@ def _found(each: Steered, name: str, *groups: str) -> Found:
     )
 
 
-def _said(found: Found) -> str:
+def _said(found: SteeringOutcome) -> str:
     features = f"{found.name}: {found.features} of {found.concepts} have a feature"
     if found.rare:
         features += f" ({found.rare} of the {found.concepts} {'is' if found.rare == 1 else 'are'} shown too rarely to tell)"
@@ -82,7 +82,7 @@ def _said(found: Found) -> str:
     return f"{features}; {percent(own.gain)} above the rate without ({at}); random directions {percent(found.random.gain)}"
 
 
-def removes_concepts(facts: Facts) -> Claim:
+def removes_concepts(facts: StudyFacts) -> Claim:
     """Colours and backgrounds can be taken away by their features."""
     found = []
     for removed in facts.removals:

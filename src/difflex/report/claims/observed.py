@@ -5,13 +5,13 @@ from collections.abc import Collection
 from itertools import product
 from typing import NamedTuple
 
-from difflex.book import Book, Covering
+from difflex.book import Book, CoverageSummary
 from difflex.explanation import methods
 from difflex.report.claims.claim import Claim, decided, listed
-from difflex.report.facts import Facts
+from difflex.report.facts import StudyFacts
 from difflex.report.kinds import AUTOENCODERS
 from difflex.report.telling import percent
-from difflex.study import Place
+from difflex.study import DictionaryRef
 
 __all__ = ["covers_more", "matches_surfaces"]
 
@@ -21,14 +21,14 @@ RIGHT, FEW = 0.8, 10
 """The accuracy from which on an explanation counts, and fewer such features are too few to speak of their share."""
 
 
-class Covers(NamedTuple):
+class CoverageRow(NamedTuple):
     """How much of their top pictures the features of a dictionary cover."""
 
-    place: Place
+    place: DictionaryRef
     kind: str
     k: int
     data: str
-    covering: Covering
+    covering: CoverageSummary
 
     @property
     def block(self) -> tuple[object, ...]:
@@ -42,7 +42,7 @@ class Covers(NamedTuple):
         return f"{self.place} {percent(middle)} ({percent(low)} to {percent(high)})"
 
 
-def covers_more(facts: Facts) -> Claim:
+def covers_more(facts: StudyFacts) -> Claim:
     """ITDA features cover more of their top pictures than those of autoencoders."""
     known = [each for place in facts.books if (each := _covers(facts, place)) is not None]
     itdas = [each for each in known if each.kind == "itda"]
@@ -67,16 +67,16 @@ def covers_more(facts: Facts) -> Claim:
     )
 
 
-def _covers(facts: Facts, place: Place) -> Covers | None:
+def _covers(facts: StudyFacts, place: DictionaryRef) -> CoverageRow | None:
     with Book.open(facts.study.book(*place)) as book:
         covering, about = book.covering(), book.about
-    return None if covering is None else Covers(place, about.kind, about.k, about.data, covering)
+    return None if covering is None else CoverageRow(place, about.kind, about.k, about.data, covering)
 
 
-class Named(NamedTuple):
+class ConceptGroups(NamedTuple):
     """What the features of a dictionary are about that a known concept explains."""
 
-    place: Place
+    place: DictionaryRef
     kind: str
     k: int
     data: str
@@ -94,7 +94,7 @@ class Named(NamedTuple):
         return f"{self.place}: {about}, of {len(self.groups):,} features"
 
 
-def matches_surfaces(facts: Facts) -> Claim:
+def matches_surfaces(facts: StudyFacts) -> Claim:
     """ITDA features match colours, textures and regions, those of autoencoders objects."""
     known = [each for place in facts.books if (each := _named(facts, place)) is not None]
     itdas = [each for each in known if each.kind == "itda"]
@@ -126,7 +126,7 @@ def matches_surfaces(facts: Facts) -> Claim:
     )
 
 
-def _named(facts: Facts, place: Place) -> Named | None:
+def _named(facts: StudyFacts, place: DictionaryRef) -> ConceptGroups | None:
     """What its features are about; None where nothing known was asked of them."""
     concepts = (concept for there in facts.blocks.values() for each in there for concept in each.matches.concepts)
     groups = {concept.name: concept.group for concept in concepts}
@@ -137,10 +137,10 @@ def _named(facts: Facts, place: Place) -> Named | None:
     heldout = [method for method in found if method.protocol.startswith("heldout")]
     explained = [each for method in heldout for each in zip(method.explanations, method.accuracies, strict=True)]
     right = tuple(groups[text] for text, accuracy in explained if accuracy >= RIGHT and text in groups)
-    return Named(place, about.kind, about.k, about.data, right)
+    return ConceptGroups(place, about.kind, about.k, about.data, right)
 
 
-def _above(one: Named, other: Named, among: Collection[str]) -> bool:
+def _above(one: ConceptGroups, other: ConceptGroups, among: Collection[str]) -> bool:
     """Whether the share of these groups is higher in one than in the other by more than chance."""
     shares = [(each.share(among), len(each.groups)) for each in (one, other)]
     error = math.sqrt(sum(share * (1 - share) / count for share, count in shares))

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from difflex.evaluation import Evaluation
 from difflex.records import Site
 from difflex.report.claims.claim import Claim, decided, listed
-from difflex.report.facts import Facts, Judged, Measured
+from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts
 from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.firing import variants
 from difflex.report.kinds import AUTOENCODERS, alike
@@ -24,12 +24,12 @@ __all__ = [
     "spectrum_is_concentrated",
 ]
 
-Both = tuple[Measured, Evaluation]
+Both = tuple[DictionaryFacts, Evaluation]
 MOST, FEW = 0.5, 0.3
 """More than half are most; few are what the paper calls so, fewer than 30 %."""
 
 
-def dead_without_normalisation(facts: Facts) -> Claim:
+def dead_without_normalisation(facts: StudyFacts) -> Claim:
     """Without normalisation most features die, with it few."""
     groups = [[both for both in group if both[0].kind in AUTOENCODERS] for group in variants(facts.evaluated)]
     pairs = [(bare, other) for group in groups for bare, other in product(group, group) if _bare(bare) and _centred(other)]
@@ -58,7 +58,7 @@ def _centred(both: Both) -> bool:
     return both[0].normalisation in ("standardise", "whiten")
 
 
-def itda_rebuilds_better(facts: Facts) -> Claim:
+def itda_rebuilds_better(facts: StudyFacts) -> Claim:
     """At equal size and k an ITDA has the lower FVU."""
     normalised = [both for both in facts.evaluated if not _bare(both)]
     itdas = [both for both in normalised if both[0].kind == "itda"]
@@ -96,7 +96,7 @@ def _fvu(both: Both) -> float | None:
     return fvu if fvu is not None and math.isfinite(fvu) else None
 
 
-def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
+def better_than_neurons(facts: StudyFacts, kinds: Sequence[str], said: str) -> Claim:
     """Features of some kinds match known concepts better than neurons."""
     pairs = _pairs(facts, kinds, lambda _, other: other.kind == "neurons")
     return _compared(
@@ -108,7 +108,7 @@ def better_than_neurons(facts: Facts, kinds: Sequence[str], said: str) -> Claim:
     )
 
 
-def better_than_untrained_directions(facts: Facts) -> Claim:
+def better_than_untrained_directions(facts: StudyFacts) -> Claim:
     """Dictionaries match known concepts better than axes that nobody trained."""
     pairs = _pairs(
         facts, (*AUTOENCODERS, "itda"), lambda own, other: other.kind in ("pca", "random") and _at_one_site(own, other)
@@ -123,7 +123,7 @@ def better_than_untrained_directions(facts: Facts) -> Claim:
     )
 
 
-def better_than_untrained_model(facts: Facts) -> Claim:
+def better_than_untrained_model(facts: StudyFacts) -> Claim:
     """Dictionaries of the model match known concepts better than those of an untrained one."""
     pairs = _pairs(
         facts,
@@ -139,12 +139,14 @@ def better_than_untrained_model(facts: Facts) -> Claim:
     )
 
 
-def _at_one_site(own: Judged, other: Judged) -> bool:
+def _at_one_site(own: MatchFacts, other: MatchFacts) -> bool:
     """Whether both read the same activations: a block has several sites."""
     return own.matches.site == other.matches.site
 
 
-def _pairs(facts: Facts, kinds: Sequence[str], are_held: Callable[[Judged, Judged], bool]) -> list[tuple[Judged, Judged]]:
+def _pairs(
+    facts: StudyFacts, kinds: Sequence[str], are_held: Callable[[MatchFacts, MatchFacts], bool]
+) -> list[tuple[MatchFacts, MatchFacts]]:
     """Trained dictionaries of these kinds, and what is held beside each at the same block with the same k."""
     found = []
     for there in facts.blocks.values():
@@ -153,7 +155,7 @@ def _pairs(facts: Facts, kinds: Sequence[str], are_held: Callable[[Judged, Judge
     return found
 
 
-def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[Judged, Judged]], verb: str) -> Claim:
+def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[MatchFacts, MatchFacts]], verb: str) -> Claim:
     """The claim that in each of `pairs` the first matches known concepts better."""
     found = [(own, other, gain) for own, other in pairs if (gain := _gain(own, other)) is not None]
     better = sum(low > 0 for _, _, (_, low, _) in found)
@@ -170,7 +172,7 @@ def _compared(*, name: str, statement: str, others: str, pairs: Sequence[tuple[J
     )
 
 
-def _gain(own: Judged, other: Judged) -> tuple[float, float, float] | None:
+def _gain(own: MatchFacts, other: MatchFacts) -> tuple[float, float, float] | None:
     """How much higher the best features' AP is in the mean over the concepts that both have, and its 95 % interval."""
     ours, theirs = (
         {finding.concept: finding.best.ap.value for finding in each.matches.clearest.findings} for each in (own, other)
@@ -188,14 +190,14 @@ def _signed(gain: tuple[float, float, float]) -> str:
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _against(each: Judged) -> str:
+def _against(each: MatchFacts) -> str:
     level = each.matches.clearest
     share = level.coverage
     detected = f"{percent(share.value)} detected ({percent(share.low)} to {percent(share.high)})"
     return f"{each.name}: mean AP {number(mean_ap(level.findings))}, {detected}"
 
 
-def norms_differ(facts: Facts) -> Claim:
+def norms_differ(facts: StudyFacts) -> Claim:
     """Norms differ from layer to layer and from step to step."""
     norms = facts.anatomy.norms if facts.anatomy is not None else {}
     kept = {site: _finite(by) for site, by in norms.items() if site.kind == "residual" and len(_finite(by)) > 1}
@@ -235,7 +237,7 @@ def _over_steps(by_site: dict[Site, dict[float, float]]) -> float:
     return max(max(by.values()) / min(by.values()) for by in by_site.values())
 
 
-def spectrum_is_concentrated(facts: Facts) -> Claim:
+def spectrum_is_concentrated(facts: StudyFacts) -> Claim:
     """Few principal directions hold most of the variance."""
     shapes = facts.anatomy.shapes if facts.anatomy is not None else {}
     shares = {}

@@ -16,9 +16,9 @@ from difflex.report.claims.paper import (
     spectrum_is_concentrated,
 )
 from difflex.report.drawing import element
-from difflex.report.facts import Facts
+from difflex.report.facts import StudyFacts
 from difflex.report.kinds import AUTOENCODERS
-from difflex.report.sections import Figure, Section, Table
+from difflex.report.sections import FigureTable, ReportFigure, ReportSection
 
 __all__ = ["claims", "judged"]
 
@@ -26,7 +26,7 @@ TELL = 7
 """So many comparisons are told one by one on the page; the CSV file has all."""
 
 
-def claims(facts: Facts) -> Section:
+def claims(facts: StudyFacts) -> ReportSection:
     """The section of claims."""
     listed = judged(facts)
     marks = {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}
@@ -42,7 +42,7 @@ def claims(facts: Facts) -> Section:
         )
         for each in listed
     ]
-    return Section(
+    return ReportSection(
         name="claims",
         title="What the paper claims, and what is so here",
         lead="Claims of arXiv 2505.24360 on FLUX.1, held to the numbers of this study by the rule beside each: "
@@ -57,11 +57,13 @@ def _first(evidence: Sequence[str]) -> list[str]:
     return [*evidence[:TELL], *([f"and {more} more in claims.csv"] if more > 0 else [])]
 
 
-def _file(listed: Sequence[Claim]) -> Figure:
+def _file(listed: Sequence[Claim]) -> ReportFigure:
     """The claims as a file, with all of their evidence and nothing drawn."""
     rows = tuple((each.name, each.statement, each.verdict, line) for each in listed for line in each.evidence)
-    table = Table(("name", "claim", "verdict", "evidence"), rows)
-    return Figure(name="claims", title="", caption="All claims with all their evidence.", formula="", table=table, drawings=())
+    table = FigureTable(("name", "claim", "verdict", "evidence"), rows)
+    return ReportFigure(
+        name="claims", title="", caption="All claims with all their evidence.", formula="", table=table, drawings=()
+    )
 
 
 def _summary(listed: Sequence[Claim]) -> str:
@@ -74,7 +76,7 @@ def _summary(listed: Sequence[Claim]) -> str:
     return ", ".join(f"{many} {said}" for many, said in told if many)
 
 
-def judged(facts: Facts) -> list[Claim]:
+def judged(facts: StudyFacts) -> list[Claim]:
     """Every claim with its verdict."""
     return [
         dead_without_normalisation(facts),

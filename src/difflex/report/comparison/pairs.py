@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difflex.concepts import Interval, Level
+from difflex.concepts import ConfidenceInterval, NoiseLevelResult
 from difflex.errors import BadInput
 from difflex.evaluation import Evaluation
-from difflex.report.facts import Facts, Judged, Measured
+from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts
 from difflex.report.figures.concepts import mean_ap
-from difflex.report.table import Column, columns
-from difflex.run import Entry, Json
+from difflex.report.table import TableColumn, columns
+from difflex.run import CommandRecord, Json
 
-__all__ = ["Asked", "Comparison", "Detected", "Figured", "Pair", "compare"]
+__all__ = ["DetectionPair", "DictionaryPair", "MetricPair", "SettingDifference", "StudyComparison", "compare"]
 
 
-class Asked(NamedTuple):
+class SettingDifference(NamedTuple):
     """Something that was asked of the two studies, or is said of them, differently."""
 
     verb: str
@@ -29,11 +29,11 @@ class Asked(NamedTuple):
     other: str
 
 
-class Pair(NamedTuple):
+class DictionaryPair(NamedTuple):
     """A dictionary that both studies have."""
 
-    one: Measured
-    other: Measured
+    one: DictionaryFacts
+    other: DictionaryFacts
 
     @property
     def name(self) -> str:
@@ -59,11 +59,11 @@ class Pair(NamedTuple):
         return None if one is None or other is None else (one, other)
 
 
-class Figured(NamedTuple):
+class MetricPair(NamedTuple):
     """A figure of a dictionary in both studies."""
 
-    pair: Pair
-    column: Column
+    pair: DictionaryPair
+    column: TableColumn
     one: float | None
     other: float | None
 
@@ -73,11 +73,11 @@ class Figured(NamedTuple):
         return None if self.one is None or self.other is None else self.other - self.one
 
 
-class Detected(NamedTuple):
+class DetectionPair(NamedTuple):
     """What one method's features detect in both studies."""
 
-    one: Judged
-    other: Judged
+    one: MatchFacts
+    other: MatchFacts
 
     @property
     def name(self) -> str:
@@ -85,18 +85,18 @@ class Detected(NamedTuple):
         return f"{self.one.matches.site}/{self.one.matches.label}"
 
     @property
-    def levels(self) -> tuple[Level, Level]:
+    def levels(self) -> tuple[NoiseLevelResult, NoiseLevelResult]:
         """All levels of noise together, in both."""
         return self.one.matches.levels[0], self.other.matches.levels[0]
 
     @property
-    def coverage(self) -> Interval:
+    def coverage(self) -> ConfidenceInterval:
         """The difference of coverage; its interval as if other pictures had been drawn for each."""
         one, other = (level.coverage for level in self.levels)
         value = other.value - one.value
         low = math.hypot(one.high - one.value, other.value - other.low)
         high = math.hypot(one.value - one.low, other.high - other.value)
-        return Interval(value, value - low, value + high)
+        return ConfidenceInterval(value, value - low, value + high)
 
     @property
     def alike(self) -> bool:
@@ -115,25 +115,25 @@ class Detected(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class StudyComparison:
     """Two studies side by side."""
 
-    one: Facts
-    other: Facts
+    one: StudyFacts
+    other: StudyFacts
     names: tuple[str, str]
     """What they are called: as little of their paths as tells them apart."""
-    asked: tuple[Asked, ...]
-    pairs: tuple[Pair, ...]
-    only: tuple[tuple[Measured, ...], tuple[Measured, ...]]
+    asked: tuple[SettingDifference, ...]
+    pairs: tuple[DictionaryPair, ...]
+    only: tuple[tuple[DictionaryFacts, ...], tuple[DictionaryFacts, ...]]
     """The dictionaries that only the first, and only the second, has."""
-    detected: tuple[Detected, ...]
+    detected: tuple[DetectionPair, ...]
 
     @property
-    def figured(self) -> list[Figured]:
+    def figured(self) -> list[MetricPair]:
         """Every figure of every dictionary that both have evaluated."""
         told = [(pair, both) for pair in self.pairs if (both := pair.evaluations) is not None]
         wanted = columns(evaluation for _, both in told for evaluation in both)
-        return [Figured(pair, column, column.of(one), column.of(other)) for pair, (one, other) in told for column in wanted]
+        return [MetricPair(pair, column, column.of(one), column.of(other)) for pair, (one, other) in told for column in wanted]
 
     @property
     def troubles(self) -> list[str]:
@@ -153,7 +153,7 @@ class Comparison:
         return [*found, *(f"{note.capitalize()}: {', '.join(names)}." for note, names in noted.items() if names)]
 
 
-def compare(one: Facts, other: Facts) -> Comparison:
+def compare(one: StudyFacts, other: StudyFacts) -> StudyComparison:
     """The two studies side by side; the same one twice is an error."""
     folders = [facts.study.folder.resolve() for facts in (one, other)]
     if folders[0] == folders[1]:
@@ -161,27 +161,27 @@ def compare(one: Facts, other: Facts) -> Comparison:
     mine, theirs = ({measured.name: measured for measured in facts.dictionaries} for facts in (one, other))
     found, there = ({_method(judged): judged for judged in facts.judged} for facts in (one, other))
     depth = next(d for d in range(1, 99) if folders[0].parts[-d:] != folders[1].parts[-d:])
-    return Comparison(
+    return StudyComparison(
         one=one,
         other=other,
         names=("/".join(folders[0].parts[-depth:]), "/".join(folders[1].parts[-depth:])),
         asked=(*_said(one, other), *_commands(one.diary, other.diary)),
-        pairs=tuple(Pair(mine[name], theirs[name]) for name in mine if name in theirs),
+        pairs=tuple(DictionaryPair(mine[name], theirs[name]) for name in mine if name in theirs),
         only=(_without(mine.values(), theirs), _without(theirs.values(), mine)),
-        detected=tuple(Detected(found[name], there[name]) for name in found if name in there),
+        detected=tuple(DetectionPair(found[name], there[name]) for name in found if name in there),
     )
 
 
-def _method(judged: Judged) -> tuple[str, str]:
+def _method(judged: MatchFacts) -> tuple[str, str]:
     return str(judged.matches.site), judged.name
 
 
-def _without(measured: Iterable[Measured], names: Iterable[str]) -> tuple[Measured, ...]:
+def _without(measured: Iterable[DictionaryFacts], names: Iterable[str]) -> tuple[DictionaryFacts, ...]:
     there = set(names)
     return tuple(each for each in measured if each.name not in there)
 
 
-def _said(one: Facts, other: Facts) -> list[Asked]:
+def _said(one: StudyFacts, other: StudyFacts) -> list[SettingDifference]:
     """What is true of the whole studies and differs."""
     told = {
         "model": (one.study.model, other.study.model),
@@ -189,10 +189,10 @@ def _said(one: Facts, other: Facts) -> list[Asked]:
         "difflex": (one.study.difflex, other.study.difflex),
         "recipe": (one.recipe, other.recipe),
     }
-    return [Asked("study", name, _text(a), _text(b)) for name, (a, b) in told.items() if a != b]
+    return [SettingDifference("study", name, _text(a), _text(b)) for name, (a, b) in told.items() if a != b]
 
 
-def _commands(one: Sequence[Entry], other: Sequence[Entry]) -> list[Asked]:
+def _commands(one: Sequence[CommandRecord], other: Sequence[CommandRecord]) -> list[SettingDifference]:
     """Commands that only one study has, and those of one verb that differ in their flags, in the order they were given."""
     same = [(entry.verb, entry.flags) for entry in one if any((entry.verb, entry.flags) == (e.verb, e.flags) for e in other)]
     mine, theirs = ([entry for entry in each if (entry.verb, entry.flags) not in same] for each in (one, other))
@@ -200,19 +200,19 @@ def _commands(one: Sequence[Entry], other: Sequence[Entry]) -> list[Asked]:
     for entry in mine:
         twin = next((each for each in theirs if each.verb == entry.verb), None)
         if twin is None:
-            found.append(Asked(entry.verb, "", _flags(entry), ""))
+            found.append(SettingDifference(entry.verb, "", _flags(entry), ""))
             continue
         theirs.remove(twin)
         names = dict.fromkeys([*entry.flags, *twin.flags])
         found += [
-            Asked(entry.verb, name, _text(entry.flags.get(name)), _text(twin.flags.get(name)))
+            SettingDifference(entry.verb, name, _text(entry.flags.get(name)), _text(twin.flags.get(name)))
             for name in names
             if entry.flags.get(name) != twin.flags.get(name)
         ]
-    return [*found, *(Asked(entry.verb, "", "", _flags(entry)) for entry in theirs)]
+    return [*found, *(SettingDifference(entry.verb, "", "", _flags(entry)) for entry in theirs)]
 
 
-def _flags(entry: Entry) -> str:
+def _flags(entry: CommandRecord) -> str:
     return " ".join(f"{name}={_text(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
 
 

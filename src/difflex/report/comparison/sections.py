@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from difflex.report.comparison.pairs import Comparison, Detected, Figured
-from difflex.report.drawing import Axis, Drawing, Entry, Key, Look, Mark, Row, Rows, element, rows
-from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison
+from difflex.report.drawing import Axis, ChartRow, Drawing, LegendEntry, PlotPoint, RowChart, RowEntry, SeriesStyle, element, rows
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.telling import count, number, percent
 
 __all__ = ["SECTIONS"]
 
-LOOKS = (Look(colour=0, marker="circle"), Look(colour=1, marker="ring"))
+LOOKS = (SeriesStyle(colour=0, marker="circle"), SeriesStyle(colour=1, marker="ring"))
 """The second is seen around the first where both lie on one spot."""
 SERIES = ("one", "other")
 DRAWN = ("FVU", "dead", "v / mean")
@@ -22,14 +22,14 @@ MOST = 40
 """Rows of a drawing."""
 
 
-def asked(comparison: Comparison) -> Section:
+def asked(comparison: StudyComparison) -> ReportSection:
     """What was asked of the two, as far as it differs."""
     lines = [
         element("tr", element("th", line.verb, scope="row"), *(element("td", each, class_="word") for each in line[1:]))
         for line in comparison.asked
     ]
     heads = ("command", "flag", *comparison.names)
-    return Section(
+    return ReportSection(
         name="asked",
         title="What was asked",
         lead="What is true of the whole studies, and the flags of their commands, where they differ. A command without a flag "
@@ -40,7 +40,7 @@ def asked(comparison: Comparison) -> Section:
     )
 
 
-def held(comparison: Comparison) -> Section:
+def held(comparison: StudyComparison) -> ReportSection:
     """Which dictionaries are in both, and which in one."""
     told = {
         "In both": [pair.name for pair in comparison.pairs],
@@ -50,7 +50,7 @@ def held(comparison: Comparison) -> Section:
         element("div", element("dt", f"{name}: {len(names)}"), element("dd", ", ".join(names) or "none"))
         for name, names in told.items()
     ]
-    return Section(
+    return ReportSection(
         name="dictionaries",
         title="Dictionaries",
         lead=f"{count(len(comparison.pairs), 'dictionary', 'dictionaries')} of the same site and label in both. Only these are "
@@ -59,59 +59,61 @@ def held(comparison: Comparison) -> Section:
     )
 
 
-def measured(comparison: Comparison) -> Section:
+def measured(comparison: StudyComparison) -> ReportSection:
     """Each figure of each dictionary in both, side by side."""
     figured = comparison.figured
     drawings = tuple(drawing for name in DRAWN if (drawing := _metric(comparison, figured, name)) is not None)
-    figure = Figure(
+    figure = ReportFigure(
         name="differences",
         title="Figures of the dictionaries in both",
         caption="Each dictionary at its value in the one study and in the other; those that differ most come first"
         + (f", {MOST} at most." if len(comparison.pairs) > MOST else "."),
         formula="FVU = sum |x - y|² / sum |x - mean x|² in model space; dead: share of features that fired at none of the "
         "tokens; v / mean: squared error of the prediction as a share of that with the mean in the place of x",
-        table=Table(
+        table=FigureTable(
             ("dictionary", "figure", *comparison.names, "difference"),
             tuple((each.pair.name, each.column.name, each.one, each.other, each.difference) for each in figured),
         ),
         drawings=drawings,
         keys=_keys(comparison),
     )
-    return Section(
+    return ReportSection(
         name="figures",
         title="How well activations are rebuilt",
         lead="The difference is that of the second study less the first.",
         figures=(figure,) if figured else (),
-        missing=() if figured else (Missing("Figures of dictionaries that both studies have", "difflex evaluate STUDY"),),
+        missing=() if figured else (MissingFigure("Figures of dictionaries that both studies have", "difflex evaluate STUDY"),),
         body=_numbers(comparison, figured) if figured else Markup(""),
     )
 
 
-def concepts(comparison: Comparison) -> Section:
+def concepts(comparison: StudyComparison) -> ReportSection:
     """What features detect, side by side."""
     detected = comparison.detected
-    return Section(
+    return ReportSection(
         name="concepts",
         title="What features stand for",
         lead="The share of known concepts that one feature detects (average precision 0.8 or more), and the mean average "
         "precision of the best features by group of concepts.",
         figures=(_coverage(comparison), *_groups(comparison)) if detected else (),
-        missing=() if detected else (Missing("Methods held against concepts in both studies", "difflex concepts STUDY"),),
+        missing=() if detected else (MissingFigure("Methods held against concepts in both studies", "difflex concepts STUDY"),),
     )
 
 
-SECTIONS: tuple[Callable[[Comparison], Section], ...] = (asked, held, measured, concepts)
+SECTIONS: tuple[Callable[[StudyComparison], ReportSection], ...] = (asked, held, measured, concepts)
 
 
-def _keys(comparison: Comparison) -> tuple[Key, ...]:
-    return tuple(Key(series, name, look, False) for series, name, look in zip(SERIES, comparison.names, LOOKS, strict=True))
+def _keys(comparison: StudyComparison) -> tuple[LegendEntry, ...]:
+    return tuple(
+        LegendEntry(series, name, look, False) for series, name, look in zip(SERIES, comparison.names, LOOKS, strict=True)
+    )
 
 
-def _entries(comparison: Comparison, name: str, marks: Sequence[Mark]) -> tuple[Entry, ...]:
-    return tuple(Entry(series=series, look=look, mark=mark) for series, look, mark in zip(SERIES, LOOKS, marks, strict=True))
+def _entries(comparison: StudyComparison, name: str, marks: Sequence[PlotPoint]) -> tuple[RowEntry, ...]:
+    return tuple(RowEntry(series=series, look=look, mark=mark) for series, look, mark in zip(SERIES, LOOKS, marks, strict=True))
 
 
-def _metric(comparison: Comparison, figured: Iterable[Figured], name: str) -> Drawing | None:
+def _metric(comparison: StudyComparison, figured: Iterable[MetricPair], name: str) -> Drawing | None:
     """A row for each dictionary with its two values; none where no dictionary has both."""
     there = [each for each in figured if each.column.name == name and each.difference is not None]
     there = sorted(there, key=lambda each: -abs(each.difference or 0.0))[:MOST]
@@ -119,12 +121,12 @@ def _metric(comparison: Comparison, figured: Iterable[Figured], name: str) -> Dr
         return None
     tell = percent if name in SHARES else number
 
-    def row(each: Figured) -> Row:
+    def row(each: MetricPair) -> ChartRow:
         marks = [
-            Mark(x=float("nan") if value is None else value, y=0, tip=f"{each.pair.name}\n{where}: {name} {tell(value)}")
+            PlotPoint(x=float("nan") if value is None else value, y=0, tip=f"{each.pair.name}\n{where}: {name} {tell(value)}")
             for where, value in zip(comparison.names, (each.one, each.other), strict=True)
         ]
-        return Row(
+        return ChartRow(
             name=each.pair.name,
             note=_signed(each.difference, name in SHARES),
             entries=_entries(comparison, each.pair.name, marks),
@@ -132,13 +134,13 @@ def _metric(comparison: Comparison, figured: Iterable[Figured], name: str) -> Dr
 
     about = f"{len(there)} dictionaries with two values each, the largest difference first."
     axis = Axis(label=name, low=0.0, percent=name in SHARES)
-    return rows(Rows(title=name, description=about, x=axis, rows=tuple(map(row, there))))
+    return rows(RowChart(title=name, description=about, x=axis, rows=tuple(map(row, there))))
 
 
-def _coverage(comparison: Comparison) -> Figure:
-    def row(each: Detected) -> Row:
+def _coverage(comparison: StudyComparison) -> ReportFigure:
+    def row(each: DetectionPair) -> ChartRow:
         marks = [
-            Mark(
+            PlotPoint(
                 x=c.value,
                 y=0,
                 tip=f"{each.name}\n{where}: {percent(c.value)} ({percent(c.low)} to {percent(c.high)})",
@@ -147,7 +149,9 @@ def _coverage(comparison: Comparison) -> Figure:
             )
             for where, c in zip(comparison.names, (level.coverage for level in each.levels), strict=True)
         ]
-        return Row(name=each.name, note=_signed(each.coverage.value, share=True), entries=_entries(comparison, each.name, marks))
+        return ChartRow(
+            name=each.name, note=_signed(each.coverage.value, share=True), entries=_entries(comparison, each.name, marks)
+        )
 
     table = tuple(
         (each.name, *(bound for level in each.levels for bound in level.coverage), *each.coverage) for each in comparison.detected
@@ -156,51 +160,51 @@ def _coverage(comparison: Comparison) -> Figure:
     drawn = sorted(comparison.detected, key=lambda each: -abs(each.coverage.value))[:MOST]
     about = f"{len(drawn)} methods with two shares each, the largest difference first."
     axis = Axis(label="share of concepts", low=0.0, high=1.0, percent=True)
-    return Figure(
+    return ReportFigure(
         name="coverage",
         title="Concepts that one feature detects",
         caption="With 95 % intervals from drawing the held-out pictures again. The interval of a difference, in the CSV, takes "
         "the two for independent: where both saw the same pictures it is wider than it need be.",
         formula="detected: AP ≥ 0.8 of one feature; all levels of noise together",
-        table=Table(("method", *sides, "difference", "low", "high"), table),
-        drawings=(rows(Rows(title="coverage", description=about, x=axis, rows=tuple(map(row, drawn)))),),
+        table=FigureTable(("method", *sides, "difference", "low", "high"), table),
+        drawings=(rows(RowChart(title="coverage", description=about, x=axis, rows=tuple(map(row, drawn)))),),
         keys=_keys(comparison),
     )
 
 
-def _groups(comparison: Comparison) -> list[Figure]:
+def _groups(comparison: StudyComparison) -> list[ReportFigure]:
     """By group of concepts, for the methods of learned dictionaries; for all where none was learned."""
     learned = [each for each in comparison.detected if each.one.normalisation is not None] or list(comparison.detected)
     with_groups = [each for each in learned if each.groups]
     if not with_groups:
         return []
 
-    def drawing(each: Detected) -> Drawing:
+    def drawing(each: DetectionPair) -> Drawing:
         made = []
         for group, values in each.groups.items():
             marks = [
-                Mark(x=value, y=0, tip=f"{group}\n{where}: mean AP {number(value)}")
+                PlotPoint(x=value, y=0, tip=f"{group}\n{where}: mean AP {number(value)}")
                 for where, value in zip(comparison.names, values, strict=True)
             ]
-            made.append(Row(name=group, note=_signed(values[1] - values[0]), entries=_entries(comparison, group, marks)))
+            made.append(ChartRow(name=group, note=_signed(values[1] - values[0]), entries=_entries(comparison, group, marks)))
         axis = Axis(label="mean AP of the best features", low=0.0, high=1.0)
-        return rows(Rows(title=each.name, description=f"{len(made)} groups of concepts.", x=axis, rows=tuple(made)))
+        return rows(RowChart(title=each.name, description=f"{len(made)} groups of concepts.", x=axis, rows=tuple(made)))
 
     table = tuple((each.name, group, a, b, b - a) for each in with_groups for group, (a, b) in each.groups.items())
     return [
-        Figure(
+        ReportFigure(
             name="groups",
             title="By group of concepts",
             caption="For each dictionary in both, the mean average precision of the best feature of each concept of a group.",
             formula="mean over the concepts of a group of AP, all levels of noise together",
-            table=Table(("method", "group", *comparison.names, "difference"), table),
+            table=FigureTable(("method", "group", *comparison.names, "difference"), table),
             drawings=tuple(map(drawing, with_groups)),
             keys=_keys(comparison),
         )
     ]
 
 
-def _numbers(comparison: Comparison, figured: Iterable[Figured]) -> Markup:
+def _numbers(comparison: StudyComparison, figured: Iterable[MetricPair]) -> Markup:
     """All figures of all dictionaries in both; sorts like the table of a report."""
     lines = []
     for each in figured:
@@ -228,7 +232,7 @@ def _boxed(heads: Iterable[str], lines: Iterable[Markup], label: str) -> Markup:
     return element("div", table, class_="box", tabindex="0", role="region", aria_label=label)
 
 
-def _troubles(comparison: Comparison) -> Markup:
+def _troubles(comparison: StudyComparison) -> Markup:
     if not comparison.troubles:
         return Markup("")
     items = [element("li", trouble) for trouble in comparison.troubles]

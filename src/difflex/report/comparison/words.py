@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from difflex.report.comparison.pairs import Comparison
+from difflex.report.comparison.pairs import StudyComparison
 from difflex.report.telling import number, percent
 
 __all__ = ["in_words"]
@@ -11,7 +11,7 @@ TOLD = ("FVU", "r2", "L0", "dead", "v / mean", "PSNR")
 """The figures that are printed; the page has all."""
 
 
-def in_words(comparison: Comparison) -> str:
+def in_words(comparison: StudyComparison) -> str:
     """What differs between the two: what was asked, what there is, and the chief figures."""
     one, other = comparison.names
     parts = [f"{one} ({comparison.one.study.model}) and {other} ({comparison.other.study.model})"]

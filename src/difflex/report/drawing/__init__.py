@@ -11,28 +11,28 @@ from pathlib import Path
 from markupsafe import Markup
 
 from difflex.report.drawing.elements import WIDTH, Drawing, element
-from difflex.report.drawing.heat import Cell, HeatMap, Strips, heat_map, ramp, strips
-from difflex.report.drawing.legend import Key, legend
-from difflex.report.drawing.plots import Curve, Look, Mark, Plot, plot
-from difflex.report.drawing.rows import Entry, Row, Rows, rows
-from difflex.report.drawing.scales import Axis, Tick
+from difflex.report.drawing.heat import HeatCell, HeatMap, HeatStrips, heat_map, ramp, strips
+from difflex.report.drawing.legend import LegendEntry, legend
+from difflex.report.drawing.plots import Plot, PlotCurve, PlotPoint, SeriesStyle, plot
+from difflex.report.drawing.rows import ChartRow, RowChart, RowEntry, rows
+from difflex.report.drawing.scales import Axis, AxisTick
 
 __all__ = [
     "WIDTH",
     "Axis",
-    "Cell",
-    "Curve",
+    "AxisTick",
+    "ChartRow",
     "Drawing",
-    "Entry",
+    "HeatCell",
     "HeatMap",
-    "Key",
-    "Look",
-    "Mark",
+    "HeatStrips",
+    "LegendEntry",
     "Plot",
-    "Row",
-    "Rows",
-    "Strips",
-    "Tick",
+    "PlotCurve",
+    "PlotPoint",
+    "RowChart",
+    "RowEntry",
+    "SeriesStyle",
     "element",
     "heat_map",
     "legend",

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, shortened, svg, text, wide
 
-__all__ = ["Cell", "HeatMap", "Strips", "heat_map", "ramp", "strength", "strips"]
+__all__ = ["HeatCell", "HeatMap", "HeatStrips", "heat_map", "ramp", "strength", "strips"]
 
 FAINT = 0.1
 """How strong the colour of the least value is; that of the most is 1. One hue over the ground of the page, light or dark, so
@@ -20,7 +20,7 @@ TOP, FOOT, LINE, GAP = 28.0, 42.0, 26.0, 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class HeatCell:
     """A value with its place between the least and the most."""
 
     share: float
@@ -37,13 +37,13 @@ class HeatMap:
     description: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[tuple[Cell | None, ...], ...]
+    cells: tuple[tuple[HeatCell | None, ...], ...]
     across: str
     """What the columns are."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strips:
+class HeatStrips:
     """Rows of many narrow cells, each under its name: histograms, one below another."""
 
     title: str
@@ -51,7 +51,7 @@ class Strips:
     names: tuple[str, ...]
     notes: tuple[str, ...]
     """A few words at the end of each name's line."""
-    cells: tuple[tuple[Cell | None, ...], ...]
+    cells: tuple[tuple[HeatCell | None, ...], ...]
     ticks: tuple[tuple[float, str], ...]
     """Labels along the foot, each at a number of cells from the left."""
     across: str
@@ -84,7 +84,7 @@ def heat_map(asked: HeatMap) -> Drawing:
     return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), _undrawn(asked.cells))
 
 
-def strips(asked: Strips) -> Drawing:
+def strips(asked: HeatStrips) -> Drawing:
     """`asked` as a drawing."""
     line, count = 34.0, max(map(len, asked.cells), default=1)
     step, height = WIDTH / count, TOP + 34.0 * len(asked.names) + FOOT
@@ -99,11 +99,11 @@ def strips(asked: Strips) -> Drawing:
     return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), _undrawn(asked.cells))
 
 
-def _undrawn(cells: tuple[tuple[Cell | None, ...], ...]) -> int:
+def _undrawn(cells: tuple[tuple[HeatCell | None, ...], ...]) -> int:
     return sum(cell is not None and not math.isfinite(cell.share) for row in cells for cell in row)
 
 
-def _cell(cell: Cell | None, x: float, y: float, width: float, height: float) -> Markup:
+def _cell(cell: HeatCell | None, x: float, y: float, width: float, height: float) -> Markup:
     gap = GAP if width > 12 else 0.4
     place = {"x": x, "y": y, "width": max(width - gap, 0.5), "height": max(height - gap, 0.5)}
     if cell is None or not math.isfinite(cell.share):

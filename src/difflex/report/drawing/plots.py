@@ -9,9 +9,9 @@ from typing import Literal
 from markupsafe import Markup
 
 from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, svg, text, wide
-from difflex.report.drawing.scales import Axis, Scale, scaled
+from difflex.report.drawing.scales import Axis, AxisScale, scaled
 
-__all__ = ["MARKERS", "Curve", "Look", "Mark", "Plot", "marker", "plot"]
+__all__ = ["MARKERS", "Plot", "PlotCurve", "PlotPoint", "SeriesStyle", "marker", "plot"]
 
 HEIGHT = 250.0
 TOP, RIGHT, BOTTOM = 30.0, 14.0, 46.0
@@ -30,7 +30,7 @@ MARKERS: dict[Marker, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class SeriesStyle:
     """How a series looks: by colour, by the form of its points and by the pattern of its lines, each enough by itself."""
 
     colour: int = 0
@@ -41,7 +41,7 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark:
+class PlotPoint:
     """A point that can be asked for its numbers."""
 
     x: float
@@ -54,13 +54,13 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class PlotCurve:
     """The points of one series."""
 
     series: str
     """Whose entry in the legend shows and hides it."""
-    look: Look
-    marks: tuple[Mark, ...]
+    look: SeriesStyle
+    marks: tuple[PlotPoint, ...]
     line: bool = True
     """Whether the points are joined, in the order they are given in."""
     dots: bool = True
@@ -77,7 +77,7 @@ class Plot:
     description: str
     x: Axis
     y: Axis
-    curves: tuple[Curve, ...]
+    curves: tuple[PlotCurve, ...]
 
 
 def plot(asked: Plot, height: float = HEIGHT) -> Drawing:
@@ -92,13 +92,13 @@ def plot(asked: Plot, height: float = HEIGHT) -> Drawing:
     return Drawing(svg((WIDTH, height), asked.title, asked.description, heading(asked.title), *inside), len(marks) - len(there))
 
 
-def marker(look: Look, x: float, y: float, size: float = 4.6, **attributes: str | float | None) -> Markup:
+def marker(look: SeriesStyle, x: float, y: float, size: float = 4.6, **attributes: str | float | None) -> Markup:
     """The point of a series at a place."""
     move = f"translate({x:.2f} {y:.2f}) scale({size:g})"
     return element("path", d=MARKERS[look.marker], transform=move, class_="dot", **attributes)
 
 
-def _frame(title: str, x: Scale, y: Scale, height: float) -> list[Markup]:
+def _frame(title: str, x: AxisScale, y: AxisScale, height: float) -> list[Markup]:
     """Grid, ticks and labels; that of y stands above its axis, where it need not be turned, unless it is the title."""
     made = [text(x.end, TOP - 6, y.axis.label, "end", "axis")] if y.axis.label != title else []
     for tick in y.ticks(across=False):
@@ -119,7 +119,7 @@ def _held(at: float, width: float) -> float:
     return min(max(at, width / 2), WIDTH - width / 2)
 
 
-def _curve(curve: Curve, x: Scale, y: Scale) -> Markup:
+def _curve(curve: PlotCurve, x: AxisScale, y: AxisScale) -> Markup:
     there = [mark for mark in curve.marks if x.axis.has(mark.x) and y.axis.has(mark.y)]
     places = [(x(mark.x), y(mark.y)) for mark in there]
     made: list[Markup] = []
@@ -128,7 +128,7 @@ def _curve(curve: Curve, x: Scale, y: Scale) -> Markup:
             made.append(element("line", x1=at, x2=at, y1=y(mark.low), y2=y(mark.high), class_="whisker"))
     if curve.line and len(places) > 1:
         made.append(element("path", d=_path(places, curve.steps), class_="line", stroke_dasharray=curve.look.dash or None))
-    seen = curve.look if curve.dots else Look(colour=curve.look.colour, marker="circle")
+    seen = curve.look if curve.dots else SeriesStyle(colour=curve.look.colour, marker="circle")
     hidden = None if curve.dots else "0"
     for mark, (at, up) in zip(there, places, strict=True):
         made.append(marker(seen, at, up, data_tip=mark.tip, opacity=hidden))

@@ -7,48 +7,48 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, shortened, svg, text, wide
-from difflex.report.drawing.plots import Look, Mark, marker
-from difflex.report.drawing.scales import Axis, Scale, scaled
+from difflex.report.drawing.plots import PlotPoint, SeriesStyle, marker
+from difflex.report.drawing.scales import Axis, AxisScale, scaled
 
-__all__ = ["Entry", "Row", "Rows", "rows"]
+__all__ = ["ChartRow", "RowChart", "RowEntry", "rows"]
 
 TOP, ROW, EDGE, FOOT = 26.0, 37.0, 12.0, 44.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RowEntry:
     """One point or bar of a row."""
 
     series: str
     """Whose entry in the legend shows and hides it."""
-    look: Look
-    mark: Mark
+    look: SeriesStyle
+    mark: PlotPoint
     """Its y says nothing here."""
     bar: bool = False
     """Drawn as a bar from 0, not as a point."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ChartRow:
     """What stands above its own line, by name."""
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[RowEntry, ...]
     note: str = ""
     """A few words or a number at the end of the name's line."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowChart:
     """Rows over one axis."""
 
     title: str
     description: str
     x: Axis
-    rows: tuple[Row, ...]
+    rows: tuple[ChartRow, ...]
 
 
-def rows(asked: Rows) -> Drawing:
+def rows(asked: RowChart) -> Drawing:
     """`asked` as a drawing: each name above its own line, so that both have the whole width."""
     marks = [entry.mark for row in asked.rows for entry in row.entries]
     there = [mark for mark in marks if asked.x.has(mark.x)]
@@ -61,7 +61,7 @@ def rows(asked: Rows) -> Drawing:
     return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), len(marks) - len(there))
 
 
-def _axis(x: Scale, height: float) -> list[Markup]:
+def _axis(x: AxisScale, height: float) -> list[Markup]:
     bottom, made = height - FOOT + 4, []
     for tick in x.ticks(across=True):
         at, half = x(tick.value), wide(tick.label) / 2
@@ -71,7 +71,7 @@ def _axis(x: Scale, height: float) -> list[Markup]:
     return made
 
 
-def _row(row: Row, x: Scale, top: float) -> list[Markup]:
+def _row(row: ChartRow, x: AxisScale, top: float) -> list[Markup]:
     line = top + 25
     room = WIDTH - (wide(row.note) + 12 if row.note else 0)
     made = [
@@ -82,7 +82,7 @@ def _row(row: Row, x: Scale, top: float) -> list[Markup]:
     return [*made, *(_entry(entry, x, line) for entry in row.entries if x.axis.has(entry.mark.x))]
 
 
-def _entry(entry: Entry, x: Scale, line: float) -> Markup:
+def _entry(entry: RowEntry, x: AxisScale, line: float) -> Markup:
     mark, at = entry.mark, x(entry.mark.x)
     inside: list[Markup] = []
     if mark.low is not None and mark.high is not None and x.axis.has(mark.low) and x.axis.has(mark.high):
@@ -91,7 +91,7 @@ def _entry(entry: Entry, x: Scale, line: float) -> Markup:
     return element("g", *inside, drawn, class_=f"series c{entry.look.colour}", data_series=entry.series)
 
 
-def _bar(mark: Mark, x: Scale, line: float) -> Markup:
+def _bar(mark: PlotPoint, x: AxisScale, line: float) -> Markup:
     """From 0; at least a hair wide, so that nothing can be seen, and pointed at, too."""
     zero = x(0.0) if not x.axis.log else x.start
     start, end = sorted((zero, x(mark.x)))

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from difflex.report.drawing.elements import wide
 
-__all__ = ["Axis", "Scale", "Tick", "scaled"]
+__all__ = ["Axis", "AxisScale", "AxisTick", "scaled"]
 
 
-class Tick(NamedTuple):
+class AxisTick(NamedTuple):
     """A place on an axis that is named."""
 
     value: float
@@ -25,7 +25,7 @@ class Axis:
     log: bool = False
     low: float | None = None
     high: float | None = None
-    ticks: tuple[Tick, ...] = ()
+    ticks: tuple[AxisTick, ...] = ()
     """In place of round numbers: the sizes that there are, say."""
     percent: bool = False
     """Shares are written as per cent."""
@@ -38,7 +38,7 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class AxisScale:
     """An axis laid out from `start` to `end`, in units of the drawing."""
 
     axis: Axis
@@ -53,10 +53,10 @@ class Scale:
         share = min(max((at - low) / (high - low), 0.0), 1.0)
         return self.start + (1 - share if self.axis.reversed else share) * (self.end - self.start)
 
-    def ticks(self, across: bool) -> list[Tick]:
+    def ticks(self, across: bool) -> list[AxisTick]:
         """The ticks that have room; `across` where labels stand side by side."""
         given = [tick for tick in self.axis.ticks if self.low <= tick.value <= self.high]
-        kept: list[Tick] = []
+        kept: list[AxisTick] = []
         reach = -math.inf
         for tick in sorted(given or self._round(), key=lambda tick: self(tick.value) * (1 if across else -1)):
             place = self(tick.value) if across else -self(tick.value)
@@ -66,7 +66,7 @@ class Scale:
                 reach = place + half
         return kept
 
-    def _round(self) -> list[Tick]:
+    def _round(self) -> list[AxisTick]:
         if self.axis.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             decades = math.log10(self.high / self.low)
@@ -77,10 +77,10 @@ class Scale:
             count = math.floor(self.high / step + 1e-9) - math.ceil(self.low / step - 1e-9)
             values = [(math.ceil(self.low / step - 1e-9) + i) * step for i in range(count + 1)]
         inside = [value for value in values if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9) or value == 0]
-        return [Tick(value, _label(value, self.axis)) for value in inside]
+        return [AxisTick(value, _label(value, self.axis)) for value in inside]
 
 
-def scaled(axis: Axis, values: Sequence[float], start: float, end: float) -> Scale:
+def scaled(axis: Axis, values: Sequence[float], start: float, end: float) -> AxisScale:
     """`axis` from `start` to `end` with room for `values`; round bounds where none are given."""
     there = [value for value in values if axis.has(value)]
     low = axis.low if axis.low is not None else min(there, default=1.0 if axis.log else 0.0)
@@ -89,13 +89,13 @@ def scaled(axis: Axis, values: Sequence[float], start: float, end: float) -> Sca
         low, high = (low / 1.5, high * 1.5) if high / low < 1.5 else (low, high)
         low = low if axis.low is not None else low / (high / low) ** 0.06
         high = high if axis.high is not None else high * (high / low) ** 0.06
-        return Scale(axis=axis, low=low, high=high, start=start, end=end)
+        return AxisScale(axis=axis, low=low, high=high, start=start, end=end)
     if high <= low:
         low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
     step = _step(high - low)
     low = axis.low if axis.low is not None else math.floor(low / step) * step
     high = axis.high if axis.high is not None else math.ceil(high / step) * step
-    return Scale(axis=axis, low=low, high=high, start=start, end=end)
+    return AxisScale(axis=axis, low=low, high=high, start=start, end=end)
 
 
 def _step(span: float) -> float:

@@ -5,13 +5,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from difflex.book import Book
-from difflex.explanation import Comparison, Difference, Method, compare, methods
-from difflex.report.drawing import Axis, Curve, Drawing, Entry, Key, Look, Mark, Plot, Row, Rows, plot, rows
-from difflex.report.facts import Facts
+from difflex.explanation import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
+from difflex.report.drawing import (
+    Axis,
+    ChartRow,
+    Drawing,
+    LegendEntry,
+    Plot,
+    PlotCurve,
+    PlotPoint,
+    RowChart,
+    RowEntry,
+    SeriesStyle,
+    plot,
+    rows,
+)
+from difflex.report.facts import StudyFacts
 from difflex.report.kinds import looks
-from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.telling import count, number, percent
-from difflex.study import Place, Study
+from difflex.study import DictionaryRef, Study
 
 __all__ = ["explanations"]
 
@@ -20,29 +33,29 @@ UNTRAINED = ", untrained model"
 """What the names of the control's dictionaries end in."""
 CHANCE = 0.5
 """The accuracy of a judge that knows nothing."""
-PAPER = Key("paper", "judged on what the explainer saw (paper)", Look(colour=1, marker="diamond"), line=False)
-HELDOUT = Key("heldout", "judged on held-out pictures", Look(colour=0, marker="circle"), line=False)
+PAPER = LegendEntry("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
+HELDOUT = LegendEntry("heldout", "judged on held-out pictures", SeriesStyle(colour=0, marker="circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
 
 
-def explanations(facts: Facts) -> Section:
+def explanations(facts: StudyFacts) -> ReportSection:
     """The section about explanations in words."""
     found = _methods(facts.study, facts.books)
     if facts.control is not None:
         others = _methods(facts.control, facts.control_books)
         found += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in others]
     compared = compare(found)
-    return Section(
+    return ReportSection(
         name="explanations",
         title="How true explanations are",
         lead="A model that sees says what the pictures of a feature share; a judge that knows only these words says of other "
         f"pictures whether the feature fires there. Accuracy {CHANCE} is chance.",
         figures=(explained(compared), falls(compared), surfaces(compared)) if found else (),
-        missing=() if found else (Missing("Explanations and their scores", "difflex explain STUDY"),),
+        missing=() if found else (MissingFigure("Explanations and their scores", "difflex explain STUDY"),),
     )
 
 
-def _methods(study: Study, places: Iterable[Place]) -> list[Method]:
+def _methods(study: Study, places: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
     """What the books of these dictionaries know of explanations."""
     found = []
     for place in places:
@@ -51,12 +64,12 @@ def _methods(study: Study, places: Iterable[Place]) -> list[Method]:
     return found
 
 
-def explained(compared: Comparison) -> Figure:
+def explained(compared: MethodComparison) -> ReportFigure:
     """The distribution of accuracy over features, for every method, by backend and protocol."""
     asked = dict.fromkeys((method.backend, method.protocol) for method in compared.methods)
     alike = {each: [method for method in compared.methods if (method.backend, method.protocol) == each] for each in asked}
     names = {method.dictionary: _kind(method) for method in compared.methods}
-    keys = {name: Key(name, name, look) for name, look in looks(names).items()}
+    keys = {name: LegendEntry(name, name, look) for name, look in looks(names).items()}
     table = [
         (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
         for method in compared.methods
@@ -66,13 +79,13 @@ def explained(compared: Comparison) -> Figure:
         f"{each.one.dictionary} against {each.other.dictionary} ({each.one.protocol}) {each.difference:+.3f}, p {each.p:.2g}"
         for each in sorted(compared.differences, key=_is_control, reverse=True)[:3]
     )
-    return Figure(
+    return ReportFigure(
         name="explained",
         title="Features by the accuracy of their explanations",
         caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves. "
         + (f"Differences of means, permutation tests corrected by Holm: {told}." if told else ""),
         formula="accuracy: mean over judged pictures of s where the feature fires, 1 - s where not; s is the judge's score",
-        table=Table(
+        table=FigureTable(
             ("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"), tuple(table)
         ),
         drawings=tuple(_explained(f"{protocol}, {backend}", each, keys) for (backend, protocol), each in alike.items()),
@@ -80,30 +93,30 @@ def explained(compared: Comparison) -> Figure:
     )
 
 
-def _kind(method: Method) -> str:
+def _kind(method: ExplainedMethod) -> str:
     is_untrained = method.dictionary.endswith(UNTRAINED)
     return "untrained" if is_untrained else method.dictionary.rpartition("/")[2].split("-")[0]
 
 
-def _is_control(pair: Difference) -> bool:
+def _is_control(pair: MethodDifference) -> bool:
     """Whether a dictionary is held against its like of the untrained model: these pairs are told first."""
     return pair.other.dictionary == f"{pair.one.dictionary}{UNTRAINED}"
 
 
-def _distribution(method: Method) -> list[tuple[float, float]]:
+def _distribution(method: ExplainedMethod) -> list[tuple[float, float]]:
     """From each accuracy of the grid: the share of features that reach it; ended by the first that none does."""
     ordered = sorted(method.accuracies)
     shares = [(accuracy, 1 - bisect_left(ordered, accuracy - 1e-9) / len(ordered)) for accuracy in GRID]
     return [(accuracy, share) for accuracy, share in shares if share > 0]
 
 
-def _explained(title: str, found: Sequence[Method], keys: dict[str, Key]) -> Drawing:
+def _explained(title: str, found: Sequence[ExplainedMethod], keys: dict[str, LegendEntry]) -> Drawing:
     curves = tuple(
-        Curve(
+        PlotCurve(
             series=method.dictionary,
             look=keys[method.dictionary].look,
             marks=tuple(
-                Mark(x=accuracy, y=share, tip=f"{method.dictionary}\naccuracy ≥ {accuracy:g}: {percent(share)} of features")
+                PlotPoint(x=accuracy, y=share, tip=f"{method.dictionary}\naccuracy ≥ {accuracy:g}: {percent(share)} of features")
                 for accuracy, share in _distribution(method)
             ),
             dots=False,
@@ -115,7 +128,7 @@ def _explained(title: str, found: Sequence[Method], keys: dict[str, Key]) -> Dra
     return plot(Plot(title=title, description=about, x=x, y=y, curves=curves))
 
 
-def falls(compared: Comparison) -> Figure:
+def falls(compared: MethodComparison) -> ReportFigure:
     """Mean accuracy by both protocols, over the features that were judged by both."""
     table, listed = [], []
     for method in compared.methods:
@@ -123,16 +136,16 @@ def falls(compared: Comparison) -> Figure:
         mean = method.accuracy
         table.append((method.dictionary, method.backend, method.protocol, mean.of, mean.value, mean.low, mean.high))
         tip = f"{method.dictionary}, {method.protocol}\n{number(mean.value)} ({number(mean.low)} to {number(mean.high)})"
-        mark = Mark(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
-        listed.append((f"{method.dictionary}, {method.backend}", Entry(series=key.series, look=key.look, mark=mark)))
+        mark = PlotPoint(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
+        listed.append((f"{method.dictionary}, {method.backend}", RowEntry(series=key.series, look=key.look, mark=mark)))
     said = "; ".join(
         f"{each.paper.dictionary} {each.fall.value:.3f} ({each.fall.low:.3f} to {each.fall.high:.3f})" for each in compared.falls
     )
     named = dict.fromkeys(name for name, _ in listed)
-    drawn = tuple(Row(name=name, entries=tuple(entry for own, entry in listed if own == name)) for name in named)
+    drawn = tuple(ChartRow(name=name, entries=tuple(entry for own, entry in listed if own == name)) for name in named)
     about = f"{count(len(drawn), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols."
     axis = Axis(label="mean accuracy", low=0.0, high=1.0)
-    return Figure(
+    return ReportFigure(
         name="falls",
         title="What held-out pictures change",
         caption="Mean accuracy with its 95 % interval over features. "
@@ -142,13 +155,13 @@ def falls(compared: Comparison) -> Figure:
             else ""
         ),
         formula="chance is 0.5 by both protocols",
-        table=Table(("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"), tuple(table)),
-        drawings=(rows(Rows(title="mean accuracy", description=about, x=axis, rows=drawn)),),
+        table=FigureTable(("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"), tuple(table)),
+        drawings=(rows(RowChart(title="mean accuracy", description=about, x=axis, rows=drawn)),),
         keys=(PAPER, HELDOUT),
     )
 
 
-def surfaces(compared: Comparison) -> Figure:
+def surfaces(compared: MethodComparison) -> ReportFigure:
     """Accuracy by how much of an explanation speaks of colour or place alone."""
     table, drawn = [], []
     for method in compared.methods:
@@ -159,20 +172,20 @@ def surfaces(compared: Comparison) -> Figure:
                 (method.dictionary, method.backend, method.protocol, bias.surface, mean.of, mean.value, mean.low, mean.high)
             )
             tip = f"{method.dictionary}, {method.protocol}, {said}\n{number(mean.value)}, {count(mean.of, 'feature')}"
-            mark = Mark(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
-            entry = Entry(series=key.series, look=key.look, mark=mark)
-            drawn.append(Row(name=f"{method.dictionary}: {said}", note=count(mean.of, "feature"), entries=(entry,)))
+            mark = PlotPoint(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
+            entry = RowEntry(series=key.series, look=key.look, mark=mark)
+            drawn.append(ChartRow(name=f"{method.dictionary}: {said}", note=count(mean.of, "feature"), entries=(entry,)))
     axis = Axis(label="mean accuracy", low=0.0, high=1.0)
     about = "Rows by dictionary and by how many words of the explanations are colours or places."
-    return Figure(
+    return ReportFigure(
         name="surfaces",
         title="How much of an explanation is only colour or place",
         caption="Mean accuracy with its 95 % interval, by whether none, some or all of the words that mean something are colours "
         "or places: what a model falls back on when it finds no meaning.",
         formula="",
-        table=Table(
+        table=FigureTable(
             ("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"), tuple(table)
         ),
-        drawings=(rows(Rows(title="mean accuracy", description=about, x=axis, rows=tuple(drawn))),),
+        drawings=(rows(RowChart(title="mean accuracy", description=about, x=axis, rows=tuple(drawn))),),
         keys=(PAPER, HELDOUT),
     )

@@ -1,18 +1,30 @@
 """How often features fire: dead ones by normalisation, and the densities of the others (figure 5 of arXiv 2505.24360)."""
 
 from difflex.evaluation import Evaluation
-from difflex.report.drawing import Axis, Cell, Drawing, Entry, Mark, Row, Rows, Strips, ramp, rows, strips
-from difflex.report.facts import Facts, Measured
+from difflex.report.drawing import (
+    Axis,
+    ChartRow,
+    Drawing,
+    HeatCell,
+    HeatStrips,
+    PlotPoint,
+    RowChart,
+    RowEntry,
+    ramp,
+    rows,
+    strips,
+)
+from difflex.report.facts import DictionaryFacts, StudyFacts
 from difflex.report.kinds import key
-from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.telling import percent
 
 __all__ = ["firing", "variants"]
 
-Both = tuple[Measured, Evaluation]
+Both = tuple[DictionaryFacts, Evaluation]
 
 
-def firing(facts: Facts) -> Section:
+def firing(facts: StudyFacts) -> ReportSection:
     """The section about how often features fire."""
     evaluated = facts.evaluated
     groups, missing = variants(evaluated), []
@@ -20,10 +32,10 @@ def firing(facts: Facts) -> Section:
     if groups:
         figures.insert(0, dead(groups))
     else:
-        missing.append(Missing("Dead features by normalisation", "difflex train STUDY --normalisation none"))
+        missing.append(MissingFigure("Dead features by normalisation", "difflex train STUDY --normalisation none"))
     if not evaluated:
-        missing.append(Missing("Density of features", "difflex evaluate STUDY"))
-    return Section(
+        missing.append(MissingFigure("Density of features", "difflex evaluate STUDY"))
+    return ReportSection(
         name="firing",
         title="How often features fire",
         lead="A feature that never fires explains nothing. What is done to activations before training decides how many there "
@@ -43,7 +55,7 @@ def variants(evaluated: list[Both]) -> list[list[Both]]:
     return [group for group in groups.values() if len({measured.normalisation for measured, _ in group}) > 1]
 
 
-def dead(groups: list[list[Both]]) -> Figure:
+def dead(groups: list[list[Both]]) -> ReportFigure:
     """The dead share by normalisation."""
     listed = [
         (measured, evaluation)
@@ -52,14 +64,14 @@ def dead(groups: list[list[Both]]) -> Figure:
     ]
     kinds = dict.fromkeys(measured.kind for measured, _ in listed)
     drawn = tuple(
-        Row(
+        ChartRow(
             name=f"{measured.normalisation}: {measured.name}",
             note=percent(evaluation.dead_share),
             entries=(
-                Entry(
+                RowEntry(
                     series=measured.kind,
                     look=key(measured.kind).look,
-                    mark=Mark(
+                    mark=PlotPoint(
                         x=evaluation.dead_share,
                         y=0,
                         tip=f"{measured.name}\nnormalisation: {measured.normalisation}\n{_said(evaluation)}",
@@ -72,23 +84,23 @@ def dead(groups: list[list[Both]]) -> Figure:
     )
     axis = Axis(label="share of features that never fired", low=0.0, high=1.0, percent=True)
     about = f"{len(drawn)} dictionaries, grouped where they differ in nothing but normalisation; a bar for each one's dead share."
-    return Figure(
+    return ReportFigure(
         name="dead",
         title="Dead features by normalisation",
         caption="The same site, kind, k, size and data, trained on activations as they are (none), with mean 0 and deviation 1 "
         "on each axis (standardise), or also turned to their principal axes (whiten). Compare with figure 5 of arXiv "
         "2505.24360.",
         formula="features that fired at none of the held-out tokens / all features",
-        table=Table(
+        table=FigureTable(
             ("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
             tuple((m.name, m.normalisation, e.size, e.dead, e.dead_share, e.tokens) for m, e in listed),
         ),
-        drawings=(rows(Rows(title="dead features", description=about, x=axis, rows=drawn)),),
+        drawings=(rows(RowChart(title="dead features", description=about, x=axis, rows=drawn)),),
         keys=tuple(map(key, kinds)) if len(kinds) > 1 else (),
     )
 
 
-def density(evaluated: list[Both]) -> Figure:
+def density(evaluated: list[Both]) -> ReportFigure:
     """A histogram for each dictionary, drawn as a strip of colours."""
     edges = Evaluation.edges
     used = [i for i in range(len(edges) - 1) if any(i < len(e.density) and e.density[i] for _, e in evaluated)] or [
@@ -97,11 +109,11 @@ def density(evaluated: list[Both]) -> Figure:
     bins = range(min(used), max(used) + 1)
     most = max((_share(e, i) for _, e in evaluated for i in bins), default=0.0) or 1.0
     sites = dict.fromkeys(str(measured.place.site) for measured, _ in evaluated)
-    table = Table(
+    table = FigureTable(
         ("dictionary", "log10 density from", "log10 density to", "features", "share of features"),
         tuple((m.name, edges[i], edges[i + 1], e.density[i], _share(e, i)) for m, e in evaluated for i in bins),
     )
-    return Figure(
+    return ReportFigure(
         name="density",
         title="Density of features",
         caption="At what share of the held-out tokens features fire: each strip is the histogram of one dictionary, rare "
@@ -118,15 +130,15 @@ def density(evaluated: list[Both]) -> Figure:
 def _strips(site: str, there: list[Both], bins: range, most: float) -> Drawing:
     edges = Evaluation.edges
 
-    def cell(evaluation: Evaluation, i: int, name: str) -> Cell | None:
+    def cell(evaluation: Evaluation, i: int, name: str) -> HeatCell | None:
         if not evaluation.density[i]:
             return None
         many = f"{evaluation.density[i]:,} features, {percent(_share(evaluation, i))}"
         tip = f"{name}\nfire at {_power(edges[i])} to {_power(edges[i + 1])} of the tokens:\n{many}"
-        return Cell(share=_share(evaluation, i) / most, label="", tip=tip)
+        return HeatCell(share=_share(evaluation, i) / most, label="", tip=tip)
 
     return strips(
-        Strips(
+        HeatStrips(
             title=site,
             description=f"Histograms of how often the features of {len(there)} dictionaries fire.",
             names=tuple(measured.place.label for measured, _ in there),

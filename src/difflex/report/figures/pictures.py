@@ -6,14 +6,14 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.book import Album, Book, Example, FeatureRow, overlaid
+from difflex.book import Book, Example, FeatureStats, ImageAlbum, overlaid
 from difflex.explanation import methods
-from difflex.report.facts import Facts
+from difflex.report.facts import StudyFacts
 from difflex.report.figures.embedding import address
 from difflex.report.kinds import key
-from difflex.report.sections import Figure, Missing, Section, Table
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.telling import number, percent
-from difflex.study import Place
+from difflex.study import DictionaryRef
 
 __all__ = ["pictures"]
 
@@ -31,40 +31,40 @@ LEAD = (
 COLUMNS = ("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage")
 
 
-class Ranked(NamedTuple):
+class RankedFeature(NamedTuple):
     """A feature, and what it is ranked by."""
 
-    row: FeatureRow
+    row: FeatureStats
     value: float
     concept: str
     explanation: str
     is_best: bool
 
 
-def pictures(facts: Facts) -> Section:
+def pictures(facts: StudyFacts) -> ReportSection:
     """The section with the pictures of features."""
     if not facts.books:
-        missing = (Missing("Features in pictures", "difflex collect STUDY"),)
-        return Section(name="pictures", title="Features in pictures", lead=LEAD, missing=missing)
+        missing = (MissingFigure("Features in pictures", "difflex collect STUDY"),)
+        return ReportSection(name="pictures", title="Features in pictures", lead=LEAD, missing=missing)
     parts, rows = [], []
     for place in facts.books:
         with Book.open(facts.study.book(*place)) as book:
             measure, ranked = _ranked(facts, book, place)
             parts.append(_part(facts, book, place, measure, ranked))
             rows += [_line(place, measure, each, i) for i, each in enumerate(ranked)]
-    figure = Figure(
+    figure = ReportFigure(
         name="pictures",
         title="",
         caption="The features shown, and what they were chosen by: the score of their explanation, else the average precision on "
         "the known concept that they detect best, else their peak.",
         formula="",
-        table=Table(COLUMNS, tuple(rows)),
+        table=FigureTable(COLUMNS, tuple(rows)),
         drawings=(),
     )
-    return Section(name="pictures", title="Features in pictures", lead=LEAD, body=Markup("").join(parts), figures=(figure,))
+    return ReportSection(name="pictures", title="Features in pictures", lead=LEAD, body=Markup("").join(parts), figures=(figure,))
 
 
-def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
+def _ranked(facts: StudyFacts, book: Book, place: DictionaryRef) -> tuple[str, list[RankedFeature]]:
     """By what features are ranked, and those to be shown: the best from the best down, then the worst."""
     texts, scores = _explained(facts, book)
     concepts = _concepts(facts, place)
@@ -79,12 +79,12 @@ def _ranked(facts: Facts, book: Book, place: Place) -> tuple[str, list[Ranked]]:
     best, worst = order[:MANY], order[MANY:][-FEW:]
     name = lambda feature: concepts.get(feature, ("", 0.0))[0]  # noqa: E731
     return measure, [
-        Ranked(rows[feature], values[feature], name(feature), texts.get(feature, ""), feature in best)
+        RankedFeature(rows[feature], values[feature], name(feature), texts.get(feature, ""), feature in best)
         for feature in (*best, *worst)
     ]
 
 
-def _explained(facts: Facts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
+def _explained(facts: StudyFacts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
     """Of one backend and protocol, a held-out one where there is one: the explanations, and their accuracies."""
     found = sorted(
         (each for each in methods(book, facts.study.folder) if each.accuracies), key=lambda each: each.protocol[:7] != "heldout"
@@ -95,7 +95,7 @@ def _explained(facts: Facts, book: Book) -> tuple[Mapping[int, str], Mapping[int
     return dict(zip(best.features, best.explanations, strict=True)), dict(zip(best.features, best.accuracies, strict=True))
 
 
-def _concepts(facts: Facts, place: Place) -> Mapping[int, tuple[str, float]]:
+def _concepts(facts: StudyFacts, place: DictionaryRef) -> Mapping[int, tuple[str, float]]:
     """The concept that each feature detects best, and its average precision."""
     for judged in facts.judged:
         matches = judged.matches
@@ -105,9 +105,9 @@ def _concepts(facts: Facts, place: Place) -> Mapping[int, tuple[str, float]]:
     return {}
 
 
-def _part(facts: Facts, book: Book, place: Place, measure: str, ranked: Sequence[Ranked]) -> Markup:
+def _part(facts: StudyFacts, book: Book, place: DictionaryRef, measure: str, ranked: Sequence[RankedFeature]) -> Markup:
     """A dictionary's features, best and worst."""
-    album, kind = Album(facts.study.pictures), key(book.about.kind).name
+    album, kind = ImageAlbum(facts.study.pictures), key(book.about.kind).name
     cards = {
         said: Markup("").join(_card(book, album, measure, each) for each in ranked if each.is_best is is_best)
         for said, is_best in (("Best", True), ("Worst", False))
@@ -120,7 +120,7 @@ def _part(facts: Facts, book: Book, place: Place, measure: str, ranked: Sequence
     return Markup("<h3>{} <small>{}</small></h3>{}").format(str(place), kind, Markup("").join(lists))
 
 
-def _card(book: Book, album: Album, measure: str, ranked: Ranked) -> Markup:
+def _card(book: Book, album: ImageAlbum, measure: str, ranked: RankedFeature) -> Markup:
     row = ranked.row
     said = ranked.explanation or ranked.concept or "no name yet"
     cover = "" if row.coverage is None else f", covers {percent(row.coverage)} of a picture"
@@ -130,7 +130,7 @@ def _card(book: Book, album: Album, measure: str, ranked: Ranked) -> Markup:
     return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, images, told)
 
 
-def _images(book: Book, album: Album, row: FeatureRow) -> Iterator[Markup]:
+def _images(book: Book, album: ImageAlbum, row: FeatureStats) -> Iterator[Markup]:
     """The pictures in which a feature is strongest, of the held-out split as far as there are any."""
     top = book.examples(row.feature, "top")
     chosen = sorted(top, key=lambda example: (example.split != "held-out", example.rank))[:SHOWN]
@@ -151,7 +151,7 @@ def _alternative(example: Example, prompt: str) -> str:
     return f"{prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
 
 
-def _line(place: Place, measure: str, each: Ranked, rank: int) -> tuple[str | float | None, ...]:
+def _line(place: DictionaryRef, measure: str, each: RankedFeature, rank: int) -> tuple[str | float | None, ...]:
     row = each.row
     return (
         str(place),

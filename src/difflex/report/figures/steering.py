@@ -8,15 +8,14 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.report.drawing import Axis, Curve, Drawing, Key, Look, Mark, Plot, element, plot
-from difflex.report.facts import Facts
+from difflex.report.drawing import Axis, Drawing, LegendEntry, Plot, PlotCurve, PlotPoint, SeriesStyle, element, plot
+from difflex.report.facts import StudyFacts
 from difflex.report.figures.embedding import address
 from difflex.report.kinds import key
-from difflex.report.sections import Figure, Missing, Section, Table
-from difflex.report.steered import Steered, Summary, summary
+from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.steered import SteeringFacts, SteeringSummary, summary
 from difflex.report.telling import NONE, apart, count, number, percent
-from difflex.steering import Curve as Trials
-from difflex.steering import Point, Strip
+from difflex.steering import ImageStrip, StrengthCurve, StrengthPoint
 
 __all__ = ["steering"]
 
@@ -31,9 +30,9 @@ UNITS = {
 """What a strength of 1 is, of a feature."""
 BESIDE = {
     "neuron": key("neurons"),
-    "contrast": Key("contrast", "contrast of captions", Look(colour=3, marker="triangle", dash="9 3 2 3")),
+    "contrast": LegendEntry("contrast", "contrast of captions", SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3")),
     "random": key("random"),
-    "prompt": Key("prompt", "the caption edited", Look(colour=8, marker="wedge"), line=False),
+    "prompt": LegendEntry("prompt", "the caption edited", SeriesStyle(colour=8, marker="wedge"), line=False),
 }
 """What is judged beside a dictionary's own features."""
 SAID = {
@@ -43,12 +42,12 @@ SAID = {
     "random": "random directions",
     "prompt": "edited caption",
 }
-BAR = Key("bar", "the bar", Look(colour=8, marker="none", dash="2 4"))
+BAR = LegendEntry("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
 COLUMNS = 7
 """Pictures in a row of the grid, at most."""
 
 
-class Measure(NamedTuple):
+class SteeringMeasure(NamedTuple):
     """What is drawn over strength."""
 
     name: str
@@ -56,12 +55,12 @@ class Measure(NamedTuple):
     axis: str
     caption: str
     formula: str
-    of: Callable[[Point], float]
+    of: Callable[[StrengthPoint], float]
     bar: float | None
 
 
 MEASURES = (
-    Measure(
+    SteeringMeasure(
         "success",
         "Does the concept appear",
         "success",
@@ -70,7 +69,7 @@ MEASURES = (
         lambda point: point.success,
         None,
     ),
-    Measure(
+    SteeringMeasure(
         "kept",
         "What else stays",
         "kept",
@@ -79,7 +78,7 @@ MEASURES = (
         lambda point: point.specificity,
         0.9,
     ),
-    Measure(
+    SteeringMeasure(
         "loss",
         "What it costs",
         "loss",
@@ -92,16 +91,16 @@ MEASURES = (
 )
 
 
-class Line(NamedTuple):
+class MethodLine(NamedTuple):
     """A method on the concepts of a group that a dictionary has a feature for."""
 
-    of: Steered
+    of: SteeringFacts
     group: str
     method: str
-    curves: list[Trials]
+    curves: list[StrengthCurve]
 
     @property
-    def key(self) -> Key:
+    def key(self) -> LegendEntry:
         """Features look like their kind of dictionary."""
         return key(self.of.kind) if self.method == "feature" else BESIDE[self.method]
 
@@ -110,32 +109,34 @@ class Line(NamedTuple):
         """All at which something was judged."""
         return sorted({point.strength for curve in self.curves for point in curve.points})
 
-    def values(self, strength: float, of: Callable[[Point], float]) -> list[float]:
+    def values(self, strength: float, of: Callable[[StrengthPoint], float]) -> list[float]:
         """A figure of each concept at one strength, in rising order."""
         return sorted(of(point) for curve in self.curves for point in curve.points if point.strength == strength)
 
 
-def steering(facts: Facts) -> Section:
+def steering(facts: StudyFacts) -> ReportSection:
     """The section about steering."""
     drawn = [
-        Line(each, group, method, each.curves(method, group))
+        MethodLine(each, group, method, each.curves(method, group))
         for each in facts.steered
         for group in each.groups
         for method in each.methods
     ]
     figures = (_table(facts.steered), *(_over_strength(measure, drawn) for measure in MEASURES if drawn), _points(facts.steered))
     body = (_strips(each) for each in facts.steered)
-    return Section(
+    return ReportSection(
         name="steering",
         title="Steering",
         lead=_lead(facts.steered),
         body=Markup("").join(body) + _summaries(facts.steered) if facts.steered else Markup(""),
         figures=figures if facts.steered else (),
-        missing=() if facts.steered else (Missing("What comes of steering towards known concepts", "difflex steer-eval STUDY"),),
+        missing=()
+        if facts.steered
+        else (MissingFigure("What comes of steering towards known concepts", "difflex steer-eval STUDY"),),
     )
 
 
-def _lead(steered: Sequence[Steered]) -> str:
+def _lead(steered: Sequence[SteeringFacts]) -> str:
     """What was done, by the records; where there is none, what the verb does when nothing is told."""
     why = apart({str(each.place): TOLD if each.is_told else DETECTED for each in steered}) or DETECTED
     judge = (
@@ -152,9 +153,9 @@ def _lead(steered: Sequence[Steered]) -> str:
     )
 
 
-def _over_strength(measure: Measure, drawn: Sequence[Line]) -> Figure:
+def _over_strength(measure: SteeringMeasure, drawn: Sequence[MethodLine]) -> ReportFigure:
     """Small multiples, one for each dictionary and group: what stands beside features is of the same concepts."""
-    rows, panels, units = [], dict[tuple[str, str], list[Line]](), {}
+    rows, panels, units = [], dict[tuple[str, str], list[MethodLine]](), {}
     for line in drawn:
         place = str(line.of.place)
         panels.setdefault((place, line.group), []).append(line)
@@ -163,14 +164,14 @@ def _over_strength(measure: Measure, drawn: Sequence[Line]) -> Figure:
             low, middle, high = _quartiles(line.values(strength, measure.of))
             said = (place, line.group, line.method, strength, len(line.values(strength, measure.of)))
             rows.append((*said, low, middle, high))
-    return Figure(
+    return ReportFigure(
         name=measure.name,
         title=f"{measure.title}, by strength",
         caption=f"{measure.caption} A strength of 1 is, of a feature, {apart(units)}; random directions are as long; of the "
         "contrast it is the length that was found, of the caption the whole of it. Only concepts that the dictionary has a "
         "feature for.",
         formula=measure.formula,
-        table=Table(
+        table=FigureTable(
             ("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)
         ),
         drawings=tuple(_panel(measure, place, group, lines) for (place, group), lines in panels.items()),
@@ -178,7 +179,7 @@ def _over_strength(measure: Measure, drawn: Sequence[Line]) -> Figure:
     )
 
 
-def _panel(measure: Measure, place: str, group: str, there: Sequence[Line]) -> Drawing:
+def _panel(measure: SteeringMeasure, place: str, group: str, there: Sequence[MethodLine]) -> Drawing:
     tell = number if measure.name == "loss" else percent
     curves = []
     for line in there:
@@ -188,12 +189,12 @@ def _panel(measure: Measure, place: str, group: str, there: Sequence[Line]) -> D
             low, middle, high = _quartiles(values)
             told = f"{measure.axis} {tell(middle)} ({tell(low)} to {tell(high)})"
             tip = f"{SAID.get(line.method, line.method)}\nstrength {strength:g}\n{told}\n{count(len(values), 'concept')}"
-            marks.append(Mark(x=strength, y=middle, tip=tip))
-        curves.append(Curve(series=line.key.series, look=line.key.look, marks=tuple(marks), line=len(marks) > 1))
+            marks.append(PlotPoint(x=strength, y=middle, tip=tip))
+        curves.append(PlotCurve(series=line.key.series, look=line.key.look, marks=tuple(marks), line=len(marks) > 1))
     ends = [strength for line in there for strength in line.strengths]
     if measure.bar is not None and ends:
-        marks = [Mark(x=x, y=measure.bar, tip=f"the bar: {tell(measure.bar)}") for x in (min(ends), max(ends))]
-        curves.append(Curve(series=BAR.series, look=BAR.look, marks=tuple(marks), dots=False))
+        marks = [PlotPoint(x=x, y=measure.bar, tip=f"the bar: {tell(measure.bar)}") for x in (min(ends), max(ends))]
+        curves.append(PlotCurve(series=BAR.series, look=BAR.look, marks=tuple(marks), dots=False))
     is_share = measure.name != "loss"
     y = Axis(label=measure.axis, percent=is_share, low=0.0, high=1.0 if is_share else None)
     about = f"{count(len(there), 'method')} over strength, the median over concepts of the group {group}."
@@ -205,7 +206,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _summarised(steered: Sequence[Steered]) -> Iterator[tuple[Steered, str, str, str, Summary | None]]:
+def _summarised(steered: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str, str, SteeringSummary | None]]:
     """Each dictionary, method and group with the features it has, out of how many where that is known; what has none is told
     once."""
     for each in steered:
@@ -216,7 +217,7 @@ def _summarised(steered: Sequence[Steered]) -> Iterator[tuple[Steered, str, str,
                     yield each, method, group, share, summary(each.curves(method, group))
 
 
-def _table(steered: Sequence[Steered]) -> Figure:
+def _table(steered: Sequence[SteeringFacts]) -> ReportFigure:
     rows = []
     for each, method, group, _, found in _summarised(steered):
         known = each.known[group]
@@ -224,7 +225,7 @@ def _table(steered: Sequence[Steered]) -> Figure:
         rows.append((str(each.place), method, group, known.concepts, known.rare, len(known.detected), *figures))
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
     columns = ("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss")
-    return Figure(
+    return ReportFigure(
         name="steered",
         title="",
         caption="All digits of the table above. Medians over the concepts that the dictionary has a feature for, each at the "
@@ -232,12 +233,12 @@ def _table(steered: Sequence[Steered]) -> Figure:
         "few pictures show to tell count as without a feature. Gain is the success there less the share of unedited pictures "
         "that show the concept, and 0 where no strength will do.",
         formula="",
-        table=Table((*columns, "strength"), tuple(rows)),
+        table=FigureTable((*columns, "strength"), tuple(rows)),
         drawings=(),
     )
 
 
-def _summaries(steered: Sequence[Steered]) -> Markup:
+def _summaries(steered: Sequence[SteeringFacts]) -> Markup:
     """The same to be read."""
     names = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
     head = element("tr", *(element("th", name, scope="col", class_="word" if i < 3 else None) for i, name in enumerate(names)))
@@ -252,20 +253,20 @@ def _summaries(steered: Sequence[Steered]) -> Markup:
     return element("div", table, class_="box", tabindex="0", role="region", aria_label="What comes of steering")
 
 
-def _points(steered: Sequence[Steered]) -> Figure:
+def _points(steered: Sequence[SteeringFacts]) -> ReportFigure:
     """Everything that was judged, as a file."""
     columns = ("dictionary", "method", "what is added", "group", "concept", "detected", "pictures", "without", "strength")
-    return Figure(
+    return ReportFigure(
         name="points",
         title="",
         caption="Every concept at every strength.",
         formula="",
-        table=Table((*columns, "success", "kept", "loss", "confidence"), tuple(_all(steered))),
+        table=FigureTable((*columns, "success", "kept", "loss", "confidence"), tuple(_all(steered))),
         drawings=(),
     )
 
 
-def _all(steered: Sequence[Steered]) -> Iterator[tuple[str | float, ...]]:
+def _all(steered: Sequence[SteeringFacts]) -> Iterator[tuple[str | float, ...]]:
     for each in steered:
         for curve in each.judged.curves:
             known = "told" if each.is_told else "yes" if curve.concept in each.known[curve.group].detected else "no"
@@ -274,7 +275,7 @@ def _all(steered: Sequence[Steered]) -> Iterator[tuple[str | float, ...]]:
                 yield *told, point.strength, point.success, point.specificity, point.quality, point.confidence
 
 
-def _strips(each: Steered) -> Markup:
+def _strips(each: SteeringFacts) -> Markup:
     """Pictures to look at: of each group the concept that steering is best at, by every method."""
     cards = []
     for group in dict.fromkeys(strip.group for strip, _ in each.strips):
@@ -289,7 +290,7 @@ def _strips(each: Steered) -> Markup:
     return title + told + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
 
 
-def _tiles(strip: Strip, path: Path) -> Markup:
+def _tiles(strip: ImageStrip, path: Path) -> Markup:
     """The pictures of a strip, each above its strength, under the name of the method."""
     with Image.open(path) as file:
         whole = file.convert("RGB")
