@@ -12,8 +12,8 @@ READY := .venv/ready
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: $(READY)  ## install, then draw pictures with the model inside the package, and study it: demo/report.html
-	@echo "demo: drawing pictures with mini-flux into demo/"
+demo: $(READY)  ## install, then draw images with the model inside the package, and study it: demo/report.html
+	@echo "demo: drawing images with mini-flux into demo/"
 	@$(BIN)/python -m difflex generate mini-flux \
 		"two red stars above a blue circle on grass" \
 		"a large green heart in the center on paper" \

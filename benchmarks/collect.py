@@ -18,7 +18,7 @@ from PIL import Image
 
 import difflex
 from difflex.book import Book, BookInfo, BookWriter, FeatureStats, ImageAlbum, ImageFile, PackedExample, TokenMap, sheet
-from difflex.commands.concepts import drawn_pictures
+from difflex.commands.concepts import drawn_images
 from difflex.dictionary import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.examples import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.examples.firing import ImageBatch
@@ -29,9 +29,9 @@ torch.set_num_threads(1)
 COST, PAIRS, MEMORY, SHEET = 1.25, 4e6, 1.5, 0.05
 SIZE, K, GRID, BATCH = 65_536, 64, (16, 16), 16
 STREAM = 4800
-"""Pictures of the synthetic stream."""
-PICTURES = 1000
-"""Pictures that mini-flux is shown: what `difflex collect` takes by default."""
+"""Images of the synthetic stream."""
+IMAGES = 1000
+"""Images that mini-flux is shown: what `difflex collect` takes by default."""
 
 
 def merged() -> tuple[float, float]:
@@ -74,24 +74,24 @@ def _resident() -> float:
 
 
 def costs() -> tuple[float, float, float]:
-    """Seconds for each picture: to harvest and encode; to collect besides; to write the book in the end."""
+    """Seconds for each image: to harvest and encode; to collect besides; to write the book in the end."""
     pipe, site = difflex.load("mini-flux"), Site("double.2")
     directions = torch.nn.functional.normalize(torch.randn(2048, 192, generator=torch.Generator().manual_seed(0)), dim=1)
     weights = SAEWeights(encoder=directions, decoder=directions, bias=torch.zeros(192), encoder_bias=torch.zeros(2048))
     origin, plain = DictionaryOrigin(site=site, model="mini-flux"), Normalisation.identity(192)
     dictionary = SAE(kind="topk", k=32, origin=origin, normalisation=plain, weights=weights)
-    scenes = list(drawn_pictures(PICTURES))
+    scenes = list(drawn_images(IMAGES))
     spent = {"harvest": 0.0, "encode": 0.0}
 
     def stream(start: int) -> Iterator[CollectBatch]:
-        for first in range(start, PICTURES, 32):
+        for first in range(start, IMAGES, 32):
             group = scenes[first : first + 32]
-            pictures, prompts = [each.picture for each in group], [each.prompt for each in group]
+            images, prompts = [each.image for each in group], [each.prompt for each in group]
             names = [each.name for each in group]
             began = time.process_time()
-            seen = list(pipe.harvest_pictures(pictures, 0.25, site, prompts, names, seed=first, batch=32, progress=False))
+            seen = list(pipe.harvest_images(images, 0.25, site, prompts, names, seed=first, batch=32, progress=False))
             spent["harvest"] += time.process_time() - began
-            yield CollectBatch(pictures, seen)
+            yield CollectBatch(images, seen)
 
     encode = dictionary.encode
 
@@ -112,18 +112,18 @@ def costs() -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as folder:
         given = CollectTarget(dictionary=dictionary, name="double.2/topk", checksum="", book=Path(folder) / "book.sqlite")
         began = time.process_time()
-        collect([given], flow, ImageAlbum(Path(folder) / "pictures"), data="", state=Path(folder) / "state", progress=False)
+        collect([given], flow, ImageAlbum(Path(folder) / "images"), data="", state=Path(folder) / "state", progress=False)
         ended = time.process_time()
     base = spent["harvest"] + spent["encode"]
-    return base / PICTURES, (written - began - base) / PICTURES, (ended - written) / PICTURES
+    return base / IMAGES, (written - began - base) / IMAGES, (ended - written) / IMAGES
 
 
 def large_book(folder: Path) -> Book:
-    """A book of 65,536 features with 56 examples each, and pictures of 256 pixels."""
-    album = ImageAlbum(folder / "pictures")
+    """A book of 65,536 features with 56 examples each, and images of 256 pixels."""
+    album = ImageAlbum(folder / "images")
     noise = torch.randint(256, (64, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    pictures = [Image.fromarray(each.numpy()).resize((256, 256)) for each in noise]
-    filed = [ImageFile(number, *album.file(picture)[0]) for number, picture in enumerate(pictures)]
+    images = [Image.fromarray(each.numpy()).resize((256, 256)) for each in noise]
+    filed = [ImageFile(number, *album.file(image)[0]) for number, image in enumerate(images)]
     about = BookInfo(
         dictionary="double.18/topk-65536-k64",
         kind="topk",
@@ -135,7 +135,7 @@ def large_book(folder: Path) -> Book:
         grid=GRID,
         tokens=10**6,
         shots={"train": 64, "held-out": 0},
-        pictures=64,
+        images=64,
     )
     blob = TokenMap(tuple(range(40, 56)), tuple(1.0 - i / 20 for i in range(16))).packed()
     shot = Shot(model="none", prompt="noise", pixels=(256, 256), steps=1, guidance=0.0, timestep=1000.0)
@@ -150,7 +150,7 @@ def large_book(folder: Path) -> Book:
                 yield PackedExample(feature, "silent", "train", rank, rank, 0.0, None, b"")
 
     with BookWriter.of(folder / "book.sqlite", about) as draft:
-        draft.pictures(filed)
+        draft.images(filed)
         draft.shots((number, number, shot) for number in range(64))
         draft.features(
             FeatureStats(feature=feature, fired=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
@@ -166,11 +166,11 @@ def sheets() -> tuple[float, float]:
         large_book(folder).close()
         took = []
         for feature in range(0, SIZE, SIZE // 21):
-            for path in (folder / "book.sqlite", *(folder / "pictures").iterdir()):
+            for path in (folder / "book.sqlite", *(folder / "images").iterdir()):
                 _forget(path)
             began, clock = time.process_time(), time.perf_counter()
             with Book.open(folder / "book.sqlite") as book:
-                sheet(book, ImageAlbum(folder / "pictures"), feature)
+                sheet(book, ImageAlbum(folder / "images"), feature)
             took.append((time.process_time() - began, time.perf_counter() - clock))
         worked, waited = (statistics.median(each) for each in zip(*took, strict=True))
         return worked, waited
@@ -192,11 +192,11 @@ def main() -> int:
     alone = subprocess.run([sys.executable, __file__, "merge"], capture_output=True, text=True, check=True)
     pairs, memory = map(float, alone.stdout.split())
     print(f"  merging at size {SIZE:,}: {pairs / 1e6:.1f} M pairs/s (bar {PAIRS / 1e6:.0f})", flush=True)
-    print(f"  memory for {STREAM:,} pictures, 32 of each split kept: {memory:.2f} GB (bar {MEMORY} GB)", flush=True)
+    print(f"  memory for {STREAM:,} images, 32 of each split kept: {memory:.2f} GB (bar {MEMORY} GB)", flush=True)
     base, more, write = costs()
     cost = (base + more + write) / base
-    print(f"  mini-flux, size 2,048: harvest and encode {base * 1e3:.2f} ms a picture, collecting {more * 1e3:.2f} ms more")
-    print(f"  writing the book: {write * PICTURES:.1f} s for all, {write * 1e3:.2f} ms a picture of {PICTURES:,}", flush=True)
+    print(f"  mini-flux, size 2,048: harvest and encode {base * 1e3:.2f} ms an image, collecting {more * 1e3:.2f} ms more")
+    print(f"  writing the book: {write * IMAGES:.1f} s for all, {write * 1e3:.2f} ms an image of {IMAGES:,}", flush=True)
     drawn, clock = sheets()
     told = f"{drawn * 1e3:.0f} ms (bar {SHEET * 1e3:.0f} ms), {clock * 1e3:.0f} ms by the clock"
     print(f"  a sheet from a book of {SIZE:,} features: {told}", flush=True)

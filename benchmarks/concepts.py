@@ -1,7 +1,7 @@
 """What single features of a sparse dictionary detect of what a linear probe finds, at a middle site of mini-flux.
 
-Pictures of the drawn world are noised to some levels and harvested at each site; a dictionary learns from the training pictures'
-tokens, without labels; concepts are found on them and measured on held-out pictures. What stands beside it: the probe on the same
+Images of the drawn world are noised to some levels and harvested at each site; a dictionary learns from the training images'
+tokens, without labels; concepts are found on them and measured on held-out images. What stands beside it: the probe on the same
 activations, principal axes, random directions, all with the same number of active features. The bar is for the best of the sites.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import difflex
-from difflex.commands.concepts import drawn_concepts, drawn_pictures
+from difflex.commands.concepts import drawn_concepts, drawn_images
 from difflex.concepts import (
     ConceptMatches,
     FeatureMethod,
@@ -41,14 +41,14 @@ SECONDS = 20.0
 """To score all pairs of 4,096 features and 60 concepts at 128k tokens of 32 firings each, on one core."""
 
 
-def harvested(sites: list[Site], pictures: int, noise: list[float]) -> dict[Site, LabelledActivations]:
+def harvested(sites: list[Site], images: int, noise: list[float]) -> dict[Site, LabelledActivations]:
     """Labelled activations of all sites in one pass."""
     pipe = difflex.load("mini-flux")
 
     def harvest(images, prompts, names):
-        return pipe.harvest_pictures(images, noise, sites, prompts, names, batch=32, progress=False)
+        return pipe.harvest_images(images, noise, sites, prompts, names, batch=32, progress=False)
 
-    return label(drawn_pictures(pictures), harvest, drawn_concepts())
+    return label(drawn_images(images), harvest, drawn_concepts())
 
 
 def batches(values: torch.Tensor, start: int) -> Iterator[ActivationBatch]:
@@ -60,7 +60,7 @@ def batches(values: torch.Tensor, start: int) -> Iterator[ActivationBatch]:
 
 
 def learned(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens: int) -> FeatureMethod:
-    """A dictionary of our preset, learned from the training pictures' tokens, without their labels."""
+    """A dictionary of our preset, learned from the training images' tokens, without their labels."""
     values = labelled.values[~labelled.held_out]
     origin, course = (
         DictionaryOrigin(site=labelled.site, model="mini-flux"),
@@ -110,7 +110,7 @@ def main() -> int:
     """0 if every bar is met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", nargs="+", default=["double.2"])
-    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--noise", type=float, nargs="+", default=[0.5])
     parser.add_argument("--kind", default="topk", choices=["topk", "batchtopk", "matryoshka"])
     parser.add_argument("--size", type=int, default=2048)
@@ -120,7 +120,7 @@ def main() -> int:
     took = speed()
     print(f"  scoring all pairs at 131,072 tokens: {took:.1f} s of one core (bar {SECONDS:.0f} s)", flush=True)
     shares = []
-    for labelled in harvested([Site.parse(name) for name in wanted.sites], wanted.pictures, wanted.noise).values():
+    for labelled in harvested([Site.parse(name) for name in wanted.sites], wanted.images, wanted.noise).values():
         found = judged(labelled, wanted.kind, wanted.size, wanted.k, wanted.tokens)
         print("\n".join(f"  {line}" for line in table(found).splitlines()))
         missed(found[0])

@@ -24,7 +24,7 @@ SERVER = "from difflex.testing.seeing import main; main()"
 
 def explained(folder: Path, url: str, features: int, connections: int) -> tuple[float, int, int]:
     """Seconds, calls, and features that are complete and correct."""
-    album, answers = ImageAlbum(folder / "pictures"), AnswerCache(folder / "answers.sqlite")
+    album, answers = ImageAlbum(folder / "images"), AnswerCache(folder / "answers.sqlite")
     endpoint = EndpointBackend(url, "rule", ApiKey("", "nobody"), connections=connections)
     asker = CachedClient(endpoint, answers)
     with Book.edit(plain_book(folder, features)) as book:

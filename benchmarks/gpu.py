@@ -75,7 +75,7 @@ def ceiling(sizes: Sizes, device: torch.device) -> float:
 
 
 def shots_of(pipe: Pipeline, sizes: Sizes, count: int) -> list[Shot]:
-    prompts = [f"picture number {number}" for number in range(count)]
+    prompts = [f"image number {number}" for number in range(count)]
     return list(pipe.shots(prompts, steps=1, pixels=sizes.pixels, guidance=0.0))
 
 

@@ -2,8 +2,8 @@
 
 The residual stream of the middle double block is harvested anew (`--tokens`, 120,000 by default). `--full` takes all three
 sizes and values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than autoencoders at equal dictionary
-size, else one of each; and coverage on 4,700 pictures beside that on planted tokens. `--out FOLDER` keeps growth curves as
-pictures.
+size, else one of each; and coverage on 4,700 images beside that on planted tokens. `--out FOLDER` keeps growth curves as
+images.
 """
 
 import argparse
@@ -220,8 +220,8 @@ def compared(what: str, expected: float, found: float, error: float) -> list[str
     return [] if abs(off) <= CLOSE else [f"coverage off by {off:+.1%} ({what})"]
 
 
-def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
-    """The same for tokens of unseen pictures of mini-flux, in two orders of the same stream.
+def coverage_of_images(out: Path | None, tokens: int) -> list[str]:
+    """The same for tokens of unseen images of mini-flux, in two orders of the same stream.
 
     One step of many prompts is harvested, as all tokens of a prompt fare alike: so does the error of the share that is found.
     """
@@ -230,7 +230,7 @@ def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
         store = harvested(Path(folder), tokens, "--keep", "2:3")
         rows = store.count("train")
         shuffled = source_of(store, rows)
-        orders = {"shuffled": shuffled, "picture by picture": replace(shuffled, batches=lambda start: in_order(store, start))}
+        orders = {"shuffled": shuffled, "image by image": replace(shuffled, batches=lambda start: in_order(store, start))}
         for threshold, (order, source) in product((0.1, 0.2), orders.items()):
             place = Path(folder) / f"{order}-{threshold}"
             growth = GrowthConfig(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
@@ -243,7 +243,7 @@ def coverage_of_pictures(out: Path | None, tokens: int) -> list[str]:
 
 
 def in_order(store: Store, start: int) -> Iterator[ActivationBatch]:
-    """The training rows in the order of writing, picture by picture, in batches from `start` on."""
+    """The training rows in the order of writing, image by image, in batches from `start` on."""
     [whole] = store.batches(1 << 30, seed=None)
     for place in range(2048 * start, len(whole.values), 2048):
         yield ActivationBatch(*(part[place : place + 2048] for part in whole))
@@ -259,7 +259,7 @@ def share_over(itda: ITDA, threshold: float, store: Store) -> tuple[float, float
 
 
 def draw(itda: ITDA, found: float, path: Path) -> None:
-    """Write the growth curve as a picture: atoms, and the share of tokens that were over the threshold, by tokens seen."""
+    """Write the growth curve as an image: atoms, and the share of tokens that were over the threshold, by tokens seen."""
     curve = [tuple(map(float, moment[:3])) for moment in itda.origin.training["curve"]]  # pyright: ignore
     tokens, size = curve[-1][0], curve[-1][2]
     starts = [0.0, *(moment[0] for moment in curve)]
@@ -295,7 +295,7 @@ def main() -> int:
         for name in wanted.only:
             if name == "coverage":
                 missed += coverage_of_tokens(wanted.out)
-                missed += coverage_of_pictures(wanted.out, 1_200_000) if wanted.full else []
+                missed += coverage_of_images(wanted.out, 1_200_000) if wanted.full else []
                 continue
             assert store is not None
             rows = store.count("train")

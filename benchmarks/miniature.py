@@ -1,4 +1,4 @@
-"""The miniature against its bars: drawing speed, generation time, and what is right in pictures from fresh captions.
+"""The miniature against its bars: drawing speed, generation time, and what is right in images from fresh captions.
 
 `--full` asks 500 captions instead of 200, at 20 steps as well as at 4.
 """
@@ -64,10 +64,10 @@ def _generating() -> list[str]:
     first = pipe.generate(prompts, steps=4)
     seconds = time.perf_counter() - started
     again = pipe.generate(prompts, steps=4)
-    same = all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(first, again, strict=True))
-    print(f"generating: 64 pictures at 4 steps in {seconds:.1f} s (bar {SECONDS_FOR_64} s); the same again: {same}")
-    missed = [] if seconds < SECONDS_FOR_64 else [f"64 pictures in {seconds:.1f} s"]
-    return missed if same else [*missed, "the same seeds gave other pictures"]
+    same = all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, again, strict=True))
+    print(f"generating: 64 images at 4 steps in {seconds:.1f} s (bar {SECONDS_FOR_64} s); the same again: {same}")
+    missed = [] if seconds < SECONDS_FOR_64 else [f"64 images in {seconds:.1f} s"]
+    return missed if same else [*missed, "the same seeds gave other images"]
 
 
 def _examined(captions: int, steps: int) -> Examination:
@@ -76,7 +76,7 @@ def _examined(captions: int, steps: int) -> Examination:
     def generate(asked: list[str]) -> torch.Tensor:
         made = pipe.generate(asked, steps=steps)
         return (
-            torch.stack([torch.frombuffer(bytearray(one.picture.tobytes()), dtype=torch.uint8) for one in made])
+            torch.stack([torch.frombuffer(bytearray(one.image.tobytes()), dtype=torch.uint8) for one in made])
             .view(-1, 64, 64, 3)
             .movedim(3, 1)
             / 255

@@ -1,4 +1,4 @@
-"""What steering costs: pictures drawn with one feature added at every step, in processor time beside the same pictures unedited.
+"""What steering costs: images drawn with one feature added at every step, in processor time beside the same images unedited.
 
 Beside it, without a bar: an edit that must look at the activation first (`set`), and so encodes it.
 """
@@ -16,10 +16,10 @@ from difflex.records import Edit, Site
 from difflex.steering import SteeringHook, features_of, steerings
 
 torch.set_num_threads(1)
-PICTURES, ROUNDS, SIZE, K = 32, 7, 2048, 32
+IMAGES, ROUNDS, SIZE, K = 32, 7, 2048, 32
 SITE = Site("double.1")
 BAR = 0.05
-"""More time than unedited pictures take, at most."""
+"""More time than unedited images take, at most."""
 
 
 def dictionary(width: int) -> SAE:
@@ -39,21 +39,19 @@ def main() -> int:
         what: steerings([Edit(what=what, site=SITE, strength=1.0, unit="code")], lambda _: features) for what in ("add", "set")
     }
     runs: dict[str, list[SteeringHook]] = {"unedited": [], **edits}
-    prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (PICTURES // 4)
+    prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (IMAGES // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for each in range(ROUNDS + 1):
         for name, steering in runs.items():
             began = time.process_time()
-            pipe.generate(prompts, batch=PICTURES, edits=steering)
+            pipe.generate(prompts, batch=IMAGES, edits=steering)
             if each:  # the first round finds memory
                 times[name].append(time.process_time() - began)
     extra = {
         name: statistics.median(edited / plain for edited, plain in zip(times[name], times["unedited"], strict=True)) - 1
         for name in edits
     }
-    print(
-        f"  {PICTURES} pictures unedited: {statistics.median(times['unedited']):.2f} s; set, which encodes: {extra['set']:+.1%}"
-    )
+    print(f"  {IMAGES} images unedited: {statistics.median(times['unedited']):.2f} s; set, which encodes: {extra['set']:+.1%}")
     met = extra["add"] <= BAR
     print(f"steering: one feature added at every step costs {extra['add']:+.1%} (bar {BAR:.0%}): {'met' if met else 'MISSED'}")
     return not met

@@ -1,4 +1,4 @@
-"""Pictures without a model: planted activations at two sites whose every code is known. As a script it collects, to be killed."""
+"""Images without a model: planted activations at two sites whose every code is known. As a script it collects, to be killed."""
 
 import argparse
 import time
@@ -20,9 +20,9 @@ SIZE, GRID, BATCH = 12, (4, 4), 5
 FEW = CollectConfig(top=3, sampled=4, silent=2, pool=10, beside=3)
 
 
-def planted(picture: int, site: Site, timestep: float) -> Tensor:
-    """What a picture's tokens hold at a site: some numbers above 0, few below, the later features the more rarely."""
-    generator = torch.Generator().manual_seed(1 + picture * 100 + SITES.index(site) * 10 + int(timestep) // 250)
+def planted(image: int, site: Site, timestep: float) -> Tensor:
+    """What an image's tokens hold at a site: some numbers above 0, few below, the later features the more rarely."""
+    generator = torch.Generator().manual_seed(1 + image * 100 + SITES.index(site) * 10 + int(timestep) // 250)
     tokens = GRID[0] * GRID[1]
     rare = torch.linspace(0.5, 0.005, SIZE)
     values = (torch.rand(tokens, SIZE, generator=generator) + 0.01) * (torch.rand(tokens, SIZE, generator=generator) < rare)
@@ -32,32 +32,32 @@ def planted(picture: int, site: Site, timestep: float) -> Tensor:
     return values * here
 
 
-def painted(picture: int) -> Image.Image:
-    return Image.new("RGB", (16, 16), (picture % 251, picture * 7 % 256, picture // 251))
+def painted(image: int) -> Image.Image:
+    return Image.new("RGB", (16, 16), (image % 251, image * 7 % 256, image // 251))
 
 
-def shot(picture: int, timestep: float) -> Shot:
-    split = "held-out" if picture % 5 == 0 else "train"
-    return Shot(model="fake", prompt=f"picture {picture}", pixels=(16, 16), steps=2, guidance=0.0, timestep=timestep, split=split)
+def shot(image: int, timestep: float) -> Shot:
+    split = "held-out" if image % 5 == 0 else "train"
+    return Shot(model="fake", prompt=f"image {image}", pixels=(16, 16), steps=2, guidance=0.0, timestep=timestep, split=split)
 
 
-def met(pictures: list[int], timesteps: tuple[float, ...]) -> CollectBatch:
-    """A batch of these pictures."""
+def met(images: list[int], timesteps: tuple[float, ...]) -> CollectBatch:
+    """A batch of these images."""
     activations = [
         Activations(
             site=site,
-            values=torch.stack([planted(picture, site, timestep) for picture in pictures]),
-            shots=tuple(shot(picture, timestep) for picture in pictures),
+            values=torch.stack([planted(image, site, timestep) for image in images]),
+            shots=tuple(shot(image, timestep) for image in images),
             grid=GRID,
         )
         for timestep in timesteps
         for site in SITES
     ]
-    return CollectBatch([painted(picture) for picture in pictures], activations)
+    return CollectBatch([painted(image) for image in images], activations)
 
 
 def source(order: list[int], timesteps: tuple[float, ...] = (1000.0,), batch: int = BATCH, delay: float = 0.0):
-    """All pictures in this order, but for those left out."""
+    """All images in this order, but for those left out."""
 
     def stream(start: int) -> Iterator[CollectBatch]:
         for first in range(start, len(order), batch):
@@ -88,7 +88,7 @@ def collected(
     return collect(
         [replace(subject, **other) for subject in subjects(folder)],
         flow,
-        ImageAlbum(folder / "pictures"),
+        ImageAlbum(folder / "images"),
         data="planted",
         state=folder / "state.safetensors",
         settings=FEW,
@@ -101,12 +101,12 @@ def main() -> None:
     """Collect; the flags say what."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=120)
+    parser.add_argument("--images", type=int, default=120)
     parser.add_argument("--delay", type=float, default=0.15)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     print("begins", flush=True)
-    collected(flags.folder, [*range(flags.pictures)], (1000.0, 500.0), flags.delay, every=0.0)
+    collected(flags.folder, [*range(flags.images)], (1000.0, 500.0), flags.delay, every=0.0)
 
 
 if __name__ == "__main__":

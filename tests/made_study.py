@@ -82,7 +82,7 @@ def evaluated(
     alike: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation, `alike` what
-    finished pictures were compared by besides."""
+    finished images were compared by besides."""
     place = dictionary(study, name, normalisation, data=data)
     folder, size = study.dictionary(*place), int(place.label.split("-")[1])
     quality = _quality(fvu, r2)
@@ -118,7 +118,7 @@ def matched(
     """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name. So many
     features match `each` concept best."""
     site, _, label = name.partition("/")
-    told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "pictures": "drawn", "count": 9}
+    told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "images": "drawn", "count": 9}
     weights = study.dictionary(Site.parse(site), label) / "dictionary.safetensors"
     if weights.is_file():
         told["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -171,7 +171,7 @@ def anatomised(
     return anatomy
 
 
-def pictured(
+def imaged(
     study: Study,
     name: str,
     features: int = 12,
@@ -179,9 +179,9 @@ def pictured(
     coverage: float = 0.25,
     data: str = "made",
 ) -> None:
-    """The book of a dictionary: each feature fires in six pictures of its own colour; some are explained, with an accuracy."""
+    """The book of a dictionary: each feature fires in six images of its own colour; some are explained, with an accuracy."""
     site, _, label = name.partition("/")
-    place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.pictures)
+    place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
     filed = [album.file(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
@@ -196,10 +196,10 @@ def pictured(
         grid=(2, 2),
         tokens=24 * features,
         shots={"held-out": 6 * features},
-        pictures=features,
+        images=features,
     )
     with BookWriter.of(study.book(*place), about) as draft:
-        draft.pictures(ImageFile(number, *each) for number, each in enumerate(filed))
+        draft.images(ImageFile(number, *each) for number, each in enumerate(filed))
         draft.shots(shots)
         draft.features(
             FeatureStats(feature=f, fired=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
@@ -283,7 +283,7 @@ def removed(
             features={name: ((1, 2),)},
             strength=-1.0,
             tried=(),
-            pictures=12,
+            images=12,
             shown=1.0,
             rates=RemovalRates(0.95, 0.95, cra, 1.0) if i < 2 else RemovalRates(0.0, 1.0, 1.0, 1.0),
         )
@@ -345,8 +345,8 @@ def whole(folder: Path) -> Study:
     removed(study, "double.1/topk-1024-k16")
     found(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
     found(study, "double.2")
-    pictured(study, "double.1/itda-1020-k16-first100")
-    pictured(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
+    imaged(study, "double.1/itda-1020-k16-first100")
+    imaged(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
     return study
 
 
@@ -370,8 +370,8 @@ def _effect(share: float, alike: Mapping[str, float]) -> ModelEffect:
         shots=4,
         prediction=replaced,
         timesteps=dict.fromkeys(TIMESTEPS, replaced),
-        pictures=2,
-        picture_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
+        images=2,
+        image_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
         similarity={"ssim": same, **{name: replace(same, reconstruction=value) for name, value in alike.items()}},
     )
 

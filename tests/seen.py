@@ -1,4 +1,4 @@
-"""Views of plain pictures, for tests of what sees: each of one colour, with a highlight in a corner."""
+"""Views of plain images, for tests of what sees: each of one colour, with a highlight in a corner."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def code(number: int) -> str:
 
 
 def shot(number: int) -> Shot:
-    return Shot(model="m", prompt=f"picture {number}", pixels=(16, 16), steps=1, guidance=0.0)
+    return Shot(model="m", prompt=f"image {number}", pixels=(16, 16), steps=1, guidance=0.0)
 
 
 def view(number: int) -> ImageView:
@@ -45,4 +45,4 @@ class Endpoints:
 
 def book(folder: Path, features: int, **more: int) -> tuple[Book, ImageAlbum]:
     """A plain book, to be edited, and its album."""
-    return Book.edit(plain_book(folder, features, **more)), ImageAlbum(folder / "pictures")
+    return Book.edit(plain_book(folder, features, **more)), ImageAlbum(folder / "images")

@@ -82,9 +82,9 @@ def test_an_anatomy_is_read_as_it_was_saved(tmp_path: Path):
 def test_figures_show_larger_norms_brighter_and_a_curve_for_each_site():
     values = torch.randn(2, 30, WIDTH)
     anatomy = measure([seen(values), seen(100 * values, "double.1"), seen(values, "double.0:text")])
-    picture = heat_map(anatomy)
-    left, top = picture.width, 0
-    rows = {sum(picture.getpixel((x, y))) for x in range(left) for y in range(top, picture.height)}  # pyright: ignore[reportArgumentType, reportCallIssue]
+    image = heat_map(anatomy)
+    left, top = image.width, 0
+    rows = {sum(image.getpixel((x, y))) for x in range(left) for y in range(top, image.height)}  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert {13 + 8 + 60, 245 + 235 + 150} <= rows  # both ends of the ramp
     colours = {colour for _, colour in spectra(anatomy).getcolors(1 << 20) or ()}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0, 0x9E, 0x73)} <= colours and (0xCC, 0x79, 0xA7) not in colours

@@ -44,14 +44,14 @@ ABOUT = BookInfo(
     grid=(2, 2),
     tokens=8,
     shots={"train": 1, "held-out": 1},
-    pictures=2,
+    images=2,
     timesteps=(1000.0, 500.0),
 )
 SHOTS = [
     Shot(model="mini-flux", prompt="a star", pixels=(8, 8), steps=1, guidance=0.0, timestep=1000.0),
     Shot(model="mini-flux", prompt="a moon", pixels=(8, 8), steps=1, guidance=0.0, timestep=500.0, split="held-out"),
 ]
-PICTURES = [ImageFile(0, "a.webp", 8, 8), ImageFile(1, "b.webp", 8, 8)]
+IMAGES = [ImageFile(0, "a.webp", 8, 8), ImageFile(1, "b.webp", 8, 8)]
 EXAMPLES = [
     Example(feature=0, kind="top", split="train", rank=0, shot=0, peak=4.0, map=TokenMap((0, 3), (4.0, 2.0))),
     Example(feature=0, kind="silent", split="held-out", rank=0, shot=1, peak=0.0),
@@ -76,14 +76,14 @@ def row(feature: int, density: float, peak: float) -> FeatureStats:
 
 def written(path: Path, about: BookInfo = ABOUT) -> Path:
     with BookWriter.of(path, about) as draft:
-        draft.pictures(PICTURES)
+        draft.images(IMAGES)
         draft.shots((number, number, shot) for number, shot in enumerate(SHOTS))
         draft.features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
         draft.examples(EXAMPLES)
         draft.neighbours(
             0, [FeatureNeighbour(1, "firing", 0.5), FeatureNeighbour(2, "direction", 0.9), FeatureNeighbour(1, "direction", 0.8)]
         )
-        draft.patches([AtomImage(1, 2, PICTURES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
+        draft.patches([AtomImage(1, 2, IMAGES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
     return path
 
 
@@ -97,14 +97,14 @@ def test_what_is_written_comes_back(path: Path):
         assert book.about == ABOUT
         assert book.features() == [row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)]
         assert book.feature(1) == row(1, 0.5, 0.5)
-        assert book.shots([0, 1, 1])[1].shot == SHOTS[1] and book.shots([0])[0].picture == PICTURES[0]
-        assert book.pictures() == PICTURES
+        assert book.shots([0, 1, 1])[1].shot == SHOTS[1] and book.shots([0])[0].image == IMAGES[0]
+        assert book.images() == IMAGES
         assert book.neighbours(0) == [
             FeatureNeighbour(1, "firing", 0.5),
             FeatureNeighbour(2, "direction", 0.9),
             FeatureNeighbour(1, "direction", 0.8),
         ]
-        assert book.patch(1) == AtomImage(1, 2, PICTURES[0], SHOTS[0]) and book.patch(2) == AtomImage(2, 0, None, SHOTS[1])
+        assert book.patch(1) == AtomImage(1, 2, IMAGES[0], SHOTS[0]) and book.patch(2) == AtomImage(2, 0, None, SHOTS[1])
         assert book.patch(0) is None
 
 
@@ -262,14 +262,14 @@ def colours(count: int = 64) -> Image.Image:
     return Image.frombytes("RGB", (count, count), bytes((x * 3) % 256 for x in range(count * count * 3)))
 
 
-def test_an_album_keeps_a_picture_once_and_exactly(tmp_path: Path):
-    album = ImageAlbum(tmp_path / "pictures")
+def test_an_album_keeps_a_image_once_and_exactly(tmp_path: Path):
+    album = ImageAlbum(tmp_path / "images")
     filed, is_new = album.file(colours())
     assert is_new and album.file(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
     assert album.open(filed.file).tobytes() == colours().tobytes() and (filed.width, filed.height) == (64, 64)
     with pytest.raises(UnknownName, match="is missing"):
         album.open("none.webp")
-    (album.folder / filed.file).write_bytes(b"no picture")
+    (album.folder / filed.file).write_bytes(b"no image")
     with pytest.raises(BrokenFile, match="is damaged"):
         album.open(filed.file)
 

@@ -21,14 +21,14 @@ from difflex.testing import tiny_folder
 
 
 class PaintBox:
-    """A pipeline that answers with plain pictures and remembers what it was asked."""
+    """A pipeline that answers with plain images and remembers what it was asked."""
 
     def __init__(self):
         self.asked: list[dict[str, object]] = []
 
     def generate(self, prompts: list[str], **how: object) -> list[SimpleNamespace]:
         self.asked.append({"prompts": prompts, **how})
-        return [SimpleNamespace(picture=Image.new("RGB", (8, 8), "red")) for _ in prompts]
+        return [SimpleNamespace(image=Image.new("RGB", (8, 8), "red")) for _ in prompts]
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixtur
     assert 'difflex generate mini-flux "a red star on grass"' in capsys.readouterr().err
 
 
-def test_generate_refuses_a_file_that_is_no_picture_before_it_draws(paint_box: PaintBox, capsys: pytest.CaptureFixture[str]):
+def test_generate_refuses_a_file_that_is_no_image_before_it_draws(paint_box: PaintBox, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "mini-flux", "a star", "--out", "grid.txt"]) == 2
     assert ".webp" in capsys.readouterr().err
     assert paint_box.asked == []

@@ -42,7 +42,7 @@ def itda(shots: list[Shot]) -> Dictionary:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Three dictionaries of a harvest of 24 pictures at two of their steps, with their books."""
+    """Three dictionaries of a harvest of 24 images at two of their steps, with their books."""
     folder = tmp_path_factory.mktemp("collected") / "study"
     words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep", "1:3", "--batch", "8"]
     assert main(["harvest", "mini-flux", "--sites", "double.0", *words, "--out", str(folder)]) == 0
@@ -56,18 +56,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         for prompt in ("a red star on grass", "a blue circle on sky")
     ]
     itda(shots).save(made.dictionary(SITE, "itda-6-k3"))
-    assert (
-        main(["collect", str(folder), "--pictures", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]) == 0
-    )
+    assert main(["collect", str(folder), "--images", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]) == 0
     return made
 
 
-def test_every_dictionary_gets_a_book_of_the_pictures_that_were_harvested(study: Study):
+def test_every_dictionary_gets_a_book_of_the_images_that_were_harvested(study: Study):
     for place, size in ((SAE_REF, SIZE), (DictionaryRef(NEURONS, "neurons-768-k4"), 768), (DictionaryRef(SITE, "itda-6-k3"), 6)):
         with Book.open(study.book(*place)) as book:
             assert (book.about.dictionary, book.about.size, book.about.grid) == (str(place), size, (8, 8))
-            assert (book.about.pictures, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
-            assert all((study.pictures / picture.file).is_file() for picture in book.pictures())
+            assert (book.about.images, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
+            assert all((study.images / image.file).is_file() for image in book.images())
             top = book.examples(max(book.features(), key=lambda row: row.fired).feature, "top")
             assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
     assert not [*study.folder.glob("books/*.safetensors")]
@@ -115,37 +113,37 @@ def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_
 def test_what_it_takes_is_told_beforehand(study: Study):
     place = (study.folder, SITE)
     outlook = CostOutlook(rate=1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
-    told = CollectCommand(study=study.folder, pictures=100).estimate(outlook)
+    told = CollectCommand(study=study.folder, images=100).estimate(outlook)
     assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
-    drawn = CollectCommand(study=study.folder, pictures=100, drawn=True, noise=(0.25,)).estimate(outlook)
-    one = CollectCommand(study=study.folder, pictures=100, dictionary=(str(SAE_REF),)).estimate(outlook)
+    drawn = CollectCommand(study=study.folder, images=100, drawn=True, noise=(0.25,)).estimate(outlook)
+    one = CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)).estimate(outlook)
     assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
     assert told.seconds and one.seconds and one.seconds < told.seconds
     assert "not known" in CollectCommand(study=study.folder).estimate(CostOutlook(rate=1e11)).unknown
 
 
-def test_the_picture_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
+def test_the_image_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
     import difflex
 
     with Book.open(study.book(*SAE_REF)) as book:
         row = book.shots([book.examples(0, "silent")[0].shot]).popitem()[1]
         assert (row.shot.steps, row.shot.timestep in book.about.timesteps) == (3, True)
         [made] = difflex.load("mini-flux").generate(row.shot.prompt, seed=row.shot.seed, steps=3)
-        there = ImageAlbum(study.pictures).open(row.picture.file)
-    one, other = (torch.tensor(list(picture.tobytes())) for picture in (made.picture, there))
+        there = ImageAlbum(study.images).open(row.image.file)
+    one, other = (torch.tensor(list(image.tobytes())) for image in (made.image, there))
     assert (one - other).abs().max() <= 2, "but for the last bits of another batch"
 
 
 def test_an_atom_shows_the_patch_it_is(study: Study):
     with Book.open(study.book(SITE, "itda-6-k3")) as book:
         patch = book.patch(3)
-        assert patch is not None and patch.picture is not None
+        assert patch is not None and patch.image is not None
         assert (patch.token, patch.shot.prompt) == (30, "a blue circle on sky")
-        assert ImageAlbum(study.pictures).open(patch.picture.file).size == (64, 64)
+        assert ImageAlbum(study.images).open(patch.image.file).size == (64, 64)
 
 
 def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = ["collect", str(study.folder), "--pictures", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]
+    words = ["collect", str(study.folder), "--images", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]
     assert main(words) == 0
     assert capsys.readouterr().out.count("is there already") == 3
     study.book(*SAE_REF).write_bytes(b"no book")
@@ -154,11 +152,11 @@ def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsy
     assert "It is made anew." in told and f"{study.book(*SAE_REF)}: made" in told
 
 
-def test_pictures_can_be_shown_instead(study: Study, tmp_path: Path):
+def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
     made = Study.begin(tmp_path / "shown", "mini-flux")
     autoencoder(1).save(made.dictionary(*SAE_REF))
     words = ["collect", str(made.folder), "--batch", "4", "--top", "2"]
-    assert main([*words, "--drawn", "--pictures", "10", "--noise", "0.25,0.75"]) == 0
+    assert main([*words, "--drawn", "--images", "10", "--noise", "0.25,0.75"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
     mine = tmp_path / "mine"
@@ -169,8 +167,8 @@ def test_pictures_can_be_shown_instead(study: Study, tmp_path: Path):
     assert main([*words, "--folder", str(mine), "--noise", "0.5", "--pixels", "64"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         shots = book.shots(range(3)).values()
-        assert {(row.shot.picture, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
-    assert main([*words, "--prompts", "captions", "--pictures", "4", "--steps", "2", "--keep", "0:1", "--seeds", "0:2"]) == 0
+        assert {(row.shot.image, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
+    assert main([*words, "--prompts", "captions", "--images", "4", "--steps", "2", "--keep", "0:1", "--seeds", "0:2"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         assert book.about.tokens == 4 * 64 and {row.shot.seed for row in book.shots(range(4)).values()} == {0, 1}
 
@@ -212,7 +210,7 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     assert len({(tmp_path / f"{style}.png").read_bytes() for style in ("blue", "outline", "plain")}) == 3
     assert main(["show", str(study.folder), f"{SITE}/itda-6-k3", "0", "--out", str(tmp_path / "atom.png")]) == 0
     with Book.open(study.book(*SAE_REF)) as book:
-        rows = overview(book, ImageAlbum(study.pictures), [1, 7, 9], labels={7: "round"})
+        rows = overview(book, ImageAlbum(study.images), [1, 7, 9], labels={7: "round"})
         assert rows.height > 3 * 96
 
 
@@ -220,15 +218,15 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     ("words", "answer"),
     [
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
-        (["collect", "STUDY", "--pictures", "0"], "--pictures 0 --batch 16 shows nothing"),
-        (["collect", "STUDY", "--drawn", "--prompts", "captions"], "three sources of pictures"),
+        (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16 shows nothing"),
+        (["collect", "STUDY", "--drawn", "--prompts", "captions"], "three sources of images"),
         (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
         (["features", "STUDY"], "has 3 books. Name one by --dictionary"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
         (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "difflex concepts finds out"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--limit", "0"], "--limit 0 lists nothing"),
         (["show", "STUDY", "double.0/topk-24-k4", "24"], "has no feature 24: they are numbered from 0 to 23"),
-        (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name a picture file"),
+        (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name an image file"),
         (["show", "STUDY", "double.0", "1"], "has 2 dictionaries"),
     ],
     ids=lambda words: " ".join(words[:1] + words[2:]) if isinstance(words, list) else "",

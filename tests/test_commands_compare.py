@@ -78,12 +78,12 @@ def test_what_is_stale_or_missing_or_not_alike_is_said(two: tuple[Study, Study])
     one, other = two
     (one.folder / "dictionaries/double.1/topk-1024-k8/dictionary.safetensors").write_bytes(b"others")
     evaluated(other, "double.1/topk-512-k8", normalisation="whiten", data="elsewhere")
-    matched(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5), {"pictures": "others"})
+    matched(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5), {"images": "others"})
     said = "\n".join(compared(two).troubles)
     assert "one: double.1/topk-1024-k8: the dictionary has changed since it was evaluated" in said
     assert "double.1/topk-1024-k8: no evaluation that holds in one. difflex evaluate makes it." in said
     assert "Standardise against whiten: double.1/topk-512-k8." in said and "Made from other data: double.1/topk-512-k8." in said
-    assert "Held against other pictures, or in another way: double.1/topk-512-k8." in said
+    assert "Held against other images, or in another way: double.1/topk-512-k8." in said
     assert {each.pair.name for each in compared(two).figured} == {"double.1/topk-512-k8"}
 
 

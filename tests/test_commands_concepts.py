@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.concepts import drawn_concepts, drawn_pictures
+from difflex.commands.concepts import drawn_concepts, drawn_images
 from difflex.concepts import Concept, ConceptMatches
 from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.miniature import draw
@@ -16,7 +16,7 @@ from difflex.records import Site
 from difflex.study import Study
 
 SITE = Site("double.0")
-FEW = ["--pictures", "160", "--noise", "0.25"]
+FEW = ["--images", "160", "--noise", "0.25"]
 
 
 def autoencoder(seed: int, k: int = 4, size: int = 24) -> Dictionary:
@@ -33,10 +33,10 @@ def study(tmp_path: Path) -> Study:
     return made
 
 
-def test_scenes_are_pictures_whose_concepts_are_known():
-    [one, *_] = drawn_pictures(3)
+def test_scenes_are_images_whose_concepts_are_known():
+    [one, *_] = drawn_images(3)
     scenes = draw([int(one.name.removeprefix("drawn:"))])
-    assert one.prompt == scenes.captions[0] and one.picture.size == (64, 64)
+    assert one.prompt == scenes.captions[0] and one.image.size == (64, 64)
     shares = one.shares(8, 8)
     for number, concept in enumerate(drawn_concepts()):
         assert torch.equal(shares[number], scenes.on_tokens(concept.name, 8)[0])
@@ -70,20 +70,20 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
     assert capsys.readouterr().out.count("is there already") == 4
 
 
-def test_a_folder_of_pictures_and_label_maps_works_the_same_way_for_an_untrained_control(
+def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_control(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "mine"
-    for part in ("pictures", "labels"):
+    for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
     scenes = draw(range(200))
-    for i, one in enumerate(drawn_pictures(200, 0)):
-        one.picture.save(folder / "pictures" / f"{i:03}.png")
+    for i, one in enumerate(drawn_images(200, 0)):
+        one.image.save(folder / "images" / f"{i:03}.png")
         Image.fromarray((1 + (scenes.slots[i] >= 0)).byte().numpy()).save(folder / "labels" / f"{i:03}.png")
     (folder / "labels.json").write_text(json.dumps({"1": "ground", "2": {"name": "thing", "group": "figure"}}))
     control = Study.begin(tmp_path / "control", "mini-flux", "untrained-0")
     autoencoder(0).save(control.dictionary(SITE, "topk-24-k4"))
-    words = ["concepts", str(control.folder), "--folder", str(folder), "--pictures", "200", "--noise", "0.3", "--untold"]
+    words = ["concepts", str(control.folder), "--folder", str(folder), "--images", "200", "--noise", "0.3", "--untold"]
     assert main([*words, "--pixels", "64"]) == 0
     told = capsys.readouterr().out
     assert "figure" in told
@@ -99,9 +99,9 @@ def test_a_folder_of_pictures_and_label_maps_works_the_same_way_for_an_untrained
     [
         (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
         (["--dictionary", "topk-24-k5"], "The dictionary 'topk-24-k5' is unknown; nearest: topk-24-k4"),
-        (["--pictures", "0"], "--pictures 0 shows nothing"),
-        (["--pictures", "10", "--noise", "0.25"], "Give more pictures; a tenth of them is held out"),
-        (["--folder", "nowhere"], "nowhere/pictures holds no picture"),
+        (["--images", "0"], "--images 0 shows nothing"),
+        (["--images", "10", "--noise", "0.25"], "Give more images; a tenth of them is held out"),
+        (["--folder", "nowhere"], "nowhere/images holds no image"),
         (["--shown", "0.2", "--absent", "0.3", *FEW], "absent up to a share of 0.3"),
     ],
 )

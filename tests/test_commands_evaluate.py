@@ -55,7 +55,7 @@ def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys
     assert few.overall.l0 <= 3 < many.overall.l0 and len(few.timesteps) == 2
     assert few.overall.model_space.fvu is not None and many.overall.model_space.fvu is not None
     assert many.overall.model_space.fvu < few.overall.model_space.fvu and many.overall.normalised_space is not None
-    assert few.effect is not None and few.effect.shots == 4 and 1 <= few.effect.pictures <= 4
+    assert few.effect is not None and few.effect.shots == 4 and 1 <= few.effect.images <= 4
     assert 0 < few.effect.prediction.of_mean < 1.5 and 0.5 < few.effect.similarity["ssim"].reconstruction <= 1
     before = evaluation(study, LABELS[0]).read_bytes()
     assert main(["evaluate", str(study), "--effect", "4"]) == 0
@@ -86,7 +86,7 @@ def test_an_effect_is_added_to_what_was_measured_before(study: Path):
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
-def test_measures_of_pictures_are_added_by_name_and_loaded_only_where_they_lack(
+def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     clip = f"clip:{tiny_clip(tmp_path / 'clip')}"

@@ -22,7 +22,7 @@ SECRET = "sk-nobody-sees-this"
 
 
 def studied(folder: Path, label: str = "topk", features: int = 12) -> Study:
-    """A study with a book of plain pictures."""
+    """A study with a book of plain images."""
     study = Study.begin(folder, "m")
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -38,7 +38,7 @@ def placed(study: Study, label: str, scratch: Path) -> Study:
     shutil.copy(scratch / "book.sqlite", study.book(SITE, label))
     with sqlite3.connect(study.book(SITE, label)) as file:
         file.execute("UPDATE about SET value = ? WHERE name = 'dictionary'", (json.dumps(f"{SITE}/{label}"),))
-    shutil.copytree(scratch / "pictures", study.pictures, dirs_exist_ok=True)
+    shutil.copytree(scratch / "images", study.images, dirs_exist_ok=True)
     (study.dictionary(SITE, label) / "config.json").write_text("{}")
     return study
 
@@ -83,10 +83,10 @@ def test_two_protocols_and_two_dictionaries_are_compared(study: Study, tmp_path:
 
 def test_a_dry_run_sends_nothing_and_tells_calls_tokens_and_money(study: Study, capsys: pytest.CaptureFixture[str]):
     with RuleServer() as server:
-        assert main(words(study, server, "--features", "10", "--dry-run", "--price", "10,0", "--picture-tokens", "1000")) == 0
+        assert main(words(study, server, "--features", "10", "--dry-run", "--price", "10,0", "--image-tokens", "1000")) == 0
         told = capsys.readouterr().out
         assert not server.served and "120 calls" in told and "0 answers are there already" in told
-        assert "cost about 2." in told, "20 pictures of 1000 tokens for each feature, and some words"
+        assert "cost about 2." in told, "20 images of 1000 tokens for each feature, and some words"
         assert main(words(study, server, "--features", "10", "--dry-run")) == 0
         assert "for the cost, give --price" in capsys.readouterr().out
     with Book.open(study.book(SITE, "topk")) as made:
@@ -122,7 +122,7 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
     """A book whose every feature marks just where one concept of the drawn world is."""
     names = [concept.name for concept in drawn_concepts()]
     seeds = range(DRAWN, DRAWN + count)
-    scenes, album = draw(seeds), ImageAlbum(folder / "pictures")
+    scenes, album = draw(seeds), ImageAlbum(folder / "images")
     shares = scenes.shares(8, 8)[:, [names.index(concept) for concept in concepts]].flatten(2)
     filed = album.file(Image.new("RGB", (64, 64)))[0]
     about = BookInfo(
@@ -136,7 +136,7 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
         grid=(8, 8),
         tokens=64 * count,
         shots={"train": count},
-        pictures=1,
+        images=1,
     )
     examples: list[Example] = []
     for feature in range(len(concepts)):
@@ -146,9 +146,9 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
             where = TokenMap(tokens, (1.0,) * len(tokens))
             split = "train" if rank < 6 else "held-out"
             examples.append(Example(feature=feature, kind="top", split=split, rank=rank, shot=shot, peak=1.0, map=where))
-    shots = [Shot(model="mini-flux", picture=f"drawn:{seed}", pixels=(64, 64), steps=1, guidance=0.0) for seed in seeds]
+    shots = [Shot(model="mini-flux", image=f"drawn:{seed}", pixels=(64, 64), steps=1, guidance=0.0) for seed in seeds]
     with BookWriter.of(folder / "book.sqlite", about) as draft:
-        draft.pictures([ImageFile(0, *filed)])
+        draft.images([ImageFile(0, *filed)])
         draft.shots((number, 0, shot) for number, shot in enumerate(shots))
         draft.features(
             FeatureStats(feature=feature, fired=count, shots=count, density=0.1, peak=1.0, mean=1.0)
@@ -172,7 +172,7 @@ def test_known_concepts_name_and_judge_by_truth_without_a_network(tmp_path: Path
     assert sum(each["intruder"] for each in figures.values()) >= 5
 
 
-def test_known_concepts_need_pictures_that_are_known(study: Study, capsys: pytest.CaptureFixture[str]):
+def test_known_concepts_need_images_that_are_known(study: Study, capsys: pytest.CaptureFixture[str]):
     assert main(["explain", str(study.folder)]) == 2
     assert "difflex collect STUDY --drawn, or name a model that looks" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def test_an_untrained_model_is_explained_beside_the_trained_one(tmp_path: Path, 
         small = ["--prompts", "captions", "--sites", "double.1", "--tokens", "3000", "--steps", "1", "--out", str(study)]
         assert main(["harvest", "mini-flux", *small, *flags]) == 0
         assert main(["train", str(study), "--site", "double.1", "--k", "4", "--size", "32", "--tokens", "2000"]) == 0
-        assert main(["collect", str(study), "--drawn", "--pictures", "80", "--noise", "0.25"]) == 0
+        assert main(["collect", str(study), "--drawn", "--images", "80", "--noise", "0.25"]) == 0
     # A dictionary that the control has not is asked for, too.
     shutil.copytree(trained / "dictionaries" / "double.1" / "topk-32-k4", trained / "dictionaries" / "double.1" / "copy")
     shutil.copy(trained / "books" / "double.1" / "topk-32-k4.sqlite", trained / "books" / "double.1" / "copy.sqlite")

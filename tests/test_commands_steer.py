@@ -1,4 +1,4 @@
-"""`difflex steer`, `contrast` and `icon`: from a study to grids of edited pictures."""
+"""`difflex steer`, `contrast` and `icon`: from a study to grids of edited images."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def steer(study: Path, *words: str) -> int:
 
 
 def tiles(path: Path) -> list[bytes]:
-    """The pictures of a grid of one row, from left to right."""
+    """The images of a grid of one row, from left to right."""
     with Image.open(path) as file:
         sheet = file.convert("RGB")
     columns = [x for x in range(sheet.width) if any(sheet.getpixel((x, sheet.height - 20)) != (255, 255, 255) for _ in (0,))]
@@ -58,7 +58,7 @@ def tiles(path: Path) -> list[bytes]:
     return [sheet.crop((x, 0, x + 40, sheet.height)).tobytes() for x in starts[-3:]]
 
 
-def test_a_sweep_is_a_grid_with_the_unedited_picture_first_and_no_strength_like_it(study: Path, alive: list[str], tmp_path: Path):
+def test_a_sweep_is_a_grid_with_the_unedited_image_first_and_no_strength_like_it(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
     assert steer(study, SITE, *alive[:2], "--prompt", "a star", "--strength", "0:40:20", "--unit", "code", "--out", str(out)) == 0
     nothing, some, more = tiles(out)
@@ -98,7 +98,7 @@ def test_a_replay_is_refused_once_the_painted_region_has_changed(
     assert "mask.png has changed since" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_transplant_of_a_picture_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
+def test_a_transplant_of_a_image_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
     flags = ["--what", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
     assert steer(study, SITE, *alive, *flags) == 0
@@ -134,16 +134,16 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
         (("double.0", "1"), "nearest: double.1"),
         ((), "What to steer with was not said"),
         ((SITE,), "No feature"),
-        ((SITE, "1", "--region", "0,0,30,10"), "outside the picture of 24 x 16 pixels"),
+        ((SITE, "1", "--region", "0,0,30,10"), "outside the image of 24 x 16 pixels"),
         ((SITE, "1", "--region", "nothing.png"), "is no file"),
         ((SITE, "1", "--steps", "1:9"), "the run has 2"),
         ((SITE, "1", "--contrast", "red"), "one of the two"),
         (("--contrast", "red"), "The contrast 'red' is unknown"),
         ((SITE, "1", "--what", "transplant"), "needs a source"),
         ((SITE, "1", "--what", "scale"), "by 1 nothing changes"),
-        ((SITE, "1", "--out", "grid.txt"), "does not name a picture file"),
+        ((SITE, "1", "--out", "grid.txt"), "does not name an image file"),
         (("--replay", "nothing.json"), "There is no nothing.json"),
-        ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one picture"),
+        ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one image"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(

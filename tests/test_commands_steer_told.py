@@ -57,10 +57,10 @@ def test_tokens_of_text_are_steered_wherever_the_concept_is_put(root: Path, caps
     assert "red by feature 5, 1 of 1" in capsys.readouterr().out
 
 
-def test_a_model_that_answers_is_asked_once_for_each_picture_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):
-    def rule(pictures, told: str, form: str) -> dict[str, bool]:
-        assert form == "seen" and len(pictures) == 2 and '"red"' in told and '"something ' in told
-        return {"shows": pictures[1].width < pictures[1].height, "rest": True}  # the left half is shown, too
+def test_a_model_that_answers_is_asked_once_for_each_image_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):
+    def rule(images, told: str, form: str) -> dict[str, bool]:
+        assert form == "seen" and len(images) == 2 and '"red"' in told and '"something ' in told
+        return {"shows": images[1].width < images[1].height, "rest": True}  # the left half is shown, too
 
     with RuleServer({"malformed": 0.2, "limited": 0.1}, rule=rule) as server:
         asked = ["--vlm", server.url, "--model", "rule", "--connections", "4"]

@@ -35,7 +35,7 @@ from difflex.records import Activations, Codes, Shot, Site
 SITE = Site("double.1")
 SHOT = Shot(model="planted", pixels=(8, 8), steps=1, guidance=0.0)
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
-TOKENS, PICTURES = 4000, 200
+TOKENS, IMAGES = 4000, 200
 
 
 def firings(dense: Tensor) -> FeatureFirings:
@@ -51,15 +51,15 @@ def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
     truth = torch.stack([colour == 0, colour == 1, shape == 0, shape == 1]).to(torch.int8)
     values = torch.rand(TOKENS, 8, generator=generator) * 0.1
     values[:, :4] += truth.T * (1 + torch.rand(TOKENS, 4, generator=generator))
-    pictures = torch.arange(TOKENS) // (TOKENS // PICTURES)
+    images = torch.arange(TOKENS) // (TOKENS // IMAGES)
     return LabelledActivations(
         site=SITE,
         concepts=CONCEPTS,
         values=values,
         truth=truth,
-        pictures=pictures,
+        images=images,
         noise=torch.where(torch.arange(TOKENS) % 2 == 0, 0.25, 0.5),
-        held_out=pictures % held_out_share == 0,
+        held_out=images % held_out_share == 0,
     )
 
 
@@ -121,12 +121,12 @@ def test_a_cut_from_elsewhere_is_kept():
     assert float(scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
 
 
-def test_weights_of_pictures_count_as_copies_of_them():
+def test_weights_of_images_count_as_copies_of_them():
     labelled = planted()
     tokens, values = firings(labelled.values).one(5)
-    weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, PICTURES)[:, :PICTURES]
-    ranking = TokenRanking(tokens, values, labelled.truth[1], labelled.pictures, PICTURES)
-    times = weights[0, labelled.pictures].long()
+    weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, IMAGES)[:, :IMAGES]
+    ranking = TokenRanking(tokens, values, labelled.truth[1], labelled.images, IMAGES)
+    times = weights[0, labelled.images].long()
     copies = average_precision_score(
         labelled.truth[1].repeat_interleave(times).numpy(), labelled.values[:, 5].repeat_interleave(times).numpy()
     )
@@ -171,7 +171,7 @@ def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
         assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].findings) > 0.95
 
 
-def test_what_fits_training_pictures_alone_scores_low():
+def test_what_fits_training_images_alone_scores_low():
     labelled = planted()
     cheat = (labelled.truth[2] == 1) & ~labelled.held_out
     values = torch.cat([0.4 * labelled.truth[2, :, None] + cheat[:, None], labelled.values[:, 4:]], dim=1)
@@ -251,7 +251,7 @@ def test_masks_become_shares_of_tokens_and_partly_covered_ones_are_left_out():
         LabelThresholds(absent=0.6)
 
 
-def pictures(count: int = 6) -> list[LabelledImage]:
+def images(count: int = 6) -> list[LabelledImage]:
     return [
         LabelledImage(
             Image.new("RGB", (8, 8)), f"p{i}", f"prompt {i}", lambda rows, columns, i=i: torch.full((2, rows, columns), i / 5)
@@ -261,7 +261,7 @@ def pictures(count: int = 6) -> list[LabelledImage]:
 
 
 def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
-    """A harvest of two levels, two pictures at once."""
+    """A harvest of two levels, two images at once."""
 
     def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
         given = list(zip(images, prompts, names, strict=True))
@@ -272,7 +272,7 @@ def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
                     Shot(
                         **{
                             **vars(SHOT),
-                            "picture": name,
+                            "image": name,
                             "prompt": prompt,
                             "noise": noise,
                             "split": "held-out" if "3" in name else "train",
@@ -286,36 +286,36 @@ def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
     return harvest
 
 
-def test_tokens_are_labelled_with_the_masks_of_their_picture():
-    labelled = label(pictures(), harvesting(), CONCEPTS[:2])[SITE]
+def test_tokens_are_labelled_with_the_masks_of_their_image():
+    labelled = label(images(), harvesting(), CONCEPTS[:2])[SITE]
     assert labelled.values.shape == (72, 4) and labelled.levels == [0.25, 0.5]
-    for picture in range(6):
-        mine = labelled.pictures == picture
+    for image in range(6):
+        mine = labelled.images == image
         assert mine.sum() == 12 and set(labelled.truth[:, mine].flatten().tolist()) == {
-            0 if picture == 0 else 1 if picture > 2 else -1
+            0 if image == 0 else 1 if image > 2 else -1
         }
-        assert bool(labelled.held_out[mine].all()) == (picture == 3)
+        assert bool(labelled.held_out[mine].all()) == (image == 3)
     assert torch.equal(labelled.values[:, 0], labelled.noise)
 
 
-def test_activations_without_place_or_number_and_unknown_pictures_are_refused():
+def test_activations_without_place_or_number_and_unknown_images_are_refused():
     with pytest.raises(BadInput, match="has no grid"):
-        label(pictures(), harvesting(None), CONCEPTS[:2])
+        label(images(), harvesting(None), CONCEPTS[:2])
     with pytest.raises(NonFinite, match="'p0' hold NaN"):
-        label(pictures(), harvesting(bad=True), CONCEPTS[:2])
-    with pytest.raises(BadInput, match="No picture was given"):
+        label(images(), harvesting(bad=True), CONCEPTS[:2])
+    with pytest.raises(BadInput, match="No image was given"):
         label([], harvesting(), CONCEPTS[:2])
-    with pytest.raises(BadInput, match="Two pictures are called 'p0'"):
-        label(pictures(1) * 2, harvesting(), CONCEPTS[:2])
+    with pytest.raises(BadInput, match="Two images are called 'p0'"):
+        label(images(1) * 2, harvesting(), CONCEPTS[:2])
 
 
-def test_rare_concepts_are_left_out_and_too_few_pictures_said():
+def test_rare_concepts_are_left_out_and_too_few_images_said():
     labelled = planted()
-    labelled.truth[3, labelled.pictures > 7] = 0
+    labelled.truth[3, labelled.images > 7] = 0
     [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=5))
     assert matches.left_out == (CONCEPTS[3],) and matches.concepts == CONCEPTS[:3]
     assert "too rare: ring" in table([matches])
-    with pytest.raises(BadInput, match="No concept is shown in 99 held-out pictures"):
+    with pytest.raises(BadInput, match="No concept is shown in 99 held-out images"):
         match(labelled, [coordinates(labelled)], MatchingConfig(least=99))
     with pytest.raises(BadInput, match=r"reads double\.2"):
         match(labelled, [FeatureMethod(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
@@ -337,10 +337,10 @@ def test_matches_are_read_as_they_were_saved(tmp_path: Path):
 
 
 def folder(tmp_path: Path, said: object, labels: Image.Image, name: str = "a") -> Path:
-    for part in ("pictures", "labels"):
+    for part in ("images", "labels"):
         (tmp_path / part).mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures" / f"{name}.jpg")
-    (tmp_path / "pictures" / f"{name}.txt").write_text("a red thing\n")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / f"{name}.jpg")
+    (tmp_path / "images" / f"{name}.txt").write_text("a red thing\n")
     labels.save(tmp_path / "labels" / f"{name}.png")
     (tmp_path / "labels.json").write_text(json.dumps(said))
     return tmp_path
@@ -358,11 +358,11 @@ def test_label_maps_say_what_is_where(tmp_path: Path):
     said = {"1": "star", "2": {"name": "sky", "group": "background"}, "7": "star"}
     opened = LabelFolder.open(folder(tmp_path, said, quarters([1, 2, 0, 7], "L")))
     assert opened.concepts == (Concept("star", "object"), Concept("sky", "background"))
-    [one] = opened.pictured(5)
+    [one] = opened.labelled_images(5)
     assert (one.name, one.prompt) == ("a.jpg", "a red thing")
     assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
-    [fitted] = opened.pictured(5, (16, 8))
-    assert fitted.picture.size == (8, 16) and fitted.shares(2, 1).shape == (2, 2, 1)
+    [fitted] = opened.labelled_images(5, (16, 8))
+    assert fitted.image.size == (8, 16) and fitted.shares(2, 1).shape == (2, 2, 1)
     before = opened.fingerprint
     folder(tmp_path, said, quarters([1, 1, 1, 1], "L", 16))
     assert LabelFolder.open(tmp_path).fingerprint != before
@@ -383,16 +383,16 @@ def test_coco_panoptic_is_read(tmp_path: Path):
             {"id": 9, "name": "sky-other", "supercategory": "sky"},
         ],
     }
-    [one] = LabelFolder.open(folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))).pictured(1)
+    [one] = LabelFolder.open(folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))).labelled_images(1)
     assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
 
 
 def test_folders_that_say_too_little_are_refused(tmp_path: Path):
-    with pytest.raises(BadInput, match="holds no picture"):
+    with pytest.raises(BadInput, match="holds no image"):
         LabelFolder.open(tmp_path)
     folder(tmp_path, {"1": "star"}, quarters([1, 1, 1, 1], "L", 16))
     with pytest.raises(BadInput, match="is 8x8, its label map 16x16"):
-        list(LabelFolder.open(tmp_path).pictured(1))
+        list(LabelFolder.open(tmp_path).labelled_images(1))
     (tmp_path / "labels" / "a.png").unlink()
     with pytest.raises(BadInput, match=r"has no label map .*a\.png"):
         LabelFolder.open(tmp_path)

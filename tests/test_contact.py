@@ -1,4 +1,4 @@
-"""A contact sheet shows every picture, unsmoothed, in its place, beside its words."""
+"""A contact sheet shows every image, unsmoothed, in its place, beside its words."""
 
 import pytest
 from PIL import Image, ImageChops
@@ -14,19 +14,19 @@ def plain(colour: str, size: tuple[int, int] = (8, 8)) -> Image.Image:
 
 
 def sheet(side: int = 16, rows: tuple[str, ...] = ("one", "two"), columns: tuple[str, ...] = ("a", "b", "c")) -> Image.Image:
-    pictures = [[plain(colour) for colour in row] for row in COLOURS]
-    return contact_sheet(pictures, row_labels=rows, column_labels=columns, side=side)
+    images = [[plain(colour) for colour in row] for row in COLOURS]
+    return contact_sheet(images, row_labels=rows, column_labels=columns, side=side)
 
 
-def box(picture: Image.Image, colour: str) -> tuple[int, int, int, int]:
+def box(image: Image.Image, colour: str) -> tuple[int, int, int, int]:
     """Where `colour` is: left, top, right, bottom."""
-    same = ImageChops.difference(picture, plain(colour, picture.size)).convert("L").point(lambda v: 255 * (v == 0))
+    same = ImageChops.difference(image, plain(colour, image.size)).convert("L").point(lambda v: 255 * (v == 0))
     found = same.getbbox()
     assert found, f"{colour} is not there"
     return found
 
 
-def test_every_picture_is_in_its_row_and_column():
+def test_every_image_is_in_its_row_and_column():
     places = [[box(sheet(), colour)[:2] for colour in row] for row in COLOURS]
     assert [[y for _, y in row] for row in places] == [[places[0][0][1]] * 3, [places[1][0][1]] * 3]
     assert places[0][0][0] < places[0][1][0] < places[0][2][0]
@@ -35,7 +35,7 @@ def test_every_picture_is_in_its_row_and_column():
 
 
 @pytest.mark.parametrize(("side", "shown"), [(8, 8), (16, 16), (20, 24), (1, 8)])
-def test_small_pictures_are_enlarged_by_a_whole_factor_and_large_ones_left(side: int, shown: int):
+def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left(side: int, shown: int):
     left, top, right, bottom = box(sheet(side), "magenta")
     assert (right - left, bottom - top) == (shown, shown)
 
@@ -48,7 +48,7 @@ def test_enlarging_makes_no_new_colours():
     assert colours == {(255, 0, 0), (0, 0, 255), (255, 255, 255)}
 
 
-def test_labels_are_drawn_outside_the_pictures():
+def test_labels_are_drawn_outside_the_images():
     blank, labelled = sheet(rows=("", "")), sheet(rows=("", "a row"))
     grid = box(labelled, "cyan")
     assert labelled.width > blank.width
@@ -57,16 +57,16 @@ def test_labels_are_drawn_outside_the_pictures():
 
 
 def test_a_long_label_is_cut_and_stays_within_the_margin():
-    pictures = [[plain("red", (60, 60))]]
-    long = contact_sheet(pictures, row_labels=["a very long prompt " * 50], column_labels=["word" * 100], side=60)
-    short = contact_sheet(pictures, row_labels=["a"], column_labels=["b"], side=60)
+    images = [[plain("red", (60, 60))]]
+    long = contact_sheet(images, row_labels=["a very long prompt " * 50], column_labels=["word" * 100], side=60)
+    short = contact_sheet(images, row_labels=["a"], column_labels=["b"], side=60)
     assert long.height == short.height
     assert long.width < 60 + 250
 
 
-def test_pictures_of_several_sizes_and_modes_share_a_grid():
-    pictures = [[plain("red", (8, 4)), Image.new("L", (4, 8), 0)]]
-    shown = contact_sheet(pictures, row_labels=["x"], column_labels=["a", "b"], side=8)
+def test_images_of_several_sizes_and_modes_share_a_grid():
+    images = [[plain("red", (8, 4)), Image.new("L", (4, 8), 0)]]
+    shown = contact_sheet(images, row_labels=["x"], column_labels=["a", "b"], side=8)
     left, top, right, bottom = box(shown, "red")
     assert (right - left, bottom - top) == (8, 4)
 
@@ -74,11 +74,11 @@ def test_pictures_of_several_sizes_and_modes_share_a_grid():
 @pytest.mark.parametrize(
     ("rows", "columns"), [(("one",), ("a", "b", "c")), (("one", "two"), ("a", "b")), (("one", "two", "three"), ("a", "b", "c"))]
 )
-def test_labels_that_do_not_match_the_pictures_are_refused(rows: tuple[str, ...], columns: tuple[str, ...]):
-    with pytest.raises(BadInput, match=r"rows of \[3, 3\] pictures"):
+def test_labels_that_do_not_match_the_images_are_refused(rows: tuple[str, ...], columns: tuple[str, ...]):
+    with pytest.raises(BadInput, match=r"rows of \[3, 3\] images"):
         sheet(rows=rows, columns=columns)
 
 
 def test_a_sheet_of_nothing_is_refused():
-    with pytest.raises(BadInput, match="no pictures"):
+    with pytest.raises(BadInput, match="no images"):
         contact_sheet([], row_labels=[], column_labels=["a"])

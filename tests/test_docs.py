@@ -100,6 +100,6 @@ def test_the_python_shown_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
         exec(compile(block, page, "exec"), names)
 
 
-def test_every_file_and_picture_linked_is_there():
+def test_every_file_and_image_linked_is_there():
     links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))]
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []

@@ -226,7 +226,7 @@ def outcomes(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
         yield EditOutcomes((shot(2 * i), shot(2 * i + 1)), values.sum(1), edited)
 
 
-def pictures(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
+def images(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
     def drawn(values: Tensor) -> Tensor:
         return values.sigmoid().mean(1)[:, :1, None, None].expand(-1, 3, 16, 16)
 
@@ -237,7 +237,7 @@ def pictures(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
 def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all():
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
     (found,) = effects([autoencoder(k=WIDTH)], torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
-    assert found.shots == 4 and found.pictures == 0 and found.picture_error is None and found.psnr is None
+    assert found.shots == 4 and found.images == 0 and found.image_error is None and found.psnr is None
     assert found.prediction.reconstruction < 1e-12
     assert found.prediction.zero == pytest.approx(1) and found.prediction.mean == pytest.approx(1)
     assert found.prediction.of_zero < 1e-12 and found.prediction.of_mean < 1e-12
@@ -257,17 +257,17 @@ def test_effects_have_closed_forms_for_a_linear_model():
     assert found.timesteps[1000.0].reconstruction == pytest.approx(first, rel=1e-4)
 
 
-def test_pictures_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
+def test_images_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     (found,) = effects(
         [autoencoder(k=WIDTH)],
         torch.zeros(WIDTH),
         lambda edits: outcomes(edits, x),
-        lambda edits: pictures(edits, x),
+        lambda edits: images(edits, x),
         measures={"largest": lambda edited, plain: (edited - plain).abs().amax((1, 2, 3))},
     )
-    assert found.pictures == 2 and found.psnr is not None and found.picture_error is not None
-    assert found.psnr.reconstruction > 100 > found.psnr.zero == pytest.approx(-10 * math.log10(found.picture_error.zero))
+    assert found.images == 2 and found.psnr is not None and found.image_error is not None
+    assert found.psnr.reconstruction > 100 > found.psnr.zero == pytest.approx(-10 * math.log10(found.image_error.zero))
     assert found.similarity["ssim"].reconstruction == pytest.approx(1) and found.similarity["ssim"].zero < 1
     assert found.similarity["largest"].zero > found.similarity["largest"].reconstruction
 
@@ -277,7 +277,7 @@ def test_dictionaries_measured_together_have_the_effects_they_have_alone():
     both = [autoencoder(k=2), autoencoder(k=4)]
 
     def measured(dictionaries: list[SAE]) -> list[ModelEffect]:
-        return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+        return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
 
     assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
     assert measured(both)[0].prediction.reconstruction > measured(both)[1].prediction.reconstruction
@@ -291,12 +291,12 @@ def test_a_model_without_shots_or_with_nan_is_an_error():
         effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
 
 
-def test_pictures_of_nan_are_an_error():
+def test_images_of_nan_are_an_error():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
 
     def spoilt(edits: Edits) -> Iterator[EditOutcomes]:
-        for each in pictures(edits, x):
-            yield each._replace(edited={name: torch.nan * picture for name, picture in each.edited.items()})
+        for each in images(edits, x):
+            yield each._replace(edited={name: torch.nan * image for name, image in each.edited.items()})
 
     with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the model draws NaN"):
         effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
@@ -316,11 +316,11 @@ def test_some_shots_are_the_same_each_time_distinct_and_by_timestep():
     assert len(some_shots(batches(cloud(70)), shot, 20)) == 10  # all there are
 
 
-def test_shots_of_given_pictures_cannot_be_walked_again():
-    assert some_shots(batches(cloud()), lambda number: replace(shot(number), picture="a.png", noise=0.5), 20) == []
+def test_shots_of_given_images_cannot_be_walked_again():
+    assert some_shots(batches(cloud()), lambda number: replace(shot(number), image="a.png", noise=0.5), 20) == []
 
 
-def test_ssim_of_flat_pictures_has_a_closed_form():
+def test_ssim_of_flat_images_has_a_closed_form():
     a, b = 0.25, 0.75
     flat = (2 * a * b + 0.01**2) / (a * a + b * b + 0.01**2)
     found = ssim(torch.full((2, 3, 16, 12), a), torch.full((2, 3, 16, 12), b))
@@ -333,7 +333,7 @@ def test_ssim_is_the_published_formula_window_by_window():
     window = torch.outer(bell, bell) / bell.sum() ** 2
     values = []
     for row, column in [(row, column) for row in range(3) for column in range(2)]:
-        a, b = (picture[0, 0, row : row + 11, column : column + 11] for picture in (x, y))
+        a, b = (image[0, 0, row : row + 11, column : column + 11] for image in (x, y))
         m, n = (window * a).sum(), (window * b).sum()
         spread = (window * (a - m) ** 2).sum() + (window * (b - n) ** 2).sum()
         together = (window * (a - m) * (b - n)).sum()
@@ -342,7 +342,7 @@ def test_ssim_is_the_published_formula_window_by_window():
     assert float(ssim(x, x)) == pytest.approx(1) and float(ssim(x, 1 - x)) < 0
 
 
-def test_pictures_too_small_for_a_window_are_refused():
+def test_images_too_small_for_a_window_are_refused():
     with pytest.raises(BadInput, match="10 x 40"):
         ssim(torch.zeros(1, 3, 10, 40), torch.zeros(1, 3, 10, 40))
 
@@ -350,7 +350,7 @@ def test_pictures_too_small_for_a_window_are_refused():
 def evaluated(of: str = "") -> Evaluation:
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, checksum=of, data="a cloud, seed 0")
-    (changed,) = effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: pictures(edits, x))
+    (changed,) = effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
     return replace(found, effect=changed)
 
 
@@ -450,9 +450,9 @@ def test_an_effect_that_was_left_out_is_measured_later_and_the_rest_is_kept(tmp_
     assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
 
 
-def test_shots_of_pictures_have_no_effect_and_it_is_said(tmp_path: Path):
+def test_shots_of_images_have_no_effect_and_it_is_said(tmp_path: Path):
     folder = autoencoder().save(tmp_path / "dictionary")
-    source = replace(held_out(), shot=lambda number: replace(shot(number), picture="a.png", noise=0.5))
-    with pytest.warns(UserWarning, match="of given pictures"):
+    source = replace(held_out(), shot=lambda number: replace(shot(number), image="a.png", noise=0.5))
+    with pytest.warns(UserWarning, match="of given images"):
         made = renew({folder: tmp_path / "one.json"}, source, lambda _: EditedModel(lambda _: (), None), progress=False)
     assert made[folder].evaluation.effect is None

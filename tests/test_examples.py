@@ -25,23 +25,23 @@ MOMENTS = (1000.0, 500.0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both books, of pictures each seen at two timesteps."""
+    """Both books, of images each seen at two timesteps."""
     made = tmp_path_factory.mktemp("collected")
     collected(made, [*range(COUNT)], MOMENTS)
     return made
 
 
 def everything(place: int = 0) -> Tensor:
-    """All codes of a site: [picture, timestep, token, feature]."""
-    return torch.stack([torch.stack([planted(picture, SITES[place], moment) for moment in MOMENTS]) for picture in range(COUNT)])
+    """All codes of a site: [image, timestep, token, feature]."""
+    return torch.stack([torch.stack([planted(image, SITES[place], moment) for moment in MOMENTS]) for image in range(COUNT)])
 
 
 def book(folder: Path, place: int = 0) -> Book:
     return Book.open(folder / f"{SITES[place].folder}.sqlite")
 
 
-def is_held_out(picture: int) -> bool:
-    return picture % 5 == 0
+def is_held_out(image: int) -> bool:
+    return image % 5 == 0
 
 
 def number_of(shown: Shot) -> int:
@@ -63,7 +63,7 @@ def test_the_top_examples_are_the_top_of_all(folder: Path, place: int):
     with book(folder, place) as made:
         for feature in range(SIZE):
             for split in ("train", "held-out"):
-                mine = [picture for picture in range(COUNT) if is_held_out(picture) == (split == "held-out")]
+                mine = [image for image in range(COUNT) if is_held_out(image) == (split == "held-out")]
                 ranked = sorted((p for p in mine if peaks[p, feature] > 0), key=lambda p: -float(peaks[p, feature]))
                 examples = made.examples(feature, "top", split)
                 shown = [number_of(made.shots([each.shot])[each.shot].shot) for each in examples]
@@ -87,20 +87,20 @@ def test_the_map_of_an_example_is_where_the_feature_fires_in_that_very_shot(fold
             assert each.peak == pytest.approx(float(codes[number_of(seen.shot), :, :, each.feature].max()))
 
 
-def test_no_picture_is_shown_twice_among_the_examples_of_a_feature(folder: Path):
+def test_no_image_is_shown_twice_among_the_examples_of_a_feature(folder: Path):
     with book(folder) as made:
         for feature in range(SIZE):
             shots = made.shots(each.shot for each in made.examples(feature))
-            files = [shots[each.shot].picture.file for each in made.examples(feature)]
+            files = [shots[each.shot].image.file for each in made.examples(feature)]
             assert len(files) == len(set(files)) > 0
 
 
-def test_pictures_drawn_at_random_are_those_of_the_lowest_draws(folder: Path):
+def test_images_drawn_at_random_are_those_of_the_lowest_draws(folder: Path):
     peaks = everything().flatten(1, 2).amax(1)
     with book(folder) as made:
         for feature in range(SIZE):
-            mine = [picture for picture in range(COUNT) if not is_held_out(picture) and peaks[picture, feature] > 0]
-            keys = torch.tensor([key_of(shot(picture, 0.0)) for picture in mine], dtype=torch.int64)
+            mine = [image for image in range(COUNT) if not is_held_out(image) and peaks[image, feature] > 0]
+            keys = torch.tensor([key_of(shot(image, 0.0)) for image in mine], dtype=torch.int64)
             draws = drawn(keys, torch.full_like(keys, feature), FEW.seed)
             chosen = {mine[place] for place in draws.argsort()[: FEW.sampled].tolist()}
             top = {number_of(made.shots([each.shot])[each.shot].shot) for each in made.examples(feature, "top", "train")}
@@ -110,7 +110,7 @@ def test_pictures_drawn_at_random_are_those_of_the_lowest_draws(folder: Path):
             assert all(each.quantile is not None and 0 < each.quantile < 1 for each in examples)
 
 
-def test_silent_pictures_are_silent_and_as_many_as_asked_where_there_are_enough(folder: Path):
+def test_silent_images_are_silent_and_as_many_as_asked_where_there_are_enough(folder: Path):
     with book(folder) as made:
         assert [len(made.examples(SIZE - 1, "silent", split)) for split in ("train", "held-out")] == [FEW.silent, FEW.silent]
         assert made.examples(SIZE - 1, "top") == made.examples(SIZE - 1, "quantile") == []
@@ -120,7 +120,7 @@ def test_figures_are_those_of_all_codes(folder: Path):
     codes = everything()
     flat = codes.flatten(0, 2)
     with book(folder) as made:
-        assert made.about.tokens == len(flat) and made.about.pictures == COUNT and made.about.timesteps == MOMENTS
+        assert made.about.tokens == len(flat) and made.about.images == COUNT and made.about.timesteps == MOMENTS
         assert made.about.shots == {"train": 96, "held-out": 24} and made.about.grid == GRID
         for row in made.features():
             mine = flat[:, row.feature]
@@ -204,7 +204,7 @@ def test_nearest_directions_are_those_of_the_highest_cosine():
         )
 
 
-def test_the_order_and_the_batches_of_pictures_do_not_matter(folder: Path, tmp_path: Path):
+def test_the_order_and_the_batches_of_images_do_not_matter(folder: Path, tmp_path: Path):
     order = [*range(COUNT)]
     random.Random(3).shuffle(order)
     collected(tmp_path, order, MOMENTS, batch=7)
@@ -223,7 +223,7 @@ def test_the_order_and_the_batches_of_pictures_do_not_matter(folder: Path, tmp_p
                     assert one.shots([a.shot])[a.shot].shot == other.shots([b.shot])[b.shot].shot
 
 
-def test_a_picture_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
+def test_a_image_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
     collected(tmp_path, [*range(COUNT), *range(20)], MOMENTS)
     with book(folder) as one, book(tmp_path) as other:
         for feature in range(SIZE):
@@ -239,15 +239,15 @@ def test_sorting_in_at_any_moment_gives_the_same(folder: Path, tmp_path: Path, m
     assert all(contents(folder / f"{site.folder}.sqlite") == contents(tmp_path / f"{site.folder}.sqlite") for site in SITES)
 
 
-def test_only_pictures_that_are_shown_stay_and_all_of_them(folder: Path, tmp_path: Path):
+def test_only_images_that_are_shown_stay_and_all_of_them(folder: Path, tmp_path: Path):
     shown = set()
     for place in (0, 1):
         with book(folder, place) as made:
-            shown |= {picture.file for picture in made.pictures()}
-    assert {path.name for path in (folder / "pictures").iterdir()} == shown
-    there = ImageAlbum(tmp_path / "pictures").file(painted(10_000))[0].file
+            shown |= {image.file for image in made.images()}
+    assert {path.name for path in (folder / "images").iterdir()} == shown
+    there = ImageAlbum(tmp_path / "images").file(painted(10_000))[0].file
     collected(tmp_path, [*range(20)], MOMENTS)
-    assert (tmp_path / "pictures" / there).exists(), "what others show is not touched"
+    assert (tmp_path / "images" / there).exists(), "what others show is not touched"
 
 
 def test_killed_and_resumed_gives_the_very_book(tmp_path: Path):
@@ -287,7 +287,7 @@ def test_a_pass_goes_on_where_it_was_and_begins_anew_when_asked_for_something_el
 
     def run(data: str) -> None:
         state = tmp_path / "state.safetensors"
-        album = ImageAlbum(tmp_path / "pictures")
+        album = ImageAlbum(tmp_path / "images")
         collect(subjects(tmp_path), stopping, album, data=data, state=state, settings=FEW, every=0.0, progress=False)
 
     for data in ("one", "one", "two"):
@@ -305,7 +305,7 @@ def test_atoms_show_the_patch_they_are_whether_the_stream_shows_it_or_not(tmp_pa
 
     patches = {0: AtomLocation(shot(3, 500.0), 7), 2: AtomLocation(shot(700, 1000.0), 1), 4: AtomLocation(shot(700, 500.0), 2)}
     given = [subject.__class__(**{**vars(subject), "patches": patches}) for subject in subjects(tmp_path)]
-    flow, album = source([*range(20)]), ImageAlbum(tmp_path / "pictures")
+    flow, album = source([*range(20)]), ImageAlbum(tmp_path / "images")
     collect(given, flow, album, data="x", state=tmp_path / "s", settings=FEW, draw=draw, progress=False)
     assert [number_of(each) for each in asked] == [700]
     with book(tmp_path) as made:
@@ -313,18 +313,18 @@ def test_atoms_show_the_patch_they_are_whether_the_stream_shows_it_or_not(tmp_pa
     assert {feature for feature, patch in found.items() if patch} == {0, 2, 4}
     for feature, at in patches.items():
         patch = found[feature]
-        assert patch is not None and patch.picture is not None
+        assert patch is not None and patch.image is not None
         assert (patch.token, patch.shot) == (at.token, at.shot)
-        assert album.open(patch.picture.file).tobytes() == painted(number_of(at.shot)).tobytes()
+        assert album.open(patch.image.file).tobytes() == painted(number_of(at.shot)).tobytes()
 
 
-def test_pictures_of_several_sizes_do_not_make_one_book(tmp_path: Path):
+def test_images_of_several_sizes_do_not_make_one_book(tmp_path: Path):
     def flow(start: int):
         yield met([1, 2], (1000.0,))
         small = met([3], (1000.0,))
         yield CollectBatch(
-            small.pictures, [each.__class__(**{**vars(each), "values": each.values[:, :4]}) for each in small.activations]
+            small.images, [each.__class__(**{**vars(each), "values": each.values[:, :4]}) for each in small.activations]
         )
 
-    with pytest.raises(BadInput, match="Pictures of several sizes: 16 tokens"):
+    with pytest.raises(BadInput, match="Images of several sizes: 16 tokens"):
         collect(subjects(tmp_path), flow, ImageAlbum(tmp_path), data="x", state=tmp_path / "s", settings=FEW, progress=False)

@@ -57,7 +57,7 @@ def outcomes(answers: AnswerCache) -> list[str]:
         return [outcome for [outcome] in file.execute("SELECT outcome FROM calls ORDER BY number")]
 
 
-def test_pictures_are_seen_and_the_answer_is_of_the_form_asked_for(asker: Endpoints):
+def test_images_are_seen_and_the_answer_is_of_the_form_asked_for(asker: Endpoints):
     with RuleServer() as server:
         by = asker(server.url)
         assert explained(by).common_pattern == f"areas in {code(3)}"
@@ -194,7 +194,7 @@ def test_what_an_endpoint_says_a_call_cost_is_believed():
 def test_a_rehearsal_counts_what_is_not_answered_yet_and_sends_nothing(asker: Endpoints, answers: AnswerCache):
     with RuleServer() as server:
         explained(asker(server.url))
-        terms = RequestPolicy(price=TokenPrice(tokens_in=10, tokens_out=0), picture_tokens=1000)
+        terms = RequestPolicy(price=TokenPrice(tokens_in=10, tokens_out=0), image_tokens=1000)
         endpoint = EndpointBackend(server.url, MODEL, ApiKey("", ""))
         endpoint.close()  # nothing is sent
         rehearsal = DryRunClient(endpoint, answers, terms)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from made_study import begun, dictionary, pictured
+from made_study import begun, dictionary, imaged
 from PIL import Image
 from seen import view
 
@@ -91,12 +91,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_local_model_looks_at_all_pictures_and_says_the_same_each_time(tiny: Path):
+def test_a_local_model_looks_at_all_images_and_says_the_same_each_time(tiny: Path):
     model = LocalBackend(str(tiny), offline=True, longest=8)
     one, again = (model.see([view(1), view(2)], to_explain(2), ExplanationAnswer) for _ in range(2))
     assert one == again and one.usage is not None and one.usage.tokens_out == 8
     told = model.see([view(1)], to_explain(2), ExplanationAnswer)
-    assert told.usage is not None and told.usage.tokens_in == one.usage.tokens_in - 4, "four patches a picture"
+    assert told.usage is not None and told.usage.tokens_in == one.usage.tokens_in - 4, "four patches an image"
     assert model.see([view(1)], to_explain(2), ExplanationAnswer, "objection").usage != told.usage
 
 
@@ -120,12 +120,12 @@ def seen(name: str, row: int) -> ImageView:
     """A view of which two rows of four are highlighted."""
     highlight = torch.zeros(4, 4)
     highlight[row : row + 2] = 1.0
-    shot = Shot(model="m", picture=name, pixels=(16, 16), steps=1, guidance=0.0)
+    shot = Shot(model="m", image=name, pixels=(16, 16), steps=1, guidance=0.0)
     return ImageView(draw=lambda: Image.new("RGB", (4, 4)), shot=shot, highlight=highlight)
 
 
 def known() -> KnownConceptsBackend:
-    """The truth about pictures whose upper half is sky, whose lower is sea; between stands a strip of half a token of boat."""
+    """The truth about images whose upper half is sky, whose lower is sea; between stands a strip of half a token of boat."""
     truth = torch.zeros(3, 4, 4)
     truth[0, :2], truth[1, 2:], truth[2, 1] = 1.0, 1.0, 0.3
     return KnownConceptsBackend(
@@ -140,8 +140,8 @@ def test_known_concepts_say_what_highlights_show_beyond_chance():
     )
 
 
-def test_known_concepts_do_not_name_what_covers_the_whole_picture_for_a_part_of_it():
-    """Five pictures that happen to be of one style: the highlights lie in it wholly, but so does everything else."""
+def test_known_concepts_do_not_name_what_covers_the_whole_image_for_a_part_of_it():
+    """Five images that happen to be of one style: the highlights lie in it wholly, but so does everything else."""
     truth = torch.zeros(2, 4, 4)
     truth[0], truth[1, :2] = 1.0, 0.8
     knows = KnownConceptsBackend(("cartoon", "star"), lambda *_: truth, torch.tensor([0.05, 0.05]))
@@ -162,7 +162,7 @@ def test_known_concepts_leave_out_tokens_that_show_a_little_and_find_the_strange
     assert (
         OddOneOutAnswer.model_validate_json(
             known().see([seen("a", 0), seen("b", 2), seen("c", 0)], to_pick(3), OddOneOutAnswer).text
-        ).picture
+        ).image
         == 2
     )
 
@@ -267,7 +267,7 @@ def test_accuracy_falls_within_a_study_and_not_between_two_of_one_name(tmp_path:
     for where, told in (("a", 0.8), ("b", 0.5)):
         study = begun(tmp_path / where / "study")
         place = dictionary(study, name)
-        pictured(study, name, explained={3: ("red", told)})
+        imaged(study, name, explained={3: ("red", told)})
         with Book.open(study.book(*place)) as book:
             found += methods(book, study.folder)
     falls = compare(found).falls

@@ -82,7 +82,7 @@ def test_half_of_what_is_judged_is_of_other_features_and_some_of_it_a_near_miss(
     others = [trial.example for trial in found.trials if not trial.wanted]
     assert len(others) == 5 and all(example.feature != 3 for example in others)
     own = {trial.example.shot for trial in found.trials if trial.wanted}
-    assert [example.feature for example in others[3:]] == [5, 4], "the nearest decoder, and another feature in the same picture"
+    assert [example.feature for example in others[3:]] == [5, 4], "the nearest decoder, and another feature in the same image"
     assert others[4].shot in own
     assert found == plan(written, 3, range(12), ExplanationProtocol()) != plan(written, 3, range(12), ExplanationProtocol(seed=1))
 
@@ -98,7 +98,7 @@ def test_what_another_feature_marks_in_the_same_place_is_no_near_miss(tmp_path: 
     assert len(others) == 5 and others[4].feature == 5, "four by chance, one neighbour"
 
 
-def test_the_published_protocol_judges_the_very_pictures_that_were_explained(made: tuple[Book, ImageAlbum]):
+def test_the_published_protocol_judges_the_very_images_that_were_explained(made: tuple[Book, ImageAlbum]):
     found = plan(made[0], 3, range(12), ExplanationProtocol(name="paper"))
     assert [trial.example for trial in found.trials if trial.wanted] == list(found.shown)
     others = [trial.example for trial in found.trials if not trial.wanted]
@@ -106,9 +106,9 @@ def test_the_published_protocol_judges_the_very_pictures_that_were_explained(mad
     assert found.lineup is None
 
 
-def test_a_feature_with_too_few_pictures_is_told_apart(tmp_path: Path):
+def test_a_feature_with_too_few_images_is_told_apart(tmp_path: Path):
     written, _ = book(tmp_path, 3, tops=4)
-    with written, pytest.raises(UnsuitableFeature, match="4 top pictures of the split 'train', 5 are needed"):
+    with written, pytest.raises(UnsuitableFeature, match="4 top images of the split 'train', 5 are needed"):
         plan(written, 0, range(3), ExplanationProtocol())
     assert chosen(Book.open(written.path), 9, ExplanationProtocol(shown=99)) == []
 
@@ -129,7 +129,7 @@ def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tupl
     for found in written.explanations():
         assert found.text == f"areas in {code(found.feature)}" and len(found.descriptions) == 5 and found.protocol == "heldout"
         judged = written.judgements(found.id)
-        # The one near miss that no colour tells apart is in the feature's own picture.
+        # The one near miss that no colour tells apart is in the feature's own image.
         assert [(each.wanted, each.score) for each in judged] == [(True, 1)] * 5 + [(False, 0)] * 4 + [(False, 1)]
         figures = {score.measure: score for score in written.scores(found.id)}
         assert figures["accuracy"].value == pytest.approx(0.9) and figures["auroc"].value == pytest.approx(0.9)
@@ -189,7 +189,7 @@ def test_a_feature_that_a_protocol_cannot_show_is_marked_without_a_call(tmp_path
     written, album = book(tmp_path, 6, tops=4)
     with written, RuleServer() as server:
         work = explain(written, [0], asker(server.url), album, progress=False)
-        assert "4 top pictures" in work.failed[0] and not server.served
+        assert "4 top images" in work.failed[0] and not server.served
         assert written.explanations(0)[0].state == "failed"
 
 
@@ -234,7 +234,7 @@ def test_a_rehearsal_of_all_counts_what_the_work_then_takes(
     made: tuple[Book, ImageAlbum], asker: Endpoints, answers: AnswerCache
 ):
     written, album = made
-    terms = RequestPolicy(price=TokenPrice(tokens_in=1.0, tokens_out=1.0), picture_tokens=258, answer_tokens=20, patience=QUICK)
+    terms = RequestPolicy(price=TokenPrice(tokens_in=1.0, tokens_out=1.0), image_tokens=258, answer_tokens=20, patience=QUICK)
     with RuleServer() as server:
         endpoint = EndpointBackend(server.url, MODEL, ApiKey("", ""))
         before = DryRunClient(endpoint, answers, terms)
@@ -266,7 +266,7 @@ from difflex.explanation import Answers, Asker, Endpoint, Key, explain
 folder, url = Path(sys.argv[1]), sys.argv[2]
 with Book.edit(folder / "book.sqlite") as book:
     asker = Asker(Endpoint(url, "rule", Key("", "")), Answers(folder / "answers.sqlite"))
-    explain(book, range(60), asker, Album(folder / "pictures"), connections=4, progress=False)
+    explain(book, range(60), asker, Album(folder / "images"), connections=4, progress=False)
 """
 
 

@@ -67,11 +67,11 @@ def world(
     late: float = 0.0,
     plain: Callable[[str], float] = always,
 ) -> JudgedGenerator:
-    """Pictures of three numbers: how far they were steered in the first five steps and after them, and the loss without that, by
+    """Images of three numbers: how far they were steered in the first five steps and after them, and the loss without that, by
     their captions. The concept shows from where its caption needs it to be; the loss grows as steering does, and by `late` more
     after the fifth step."""
 
-    def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+    def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
         drawn = torch.tensor([[0.0, 0.0, plain(trial.prompt)] for trial in trials])
         for step in range(7):
@@ -88,7 +88,7 @@ def world(
         early, last, own = drawn[:, :, 0, 0].unbind(1)
         return own + early * cost + last * (cost + late)
 
-    return JudgedGenerator(pictures, verdicts, losses)
+    return JudgedGenerator(images, verdicts, losses)
 
 
 def bench(
@@ -176,7 +176,7 @@ def test_a_prompt_without_any_object_is_not_related():
 
 
 @pytest.mark.parametrize("losses", [(0.16, 0.09), (0.09, 0.16)])
-def test_conditions_are_held_to_one_loss_whatever_their_unedited_pictures_have(losses: tuple[float, float]):
+def test_conditions_are_held_to_one_loss_whatever_their_unedited_images_have(losses: tuple[float, float]):
     """Where the concept shows, the edit adds 0.07: more than half of the lower loss, less than half of the higher."""
     one, other = losses
     empty = world(cost=0.07, plain=lambda caption: one if read(caption).objects else other)
@@ -193,7 +193,7 @@ def test_with_an_object_and_without_all_is_the_same_but_the_caption():
     assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
 
 
-def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_pictures_show_the_concept_already():
+def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_images_show_the_concept_already():
     scope = replace(SCOPE, trials=12)
     captions = {trial.prompt for c in scope.concepts() for trial in task_of(c, "no object", 12).trials}
     there = set(sorted(captions)[: 2 * len(captions) // 3])  # these show it from the start, the others when edited
@@ -206,9 +206,9 @@ def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_pictures_sho
 def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
     drawn, looked_at = world(), list[Rectangle | None]()
 
-    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Tensor) -> Sequence[JudgeVerdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Tensor) -> Sequence[JudgeVerdict]:
         looked_at.extend(trial.region for trial in trials)
-        return drawn.verdicts(task, trials, pictures)
+        return drawn.verdicts(task, trials, images)
 
     made("related", drawn._replace(verdicts=verdicts))
     assert set(looked_at) == {None}
@@ -263,15 +263,15 @@ def test_where_losses_do_not_change_quality_is_rarely_decided():
 
 @pytest.mark.parametrize("names", [tuple(EXPERIMENTS), ("size",), ("steps", "related"), ("pairs", "quality"), ("adversarial",)])
 @pytest.mark.parametrize("groups", [("colour", "texture"), ("shape", "style")])
-def test_what_experiments_will_draw_is_told_to_the_picture(names: tuple[str, ...], groups: tuple[str, ...]):
+def test_what_experiments_will_draw_is_told_to_the_image(names: tuple[str, ...], groups: tuple[str, ...]):
     scope, made_up, drawn = replace(SCOPE, groups=groups), world(), {None: 0, 7: 0}
 
     def counted(steps: int | None) -> JudgedGenerator:
-        def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+        def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
             drawn[steps] += len(trials)
-            return made_up.pictures(trials, steering)
+            return made_up.images(trials, steering)
 
-        return made_up._replace(pictures=pictures)
+        return made_up._replace(images=images)
 
     one = ExperimentBench(
         site=SITE,

@@ -299,27 +299,27 @@ def test_the_curve_expects_what_a_power_law_goes_on_to_give():
     assert expected_over([GrowthInterval(100, 90, 5)]) is None
 
 
-def pictures(numbers: Tensor) -> Tensor:
-    """Tokens that are all like the others of their picture, and a little like those of pictures of the same kind."""
+def images(numbers: Tensor) -> Tensor:
+    """Tokens that are all like the others of their image, and a little like those of images of the same kind."""
     look = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(int(n))) for n in numbers])
     kind = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(10**6 + int(n) % 40)) for n in numbers])
     return kind + 0.35 * look
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_the_curve_foretells_pictures_that_growth_never_saw_whatever_the_order(tmp_path: Path, shuffled: bool):
-    count, per_picture = 1500, 16
-    shots = torch.arange(count).repeat_interleave(per_picture)
+def test_the_curve_foretells_images_that_growth_never_saw_whatever_the_order(tmp_path: Path, shuffled: bool):
+    count, per_image = 1500, 16
+    shots = torch.arange(count).repeat_interleave(per_image)
     if shuffled:
         shots = shots[torch.randperm(len(shots), generator=torch.Generator().manual_seed(0))]
-    values = pictures(torch.arange(count))[shots]
+    values = images(torch.arange(count))[shots]
     values += 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
     parts = [ActivationBatch(values[part], shots[part], part) for part in torch.arange(len(shots)).split(BATCH)]
     whole = source(batches=lambda start: iter(parts[start:]), tokens=len(shots))
     [itda] = grow({tmp_path: growth(k=2, threshold=0.05, size=4000, kept_out=0.3)}, whole, origin=ORIGIN).values()
     expected = itda.origin.training["expected_over"]
     assert isinstance(expected, float)
-    over = (itda.unexplained(pictures(torch.arange(count, count + 1000))) > 0.05).float().mean()
+    over = (itda.unexplained(images(torch.arange(count, count + 1000))) > 0.05).float().mean()
     assert 0.02 < float(over) < 0.8
     assert float(over) == pytest.approx(expected, rel=0.15)
 

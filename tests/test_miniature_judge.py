@@ -47,7 +47,7 @@ def test_a_true_reading_scores_everything_right():
         assert all(right.values()), (caption, right)
 
 
-def test_a_wrong_picture_scores_wrong():
+def test_a_wrong_image_scores_wrong():
     drawn = draw(torch.arange(300))
     verdicts = [right_of(read(drawn.captions[i]), true_reading(drawn, i + 1)) for i in range(299)]
     for attribute, chance in {"shape": 0.3, "colour": 0.3, "background": 0.3, "position": 0.5}.items():
@@ -82,21 +82,21 @@ def test_the_judge_learns_and_survives_the_disk(tmp_path):
     assert history[-1] < 0.85 * history[0]
     save_judge(judge, tmp_path / "judge.safetensors")
     again = load_judge(tmp_path / "judge.safetensors")
-    pictures = draw(torch.arange(3)).pictures
-    assert torch.equal(judge(pictures)["shape"], again(pictures)["shape"])
+    images = draw(torch.arange(3)).images
+    assert torch.equal(judge(images)["shape"], again(images)["shape"])
 
 
 def test_the_judge_in_the_package_reads_true_drawings():
     drawn = draw(torch.arange(60) + HELD_OUT_SEEDS)
-    verdicts = table(score(drawn.captions, drawn.pictures, load_judge()))
+    verdicts = table(score(drawn.captions, drawn.images, load_judge()))
     assert {group: share for group, share in verdicts.items() if share < 0.95} == {}
 
 
 def test_only_what_lies_in_the_region_counts():
     drawn = draw(torch.arange(40) + HELD_OUT_SEEDS, SceneMix(1, 0, 0))
     inside = drawn.slots >= 0
-    here = score(drawn.captions, drawn.pictures, load_judge(), inside)
-    elsewhere = score(drawn.captions, drawn.pictures, load_judge(), ~inside)
+    here = score(drawn.captions, drawn.images, load_judge(), inside)
+    elsewhere = score(drawn.captions, drawn.images, load_judge(), ~inside)
     assert sum(s.right["shape"] for s in here) > 36
     assert not any(s.right["shape"] for s in elsewhere)
 
@@ -106,11 +106,11 @@ def test_a_concept_fills_the_region_where_it_is_and_no_other():
     whole = torch.ones(64, 64, dtype=torch.bool)
     for concept in ("red", "star", "sky", "top", "cartoon"):
         there = drawn.mask(concept).any(2).any(1)
-        share = judge.share(drawn.pictures, concept, whole)
+        share = judge.share(drawn.images, concept, whole)
         assert ((share > 0.5) == there).float().mean() > 0.95, concept
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     with pytest.raises(BadInput, match=r"3 x 64 x 64.*32"):
         Judge().eval().read(torch.zeros(1, 3, 32, 32))
 

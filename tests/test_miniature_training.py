@@ -20,7 +20,7 @@ from difflex.miniature.autoencoder import decoder_losses, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.examination import FLOORS, examine, shortfalls
-from difflex.miniature.exporting import export, pictures
+from difflex.miniature.exporting import export, images
 from difflex.miniature.flow import (
     CaptionTokens,
     FlowModel,
@@ -35,7 +35,7 @@ from difflex.miniature.flow import (
 from difflex.miniature.guidance import GuidanceTeacher
 from difflex.miniature.heldout import HeldOutLoss
 from difflex.miniature.judge import Judge
-from difflex.miniature.training import FlowState, TrainingFolder, pack, picture_components, train_flow, write_tensors
+from difflex.miniature.training import FlowState, TrainingFolder, image_components, pack, train_flow, write_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -45,7 +45,7 @@ SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
-    return picture_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
+    return image_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def pipeline():
 
 def test_the_encoder_computes_the_components(pipeline, components):
     write_encoder(pipeline.vae, components)
-    drawn = draw(torch.arange(8)).pictures * 2 - 1
+    drawn = draw(torch.arange(8)).images * 2 - 1
     encoded = pipeline.vae.encode(drawn).latent_dist.mode()
     assert (encoded - components.encode(drawn)).abs().max() < 2e-3
     assert abs(encoded.std() - 1) < 0.1
 
 
 def test_the_decoder_learns(pipeline, components):
-    batches = iter([draw(torch.arange(2)).pictures * 2 - 1] * 20)
+    batches = iter([draw(torch.arange(2)).images * 2 - 1] * 20)
     errors = list(decoder_losses(pipeline.vae, components, batches, 20))
     assert errors[-1] < 0.5 * errors[0]
 
@@ -90,7 +90,7 @@ def test_training_speaks_the_pipelines_language(pipeline):
 
 def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
     scenes = draw(torch.arange(2))
-    latents = components.encode(scenes.pictures * 2 - 1)
+    latents = components.encode(scenes.images * 2 - 1)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
     assert torch.equal(batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions).latents, packed)
 
@@ -228,10 +228,10 @@ def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
 
 def test_a_run_keeps_the_components_it_began_with(tmp_path):
     run = TrainingFolder(folder=tmp_path)
-    first = picture_components(run)
+    first = image_components(run)
     changed = first._replace(weights=-first.weights)
     write_tensors(run.components, changed._asdict(), {})
-    assert torch.equal(picture_components(run).weights, changed.weights)
+    assert torch.equal(image_components(run).weights, changed.weights)
 
 
 def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
@@ -242,7 +242,7 @@ def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
     exported = export(workshop, tmp_path / "model", TINY)
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    one, two = (pictures(p, ["a red star on grass"], steps=2) for p in (exported, again))
+    one, two = (images(p, ["a red star on grass"], steps=2) for p in (exported, again))
     assert torch.equal(one, two)
     assert one.shape == (1, 3, 64, 64)
 

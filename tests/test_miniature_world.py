@@ -1,4 +1,4 @@
-"""The drawn world: scenes, pictures, masks and captions."""
+"""The drawn world: scenes, images, masks and captions."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ SOME = torch.arange(200)
 
 def test_a_scene_depends_on_its_seed_alone():
     alone, together = draw(torch.tensor([17])), draw(SOME)
-    assert torch.equal(alone.pictures[0], together.pictures[17])
+    assert torch.equal(alone.images[0], together.images[17])
     assert alone.captions[0] == together.captions[17]
 
 
@@ -78,7 +78,7 @@ def test_masks_are_where_the_concepts_are():
     assert torch.equal(torch.stack([drawn.mask(shape) for shape in SHAPES]).sum(0) == 1, drawn.slots >= 0)
     assert torch.equal(torch.stack([drawn.mask(ground) for ground in BACKGROUNDS]).sum(0) == 1, drawn.slots < 0)
     plain_red = drawn.mask("red") & drawn.mask("plain") & (drawn.specs.style == 0)[:, None, None]
-    red, green, _ = drawn.pictures.movedim(1, 0)
+    red, green, _ = drawn.images.movedim(1, 0)
     assert (red - green)[plain_red].mean() > 0.5
 
 
@@ -95,11 +95,11 @@ def test_an_unknown_concept_is_named_with_its_neighbours():
         draw(SOME[:1]).mask("scquare")
 
 
-def test_pictures_are_pictures():
+def test_images_are_images():
     drawn = draw(SOME)
-    assert drawn.pictures.shape == (200, 3, PIXELS, PIXELS)
-    assert drawn.pictures.min() >= 0 and drawn.pictures.max() <= 1
-    assert drawn.pictures.flatten(1).std(dim=1).min() > 0.01
+    assert drawn.images.shape == (200, 3, PIXELS, PIXELS)
+    assert drawn.images.min() >= 0 and drawn.images.max() <= 1
+    assert drawn.images.flatten(1).std(dim=1).min() > 0.01
 
 
 def test_the_vocabulary_holds_every_concept():
@@ -158,4 +158,4 @@ def test_what_people_type_is_read(word):
 
 
 def test_held_out_seeds_are_drawn_like_any_other():
-    assert draw(torch.arange(4) + HELD_OUT_SEEDS).pictures.isfinite().all()
+    assert draw(torch.arange(4) + HELD_OUT_SEEDS).images.isfinite().all()

@@ -1,4 +1,4 @@
-"""How alike pictures are by CLIP and LPIPS: against their formulas, on tiny random weights and without a network."""
+"""How alike images are by CLIP and LPIPS: against their formulas, on tiny random weights and without a network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,32 +36,32 @@ def noise(count: int, rows: int = 48, columns: int = 40, seed: int = 0) -> Tenso
     return torch.rand(count, 3, rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def test_clip_sees_a_picture_as_like_itself_and_less_like_others(folder: Path):
+def test_clip_sees_a_image_as_like_itself_and_less_like_others(folder: Path):
     clip, one, other = ClipModel(str(folder), offline=True), noise(3), noise(3, seed=1)
     assert torch.allclose(clip(one, one), torch.ones(3), atol=1e-5)
     assert bool((clip(one, other) < 1 - 1e-4).all()) and torch.allclose(clip(one, other), clip(other, one), atol=1e-6)
 
 
-def test_clip_gives_what_transformers_gives_of_a_picture_that_fits(folder: Path):
-    clip, picture = ClipModel(str(folder), offline=True), noise(2, 32, 32)
+def test_clip_gives_what_transformers_gives_of_a_image_that_fits(folder: Path):
+    clip, image = ClipModel(str(folder), offline=True), noise(2, 32, 32)
     mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)))
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)(["a red star", "night"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        whole = model(pixel_values=(picture - mean) / deviation, **words)
-    assert torch.allclose(clip.of_pictures(picture), whole.image_embeds, atol=1e-5)
+        whole = model(pixel_values=(image - mean) / deviation, **words)
+    assert torch.allclose(clip.of_images(image), whole.image_embeds, atol=1e-5)
     assert torch.allclose(clip.of_words(["a red star", "night"]), whole.text_embeds, atol=1e-5)
-    shares = clip.sharpness * clip.of_pictures(picture) @ clip.of_words(["a red star", "night"]).T
+    shares = clip.sharpness * clip.of_images(image) @ clip.of_words(["a red star", "night"]).T
     assert torch.allclose(shares, whole.logits_per_image, atol=1e-4)
 
 
-def test_clip_looks_at_the_middle_of_a_picture_that_is_longer_than_high(folder: Path):
+def test_clip_looks_at_the_middle_of_a_image_that_is_longer_than_high(folder: Path):
     clip, wide = ClipModel(str(folder), offline=True), noise(1, 32, 64)
     changed = wide.clone()
     changed[..., :16] = 0
-    assert torch.equal(clip.of_pictures(wide), clip.of_pictures(changed))
+    assert torch.equal(clip.of_images(wide), clip.of_images(changed))
     changed[..., 16:20] = 0
-    assert not torch.equal(clip.of_pictures(wide), clip.of_pictures(changed))
+    assert not torch.equal(clip.of_images(wide), clip.of_images(changed))
 
 
 def test_a_text_longer_than_clip_reads_is_cut_off(folder: Path):
@@ -96,7 +96,7 @@ def test_lpips_is_its_formula(weights: tuple[dict[str, Tensor], dict[str, Tensor
     assert LpipsDistance(*weights)(one, one).tolist() == [0.0] * 3 and min(plain) > 0.01
 
 
-def test_pictures_too_small_for_lpips_are_refused(weights: tuple[dict[str, Tensor], dict[str, Tensor]]):
+def test_images_too_small_for_lpips_are_refused(weights: tuple[dict[str, Tensor], dict[str, Tensor]]):
     with pytest.raises(BadInput, match="30 x 40 pixels are too small"):
         LpipsDistance(*weights)(noise(1, 30, 40), noise(1, 30, 40))
 

@@ -48,4 +48,4 @@ def test_the_row_of_flux2_fits_the_pipeline_with_the_large_text_encoder(monkeypa
     shots = list(pipe.shots(["a star", "a moon"]))
     for seen in pipe.harvest(shots, ["double.1", "single.2:text"], progress=False):
         assert len(seen.values) == 2 and seen.values.isfinite().all()
-    assert pipe.generate("a star")[0].picture.size == (32, 32)
+    assert pipe.generate("a star")[0].image.size == (32, 32)

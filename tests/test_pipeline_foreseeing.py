@@ -56,7 +56,7 @@ def test_encoding_a_prompt_is_foreseen_but_for_its_attention(family: str, tmp_pa
     assert sum(products) == pytest.approx(foresee(str(tmp_path / family), ()).prompt, rel=0.05)
 
 
-def test_drawing_the_picture_at_the_end_is_foreseen(folder: Path):
+def test_drawing_the_image_at_the_end_is_foreseen(folder: Path):
     pipe = difflex.load(folder)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
         pipe.diffusers.components["vae"].decode(torch.zeros(1, 4, 16, 16))

@@ -24,13 +24,13 @@ def pipe(folder: Path) -> Pipeline:
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_a_picture_depends_on_its_prompt_and_seed_and_not_on_its_batch(family: str, tmp_path: Path) -> None:
+def test_a_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(family: str, tmp_path: Path) -> None:
     pipe = difflex.load(tiny_folder(family, tmp_path / family))
     first, second = pipe.generate(["a red star", "a blue circle"], seed=4)
     alone = pipe.generate("a blue circle", seed=5)[0]
     other = pipe.generate("a blue circle", seed=6)[0]
-    assert np.abs(np.asarray(alone.picture, float) - np.asarray(second.picture, float)).max() <= 2
-    assert np.abs(np.asarray(alone.picture, float) - np.asarray(other.picture, float)).max() > 5
+    assert np.abs(np.asarray(alone.image, float) - np.asarray(second.image, float)).max() <= 2
+    assert np.abs(np.asarray(alone.image, float) - np.asarray(other.image, float)).max() > 5
     assert (first.shot.seed, second.shot.seed, second.shot.prompt) == (4, 5, "a blue circle")
 
 
@@ -41,7 +41,7 @@ def test_shots_carry_the_settings_that_made_them(pipe: Pipeline) -> None:
 
 def test_the_card_of_a_folder_gives_the_defaults(pipe: Pipeline) -> None:
     generated = pipe.generate("a red star")[0]
-    assert generated.picture.size == (32, 32)
+    assert generated.image.size == (32, 32)
     assert (generated.shot.steps, generated.shot.guidance) == (2, 0.0)
 
 
@@ -54,7 +54,7 @@ def test_without_a_card_any_multiple_of_a_token_is_a_size(tmp_path: Path) -> Non
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "difflex.json").unlink()
     pipe = difflex.load(folder)
-    assert pipe.generate("a", steps=1, pixels=(8, 12))[0].picture.size == (12, 8)
+    assert pipe.generate("a", steps=1, pixels=(8, 12))[0].image.size == (12, 8)
     with pytest.raises(BadInput, match=r"multiples of 4; the nearest size is 8 x 12"):
         pipe.generate("a", steps=1, pixels=(9, 11))
 

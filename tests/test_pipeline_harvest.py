@@ -29,8 +29,8 @@ def flux(tmp_path: Path) -> Pipeline:
 
 
 def middle(pipe: Pipeline) -> Site:
-    images = [row.site for row in pipe.sites() if row.site.stream == "image"]
-    return images[len(images) // 2]
+    image_sites = [row.site for row in pipe.sites() if row.site.stream == "image"]
+    return image_sites[len(image_sites) // 2]
 
 
 def by_shot(harvested: list[Activations]) -> dict[tuple[str, int, float | None], Tensor]:
@@ -68,15 +68,15 @@ def test_one_at_a_time_or_all_together_gives_the_same(pipe: Pipeline):
         torch.testing.assert_close(alone[shot], together[shot], rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_noised_to_nothing_are_pure_noise(pipe: Pipeline):
-    pictures = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
+def test_images_noised_to_nothing_are_pure_noise(pipe: Pipeline):
+    images = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
     white, black = (
-        next(pipe.harvest_pictures([picture], noise=1.0, sites=middle(pipe), prompts=["a star"], progress=False)).values
-        for picture in pictures
+        next(pipe.harvest_images([image], noise=1.0, sites=middle(pipe), prompts=["a star"], progress=False)).values
+        for image in images
     )
-    clean = next(pipe.harvest_pictures(pictures[:1], noise=0.3, sites=middle(pipe), prompts=["a star"], progress=False)).values
+    clean = next(pipe.harvest_images(images[:1], noise=0.3, sites=middle(pipe), prompts=["a star"], progress=False)).values
     flow = pipe.engine.family.flow
-    # The last level of a variance-preserving schedule still holds a trace of the picture.
+    # The last level of a variance-preserving schedule still holds a trace of the image.
     assert torch.equal(white, black) if flow else torch.allclose(white, black, atol=0.2 * float(white.std()))
     assert not torch.allclose(clean, white, atol=0.2 * float(white.std()))
 
@@ -88,7 +88,7 @@ def test_pure_noise_is_where_a_flow_begins(pipe: Pipeline):
     shots = list(pipe.shots(["a star"], seeds=[7], steps=2, keep_steps=[0], guidance=0.0))
     generated = next(pipe.harvest(shots, site, progress=False))
     noised = next(
-        pipe.harvest_pictures([Image.new("RGB", (24, 16))], noise=1.0, sites=site, prompts=["a star"], seed=7, progress=False)
+        pipe.harvest_images([Image.new("RGB", (24, 16))], noise=1.0, sites=site, prompts=["a star"], seed=7, progress=False)
     )
     assert generated.shots[0].timestep == noised.shots[0].timestep == 1000
     torch.testing.assert_close(noised.values, generated.values)
@@ -126,31 +126,31 @@ def test_a_timestep_that_the_scheduler_repeats_is_kept_once(tmp_path: Path):
     assert [activations.shots[0] for activations in harvested] == shots and len(shots) == 4
 
 
-def test_a_string_is_one_prompt_one_name_or_one_picture(flux: Pipeline, tmp_path: Path):
+def test_a_string_is_one_prompt_one_name_or_one_image(flux: Pipeline, tmp_path: Path):
     assert {shot.prompt for shot in flux.shots("a star")} == {"a star"}
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
-    path, pictures = str(tmp_path / "black.png"), [Image.new("RGB", (32, 32))] * 2
-    [one] = flux.harvest_pictures(path, 0.5, "double.1", names="night", progress=False)
-    [two] = flux.harvest_pictures(pictures, 0.5, "double.1", prompts="a star", progress=False)
-    assert [shot.picture for shot in one.shots] == ["night"]
+    path, images = str(tmp_path / "black.png"), [Image.new("RGB", (32, 32))] * 2
+    [one] = flux.harvest_images(path, 0.5, "double.1", names="night", progress=False)
+    [two] = flux.harvest_images(images, 0.5, "double.1", prompts="a star", progress=False)
+    assert [shot.image for shot in one.shots] == ["night"]
     assert [shot.prompt for shot in two.shots] == ["a star"] * 2
 
 
 @pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_without_a_picture_is_refused(flux: Pipeline, batch: int):
+def test_a_batch_without_a_image_is_refused(flux: Pipeline, batch: int):
     works = (
         lambda: flux.generate("a star", batch=batch),
         lambda: flux.harvest(flux.shots("a star"), "double.1", batch),
-        lambda: flux.harvest_pictures([Image.new("RGB", (32, 32))], 0.5, "double.1", batch=batch),
+        lambda: flux.harvest_images([Image.new("RGB", (32, 32))], 0.5, "double.1", batch=batch),
     )
     for work in works:
-        with pytest.raises(BadInput, match=f"batch of {batch} pictures"):
+        with pytest.raises(BadInput, match=f"batch of {batch} images"):
             work()
 
 
-def test_the_shot_of_a_picture_says_what_it_takes_to_harvest_it_again(flux: Pipeline):
-    [seen] = flux.harvest_pictures(Image.new("RGB", (32, 32)), 0.5, "double.1", names="night", seed=3, progress=False)
-    with pytest.raises(BadInput, match=r"'night' does not hold the picture.*harvest_pictures, with noise=0\.5, seed=3"):
+def test_the_shot_of_a_image_says_what_it_takes_to_harvest_it_again(flux: Pipeline):
+    [seen] = flux.harvest_images(Image.new("RGB", (32, 32)), 0.5, "double.1", names="night", seed=3, progress=False)
+    with pytest.raises(BadInput, match=r"'night' does not hold the image.*harvest_images, with noise=0\.5, seed=3"):
         list(flux.harvest(seen.shots, "double.1", progress=False))
 
 
@@ -165,7 +165,7 @@ def test_an_unknown_family_is_harvested_without_guidance_and_refused_where_rows_
     with pytest.raises(BadInput, match=r"6 rows for 3 shots.*StableDiffusionPipeline has no row.*guidance=0"):
         list(pipe.harvest(pipe.shots(PROMPTS, steps=1, guidance=4.0), site, progress=False))
     with pytest.raises(BadInput, match="no row in the table of families"):
-        next(pipe.harvest_pictures([Image.new("RGB", (32, 32))], 0.5, site, progress=False))
+        next(pipe.harvest_images([Image.new("RGB", (32, 32))], 0.5, site, progress=False))
 
 
 def test_a_shot_without_a_timestep_stands_for_its_whole_run(flux: Pipeline):
@@ -258,34 +258,34 @@ def test_an_interrupted_run_does_not_upset_the_next_one(pipe: Pipeline):
     assert steps[::halves] == list(range(len(pipe.engine.timesteps(shots[0]))))
 
 
-def test_pictures_carry_their_name_level_and_seed(flux: Pipeline, tmp_path: Path):
+def test_images_carry_their_name_level_and_seed(flux: Pipeline, tmp_path: Path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    pictures = [tmp_path / "red.png", Image.new("RGB", (32, 32), "blue")]
-    first, second = flux.harvest_pictures(pictures, noise=(0.9, 0.2), sites="double.1", seed=5, progress=False)
+    images = [tmp_path / "red.png", Image.new("RGB", (32, 32), "blue")]
+    first, second = flux.harvest_images(images, noise=(0.9, 0.2), sites="double.1", seed=5, progress=False)
     assert [(s.noise, s.timestep) for s in (first.shots[0], second.shots[0])] == [(0.9, 900.0), (0.2, 200.0)]
-    assert [shot.seed for shot in first.shots] == [5, 6] and first.shots[0].picture == str(tmp_path / "red.png")
-    assert first.shots[1].picture is not None and first.shots[1].picture.startswith("sha256:")
+    assert [shot.seed for shot in first.shots] == [5, 6] and first.shots[0].image == str(tmp_path / "red.png")
+    assert first.shots[1].image is not None and first.shots[1].image.startswith("sha256:")
 
 
-def test_pictures_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path):
+def test_images_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path):
     with pytest.raises(BadInput, match="30 x 32"):
-        next(flux.harvest_pictures([Image.new("RGB", (32, 30))], noise=0.5, sites="double.1", progress=False))
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+        next(flux.harvest_images([Image.new("RGB", (32, 30))], noise=0.5, sites="double.1", progress=False))
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(BadInput, match=r"broken\.png"):
-        next(flux.harvest_pictures([tmp_path / "broken.png"], noise=0.5, sites="double.1", progress=False))
+        next(flux.harvest_images([tmp_path / "broken.png"], noise=0.5, sites="double.1", progress=False))
     with pytest.raises(BadInput, match="between 0"):
-        next(flux.harvest_pictures([], noise=1.5, sites="double.1", progress=False))
-    with pytest.raises(BadInput, match="more pictures than prompts"):
-        next(flux.harvest_pictures([Image.new("RGB", (32, 32))], noise=0.5, sites="double.1", prompts=[], progress=False))
+        next(flux.harvest_images([], noise=1.5, sites="double.1", progress=False))
+    with pytest.raises(BadInput, match="more images than prompts"):
+        next(flux.harvest_images([Image.new("RGB", (32, 32))], noise=0.5, sites="double.1", prompts=[], progress=False))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_run_that_is_finished_shows_what_a_harvest_does_and_ends_in_its_picture(pipe: Pipeline, guidance: float):
+def test_a_run_that_is_finished_shows_what_a_harvest_does_and_ends_in_its_image(pipe: Pipeline, guidance: float):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
     plain = by_shot([*pipe.harvest(shots, site, batch=2, progress=False)])
     finished = [*pipe.harvest_and_finish(shots, site, batch=2)]
     seen = by_shot([activations for batch in finished for activations in batch.activations])
     assert seen.keys() == plain.keys() and all(torch.equal(seen[key], plain[key]) for key in plain)
-    assert [len(batch.pictures) for batch in finished] == [2, 1]
+    assert [len(batch.images) for batch in finished] == [2, 1]
     [alone] = pipe.generate(PROMPTS[2], steps=2, guidance=guidance)
-    assert finished[1].pictures[0].tobytes() == alone.picture.tobytes()
+    assert finished[1].images[0].tobytes() == alone.image.tobytes()

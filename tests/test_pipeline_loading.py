@@ -62,7 +62,7 @@ def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: st
         next(pipe.harvest(pipe.shots(PROMPTS, steps=2, keep_steps=[0]), site, progress=False)).values for pipe in (exact, rough)
     )
     assert 0.001 < float((a - b).norm() / a.norm()) < 0.5
-    assert rough.generate("a red star")[0].picture.size == (32, 32)
+    assert rough.generate("a red star")[0].image.size == (32, 32)
 
 
 def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,7 +96,7 @@ def test_an_untrained_model_has_the_geometry_and_the_seed_decides_its_weights(fa
     assert shapes[0] == shapes[1]
     weights = [next(iter(pipe.engine.denoiser.parameters())) for pipe in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert first.generate("a red star", steps=2)[0].picture.size == (32, 32)
+    assert first.generate("a red star", steps=2)[0].image.size == (32, 32)
     assert [next(pipe.shots("a star")).revision for pipe in (trained, first, other)] == [None, "untrained-3", "untrained-4"]
 
 
@@ -270,8 +270,8 @@ for repeat in range(2):  # the second time after stopped passes
         for a in pipe.harvest(pipe.shots(prompts, steps=3, keep_steps=[0, 2]), sites, batch=1, progress=False)
         for i, shot in enumerate(a.shots)
     }
-pictures = pipe.generate(prompts[:2])
-torch.save((found, [list(p.picture.tobytes()) for p in pictures]), f"{out}/{dist.get_rank()}.pt")
+images = pipe.generate(prompts[:2])
+torch.save((found, [list(p.image.tobytes()) for p in images]), f"{out}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
@@ -303,7 +303,7 @@ def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tm
     shared = [found for found, _ in ranks]
     assert not shared[0].keys() & shared[1].keys() and shared[0].keys() | shared[1].keys() == whole.keys()
     assert all(torch.equal(whole[key], found[key]) for found in shared for key in found)
-    assert ranks[0][1] == ranks[1][1] == [list(g.picture.tobytes()) for g in pipe.generate(["a star 0", "a star 1"])]
+    assert ranks[0][1] == ranks[1][1] == [list(g.image.tobytes()) for g in pipe.generate(["a star 0", "a star 1"])]
 
 
 def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):

@@ -32,8 +32,8 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 
 
 def middle(pipe: Pipeline) -> Site:
-    images = [row.site for row in pipe.sites() if row.site.stream == "image"]
-    return images[len(images) // 2]
+    image_sites = [row.site for row in pipe.sites() if row.site.stream == "image"]
+    return image_sites[len(image_sites) // 2]
 
 
 def same(x: Tensor, moment: HookContext) -> Tensor:
@@ -92,13 +92,13 @@ def test_the_edited_prediction_is_that_of_a_run_edited_from_the_start(pipe: Pipe
     assert torch.equal(outcome.edited["halved"], edited.plain)
 
 
-def test_pictures_under_an_edit_are_those_drawn_within_at(pipe: Pipeline):
-    shots = list(pipe.shots(PROMPTS, steps=2, guidance=1.0))  # two of each run: one picture
-    (outcome,) = pipe.pictures(shots, middle(pipe), EDITS)
+def test_images_under_an_edit_are_those_drawn_within_at(pipe: Pipeline):
+    shots = list(pipe.shots(PROMPTS, steps=2, guidance=1.0))  # two of each run: one image
+    (outcome,) = pipe.images(shots, middle(pipe), EDITS)
     assert outcome.plain.shape == (2, 3, 16, 24) and 0 <= outcome.plain.min() < outcome.plain.max() <= 1
     assert torch.equal(outcome.edited["same"], outcome.plain) and torch.equal(outcome.edited["put back"], outcome.plain)
     with pipe.at(middle(pipe), halved):
-        (edited,) = pipe.pictures(shots, middle(pipe), {})
+        (edited,) = pipe.images(shots, middle(pipe), {})
     assert torch.equal(outcome.edited["halved"], edited.plain) and not torch.equal(edited.plain, outcome.plain)
     assert [shot.timestep for shot in outcome.shots] == [None, None]
 
@@ -143,19 +143,19 @@ def test_what_cannot_be_asked_is_said(flux: Pipeline):
     with pytest.raises(BadInput, match="timestep 123"):
         list(flux.predictions([replace(shots[0], timestep=123.0)], "double.1", {}))
     with pytest.raises(BadInput, match="batch of 0"):
-        flux.pictures(shots, "double.1", {}, batch=0)
+        flux.images(shots, "double.1", {}, batch=0)
 
 
 def test_mini_flux_predicts_and_draws_under_edits():
     pipe = difflex.load("mini-flux")
     shots = list(pipe.shots(["a red star on grass"], steps=2, pixels=pipe.engine.card.pixels[0]))
-    for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.pictures(shots, "double.1", EDITS)]:
+    for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.images(shots, "double.1", EDITS)]:
         assert torch.equal(outcome.edited["put back"], outcome.plain)
         assert not torch.equal(outcome.edited["halved"], outcome.plain)
 
 
-def test_the_loss_of_a_picture_is_the_error_of_what_the_model_says_of_it(flux: Pipeline):
-    """By hand: at pure noise the input is the noise alone, and the target noise - picture."""
+def test_the_loss_of_a_image_is_the_error_of_what_the_model_says_of_it(flux: Pipeline):
+    """By hand: at pure noise the input is the noise alone, and the target noise - image."""
     colours = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     found = flux.losses(colours, [0.3, 1.0], prompts="a star", seed=4)
     assert found.shape == (2, 2) and torch.isfinite(found).all()
@@ -173,9 +173,9 @@ def test_the_loss_of_a_picture_is_the_error_of_what_the_model_says_of_it(flux: P
     torch.testing.assert_close((outcome.plain.float() - target).square().mean(), found[0, 1])
 
 
-def test_every_family_can_say_how_well_it_foretells_a_picture(pipe: Pipeline):
-    pictures = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
-    found = pipe.losses(pictures, [0.2, 0.7])
+def test_every_family_can_say_how_well_it_foretells_a_image(pipe: Pipeline):
+    images = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
+    found = pipe.losses(images, [0.2, 0.7])
     assert found.shape == (2, 2) and (found > 0).all() and torch.isfinite(found).all()
     with pytest.raises(BadInput, match="between 0"):
-        pipe.losses(pictures, 1.5)
+        pipe.losses(images, 1.5)

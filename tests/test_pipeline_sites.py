@@ -51,7 +51,7 @@ def test_writing_back_what_was_read_at_every_site_changes_no_bit(pipe: Pipeline,
         assert torch.equal(latents(pipe, guidance), plain)
 
 
-def test_writing_at_any_site_changes_the_picture(pipe: Pipeline):
+def test_writing_at_any_site_changes_the_image(pipe: Pipeline):
     plain, sites = latents(pipe), all_sites(pipe)
     for site in sites[:: max(1, len(sites) // 12)]:
         # The text of the last single block goes nowhere.

@@ -71,10 +71,10 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, effect=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, pictures=200, noise=(0.5,), untold=True, site=(site,))
+                return replace(command, images=200, noise=(0.5,), untold=True, site=(site,))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
-                return replace(command, site=sites, dictionary=(), pictures=12, steps=None, top=2, sampled=1, silent=1)
+                return replace(command, site=sites, dictionary=(), images=12, steps=None, top=2, sampled=1, silent=1)
             case ExplainCommand():
                 return replace(command, dictionary=(), features=2, judged=2)
             case SteerEvalCommand():
@@ -83,7 +83,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case RemovalCommand():
                 few = {
                     "groups": ("background",),
-                    "pictures": 1,
+                    "images": 1,
                     "chosen_by": 1,
                     "tried_on": 1,
                     "features": (1,),

@@ -160,7 +160,7 @@ TOOK = {
         919.5,
         {
             "dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16"),
-            "pictures": 12,
+            "images": 12,
             "chosen_by": 8,
             "tried_on": 8,
         },
@@ -198,8 +198,8 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
             3 * scaling(DictionaryForecast(2048, 32, 192)),
         ),
         (
-            RemovalCommand(study=Path("s"), pictures=6, chosen_by=6, tried_on=6),
-            {"pictures": 12, "chosen_by": 12, "tried_on": 12},
+            RemovalCommand(study=Path("s"), images=6, chosen_by=6, tried_on=6),
+            {"images": 12, "chosen_by": 12, "tried_on": 12},
             0.0,
         ),
         (
@@ -210,7 +210,7 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_twice_the_pictures_take_twice_the_time_beyond_the_start(
+def test_twice_the_images_take_twice_the_time_beyond_the_start(
     few: SteerEvalCommand | RemovalCommand | FindingsCommand, many: dict[str, int], fixed: float
 ):
     outlook = steered_outlook(Path("s"))

@@ -47,11 +47,11 @@ def neurons(k: int = 2) -> Neurons:
 
 
 def activations(step: int, names: list[str]) -> Activations:
-    """One token of each picture says what the prompt names; all say that something is there."""
+    """One token of each image says what the prompt names; all say that something is there."""
     x = torch.zeros(len(names), TOKENS, WIDTH)
     x[:, :, 0] = 1.0
-    for picture, name in enumerate(names):
-        x[picture, 2, SPEAKS[name][step]] = 3.0
+    for image, name in enumerate(names):
+        x[image, 2, SPEAKS[name][step]] = 3.0
     shot = Shot(model="m", pixels=(8, 8), steps=2, guidance=0.0, timestep=1000.0 - 500 * step)
     return Activations(site=SITE, values=x, shots=(shot,) * len(names), grid=(2, 3))
 
@@ -111,7 +111,7 @@ def test_codes_of_the_features_are_multiplied_and_all_else_keeps_its_bits(streng
         assert torch.equal(edited(cut, strength, step), wanted)
 
 
-def test_a_code_below_the_mean_over_all_pictures_is_left_alone():
+def test_a_code_below_the_mean_over_all_images_is_left_alone():
     cut = choose(firings(), NAMED, "red", 1)
     low, floor = activations(0, NAMED).values, cut.floors[0][0]
     assert floor == pytest.approx(3.0 * 2 / (len(NAMED) * TOKENS))
@@ -135,7 +135,7 @@ def test_no_features_are_no_edit():
     assert none.steerings(0.0) == [] and not none.touches(firings()).any()
 
 
-def test_the_pictures_that_an_edit_touches_are_told_beforehand():
+def test_the_images_that_an_edit_touches_are_told_beforehand():
     touched = choose(firings(), NAMED, "red", 1).touches(firings(["blue", "red", "green", "red"]))
     assert touched.tolist() == [False, True, False, True]
 
@@ -144,7 +144,7 @@ def test_rates_count_what_is_gone_what_others_keep_and_all_else():
     before = [verdict(True, shape=True, size=False), verdict(True, shape=True), verdict(False), verdict(True, shape=True)]
     after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
     found = rates("red", ["red", "red", "red", "blue"], before, after)
-    # The third picture never was red; the size of the first never was right; red and blue count alike.
+    # The third image never was red; the size of the first never was right; red and blue count alike.
     assert found == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
 
 
@@ -176,13 +176,13 @@ def removed(ua: float) -> RemovedConcept:
         "features": {"double.1:neurons/neurons-8-k2": ((2,), (5, 1))},
         "strength": -1.0,
     }
-    return RemovedConcept(**shared, tried=tried, pictures=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
+    return RemovedConcept(**shared, tried=tried, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
 
 
 def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     concepts = (removed(0.95), removed(0.85))
     removal = RemovalResults(
-        model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"pictures": 4}
+        model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"images": 4}
     )
     assert removal.reaching() == [concepts[0]] and concepts[0].each == 2
     path = removal.save(Study.begin(tmp_path, "m").removal([DictionaryRef(SITE, "neurons-8-k2")]))
@@ -208,22 +208,22 @@ def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("names", "concept", "said"),
-    [(NAMED, "pink", "0 among 6"), (["red"] * 6, "red", "6 among 6"), (NAMED[:4], "red", "6 pictures")],
+    [(NAMED, "pink", "0 among 6"), (["red"] * 6, "red", "6 among 6"), (NAMED[:4], "red", "6 images")],
 )
-def test_a_concept_needs_pictures_with_it_and_without(names: list[str], concept: str, said: str):
+def test_a_concept_needs_images_with_it_and_without(names: list[str], concept: str, said: str):
     with pytest.raises(BadInput, match=said):
         choose(firings(), names, concept, 1)
 
 
-def test_features_are_found_by_pictures_of_their_own_site():
+def test_features_are_found_by_images_of_their_own_site():
     with pytest.raises(BadInput, match="these are activations of double"):
         firings().add(replace(activations(0, NAMED), site=Site("double.0")))
-    with pytest.raises(BadInput, match="No picture"):
+    with pytest.raises(BadInput, match="No image"):
         GenerationCodes(neurons()).means()
 
 
-def pictured(drawn: list[int]) -> RemovalImages:
-    """Pictures that show a concept as long as its neuron speaks at the second step; what is drawn anew is noted."""
+def imaged(drawn: list[int]) -> RemovalImages:
+    """Images that show a concept as long as its neuron speaks at the second step; what is drawn anew is noted."""
 
     def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         drawn.extend(numbers)
@@ -239,21 +239,21 @@ def pictured(drawn: list[int]) -> RemovalImages:
 
 def test_planted_features_are_found_and_taken_away_while_all_else_stays():
     drawn: list[int] = []
-    shown = pictured(drawn)
+    shown = imaged(drawn)
     for concept in SPEAKS:
         assert shown.rates(concept, shown.chosen(concept, 2), 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
-    # Only pictures that name the concept hold its features: no other is drawn anew.
+    # Only images that name the concept hold its features: no other is drawn anew.
     assert drawn == [0, 1, 2, 3, 4, 5]
 
 
-def test_pictures_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
+def test_images_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
     drawn: list[int] = []
-    nothing = [cut.of(0) for cut in pictured(drawn).chosen("red", 1)]
-    assert pictured(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
+    nothing = [cut.of(0) for cut in imaged(drawn).chosen("red", 1)]
+    assert imaged(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
 def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_and_one_step_further():
-    shown = pictured([])
+    shown = imaged([])
     cuts = shown.chosen("red", 2)
     tried = list(shown.tried("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
     # (2, 0.4) is no step further: it is milder in strength.
@@ -264,14 +264,14 @@ def test_what_retains_too_little_is_not_tried_more_strongly():
     def spoilt(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         return [verdict(True, shape=False) for _ in numbers]
 
-    shown = replace(pictured([]), edited=spoilt)
+    shown = replace(imaged([]), edited=spoilt)
     tried = shown.tried("red", shown.chosen("red", 2), [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)])
     # A third of what else is right is gone at once; only what is milder in one of the two could do better.
     assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
 
 
 @pytest.mark.parametrize(("concepts", "each"), [(3, 2), (10, 8), (8, 12), (2, 13)])
-def test_by_how_many_pictures_a_removal_is_judged_is_told_beforehand(concepts: int, each: int):
+def test_by_how_many_images_a_removal_is_judged_is_told_beforehand(concepts: int, each: int):
     named, drawn = [str(number) for number in range(concepts) for _ in range(each)], list[int]()
     right = verdict(True, shape=True)
     everywhere = neurons(k=WIDTH)
@@ -291,7 +291,7 @@ def test_by_how_many_pictures_a_removal_is_judged_is_told_beforehand(concepts: i
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():
     with pytest.raises(BadInput, match="No prompt names 'pink'"):
-        pictured([]).rates("pink", pictured([]).chosen("red", 1), 0.0)
+        imaged([]).rates("pink", imaged([]).chosen("red", 1), 0.0)
 
 
 @pytest.mark.parametrize("group", NAMED_GROUPS)
@@ -308,10 +308,10 @@ def test_the_judge_sees_in_true_drawings_the_concepts_that_their_captions_name()
         NamedCaption(BACKGROUNDS[int(ground)], text)
         for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
     ]
-    seen = DrawnJudge(load_judge()).of_named("background", named, scenes.pictures)
+    seen = DrawnJudge(load_judge()).of_named("background", named, scenes.images)
     assert sum(verdict.shows for verdict in seen) >= 39 and all("background" not in verdict.right for verdict in seen)
     wrong = [NamedCaption("night" if each.concept != "night" else "wood", each.caption) for each in named]
-    assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_named("background", wrong, scenes.pictures)[:8])
+    assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_named("background", wrong, scenes.images)[:8])
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--groups", "size", "--pictures", "2", "--chosen-by", "2", "--tried-on", "1"]
+    flags = ["--groups", "size", "--images", "2", "--chosen-by", "2", "--tried-on", "1"]
     flags += ["--features", "1,2", "--strength", "-1", "--steps", "1:3"]
     assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     said = capsys.readouterr().out
@@ -341,13 +341,13 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
     assert [each.concept for each in removal.concepts] == ["small", "large"]
     for each in removal.concepts:
-        assert each.pictures == 2 and each.strength == -1.0 and {tried.features for tried in each.tried} <= {1, 2}
+        assert each.images == 2 and each.strength == -1.0 and {tried.features for tried in each.tried} <= {1, 2}
         for steps in each.features.values():
             assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
 
 
 def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
-    flags = ["--groups", "size", "--pictures", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
+    flags = ["--groups", "size", "--images", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
     removals = [RemovalResults.load(path) for path in Study.open(study).removals()]
     known = {removal.dictionaries for removal in removals}
@@ -361,7 +361,7 @@ def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
     ("words", "said"),
     [
         (("--groups", "colur"), "nearest: colour"),
-        (("--pictures", "0"), "leave nothing to remove"),
+        (("--images", "0"), "leave nothing to remove"),
         (("--features",), "leave nothing to remove"),
         (("--strength", "0:1:0.5"), "takes nothing away"),
         (("--steps", "2:9"), "of a run of 4 steps"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, matched, pictured, removed, steered, whole
+from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, imaged, matched, removed, steered, whole
 
 from difflex.cli import VERBS, main, parse
 from difflex.commands.evaluate import EvaluateCommand
@@ -61,7 +61,7 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
     page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
     wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    wanted |= {"dictionaries", "claims", "pictures"} | WORDS | STEERING
+    wanted |= {"dictionaries", "claims", "images"} | WORDS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted
     assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted
     # Steering is of two groups, neither of them texture; three features are explained, where it takes ten.
@@ -230,11 +230,11 @@ def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
     assert ">principal axes<" in concepts and ">random directions<" not in concepts
 
 
-def test_what_was_judged_on_other_pictures_is_not_held_beside_the_rest(tmp_path: Path):
+def test_what_was_judged_on_other_images_is_not_held_beside_the_rest(tmp_path: Path):
     study = whole(tmp_path)
     matched(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), made_from={"count": 5000})
     page = page_of(study)
-    assert "double.1: random-1024-k16 was held against other pictures" in page
+    assert "double.1: random-1024-k16 was held against other images" in page
     assert "random-1024-k16" not in {row["method"] for row in rows_of(study, "coverage")}
     assert claim(study, "axes").verdict == "holds here"
 
@@ -343,7 +343,7 @@ def test_dictionaries_of_two_sites_of_a_block_are_not_compared(tmp_path: Path):
     for name in ("double.1/topk-512-k8", "double.1:update/itda-512-k8"):
         dictionary(study, name)
         matched(study, name, (0.9,) * 4, each=10)
-        pictured(study, name)
+        imaged(study, name)
     assert claim(study, "surfaces").verdict == claim(study, "covering").verdict == "not measured"
 
 
@@ -455,13 +455,13 @@ def test_a_report_is_a_command_of_a_study_and_finds_its_control(tmp_path: Path, 
     assert main(["report", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_best_and_the_worst_features_are_shown_with_their_pictures(tmp_path: Path):
+def test_the_best_and_the_worst_features_are_shown_with_their_images(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
-    pictured(study, "double.1/topk-512-k8", features=12)
+    imaged(study, "double.1/topk-512-k8", features=12)
     page = page_of(study)
     # Nothing is explained, no concept known: by peak, six of the highest and three of the lowest.
-    assert [row["feature"] for row in rows_of(study, "pictures")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
+    assert [row["feature"] for row in rows_of(study, "images")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
     assert page.count("<img") == 9 * 5 and page.count("data:image/webp;base64,") == 9 * 5
     assert "<b>a star</b>" not in page and "&lt;b&gt;a star" in page
 
@@ -469,9 +469,9 @@ def test_the_best_and_the_worst_features_are_shown_with_their_pictures(tmp_path:
 def test_features_are_ranked_by_their_explanations_where_there_are_any_and_these_are_escaped(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
-    pictured(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
+    imaged(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
     page = page_of(study)
-    shown = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "pictures")]
+    shown = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "images")]
     # Not by the paper's protocol, whose scores are higher: its judge sees what was explained.
     assert shown == [("3", "<script>red</script>", "0.9"), ("5", "stars", "0.6")]
     assert "<script>red" not in page and "&lt;script&gt;red" in page
@@ -480,7 +480,7 @@ def test_features_are_ranked_by_their_explanations_where_there_are_any_and_these
 def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
-    pictured(study, "double.1/topk-512-k8")
+    imaged(study, "double.1/topk-512-k8")
     dictionary(study, "double.1/topk-512-k8", weights=b"others")
     page = page_of(study)
     assert "has changed since its book was written" in page and "<img" not in page
@@ -489,7 +489,7 @@ def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path
 def test_accuracies_are_told_by_protocol_with_how_far_they_fall_and_what_they_speak_of(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
-    pictured(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
+    imaged(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
     page_of(study)
     means = {row["protocol"]: float(row["accuracy"]) for row in rows_of(study, "falls")}
     assert means["heldout"] == pytest.approx(0.6) and means["paper"] == pytest.approx(0.7)
@@ -511,20 +511,16 @@ PLACES = ("double.1/topk-512-k8", "double.1/itda-300-k8")
 
 
 @pytest.mark.parametrize(
-    ("itda", "pictures", "verdict"),
+    ("itda", "images", "verdict"),
     [(0.5, "made", "holds here"), (0.1, "made", "does not hold here"), (0.5, "other", "not measured")],
 )
-def test_the_claim_about_coverage_follows_the_books_of_the_same_pictures(
-    tmp_path: Path, itda: float, pictures: str, verdict: str
-):
+def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path: Path, itda: float, images: str, verdict: str):
     study = begun(tmp_path)
-    for name, coverage, data in zip(PLACES, (0.25, itda), ("made", pictures), strict=True):
+    for name, coverage, data in zip(PLACES, (0.25, itda), ("made", images), strict=True):
         dictionary(study, name)
-        pictured(study, name, coverage=coverage, data=data)
+        imaged(study, name, coverage=coverage, data=data)
     found = claim(study, "covering")
-    assert found.verdict == verdict and (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in found.evidence[0]) == (
-        pictures == "made"
-    )
+    assert found.verdict == verdict and (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in found.evidence[0]) == (images == "made")
 
 
 @pytest.mark.parametrize(
@@ -543,7 +539,7 @@ def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(
     for name, text in zip(PLACES, (autoencoder, itda), strict=True):
         dictionary(study, name)
         matched(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
-        pictured(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
+        imaged(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
     found = claim(study, "surfaces")
     assert found.verdict == verdict
     if verdict == "not measured":
@@ -572,7 +568,7 @@ def test_the_claim_about_steering_asks_for_features_success_the_rest_and_random_
     )  # one texture of four
 
 
-def test_concepts_that_too_few_pictures_show_count_as_without_a_feature(tmp_path: Path):
+def test_concepts_that_too_few_images_show_count_as_without_a_feature(tmp_path: Path):
     study, rare = begun(tmp_path), tuple(Concept(f"texture {i}", "texture") for i in range(4, 9))
     dictionary(study, PLACES[0])
     matched(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, left_out=rare[:1])
@@ -678,7 +674,7 @@ def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
 def test_what_was_steered_with_another_dictionary_is_named_and_not_shown(tmp_path: Path):
     study = whole(tmp_path)
     strip = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16" / "colour-feature.webp"
-    strip.write_bytes(b"no picture")
+    strip.write_bytes(b"no image")
     page = page_of(study)
     assert "colour-feature.webp" in page.split("</aside>")[0] and "red by neurons, unedited" in page
     dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")

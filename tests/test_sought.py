@@ -1,4 +1,4 @@
-"""Concepts told in words: what is asked of pictures, and what eyes that nobody trained for them make of what they see."""
+"""Concepts told in words: what is asked of images, and what eyes that nobody trained for them make of what they see."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 SOUGHT: Mapping[str, ConceptSpec] = {"red": RED}
 
 
-def picture(left: str, right: str) -> Tensor:
+def image(left: str, right: str) -> Tensor:
     """Two halves of plain colours."""
     halves = [torch.tensor(COLOURS[each]).view(3, 1, 1).expand(3, 4, 2) for each in (left, right)]
     return torch.cat(halves, dim=2)
@@ -65,11 +65,11 @@ def test_a_concept_without_words_for_it_is_refused(wrong: dict[str, object]):
 
 def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
     trials = RED.task(3).trials
-    unedited = torch.stack([picture("green", "green"), picture("green", "blue"), picture("blue", "red")])
+    unedited = torch.stack([image("green", "green"), image("green", "blue"), image("blue", "red")])
     before = eyes(unedited)(RED.task(3), trials, unedited)
     # The last has red on the right alone, where it was not put.
     assert [verdict.shows for verdict in before] == [False] * 3 and all(verdict.right["the rest"] for verdict in before)
-    edited = torch.stack([picture("red", "green"), picture("red", "green"), picture("green", "red")])
+    edited = torch.stack([image("red", "green"), image("red", "green"), image("green", "red")])
     after = eyes(unedited)(RED.task(3), trials, edited)
     assert [verdict.shows for verdict in after] == [True, True, False]
     # The right half of the second is now what that of the first was.
@@ -84,13 +84,13 @@ def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
         asked.extend(several)
         return [ImageAnswer(shows=each.part is not None and float(each.part[0].mean()) == 1, rest=False) for each in several]
 
-    pictures = torch.stack([picture("red", "blue"), picture("green", "red")])
-    verdicts = by_answers(ask, SOUGHT)(RED.task(2), RED.task(2).trials, pictures)
+    images = torch.stack([image("red", "blue"), image("green", "red")])
+    verdicts = by_answers(ask, SOUGHT)(RED.task(2), RED.task(2).trials, images)
     assert [verdict.shows for verdict in verdicts] == [True, False] and verdicts[0].right == {"the rest": False}
     assert [each.rest for each in asked] == ["a something ball", "a something house on a hill"]
-    assert asked[0].part is not None and asked[0].part.shape == (3, 4, 2) and asked[0].picture.shape == (3, 4, 4)
+    assert asked[0].part is not None and asked[0].part.shape == (3, 4, 2) and asked[0].image.shape == (3, 4, 4)
     everywhere = [SteeringTrial("a green ball", 0, None)]
-    by_answers(ask, SOUGHT)(RED.task(1), everywhere, pictures[:1])
+    by_answers(ask, SOUGHT)(RED.task(1), everywhere, images[:1])
     assert asked[-1].part is None
 
 
@@ -102,7 +102,7 @@ def test_a_part_smaller_than_a_pixel_is_one_pixel():
         parts.extend(each.part for each in several)
         return [ImageAnswer(True, True)]
 
-    by_answers(ask, SOUGHT)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], picture("red", "blue")[None])
+    by_answers(ask, SOUGHT)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], image("red", "blue")[None])
     assert parts[0] is not None and parts[0].shape == (3, 1, 1)
 
 

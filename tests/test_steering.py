@@ -1,4 +1,4 @@
-"""Edits: what is asked changes, nothing else does, and the same edit makes the same picture again."""
+"""Edits: what is asked changes, nothing else does, and the same edit makes the same image again."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_where_it_fires_is_where_its_code_is_above_zero():
     assert torch.equal(changed, code(X) > 0)
 
 
-def test_a_painted_region_is_where_the_picture_is_light(tmp_path: Path):
+def test_a_painted_region_is_where_the_image_is_light(tmp_path: Path):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 0, 20, 10))
     mask.save(tmp_path / "mask.png")
@@ -159,7 +159,7 @@ def test_a_region_smaller_than_a_token_is_the_token_it_lies_in():
 
 
 @pytest.mark.parametrize("numbers", [(0.5, 0, 0.5, 1), (0, 0, 1), (0, -0.1, 1, 1), (0, 0, 30, 16), (0, 0, math.nan, 1)])
-def test_a_region_outside_the_picture_is_refused(numbers: tuple[float, ...]):
+def test_a_region_outside_the_image_is_refused(numbers: tuple[float, ...]):
     with pytest.raises(BadInput):
         rectangle(numbers, pixels=(16, 24))
 
@@ -260,11 +260,11 @@ def site_of(pipe: Pipeline) -> tuple[Site, int]:
 
 def drawn(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes]:
     made = pipe.generate(["a red star", "a blue circle"], steps=2, guidance=4.0, edits=edits or [])
-    return [each.picture.tobytes() for each in made]
+    return [each.image.tobytes() for each in made]
 
 
 @pytest.mark.parametrize("what", OPERATIONS)
-def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_same_picture(
+def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_same_image(
     pipe: Pipeline, what: str, tmp_path: Path
 ):
     site, width = site_of(pipe)

@@ -1,4 +1,4 @@
-"""Judging edits: what is counted is what the pictures show, whatever the model, the judge and the method."""
+"""Judging edits: what is counted is what the images show, whatever the model, the judge and the method."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from difflex.steering import (
 from difflex.study import Command
 from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 
-TRIALS = tuple(SteeringTrial(f"picture {number}", number, None) for number in range(4))
+TRIALS = tuple(SteeringTrial(f"image {number}", number, None) for number in range(4))
 TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)
 
 
@@ -41,9 +41,9 @@ def shown(strength: float) -> SteeringHook:
 
 
 def fake(spoils: float) -> JudgedGenerator:
-    """Pictures of one number, the strength: red from 1 on; from `spoils` on the ground is wrong; the loss grows with it."""
+    """Images of one number, the strength: red from 1 on; from `spoils` on the ground is wrong; the loss grows with it."""
 
-    def pictures(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
+    def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         plain = torch.zeros(len(trials), 1, 1)
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in trials)
         edited = None if steering is None else steering.change(plain, HookContext(0, 1.0, None, shots, None))
@@ -52,7 +52,7 @@ def fake(spoils: float) -> JudgedGenerator:
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], drawn: Tensor) -> list[JudgeVerdict]:
         return [JudgeVerdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in drawn.flatten()]
 
-    return JudgedGenerator(pictures, verdicts, lambda drawn: 1 + drawn.flatten())
+    return JudgedGenerator(images, verdicts, lambda drawn: 1 + drawn.flatten())
 
 
 def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
@@ -65,7 +65,7 @@ def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
     assert curve.breaks == 1.0
 
 
-def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_picture():
+def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_image():
     [curve] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
     best = curve.best()
     assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
@@ -73,7 +73,7 @@ def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_picture():
     assert spoilt.best() is None and spoilt.gain() == 0.0
 
 
-def test_each_picture_of_a_batch_gets_its_own_edit():
+def test_each_image_of_a_batch_gets_its_own_edit():
     both = side_by_side(TRIALS[:3], [shown(1.0), None, shown(5.0)])
     assert both is not None
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
@@ -119,11 +119,11 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
     placed = [i for i, caption in enumerate(scenes.captions) if (thing := read(caption).objects[0]).row and thing.column][:60]
     trials = [SteeringTrial(scenes.captions[i], i, None) for i in placed]
     truth = [int(scenes.specs.colour[i, 0]) == 4 for i in placed]
-    seen = [verdict.shows for verdict in drawn(task, trials, scenes.pictures[placed])]
+    seen = [verdict.shows for verdict in drawn(task, trials, scenes.images[placed])]
     assert sum(a == b for a, b in zip(truth, seen, strict=True)) >= 58 and any(truth)
     everywhere = {trial.region for trial in drawn_task("cyan", 60).trials}
     corner = next(region for region in everywhere if region is not None and region.left == 0 and region.top == 0)
-    for i, verdict in zip(placed, drawn(task, [t._replace(region=corner) for t in trials], scenes.pictures[placed]), strict=True):
+    for i, verdict in zip(placed, drawn(task, [t._replace(region=corner) for t in trials], scenes.images[placed]), strict=True):
         far = int(scenes.specs.row[i, 0]) == 2 or int(scenes.specs.column[i, 0]) == 2
         assert not (far and verdict.shows)
 
@@ -143,7 +143,7 @@ def test_contrasts_are_found_by_noise_that_no_trial_has():
 
 
 def _tiles(path: Path) -> list[bytes]:
-    """The pictures of a strip."""
+    """The images of a strip."""
     with Image.open(path) as file:
         return [file.crop((x, 0, x + 64, 64)).convert("RGB").tobytes() for x in range(0, file.width, 64)]
 
@@ -185,7 +185,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
     assert main(["steer-eval", study, "double.1"]) == 2
     assert "Run difflex concepts" in capsys.readouterr().err
-    assert main(["concepts", study, "--site", "double.1", "--pictures", "120", "--noise", "0.25"]) == 0
+    assert main(["concepts", study, "--site", "double.1", "--images", "120", "--noise", "0.25"]) == 0
     beside = tmp_path / "study" / "concepts" / "double.1+neurons" / "neurons-k8.json"
     assert beside.is_file(), "the neurons of the block stand beside its dictionaries"
     capsys.readouterr()
@@ -199,22 +199,22 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     steered = {curve.told.rpartition(" ")[2] for curve in judged.of("feature")}
     assert {curve.told for curve in judged.of("random")} == {f"seed {feature}" for feature in steered}
     assert "neuron" in said and "gain" in said and "as before" not in said
-    pictures = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
+    images = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
     assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
         curve.method: len(curve.points) for curve in judged.curves[:5]
     }
-    assert {path.name for path in pictures.iterdir()} == {strip.file for strip in judged.strips}
-    unedited = {strip.method: _tiles(pictures / strip.file)[0] for strip in judged.strips}
-    assert len(set(unedited.values())) == 1 and len({*_tiles(pictures / "size-prompt.webp")}) == 2
+    assert {path.name for path in images.iterdir()} == {strip.file for strip in judged.strips}
+    unedited = {strip.method: _tiles(images / strip.file)[0] for strip in judged.strips}
+    assert len(set(unedited.values())) == 1 and len({*_tiles(images / "size-prompt.webp")}) == 2
     # Asked again in the same words, nothing is drawn again.
     path = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json"
     written = path.stat().st_mtime_ns
     assert main(["steer-eval", study, "double.1", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
     # A strip that is gone is drawn again.
-    (pictures / "size-prompt.webp").unlink()
+    (images / "size-prompt.webp").unlink()
     assert main(["steer-eval", study, "double.1", *flags]) == 0
-    assert "as before" not in capsys.readouterr().out and (pictures / "size-prompt.webp").is_file()
+    assert "as before" not in capsys.readouterr().out and (images / "size-prompt.webp").is_file()
     # Neurons that were held against concepts as dictionaries of their own are known by that.
     beside.rename(beside.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--least", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]

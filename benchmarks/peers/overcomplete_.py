@@ -7,7 +7,7 @@ import matplotlib.pyplot
 import torch
 from serving import Learner, serve
 
-# It asks for these when imported, for pictures: a name of torchvision, and one that matplotlib no longer has.
+# It asks for these when imported, for images: a name of torchvision, and one that matplotlib no longer has.
 sys.modules["torchvision"] = ModuleType("torchvision")
 sys.modules["torchvision"].transforms = ModuleType("transforms")  # pyright: ignore[reportAttributeAccessIssue]
 if not hasattr(matplotlib.pyplot.cm, "get_cmap"):

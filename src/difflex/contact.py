@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in a grid, with words beside the rows and above the columns."""
+"""Contact sheets: images in a grid, with words beside the rows and above the columns."""
 
 from collections.abc import Sequence
 
@@ -19,21 +19,21 @@ MARGIN = 220
 
 
 def contact_sheet(
-    pictures: Sequence[Sequence[Image.Image]],
+    images: Sequence[Sequence[Image.Image]],
     *,
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     side: int = 160,
 ) -> Image.Image:
-    """One picture of all `pictures`, row by row.
+    """One image of all `images`, row by row.
 
-    Pictures whose longer side is below `side` are enlarged to at least that, by a whole factor and without smoothing, so that
+    Images whose longer side is below `side` are enlarged to at least that, by a whole factor and without smoothing, so that
     every pixel is seen as it is. A label that does not fit is cut and ends in an ellipsis.
     """
-    _check([len(row) for row in pictures], len(row_labels), len(column_labels))
-    rows = [[_enlarged(picture, side) for picture in row] for row in pictures]
-    width = max(picture.width for row in rows for picture in row)
-    height = max(picture.height for row in rows for picture in row)
+    _check([len(row) for row in images], len(row_labels), len(column_labels))
+    rows = [[_enlarged(image, side) for image in row] for row in images]
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
     font = ImageFont.load_default(LETTERS)
     captions = [_wrapped(label, font, MARGIN, max(1, height // LINE)) for label in row_labels]
     titles = [_wrapped(label, font, width, 2) for label in column_labels]
@@ -47,24 +47,24 @@ def contact_sheet(
     for row, caption in enumerate(captions):
         y = top + row * (height + GAP)
         pen.multiline_text((left - GAP, y + height // 2), caption, INK, font, anchor="rm", align="right")
-        for column, picture in enumerate(rows[row]):
-            sheet.paste(picture, (left + column * (width + GAP), y))
+        for column, image in enumerate(rows[row]):
+            sheet.paste(image, (left + column * (width + GAP), y))
     return sheet
 
 
 def _check(rows: list[int], row_labels: int, column_labels: int) -> None:
     if not rows or not column_labels:
-        raise BadInput("A contact sheet was asked of no pictures. Give at least one row and one column.")
+        raise BadInput("A contact sheet was asked of no images. Give at least one row and one column.")
     if len(rows) != row_labels or set(rows) != {column_labels}:
         raise BadInput(
-            f"A contact sheet was asked of rows of {rows} pictures, {row_labels} row labels and {column_labels} column labels. "
-            "Give a label to every row and column, and every row as many pictures as there are columns."
+            f"A contact sheet was asked of rows of {rows} images, {row_labels} row labels and {column_labels} column labels. "
+            "Give a label to every row and column, and every row as many images as there are columns."
         )
 
 
-def _enlarged(picture: Image.Image, side: int) -> Image.Image:
-    factor = -(-side // max(picture.size))
-    return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def _enlarged(image: Image.Image, side: int) -> Image.Image:
+    factor = -(-side // max(image.size))
+    return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def _wrapped(text: str, font: Font, width: int, most: int) -> str:

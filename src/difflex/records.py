@@ -53,7 +53,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """Everything needed to make a picture, or an activation on the way to it, again."""
+    """Everything needed to make an image, or an activation on the way to it, again."""
 
     model: str
     """A name inside the package, a folder, or a hub name."""
@@ -68,17 +68,17 @@ class Shot:
     steps: int
     guidance: float
     timestep: float | None = None
-    """What the scheduler calls the noise level (1000 is pure noise); None for a finished picture."""
-    picture: str | None = None
-    """For activations met on a given picture: its name or path; then `noise` holds the level it was noised to."""
+    """What the scheduler calls the noise level (1000 is pure noise); None for a finished image."""
+    image: str | None = None
+    """For activations met on a given image: its name or path; then `noise` holds the level it was noised to."""
     noise: float | None = None
-    """Between 0 (the picture) and 1 (pure noise)."""
+    """Between 0 (the image) and 1 (pure noise)."""
     split: Split = "train"
-    """Fixed by a hash of the prompt or picture, so that all seeds of a prompt stay together."""
+    """Fixed by a hash of the prompt or image, so that all seeds of a prompt stay together."""
 
 
 def split_of(content: str | bytes) -> Split:
-    """`held-out` for a fixed tenth of all prompts or pictures, chosen by a hash of the content."""
+    """`held-out` for a fixed tenth of all prompts or images, chosen by a hash of the content."""
     digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
     return "held-out" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
@@ -142,7 +142,7 @@ def of_split(batches: Iterator[ActivationBatch], split: Split) -> Iterator[Activ
 
 
 class EditOutcomes(NamedTuple):
-    """What a model makes of the same shots, left alone and under each of several edits: predictions, or pictures."""
+    """What a model makes of the same shots, left alone and under each of several edits: predictions, or images."""
 
     shots: tuple[Shot, ...]
     plain: Float[Tensor, "shot ..."]
@@ -155,7 +155,7 @@ Unit = Literal["peak", "mean", "norm", "code"]
 
 
 class Rectangle(NamedTuple):
-    """A part of a picture, in fractions of its width and height."""
+    """A part of an image, in fractions of its width and height."""
 
     left: float
     top: float
@@ -192,7 +192,7 @@ class Edit:
     """What a strength of 1 is: a feature's largest code; its mean code where it fires; as long as a mean activation; a code of 1.
     A scale has no unit."""
     region: Rectangle | str | None = None
-    """Which part of the picture: a rectangle, the name of a picture that is light there, `fires` for the tokens at which one of
+    """Which part of the image: a rectangle, the name of an image that is light there, `fires` for the tokens at which one of
     the features fires; None for all of it."""
     steps: tuple[int, int] | None = None
     """The first step, and the first no longer; None for all."""

@@ -206,9 +206,9 @@ class Study:
         return self.folder / "concepts" / site.folder / f"{label}.json"
 
     @property
-    def pictures(self) -> Path:
-        """The folder of the pictures that its books show."""
-        return self.folder / "pictures"
+    def images(self) -> Path:
+        """The folder of the images that its books show."""
+        return self.folder / "images"
 
     @property
     def explanations(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the drawn world asks of an edit: pictures in which a concept is to appear, pairs of captions, and a judge's eyes."""
+"""What the drawn world asks of an edit: images in which a concept is to appear, pairs of captions, and a judge's eyes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ __all__ = [
     "NAMED",
     "DrawnJudge",
     "NamedCaption",
-    "as_pictures",
+    "as_images",
     "as_tensor",
     "drawn_naming",
     "drawn_pairs",
@@ -38,7 +38,7 @@ LOOKED_AT = 20
 WHOLE = ("background", "style")
 ONE = SceneMix(1, 0, 0)
 AWAY, REACH = 0.29, 0.26
-"""How far outer cells lie from the middle of the picture, and how far an object reaches, as shares of the picture."""
+"""How far outer cells lie from the middle of the image, and how far an object reaches, as shares of the image."""
 
 
 NAMED = ("shape", "colour", "texture", "size", "background", "style")
@@ -120,22 +120,22 @@ def reworded(trial: SteeringTrial, concept: str) -> SteeringTrial:
 
 
 def placed(caption: str, group: str) -> Rectangle | None:
-    """Where a caption puts what the concepts of a group belong to: its first object, or None for the whole picture."""
+    """Where a caption puts what the concepts of a group belong to: its first object, or None for the whole image."""
     request = read(caption)
     return _place(request) if request.objects and group not in WHOLE else None
 
 
-def as_tensor(pictures: Iterable[Image.Image]) -> Float[Tensor, "picture channel row column"]:
-    """Pictures with pixels between 0 and 1."""
+def as_tensor(images: Iterable[Image.Image]) -> Float[Tensor, "image channel row column"]:
+    """Images with pixels between 0 and 1."""
     each = [
         torch.frombuffer(bytearray(one.convert("RGB").tobytes()), dtype=torch.uint8).view(one.height, one.width, 3)
-        for one in pictures
+        for one in images
     ]
     return torch.stack(each).movedim(3, 1).float() / 255
 
 
-def as_pictures(pixels: Float[Tensor, "picture channel row column"]) -> Iterator[Image.Image]:
-    """The pictures that these are the pixels of."""
+def as_images(pixels: Float[Tensor, "image channel row column"]) -> Iterator[Image.Image]:
+    """The images that these are the pixels of."""
     for one in (pixels * 255).round().to(torch.uint8).movedim(1, 3):
         yield Image.frombytes("RGB", (one.shape[1], one.shape[0]), one.contiguous().numpy().tobytes())
 
@@ -161,24 +161,24 @@ class DrawnJudge:
         self._judge = judge
 
     def __call__(
-        self, task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Float[Tensor, "picture channel row column"]
+        self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Float[Tensor, "image channel row column"]
     ) -> list[JudgeVerdict]:
-        """What it sees of each picture."""
-        readings = self._readings(pictures)
+        """What it sees of each image."""
+        readings = self._readings(images)
         return [self._verdict(task, trial, reading) for trial, reading in zip(trials, readings, strict=True)]
 
     def of_named(
-        self, group: str, named: Sequence[NamedCaption], pictures: Float[Tensor, "picture channel row column"]
+        self, group: str, named: Sequence[NamedCaption], images: Float[Tensor, "image channel row column"]
     ) -> list[JudgeVerdict]:
-        """What it sees of each picture: whether it shows the concept of the group that its caption names, and what else."""
-        readings = self._readings(pictures)
+        """What it sees of each image: whether it shows the concept of the group that its caption names, and what else."""
+        readings = self._readings(images)
         tasks = [
             SteeringTask(concept=each.concept, group=group, trials=(SteeringTrial(each.caption, 0, None),)) for each in named
         ]
         return [self._verdict(task, task.trials[0], reading) for task, reading in zip(tasks, readings, strict=True)]
 
-    def _readings(self, pictures: Float[Tensor, "picture channel row column"]) -> list[SceneReading]:
-        return [reading for chunk in pictures.split(64) for reading in self._judge.read(chunk)]
+    def _readings(self, images: Float[Tensor, "image channel row column"]) -> list[SceneReading]:
+        return [reading for chunk in images.split(64) for reading in self._judge.read(chunk)]
 
     def _verdict(self, task: SteeringTask, trial: SteeringTrial, reading: SceneReading) -> JudgeVerdict:
         right = {what: ok for what, ok in right_of(read(trial.prompt), reading).items() if what != task.group}

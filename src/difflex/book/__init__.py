@@ -1,4 +1,4 @@
-"""The book of a dictionary: what each of its features is, in figures, in pictures and in words; one SQLite file."""
+"""The book of a dictionary: what each of its features is, in figures, in images and in words; one SQLite file."""
 
 from difflex.book.album import ImageAlbum, StoredImage
 from difflex.book.book import SORTS, Book, CoverageSummary, FeatureFilter

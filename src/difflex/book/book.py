@@ -38,7 +38,7 @@ COLUMNS = (
 SORTS = tuple(COLUMNS.split(", ")[:-2])
 """The columns of figures: what features can be sorted by, and conditions be about."""
 EXAMPLE = "id, feature, kind, split, rank, shot, peak, quantile, map"
-PICTURE = "pictures.id, file, width, height"
+IMAGE = "images.id, file, width, height"
 SCORE = (
     "(SELECT max(value) FROM scores JOIN explanations ON explanations.id = explanation "
     "WHERE explanations.feature = features.feature AND state = 'done' AND measure = ?)"
@@ -66,15 +66,15 @@ class FeatureFilter(NamedTuple):
 
 
 class CoverageSummary(NamedTuple):
-    """How much of their top pictures the features of a dictionary cover (`FeatureStats.coverage`)."""
+    """How much of their top images the features of a dictionary cover (`FeatureStats.coverage`)."""
 
     features: int
-    """Over how many features: those that fire in enough pictures."""
+    """Over how many features: those that fire in enough images."""
     mean: float
     quartiles: tuple[float, float, float]
     """A quarter, half and three quarters of the features cover less."""
     area: float
-    """The share of a picture's tokens at which they fire, however weakly, mean over all pictures in which they do."""
+    """The share of an image's tokens at which they fire, however weakly, mean over all images in which they do."""
 
 
 @final
@@ -141,7 +141,7 @@ class Book:
         return [_feature(row) for row in self._asked(f"SELECT {COLUMNS} FROM features{filtered}{order}", *given)]
 
     def covering(self, shots: int = 8) -> CoverageSummary | None:
-        """How much of their top pictures features cover that fire in so many shots or more; None where there are none."""
+        """How much of their top images features cover that fire in so many shots or more; None where there are none."""
         rows = self._asked(
             "SELECT coverage, area FROM features WHERE shots >= ? AND coverage IS NOT NULL ORDER BY coverage", shots
         )
@@ -173,15 +173,15 @@ class Book:
         return [_example(row) for row in self._asked(f"SELECT {EXAMPLE} FROM examples WHERE shot = ? AND kind != 'silent'", shot)]
 
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
-        """The shots of these numbers, with their pictures."""
+        """The shots of these numbers, with their images."""
         wanted = json.dumps(sorted(set(numbers)))
-        joined = "shots JOIN pictures ON pictures.id = picture WHERE shots.id IN (SELECT value FROM json_each(?))"
-        rows = self._asked(f"SELECT shots.id, shot, {PICTURE} FROM {joined}", wanted)
-        return {number: ShotRow(number, ImageFile(*picture), _shot(told)) for number, told, *picture in rows}
+        joined = "shots JOIN images ON images.id = image WHERE shots.id IN (SELECT value FROM json_each(?))"
+        rows = self._asked(f"SELECT shots.id, shot, {IMAGE} FROM {joined}", wanted)
+        return {number: ShotRow(number, ImageFile(*image), _shot(told)) for number, told, *image in rows}
 
-    def pictures(self) -> list[ImageFile]:
-        """All pictures that the book shows."""
-        return [ImageFile(*row) for row in self._asked(f"SELECT {PICTURE} FROM pictures ORDER BY id")]
+    def images(self) -> list[ImageFile]:
+        """All images that the book shows."""
+        return [ImageFile(*row) for row in self._asked(f"SELECT {IMAGE} FROM images ORDER BY id")]
 
     def neighbours(self, feature: int) -> list[FeatureNeighbour]:
         """The features that fire together with this one, and those whose decoder is nearest, each the nearest first."""
@@ -190,12 +190,12 @@ class Book:
 
     def patch(self, feature: int) -> AtomImage | None:
         """The patch of the data that an ITDA atom is; None for other dictionaries, or where nobody knows."""
-        joined = "patches LEFT JOIN pictures ON pictures.id = picture WHERE feature = ?"
-        rows = self._asked(f"SELECT feature, token, shot, {PICTURE} FROM {joined}", feature)
+        joined = "patches LEFT JOIN images ON images.id = image WHERE feature = ?"
+        rows = self._asked(f"SELECT feature, token, shot, {IMAGE} FROM {joined}", feature)
         if not rows:
             return None
-        number, token, told, *picture = rows[0]
-        return AtomImage(number, token, None if picture[0] is None else ImageFile(*picture), _shot(told))
+        number, token, told, *image = rows[0]
+        return AtomImage(number, token, None if image[0] is None else ImageFile(*image), _shot(told))
 
     def explanations(self, feature: int | None = None) -> list[Explanation]:
         """The explanations of a feature, or of all."""

@@ -60,7 +60,7 @@ class BookInfo:
     """How many were looked at."""
     shots: Mapping[Split, int]
     """How many, by split."""
-    pictures: int
+    images: int
     timesteps: tuple[float, ...] = ()
     """That `FeatureStats.activity` speaks of, falling."""
     difflex: str = ""
@@ -68,20 +68,20 @@ class BookInfo:
 
 
 class ImageFile(NamedTuple):
-    """A picture, once for all books of a study."""
+    """An image, once for all books of a study."""
 
     id: int
     file: str
-    """In the study's folder of pictures; named by its content."""
+    """In the study's folder of images; named by its content."""
     width: int
     height: int
 
 
 class ShotRow(NamedTuple):
-    """A shot and the picture that it belongs to."""
+    """A shot and the image that it belongs to."""
 
     id: int
-    picture: ImageFile
+    image: ImageFile
     shot: Shot
 
 
@@ -119,7 +119,7 @@ class FeatureStats:
     negative_peak: float = 0.0
     """Its most negative value; 0 if it has none."""
     area: float | None = None
-    """The share of a picture's tokens at which it fires, mean over the shots in which it does."""
+    """The share of an image's tokens at which it fires, mean over the shots in which it does."""
     spread: float | None = None
     """Distance of what it marks from the middle of that, weighted by value, as a share of the grid's diagonal."""
     concentration: float | None = None
@@ -127,12 +127,12 @@ class FeatureStats:
     border: float | None = None
     """How much of its values' sum lies in the outermost tokens, over their share of the grid: 1 if it does not care."""
     position: float | None = None
-    """How far it prefers some parts of the picture: the share of its values' sum that would have to move for all parts (4 x 4)
+    """How far it prefers some parts of the image: the share of its values' sum that would have to move for all parts (4 x 4)
     to get the same."""
     coverage: float | None = None
-    """The share of tokens that it covers (`SHOWN`) in its top pictures, mean over these."""
+    """The share of tokens that it covers (`SHOWN`) in its top images, mean over these."""
     strength: float | None = None
-    """How strongly it is added to a picture where no strength is named, in peaks as steering has them; None if nobody knows."""
+    """How strongly it is added to an image where no strength is named, in peaks as steering has them; None if nobody knows."""
     histogram: Histogram = Histogram(0, ())  # noqa: RUF009 (a constant)
     activity: tuple[float, ...] = ()
     """Its density at each timestep of `BookInfo.timesteps`."""
@@ -168,7 +168,7 @@ class Example:
     """In the book; -1 before it is there."""
     feature: int
     kind: ExampleKind
-    """`top`: those of the highest peak, one for each picture; `quantile`: drawn at random from all shots at which it fires, but
+    """`top`: those of the highest peak, one for each image; `quantile`: drawn at random from all shots at which it fires, but
     for the top, in order of their peaks; `silent`: drawn at random from those at which it does not fire."""
     split: Split
     rank: int
@@ -196,7 +196,7 @@ class AtomImage(NamedTuple):
 
     feature: int
     token: int
-    picture: ImageFile | None
+    image: ImageFile | None
     shot: Shot
 
 
@@ -211,7 +211,7 @@ class Explanation:
     """Who explained."""
     protocol: str
     text: str
-    """What its pictures share."""
+    """What its images share."""
     descriptions: tuple[str, ...] = ()
     """What each of them shows."""
     state: Literal["done", "failed"] = "done"

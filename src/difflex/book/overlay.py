@@ -1,4 +1,4 @@
-"""Where a feature fires, drawn over a picture: one rendering for every kind of dictionary, in units of the feature's own peak."""
+"""Where a feature fires, drawn over an image: one rendering for every kind of dictionary, in units of the feature's own peak."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["STYLES", "Style", "enlarged", "overlaid"]
 Style = Literal["blue", "outline", "plain"]
 STYLES: tuple[Style, ...] = get_args(Style)
 BLUE, STRONGEST = (8, 48, 160), 0.75
-"""The colour, and how much of it hides the picture where the feature is at its peak."""
+"""The colour, and how much of it hides the image where the feature is at its peak."""
 
 
 def overlaid(
-    picture: Image.Image,
+    image: Image.Image,
     where: TokenMap,
     grid: tuple[int, int] | None,
     peak: float,
@@ -26,47 +26,47 @@ def overlaid(
     style: Style = "blue",
     side: int = 0,
 ) -> Image.Image:
-    """`picture` with the tokens at which a feature fires marked, enlarged by a whole factor to at least `side`.
+    """`image` with the tokens at which a feature fires marked, enlarged by a whole factor to at least `side`.
 
     `blue`: the more opaque the stronger, by the root of the share of `peak`, the feature's largest value anywhere; two examples
-    of a feature can be compared. `outline`: a black and white line around what the feature covers, which is seen on blue pictures
-    and by eyes that see no blue. `plain`: the picture alone, as for tokens that have no place.
+    of a feature can be compared. `outline`: a black and white line around what the feature covers, which is seen on blue images
+    and by eyes that see no blue. `plain`: the image alone, as for tokens that have no place.
     """
     if style not in STYLES:
         raise UnknownName.among("The style", style, STYLES)
-    picture = enlarged(picture.convert("RGB"), side)
+    image = enlarged(image.convert("RGB"), side)
     if style == "plain" or grid is None or not where.tokens:
-        return picture
+        return image
     if max(where.tokens) >= grid[0] * grid[1]:
         raise BadInput(f"Token {max(where.tokens)} is not on a grid of {grid[0]} x {grid[1]}. Give the grid that the map is of.")
-    return _blue(picture, where, grid, peak) if style == "blue" else _outlined(picture, where, grid, peak)
+    return _blue(image, where, grid, peak) if style == "blue" else _outlined(image, where, grid, peak)
 
 
-def enlarged(picture: Image.Image, side: int) -> Image.Image:
-    """`picture`, its longer side at least `side`, each pixel a square."""
-    factor = max(1, -(-side // max(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """`image`, its longer side at least `side`, each pixel a square."""
+    factor = max(1, -(-side // max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _blue(picture: Image.Image, where: TokenMap, grid: tuple[int, int], peak: float) -> Image.Image:
+def _blue(image: Image.Image, where: TokenMap, grid: tuple[int, int], peak: float) -> Image.Image:
     rows, columns = grid
     opacity = bytearray(rows * columns)
     for token, value in zip(*where, strict=True):
         opacity[token] = round(255 * STRONGEST * min(1.0, value / peak) ** 0.5)
-    mask = Image.frombytes("L", (columns, rows), bytes(opacity)).resize(picture.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", picture.size, BLUE), picture, mask)
+    mask = Image.frombytes("L", (columns, rows), bytes(opacity)).resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", image.size, BLUE), image, mask)
 
 
-def _outlined(picture: Image.Image, where: TokenMap, grid: tuple[int, int], peak: float) -> Image.Image:
+def _outlined(image: Image.Image, where: TokenMap, grid: tuple[int, int], peak: float) -> Image.Image:
     rows, columns = grid
     covered = {divmod(token, columns) for token, value in zip(*where, strict=True) if value >= SHOWN * peak}
-    made, thick = picture.copy(), max(1, max(picture.size) // 160)
+    made, thick = image.copy(), max(1, max(image.size) // 160)
     pen = ImageDraw.Draw(made)
     lines = [line for row, column in covered for line in _sides(row, column, covered)]
     for colour, wide in (("black", 3 * thick), ("white", thick)):
         for (top, left), (bottom, right) in lines:
-            y, x = top * picture.height // rows, left * picture.width // columns
-            end = right * picture.width // columns, bottom * picture.height // rows
+            y, x = top * image.height // rows, left * image.width // columns
+            end = right * image.width // columns, bottom * image.height // rows
             box = (x - wide // 2, y - wide // 2, end[0] + (wide - 1) // 2, end[1] + (wide - 1) // 2)
             pen.rectangle(box, fill=colour)
     return made

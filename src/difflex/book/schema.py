@@ -13,16 +13,16 @@ CREATE TABLE about (
     value TEXT NOT NULL                     -- JSON
 ) WITHOUT ROWID;
 
-CREATE TABLE pictures (
+CREATE TABLE images (
     id INTEGER PRIMARY KEY,
-    file TEXT NOT NULL UNIQUE,              -- in the study's folder `pictures`
+    file TEXT NOT NULL UNIQUE,              -- in the study's folder `images`
     width INTEGER NOT NULL,
     height INTEGER NOT NULL
 );
 
 CREATE TABLE shots (
     id INTEGER PRIMARY KEY,
-    picture INTEGER NOT NULL REFERENCES pictures (id),
+    image INTEGER NOT NULL REFERENCES images (id),
     split TEXT NOT NULL CHECK (split IN ('train', 'held-out')),
     shot TEXT NOT NULL                      -- the record Shot as JSON
 );
@@ -71,7 +71,7 @@ CREATE TABLE neighbours (
 CREATE TABLE patches (
     feature INTEGER PRIMARY KEY REFERENCES features (feature),
     token INTEGER NOT NULL,
-    picture INTEGER REFERENCES pictures (id),  -- NULL where it could not be drawn again
+    image INTEGER REFERENCES images (id),  -- NULL where it could not be drawn again
     shot TEXT NOT NULL                      -- the record Shot as JSON
 );
 
@@ -80,8 +80,8 @@ CREATE TABLE explanations (
     feature INTEGER NOT NULL REFERENCES features (feature),
     backend TEXT NOT NULL,
     protocol TEXT NOT NULL,
-    text TEXT NOT NULL,                     -- what all the pictures share, in words
-    descriptions TEXT NOT NULL,             -- JSON: a list, what each picture shows
+    text TEXT NOT NULL,                     -- what all the images share, in words
+    descriptions TEXT NOT NULL,             -- JSON: a list, what each image shows
     state TEXT NOT NULL CHECK (state IN ('done', 'failed')),
     reason TEXT NOT NULL DEFAULT '',        -- why it failed
     UNIQUE (feature, backend, protocol)
@@ -123,7 +123,7 @@ CREATE UNIQUE INDEX examples_of_a_feature ON examples (feature, kind, split, ran
 CREATE INDEX examples_of_a_shot ON examples (shot);
 CREATE INDEX features_by_density ON features (density);
 CREATE INDEX features_by_peak ON features (peak);
-CREATE INDEX shots_of_a_picture ON shots (picture);
+CREATE INDEX shots_of_a_image ON shots (image);
 CREATE INDEX judgements_of_an_explanation ON judgements (explanation);
 CREATE INDEX scores_by_measure ON scores (measure, value);
 """

@@ -1,4 +1,4 @@
-"""Sheets: one feature on one picture, with its examples and figures; or several features, a row each."""
+"""Sheets: one feature on one image, with its examples and figures; or several features, a row each."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class _SheetTile(NamedTuple):
-    """A picture with a line below it."""
+    """An image with a line below it."""
 
-    picture: Image.Image
+    image: Image.Image
     line: str
 
 
@@ -42,7 +42,7 @@ def sheet(
 ) -> Image.Image:
     """One feature: its figures, its explanation, its strongest shots, random ones and silent ones, of both splits.
 
-    For an ITDA atom, the very patch that it is. `concept` is what else is known of it. Under each picture stands how strong the
+    For an ITDA atom, the very patch that it is. `concept` is what else is known of it. Under each image stands how strong the
     feature gets in it, as a share of its peak anywhere, and the timestep.
     """
     row, examples = book.feature(feature), book.examples(feature)
@@ -57,9 +57,9 @@ def sheet(
         if some
     ]
     if patch := book.patch(feature):
-        picture = None if patch.picture is None else album.open(patch.picture.file)
+        image = None if patch.image is None else album.open(patch.image.file)
         told = ["the patch that", "the atom is", _prompt(patch.shot.prompt)]
-        rows.insert(0, _SheetRow(told, [] if picture is None else [draw.patch(picture, patch.token)]))
+        rows.insert(0, _SheetRow(told, [] if image is None else [draw.patch(image, patch.token)]))
     fellows = [(each.kind, f"{each.other} ({each.value:.2f})") for each in book.neighbours(feature)]
     for kind, words in (("firing", "fires together with"), ("direction", "adds about the same as")):
         named = [name for each, name in fellows if each == kind][:NEIGHBOURS]
@@ -103,24 +103,24 @@ class _SheetRenderer(NamedTuple):
     def tile(self, example: Example, peak: float) -> _SheetTile:
         """An example with its overlay."""
         shown = self.shots[example.shot]
-        picture = self._fitted(self.album.open(shown.picture.file))
-        drawn = overlaid(picture, example.map, self.book.about.grid, peak or 1.0, style=self.style)
+        image = self._fitted(self.album.open(shown.image.file))
+        drawn = overlaid(image, example.map, self.book.about.grid, peak or 1.0, style=self.style)
         moment = shown.shot.timestep
         share = f"{example.peak / peak:.2f}" if peak and example.peak else "silent"
         return _SheetTile(drawn, share if moment is None else f"{share}  t {moment:.0f}")
 
-    def patch(self, picture: Image.Image, token: int) -> _SheetTile:
-        """A picture with one token outlined."""
-        marked = overlaid(self._fitted(picture), TokenMap((token,), (1.0,)), self.book.about.grid, 1.0, style="outline")
+    def patch(self, image: Image.Image, token: int) -> _SheetTile:
+        """An image with one token outlined."""
+        marked = overlaid(self._fitted(image), TokenMap((token,), (1.0,)), self.book.about.grid, 1.0, style="outline")
         return _SheetTile(marked, f"token {token}")
 
-    def _fitted(self, picture: Image.Image) -> Image.Image:
-        """`picture`, enlarged or scaled down to about the side of a tile."""
-        if max(picture.size) > self.side:
-            picture = picture.reduce(max(1, max(picture.size) // self.side))  # by a whole factor: ten times faster
-            picture.thumbnail((self.side, self.side))
-            return picture
-        return enlarged(picture, self.side)
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """`image`, enlarged or scaled down to about the side of a tile."""
+        if max(image.size) > self.side:
+            image = image.reduce(max(1, max(image.size) // self.side))  # by a whole factor: ten times faster
+            image.thumbnail((self.side, self.side))
+            return image
+        return enlarged(image, self.side)
 
 
 def _named(kind: str, split: str) -> list[str]:
@@ -130,7 +130,7 @@ def _named(kind: str, split: str) -> list[str]:
 
 
 def _head(book: Book, row: FeatureStats, texts: Sequence[str]) -> list[str]:
-    """The lines above the pictures."""
+    """The lines above the images."""
     figures = [
         f"at {row.density:.3%} of tokens, in {row.shots:,} shots",
         f"peak {row.peak:.4g}, mean {row.mean:.4g}",
@@ -145,10 +145,10 @@ def _head(book: Book, row: FeatureStats, texts: Sequence[str]) -> list[str]:
 
 
 def _assembled(head: Sequence[str], row: FeatureStats | None, rows: Sequence[_SheetRow], columns: int, side: int) -> Image.Image:
-    """One picture of all that."""
+    """One image of all that."""
     font, small = ImageFont.load_default(LETTERS), ImageFont.load_default(LETTERS - 2)
-    high = max([tile.picture.height for each in rows for tile in each.tiles], default=side)
-    wide = max([tile.picture.width for each in rows for tile in each.tiles], default=side)
+    high = max([tile.image.height for each in rows for tile in each.tiles], default=side)
+    wide = max([tile.image.width for each in rows for tile in each.tiles], default=side)
     plots = PLOT[1] + LINE + GAP if row is not None and row.histogram.counts else 0
     top = GAP + len(head) * LINE + GAP + plots
     size = (LEFT + columns * (wide + GAP) + GAP, top + len(rows) * (high + LINE + GAP) + GAP)
@@ -164,7 +164,7 @@ def _assembled(head: Sequence[str], row: FeatureStats | None, rows: Sequence[_Sh
             pen.text((GAP, y + place * LINE), words, INK, font)
         for place, tile in enumerate(each.tiles):
             x = LEFT + place * (wide + GAP)
-            made.paste(tile.picture, (x, y))
+            made.paste(tile.image, (x, y))
             pen.text((x, y + high + 1), tile.line, FAINT, small)
     return made
 

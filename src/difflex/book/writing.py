@@ -75,13 +75,13 @@ class BookWriter:
         connection.close()
         _put(part, path)
 
-    def pictures(self, pictures: Iterable[ImageFile]) -> None:
-        """Nothing; the book knows these pictures."""
-        self._connection.executemany("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
+    def images(self, images: Iterable[ImageFile]) -> None:
+        """Nothing; the book knows these images."""
+        self._connection.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", images)
 
     def shots(self, shots: Iterable[tuple[int, int, Shot]]) -> None:
-        """Nothing; the book knows these shots, each with its number and that of its picture."""
-        rows = ((number, picture, shot.split, json.dumps(asdict(shot))) for number, picture, shot in shots)
+        """Nothing; the book knows these shots, each with its number and that of its image."""
+        rows = ((number, image, shot.split, json.dumps(asdict(shot))) for number, image, shot in shots)
         self._connection.executemany("INSERT INTO shots VALUES (?, ?, ?, ?)", rows)
 
     def features(self, features: Iterable[FeatureStats]) -> None:
@@ -103,7 +103,7 @@ class BookWriter:
 
     def patches(self, patches: Iterable[AtomImage]) -> None:
         """Nothing; the book knows which patches these features are."""
-        rows = ((each.feature, each.token, each.picture and each.picture.id, json.dumps(asdict(each.shot))) for each in patches)
+        rows = ((each.feature, each.token, each.image and each.image.id, json.dumps(asdict(each.shot))) for each in patches)
         self._connection.executemany("INSERT INTO patches VALUES (?, ?, ?, ?)", rows)
 
 

@@ -50,11 +50,11 @@ class AnatomyCommand(ModelCommand):
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_MODELS_OWN)] = None
     """Denoising steps; all of them are measured."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
-    """Size of a picture; one number for a square."""
+    """Size of an image; one number for a square."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
     """How strongly the prompt is followed."""
     batch: Annotated[int, arg(metavar="N")] = 16
-    """Pictures at once."""
+    """Images at once."""
 
     def __call__(self) -> list[Path]:
         if self.limit < 1:

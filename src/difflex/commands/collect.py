@@ -1,4 +1,4 @@
-"""`difflex collect`: the books of a study's dictionaries, from one pass over pictures."""
+"""`difflex collect`: the books of a study's dictionaries, from one pass over images."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +12,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
 from difflex.book import Book, ImageAlbum
-from difflex.commands.concepts import DRAWN, Levels, drawn_pictures
+from difflex.commands.concepts import DRAWN, Levels, drawn_images
 from difflex.commands.costs import (
     Work,
     dictionaries,
@@ -30,7 +30,7 @@ from difflex.dictionary import ITDA, Dictionary, checksum
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.examples import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.forecast import CostEstimate, CostOutlook
-from difflex.pipeline.pictures import open_picture
+from difflex.pipeline.images import open_image
 from difflex.records import Shot, Site
 from difflex.steering import StudyEditor
 from difflex.store import Store
@@ -40,7 +40,7 @@ from difflex.study import Command, DictionaryRef, Study
 __all__ = ["CollectCommand"]
 
 A_FEATURE, A_PIXEL = 4000, 1.1
-"""What the examples of a feature, and a pixel of a picture, take on disk, in bytes; measured on mini-flux."""
+"""What the examples of a feature, and a pixel of an image, take on disk, in bytes; measured on mini-flux."""
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
@@ -52,13 +52,13 @@ class CollectInput(NamedTuple):
     precision: str | None
     """What the model's weights were held in when it was first shown."""
     runs: Sequence[tuple[Shot, ...]] = ()
-    """The shots of each run of the model; empty where it is shown pictures."""
+    """The shots of each run of the model; empty where it is shown images."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class CollectCommand(Command):
-    """Write the book of every dictionary: where each feature fires, with pictures and figures; killed, it goes on."""
+    """Write the book of every dictionary: where each feature fires, with images and figures; killed, it goes on."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with dictionaries."""
@@ -66,8 +66,8 @@ class CollectCommand(Command):
     """All dictionaries of these sites, which are collected from in one pass: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """These dictionaries, each by SITE/LABEL: double.18/topk-8192-k32."""
-    pictures: Annotated[int, arg(metavar="N")] = 1000
-    """How many pictures to look at; about a tenth is held out, and kept apart."""
+    images: Annotated[int, arg(metavar="N")] = 1000
+    """How many images to look at; about a tenth is held out, and kept apart."""
     prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: the shots of the harvest)")] = None
     """Draw from these prompts, as for difflex harvest: a file, a folder, a data set, or `captions`."""
     seeds: Range = range(1)
@@ -77,25 +77,25 @@ class CollectCommand(Command):
     keep: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """Which of the steps to look at, with --prompts; END is left out."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
-    """Size of a picture, with --prompts; what those of --folder are scaled and cut to."""
+    """Size of an image, with --prompts; what those of --folder are scaled and cut to."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
     """How strongly a prompt is followed, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
-    """Show the model the pictures in this folder, noised; NAME.txt beside NAME.jpg is what it is told."""
+    """Show the model the images in this folder, noised; NAME.txt beside NAME.jpg is what it is told."""
     drawn: FlagCreatePairsOff[bool] = False
     """Show it scenes of the drawn world, noised, and tell it their captions."""
     noise: Levels = (0.25, 0.5, 0.75)
-    """How noisy pictures that are shown are."""
+    """How noisy images that are shown are."""
     top: Annotated[int, arg(metavar="N")] = 32
-    """How many pictures to keep for each feature, of each split: those in which it is strongest."""
+    """How many images to keep for each feature, of each split: those in which it is strongest."""
     sampled: Annotated[int, arg(metavar="N")] = 16
     """How many random ones in which it fires."""
     silent: Annotated[int, arg(metavar="N")] = 8
     """How many random ones in which it does not."""
     no_patches: FlagCreatePairsOff[bool] = False
-    """Do not draw the pictures that ITDA atoms are patches of, where the pass does not show them anyway."""
+    """Do not draw the images that ITDA atoms are patches of, where the pass does not show them anyway."""
     batch: Annotated[int, arg(metavar="N")] = 16
-    """Pictures at once."""
+    """Images at once."""
     precision: Annotated[
         Literal["bf16", "fp16", "fp32", "nf4"] | None, arg(help_behavior_hint="(default: that of the harvest)")
     ] = None
@@ -106,18 +106,16 @@ class CollectCommand(Command):
     """Take a model of the hub from the local cache alone."""
 
     def __call__(self) -> list[Path]:
-        if self.pictures < 1 or self.batch < 1:
-            raise BadInput(f"--pictures {self.pictures} --batch {self.batch} shows nothing. Ask for 1 or more of each.")
+        if self.images < 1 or self.batch < 1:
+            raise BadInput(f"--images {self.images} --batch {self.batch} shows nothing. Ask for 1 or more of each.")
         if sum(map(bool, (self.prompts, self.folder, self.drawn))) > 1:
-            raise BadInput("--prompts, --folder and --drawn are three sources of pictures. Name one of them.")
+            raise BadInput("--prompts, --folder and --drawn are three sources of images. Name one of them.")
         study = Study.open(self.study)
         places = self._places(study)
         settings = CollectConfig(top=self.top, sampled=self.sampled, silent=self.silent)
         pipe = _LazyPipeline(study, self)
         shown = self._shown(study, places, pipe)
-        data = (
-            f"{shown.told}, {self.pictures} pictures, {self.batch} at once, {_told(settings)}{', no patches' * self.no_patches}"
-        )
+        data = f"{shown.told}, {self.images} images, {self.batch} at once, {_told(settings)}{', no patches' * self.no_patches}"
         missing = [place for place in places if not _is_there(study, place, data)]
         if missing:
             books = study.folder / "books"
@@ -130,7 +128,7 @@ class CollectCommand(Command):
         return [study.book(*place) for place in places]
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Drawing the pictures, or showing them to the model, and encoding what it shows by each dictionary."""
+        """Drawing the images, or showing them to the model, and encoding what it shows by each dictionary."""
         named = [name.rpartition("/")[0] for name in self.dictionary]
         found = dictionaries(outlook, self.study, (*self.site, *named))
         at = next(iter(found), None)
@@ -145,15 +143,15 @@ class CollectCommand(Command):
         is_shown, steps = self.drawn or self.folder is not None, self.steps or store.shot.steps
         moments = len(self.noise) if is_shown else len(self.keep or range(steps))
         walked = moments * model.reached if is_shown else steps * model.step
-        tokens = self.pictures * moments * store.tokens
+        tokens = self.images * moments * store.tokens
         # Which of a site's dictionaries are meant is in labels that nobody has yet.
         learned = [each for site, some in found.items() for each in some[: named.count(str(site)) or None]]
         work: dict[Work, float] = {
-            "model": self.pictures * (walked + model.prompt + model.decoded) + drawing(self.pictures * self.drawn),
+            "model": self.images * (walked + model.prompt + model.decoded) + drawing(self.images * self.drawn),
             "encoding": sum(encoding(each, tokens) for each in learned),
         }
         height, width = store.shot.pixels
-        size = sum(each.size for each in learned) * A_FEATURE + self.pictures * height * width * A_PIXEL
+        size = sum(each.size for each in learned) * A_FEATURE + self.images * height * width * A_PIXEL
         return CostEstimate(
             sites=tuple(map(str, found)), tokens=tokens * len(found), bytes=round(size), seconds=seconds(outlook, work)
         )
@@ -173,23 +171,23 @@ class CollectCommand(Command):
 
         def source(start: int) -> Iterator[CollectBatch]:
             if not shown.runs:
-                return self._met_pictures(pipe.opened, sites, start)
+                return self._met_images(pipe.opened, sites, start)
             shots = [shot for run in shown.runs[start:] for shot in run]
             return (CollectBatch(*batch) for batch in pipe.opened.harvest_and_finish(shots, sites, batch=self.batch))
 
         def draw(shots: Sequence[Shot]) -> list:
             finished = pipe.opened.harvest_and_finish(shots, sites[:1], batch=self.batch)
-            return [picture for batch in finished for picture in batch.pictures]
+            return [image for batch in finished for image in batch.images]
 
         collect(
             self._subjects(study, places),
             source,
-            ImageAlbum(study.pictures),
+            ImageAlbum(study.images),
             data=data,
             state=study.folder / "books" / "collecting.safetensors",
             settings=settings,
             draw=None if self.no_patches else draw,
-            pictures=len(shown.runs) or self.pictures,
+            images=len(shown.runs) or self.images,
         )
 
     def _subjects(self, study: Study, places: Sequence[DictionaryRef]) -> list[CollectTarget]:
@@ -235,26 +233,26 @@ class CollectCommand(Command):
             if at is None:
                 raise UnknownName(f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn.")
             store = Store.open(stores[at])
-            runs = _runs(store, self.pictures)
+            runs = _runs(store, self.images)
             return CollectInput(f"harvest of {at} {store.fingerprint}", runs[0][0].precision if runs else None, runs)
         prompts = read_prompts(self.prompts, None)
-        texts = islice(prompts.texts, -(-self.pictures // len(self.seeds)))
+        texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
         shots = pipe.opened.shots(texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
-        runs = list(islice(_grouped(shots), self.pictures))
+        runs = list(islice(_grouped(shots), self.images))
         if not runs:
             raise BadInput(f"{self.prompts} holds no prompt. Name a file with one a line.")
         first = [replace(shot, prompt="") for shot in runs[0]]
         return CollectInput(f"{prompts.source}, seeds {self.seeds.start}:{self.seeds.stop}, {first}", None, runs)
 
-    def _met_pictures(self, pipe: "difflex.Pipeline", sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
-        """Pictures that are shown to the model, noised, from the place `start` on."""
+    def _met_images(self, pipe: "difflex.Pipeline", sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
+        """Images that are shown to the model, noised, from the place `start` on."""
         given = self._given(start)
         while group := list(islice(given, self.batch)):
-            pictures = [each[0] for each in group]
-            if len({picture.size for picture in pictures}) > 1:
-                raise BadInput(f"The pictures of {self.folder} are not of one size. Scale and cut them by --pixels.")
-            seen = pipe.harvest_pictures(
-                pictures,
+            images = [each[0] for each in group]
+            if len({image.size for image in images}) > 1:
+                raise BadInput(f"The images of {self.folder} are not of one size. Scale and cut them by --pixels.")
+            seen = pipe.harvest_images(
+                images,
                 self.noise,
                 sites,
                 [each[1] for each in group],
@@ -263,28 +261,28 @@ class CollectCommand(Command):
                 batch=self.batch,
                 progress=False,
             )
-            yield CollectBatch(pictures, list(seen))
+            yield CollectBatch(images, list(seen))
             start += len(group)
 
     def _given(self, start: int) -> Iterator[tuple[Image.Image, str, str]]:
-        """Pictures, their prompts and their names, from the place `start` on."""
+        """Images, their prompts and their names, from the place `start` on."""
         if self.folder is None:
-            drawn = drawn_pictures(self.pictures - start, DRAWN + start)
-            yield from ((each.picture, each.prompt, each.name) for each in drawn)
+            drawn = drawn_images(self.images - start, DRAWN + start)
+            yield from ((each.image, each.prompt, each.name) for each in drawn)
             return
-        for path in self._files()[start : self.pictures]:
+        for path in self._files()[start : self.images]:
             words = path.with_suffix(".txt")
             prompt = words.read_text(encoding="utf-8").strip() if words.is_file() else ""
-            picture = open_picture(path)
-            yield ImageOps.fit(picture, (self.pixels[1], self.pixels[0])) if self.pixels else picture, prompt, path.name
+            image = open_image(path)
+            yield ImageOps.fit(image, (self.pixels[1], self.pixels[0])) if self.pixels else image, prompt, path.name
 
     def _files(self) -> list[Path]:
         assert self.folder is not None
         if not self.folder.is_dir():
-            raise UnknownName(f"There is no folder {self.folder}. Name one with pictures.")
+            raise UnknownName(f"There is no folder {self.folder}. Name one with images.")
         found = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in ENDINGS)
         if not found:
-            raise BadInput(f"{self.folder} holds no picture. Put {', '.join(ENDINGS)} files into it.")
+            raise BadInput(f"{self.folder} holds no image. Put {', '.join(ENDINGS)} files into it.")
         return found
 
 
@@ -323,7 +321,7 @@ def _runs(store: Store, most: int) -> list[tuple[Shot, ...]]:
 
 
 def _is_there(study: Study, place: DictionaryRef, data: str) -> bool:
-    """Whether the book of a dictionary is there, whole, of what the dictionary now is, and from the same pictures."""
+    """Whether the book of a dictionary is there, whole, of what the dictionary now is, and from the same images."""
     path = study.book(*place)
     if not path.is_file():
         return False
@@ -344,7 +342,7 @@ def _patches(dictionary: Dictionary) -> Mapping[int, AtomLocation]:
 
 
 def _table(study: Study, places: Sequence[DictionaryRef]) -> str:
-    """How many features fire, and how much of their top pictures they cover: a line for each dictionary."""
+    """How many features fire, and how much of their top images they cover: a line for each dictionary."""
     lines = [f"{'':<40}{'features':>10}{'that fire':>11}{'tokens':>12}{'covered':>9}{'median':>8}"]
     for place in places:
         with Book.open(study.book(*place)) as book:

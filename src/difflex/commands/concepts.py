@@ -43,7 +43,7 @@ from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 from difflex.records import Activations, Site
 from difflex.study import Command, Study
 
-__all__ = ["ConceptsCommand", "drawn_concepts", "drawn_pictures"]
+__all__ = ["ConceptsCommand", "drawn_concepts", "drawn_images"]
 
 CONCEPTS_DRAWN = sum(map(len, CONCEPTS.values()))
 PER_LEVEL, PER_FEATURE = 27_000, 47
@@ -71,14 +71,14 @@ Levels = Annotated[
         str_from_instance=lambda value: [",".join(f"{each:g}" for each in value)],
     ),
 ]
-"""Levels of noise between 0 (the picture) and 1 (pure noise)."""
+"""Levels of noise between 0 (the image) and 1 (pure noise)."""
 
 
 class LabelledImages(NamedTuple):
-    """Pictures of which it is known what is where."""
+    """Images of which it is known what is where."""
 
     concepts: tuple[Concept, ...]
-    pictured: Callable[[], Iterable[LabelledImage]]
+    labelled_images: Callable[[], Iterable[LabelledImage]]
     told: str
     """What they are, for the record."""
 
@@ -88,7 +88,7 @@ def drawn_concepts() -> tuple[Concept, ...]:
     return tuple(Concept(name, group) for group, names in CONCEPTS.items() for name in names)
 
 
-def drawn_pictures(count: int, first: int = DRAWN) -> Iterator[LabelledImage]:
+def drawn_images(count: int, first: int = DRAWN) -> Iterator[LabelledImage]:
     """Scenes of the drawn world from the seed `first` on; from there on none was ever trained with."""
     for start in range(first, first + count, SCENES):
         seeds = range(start, min(start + SCENES, first + count))
@@ -96,7 +96,7 @@ def drawn_pictures(count: int, first: int = DRAWN) -> Iterator[LabelledImage]:
         shares = cache(scenes.shares)
         for i, seed in enumerate(seeds):
             yield LabelledImage(
-                painted(scenes.pictures[i]), f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i]
+                painted(scenes.images[i]), f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i]
             )
 
 
@@ -111,22 +111,22 @@ class ConceptsCommand(Command):
     """Whose dictionaries: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="LABEL...", help_behavior_hint="(default: all)")] = ()
     """Which of them, as in topk-2048-k32."""
-    pictures: Annotated[int, arg(metavar="N")] = 1000
-    """How many pictures to look at; a tenth of them is held out, and measured on."""
+    images: Annotated[int, arg(metavar="N")] = 1000
+    """How many images to look at; a tenth of them is held out, and measured on."""
     noise: Levels = (0.25, 0.5, 0.75)
-    """How noisy the pictures are when the model sees them."""
+    """How noisy the images are when the model sees them."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
-    """Your own pictures with label maps: FOLDER/pictures, FOLDER/labels and FOLDER/labels.json."""
+    """Your own images with label maps: FOLDER/images, FOLDER/labels and FOLDER/labels.json."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: as they are)")] = None
-    """Scale and cut the pictures of a folder to this size."""
+    """Scale and cut the images of a folder to this size."""
     untold: FlagCreatePairsOff[bool] = False
-    """Do not tell the model what is in the pictures: empty prompts."""
+    """Do not tell the model what is in the images: empty prompts."""
     shown: Annotated[float, arg(metavar="SHARE")] = 0.5
     """From which share of its area on a token shows a concept."""
     absent: Annotated[float, arg(metavar="SHARE")] = 0.0
     """Up to which share it does not; tokens between the two are left out."""
     batch: Annotated[int, arg(metavar="N")] = 32
-    """Pictures at once."""
+    """Images at once."""
     precision: Annotated[
         Literal["bf16", "fp16", "fp32", "nf4"] | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a card)")
     ] = None
@@ -137,8 +137,8 @@ class ConceptsCommand(Command):
     """Take models of the hub from the local cache alone."""
 
     def __call__(self) -> list[Path]:
-        if self.pictures < 1:
-            raise BadInput(f"--pictures {self.pictures} shows nothing. Ask for 1 or more; a tenth is held out.")
+        if self.images < 1:
+            raise BadInput(f"--images {self.images} shows nothing. Ask for 1 or more; a tenth is held out.")
         studies = [Study.open(folder) for folder in self.studies]
         asked = [self._dictionaries(study) for study in studies]
         given = self._given()
@@ -151,13 +151,13 @@ class ConceptsCommand(Command):
         return [*found]
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Pictures through the model up to each site, a probe for each concept there, and all methods held against them."""
+        """Images through the model up to each site, a probe for each concept there, and all methods held against them."""
         seen = [self._seen(outlook, folder) for folder in self.studies]
         known = [each for each in seen if isinstance(each, CostEstimate)]
         why = next((each for each in seen if isinstance(each, str)), "")
         if why or self.folder is not None:
-            return CostEstimate(sites=self.site, unknown=why or "how many pictures the folder holds is known when they are read")
-        drawn = seconds(outlook, {"concepts": drawing(self.pictures)})
+            return CostEstimate(sites=self.site, unknown=why or "how many images the folder holds is known when they are read")
+        drawn = seconds(outlook, {"concepts": drawing(self.images)})
         return CostEstimate(
             sites=tuple(dict.fromkeys(site for each in known for site in each.sites)),
             tokens=sum(each.tokens or 0 for each in known),
@@ -178,10 +178,10 @@ class ConceptsCommand(Command):
             if store is None or isinstance(model, str) or model is None:
                 return model if isinstance(model, str) else unknown_store(folder, site)
             ks = {each.k for each in learned}
-            tokens = self.pictures * levels * store.tokens
+            tokens = self.images * levels * store.tokens
             inside = 0 if site.kind == "neurons" else 1
             methods = len(learned) + (2 + inside) * len(ks)
-            work["model"] += (1 + inside) * self.pictures * levels * (model.reached + model.decoded)
+            work["model"] += (1 + inside) * self.images * levels * (model.reached + model.decoded)
             work["concepts"] += judged * matching(tokens) * methods / levels
             work["concepts"] += judged * probing(tokens, (1 + 4 * inside) * store.width, CONCEPTS_DRAWN) / levels
             work["encoding"] += sum(encoding(each, tokens) for each in learned)
@@ -215,12 +215,10 @@ class ConceptsCommand(Command):
 
     def _given(self) -> LabelledImages:
         if self.folder is None:
-            scenes = cache(lambda: list(drawn_pictures(self.pictures)))  # small, and long to draw
+            scenes = cache(lambda: list(drawn_images(self.images)))  # small, and long to draw
             return LabelledImages(drawn_concepts(), scenes, f"drawn world from {DRAWN}")
         folder = LabelFolder.open(self.folder)
-        return LabelledImages(
-            folder.concepts, lambda: folder.pictured(self.pictures, self.pixels), f"folder {folder.fingerprint}"
-        )
+        return LabelledImages(folder.concepts, lambda: folder.labelled_images(self.images, self.pixels), f"folder {folder.fingerprint}")
 
     def _judged(
         self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: LabelledImages
@@ -233,12 +231,10 @@ class ConceptsCommand(Command):
             if site.kind == "neurons" and "neurons" not in pipe().engine.sites.kinds(site.path, site.stream):
                 return None
 
-            def harvest(pictures: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
-                return pipe().harvest_pictures(
-                    pictures, self.noise, site, "" if self.untold else prompts, names, batch=self.batch
-                )
+            def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
+                return pipe().harvest_images(images, self.noise, site, "" if self.untold else prompts, names, batch=self.batch)
 
-            return label(given.pictured(), harvest, given.concepts, marking)[site]
+            return label(given.labelled_images(), harvest, given.concepts, marking)[site]
 
         kept = keep(folders, study.concepts, labelled, self._made_from(study, given))
         for each in kept:
@@ -249,8 +245,8 @@ class ConceptsCommand(Command):
         return {
             "model": study.model,
             "revision": study.revision or "",
-            "pictures": given.told,
-            "count": self.pictures,
+            "images": given.told,
+            "count": self.images,
             "pixels": "x".join(map(str, self.pixels or ())),
             "noise": ",".join(f"{level:g}" for level in self.noise),
             "prompts": "empty" if self.untold else "told",

@@ -48,7 +48,7 @@ class ContrastCommand(Command):
     dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
     """Say which features of this dictionary the direction is made of."""
     batch: Annotated[int, arg(metavar="N")] = 16
-    """Pictures at once."""
+    """Images at once."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
     offline: FlagCreatePairsOff[bool] = False
@@ -132,7 +132,7 @@ def both_sides(
         for seed in seeds:
             for number, pair in enumerate(pairs):
                 for shot in plain:
-                    # Each pair has a noise of its own, so that a prompt may stand in several; and one that no picture has
+                    # Each pair has a noise of its own, so that a prompt may stand in several; and one that no image has
                     # by which the contrast is judged.
                     yield replace(shot, prompt=pair[side], seed=NOISE + seed * len(pairs) + number)
 

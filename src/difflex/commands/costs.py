@@ -56,7 +56,7 @@ START = 1.0
 SCENE = 1e9
 """Drawing a scene of the drawn world costs as much time as so many operations."""
 JUDGED = 2.5e8
-"""What the judge of the drawn world takes to look at a picture, in operations of the model."""
+"""What the judge of the drawn world takes to look at an image, in operations of the model."""
 SCALED = 65_536
 """Tokens by which the units of a dictionary's features are measured."""
 A_POINT = 220
@@ -139,14 +139,14 @@ def walking(foreseen: ModelProfile, runs: float, prompts: float, steps: int) -> 
     return runs * ((steps - 1) * foreseen.step + foreseen.reached) + prompts * foreseen.prompt
 
 
-def generating(foreseen: ModelProfile, pictures: float, steps: int | None = None) -> float:
-    """Whole pictures, each with a prompt of its own, in the steps of `foreseen` or in so many."""
-    return pictures * (foreseen.prompt + (steps or foreseen.shot.steps) * foreseen.step + foreseen.decoded)
+def generating(foreseen: ModelProfile, images: float, steps: int | None = None) -> float:
+    """Whole images, each with a prompt of its own, in the steps of `foreseen` or in so many."""
+    return images * (foreseen.prompt + (steps or foreseen.shot.steps) * foreseen.step + foreseen.decoded)
 
 
-def judging(foreseen: ModelProfile, pictures: float, levels: int = 0) -> float:
-    """Looking at pictures as the judge of the drawn world does, and foretelling them from so many levels of noise."""
-    return pictures * (JUDGED + (foreseen.decoded + levels * foreseen.step if levels else 0.0))
+def judging(foreseen: ModelProfile, images: float, levels: int = 0) -> float:
+    """Looking at images as the judge of the drawn world does, and foretelling them from so many levels of noise."""
+    return images * (JUDGED + (foreseen.decoded + levels * foreseen.step if levels else 0.0))
 
 
 def scaling(learned: DictionaryForecast) -> float:
@@ -166,7 +166,7 @@ def growing(learned: DictionaryForecast, tokens: float) -> float:
 
 
 def effect(foreseen: ModelProfile, shots: int, count: int) -> float:
-    """Predictions and finished pictures under `count` dictionaries, the mean and zero, and plainly."""
+    """Predictions and finished images under `count` dictionaries, the mean and zero, and plainly."""
     steps = foreseen.shot.steps
     predicted = shots * (steps / 2 + count + 2) * foreseen.step
     return predicted + shots * (count + 3) * (steps * foreseen.step + foreseen.decoded)
@@ -182,6 +182,6 @@ def matching(tokens: float) -> float:
     return 5e6 * tokens
 
 
-def drawing(pictures: int) -> float:
+def drawing(images: int) -> float:
     """Scenes of the drawn world with their masks."""
-    return SCENE * pictures
+    return SCENE * images

@@ -44,7 +44,7 @@ class EvaluateCommand(Command):
     effect: Annotated[int, arg(metavar="N")] = 32
     """At how many held-out shots to measure the effect on the model; 0 leaves it out, and loads no model."""
     measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
-    """How else to compare finished pictures than by PSNR and SSIM: `clip:` and a CLIP's folder or hub name, or `lpips`."""
+    """How else to compare finished images than by PSNR and SSIM: `clip:` and a CLIP's folder or hub name, or `lpips`."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part of the model at work."""
     offline: FlagCreatePairsOff[bool] = False
@@ -56,7 +56,7 @@ class EvaluateCommand(Command):
                 f"--tokens {self.tokens} --effect {self.effect} cannot be measured: ask for 1 token and 0 shots or more."
             )
         if self.measure and not self.effect:
-            raise BadInput(f"--measure {' '.join(self.measure)} compares finished pictures, of which --effect 0 makes none.")
+            raise BadInput(f"--measure {' '.join(self.measure)} compares finished images, of which --effect 0 makes none.")
         for name in self.measure:
             check_likeness(name)
         measures = {name: cache(partial(likeness, name, offline=self.offline)) for name in self.measure}
@@ -141,7 +141,7 @@ def _held_out(store: Store) -> HeldOutData:
 def _model(load: Load, site: Site, shots: Sequence[Shot]) -> EditedModel:
     """What the model makes of `shots`."""
     pipe = load(shots[0].precision)
-    return EditedModel(partial(pipe.predictions, shots, site), partial(pipe.pictures, shots, site))
+    return EditedModel(partial(pipe.predictions, shots, site), partial(pipe.images, shots, site))
 
 
 def _line(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:

@@ -37,9 +37,9 @@ __all__ = ["ExplainCommand"]
 
 KNOWN = "known"
 DRAWN = "drawn:"
-"""What the names of drawn pictures begin with; their seed follows."""
+"""What the names of drawn images begin with; their seed follows."""
 COUNTED = 400
-"""Drawn pictures in which it is counted how common each concept is."""
+"""Drawn images in which it is counted how common each concept is."""
 SECONDS, BYTES = 0.03, 1_000
 """What a feature takes that known concepts explain and judge."""
 LISTED = 20
@@ -60,17 +60,17 @@ class ExplainCommand(VLMCommand):
     vlm: Annotated[str, arg(metavar="WHO")] = KNOWN
     """Who looks: the address of an OpenAI-compatible endpoint, the folder or hub name of a model for transformers, or `known`."""
     protocol: Literal["heldout", "paper"] = "heldout"
-    """Which pictures are judged: ones that the explainer never saw, and near misses; or as arXiv 2505.24360 did."""
+    """Which images are judged: ones that the explainer never saw, and near misses; or as arXiv 2505.24360 did."""
     features: Annotated[int, arg(metavar="N")] = 100
     """How many features of each dictionary, by chance."""
     feature: Annotated[tuple[int, ...], arg(metavar="NUMBER...", help_behavior_hint="(default: by chance)")] = ()
     """These features."""
     judged: Annotated[int, arg(metavar="N")] = 10
-    """How many pictures of each feature are judged; half of them are of others."""
+    """How many images of each feature are judged; half of them are of others."""
     style: Literal["blue", "outline"] = "blue"
     """How what a feature marks is drawn: a blue veil, as published, or a line around it."""
     seed: int = 0
-    """Decides which features, and which pictures beside theirs."""
+    """Decides which features, and which images beside theirs."""
     dry_run: FlagCreatePairsOff[bool] = False
     """Say how many calls, tokens and how much money it would take, and ask nothing."""
 
@@ -113,7 +113,7 @@ class ExplainCommand(VLMCommand):
     def _backend(self) -> VLMBackend:
         """Who looks."""
         if self.vlm == KNOWN:
-            seed = lambda name: int(name.removeprefix(DRAWN))  # noqa: E731 (the truth of a picture is drawn anew from its name)
+            seed = lambda name: int(name.removeprefix(DRAWN))  # noqa: E731 (the truth of an image is drawn anew from its name)
             return KnownConceptsBackend(
                 [concept.name for concept in drawn_concepts()],
                 lambda name, rows, columns: draw([seed(name)]).shares(rows, columns)[0],
@@ -145,7 +145,7 @@ class ExplainCommand(VLMCommand):
         if not features:
             raise BadInput(
                 f"No feature of {book.about.dictionary} fires in {protocol.needs} shots of its book, as the protocol "
-                f"'{protocol.name}' needs. Collect from more pictures, or judge fewer."
+                f"'{protocol.name}' needs. Collect from more images, or judge fewer."
             )
         if self.vlm == KNOWN:
             _check_drawn(book, features[0])
@@ -163,7 +163,7 @@ class ExplainCommand(VLMCommand):
         for place in places:
             with Book.edit(study.book(*place)) as book:
                 features = self._of(book, protocol)
-                work = explain(book, features, asker, ImageAlbum(study.pictures), protocol, connections=self.connections)
+                work = explain(book, features, asker, ImageAlbum(study.images), protocol, connections=self.connections)
                 print(f"{study.folder.name}/{place}: {_told(work)}")
         asked = asker.asked
         if asked.spent.calls:
@@ -181,7 +181,7 @@ class ExplainCommand(VLMCommand):
         rehearsal = DryRunClient(backend, answers, self.terms())
         for place in places:
             with Book.open(study.book(*place)) as book:
-                rehearse(book, self._of(book, protocol), rehearsal, ImageAlbum(study.pictures), protocol)
+                rehearse(book, self._of(book, protocol), rehearsal, ImageAlbum(study.images), protocol)
         spent = rehearsal.asked.spent
         cost = f"cost about {spent.cost:.4g}" if self.price else "for the cost, give --price IN,OUT"
         print(
@@ -192,9 +192,9 @@ class ExplainCommand(VLMCommand):
 
 def _check_drawn(book: Book, feature: int) -> None:
     shots = book.shots(example.shot for example in book.examples(feature, "top"))
-    if not all((row.shot.picture or "").startswith(DRAWN) for row in shots.values()):
+    if not all((row.shot.image or "").startswith(DRAWN) for row in shots.values()):
         raise BadInput(
-            f"{book.path} shows pictures of which nobody knows what is where. Make it from drawn ones, difflex collect STUDY "
+            f"{book.path} shows images of which nobody knows what is where. Make it from drawn ones, difflex collect STUDY "
             "--drawn, or name a model that looks: --vlm."
         )
 

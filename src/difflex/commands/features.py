@@ -25,7 +25,7 @@ class BestConcept(NamedTuple):
 
     concept: str
     ap: float
-    """Average precision on held-out pictures."""
+    """Average precision on held-out images."""
 
 
 def detected(study: Study, place: DictionaryRef) -> dict[int, BestConcept]:

@@ -70,7 +70,7 @@ class FindingsCommand(Command):
     concepts: Annotated[int, arg(metavar="N")] = 2
     """How many of each group."""
     trials: Annotated[int, arg(metavar="N")] = 8
-    """Pictures for each concept and condition."""
+    """Images for each concept and condition."""
     pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
     """Contrasts from so many pairs; where that does not matter, from the most."""
     strength: Strengths = (0.1, 0.2, 0.35, 0.6, 1.0)
@@ -108,7 +108,7 @@ class FindingsCommand(Command):
         return [path]
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """The contrasts of all concepts, and pictures that are judged, of the experiments asked for.
+        """The contrasts of all concepts, and images that are judged, of the experiments asked for.
 
         That is at most so much: what was found before is not tried again.
         """
@@ -120,15 +120,15 @@ class FindingsCommand(Command):
         model = studied(outlook, self.study, site)
         if isinstance(model, str):
             return CostEstimate(sites=(str(site),), unknown=model)
-        pictures = workload(self.only or tuple(EXPERIMENTS), scope)
+        images = workload(self.only or tuple(EXPERIMENTS), scope)
         sides, steps = 2 * max(scope.counts) * len(scope.concepts()), model.shot.steps
-        drawn = sum(generating(model, count, steps) for steps, count in pictures.items())
-        judged = judging(model, sum(pictures.values()), len(LEVELS))
+        drawn = sum(generating(model, count, steps) for steps, count in images.items())
+        judged = judging(model, sum(images.values()), len(LEVELS))
         scaled = sum(map(scaling, found.get(site, ())))
         return CostEstimate(
             sites=(str(site),),
             tokens=sides * steps * model.shapes[site][0],
-            bytes=sum(pictures.values()) // scope.trials * A_POINT,
+            bytes=sum(images.values()) // scope.trials * A_POINT,
             seconds=seconds(outlook, {"model": drawn + judged + walking(model, sides, sides, steps), "encoding": scaled}),
         )
 

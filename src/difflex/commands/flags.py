@@ -53,7 +53,7 @@ Pixels = Annotated[
         str_from_instance=lambda value: [f"{value[0]}x{value[1]}"],
     ),
 ]
-"""Height and width of a picture."""
+"""Height and width of an image."""
 
 Numbers = Annotated[
     tuple[int, ...],

@@ -78,11 +78,11 @@ class HarvestCommand(ModelCommand):
     keep: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """Which of the steps to read; END is left out."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
-    """Size of a picture; one number for a square."""
+    """Size of an image; one number for a square."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
     """How strongly the prompt is followed."""
     batch: Annotated[int, arg(metavar="N")] = 16
-    """Pictures at once."""
+    """Images at once."""
     dtype: Literal["bf16", "fp16", "int8"] = "bf16"
     """How numbers are stored; int8 with a scale for each row."""
     limit: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None

@@ -7,7 +7,7 @@ from typing import Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.flags import Range
-from difflex.commands.generate import FORMATS, write_picture
+from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.contact import contact_sheet
@@ -49,7 +49,7 @@ class IconCommand(Command):
 
     def __call__(self) -> list[Path]:
         if self.out.suffix.lower() not in FORMATS:
-            raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
+            raise BadInput(f"--out {self.out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
         toolbox = StudyEditor(Study.open(self.study))
@@ -64,9 +64,9 @@ class IconCommand(Command):
         rows = []
         for feature in self.features:
             edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
-            rows.append([pipe.generate("", seed=self.seed, edits=toolbox.steerings([each]))[0].picture for each in edits])
+            rows.append([pipe.generate("", seed=self.seed, edits=toolbox.steerings([each]))[0].image for each in edits])
         columns = [f"{strength:g} peak" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in self.features]
-        write_picture(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
+        write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
         print(f"{self.out.resolve()}: {len(rows)} features at {len(columns)} strengths")
         return [self.out]

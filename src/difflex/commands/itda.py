@@ -205,7 +205,7 @@ def _put(study: Study, made: Mapping[Path, ITDA]) -> list[Path]:
 def _described(itda: ITDA) -> str:
     told = itda.origin.training
     expected = told["expected_over"]
-    unseen = "" if expected is None else f"; about {expected:.1%} of the tokens of new pictures should be over it"
+    unseen = "" if expected is None else f"; about {expected:.1%} of the tokens of new images should be over it"
     return (
         f"{itda.size:,} atoms over threshold {told['threshold']:.4g} from {told['tokens']:,} tokens{unseen}. "
         f"Worked with {told['means']}."

@@ -51,8 +51,8 @@ class VLMCommand(Command):
     """What a call may take."""
     price: Annotated[Prices | None, arg(metavar="IN,OUT", help_behavior_hint="(default: none)")] = None
     """What a million tokens cost, for endpoints that do not say what a call cost."""
-    picture_tokens: Annotated[int, arg(metavar="N")] = 300
-    """What a picture is taken for beforehand."""
+    image_tokens: Annotated[int, arg(metavar="N")] = 300
+    """What an image is taken for beforehand."""
     budget: Annotated[float | None, arg(metavar="AMOUNT", help_behavior_hint="(default: no limit)")] = None
     """Stop before all that was ever spent on this model in the study passes this."""
     key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the environment)")] = None
@@ -84,7 +84,7 @@ class VLMCommand(Command):
     def terms(self) -> RequestPolicy:
         """On what terms it is asked."""
         return RequestPolicy(
-            per_minute=self.per_minute, price=self.price or TokenPrice(), budget=self.budget, picture_tokens=self.picture_tokens
+            per_minute=self.per_minute, price=self.price or TokenPrice(), budget=self.budget, image_tokens=self.image_tokens
         )
 
 

@@ -41,7 +41,7 @@ __all__ = ["RemovalCommand"]
 
 BATCH = 32
 APART = 10**6
-"""How far the seeds of one set of pictures are from those of the next."""
+"""How far the seeds of one set of images are from those of the next."""
 Together = tuple[DictionaryRef, ...]
 """Dictionaries whose features are edited at once."""
 TRIED = 0.6
@@ -67,7 +67,7 @@ class RemovalCommand(Command):
     """Which: SITE/LABEL, or the site alone where it has one dictionary; with commas between them, several at once."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
     """The concepts of which groups."""
-    pictures: Annotated[int, arg(metavar="N")] = 24
+    images: Annotated[int, arg(metavar="N")] = 24
     """Prompts that name each concept, to judge by."""
     chosen_by: Annotated[int, arg(metavar="N")] = 12
     """Others that name each concept, to choose features by."""
@@ -108,7 +108,7 @@ class RemovalCommand(Command):
         studio = _RemovalGenerator(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
         removed: dict[Together, list[RemovedConcept]] = {together: [] for together in sets}
         for group in self.groups:
-            scouted, tried_on, unseen = studio.apart(group, (self.chosen_by, self.tried_on, self.pictures))
+            scouted, tried_on, unseen = studio.apart(group, (self.chosen_by, self.tried_on, self.images))
             for together in sets:
                 print(f"{_named(together)}: {group}", flush=True)
                 for each in self._removed(scouted(together), tried_on(together), unseen(together), group, together):
@@ -117,10 +117,10 @@ class RemovalCommand(Command):
         return {together: self._written(toolbox, together, concepts) for together, concepts in removed.items()}
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Pictures that are looked at and whose codes are counted: without an edit those of all prompts, and for each concept
+        """Images that are looked at and whose codes are counted: without an edit those of all prompts, and for each concept
         those it is judged by, under each setting tried and under the best.
 
-        That is at most so many, as pictures in which no feature fires are not drawn again; of several settings six tenths are
+        That is at most so many, as images in which no feature fires are not drawn again; of several settings six tenths are
         taken to be tried.
         """
         self._check()
@@ -132,9 +132,9 @@ class RemovalCommand(Command):
         if isinstance(model, str):
             return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
         named = [len(CONCEPTS[group]) for group in self.groups]
-        plain, edited = sum(named) * (self.chosen_by + self.tried_on + self.pictures), sum(map(self._edited, named))
-        pictures = plain + len(sets) * edited
-        # A dictionary in several sets sees the pictures without an edit once; what is saved by that is little.
+        plain, edited = sum(named) * (self.chosen_by + self.tried_on + self.images), sum(map(self._edited, named))
+        images = plain + len(sets) * edited
+        # A dictionary in several sets sees the images without an edit once; what is saved by that is little.
         rows = [
             (learned, (plain + edited) * model.shot.steps * model.shapes[site][0])
             for together in sets
@@ -145,14 +145,14 @@ class RemovalCommand(Command):
             sites=tuple(map(str, sites)),
             tokens=round(sum(tokens for _, tokens in rows)),
             bytes=len(sets) * sum(named) * A_CONCEPT,
-            seconds=seconds(outlook, {"model": generating(model, pictures) + judging(model, pictures), "encoding": coded}),
+            seconds=seconds(outlook, {"model": generating(model, images) + judging(model, images), "encoding": coded}),
         )
 
     def _edited(self, concepts: int) -> float:
-        """Pictures that are drawn anew for the concepts of a group."""
+        """Images that are drawn anew for the concepts of a group."""
         settings = len(self.features) * len(self.strength)
         tried = settings * TRIED if settings > 1 else 0
-        return concepts * (tried * about(concepts, self.tried_on) + about(concepts, self.pictures))
+        return concepts * (tried * about(concepts, self.tried_on) + about(concepts, self.images))
 
     def _expected(self, outlook: CostOutlook) -> list[dict[Site, DictionaryForecast]]:
         """Which dictionaries will be edited at once, by site; none where one of them is not known."""
@@ -171,9 +171,9 @@ class RemovalCommand(Command):
         for group in self.groups:
             if group not in NAMED:
                 raise UnknownName.among("The group", group, NAMED)
-        if min(self.pictures, self.chosen_by, self.tried_on) < 1 or not self.features or not self.groups:
+        if min(self.images, self.chosen_by, self.tried_on) < 1 or not self.features or not self.groups:
             raise BadInput(
-                f"--pictures {self.pictures} --chosen-by {self.chosen_by} --tried-on {self.tried_on} with {len(self.features)} "
+                f"--images {self.images} --chosen-by {self.chosen_by} --tried-on {self.tried_on} with {len(self.features)} "
                 f"numbers of --features and {len(self.groups)} --groups leave nothing to remove. Ask for 1 or more of each."
             )
         if max(self.strength) >= 1:
@@ -197,7 +197,7 @@ class RemovalCommand(Command):
     def _removed(
         self, scouted: RemovalImages, tried_on: RemovalImages, unseen: RemovalImages, group: str, together: Together
     ) -> Iterator[RemovedConcept]:
-        """Each concept of a group, removed by what was chosen on the first two sets of pictures, judged on the third."""
+        """Each concept of a group, removed by what was chosen on the first two sets of images, judged on the third."""
         for concept in dict.fromkeys(scouted.named):
             cuts = scouted.chosen(concept, max(self.features), self.steps)
             settings = [(number, strength) for number in self.features for strength in self.strength]
@@ -211,7 +211,7 @@ class RemovalCommand(Command):
                 features={str(place): cut.features for place, cut in zip(together, cuts, strict=True)},
                 strength=strength,
                 tried=tried,
-                pictures=len(own),
+                images=len(own),
                 shown=fmean(own),
                 rates=unseen.rates(concept, cuts, strength),
             )
@@ -231,7 +231,7 @@ class RemovalCommand(Command):
         return {
             **toolbox.checksums(edits),
             "groups": ",".join(self.groups),
-            "pictures": self.pictures,
+            "images": self.images,
             "chosen_by": self.chosen_by,
             "tried_on": self.tried_on,
             "features": ",".join(map(str, self.features)),
@@ -242,19 +242,19 @@ class RemovalCommand(Command):
 
 @final
 class _RemovalGenerator:
-    """Where pictures are drawn and looked at."""
+    """Where images are drawn and looked at."""
 
     def __init__(self, pipe: Pipeline, dictionaries: Mapping[DictionaryRef, Dictionary]) -> None:
         self._pipe, self._dictionaries, self._judge = pipe, dictionaries, DrawnJudge(load_judge())
 
     def apart(self, group: str, counts: Sequence[int]) -> list[Callable[[Together], RemovalImages]]:
-        """Sets of pictures, so many for each concept, for any of the dictionaries; they share no caption and no seed."""
+        """Sets of images, so many for each concept, for any of the dictionaries; they share no caption and no seed."""
         captions, ends = drawn_naming(group, sum(counts)), [0, *accumulate(counts)]
         parts = [[one for each in captions for one in each[start:end]] for start, end in pairwise(ends)]
         return [self._unedited(group, part, number * APART) for number, part in enumerate(parts)]
 
     def _unedited(self, group: str, named: Sequence[NamedCaption], first_seed: int) -> Callable[[Together], RemovalImages]:
-        """The pictures of captions, for any of the dictionaries."""
+        """The images of captions, for any of the dictionaries."""
         firings = {place: GenerationCodes(dictionary) for place, dictionary in self._dictionaries.items()}
         shots = [shot for seed, each in enumerate(named, first_seed) for shot in self._shots(each.caption, seed)]
         before = self._seen(group, named, shots, [place.site for place in firings], firings)
@@ -281,10 +281,10 @@ class _RemovalGenerator:
         sites: Sequence[Site],
         firings: Mapping[DictionaryRef, GenerationCodes],
     ) -> list[JudgeVerdict]:
-        """What the judge sees of the pictures; how features fire on the way is added to `firings`."""
+        """What the judge sees of the images; how features fire on the way is added to `firings`."""
         drawn: list[Image.Image] = []
-        for pictures, activations in self._pipe.harvest_and_finish(shots, list(dict.fromkeys(sites)), BATCH):
-            drawn += pictures
+        for images, activations in self._pipe.harvest_and_finish(shots, list(dict.fromkeys(sites)), BATCH):
+            drawn += images
             for seen in activations:
                 for place in [place for place in firings if place.site == seen.site]:
                     firings[place].add(seen)

@@ -1,4 +1,4 @@
-"""`difflex show`: one feature's sheet as a picture."""
+"""`difflex show`: one feature's sheet as an image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 from difflex.book import ImageAlbum, sheet
 from difflex.commands.books import opened_book
 from difflex.commands.features import detected
-from difflex.commands.generate import FORMATS, write_picture
+from difflex.commands.generate import FORMATS, write_image
 from difflex.errors import BadInput
 from difflex.study import Command, Study
 
@@ -19,7 +19,7 @@ __all__ = ["ShowCommand"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class ShowCommand(Command):
-    """Draw one feature's sheet: figures, strongest and random pictures with where it fires, pictures where it is silent."""
+    """Draw one feature's sheet: figures, strongest and random images with where it fires, images where it is silent."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with books."""
@@ -28,11 +28,11 @@ class ShowCommand(Command):
     feature: Annotated[Positional[int], arg(metavar="FEATURE")]
     """Its number."""
     style: Literal["blue", "outline", "plain"] = "blue"
-    """blue: the more opaque the stronger; outline: a black and white line, for blue pictures and eyes that see no blue."""
+    """blue: the more opaque the stronger; outline: a black and white line, for blue images and eyes that see no blue."""
     columns: Annotated[int, arg(metavar="N")] = 8
-    """Pictures of each kind."""
+    """Images of each kind."""
     side: Annotated[int, arg(metavar="PIXELS")] = 128
-    """About how large a picture is drawn."""
+    """About how large an image is drawn."""
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: feature-FEATURE.png)")] = None
     """Where the sheet goes."""
 
@@ -41,7 +41,7 @@ class ShowCommand(Command):
             raise BadInput(f"--columns {self.columns} --side {self.side} shows nothing. Ask for 1 or more.")
         out = self.out or Path(f"feature-{self.feature}.png")
         if out.suffix.lower() not in FORMATS:
-            raise BadInput(f"--out {out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
+            raise BadInput(f"--out {out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
         study = Study.open(self.study)
         place = study.named(self.dictionary)
         found = detected(study, place).get(self.feature)
@@ -49,12 +49,12 @@ class ShowCommand(Command):
         with opened_book(study, place) as book:
             drawn = sheet(
                 book,
-                ImageAlbum(study.pictures),
+                ImageAlbum(study.images),
                 self.feature,
                 style=self.style,
                 columns=self.columns,
                 side=self.side,
                 concept=concept,
             )
-        write_picture(drawn, out)
+        write_image(drawn, out)
         print(out)

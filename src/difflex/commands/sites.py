@@ -21,7 +21,7 @@ class SitesCommand(ModelCommand):
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
     """Only sites of this name; a star stands for one index, as in double.*"""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
-    """Size of a picture, on which the number of tokens depends."""
+    """Size of an image, on which the number of tokens depends."""
 
     def __call__(self) -> None:
         lines: list[tuple[str, ...]] = [COLUMNS]

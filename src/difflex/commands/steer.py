@@ -1,4 +1,4 @@
-"""`difflex steer`: the same pictures with a feature added, set, scaled or taken away, as one labelled grid."""
+"""`difflex steer`: the same images with a feature added, set, scaled or taken away, as one labelled grid."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands.books import kept_strength
 from difflex.commands.flags import Range
-from difflex.commands.generate import FORMATS, write_picture
+from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.opening import load_studied
 from difflex.contact import contact_sheet
 from difflex.errors import BadInput
@@ -61,7 +61,7 @@ Strengths = Annotated[
 @final
 @dataclass(frozen=True, kw_only=True)
 class SteerCommand(Command):
-    """Draw pictures while features of a dictionary, or a direction found by contrast, are changed; unedited ones stand first."""
+    """Draw images while features of a dictionary, or a direction found by contrast, are changed; unedited ones stand first."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
@@ -74,13 +74,13 @@ class SteerCommand(Command):
     contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
     """A direction that `difflex contrast` found."""
     what: Operation = "add"
-    """Add without looking; set, scale or ablate what the feature says of the picture; let nothing else through; or transplant."""
+    """Add without looking; set, scale or ablate what the feature says of the image; let nothing else through; or transplant."""
     strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest that is safe, at most 2 peaks)")] = None
     """How much; several make a column each. What is ablated or transplanted has no strength."""
     unit: Unit = "peak"
     """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
     region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
-    """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; a picture that is white there; or `fires`: where the features fire."""
+    """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white there; or `fires`: where the features fire."""
     steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
@@ -98,9 +98,9 @@ class SteerCommand(Command):
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
     """How strongly the prompt is followed."""
     differences: FlagCreatePairsOff[bool] = False
-    """Beneath each row, how far it is from the unedited picture, four times as strong."""
+    """Beneath each row, how far it is from the unedited image, four times as strong."""
     record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: nowhere)")] = None
-    """Write the edit down, so that --replay makes the same pictures again."""
+    """Write the edit down, so that --replay makes the same images again."""
     replay: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(instead of all of the above)")] = None
     """Make a recorded edit again."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("steered.png")
@@ -112,7 +112,7 @@ class SteerCommand(Command):
 
     def __call__(self) -> list[Path]:
         if self.out.suffix.lower() not in FORMATS:
-            raise BadInput(f"--out {self.out} does not name a picture file. End it with one of: {' '.join(FORMATS)}")
+            raise BadInput(f"--out {self.out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
         toolbox = StudyEditor(Study.open(self.study))
         recorded = None if self.replay is None else EditRecord.load(self.replay)
         if recorded is not None:
@@ -122,15 +122,15 @@ class SteerCommand(Command):
         plain = [recorded.shot] if recorded else self._shots(pipe)
         if self.record is not None and (len(plain) > 1 or len(columns) > 1):
             raise BadInput(
-                f"One edit of one picture can be recorded; there are {len(columns)} edits and {len(plain)} pictures. Name one."
+                f"One edit of one image can be recorded; there are {len(columns)} edits and {len(plain)} images. Name one."
             )
         drawn = [self._drawn(pipe, toolbox, plain, edits) for edits in [(), *columns]]
-        write_picture(self._sheet(plain, columns, drawn), self.out)
+        write_image(self._sheet(plain, columns, drawn), self.out)
         written = [self.out]
         if self.record is not None:
             recorded = EditRecord(shot=plain[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
             written.append(recorded.save(self.record))
-        print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} pictures")
+        print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} images")
         return written
 
     def _edits(self, toolbox: StudyEditor, pipe: Pipeline) -> list[Edit]:
@@ -179,14 +179,14 @@ class SteerCommand(Command):
         return [replace(shot, timestep=None) for shot in shots]
 
     def _drawn(self, pipe: Pipeline, toolbox: StudyEditor, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
-        """The picture of each shot under `edits`, each transplant's source drawn as the shot is."""
+        """The image of each shot under `edits`, each transplant's source drawn as the shot is."""
 
         def draw(source: TransplantSource, site: Site, maps: TransplantMaps) -> None:
             with pipe.at(site, maps):
                 _generate(pipe, replace(shots[0], prompt=source.prompt, seed=source.seed))
 
         steered = toolbox.steerings(edits, draw)
-        return [_generate(pipe, shot, steered).picture for shot in shots]
+        return [_generate(pipe, shot, steered).image for shot in shots]
 
     def _sheet(
         self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], drawn: Sequence[Sequence[Image.Image]]
@@ -196,7 +196,7 @@ class SteerCommand(Command):
             rows.append([column[number] for column in drawn])
             labels.append(f"{shot.prompt or '(empty prompt)'}, seed {shot.seed}")
             if self.differences:
-                rows.append([_difference(picture, rows[-1][0]) for picture in rows[-1]])
+                rows.append([_difference(image, rows[-1][0]) for image in rows[-1]])
                 labels.append(f"differences, x {AMPLIFIED}")
         return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_said, columns)])
 
@@ -213,12 +213,12 @@ def _region(said: str | None, pixels: tuple[int, int]) -> Rectangle | str | None
     if re.fullmatch(r"[-+\d.,\s]+", said):
         return rectangle([float(number) for number in said.split(",") if number.strip()], pixels)
     if not Path(said).is_file():
-        raise BadInput(f"The region {said} is no file. Write LEFT,TOP,RIGHT,BOTTOM, name a picture, or say fires.")
+        raise BadInput(f"The region {said} is no file. Write LEFT,TOP,RIGHT,BOTTOM, name an image, or say fires.")
     return str(Path(said).resolve())
 
 
-def _difference(picture: Image.Image, plain: Image.Image) -> Image.Image:
-    return ImageChops.difference(picture, plain).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
+def _difference(image: Image.Image, plain: Image.Image) -> Image.Image:
+    return ImageChops.difference(image, plain).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
 
 
 def _said(edits: Sequence[Edit]) -> str:

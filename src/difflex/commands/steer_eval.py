@@ -53,7 +53,7 @@ from difflex.steering import (
 )
 from difflex.store.files import digest
 from difflex.study import DictionaryRef, Study
-from difflex.trials import as_pictures, group_of
+from difflex.trials import as_images, group_of
 
 __all__ = ["SteerEvalCommand"]
 
@@ -100,7 +100,7 @@ class SteerEvalCommand(VLMCommand):
     least: Annotated[float, arg(metavar="AP")] = 0.8
     """Features of this average precision or more."""
     trials: Annotated[int, arg(metavar="N")] = 24
-    """Pictures for each concept."""
+    """Images for each concept."""
     pairs: Annotated[int, arg(metavar="N")] = 20
     """Pairs of captions for each contrast."""
     strength: Strengths = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -134,7 +134,7 @@ class SteerEvalCommand(VLMCommand):
             return self._all(toolbox, wanted, world)
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """For each concept its contrast, and pictures that are judged: without an edit, by each method at each strength, and of
+        """For each concept its contrast, and images that are judged: without an edit, by each method at each strength, and of
         the caption edited.
 
         How many concepts a dictionary detects is known once `difflex concepts` was run; until then a third of those of the
@@ -150,11 +150,9 @@ class SteerEvalCommand(VLMCommand):
             return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
         points, steps = BY_STRENGTH * len(self.strength) + 1, self.steps or range(model.shot.steps)
         concepts = sum(each.concepts for each in expected)
-        pictures, sides = concepts * self.trials * (1 + points), concepts * self.pairs * 2
+        images, sides = concepts * self.trials * (1 + points), concepts * self.pairs * 2
         work: dict[Work, float] = {
-            "model": generating(model, pictures)
-            + judging(model, pictures, len(LEVELS))
-            + walking(model, sides, sides, steps.stop),
+            "model": generating(model, images) + judging(model, images, len(LEVELS)) + walking(model, sides, sides, steps.stop),
             "encoding": sum(scaling(each.learned) for each in expected),
         }
         tokens = sum(2 * each.concepts * self.pairs * len(steps) * model.shapes[each.site][0] for each in expected)
@@ -239,7 +237,7 @@ class SteerEvalCommand(VLMCommand):
     def _judged(
         self, toolbox: StudyEditor, pipe: Pipeline, place: DictionaryRef, concepts: Sequence[TargetConcept], world: JudgedWorld
     ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
-        """All curves, and of each group the pictures of the concept that its feature is best at."""
+        """All curves, and of each group the images of the concept that its feature is best at."""
         seen = _StripRecorder(world.seen(drawn_by(pipe)))
         curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
         for number, each in enumerate(concepts, 1):
@@ -251,7 +249,7 @@ class SteerEvalCommand(VLMCommand):
             if task.group not in best or gain > best[task.group][0]:
                 best[task.group] = gain, strips
             curves += made
-        return curves, {strip: picture for _, strips in best.values() for strip, picture in strips.items()}
+        return curves, {strip: image for _, strips in best.values() for strip, image in strips.items()}
 
     def _methods(self, toolbox: StudyEditor, pipe: Pipeline, place: DictionaryRef, wanted: TargetConcept, world: JudgedWorld):
         """Each method by name: what it adds, how, and at which strengths."""
@@ -310,7 +308,7 @@ class SteerEvalCommand(VLMCommand):
 
 def _adding(edit: Edit, features: EditFeatures):
     def added(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
-        # Tokens of text have no place in the picture.
+        # Tokens of text have no place in the image.
         here = replace(edit, strength=strength, region=None if edit.site.stream == "text" else trial.region)
         return trial, steerings([here], lambda _: features)[0]
 
@@ -324,20 +322,20 @@ def _saying(concept: str, world: JudgedWorld):
 
 @final
 class _StripRecorder:
-    """What is drawn, with the first picture of every batch kept to be shown."""
+    """What is drawn, with the first image of every batch kept to be shown."""
 
     def __init__(self, drawn: JudgedGenerator) -> None:
         self._first: list[Image.Image] = []
-        self._pictures = drawn.pictures
-        self.drawn = drawn._replace(pictures=self._drawn)
+        self._images = drawn.images
+        self.drawn = drawn._replace(images=self._drawn)
 
     def _drawn(self, trials: Sequence[SteeringTrial], steering: SteeringHook | None):
-        made = self._pictures(trials, steering)
-        self._first += as_pictures(made[:1])
+        made = self._images(trials, steering)
+        self._first += as_images(made[:1])
         return made
 
     def strips(self, task: SteeringTask, curves: Sequence[StrengthCurve]) -> Iterator[tuple[ImageStrip, Image.Image]]:
-        """The pictures kept since the last call, a strip for each of `curves`, which were judged one after another."""
+        """The images kept since the last call, a strip for each of `curves`, which were judged one after another."""
         plain, *edited = self._first
         self._first.clear()
         for curve in curves:
@@ -354,7 +352,7 @@ class _StripRecorder:
 
 
 def _beside(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side."""
+    """Images of one size side by side."""
     width, height = tiles[0].size
     made = Image.new("RGB", (width * len(tiles), height))
     for place, tile in enumerate(tiles):
@@ -367,8 +365,8 @@ def _keep(folder: Path, strips: Mapping[ImageStrip, Image.Image]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.webp"):
         stale.unlink()
-    for strip, picture in strips.items():
-        picture.save(folder / strip.file, lossless=True)
+    for strip, image in strips.items():
+        image.save(folder / strip.file, lossless=True)
 
 
 def _table(judged: SteeringResults) -> str:

@@ -24,13 +24,13 @@ from difflex.steering import (
     rectangle,
 )
 from difflex.study import Study
-from difflex.trials import as_pictures, drawn_pairs, drawn_task, group_of, placed, reworded
+from difflex.trials import as_images, drawn_pairs, drawn_task, group_of, placed, reworded
 
 __all__ = ["DRAWN", "JudgedWorld", "read_told", "told_world"]
 
 KEYS = ("name", "group", "instead", "prompts", "region", "feature")
 KEPT = 2
-"""Batches of unedited pictures that are kept: those of a task's trials, and of its edited prompts."""
+"""Batches of unedited images that are kept: those of a task's trials, and of its edited prompts."""
 
 
 class JudgedWorld(NamedTuple):
@@ -40,7 +40,7 @@ class JudgedWorld(NamedTuple):
     pairs: Callable[[str, int], list[tuple[str, str]]]
     reworded: Callable[[SteeringTrial, str], SteeringTrial]
     inside: Callable[[Shot, str], Rectangle | None]
-    """Where the picture of a pair of prompts shows the concept."""
+    """Where the image of a pair of prompts shows the concept."""
     seen: Callable[[JudgedGenerator], JudgedGenerator]
     """The same model with the eyes of this world."""
 
@@ -96,7 +96,7 @@ def told_world(
 ) -> Iterator[JudgedWorld]:
     """The world of these concepts; its eyes are a CLIP, or a model that answers `verb`."""
     if (clip is None) == (vlm is None):
-        raise BadInput("Concepts that a file tells need somebody who sees them in pictures: name one of --clip and --vlm.")
+        raise BadInput("Concepts that a file tells need somebody who sees them in images: name one of --clip and --vlm.")
 
     def world(seen: Callable[[JudgedGenerator], JudgedGenerator]) -> JudgedWorld:
         return JudgedWorld(
@@ -121,19 +121,19 @@ def told_world(
 
 def _by_likeness(clip: ClipModel, told: Mapping[str, ConceptSpec]) -> Callable[[JudgedGenerator], JudgedGenerator]:
     def seen(drawn: JudgedGenerator) -> JudgedGenerator:
-        plain = lru_cache(KEPT)(lambda trials: drawn.pictures(trials, None))
+        plain = lru_cache(KEPT)(lambda trials: drawn.images(trials, None))
         unedited = lambda trials: plain(tuple(trials))  # noqa: E731 (drawn once, looked at again beside every edit)
-        eyes = SimilarityJudge(clip.of_pictures, clip.of_words, clip.sharpness, told, unedited)
-        pictures = lambda trials, steering: unedited(trials) if steering is None else drawn.pictures(trials, steering)  # noqa: E731
-        return drawn._replace(pictures=pictures, verdicts=eyes)
+        eyes = SimilarityJudge(clip.of_images, clip.of_words, clip.sharpness, told, unedited)
+        images = lambda trials, steering: unedited(trials) if steering is None else drawn.images(trials, steering)  # noqa: E731
+        return drawn._replace(images=images, verdicts=eyes)
 
     return seen
 
 
 def _looked(asker: CachedClient, asked: Sequence[ImageQuestion], verb: VLMCommand) -> list[ImageAnswer]:
-    """What a model that answers says of pictures."""
-    image = lambda pixels: None if pixels is None else next(iter(as_pictures(pixels[None])))  # noqa: E731
+    """What a model that answers says of images."""
+    to_pil = lambda pixels: None if pixels is None else next(iter(as_images(pixels[None])))  # noqa: E731
     shown = [
-        PresenceQuestion(next(iter(as_pictures(each.picture[None]))), image(each.part), each.concept, each.rest) for each in asked
+        PresenceQuestion(next(iter(as_images(each.image[None]))), to_pil(each.part), each.concept, each.rest) for each in asked
     ]
     return [ImageAnswer(seen.shows, seen.rest) for seen in look(asker, shown, connections=verb.connections)]

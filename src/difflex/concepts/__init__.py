@@ -1,4 +1,4 @@
-"""Known concepts: what the features of a dictionary have to do with what pictures are known to show."""
+"""Known concepts: what the features of a dictionary have to do with what images are known to show."""
 
 from difflex.concepts.folder import LabelFolder
 from difflex.concepts.keeping import StoredMatches, keep

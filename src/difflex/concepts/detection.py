@@ -180,21 +180,21 @@ class TokenRanking:
         tokens: Int[Tensor, " firing"],
         values: Float[Tensor, " firing"],
         truth: Int8[Tensor, " token"],
-        pictures: Int[Tensor, " token"],
+        images: Int[Tensor, " token"],
         count: int,
     ) -> None:
-        """The ranking of `tokens` by `values`, in any order; `pictures` are numbered up to `count`."""
+        """The ranking of `tokens` by `values`, in any order; `images` are numbered up to `count`."""
         order = values.argsort(descending=True)
-        tokens, self._pictures = tokens[order], pictures[tokens[order]]
+        tokens, self._images = tokens[order], images[tokens[order]]
         self._ends = FiringBlock(tokens[:0], tokens[None], values[order][None]).ends()
         self._is_positive, self._is_known = (truth[tokens] == 1).float(), (truth[tokens] >= 0).float()
-        self._positives = torch.bincount(pictures, (truth == 1).float(), count)
-        self._known = torch.bincount(pictures, (truth >= 0).float(), count)
+        self._positives = torch.bincount(images, (truth == 1).float(), count)
+        self._known = torch.bincount(images, (truth >= 0).float(), count)
 
-    def average_precision(self, weights: Float[Tensor, "draw picture"] | None = None) -> Float[Tensor, " draw"]:
-        """The average precision where each picture counts `weights` times, in each draw; NaN where none shows the concept."""
+    def average_precision(self, weights: Float[Tensor, "draw image"] | None = None) -> Float[Tensor, " draw"]:
+        """The average precision where each image counts `weights` times, in each draw; NaN where none shows the concept."""
         weights = torch.ones(1, len(self._positives)) if weights is None else weights
-        each = weights[:, self._pictures]
+        each = weights[:, self._images]
         positive = each * self._is_positive
         hits, fired = positive.cumsum(1), (each * self._is_known).cumsum(1)
         last = hits[:, -1] if hits.shape[1] else hits.new_zeros(len(hits))

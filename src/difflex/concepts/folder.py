@@ -1,7 +1,7 @@
-"""A user's own folder of pictures and label maps, as pictures of which it is known what is where.
+"""A user's own folder of images and label maps, as images of which it is known what is where.
 
 ```
-FOLDER/pictures/NAME.jpg   a picture (PNG, JPEG or WebP); beside it NAME.txt with what the model is told of it, if anything
+FOLDER/images/NAME.jpg   an image (PNG, JPEG or WebP); beside it NAME.txt with what the model is told of it, if anything
 FOLDER/labels/NAME.png     its label map, a number for each pixel
 FOLDER/labels.json         what the numbers mean: {"1": "star", "2": {"name": "sky", "group": "background"}},
                            or the JSON of COCO panoptic, whose label maps hold the ids of segments in three colours
@@ -35,51 +35,51 @@ FORM = 'Write {"1": "star", "2": {"name": "sky", "group": "background"}}, or the
 @final
 @dataclass(frozen=True, kw_only=True)
 class LabelFolder:
-    """Pictures and label maps in a folder."""
+    """Images and label maps in a folder."""
 
     folder: Path
     concepts: tuple[Concept, ...]
     numbers: Mapping[str | None, Mapping[int, int]]
     """From a number in a label map to the place of its concept; by the name of the map, or None where all share one meaning."""
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
     @classmethod
     def open(cls, folder: Path) -> LabelFolder:
-        """The folder, its pictures in the order of their names."""
-        pictures = sorted(path for path in (folder / "pictures").glob("*") if path.suffix.lower() in ENDINGS)
-        if not pictures:
-            raise BadInput(f"{folder}/pictures holds no picture. Put PNG, JPEG or WebP files there, and label maps into labels.")
-        missing = [path for path in pictures if not _map_of(folder, path).is_file()]
+        """The folder, its images in the order of their names."""
+        images = sorted(path for path in (folder / "images").glob("*") if path.suffix.lower() in ENDINGS)
+        if not images:
+            raise BadInput(f"{folder}/images holds no image. Put PNG, JPEG or WebP files there, and label maps into labels.")
+        missing = [path for path in images if not _map_of(folder, path).is_file()]
         if missing:
             wanted = _map_of(folder, missing[0])
             raise BadInput(f"{missing[0]} has no label map {wanted}, nor have {len(missing) - 1} others. Add or remove them.")
         said = _json(folder / "labels.json")
         concepts, numbers = _coco(said) if "annotations" in said else _plain(said)
-        return cls(folder=folder, concepts=concepts, numbers=numbers, pictures=tuple(pictures))
+        return cls(folder=folder, concepts=concepts, numbers=numbers, images=tuple(images))
 
     @property
     def fingerprint(self) -> str:
         """What changes when a file does."""
-        files = [self.folder / "labels.json", *self.pictures, *(_map_of(self.folder, path) for path in self.pictures)]
+        files = [self.folder / "labels.json", *self.images, *(_map_of(self.folder, path) for path in self.images)]
         told = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
-    def pictured(self, count: int, pixels: tuple[int, int] | None = None) -> Iterator[LabelledImage]:
-        """The first `count` pictures; with `pixels` (height, width) all are scaled and cut to that size, as are their maps."""
-        for path in self.pictures[:count]:
-            picture, labels = _opened(path, "RGB"), _opened(_map_of(self.folder, path), None)
-            if picture.size != labels.size:
+    def labelled_images(self, count: int, pixels: tuple[int, int] | None = None) -> Iterator[LabelledImage]:
+        """The first `count` images; with `pixels` (height, width) all are scaled and cut to that size, as are their maps."""
+        for path in self.images[:count]:
+            image, labels = _opened(path, "RGB"), _opened(_map_of(self.folder, path), None)
+            if image.size != labels.size:
                 raise BadInput(
-                    f"{path} is {picture.height}x{picture.width}, its label map {labels.height}x{labels.width}: they must be of "
-                    "one size, as a pixel of the map speaks of the pixel of the picture."
+                    f"{path} is {image.height}x{image.width}, its label map {labels.height}x{labels.width}: they must be of "
+                    "one size, as a pixel of the map speaks of the pixel of the image."
                 )
             if pixels is not None:
                 height, width = pixels
-                picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+                image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
                 labels = ImageOps.fit(labels, (width, height), Image.Resampling.NEAREST)
             told = path.with_suffix(".txt")
             prompt = told.read_text(encoding="utf-8").strip() if told.is_file() else ""
-            yield LabelledImage(picture, path.name, prompt, self._shares(path, labels))
+            yield LabelledImage(image, path.name, prompt, self._shares(path, labels))
 
     def _shares(self, path: Path, labels: Image.Image) -> Callable[[int, int], Float[Tensor, "concept row column"]]:
         shared = self.numbers.get(None)
@@ -98,8 +98,8 @@ def _on_grid(
     return on_grid(masks, rows, columns)
 
 
-def _map_of(folder: Path, picture: Path) -> Path:
-    return folder / "labels" / f"{picture.stem}.png"
+def _map_of(folder: Path, image: Path) -> Path:
+    return folder / "labels" / f"{image.stem}.png"
 
 
 def _opened(path: Path, mode: str | None) -> Image.Image:
@@ -107,7 +107,7 @@ def _opened(path: Path, mode: str | None) -> Image.Image:
         with Image.open(path) as file:
             return file.convert(mode) if mode else file.copy()
     except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"{path} cannot be read as a picture ({error}). Write it again.") from error
+        raise BadInput(f"{path} cannot be read as an image ({error}). Write it again.") from error
 
 
 def _numbers(labels: Image.Image) -> Int[Tensor, "height width"]:

@@ -1,4 +1,4 @@
-"""Activations whose every token is labelled: which concepts it shows, of which picture it is, and how noisy that was."""
+"""Activations whose every token is labelled: which concepts it shows, of which image it is, and how noisy that was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Concept", "LabelThresholds", "LabelledActivations", "LabelledImage",
 
 
 class Concept(NamedTuple):
-    """Something that a picture can show at a place."""
+    """Something that an image can show at a place."""
 
     name: str
     group: str
@@ -29,11 +29,11 @@ class Concept(NamedTuple):
 
 
 class LabelledImage(NamedTuple):
-    """A picture of which it is known what is where."""
+    """An image of which it is known what is where."""
 
-    picture: Image.Image
+    image: Image.Image
     name: str
-    """Its own, among all pictures that are labelled together."""
+    """Its own, among all images that are labelled together."""
     prompt: str
     """What the model is told of it; may be empty."""
     shares: Callable[[int, int], Float[Tensor, "concept row column"]]
@@ -63,17 +63,17 @@ class LabelThresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledActivations:
-    """Labelled activations of one site; tokens of all pictures and noise levels in one row."""
+    """Labelled activations of one site; tokens of all images and noise levels in one row."""
 
     site: Site
     concepts: tuple[Concept, ...]
     values: Float[Tensor, "token width"]
     truth: Int8[Tensor, "concept token"]
     """1 where a token shows a concept, 0 where it does not, -1 where it is left out."""
-    pictures: Int[Tensor, " token"]
-    """The number of each token's picture."""
+    images: Int[Tensor, " token"]
+    """The number of each token's image."""
     noise: Float[Tensor, " token"]
-    """Between 0 (the picture) and 1 (pure noise)."""
+    """Between 0 (the image) and 1 (pure noise)."""
     held_out: Bool[Tensor, " token"]
 
     def part(self, chosen: Bool[Tensor, " token"]) -> LabelledActivations:
@@ -82,7 +82,7 @@ class LabelledActivations:
             self,
             values=self.values[chosen],
             truth=self.truth[:, chosen],
-            pictures=self.pictures[chosen],
+            images=self.images[chosen],
             noise=self.noise[chosen],
             held_out=self.held_out[chosen],
         )
@@ -98,61 +98,59 @@ class LabelledActivations:
 
 
 Harvest = Callable[[Iterable[Image.Image], Iterable[str], Iterable[str]], Iterator[Activations]]
-"""From pictures, their prompts and their names, taken as lazily as they come, to the activations at one or several sites."""
+"""From images, their prompts and their names, taken as lazily as they come, to the activations at one or several sites."""
 
 
 def label(
-    pictured: Iterable[LabelledImage],
+    labelled_images: Iterable[LabelledImage],
     harvest: Harvest,
     concepts: Sequence[Concept],
     marking: LabelThresholds = LabelThresholds(),
 ) -> dict[Site, LabelledActivations]:
-    """The activations that `harvest` finds at pictures, with the truth about each of their tokens; by site."""
+    """The activations that `harvest` finds at images, with the truth about each of their tokens; by site."""
     parts: dict[Site, list[LabelledActivations]] = {}
     known: dict[str, _PendingImage] = {}
-    images, prompts, names = tee(_noted(pictured, known), 3)
-    for seen in harvest((one.picture for one in images), (one.prompt for one in prompts), (one.name for one in names)):
+    images, prompts, names = tee(_noted(labelled_images, known), 3)
+    for seen in harvest((one.image for one in images), (one.prompt for one in prompts), (one.name for one in names)):
         there = [_known(known, shot) for shot in seen.shots]
         parts.setdefault(seen.site, []).append(_labelled(seen, there, tuple(concepts), marking))
         for name in [name for name, one in known.items() if one.met and one not in there]:
-            del known[name]  # all of a picture's levels and sites come before the next one's
+            del known[name]  # all of an image's levels and sites come before the next one's
     if not parts:
-        raise BadInput("No picture was given, so nothing is known of any concept. Give at least one.")
+        raise BadInput("No image was given, so nothing is known of any concept. Give at least one.")
     return {site: _joined(pieces) for site, pieces in parts.items()}
 
 
 @final
 class _PendingImage:
-    """A picture on its way through a harvest."""
+    """An image on its way through a harvest."""
 
     def __init__(self, number: int, shares: Callable[[int, int], Tensor]) -> None:
         self.number, self.shares, self.met = number, cache(shares), False
 
 
-def _noted(pictured: Iterable[LabelledImage], known: dict[str, _PendingImage]) -> Iterator[LabelledImage]:
-    for number, one in enumerate(pictured):
+def _noted(labelled_images: Iterable[LabelledImage], known: dict[str, _PendingImage]) -> Iterator[LabelledImage]:
+    for number, one in enumerate(labelled_images):
         if one.name in known:
-            raise BadInput(f"Two pictures are called '{one.name}': which masks are whose cannot be told. Name each differently.")
+            raise BadInput(f"Two images are called '{one.name}': which masks are whose cannot be told. Name each differently.")
         known[one.name] = _PendingImage(number, one.shares)
         yield one
 
 
 def _known(known: dict[str, _PendingImage], shot: Shot) -> _PendingImage:
-    if shot.picture not in known:
-        raise BadInput(
-            f"The activations are those of '{shot.picture or shot.prompt}', not of a picture whose concepts are known."
-        )
-    known[shot.picture].met = True
-    return known[shot.picture]
+    if shot.image not in known:
+        raise BadInput(f"The activations are those of '{shot.image or shot.prompt}', not of an image whose concepts are known.")
+    known[shot.image].met = True
+    return known[shot.image]
 
 
 def _labelled(
     seen: Activations, there: Sequence[_PendingImage], concepts: tuple[Concept, ...], marking: LabelThresholds
 ) -> LabelledActivations:
     if seen.grid is None:
-        raise BadInput(f"The site {seen.site} has no grid: concepts have a place in the picture, tokens of text have none.")
+        raise BadInput(f"The site {seen.site} has no grid: concepts have a place in the image, tokens of text have none.")
     if not bool(torch.isfinite(seen.values).all()):
-        raise NonFinite(f"The activations of {seen.site} at '{seen.shots[0].picture}' hold NaN or infinity. Harvest them again.")
+        raise NonFinite(f"The activations of {seen.site} at '{seen.shots[0].image}' hold NaN or infinity. Harvest them again.")
     rows, columns = seen.grid
     shares = torch.stack([one.shares(rows, columns) for one in there], dim=1)
     each = torch.ones(len(there), rows * columns)
@@ -161,7 +159,7 @@ def _labelled(
         concepts=concepts,
         values=seen.values.flatten(0, 1).float().cpu(),
         truth=marking.truth(shares.flatten(1)),
-        pictures=(torch.tensor([one.number for one in there])[:, None] * each.long()).flatten(),
+        images=(torch.tensor([one.number for one in there])[:, None] * each.long()).flatten(),
         noise=(torch.tensor([shot.noise or 0.0 for shot in seen.shots])[:, None] * each).flatten(),
         held_out=(torch.tensor([shot.split == "held-out" for shot in seen.shots])[:, None] & each.bool()).flatten(),
     )
@@ -172,14 +170,14 @@ def _joined(parts: Sequence[LabelledActivations]) -> LabelledActivations:
         parts[0],
         values=torch.cat([part.values for part in parts]),
         truth=torch.cat([part.truth for part in parts], dim=1),
-        pictures=torch.cat([part.pictures for part in parts]),
+        images=torch.cat([part.images for part in parts]),
         noise=torch.cat([part.noise for part in parts]),
         held_out=torch.cat([part.held_out for part in parts]),
     )
 
 
 def painted(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-    """The picture of these pixels: red, green, blue in [0, 1]."""
+    """The image of these pixels: red, green, blue in [0, 1]."""
     return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
 
 

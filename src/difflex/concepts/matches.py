@@ -21,7 +21,7 @@ FINDABLE = 0.9
 
 
 class ConfidenceInterval(NamedTuple):
-    """A figure and where 95 % of its values lie when pictures are drawn again."""
+    """A figure and where 95 % of its values lie when images are drawn again."""
 
     value: float
     low: float
@@ -30,14 +30,14 @@ class ConfidenceInterval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptDetector:
-    """One or few features that stand for a concept: chosen on training pictures, measured on held-out ones."""
+    """One or few features that stand for a concept: chosen on training images, measured on held-out ones."""
 
     features: tuple[int, ...]
     """The best first."""
     ap: ConfidenceInterval
     """Average precision."""
     iou: float
-    """Intersection over union, cut at the value that was best on training pictures."""
+    """Intersection over union, cut at the value that was best on training images."""
     precision: float
     """At that value."""
     recall: float
@@ -73,7 +73,7 @@ class ConceptResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMatches:
-    """Every feature that fires at training tokens, each entry of a column one feature; figures are of held-out pictures."""
+    """Every feature that fires at training tokens, each entry of a column one feature; figures are of held-out images."""
 
     features: tuple[int, ...]
     concepts: tuple[int, ...]
@@ -92,7 +92,7 @@ class NoiseLevelResult:
     """What is known at one level of noise, or at all of them together."""
 
     noise: float | None
-    """Between 0 (the picture) and 1 (pure noise); None for all levels together."""
+    """Between 0 (the image) and 1 (pure noise); None for all levels together."""
     findings: tuple[ConceptResult, ...]
     coverage: ConfidenceInterval
     """The share of concepts that one feature detects (AP >= 0.8)."""
@@ -124,13 +124,13 @@ class ConceptMatches:
     size: int
     concepts: tuple[Concept, ...]
     left_out: tuple[Concept, ...]
-    """Concepts that too few pictures show."""
+    """Concepts that too few images show."""
     levels: tuple[NoiseLevelResult, ...]
     """All levels of noise together first, then each where there are several."""
     features: FeatureMatches
     """At all levels together."""
     made_from: Mapping[str, str | int | float] = field(default_factory=dict)
-    """What the figures depend on: checksums, pictures, settings. Work made from something else is done again."""
+    """What the figures depend on: checksums, images, settings. Work made from something else is done again."""
 
     @property
     def clearest(self) -> NoiseLevelResult:

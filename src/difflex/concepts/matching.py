@@ -37,9 +37,9 @@ class MatchingConfig:
     most: int = 4
     """Features that may stand for a concept together."""
     least: int = 8
-    """Pictures that must show a concept, among the held-out ones and among the others; a rarer one is left out."""
+    """Images that must show a concept, among the held-out ones and among the others; a rarer one is left out."""
     draws: int = 200
-    """How often held-out pictures are drawn again for the confidence intervals."""
+    """How often held-out images are drawn again for the confidence intervals."""
     ridge: float = 1e-4
     """How strongly the weights of the linear probe are held to zero; its inputs have variance 1 in all directions."""
     seed: int = 0
@@ -56,7 +56,7 @@ def match(
 ) -> list[ConceptMatches]:
     """The matches of each method, over all levels of noise together and, where there are several, at each.
 
-    Features are chosen on training pictures, what is told of them is measured on held-out ones.
+    Features are chosen on training images, what is told of them is measured on held-out ones.
     """
     often = _often(labelled, matching.least)
     left_out = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in often)
@@ -84,23 +84,23 @@ def match(
 
 
 def _often(labelled: LabelledActivations, least: int) -> list[int]:
-    """The concepts that enough pictures show on both sides of the split, at every level of noise."""
+    """The concepts that enough images show on both sides of the split, at every level of noise."""
     sides = [labelled.held_out, ~labelled.held_out]
     counts = torch.stack([_shown_in(labelled, side & (labelled.noise == level)) for side in sides for level in labelled.levels])
     enough = counts.amin(0) >= least
     if not bool(enough.any()):
-        held_out, of = len(labelled.pictures[labelled.held_out].unique()), len(labelled.pictures.unique())
+        held_out, of = len(labelled.images[labelled.held_out].unique()), len(labelled.images.unique())
         raise BadInput(
-            f"No concept is shown in {least} held-out pictures and as many others: of {of} pictures {held_out} are held out, and "
-            f"none is in more than {int(counts.amin(0).max())} on both sides. Give more pictures; a tenth of them is held out."
+            f"No concept is shown in {least} held-out images and as many others: of {of} images {held_out} are held out, and "
+            f"none is in more than {int(counts.amin(0).max())} on both sides. Give more images; a tenth of them is held out."
         )
     return enough.nonzero()[:, 0].tolist()
 
 
 def _shown_in(labelled: LabelledActivations, chosen: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
-    """How many pictures show each concept at the `chosen` tokens."""
-    pictures = labelled.pictures[chosen]
-    return torch.tensor([len(pictures[truth == 1].unique()) for truth in labelled.truth[:, chosen]])
+    """How many images show each concept at the `chosen` tokens."""
+    images = labelled.images[chosen]
+    return torch.tensor([len(images[truth == 1].unique()) for truth in labelled.truth[:, chosen]])
 
 
 class _SplitSide(NamedTuple):
@@ -109,21 +109,21 @@ class _SplitSide(NamedTuple):
     chosen: Tensor
     """Which of all tokens these are."""
     truth: Int8[Tensor, "concept token"]
-    pictures: Tensor
+    images: Tensor
 
 
 @final
 class _MatchingData:
-    """What all methods are held against at one level of noise: the truth, the ceiling, and the draws of pictures."""
+    """What all methods are held against at one level of noise: the truth, the ceiling, and the draws of images."""
 
     def __init__(self, labelled: LabelledActivations, noise: float | None, matching: MatchingConfig) -> None:
         at = torch.ones_like(labelled.held_out) if noise is None else labelled.noise == noise
         self.noise, self.concepts = noise, labelled.concepts
         self.train, self.held = (
-            _SplitSide(at & side, labelled.truth[:, at & side], labelled.pictures[at & side])
+            _SplitSide(at & side, labelled.truth[:, at & side], labelled.images[at & side])
             for side in (~labelled.held_out, labelled.held_out)
         )
-        self.weights = _redrawn(self.held.pictures, int(labelled.pictures.max()) + 1, matching.draws, matching.seed)
+        self.weights = _redrawn(self.held.images, int(labelled.images.max()) + 1, matching.draws, matching.seed)
         here = labelled if noise is None else labelled.part(at)
         logits = probed(here, ridge=matching.ridge, seed=matching.seed)[:, here.held_out]
         everywhere = torch.arange(logits.shape[1])
@@ -131,14 +131,14 @@ class _MatchingData:
         self.unrelated = unrelated(labelled.concepts, self.train.truth)
 
     def ap_draws(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
-        """The average precision of a ranking on held-out tokens: as they are, then in each draw of pictures."""
-        ranking = TokenRanking(tokens, values, self.held.truth[concept], self.held.pictures, self.weights.shape[1])
+        """The average precision of a ranking on held-out tokens: as they are, then in each draw of images."""
+        ranking = TokenRanking(tokens, values, self.held.truth[concept], self.held.images, self.weights.shape[1])
         return ranking.average_precision(self.weights)
 
 
-def _redrawn(pictures: Tensor, count: int, draws: int, seed: int) -> Float[Tensor, "draw picture"]:
-    """How often each picture counts: once in the first row, as drawn with replacement in the others."""
-    there = pictures.unique()
+def _redrawn(images: Tensor, count: int, draws: int, seed: int) -> Float[Tensor, "draw image"]:
+    """How often each image counts: once in the first row, as drawn with replacement in the others."""
+    there = images.unique()
     picked = torch.randint(len(there), (draws, len(there)), generator=torch.Generator().manual_seed(seed))
     weights = torch.zeros(draws + 1, count)
     weights[0, there] = 1
@@ -186,7 +186,7 @@ class _MethodResult:
         )
 
     def _finding(self, concept: int) -> tuple[ConceptResult, Tensor]:
-        """The finding, and the average precision of the best feature in each draw of pictures."""
+        """The finding, and the average precision of the best feature in each draw of images."""
         chosen_by, truth = self._chosen_by, self._ground.train.truth[concept]
         best, segmenting = int(chosen_by.ap[:, concept].argmax()), int(chosen_by.iou[:, concept].argmax())
         few = together(self._train, truth, chosen_by.ap[:, concept], self._peaks, self._most)

@@ -17,7 +17,7 @@ ITERATIONS = 40
 
 
 def probed(labelled: LabelledActivations, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
-    """How strongly each token speaks for each concept: logits of logistic regressions learned from the pictures not held out."""
+    """How strongly each token speaks for each concept: logits of logistic regressions learned from the images not held out."""
     train = (~labelled.held_out).nonzero()[:, 0]
     if len(train) > MOST:
         train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:MOST]]

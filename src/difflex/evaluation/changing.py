@@ -1,4 +1,4 @@
-"""`effects`: what becomes of a model's predictions and pictures where a dictionary's reconstruction takes the place of a site."""
+"""`effects`: what becomes of a model's predictions and images where a dictionary's reconstruction takes the place of a site."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Edits", "Measure", "effects", "some_shots"]
 Edits = Mapping[str, Callable[[Float[Tensor, "batch token width"], object], Float[Tensor, "batch token width"]]]
 """What takes the place of a site's activations, by name; the second argument, a moment of the run, is not looked at."""
 Measure = Callable[
-    [Float[Tensor, "picture channel row column"], Float[Tensor, "picture channel row column"]], Float[Tensor, " picture"]
+    [Float[Tensor, "image channel row column"], Float[Tensor, "image channel row column"]], Float[Tensor, " image"]
 ]
-"""How near, or how far, pictures are to those they were made from; pixels between 0 and 1."""
+"""How near, or how far, images are to those they were made from; pixels between 0 and 1."""
 
 ERROR = "squared error"
 
@@ -31,15 +31,15 @@ def effects(
     dictionaries: Sequence[Dictionary],
     mean: Float[Tensor, " width"],
     predictions: Callable[[Edits], Iterable[EditOutcomes]],
-    pictures: Callable[[Edits], Iterable[EditOutcomes]] | None = None,
+    images: Callable[[Edits], Iterable[EditOutcomes]] | None = None,
     *,
     measures: Mapping[str, Measure] | None = None,
     device: torch.device | str | None = None,
 ) -> list[ModelEffect]:
     """What each of `dictionaries` of one site does to the model, beside what the `mean` activation, or zero, does in their place.
 
-    `predictions` and `pictures` say what the model makes of some shots under edits of that site, as the methods of a pipeline do;
-    without `pictures` only predictions are compared. `measures` are taken of the pictures besides SSIM: LPIPS, say. The model
+    `predictions` and `images` say what the model makes of some shots under edits of that site, as the methods of a pipeline do;
+    without `images` only predictions are compared. `measures` are taken of the images besides SSIM: LPIPS, say. The model
     runs unedited, and with the mean and zero, once for all dictionaries. These work on a card, where there is one and no other
     `device` is named.
     """
@@ -48,7 +48,7 @@ def effects(
     changes, timesteps = _predicted(predictions(edits), list(edits))
     if not timesteps:
         raise BadInput(f"There are no shots at which the effect of {dictionaries[0].name} could be seen. Harvest more prompts.")
-    drawn = _drawn([] if pictures is None else pictures(edits), list(edits), {"ssim": ssim, **(measures or {})})
+    drawn = _drawn([] if images is None else images(edits), list(edits), {"ssim": ssim, **(measures or {})})
     for does, values in (("predicts", changes[:, 1:]), ("draws", drawn[ERROR])):
         for name, column in zip(edits, values.T, strict=True):
             if not bool(torch.isfinite(column).all()):
@@ -80,8 +80,8 @@ def _predicted(outcomes: Iterable[EditOutcomes], edits: Sequence[str]) -> tuple[
 
 def _drawn(
     outcomes: Iterable[EditOutcomes], edits: Sequence[str], measures: Mapping[str, Measure]
-) -> dict[str, Float64[Tensor, "picture edit"]]:
-    """The squared error and each of `measures` of each picture under each edit."""
+) -> dict[str, Float64[Tensor, "image edit"]]:
+    """The squared error and each of `measures` of each image under each edit."""
     every = {ERROR: lambda edited, plain: (edited - plain).square().mean((1, 2, 3)), **measures}
     rows = {name: [torch.empty(0, len(edits), dtype=torch.float64)] for name in every}
     for outcome in outcomes:
@@ -95,7 +95,7 @@ def _drawn(
 def _effect(
     changes: Float64[Tensor, "shot column"],
     timesteps: Float64[Tensor, " shot"],
-    drawn: Mapping[str, Float64[Tensor, "picture edit"]],
+    drawn: Mapping[str, Float64[Tensor, "image edit"]],
     number: int,
 ) -> ModelEffect:
     """Of the dictionary of that number."""
@@ -109,8 +109,8 @@ def _effect(
         shots=len(timesteps),
         prediction=shares(changes),
         timesteps={at: shares(changes[timesteps == at]) for at in sorted(set(timesteps.tolist()), reverse=True)},
-        pictures=len(errors),
-        picture_error=_replaced(errors.mean(0), number) if len(errors) else None,
+        images=len(errors),
+        image_error=_replaced(errors.mean(0), number) if len(errors) else None,
         similarity={name: _replaced(each.mean(0), number) for name, each in drawn.items() if name != ERROR and len(each)},
     )
 
@@ -122,7 +122,7 @@ def _replaced(by_edit: Float64[Tensor, " edit"], number: int) -> ReplacementEffe
 def some_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot], count: int, seed: int = 0) -> list[Shot]:
     """At most `count` of the shots that `batches` begin with, chosen at random, those of one timestep together.
 
-    Shots that cannot be walked again from a prompt, as they are of given pictures, are left out.
+    Shots that cannot be walked again from a prompt, as they are of given images, are left out.
     """
     numbers: set[int] = set()
     for rows in batches:
@@ -130,5 +130,5 @@ def some_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot], 
         if len(numbers) >= count:
             break
     chosen = random.Random(seed).sample(sorted(numbers), min(count, len(numbers)))
-    shots = [each for each in map(shot, sorted(chosen)) if each.picture is None]
+    shots = [each for each in map(shot, sorted(chosen)) if each.image is None]
     return sorted(shots, key=lambda each: -(each.timestep or 0.0))

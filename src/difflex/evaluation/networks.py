@@ -1,4 +1,4 @@
-"""How alike pictures are to networks that see: CLIP (arXiv 2103.00020) and LPIPS (arXiv 1801.03924), from published weights.
+"""How alike images are to networks that see: CLIP (arXiv 2103.00020) and LPIPS (arXiv 1801.03924), from published weights.
 
 CLIP is that of transformers. LPIPS is five convolutions and five weighted sums, which are written out here: the packages that
 have it need torchvision, whose builds must fit that of torch, for these few lines.
@@ -25,7 +25,7 @@ __all__ = ["ClipModel", "LpipsDistance", "check_likeness", "likeness"]
 
 CLIP, LPIPS = "clip:", "lpips"
 AT_ONCE = 64
-"""Pictures, or texts."""
+"""Images, or texts."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the pixels that AlexNet was trained on: what it is shown is normalised by these, also within LPIPS."""
 SMALLEST = 31
@@ -77,14 +77,14 @@ def check_likeness(name: str) -> None:
 
 
 def likeness(name: str, *, offline: bool = False) -> Measure:
-    """The measure called `name`, loaded: `clip:MODEL` is the cosine of what CLIP makes of two pictures, `lpips` a distance."""
+    """The measure called `name`, loaded: `clip:MODEL` is the cosine of what CLIP makes of two images, `lpips` a distance."""
     check_likeness(name)
     return LpipsDistance.published(offline=offline) if name == LPIPS else ClipModel(name.removeprefix(CLIP), offline=offline)
 
 
 @final
 class ClipModel:
-    """A CLIP of transformers: pictures and words as directions of one space."""
+    """A CLIP of transformers: images and words as directions of one space."""
 
     def __init__(self, model: str, *, device: torch.device | str | None = None, offline: bool = False) -> None:
         """`model`: a folder or a hub name."""
@@ -115,8 +115,8 @@ class ClipModel:
         return math.exp(self._model.logit_scale.item())
 
     @torch.inference_mode()
-    def of_pictures(self, pixels: Float[Tensor, "picture channel row column"]) -> Float[Tensor, "picture width"]:
-        """The direction of each picture, whose pixels are between 0 and 1: scaled until its shorter side fits, its middle."""
+    def of_images(self, pixels: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image width"]:
+        """The direction of each image, whose pixels are between 0 and 1: scaled until its shorter side fits, its middle."""
         made = [self._model.get_image_features(pixel_values=self._fitted(part)) for part in pixels.split(AT_ONCE)]
         return F.normalize(torch.cat([each.pooler_output for each in made]), dim=1)
 
@@ -128,16 +128,16 @@ class ClipModel:
         return F.normalize(made.pooler_output, dim=1)
 
     def __call__(
-        self, one: Float[Tensor, "picture channel row column"], other: Float[Tensor, "picture channel row column"]
-    ) -> Float[Tensor, " picture"]:
-        """The cosine of each pair of pictures: 1 where they are the same to it."""
-        return (self.of_pictures(one) * self.of_pictures(other)).sum(1)
+        self, one: Float[Tensor, "image channel row column"], other: Float[Tensor, "image channel row column"]
+    ) -> Float[Tensor, " image"]:
+        """The cosine of each pair of images: 1 where they are the same to it."""
+        return (self.of_images(one) * self.of_images(other)).sum(1)
 
     @property
     def _longest(self) -> int:
         return self._model.config.text_config.max_position_embeddings
 
-    def _fitted(self, pixels: Float[Tensor, "picture channel row column"]) -> Float[Tensor, "picture channel side side"]:
+    def _fitted(self, pixels: Float[Tensor, "image channel row column"]) -> Float[Tensor, "image channel side side"]:
         side = self._model.config.vision_config.image_size
         scale = side / min(pixels.shape[2:])
         size = [max(side, round(length * scale)) for length in pixels.shape[2:]]
@@ -148,7 +148,7 @@ class ClipModel:
 
 @final
 class LpipsDistance:
-    """The distance of pictures by what AlexNet makes of them, weighted to agree with people."""
+    """The distance of images by what AlexNet makes of them, weighted to agree with people."""
 
     def __init__(
         self, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], device: torch.device | str | None = None
@@ -169,24 +169,24 @@ class LpipsDistance:
 
     @torch.inference_mode()
     def __call__(
-        self, one: Float[Tensor, "picture channel row column"], other: Float[Tensor, "picture channel row column"]
-    ) -> Float[Tensor, " picture"]:
-        """The distance of each pair of pictures with pixels between 0 and 1: 0 where they are the same."""
+        self, one: Float[Tensor, "image channel row column"], other: Float[Tensor, "image channel row column"]
+    ) -> Float[Tensor, " image"]:
+        """The distance of each pair of images with pixels between 0 and 1: 0 where they are the same."""
         if min(one.shape[2:]) < SMALLEST:
-            raise BadInput(f"Pictures of {one.shape[2]} x {one.shape[3]} pixels are too small for LPIPS: draw larger ones.")
+            raise BadInput(f"Images of {one.shape[2]} x {one.shape[3]} pixels are too small for LPIPS: draw larger ones.")
         parts = zip(one.split(AT_ONCE), other.split(AT_ONCE), strict=True)
         return torch.cat([self._apart(first, second) for first, second in parts])
 
     def _apart(
-        self, one: Float[Tensor, "picture channel row column"], other: Float[Tensor, "picture channel row column"]
-    ) -> Float[Tensor, " picture"]:
+        self, one: Float[Tensor, "image channel row column"], other: Float[Tensor, "image channel row column"]
+    ) -> Float[Tensor, " image"]:
         sums = torch.zeros(len(one), device=self._device)
         for x, y, head in zip(self._layers(one), self._layers(other), self._heads, strict=True):
             sums += F.conv2d((x - y).square(), head).mean((1, 2, 3))
         return sums
 
-    def _layers(self, pixels: Float[Tensor, "picture channel row column"]) -> list[Float[Tensor, "picture map _ _"]]:
-        """What each layer makes of pictures, at every place a direction of length 1."""
+    def _layers(self, pixels: Float[Tensor, "image channel row column"]) -> list[Float[Tensor, "image map _ _"]]:
+        """What each layer makes of images, at every place a direction of length 1."""
         x, made = (pixels.to(self._device).float() - self._mean) / self._deviation, []
         for layer, (weight, bias) in zip(LAYERS, self._convolutions, strict=True):
             x = F.max_pool2d(x, 3, 2) if layer.pooled else x
@@ -204,12 +204,12 @@ def _column(values: Sequence[float], device: torch.device) -> Float[Tensor, "cha
 
 
 def _seen(model: str, offline: bool) -> dict[str, Any]:
-    """How a model wants its pictures: its processor itself needs torchvision."""
+    """How a model wants its images: its processor itself needs torchvision."""
     from transformers.utils import cached_file
 
     path = cached_file(model, "preprocessor_config.json", local_files_only=offline)
     if path is None:
-        raise BadInput(f"'{model}' has no preprocessor_config.json, so how it wants its pictures is not known.")
+        raise BadInput(f"'{model}' has no preprocessor_config.json, so how it wants its images is not known.")
     return json.loads(Path(path).read_bytes())
 
 

@@ -80,17 +80,17 @@ class ModelEffect:
     """sum |v' - v|^2 / sum |v|^2, where v is what the denoiser predicts and v' what it predicts after the replacement."""
     timesteps: dict[float, ReplacementEffect]
     """The same at the shots of each timestep."""
-    pictures: int
-    """How many finished pictures were compared; the site is replaced at every step of them."""
-    picture_error: ReplacementEffect | None
-    """Mean squared difference of pixels between 0 and 1; None without pictures."""
+    images: int
+    """How many finished images were compared; the site is replaced at every step of them."""
+    image_error: ReplacementEffect | None
+    """Mean squared difference of pixels between 0 and 1; None without images."""
     similarity: dict[str, ReplacementEffect]
-    """`ssim`, and whatever else was asked of the finished pictures, by name; means over pictures."""
+    """`ssim`, and whatever else was asked of the finished images, by name; means over images."""
 
     @property
     def psnr(self) -> ReplacementEffect | None:
-        """Peak signal-to-noise ratio in decibels, of the error over all pictures; infinite where no pixel changes."""
-        error = self.picture_error
+        """Peak signal-to-noise ratio in decibels, of the error over all images; infinite where no pixel changes."""
+        error = self.image_error
         return error and ReplacementEffect(
             reconstruction=_psnr(error.reconstruction), mean=_psnr(error.mean), zero=_psnr(error.zero)
         )
@@ -196,7 +196,7 @@ def _effect(entries: dict[str, Any]) -> ModelEffect:
     made = {
         "prediction": ReplacementEffect(**entries["prediction"]),
         "timesteps": {float(timestep): ReplacementEffect(**each) for timestep, each in entries["timesteps"].items()},
-        "picture_error": entries["picture_error"] and ReplacementEffect(**entries["picture_error"]),
+        "image_error": entries["image_error"] and ReplacementEffect(**entries["image_error"]),
         "similarity": {name: ReplacementEffect(**each) for name, each in entries["similarity"].items()},
     }
     return ModelEffect(**{**entries, **made})

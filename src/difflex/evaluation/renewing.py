@@ -44,7 +44,7 @@ class EditedModel(NamedTuple):
     """What a model makes of some shots, under edits of one site."""
 
     predictions: Callable[[Edits], Iterable[EditOutcomes]]
-    pictures: Callable[[Edits], Iterable[EditOutcomes]] | None
+    images: Callable[[Edits], Iterable[EditOutcomes]] | None
 
 
 class EvaluationResult(NamedTuple):
@@ -68,7 +68,7 @@ def renew(
     """The evaluation of each dictionary in a folder, also in the file that it is mapped to.
 
     `model` is asked once, and only if an effect lacks, with the shots at which all effects are measured; without it, or with
-    `shots` 0, effects are left out. Those measured before at as many shots or more are kept, unless one of `measures` of pictures
+    `shots` 0, effects are left out. Those measured before at as many shots or more are kept, unless one of `measures` of images
     lacks; these are loaded only then. Killed and called again, what is done is not done again.
     """
     tokens = min(tokens, held_out.tokens)
@@ -97,7 +97,7 @@ def _lacks(effect: ModelEffect | None, wanted: int, measures: Iterable[str]) -> 
 
 
 def _both(before: ModelEffect | None, now: ModelEffect) -> ModelEffect:
-    """What was measured now, with what was measured before of the same pictures."""
+    """What was measured now, with what was measured before of the same images."""
     if before is None or before.shots != now.shots:
         return now
     return replace(now, similarity={**before.similarity, **now.similarity})
@@ -129,7 +129,7 @@ def _effects(
     """What each dictionary does to the model; none, and a warning, where no shot can be walked again."""
     shots = some_shots(held_out.batches(), held_out.shot, count)
     if not shots:
-        warnings.warn("The effect on the model is left out: the shots are of given pictures, not of prompts.", stacklevel=3)
+        warnings.warn("The effect on the model is left out: the shots are of given images, not of prompts.", stacklevel=3)
         return []
     # Before the model works: weights that cannot be had are told at once.
     loaded = {name: load() for name, load in measures.items()}

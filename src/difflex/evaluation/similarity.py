@@ -1,4 +1,4 @@
-"""SSIM: how much of the structure of a picture another one has (Wang, Bovik, Sheikh & Simoncelli 2004)."""
+"""SSIM: how much of the structure of an image another one has (Wang, Bovik, Sheikh & Simoncelli 2004)."""
 
 import torch
 from jaxtyping import Float, Float64
@@ -16,14 +16,14 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2
 
 
 def ssim(
-    one: Float[Tensor, "picture channel row column"], other: Float[Tensor, "picture channel row column"]
-) -> Float64[Tensor, " picture"]:
-    """The structural similarity of each pair of pictures with pixels between 0 and 1: 1 where they are the same.
+    one: Float[Tensor, "image channel row column"], other: Float[Tensor, "image channel row column"]
+) -> Float64[Tensor, " image"]:
+    """The structural similarity of each pair of images with pixels between 0 and 1: 1 where they are the same.
 
-    As published: over windows that lie within the picture; the mean over these and over channels.
+    As published: over windows that lie within the image; the mean over these and over channels.
     """
     if min(one.shape[2:]) < SIDE:
-        raise BadInput(f"Pictures of {one.shape[2]} x {one.shape[3]} pixels hold no window of {SIDE}: draw larger ones.")
+        raise BadInput(f"Images of {one.shape[2]} x {one.shape[3]} pixels hold no window of {SIDE}: draw larger ones.")
     x, y = one.double(), other.double()
     x_mean, y_mean = _blurred(x), _blurred(y)
     # Rounding may leave a variance that is a hair under 0 where a window is flat.
@@ -36,8 +36,8 @@ def ssim(
 
 
 def _blurred(
-    x: Float64[Tensor, "picture channel row column"],
-) -> Float64[Tensor, "picture channel window_row window_column"]:
+    x: Float64[Tensor, "image channel row column"],
+) -> Float64[Tensor, "image channel window_row window_column"]:
     """Weighted means of all windows: along the rows, then along the columns."""
     offsets = torch.arange(SIDE, dtype=x.dtype, device=x.device) - SIDE // 2
     bell = torch.softmax(-offsets.square() / (2 * DEVIATION**2), dim=0)

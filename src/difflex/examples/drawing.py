@@ -20,7 +20,7 @@ POSITIVE = torch.iinfo(torch.int64).max
 
 
 def key_of(shot: Shot) -> int:
-    """A number for the picture that a shot belongs to: the same at all its timesteps and levels of noise."""
+    """A number for the image that a shot belongs to: the same at all its timesteps and levels of noise."""
     told = json.dumps(asdict(replace(shot, timestep=None, noise=None)), sort_keys=True)
     return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") & POSITIVE
 

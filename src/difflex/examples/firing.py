@@ -1,4 +1,4 @@
-"""Where features fire in a batch of pictures, feature after feature: what sparse codes say, without a dense matrix."""
+"""Where features fire in a batch of images, feature after feature: what sparse codes say, without a dense matrix."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Encode = Callable[[Float[Tensor, "token width"]], Codes]
 
 
 class ImageBatch(NamedTuple):
-    """The pictures of a batch, each seen at the same timesteps."""
+    """The images of a batch, each seen at the same timesteps."""
 
-    shots: Int[Tensor, "picture timestep"]
+    shots: Int[Tensor, "image timestep"]
     """The numbers of their shots."""
-    keys: Int[Tensor, " picture"]
-    """Random numbers that depend on what the pictures are, and on nothing else."""
-    held_out: Bool[Tensor, " picture"]
+    keys: Int[Tensor, " image"]
+    """Random numbers that depend on what the images are, and on nothing else."""
+    held_out: Bool[Tensor, " image"]
     may_repeat: bool
     """Whether some of them may have come before."""
 
@@ -43,7 +43,7 @@ class FiringPairs(NamedTuple):
 
     features: Int[Tensor, " pair"]
     shots: Int[Tensor, " pair"]
-    """Counted through the pictures of the batch, for each through its timesteps."""
+    """Counted through the images of the batch, for each through its timesteps."""
     tokens: Int[Tensor, " pair"]
     """Within the shot."""
     values: Float[Tensor, " pair"]
@@ -54,7 +54,7 @@ class FeatureShots(NamedTuple):
 
     features: Int[Tensor, " spot"]
     shots: Int[Tensor, " spot"]
-    """Counted through the pictures of the batch, for each through its timesteps."""
+    """Counted through the images of the batch, for each through its timesteps."""
     starts: Int[Tensor, " spot"]
     """The first pair of each."""
     counts: Int[Tensor, " spot"]
@@ -62,7 +62,7 @@ class FeatureShots(NamedTuple):
 
 
 class FiringBatch(NamedTuple):
-    """What the codes of a batch of pictures say."""
+    """What the codes of a batch of images say."""
 
     fired: FiringPairs
     negative: NegativeCodes
@@ -73,8 +73,8 @@ class FiringBatch(NamedTuple):
     """Of a shot."""
 
 
-def fired(encode: Encode, seen: Sequence[Float[Tensor, "picture token width"]]) -> FiringBatch:
-    """Where the features that `encode` knows fire in pictures, seen at one or several timesteps."""
+def fired(encode: Encode, seen: Sequence[Float[Tensor, "image token width"]]) -> FiringBatch:
+    """Where the features that `encode` knows fire in images, seen at one or several timesteps."""
     tokens = seen[0].shape[1]
     codes = tuple(_encoded(encode, values.flatten(0, 1)) for values in seen)
     parts = [_pairs(each, step, len(seen), tokens) for step, each in enumerate(codes)]

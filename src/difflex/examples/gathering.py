@@ -1,4 +1,4 @@
-"""What is known of one dictionary's features while pictures stream by."""
+"""What is known of one dictionary's features while images stream by."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class CollectConfig:
     """How many examples of each feature are kept, of each split."""
 
     top: int = 32
-    """Pictures in which it fires most strongly."""
+    """Images in which it fires most strongly."""
     sampled: int = 16
-    """Pictures drawn at random from all in which it fires; those among the top are left out in the end."""
+    """Images drawn at random from all in which it fires; those among the top are left out in the end."""
     silent: int = 8
-    """Pictures drawn at random in which it does not fire."""
+    """Images drawn at random in which it does not fire."""
     pool: int = 256
-    """Pictures from which the silent ones are drawn."""
+    """Images from which the silent ones are drawn."""
     beside: int = 16
-    """How many features beside it, the strongest, are noted at its strongest token in each picture drawn."""
+    """How many features beside it, the strongest, are noted at its strongest token in each image drawn."""
     seed: int = 0
     """Of all drawing."""
 
@@ -62,14 +62,14 @@ class FeatureCollector:
         """Of each shot."""
 
     def meet(self, seen: Sequence[Activations], arrivals: ImageBatch) -> list[int]:
-        """Which pictures of a batch are shown by some feature, as things stand; `seen` at each timestep of the batch."""
+        """Which images of a batch are shown by some feature, as things stand; `seen` at each timestep of the batch."""
         if self.tally is None:
             self._begin(seen[0])
         assert self.tally is not None
         if any(each.grid != self.grid or each.values.shape[1] != self.tokens for each in seen):
             raise BadInput(
-                f"Pictures of several sizes: {self.tokens} tokens at {seen[0].site} before, {seen[0].values.shape[1]} now. "
-                "A book is about pictures of one size; collect them apart."
+                f"Images of several sizes: {self.tokens} tokens at {seen[0].site} before, {seen[0].values.shape[1]} now. "
+                "A book is about images of one size; collect them apart."
             )
         batch = fired(self.dictionary.encode, [each.values for each in seen])
         self.tally.add(batch, [_moment(each) for each in seen], len(arrivals.keys))
@@ -79,18 +79,16 @@ class FeatureCollector:
     def _begin(self, seen: Activations) -> None:
         self.grid, self.tokens = seen.grid, seen.values.shape[1]
         if self.tokens > MOST_TOKENS:
-            raise BadInput(
-                f"Maps of {self.tokens} tokens do not fit a book: {MOST_TOKENS} is the most. Collect smaller pictures."
-            )
+            raise BadInput(f"Maps of {self.tokens} tokens do not fit a book: {MOST_TOKENS} is the most. Collect smaller images.")
         self.tally = FeatureTotals(self.dictionary.size, self.grid)
 
     def _keep(self, batch: FiringBatch, arrivals: ImageBatch) -> set[int]:
-        """The pictures of what may be among the examples."""
+        """The images of what may be among the examples."""
         timesteps = arrivals.shots.shape[1]
         spots = batch.spots if timesteps == 1 else _strongest(batch.spots, timesteps)
-        pictures = spots.shots // timesteps
-        groups = 2 * spots.features + arrivals.held_out[pictures]
-        draws = drawn(arrivals.keys[pictures], spots.features, self.settings.seed)
+        images = spots.shots // timesteps
+        groups = 2 * spots.features + arrivals.held_out[images]
+        draws = drawn(arrivals.keys[images], spots.features, self.settings.seed)
         shown: set[int] = set()
         for kept in (self.top, self.sampled):
             chosen = kept.wants(groups, spots.peaks, draws).nonzero()[:, 0]
@@ -99,7 +97,7 @@ class FeatureCollector:
                 numbers = arrivals.shots.flatten()[here.shots]
                 beside = self.settings.beside if kept is self.sampled else 0
                 kept.add(_sightings(batch, here, groups[chosen], numbers, draws[chosen], beside), arrivals.may_repeat)
-                shown.update(pictures[chosen].unique().tolist())
+                shown.update(images[chosen].unique().tolist())
         return shown
 
     def shots(self) -> Int[Tensor, " shot"]:
@@ -141,14 +139,14 @@ def _moment(seen: Activations) -> float:
 
 
 def _strongest(spots: FeatureShots, timesteps: int) -> FeatureShots:
-    """Of each feature in each picture the spot of the highest peak, the first among equals."""
-    pictures = spots.shots // timesteps
+    """Of each feature in each image the spot of the highest peak, the first among equals."""
+    images = spots.shots // timesteps
     order = torch.argsort(spots.peaks, descending=True, stable=True)
-    order = order[torch.argsort(pictures[order], stable=True)]
+    order = order[torch.argsort(images[order], stable=True)]
     order = order[torch.argsort(spots.features[order], stable=True)]
     first = torch.ones(len(order), dtype=torch.bool)
-    features, pictures = spots.features[order], pictures[order]
-    first[1:] = (features[1:] != features[:-1]) | (pictures[1:] != pictures[:-1])
+    features, images = spots.features[order], images[order]
+    first[1:] = (features[1:] != features[:-1]) | (images[1:] != images[:-1])
     return FeatureShots(*(column[order[first]] for column in spots))
 
 

@@ -1,4 +1,4 @@
-"""Who was met: the shots and pictures that some feature shows, by number."""
+"""Who was met: the shots and images that some feature shows, by number."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from difflex.records import Activations, Shot, Split
 __all__ = ["CollectBatch", "RegisteredShot", "ShotRegistry"]
 
 FILTER = 25
-"""Bits of the numbers of places in the filter by which pictures are known again: right for half a million of them."""
+"""Bits of the numbers of places in the filter by which images are known again: right for half a million of them."""
 
 
 class CollectBatch(NamedTuple):
-    """Pictures, and what a model shows on the way to them, or at them: a batch of what is collected from."""
+    """Images, and what a model shows on the way to them, or at them: a batch of what is collected from."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     activations: Sequence[Activations]
-    """Each of all these pictures, in their order, at one site and timestep; the same timesteps at each site."""
+    """Each of all these images, in their order, at one site and timestep; the same timesteps at each site."""
 
 
 class RegisteredShot(NamedTuple):
-    """A shot, and the file of its picture."""
+    """A shot, and the file of its image."""
 
     shot: Shot
     filed: StoredImage
@@ -43,12 +43,12 @@ class ShotRegistry:
     """The shots that are shown, out of all that were met."""
 
     def __init__(self, album: ImageAlbum, wanted: Collection[int] = ()) -> None:
-        """A roll of nobody; `wanted` are the keys of runs whose pictures are kept whoever shows them."""
+        """A roll of nobody; `wanted` are the keys of runs whose images are kept whoever shows them."""
         self.album = album
         self.seats: dict[int, RegisteredShot] = {}
         self.patches: dict[int, StoredImage] = {}
-        """The pictures of wanted runs, by key."""
-        self.pictures = 0
+        """The images of wanted runs, by key."""
+        self.images = 0
         self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
         """How many were met."""
         self._made: set[str] = set()
@@ -56,12 +56,12 @@ class ShotRegistry:
         self._wanted = frozenset(wanted)
 
     def arrive(self, met: CollectBatch) -> ImageBatch:
-        """The pictures of a batch, numbered."""
+        """The images of a batch, numbered."""
         first = met.activations[0]
         steps = sum(each.site == first.site for each in met.activations)
         start = sum(self.shots.values())
-        count = len(met.pictures)
-        self.pictures += count
+        count = len(met.images)
+        self.images += count
         for shot in first.shots:
             self.shots[shot.split] += steps
         keys = torch.tensor([key_of(shot) for shot in first.shots])
@@ -72,8 +72,8 @@ class ShotRegistry:
             may_repeat=self._may_repeat(keys),
         )
 
-    def _may_repeat(self, keys: Int[Tensor, " picture"]) -> bool:
-        """Whether one of the pictures may have come before; surely so if it has. A Bloom filter, which never grows."""
+    def _may_repeat(self, keys: Int[Tensor, " image"]) -> bool:
+        """Whether one of the images may have come before; surely so if it has. A Bloom filter, which never grows."""
         found = False
         for key in keys.tolist():
             bits = torch.tensor([key >> shift & ((1 << FILTER) - 1) for shift in (0, 12, 25, 37)])
@@ -82,27 +82,27 @@ class ShotRegistry:
         return found
 
     def seat(self, met: CollectBatch, arrivals: ImageBatch, shown: Collection[int]) -> None:
-        """Nothing; the pictures `shown`, and those of wanted runs, are in the album, and their shots known."""
+        """Nothing; the images `shown`, and those of wanted runs, are in the album, and their shots known."""
         first = met.activations[0].site
         steps = [each.shots for each in met.activations if each.site == first]
         keys = arrivals.keys.tolist()
         for place in sorted({*shown, *(place for place, key in enumerate(keys) if key in self._wanted)}):
-            filed = self.file(met.pictures[place])
+            filed = self.file(met.images[place])
             if keys[place] in self._wanted:
                 self.patches[keys[place]] = filed
             if place in shown:
                 numbers = arrivals.shots[place].tolist()
                 self.seats |= {number: RegisteredShot(shots[place], filed) for number, shots in zip(numbers, steps, strict=True)}
 
-    def file(self, picture: Image.Image) -> StoredImage:
-        """Where a picture is in the album."""
-        filed, is_new = self.album.file(picture)
+    def file(self, image: Image.Image) -> StoredImage:
+        """Where an image is in the album."""
+        filed, is_new = self.album.file(image)
         if is_new:
             self._made.add(filed.file)
         return filed
 
     def keep(self, numbers: Collection[int]) -> None:
-        """Nothing; of all shots those of these numbers alone are still known. Pictures that nobody shows are not kept either."""
+        """Nothing; of all shots those of these numbers alone are still known. Images that nobody shows are not kept either."""
         self.seats = {number: self.seats[number] for number in sorted(numbers)}
         shown = {seat.filed.file for seat in self.seats.values()} | {filed.file for filed in self.patches.values()}
         for file in self._made - shown:
@@ -111,7 +111,7 @@ class ShotRegistry:
 
     def told(self) -> bytes:
         """The roll as lines of JSON."""
-        head = {"pictures": self.pictures, "shots": self.shots, "made": sorted(self._made)}
+        head = {"images": self.images, "shots": self.shots, "made": sorted(self._made)}
         seats = ([number, *seat.filed, asdict(seat.shot)] for number, seat in self.seats.items())
         patches = ([key, *filed] for key, filed in self.patches.items())
         return "\n".join(json.dumps(each) for each in [{**head, "patches": len(self.patches)}, *patches, *seats]).encode()
@@ -119,7 +119,7 @@ class ShotRegistry:
     def restore(self, told: bytes) -> None:
         """Nothing; the roll is the one that was `told`."""
         head, *lines = [json.loads(line) for line in told.decode().split("\n")]
-        self.pictures, self.shots, self._made = head["pictures"], head["shots"], set(head["made"])
+        self.images, self.shots, self._made = head["images"], head["shots"], set(head["made"])
         self.patches = {key: StoredImage(*filed) for key, *filed in lines[: head["patches"]]}
         self.seats = {
             number: RegisteredShot(_shot(shot), StoredImage(*filed)) for number, *filed, shot in lines[head["patches"] :]

@@ -31,7 +31,7 @@ class FeatureMaps(NamedTuple):
     shots: Int[Tensor, " sighting"]
     peaks: Float[Tensor, " sighting"]
     draws: Int[Tensor, " sighting"]
-    """Random numbers that depend on feature and picture alone."""
+    """Random numbers that depend on feature and image alone."""
     counts: Int[Tensor, " sighting"]
     """Marks of each map."""
     beside: Int[Tensor, "sighting other"]
@@ -80,9 +80,9 @@ class FeatureMaps(NamedTuple):
 
 @final
 class TopMaps:
-    """Of each group the first `most` sightings by an order; of one picture the strongest alone.
+    """Of each group the first `most` sightings by an order; of one image the strongest alone.
 
-    `peak`: the highest peaks, among equals the lower draws. `draw`: the lowest draws, that is, a random choice of pictures.
+    `peak`: the highest peaks, among equals the lower draws. `draw`: the lowest draws, that is, a random choice of images.
     Either depends on what was seen, not on its order.
     """
 
@@ -99,7 +99,7 @@ class TopMaps:
         return peaks >= self._bar[groups] if self.order == "peak" else draws <= self._bar[groups]
 
     def add(self, sightings: FeatureMaps, may_repeat: bool) -> None:
-        """Nothing; the sightings are taken into account, sooner or later. They `may_repeat` pictures that came before."""
+        """Nothing; the sightings are taken into account, sooner or later. They `may_repeat` images that came before."""
         self._waiting.append(sightings)
         self._may_repeat |= may_repeat
         waiting = sum(len(each.groups) for each in self._waiting)
@@ -159,7 +159,7 @@ class TopMaps:
 
 
 def _single(given: FeatureMaps) -> Int[Tensor, " sighting"]:
-    """The places of all sightings but those of a picture that, in the same group, has a stronger one."""
+    """The places of all sightings but those of an image that, in the same group, has a stronger one."""
     order = torch.argsort(given.peaks, descending=True, stable=True)
     order = order[torch.argsort(given.draws[order], stable=True)]
     order = order[torch.argsort(given.groups[order], stable=True)]

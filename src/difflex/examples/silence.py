@@ -21,7 +21,7 @@ CHUNK = 4096
 
 @final
 class SilentPool:
-    """For each split the pictures of the lowest draws, and which features fire in them at any timestep."""
+    """For each split the images of the lowest draws, and which features fire in them at any timestep."""
 
     def __init__(self, size: int, places: int, seed: int) -> None:
         self._seed, self._places = seed, places
@@ -31,19 +31,19 @@ class SilentPool:
         self.fires = torch.zeros(2 * places, size, dtype=torch.bool)
 
     def add(self, batch: FiringBatch, arrivals: ImageBatch) -> list[int]:
-        """The pictures of the batch that are in the pool now."""
+        """The images of the batch that are in the pool now."""
         draws = drawn(arrivals.keys, torch.full_like(arrivals.keys, -1), self._seed)
-        came, pictures = [], batch.spots.shots // arrivals.shots.shape[1]
-        for picture, draw in enumerate(draws.tolist()):
-            half = slice(*(self._places * (int(arrivals.held_out[picture]) + side) for side in (0, 1)))
+        came, images = [], batch.spots.shots // arrivals.shots.shape[1]
+        for image, draw in enumerate(draws.tolist()):
+            half = slice(*(self._places * (int(arrivals.held_out[image]) + side) for side in (0, 1)))
             place = half.start + int(self.draws[half].argmax())
             if draw >= int(self.draws[place]) or bool((self.draws[half] == draw).any()):
                 continue
-            self.draws[place], self.keys[place] = draw, arrivals.keys[picture]
-            self.shots[place] = arrivals.shots[picture, 0]
+            self.draws[place], self.keys[place] = draw, arrivals.keys[image]
+            self.shots[place] = arrivals.shots[image, 0]
             self.fires[place] = False
-            self.fires[place, batch.spots.features[pictures == picture]] = True
-            came.append(picture)
+            self.fires[place, batch.spots.features[images == image]] = True
+            came.append(image)
         return came
 
     def silent(self, held_out: bool, most: int) -> Int[Tensor, "feature rank"]:

@@ -16,7 +16,7 @@ __all__ = ["BINS", "FIRST_BIN", "PARTS", "FeatureTotals"]
 BINS, FIRST_BIN = 128, -64
 """Of the histogram of values: from 2^-16 to 2^16, four for each doubling; what lies beyond is in the outermost."""
 PARTS = 4
-"""Rows and columns of the parts of a picture by which position is told."""
+"""Rows and columns of the parts of an image by which position is told."""
 
 
 @final
@@ -36,8 +36,8 @@ class FeatureTotals:
         """How many tokens of each timestep there were."""
         self._places = None if grid is None else _places(*grid)
 
-    def add(self, batch: FiringBatch, timesteps: Sequence[float], pictures: int) -> None:
-        """Nothing; a batch of `pictures` at these timesteps is counted."""
+    def add(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
+        """Nothing; a batch of `images` at these timesteps is counted."""
         features, values, spots = batch.fired.features, batch.fired.values, batch.spots
         self.fired += torch.bincount(features, minlength=self.size)
         self.total.index_add_(0, spots.features, _sums(batch))
@@ -45,7 +45,7 @@ class FeatureTotals:
         self.peak.scatter_reduce_(0, spots.features, spots.peaks, "amax")
         self.bins.view(-1).index_add_(0, features * BINS + _bin(values), torch.ones(len(values), dtype=torch.int32))
         self._add_places(batch)
-        self._add_timesteps(batch, timesteps, pictures)
+        self._add_timesteps(batch, timesteps, images)
         below = batch.negative
         if len(below.features):
             self.negative += torch.bincount(below.features, minlength=self.size)
@@ -59,13 +59,13 @@ class FeatureTotals:
         self.parts.view(-1).index_add_(0, features * PARTS**2 + part[token], values.double())
         self.edge.index_add_(0, features, (values * border[token]).double())
 
-    def _add_timesteps(self, batch: FiringBatch, timesteps: Sequence[float], pictures: int) -> None:
+    def _add_timesteps(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
         step = batch.fired.shots % len(timesteps) if len(timesteps) > 1 else None
         for number, timestep in enumerate(timesteps):
             here = batch.fired.features if step is None else batch.fired.features[step == number]
             counts = self.timesteps.setdefault(timestep, torch.zeros(self.size, dtype=torch.int64))
             counts += torch.bincount(here, minlength=self.size)
-            self.seen[timestep] = self.seen.get(timestep, 0) + pictures * batch.tokens
+            self.seen[timestep] = self.seen.get(timestep, 0) + images * batch.tokens
 
     @property
     def tokens(self) -> int:
@@ -74,7 +74,7 @@ class FeatureTotals:
 
     @property
     def position(self) -> Float[Tensor, " size"]:
-        """The share of each feature's sum that would have to move for all parts of the picture to get the same."""
+        """The share of each feature's sum that would have to move for all parts of the image to get the same."""
         shares = self.parts / self.parts.sum(1, keepdim=True).clamp_min(1e-300)
         return (shares - self._even()).clamp_min(0).sum(1)
 
@@ -117,7 +117,7 @@ def _bin(values: Float[Tensor, " pair"]) -> Int[Tensor, " pair"]:
 
 
 def _places(rows: int, columns: int) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
-    """The part of the picture that each token is in, and 1 for those that are outermost."""
+    """The part of the image that each token is in, and 1 for those that are outermost."""
     row, column = torch.arange(rows)[:, None].expand(rows, columns), torch.arange(columns).expand(rows, columns)
     part = row * PARTS // rows * PARTS + column * PARTS // columns
     border = (row == 0) | (column == 0) | (row == rows - 1) | (column == columns - 1)

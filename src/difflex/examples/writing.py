@@ -65,17 +65,17 @@ class CollectTarget:
 def write(subject: CollectTarget, gathered: FeatureCollector, roll: ShotRegistry, data: str) -> Path:
     """The book of a dictionary, finished."""
     if gathered.tally is None:
-        raise BadInput(f"No picture was shown to {subject.name}. Give some.")
+        raise BadInput(f"No image was shown to {subject.name}. Give some.")
     numbers = gathered.shots().tolist()
     files = dict.fromkeys(roll.seats[number].filed for number in numbers)
     files |= dict.fromkeys(filed for at in subject.patches.values() if (filed := roll.patches.get(key_of(at.shot))))
-    pictures = {filed: ImageFile(number, *filed) for number, filed in enumerate(files)}
+    images = {filed: ImageFile(number, *filed) for number, filed in enumerate(files)}
     with BookWriter.of(subject.book, _about(subject, gathered, roll, data)) as draft:
-        draft.pictures(pictures.values())
-        draft.shots((number, pictures[(seat := roll.seats[number]).filed].id, seat.shot) for number in numbers)
+        draft.images(images.values())
+        draft.shots((number, images[(seat := roll.seats[number]).filed].id, seat.shot) for number in numbers)
         draft.features(_features(gathered, subject.strengths))
         draft.examples(_examples(gathered))
-        draft.patches(_patches(subject, roll, pictures))
+        draft.patches(_patches(subject, roll, images))
         together = fellows(gathered.sampled.settle(), gathered.tally.fired / gathered.tally.tokens)
         for feature, near in enumerate(nearest(subject.dictionary.directions)):
             draft.neighbours(feature, [*together.get(feature, ()), *near])
@@ -98,7 +98,7 @@ def _about(subject: CollectTarget, gathered: FeatureCollector, roll: ShotRegistr
         grid=gathered.grid,
         tokens=tally.tokens,
         shots=dict(roll.shots),
-        pictures=roll.pictures,
+        images=roll.images,
         timesteps=_timesteps(tally),
         difflex=__version__,
     )
@@ -208,7 +208,7 @@ def _examples(gathered: FeatureCollector) -> Iterator[PackedExample]:
 
 
 def _drawn(sampled: _ExampleColumn, feature: int, split: Split, group: int, shown: set[int]) -> Iterator[PackedExample]:
-    """The pictures drawn at random, strongest first, but for those that are shown already."""
+    """The images drawn at random, strongest first, but for those that are shown already."""
     places = range(sampled.starts[group], sampled.starts[group + 1])
     strongest = sorted(places, key=lambda place: (-sampled.peaks[place], sampled.draws[place]))
     rank = 0
@@ -225,7 +225,7 @@ def _packed(
     return PackedExample(feature, kind, split, rank, kept.shots[place], kept.peaks[place], quantile, kept.map(place))
 
 
-def _patches(subject: CollectTarget, roll: ShotRegistry, pictures: Mapping[StoredImage, ImageFile]) -> Iterator[AtomImage]:
+def _patches(subject: CollectTarget, roll: ShotRegistry, images: Mapping[StoredImage, ImageFile]) -> Iterator[AtomImage]:
     for feature, (shot, token) in sorted(subject.patches.items()):
         filed = roll.patches.get(key_of(shot))
-        yield AtomImage(feature, token, None if filed is None else pictures[filed], shot)
+        yield AtomImage(feature, token, None if filed is None else images[filed], shot)

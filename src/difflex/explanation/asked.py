@@ -1,4 +1,4 @@
-"""What is asked and what may be answered: pictures with something highlighted, an instruction, and the form of the answer."""
+"""What is asked and what may be answered: images with something highlighted, an instruction, and the form of the answer."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ SHOWN_OF_ERROR = 300
 
 @dataclass(frozen=True, kw_only=True)
 class ImageView:
-    """A picture as a backend sees it: with what is highlighted in it, and where it is from."""
+    """An image as a backend sees it: with what is highlighted in it, and where it is from."""
 
     draw: Callable[[], Image.Image]
-    """The picture with its highlights; drawn only if somebody looks."""
+    """The image with its highlights; drawn only if somebody looks."""
     shot: Shot
     highlight: Float[Tensor, "row column"]
     """How strongly each token is highlighted: 1 at the feature's peak, 0 where nobody would see it."""
 
     @cached_property
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """The image as a PNG file."""
         file = io.BytesIO()
         self.draw().save(file, "PNG", compress_level=1)  # three times as quick as the default, and hardly larger
         return file.getvalue()
@@ -83,7 +83,7 @@ def _share(score: float) -> float:
 
 def _counted(number: int) -> int:
     if number < 1:
-        raise ValueError("pictures are counted from 1")
+        raise ValueError("images are counted from 1")
     return number
 
 
@@ -99,9 +99,9 @@ class VLMAnswer(BaseModel, ABC):
 
 
 class ExplanationAnswer(VLMAnswer):
-    """What is highlighted in each picture, and what that has in common."""
+    """What is highlighted in each image, and what that has in common."""
 
-    pattern_descriptions: Annotated[list[Annotated[str, _line(DESCRIPTION)]], Field(description="one entry for each picture")]
+    pattern_descriptions: Annotated[list[Annotated[str, _line(DESCRIPTION)]], Field(description="one entry for each image")]
     common_pattern: Annotated[str, _line(PATTERN), Field(description="what all highlighted areas have in common")]
 
     @classmethod
@@ -113,7 +113,7 @@ class ExplanationAnswer(VLMAnswer):
 
 
 class JudgementAnswer(VLMAnswer):
-    """How well a picture's highlights fit an explanation."""
+    """How well an image's highlights fit an explanation."""
 
     score: Annotated[float, AfterValidator(_share), Field(description="between 0 (not at all) and 1 (exactly)")]
 
@@ -124,18 +124,18 @@ class JudgementAnswer(VLMAnswer):
 
 
 class OddOneOutAnswer(VLMAnswer):
-    """Which of several pictures does not belong."""
+    """Which of several images does not belong."""
 
-    picture: Annotated[int, AfterValidator(_counted), Field(description="its number, counted from 1")]
+    image: Annotated[int, AfterValidator(_counted), Field(description="its number, counted from 1")]
 
     @classmethod
     def imagined(cls) -> OddOneOutAnswer:
         """The first."""
-        return cls(picture=1)
+        return cls(image=1)
 
 
 class PresenceAnswer(VLMAnswer):
-    """Which of two statements about a picture are true."""
+    """Which of two statements about an image are true."""
 
     shows: Annotated[bool, Field(description="whether the first statement is true")]
     rest: Annotated[bool, Field(description="whether the second statement is true")]
@@ -186,6 +186,6 @@ def form(schema: type[VLMAnswer]) -> dict[str, object]:
 
 def content_key(model: str, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer]) -> str:
     """The hash of everything that an answer depends on: who is asked, what is shown, told, and of what form the answer is."""
-    pictures = [hashlib.sha256(view.png).hexdigest() for view in views]
-    told = {"model": model, "pictures": pictures, "instruction": instruction.text, "form": form(schema)}
+    images = [hashlib.sha256(view.png).hexdigest() for view in views]
+    told = {"model": model, "images": images, "instruction": instruction.text, "form": form(schema)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

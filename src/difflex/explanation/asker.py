@@ -35,8 +35,8 @@ class RequestPolicy:
     budget: float | None = None
     """What all calls to this backend may cost together, those of earlier runs that the same file of answers tells of included, so
     that a run that is killed does not begin with a fresh one; None for no limit."""
-    picture_tokens: int = 300
-    """That a picture is taken for, where an endpoint does not count, and before it does."""
+    image_tokens: int = 300
+    """That an image is taken for, where an endpoint does not count, and before it does."""
     answer_tokens: int = 150
     """That an answer is taken for."""
     patience: RetryPolicy = field(default_factory=RetryPolicy)
@@ -137,7 +137,7 @@ class CachedClient(VLMClient):
 
     def _attempt(self, key: str, views: Sequence[ImageView], instruction: Instruction, schema: type[A], objection: str) -> A:
         """An answer, sent again as long as nothing comes back."""
-        about = expected(views, instruction, self._terms.picture_tokens, self._terms.answer_tokens)
+        about = expected(views, instruction, self._terms.image_tokens, self._terms.answer_tokens)
         wrong, tries = "", 1 + self._terms.patience.sent_again
         for failures in range(1, tries + 1):
             self._pace.wait()
@@ -197,7 +197,7 @@ class DryRunClient(VLMClient):
 
     def __init__(self, backend: VLMBackend, answers: AnswerCache, terms: RequestPolicy = RequestPolicy()) -> None:
         self._name, self._terms, self._lock = backend.name, terms, Lock()
-        # Pictures are drawn only where their hash may be known.
+        # Images are drawn only where their hash may be known.
         self._answers = None if answers.is_empty else answers
         self.asked = AnswerBatch()
 
@@ -209,7 +209,7 @@ class DryRunClient(VLMClient):
     def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
         """An answer that was given before, or none that means anything."""
         found = self._answers and self._answers.get(content_key(self.name, views, instruction, schema))
-        about = expected(views, instruction, self._terms.picture_tokens, self._terms.answer_tokens)
+        about = expected(views, instruction, self._terms.image_tokens, self._terms.answer_tokens)
         with self._lock:
             spent = Spending() if found else Spending(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
             self.asked = AnswerBatch(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))

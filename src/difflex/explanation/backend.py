@@ -1,4 +1,4 @@
-"""What can look at pictures and answer: the interface of all backends, and the ways in which one may fail."""
+"""What can look at images and answer: the interface of all backends, and the ways in which one may fail."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class RefusedAnswer(Exception):
 
 
 class RejectedRequest(Exception):
-    """A call that the endpoint does not take, such as one with a picture of a kind that it does not read."""
+    """A call that the endpoint does not take, such as one with an image of a kind that it does not read."""
 
 
 class VLMBackend(ABC):
-    """Something that sees: it looks at pictures, is told what to do, and answers in a given form."""
+    """Something that sees: it looks at images, is told what to do, and answers in a given form."""
 
     @property
     @abstractmethod

@@ -41,7 +41,7 @@ class ExplainedMethod:
     accuracies: tuple[float, ...]
     aurocs: tuple[float, ...]
     intruders: tuple[float, ...]
-    """1 where the picture that does not belong was found, 0 where not; of the features that have such a test."""
+    """1 where the image that does not belong was found, 0 where not; of the features that have such a test."""
     failed: int
 
     @property
@@ -82,7 +82,7 @@ class MethodDifference(NamedTuple):
 
 
 class ProtocolGap(NamedTuple):
-    """How accuracy falls, for the same features, when the judge's pictures are held out."""
+    """How accuracy falls, for the same features, when the judge's images are held out."""
 
     paper: ExplainedMethod
     heldout: ExplainedMethod
@@ -110,7 +110,7 @@ class MethodComparison(NamedTuple):
             for each in self.differences
         ]
         lines += [
-            f"{each.paper.name}: accuracy falls by {_told(each.fall)} when judged on held-out pictures and near misses"
+            f"{each.paper.name}: accuracy falls by {_told(each.fall)} when judged on held-out images and near misses"
             for each in self.falls
         ]
         return "\n".join(lines)

@@ -189,7 +189,7 @@ def _content(views: Sequence[ImageView], instruction: Instruction, objection: st
     content: list[dict[str, object]] = [{"type": "text", "text": instruction.text}]
     for number, view in enumerate(views, 1):
         address = f"data:image/png;base64,{base64.b64encode(view.png).decode()}"
-        content += [{"type": "text", "text": f"Picture {number}:"}, {"type": "image_url", "image_url": {"url": address}}]
+        content += [{"type": "text", "text": f"Image {number}:"}, {"type": "image_url", "image_url": {"url": address}}]
     if objection:
         content.append({"type": "text", "text": objection})
     return content

@@ -38,7 +38,7 @@ __all__ = ["ExplainResult", "chosen", "explain", "rehearse"]
 
 Role = Literal["explainer", "judge"]
 SIDE = 256
-"""Pixels that the longer side of a picture is enlarged to at least."""
+"""Pixels that the longer side of an image is enlarged to at least."""
 AHEAD = 2
 """Plans made for each connection before one is needed."""
 
@@ -95,7 +95,7 @@ def explain(
     Killed and called again, what was answered is not asked again. A call that cannot be sent any more, as for a budget, ends the
     work in order: what is under way is waited for and kept.
     """
-    kept, others = _kept(book, asker.name, protocol), _with_pictures(book)
+    kept, others = _kept(book, asker.name, protocol), _with_images(book)
     todo = [feature for feature in features if feature not in kept]
     failed: dict[int, str] = {}
     plans = (_planned(book, feature, others, album, protocol) for feature in todo)
@@ -119,7 +119,7 @@ def rehearse(
     protocol: ExplanationProtocol = ExplanationProtocol(),  # noqa: B008 (a constant)
 ) -> None:
     """Nothing; `rehearsal` knows what `explain` would ask."""
-    kept, others = _kept(book, rehearsal.name, protocol), _with_pictures(book)
+    kept, others = _kept(book, rehearsal.name, protocol), _with_images(book)
     for feature in features:
         if feature not in kept:
             _explained(rehearsal, protocol, _planned(book, feature, others, album, protocol), _keys())
@@ -131,12 +131,12 @@ def _kept(book: Book, backend: str, protocol: ExplanationProtocol) -> set[int]:
     return {each.feature for each in book.explanations() if (each.backend, each.protocol, each.state) == same}
 
 
-def _with_pictures(book: Book) -> list[int]:
+def _with_images(book: Book) -> list[int]:
     return [row.feature for row in book.features(where=[FeatureFilter("shots", ">", 0)])]
 
 
 class _PreparedPlan(NamedTuple):
-    """A plan whose pictures are at hand."""
+    """A plan whose images are at hand."""
 
     plan: FeaturePlan
     views: Mapping[int, ImageView]
@@ -161,7 +161,7 @@ def _planned(
 
 def _grid(book: Book) -> tuple[int, int]:
     if book.about.grid is None:
-        raise BadInput(f"{book.about.dictionary} is of tokens of text, which have no place in a picture. Explain image sites.")
+        raise BadInput(f"{book.about.dictionary} is of tokens of text, which have no place in an image. Explain image sites.")
     return book.about.grid
 
 
@@ -172,7 +172,7 @@ def _view(
     highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= SHOWN, 0.0)
 
     def draw() -> Image.Image:
-        return overlaid(album.open(row.picture.file), example.map, grid, peak, style=protocol.style, side=SIDE)
+        return overlaid(album.open(row.image.file), example.map, grid, peak, style=protocol.style, side=SIDE)
 
     return ImageView(draw=draw, shot=row.shot, highlight=highlight)
 
@@ -228,13 +228,13 @@ def _explained(
 
 
 def _picked(asking: VLMClient, protocol: ExplanationProtocol, shown: _PreparedPlan, keys: _Keys) -> list[ExplanationScore]:
-    """Whether the picture that does not belong is found."""
+    """Whether the image that does not belong is found."""
     lineup = shown.plan.lineup
     if lineup is None:
         return []
     views = [shown.views[example.id] for example in lineup.examples]
     picked = asking.see(views, to_pick(len(views), protocol.style), OddOneOutAnswer, keys["judge"])
-    return [ExplanationScore("intruder", float(picked.picture == 1 + lineup.odd), None, None, 1)]
+    return [ExplanationScore("intruder", float(picked.image == 1 + lineup.odd), None, None, 1)]
 
 
 @final

@@ -1,4 +1,4 @@
-"""Known concepts as a backend: it names and judges by the truth about what is where in drawn pictures, and looks at none."""
+"""Known concepts as a backend: it names and judges by the truth about what is where in drawn images, and looks at none."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["KnownConceptsBackend"]
 SHOWN = 0.5
 """From this share of its area on a token shows a concept; at 0 it does not; tokens between the two are left out."""
 Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
-"""From the name of a picture, rows and columns: the share of each token's area that each concept covers."""
+"""From the name of an image, rows and columns: the share of each token's area that each concept covers."""
 
 
 @final
 class KnownConceptsBackend(VLMBackend):
-    """The ceiling for models that see: it needs shots of pictures whose concepts are known by mask, and costs nothing."""
+    """The ceiling for models that see: it needs shots of images whose concepts are known by mask, and costs nothing."""
 
     def __init__(self, concepts: Sequence[str], shares: Shares, common: Float[Tensor, " concept"]) -> None:
-        """`common`: the share of all pictures' area that each concept covers."""
+        """`common`: the share of all images' area that each concept covers."""
         self._concepts, self._common = tuple(concepts), common
         self._shares = lru_cache(4096)(shares)
 
@@ -52,7 +52,7 @@ class KnownConceptsBackend(VLMBackend):
     def see(
         self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
     ) -> BackendReply:
-        """The best concept, its share of the highlights, or the picture whose highlights show something else."""
+        """The best concept, its share of the highlights, or the image whose highlights show something else."""
         if schema is ExplanationAnswer:
             fits = torch.stack([self._fits(view) for view in views])
             each, common = fits.argmax(1).tolist(), int(fits.mean(0).argmax())
@@ -61,21 +61,21 @@ class KnownConceptsBackend(VLMBackend):
         elif schema is JudgementAnswer:
             answer = JudgementAnswer(score=self._share(views[0], self._named(instruction.explanation)))
         elif schema is OddOneOutAnswer:
-            answer = OddOneOutAnswer(picture=1 + self._stranger(views))
+            answer = OddOneOutAnswer(image=1 + self._stranger(views))
         else:
             raise RejectedRequest(f"known concepts do not answer {schema.__name__}")
         return BackendReply(answer.model_dump_json(), TokenUsage(0, 0, 0.0))
 
     def _truth(self, view: ImageView) -> Float[Tensor, "concept row column"]:
-        if view.shot.picture is None:
-            raise RejectedRequest(f"nobody knows what is where in the picture of '{view.shot.prompt}'")
-        return self._shares(view.shot.picture, *view.highlight.shape)
+        if view.shot.image is None:
+            raise RejectedRequest(f"nobody knows what is where in the image of '{view.shot.prompt}'")
+        return self._shares(view.shot.image, *view.highlight.shape)
 
     def _fits(self, view: ImageView) -> Float[Tensor, " concept"]:
         """How well each concept tells what is highlighted from what is not: 0 for no better than chance, 1 for wholly.
 
-        The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all pictures; and of what shows
-        it in this one, how much is highlighted. By the first alone what covers a whole picture, as a style does, fits whatever is
+        The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all images; and of what shows
+        it in this one, how much is highlighted. By the first alone what covers a whole image, as a style does, fits whatever is
         highlighted there.
         """
         truth = self._truth(view)

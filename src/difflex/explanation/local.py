@@ -49,9 +49,9 @@ class LocalBackend(VLMBackend):
         self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
     ) -> BackendReply:
         """What the model answers, the likeliest word each time."""
-        pictures = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
+        images = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
         told = f"{instruction.text}\n{objection}".rstrip()
-        messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": told}]}]
+        messages = [{"role": "user", "content": [*images, {"type": "text", "text": told}]}]
         with self._lock, torch.inference_mode():
             inputs = self._processor.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""Protocols: which pictures of a feature are shown to whom, and which others beside them."""
+"""Protocols: which images of a feature are shown to whom, and which others beside them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class ExplanationProtocol:
     """How features are explained and judged."""
 
     name: Name = "heldout"
-    """`paper`: that of arXiv 2505.24360, which judges the very pictures that were explained. `heldout`: judges pictures that the
+    """`paper`: that of arXiv 2505.24360, which judges the very images that were explained. `heldout`: judges images that the
     explainer never saw, and hard negatives."""
     shown: int = 5
-    """Pictures that the explainer sees."""
+    """Images that the explainer sees."""
     judged: int = 10
-    """Pictures that are judged, half of them of other features."""
+    """Images that are judged, half of them of other features."""
     lineup: int = 5
-    """Pictures of which one does not belong; 0 leaves that test out. `paper` knows none."""
+    """Images of which one does not belong; 0 leaves that test out. `paper` knows none."""
     style: Style = "blue"
-    """How what a feature marks is drawn over a picture: as published, or outlined, which leaves its colours to be seen."""
+    """How what a feature marks is drawn over an image: as published, or outlined, which leaves its colours to be seen."""
     seed: int = 0
 
     @property
@@ -50,7 +50,7 @@ class ExplanationProtocol:
     def __post_init__(self) -> None:
         if self.shown < 1 or self.judged < 2 or self.judged % 2 or self.lineup in (1, 2) or self.lineup < 0:
             raise BadInput(
-                f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} pictures. Show 1 or more, "
+                f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} images. Show 1 or more, "
                 "judge an even number, line up 3 or more, or 0 for no such test."
             )
 
@@ -104,7 +104,7 @@ def _paper(
     strongest = sorted((example for example in own if example.kind == "top"), key=lambda example: -example.peak)
     top = _distinct(book, strongest, max(protocol.shown, half))
     if len(top) < max(protocol.shown, half):
-        raise UnsuitableFeature(f"it has {len(top)} top pictures, {max(protocol.shown, half)} are needed")
+        raise UnsuitableFeature(f"it has {len(top)} top images, {max(protocol.shown, half)} are needed")
     negatives = _tops(book, {feature}, others, half, chance)
     trials = [
         *(JudgementTrial(example, True) for example in top[:half]),
@@ -119,11 +119,11 @@ def _heldout(
     top = [example for example in own if example.kind == "top" and example.split == "train"]
     shown = _distinct(book, sorted(top, key=lambda example: -example.peak), protocol.shown)
     if len(shown) < protocol.shown:
-        raise UnsuitableFeature(f"it has {len(shown)} top pictures of the split 'train', {protocol.shown} are needed")
+        raise UnsuitableFeature(f"it has {len(shown)} top images of the split 'train', {protocol.shown} are needed")
     half = protocol.judged // 2
     unseen = _unseen(book, own, shown, half)
     if len(unseen) < half:
-        raise UnsuitableFeature(f"it has {len(unseen)} pictures that the explainer does not see, {half} are needed to judge")
+        raise UnsuitableFeature(f"it has {len(unseen)} images that the explainer does not see, {half} are needed to judge")
     positives = _spread(unseen, half)
     negatives = _negatives(book, feature, positives, others, half, chance)
     trials = [
@@ -134,7 +134,7 @@ def _heldout(
 
 
 def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collection[str] = ()) -> list[Example]:
-    """The first `count` of `examples` that are of different prompts and pictures, and none of `but`."""
+    """The first `count` of `examples` that are of different prompts and images, and none of `but`."""
     listed = list(examples)
     shots = book.shots(example.shot for example in listed)
     taken: dict[str, Example] = {}
@@ -151,8 +151,8 @@ def _is_seen(book: Book, example: Example) -> bool:
 
 
 def _content_of(shot: Shot) -> str:
-    """What makes shots alike: a picture, or a prompt, whose seeds resemble one another."""
-    return shot.picture or shot.prompt
+    """What makes shots alike: an image, or a prompt, whose seeds resemble one another."""
+    return shot.image or shot.prompt
 
 
 def _unseen(book: Book, own: Sequence[Example], shown: Sequence[Example], least: int) -> list[Example]:
@@ -178,7 +178,7 @@ def _tops(book: Book, taken: Collection[int], others: Sequence[int], count: int,
         if other not in taken and (best := book.examples(other, "top")):
             found.append(max(best, key=lambda example: example.peak))
     if len(found) < count:
-        raise UnsuitableFeature(f"{len(found)} other features have pictures, {count} are needed to tell it from")
+        raise UnsuitableFeature(f"{len(found)} other features have images, {count} are needed to tell it from")
     return found
 
 
@@ -220,7 +220,7 @@ def _overlap(own: Example, other: Example) -> float:
 def _lineup(
     book: Book, feature: int, unseen: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
 ) -> Lineup | None:
-    """Pictures of the feature and one of another; None where there are too few."""
+    """Images of the feature and one of another; None where there are too few."""
     if not count or len(unseen) < count - 1:
         return None
     odd = chance.randrange(count)

@@ -29,12 +29,12 @@ class MeanEstimate(NamedTuple):
 
 
 def accuracy(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw judgement"]) -> Float[Tensor, "*draw"]:
-    """The mean of the score where the feature's own pictures are judged, of 1 - score where others are: 0.5 is chance."""
+    """The mean of the score where the feature's own images are judged, of 1 - score where others are: 0.5 is chance."""
     return torch.where(wanted, scores, 1 - scores).mean(-1)
 
 
 def auroc(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw judgement"]) -> Float[Tensor, "*draw"]:
-    """The share of pairs of an own and another picture in which the own scores higher, equal ones by half; NaN without pairs."""
+    """The share of pairs of an own and another image in which the own scores higher, equal ones by half; NaN without pairs."""
     higher = (scores[..., :, None] > scores[..., None, :]).float() + (scores[..., :, None] == scores[..., None, :]) / 2
     pairs = (wanted[..., :, None] & ~wanted[..., None, :]).float()
     return (higher * pairs).sum((-2, -1)) / pairs.sum((-2, -1))
@@ -45,7 +45,7 @@ def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[ExplanationSc
     wanted = torch.tensor([each.wanted for each in judgements], dtype=torch.bool)
     given = torch.tensor([each.score for each in judgements], dtype=torch.float64)
     if not wanted.any() or wanted.all():
-        raise BadInput("An explanation was scored on pictures of one side alone. Judge some of the feature and some of others.")
+        raise BadInput("An explanation was scored on images of one side alone. Judge some of the feature and some of others.")
     generator = torch.Generator().manual_seed(seed)
     sides = [side.nonzero()[:, 0] for side in (wanted, ~wanted)]
     drawn = torch.cat([side[torch.randint(len(side), (DRAWS, len(side)), generator=generator)] for side in sides], dim=1)

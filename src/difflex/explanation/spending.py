@@ -37,9 +37,9 @@ class TokenPrice:
         return (self.tokens_in * usage.tokens_in + self.tokens_out * usage.tokens_out) / 1e6
 
 
-def expected(views: Sequence[ImageView], instruction: Instruction, picture_tokens: int, answer_tokens: int) -> TokenUsage:
+def expected(views: Sequence[ImageView], instruction: Instruction, image_tokens: int, answer_tokens: int) -> TokenUsage:
     """What a call will take, about: counted where the endpoint does not say, and before anything is sent."""
-    return TokenUsage(len(instruction.text) // LETTERS + picture_tokens * len(views), answer_tokens)
+    return TokenUsage(len(instruction.text) // LETTERS + image_tokens * len(views), answer_tokens)
 
 
 @final

@@ -44,7 +44,7 @@ class FindingsConfig:
     each: int
     """Concepts of each group."""
     trials: int
-    """Pictures for each concept and condition."""
+    """Images for each concept and condition."""
     counts: tuple[int, ...]
     """Of pairs, rising."""
     strengths: tuple[float, ...]
@@ -102,8 +102,8 @@ class ExperimentBench:
     def conditions(self, concept: str, kinds: Sequence[Kind], way: SteeringDirection) -> list[StrengthCurve]:
         """A curve for each kind of captions, so that one can be held against another.
 
-        Unedited pictures of captions that ask for less have less loss: by their own, pictures of one kind would be called broken
-        at a loss that is not for another. So the losses of all are over the largest that unedited pictures of any kind have.
+        Unedited images of captions that ask for less have less loss: by their own, images of one kind would be called broken
+        at a loss that is not for another. So the losses of all are over the largest that unedited images of any kind have.
         """
         own = way is self.contrast(concept)
         curves = [
@@ -129,14 +129,14 @@ class ExperimentBench:
         }
         drawn, losses = self.drawn(run), list[float]()
 
-        def noted(pictures: Float[Tensor, "picture channel row column"]) -> Float[Tensor, " picture"]:
-            found = drawn.losses(pictures)
+        def noted(images: Float[Tensor, "image channel row column"]) -> Float[Tensor, " image"]:
+            found = drawn.losses(images)
             losses.append(float(found.mean()))
             return found
 
         seeing = _anywhere(drawn) if kind in ANYWHERE else drawn
         curves = list(judge(task_of(concept, kind, self.scope.trials), methods, seeing._replace(losses=noted)))
-        self._unedited[concept, kind, run] = losses[0]  # unedited pictures are looked at first
+        self._unedited[concept, kind, run] = losses[0]  # unedited images are looked at first
         return curves
 
     def _adding(
@@ -156,9 +156,9 @@ def _anywhere(drawn: JudgedGenerator) -> JudgedGenerator:
     """The same, but that the concept counts wherever it is seen."""
 
     def verdicts(
-        task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Float[Tensor, "picture channel row column"]
+        task: SteeringTask, trials: Sequence[SteeringTrial], images: Float[Tensor, "image channel row column"]
     ) -> Sequence[JudgeVerdict]:
-        return drawn.verdicts(task, [trial._replace(region=None) for trial in trials], pictures)
+        return drawn.verdicts(task, [trial._replace(region=None) for trial in trials], images)
 
     return drawn._replace(verdicts=verdicts)
 

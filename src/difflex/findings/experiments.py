@@ -33,7 +33,7 @@ KNEE, BEFORE, FLAT = 80, 20, 0.05
 RUN, FIRST = 7, 5
 """Steps of a run, and how many of them are steered, in arXiv 2505.24360."""
 STRENGTH, ADDED = "strength, in lengths of a mean activation", "success above that without the edit"
-LOSS = "loss over that of unedited pictures"
+LOSS = "loss over that of unedited images"
 
 
 class ExperimentOutcome(NamedTuple):
@@ -133,7 +133,7 @@ def related(bench: ExperimentBench) -> ExperimentOutcome:
     """Prompts with an object that could have the concept, and prompts with none."""
     kinds: tuple[Kind, ...] = ("an object", "no object")
     by_concept = [bench.conditions(concept, kinds, bench.best_way(concept)) for concept in bench.scope.concepts(OBJECT_GROUPS)]
-    # What is kept is no test here: of a picture without an object there is less that could be.
+    # What is kept is no test here: of an image without an object there is less that could be.
     return _compared(kinds, by_concept, "gain with an object in the prompt", {"no object": "with none"}, kept=0)
 
 
@@ -146,7 +146,7 @@ def steps(bench: ExperimentBench) -> ExperimentOutcome:
         by_concept.append(bench.curves(concept, "alike", ways, run=RUN, steps={names[1]: (0, FIRST)}))
     curves = {name: [each[i] for each in by_concept] for i, name in enumerate(names)}
     excess = {name: [_mean_loss(curve) - 1 for curve in each] for name, each in curves.items()}
-    told = "loss above that of unedited pictures with all steps"
+    told = "loss above that of unedited images with all steps"
     ruling = under_half(told, excess[names[0]], {f"with the {names[1]}": excess[names[1]]})
     lines = tuple(line(name, each, _loss) for name, each in curves.items())
     numbers = {f"excess loss, {name}": fmean(values) for name, values in excess.items()}
@@ -159,7 +159,7 @@ def _compared(
 ) -> ExperimentOutcome:
     """Whether the gain on captions of other kinds is under half of that on the first; `first` and `others` say them in words.
 
-    Pictures that show the concept unedited leave less to be gained, all of them nothing: so gains are shares of that.
+    Images that show the concept unedited leave less to be gained, all of them nothing: so gains are shares of that.
     """
     told = [each for each in by_concept if all(curve.without < 1 for curve in each)]
     curves = {kind: [each[i] for each in told] for i, kind in enumerate(kinds)}
@@ -208,7 +208,7 @@ class Experiment(NamedTuple):
 
 
 ALIKE = (
-    "Gains are shares of what could be gained above unedited pictures. Pictures of all these captions count as broken from one "
+    "Gains are shares of what could be gained above unedited images. Images of all these captions count as broken from one "
     "loss on, 1.5 times the largest that unedited ones of a kind have."
 )
 CONTRASTS, FEATURES = "arXiv 2505.03189", "arXiv 2505.24360"
@@ -236,7 +236,7 @@ EXPERIMENTS = {
     "quality": Experiment(
         "Steering costs quality at every strength, and more the stronger it is.",
         CONTRASTS,
-        "At every strength the unedited model's loss on edited pictures is above that on unedited ones, and rises to the next.",
+        "At every strength the unedited model's loss on edited images is above that on unedited ones, and rises to the next.",
         quality,
     ),
     "size": Experiment(
@@ -256,7 +256,7 @@ EXPERIMENTS = {
     "steps": Experiment(
         f"Steering all steps makes artefacts that steering the first {FIRST} of {RUN} does not.",
         FEATURES,
-        f"What the loss is above that of unedited pictures, mean over strengths, is with the first {FIRST} of {RUN} steps under "
+        f"What the loss is above that of unedited images, mean over strengths, is with the first {FIRST} of {RUN} steps under "
         "half of what it is with all.",
         steps,
     ),
@@ -269,7 +269,7 @@ BASED = ("pairs", "distribution", "quality", "size")
 
 
 def workload(names: Collection[str], scope: FindingsConfig) -> dict[int | None, int]:
-    """How many pictures the experiments called `names` draw and judge, by the steps of a run; None is the model's own number.
+    """How many images the experiments called `names` draw and judge, by the steps of a run; None is the model's own number.
 
     What several of them share counts once.
     """

@@ -48,7 +48,7 @@ class Finding:
     lines: tuple[FindingLine, ...]
     curves: tuple[StrengthCurve, ...]
     """All that was judged; `method` is the condition. Where captions of several kinds are compared, `quality` is over the largest
-    loss that unedited pictures of a kind have."""
+    loss that unedited images of a kind have."""
     made_from: Mapping[str, str | int | float]
     """What the figures depend on."""
 

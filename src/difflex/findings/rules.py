@@ -105,13 +105,13 @@ def under_half(name: str, full: Sequence[float], others: Mapping[str, Sequence[f
 
 
 def rises_above_one(curves: Sequence[StrengthCurve]) -> Ruling:
-    """Whether the loss is above that of unedited pictures at every strength and rises from each to the next."""
+    """Whether the loss is above that of unedited images at every strength and rises from each to the next."""
     table = [[point.quality for point in curve.points] for curve in curves]
     columns = list(zip(*table, strict=True))
     above = [RuleCondition(column, 1.0) for column in columns]
     rising = [RuleCondition([b - a for a, b in zip(*pair, strict=True)]) for pair in pairwise(columns)]
     strengths = [point.strength for point in curves[0].points]
-    told = "loss over that of unedited pictures " + ", ".join(
+    told = "loss over that of unedited images " + ", ".join(
         f"{fmean(column):.2f} at {strength:g}" for strength, column in zip(strengths, columns, strict=True)
     )
     return ruled(are_above(above + rising), told)

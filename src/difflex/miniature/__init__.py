@@ -1,4 +1,4 @@
-"""The drawn world: scenes whose every concept is known, a judge of pictures of it, and the model that was trained in it."""
+"""The drawn world: scenes whose every concept is known, a judge of images of it, and the model that was trained in it."""
 
 from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.judge import Judge, load_judge

@@ -18,7 +18,7 @@ with quiet("transformers"):  # which tells at the first import which packages it
     from difflex.miniature.architecture import MiniatureConfig
     from difflex.miniature.card import write_card
     from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
-    from difflex.miniature.exporting import STEPS, export, pictures
+    from difflex.miniature.exporting import STEPS, export, images
     from difflex.miniature.flow import FlowRecipe
     from difflex.miniature.judge import load_judge
     from difflex.miniature.training import TrainingFolder, pack, train
@@ -95,10 +95,10 @@ def _examination(model: Path, judge_file: Path | None, captions: int, steps: int
     pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge(judge_file)
-    shown = tqdm(desc=f"pictures at {steps} steps", total=captions + captions // 2, unit="picture")
+    shown = tqdm(desc=f"images at {steps} steps", total=captions + captions // 2, unit="image")
 
     def generate(asked: list[str]) -> Float[Tensor, "caption 3 height width"]:
-        made = pictures(pipeline, asked, steps, seed)
+        made = images(pipeline, asked, steps, seed)
         shown.update(len(asked))
         return made
 

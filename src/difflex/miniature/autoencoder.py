@@ -28,9 +28,9 @@ class PatchComponents(NamedTuple):
     weights: Float[Tensor, "latent patch"]
 
     @classmethod
-    def of(cls, pictures: Float[Tensor, "picture 3 height width"]) -> "PatchComponents":
-        """Those of pictures in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
-        patches = F.unfold(pictures, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH**2).double()
+    def of(cls, images: Float[Tensor, "image 3 height width"]) -> "PatchComponents":
+        """Those of images in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
+        patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH**2).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
@@ -38,11 +38,11 @@ class PatchComponents(NamedTuple):
         scale = scale / (values * scale**2).mean().sqrt()
         return cls(mean.float(), (vectors * scale).T.float().contiguous())
 
-    def encode(self, pictures: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture latent row column"]:
+    def encode(self, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image latent row column"]:
         """The latents, a hundred times faster than through the encoder's convolutions."""
-        patches = F.unfold(pictures, PATCH, stride=PATCH).movedim(1, 2)
+        patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2)
         latents = (patches - self.mean) @ self.weights.T
-        return latents.movedim(1, 2).unflatten(2, [side // PATCH for side in pictures.shape[2:]])
+        return latents.movedim(1, 2).unflatten(2, [side // PATCH for side in images.shape[2:]])
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def _project(weight: Tensor, bias: Tensor, components: PatchComponents) -> None:
 def decoder_losses(
     vae: AutoencoderKL,
     components: PatchComponents,
-    batches: Iterator[Float[Tensor, "picture 3 height width"]],
+    batches: Iterator[Float[Tensor, "image 3 height width"]],
     updates: int,
     noise: float = 0.1,
 ) -> Iterator[float]:
@@ -112,14 +112,14 @@ def decoder_losses(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=updates, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     for _ in range(updates):
-        pictures = next(batches)
+        images = next(batches)
         with torch.no_grad():
-            latents = components.encode(pictures)
+            latents = components.encode(images)
         level = torch.rand(len(latents), 1, 1, 1, generator=generator) * noise
         latents = latents + level * torch.randn(latents.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             decoded = vae.decoder(latents)
-        difference = decoded.float() - pictures
+        difference = decoded.float() - images
         loss = difference.square().mean() + 0.1 * difference.abs().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

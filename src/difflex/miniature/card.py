@@ -45,7 +45,7 @@ Held-out loss (mean squared velocity error over six noise levels) as training we
 {history}
 
 ## What it can do
-Fresh captions that training never saw, one seed each; a picture counts only where the caption states the attribute, and then
+Fresh captions that training never saw, one seed each; an image counts only where the caption states the attribute, and then
 for all of its objects. The judge is a small network trained on true drawings alone; the last row is the judge on true drawings.
 
 {tables}

@@ -1,4 +1,4 @@
-"""Scenes drawn: pictures by analytic distances, and for every pixel which concepts are there."""
+"""Scenes drawn: images by analytic distances, and for every pixel which concepts are there."""
 
 import math
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ GROUNDS = torch.tensor(
 OUTLINE = 1.6
 """Width in pixels of a cartoon's outline."""
 BLOCKS = (4, 2)
-"""Side in pixels of a pixelated picture's blocks: of the background, of the objects (which stay legible so)."""
+"""Side in pixels of a pixelated image's blocks: of the background, of the objects (which stay legible so)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scenes:
     """A batch of drawn scenes: what is in them, how they look, how they are described, and which pixel is what."""
 
     specs: SceneSpecs
-    pictures: Float[Tensor, "scene 3 height width"]
+    images: Float[Tensor, "scene 3 height width"]
     """Red, green, blue in [0, 1]."""
     slots: Int[Tensor, "scene height width"]
     """The object slot seen at each pixel, -1 for background."""
@@ -113,19 +113,19 @@ def draw_specs(specs: SceneSpecs) -> Scenes:
     distance = _distances(specs.shape[scene, slot], local) * specs.radius[scene, slot][:, None, None]
     painted = _paint(specs, scene, slot, style, local, distance)
     alpha = (0.5 - distance).clamp(0, 1)[:, None]
-    picture = _background(specs)
+    image = _background(specs)
     coarse = style == STYLES.index("pixelated")
     painted[coarse], alpha[coarse] = _blocks(painted[coarse], BLOCKS[1]), _blocks(alpha[coarse], BLOCKS[1])
     coarse = specs.style == STYLES.index("pixelated")
-    picture[coarse] = _blocks(picture[coarse], BLOCKS[0])
+    image[coarse] = _blocks(image[coarse], BLOCKS[0])
 
-    slots = torch.full((count, PIXELS, PIXELS), -1, device=picture.device)
+    slots = torch.full((count, PIXELS, PIXELS), -1, device=image.device)
     for number in range(SLOTS):
         of = slot == number
         at = scene[of]
-        picture[at] = torch.lerp(picture[at], painted[of], alpha[of])
+        image[at] = torch.lerp(image[at], painted[of], alpha[of])
         slots[at] = torch.where(alpha[of, 0] > 0.5, number, slots[at])
-    return Scenes(specs, picture.clamp_(0, 1), slots)
+    return Scenes(specs, image.clamp_(0, 1), slots)
 
 
 def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _paint(specs: SceneSpecs, scene: Tensor, slot: Tensor, style: Tensor, local: Tensor, distance: Tensor) -> Tensor:
-    """Each object's colours, as if it filled the picture: texture, rim, outline, pigment."""
+    """Each object's colours, as if it filled the image: texture, rim, outline, pigment."""
     colour = PALETTE.to(local.device)[specs.colour[scene, slot]][:, :, None, None]
     luma = (colour * torch.tensor([0.3, 0.59, 0.11], device=local.device)[:, None, None]).sum(1, keepdim=True)
     contrast = torch.where(luma > 0.55, colour * 0.42, colour * 0.45 + 0.55)
@@ -259,7 +259,7 @@ def _blotches(phase: Tensor) -> Tensor:
 
 
 def _background(specs: SceneSpecs) -> Tensor:
-    """The picture without objects."""
+    """The image without objects."""
     amount = _ground_pattern(specs)[:, None]
     style = specs.style[:, None, None, None]
     amount = torch.where(style == 1, (amount * 1.7).clamp(0, 1), amount)

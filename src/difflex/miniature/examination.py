@@ -1,4 +1,4 @@
-"""The examination of a text-to-image model on the drawn world: fresh captions, pictures, the judge's table."""
+"""The examination of a text-to-image model on the drawn world: fresh captions, images, the judge's table."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from difflex.miniature.scoring import ATTRIBUTES, CaptionScore, score, table
 from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
 
 Generate = Callable[[list[str]], Float[Tensor, "caption 3 height width"]]
-"""Captions -> pictures in [0, 1]."""
+"""Captions -> images in [0, 1]."""
 Examination = dict[str, dict[str, float]]
 """Row name -> attribute -> share right."""
 FLOORS = {
@@ -51,7 +51,7 @@ def examine(generate: Generate, judge: Judge, captions: int = 500) -> Examinatio
 def ceiling(judge: Judge, captions: int = 500) -> dict[str, float]:
     """The judge's own table on true drawings: what no model can be seen to pass."""
     scenes = draw(torch.arange(captions) + FIRST + 900_000)
-    return table(score(scenes.captions, scenes.pictures, judge))
+    return table(score(scenes.captions, scenes.images, judge))
 
 
 def shortfalls(rows: Examination) -> list[str]:
@@ -80,6 +80,6 @@ def _asked(generate: Generate, judge: Judge, scenes: Scenes) -> list[CaptionScor
 
 
 def _both(scores: list[CaptionScore]) -> float:
-    """Share of pictures with shape and colour both right, among those that state both."""
+    """Share of images with shape and colour both right, among those that state both."""
     stated = [s.right for s in scores if {"shape", "colour"} <= s.right.keys()]
     return sum(right["shape"] and right["colour"] for right in stated) / len(stated)

@@ -52,10 +52,10 @@ def settings(architecture: MiniatureConfig) -> dict[str, object]:
 
 
 @torch.no_grad()
-def pictures(
+def images(
     pipeline: FluxPipeline, captions: list[str], steps: int = STEPS, seed: int = 0
 ) -> Float[Tensor, "caption 3 height width"]:
-    """Generated pictures in [0, 1], caption i from the noise of seed + i."""
+    """Generated images in [0, 1], caption i from the noise of seed + i."""
     chunks = []
     for first in range(0, len(captions), 32):
         chunk = captions[first : first + 32]

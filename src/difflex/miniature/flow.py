@@ -1,9 +1,9 @@
 """Rectified flow on the drawn world: what one update of the miniature's training does.
 
 Three things are there for a small budget: Muon for the blocks' matrices; a loss that weighs tokens on objects more, at the noise
-levels where the noisy picture shows where they are; and, for the first part of the training, a small head on the image tokens in
+levels where the noisy image shows where they are; and, for the first part of the training, a small head on the image tokens in
 the middle that reads off the drawn concepts. The head asks directly for what the plain loss teaches last: an object's shape
-explains very little of a picture's variance.
+explains very little of an image's variance.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class FlowRecipe:
     """A token wholly on an object counts 1 + this times as much as one on the ground, where noise leaves no doubt about it."""
     doubt: tuple[float, float] = (0.7, 0.85)
     """Noise levels between which that extra weight falls to zero. Weights that depend on where the object is, while the noisy
-    picture does not tell, would move the best prediction from the mean towards an object in every place that is possible."""
+    image does not tell, would move the best prediction from the mean towards an object in every place that is possible."""
     concept_weight: float = 0.2
     """Weight of the concept head's loss."""
     concepts_until: float = 0.85
@@ -101,7 +101,7 @@ class CaptionTokens:
 
 def batch_of(scenes: Scenes, components: PatchComponents, texts: CaptionTokens, captions: list[str]) -> FlowBatch:
     """These scenes as a batch, described by `captions`."""
-    latents = components.encode(scenes.pictures * 2 - 1)
+    latents = components.encode(scenes.images * 2 - 1)
     tokens = F.pixel_unshuffle(latents, 2).flatten(2).movedim(1, 2)
     grid = latents.shape[-1] // 2
     labels = [
@@ -138,7 +138,7 @@ class FlowModel(nn.Module):
         self._middle = output[1]
 
     def velocity(self, noisy: Tensor, level: Tensor, clip: Tensor, t5: Tensor) -> Float[Tensor, "scene token channel"]:
-        """The predicted velocity, noise - picture, at noise levels in [0, 1]."""
+        """The predicted velocity, noise - image, at noise levels in [0, 1]."""
         side = round(noisy.shape[1] ** 0.5)
         rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         positions = torch.stack([torch.zeros(side, side), rows, columns], dim=-1).view(-1, 3)

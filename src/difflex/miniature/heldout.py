@@ -12,7 +12,7 @@ from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 WATCHED = ("background", "style", "colour", "size", "texture", "shape", "row", "column")
 EARLY = 0.95
-"""The noise level at which wrong words are tried: there the words decide, not the picture."""
+"""The noise level at which wrong words are tried: there the words decide, not the image."""
 
 
 class HeldOutLoss:

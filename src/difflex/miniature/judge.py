@@ -1,4 +1,4 @@
-"""A judge of pictures: reads densely what is drawn where, learned from drawn scenes alone, never from generated ones."""
+"""A judge of images: reads densely what is drawn where, learned from drawn scenes alone, never from generated ones."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from difflex.miniature.world import CONCEPTS, PIXELS
 DENSE = ("shape", "colour", "texture", "size", "background")
 """Concept groups answered for every pixel; for each of the first four, only where there is an object."""
 WHOLE = ("style", "count")
-"""Concept groups answered for the picture."""
+"""Concept groups answered for the image."""
 SMALLEST = 24
 """Connected object pixels that make an object; less is a speck."""
 EDGES = (PIXELS / 2 - 9.0, PIXELS / 2 + 9.0)
@@ -39,14 +39,14 @@ class SeenObject:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReading:
-    """What the judge sees in one picture."""
+    """What the judge sees in one image."""
 
     objects: tuple[SeenObject, ...]
     background: str
     style: str
     count: str
     confidence: float
-    """Mean probability of all answers about the picture."""
+    """Mean probability of all answers about the image."""
 
 
 class Judge(nn.Module):
@@ -62,9 +62,9 @@ class Judge(nn.Module):
         self.dense = nn.ModuleDict({group: nn.Conv2d(fine, 4 * count, 1) for group, count in names.items()})
         self.whole = nn.ModuleDict({group: nn.Linear(fine + middle + coarse, len(CONCEPTS[group])) for group in WHOLE})
 
-    def forward(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, Tensor]:
-        """Logits: `object` [picture, height, width]; dense groups [picture, concept, height, width]; the rest per picture."""
-        x, levels = F.pixel_unshuffle(pictures * 2 - 1, 2), []
+    def forward(self, images: Float[Tensor, "image 3 height width"]) -> dict[str, Tensor]:
+        """Logits: `object` [image, height, width]; dense groups [image, concept, height, width]; the rest per image."""
+        x, levels = F.pixel_unshuffle(images * 2 - 1, 2), []
         for block in self.down:
             x = block(F.max_pool2d(x, 2) if levels else x)
             levels.append(x)
@@ -76,24 +76,24 @@ class Judge(nn.Module):
         return answers | {group: layer(pooled) for group, layer in self.whole.items()}
 
     @torch.no_grad()
-    def read(self, pictures: Float[Tensor, "picture 3 height width"]) -> list[SceneReading]:
-        """What is in each picture."""
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, PIXELS, PIXELS):
-            raise BadInput(f"The judge reads pictures of 3 x {PIXELS} x {PIXELS}; these are {tuple(pictures.shape)}.")
-        answers = self(pictures)
+    def read(self, images: Float[Tensor, "image 3 height width"]) -> list[SceneReading]:
+        """What is in each image."""
+        if images.ndim != 4 or images.shape[1:] != (3, PIXELS, PIXELS):
+            raise BadInput(f"The judge reads images of 3 x {PIXELS} x {PIXELS}; these are {tuple(images.shape)}.")
+        answers = self(images)
         islands = components(answers["object"] > 0)
-        return [_reading({group: x[i] for group, x in answers.items()}, islands[i]) for i in range(len(pictures))]
+        return [_reading({group: x[i] for group, x in answers.items()}, islands[i]) for i in range(len(images))]
 
     @torch.no_grad()
     def share(
-        self, pictures: Float[Tensor, "picture 3 height width"], concept: str, region: Bool[Tensor, "height width"]
-    ) -> Float[Tensor, " picture"]:
+        self, images: Float[Tensor, "image 3 height width"], concept: str, region: Bool[Tensor, "height width"]
+    ) -> Float[Tensor, " image"]:
         """How far the concept fills the region: the share of those pixels there that could show it.
 
         Those are the object pixels for an object's concept (0 where the region holds none), the ground for a background.
         """
         group, index = concept_index(concept)
-        answers = self(pictures)
+        answers = self(images)
         if group in WHOLE:
             return answers[group].softmax(1)[:, index]
         objects = answers["object"] > 0
@@ -109,7 +109,7 @@ def _double_conv(inward: int, out: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def components(objects: Bool[Tensor, "picture height width"]) -> Int[Tensor, "picture height width"]:
+def components(objects: Bool[Tensor, "image height width"]) -> Int[Tensor, "image height width"]:
     """Connected regions: the same positive number for all pixels of a region, 0 outside."""
     number = torch.arange(1, objects[0].numel() + 1, device=objects.device, dtype=torch.float32).view(objects.shape[1:])
     labels = objects * number
@@ -124,11 +124,11 @@ def _located(objects: Tensor, group: str, index: int) -> Tensor:
     """The pixels of all objects whose centre lies in the row or column."""
     islands = components(objects)
     out = torch.zeros_like(objects)
-    for picture, labels in enumerate(islands):
+    for image, labels in enumerate(islands):
         for label in labels.unique().tolist():
             mask = labels == label
             if label and _place(mask)[0 if group == "row" else 1] == index:
-                out[picture] |= mask
+                out[image] |= mask
     return out
 
 
@@ -173,9 +173,9 @@ def training_losses(judge: Judge, updates: int, batch: int = 32, seed: int = 0) 
     judge.train()
     for update in range(updates):
         scenes = draw(torch.arange(batch) + update * batch)
-        pictures = _disturbed(scenes.pictures, generator)
+        images = _disturbed(scenes.images, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            answers = judge(pictures.contiguous(memory_format=torch.channels_last))
+            answers = judge(images.contiguous(memory_format=torch.channels_last))
         loss = _loss(answers, scenes)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -185,13 +185,13 @@ def training_losses(judge: Judge, updates: int, batch: int = 32, seed: int = 0) 
     judge.eval()
 
 
-def _disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """The pictures a little blurred, noisy, brighter or darker, so that the judge does not hang on to single pixels."""
-    amount = torch.rand(len(pictures), 3, 1, 1, 1, generator=generator)
-    soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    pictures = torch.lerp(pictures, soft, amount[:, 0] * 0.8)
-    pictures = pictures + amount[:, 1] * 0.06 * torch.randn(pictures.shape, generator=generator)
-    return (pictures * (0.94 + 0.12 * amount[:, 2])).clamp(0, 1)
+def _disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images a little blurred, noisy, brighter or darker, so that the judge does not hang on to single pixels."""
+    amount = torch.rand(len(images), 3, 1, 1, 1, generator=generator)
+    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.lerp(images, soft, amount[:, 0] * 0.8)
+    images = images + amount[:, 1] * 0.06 * torch.randn(images.shape, generator=generator)
+    return (images * (0.94 + 0.12 * amount[:, 2])).clamp(0, 1)
 
 
 def _loss(answers: dict[str, Tensor], scenes: Scenes) -> Tensor:

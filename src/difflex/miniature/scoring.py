@@ -1,4 +1,4 @@
-"""How well pictures show what their captions ask for, as the judge sees it."""
+"""How well images show what their captions ask for, as the judge sees it."""
 
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -15,7 +15,7 @@ ATTRIBUTES = ("colour", "shape", "background", "style", "position", "texture", "
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionScore:
-    """What is right in one picture."""
+    """What is right in one image."""
 
     caption: str
     right: dict[str, bool]
@@ -25,12 +25,12 @@ class CaptionScore:
 
 def score(
     captions: list[str],
-    pictures: Float[Tensor, "picture 3 height width"],
+    images: Float[Tensor, "image 3 height width"],
     judge: Judge,
-    regions: Bool[Tensor, "picture height width"] | None = None,
+    regions: Bool[Tensor, "image height width"] | None = None,
 ) -> list[CaptionScore]:
-    """One score a picture; with regions, only what lies in a picture's region, by most of its pixels, counts as there."""
-    readings = [reading for chunk in pictures.split(64) for reading in judge.read(chunk)]
+    """One score an image; with regions, only what lies in an image's region, by most of its pixels, counts as there."""
+    readings = [reading for chunk in images.split(64) for reading in judge.read(chunk)]
     if regions is not None:
         readings = [_inside(reading, region) for reading, region in zip(readings, regions, strict=True)]
     return [
@@ -45,7 +45,7 @@ def _inside(reading: SceneReading, region: Bool[Tensor, "height width"]) -> Scen
 
 
 def table(scores: list[CaptionScore]) -> dict[str, float]:
-    """Attribute -> the share of pictures in which it is right, among those whose caption states it."""
+    """Attribute -> the share of images in which it is right, among those whose caption states it."""
     rows = {attribute: [s.right[attribute] for s in scores if attribute in s.right] for attribute in ATTRIBUTES}
     return {attribute: sum(row) / len(row) for attribute, row in rows.items() if row}
 
@@ -57,7 +57,7 @@ def kind(caption: str) -> str:
 
 
 def right_of(request: CaptionRequest, reading: SceneReading) -> dict[str, bool]:
-    """Attribute -> whether the picture as read has it right; only attributes that the caption states."""
+    """Attribute -> whether the image as read has it right; only attributes that the caption states."""
     wanted = [thing for thing in request.objects for _ in range(thing.count)]
     matched = _match(wanted, reading.objects)
     right: dict[str, bool] = {}

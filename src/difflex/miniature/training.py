@@ -83,19 +83,19 @@ def train_judge(workshop: TrainingFolder, updates: int) -> None:
     save_judge(judge, workshop.judge)
 
 
-def picture_components(workshop: TrainingFolder) -> PatchComponents:
+def image_components(workshop: TrainingFolder) -> PatchComponents:
     """The components of the drawn world's patches: fitted once for a run and kept, since latents mean nothing without them."""
     if not workshop.components.exists():
-        components = PatchComponents.of(draw(torch.arange(512)).pictures * 2 - 1)
+        components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
         write_tensors(workshop.components, components._asdict(), {})
     return PatchComponents(**load_file(workshop.components))
 
 
 def train_autoencoder(workshop: TrainingFolder, vae: AutoencoderKL, updates: int) -> None:
     """Writes the encoder, trains the decoder, saves both."""
-    components = picture_components(workshop)
+    components = image_components(workshop)
     write_encoder(vae, components)
-    batches = (draw(torch.arange(32) + i * 32).pictures * 2 - 1 for i in range(updates))
+    batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(updates))
     for _ in _shown(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
         pass
     vae.save_pretrained(workshop.autoencoder)
@@ -103,7 +103,7 @@ def train_autoencoder(workshop: TrainingFolder, vae: AutoencoderKL, updates: int
 
 def train_flow(workshop: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
     """Trains transformer and text encoders until the recipe's end or the time `until`."""
-    components, texts = picture_components(workshop), CaptionTokens(pipeline)
+    components, texts = image_components(workshop), CaptionTokens(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
     for name, (before, now) in state.restore(workshop.flow).items():
         _log(workshop, update=state.update, changed=name, before=before, now=now)

@@ -33,7 +33,7 @@ CONCEPTS = {
     "style": STYLES,
     "count": COUNTS,
 }
-"""Concept group -> its concepts; the first six belong to objects, the others to the picture."""
+"""Concept group -> its concepts; the first six belong to objects, the others to the image."""
 
 OBJECT_GROUPS = ("shape", "colour", "texture", "size", "row", "column")
 PIXELS = 64

@@ -58,13 +58,13 @@ class Engine:
 
     @property
     def stride(self) -> int:
-        """The side of the patch of a picture that becomes one token of the denoiser's input, in pixels."""
+        """The side of the patch of an image that becomes one token of the denoiser's input, in pixels."""
         patch = 2 if self.family.latents != "plain" else int(cast(int, self.config("patch_size") or 1))
         return self.factor * patch
 
     @property
     def factor(self) -> int:
-        """The side of the patch of a picture that becomes one latent, in pixels."""
+        """The side of the patch of an image that becomes one latent, in pixels."""
         return int(cast(int, self.diffusers.vae_scale_factor))
 
     def config(self, entry: str) -> object:
@@ -78,7 +78,7 @@ class Engine:
         return self.family.guidance != "none" and guidance > 1 and not folded
 
     def run(self, shots: Sequence[Shot], timestep: float | None = None, **extra: object) -> list[Image.Image] | Tensor | None:
-        """Pictures (latents, if asked) of `shots`, which differ in prompt and seed only; None if a hook raised `StopForward`."""
+        """Images (latents, if asked) of `shots`, which differ in prompt and seed only; None if a hook raised `StopForward`."""
         guided = self.is_guided(shots[0].guidance)
         prompts = self.encoder([shot.prompt for shot in shots], guided)
         unconditional = prompts.get("negative_prompt_embeds")

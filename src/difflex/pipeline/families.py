@@ -213,7 +213,7 @@ FAMILIES = (
         encode=MappingProxyType({"clean_caption": False}),
         text_length=120,
         large_text="text_encoder",
-        # Binning rounds the size to one of a table: the tokens would no longer be those of the picture asked for.
+        # Binning rounds the size to one of a table: the tokens would no longer be those of the image asked for.
         arguments=MappingProxyType({"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}),
         steps=20,
         default_guidance=4.5,

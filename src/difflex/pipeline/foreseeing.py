@@ -25,7 +25,7 @@ CLIP_LENGTH = 77
 
 
 class ModelProfile(NamedTuple):
-    """What a model will show and cost. Costs are floating-point operations for one picture."""
+    """What a model will show and cost. Costs are floating-point operations for one image."""
 
     shot: Shot
     """A run of it, without prompt and seed."""
@@ -38,7 +38,7 @@ class ModelProfile(NamedTuple):
     prompt: float
     """Encoding a prompt."""
     decoded: float
-    """From latents to a picture; about as much the other way."""
+    """From latents to an image; about as much the other way."""
 
 
 @cache
@@ -163,7 +163,7 @@ def _conditions(config: _PartConfig) -> dict[str, Tensor | None]:
 
 
 def _factor(plan: PipelinePlan) -> int:
-    """The side of the patch of a picture that becomes one latent, in pixels."""
+    """The side of the patch of an image that becomes one latent, in pixels."""
     channels = plan.entry("vae.block_out_channels")
     assert isinstance(channels, (list, tuple)), "an autoencoder has levels"
     return 2 ** (len(channels) - 1)

@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back: sizes, words, pictures with their shots."""
+"""What is asked of a model and what comes back: sizes, words, images with their shots."""
 
 import re
 import warnings
@@ -15,27 +15,27 @@ __all__ = ["GeneratedImage", "check_batch", "check_size", "warn_of_unknown_words
 
 
 class GeneratedImage(NamedTuple):
-    """A picture and everything needed to make it again."""
+    """An image and everything needed to make it again."""
 
-    picture: Image.Image
+    image: Image.Image
     shot: Shot
 
 
 def check_batch(batch: int) -> None:
-    """Nothing; a batch without a picture is an error."""
+    """Nothing; a batch without an image is an error."""
     if batch < 1:
-        raise BadInput(f"A batch of {batch} pictures is not possible. Ask for 1 or more.")
+        raise BadInput(f"A batch of {batch} images is not possible. Ask for 1 or more.")
 
 
 def check_size(pixels: tuple[int, int], card: ModelDefaults, stride: int) -> None:
     """Nothing; a size that the model cannot make is an error that says which ones it can."""
     if card.pixels and tuple(pixels) not in card.pixels:
         sizes = ", ".join(f"{height} x {width}" for height, width in card.pixels)
-        raise BadInput(f"Pictures of {pixels[0]} x {pixels[1]} pixels are not possible with this model. It makes: {sizes}.")
+        raise BadInput(f"Images of {pixels[0]} x {pixels[1]} pixels are not possible with this model. It makes: {sizes}.")
     if min(pixels) < stride or any(side % stride for side in pixels):
         near = " x ".join(str(max(stride, round(side / stride) * stride)) for side in pixels)
         raise BadInput(
-            f"Pictures of {pixels[0]} x {pixels[1]} pixels are not possible with this model. "
+            f"Images of {pixels[0]} x {pixels[1]} pixels are not possible with this model. "
             f"Both sides must be multiples of {stride}; the nearest size is {near}."
         )
 

@@ -1,4 +1,4 @@
-"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed, or ends in pictures."""
+"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed, or ends in images."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,11 +38,11 @@ class HarvestRun(NamedTuple):
 
 
 class FinishedBatch(NamedTuple):
-    """Pictures, and what was seen on the way to them."""
+    """Images, and what was seen on the way to them."""
 
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     activations: tuple[Activations, ...]
-    """Of all these pictures, at each kept step and site."""
+    """Of all these images, at each kept step and site."""
 
 
 Found = dict[tuple[float, Site], SiteOutput]
@@ -68,19 +68,19 @@ def harvest(
 
 
 def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[FinishedBatch]:
-    """The pictures that the runs of `shots` end in, and the activations of `sites` at the kept steps, batch by batch."""
+    """The images that the runs of `shots` end in, and the activations of `sites` at the kept steps, batch by batch."""
 
     def work(passes: Sequence[HarvestRun]) -> tuple[Found, tuple[Image.Image, ...]]:
         shots, found = [each.shot for each in passes], Found()
         with _watched(engine, shots, passes[0].timesteps, sites, found, to_the_end=True):
-            pictures = engine.run(shots)
-        assert isinstance(pictures, list)
-        return found, tuple(pictures)
+            images = engine.run(shots)
+        assert isinstance(images, list)
+        return found, tuple(images)
 
     if not sites:
         raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
-    for passes, (found, pictures) in runs(engine, shots, batch, work):
-        yield FinishedBatch(pictures, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
+    for passes, (found, images) in runs(engine, shots, batch, work):
+        yield FinishedBatch(images, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
 
 
 def runs(
@@ -164,9 +164,9 @@ def _mixed(engine: Engine, site: Site, rows: int, shots: int) -> str:
 def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[HarvestRun]:
     """The runs that `shots` ask for: neighbours that differ in their timestep alone share one."""
     for shot, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
-        if shot.picture is not None:
+        if shot.image is not None:
             raise BadInput(
-                f"The shot of the picture '{shot.picture}' does not hold the picture itself. Give that to harvest_pictures, "
+                f"The shot of the image '{shot.image}' does not hold the image itself. Give that to harvest_images, "
                 f"with noise={shot.noise}, seed={shot.seed} and prompts={shot.prompt!r}."
             )
         known = engine.timesteps(shot)
@@ -203,7 +203,7 @@ def _is_finite(values: Tensor) -> bool:
 def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: SiteModule) -> str:
     wrong = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
     shot = shots[wrong]
-    what = shot.picture if shot.picture is not None else repr(shot.prompt)
+    what = shot.image if shot.image is not None else repr(shot.prompt)
     return (
         f"Activations that are not finite at the site '{located.site}' (block {located.path}), shot {what}, seed {shot.seed}, "
         f"timestep {shot.timestep:g}. {_origin(engine, shot)}Try another precision: fp16 overflows where bf16 does not."
@@ -212,7 +212,7 @@ def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: S
 
 def _origin(engine: Engine, shot: Shot) -> str:
     """Which block gave the first value that is not finite; found by one more run, since it cannot be told afterwards."""
-    if shot.picture is not None:
+    if shot.image is not None:
         return ""
     first: list[SiteModule] = []
 

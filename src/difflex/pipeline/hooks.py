@@ -130,7 +130,7 @@ def _tokens(x: Tensor) -> Float[Tensor, "batch token width"]:
     if x.ndim == 3:
         return x
     raise BadInput(
-        f"A tensor of shape {tuple(x.shape)} has no tokens. Name a module that gives [batch, token, width] or a picture."
+        f"A tensor of shape {tuple(x.shape)} has no tokens. Name a module that gives [batch, token, width] or an image."
     )
 
 

@@ -19,9 +19,9 @@ from difflex.pipeline.engine import Engine
 from difflex.pipeline.generation import GeneratedImage, check_batch, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import FinishedBatch, finish, harvest
 from difflex.pipeline.hooks import Visit, on_copies, visiting
+from difflex.pipeline.images import ImageInput, harvest_images, losses
 from difflex.pipeline.loading import ModelSource, Precision
-from difflex.pipeline.pictures import Picture, harvest_pictures, losses
-from difflex.pipeline.predicting import pictures, predictions
+from difflex.pipeline.predicting import images, predictions
 from difflex.pipeline.sites import SiteModule, SiteRow
 from difflex.pipeline.table import site_rows
 from difflex.records import Activations, EditOutcomes, Half, Shot, Site, split_of
@@ -54,7 +54,7 @@ class Pipeline:
         batch: int = 16,
         edits: Iterable[tuple[Site | str, Visit]] = (),
     ) -> list[GeneratedImage]:
-        """A picture for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
+        """An image for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
 
         `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steerings` gives.
         """
@@ -66,20 +66,20 @@ class Pipeline:
         with ExitStack() as edited:
             for site, change in edits:
                 edited.enter_context(self.at(site, change))
-            made = [picture for _, pictures in self.engine.batches(self._draw, shots, batch) for picture in pictures]
-        return [GeneratedImage(picture, shot) for picture, shot in zip(made, shots, strict=True)]
+            made = [image for _, images in self.engine.batches(self._draw, shots, batch) for image in images]
+        return [GeneratedImage(image, shot) for image, shot in zip(made, shots, strict=True)]
 
     def _draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
-        pictures = self.engine.run(shots)
-        assert isinstance(pictures, list)
-        return pictures
+        images = self.engine.run(shots)
+        assert isinstance(images, list)
+        return images
 
     def site(self, name: Site | str) -> Site:
         """The site called `name`, in its canonical notation; an unknown one is an error that shows the nearest."""
         return self.engine.sites.locate(name).site
 
     def sites(self, pattern: str = "*", pixels: tuple[int, int] | None = None) -> list[SiteRow]:
-        """A row for each block and stream whose name matches `pattern`, at this picture size."""
+        """A row for each block and stream whose name matches `pattern`, at this image size."""
         return site_rows(self.engine, self._plain(1, pixels, None), pattern)
 
     def at(self, site: Site | str, fn: Visit, half: Half | None = None) -> AbstractContextManager[None]:
@@ -133,16 +133,16 @@ class Pipeline:
     def harvest_and_finish(
         self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16
     ) -> Iterator[FinishedBatch]:
-        """The pictures that the runs of `shots` end in, and the activations of `sites` on the way, batch by batch.
+        """The images that the runs of `shots` end in, and the activations of `sites` on the way, batch by batch.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
         """
         check_batch(batch)
         return finish(self.engine, shots, self._located(sites), batch)
 
-    def harvest_pictures(
+    def harvest_images(
         self,
-        pictures: Picture | Iterable[Picture],
+        images: ImageInput | Iterable[ImageInput],
         noise: float | Sequence[float],
         sites: Iterable[Site | str] | Site | str,
         prompts: str | Iterable[str] | None = None,
@@ -151,54 +151,54 @@ class Pipeline:
         batch: int = 16,
         progress: bool = True,
     ) -> Iterator[Activations]:
-        """The activations of `sites` at given pictures, noised to one or several levels (0 the picture, 1 pure noise).
+        """The activations of `sites` at given images, noised to one or several levels (0 the image, 1 pure noise).
 
-        One denoiser call each, without guidance; picture i is noised by the seed `seed + i`. `prompts` are one for each picture,
+        One denoiser call each, without guidance; image i is noised by the seed `seed + i`. `prompts` are one for each image,
         a single one for all of them, or else empty.
         """
         check_batch(batch)
         plain = self._plain(1, None, None, check=False)
-        pictures = [pictures] if isinstance(pictures, (str, Path, Image.Image)) else pictures
+        images = [images] if isinstance(images, (str, Path, Image.Image)) else images
         prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
         called = [names] if isinstance(names, str) else names or repeat(None)
-        return harvest_pictures(self.engine, plain, pictures, noise, self._located(sites), prompts, called, seed, batch, progress)
+        return harvest_images(self.engine, plain, images, noise, self._located(sites), prompts, called, seed, batch, progress)
 
     def losses(
         self,
-        pictures: Iterable[Picture],
+        images: Iterable[ImageInput],
         noise: float | Sequence[float],
         prompts: str | Iterable[str] = "",
         seed: int = 0,
         batch: int = 16,
-    ) -> Float[Tensor, "picture level"]:
-        """How far the model is from what it was trained to say of each picture at each level of noise: mean squared errors.
+    ) -> Float[Tensor, "image level"]:
+        """How far the model is from what it was trained to say of each image at each level of noise: mean squared errors.
 
-        The more a picture looks like those it was trained on, the smaller. Picture i is noised by the seed `seed + i`.
+        The more an image looks like those it was trained on, the smaller. Image i is noised by the seed `seed + i`.
         """
         check_batch(batch)
         prompts = repeat(prompts) if isinstance(prompts, str) else prompts
         plain = self._plain(1, None, None, check=False)
-        return torch.cat(list(losses(self.engine, plain, pictures, noise, prompts, seed, batch)))
+        return torch.cat(list(losses(self.engine, plain, images, noise, prompts, seed, batch)))
 
     def predictions(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
     ) -> Iterator[EditOutcomes]:
-        """What the denoiser predicts at `shots`, plainly and under each of `edits` of `site`, from the same noisy pictures.
+        """What the denoiser predicts at `shots`, plainly and under each of `edits` of `site`, from the same noisy images.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is edited and compared.
         """
         check_batch(batch)
         return predictions(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
-    def pictures(
+    def images(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
     ) -> Iterator[EditOutcomes]:
-        """The pictures that the runs of `shots` end in, with pixels between 0 and 1, plainly and under each of `edits`.
+        """The images that the runs of `shots` end in, with pixels between 0 and 1, plainly and under each of `edits`.
 
         An edit is made at every step, under guidance in the conditional half.
         """
         check_batch(batch)
-        return pictures(self.engine, shots, self.engine.sites.locate(site), edits, batch)
+        return images(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
     def _located(self, sites: Iterable[Site | str] | Site | str) -> list[SiteModule]:
         return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)

@@ -1,4 +1,4 @@
-"""What a model makes of shots where a site is edited: the denoiser's prediction at their timestep, or the finished picture."""
+"""What a model makes of shots where a site is edited: the denoiser's prediction at their timestep, or the finished image."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,7 @@ from difflex.pipeline.hooks import Visit, on_copies, visiting
 from difflex.pipeline.sites import SiteModule
 from difflex.records import EditOutcomes, Shot
 
-__all__ = ["pictures", "prediction", "predictions"]
+__all__ = ["images", "prediction", "predictions"]
 
 Edits = Mapping[str, Visit]
 
@@ -29,8 +29,8 @@ def predictions(engine: Engine, shots: Iterable[Shot], located: SiteModule, edit
         yield from found
 
 
-def pictures(engine: Engine, shots: Iterable[Shot], located: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
-    """The pictures that runs of `shots` end in, the edit made at every step; pixels between 0 and 1."""
+def images(engine: Engine, shots: Iterable[Shot], located: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
+    """The images that runs of `shots` end in, the edit made at every step; pixels between 0 and 1."""
 
     def work(passes: Sequence[HarvestRun]) -> EditOutcomes:
         shots, edited = tuple(each.shot for each in passes), {}
@@ -39,13 +39,13 @@ def pictures(engine: Engine, shots: Iterable[Shot], located: SiteModule, edits: 
                 edited[name] = _draw(engine, shots)
         return EditOutcomes(shots, _draw(engine, shots), edited)
 
-    # Shots of one run that differ in their timestep end in one picture.
+    # Shots of one run that differ in their timestep end in one image.
     finished = dict.fromkeys(replace(shot, timestep=None) for shot in shots)
     for _, outcomes in runs(engine, finished, batch, work):
         yield outcomes
 
 
-def _draw(engine: Engine, shots: Sequence[Shot]) -> Float[Tensor, "picture channel row column"]:
+def _draw(engine: Engine, shots: Sequence[Shot]) -> Float[Tensor, "image channel row column"]:
     drawn = engine.run(shots, output_type="pt")
     assert isinstance(drawn, Tensor)
     return drawn
@@ -55,7 +55,7 @@ def _predict(engine: Engine, passes: Sequence[HarvestRun], located: SiteModule, 
     """The predictions at each kept timestep of one run, which stops after the last of them.
 
     When the denoiser has answered at a kept step it is asked again, with the very same arguments, under each edit: all answers
-    are to the same noisy pictures. The run itself goes on with the plain one.
+    are to the same noisy images. The run itself goes on with the plain one.
     """
     found: dict[float, EditOutcomes] = {}
     shots, timesteps, asking = [each.shot for each in passes], passes[0].timesteps, False

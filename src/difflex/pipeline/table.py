@@ -44,9 +44,7 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
     shapes = shapes_of(twin, [sites.locate(site) for site in asked], call, args, kwargs)
     rows = [_row(sites, site, shapes) for site in asked if site.kind == "residual" and site in shapes]
     if not rows:
-        raise BadInput(
-            f"Nothing called '{pattern}' gives tokens: one tensor of [batch, token, width] or a picture. Name another."
-        )
+        raise BadInput(f"Nothing called '{pattern}' gives tokens: one tensor of [batch, token, width] or an image. Name another.")
     return rows if engine.sites.blocks or found else [row for row in rows if not any(_is_inside(row, other) for other in rows)]
 
 

@@ -18,7 +18,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.findings import Findings
 from difflex.records import Site
-from difflex.report.soundness import changed, is_picture, is_sound, k_of, known_in_numbers, normalisation
+from difflex.report.soundness import changed, is_image, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import SteeringFacts, has_numbers, known
 from difflex.run import CommandRecord, diary, recipe_of
 from difflex.steering import RemovalResults, SteeringResults
@@ -113,7 +113,7 @@ class StudyFacts:
     stores: tuple[StoreFacts, ...]
     dictionaries: tuple[DictionaryFacts, ...]
     judged: tuple[MatchFacts, ...]
-    """Of the study itself and, where one was named, of its control; at each block only what was judged on the same pictures."""
+    """Of the study itself and, where one was named, of its control; at each block only what was judged on the same images."""
     anatomy: Anatomy | None
     books: tuple[DictionaryRef, ...]
     """The dictionaries that have a book of what they now are."""
@@ -295,7 +295,7 @@ class _FactsReader(NamedTuple):
             kind=measured.kind,
             judged=edited,
             known=there,
-            strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: is_picture(file))),
+            strips=tuple((strip, file) for strip, file in files if self.tried(lambda file=file: is_image(file))),
         )
 
     def removal(self, study: Study, path: Path) -> RemovalResults | None:
@@ -340,7 +340,7 @@ class _FactsReader(NamedTuple):
 
 
 def _comparable(judged: Iterable[MatchFacts], troubles: list[str]) -> list[MatchFacts]:
-    """Of each block what was judged on the same pictures in the same way as most there; the others are named."""
+    """Of each block what was judged on the same images in the same way as most there; the others are named."""
     kept: list[MatchFacts] = []
     by_path: dict[str, list[MatchFacts]] = {}
     for each in judged:
@@ -352,7 +352,7 @@ def _comparable(judged: Iterable[MatchFacts], troubles: list[str]) -> list[Match
         usual, _ = own.most_common(1)[0]
         kept += [each for each in there if _settings(each) == usual]
         troubles += [
-            f"{path}: {each.name} was held against other pictures, or in another way, than most there, and is left out of the "
+            f"{path}: {each.name} was held against other images, or in another way, than most there, and is left out of the "
             "figures. difflex concepts over all of them makes them alike."
             for each in there
             if _settings(each) != usual

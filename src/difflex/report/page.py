@@ -16,7 +16,7 @@ from difflex.report.figures.concepts import concepts
 from difflex.report.figures.explanations import explanations
 from difflex.report.figures.findings import findings
 from difflex.report.figures.firing import firing
-from difflex.report.figures.pictures import pictures
+from difflex.report.figures.images import images
 from difflex.report.figures.quality import quality
 from difflex.report.figures.removal import removal
 from difflex.report.figures.steering import steering
@@ -38,7 +38,7 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     steering,
     removal,
     findings,
-    pictures,
+    images,
     dictionaries,
 )
 """In their order on the page; one more is a function from facts to a Section."""

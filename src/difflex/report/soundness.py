@@ -13,7 +13,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.study import Study
 
-__all__ = ["changed", "is_picture", "is_sound", "k_of", "known_in_numbers", "normalisation"]
+__all__ = ["changed", "is_image", "is_sound", "k_of", "known_in_numbers", "normalisation"]
 
 WORDS = ("difflex", "dictionary", "checksum", "data")
 """What of an evaluation is no number."""
@@ -47,8 +47,8 @@ def known_in_numbers(matches: ConceptMatches) -> bool:
     return bool(matches.levels) and all(isinstance(each, int | float) for each in (*shown, *shares, *matches.features.ap))
 
 
-def is_picture(path: Path) -> bool:
-    """True; what is no picture is an error."""
+def is_image(path: Path) -> bool:
+    """True; what is no image is an error."""
     with Image.open(path) as file:
         file.load()
     return True

@@ -50,7 +50,7 @@ class SteeringFacts:
     known: Mapping[str, GroupCoverage]
     """By group of concepts."""
     strips: tuple[tuple[ImageStrip, Path], ...]
-    """To be looked at, each with its picture."""
+    """To be looked at, each with its image."""
 
     @property
     def is_told(self) -> bool:

@@ -72,7 +72,7 @@ COLUMNS = (
     TableColumn("v / zero", "the same as a share of that with zero there", lambda e: e.effect and e.effect.prediction.of_zero),
     TableColumn(
         "PSNR",
-        "of finished pictures drawn with y in the place of x at every step, against the model's own; decibels",
+        "of finished images drawn with y in the place of x at every step, against the model's own; decibels",
         lambda e: e.effect and e.effect.psnr and e.effect.psnr.reconstruction,
     ),
     TableColumn("SSIM", "the same by structural similarity", lambda e: _alike(e, SSIM)),
@@ -85,7 +85,7 @@ SEEN = {
 
 
 def columns(evaluations: Iterable[Evaluation]) -> tuple[TableColumn, ...]:
-    """The columns of a table of these: all figures, and each measure of finished pictures that one of them has."""
+    """The columns of a table of these: all figures, and each measure of finished images that one of them has."""
     effects = (each.effect for each in evaluations)
     names = {name for effect in effects if effect is not None for name in effect.similarity} - {SSIM}
     return (*COLUMNS, *map(_measure, sorted(names)))

@@ -1,4 +1,4 @@
-"""Edits of activations while a picture is made: by the features of a dictionary, or along a direction found by contrast."""
+"""Edits of activations while an image is made: by the features of a dictionary, or along a direction found by contrast."""
 
 from difflex.steering.contrast import Contrast, FeatureContribution, Inside, Method, contrast, contrasts, everywhere, made_of
 from difflex.steering.editing import EditFeatures, SteeringHook, at_random, check_maker, features_of, steered_along, steerings

@@ -26,11 +26,11 @@ __all__ = ["Contrast", "FeatureContribution", "Inside", "Method", "contrast", "c
 FORMAT = 1
 Method = Literal["mean", "principal"]
 Inside = Callable[[Shot], Rectangle | None]
-"""Which part of the picture of a shot counts; None for all of it."""
+"""Which part of the image of a shot counts; None for all of it."""
 
 
 def everywhere(shot: Shot) -> None:
-    """No part of the picture of a shot counts more than another."""
+    """No part of the image of a shot counts more than another."""
 
 
 class FeatureContribution(NamedTuple):
@@ -101,7 +101,7 @@ def contrast(
     """The direction from `unwanted` to `wanted`, by their activations at one site: pair by pair, in the same order and at the
     same seeds and timesteps (those of `steps` alone, if given).
 
-    Each activation is the mean over a shot's tokens, those `inside` a part of its picture; a pair's difference is the mean over
+    Each activation is the mean over a shot's tokens, those `inside` a part of its image; a pair's difference is the mean over
     its timesteps. `mean`: the mean of the differences. `principal`: their first principal component about zero, on the side of
     that mean and as long.
     """

@@ -194,7 +194,7 @@ class _PreparedEdit:
         if region is None or region == "fires":
             return slice(None)
         if moment.grid is None:
-            raise BadInput(f"{self.edit.site} has no place in the picture: a region cannot be edited there. Leave it out.")
+            raise BadInput(f"{self.edit.site} has no place in the image: a region cannot be edited there. Leave it out.")
         return covered(region, moment.grid).to(x.device)
 
     def _wanted(self, codes: Float[Tensor, "token feature"], tokens: Tensor, moment: HookContext) -> Tensor:

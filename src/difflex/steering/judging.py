@@ -1,4 +1,4 @@
-"""Does an edit do what it says? The concept is to appear where it was put, nothing else is to change, and no picture to break."""
+"""Does an edit do what it says? The concept is to appear where it was put, nothing else is to change, and no image to break."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ __all__ = [
 
 FORMAT = 2
 BROKEN = 1.5
-"""From this many times the loss of unedited pictures on, pictures are called broken."""
-Pictures = Float[Tensor, "picture channel row column"]
+"""From this many times the loss of unedited images on, images are called broken."""
+Images = Float[Tensor, "image channel row column"]
 
 
 class SteeringTrial(NamedTuple):
-    """A picture in which a concept is to appear."""
+    """An image in which a concept is to appear."""
 
     prompt: str
     seed: int
     region: Rectangle | None
-    """Where the concept is put; None for the whole picture."""
+    """Where the concept is put; None for the whole image."""
 
 
 class JudgeVerdict(NamedTuple):
-    """What is seen in an edited picture."""
+    """What is seen in an edited image."""
 
     shows: bool
     """The concept, in the trial's region."""
     right: Mapping[str, bool]
     """What else the prompt states, and whether it is so."""
     confidence: float
-    """Of the judge, about the whole picture."""
+    """Of the judge, about the whole image."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SteeringTask:
-    """A concept, and the pictures in which it is to appear; their prompts name another one of its group."""
+    """A concept, and the images in which it is to appear; their prompts name another one of its group."""
 
     concept: str
     group: str
@@ -73,13 +73,13 @@ class StrengthPoint:
 
     strength: float
     success: float
-    """The share of pictures that show the concept where it was put."""
+    """The share of images that show the concept where it was put."""
     specificity: float
-    """Of all else that was right in the unedited pictures, the share that still is."""
+    """Of all else that was right in the unedited images, the share that still is."""
     quality: float
-    """The unedited model's loss on the finished pictures over that on unedited ones: 1 is as good, more is worse."""
+    """The unedited model's loss on the finished images over that on unedited ones: 1 is as good, more is worse."""
     confidence: float
-    """Of the judge, over that about unedited pictures."""
+    """Of the judge, over that about unedited images."""
 
 
 @final
@@ -94,12 +94,12 @@ class StrengthCurve:
     group: str
     trials: int
     without: float
-    """The share of unedited pictures that show the concept."""
+    """The share of unedited images that show the concept."""
     points: tuple[StrengthPoint, ...]
 
     @property
     def breaks(self) -> float | None:
-        """The first strength at which pictures are broken; None if none of them does it."""
+        """The first strength at which images are broken; None if none of them does it."""
         return next((point.strength for point in self.points if point.quality >= BROKEN), None)
 
     def best(self, kept: float = 0.9) -> StrengthPoint | None:
@@ -116,16 +116,16 @@ class StrengthCurve:
 @final
 @dataclass(frozen=True, kw_only=True)
 class ImageStrip:
-    """A picture under a method at rising strengths, to be looked at: the first of a task, whatever came of it."""
+    """An image under a method at rising strengths, to be looked at: the first of a task, whatever came of it."""
 
     method: str
     concept: str
     group: str
     prompt: str
-    """Of the unedited picture."""
+    """Of the unedited image."""
     strengths: tuple[float, ...]
     file: str
-    """Beside the record, in the folder of its name: the unedited picture, then one for each strength, side by side."""
+    """Beside the record, in the folder of its name: the unedited image, then one for each strength, side by side."""
 
 
 @final
@@ -163,11 +163,11 @@ class SteeringResults:
 class JudgedGenerator(NamedTuple):
     """What a task needs of the model and of a judge."""
 
-    pictures: Callable[[Sequence[SteeringTrial], SteeringHook | None], Pictures]
-    """The pictures of trials under an edit, or without one."""
-    verdicts: Callable[[SteeringTask, Sequence[SteeringTrial], Pictures], Sequence[JudgeVerdict]]
-    losses: Callable[[Pictures], Float[Tensor, " picture"]]
-    """The unedited model's loss on finished pictures, noised again."""
+    images: Callable[[Sequence[SteeringTrial], SteeringHook | None], Images]
+    """The images of trials under an edit, or without one."""
+    verdicts: Callable[[SteeringTask, Sequence[SteeringTrial], Images], Sequence[JudgeVerdict]]
+    losses: Callable[[Images], Float[Tensor, " image"]]
+    """The unedited model's loss on finished images, noised again."""
 
 
 Method = Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]
@@ -179,8 +179,8 @@ def judge(
 ) -> Iterator[StrengthCurve]:
     """A curve for each of `methods`: by name what it adds, how, and at which strengths."""
     if not task.trials:
-        raise BadInput(f"There is no picture in which '{task.concept}' could appear. Give at least one trial.")
-    plain = drawn.pictures(task.trials, None)
+        raise BadInput(f"There is no image in which '{task.concept}' could appear. Give at least one trial.")
+    plain = drawn.images(task.trials, None)
     before, losses = drawn.verdicts(task, task.trials, plain), drawn.losses(plain)
     for name, (told, method, strengths) in methods.items():
         yield StrengthCurve(
@@ -199,11 +199,11 @@ def _point(
     method: Method,
     strength: float,
     before: Sequence[JudgeVerdict],
-    losses: Float[Tensor, " picture"],
+    losses: Float[Tensor, " image"],
     drawn: JudgedGenerator,
 ) -> StrengthPoint:
     trials, changes = zip(*(method(trial, strength) for trial in task.trials), strict=True)
-    edited = drawn.pictures(trials, side_by_side(trials, changes))
+    edited = drawn.images(trials, side_by_side(trials, changes))
     # Judged by what was asked before: a prompt that was itself the edit states the concept, not what it took the place of.
     after = drawn.verdicts(task, task.trials, edited)
     kept = [new.right[what] for old, new in zip(before, after, strict=True) for what, right in old.right.items() if right]
@@ -217,13 +217,13 @@ def _point(
 
 
 def side_by_side(trials: Sequence[SteeringTrial], changes: Sequence[SteeringHook | None]) -> SteeringHook | None:
-    """One edit for a batch in which each picture has its own, all at one site."""
+    """One edit for a batch in which each image has its own, all at one site."""
     given = {(trial.prompt, trial.seed): each for trial, each in zip(trials, changes, strict=True) if each is not None}
     sites = {each.site for each in given.values()}
     if not sites:
         return None
     if len(sites) > 1:
-        raise BadInput(f"Pictures of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
+        raise BadInput(f"Images of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
 
     def change(x: Float[Tensor, "batch token width"], moment: HookContext) -> Float[Tensor, "batch token width"] | None:
         assert moment.shots is not None

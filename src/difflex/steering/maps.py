@@ -27,7 +27,7 @@ class TransplantMaps:
         self._grid: tuple[int, int] | None = None
 
     def __call__(self, x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
-        """Keeps the maps of this step of the first picture, as the conditional half has them."""
+        """Keeps the maps of this step of the first image, as the conditional half has them."""
         if moment.half != "unconditional":
             self._by_step[moment.step], self._grid = self._codes(x[0].float()), moment.grid
 

@@ -47,18 +47,18 @@ Setting = tuple[int, float]
 
 
 class RemovalRates(NamedTuple):
-    """What an edit took from pictures, and what it left; each concept that prompts name counts alike."""
+    """What an edit took from images, and what it left; each concept that prompts name counts alike."""
 
     ua: float
-    """Unlearning accuracy: of the pictures that showed the concept their prompts name, the share that no longer does; 0 where
+    """Unlearning accuracy: of the images that showed the concept their prompts name, the share that no longer does; 0 where
     none did."""
     ira: float
-    """In-domain retention: of the pictures that showed another concept of the group, which their prompts name, the share that
+    """In-domain retention: of the images that showed another concept of the group, which their prompts name, the share that
     still does."""
     cra: float
-    """Cross-domain retention: of all else that prompts state and pictures had right, the share that still is."""
+    """Cross-domain retention: of all else that prompts state and images had right, the share that still is."""
     own: float
-    """The same in the pictures alone whose prompts name the concept that is removed: what the edit costs where it is at work."""
+    """The same in the images alone whose prompts name the concept that is removed: what the edit costs where it is at work."""
 
     def reach(self, bar: float = BAR) -> bool:
         """Whether removal and both retentions do."""
@@ -93,10 +93,10 @@ class RemovedConcept:
     """What their codes were multiplied by: 0 takes them away, less writes the opposite."""
     tried: tuple[RemovalTrial, ...]
     """Settings on the prompts they were chosen by, in the order they were tried; none where there was nothing to choose."""
-    pictures: int
+    images: int
     """How many of those prompts name it."""
     shown: float
-    """The share of their unedited pictures that show it."""
+    """The share of their unedited images that show it."""
     rates: RemovalRates
 
     @property
@@ -141,7 +141,7 @@ def _removed(said: dict) -> RemovedConcept:
 
 def rates(concept: str, named: Sequence[str], before: Sequence[JudgeVerdict], after: Sequence[JudgeVerdict]) -> RemovalRates:
     """What an edit that is to remove `concept` did: `named` are the concepts of the group that the prompts name, one for each
-    picture, and verdicts tell whether a picture shows that."""
+    image, and verdicts tell whether an image shows that."""
     still, kept = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
     for name, old, new in zip(named, before, after, strict=True):
         still[name] += [new.shows] if old.shows else []
@@ -172,7 +172,7 @@ def best_of(tried: Sequence[RemovalTrial]) -> RemovalTrial:
 
 @final
 class GenerationCodes:
-    """How the features of a dictionary fire while pictures are drawn without an edit, step by step and picture by picture."""
+    """How the features of a dictionary fire while images are drawn without an edit, step by step and image by image."""
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.dictionary = dictionary
@@ -180,35 +180,35 @@ class GenerationCodes:
         self._peaks: dict[float, list[Tensor]] = {}
 
     def add(self, seen: Activations) -> None:
-        """Nothing; further pictures at one step are taken in. Pictures come in the same order at every step."""
+        """Nothing; further images at one step are taken in. Images come in the same order at every step."""
         if seen.site != self.dictionary.site:
             raise BadInput(f"{self.dictionary.name} reads {self.dictionary.site}; these are activations of {seen.site}.")
-        pictures, tokens, _ = seen.values.shape
+        images, tokens, _ = seen.values.shape
         values, indices = (part.cpu() for part in self.dictionary.encode(seen.values.flatten(0, 1).float()))
-        values, row = values.clamp(min=0).flatten(), torch.arange(pictures).repeat_interleave(tokens * indices.shape[1])
-        flat, whole = row * self.dictionary.size + indices.flatten(), torch.zeros(pictures * self.dictionary.size)
+        values, row = values.clamp(min=0).flatten(), torch.arange(images).repeat_interleave(tokens * indices.shape[1])
+        flat, whole = row * self.dictionary.size + indices.flatten(), torch.zeros(images * self.dictionary.size)
         timestep = seen.shots[0].timestep or 0.0
         means, peaks = whole.index_add(0, flat, values) / tokens, whole.scatter_reduce(0, flat, values, "amax")
-        self._means.setdefault(timestep, []).append(means.view(pictures, -1))
-        self._peaks.setdefault(timestep, []).append(peaks.view(pictures, -1))
+        self._means.setdefault(timestep, []).append(means.view(images, -1))
+        self._peaks.setdefault(timestep, []).append(peaks.view(images, -1))
 
-    def means(self) -> Float[Tensor, "step picture feature"]:
-        """The mean code of each feature over the tokens of each picture; steps in the order they are run."""
+    def means(self) -> Float[Tensor, "step image feature"]:
+        """The mean code of each feature over the tokens of each image; steps in the order they are run."""
         return _by_step(self._means)
 
-    def peaks(self) -> Float[Tensor, "step picture feature"]:
-        """The largest code of each feature in each picture."""
+    def peaks(self) -> Float[Tensor, "step image feature"]:
+        """The largest code of each feature in each image."""
         return _by_step(self._peaks)
 
 
 def _by_step(found: Mapping[float, Sequence[Tensor]]) -> Tensor:
     if not found:
-        raise BadInput("No picture was drawn to choose features by. Ask for 1 or more.")
+        raise BadInput("No image was drawn to choose features by. Ask for 1 or more.")
     return torch.stack([torch.cat(list(found[timestep])) for timestep in sorted(found, reverse=True)])
 
 
-def importance(with_it: Float[Tensor, "picture feature"], without: Float[Tensor, "other feature"]) -> Float[Tensor, " feature"]:
-    """How much more of all code each feature has on pictures with a concept than on pictures with others of its group.
+def importance(with_it: Float[Tensor, "image feature"], without: Float[Tensor, "other feature"]) -> Float[Tensor, " feature"]:
+    """How much more of all code each feature has on images with a concept than on images with others of its group.
 
     Given mean codes at one step: the feature's share in the sum over features with the concept, less that share without it.
     """
@@ -225,15 +225,15 @@ class FeatureCut:
     features: tuple[tuple[int, ...], ...]
     """Of each step, the most telling first."""
     floors: tuple[tuple[float, ...], ...]
-    """Codes above these are touched: the mean codes over all pictures that features were chosen by."""
+    """Codes above these are touched: the mean codes over all images that features were chosen by."""
 
     def of(self, number: int) -> FeatureCut:
         """The same with no more than `number` features at a step."""
         features, floors = (tuple(step[:number] for step in self.features), tuple(step[:number] for step in self.floors))
         return replace(self, features=features, floors=floors)
 
-    def touches(self, firings: GenerationCodes) -> Bool[Tensor, " picture"]:
-        """Which of the pictures it changes at all: those in which one of its features fires above its floor."""
+    def touches(self, firings: GenerationCodes) -> Bool[Tensor, " image"]:
+        """Which of the images it changes at all: those in which one of its features fires above its floor."""
         peaks = firings.peaks()
         found = torch.zeros(peaks.shape[1], dtype=torch.bool)
         for step, features, floors in zip(peaks, self.features, self.floors, strict=True):
@@ -263,7 +263,7 @@ def _above(features: EditFeatures, floors: Float[Tensor, " feature"]) -> EditFea
 def choose(firings: GenerationCodes, named: Sequence[str], concept: str, number: int, steps: range | None = None) -> FeatureCut:
     """The `number` features of each step (of `steps` alone, if given) with the highest importance for `concept`.
 
-    `named` are the concepts that the prompts of the pictures name. Features that are no more important with the concept than
+    `named` are the concepts that the prompts of the images name. Features that are no more important with the concept than
     without it are left out.
     """
     is_it = torch.tensor([name == concept for name in named])
@@ -271,7 +271,7 @@ def choose(firings: GenerationCodes, named: Sequence[str], concept: str, number:
     if len(is_it) != means.shape[1] or not bool(is_it.any()) or bool(is_it.all()):
         raise BadInput(
             f"The features of '{concept}' are found by prompts that name it beside prompts that name others of its group; there "
-            f"are {int(is_it.sum())} among {len(is_it)}, and {means.shape[1]} pictures. Give some of both, and all pictures."
+            f"are {int(is_it.sum())} among {len(is_it)}, and {means.shape[1]} images. Give some of both, and all images."
         )
     features, floors = [], []
     for step, codes in enumerate(means):
@@ -285,22 +285,22 @@ def choose(firings: GenerationCodes, named: Sequence[str], concept: str, number:
 @final
 @dataclass(frozen=True, kw_only=True)
 class RemovalImages:
-    """Pictures whose prompts name a concept of one group each, as they are without an edit, and a way to draw them with one."""
+    """Images whose prompts name a concept of one group each, as they are without an edit, and a way to draw them with one."""
 
     named: tuple[str, ...]
-    """The concepts, picture by picture."""
+    """The concepts, image by image."""
     before: tuple[JudgeVerdict, ...]
     firings: tuple[GenerationCodes, ...]
-    """Of each dictionary, on all pictures."""
+    """Of each dictionary, on all images."""
     edited: Callable[[Sequence[int], Sequence[SteeringHook]], Sequence[JudgeVerdict]]
-    """What is seen of the pictures of these numbers, drawn under edits."""
+    """What is seen of the images of these numbers, drawn under edits."""
 
     def chosen(self, concept: str, number: int, steps: range | None = None) -> list[FeatureCut]:
         """What is to go for `concept` at the site of each dictionary."""
         return [choose(firings, self.named, concept, number, steps) for firings in self.firings]
 
     def rates(self, concept: str, cuts: Sequence[FeatureCut], strength: float) -> RemovalRates:
-        """What comes of taking away `cuts`. A picture in which none of their features fires is not drawn anew: it is the same."""
+        """What comes of taking away `cuts`. An image in which none of their features fires is not drawn anew: it is the same."""
         about = self._about(concept)
         touched = torch.stack([cut.touches(firings) for cut, firings in zip(cuts, self.firings, strict=True)]).any(0)
         anew, after = [number for number in about if touched[number]], list(self.before)
@@ -313,7 +313,7 @@ class RemovalImages:
 
     def tried(self, concept: str, cuts: Sequence[FeatureCut], settings: Iterable[Setting]) -> Iterator[RemovalTrial]:
         """What comes of numbers of features and strengths, from the mildest on, up to the first that is more than good enough,
-        and one step further: what is just enough for these few pictures may be too little for others.
+        and one step further: what is just enough for these few images may be too little for others.
 
         What is in both no milder than a setting that retains too little is not tried.
         """
@@ -333,7 +333,7 @@ class RemovalImages:
                 lost.append(setting)
 
     def _about(self, concept: str) -> list[int]:
-        """The pictures that removing `concept` is judged by: all that name it, and of every other concept a part."""
+        """The images that removing `concept` is judged by: all that name it, and of every other concept a part."""
         of = {name: [number for number, each in enumerate(self.named) if each == name] for name in dict.fromkeys(self.named)}
         if concept not in of:
             raise BadInput(f"No prompt names '{concept}'. Named are: {', '.join(of)}.")
@@ -341,12 +341,12 @@ class RemovalImages:
 
 
 def about(concepts: int, each: int) -> int:
-    """By how many pictures the removal of one of so many concepts is judged, if prompts name each of them so often."""
+    """By how many images the removal of one of so many concepts is judged, if prompts name each of them so often."""
     return each + (concepts - 1) * _part(each)
 
 
-def _part(pictures: int) -> int:
-    return -(-pictures // PART)
+def _part(images: int) -> int:
+    return -(-images // PART)
 
 
 def _no_milder(one: Setting, other: Setting) -> bool:

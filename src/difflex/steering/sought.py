@@ -1,4 +1,4 @@
-"""Concepts as somebody tells them who studies a model whose world nobody drew, and eyes for such pictures."""
+"""Concepts as somebody tells them who studies a model whose world nobody drew, and eyes for such images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["ConceptSpec", "ImageAnswer", "ImageQuestion", "SimilarityJudge", "by
 
 BLANK = "{}"
 """Where in a prompt a concept goes."""
-Pictures = Float[Tensor, "picture channel row column"]
-Unedited = Callable[[Sequence[SteeringTrial]], Pictures]
-"""The pictures of trials without an edit."""
+Images = Float[Tensor, "image channel row column"]
+Unedited = Callable[[Sequence[SteeringTrial]], Images]
+"""The images of trials without an edit."""
 
 
 @final
@@ -33,11 +33,11 @@ class ConceptSpec:
     group: str
     """What it is one of: `animal`."""
     instead: tuple[str, ...]
-    """Others of its group, which the pictures would show without the edit."""
+    """Others of its group, which the images would show without the edit."""
     prompts: tuple[str, ...]
     """In each a {} where the concept, or another one, goes."""
     region: Rectangle | None = None
-    """Where the concept is put; None for the whole picture."""
+    """Where the concept is put; None for the whole image."""
     feature: int | None = None
     """Which feature of the dictionary is to bring it about; None for the one that detects it best."""
 
@@ -49,7 +49,7 @@ class ConceptSpec:
             )
 
     def task(self, trials: int) -> SteeringTask:
-        """The pictures in which it is to appear: every prompt with every other concept, then again with other seeds."""
+        """The images in which it is to appear: every prompt with every other concept, then again with other seeds."""
         told = tuple(SteeringTrial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
         return SteeringTask(concept=self.concept, group=self.group, trials=told)
 
@@ -63,7 +63,7 @@ class ConceptSpec:
         return trial._replace(prompt=self._prompt(trial.seed, self.concept))
 
     def rest(self, trial: SteeringTrial) -> str:
-        """What else the picture of a trial is of."""
+        """What else the image of a trial is of."""
         return self._prompt(trial.seed, "something")
 
     def _prompt(self, number: int, word: str) -> str:
@@ -75,27 +75,27 @@ class ConceptSpec:
 
 @final
 class SimilarityJudge:
-    """Eyes by what a model makes of pictures and of words in one space, as CLIP does."""
+    """Eyes by what a model makes of images and of words in one space, as CLIP does."""
 
     def __init__(
         self,
-        of_pictures: Callable[[Pictures], Float[Tensor, "picture width"]],
+        of_images: Callable[[Images], Float[Tensor, "image width"]],
         of_words: Callable[[Sequence[str]], Float[Tensor, "text width"]],
         sharpness: float,
         sought: Mapping[str, ConceptSpec],
         unedited: Unedited,
     ) -> None:
         """Directions of length 1; what their cosines are multiplied by to be shares; and what is sought, by concept."""
-        self._of_pictures, self._of_words, self._sharpness = of_pictures, of_words, sharpness
+        self._of_images, self._of_words, self._sharpness = of_images, of_words, sharpness
         self._sought, self._unedited = sought, unedited
 
-    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Pictures) -> list[JudgeVerdict]:
+    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         """What is seen: the concept, where it is likelier there than the others of its group; the rest, where what is outside
-        is likest to the same of its own unedited picture, and not to that of another trial."""
+        is likest to the same of its own unedited image, and not to that of another trial."""
         words = self._of_words([task.concept, *self._sought[task.concept].instead])
-        inside = self._of_pictures(_inside(pictures, trials[0].region))
+        inside = self._of_images(_inside(images, trials[0].region))
         shares = torch.softmax(self._sharpness * inside @ words.T, dim=1)
-        after, before = (self._of_pictures(_outside(each, trials[0].region)) for each in (pictures, self._unedited(trials)))
+        after, before = (self._of_images(_outside(each, trials[0].region)) for each in (images, self._unedited(trials)))
         likeness = after @ before.T
         own = likeness.diagonal() >= likeness.amax(1) - 1e-6
         return [
@@ -105,9 +105,9 @@ class SimilarityJudge:
 
 
 class ImageQuestion(NamedTuple):
-    """What is asked of a picture."""
+    """What is asked of an image."""
 
-    picture: Float[Tensor, "channel row column"]
+    image: Float[Tensor, "channel row column"]
     part: Float[Tensor, "channel part_row part_column"] | None
     """Where the concept is put; None where that is all of it."""
     concept: str
@@ -125,42 +125,42 @@ class ImageAnswer(NamedTuple):
 
 def by_answers(
     ask: Callable[[Sequence[ImageQuestion]], Sequence[ImageAnswer]], sought: Mapping[str, ConceptSpec]
-) -> Callable[[SteeringTask, Sequence[SteeringTrial], Pictures], list[JudgeVerdict]]:
-    """The verdicts of somebody who is asked about each picture."""
+) -> Callable[[SteeringTask, Sequence[SteeringTrial], Images], list[JudgeVerdict]]:
+    """The verdicts of somebody who is asked about each image."""
 
-    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pictures: Pictures) -> list[JudgeVerdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         rest = sought[task.concept].rest
         asked = [
-            ImageQuestion(picture, _inside(picture, trial.region) if trial.region else None, task.concept, rest(trial))
-            for picture, trial in zip(pictures, trials, strict=True)
+            ImageQuestion(image, _inside(image, trial.region) if trial.region else None, task.concept, rest(trial))
+            for image, trial in zip(images, trials, strict=True)
         ]
         return [JudgeVerdict(each.shows, {"the rest": each.rest}, 1.0) for each in ask(asked)]
 
     return verdicts
 
 
-def _bounds(region: Rectangle, pictures: Float[Tensor, "*some row column"]) -> tuple[slice, slice]:
+def _bounds(region: Rectangle, images: Float[Tensor, "*some row column"]) -> tuple[slice, slice]:
     """Rows and columns, one of each at least."""
 
     def along(start: float, end: float, count: int) -> slice:
         first = min(round(start * count), count - 1)
         return slice(first, max(round(end * count), first + 1))
 
-    return along(region.top, region.bottom, pictures.shape[-2]), along(region.left, region.right, pictures.shape[-1])
+    return along(region.top, region.bottom, images.shape[-2]), along(region.left, region.right, images.shape[-1])
 
 
-def _inside(pictures: Float[Tensor, "*some row column"], region: Rectangle | None) -> Float[Tensor, "*some part_row part_column"]:
+def _inside(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> Float[Tensor, "*some part_row part_column"]:
     if region is None:
-        return pictures
-    rows, columns = _bounds(region, pictures)
-    return pictures[..., rows, columns]
+        return images
+    rows, columns = _bounds(region, images)
+    return images[..., rows, columns]
 
 
-def _outside(pictures: Pictures, region: Rectangle | None) -> Pictures:
-    """The pictures, grey where the concept is put; all of them, where that is everywhere."""
+def _outside(images: Images, region: Rectangle | None) -> Images:
+    """The images, grey where the concept is put; all of them, where that is everywhere."""
     if region is None:
-        return pictures
-    rows, columns = _bounds(region, pictures)
-    greyed = pictures.clone()
+        return images
+    rows, columns = _bounds(region, images)
+    greyed = images.clone()
     greyed[..., rows, columns] = 0.5
     return greyed

@@ -129,7 +129,7 @@ class StudyEditor:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRecord:
-    """Edits as they were made, and the picture they were made for: enough to make it again."""
+    """Edits as they were made, and the image they were made for: enough to make it again."""
 
     shot: Shot
     edits: tuple[Edit, ...]

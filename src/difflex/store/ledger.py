@@ -175,6 +175,6 @@ class SiteRecorder:
 
 
 def _said(shot: Shot) -> str:
-    what = f"the picture {shot.picture!r}" if shot.picture is not None else repr(shot.prompt)
+    what = f"the image {shot.image!r}" if shot.image is not None else repr(shot.prompt)
     size = f"{shot.pixels[0]} x {shot.pixels[1]} pixels"
     return f"{what} (seed {shot.seed}, timestep {shot.timestep}, {size}, {shot.steps} steps, guidance {shot.guidance:g})"

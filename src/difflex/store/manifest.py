@@ -194,10 +194,10 @@ def _shots(path: Path, said: dict[str, object]) -> tuple[Shot, ...]:
 
 
 def check_split(shot: Shot) -> None:
-    """Nothing; a shot whose split is not that of its prompt is an error. That of a picture is fixed by its content."""
+    """Nothing; a shot whose split is not that of its prompt is an error. That of an image is fixed by its content."""
     if shot.split not in ("train", "held-out"):
         raise UnknownName.among("The split", str(shot.split), ("train", "held-out"))
-    if shot.picture is None and shot.split != split_of(shot.prompt):
+    if shot.image is None and shot.split != split_of(shot.prompt):
         raise BadInput(
             f"The shot of {shot.prompt!r} says that it is '{shot.split}', the hash of its prompt says '{split_of(shot.prompt)}'. "
             "Make shots with Pipeline.shots, or set split=split_of(prompt)."

@@ -166,7 +166,7 @@ class ShardWriter:
         if not finite:
             shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
             raise NonFinite(
-                f"The activations of {shot.picture or shot.prompt!r} (seed {shot.seed}) at the site '{self._form.site}' are not "
+                f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{self._form.site}' are not "
                 "finite as they are stored. fp16 ends at 65504: store bf16 instead."
             )
 

@@ -1,4 +1,4 @@
-"""Public fakes: tiny random pipelines of every family, a tiny CLIP, a book of plain pictures, a model that sees by rule."""
+"""Public fakes: tiny random pipelines of every family, a tiny CLIP, a book of plain images, a model that sees by rule."""
 
 from difflex.testing.books import plain_book, plain_colour
 from difflex.testing.pipelines import TINY, tiny_clip, tiny_folder, tiny_pipeline

@@ -1,4 +1,4 @@
-"""A book of plain pictures, for what reads books: every feature marks one token of pictures that are of one colour, its own."""
+"""A book of plain images, for what reads books: every feature marks one token of images that are of one colour, its own."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def plain_colour(number: int) -> tuple[int, int, int]:
 
 
 def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, shared: int = 0) -> Path:
-    """The file of a book of so many features, `folder/book.sqlite`; its pictures are in `folder/pictures`.
+    """The file of a book of so many features, `folder/book.sqlite`; its images are in `folder/images`.
 
     Each feature has `tops` top examples of each split and `sampled` random held-out ones, every one a shot of its own prompt, in
     which it also fires faintly at a second token; in the first `shared` of these the next feature marks another token. The
     nearest decoder is that of the feature after the next.
     """
-    album = ImageAlbum(folder / "pictures")
+    album = ImageAlbum(folder / "images")
     filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
     rows = [*_rows(tops, sampled)]
     path, examples = folder / "book.sqlite", [*_examples(features, rows, shared)]
     with BookWriter.of(path, _about(features)) as draft:
-        draft.pictures(ImageFile(number, *each) for number, each in enumerate(filed))
+        draft.images(ImageFile(number, *each) for number, each in enumerate(filed))
         draft.shots(
             (number, number // len(rows), _shot(number, rows[number % len(rows)].split)) for number in range(features * len(rows))
         )
@@ -85,7 +85,7 @@ def _example(feature: int, row: _ExampleTemplate, shot: int, token: int) -> Exam
 
 
 def _shot(number: int, split: Split) -> Shot:
-    return Shot(model="plain", prompt=f"picture {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
+    return Shot(model="plain", prompt=f"image {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
 
 
 def _figures(feature: int, shots: int) -> FeatureStats:
@@ -100,9 +100,9 @@ def _about(features: int) -> BookInfo:
         k=1,
         checksum="plain",
         model="plain",
-        data="plain pictures",
+        data="plain images",
         grid=GRID,
         tokens=1,
         shots={"train": 1, "held-out": 1},
-        pictures=features,
+        images=features,
     )

@@ -54,7 +54,7 @@ def tiny_folder(family: str, folder: Path, seed: int = 0, card: Mapping[str, obj
 
 
 def tiny_clip(folder: Path, seed: int = 0, side: int = 32) -> Path:
-    """`folder`, now with a random CLIP that looks at pictures of `side` pixels and reads letters."""
+    """`folder`, now with a random CLIP that looks at images of `side` pixels and reads letters."""
     vision = {"image_size": side, "patch_size": side // 4, "num_attention_heads": 2, "num_hidden_layers": 2}
     with torch.random.fork_rng(), without_bars():
         torch.manual_seed(seed)

@@ -30,29 +30,29 @@ answer for long; one that comes by single blanks; one that breaks off."""
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\x1b]0;title\x07\u202e{}\x1b[2J\u200b</b>"
 """What stands around words of a hostile answer."""
 MALFORMED = (
-    "I see a nice picture.",
+    "I see a nice image.",
     '{"score": "very",',
-    '{"score": 7, "common_pattern": "", "picture": 0}',
-    '{"score": null, "pattern_descriptions": "one", "picture": "the third"}',
+    '{"score": 7, "common_pattern": "", "image": 0}',
+    '{"score": null, "pattern_descriptions": "one", "image": "the third"}',
     "[]",
     "",
 )
 
 Rule = Callable[[Sequence[Image.Image], str, str], dict[str, Any]]
-"""From pictures, all that was told about them, and the name of the form of the answer to that answer."""
+"""From images, all that was told about them, and the name of the form of the answer to that answer."""
 
 
 class ServedCall(NamedTuple):
     """A call that was answered, or not."""
 
     question: str
-    """The hash of what was asked, the same however often: model, pictures, instruction and form of the answer."""
+    """The hash of what was asked, the same however often: model, images, instruction and form of the answer."""
     mood: str
 
 
-def by_colour(pictures: Sequence[Image.Image], told: str, form: str) -> dict[str, Any]:
-    """An answer about the commonest colour of each picture, written as in #0f8000."""
-    colours = [_colour(picture) for picture in pictures]
+def by_colour(images: Sequence[Image.Image], told: str, form: str) -> dict[str, Any]:
+    """An answer about the commonest colour of each image, written as in #0f8000."""
+    colours = [_colour(image) for image in images]
     common = Counter(colours).most_common(1)[0][0]
     if form == "explained":
         return {"pattern_descriptions": [f"an area in {colour}" for colour in colours], "common_pattern": f"areas in {common}"}
@@ -60,11 +60,11 @@ def by_colour(pictures: Sequence[Image.Image], told: str, form: str) -> dict[str
         return {"score": float(colours[0] in told)}
     if form == "seen":
         return {"shows": colours[-1] in told, "rest": True}
-    return {"picture": 1 + next((i for i, colour in enumerate(colours) if colour != common), 0)}
+    return {"image": 1 + next((i for i, colour in enumerate(colours) if colour != common), 0)}
 
 
-def _colour(picture: Image.Image) -> str:
-    counts = picture.convert("RGB").getcolors(picture.width * picture.height)
+def _colour(image: Image.Image) -> str:
+    counts = image.convert("RGB").getcolors(image.width * image.height)
     red, green, blue = max(counts or [(0, (0, 0, 0))])[1]  # pyright: ignore[reportGeneralTypeIssues]  # three bytes, as it is RGB
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -124,8 +124,8 @@ class RuleServer:
             return "good", 401, _json({"error": {"message": f"wrong key: {headers.get('authorization')}"}})
         if lacking := sorted(self._lacks & said.keys()):
             return "good", 400, _json({"error": {"message": f"'{lacking[0]}' is not supported"}})
-        texts, pictures = _parts(said)
-        question = _question(said["model"], pictures, texts[0], form)
+        texts, images = _parts(said)
+        question = _question(said["model"], images, texts[0], form)
         with self._lock:
             mood = self._mood(question)
             self.served.append(ServedCall(question, mood))
@@ -135,7 +135,7 @@ class RuleServer:
             return mood, 429, _json({"error": {"message": "slower, please", "code": 429}})
         if mood == "broken":
             return mood, 500, _json({"error": {"message": f"broken by {headers.get('authorization', 'nobody')}"}})
-        return mood, 200, _json(self._completion(mood, question, said["model"], texts, pictures))
+        return mood, 200, _json(self._completion(mood, question, said["model"], texts, images))
 
     def drip(self, into: io.BufferedIOBase) -> None:
         """Nothing, after a blank now and then until who reads them has had enough."""
@@ -156,19 +156,17 @@ class RuleServer:
                 return mood
         return "good"
 
-    def _completion(
-        self, mood: str, question: str, model: str, texts: Sequence[str], pictures: Sequence[bytes]
-    ) -> dict[str, Any]:
+    def _completion(self, mood: str, question: str, model: str, texts: Sequence[str], images: Sequence[bytes]) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         if mood == "refusal":
             message["refusal"] = "I cannot help with that."
         elif mood == "malformed":
             message["content"] = MALFORMED[int(question, 16) % len(MALFORMED)]
         else:
-            images = [Image.open(io.BytesIO(picture)) for picture in pictures]
-            given = self._rule(images, "\n".join(texts), _form(texts[0]))
+            opened = [Image.open(io.BytesIO(image)) for image in images]
+            given = self._rule(opened, "\n".join(texts), _form(texts[0]))
             message["content"] = json.dumps(_hostile(given) if mood == "hostile" else given)
-        usage = {"prompt_tokens": len(texts[0]) // 4 + 258 * len(pictures), "completion_tokens": 20}
+        usage = {"prompt_tokens": len(texts[0]) // 4 + 258 * len(images), "completion_tokens": 20}
         usage["total_tokens"] = sum(usage.values())
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         return {"id": "rule", "object": "chat.completion", "created": 0, "model": model, "choices": [choice], "usage": usage}
@@ -195,9 +193,9 @@ def _form(instruction: str) -> str:
     return next((name for name, field in forms.items() if field in instruction), "picked")
 
 
-def _question(model: str, pictures: Sequence[bytes], instruction: str, form: object) -> str:
-    hashes = [hashlib.sha256(picture).hexdigest() for picture in pictures]
-    told = {"model": model, "pictures": hashes, "instruction": instruction, "form": form}
+def _question(model: str, images: Sequence[bytes], instruction: str, form: object) -> str:
+    hashes = [hashlib.sha256(image).hexdigest() for image in images]
+    told = {"model": model, "images": hashes, "instruction": instruction, "form": form}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

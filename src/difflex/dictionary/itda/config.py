@@ -40,7 +40,7 @@ class GrowthConfig:
     patience: int = 200_000
     """Tokens in a row without a new atom after which growth ends."""
     kept_out: float = 0.1
-    """The share of prompts whose tokens are judged but never become atoms: how they fare is how new pictures will."""
+    """The share of prompts whose tokens are judged but never become atoms: how they fare is how new images will."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold < 1:

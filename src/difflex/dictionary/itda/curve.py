@@ -40,9 +40,9 @@ def thinned(curve: Sequence[GrowthInterval], most: int = 256) -> list[GrowthInte
 
 
 def expected_over(curve: Sequence[GrowthInterval]) -> float | None:
-    """The share of the tokens of new pictures that should be over the threshold at the end of `curve`; None if nobody knows.
+    """The share of the tokens of new images that should be over the threshold at the end of `curve`; None if nobody knows.
 
-    Known from shots that are kept out of growth: other tokens are mostly of pictures that the dictionary has atoms of. The share
+    Known from shots that are kept out of growth: other tokens are mostly of images that the dictionary has atoms of. The share
     falls as a power of the dictionary's size; the power is fitted to what came once it had half its atoms.
     """
     sizes = [0, *(moment.size for moment in curve)]

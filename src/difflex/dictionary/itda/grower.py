@@ -93,7 +93,7 @@ class AtomGrower:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is to be learned: it is full and known how new pictures fare, or nothing was added for long."""
+        """Whether nothing more is to be learned: it is full and known how new images fare, or nothing was added for long."""
         if not self.full:
             return self.idle >= self.growth.patience
         filled = self.filled

@@ -1,4 +1,4 @@
-"""Which shots are kept out of growth: how their tokens fare is how those of new pictures will."""
+"""Which shots are kept out of growth: how their tokens fare is how those of new images will."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["HoldOut"]
 
 @final
 class HoldOut:
-    """Lots that decide which shots are kept out: all of one prompt or picture together, the same whenever and wherever."""
+    """Lots that decide which shots are kept out: all of one prompt or image together, the same whenever and wherever."""
 
     def __init__(self, shot: Callable[[int], Shot] | None) -> None:
         """By the prompts of the shots, or where nobody knows these, by their numbers."""
@@ -32,7 +32,7 @@ class HoldOut:
     def _lot(self, number: int) -> float:
         if number not in self._lots:
             shot = None if self._shot is None else self._shot(number)
-            content = str(number) if shot is None else shot.picture or shot.prompt
+            content = str(number) if shot is None else shot.image or shot.prompt
             # Another hash than the one that parts train from held-out: of that, the train split is a selection.
             digest = hashlib.sha256(f"kept out of growth: {content}".encode()).digest()
             self._lots[number] = int.from_bytes(digest[:8], "big") / 2**64

@@ -34,7 +34,7 @@ class SteeringOutcome(NamedTuple):
 
 
 def steers_towards_concepts(facts: StudyFacts) -> Claim:
-    """Features of colours, textures and backgrounds put what they detect into pictures."""
+    """Features of colours, textures and backgrounds put what they detect into images."""
     measured = [(_found(each, TOGETHER, *GROUPS), each) for each in facts.steered if _is_measured(each)]
     measured.sort(key=lambda one: -one[0].features)
     together = [f"{each.place}, {_said(all_groups)}" for all_groups, each in measured]
@@ -42,12 +42,12 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
     told = [f"{each.place}, {_said(group)}" for each, groups in found for group in groups]
     return Claim(
         name="steering",
-        statement="Features of colours, textures and backgrounds, added where they are wanted, put them into the picture and "
+        statement="Features of colours, textures and backgrounds, added where they are wanted, put them into the image and "
         "leave the rest (not a claim of the paper, which shows single examples).",
         rule="In one dictionary at least, for the colours, for the textures and for the backgrounds alike: half of them or more "
-        "have a feature of AP ≥ 0.8 (what too few pictures show to tell counts as without one), and among these the median over "
+        "have a feature of AP ≥ 0.8 (what too few images show to tell counts as without one), and among these the median over "
         "concepts of the success less the rate without the edit is at least 70 %, at a strength at which at least 90 % of all "
-        "else that was right stays so and no picture breaks; random directions of equal length get less than 10 %.",
+        "else that was right stays so and no image breaks; random directions of equal length get less than 10 %.",
         verdict=decided(found, any(all(group.holds for group in groups) for _, groups in found)),
         evidence=listed(told, "difflex steer-eval STUDY, towards colours, textures and backgrounds", together),
     )
@@ -102,7 +102,7 @@ def removes_concepts(facts: StudyFacts) -> Claim:
         statement="Colours and backgrounds can be taken away by their features without loss (not a claim of the paper; measured "
         "as arXiv 2501.18052 does).",
         rule="With one dictionary at least, or several together, half or more of the colours and half or more of the backgrounds "
-        "are each removed from at least 90 % of unseen pictures, while at least 90 % of the others of the group and of all else "
+        "are each removed from at least 90 % of unseen images, while at least 90 % of the others of the group and of all else "
         "stays.",
         verdict=decided(found, holds),
         evidence=listed(told, "difflex removal STUDY"),

@@ -22,7 +22,7 @@ RIGHT, FEW = 0.8, 10
 
 
 class CoverageRow(NamedTuple):
-    """How much of their top pictures the features of a dictionary cover."""
+    """How much of their top images the features of a dictionary cover."""
 
     place: DictionaryRef
     kind: str
@@ -43,7 +43,7 @@ class CoverageRow(NamedTuple):
 
 
 def covers_more(facts: StudyFacts) -> Claim:
-    """ITDA features cover more of their top pictures than those of autoencoders."""
+    """ITDA features cover more of their top images than those of autoencoders."""
     known = [each for place in facts.books if (each := _covers(facts, place)) is not None]
     itdas = [each for each in known if each.kind == "itda"]
     autoencoders = [each for each in known if each.kind in AUTOENCODERS]
@@ -58,9 +58,9 @@ def covers_more(facts: StudyFacts) -> Claim:
     told = [f"{itda.told}, {other.told}" for itda, other in pairs] + [f"beside them {each.told}" for each in neurons]
     return Claim(
         name="covering",
-        statement="ITDA features cover more of the pictures in which they are strongest than those of autoencoders do.",
-        rule="At every site and k where both have a book of the same pictures, the median over features of the share of tokens "
-        "covered in top pictures (at least a fifth of the feature's own peak) is higher for the ITDA. Features that fire in "
+        statement="ITDA features cover more of the images in which they are strongest than those of autoencoders do.",
+        rule="At every site and k where both have a book of the same images, the median over features of the share of tokens "
+        "covered in top images (at least a fifth of the feature's own peak) is higher for the ITDA. Features that fire in "
         "fewer than 8 shots do not count; in brackets the quartiles; neurons stand beside.",
         verdict=decided(pairs, more == len(pairs)),
         evidence=listed(told, "difflex collect STUDY, of an ITDA and an autoencoder of one site and k"),
@@ -113,8 +113,8 @@ def matches_surfaces(facts: StudyFacts) -> Claim:
     return Claim(
         name="surfaces",
         statement="ITDA features match colour, texture and region, those of autoencoders match objects.",
-        rule="At every site and k where both have a book of the same pictures, among features that the name of one known concept "
-        "explains (accuracy 0.8 or more on held-out pictures): the share explained by a colour, a texture, a background or a "
+        rule="At every site and k where both have a book of the same images, among features that the name of one known concept "
+        "explains (accuracy 0.8 or more on held-out images): the share explained by a colour, a texture, a background or a "
         "place is higher for the ITDA, and the share explained by a shape is higher for the autoencoder, each by more than "
         "chance (the 95 % interval of the difference, 1.96 standard errors, lies above 0). Only dictionaries with 10 such "
         "features.",

@@ -91,7 +91,7 @@ class DetectionPair(NamedTuple):
 
     @property
     def coverage(self) -> ConfidenceInterval:
-        """The difference of coverage; its interval as if other pictures had been drawn for each."""
+        """The difference of coverage; its interval as if other images had been drawn for each."""
         one, other = (level.coverage for level in self.levels)
         value = other.value - one.value
         low = math.hypot(one.high - one.value, other.value - other.low)
@@ -100,7 +100,7 @@ class DetectionPair(NamedTuple):
 
     @property
     def alike(self) -> bool:
-        """Whether both were held against the same pictures in the same way."""
+        """Whether both were held against the same images in the same way."""
         left_out = ("sha256", "revision", "model")
         one, other = ({k: v for k, v in each.matches.made_from.items() if k not in left_out} for each in (self.one, self.other))
         return one == other
@@ -149,7 +149,7 @@ class StudyComparison:
         for pair in self.pairs:
             for note in pair.notes:
                 noted.setdefault(note, []).append(pair.name)
-        noted["held against other pictures, or in another way"] = [each.name for each in self.detected if not each.alike]
+        noted["held against other images, or in another way"] = [each.name for each in self.detected if not each.alike]
         return [*found, *(f"{note.capitalize()}: {', '.join(names)}." for note, names in noted.items() if names)]
 
 

@@ -163,8 +163,8 @@ def _coverage(comparison: StudyComparison) -> ReportFigure:
     return ReportFigure(
         name="coverage",
         title="Concepts that one feature detects",
-        caption="With 95 % intervals from drawing the held-out pictures again. The interval of a difference, in the CSV, takes "
-        "the two for independent: where both saw the same pictures it is wider than it need be.",
+        caption="With 95 % intervals from drawing the held-out images again. The interval of a difference, in the CSV, takes "
+        "the two for independent: where both saw the same images it is wider than it need be.",
         formula="detected: AP ≥ 0.8 of one feature; all levels of noise together",
         table=FigureTable(("method", *sides, "difference", "low", "high"), table),
         drawings=(rows(RowChart(title="coverage", description=about, x=axis, rows=tuple(map(row, drawn)))),),

@@ -15,7 +15,7 @@ NARROW, BROAD = set("iljtfrI.,:;|!'()[]/ -"), set("mwMW@%+<>=\N{EN DASH}\N{MULTI
 
 
 class Drawing(NamedTuple):
-    """A picture as an SVG element, and how many of its values could not be drawn: NaN, infinity, 0 on a log axis."""
+    """An image as an SVG element, and how many of its values could not be drawn: NaN, infinity, 0 on a log axis."""
 
     svg: Markup
     left_out: int = 0
@@ -32,7 +32,7 @@ def element(name: str, *inside: str, **attributes: str | float | None) -> Markup
 
 
 def svg(size: tuple[float, float], title: str, description: str, *inside: str) -> Markup:
-    """A picture that scales with its place on the page and tells those who cannot see it what it shows."""
+    """An image that scales with its place on the page and tells those who cannot see it what it shows."""
     named = (element("title", title), element("desc", f"{description} The arrow keys tell its numbers one after another."))
     box = f"0 0 {size[0]:g} {size[1]:g}"
     return element("svg", *named, *inside, viewBox=box, role="img", class_="drawing", tabindex="0", aria_label=title)

@@ -45,7 +45,7 @@ def concepts(facts: StudyFacts) -> ReportSection:
     return ReportSection(
         name="concepts",
         title="What features stand for",
-        lead="Every feature is held against concepts whose place in pictures is known. It is chosen on training pictures and "
+        lead="Every feature is held against concepts whose place in images is known. It is chosen on training images and "
         "measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where the concept is and "
         "nowhere else.",
         figures=figures,
@@ -142,7 +142,7 @@ def coverage(blocks: dict[str, list[MatchFacts]]) -> ReportFigure:
         name="coverage",
         title="Concepts that one feature detects",
         caption="For every method the share of concepts that one of its features detects, with the 95 % interval from drawing "
-        "the held-out pictures again, and the mean AP of the best features. The probe, a linear classifier for each concept on "
+        "the held-out images again, and the mean AP of the best features. The probe, a linear classifier for each concept on "
         "the whole activation, is what there is to be found.",
         formula="detected: AP ≥ 0.8 of one feature; all levels of noise together",
         table=FigureTable(
@@ -197,7 +197,7 @@ def knowledge(blocks: dict[str, list[MatchFacts]]) -> ReportFigure:
     return ReportFigure(
         name="knowledge",
         title="What each layer knows, at which level of noise",
-        caption="Groups of concepts by how noisy the picture was (0 is the picture, 1 pure noise): what a linear probe finds "
+        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): what a linear probe finds "
         "in the whole activation, and what single features of the best dictionary there show of it.",
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
         table=FigureTable(("block", "method", "group", "noise", "concepts", "mean AP", "detected"), tuple(table)),

@@ -1,4 +1,4 @@
-"""Pictures that are inside the page."""
+"""Images that are inside the page."""
 
 import base64
 import io
@@ -8,8 +8,8 @@ from PIL import Image
 __all__ = ["address"]
 
 
-def address(picture: Image.Image) -> str:
-    """`picture` as an address that holds it."""
+def address(image: Image.Image) -> str:
+    """`image` as an address that holds it."""
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=80)
+    image.save(file, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

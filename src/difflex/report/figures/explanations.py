@@ -34,7 +34,7 @@ UNTRAINED = ", untrained model"
 CHANCE = 0.5
 """The accuracy of a judge that knows nothing."""
 PAPER = LegendEntry("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
-HELDOUT = LegendEntry("heldout", "judged on held-out pictures", SeriesStyle(colour=0, marker="circle"), line=False)
+HELDOUT = LegendEntry("heldout", "judged on held-out images", SeriesStyle(colour=0, marker="circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
 
 
@@ -48,8 +48,8 @@ def explanations(facts: StudyFacts) -> ReportSection:
     return ReportSection(
         name="explanations",
         title="How true explanations are",
-        lead="A model that sees says what the pictures of a feature share; a judge that knows only these words says of other "
-        f"pictures whether the feature fires there. Accuracy {CHANCE} is chance.",
+        lead="A model that sees says what the images of a feature share; a judge that knows only these words says of other "
+        f"images whether the feature fires there. Accuracy {CHANCE} is chance.",
         figures=(explained(compared), falls(compared), surfaces(compared)) if found else (),
         missing=() if found else (MissingFigure("Explanations and their scores", "difflex explain STUDY"),),
     )
@@ -84,7 +84,7 @@ def explained(compared: MethodComparison) -> ReportFigure:
         title="Features by the accuracy of their explanations",
         caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves. "
         + (f"Differences of means, permutation tests corrected by Holm: {told}." if told else ""),
-        formula="accuracy: mean over judged pictures of s where the feature fires, 1 - s where not; s is the judge's score",
+        formula="accuracy: mean over judged images of s where the feature fires, 1 - s where not; s is the judge's score",
         table=FigureTable(
             ("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"), tuple(table)
         ),
@@ -147,13 +147,9 @@ def falls(compared: MethodComparison) -> ReportFigure:
     axis = Axis(label="mean accuracy", low=0.0, high=1.0)
     return ReportFigure(
         name="falls",
-        title="What held-out pictures change",
+        title="What held-out images change",
         caption="Mean accuracy with its 95 % interval over features. "
-        + (
-            f"How far it falls, for the same features, where the explainer never saw the judge's pictures: {said}."
-            if said
-            else ""
-        ),
+        + (f"How far it falls, for the same features, where the explainer never saw the judge's images: {said}." if said else ""),
         formula="chance is 0.5 by both protocols",
         table=FigureTable(("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"), tuple(table)),
         drawings=(rows(RowChart(title="mean accuracy", description=about, x=axis, rows=drawn)),),

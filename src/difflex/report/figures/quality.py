@@ -210,8 +210,7 @@ def timesteps(chosen: list[Both]) -> ReportFigure | None:
     return ReportFigure(
         name="timesteps",
         title=f"Over timesteps at {_size(chosen)}",
-        caption="How well the same dictionaries rebuild what passes at each timestep, from pure noise (1000) towards the "
-        "picture.",
+        caption="How well the same dictionaries rebuild what passes at each timestep, from pure noise (1000) towards the image.",
         formula="FVU among the held-out tokens of the timestep, about their own mean",
         table=table,
         drawings=tuple(_timesteps([both for both in there if str(both[0].place.site) == site], site, axis) for site in places),

@@ -28,9 +28,9 @@ def removal(facts: StudyFacts) -> ReportSection:
         name="removal",
         title="Concepts taken away",
         lead=f"The features of a concept are chosen by SAeUron's score on one set of prompts and taken away {steps}; judged is "
-        "on prompts that nothing was chosen by. UA: pictures that no longer show the concept their prompts name. IRA: "
-        "pictures that still show another concept of its group. CRA: all else that prompts state and that still is so; of its "
-        "own: the same in pictures of the concept alone.",
+        "on prompts that nothing was chosen by. UA: images that no longer show the concept their prompts name. IRA: "
+        "images that still show another concept of its group. CRA: all else that prompts state and that still is so; of its "
+        "own: the same in images of the concept alone.",
         body=_table(there) if there else Markup(""),
         figures=(_figure(there),) if there else (),
         missing=() if there else (MissingFigure("What comes of taking concepts away", "difflex removal STUDY"),),
@@ -71,7 +71,7 @@ def _table(there: Sequence[RemovalResults]) -> Markup:
 
 def _figure(there: Sequence[RemovalResults]) -> ReportFigure:
     table = tuple(
-        (together(removed), each.group, each.concept, each.pictures, each.shown, *each.rates, each.each, each.strength)
+        (together(removed), each.group, each.concept, each.images, each.shown, *each.rates, each.each, each.strength)
         for removed in there
         for each in removed.concepts
     )
@@ -79,7 +79,7 @@ def _figure(there: Sequence[RemovalResults]) -> ReportFigure:
         "dictionaries",
         "group",
         "concept",
-        "pictures",
+        "images",
         "shown unedited",
         "UA",
         "IRA",
@@ -91,7 +91,7 @@ def _figure(there: Sequence[RemovalResults]) -> ReportFigure:
     return ReportFigure(
         name="removal",
         title="What goes, and what stays, concept by concept",
-        caption="The bar is the share of pictures from which the concept is gone; the points say what is left of the others of "
+        caption="The bar is the share of images from which the concept is gone; the points say what is left of the others of "
         "its group and of all else. A concept counts as removed where all three are at least 90 %.",
         formula="UA = gone / shown before; IRA, CRA = still so / so before; on unseen prompts",
         table=FigureTable(columns, table),

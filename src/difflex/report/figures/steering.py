@@ -44,7 +44,7 @@ SAID = {
 }
 BAR = LegendEntry("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
 COLUMNS = 7
-"""Pictures in a row of the grid, at most."""
+"""Images in a row of the grid, at most."""
 
 
 class SteeringMeasure(NamedTuple):
@@ -64,8 +64,8 @@ MEASURES = (
         "success",
         "Does the concept appear",
         "success",
-        "The share of pictures that show the concept where it was put.",
-        "pictures that show it / pictures, median over concepts",
+        "The share of images that show the concept where it was put.",
+        "images that show it / images, median over concepts",
         lambda point: point.success,
         None,
     ),
@@ -73,7 +73,7 @@ MEASURES = (
         "kept",
         "What else stays",
         "kept",
-        "Of all else that the captions state and the unedited pictures had right, the share that still is; the bar is 90 %.",
+        "Of all else that the captions state and the unedited images had right, the share that still is; the bar is 90 %.",
         "statements still right / statements right without the edit, median over concepts",
         lambda point: point.specificity,
         0.9,
@@ -82,8 +82,8 @@ MEASURES = (
         "loss",
         "What it costs",
         "loss",
-        "The unedited model's loss on the finished pictures, noised again and asked without a caption, over that on unedited "
-        "ones: 1 is as good, and from 1.5 on, the bar, pictures count as broken.",
+        "The unedited model's loss on the finished images, noised again and asked without a caption, over that on unedited "
+        "ones: 1 is as good, and from 1.5 on, the bar, images count as broken.",
         "loss with the edit / loss without, at noise 0.3, 0.6 and 0.9, median over concepts",
         lambda point: point.quality,
         1.5,
@@ -146,7 +146,7 @@ def _lead(steered: Sequence[SteeringFacts]) -> str:
         or JUDGE
     )
     return (
-        f"A feature that stands for a concept, as {why}, is added where the concept is to appear, in pictures whose captions "
+        f"A feature that stands for a concept, as {why}, is added where the concept is to appear, in images whose captions "
         f"name another one of its group; {judge} says whether it does, and what else of the captions is still so. Beside it: the "
         "neuron that detects it best, where that is known, a contrast of captions, a random direction of equal length, and the "
         "caption edited instead."
@@ -229,8 +229,8 @@ def _table(steered: Sequence[SteeringFacts]) -> ReportFigure:
         name="steered",
         title="",
         caption="All digits of the table above. Medians over the concepts that the dictionary has a feature for, each at the "
-        "strength that is best for it: the highest success that keeps 90 % of all else and breaks no picture. Concepts that too "
-        "few pictures show to tell count as without a feature. Gain is the success there less the share of unedited pictures "
+        "strength that is best for it: the highest success that keeps 90 % of all else and breaks no image. Concepts that too "
+        "few images show to tell count as without a feature. Gain is the success there less the share of unedited images "
         "that show the concept, and 0 where no strength will do.",
         formula="",
         table=FigureTable((*columns, "strength"), tuple(rows)),
@@ -255,7 +255,7 @@ def _summaries(steered: Sequence[SteeringFacts]) -> Markup:
 
 def _points(steered: Sequence[SteeringFacts]) -> ReportFigure:
     """Everything that was judged, as a file."""
-    columns = ("dictionary", "method", "what is added", "group", "concept", "detected", "pictures", "without", "strength")
+    columns = ("dictionary", "method", "what is added", "group", "concept", "detected", "images", "without", "strength")
     return ReportFigure(
         name="points",
         title="",
@@ -276,7 +276,7 @@ def _all(steered: Sequence[SteeringFacts]) -> Iterator[tuple[str | float, ...]]:
 
 
 def _strips(each: SteeringFacts) -> Markup:
-    """Pictures to look at: of each group the concept that steering is best at, by every method."""
+    """Images to look at: of each group the concept that steering is best at, by every method."""
     cards = []
     for group in dict.fromkeys(strip.group for strip, _ in each.strips):
         own = [(strip, file) for strip, file in each.strips if strip.group == group]
@@ -286,12 +286,12 @@ def _strips(each: SteeringFacts) -> Markup:
     if not cards:
         return Markup("")
     title = Markup("<h3>{} <small>{}</small></h3>").format(str(each.place), key(each.kind).name)
-    told = Markup('<p class="lead">Of each group the concept that features are best at, in the first picture of its trials.</p>')
+    told = Markup('<p class="lead">Of each group the concept that features are best at, in the first image of its trials.</p>')
     return title + told + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
 
 
 def _tiles(strip: ImageStrip, path: Path) -> Markup:
-    """The pictures of a strip, each above its strength, under the name of the method."""
+    """The images of a strip, each above its strength, under the name of the method."""
     with Image.open(path) as file:
         whole = file.convert("RGB")
     labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]

@@ -1,4 +1,4 @@
-"""The features that mean most, and least, with the pictures in which they are strongest: appendix B of arXiv 2505.24360."""
+"""The features that mean most, and least, with the images in which they are strongest: appendix B of arXiv 2505.24360."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,17 +15,17 @@ from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, Re
 from difflex.report.telling import number, percent
 from difflex.study import DictionaryRef
 
-__all__ = ["pictures"]
+__all__ = ["images"]
 
 MANY, FEW = 6, 3
 """How many of the best features of a dictionary are shown, and of the worst."""
 SHOWN = 5
-"""Pictures of each: as many as the paper shows to those who explain."""
+"""Images of each: as many as the paper shows to those who explain."""
 SIDE = 128
 OFTEN = SHOWN
 """Shots that a feature must fire in to be shown among the worst."""
 LEAD = (
-    "Of each dictionary the features that stand for something best, and those that do so least, with the held-out pictures in "
+    "Of each dictionary the features that stand for something best, and those that do so least, with the held-out images in "
     "which they are strongest; the bluer a token, the stronger."
 )
 COLUMNS = ("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage")
@@ -41,11 +41,11 @@ class RankedFeature(NamedTuple):
     is_best: bool
 
 
-def pictures(facts: StudyFacts) -> ReportSection:
-    """The section with the pictures of features."""
+def images(facts: StudyFacts) -> ReportSection:
+    """The section with the images of features."""
     if not facts.books:
-        missing = (MissingFigure("Features in pictures", "difflex collect STUDY"),)
-        return ReportSection(name="pictures", title="Features in pictures", lead=LEAD, missing=missing)
+        missing = (MissingFigure("Features in images", "difflex collect STUDY"),)
+        return ReportSection(name="images", title="Features in images", lead=LEAD, missing=missing)
     parts, rows = [], []
     for place in facts.books:
         with Book.open(facts.study.book(*place)) as book:
@@ -53,7 +53,7 @@ def pictures(facts: StudyFacts) -> ReportSection:
             parts.append(_part(facts, book, place, measure, ranked))
             rows += [_line(place, measure, each, i) for i, each in enumerate(ranked)]
     figure = ReportFigure(
-        name="pictures",
+        name="images",
         title="",
         caption="The features shown, and what they were chosen by: the score of their explanation, else the average precision on "
         "the known concept that they detect best, else their peak.",
@@ -61,7 +61,7 @@ def pictures(facts: StudyFacts) -> ReportSection:
         table=FigureTable(COLUMNS, tuple(rows)),
         drawings=(),
     )
-    return ReportSection(name="pictures", title="Features in pictures", lead=LEAD, body=Markup("").join(parts), figures=(figure,))
+    return ReportSection(name="images", title="Features in images", lead=LEAD, body=Markup("").join(parts), figures=(figure,))
 
 
 def _ranked(facts: StudyFacts, book: Book, place: DictionaryRef) -> tuple[str, list[RankedFeature]]:
@@ -107,7 +107,7 @@ def _concepts(facts: StudyFacts, place: DictionaryRef) -> Mapping[int, tuple[str
 
 def _part(facts: StudyFacts, book: Book, place: DictionaryRef, measure: str, ranked: Sequence[RankedFeature]) -> Markup:
     """A dictionary's features, best and worst."""
-    album, kind = ImageAlbum(facts.study.pictures), key(book.about.kind).name
+    album, kind = ImageAlbum(facts.study.images), key(book.about.kind).name
     cards = {
         said: Markup("").join(_card(book, album, measure, each) for each in ranked if each.is_best is is_best)
         for said, is_best in (("Best", True), ("Worst", False))
@@ -123,28 +123,28 @@ def _part(facts: StudyFacts, book: Book, place: DictionaryRef, measure: str, ran
 def _card(book: Book, album: ImageAlbum, measure: str, ranked: RankedFeature) -> Markup:
     row = ranked.row
     said = ranked.explanation or ranked.concept or "no name yet"
-    cover = "" if row.coverage is None else f", covers {percent(row.coverage)} of a picture"
+    cover = "" if row.coverage is None else f", covers {percent(row.coverage)} of an image"
     told = f"{measure} {number(ranked.value)}; fires at {percent(row.density)} of tokens{cover}"
-    images = Markup("").join(_images(book, album, row))
+    strip = Markup("").join(_images(book, album, row))
     head = Markup("<p><b>{}</b> {}</p>").format(row.feature, said)
-    return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, images, told)
+    return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, strip, told)
 
 
 def _images(book: Book, album: ImageAlbum, row: FeatureStats) -> Iterator[Markup]:
-    """The pictures in which a feature is strongest, of the held-out split as far as there are any."""
+    """The images in which a feature is strongest, of the held-out split as far as there are any."""
     top = book.examples(row.feature, "top")
     chosen = sorted(top, key=lambda example: (example.split != "held-out", example.rank))[:SHOWN]
     shots = book.shots(example.shot for example in chosen)
     for example in chosen:
         shot = shots[example.shot]
-        picture = overlaid(_small(album.open(shot.picture.file)), example.map, book.about.grid, row.peak, side=SIDE)
-        yield Markup('<img src="{}" alt="{}">').format(address(picture), _alternative(example, shot.shot.prompt))
+        image = overlaid(_small(album.open(shot.image.file)), example.map, book.about.grid, row.peak, side=SIDE)
+        yield Markup('<img src="{}" alt="{}">').format(address(image), _alternative(example, shot.shot.prompt))
 
 
-def _small(picture: Image.Image) -> Image.Image:
-    """`picture` no larger than it is shown, as the page holds it."""
-    picture.thumbnail((2 * SIDE, 2 * SIDE))
-    return picture
+def _small(image: Image.Image) -> Image.Image:
+    """`image` no larger than it is shown, as the page holds it."""
+    image.thumbnail((2 * SIDE, 2 * SIDE))
+    return image
 
 
 def _alternative(example: Example, prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""Given pictures, noised to a given level: their activations, where known masks meet them, and how well they are foretold."""
+"""Given images, noised to a given level: their activations, where known masks meet them, and how well they are foretold."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,22 +25,22 @@ from difflex.pipeline.predicting import prediction
 from difflex.pipeline.sites import SiteModule
 from difflex.records import Activations, Shot, split_of
 
-__all__ = ["Picture", "harvest_pictures", "losses"]
+__all__ = ["ImageInput", "harvest_images", "losses"]
 
-Picture = Image.Image | Path | str
+ImageInput = Image.Image | Path | str
 
 
 class GivenImage(NamedTuple):
-    """A picture and its shot, but for the noise."""
+    """An image and its shot, but for the noise."""
 
-    picture: Image.Image
+    image: Image.Image
     shot: Shot
 
 
-def harvest_pictures(
+def harvest_images(
     engine: Engine,
     plain: Shot,
-    pictures: Iterable[Picture],
+    images: Iterable[ImageInput],
     noise: float | Sequence[float],
     sites: Sequence[SiteModule],
     prompts: Iterable[str],
@@ -49,16 +49,16 @@ def harvest_pictures(
     batch: int,
     progress: bool,
 ) -> Iterator[Activations]:
-    """The activations of `sites` at `pictures`: for each batch of one size, each level of noise, each site."""
+    """The activations of `sites` at `images`: for each batch of one size, each level of noise, each site."""
     if not engine.family.blocks:
         raise BadInput(
-            f"{type(engine.diffusers).__name__} has no row in the table of families: how it takes in a picture is not known. "
+            f"{type(engine.diffusers).__name__} has no row in the table of families: how it takes in an image is not known. "
             "Harvest it from prompts."
         )
     levels = _levels(noise)
-    # Two halves would be two passes for one picture.
+    # Two halves would be two passes for one image.
     plain = replace(plain, guidance=1.0) if engine.is_guided(plain.guidance) else plain
-    asked = _given(engine, plain, pictures, prompts, names, seed)
+    asked = _given(engine, plain, images, prompts, names, seed)
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
         for alike in _by_size(asked, batch):
             latents = torch.cat([latents for _, latents in engine.batches(lambda part: _encode(engine, part), alike, batch)])
@@ -71,25 +71,23 @@ def harvest_pictures(
 def losses(
     engine: Engine,
     plain: Shot,
-    pictures: Iterable[Picture],
+    images: Iterable[ImageInput],
     noise: float | Sequence[float],
     prompts: Iterable[str],
     seed: int,
     batch: int,
-) -> Iterator[Float[Tensor, "picture level"]]:
-    """How far the denoiser is from what it was trained to say of each picture at each level: mean squared errors.
+) -> Iterator[Float[Tensor, "image level"]]:
+    """How far the denoiser is from what it was trained to say of each image at each level: mean squared errors.
 
     For each batch of one size.
     """
     levels = _levels(noise)
-    for alike in _by_size(_given(engine, replace(plain, guidance=1.0), pictures, prompts, repeat(None), seed), batch):
+    for alike in _by_size(_given(engine, replace(plain, guidance=1.0), images, prompts, repeat(None), seed), batch):
         latents = torch.cat([latents for _, latents in engine.batches(lambda part: _encode(engine, part), alike, batch)])
         yield torch.stack([_losses_at(engine, alike, latents, level, batch) for level in levels], dim=1)
 
 
-def _losses_at(
-    engine: Engine, given: Sequence[GivenImage], latents: Tensor, level: float, batch: int
-) -> Float[Tensor, " picture"]:
+def _losses_at(engine: Engine, given: Sequence[GivenImage], latents: Tensor, level: float, batch: int) -> Float[Tensor, " image"]:
     noise = _noises(given, latents)
     noised, timestep = _noised(engine, latents, noise, level)
 
@@ -105,7 +103,7 @@ def _levels(noise: float | Sequence[float]) -> list[float]:
     levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
     for level in levels:
         if not 0 <= level <= 1:
-            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the picture) and 1 (pure noise).")
+            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the image) and 1 (pure noise).")
     return levels
 
 
@@ -150,39 +148,37 @@ def _noises(given: Sequence[GivenImage], latents: Tensor) -> Tensor:
 def _given(
     engine: Engine,
     plain: Shot,
-    pictures: Iterable[Picture],
+    images: Iterable[ImageInput],
     prompts: Iterable[str],
     names: Iterable[str | None],
     seed: int,
 ) -> Iterator[GivenImage]:
     told, called = iter(prompts), iter(names)
-    for i, given in enumerate(pictures):
+    for i, given in enumerate(images):
         prompt, name = next(told, None), next(called, None)
         if prompt is None:
-            raise BadInput(f"There are more pictures than prompts: picture {i} has none. Give one for each, or none at all.")
-        picture = open_picture(given)
-        pixels = (picture.height, picture.width)
+            raise BadInput(f"There are more images than prompts: image {i} has none. Give one for each, or none at all.")
+        image = open_image(given)
+        pixels = (image.height, image.width)
         check_size(pixels, engine.card, engine.stride)
-        content = hashlib.sha256(picture.tobytes()).hexdigest()
+        content = hashlib.sha256(image.tobytes()).hexdigest()
         name = name or (f"sha256:{content[:16]}" if isinstance(given, Image.Image) else str(given))
-        yield GivenImage(
-            picture, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, picture=name, split=split_of(content))
-        )
+        yield GivenImage(image, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, image=name, split=split_of(content)))
 
 
-def open_picture(given: Picture) -> Image.Image:
-    """The picture, in red, green and blue."""
+def open_image(given: ImageInput) -> Image.Image:
+    """The image, in red, green and blue."""
     if isinstance(given, Image.Image):
         return given.convert("RGB")
     try:
         with Image.open(given) as file:
             return file.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"The picture {given} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
+        raise BadInput(f"The image {given} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
 
 
 def _by_size(asked: Iterable[GivenImage], batch: int) -> Iterator[list[GivenImage]]:
-    """Neighbours of one size, a batch at most: no more pictures are held than one batch needs."""
+    """Neighbours of one size, a batch at most: no more images are held than one batch needs."""
     group: list[GivenImage] = []
     for given in chain(asked, [None]):
         if group and (given is None or len(group) == batch or given.shot.pixels != group[0].shot.pixels):
@@ -207,11 +203,11 @@ def _at_level(
 
 
 @torch.no_grad()
-def _encode(engine: Engine, given: Sequence[GivenImage]) -> Float[Tensor, "picture channel row column"]:
-    """Latents of pictures, scaled as the denoiser was trained on."""
+def _encode(engine: Engine, given: Sequence[GivenImage]) -> Float[Tensor, "image channel row column"]:
+    """Latents of images, scaled as the denoiser was trained on."""
     vae = engine.diffusers.components["vae"]
     processor = cast(VaeImageProcessor, engine.diffusers.image_processor)
-    pixels = processor.preprocess([one.picture for one in given], *given[0].shot.pixels)
+    pixels = processor.preprocess([one.image for one in given], *given[0].shot.pixels)
     with _exact(vae):
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
     if engine.family.latents == "patchified":
