@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.book import Book, BookInfo, BookWriter, FeatureStats, ImageAlbum, ImageFile, PackedExample, TokenMap, sheet
 from difflex.commands.concepts import drawn_images
-from difflex.dictionary import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.examples import CollectBatch, CollectConfig, CollectTarget, collect
-from difflex.examples.firing import ImageBatch
-from difflex.examples.gathering import FeatureCollector
+from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.features import CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.features.book import Book, BookInfo, BookWriter, FeatureStats, ImageAlbum, ImageFile, PackedExample, TokenMap, sheet
+from difflex.features.firing import ImageBatch
+from difflex.features.gathering import FeatureCollector
 from difflex.records import Activations, Codes, Shot, Site
 
 torch.set_num_threads(1)

@@ -18,7 +18,9 @@ import torch
 
 import difflex
 from difflex.commands.concepts import drawn_concepts, drawn_images
-from difflex.concepts import (
+from difflex.dictionaries import DictionaryOrigin
+from difflex.dictionaries.sae import Kind
+from difflex.evaluation.concepts import (
     ConceptMatches,
     FeatureMethod,
     LabelledActivations,
@@ -29,9 +31,7 @@ from difflex.concepts import (
     random_directions,
     table,
 )
-from difflex.concepts.detection import FeatureFirings, scores
-from difflex.dictionary import DictionaryOrigin
-from difflex.dictionary.autoencoder import Kind
+from difflex.evaluation.concepts.detection import FeatureFirings, scores
 from difflex.records import ActivationBatch, Site
 from difflex.training import FitConfig, default, fit
 

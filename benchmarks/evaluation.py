@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from difflex.dictionary import SAE, DictionaryOrigin, Normalisation, VectorMoments
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, VectorMoments
 from difflex.evaluation import evaluate
-from difflex.planted import PlantedDictionary
 from difflex.records import ActivationBatch, Shot, Site, SplitBatches
+from difflex.testing.planted import PlantedDictionary
 from difflex.training import default
 from difflex.training.checkpoint import whole_weights
 from difflex.training.fitting import rate

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from difflex.book import Book, ImageAlbum
 from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ExplanationProtocol, explain
+from difflex.features.book import Book, ImageAlbum
 from difflex.testing import plain_book
 
 torch.set_num_threads(1)

@@ -23,10 +23,8 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.itda import GrowthConfig
-from difflex.dictionary.itda.grower import AtomGrower
-from difflex.dictionary.itda.judged import PursuitBatch
-from difflex.dictionary.pursuit import (
+from difflex.dictionaries.itda import GrowthConfig
+from difflex.dictionaries.pursuit import (
     RULES,
     CandidatePool,
     GramMatrix,
@@ -36,9 +34,11 @@ from difflex.dictionary.pursuit import (
     matching_pursuit,
     orthogonal_pursuit,
 )
-from difflex.dictionary.pursuit.means import means
-from difflex.ranks import Ranks
+from difflex.dictionaries.pursuit.means import means
+from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
+from difflex.training.itda.grower import AtomGrower
+from difflex.training.itda.judged import PursuitBatch
 
 torch.set_num_threads(1)
 PEER = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from difflex.cli import main as command
-from difflex.dictionary import ITDA, Dictionary, DictionaryOrigin
-from difflex.dictionary.itda import GrowthConfig, GrowthData, grow
-from difflex.dictionary.pursuit import RULES
-from difflex.planted import PlantedDictionary
+from difflex.dictionaries import ITDA, Dictionary, DictionaryOrigin
+from difflex.dictionaries.itda import GrowthConfig
+from difflex.dictionaries.pursuit import RULES
 from difflex.records import ActivationBatch, Site
 from difflex.store import Store
+from difflex.testing.planted import PlantedDictionary
 from difflex.training import FitConfig, default, fit
+from difflex.training.itda import GrowthData, grow
 
 torch.set_num_threads(1)
 SITE = Site("double.1")

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import difflex
-from difflex.dictionary import SAE, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.records import Edit, Site
 from difflex.steering import SteeringHook, features_of, steerings
 

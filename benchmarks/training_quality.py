@@ -20,8 +20,8 @@ import torch
 from peers.asking import PEERS, asked
 
 from difflex.cli import main as command
-from difflex.dictionary import DictionaryOrigin
-from difflex.dictionary.normalisation import Method
+from difflex.dictionaries import DictionaryOrigin
+from difflex.dictionaries.normalisation import Method
 from difflex.records import ActivationBatch, Site
 from difflex.store import Store
 from difflex.training import FitConfig, TrainingConfig, default, fit, paper, unbox

@@ -15,7 +15,7 @@ import torch
 
 import difflex
 from difflex.cli import main as command
-from difflex.dictionary import DictionaryOrigin
+from difflex.dictionaries import DictionaryOrigin
 from difflex.miniature.captions import endless
 from difflex.records import Site
 from difflex.store import LiveActivations, Store

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difflex.book import ImageAlbum
-from difflex.dictionary import DictionaryOrigin, Neurons
-from difflex.examples import CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.dictionaries import DictionaryOrigin, Neurons
+from difflex.features import CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.features.book import ImageAlbum
 from difflex.records import Activations, Shot, Site
 
 SITES = (Site("double.0", "neurons"), Site("single.1", "neurons"))

@@ -8,8 +8,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.anatomy import ActivationShape, Anatomy
-from difflex.book import (
+from difflex.dictionaries import checksum
+from difflex.effects import (
+    ImageStrip,
+    RemovalRates,
+    RemovalResults,
+    RemovedConcept,
+    SteeringResults,
+    StrengthCurve,
+    StrengthPoint,
+)
+from difflex.effects.findings import Finding, FindingLine, Findings
+from difflex.evaluation import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
+from difflex.evaluation.anatomy import ActivationShape, Anatomy
+from difflex.evaluation.concepts import (
+    Concept,
+    ConceptDetector,
+    ConceptMatches,
+    ConceptResult,
+    ConfidenceInterval,
+    FeatureMatches,
+    NoiseLevelResult,
+)
+from difflex.features.book import (
     Book,
     BookInfo,
     BookWriter,
@@ -21,28 +42,7 @@ from difflex.book import (
     ImageFile,
     TokenMap,
 )
-from difflex.concepts import (
-    Concept,
-    ConceptDetector,
-    ConceptMatches,
-    ConceptResult,
-    ConfidenceInterval,
-    FeatureMatches,
-    NoiseLevelResult,
-)
-from difflex.dictionary import checksum
-from difflex.evaluation import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
-from difflex.findings import Finding, FindingLine, Findings
 from difflex.records import Shot, Site
-from difflex.steering import (
-    ImageStrip,
-    RemovalRates,
-    RemovalResults,
-    RemovedConcept,
-    SteeringResults,
-    StrengthCurve,
-    StrengthPoint,
-)
 from difflex.study import DictionaryRef, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from difflex.book import Book, ImageAlbum
 from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ImageView, RequestPolicy, RetryPolicy
+from difflex.features.book import Book, ImageAlbum
 from difflex.records import Shot
 from difflex.testing import plain_book, plain_colour
 

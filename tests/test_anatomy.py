@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from difflex.anatomy import Anatomy, heat_map, measure, spectra
 from difflex.errors import BadInput, BrokenFile
+from difflex.evaluation.anatomy import Anatomy, measure
+from difflex.evaluation.anatomy_figures import heat_map, spectra
 from difflex.records import Activations, Shot, Site
 
 SHOT = Shot(model="planted", pixels=(8, 8), steps=2, guidance=0.0)

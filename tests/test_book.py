@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from difflex.book import (
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.features.book import (
     AtomImage,
     Book,
     BookInfo,
@@ -30,7 +31,6 @@ from difflex.book import (
     enlarged,
     overlaid,
 )
-from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Shot
 
 ABOUT = BookInfo(
@@ -213,7 +213,7 @@ def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Pat
 
 
 def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.book.writing.PATIENCE", 0.05)
+    monkeypatch.setattr("difflex.features.book.writing.PATIENCE", 0.05)
     with Book.edit(path) as writer:
         writer._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(BadInput, match="Another process is writing"):
@@ -253,7 +253,9 @@ def test_an_unknown_feature_is_answered_with_those_there_are(path: Path):
 
 
 def test_reading_a_book_needs_no_tensor(path: Path):
-    code = f"import sys; from difflex.book import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
+    code = (
+        f"import sys; from difflex.features.book import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

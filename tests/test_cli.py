@@ -13,7 +13,8 @@ from PIL import Image
 
 import difflex
 from difflex import cli
-from difflex.cli import VERBS, main, parse, verb_class
+from difflex.cli import main, parse
+from difflex.commands import VERBS, verb_class
 from difflex.commands.models import table
 from difflex.commands.opening import ModelCommand, see_own_card
 from difflex.errors import BadInput, BrokenFile

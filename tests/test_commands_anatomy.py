@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from difflex.anatomy import Anatomy
 from difflex.cli import main
 from difflex.commands import anatomy as command
 from difflex.commands.anatomy import AnatomyCommand
-from difflex.run import run_study, steps
-from difflex.study import Study
+from difflex.evaluation.anatomy import Anatomy
+from difflex.study import Study, run_study, steps
 from difflex.testing import tiny_folder
 
 FIGURES = ["norms-image.png", "norms-text.png", "spectra.png"]

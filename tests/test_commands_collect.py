@@ -8,18 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from difflex.book import Book, Explanation, ExplanationScore, ImageAlbum, overview
 from difflex.cli import main
 from difflex.commands.books import kept_strength
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import drawn_concepts
-from difflex.concepts import ConceptMatches, FeatureMatches
-from difflex.dictionary import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.dictionary.itda.provenance import AtomProvenance
-from difflex.forecast import CostOutlook, DictionaryForecast
+from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.dictionaries.itda.provenance import AtomProvenance
+from difflex.evaluation.concepts import ConceptMatches, FeatureMatches
+from difflex.features.book import Book, Explanation, ExplanationScore, ImageAlbum, overview
 from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord, StudyEditor
 from difflex.study import DictionaryRef, Study
+from difflex.study.forecast import CostOutlook, DictionaryForecast
 
 SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
 SIZE = 24

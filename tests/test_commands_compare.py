@@ -8,8 +8,8 @@ import pytest
 from made_study import begun, evaluated, matched, whole
 
 from difflex.cli import main
-from difflex.concepts import ConfidenceInterval
 from difflex.errors import BadInput
+from difflex.evaluation.concepts import ConfidenceInterval
 from difflex.report import read
 from difflex.report.comparison import StudyComparison, compare, in_words, write_comparison
 from difflex.study import Study

@@ -9,8 +9,8 @@ from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.concepts import drawn_concepts, drawn_images
-from difflex.concepts import Concept, ConceptMatches
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.evaluation.concepts import Concept, ConceptMatches
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import Study

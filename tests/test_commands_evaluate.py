@@ -9,7 +9,7 @@ import torch
 
 from difflex.cli import main
 from difflex.commands import evaluate as verb
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.evaluation import Evaluation
 from difflex.records import Site, split_of
 from difflex.testing import tiny_clip, tiny_folder

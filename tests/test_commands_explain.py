@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from seen import MODEL, book, code
 
-from difflex.book import Book, BookInfo, BookWriter, Example, FeatureStats, ImageAlbum, ImageFile, TokenMap
 from difflex.cli import main
 from difflex.commands.concepts import DRAWN, drawn_concepts
+from difflex.features.book import Book, BookInfo, BookWriter, Example, FeatureStats, ImageAlbum, ImageFile, TokenMap
 from difflex.miniature import draw
 from difflex.records import Shot, Site
 from difflex.study import Study

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difflex.cli import main
-from difflex.dictionary import ITDA, Dictionary
+from difflex.dictionaries import ITDA, Dictionary
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study

@@ -9,7 +9,7 @@ from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.steer import _strengths
-from difflex.dictionary import Dictionary
+from difflex.dictionaries import Dictionary
 from difflex.records import Site
 from difflex.steering import Contrast, StudyEditor
 from difflex.study import DictionaryRef, Study

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.steering import SteeringResults
+from difflex.effects import SteeringResults
 from difflex.testing import RuleServer, tiny_clip, tiny_folder
 
 TOLD = """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.dictionary import SAE, Dictionary
+from difflex.dictionaries import SAE, Dictionary
 from difflex.testing import tiny_folder
 
 PLACE = Path("dictionaries") / "double.1+update"

@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
-from difflex.concepts import (
+from difflex.errors import BadInput, BrokenFile, NonFinite
+from difflex.evaluation.concepts import (
     Concept,
     ConceptMatches,
     FeatureMethod,
@@ -26,10 +27,9 @@ from difflex.concepts import (
     random_directions,
     table,
 )
-from difflex.concepts.detection import FeatureFirings, TokenRanking, scores
-from difflex.concepts.probing import probed
-from difflex.concepts.relations import absorbers, pieces, together, unrelated
-from difflex.errors import BadInput, BrokenFile, NonFinite
+from difflex.evaluation.concepts.detection import FeatureFirings, TokenRanking, scores
+from difflex.evaluation.concepts.probing import probed
+from difflex.evaluation.concepts.relations import absorbers, pieces, together, unrelated
 from difflex.records import Activations, Codes, Shot, Site
 
 SITE = Site("double.1")
@@ -97,7 +97,7 @@ def test_blocks_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch
     )
     truth = (torch.rand(7, 200, generator=generator) < 0.3).to(torch.int8)
     whole = scores(firings(dense), truth)
-    monkeypatch.setattr("difflex.concepts.detection.ROOM", 500)
+    monkeypatch.setattr("difflex.evaluation.concepts.detection.ROOM", 500)
     for name, values in vars(scores(firings(dense), truth)).items():
         torch.testing.assert_close(values, getattr(whole, name))
 
@@ -383,7 +383,9 @@ def test_coco_panoptic_is_read(tmp_path: Path):
             {"id": 9, "name": "sky-other", "supercategory": "sky"},
         ],
     }
-    [one] = LabelFolder.open(folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))).labelled_images(1)
+    [one] = LabelFolder.open(
+        folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))
+    ).labelled_images(1)
     assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
 
 

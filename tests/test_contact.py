@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image, ImageChops
 
-from difflex.contact import contact_sheet
 from difflex.errors import BadInput
+from difflex.images import contact_sheet
 
 COLOURS = [["red", "lime", "blue"], ["cyan", "magenta", "yellow"]]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.dictionary.autoencoder import kind_of
-from difflex.dictionary.normalisation import METHODS, Method, VectorMoments
-from difflex.dictionary.scores import BLOCK, EncoderSearch
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.dictionaries.normalisation import METHODS, Method, VectorMoments
+from difflex.dictionaries.sae import kind_of
+from difflex.dictionaries.scores import BLOCK, EncoderSearch
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Codes, Site
 

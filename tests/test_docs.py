@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from difflex.cli import VERBS, main, parse
+from difflex.cli import main, parse
+from difflex.commands import VERBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

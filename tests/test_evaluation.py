@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, checksum
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, checksum
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.evaluation import (
     EditedModel,

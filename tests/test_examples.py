@@ -13,10 +13,10 @@ import torch
 from fake_collect import FEW, GRID, SITES, SIZE, collected, met, painted, planted, shot, source, subjects
 from torch import Tensor
 
-from difflex.book import SHOWN, Book, ImageAlbum
 from difflex.errors import BadInput
-from difflex.examples import AtomLocation, CollectBatch, collect
-from difflex.examples.drawing import drawn, key_of
+from difflex.features import AtomLocation, CollectBatch, collect
+from difflex.features.book import SHOWN, Book, ImageAlbum
+from difflex.features.drawing import drawn, key_of
 from difflex.records import Shot
 
 COUNT = 60
@@ -164,8 +164,8 @@ def test_figures_of_place_have_their_meaning(folder: Path):
 
 
 def test_spread_and_concentration_of_known_maps():
-    from difflex.examples.figures import shapes
-    from difflex.examples.sightings import LEVELS, FeatureMaps
+    from difflex.features.figures import shapes
+    from difflex.features.sightings import LEVELS, FeatureMaps
 
     def seen(*tokens: int, levels: tuple[int, ...] = ()) -> FeatureMaps:
         given = torch.tensor(levels or (LEVELS,) * len(tokens)).to(torch.int16)
@@ -182,8 +182,8 @@ def test_spread_and_concentration_of_known_maps():
 
 
 def test_fellows_are_features_that_fire_beside_and_not_by_chance():
-    from difflex.examples.figures import fellows
-    from difflex.examples.sightings import FeatureMaps
+    from difflex.features.figures import fellows
+    from difflex.features.sightings import FeatureMaps
 
     beside = torch.tensor([[1, 2], [1, 2], [1, -1], [2, -1]], dtype=torch.int32)
     groups = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
@@ -193,7 +193,7 @@ def test_fellows_are_features_that_fire_beside_and_not_by_chance():
 
 
 def test_nearest_directions_are_those_of_the_highest_cosine():
-    from difflex.examples.figures import nearest
+    from difflex.features.figures import nearest
 
     directions = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     cosines = directions @ directions.T - 3 * torch.eye(20)
@@ -232,9 +232,9 @@ def test_a_image_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
 
 
 def test_sorting_in_at_any_moment_gives_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.examples.sightings.PATIENCE", 0)
-    monkeypatch.setattr("difflex.examples.sightings.SLICE", 7)
-    monkeypatch.setattr("difflex.examples.firing.CHUNK", 9)
+    monkeypatch.setattr("difflex.features.sightings.PATIENCE", 0)
+    monkeypatch.setattr("difflex.features.sightings.SLICE", 7)
+    monkeypatch.setattr("difflex.features.firing.CHUNK", 9)
     collected(tmp_path, [*range(COUNT)], MOMENTS)
     assert all(contents(folder / f"{site.folder}.sqlite") == contents(tmp_path / f"{site.folder}.sqlite") for site in SITES)
 

@@ -12,7 +12,6 @@ from made_study import begun, dictionary, imaged
 from PIL import Image
 from seen import view
 
-from difflex.book import Book, Judgement
 from difflex.errors import BadInput
 from difflex.explanation import (
     AnswerCache,
@@ -37,6 +36,7 @@ from difflex.explanation.comparing import _holm
 from difflex.explanation.scoring import accuracy, auroc, estimate, p_value, scores
 from difflex.explanation.wording import to_explain, to_judge, to_pick
 from difflex.explanation.words import cleaned
+from difflex.features.book import Book, Judgement
 from difflex.records import Shot
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789{}[]:,.'\"-_ \n"

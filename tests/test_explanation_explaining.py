@@ -13,7 +13,6 @@ import pytest
 import torch
 from seen import MODEL, QUICK, Endpoints, book, code
 
-from difflex.book import Book, ImageAlbum
 from difflex.errors import BadInput, OutOfBudget
 from difflex.explanation import (
     AnswerCache,
@@ -35,6 +34,7 @@ from difflex.explanation import (
 from difflex.explanation.asked import VLMAnswer
 from difflex.explanation.backend import BackendReply
 from difflex.explanation.protocol import UnsuitableFeature, plan
+from difflex.features.book import Book, ImageAlbum
 from difflex.testing import RuleServer
 
 FAULTS = ("hostile", "malformed", "refusal", "limited", "broken", "hanging", "truncated")
@@ -261,7 +261,7 @@ def after_valid(answers: AnswerCache) -> list[str]:
 KILLED = """
 import sys
 from pathlib import Path
-from difflex.book import Album, Book
+from difflex.features.book import Album, Book
 from difflex.explanation import Answers, Asker, Endpoint, Key, explain
 folder, url = Path(sys.argv[1]), sys.argv[2]
 with Book.edit(folder / "book.sqlite") as book:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from difflex.cli import main
 from difflex.commands.findings import FindingsCommand, _detectors, _is_as
-from difflex.errors import BadInput, BrokenFile
-from difflex.findings import (
+from difflex.effects import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial, StrengthCurve, StrengthPoint
+from difflex.effects.findings import (
     EXPERIMENTS,
     ExperimentBench,
     Finding,
@@ -26,26 +26,16 @@ from difflex.findings import (
     pairs_for,
     workload,
 )
-from difflex.findings.captions import task_of
-from difflex.findings.rules import RuleCondition, are_above, chance, rises_above_one, under_half
+from difflex.effects.findings.captions import task_of
+from difflex.effects.findings.rules import RuleCondition, are_above, chance, rises_above_one, under_half
+from difflex.effects.trials import group_of
+from difflex.errors import BadInput, BrokenFile
 from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
 from difflex.records import Activations, HookContext, Rectangle, Shot, Site
 from difflex.report.facts import read as read_facts
-from difflex.steering import (
-    EditFeatures,
-    JudgedGenerator,
-    JudgeVerdict,
-    SteeringHook,
-    SteeringTask,
-    SteeringTrial,
-    StrengthCurve,
-    StrengthPoint,
-    StudyEditor,
-    contrasts,
-)
+from difflex.steering import EditFeatures, SteeringHook, StudyEditor, contrasts
 from difflex.study import Study
-from difflex.trials import group_of
 
 SCOPE = FindingsConfig(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
 SITE = Site("double.1")

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import read_itda
+from difflex.dictionaries import read_itda
 from difflex.errors import BadInput, BrokenFile
 from difflex.records import Site
 

@@ -17,27 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary import Dictionary, DictionaryOrigin, Normalisation
-from difflex.dictionary.itda import (
-    ITDA,
-    GrowthConfig,
-    GrowthData,
-    GrowthInterval,
-    clustered,
-    expected_over,
-    grow,
-    paper,
-    without_similar,
-)
-from difflex.dictionary.itda.grower import AtomGrower
-from difflex.dictionary.itda.provenance import AtomProvenance
-from difflex.dictionary.itda.watch import HoldOut
-from difflex.dictionary.pursuit import RULES, Way
-from difflex.dictionary.pursuit.correlations import AtomSet
-from difflex.dictionary.pursuit.walk import walk
+from difflex.dictionaries import Dictionary, DictionaryOrigin, Normalisation
+from difflex.dictionaries.itda import ITDA, GrowthConfig, clustered, paper, without_similar
+from difflex.dictionaries.itda.provenance import AtomProvenance
+from difflex.dictionaries.pursuit import RULES, Way
+from difflex.dictionaries.pursuit.correlations import AtomSet
+from difflex.dictionaries.pursuit.walk import walk
+from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
-from difflex.ranks import Ranks
 from difflex.records import ActivationBatch, Shot, Site, SplitBatches
+from difflex.training.itda import GrowthData, GrowthInterval, expected_over, grow
+from difflex.training.itda.grower import AtomGrower
+from difflex.training.itda.watch import HoldOut
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024
 ORIGIN = DictionaryOrigin(site=Site("double.18"), model="mini-flux")
@@ -83,7 +74,7 @@ def grown(folder: Path, **changes: object) -> ITDA:
 
 
 def normalised() -> Normalisation:
-    from difflex.dictionary.normalisation import estimate
+    from difflex.dictionaries.normalisation import estimate
 
     return estimate((batch.values for batch in stream(0)), "standardise")
 
@@ -101,7 +92,7 @@ def all_rows() -> Tensor:
 @pytest.mark.parametrize("by_gram", [True, False])
 def test_every_token_is_under_the_threshold_once_its_batch_was_added(way: Way, by_gram: bool, monkeypatch: pytest.MonkeyPatch):
     if by_gram:
-        monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+        monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
     grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
     assert (grower.means.gram is not None) == by_gram or way in ("matching", "positive-matching")
     normalisation = normalised()
@@ -159,7 +150,7 @@ def test_growth_does_not_depend_on_scale():
 
 
 def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
     grower = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
         grower.take(batch._replace(values=normalised().apply(batch.values)))
@@ -357,8 +348,8 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
 
 @pytest.mark.parametrize("memory", [10**4, 10**5, 10**12])
 def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
-    free = "difflex.dictionary.itda.growing.free_memory"
+    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+    free = "difflex.training.itda.growing.free_memory"
     monkeypatch.setattr(free, lambda device: 7 * 10**5)  # enough for half a Gram matrix
     whole = grown(tmp_path / "whole")
     started(tmp_path / "cut")
@@ -370,8 +361,8 @@ def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Pa
 
 
 def test_the_growths_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionary.pursuit.means.WIDTH_PER_MOVE", 0)
-    monkeypatch.setattr("difflex.dictionary.itda.growing.free_memory", lambda device: 1_200_000)
+    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: 1_200_000)
     sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
     means = [itda.origin.training["means"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
     assert all("float16" in str(each) for each in means)
@@ -480,7 +471,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_itda as t
-from difflex.dictionary.itda import grow
+from difflex.dictionaries.itda import grow
 if {count} > 1:
     import torch.distributed as dist
     dist.init_process_group("gloo")

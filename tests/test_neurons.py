@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflex.dictionary import Dictionary, DictionaryOrigin
-from difflex.dictionary.neurons import Neurons
+from difflex.dictionaries import Dictionary, DictionaryOrigin
+from difflex.dictionaries.neurons import Neurons
 from difflex.errors import BadInput
 from difflex.records import Codes, Site
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import difflex
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
-from difflex.pipeline import memory, opening, quantised
+from difflex.pipeline import memory, opening, quantisation
 from difflex.pipeline.families import family_of
 from difflex.pipeline.loading import Precision, read_card
 from difflex.pipeline.memory import WeightPlacement, check_fits, estimate
@@ -66,7 +66,7 @@ def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: st
 
 
 def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"difflex\[nf4\]"):
         difflex.load(folder, precision="nf4")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import difflex
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline import HookContext, Pipeline, opening
-from difflex.pipeline.clock import DenoiserCall
+from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.families import Family
 from difflex.pipeline.hooks import visit
 from difflex.records import Site

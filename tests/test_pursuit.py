@@ -8,7 +8,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.pursuit import (
+from difflex.dictionaries.pursuit import (
     CandidatePool,
     GramMatrix,
     PursuitResult,
@@ -16,7 +16,7 @@ from difflex.dictionary.pursuit import (
     matching_pursuit,
     orthogonal_pursuit,
 )
-from difflex.dictionary.pursuit.products import product
+from difflex.dictionaries.pursuit.products import product
 from difflex.errors import BadInput, NonFinite
 
 WIDTH, SIZE, COUNT = 24, 96, 24

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from difflex.anatomy import Anatomy
 from difflex.cli import main
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
@@ -21,10 +20,10 @@ from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
+from difflex.evaluation.anatomy import Anatomy
 from difflex.recipes import RECIPES, Recipe, recipe
 from difflex.records import Site
-from difflex.run import run_study, steps
-from difflex.study import Command, Study
+from difflex.study import Command, Study, run_study, steps
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(

@@ -16,16 +16,15 @@ from difflex.commands.findings import FindingsCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
+from difflex.commands.planning import PlannedCommand, machine_rate, plan, plan_table, said_time
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast, StoreForecast
 from difflex.recipes import RECIPES
-from difflex.recipes.planning import PlannedCommand, machine_rate, plan, plan_table, said_time
 from difflex.records import Shot, Site
-from difflex.run import run_study
-from difflex.study import Command, Study
+from difflex.study import Command, Study, run_study
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast, StoreForecast
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Normalisation '.*' leaves the mean at:UserWarning")

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.dictionary import DictionaryOrigin, Neurons
-from difflex.errors import BadInput, BrokenFile
-from difflex.miniature import draw, load_judge
-from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, SceneMix
-from difflex.records import Activations, HookContext, Shot, Site
-from difflex.steering import (
+from difflex.dictionaries import DictionaryOrigin, Neurons
+from difflex.effects import (
     FeatureCut,
     GenerationCodes,
     JudgeVerdict,
@@ -23,16 +19,20 @@ from difflex.steering import (
     RemovalResults,
     RemovalTrial,
     RemovedConcept,
-    SteeringHook,
     best_of,
     choose,
     importance,
     rates,
 )
-from difflex.steering.removal import about
+from difflex.effects.removal import about
+from difflex.effects.trials import NAMED as NAMED_GROUPS
+from difflex.effects.trials import DrawnJudge, NamedCaption, drawn_naming
+from difflex.errors import BadInput, BrokenFile
+from difflex.miniature import draw, load_judge
+from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, SceneMix
+from difflex.records import Activations, HookContext, Shot, Site
+from difflex.steering import SteeringHook
 from difflex.study import DictionaryRef, Study
-from difflex.trials import NAMED as NAMED_GROUPS
-from difflex.trials import DrawnJudge, NamedCaption, drawn_naming
 
 SITES = ("double.1", "single.0")
 SITE = Site("double.1", "neurons")

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, imaged, matched, removed, steered, whole
 
-from difflex.cli import VERBS, main, parse
+from difflex.cli import main, parse
+from difflex.commands import VERBS
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.train import TrainCommand
 from difflex.commands.words import words
-from difflex.concepts import Concept
 from difflex.errors import UnknownName
+from difflex.evaluation.concepts import Concept
 from difflex.recipes import RECIPES
 from difflex.report import read, write_report
 from difflex.report.claims import Claim, judged
 from difflex.report.telling import number, percent
-from difflex.run import CommandRecord, run_study, steps
-from difflex.study import Study
+from difflex.study import CommandRecord, Study, run_study, steps
 
 
 def page_of(study: Study, beside: Study | None = None) -> str:

@@ -10,7 +10,7 @@ import pytest
 from made_study import anatomised, begun, control, evaluated, matched, whole
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from difflex.concepts import Concept
+from difflex.evaluation.concepts import Concept
 from difflex.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -8,7 +8,7 @@ from made_study import begun, evaluated, matched, whole
 from playwright.sync_api import Browser, Page
 from test_report_browser import CARDS, CUT_OR_OVERLAPPING, TOO_WIDE, VIEWS, browser, shown
 
-from difflex.concepts import Concept
+from difflex.evaluation.concepts import Concept
 from difflex.report import read
 from difflex.report.comparison import compare, write_comparison
 

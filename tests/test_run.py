@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.run import diary, run_study, steps
-from difflex.store.files import locked
-from difflex.study import Command, Study
+from difflex.files import locked
+from difflex.study import Command, Study, diary, run_study, steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.commands.worlds import read_told
+from difflex.effects import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, SteeringTrial, by_answers
+from difflex.effects.worlds import read_told
 from difflex.errors import BadInput
 from difflex.records import Rectangle
-from difflex.steering import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, SteeringTrial, by_answers
 
 LEFT = Rectangle(0.0, 0.0, 0.5, 1.0)
 RED = ConceptSpec(

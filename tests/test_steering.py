@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import difflex
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.dictionary.autoencoder import kind_of
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries.sae import kind_of
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.pipeline import Pipeline
 from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource

@@ -12,25 +12,25 @@ import difflex
 from difflex.cli import main, parse
 from difflex.commands.contrast import both_sides
 from difflex.commands.steer_eval import BY_STRENGTH
-from difflex.errors import BadInput, BrokenFile
-from difflex.forecast import CostOutlook, DictionaryForecast
-from difflex.miniature import draw, load_judge
-from difflex.miniature.captions import read
-from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
-from difflex.records import HookContext, Shot, Site
-from difflex.steering import (
+from difflex.effects import (
     ImageStrip,
     JudgedGenerator,
     JudgeVerdict,
-    SteeringHook,
     SteeringResults,
     SteeringTask,
     SteeringTrial,
     judge,
     side_by_side,
 )
+from difflex.effects.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
+from difflex.errors import BadInput, BrokenFile
+from difflex.miniature import draw, load_judge
+from difflex.miniature.captions import read
+from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
+from difflex.records import HookContext, Shot, Site
+from difflex.steering import SteeringHook
 from difflex.study import Command
-from difflex.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
+from difflex.study.forecast import CostOutlook, DictionaryForecast
 
 TRIALS = tuple(SteeringTrial(f"image {number}", number, None) for number in range(4))
 TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)

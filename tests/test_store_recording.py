@@ -19,9 +19,10 @@ from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
+from difflex import files
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
 from difflex.records import Activations, Shot, Site, split_of
-from difflex.store import RecordingConfig, Store, files, record
+from difflex.store import RecordingConfig, Store, record
 
 SCRIPT = Path(__file__).parent / "fake_harvest.py"
 SITE = SITES[0]

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
-from difflex.dictionary import SAE, Dictionary, DictionaryOrigin
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
-from difflex.planted import PlantedDictionary
 from difflex.records import ActivationBatch, Site, SplitBatches
+from difflex.testing.planted import PlantedDictionary
 from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit, shuffled
 from difflex.training.fitting import rate
 

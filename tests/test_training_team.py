@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
 
+from difflex.distributed import joined
 from difflex.errors import BadInput, DifflexError
-from difflex.ranks import joined
 from difflex.records import ActivationBatch
 from difflex.training import FitConfig, TrainingConfig, fit
 from difflex.training.team import Team

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.autoencoder import SAEWeights
+from difflex.dictionaries.sae import SAEWeights
 from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, JumpReLUConfig, TrainingConfig
 from difflex.training.learner import Learner, UpdateMetrics
 from difflex.training.start import first_weights, geometric_median

@@ -3,7 +3,7 @@
 import torch
 from serving import Learner, serve
 
-from difflex.dictionary import SAE, Normalisation, DictionaryOrigin
+from difflex.dictionaries import SAE, Normalisation, DictionaryOrigin
 from difflex.records import Site
 from difflex.training import AdamConfig, TrainingConfig, default
 from difflex.training.checkpoint import whole_weights

@@ -4,16 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from difflex.dictionary import ITDA, Dictionary, Neurons
+    from difflex.dictionaries import ITDA, Dictionary, Neurons
     from difflex.errors import DifflexError
     from difflex.evaluation import evaluate
     from difflex.miniature import Scenes, draw
     from difflex.pipeline import Pipeline, load
     from difflex.records import Activations, Codes, Edit, Shot, Site
-    from difflex.run import run_study
     from difflex.steering import steer
     from difflex.store import LiveActivations, Store, record
-    from difflex.study import Study
+    from difflex.study import Study, run_study
     from difflex.training import fit
 
 __version__ = "0.1.0"
@@ -22,12 +21,12 @@ __version__ = "0.1.0"
 HOMES = {
     "Activations": "difflex.records",
     "Codes": "difflex.records",
-    "Dictionary": "difflex.dictionary",
+    "Dictionary": "difflex.dictionaries",
     "DifflexError": "difflex.errors",
     "Edit": "difflex.records",
-    "ITDA": "difflex.dictionary",
+    "ITDA": "difflex.dictionaries",
     "LiveActivations": "difflex.store",
-    "Neurons": "difflex.dictionary",
+    "Neurons": "difflex.dictionaries",
     "Pipeline": "difflex.pipeline",
     "Scenes": "difflex.miniature",
     "Shot": "difflex.records",
@@ -39,7 +38,7 @@ HOMES = {
     "fit": "difflex.training",
     "load": "difflex.pipeline",
     "record": "difflex.store",
-    "run_study": "difflex.run",
+    "run_study": "difflex.study.run",
     "steer": "difflex.steering",
 }
 

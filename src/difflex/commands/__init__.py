@@ -1,1 +1,68 @@
-"""The verbs of the command line, one file each: frozen dataclasses whose fields are the flags; calling one does the work."""
+"""The verbs of the command line, one file each: frozen dataclasses whose fields are the flags; calling one does the work.
+
+Here is only the table of verbs, so that `difflex --help` imports neither torch nor tyro.
+"""
+
+from importlib import import_module
+from typing import NamedTuple
+
+from difflex.errors import UnknownName
+from difflex.study import Command
+
+__all__ = ["VERBS", "VerbEntry", "verb_class"]
+
+
+class VerbEntry(NamedTuple):
+    """A row of the table of verbs."""
+
+    group: str
+    """The step of the workflow that `difflex --help` lists it under."""
+    help: str
+    """What it does, in one line of `difflex --help`."""
+    module: str
+    """Where its class is: `steer-eval` is `SteerEvalCommand`."""
+
+
+VERBS = {
+    "models": VerbEntry("Explore a model", "list the models inside the package", "difflex.commands.models"),
+    "generate": VerbEntry("Explore a model", "generate images from prompts, as one labelled grid", "difflex.commands.generate"),
+    "sites": VerbEntry("Explore a model", "list where a model can be read and edited", "difflex.commands.sites"),
+    "anatomy": VerbEntry(
+        "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.anatomy"
+    ),
+    "harvest": VerbEntry("Train dictionaries", "store a model's activations in a study", "difflex.commands.harvest"),
+    "train": VerbEntry("Train dictionaries", "train sparse autoencoders (SAEs) on stored activations", "difflex.commands.train"),
+    "itda": VerbEntry("Train dictionaries", "grow ITDA dictionaries, whose atoms are activations", "difflex.commands.itda"),
+    "neurons": VerbEntry(
+        "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.neurons"
+    ),
+    "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.verify"),
+    "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluate"),
+    "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.concepts"),
+    "collect": VerbEntry(
+        "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.collect"
+    ),
+    "features": VerbEntry("Look at features", "list features, sorted and filtered", "difflex.commands.features"),
+    "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.show"),
+    "explain": VerbEntry(
+        "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
+    ),
+    "steer": VerbEntry("Steer", "generate images while features are edited", "difflex.commands.steer"),
+    "icon": VerbEntry("Steer", "draw what a feature generates on its own", "difflex.commands.icon"),
+    "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.contrast"),
+    "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.steer_eval"),
+    "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.removal"),
+    "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.findings"),
+    "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
+    "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.status"),
+    "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.report"),
+    "compare": VerbEntry("Run studies", "compare two studies", "difflex.commands.compare"),
+}
+
+
+def verb_class(verb: str) -> type[Command]:
+    """Return the dataclass of `verb`."""
+    if verb not in VERBS:
+        raise UnknownName.among("The verb", verb, VERBS, "See difflex --help.")
+    name = "".join(map(str.capitalize, verb.split("-"))) + "Command"
+    return getattr(import_module(VERBS[verb].module), name)

@@ -9,15 +9,16 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 import difflex
-from difflex.anatomy import Anatomy, heat_map, measure, spectra
 from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import ModelCommand
 from difflex.commands.prompts import read_prompts
 from difflex.errors import BadInput, BrokenFile
-from difflex.forecast import CostEstimate, CostOutlook
+from difflex.evaluation.anatomy import Anatomy, measure
+from difflex.evaluation.anatomy_figures import heat_map, spectra
 from difflex.records import Site, Stream
 from difflex.study import Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["AnatomyCommand"]
 

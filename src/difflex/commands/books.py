@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from difflex.book import Book
-from difflex.dictionary import checksum
+from difflex.dictionaries import checksum
 from difflex.errors import BrokenFile, StaleWork, UnknownName
+from difflex.features.book import Book
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["kept_strength", "opened_book"]

@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.book import Book, ImageAlbum
 from difflex.commands.concepts import DRAWN, Levels, drawn_images
 from difflex.commands.costs import (
     Work,
@@ -26,16 +25,17 @@ from difflex.commands.costs import (
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
-from difflex.dictionary import ITDA, Dictionary, checksum
+from difflex.dictionaries import ITDA, Dictionary, checksum
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.examples import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
-from difflex.forecast import CostEstimate, CostOutlook
+from difflex.features import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.features.book import Book, ImageAlbum
+from difflex.files import locked
 from difflex.pipeline.images import open_image
 from difflex.records import Shot, Site
 from difflex.steering import StudyEditor
 from difflex.store import Store
-from difflex.store.files import locked
 from difflex.study import Command, DictionaryRef, Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["CollectCommand"]
 

@@ -24,7 +24,8 @@ from difflex.commands.costs import (
 )
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import load_studied
-from difflex.concepts import (
+from difflex.errors import BadInput, UnknownName
+from difflex.evaluation.concepts import (
     Concept,
     ConceptMatches,
     LabelFolder,
@@ -36,12 +37,11 @@ from difflex.concepts import (
     painted,
     table,
 )
-from difflex.errors import BadInput, UnknownName
-from difflex.forecast import CostEstimate, CostOutlook
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 from difflex.records import Activations, Site
 from difflex.study import Command, Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ConceptsCommand", "drawn_concepts", "drawn_images"]
 
@@ -218,7 +218,9 @@ class ConceptsCommand(Command):
             scenes = cache(lambda: list(drawn_images(self.images)))  # small, and long to draw
             return LabelledImages(drawn_concepts(), scenes, f"drawn world from {DRAWN}")
         folder = LabelFolder.open(self.folder)
-        return LabelledImages(folder.concepts, lambda: folder.labelled_images(self.images, self.pixels), f"folder {folder.fingerprint}")
+        return LabelledImages(
+            folder.concepts, lambda: folder.labelled_images(self.images, self.pixels), f"folder {folder.fingerprint}"
+        )
 
     def _judged(
         self, study: Study, folders: Mapping[Site, Mapping[str, Path]], given: LabelledImages

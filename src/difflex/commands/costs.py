@@ -12,11 +12,11 @@ from typing import Literal
 
 from difflex.commands.opening import UNTRAINED
 from difflex.errors import DifflexError
-from difflex.forecast import CostOutlook, DictionaryForecast, StoreForecast
 from difflex.pipeline import ModelProfile, foresee
 from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.study import Study
+from difflex.study.forecast import CostOutlook, DictionaryForecast, StoreForecast
 
 __all__ = [
     "A_POINT",

@@ -14,10 +14,10 @@ from difflex.commands.costs import dictionaries, effect, encoding, foreseen_like
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import EditedModel, Evaluation, HeldOutData, check_likeness, likeness, renew
-from difflex.forecast import CostEstimate, CostOutlook
 from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.study import Command, DictionaryRef, Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["EvaluateCommand"]
 

@@ -8,7 +8,6 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.book import Book, ImageAlbum
 from difflex.commands.concepts import drawn_concepts
 from difflex.commands.costs import START, dictionaries
 from difflex.commands.looking import VLMCommand, kept_answers
@@ -28,10 +27,11 @@ from difflex.explanation import (
     methods,
     rehearse,
 )
-from difflex.forecast import CostEstimate, CostOutlook
+from difflex.features.book import Book, ImageAlbum
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ExplainCommand"]
 

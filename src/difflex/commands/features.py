@@ -7,10 +7,10 @@ from typing import Annotated, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.book import SORTS, Book, FeatureFilter, FeatureStats
 from difflex.commands.books import opened_book
-from difflex.concepts import ConceptMatches
 from difflex.errors import BadInput, UnknownName
+from difflex.evaluation.concepts import ConceptMatches
+from difflex.features.book import SORTS, Book, FeatureFilter, FeatureStats
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["BestConcept", "FeaturesCommand", "detected"]

@@ -7,17 +7,15 @@ from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex import findings
 from difflex.commands.contrast import both_sides
 from difflex.commands.costs import A_POINT, dictionaries, generating, judging, scaling, seconds, studied, walking
-from difflex.commands.detected import matches_of
-from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.concepts import ConceptMatches
-from difflex.errors import BadInput, StaleWork
-from difflex.findings import (
+from difflex.effects import findings
+from difflex.effects.detected import matches_of
+from difflex.effects.drawing import LEVELS, drawn_by
+from difflex.effects.findings import (
     EXPERIMENTS,
     ExperimentBench,
     Finding,
@@ -27,13 +25,15 @@ from difflex.findings import (
     pairs_for,
     workload,
 )
-from difflex.forecast import CostEstimate, CostOutlook
+from difflex.effects.trials import group_of, placed
+from difflex.errors import BadInput, StaleWork
+from difflex.evaluation.concepts import ConceptMatches
+from difflex.files import digest
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
 from difflex.steering import StudyEditor, contrasts, steered_along
-from difflex.store.files import digest
 from difflex.study import Command, DictionaryRef, Study
-from difflex.trials import group_of, placed
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["FindingsCommand"]
 

@@ -9,8 +9,8 @@ from tyro.conf import Positional, arg
 
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import ModelCommand
-from difflex.contact import contact_sheet
 from difflex.errors import BadInput
+from difflex.images import contact_sheet
 
 __all__ = ["FORMATS", "GenerateCommand", "write_image"]
 

@@ -17,11 +17,11 @@ from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import UNTRAINED, ModelCommand, see_own_card
 from difflex.commands.prompts import CAPTIONS, PromptSource, read_prompts
 from difflex.errors import BadInput
-from difflex.forecast import CostEstimate, CostOutlook, StoreForecast
 from difflex.pipeline import ModelProfile
 from difflex.records import Shot, split_of
 from difflex.store import RecordingConfig, ShardFormat, record, recorded_bytes, shots_for
 from difflex.study import Study
+from difflex.study.forecast import CostEstimate, CostOutlook, StoreForecast
 
 __all__ = ["HarvestCommand"]
 

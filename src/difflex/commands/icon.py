@@ -10,8 +10,8 @@ from difflex.commands.flags import Range
 from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.contact import contact_sheet
 from difflex.errors import BadInput
+from difflex.images import contact_sheet
 from difflex.records import Edit
 from difflex.steering import StudyEditor
 from difflex.study import Command, Study

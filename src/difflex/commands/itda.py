@@ -11,18 +11,18 @@ from tyro.conf import Positional, arg
 
 from difflex.commands.costs import growing, held, seconds, unknown_store
 from difflex.commands.opening import see_own_card
-from difflex.dictionary import Dictionary, DictionaryOrigin
-from difflex.dictionary.files import Json
-from difflex.dictionary.itda import ITDA, GrowthConfig, GrowthData, GrowthProgress, grow, paper
-from difflex.dictionary.itda.config import variant
-from difflex.dictionary.normalisation import Method
-from difflex.dictionary.pursuit import Way
+from difflex.dictionaries import Dictionary, DictionaryOrigin
+from difflex.dictionaries.files import Json
+from difflex.dictionaries.itda import ITDA, GrowthConfig, paper, variant
+from difflex.dictionaries.normalisation import Method
+from difflex.dictionaries.pursuit import Way
+from difflex.distributed import Ranks, joined
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
-from difflex.ranks import Ranks, joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import GROWING, Command, Study
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
+from difflex.training.itda import GrowthData, GrowthProgress, grow
 
 __all__ = ["ItdaCommand"]
 

@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.errors import BadInput
 from difflex.explanation import AnswerCache, ApiKey, EndpointBackend, LocalBackend, RequestPolicy, TokenPrice, VLMBackend
-from difflex.store.files import locked
+from difflex.files import locked
 from difflex.study import Command, Study
 
 __all__ = ["VLMCommand", "kept_answers"]

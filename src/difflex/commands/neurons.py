@@ -6,14 +6,14 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex import dictionary
+from difflex import dictionaries
 from difflex.commands.costs import START, held, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["NeuronsCommand"]
 
@@ -59,11 +59,11 @@ class NeuronsCommand(Command):
 
 def _put(study: Study, store: Store, k: int) -> Path:
     """Where the neurons of a store's block now are."""
-    origin = dictionary.DictionaryOrigin(site=store.site, model=study.model, revision=study.revision)
-    neurons = dictionary.Neurons(width=store.width, k=k, origin=origin)
+    origin = dictionaries.DictionaryOrigin(site=store.site, model=study.model, revision=study.revision)
+    neurons = dictionaries.Neurons(width=store.width, k=k, origin=origin)
     folder = study.dictionary(store.site, neurons.label)
     if (folder / "config.json").is_file():
-        there = dictionary.Dictionary.load(folder)
+        there = dictionaries.Dictionary.load(folder)
         if there.origin != origin:
             raise StaleWork(f"{folder} holds neurons of another model. Delete it, then give the same command again.", folder)
     else:

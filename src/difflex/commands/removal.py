@@ -11,31 +11,23 @@ from typing import Annotated, final
 from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex import steering
+from difflex import effects
 from difflex.commands.costs import dictionaries, encoding, generating, judging, seconds, studied
 from difflex.commands.flags import Numbers, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.dictionary import Dictionary
+from difflex.dictionaries import Dictionary
+from difflex.effects import GenerationCodes, JudgeVerdict, RemovalImages, RemovedConcept, best_of
+from difflex.effects.removal import about
+from difflex.effects.trials import NAMED, DrawnJudge, NamedCaption, as_tensor, drawn_naming
 from difflex.errors import BadInput, UnknownName
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Shot, Site
-from difflex.steering import (
-    GenerationCodes,
-    JudgeVerdict,
-    RemovalImages,
-    RemovedConcept,
-    SteeringHook,
-    StudyEditor,
-    best_of,
-    check_maker,
-)
-from difflex.steering.removal import about
+from difflex.steering import SteeringHook, StudyEditor, check_maker
 from difflex.study import Command, DictionaryRef, Study
-from difflex.trials import NAMED, DrawnJudge, NamedCaption, as_tensor, drawn_naming
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["RemovalCommand"]
 
@@ -93,13 +85,13 @@ class RemovalCommand(Command):
             print(f"{_named(together)}{'' if together in made else ': as before'}\n{_table(removal)}")
         return [toolbox.study.removal(together) for together in sets]
 
-    def _known(self, toolbox: StudyEditor, together: Together) -> steering.RemovalResults | None:
+    def _known(self, toolbox: StudyEditor, together: Together) -> effects.RemovalResults | None:
         """What came of it when it was done just so before."""
         path = toolbox.study.removal(together)
-        known = steering.RemovalResults.load(path) if path.is_file() else None
+        known = effects.RemovalResults.load(path) if path.is_file() else None
         return known if known and known.made_from == self._made_from(toolbox, together) else None
 
-    def _made(self, toolbox: StudyEditor, sets: Sequence[Together]) -> Mapping[Together, steering.RemovalResults]:
+    def _made(self, toolbox: StudyEditor, sets: Sequence[Together]) -> Mapping[Together, effects.RemovalResults]:
         """What comes of these sets, written down."""
         if not sets:
             return {}
@@ -216,8 +208,8 @@ class RemovalCommand(Command):
                 rates=unseen.rates(concept, cuts, strength),
             )
 
-    def _written(self, toolbox: StudyEditor, together: Together, concepts: Sequence[RemovedConcept]) -> steering.RemovalResults:
-        removal = steering.RemovalResults(
+    def _written(self, toolbox: StudyEditor, together: Together, concepts: Sequence[RemovedConcept]) -> effects.RemovalResults:
+        removal = effects.RemovalResults(
             model=toolbox.study.model,
             dictionaries=tuple(map(str, together)),
             concepts=tuple(concepts),
@@ -303,7 +295,7 @@ def _told(each: RemovedConcept) -> str:
     )
 
 
-def _table(removal: steering.RemovalResults) -> str:
+def _table(removal: effects.RemovalResults) -> str:
     """A line for each concept, and how many reach the bar."""
     count, of = len(removal.reaching()), len(removal.concepts)
     return "\n".join(

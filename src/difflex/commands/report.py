@@ -8,11 +8,10 @@ from tyro.conf import Positional, arg
 
 from difflex.commands.words import words
 from difflex.errors import DifflexError
-from difflex.forecast import CostEstimate, CostOutlook
 from difflex.report import write_report
 from difflex.report.overview import plainly
-from difflex.run import CommandRecord
-from difflex.study import Command, Study
+from difflex.study import Command, CommandRecord, Study
+from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ReportCommand"]
 

@@ -6,11 +6,11 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import Positional, arg
 
-from difflex.book import ImageAlbum, sheet
 from difflex.commands.books import opened_book
 from difflex.commands.features import detected
 from difflex.commands.generate import FORMATS, write_image
 from difflex.errors import BadInput
+from difflex.features.book import ImageAlbum, sheet
 from difflex.study import Command, Study
 
 __all__ = ["ShowCommand"]

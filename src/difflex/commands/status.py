@@ -7,9 +7,8 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.run import CommandRecord, diary
 from difflex.store import Store
-from difflex.study import Command, Study
+from difflex.study import Command, CommandRecord, Study, diary
 
 __all__ = ["StatusCommand"]
 

@@ -15,8 +15,8 @@ from difflex.commands.books import kept_strength
 from difflex.commands.flags import Range
 from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.opening import load_studied
-from difflex.contact import contact_sheet
 from difflex.errors import BadInput
+from difflex.images import contact_sheet
 from difflex.pipeline import GeneratedImage, Pipeline
 from difflex.records import Edit, Operation, Rectangle, Shot, Site, TransplantSource, Unit
 from difflex.steering import EditRecord, StudyEditor, TransplantMaps, rectangle

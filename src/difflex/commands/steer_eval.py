@@ -23,37 +23,32 @@ from difflex.commands.costs import (
     studied,
     walking,
 )
-from difflex.commands.detected import matches_of, neurons_beside
-from difflex.commands.drawing import LEVELS, drawn_by
 from difflex.commands.flags import Range
 from difflex.commands.looking import VLMCommand
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
-from difflex.commands.worlds import DRAWN, JudgedWorld, read_told, told_world
-from difflex.errors import BadInput, DifflexError
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
-from difflex.miniature.world import CONCEPTS
-from difflex.pipeline import Pipeline
-from difflex.records import Edit, Site, Unit
-from difflex.steering import (
+from difflex.effects import (
     ConceptSpec,
-    EditFeatures,
     ImageStrip,
     JudgedGenerator,
-    SteeringHook,
     SteeringResults,
     SteeringTask,
     SteeringTrial,
     StrengthCurve,
-    StudyEditor,
-    at_random,
     judge,
-    steered_along,
-    steerings,
 )
-from difflex.store.files import digest
+from difflex.effects.detected import matches_of, neurons_beside
+from difflex.effects.drawing import LEVELS, drawn_by
+from difflex.effects.trials import as_images, group_of
+from difflex.effects.worlds import DRAWN, JudgedWorld, read_told, told_world
+from difflex.errors import BadInput, DifflexError
+from difflex.files import digest
+from difflex.miniature.world import CONCEPTS
+from difflex.pipeline import Pipeline
+from difflex.records import Edit, Site, Unit
+from difflex.steering import EditFeatures, SteeringHook, StudyEditor, at_random, steered_along, steerings
 from difflex.study import DictionaryRef, Study
-from difflex.trials import as_images, group_of
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["SteerEvalCommand"]
 

@@ -10,15 +10,15 @@ from tyro.conf import Positional, arg
 from difflex.commands.costs import encoding, held, seconds, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import see_own_card
-from difflex.dictionary import SAE, DictionaryOrigin
-from difflex.dictionary.autoencoder import Kind
-from difflex.dictionary.normalisation import Method
+from difflex.dictionaries import SAE, DictionaryOrigin
+from difflex.dictionaries.normalisation import Method
+from difflex.dictionaries.sae import Kind
+from difflex.distributed import joined
 from difflex.errors import BadInput, UnknownName
-from difflex.forecast import CostEstimate, CostOutlook, DictionaryForecast
-from difflex.ranks import joined
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
+from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.training import FitConfig, Team, TrainingConfig, default, fit, paper, unbox
 
 __all__ = ["TrainCommand"]

@@ -1,15 +1,15 @@
 """The words that a command is given by, from what the diary of a study says of it."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
-from importlib import import_module
+from dataclasses import MISSING, Field, fields
 from typing import Any, get_args, get_type_hints
 
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.errors import UnknownName
-from difflex.run import CommandRecord, Json
+from difflex.commands import verb_class
+from difflex.study import CommandRecord
+from difflex.study.run import Json
 
 __all__ = ["words"]
 
@@ -19,7 +19,7 @@ FIRST = get_args(Positional[int])[1:]
 
 def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
     """The verb of `entry` and its flags, as a shell is told them; what is as by default is left out, the folder is `study`."""
-    command = _class(entry.verb)
+    command = verb_class(entry.verb)
     hints = get_type_hints(command, include_extras=True)
     known = {field.name: field for field in fields(command) if field.name in entry.flags}
     placed, named = [], []
@@ -31,17 +31,6 @@ def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
             flag = f"--{name.replace('_', '-')}"
             named += [flag] if value is True else [flag, *_spelt(value, hint, study)]
     return [entry.verb, *placed, *named]
-
-
-def _class(verb: str) -> type[Any]:
-    """The dataclass of a verb, which stands in the module of its name."""
-    try:
-        module = import_module(f"difflex.commands.{verb.replace('-', '_')}")
-        command = getattr(module, "".join(map(str.capitalize, verb.split("-"))))
-    except (ImportError, AttributeError) as error:
-        raise UnknownName(f"The verb '{verb}' is unknown to this difflex. Use the one that wrote the diary.") from error
-    assert isinstance(command, type) and is_dataclass(command)
-    return command
 
 
 def _marks(hint: object) -> Iterator[object]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from difflex.dictionary import Dictionary
+from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.record import ModelEffect, ReplacementEffect
 from difflex.evaluation.similarity import ssim

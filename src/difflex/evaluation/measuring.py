@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.dictionary import Dictionary, Normalisation, NormalisedDictionary
-from difflex.dictionary.sparse import bag
+from difflex.dictionaries import Dictionary, Normalisation, NormalisedDictionary
+from difflex.dictionaries.sparse import bag
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.moments import JointMoments, both, figures, joint
 from difflex.evaluation.record import Evaluation, ReconstructionQuality

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from difflex import __version__
-from difflex.dictionary.files import checksum, replace_file
+from difflex.dictionaries.files import checksum, replace_file
 from difflex.errors import BadInput, BrokenFile
 
 __all__ = ["Evaluation", "ModelEffect", "ReconstructionMetrics", "ReconstructionQuality", "ReplacementEffect"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary import Dictionary, checksum
+from difflex.dictionaries import Dictionary, checksum
 from difflex.errors import BadInput
 from difflex.evaluation.changing import Edits, Measure, effects, some_shots
 from difflex.evaluation.measuring import TOKENS, evaluate

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from difflex import __version__
-from difflex.book import Book
 from difflex.explanation.biases import BiasGroup, biases
 from difflex.explanation.scoring import MeanEstimate, estimate, p_value
+from difflex.features.book import Book
 
 __all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "ProtocolGap", "compare", "methods"]
 

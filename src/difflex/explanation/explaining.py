@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.book import (
+from difflex.errors import BadInput
+from difflex.explanation.answers import Spending
+from difflex.explanation.asked import ExplanationAnswer, ImageView, JudgementAnswer, OddOneOutAnswer
+from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, VLMClient
+from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan
+from difflex.explanation.scoring import scores
+from difflex.explanation.wording import to_explain, to_judge, to_pick
+from difflex.features.book import (
     SHOWN,
     Book,
     Example,
@@ -26,13 +33,6 @@ from difflex.book import (
     ShotRow,
     overlaid,
 )
-from difflex.errors import BadInput
-from difflex.explanation.answers import Spending
-from difflex.explanation.asked import ExplanationAnswer, ImageView, JudgementAnswer, OddOneOutAnswer
-from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, VLMClient
-from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan
-from difflex.explanation.scoring import scores
-from difflex.explanation.wording import to_explain, to_judge, to_pick
 
 __all__ = ["ExplainResult", "chosen", "explain", "rehearse"]
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-from difflex.book import SHOWN, Book, Example, Style
 from difflex.errors import BadInput
+from difflex.features.book import SHOWN, Book, Example, Style
 from difflex.records import Shot
 
 __all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan"]

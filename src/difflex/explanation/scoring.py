@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.book import ExplanationScore, Judgement
 from difflex.errors import BadInput
+from difflex.features.book import ExplanationScore, Judgement
 
 __all__ = ["MeanEstimate", "accuracy", "auroc", "estimate", "p_value", "scores"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from difflex.book import Style
 from difflex.explanation.asked import (
     ExplanationAnswer,
     Instruction,
@@ -18,6 +17,7 @@ from difflex.explanation.asked import (
     VLMAnswer,
     form,
 )
+from difflex.features.book import Style
 
 __all__ = ["to_explain", "to_judge", "to_pick", "to_see"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from difflex.errors import OutOfMemory
-from difflex.pipeline.clock import CallTracker, PipelineRun
+from difflex.pipeline.calls import CallTracker, PipelineRun
 from difflex.pipeline.encoding import PromptEncoder
 from difflex.pipeline.families import Family
 from difflex.pipeline.loading import ModelDefaults

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import CallTracker, DenoiserCall
+from difflex.pipeline.calls import CallTracker, DenoiserCall
 from difflex.pipeline.sites import SiteModule
 from difflex.records import Half, HookContext, Stream
 

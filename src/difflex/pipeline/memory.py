@@ -11,7 +11,7 @@ from difflex.errors import OutOfMemory
 from difflex.pipeline.families import Family
 from difflex.pipeline.loading import DTYPES, Precision
 from difflex.pipeline.plans import PipelinePlan
-from difflex.pipeline.quantised import four_bit_layers
+from difflex.pipeline.quantisation import four_bit_layers
 
 __all__ = ["MemoryNeed", "WeightPlacement", "check_fits", "dense_dtype", "estimate", "free_memory"]
 

@@ -16,7 +16,7 @@ from difflex.pipeline.loading import DTYPES, ModelSource, Precision, check_weigh
 from difflex.pipeline.memory import WeightPlacement, check_fits, dense_dtype
 from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.plans import PLANS, PipelinePlan
-from difflex.pipeline.quantised import for_card, quantise, read_denoiser, read_text_encoder
+from difflex.pipeline.quantisation import for_card, quantise, read_denoiser, read_text_encoder
 from difflex.pipeline.sharded import join, ranks, shard
 from difflex.pipeline.untrained import build_parts, build_untrained
 

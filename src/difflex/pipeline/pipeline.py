@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import check_half
+from difflex.pipeline.calls import check_half
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.generation import GeneratedImage, check_batch, check_size, warn_of_unknown_words
 from difflex.pipeline.harvesting import FinishedBatch, finish, harvest

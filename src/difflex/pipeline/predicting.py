@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difflex.errors import DifflexError
-from difflex.pipeline.clock import DenoiserCall
+from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.engine import Engine, StopForward
 from difflex.pipeline.harvesting import HarvestRun, runs
 from difflex.pipeline.hooks import Visit, on_copies, visiting

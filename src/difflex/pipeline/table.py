@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from difflex.errors import BadInput
-from difflex.pipeline.clock import DenoiserCall
+from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.hooks import holds, visit
 from difflex.pipeline.sites import SiteMap, SiteModule, SiteRow

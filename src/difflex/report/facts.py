@@ -9,22 +9,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from difflex.anatomy import Anatomy
-from difflex.book import Book, BookInfo
-from difflex.concepts import ConceptMatches
-from difflex.dictionary import checksum
-from difflex.dictionary.files import read_config
+from difflex.dictionaries import checksum
+from difflex.dictionaries.files import read_config
+from difflex.effects import RemovalResults, SteeringResults
+from difflex.effects.findings import Findings
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
-from difflex.findings import Findings
+from difflex.evaluation.anatomy import Anatomy
+from difflex.evaluation.concepts import ConceptMatches
+from difflex.features.book import Book, BookInfo
+from difflex.files import digest
 from difflex.records import Site
 from difflex.report.soundness import changed, is_image, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import SteeringFacts, has_numbers, known
-from difflex.run import CommandRecord, diary, recipe_of
-from difflex.steering import RemovalResults, SteeringResults
 from difflex.store import Store
-from difflex.store.files import digest
-from difflex.study import DictionaryRef, Study
+from difflex.study import CommandRecord, DictionaryRef, Study, diary, recipe_of
 
 __all__ = ["DictionaryFacts", "MatchFacts", "StoreFacts", "StudyFacts", "read"]
 

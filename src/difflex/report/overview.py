@@ -10,7 +10,7 @@ from difflex.report.drawing import element
 from difflex.report.facts import StudyFacts
 from difflex.report.sections import ReportSection
 from difflex.report.telling import count
-from difflex.run import CommandRecord
+from difflex.study import CommandRecord
 
 __all__ = ["Spell", "again", "overview", "plainly"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.concepts import ConceptMatches
-from difflex.dictionary import checksum
-from difflex.dictionary.files import DictionaryConfig
+from difflex.dictionaries import checksum
+from difflex.dictionaries.files import DictionaryConfig
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
+from difflex.evaluation.concepts import ConceptMatches
 from difflex.study import Study
 
 __all__ = ["changed", "is_image", "is_sound", "k_of", "known_in_numbers", "normalisation"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from difflex.concepts import ConceptMatches
-from difflex.steering import ImageStrip, SteeringResults, StrengthCurve
+from difflex.effects import ImageStrip, SteeringResults, StrengthCurve
+from difflex.evaluation.concepts import ConceptMatches
 from difflex.study import DictionaryRef
 
 __all__ = ["DETECTS", "GroupCoverage", "SteeringFacts", "SteeringSummary", "has_numbers", "known", "summary"]

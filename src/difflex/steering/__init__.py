@@ -1,87 +1,18 @@
-"""Edits of activations while an image is made: by the features of a dictionary, or along a direction found by contrast."""
+"""Edits of activations while an image is generated: by features of a dictionary, or along a contrast direction."""
 
 from difflex.steering.contrast import Contrast, FeatureContribution, Inside, Method, contrast, contrasts, everywhere, made_of
-from difflex.steering.editing import EditFeatures, SteeringHook, at_random, check_maker, features_of, steered_along, steerings
-from difflex.steering.judging import (
-    ImageStrip,
-    JudgedGenerator,
-    JudgeVerdict,
-    SteeringResults,
-    SteeringTask,
-    SteeringTrial,
-    StrengthCurve,
-    StrengthPoint,
-    judge,
-    side_by_side,
+from difflex.steering.editing import (
+    EditFeatures,
+    SteeringHook,
+    at_random,
+    check_maker,
+    features_of,
+    steered_along,
+    steerings,
 )
 from difflex.steering.maps import TransplantMaps
 from difflex.steering.regions import covered, rectangle
-from difflex.steering.removal import (
-    FeatureCut,
-    GenerationCodes,
-    RemovalImages,
-    RemovalRates,
-    RemovalResults,
-    RemovalTrial,
-    RemovedConcept,
-    best_of,
-    choose,
-    importance,
-    rates,
-)
 from difflex.steering.scales import FeatureScales, scales_of
-from difflex.steering.sought import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, by_answers
 from difflex.steering.studied import Draw, EditRecord, StudyEditor, steer
 
-__all__ = [
-    "ConceptSpec",
-    "Contrast",
-    "Draw",
-    "EditFeatures",
-    "EditRecord",
-    "FeatureContribution",
-    "FeatureCut",
-    "FeatureScales",
-    "GenerationCodes",
-    "ImageAnswer",
-    "ImageQuestion",
-    "ImageStrip",
-    "Inside",
-    "JudgeVerdict",
-    "JudgedGenerator",
-    "Method",
-    "RemovalImages",
-    "RemovalRates",
-    "RemovalResults",
-    "RemovalTrial",
-    "RemovedConcept",
-    "SimilarityJudge",
-    "SteeringHook",
-    "SteeringResults",
-    "SteeringTask",
-    "SteeringTrial",
-    "StrengthCurve",
-    "StrengthPoint",
-    "StudyEditor",
-    "TransplantMaps",
-    "at_random",
-    "best_of",
-    "by_answers",
-    "check_maker",
-    "choose",
-    "contrast",
-    "contrasts",
-    "covered",
-    "everywhere",
-    "features_of",
-    "importance",
-    "judge",
-    "made_of",
-    "rates",
-    "rectangle",
-    "scales_of",
-    "side_by_side",
-    "steer",
-    "steered_along",
-    "steerings",
-]
+__all__ = ["Contrast"]

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionary import Dictionary
-from difflex.dictionary.files import replace_file
+from difflex.dictionaries import Dictionary
+from difflex.dictionaries.files import replace_file
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering.regions import covered

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.dictionary import Dictionary
+from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.records import Edit, HookContext, Site
 from difflex.steering.contrast import Contrast

@@ -11,16 +11,16 @@ from typing import Any, final
 
 import torch
 
-from difflex.dictionary import Dictionary, checksum
-from difflex.dictionary.files import write_record
+from difflex.dictionaries import Dictionary, checksum
+from difflex.dictionaries.files import write_record
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.files import digest
 from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource, of_split
 from difflex.steering.contrast import Contrast
 from difflex.steering.editing import EditFeatures, SteeringHook, check_maker, features_of, steered_along, steerings
 from difflex.steering.maps import TransplantMaps
 from difflex.steering.scales import FeatureScales, scales_of
 from difflex.store import Store
-from difflex.store.files import digest
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["Draw", "EditRecord", "StudyEditor", "steer"]

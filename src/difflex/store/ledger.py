@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import final
 
 from difflex.errors import BrokenFile, StaleWork
+from difflex.files import sweep
 from difflex.records import Activations, Shot, Site
-from difflex.store.files import sweep
 from difflex.store.manifest import (
     MANIFEST,
     STATISTICS,

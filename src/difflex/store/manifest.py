@@ -9,8 +9,8 @@ from typing import cast
 
 from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import digest, read_json, write_whole
 from difflex.records import Shot, Site, split_of
-from difflex.store.files import digest, read_json, write_whole
 from difflex.store.shard import DTYPES, MEND, ShardFormat, Stored
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import NamedTuple, final
 from tqdm import tqdm
 
 from difflex.errors import BadInput
+from difflex.files import locked
 from difflex.records import Shot, Site
-from difflex.store.files import locked
 from difflex.store.ledger import SiteRecorder
 from difflex.store.manifest import check_dtype, check_split, found_shards
 from difflex.store.planning import Harvest, RecordingConfig, RecordingPlan, plan

@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32, Num
 from torch import Tensor
 
 from difflex.errors import BrokenFile, NonFinite
+from difflex.files import AtomicFile
 from difflex.records import Shot, Site
-from difflex.store.files import AtomicFile
 from difflex.store.statistics import MomentsTally, RowMoments
 
 __all__ = [

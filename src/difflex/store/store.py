@@ -12,9 +12,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import digest
 from difflex.records import ActivationBatch, Shot, Site, Split, SplitBatches
 from difflex.store.batches import BatchShares, ShardReader, cut
-from difflex.store.files import digest
 from difflex.store.manifest import MANIFEST, STATISTICS, Manifest, read_manifest, read_shots, shard_paths
 from difflex.store.order import ReadOrder
 from difflex.store.shard import MEND, MappedShard

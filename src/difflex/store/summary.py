@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from difflex.errors import BrokenFile
+from difflex.files import write_whole
 from difflex.records import Split
-from difflex.store.files import write_whole
 from difflex.store.manifest import STATISTICS, Manifest, ShardEntry, shard_paths
 from difflex.store.shard import MappedShard, PackedRows, ShardFormat, unpack
 from difflex.store.statistics import RowMoments, StoreStatistics, covariance, merged, sample_size

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from difflex.book import (
+from difflex.features.book import (
     BookInfo,
     BookWriter,
     Example,

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import SAEWeights
-from difflex.dictionary.files import Json, replace_file
-from difflex.dictionary.normalisation import Normalisation
+from difflex.dictionaries.files import Json, replace_file
+from difflex.dictionaries.normalisation import Normalisation
+from difflex.dictionaries.sae import SAEWeights
 from difflex.errors import BrokenFile, StaleWork
 from difflex.training.config import TrainingConfig
 from difflex.training.learner import Learner, UpdateMetrics

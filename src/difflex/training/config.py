@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from difflex.dictionary.autoencoder import Kind, kind_of
-from difflex.dictionary.normalisation import METHODS, Method
+from difflex.dictionaries.normalisation import METHODS, Method
+from difflex.dictionaries.sae import Kind, kind_of
 from difflex.errors import BadInput, UnknownName
 
 __all__ = ["AdamConfig", "AuxKLoss", "InitConfig", "JumpReLUConfig", "TrainingConfig"]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionary.normalisation import VECTORS_PER_AXIS, VectorMoments
+from difflex.dictionaries.normalisation import VECTORS_PER_AXIS, VectorMoments
 from difflex.errors import BadInput, NonFinite
 from difflex.records import ActivationBatch, of_split
 from difflex.training.team import Team

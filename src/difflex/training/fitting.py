@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.dictionary.autoencoder import SAE, SAEWeights
-from difflex.dictionary.base import DictionaryOrigin
-from difflex.dictionary.files import Json
-from difflex.dictionary.normalisation import Method, Normalisation
+from difflex.dictionaries.base import DictionaryOrigin
+from difflex.dictionaries.files import Json
+from difflex.dictionaries.normalisation import Method, Normalisation
+from difflex.dictionaries.sae import SAE, SAEWeights
 from difflex.errors import BadInput, NonFinite
 from difflex.records import ActivationBatch
 from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights

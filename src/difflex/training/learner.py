@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import SAEWeights
-from difflex.dictionary.sparse import SparsePairs, sums
+from difflex.dictionaries.sae import SAEWeights
+from difflex.dictionaries.sparse import SparsePairs, sums
 from difflex.errors import NonFinite
 from difflex.training.config import TrainingConfig
 from difflex.training.selection import ActivePairs, among_dead, kept

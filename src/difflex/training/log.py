@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, final
 
-from difflex.dictionary.files import Json
+from difflex.dictionaries.files import Json
 from difflex.errors import MissingExtra
 
 __all__ = ["Also", "TrainingLog"]

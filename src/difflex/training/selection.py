@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.scores import EncoderSearch
-from difflex.dictionary.sparse import SparsePairs
+from difflex.dictionaries.scores import EncoderSearch
+from difflex.dictionaries.sparse import SparsePairs
 from difflex.training.config import JumpReLUConfig, TrainingConfig
 from difflex.training.team import Team
 

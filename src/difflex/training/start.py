@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionary.autoencoder import SAEWeights
-from difflex.dictionary.scores import EncoderSearch
+from difflex.dictionaries.sae import SAEWeights
+from difflex.dictionaries.scores import EncoderSearch
 from difflex.training.config import TrainingConfig
 
 __all__ = ["first_weights", "geometric_median"]

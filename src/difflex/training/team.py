@@ -15,8 +15,8 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from difflex.distributed import Ranks, together
 from difflex.errors import BadInput
-from difflex.ranks import Ranks, together
 
 __all__ = ["Team"]
 

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionary.autoencoder import SAEWeights
-from difflex.dictionary.scores import EncoderSearch
-from difflex.dictionary.sparse import dots, sums
+from difflex.dictionaries.sae import SAEWeights
+from difflex.dictionaries.scores import EncoderSearch
+from difflex.dictionaries.sparse import dots, sums
 from difflex.training.adam import Adam, AdamWeight
 from difflex.training.config import AdamConfig
 

@@ -5,8 +5,8 @@ from collections.abc import Collection
 from itertools import product
 from typing import NamedTuple
 
-from difflex.book import Book, CoverageSummary
 from difflex.explanation import methods
+from difflex.features.book import Book, CoverageSummary
 from difflex.report.claims.claim import Claim, decided, listed
 from difflex.report.facts import StudyFacts
 from difflex.report.kinds import AUTOENCODERS

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difflex.concepts import ConfidenceInterval, NoiseLevelResult
 from difflex.errors import BadInput
 from difflex.evaluation import Evaluation
+from difflex.evaluation.concepts import ConfidenceInterval, NoiseLevelResult
 from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts
 from difflex.report.figures.concepts import mean_ap
 from difflex.report.table import TableColumn, columns
-from difflex.run import CommandRecord, Json
+from difflex.study import CommandRecord
+from difflex.study.run import Json
 
 __all__ = ["DetectionPair", "DictionaryPair", "MetricPair", "SettingDifference", "StudyComparison", "compare"]
 

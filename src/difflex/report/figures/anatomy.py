@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from difflex.anatomy import Anatomy
+from difflex.evaluation.anatomy import Anatomy
 from difflex.records import Site, Stream
 from difflex.report.drawing import (
     Axis,

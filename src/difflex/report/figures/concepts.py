@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from difflex.concepts import ConceptResult, NoiseLevelResult, covered
+from difflex.evaluation.concepts import ConceptResult, NoiseLevelResult, covered
 from difflex.report.drawing import (
     Axis,
     ChartRow,

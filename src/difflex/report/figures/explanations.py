@@ -4,8 +4,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from difflex.book import Book
 from difflex.explanation import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
+from difflex.features.book import Book
 from difflex.report.drawing import (
     Axis,
     ChartRow,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from difflex.findings import Finding, FindingLine
+from difflex.effects.findings import Finding, FindingLine
 from difflex.report.drawing import Axis, Drawing, LegendEntry, Plot, PlotCurve, PlotPoint, SeriesStyle, plot
 from difflex.report.facts import StudyFacts
 from difflex.report.kinds import DASHES

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.book import Book, Example, FeatureStats, ImageAlbum, overlaid
 from difflex.explanation import methods
+from difflex.features.book import Book, Example, FeatureStats, ImageAlbum, overlaid
 from difflex.report.facts import StudyFacts
 from difflex.report.figures.embedding import address
 from difflex.report.kinds import key

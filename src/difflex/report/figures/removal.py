@@ -5,11 +5,11 @@ from statistics import fmean
 
 from markupsafe import Markup
 
+from difflex.effects import RemovalResults, RemovedConcept
 from difflex.report.drawing import Axis, ChartRow, Drawing, LegendEntry, PlotPoint, RowChart, RowEntry, SeriesStyle, element, rows
 from difflex.report.facts import StudyFacts
 from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.telling import apart, count, percent
-from difflex.steering import RemovalResults, RemovedConcept
 
 __all__ = ["BAR", "removal", "together"]
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
+from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
 from difflex.report.drawing import Axis, Drawing, LegendEntry, Plot, PlotCurve, PlotPoint, SeriesStyle, element, plot
 from difflex.report.facts import StudyFacts
 from difflex.report.figures.embedding import address
@@ -15,7 +16,6 @@ from difflex.report.kinds import key
 from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
 from difflex.report.steered import SteeringFacts, SteeringSummary, summary
 from difflex.report.telling import NONE, apart, count, number, percent
-from difflex.steering import ImageStrip, StrengthCurve, StrengthPoint
 
 __all__ = ["steering"]
 

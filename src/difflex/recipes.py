@@ -1,0 +1,242 @@
+"""Recipes: whole studies as Python functions from a folder to what is done in it.
+
+A recipe of your own is such a function in a file of yours: `difflex run my_recipe.py:study`. Derive it from another one by
+calling that and replacing what differs.
+"""
+
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.collect import CollectCommand
+from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.explain import ExplainCommand
+from difflex.commands.findings import FindingsCommand
+from difflex.commands.harvest import HarvestCommand
+from difflex.commands.itda import ItdaCommand
+from difflex.commands.neurons import NeuronsCommand
+from difflex.commands.planning import machine_rate, plan, plan_table
+from difflex.commands.removal import RemovalCommand
+from difflex.commands.report import ReportCommand
+from difflex.commands.steer_eval import SteerEvalCommand
+from difflex.commands.train import TrainCommand
+from difflex.errors import BadInput, UnknownName
+from difflex.study import Command, Study, run_study
+
+__all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
+
+Recipe = Callable[[Path], Study]
+CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
+"""What the autoencoders of arXiv 2505.24360 were trained on."""
+AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
+"""What those of arXiv 2410.22366 were trained on."""
+LATE = 0.5
+"""The noise at the last of mini-flux's four steps, where there is most to be seen."""
+EFFECT = 16
+"""Shots at which the many dictionaries of mini-flux are put into the model."""
+
+
+def mini(folder: Path) -> Study:
+    """The demo: one site of mini-flux in minutes."""
+    site = "double.2"
+    return Study(
+        folder=folder,
+        model="mini-flux",
+        commands=(
+            AnatomyCommand(model="mini-flux", prompts="captions", limit=16, out=folder),
+            HarvestCommand(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
+            TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
+            ItdaCommand(study=folder, site=site, k=16, size=2048, tokens=100_000),
+            EvaluateCommand(study=folder, effect=8),
+            ConceptsCommand(studies=(folder,), images=600, noise=(LATE,)),
+            CollectCommand(study=folder, drawn=True, images=400, noise=(LATE,), no_patches=True),
+            ExplainCommand(studies=(folder,), features=50),
+            ExplainCommand(studies=(folder,), features=50, protocol="paper"),
+            SteerEvalCommand(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
+            ReportCommand(study=folder),
+        ),
+    )
+
+
+def mini_full(folder: Path) -> Study:
+    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, ITDA, neurons, control, steering.
+
+    `folder/untrained` is the study of the same model with a denoiser that was never trained: the control that arXiv 2505.24360
+    leaves to the future.
+    """
+    middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
+    sizes, ks = (512, 2048, 4096), (8, 16, 32)
+    elsewhere = tuple(site for site in sites if site != middle)
+    harvest = HarvestCommand(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
+    train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
+    itda = ItdaCommand(study=folder, site=middle, k=16, size=2048, tokens=100_000)
+    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
+    together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
+    explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, features=2048)
+    return Study(
+        folder=folder,
+        model="mini-flux",
+        commands=(
+            AnatomyCommand(model="mini-flux", prompts="captions", out=folder),
+            harvest,
+            replace(train, k=ks, size=sizes),
+            replace(train, site=elsewhere),
+            *(replace(train, normalisation=normalisation) for normalisation in ("none", "whiten")),
+            *(replace(itda, size=size) for size in sizes),
+            *(replace(itda, k=k) for k in ks if k != itda.k),
+            *(replace(itda, site=site) for site in elsewhere),
+            *_neurons(harvest, middle, ks, tokens=200_000),
+            EvaluateCommand(study=folder, effect=EFFECT),
+            *_control(folder / "untrained", harvest, replace(train, k=(32,))),
+            ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
+            ConceptsCommand(studies=(folder,), site=elsewhere, noise=(LATE,)),
+            CollectCommand(study=folder, dictionary=compared, drawn=True, images=2000, noise=(LATE,)),
+            CollectCommand(study=folder / "untrained", dictionary=compared[:1], drawn=True, images=2000, noise=(LATE,)),
+            replace(explain, protocol="heldout"),
+            replace(explain, protocol="paper"),
+            SteerEvalCommand(study=folder, dictionary=compared[:2], trials=12),
+            SteerEvalCommand(study=folder, dictionary=("single.0/topk-2048-k16",), groups=("background",), trials=12),
+            RemovalCommand(study=folder, dictionary=(together,)),
+            FindingsCommand(study=folder, site=middle),
+            ReportCommand(study=folder),
+        ),
+    )
+
+
+def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
+    """The neurons of a block as dictionaries, of as many tokens as it takes to evaluate what nobody trains."""
+    inner = (f"{site}:neurons",)
+    return replace(harvest, sites=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
+
+
+def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tuple[Command, ...]:
+    """What `train` learns, at its site, of a denoiser that was never trained."""
+    return (
+        replace(harvest, sites=train.site, untrained=0, out=folder),
+        replace(train, study=folder),
+        EvaluateCommand(study=folder, effect=EFFECT),
+    )
+
+
+def flux_schnell(folder: Path) -> Study:
+    """arXiv 2505.24360 on FLUX.1 schnell: four sites, autoencoders over k and size at the middle one, ITDA, neurons.
+
+    The activations of its 30.7 M tokens take about 390 GB, as they are stored in int8.
+    """
+    return _flux(folder, "black-forest-labs/FLUX.1-schnell", steps=1, guidance=0.0)
+
+
+def flux_dev(folder: Path) -> Study:
+    """The same on FLUX.1 dev, at all of its 28 steps and its own guidance."""
+    return _flux(folder, "black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5)
+
+
+def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
+    middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
+    elsewhere = tuple(site for site in sites if site != middle)
+    harvest = HarvestCommand(
+        model=model,
+        sites=sites,
+        prompts=CAPTIONS,
+        tokens=30_720_000,
+        steps=steps,
+        pixels=(256, 256),
+        guidance=guidance,
+        dtype="int8",
+        out=folder,
+    )
+    return Study(
+        folder=folder,
+        model=model,
+        commands=(
+            AnatomyCommand(model=model, prompts=CAPTIONS, steps=steps, pixels=(256, 256), guidance=guidance, out=folder),
+            harvest,
+            TrainCommand(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
+            TrainCommand(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
+            *(ItdaCommand(study=folder, site=site, paper=True) for site in sites),
+            *_neurons(harvest, middle, (64,), tokens=1_000_000),
+            EvaluateCommand(study=folder),
+            CollectCommand(study=folder, site=(middle,), images=8000),
+            ReportCommand(study=folder),
+        ),
+    )
+
+
+def sdxl_turbo(folder: Path) -> Study:
+    """arXiv 2410.22366 on SDXL Turbo: the updates of four blocks at one step, k 10, size 5,120.
+
+    A tenth of its 384 M vectors for each block, which take about 200 GB in int8.
+    """
+    model, sites = "stabilityai/sdxl-turbo", ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
+    return Study(
+        folder=folder,
+        model=model,
+        commands=(
+            AnatomyCommand(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
+            HarvestCommand(
+                model=model,
+                sites=sites,
+                prompts=AESTHETIC,
+                tokens=38_400_000,
+                steps=1,
+                pixels=(512, 512),
+                guidance=0.0,
+                dtype="int8",
+                out=folder,
+            ),
+            TrainCommand(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
+            EvaluateCommand(study=folder),
+            CollectCommand(study=folder, images=8000),
+            ReportCommand(study=folder),
+        ),
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {each.__name__: each for each in (mini, mini_full, flux_schnell, flux_dev, sdxl_turbo)}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`: one of the package, or FILE.py:FUNCTION."""
+    file, _, function = name.rpartition(":")
+    if not file:
+        if name not in RECIPES:
+            raise UnknownName.among("The recipe", name, RECIPES, "Or name a function in a file of yours: my_recipe.py:study.")
+        return RECIPES[name]
+    if not Path(file).is_file():
+        raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
+    found = runpy.run_path(file)
+    if not callable(found.get(function)):
+        known = [each for each, value in found.items() if callable(value) and not each.startswith("_")]
+        raise UnknownName.among(f"In {file} the function", function, known)
+    return found[function]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunCommand(Command):
+    """Run a recipe: its commands in order; given again it goes on, and does again only what a change has made useless."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """mini, mini_full, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, a function from a folder to a Study."""
+    out: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: a folder of the recipe's name)")] = None
+    """The folder of the study; begun if it is not there."""
+    until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
+    """Stop after the last command of this verb: harvest, train, ..."""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """Say what would be done and what it would take, and do nothing."""
+
+    def __call__(self) -> None:
+        study = recipe(self.recipe)(self.out or Path(self.recipe.rpartition(":")[2]))
+        if not isinstance(study, Study):
+            raise BadInput(f"The recipe {self.recipe} gave {type(study).__name__}, not a difflex.Study.")
+        if self.dry_run:
+            print(plan_table(plan(study, machine_rate())))
+            return
+        run_study(study, until=self.until, recipe=self.recipe)
+        print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")
