@@ -1,6 +1,5 @@
 """A study made by hand: records with known numbers where its stations would have put them, without any model."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.dictionaries import checksum
+from difflex.dictionaries import fingerprint
 from difflex.effects import (
     ImageStrip,
     RemovalRates,
@@ -90,7 +89,7 @@ def evaluated(
     density[20], density[24] = size - dead - 1, 1
     evaluation = Evaluation(
         dictionary=str(place),
-        checksum=checksum(folder),
+        checksum=fingerprint(folder),
         data="made",
         size=size,
         overall=quality,
@@ -119,9 +118,9 @@ def matched(
     features match `each` concept best."""
     site, _, label = name.partition("/")
     told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "images": "drawn", "count": 9}
-    weights = study.dictionary(Site.parse(site), label) / "dictionary.safetensors"
-    if weights.is_file():
-        told["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    folder = study.dictionary(Site.parse(site), label)
+    if (folder / "config.json").is_file():
+        told["fingerprint"] = fingerprint(folder)
     findings = tuple(_finding(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
     found = sum(ap >= 0.8 for ap in aps) / len(aps)
     coverage = ConfidenceInterval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
@@ -190,7 +189,7 @@ def imaged(
         kind=label.split("-")[0],
         size=features,
         k=1,
-        checksum=checksum(study.dictionary(*place)),
+        checksum=fingerprint(study.dictionary(*place)),
         model=study.model,
         data=data,
         grid=(2, 2),
@@ -253,7 +252,7 @@ def steered(
     path.with_suffix("").mkdir(parents=True, exist_ok=True)
     for strip in strips.values():
         Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
-    made_from = {name: checksum(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
+    made_from = {name: fingerprint(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
     made_from |= {"told": "", "unit": "peak", "steps": "all", **settings}
     SteeringResults(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(
         path
@@ -290,7 +289,7 @@ def removed(
         for group in groups
         for i in range(4)
     )
-    made_from = {name: checksum(study.dictionary(*place)), "steps": steps}
+    made_from = {name: fingerprint(study.dictionary(*place)), "steps": steps}
     RemovalResults(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
 
 
@@ -298,7 +297,7 @@ def found(
     study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution"), by: Mapping[str, str] | None = None
 ) -> None:
     """Findings of experiments at a site, the second of which does not hold; `by` says with which dictionary one was made."""
-    used = {each: {name: checksum(study.dictionary(*study.named(name)))} for each, name in (by or {}).items()}
+    used = {each: {name: fingerprint(study.dictionary(*study.named(name)))} for each, name in (by or {}).items()}
     lines = (
         FindingLine("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
         FindingLine("colour", (1.0,), (0.2,), (0.0,), 1),

@@ -57,11 +57,11 @@ def raising(error: BaseException):
     return lambda words: command
 
 
-@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["help"]])
 def test_help_lists_every_verb_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +{re.escape(verb.line)}$", shown, re.MULTILINE) for name, verb in VERBS.items())
+    assert all(re.search(rf"^  {name} +{re.escape(entry.help)}$", shown, re.MULTILINE) for name, entry in VERBS.items())
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
@@ -72,7 +72,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_leads_to_a_documented_class(verb: str):
     assert issubclass(verb_class(verb), cli.Command)
-    assert verb_class(verb).__name__ == verb.title().replace("-", "")
+    assert verb_class(verb).__name__ == verb.title().replace("-", "") + "Command"
     assert (verb_class(verb).__doc__ or "").rstrip().endswith(".")
 
 

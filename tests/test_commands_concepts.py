@@ -58,7 +58,7 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
         "double.0+neurons/neurons-k4.json",
     }
     matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
-    assert matches.made_from["sha256"] and matches.site == SITE and len(matches.levels) == 1
+    assert matches.made_from["fingerprint"] and matches.site == SITE and len(matches.levels) == 1
     stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
     autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
     assert main(words) == 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, checksum
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, fingerprint
 from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.evaluation import (
     EditedModel,
@@ -390,7 +390,7 @@ def test_a_file_cut_short_or_absent_is_named(tmp_path: Path):
 
 def test_a_dictionary_that_has_changed_since_is_told(tmp_path: Path):
     folder = autoencoder().save(tmp_path / "dictionary")
-    found = evaluated(checksum(folder))
+    found = evaluated(fingerprint(folder))
     assert found.is_of(folder)
     autoencoder().save(folder)  # the same again
     assert found.is_of(folder)
@@ -401,7 +401,7 @@ def test_a_dictionary_that_has_changed_since_is_told(tmp_path: Path):
     changed.save(folder)
     assert not found.is_of(folder)
     with pytest.raises(BadInput, match="holds no dictionary"):
-        checksum(tmp_path)
+        fingerprint(tmp_path)
 
 
 def test_a_saved_dictionary_is_worth_what_it_was(tmp_path: Path):

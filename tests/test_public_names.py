@@ -19,7 +19,7 @@ EXPECTED = [
     "Dictionary",
     "DifflexError",
     "Edit",
-    "Live",
+    "LiveActivations",
     "Neurons",
     "Pipeline",
     "Scenes",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import locked
+from difflex.files import folder_lock
 from difflex.study import Command, Study, diary, run_study, steps
 
 
@@ -150,7 +150,7 @@ def test_a_failure_stops_and_the_next_run_goes_on_from_there(tmp_path: Path):
 
 
 def test_two_processes_do_not_run_the_same_study(tmp_path: Path):
-    with locked(tmp_path, shared=False), pytest.raises(BadInput, match="Another process is writing"):
+    with folder_lock(tmp_path, shared=False), pytest.raises(BadInput, match="Another process is writing"):
         run(study(tmp_path))
     assert not (tmp_path / "first").exists()
 

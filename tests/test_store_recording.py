@@ -218,10 +218,10 @@ def test_a_disk_that_fails_while_a_file_is_still_written_is_an_error(tmp_path: P
 
     monkeypatch.setattr(files, "FLUSH", 1)
     monkeypatch.setattr(os, "fsync", fsync)
-    whole = files.AtomicFile(tmp_path / "file", rank=0)
+    whole = files.AtomicFile(tmp_path / "file", owner=0)
     whole.write(b"some")
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        whole.keep()
+        whole.commit()
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from difflex._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from difflex.dictionaries import ITDA, Dictionary, Neurons
     from difflex.errors import DifflexError
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from difflex.store import LiveActivations, Store, record
     from difflex.study import Study, run_study
     from difflex.training import fit
-
-__version__ = "0.1.0"
 
 # Public name -> its module, imported when the name is first asked for: `import difflex` stays quick and does not import torch.
 HOMES = {

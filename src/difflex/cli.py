@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 
-from difflex import __version__
+from difflex._version import __version__
 from difflex.commands import VERBS, verb_class
 from difflex.errors import DifflexError
 from difflex.study import Command

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name, flushed to the disk, renamed, their checksum known."""
+"""Files that are complete or absent: written under a temporary name, flushed to the disk, renamed, checked by checksum."""
 
 import errno
 import hashlib
@@ -9,43 +9,116 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, OutOfSpace
 
 try:
     import fcntl
-except ImportError:  # Windows: two harvests into one folder are not noticed there
+except ImportError:  # Windows: two processes that write in one folder are not noticed there
     fcntl = None
 
-__all__ = ["AtomicFile", "digest", "locked", "read_json", "sweep", "write_whole"]
+__all__ = [
+    "AtomicFile",
+    "Json",
+    "file_sha256",
+    "folder_lock",
+    "parsing",
+    "read_json",
+    "replacing",
+    "sweep",
+    "write_file",
+    "write_json",
+]
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 2**22
 AHEAD = 2
 """Contents that the writer of a file may be ahead of the disk."""
 FLUSH = 2**25
-"""Bytes after which the disk is put to work, so that little is left for it to do at the end."""
+"""Bytes after which a flush is started, so that little is left to flush at the end."""
+
+
+@contextmanager
+def replacing(path: Path, owner: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path to write to; at the end of the block it replaces `path`, after an error it is deleted.
+
+    A reader, or a process that follows a kill, sees the old file or the new one, never a part. `owner` is the rank of a process
+    that shares a folder with others; by default the process id.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path, owner)
+    try:
+        with _full_disk_explained(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            _rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: bytes, owner: int | None = None) -> str:
+    """Write `content` to `path` atomically and return its SHA-256."""
+    with replacing(path, owner) as temporary:
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_json(path: Path, format: int, entries: Mapping[str, object], indent: int | None = 1) -> Path:
+    """Write `entries` to `path` atomically, with the format and the version of the package; return `path`."""
+    text = json.dumps({"format": format, "difflex": __version__, **entries}, indent=indent, allow_nan=False)
+    write_file(path, (text + "\n").encode())
+    return path
+
+
+def read_json(path: Path, format: int, advice: str) -> dict[str, Any]:
+    """Return the entries of the JSON file at `path`, which must be of `format`; `advice` says what to do about a damaged one."""
+    try:
+        entries = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{path} is missing. {advice}") from error
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"{path} is not JSON ({error}): it is damaged. {advice}") from error
+    found = entries.get("format") if isinstance(entries, dict) else None
+    if found != format:
+        raise BrokenFile(
+            f"{path} is of format {found!r}; this version of difflex reads format {format}. "
+            "Use the version that wrote it, or make it again."
+        )
+    return entries
+
+
+@contextmanager
+def parsing(path: Path, content: str, advice: str) -> Iterator[None]:
+    """Turn the errors of reading `content` out of the entries of a file into one that names the file and says what to do."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BrokenFile(f"{path} cannot be read as {content} ({error!r}): it is damaged. {advice}") from error
 
 
 class AtomicFile:
-    """A file in the making: nobody sees it under its name until `keep`, after which it survives a loss of power."""
+    """A large file that is written piece by piece; it appears under its name at `commit`, and then survives a loss of power."""
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, owner: int) -> None:
         self.path = path
-        # The name says whose it is: ranks write side by side, and what a killed one left is found by its successor.
-        self._temporary = path.with_name(f".{path.name}.{rank}.tmp")
+        self._temporary = _temporary(path, owner)
         self._checksum = hashlib.sha256()
         # Hashing and copying take a core each, and the disk its time: each goes on at its own pace.
         self._hasher, self._copier, self._flusher = (ThreadPoolExecutor(1, thread_name_prefix="writer") for _ in range(3))
         self._pending: deque[Future[None]] = deque()
         self._flushes: list[Future[None]] = []
         self._unflushed = 0
-        with _full_disk_told(path):
+        with _full_disk_explained(path):
             self._file: BinaryIO = self._temporary.open("wb", buffering=0)
 
     def write(self, content: bytes | memoryview) -> None:
-        """Nothing; `content` will be appended, and must not change meanwhile. Waits while too much is left to do."""
+        """Append `content`, which must not change until it is written; wait while too much is pending."""
         content = memoryview(content).cast("B")
         with self._or_discarded():
             self._pending.append(self._hasher.submit(self._checksum.update, content))
@@ -64,8 +137,8 @@ class AtomicFile:
         while len(self._pending) > allowed:
             self._pending.popleft().result()
 
-    def keep(self) -> str:
-        """The SHA-256 of the file, which now has its name."""
+    def commit(self) -> str:
+        """Give the file its name and return its SHA-256."""
         with self._or_discarded():
             self._wait()
             for flush in self._flushes:
@@ -73,12 +146,11 @@ class AtomicFile:
             self._end_workers()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._temporary, self.path)
-            _flush_folder(self.path.parent)
+            _rename(self._temporary, self.path)
         return self._checksum.hexdigest()
 
     def discard(self) -> None:
-        """Nothing; what was written is gone."""
+        """Delete what was written."""
         self._end_workers()
         self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -90,30 +162,23 @@ class AtomicFile:
     @contextmanager
     def _or_discarded(self) -> Iterator[None]:
         try:
-            with _full_disk_told(self.path):
+            with _full_disk_explained(self.path):
                 yield
         except BaseException:
             self.discard()
             raise
 
 
-def write_whole(path: Path, content: bytes, rank: int = 0) -> str:
-    """The SHA-256 of the file at `path`, which now holds `content`."""
-    whole = AtomicFile(path, rank)
-    whole.write(content)
-    return whole.keep()
-
-
-def sweep(folder: Path, rank: int, of: int) -> None:
-    """Nothing; what killed processes left half written in `folder` is gone, if `rank` of `of` has to answer for it."""
+def sweep(folder: Path, rank: int, ranks: int) -> None:
+    """Delete the temporary files that killed processes left in `folder`, as far as `rank` of `ranks` processes owns them."""
     for path in folder.glob(".*.tmp"):
         owner = path.name.split(".")[-2]
-        if owner.isdecimal() and int(owner) % of == rank:
+        if owner.isdecimal() and int(owner) % ranks == rank:
             path.unlink(missing_ok=True)
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of the file at `path`."""
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of the file at `path`."""
     checksum, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -121,55 +186,47 @@ def digest(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def read_json(path: Path, form: int, advice: str) -> dict[str, object]:
-    """What the JSON file at `path` says, checked to be of format `form`."""
-    try:
-        said = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BrokenFile(f"{path} is missing. {advice}") from error
-    except ValueError as error:
-        raise BrokenFile(f"{path} is not JSON ({error}): it is damaged. {advice}") from error
-    found = said.get("format") if isinstance(said, Mapping) else None
-    if found != form:
-        raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {form}. Use the difflex that wrote it.")
-    return dict(said)
-
-
 @contextmanager
-def locked(folder: Path, shared: bool) -> Iterator[None]:
-    """A block within which no other process writes in `folder`, but for other ranks if `shared`; a kill opens the lock."""
+def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from writing in `folder`, except for other ranks if `shared`; a killed process releases its lock."""
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"Another process is writing in {folder}. Wait for it to end, or name another folder.") from error
         yield
-    except BlockingIOError as error:
-        raise BadInput(f"Another process is writing in {folder}. Wait for it to end, or name another folder.") from error
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path, owner: int | None) -> Path:
+    # The name says whose file it is: ranks write side by side, and what a killed one left is deleted by its successor.
+    return path.with_name(f".{path.name}.{os.getpid() if owner is None else owner}.tmp")
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    if os.name == "nt":  # Windows cannot open a folder, and need not flush it to make a rename last
+        return
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
         os.close(handle)
 
 
 @contextmanager
-def _full_disk_told(path: Path) -> Iterator[None]:
+def _full_disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise OutOfSpace(
-            f"{path} cannot be written: {os.strerror(error.errno)}. What is finished is kept; free some space and give the same "
-            "command again to go on."
+            f"{path} cannot be written: {os.strerror(error.errno)}. What is finished is kept; free some space and run the same "
+            "command again to continue."
         ) from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last; Windows cannot open a folder and does not need it."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

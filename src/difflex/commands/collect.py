@@ -25,11 +25,11 @@ from difflex.commands.costs import (
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
-from difflex.dictionaries import ITDA, Dictionary, checksum
+from difflex.dictionaries import ITDA, Dictionary, fingerprint
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.features import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.features.book import Book, ImageAlbum
-from difflex.files import locked
+from difflex.files import folder_lock
 from difflex.pipeline.images import open_image
 from difflex.records import Shot, Site
 from difflex.steering import StudyEditor
@@ -120,7 +120,7 @@ class CollectCommand(Command):
         if missing:
             books = study.folder / "books"
             books.mkdir(parents=True, exist_ok=True)
-            with locked(books, shared=False):
+            with folder_lock(books, shared=False):
                 self._collect(study, missing, pipe, shown, settings, data)
         for place in places:
             print(f"{study.book(*place)}: {'made' if place in missing else 'is there already'}")
@@ -197,7 +197,7 @@ class CollectCommand(Command):
             CollectTarget(
                 dictionary=toolbox.dictionary(place),
                 name=str(place),
-                checksum=checksum(study.dictionary(*place)),
+                checksum=fingerprint(study.dictionary(*place)),
                 book=study.book(*place),
                 patches=_patches(toolbox.dictionary(place)),
                 strengths=toolbox.default_strengths(place) if place.site in stores else (),
@@ -327,7 +327,7 @@ def _is_there(study: Study, place: DictionaryRef, data: str) -> bool:
         return False
     try:
         with Book.open(path) as book:
-            return book.about.data == data and book.about.checksum == checksum(study.dictionary(*place))
+            return book.about.data == data and book.about.checksum == fingerprint(study.dictionary(*place))
     except BrokenFile as error:
         print(f"{error} It is made anew.")
         return False

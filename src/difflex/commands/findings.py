@@ -28,7 +28,7 @@ from difflex.effects.findings import (
 from difflex.effects.trials import group_of, placed
 from difflex.errors import BadInput, StaleWork
 from difflex.evaluation.concepts import ConceptMatches
-from difflex.files import digest
+from difflex.files import file_sha256
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
 from difflex.steering import StudyEditor, contrasts, steered_along
@@ -208,7 +208,7 @@ class FindingsCommand(Command):
         return {
             **toolbox.checksums([Edit(what="add", site=site, dictionary=place.label) for place, _ in by.values()]),
             **({"features": features} if features else {}),
-            **({"other": digest(other)} if other is not None and name == "size" else {}),
+            **({"other": file_sha256(other)} if other is not None and name == "size" else {}),
             "groups": ",".join(scope.groups),
             "concepts": scope.each,
             "trials": scope.trials,

@@ -12,12 +12,12 @@ from tyro.conf import Positional, arg
 from difflex.commands.costs import growing, held, seconds, unknown_store
 from difflex.commands.opening import see_own_card
 from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.itda import ITDA, GrowthConfig, paper, variant
 from difflex.dictionaries.normalisation import Method
 from difflex.dictionaries.pursuit import Way
 from difflex.distributed import Ranks, joined
 from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.files import Json
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import GROWING, Command, Study

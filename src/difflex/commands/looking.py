@@ -12,7 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.errors import BadInput
 from difflex.explanation import AnswerCache, ApiKey, EndpointBackend, LocalBackend, RequestPolicy, TokenPrice, VLMBackend
-from difflex.files import locked
+from difflex.files import folder_lock
 from difflex.study import Command, Study
 
 __all__ = ["VLMCommand", "kept_answers"]
@@ -93,5 +93,5 @@ def kept_answers(study: Study) -> Iterator[AnswerCache]:
     """The answers of a study, which nobody else adds to meanwhile."""
     folder = study.explanations
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, shared=False), closing(AnswerCache(folder / "answers.sqlite")) as answers:
+    with folder_lock(folder, shared=False), closing(AnswerCache(folder / "answers.sqlite")) as answers:
         yield answers

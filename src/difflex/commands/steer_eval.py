@@ -42,7 +42,7 @@ from difflex.effects.drawing import LEVELS, drawn_by
 from difflex.effects.trials import as_images, group_of
 from difflex.effects.worlds import DRAWN, JudgedWorld, read_told, told_world
 from difflex.errors import BadInput, DifflexError
-from difflex.files import digest
+from difflex.files import file_sha256
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site, Unit
@@ -290,7 +290,7 @@ class SteerEvalCommand(VLMCommand):
             if neurons is None
             else ",".join(f"{each.concept} {neurons.best.get(each.concept)}" for each in concepts),
             "groups": ",".join(self.groups),
-            "told": digest(self.told) if self.told else "",
+            "told": file_sha256(self.told) if self.told else "",
             "judge": self.clip or self.model or self.vlm or "of the drawn world",
             "trials": self.trials,
             "pairs": self.pairs,

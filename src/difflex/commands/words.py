@@ -19,7 +19,7 @@ FIRST = get_args(Positional[int])[1:]
 
 def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
     """The verb of `entry` and its flags, as a shell is told them; what is as by default is left out, the folder is `study`."""
-    command = verb_class(entry.verb)
+    command: type[Any] = verb_class(entry.verb)
     hints = get_type_hints(command, include_extras=True)
     known = {field.name: field for field in fields(command) if field.name in entry.flags}
     placed, named = [], []

@@ -1,7 +1,7 @@
 """Sparse dictionaries of activations: encode, decode, directions, save and load, whatever their kind."""
 
 from difflex.dictionaries.base import Dictionary, DictionaryOrigin, DictionaryState, NormalisedDictionary
-from difflex.dictionaries.files import checksum
+from difflex.dictionaries.files import fingerprint
 from difflex.dictionaries.foreign_itda import read_itda
 from difflex.dictionaries.itda import ITDA
 from difflex.dictionaries.neurons import Neurons
@@ -19,6 +19,6 @@ __all__ = [
     "NormalisedDictionary",
     "SAEWeights",
     "VectorMoments",
-    "checksum",
+    "fingerprint",
     "read_itda",
 ]

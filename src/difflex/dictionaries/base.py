@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries.files import Json, read, write
+from difflex.dictionaries.files import read, write
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import bag
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
+from difflex.files import Json
 from difflex.records import Codes, Site
 
 __all__ = ["Dictionary", "DictionaryOrigin", "DictionaryState", "NormalisedDictionary"]

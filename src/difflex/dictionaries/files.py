@@ -2,36 +2,21 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import safetensors
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from difflex import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import Json, file_sha256, write_file, write_json
 from difflex.records import Site
 
-__all__ = [
-    "FORMAT",
-    "DictionaryConfig",
-    "Json",
-    "as_text",
-    "read",
-    "read_config",
-    "reading_record",
-    "replace_file",
-    "write",
-    "write_record",
-]
+__all__ = ["FORMAT", "DictionaryConfig", "fingerprint", "read", "read_config", "write"]
 
 FORMAT = 1
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +43,8 @@ def write(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor
     """`folder`, with both files in it; the config comes last, so that a folder with a config is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     packed = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    replace_file(folder / "dictionary.safetensors", packed)
-    replace_file(folder / "config.json", as_text({"format": FORMAT, "difflex": __version__, **config}).encode())
+    write_file(folder / "dictionary.safetensors", packed)
+    write_json(folder / "config.json", FORMAT, config, indent=2)
     return folder
 
 
@@ -76,52 +61,15 @@ def read(folder: Path, device: str = "cpu") -> tuple[DictionaryConfig, dict[str,
     return config, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one go: a reader, or a kill, sees the old file or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def write_record(path: Path, form: int, said: Mapping[str, object], indent: int | None = 1) -> Path:
-    """`path`, which now holds `said` as JSON, with its format and the version that wrote it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = json.dumps({"format": form, "difflex": __version__, **said}, indent=indent, allow_nan=False)
-    replace_file(path, (written + "\n").encode())
-    return path
-
-
-@contextmanager
-def reading_record(path: Path, form: int, what: str) -> Iterator[dict[str, Any]]:
-    """What `write_record` was given; where it cannot be made sense of, `path` is said not to be `what`."""
-    try:
-        said = json.loads(path.read_bytes())
-        if said.pop("format") != form:
-            raise BrokenFile(f"{path} is not of format {form}, which this difflex reads. Delete it; it is made again.")
-        del said["difflex"]
-        yield said
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BrokenFile(f"{path} cannot be read as {what} ({error!r}): it is damaged. Delete it; it is made again.") from error
-
-
-def checksum(folder: Path | str) -> str:
-    """The SHA-256 of a dictionary in `folder`: of its tensors, then of what its config says beside them."""
+def fingerprint(folder: Path | str) -> str:
+    """Return the fingerprint of the dictionary in `folder`: a SHA-256 over its tensors and its config."""
     sha = hashlib.sha256()
     for name in ("dictionary.safetensors", "config.json"):
         try:
-            with (Path(folder) / name).open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
+            sha.update(bytes.fromhex(file_sha256(Path(folder) / name)))
         except FileNotFoundError as error:
             raise BadInput(f"{folder} holds no dictionary: it has no {name}. Name the folder that `save` wrote.") from error
     return sha.hexdigest()
-
-
-def as_text(entries: Mapping[str, Json]) -> str:
-    """`entries` as JSON for files and people."""
-    return json.dumps(entries, indent=2) + "\n"
 
 
 def read_config(folder: Path) -> DictionaryConfig:

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionaries.base import DictionaryOrigin
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.itda.dictionary import ITDA
 from difflex.dictionaries.itda.provenance import AtomProvenance
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.errors import BadInput, BrokenFile
+from difflex.files import Json
 from difflex.records import Site
 
 __all__ = ["read_itda"]

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from difflex.dictionaries import fingerprint
 from difflex.errors import StaleWork
 from difflex.evaluation.concepts import ConceptMatches
-from difflex.files import digest
 from difflex.steering import StudyEditor
 from difflex.study import DictionaryRef, Study
 
@@ -18,13 +18,13 @@ def matches_of(study: Study, place: DictionaryRef) -> ConceptMatches | None:
 
     What is said of the numbers of its features would be said of others.
     """
-    path, weights = study.concepts(*place), study.dictionary(*place) / "dictionary.safetensors"
+    path, folder = study.concepts(*place), study.dictionary(*place)
     if not path.is_file():
         return None
     matches = ConceptMatches.load(path)
-    if "sha256" not in matches.made_from or not weights.is_file():
+    if "fingerprint" not in matches.made_from or not (folder / "config.json").is_file():
         return matches
-    if matches.made_from["sha256"] != digest(weights):
+    if matches.made_from["fingerprint"] != fingerprint(folder):
         raise StaleWork(f"{path} is of {place} as it was before it changed. difflex concepts holds it against concepts again.")
     return matches
 

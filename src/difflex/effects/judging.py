@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionaries.files import reading_record, write_record
 from difflex.errors import BadInput
+from difflex.files import parsing, read_json, write_json
 from difflex.records import HookContext, Rectangle
 from difflex.steering.editing import SteeringHook
 
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 FORMAT = 2
+AGAIN = "Delete it and run the command that makes it again."
 BROKEN = 1.5
 """From this many times the loss of unedited images on, images are called broken."""
 Images = Float[Tensor, "image channel row column"]
@@ -146,12 +147,13 @@ class SteeringResults:
 
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
-        return write_record(path, FORMAT, asdict(self))
+        return write_json(path, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> SteeringResults:
         """What was written to `path`."""
-        with reading_record(path, FORMAT, "what edits do") as said:
+        said = read_json(path, FORMAT, AGAIN)
+        with parsing(path, "what edits do", AGAIN):
             curves = [
                 StrengthCurve(**{**each, "points": tuple(StrengthPoint(**point) for point in each["points"])})
                 for each in said["curves"]

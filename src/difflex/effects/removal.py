@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary
-from difflex.dictionaries.files import reading_record, write_record
 from difflex.effects.judging import JudgeVerdict
 from difflex.errors import BadInput
+from difflex.files import parsing, read_json, write_json
 from difflex.records import Activations, Edit
 from difflex.steering.editing import EditFeatures, SteeringHook, features_of, steerings
 
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+AGAIN = "Delete it and run the command that makes it again."
 BAR, ENOUGH = 0.9, 0.95
 """What removal and retention are to reach; and what ends the search for more where they do."""
 PART = 6
@@ -123,12 +124,13 @@ class RemovalResults:
 
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
-        return write_record(path, FORMAT, asdict(self))
+        return write_json(path, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> RemovalResults:
         """What was written to `path`."""
-        with reading_record(path, FORMAT, "what was removed") as said:
+        said = read_json(path, FORMAT, AGAIN)
+        with parsing(path, "what was removed", AGAIN):
             concepts = tuple(map(_removed, said.pop("concepts")))
             return cls(**{**said, "dictionaries": tuple(said["dictionaries"]), "concepts": concepts})
 

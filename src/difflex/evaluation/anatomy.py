@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile
+from difflex.files import write_json
 from difflex.records import Activations, Site
 
 __all__ = ["ActivationShape", "Anatomy", "measure"]
@@ -55,17 +56,14 @@ class Anatomy:
     """What was asked of which model: an anatomy that was made from something else is measured again."""
 
     def save(self, path: Path) -> None:
-        """Nothing; the anatomy is in the JSON file `path`."""
-        data = {
-            "format": FORMAT,
+        """Write the anatomy to the JSON file `path`."""
+        entries = {
             "model": self.model,
             "norms": {str(site): {f"{t:g}": norm for t, norm in norms.items()} for site, norms in self.norms.items()},
             "shapes": {str(site): asdict(shape) for site, shape in self.shapes.items()},
             "made_from": dict(self.made_from),
         }
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        part.rename(path)
+        write_json(path, FORMAT, entries)
 
     @classmethod
     def load(cls, path: Path) -> "Anatomy":

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from difflex import __version__
-from difflex.dictionaries.files import checksum, replace_file
+from difflex._version import __version__
+from difflex.dictionaries.files import fingerprint
 from difflex.errors import BadInput, BrokenFile
+from difflex.files import write_file
 
 __all__ = ["Evaluation", "ModelEffect", "ReconstructionMetrics", "ReconstructionQuality", "ReplacementEffect"]
 
@@ -136,13 +137,13 @@ class Evaluation:
 
     def is_of(self, folder: Path | str) -> bool:
         """Whether the dictionary in `folder` still is what was evaluated."""
-        return self.checksum == checksum(folder)
+        return self.checksum == fingerprint(folder)
 
     def save(self, path: Path | str) -> Path:
         """`path`, which now holds the evaluation: all of it or, after a kill, what it held before."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode())
+        write_file(path, (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode())
         return path
 
     @classmethod

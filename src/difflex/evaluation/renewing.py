@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionaries import Dictionary, checksum
+from difflex.dictionaries import Dictionary, fingerprint
 from difflex.errors import BadInput
 from difflex.evaluation.changing import Edits, Measure, effects, some_shots
 from difflex.evaluation.measuring import TOKENS, evaluate
@@ -104,7 +104,7 @@ def _both(before: ModelEffect | None, now: ModelEffect) -> ModelEffect:
 
 
 def _measured(folder: Path, held_out: HeldOutData, tokens: int, data: str, progress: bool) -> Evaluation:
-    taken = checksum(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
+    taken = fingerprint(folder)  # before the dictionary is read: one that changes meanwhile is then known to be another
     dictionary, batches = _read(folder, held_out), held_out.batches()
     return evaluate(dictionary, batches, held_out.shot, tokens=tokens, checksum=taken, data=data, progress=progress)
 

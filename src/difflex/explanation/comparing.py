@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,10 +9,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex import __version__
 from difflex.explanation.biases import BiasGroup, biases
 from difflex.explanation.scoring import MeanEstimate, estimate, p_value
 from difflex.features.book import Book
+from difflex.files import write_json
 
 __all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "ProtocolGap", "compare", "methods"]
 
@@ -116,11 +114,9 @@ class MethodComparison(NamedTuple):
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Nothing; all of it is in the JSON file `path`, which is replaced in one go."""
+        """Write everything to the JSON file `path`, atomically."""
         number = {id(method): i for i, method in enumerate(self.methods)}
         told = {
-            "format": FORMAT,
-            "difflex": __version__,
             "methods": [_entry(method) for method in self.methods],
             "differences": [
                 {"one": number[id(each.one)], "other": number[id(each.other)], "difference": each.difference, "p": each.p}
@@ -131,10 +127,7 @@ class MethodComparison(NamedTuple):
                 for each in self.falls
             ],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(told, indent=1, allow_nan=False), encoding="utf-8")
-        draft.replace(path)
+        write_json(path, FORMAT, told)
 
 
 def compare(found: Sequence[ExplainedMethod]) -> MethodComparison:

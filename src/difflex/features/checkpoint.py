@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difflex import __version__
+from difflex._version import __version__
 from difflex.features.gathering import FeatureCollector
 from difflex.features.roll import ShotRegistry
+from difflex.files import replacing
 
 __all__ = ["CollectCheckpoint"]
 
@@ -36,12 +36,8 @@ class CollectCheckpoint:
         """Nothing; the file holds what is known."""
         tensors = {f"{number}/{name}": each for number, one in enumerate(gathered) for name, each in one.tensors().items()}
         tensors["roll"] = torch.frombuffer(bytearray(roll.told()), dtype=torch.uint8)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.tmp")
-        save_file({name: each.contiguous() for name, each in tensors.items()}, part, {"asked": self._told})
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(self.path)
+        with replacing(self.path) as temporary:
+            save_file({name: each.contiguous() for name, each in tensors.items()}, temporary, {"asked": self._told})
 
     def restore(self, gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> bool:
         """Whether there was a state of this very pass; if so it is restored."""

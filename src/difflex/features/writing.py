@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from difflex import __version__
+from difflex._version import __version__
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput
 from difflex.features.book import (

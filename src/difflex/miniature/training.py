@@ -1,7 +1,6 @@
 """The miniature made from nothing: judge, autoencoder, flow; each stage is skipped when done, each resumes after a kill."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from difflex.errors import StaleWork
+from difflex.files import replacing
 from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.autoencoder import PatchComponents, decoder_losses, write_encoder
 from difflex.miniature.drawing import draw
@@ -229,12 +229,9 @@ def pack(source: TrainingFolder, target: TrainingFolder) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes a safetensors file under a temporary name, then renames it."""
-    partial = file.with_suffix(".partial")
-    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, partial, metadata=about)
-    with partial.open("rb") as handle:
-        os.fsync(handle.fileno())
-    partial.replace(file)
+    """Write a safetensors file atomically."""
+    with replacing(file) as temporary:
+        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=about)
 
 
 class _FlowBatches(IterableDataset[FlowBatch]):

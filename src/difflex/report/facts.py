@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from difflex.dictionaries import checksum
+from difflex.dictionaries import fingerprint
 from difflex.dictionaries.files import read_config
 from difflex.effects import RemovalResults, SteeringResults
 from difflex.effects.findings import Findings
@@ -18,7 +18,6 @@ from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts import ConceptMatches
 from difflex.features.book import Book, BookInfo
-from difflex.files import digest
 from difflex.records import Site
 from difflex.report.soundness import changed, is_image, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import SteeringFacts, has_numbers, known
@@ -221,7 +220,7 @@ class _FactsReader(NamedTuple):
         if not path.exists():
             return False
         about = self.tried(lambda: _about(path))
-        if about is None or about.checksum != self.tried(lambda: checksum(study.dictionary(*place))):
+        if about is None or about.checksum != self.tried(lambda: fingerprint(study.dictionary(*place))):
             if about is not None:
                 self.troubles.append(
                     f"{place}: the dictionary has changed since its book was written. difflex collect writes it anew."
@@ -253,12 +252,12 @@ class _FactsReader(NamedTuple):
     def _of(self, study: Study, matches: ConceptMatches, name: str, untrained: bool) -> MatchFacts | None:
         kind, k = matches.label.split("-")[0], k_of(matches.label)
         folder = study.dictionary(matches.site, matches.label)
-        if "sha256" not in matches.made_from:
+        if "fingerprint" not in matches.made_from:
             return None if untrained else MatchFacts(matches=matches, kind=kind, normalisation=None, untrained=untrained, k=k)
         if not (folder / "config.json").is_file():
             self.troubles.append(f"{name} is of a dictionary that is no longer there. Delete it.")
             return None
-        if matches.made_from["sha256"] != self.tried(lambda: digest(folder / "dictionary.safetensors")):
+        if matches.made_from["fingerprint"] != self.tried(lambda: fingerprint(folder)):
             self.troubles.append(f"{name}: the dictionary has changed since. difflex concepts holds it against concepts again.")
             return None
         config = self.tried(lambda: read_config(folder))
@@ -274,7 +273,7 @@ class _FactsReader(NamedTuple):
         edited = self.tried(lambda: SteeringResults.load(path)) if path.exists() else None
         if edited is None:
             return None
-        now = self.tried(lambda: checksum(study.dictionary(*place)))
+        now = self.tried(lambda: fingerprint(study.dictionary(*place)))
         if edited.model != study.model or edited.made_from.get(str(place)) != now:
             self.troubles.append(
                 f"{place}: the dictionary has changed since it was steered with. difflex steer-eval judges it again."
@@ -302,7 +301,9 @@ class _FactsReader(NamedTuple):
         removed = self.tried(lambda: RemovalResults.load(path))
         if removed is None:
             return None
-        now = {str(place): self.tried(lambda place=place: checksum(study.dictionary(*place))) for place in study.dictionaries()}
+        now = {
+            str(place): self.tried(lambda place=place: fingerprint(study.dictionary(*place))) for place in study.dictionaries()
+        }
         told = {name: removed.made_from.get(name) for name in removed.dictionaries}
         if removed.model != study.model or any(value != now.get(name) for name, value in told.items()):
             self.troubles.append(f"{path} is of other dictionaries than those that are here now. difflex removal makes it again.")
@@ -361,7 +362,7 @@ def _comparable(judged: Iterable[MatchFacts], troubles: list[str]) -> list[Match
 
 def _settings(judged: MatchFacts) -> tuple[tuple[str, str], ...]:
     """What the figures of matches depend on beside the dictionary and the model's revision."""
-    left_out = ("sha256", "revision", "model")
+    left_out = ("fingerprint", "revision", "model")
     return tuple(sorted((name, str(value)) for name, value in judged.matches.made_from.items() if name not in left_out))
 
 

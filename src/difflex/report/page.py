@@ -1,13 +1,13 @@
 """The page: sections of facts, laid out by a template, written beside the CSV files of their figures."""
 
 import base64
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from difflex.files import write_file
 from difflex.report.claims import claims
 from difflex.report.drawing import legend, script, style
 from difflex.report.facts import StudyFacts, read
@@ -79,9 +79,6 @@ def _download(figure: ReportFigure) -> str:
 
 
 def write(path: Path, text: str) -> Path:
-    """`path`, which now holds `text`: all of it or, after a kill, what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    """Write `text` to `path` atomically and return `path`."""
+    write_file(path, text.encode())
     return path

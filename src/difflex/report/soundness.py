@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from difflex.dictionaries import checksum
+from difflex.dictionaries import fingerprint
 from difflex.dictionaries.files import DictionaryConfig
 from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
@@ -35,7 +35,7 @@ def changed(study: Study, made_from: Mapping[str, str | int | float]) -> list[st
 
 def _is(folder: Path, told: str | int | float) -> bool:
     try:
-        return checksum(folder) == told
+        return fingerprint(folder) == told
     except (DifflexError, OSError):
         return False  # named where the dictionaries are read
 

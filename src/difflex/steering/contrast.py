@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary
-from difflex.dictionaries.files import replace_file
 from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import write_file
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering.regions import covered
 
@@ -70,7 +70,7 @@ class Contrast:
         about = {name: value for name, value in asdict(replace(self, direction=torch.empty(0))).items() if name != "direction"}
         said = json.dumps({**about, "site": str(self.site)})
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save({"direction": self.direction.contiguous()}, {"format": str(FORMAT), "contrast": said}))
+        write_file(path, save({"direction": self.direction.contiguous()}, {"format": str(FORMAT), "contrast": said}))
         return path
 
     @classmethod

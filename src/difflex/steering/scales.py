@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary
-from difflex.dictionaries.files import replace_file
 from difflex.errors import BadInput, BrokenFile
+from difflex.files import write_file
 from difflex.records import ActivationBatch
 
 __all__ = ["FeatureScales", "scales_of"]
@@ -70,7 +70,7 @@ class FeatureScales:
         tensors = {"peaks": self.peaks, "means": self.means, "sample": self.sample}
         about = {"format": str(FORMAT), "checksum": checksum, "sizes": json.dumps([self.norm, self.ceiling])}
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
+        write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
 
     @classmethod
     def kept(cls, path: Path, checksum: str) -> FeatureScales | None:

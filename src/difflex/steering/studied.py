@@ -11,10 +11,9 @@ from typing import Any, final
 
 import torch
 
-from difflex.dictionaries import Dictionary, checksum
-from difflex.dictionaries.files import write_record
+from difflex.dictionaries import Dictionary, fingerprint
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import digest
+from difflex.files import file_sha256, write_json
 from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource, of_split
 from difflex.steering.contrast import Contrast
 from difflex.steering.editing import EditFeatures, SteeringHook, check_maker, features_of, steered_along, steerings
@@ -90,7 +89,7 @@ class StudyEditor:
 
     def _scales(self, place: DictionaryRef) -> FeatureScales:
         """The scales of a dictionary: from the study, or from its activations and then kept there."""
-        path, now = self.study.scales(*place), checksum(self.study.dictionary(*place))
+        path, now = self.study.scales(*place), fingerprint(self.study.dictionary(*place))
         kept, stores = FeatureScales.kept(path, now), self.study.stores()
         if kept is not None:
             return kept
@@ -119,12 +118,12 @@ class StudyEditor:
     def checksums(self, edits: Iterable[Edit]) -> dict[str, str]:
         """Of the files that `edits` are made with, by their names in the study."""
         folders = {str(DictionaryRef(edit.site, edit.dictionary)): edit for edit in edits if edit.dictionary is not None}
-        found = {name: checksum(self.study.dictionary(edit.site, edit.dictionary or "")) for name, edit in folders.items()}
+        found = {name: fingerprint(self.study.dictionary(edit.site, edit.dictionary or "")) for name, edit in folders.items()}
         names = {edit.contrast for edit in edits if edit.contrast is not None}
-        found |= {f"contrast {name}": digest(self.study.contrast(name)) for name in sorted(names)}
+        found |= {f"contrast {name}": file_sha256(self.study.contrast(name)) for name in sorted(names)}
         regions = {where for edit in edits for where in (edit.region, edit.source and edit.source.region)}
         painted = [where for where in regions if isinstance(where, str) and where != "fires"]
-        return found | {f"the region {path}": digest(Path(path)) for path in sorted(painted) if Path(path).is_file()}
+        return found | {f"the region {path}": file_sha256(Path(path)) for path in sorted(painted) if Path(path).is_file()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ class EditRecord:
         """`path`, which now holds the edits as JSON."""
         edits = [{**asdict(edit), "site": str(edit.site)} for edit in self.edits]
         try:
-            return write_record(path, FORMAT, {"shot": asdict(self.shot), "edits": edits, "checksums": self.checksums})
+            return write_json(path, FORMAT, {"shot": asdict(self.shot), "edits": edits, "checksums": self.checksums})
         except OSError as error:
             raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
 

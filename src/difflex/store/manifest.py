@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from difflex import __version__
+from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import digest, read_json, write_whole
+from difflex.files import file_sha256, read_json, write_file
 from difflex.records import Shot, Site, split_of
 from difflex.store.shard import DTYPES, MEND, ShardFormat, Stored
 
@@ -89,7 +89,7 @@ class Manifest:
         shards = {str(number): asdict(self.shards[number]) for number in sorted(self.shards)}
         head = {**asdict(self.head), "site": str(self.head.site)}
         said = {"format": FORMAT, **head, "statistics": self.statistics, "shards": shards}
-        write_whole(folder / MANIFEST, _text({**said, "checksum": _checksum(said)}).encode(), rank)
+        write_file(folder / MANIFEST, _text({**said, "checksum": _checksum(said)}).encode(), rank)
 
 
 def new_head(
@@ -164,7 +164,7 @@ def write_shots(folder: Path, number: int, site: Site, shots: tuple[Shot, ...], 
     lines = ",\n".join(json.dumps(asdict(shot)) for shot in shots)
     head = json.dumps({"format": FORMAT, "site": str(site), "shard": number, "sha256": sha256})
     content = f'{head[:-1]}, "shots": [\n{lines}\n]}}\n'.encode()
-    checksum = write_whole(shard_paths(folder, number)[1], content, rank)
+    checksum = write_file(shard_paths(folder, number)[1], content, rank)
     return _described(shots, sha256, checksum)
 
 
@@ -177,7 +177,7 @@ def read_entry(folder: Path, number: int) -> ShardEntry:
     """The entry of a finished shard, from the file of its shots: how a killed harvest, or another rank's, is taken over."""
     path = shard_paths(folder, number)[1]
     said = read_json(path, FORMAT, MEND)
-    return _described(_shots(path, said), str(said["sha256"]), digest(path))
+    return _described(_shots(path, said), str(said["sha256"]), file_sha256(path))
 
 
 def _described(shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> ShardEntry:

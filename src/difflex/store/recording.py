@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.files import locked
+from difflex.files import folder_lock
 from difflex.records import Shot, Site
 from difflex.store.ledger import SiteRecorder
 from difflex.store.manifest import check_dtype, check_split, found_shards
@@ -83,7 +83,7 @@ def _claim(stack: ExitStack, folder: Path, settings: RecordingConfig, new: bool 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"The folder {folder} cannot be made: {error}. Name another one, or move away what is there.") from error
-    stack.enter_context(locked(folder, shared=settings.of > 1))
+    stack.enter_context(folder_lock(folder, shared=settings.of > 1))
     if new and settings.of == 1 and found_shards(folder):
         raise BadInput(f"Another process has written in {folder} meanwhile. Give the same command again to go on from there.")
 

@@ -179,7 +179,7 @@ class ShardWriter:
             self._file.write(bytes(self._padding.shape[0]))
         for tensor in self._tally.moments():
             self._file.write(_bytes(tensor))
-        return self._file.keep()
+        return self._file.commit()
 
     def discard(self) -> None:
         """Nothing; the unfinished file is gone."""

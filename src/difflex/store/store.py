@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import digest
+from difflex.files import file_sha256
 from difflex.records import ActivationBatch, Shot, Site, Split, SplitBatches
 from difflex.store.batches import BatchShares, ShardReader, cut
 from difflex.store.manifest import MANIFEST, STATISTICS, Manifest, read_manifest, read_shots, shard_paths
@@ -61,7 +61,7 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Sixteen digits that change with the stored rows, and with the settings they were made by."""
-        return digest(self.folder / MANIFEST)[:16]
+        return file_sha256(self.folder / MANIFEST)[:16]
 
     @property
     def width(self) -> int:
@@ -141,7 +141,7 @@ class Store:
         expected = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
         for shard, entry in self._manifest.shards.items():
             expected |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
-        broken = [path.name for path, checksum in expected.items() if not path.is_file() or digest(path) != checksum]
+        broken = [path.name for path, checksum in expected.items() if not path.is_file() or file_sha256(path) != checksum]
         if broken:
             raise BrokenFile(
                 f"In {self.folder} {len(broken)} of {len(expected)} files are not what was written: {', '.join(broken)}. "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from difflex.errors import BrokenFile
-from difflex.files import write_whole
+from difflex.files import write_file
 from difflex.records import Split
 from difflex.store.manifest import STATISTICS, Manifest, ShardEntry, shard_paths
 from difflex.store.shard import MappedShard, PackedRows, ShardFormat, unpack
@@ -82,7 +82,7 @@ def write_statistics(folder: Path, statistics: StoreStatistics, rank: int) -> st
         for name, value in vars(statistics).items()
         if value is not None
     }
-    return write_whole(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
+    return write_file(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
 
 
 def read_statistics(folder: Path) -> StoreStatistics:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import digest, locked
+from difflex.files import file_sha256, folder_lock, write_json
 from difflex.study.study import Command, Study
 
 __all__ = ["CommandRecord", "StudyStep", "diary", "recipe_of", "run_study", "steps"]
@@ -58,7 +58,7 @@ def run_study(study: Study, *, until: str | None = None, recipe: str | None = No
     wanted = steps(study)
     last = _last(wanted, until)
     study.prepare()
-    with locked(study.folder, shared=False):
+    with folder_lock(study.folder, shared=False):
         wanted, fresh = steps(study), False
         entries = [step.entry for step in wanted]
         for number, step in enumerate(wanted[: last + 1]):
@@ -174,7 +174,7 @@ def _flags(command: Command, folder: Path) -> dict[str, Json]:
     values = {field.name: getattr(command, field.name) for field in fields(command)}  # pyright: ignore[reportArgumentType]
     told = {name: _json(value, folder) for name, value in values.items()}
     files = {name: Path(value) for name, value in values.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
-    return told | {f"{name}, SHA-256": digest(path) for name, path in files.items()}
+    return told | {f"{name}, SHA-256": file_sha256(path) for name, path in files.items()}
 
 
 def _json(value: object, folder: Path) -> Json:
@@ -202,7 +202,4 @@ def _remove(place: Path) -> None:
 
 def _write(study: Study, entries: Sequence[CommandRecord], recipe: str | None) -> None:
     path = study.folder / DIARY
-    part = path.with_name(f".{DIARY}.tmp")
-    said = {"format": FORMAT, "recipe": recipe, "commands": [asdict(entry) for entry in entries]}
-    part.write_text(json.dumps(said, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, FORMAT, {"recipe": recipe, "commands": [asdict(entry) for entry in entries]})

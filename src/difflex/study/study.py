@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
 
-from difflex import __version__
+from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.files import write_json
 from difflex.records import Site
 from difflex.study.forecast import CostEstimate, CostOutlook
 
@@ -94,8 +94,7 @@ class Study:
         if (self.folder / CARD).is_file():
             return
         try:
-            card = {"format": FORMAT, "difflex": self.difflex, "model": self.model, "revision": self.revision}
-            _write(self.folder / CARD, card)
+            write_json(self.folder / CARD, FORMAT, {"model": self.model, "revision": self.revision})
         except OSError as error:
             raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
 
@@ -222,13 +221,3 @@ class Study:
 
 def _named(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
-
-
-def _write(path: Path, said: Mapping[str, object]) -> None:
-    """Write so that nobody ever sees half a file; processes that begin the same study at once write the same."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(said, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

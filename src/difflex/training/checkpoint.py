@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionaries.files import Json, replace_file
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sae import SAEWeights
 from difflex.errors import BrokenFile, StaleWork
+from difflex.files import Json, write_file
 from difflex.training.config import TrainingConfig
 from difflex.training.learner import Learner, UpdateMetrics
 from difflex.training.team import Team
@@ -66,7 +66,7 @@ def save_state(path: Path, learner: Learner, normalisation: Normalisation, data:
         last=None if learner.last is None else asdict(learner.last),
     )
     packed = {name: tensor.cpu().contiguous() for name, tensor in {**tensors, **normalisation.tensors()}.items()}
-    replace_file(path, save(packed, metadata={"state": json.dumps(asdict(header))}))
+    write_file(path, save(packed, metadata={"state": json.dumps(asdict(header))}))
 
 
 def load_state(

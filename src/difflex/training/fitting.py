@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.dictionaries.base import DictionaryOrigin
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.normalisation import Method, Normalisation
 from difflex.dictionaries.sae import SAE, SAEWeights
 from difflex.errors import BadInput, NonFinite
+from difflex.files import Json
 from difflex.records import ActivationBatch
 from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights
 from difflex.training.config import AdamConfig, TrainingConfig

@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, final
 
-from difflex.dictionaries.files import Json
 from difflex.errors import MissingExtra
+from difflex.files import Json
 
 __all__ = ["Also", "TrainingLog"]
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.normalisation import Method
 from difflex.dictionaries.pursuit import Way
 from difflex.errors import BadInput
+from difflex.files import Json
 
 __all__ = ["GrowthConfig", "paper", "variant"]
 

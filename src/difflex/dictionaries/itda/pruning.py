@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.itda.dictionary import ITDA
 from difflex.dictionaries.itda.provenance import AtomProvenance
 from difflex.dictionaries.pursuit.products import product
 from difflex.errors import BadInput
+from difflex.files import Json
 
 __all__ = ["clustered", "without_similar"]
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.pursuit.correlations import CandidatePool
 from difflex.dictionaries.pursuit.gram import GramMatrix
+from difflex.files import Json
 
 __all__ = ["PursuitBackend", "free_memory", "means"]
 

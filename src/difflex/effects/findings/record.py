@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, final
 
-from difflex.dictionaries.files import reading_record, write_record
 from difflex.effects import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
+from difflex.files import parsing, read_json, write_json
 
 __all__ = ["Finding", "FindingLine", "Findings", "Verdict"]
 
 FORMAT = 1
+AGAIN = "Delete it and run the command that makes it again."
 Verdict = Literal["holds here", "does not hold here", "cannot be said"]
 
 
@@ -72,7 +73,7 @@ class Findings:
     def save(self, path: Path) -> Path:
         """`path`, which now holds this as JSON."""
         try:
-            return write_record(path, FORMAT, asdict(self))
+            return write_json(path, FORMAT, asdict(self))
         except OSError as error:
             raise BadInput(f"Findings cannot be written to {path}: {error}. Name a study that you may write to.") from error
 
@@ -80,7 +81,8 @@ class Findings:
     def load(cls, path: Path) -> Findings:
         """What was written to `path`."""
         try:
-            with reading_record(path, FORMAT, "findings") as said:
+            said = read_json(path, FORMAT, AGAIN)
+            with parsing(path, "findings", AGAIN):
                 return cls(**{**said, "found": tuple(map(_finding, said["found"]))})
         except FileNotFoundError as error:
             raise BadInput(f"There is no {path}. difflex findings makes it.") from error

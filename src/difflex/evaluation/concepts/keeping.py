@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons
+from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
 from difflex.errors import BrokenFile
 from difflex.evaluation.concepts.labelled import LabelledActivations
 from difflex.evaluation.concepts.matches import ConceptMatches
@@ -104,8 +103,7 @@ class _MatchInputs(NamedTuple):
     def dictionaries(self, site: Site, paths: Mapping[str, Path]) -> list[_MatchTask]:
         """The dictionaries themselves, known by the checksums of their weights."""
         return [
-            self._task(site, label, partial(_loaded, folder), sha256=_checksum(folder / "dictionary.safetensors"))
-            for label, folder in paths.items()
+            self._task(site, label, partial(_loaded, folder), fingerprint=fingerprint(folder)) for label, folder in paths.items()
         ]
 
     def axes(self, site: Site, paths: Mapping[str, Path]) -> list[_MatchTask]:
@@ -140,13 +138,6 @@ def _sizes(paths: Mapping[str, Path]) -> dict[int, tuple[int, int]]:
         k, size = int(config["k"]), int(config["size"])
         sizes[k] = max(sizes.get(k, (0, 0)), (size, int(config["width"])))
     return sizes
-
-
-def _checksum(path: Path) -> str:
-    if not path.is_file():
-        raise BrokenFile(f"{path.parent} has a config.json but no {path.name}. Save the dictionary again.")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _loaded(folder: Path, _: LabelledActivations) -> FeatureMethod:

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from difflex.dictionaries.files import reading_record, write_record
 from difflex.evaluation.concepts.labelled import Concept
+from difflex.files import parsing, read_json, write_json
 from difflex.records import Site
 
 __all__ = ["ConceptDetector", "ConceptMatches", "ConceptResult", "ConfidenceInterval", "FeatureMatches", "NoiseLevelResult"]
 
 FORMAT = 1
+AGAIN = "Delete it and run the command that makes it again."
 COVERED = 0.8
 """From this average precision on, a feature detects a concept."""
 FINDABLE = 0.9
@@ -139,12 +140,13 @@ class ConceptMatches:
 
     def save(self, path: Path) -> None:
         """Nothing; the matches are in the JSON file `path`, which is replaced in one go."""
-        write_record(path, FORMAT, {**asdict(self), "site": str(self.site)}, indent=None)
+        write_json(path, FORMAT, {**asdict(self), "site": str(self.site)}, indent=None)
 
     @classmethod
     def load(cls, path: Path) -> ConceptMatches:
         """The matches saved in `path`."""
-        with reading_record(path, FORMAT, "matches") as data:
+        data = read_json(path, FORMAT, AGAIN)
+        with parsing(path, "matches", AGAIN):
             columns = {name: tuple(column) for name, column in data.pop("features").items()}
             return cls(
                 site=Site.parse(data.pop("site")),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple, final
 
 from PIL import Image, UnidentifiedImageError
 
 from difflex.errors import BrokenFile, OutOfSpace, UnknownName
+from difflex.files import replacing
 
 __all__ = ["ImageAlbum", "StoredImage"]
 
@@ -45,14 +45,11 @@ class ImageAlbum:
         path = self.folder / filed.file
         if path.exists():
             return filed, False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         exact = image.width * image.height <= EXACT
         try:
-            image.save(part, "WEBP", lossless=exact, quality=20 if exact else QUALITY, method=1 if exact else 4)
-            part.replace(path)
+            with replacing(path) as temporary:
+                image.save(temporary, "WEBP", lossless=exact, quality=20 if exact else QUALITY, method=1 if exact else 4)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise OutOfSpace(f"{path} cannot be written ({error}). Free some space and give the command again.") from error
         return filed, True
 

@@ -102,7 +102,7 @@ class DetectionPair(NamedTuple):
     @property
     def alike(self) -> bool:
         """Whether both were held against the same images in the same way."""
-        left_out = ("sha256", "revision", "model")
+        left_out = ("fingerprint", "revision", "model")
         one, other = ({k: v for k, v in each.matches.made_from.items() if k not in left_out} for each in (self.one, self.other))
         return one == other
 

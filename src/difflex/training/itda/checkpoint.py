@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from difflex.dictionaries.files import Json, as_text, replace_file
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.pursuit.means import PursuitBackend
 from difflex.errors import BrokenFile, StaleWork
+from difflex.files import Json, write_file
 from difflex.training.itda.curve import GrowthInterval
 from difflex.training.itda.grower import AtomGrower
 from difflex.training.itda.search import ThresholdTrial
@@ -99,7 +99,7 @@ def write_state(folder: Path, state: GrowthState, grower: AtomGrower) -> dict[st
     if grower.size > start and not state.finished:
         name = f"atoms-{len(state.trials)}-{grower.size}.safetensors"
         parts[name] = _write(folder / name, grower.part(start))
-    replace_file(folder / STATE, as_text({**asdict(state), "parts": dict[str, Json](parts)}).encode())
+    write_file(folder / STATE, json.dumps({**asdict(state), "parts": parts}, indent=1).encode())
     return parts
 
 
@@ -129,7 +129,7 @@ def read_normalisation(folder: Path, settings: Mapping[str, Json], device: torch
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     """The digest of the file that holds `tensors` now."""
     content = save(tensors)
-    replace_file(path, content)
+    write_file(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

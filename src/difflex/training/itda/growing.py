@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from difflex.dictionaries.base import Dictionary, DictionaryOrigin
-from difflex.dictionaries.files import Json
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.itda.dictionary import ITDA, means_of
 from difflex.dictionaries.itda.provenance import AtomProvenance
@@ -20,6 +19,7 @@ from difflex.dictionaries.normalisation import Method, Normalisation, estimate
 from difflex.dictionaries.pursuit.means import PursuitBackend, free_memory
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite
+from difflex.files import Json
 from difflex.records import ActivationBatch, Shot, of_split
 from difflex.training.itda import checkpoint
 from difflex.training.itda.checkpoint import GrowthState, trials_of
