@@ -45,7 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Three dictionaries of a harvest of 24 images at two of their steps, with their books."""
     folder = tmp_path_factory.mktemp("collected") / "study"
     words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep", "1:3", "--batch", "8"]
-    assert main(["harvest", "mini-flux", "--sites", "double.0", *words, "--out", str(folder)]) == 0
+    assert main(["harvest", "mini-flux", "--site", "double.0", *words, "--out", str(folder)]) == 0
     made = Study.open(folder)
     autoencoder(0).save(made.dictionary(*SAE_REF))
     Neurons(width=768, k=4, origin=DictionaryOrigin(site=NEURONS, model="mini-flux")).save(
@@ -56,7 +56,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         for prompt in ("a red star on grass", "a blue circle on sky")
     ]
     itda(shots).save(made.dictionary(SITE, "itda-6-k3"))
-    assert main(["collect", str(folder), "--images", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]) == 0
+    assert main(["collect", str(folder), "--images", "20", "--batch", "8", "--top-examples", "4", "--random-examples", "4", "--silent-examples", "2"]) == 0
     return made
 
 
@@ -115,7 +115,7 @@ def test_what_it_takes_is_told_beforehand(study: Study):
     outlook = CostOutlook(rate=1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
     told = CollectCommand(study=study.folder, images=100).estimate(outlook)
     assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
-    drawn = CollectCommand(study=study.folder, images=100, drawn=True, noise=(0.25,)).estimate(outlook)
+    drawn = CollectCommand(study=study.folder, images=100, drawn_world=True, noise=(0.25,)).estimate(outlook)
     one = CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)).estimate(outlook)
     assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
     assert told.seconds and one.seconds and one.seconds < told.seconds
@@ -143,7 +143,7 @@ def test_an_atom_shows_the_patch_it_is(study: Study):
 
 
 def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = ["collect", str(study.folder), "--images", "20", "--batch", "8", "--top", "4", "--sampled", "4", "--silent", "2"]
+    words = ["collect", str(study.folder), "--images", "20", "--batch", "8", "--top-examples", "4", "--random-examples", "4", "--silent-examples", "2"]
     assert main(words) == 0
     assert capsys.readouterr().out.count("is there already") == 3
     study.book(*SAE_REF).write_bytes(b"no book")
@@ -155,7 +155,7 @@ def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsy
 def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
     made = Study.begin(tmp_path / "shown", "mini-flux")
     autoencoder(1).save(made.dictionary(*SAE_REF))
-    words = ["collect", str(made.folder), "--batch", "4", "--top", "2"]
+    words = ["collect", str(made.folder), "--batch", "4", "--top-examples", "2"]
     assert main([*words, "--drawn", "--images", "10", "--noise", "0.25,0.75"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
@@ -219,12 +219,12 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     [
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
         (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16 shows nothing"),
-        (["collect", "STUDY", "--drawn", "--prompts", "captions"], "three sources of images"),
+        (["collect", "STUDY", "--drawn-world", "--prompts", "captions"], "three sources of images"),
         (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
         (["features", "STUDY"], "has 3 books. Name one by --dictionary"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
         (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "difflex concepts finds out"),
-        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--limit", "0"], "--limit 0 lists nothing"),
+        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--top", "0"], "--limit 0 lists nothing"),
         (["show", "STUDY", "double.0/topk-24-k4", "24"], "has no feature 24: they are numbered from 0 to 23"),
         (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name an image file"),
         (["show", "STUDY", "double.0", "1"], "has 2 dictionaries"),

@@ -83,7 +83,7 @@ def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_c
     (folder / "labels.json").write_text(json.dumps({"1": "ground", "2": {"name": "thing", "group": "figure"}}))
     control = Study.begin(tmp_path / "control", "mini-flux", "untrained-0")
     autoencoder(0).save(control.dictionary(SITE, "topk-24-k4"))
-    words = ["concepts", str(control.folder), "--folder", str(folder), "--images", "200", "--noise", "0.3", "--untold"]
+    words = ["concepts", str(control.folder), "--folder", str(folder), "--images", "200", "--noise", "0.3", "--empty-prompts"]
     assert main([*words, "--pixels", "64"]) == 0
     told = capsys.readouterr().out
     assert "figure" in told

@@ -43,7 +43,7 @@ def evaluation(study: Path, label: str) -> Path:
 
 
 def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["evaluate", str(study), "--effect", "4"]) == 0
+    assert main(["evaluate", str(study), "--effect-shots", "4"]) == 0
     said = capsys.readouterr().out
     assert "up to date" not in said and "growing" not in said
     header, *lines = said.splitlines()
@@ -58,7 +58,7 @@ def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys
     assert few.effect is not None and few.effect.shots == 4 and 1 <= few.effect.images <= 4
     assert 0 < few.effect.prediction.of_mean < 1.5 and 0.5 < few.effect.similarity["ssim"].reconstruction <= 1
     before = evaluation(study, LABELS[0]).read_bytes()
-    assert main(["evaluate", str(study), "--effect", "4"]) == 0
+    assert main(["evaluate", str(study), "--effect-shots", "4"]) == 0
     again = capsys.readouterr().out
     assert again.count("up to date") == 2 and again.endswith(said) and evaluation(study, LABELS[0]).read_bytes() == before
 
@@ -67,11 +67,11 @@ def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(verb, "load_studied", None)
-    assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect", "0", "--tokens", "50"]) == 0
+    assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect-shots", "0", "--tokens", "50"]) == 0
     assert not evaluation(study, LABELS[0]).exists()
     found = Evaluation.load(evaluation(study, LABELS[1]))
     assert found.tokens == 50 and found.effect is None
-    assert main(["evaluate", str(study), "--site", SITE, "--effect", "0", "--tokens", "50"]) == 0
+    assert main(["evaluate", str(study), "--site", SITE, "--effect-shots", "0", "--tokens", "50"]) == 0
     assert capsys.readouterr().out.count("up to date") == 1 and evaluation(study, LABELS[0]).exists()
 
 
@@ -107,7 +107,7 @@ def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
 
 
 def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: pytest.CaptureFixture[str]):
-    words, path = ["evaluate", str(study), "--site", SITE, "--effect", "0"], evaluation(study, LABELS[0])
+    words, path = ["evaluate", str(study), "--site", SITE, "--effect-shots", "0"], evaluation(study, LABELS[0])
     assert main(words) == 0
     before, folder = Evaluation.load(path), study / "dictionaries" / "double.1+update" / LABELS[0]
     config = json.loads((folder / "config.json").read_text())
@@ -141,7 +141,7 @@ def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
 
 def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert main(["evaluate", str(study), "--effect", "0"]) == 2
+    assert main(["evaluate", str(study), "--effect-shots", "0"]) == 2
     return capsys.readouterr().err
 
 

@@ -162,7 +162,7 @@ def test_known_concepts_name_and_judge_by_truth_without_a_network(tmp_path: Path
     (tmp_path / "scratch").mkdir()
     drawn_book(tmp_path / "scratch", concepts)
     study = placed(Study.begin(tmp_path / "study", "mini-flux"), "topk", tmp_path / "scratch")
-    assert main(["explain", str(study.folder), "--judged", "6"]) == 0
+    assert main(["explain", str(study.folder), "--judged-images", "6"]) == 0
     assert "6 explained" in capsys.readouterr().out
     with Book.open(study.book(SITE, "topk")) as made:
         found = {concepts[each.feature]: each for each in made.explanations()}
@@ -174,7 +174,7 @@ def test_known_concepts_name_and_judge_by_truth_without_a_network(tmp_path: Path
 
 def test_known_concepts_need_images_that_are_known(study: Study, capsys: pytest.CaptureFixture[str]):
     assert main(["explain", str(study.folder)]) == 2
-    assert "difflex collect STUDY --drawn, or name a model that looks" in capsys.readouterr().err
+    assert "difflex collect STUDY --drawn-world, or name a model that looks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_an_untrained_model_is_explained_beside_the_trained_one(tmp_path: Path, 
         small = ["--prompts", "captions", "--sites", "double.1", "--tokens", "3000", "--steps", "1", "--out", str(study)]
         assert main(["harvest", "mini-flux", *small, *flags]) == 0
         assert main(["train", str(study), "--site", "double.1", "--k", "4", "--size", "32", "--tokens", "2000"]) == 0
-        assert main(["collect", str(study), "--drawn", "--images", "80", "--noise", "0.25"]) == 0
+        assert main(["collect", str(study), "--drawn-world", "--images", "80", "--noise", "0.25"]) == 0
     # A dictionary that the control has not is asked for, too.
     shutil.copytree(trained / "dictionaries" / "double.1" / "topk-32-k4", trained / "dictionaries" / "double.1" / "copy")
     shutil.copy(trained / "books" / "double.1" / "topk-32-k4.sqlite", trained / "books" / "double.1" / "copy.sqlite")

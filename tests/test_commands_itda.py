@@ -21,7 +21,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_folder("flux", folder / "tiny-flux")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"star {i} over {i * 7 % 13}" for i in range(60)) + "\n")
-    words = ["harvest", str(model), "--prompts", str(prompts), "--sites", str(SITE), "--out", str(folder / "study")]
+    words = ["harvest", str(model), "--prompts", str(prompts), "--site", str(SITE), "--out", str(folder / "study")]
     assert main([*words, "--pixels", "16x24", "--steps", "2"]) == 0
     return folder / "study"
 

@@ -27,7 +27,7 @@ def test_the_neurons_of_a_block_are_a_dictionary_like_any_other(study: Study, ca
         "double.1:neurons/neurons-128-k8",
         "double.1:neurons/neurons-128-k128",
     ]
-    assert main(["evaluate", str(study.folder), "--effect", "0"]) == 0
+    assert main(["evaluate", str(study.folder), "--effect-shots", "0"]) == 0
     few, all_of_them = (Evaluation.load(study.evaluation(*place)) for place in study.dictionaries())
     assert few.overall.l0 <= 8 and (few.overall.model_space.fvu or 0) > 0
     assert all_of_them.overall.model_space.fvu == 0

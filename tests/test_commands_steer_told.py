@@ -1,4 +1,4 @@
-"""`difflex steer-eval --told`: edits judged on a model whose world nobody drew, by a CLIP and, over HTTP, by a VLM."""
+"""`difflex steer-eval --concepts`: edits judged on a model whose world nobody drew, by a CLIP and, over HTTP, by a VLM."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def judged(root: Path) -> SteeringResults:
 
 
 def words(root: Path, *more: str, stream: str = "") -> list[str]:
-    return ["steer-eval", str(root / "study"), f"double.1{stream}", "--told", str(root / "concepts.toml"), *FLAGS, *more]
+    return ["steer-eval", str(root / "study"), f"double.1{stream}", "--concepts", str(root / "concepts.toml"), *FLAGS, *more]
 
 
 def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -97,6 +97,6 @@ def test_the_drawn_world_needs_no_other_eyes(root: Path, capsys: pytest.CaptureF
 
 def test_a_concept_without_a_feature_must_be_known(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "concepts.toml").write_text(TOLD.replace("feature = 5", ""))
-    asked = ["steer-eval", str(root / "study"), "--told", str(tmp_path / "concepts.toml"), "--clip", "a"]
+    asked = ["steer-eval", str(root / "study"), "--concepts", str(tmp_path / "concepts.toml"), "--clip", "a"]
     assert main(asked) == 2
     assert "Run difflex concepts" in capsys.readouterr().err

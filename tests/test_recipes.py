@@ -56,7 +56,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case AnatomyCommand():
                 return replace(command, model=str(model), prompts=str(prompts), pixels=(16, 24), steps=1, limit=4)
             case HarvestCommand():
-                sites, steps = tuple(HERE.get(site, site) for site in command.sites), min(command.steps or 2, 2)
+                sites, steps = tuple(HERE.get(site, site) for site in command.site), min(command.steps or 2, 2)
                 tiny = {"model": str(model), "sites": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
                 return replace(command, **tiny, tokens=1000, dtype="bf16")
             case NeuronsCommand():

@@ -44,13 +44,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         folder=folder,
         model=str(model),
         commands=(
-            AnatomyCommand(**where, limit=8),
-            HarvestCommand(**where, sites=(site, inner)),
+            AnatomyCommand(**where, max_prompts=8),
+            HarvestCommand(**where, site=(site, inner)),
             TrainCommand(study=folder, site=(site,), k=(2, 3), size=(256, 512), tokens=4000),
             TrainCommand(study=folder, site=(site,), k=(2,), size=(256,), tokens=4000, preset="paper"),
             ItdaCommand(study=folder, site=site, k=3, size=512, tokens=4000),
             NeuronsCommand(study=folder, site=(inner,), k=(4,)),
-            EvaluateCommand(study=folder, effect=0),
+            EvaluateCommand(study=folder, effect_shots=0),
         ),
     )
 
@@ -126,7 +126,7 @@ def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
 
 
 def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
-    harvest = HarvestCommand(model="mini-flux", sites=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
+    harvest = HarvestCommand(model="mini-flux", site=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
     train = TrainCommand(study=tmp_path / "study", site=("double.77",))
     told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE)
     assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
@@ -197,7 +197,7 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
             3 * scaling(DictionaryForecast(2048, 32, 192)),
         ),
         (
-            RemovalCommand(study=Path("s"), images=6, chosen_by=6, tried_on=6),
+            RemovalCommand(study=Path("s"), images=6, selection_images=6, tuning_images=6),
             {"images": 12, "chosen_by": 12, "tried_on": 12},
             0.0,
         ),
@@ -224,7 +224,7 @@ def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
     least = [
         SteerEvalCommand(study=tmp_path, dictionary=("double.2",), strength=(1.0,)),
         RemovalCommand(study=tmp_path, dictionary=("double.2",), features=(1,)),
-        FindingsCommand(study=tmp_path, site="double.2", only=("quality",)),
+        FindingsCommand(study=tmp_path, site="double.2", finding=("quality",)),
     ]
     more = [
         (replace(least[0], strength=(1.0, 2.0)), replace(least[0], dictionary=("double.2", "single.0"))),
@@ -239,7 +239,7 @@ def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_
     outlook, nothing = steered_outlook(tmp_path), CostOutlook(rate=RATE)
     assert (
         "judge is not known"
-        in SteerEvalCommand(study=tmp_path, told=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
+        in SteerEvalCommand(study=tmp_path, concepts=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
     )
     for command in (SteerEvalCommand(study=tmp_path), RemovalCommand(study=tmp_path), ReportCommand(study=tmp_path)):
         assert "dictionaries there will be is not known" in command.estimate(nothing).unknown
@@ -261,7 +261,7 @@ def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_f
         CostEstimate(dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))})
     )
     assert "not known" in ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer").estimate(asked).unknown
-    few, many = (ExplainCommand(studies=(tmp_path,), features=count).estimate(asked).seconds for count in (10, 1000))
+    few, many = (ExplainCommand(studies=(tmp_path,), random_features=count).estimate(asked).seconds for count in (10, 1000))
     assert few is not None and many is not None and few < many
 
 

@@ -49,15 +49,15 @@ def mini(folder: Path) -> Study:
         folder=folder,
         model="mini-flux",
         commands=(
-            AnatomyCommand(model="mini-flux", prompts="captions", limit=16, out=folder),
-            HarvestCommand(model="mini-flux", sites=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
+            AnatomyCommand(model="mini-flux", prompts="captions", max_prompts=16, out=folder),
+            HarvestCommand(model="mini-flux", site=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
             TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
             ItdaCommand(study=folder, site=site, k=16, size=2048, tokens=100_000),
-            EvaluateCommand(study=folder, effect=8),
+            EvaluateCommand(study=folder, effect_shots=8),
             ConceptsCommand(studies=(folder,), images=600, noise=(LATE,)),
-            CollectCommand(study=folder, drawn=True, images=400, noise=(LATE,), no_patches=True),
-            ExplainCommand(studies=(folder,), features=50),
-            ExplainCommand(studies=(folder,), features=50, protocol="paper"),
+            CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), no_patches=True),
+            ExplainCommand(studies=(folder,), random_features=50),
+            ExplainCommand(studies=(folder,), random_features=50, protocol="paper"),
             SteerEvalCommand(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
             ReportCommand(study=folder),
         ),
@@ -73,12 +73,12 @@ def mini_full(folder: Path) -> Study:
     middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = HarvestCommand(model="mini-flux", sites=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
+    harvest = HarvestCommand(model="mini-flux", site=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
     train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
     itda = ItdaCommand(study=folder, site=middle, k=16, size=2048, tokens=100_000)
     compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
-    explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, features=2048)
+    explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, random_features=2048)
     return Study(
         folder=folder,
         model="mini-flux",
@@ -92,12 +92,12 @@ def mini_full(folder: Path) -> Study:
             *(replace(itda, k=k) for k in ks if k != itda.k),
             *(replace(itda, site=site) for site in elsewhere),
             *_neurons(harvest, middle, ks, tokens=200_000),
-            EvaluateCommand(study=folder, effect=EFFECT),
+            EvaluateCommand(study=folder, effect_shots=EFFECT),
             *_control(folder / "untrained", harvest, replace(train, k=(32,))),
             ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
             ConceptsCommand(studies=(folder,), site=elsewhere, noise=(LATE,)),
-            CollectCommand(study=folder, dictionary=compared, drawn=True, images=2000, noise=(LATE,)),
-            CollectCommand(study=folder / "untrained", dictionary=compared[:1], drawn=True, images=2000, noise=(LATE,)),
+            CollectCommand(study=folder, dictionary=compared, drawn_world=True, images=2000, noise=(LATE,)),
+            CollectCommand(study=folder / "untrained", dictionary=compared[:1], drawn_world=True, images=2000, noise=(LATE,)),
             replace(explain, protocol="heldout"),
             replace(explain, protocol="paper"),
             SteerEvalCommand(study=folder, dictionary=compared[:2], trials=12),
@@ -112,15 +112,15 @@ def mini_full(folder: Path) -> Study:
 def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
     """The neurons of a block as dictionaries, of as many tokens as it takes to evaluate what nobody trains."""
     inner = (f"{site}:neurons",)
-    return replace(harvest, sites=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
+    return replace(harvest, site=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
 
 
 def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tuple[Command, ...]:
     """What `train` learns, at its site, of a denoiser that was never trained."""
     return (
-        replace(harvest, sites=train.site, untrained=0, out=folder),
+        replace(harvest, site=train.site, untrained=0, out=folder),
         replace(train, study=folder),
-        EvaluateCommand(study=folder, effect=EFFECT),
+        EvaluateCommand(study=folder, effect_shots=EFFECT),
     )
 
 
@@ -142,7 +142,7 @@ def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
     elsewhere = tuple(site for site in sites if site != middle)
     harvest = HarvestCommand(
         model=model,
-        sites=sites,
+        site=sites,
         prompts=CAPTIONS,
         tokens=30_720_000,
         steps=steps,
@@ -181,7 +181,7 @@ def sdxl_turbo(folder: Path) -> Study:
             AnatomyCommand(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
             HarvestCommand(
                 model=model,
-                sites=sites,
+                site=sites,
                 prompts=AESTHETIC,
                 tokens=38_400_000,
                 steps=1,

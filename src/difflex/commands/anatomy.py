@@ -40,9 +40,9 @@ class AnatomyCommand(ModelCommand):
     """A text file with a prompt a line, or `captions`: those of the drawn world."""
     out: Annotated[Path, arg(metavar="STUDY")]
     """The folder of the study; begun if it is not there."""
-    limit: Annotated[int, arg(metavar="N")] = 64
+    max_prompts: Annotated[int, arg(metavar="N")] = 64
     """How many prompts to take."""
-    sites: Annotated[
+    site: Annotated[
         tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: every block's residual, both streams)")
     ] = ()
     """Where to measure norms; a star stands for one index."""
@@ -58,8 +58,8 @@ class AnatomyCommand(ModelCommand):
     """Images at once."""
 
     def __call__(self) -> list[Path]:
-        if self.limit < 1:
-            raise BadInput(f"--limit {self.limit} leaves no prompt. Ask for 1 or more.")
+        if self.max_prompts < 1:
+            raise BadInput(f"--max-prompts {self.max_prompts} leaves no prompt. Ask for 1 or more.")
         prompts = read_prompts(self.prompts, None)
         pipe = self.load()
         study = Study.planned(self.out, pipe.name, pipe.revision)
@@ -68,7 +68,7 @@ class AnatomyCommand(ModelCommand):
         made_from = self._made_from(pipe, prompts.source, sites, chosen)
         anatomy = _kept(study.anatomy, made_from)
         if anatomy is None:
-            shots = pipe.shots(islice(prompts.texts, self.limit), steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+            shots = pipe.shots(islice(prompts.texts, self.max_prompts), steps=self.steps, pixels=self.pixels, guidance=self.guidance)
             measured = measure(pipe.harvest(shots, [*dict.fromkeys([*sites, *chosen])], self.batch), chosen)
             anatomy = replace(measured, made_from=made_from)
             study.write()
@@ -80,11 +80,11 @@ class AnatomyCommand(ModelCommand):
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """The passes over its prompts, and a matrix of moments for each spectrum."""
-        model = foreseen(self.model, self.sites, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+        model = foreseen(self.model, self.site, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
         if isinstance(model, str):
-            return CostEstimate(sites=self.sites, unknown=model)
-        shots = self.limit * model.shot.steps
-        work = walking(model, self.limit, self.limit, model.shot.steps)
+            return CostEstimate(sites=self.site, unknown=model)
+        shots = self.max_prompts * model.shot.steps
+        work = walking(model, self.max_prompts, self.max_prompts, model.shot.steps)
         return CostEstimate(
             sites=tuple(map(str, model.shapes)),
             tokens=shots * sum(tokens for tokens, _ in model.shapes.values()),
@@ -94,7 +94,7 @@ class AnatomyCommand(ModelCommand):
 
     def _sites(self, pipe: "difflex.Pipeline") -> tuple[list[Site], list[Site]]:
         """Where norms are measured, and where spectra."""
-        sites = [found.site for found in pipe.engine.sites.expand(self.sites)] or [row.site for row in pipe.sites()]
+        sites = [found.site for found in pipe.engine.sites.expand(self.site)] or [row.site for row in pipe.sites()]
         images = [site for site in sites if site.stream == "image"] or sites
         chosen = [found.site for found in pipe.engine.sites.expand(self.spectra)] or images[:: -(-len(images) // UP_TO)]
         return sites, chosen
@@ -102,7 +102,7 @@ class AnatomyCommand(ModelCommand):
     def _made_from(self, pipe: "difflex.Pipeline", prompts: str, sites: Iterable[Site], chosen: Iterable[Site]) -> dict[str, str]:
         shot = next(pipe.shots("", steps=self.steps, pixels=self.pixels, guidance=self.guidance))
         how = {name: getattr(shot, name) for name in ("model", "revision", "precision", "pixels", "steps", "guidance")}
-        what = {"prompts": prompts, "limit": self.limit, "sites": [*map(str, sites)], "spectra": [*map(str, chosen)]}
+        what = {"prompts": prompts, "limit": self.max_prompts, "sites": [*map(str, sites)], "spectra": [*map(str, chosen)]}
         return {name: str(value) for name, value in {**how, **what}.items()}
 
 

@@ -74,7 +74,7 @@ class CollectCommand(Command):
     """Seeds for each of the prompts; END is left out."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
     """Denoising steps, with --prompts."""
-    keep: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """Which of the steps to look at, with --prompts; END is left out."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
     """Size of an image, with --prompts; what those of --folder are scaled and cut to."""
@@ -82,15 +82,15 @@ class CollectCommand(Command):
     """How strongly a prompt is followed, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Show the model the images in this folder, noised; NAME.txt beside NAME.jpg is what it is told."""
-    drawn: FlagCreatePairsOff[bool] = False
+    drawn_world: FlagCreatePairsOff[bool] = False
     """Show it scenes of the drawn world, noised, and tell it their captions."""
     noise: Levels = (0.25, 0.5, 0.75)
     """How noisy images that are shown are."""
-    top: Annotated[int, arg(metavar="N")] = 32
+    top_examples: Annotated[int, arg(metavar="N")] = 32
     """How many images to keep for each feature, of each split: those in which it is strongest."""
-    sampled: Annotated[int, arg(metavar="N")] = 16
+    random_examples: Annotated[int, arg(metavar="N")] = 16
     """How many random ones in which it fires."""
-    silent: Annotated[int, arg(metavar="N")] = 8
+    silent_examples: Annotated[int, arg(metavar="N")] = 8
     """How many random ones in which it does not."""
     no_patches: FlagCreatePairsOff[bool] = False
     """Do not draw the images that ITDA atoms are patches of, where the pass does not show them anyway."""
@@ -108,11 +108,11 @@ class CollectCommand(Command):
     def __call__(self) -> list[Path]:
         if self.images < 1 or self.batch < 1:
             raise BadInput(f"--images {self.images} --batch {self.batch} shows nothing. Ask for 1 or more of each.")
-        if sum(map(bool, (self.prompts, self.folder, self.drawn))) > 1:
-            raise BadInput("--prompts, --folder and --drawn are three sources of images. Name one of them.")
+        if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
+            raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Name one of them.")
         study = Study.open(self.study)
         places = self._places(study)
-        settings = CollectConfig(top=self.top, sampled=self.sampled, silent=self.silent)
+        settings = CollectConfig(top=self.top_examples, sampled=self.random_examples, silent=self.silent_examples)
         pipe = _LazyPipeline(study, self)
         shown = self._shown(study, places, pipe)
         data = f"{shown.told}, {self.images} images, {self.batch} at once, {_told(settings)}{', no patches' * self.no_patches}"
@@ -140,14 +140,14 @@ class CollectCommand(Command):
         model = foreseen_like(store.shot, *found)
         if isinstance(model, str):
             return CostEstimate(sites=tuple(map(str, found)), unknown=model)
-        is_shown, steps = self.drawn or self.folder is not None, self.steps or store.shot.steps
-        moments = len(self.noise) if is_shown else len(self.keep or range(steps))
+        is_shown, steps = self.drawn_world or self.folder is not None, self.steps or store.shot.steps
+        moments = len(self.noise) if is_shown else len(self.keep_steps or range(steps))
         walked = moments * model.reached if is_shown else steps * model.step
         tokens = self.images * moments * store.tokens
         # Which of a site's dictionaries are meant is in labels that nobody has yet.
         learned = [each for site, some in found.items() for each in some[: named.count(str(site)) or None]]
         work: dict[Work, float] = {
-            "model": self.images * (walked + model.prompt + model.decoded) + drawing(self.images * self.drawn),
+            "model": self.images * (walked + model.prompt + model.decoded) + drawing(self.images * self.drawn_world),
             "encoding": sum(encoding(each, tokens) for each in learned),
         }
         height, width = store.shot.pixels
@@ -223,7 +223,7 @@ class CollectCommand(Command):
 
     def _shown(self, study: Study, places: Sequence[DictionaryRef], pipe: "_LazyPipeline") -> CollectInput:
         """What is shown to the dictionaries."""
-        if self.drawn or self.folder is not None:
+        if self.drawn_world or self.folder is not None:
             files = "" if self.folder is None else f"folder of {[path.name for path in self._files()]}"
             levels = ",".join(f"{level:g}" for level in self.noise)
             return CollectInput(f"{files or f'drawn world from {DRAWN}'}, noise {levels}, pixels {self.pixels}", None)
@@ -231,13 +231,13 @@ class CollectCommand(Command):
             stores = study.stores()
             at = next((place.site for place in places if place.site in stores), next(iter(stores), None))
             if at is None:
-                raise UnknownName(f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn.")
+                raise UnknownName(f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn-world.")
             store = Store.open(stores[at])
             runs = _runs(store, self.images)
             return CollectInput(f"harvest of {at} {store.fingerprint}", runs[0][0].precision if runs else None, runs)
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
-        shots = pipe.opened.shots(texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
+        shots = pipe.opened.shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
         runs = list(islice(_grouped(shots), self.images))
         if not runs:
             raise BadInput(f"{self.prompts} holds no prompt. Name a file with one a line.")

@@ -19,7 +19,7 @@ __all__ = ["CompareCommand"]
 class CompareCommand(Command):
     """Say and draw how two studies differ: what was asked, which dictionaries there are, and every figure of those in both."""
 
-    one: Annotated[Positional[Path], arg(metavar="STUDY")]
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """The folder of a study."""
     other: Annotated[Positional[Path], arg(metavar="OTHER")]
     """The folder of another one, of the same model or not; differences are this one's figures less the first one's."""
@@ -27,7 +27,7 @@ class CompareCommand(Command):
     """Where the page goes: one file that needs nothing from outside."""
 
     def __call__(self) -> list[Path]:
-        comparison = compare(*(read(Study.open(folder)) for folder in (self.one, self.other)))
+        comparison = compare(*(read(Study.open(folder)) for folder in (self.study, self.other)))
         if self.out.is_dir():
             raise BadInput(f"--out {self.out} is a folder. Name a file, as in {self.out / 'compare.html'}.")
         print(in_words(comparison))

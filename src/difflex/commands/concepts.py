@@ -119,11 +119,11 @@ class ConceptsCommand(Command):
     """Your own images with label maps: FOLDER/images, FOLDER/labels and FOLDER/labels.json."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: as they are)")] = None
     """Scale and cut the images of a folder to this size."""
-    untold: FlagCreatePairsOff[bool] = False
+    empty_prompts: FlagCreatePairsOff[bool] = False
     """Do not tell the model what is in the images: empty prompts."""
-    shown: Annotated[float, arg(metavar="SHARE")] = 0.5
+    present_above: Annotated[float, arg(metavar="SHARE")] = 0.5
     """From which share of its area on a token shows a concept."""
-    absent: Annotated[float, arg(metavar="SHARE")] = 0.0
+    absent_below: Annotated[float, arg(metavar="SHARE")] = 0.0
     """Up to which share it does not; tokens between the two are left out."""
     batch: Annotated[int, arg(metavar="N")] = 32
     """Images at once."""
@@ -227,14 +227,14 @@ class ConceptsCommand(Command):
     ) -> dict[Path, ConceptMatches]:
         """The matches of a study's dictionaries and of what they must beat; the model is loaded only if some are missing."""
         pipe = cache(lambda: load_studied(study, self.precision, self.offload, self.offline))
-        marking = LabelThresholds(shown=self.shown, absent=self.absent)
+        marking = LabelThresholds(shown=self.present_above, absent=self.absent_below)
 
         def labelled(site: Site) -> LabelledActivations | None:
             if site.kind == "neurons" and "neurons" not in pipe().engine.sites.kinds(site.path, site.stream):
                 return None
 
             def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
-                return pipe().harvest_images(images, self.noise, site, "" if self.untold else prompts, names, batch=self.batch)
+                return pipe().harvest_images(images, self.noise, site, "" if self.empty_prompts else prompts, names, batch=self.batch)
 
             return label(given.labelled_images(), harvest, given.concepts, marking)[site]
 
@@ -251,7 +251,7 @@ class ConceptsCommand(Command):
             "count": self.images,
             "pixels": "x".join(map(str, self.pixels or ())),
             "noise": ",".join(f"{level:g}" for level in self.noise),
-            "prompts": "empty" if self.untold else "told",
-            "shown": self.shown,
-            "absent": self.absent,
+            "prompts": "empty" if self.empty_prompts else "told",
+            "shown": self.present_above,
+            "absent": self.absent_below,
         }

@@ -33,9 +33,9 @@ class ContrastCommand(Command):
     """What the direction is to be called."""
     site: Annotated[str, arg(metavar="SITE")]
     """Where: double.18, single.9:update, double.3:text."""
-    wanted: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
+    positive: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
     """What the direction is to point to."""
-    unwanted: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
+    negative: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
     """What it is to point away from; the first of these is the pair of the first above, and so on."""
     pairs: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(instead of the two above)")] = None
     """A text file with a pair a line: the wanted prompt, a tab, the unwanted one."""
@@ -43,7 +43,7 @@ class ContrastCommand(Command):
     """The mean of the differences, or their first principal component."""
     seeds: Range = range(1)
     """Seeds for each pair; both prompts of a pair begin with the same noise. END is left out."""
-    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps activations are compared; END is left out."""
     dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
     """Say which features of this dictionary the direction is made of."""
@@ -64,7 +64,7 @@ class ContrastCommand(Command):
         site = pipe.site(self.site)
         if place is not None and place.site != site:
             raise BadInput(f"{place} is a dictionary of {place.site}, the contrast is at {site}. Name one of {site}.")
-        found = contrasted(pipe, site, pairs, method=self.method, seeds=self.seeds, steps=self.steps, batch=self.batch)
+        found = contrasted(pipe, site, pairs, method=self.method, seeds=self.seeds, steps=self.keep_steps, batch=self.batch)
         path = found.save(toolbox.study.contrast(self.name))
         length = float(found.direction.norm())
         print(f"{path}: {found.pairs} pairs, {length:.3g} long, {length / found.norm:.1%} of a mean activation at {site}")
@@ -75,12 +75,12 @@ class ContrastCommand(Command):
         return [path]
 
     def _given(self) -> list[tuple[str, str]]:
-        if not self.wanted or len(self.wanted) != len(self.unwanted):
+        if not self.positive or len(self.positive) != len(self.negative):
             raise BadInput(
-                f"A contrast takes pairs of prompts; there are {len(self.wanted)} wanted and {len(self.unwanted)} unwanted. "
-                "Give as many --wanted as --unwanted, or --pairs FILE."
+                f"A contrast takes pairs of prompts; there are {len(self.positive)} wanted and {len(self.negative)} unwanted. "
+                "Give as many --positive as --negative, or --pairs FILE."
             )
-        return list(zip(self.wanted, self.unwanted, strict=True))
+        return list(zip(self.positive, self.negative, strict=True))
 
 
 def pairs_in(path: Path) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ class EvaluateCommand(Command):
     """These dictionaries, each by SITE/LABEL: double.18/topk-8192-k32."""
     tokens: Annotated[int, arg(metavar="N")] = 1_000_000
     """How many held-out tokens to take; all, where there are fewer."""
-    effect: Annotated[int, arg(metavar="N")] = 32
+    effect_shots: Annotated[int, arg(metavar="N")] = 32
     """At how many held-out shots to measure the effect on the model; 0 leaves it out, and loads no model."""
     measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
     """How else to compare finished images than by PSNR and SSIM: `clip:` and a CLIP's folder or hub name, or `lpips`."""
@@ -51,12 +51,12 @@ class EvaluateCommand(Command):
     """Take a model of the hub from the local cache alone."""
 
     def __call__(self) -> list[Path]:
-        if self.tokens < 1 or self.effect < 0:
+        if self.tokens < 1 or self.effect_shots < 0:
             raise BadInput(
-                f"--tokens {self.tokens} --effect {self.effect} cannot be measured: ask for 1 token and 0 shots or more."
+                f"--tokens {self.tokens} --effect-shots {self.effect_shots} cannot be measured: ask for 1 token and 0 shots or more."
             )
-        if self.measure and not self.effect:
-            raise BadInput(f"--measure {' '.join(self.measure)} compares finished images, of which --effect 0 makes none.")
+        if self.measure and not self.effect_shots:
+            raise BadInput(f"--measure {' '.join(self.measure)} compares finished images, of which --effect-shots 0 makes none.")
         for name in self.measure:
             check_likeness(name)
         measures = {name: cache(partial(likeness, name, offline=self.offline)) for name in self.measure}
@@ -73,7 +73,7 @@ class EvaluateCommand(Command):
                 _held_out(_store(study, site)),
                 partial(_model, load, site),
                 tokens=self.tokens,
-                shots=self.effect,
+                shots=self.effect_shots,
                 measures=measures,
             )
             lines |= {str(by_folder[folder]): _line(renewed.evaluation, self.measure) for folder, renewed in made.items()}
@@ -97,7 +97,7 @@ class EvaluateCommand(Command):
                 return CostEstimate(sites=tuple(map(str, found)), unknown=why)
             tokens = min(self.tokens, store.rows // 10)
             coded += sum(encoding(each, tokens) for each in learned)
-            passes += effect(model, min(self.effect, store.rows // 10 // store.tokens), len(learned)) if self.effect else 0
+            passes += effect(model, min(self.effect_shots, store.rows // 10 // store.tokens), len(learned)) if self.effect_shots else 0
             total, count = total + tokens * len(learned), count + len(learned)
         if not found:
             return CostEstimate(unknown="which dictionaries there will be is not known")

@@ -61,11 +61,11 @@ class ExplainCommand(VLMCommand):
     """Who looks: the address of an OpenAI-compatible endpoint, the folder or hub name of a model for transformers, or `known`."""
     protocol: Literal["heldout", "paper"] = "heldout"
     """Which images are judged: ones that the explainer never saw, and near misses; or as arXiv 2505.24360 did."""
-    features: Annotated[int, arg(metavar="N")] = 100
+    random_features: Annotated[int, arg(metavar="N")] = 100
     """How many features of each dictionary, by chance."""
     feature: Annotated[tuple[int, ...], arg(metavar="NUMBER...", help_behavior_hint="(default: by chance)")] = ()
     """These features."""
-    judged: Annotated[int, arg(metavar="N")] = 10
+    judged_images: Annotated[int, arg(metavar="N")] = 10
     """How many images of each feature are judged; half of them are of others."""
     style: Literal["blue", "outline"] = "blue"
     """How what a feature marks is drawn: a blue veil, as published, or a line around it."""
@@ -76,7 +76,7 @@ class ExplainCommand(VLMCommand):
 
     def __call__(self) -> list[Path]:
         self._check()
-        protocol = ExplanationProtocol(name=self.protocol, judged=self.judged, style=self.style, seed=self.seed)
+        protocol = ExplanationProtocol(name=self.protocol, judged=self.judged_images, style=self.style, seed=self.seed)
         studies = [Study.open(folder) for folder in self.studies]
         asked = [*zip(studies, self._places(studies), strict=True)]
         with closing(self._backend()) as backend:
@@ -102,12 +102,12 @@ class ExplainCommand(VLMCommand):
         books = len(self.dictionary) or sum(len(several) for by_site in found for several in by_site.values())
         if not books:
             return CostEstimate(unknown="which dictionaries there will be is not known")
-        features = books * (len(self.feature) or self.features)
+        features = books * (len(self.feature) or self.random_features)
         return CostEstimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
 
     def _check(self) -> None:
-        if self.features < 1:
-            raise BadInput(f"--features {self.features} explains nothing. Ask for 1 or more.")
+        if self.random_features < 1:
+            raise BadInput(f"--random-features {self.random_features} explains nothing. Ask for 1 or more.")
         self.check_terms(self.vlm)
 
     def _backend(self) -> VLMBackend:
@@ -141,7 +141,7 @@ class ExplainCommand(VLMCommand):
         """The features to explain."""
         if self.feature:
             return [book.feature(feature).feature for feature in dict.fromkeys(self.feature)]
-        features = chosen(book, self.features, protocol, self.seed)
+        features = chosen(book, self.random_features, protocol, self.seed)
         if not features:
             raise BadInput(
                 f"No feature of {book.about.dictionary} fires in {protocol.needs} shots of its book, as the protocol "

@@ -56,7 +56,7 @@ class FeaturesCommand(Command):
     """Smallest first."""
     filter: Annotated[tuple[str, ...], arg(metavar="CONDITION...", help_behavior_hint="(default: all)")] = ()
     """What must hold, all of it: "density<0.01", "peak>3", "concept=star"."""
-    limit: Annotated[int, arg(metavar="N")] = 20
+    top: Annotated[int, arg(metavar="N")] = 20
     """How many to list."""
     measure: Annotated[str, arg(metavar="NAME")] = "accuracy"
     """Of the explanations' scores: accuracy, auroc, ..."""
@@ -64,15 +64,15 @@ class FeaturesCommand(Command):
     def __call__(self) -> None:
         if self.sort not in SORTED:
             raise UnknownName.among("The column", self.sort, SORTED)
-        if self.limit < 1:
-            raise BadInput(f"--limit {self.limit} lists nothing. Ask for 1 or more.")
+        if self.top < 1:
+            raise BadInput(f"--top {self.top} lists nothing. Ask for 1 or more.")
         study = Study.open(self.study)
         place = self._place(study)
         known = detected(study, place)
         with opened_book(study, place) as book:
             rows = self._rows(book, known)
-            print(f"{place}: {len(rows):,} of {book.about.size:,} features, {min(self.limit, len(rows))} are shown")
-            print(_table(book, rows[: self.limit], known, self.measure))
+            print(f"{place}: {len(rows):,} of {book.about.size:,} features, {min(self.top, len(rows))} are shown")
+            print(_table(book, rows[: self.top], known, self.measure))
 
     def _place(self, study: Study) -> DictionaryRef:
         if self.dictionary is not None:

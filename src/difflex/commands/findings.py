@@ -63,11 +63,11 @@ class FindingsCommand(Command):
     """A study of a model of the drawn world; it need not hold anything yet."""
     site: Annotated[str | None, arg(metavar="SITE", help_behavior_hint="(default: that of the study's dictionaries)")] = None
     """Where to steer."""
-    only: Annotated[tuple[Name, ...], arg(metavar="NAME...", help_behavior_hint="(default: all)")] = ()
+    finding: Annotated[tuple[Name, ...], arg(metavar="NAME...", help_behavior_hint="(default: all)")] = ()
     """Which experiments."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
     """Concepts of which groups."""
-    concepts: Annotated[int, arg(metavar="N")] = 2
+    concepts_per_group: Annotated[int, arg(metavar="N")] = 2
     """How many of each group."""
     trials: Annotated[int, arg(metavar="N")] = 8
     """Images for each concept and condition."""
@@ -75,7 +75,7 @@ class FindingsCommand(Command):
     """Contrasts from so many pairs; where that does not matter, from the most."""
     strength: Strengths = (0.1, 0.2, 0.35, 0.6, 1.0)
     """How strongly, in lengths of a mean activation; the first and last are tried where quality is measured alone."""
-    other: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: none)")] = None
+    other_model: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: none)")] = None
     """The study of a larger or smaller model, with findings of its own, for the finding on size."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
@@ -96,7 +96,7 @@ class FindingsCommand(Command):
             parameters=bench.parameters,
             found=() if known is None else known.found,
         )
-        names = self.only or tuple(EXPERIMENTS)
+        names = self.finding or tuple(EXPERIMENTS)
         for number, name in enumerate(names, 1):
             made_from = self._made_from(toolbox, site, scope, name, detectors, other)
             is_there = _is_as(made.of(name), name, made_from)
@@ -120,7 +120,7 @@ class FindingsCommand(Command):
         model = studied(outlook, self.study, site)
         if isinstance(model, str):
             return CostEstimate(sites=(str(site),), unknown=model)
-        images = workload(self.only or tuple(EXPERIMENTS), scope)
+        images = workload(self.finding or tuple(EXPERIMENTS), scope)
         sides, steps = 2 * max(scope.counts) * len(scope.concepts()), model.shot.steps
         drawn = sum(generating(model, count, steps) for steps, count in images.items())
         judged = judging(model, sum(images.values()), len(LEVELS))
@@ -140,7 +140,7 @@ class FindingsCommand(Command):
             )
         scope = FindingsConfig(
             groups=self.groups,
-            each=self.concepts,
+            each=self.concepts_per_group,
             trials=self.trials,
             counts=tuple(sorted(set(self.pairs))),
             strengths=tuple(sorted(set(self.strength))),
@@ -159,14 +159,14 @@ class FindingsCommand(Command):
 
     def _other(self, site: Site) -> Path | None:
         """The file of the other study."""
-        if self.other is None:
+        if self.other_model is None:
             return None
-        study = Study.open(self.other)
+        study = Study.open(self.other_model)
         there = sorted((study.folder / "steering" / "findings").glob("*.json"))
         own = study.findings(site)
         if not there or (own not in there and len(there) > 1):
             what = "findings of several sites, none of them" if there else "no findings, nor any"
-            raise BadInput(f"{self.other} has {what} at {site}. Run difflex findings {self.other} first.")
+            raise BadInput(f"{self.other_model} has {what} at {site}. Run difflex findings {self.other_model} first.")
         return own if own in there else there[0]
 
     def _bench(

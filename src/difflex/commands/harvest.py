@@ -57,7 +57,7 @@ Bytes = Annotated[
 class HarvestCommand(ModelCommand):
     """Store a model's activations at one or several sites; given again it goes on; under torchrun processes share the work."""
 
-    sites: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
     """Where to read: double.18, single.9:update, double.3:text; a star stands for any number."""
     prompts: Annotated[str, arg(metavar="FILE")]
     """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`: those of the drawn world, without end."""
@@ -65,9 +65,9 @@ class HarvestCommand(ModelCommand):
     """The folder of the study; begun if it is not there."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
     """How many rows to store at each site."""
-    column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
+    prompts_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
     """Which column of a .csv, .json, .jsonl or .parquet file holds the prompts."""
-    pinned: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
+    prompts_revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """Which revision of a data set on the hub to read."""
     seeds: Range = range(1)
     """Seeds for each prompt, which is encoded once for all of them; END is left out."""
@@ -75,7 +75,7 @@ class HarvestCommand(ModelCommand):
     """Shuffle the prompts."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_MODELS_OWN)] = None
     """Denoising steps."""
-    keep: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """Which of the steps to read; END is left out."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
     """Size of an image; one number for a square."""
@@ -85,19 +85,19 @@ class HarvestCommand(ModelCommand):
     """Images at once."""
     dtype: Literal["bf16", "fp16", "int8"] = "bf16"
     """How numbers are stored; int8 with a scale for each row."""
-    limit: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None
+    max_bytes: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None
     """What the activations may take on disk, as in 100GB; asked before anything is written."""
 
     def __call__(self) -> list[Path]:
-        prompts = read_prompts(self.prompts, self.shuffle, self.column, self.pinned)
+        prompts = read_prompts(self.prompts, self.shuffle, self.prompts_column, self.prompts_revision)
         if prompts.is_endless and self.tokens is None:
             raise BadInput(f"The {CAPTIONS} do not end: say how many --tokens to store.")
-        if not self.sites:
-            raise BadInput("No site was named: write --sites and one or several, as in --sites double.1 single.0:update")
+        if not self.site:
+            raise BadInput("No site was named: write --site and one or several, as in --site double.1 single.0:update")
         settings = self._settings(prompts)
         pipe = self.load()
-        sites = [located.site for located in pipe.engine.sites.expand(self.sites)]
-        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep, self.pixels, self.guidance)
+        sites = [located.site for located in pipe.engine.sites.expand(self.site)]
+        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
         study = Study.planned(self.out, pipe.name, pipe.revision)
         harvest = partial(pipe.harvest, progress=False)
         stores = record(study.activations, shots, sites, harvest, settings, accepted=study.write)
@@ -108,16 +108,16 @@ class HarvestCommand(ModelCommand):
 
     def estimate(self, outlook: CostOutlook) -> CostEstimate:
         """The passes that it takes, and what the store would plan for its shards."""
-        kept = len(self.keep) if self.keep is not None else None
-        model = foreseen(self.model, self.sites, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+        kept = len(self.keep_steps) if self.keep_steps is not None else None
+        model = foreseen(self.model, self.site, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
         if isinstance(model, str):
-            tokens = None if self.tokens is None else self.tokens * len(self.sites)
-            return CostEstimate(sites=self.sites, tokens=tokens, unknown=model)
+            tokens = None if self.tokens is None else self.tokens * len(self.site)
+            return CostEstimate(sites=self.site, tokens=tokens, unknown=model)
         forms = [ShardFormat(site, self.dtype, *shape) for site, shape in model.shapes.items()]
-        run, steps = kept or model.shot.steps, self.keep.stop if self.keep is not None else model.shot.steps
+        run, steps = kept or model.shot.steps, self.keep_steps.stop if self.keep_steps is not None else model.shot.steps
         total, known = self._shots(model, forms, run)
         if total is None:
-            return CostEstimate(sites=self.sites, unknown=f"how many prompts {self.prompts} has is known when they are read")
+            return CostEstimate(sites=self.site, unknown=f"how many prompts {self.prompts} has is known when they are read")
         runs = total // run
         work = walking(model, runs, -(-runs // len(self.seeds)), steps)
         return CostEstimate(
@@ -137,7 +137,7 @@ class HarvestCommand(ModelCommand):
         if self.prompts != CAPTIONS and not Path(self.prompts).exists():  # a data set on the hub: not to be fetched for this
             some, count = ["x" * LONG], None
         else:
-            prompts = read_prompts(self.prompts, None, self.column, self.pinned).texts
+            prompts = read_prompts(self.prompts, None, self.prompts_column, self.prompts_revision).texts
             some = list(islice(prompts, SOME))
             count = None if self.tokens is not None else len(some) + sum(1 for _ in prompts)
         known = [replace(plain, prompt=prompt, split=split_of(prompt)) for prompt in some]
@@ -153,7 +153,7 @@ class HarvestCommand(ModelCommand):
             dtype=self.dtype,
             tokens=self.tokens,
             batch=self.batch,
-            limit=self.limit,
+            limit=self.max_bytes,
             source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
             rank=rank,
             of=of,

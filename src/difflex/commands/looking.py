@@ -45,7 +45,7 @@ class VLMCommand(Command):
     """Which model of the endpoint."""
     connections: Annotated[int, arg(metavar="N")] = 16
     """Calls under way at once."""
-    per_minute: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: no limit)")] = None
+    requests_per_minute: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: no limit)")] = None
     """Calls in a minute."""
     timeout: Annotated[float, arg(metavar="SECONDS")] = 120.0
     """What a call may take."""
@@ -84,7 +84,7 @@ class VLMCommand(Command):
     def terms(self) -> RequestPolicy:
         """On what terms it is asked."""
         return RequestPolicy(
-            per_minute=self.per_minute, price=self.price or TokenPrice(), budget=self.budget, image_tokens=self.image_tokens
+            per_minute=self.requests_per_minute, price=self.price or TokenPrice(), budget=self.budget, image_tokens=self.image_tokens
         )
 
 

@@ -61,15 +61,15 @@ class RemovalCommand(Command):
     """The concepts of which groups."""
     images: Annotated[int, arg(metavar="N")] = 24
     """Prompts that name each concept, to judge by."""
-    chosen_by: Annotated[int, arg(metavar="N")] = 12
+    selection_images: Annotated[int, arg(metavar="N")] = 12
     """Others that name each concept, to choose features by."""
-    tried_on: Annotated[int, arg(metavar="N")] = 12
+    tuning_images: Annotated[int, arg(metavar="N")] = 12
     """Others still, to choose the number of features and the strength by."""
     features: Numbers = (1, 2, 4, 8)
     """How many features go at each step and site."""
     strength: Strengths = (0.5, 0.0, -1.0, -2.0, -4.0)
     """What their codes are multiplied by: 0 takes them away, less writes the opposite."""
-    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
@@ -96,11 +96,11 @@ class RemovalCommand(Command):
         if not sets:
             return {}
         pipe = load_studied(toolbox.study, None, self.offload, offline=False)
-        next(pipe.shots("", keep_steps=self.steps))  # steps that the run does not have are refused
+        next(pipe.shots("", keep_steps=self.edit_steps))  # steps that the run does not have are refused
         studio = _RemovalGenerator(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
         removed: dict[Together, list[RemovedConcept]] = {together: [] for together in sets}
         for group in self.groups:
-            scouted, tried_on, unseen = studio.apart(group, (self.chosen_by, self.tried_on, self.images))
+            scouted, tried_on, unseen = studio.apart(group, (self.selection_images, self.tuning_images, self.images))
             for together in sets:
                 print(f"{_named(together)}: {group}", flush=True)
                 for each in self._removed(scouted(together), tried_on(together), unseen(together), group, together):
@@ -124,7 +124,7 @@ class RemovalCommand(Command):
         if isinstance(model, str):
             return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
         named = [len(CONCEPTS[group]) for group in self.groups]
-        plain, edited = sum(named) * (self.chosen_by + self.tried_on + self.images), sum(map(self._edited, named))
+        plain, edited = sum(named) * (self.selection_images + self.tuning_images + self.images), sum(map(self._edited, named))
         images = plain + len(sets) * edited
         # A dictionary in several sets sees the images without an edit once; what is saved by that is little.
         rows = [
@@ -144,7 +144,7 @@ class RemovalCommand(Command):
         """Images that are drawn anew for the concepts of a group."""
         settings = len(self.features) * len(self.strength)
         tried = settings * TRIED if settings > 1 else 0
-        return concepts * (tried * about(concepts, self.tried_on) + about(concepts, self.images))
+        return concepts * (tried * about(concepts, self.tuning_images) + about(concepts, self.images))
 
     def _expected(self, outlook: CostOutlook) -> list[dict[Site, DictionaryForecast]]:
         """Which dictionaries will be edited at once, by site; none where one of them is not known."""
@@ -163,9 +163,9 @@ class RemovalCommand(Command):
         for group in self.groups:
             if group not in NAMED:
                 raise UnknownName.among("The group", group, NAMED)
-        if min(self.images, self.chosen_by, self.tried_on) < 1 or not self.features or not self.groups:
+        if min(self.images, self.selection_images, self.tuning_images) < 1 or not self.features or not self.groups:
             raise BadInput(
-                f"--images {self.images} --chosen-by {self.chosen_by} --tried-on {self.tried_on} with {len(self.features)} "
+                f"--images {self.images} --selection-images {self.selection_images} --tuning-images {self.tuning_images} with {len(self.features)} "
                 f"numbers of --features and {len(self.groups)} --groups leave nothing to remove. Ask for 1 or more of each."
             )
         if max(self.strength) >= 1:
@@ -191,7 +191,7 @@ class RemovalCommand(Command):
     ) -> Iterator[RemovedConcept]:
         """Each concept of a group, removed by what was chosen on the first two sets of images, judged on the third."""
         for concept in dict.fromkeys(scouted.named):
-            cuts = scouted.chosen(concept, max(self.features), self.steps)
+            cuts = scouted.chosen(concept, max(self.features), self.edit_steps)
             settings = [(number, strength) for number in self.features for strength in self.strength]
             tried = tuple(tried_on.tried(concept, cuts, settings)) if len(settings) > 1 else ()
             number, strength = best_of(tried)[:2] if tried else settings[0]
@@ -224,11 +224,11 @@ class RemovalCommand(Command):
             **toolbox.checksums(edits),
             "groups": ",".join(self.groups),
             "images": self.images,
-            "chosen_by": self.chosen_by,
-            "tried_on": self.tried_on,
+            "chosen_by": self.selection_images,
+            "tried_on": self.tuning_images,
             "features": ",".join(map(str, self.features)),
             "strength": ",".join(f"{strength:g}" for strength in self.strength),
-            "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
+            "steps": "all" if self.edit_steps is None else f"{self.edit_steps.start}:{self.edit_steps.stop}",
         }
 
 

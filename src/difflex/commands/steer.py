@@ -73,7 +73,7 @@ class SteerCommand(Command):
     """What to draw."""
     contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
     """A direction that `difflex contrast` found."""
-    what: Operation = "add"
+    operation: Operation = "add"
     """Add without looking; set, scale or ablate what the feature says of the image; let nothing else through; or transplant."""
     strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest that is safe, at most 2 peaks)")] = None
     """How much; several make a column each. What is ablated or transplanted has no strength."""
@@ -81,7 +81,7 @@ class SteerCommand(Command):
     """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
     region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
     """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white there; or `fires`: where the features fire."""
-    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
     """Under guidance: the conditional half, both, or the unconditional one with the opposite sign."""
@@ -93,7 +93,7 @@ class SteerCommand(Command):
     """Which part of it; laid onto the region, middle on middle."""
     seeds: Range = range(1)
     """Seeds of the noise; END is left out."""
-    run_steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
     """Denoising steps in all."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
     """How strongly the prompt is followed."""
@@ -146,14 +146,14 @@ class SteerCommand(Command):
             else TransplantSource(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
         )
         edit = Edit(
-            what=self.what,
+            what=self.operation,
             site=site,
             dictionary=None if place is None else place.label,
             features=self.features,
             contrast=self.contrast,
             unit=self.unit,
             region=_region(self.region, pixels),
-            steps=None if self.steps is None else (self.steps.start, self.steps.stop),
+            steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
             half=self.half,
             source=source,
         )
@@ -163,9 +163,9 @@ class SteerCommand(Command):
 
     def _safe(self, edit: Edit, toolbox: StudyEditor) -> Edit:
         """The edit at the strength that is taken where none is named."""
-        if self.what == "scale":
-            raise BadInput("--what scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice.")
-        if edit.dictionary is None or self.what not in ("add", "set", "replace"):
+        if self.operation == "scale":
+            raise BadInput("--operation scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice.")
+        if edit.dictionary is None or self.operation not in ("add", "set", "replace"):
             return edit
         if edit.unit != "peak":
             raise BadInput(
@@ -175,7 +175,7 @@ class SteerCommand(Command):
         return replace(edit, strength=toolbox.default_strength(edit) if kept is None else kept)
 
     def _shots(self, pipe: Pipeline) -> list[Shot]:
-        shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.run_steps, keep_steps=[0], guidance=self.guidance)
+        shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.steps, keep_steps=[0], guidance=self.guidance)
         return [replace(shot, timestep=None) for shot in shots]
 
     def _drawn(self, pipe: Pipeline, toolbox: StudyEditor, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:

@@ -87,12 +87,12 @@ class SteerEvalCommand(VLMCommand):
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
-    """A study in which `difflex concepts` was run, or where --told says which features are meant."""
+    """A study in which `difflex concepts` was run, or where --concepts says which features are meant."""
     dictionary: Annotated[Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: all)")] = ()
     """Which: SITE/LABEL, or the site alone where it has one dictionary."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
     """Concepts of which groups."""
-    least: Annotated[float, arg(metavar="AP")] = 0.8
+    min_ap: Annotated[float, arg(metavar="AP")] = 0.8
     """Features of this average precision or more."""
     trials: Annotated[int, arg(metavar="N")] = 24
     """Images for each concept."""
@@ -102,14 +102,14 @@ class SteerEvalCommand(VLMCommand):
     """How strongly: in the unit below for features, in lengths of the contrast for contrasts."""
     unit: Unit = "peak"
     """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
-    steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """At which denoising steps; END is left out."""
-    told: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
+    concepts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
     """Concepts in words, for a model whose world nobody drew: a TOML file. --clip or --vlm sees them."""
     clip: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
-    """With --told, the judge: a CLIP of transformers by its folder or hub name."""
+    """With --concepts, the judge: a CLIP of transformers by its folder or hub name."""
     vlm: Annotated[str | None, arg(metavar="WHO", help_behavior_hint="(default: none)")] = None
-    """With --told, the judge: a model that answers, as for difflex explain."""
+    """With --concepts, the judge: a model that answers, as for difflex explain."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep on the card only the part at work."""
 
@@ -119,11 +119,11 @@ class SteerEvalCommand(VLMCommand):
         toolbox = StudyEditor(Study.open(self.study))
         known = [place for place in toolbox.study.dictionaries() if place.site.kind != "neurons"]
         places = [toolbox.study.named(name) for name in self.dictionary] or known
-        told = read_told(self.told) if self.told else {}
+        told = read_told(self.concepts) if self.concepts else {}
         if told and len(places) > 1 and any(each.feature is not None for each in told.values()):
-            raise BadInput(f"{self.told} names features, which are of one dictionary; asked are {len(places)}. Name one.")
+            raise BadInput(f"{self.concepts} names features, which are of one dictionary; asked are {len(places)}. Name one.")
         if not told and (self.clip or self.vlm):
-            raise BadInput("The drawn world has its own judge. --clip and --vlm see the concepts that --told FILE tells.")
+            raise BadInput("The drawn world has its own judge. --clip and --vlm see the concepts that --concepts FILE tells.")
         wanted = {place: self._wanted(toolbox.study, place, told) for place in places}
         with told_world(told, toolbox.study, self, self.clip, self.vlm) if told else nullcontext(DRAWN) as world:
             return self._all(toolbox, wanted, world)
@@ -136,14 +136,14 @@ class SteerEvalCommand(VLMCommand):
         groups are taken. A neuron beside the feature, which few studies have, is not counted.
         """
         expected = self._expected(outlook)
-        if self.told or not expected:
-            why = "how long those take to look who judge" if self.told else "which dictionaries there will be"
+        if self.concepts or not expected:
+            why = "how long those take to look who judge" if self.concepts else "which dictionaries there will be"
             return CostEstimate(unknown=f"{why} is not known")
         sites = tuple(dict.fromkeys(each.site for each in expected))
         model = studied(outlook, self.study, *sites)
         if isinstance(model, str):
             return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
-        points, steps = BY_STRENGTH * len(self.strength) + 1, self.steps or range(model.shot.steps)
+        points, steps = BY_STRENGTH * len(self.strength) + 1, self.edit_steps or range(model.shot.steps)
         concepts = sum(each.concepts for each in expected)
         images, sides = concepts * self.trials * (1 + points), concepts * self.pairs * 2
         work: dict[Work, float] = {
@@ -205,7 +205,7 @@ class SteerEvalCommand(VLMCommand):
             else:
                 judged = known
             written.append(path)
-            judged_as = "" if self.told else f" with a feature of AP {self.least:g} or more"
+            judged_as = "" if self.concepts else f" with a feature of AP {self.min_ap:g} or more"
             print(f"{place}: {len(concepts)} concepts{judged_as}{', as before' if judged is known else ''}")
             print(_table(judged))
         return written
@@ -226,7 +226,7 @@ class SteerEvalCommand(VLMCommand):
             for finding in matches.clearest.findings
             if (concept := finding.concept).name in asked
             or (not told and concept.group in self.groups and group_of(concept.name))
-            if finding.best.ap.value >= self.least
+            if finding.best.ap.value >= self.min_ap
         ]
 
     def _judged(
@@ -254,12 +254,12 @@ class SteerEvalCommand(VLMCommand):
             dictionary=place.label,
             features=(wanted.feature,),
             unit=self.unit,
-            steps=None if self.steps is None else (self.steps.start, self.steps.stop),
+            steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
         )
         features = toolbox.features(edit)
         pairs = world.pairs(wanted.concept, self.pairs)
         inside = lambda shot: world.inside(shot, wanted.concept)  # noqa: E731
-        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.steps, inside=inside))
+        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.edit_steps, inside=inside))
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
@@ -290,13 +290,13 @@ class SteerEvalCommand(VLMCommand):
             if neurons is None
             else ",".join(f"{each.concept} {neurons.best.get(each.concept)}" for each in concepts),
             "groups": ",".join(self.groups),
-            "told": file_sha256(self.told) if self.told else "",
+            "told": file_sha256(self.concepts) if self.concepts else "",
             "judge": self.clip or self.model or self.vlm or "of the drawn world",
             "trials": self.trials,
             "pairs": self.pairs,
-            "least": self.least,
+            "least": self.min_ap,
             "unit": self.unit,
-            "steps": "all" if self.steps is None else f"{self.steps.start}:{self.steps.stop}",
+            "steps": "all" if self.edit_steps is None else f"{self.edit_steps.start}:{self.edit_steps.stop}",
             "strengths": ",".join(f"{strength:g}" for strength in self.strength),
         }
 

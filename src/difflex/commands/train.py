@@ -71,7 +71,7 @@ class TrainCommand(Command):
     """What is kept of the scores."""
     normalisation: Annotated[Method | None, arg(help_behavior_hint=THE_PRESETS)] = None
     """What is done to activations first."""
-    lr: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=THE_PRESETS)] = None
+    learning_rate: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=THE_PRESETS)] = None
     """Learning rate."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all training tokens, once)")] = None
     """How many tokens to learn from; more than are stored are taken again, in another order."""
@@ -158,7 +158,7 @@ class TrainCommand(Command):
 
     def _variant(self) -> str:
         """What sets a dictionary apart from those of the same kind, size and k that nothing special was asked of."""
-        given = ("" if self.preset == "default" else self.preset, self.normalisation, self.lr and f"lr{self.lr:g}")
+        given = ("" if self.preset == "default" else self.preset, self.normalisation, self.learning_rate and f"lr{self.learning_rate:g}")
         return "".join(f"-{word}" for word in (*given, self.seed and f"seed{self.seed}") if word)
 
     def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
@@ -167,8 +167,8 @@ class TrainCommand(Command):
         training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
         if self.normalisation is not None:
             training = replace(training, normalisation=self.normalisation)
-        if self.lr is not None:
-            training = replace(training, optimiser=replace(training.optimiser, lr=self.lr))
+        if self.learning_rate is not None:
+            training = replace(training, optimiser=replace(training.optimiser, lr=self.learning_rate))
         return training
 
 
