@@ -471,7 +471,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_itda as t
-from difflex.dictionaries.itda import grow
+from difflex.training.itda import grow
 if {count} > 1:
     import torch.distributed as dist
     dist.init_process_group("gloo")

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import difflex
+from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
 from difflex.pipeline import memory, opening, quantisation
 from difflex.pipeline.families import family_of
 from difflex.pipeline.loading import Precision, read_card
 from difflex.pipeline.memory import WeightPlacement, check_fits, estimate
 from difflex.pipeline.plans import PLANS, ComponentPlan, PipelinePlan, read_plan
-from difflex.pipeline.sharded import RankOf, share
+from difflex.pipeline.sharded import share
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
@@ -244,7 +245,7 @@ def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
 def test_ranks_share_whole_runs(folder: Path):
     pipe = difflex.load(folder)
     shots = list(pipe.shots([f"a star {i}" for i in range(5)], steps=2))
-    parts = [list(share(shots, RankOf(rank, 3))) for rank in range(3)]
+    parts = [list(share(shots, Ranks(rank, 3))) for rank in range(3)]
     assert sorted((shot.prompt, shot.timestep or 0) for part in parts for shot in part) == sorted(
         (shot.prompt, shot.timestep or 0) for shot in shots
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
 
-from difflex.distributed import joined
+from difflex.distributed import process_group
 from difflex.errors import BadInput, DifflexError
 from difflex.records import ActivationBatch
 from difflex.training import FitConfig, TrainingConfig, fit
@@ -131,14 +131,14 @@ def test_a_rank_that_dies_brings_a_clear_end_and_a_state_to_go_on_from(tmp_path:
 
 def test_a_size_that_cannot_be_split_is_refused():
     team = Team("features")
-    team.count = 3
+    team.world_size = 3
     with pytest.raises(BadInput, match="Size 64 cannot be split evenly over 3 ranks"):
         team.rows(64)
 
 
 def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
     team, tokens = Team(), torch.arange(65)
-    team.count = 3
+    team.world_size = 3
     shares = []
     for team.rank in range(3):
         shares.append(tokens[team.share(65)])
@@ -146,14 +146,14 @@ def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_torchrun_nothing_is_joined():
-    with joined():
+    with process_group():
         assert not dist.is_initialized()
 
 
 def test_under_torchrun_the_team_is_joined_and_left(monkeypatch: pytest.MonkeyPatch, free_port: int):
     for name, value in {**ELSEWHERE, "MASTER_PORT": str(free_port)}.items():
         monkeypatch.setenv(name, value)
-    with joined():
+    with process_group():
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
 

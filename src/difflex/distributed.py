@@ -1,4 +1,4 @@
-"""Ranks: what several processes at one work tell each other; alone, everything is the identity."""
+"""One layer over `torch.distributed`: the processes that `torchrun` starts. A process alone needs no special case."""
 
 from __future__ import annotations
 
@@ -10,86 +10,113 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from difflex.errors import DifflexError
+from difflex.errors import BadInput, DifflexError
 
-__all__ = ["Ranks", "joined", "together"]
+__all__ = ["Ranks", "join_process_group", "process_group"]
 
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the others: a batch of a live stream may take minutes, an hour means that one hangs."""
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others: a batch of live activations may take minutes."""
 
 
 class Ranks:
-    """All processes of `torch.distributed`, or just this one where that is not started."""
+    """This process among all processes of a run. Alone, a collective returns what it is given."""
 
-    def __init__(self) -> None:
-        """This process among those there are now."""
+    def __init__(self, rank: int | None = None, world_size: int | None = None) -> None:
+        """Without arguments, the rank and world size of the process group, or 0 and 1 if none is started."""
         started = dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+        self.rank = rank if rank is not None else dist.get_rank() if started else 0
+        self.world_size = world_size if world_size is not None else dist.get_world_size() if started else 1
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors one after another, along the first axis; their lengths may differ."""
-        if self.count == 1:
+    @classmethod
+    def from_torchrun(cls) -> Ranks:
+        """The rank and world size that torchrun sets in the environment, for work that needs no collective."""
+        return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate the tensors of all ranks along the first axis, in which their lengths may differ."""
+        if self.world_size == 1:
             return tensor
-        counts = self.counts(len(tensor))
+        counts = self.gather_counts(len(tensor))
         padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
-        with together():
-            dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(self._all_gather(padded), counts, strict=True)])
 
-    def counts(self, mine: int) -> list[int]:
-        """The number that each rank brings."""
-        if self.count == 1:
-            return [mine]
-        parts = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(self.count)]
-        with together():
-            dist.all_gather(parts, torch.tensor([mine], device=self._device))
-        return [int(part) for part in parts]
+    def gather_columns(self, tensor: Tensor) -> Tensor:
+        """Concatenate the tensors of all ranks, which have the same shape, along the second axis."""
+        return tensor if self.world_size == 1 else torch.cat(self._all_gather(tensor.contiguous()), dim=1)
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum over all ranks."""
-        if self.count > 1:
-            part = part.clone()
-            with together():
-                dist.all_reduce(part)
-        return part
+    def gather_counts(self, count: int) -> list[int]:
+        """Return the counts of all ranks."""
+        if self.world_size == 1:
+            return [count]
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return [int(part) for part in self._all_gather(torch.tensor([count], device=device))]
 
-    def agreed(self, tensor: Tensor) -> Tensor:
-        """What rank 0 has."""
-        if self.count > 1:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            with _lost_rank_errors():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of rank 0 on all ranks."""
+        if self.world_size > 1:
             tensor = tensor.contiguous()
-            with together():
+            with _lost_rank_errors():
                 dist.broadcast(tensor, 0)
         return tensor
 
-    @property
-    def _device(self) -> str:
-        """Where numbers must be for the ranks to exchange them."""
-        return "cuda" if dist.get_backend() == "nccl" else "cpu"
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The one-dimensional device mesh of all ranks."""
+        return init_device_mesh(device_type, (self.world_size,))
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        with _lost_rank_errors():
+            dist.all_gather(parts, tensor)
+        return parts
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """`torch.distributed` started from what `torchrun` left in the environment, and ended after; without torchrun, nothing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+def process_group() -> Iterator[None]:
+    """Start the process group of torchrun, and end it afterwards. Without torchrun, do nothing."""
+    if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    _start(torch.cuda.is_available())
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def join_process_group(device: torch.device) -> Ranks:
+    """Start the process group of torchrun unless it is started, and leave it running for the rest of the process."""
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched():
+            raise BadInput(
+                "sharded=True splits a model over the processes of torchrun, and this process was not started by it. "
+                "Start it with: torchrun --nproc-per-node GPUS SCRIPT"
+            )
+        _start(device.type == "cuda")
+    return Ranks()
+
+
+def _start(cuda: bool) -> None:
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+
+
 @contextmanager
-def together() -> Iterator[None]:
-    """A clear end where a rank is gone."""
+def _lost_rank_errors() -> Iterator[None]:
+    """Explain the error that a collective raises when another rank has ended or does not answer."""
     try:
         yield
     except RuntimeError as error:
         raise DifflexError(
             f"Another rank is gone or did not answer ({str(error).splitlines()[0]}). "
-            "Start the same command again: it goes on from the last checkpoint."
+            "Start the same command again: it continues from the last checkpoint."
         ) from error

@@ -1,6 +1,5 @@
 """`difflex harvest`: activations of a model, stored in a study."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import UNTRAINED, ModelCommand, see_own_card
 from difflex.commands.prompts import CAPTIONS, PromptSource, read_prompts
+from difflex.distributed import Ranks
 from difflex.errors import BadInput
 from difflex.pipeline import ModelProfile
 from difflex.records import Shot, split_of
@@ -146,7 +146,7 @@ class HarvestCommand(ModelCommand):
         return (None if count is None else count * len(self.seeds) * run), known
 
     def _settings(self, prompts: PromptSource) -> RecordingConfig:
-        rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        ranks = Ranks.from_torchrun()
         see_own_card()
         order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
         return RecordingConfig(
@@ -155,7 +155,7 @@ class HarvestCommand(ModelCommand):
             batch=self.batch,
             limit=self.max_bytes,
             source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
-            rank=rank,
-            of=of,
-            progress=rank == 0,
+            rank=ranks.rank,
+            of=ranks.world_size,
+            progress=ranks.rank == 0,
         )

@@ -15,7 +15,7 @@ from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.dictionaries.itda import ITDA, GrowthConfig, paper, variant
 from difflex.dictionaries.normalisation import Method
 from difflex.dictionaries.pursuit import Way
-from difflex.distributed import Ranks, joined
+from difflex.distributed import Ranks, process_group
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import Json
 from difflex.records import Site
@@ -68,12 +68,12 @@ class ItdaCommand(Command):
         if site not in stores:
             raise UnknownName.among("The site", self.site, map(str, stores), "Harvest it first.")
         store = Store.open(stores[site])
-        with joined():
+        with process_group():
             ranks = Ranks()
             source = self._source(store, ranks)
             training: dict[str, Json] = {"seed": self.seed, **({} if self.tokens is None else {"first": self.tokens})}
             origin = DictionaryOrigin(site=site, model=study.model, revision=study.revision, training=training)
-            growths = self._growths(ranks.count)
+            growths = self._growths(ranks.world_size)
             there = [_there(study, site, growth, source, ranks) for growth in growths]
             missing = [growth for growth, place in zip(growths, there, strict=True) if place is None]
             made = [place for place in there if place is not None]
@@ -115,9 +115,9 @@ class ItdaCommand(Command):
     def _source(self, store: Store, ranks: Ranks) -> GrowthData:
         rows = store.count("train")
         tokens = rows if self.tokens is None else min(self.tokens, rows)
-        share = max(1, BATCH // ranks.count)
+        share = max(1, BATCH // ranks.world_size)
         return GrowthData(
-            batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.count, start=start),
+            batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.world_size, start=start),
             tokens=tokens,
             data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {self.seed}, {store.fingerprint}",
             shot=store.shot,

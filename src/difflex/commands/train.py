@@ -13,7 +13,7 @@ from difflex.commands.opening import see_own_card
 from difflex.dictionaries import SAE, DictionaryOrigin
 from difflex.dictionaries.normalisation import Method
 from difflex.dictionaries.sae import Kind
-from difflex.distributed import joined
+from difflex.distributed import process_group
 from difflex.errors import BadInput, UnknownName
 from difflex.records import Site
 from difflex.store import Store
@@ -93,7 +93,7 @@ class TrainCommand(Command):
         for name in self.site:
             if Site.parse(name) not in stores:
                 raise UnknownName.among("The site", name, map(str, stores), "Harvest it first.")
-        with joined():
+        with process_group():
             made = [self._train(study, Store.open(stores[Site.parse(name)])) for name in self.site]
         return [folder for folders in made for folder in folders]
 
@@ -122,8 +122,8 @@ class TrainCommand(Command):
     def _train(self, study: Study, store: Store) -> list[Path]:
         team, usual = Team(), USUAL[self.preset]
         batch = usual.batch if self.batch is None else self.batch
-        if batch <= 0 or batch % team.count:
-            raise BadInput(f"A batch of {batch} tokens cannot be shared by {team.count} processes: choose a multiple.")
+        if batch <= 0 or batch % team.world_size:
+            raise BadInput(f"A batch of {batch} tokens cannot be shared by {team.world_size} processes: choose a multiple.")
         rows = store.count("train")
         tokens = rows if self.tokens is None else self.tokens
         sizes, ks = self.size or (usual.size,), self.k or (usual.k,)
@@ -131,7 +131,7 @@ class TrainCommand(Command):
         trained = fit(
             {study.dictionary(store.site, training.label + self._variant()): training for training in trainings},
             lambda start: store.batches(
-                batch // team.count, seed=self.seed, rank=team.rank, of=team.count, start=start, epochs=None
+                batch // team.world_size, seed=self.seed, rank=team.rank, of=team.world_size, start=start, epochs=None
             ),
             origin=DictionaryOrigin(
                 site=store.site,
@@ -158,7 +158,11 @@ class TrainCommand(Command):
 
     def _variant(self) -> str:
         """What sets a dictionary apart from those of the same kind, size and k that nothing special was asked of."""
-        given = ("" if self.preset == "default" else self.preset, self.normalisation, self.learning_rate and f"lr{self.learning_rate:g}")
+        given = (
+            "" if self.preset == "default" else self.preset,
+            self.normalisation,
+            self.learning_rate and f"lr{self.learning_rate:g}",
+        )
         return "".join(f"-{word}" for word in (*given, self.seed and f"seed{self.seed}") if word)
 
     def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:

@@ -13,12 +13,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from difflex.distributed import Ranks
 from difflex.errors import OutOfMemory
 from difflex.pipeline.calls import CallTracker, PipelineRun
 from difflex.pipeline.encoding import PromptEncoder
 from difflex.pipeline.families import Family
 from difflex.pipeline.loading import ModelDefaults
-from difflex.pipeline.sharded import ranks, settle
+from difflex.pipeline.sharded import settle
 from difflex.pipeline.sites import SiteMap
 from difflex.records import Shot
 
@@ -136,23 +137,23 @@ class Engine:
 
         `shared`: if the model is, each rank does its part of the items, and as much work as any other rank.
         """
-        mine, every = ranks() if shared and self.sharded else (0, 1)
+        ranks = Ranks() if shared and self.sharded else Ranks(0, 1)
         waiting, source = [], iter(items)
         while True:
             size = min(size, self._largest or size)
-            waiting += islice(source, max(0, size * every - len(waiting)))
-            part = waiting[: size * every]
+            waiting += islice(source, max(0, size * ranks.world_size - len(waiting)))
+            part = waiting[: size * ranks.world_size]
             if not part:
                 return
             try:
                 # A rank for which nothing is left repeats the work of the first, and throws it away.
-                result = work(part[mine::every] or part[:1])
+                result = work(part[ranks.rank :: ranks.world_size] or part[:1])
             except torch.OutOfMemoryError as error:
                 self._halve(len(part), error)
                 continue
-            waiting = waiting[size * every :]
-            if part[mine::every]:
-                yield part[mine::every], result
+            waiting = waiting[size * ranks.world_size :]
+            if part[ranks.rank :: ranks.world_size]:
+                yield part[ranks.rank :: ranks.world_size], result
 
     def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
         if size == 1 or self.sharded:

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from difflex.distributed import Ranks, join_process_group
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
@@ -17,7 +18,7 @@ from difflex.pipeline.memory import WeightPlacement, check_fits, dense_dtype
 from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.plans import PLANS, PipelinePlan
 from difflex.pipeline.quantisation import for_card, quantise, read_denoiser, read_text_encoder
-from difflex.pipeline.sharded import join, ranks, shard
+from difflex.pipeline.sharded import shard
 from difflex.pipeline.untrained import build_parts, build_untrained
 
 __all__ = ["load"]
@@ -46,11 +47,11 @@ def load(
         warnings.warn(f"offload=True has no effect: the model is on {place}, not on a card.", stacklevel=2)
         offload = False
     if sharded:
-        join(place)
+        join_process_group(place)
     source, plan = _planned(name, revision, offline, untrained is not None)
     denoiser = "unet" if "unet" in plan.parts else "transformer"
     family = family_of(plan.pipeline, denoiser)
-    check_fits(source.name, plan, family, place, WeightPlacement(precision, offload, ranks().all if sharded else 1))
+    check_fits(source.name, plan, family, place, WeightPlacement(precision, offload, Ranks().world_size if sharded else 1))
     if untrained is None:
         source = fetch(source, offline)
         pipeline = _read(source, plan, precision, family, place)

@@ -128,7 +128,7 @@ def _by_feature(name: str) -> bool:
 
 
 def _gathered(name: str, tensor: Tensor, team: Team) -> Tensor:
-    return team.gathered(tensor) if team.shards > 1 and _by_feature(name) else tensor
+    return team.gather(tensor) if team.shards > 1 and _by_feature(name) else tensor
 
 
 def _header(path: Path, text: str | None) -> CheckpointHeader:

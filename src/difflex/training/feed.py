@@ -80,7 +80,7 @@ class BatchFeed:
         for number, rows in enumerate(self.rows(0)):
             if found := non_finite(number, rows):
                 raise NonFinite(f"{found} Nothing was learned yet. Harvest that shot again.")
-            values = self._team.gathered(rows.values)
+            values = self._team.gather(rows.values)
             if moments is None:
                 moments = VectorMoments(values.shape[1], covariance=covariance, device=self._device)
             if moments.count < MOST_KEPT:

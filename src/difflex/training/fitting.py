@@ -77,7 +77,7 @@ class FitMember:
     def is_finite(self) -> bool:
         """Whether no weight on any rank is NaN or infinite."""
         wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.named().values()]
-        return not bool(self.learner.team.summed(torch.stack(wrong)).any())
+        return not bool(self.learner.team.sum(torch.stack(wrong)).any())
 
     def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
         """The dictionary as it stands, of all ranks' features."""
@@ -295,7 +295,7 @@ def rate(settings: AdamConfig, update: int, done: float) -> float:
 def density(learner: Learner) -> dict[str, Json]:
     """How many features of all ranks fire how often: `-3` counts those between one token in 10,000 and one in 1,000."""
     counts: dict[str, Json] = {}
-    firings = learner.team.gathered(learner.firings) if learner.team.shards > 1 else learner.firings
+    firings = learner.team.gather(learner.firings) if learner.team.shards > 1 else learner.firings
     for count in firings.tolist():
         place = "never" if count == 0 else str(math.ceil(math.log10(count / max(1, learner.tokens))))
         known = counts.get(place, 0)

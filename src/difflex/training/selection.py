@@ -77,14 +77,14 @@ def _top_of_batch(
     scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, threshold: float | None, team: Team
 ) -> ActivePairs:
     """As many of the largest positive scores as there are tokens times k, whichever token they belong to."""
-    wanted = int(team.summed(torch.tensor([len(z) * k], device=z.device))) // team.shards
+    wanted = int(team.sum(torch.tensor([len(z) * k], device=z.device))) // team.shards
     if threshold is None:
         first = scores.top(z, min(SLOTS * k, len(scores.rows))).values.flatten()
-        threshold = _smallest_of(team.gathered(first), wanted)
+        threshold = _smallest_of(team.gather(first), wanted)
     guess = max(0.0, threshold) * 0.95
     while True:
         pairs = scores.above(z, torch.full_like(scores.rows[:, 0], guess))
-        values = team.gathered(pairs.values)
+        values = team.gather(pairs.values)
         if len(values) >= wanted or guess == 0:
             break
         guess = guess / 2 if guess > 1e-6 else 0.0
@@ -110,7 +110,7 @@ def _over_floor(
     pairs = scores.above(z, floor - jump.bandwidth / 2)
     over = pairs.values - floor[pairs.features]
     fires, near = over > 0, (over < jump.bandwidth / 2).float() / jump.bandwidth
-    count, tokens = team.summed(torch.tensor([float(fires.sum()), float(len(z))], device=z.device)).tolist()
+    count, tokens = team.sum(torch.tensor([float(fires.sum()), float(len(z))], device=z.device)).tolist()
     tokens /= team.shards
     # d/d floor of strength * (features per token / k - 1)^2, and of the step in value = score * [score > floor]
     push = -jump.strength * 2 * (count / tokens / k - 1) / k / tokens

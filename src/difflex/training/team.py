@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Literal, final
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difflex.distributed import Ranks, together
+from difflex.distributed import Ranks
 from difflex.errors import BadInput
 
 __all__ = ["Team"]
@@ -33,7 +32,7 @@ class Team(Ranks):
     @property
     def shards(self) -> int:
         """Parts that the features are split into."""
-        return self.count if self.split == "features" else 1
+        return self.world_size if self.split == "features" else 1
 
     def rows(self, size: int) -> slice:
         """The features that this rank holds."""
@@ -44,38 +43,35 @@ class Team(Ranks):
 
     def share(self, tokens: int) -> slice:
         """The tokens of a whole batch that this rank brings."""
-        return slice(tokens * self.rank // self.count, tokens * (self.rank + 1) // self.count)
+        return slice(tokens * self.rank // self.world_size, tokens * (self.rank + 1) // self.world_size)
 
     def seen(self, share: Tensor) -> Tensor:
         """The tokens that this rank encodes, from its share of the batch."""
-        return self.gathered(share) if self.split == "features" else share
+        return self.gather(share) if self.split == "features" else share
 
     def first_token(self, count: int) -> int:
         """The place, in what `pooled` gives, of the first of the `count` tokens that this rank encoded."""
-        if self.count == 1 or self.split == "features":
+        if self.world_size == 1 or self.split == "features":
             return 0
-        return int(self.gathered(torch.tensor([count], device=self._device))[: self.rank].sum())
+        return sum(self.gather_counts(count)[: self.rank])
 
     def pooled(self, found: Tensor) -> Tensor:
         """What the ranks found for the tokens they encoded, one after another, where each encoded its own."""
-        return self.gathered(found) if self.split == "data" else found
+        return self.gather(found) if self.split == "data" else found
 
     def total(self, part: Tensor) -> Tensor:
         """The sum over ranks of what each has from its own features."""
-        return self.summed(part) if self.split == "features" else part
+        return self.sum(part) if self.split == "features" else part
 
     def over_tokens(self, part: Tensor) -> Tensor:
         """The sum over ranks of what each has from the tokens it encoded."""
-        return self.summed(part) if self.split == "data" else part
+        return self.sum(part) if self.split == "data" else part
 
     def largest(self, values: Float[Tensor, "token k"], k: int) -> Bool[Tensor, "token k"]:
         """Which of the largest values of this rank's features are among the k largest of all features."""
         if self.shards == 1:
             return torch.ones_like(values, dtype=torch.bool)
-        parts = [torch.empty_like(values) for _ in range(self.count)]
-        with together():
-            dist.all_gather(parts, values.contiguous())
-        chosen = torch.cat(parts, dim=1).topk(k, dim=1).indices - self.rank * values.shape[1]
+        chosen = self.gather_columns(values).topk(k, dim=1).indices - self.rank * values.shape[1]
         mine = (chosen >= 0) & (chosen < values.shape[1])
         kept = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.bool, device=values.device)
         return kept.scatter_(1, torch.where(mine, chosen, values.shape[1]), True)[:, :-1]

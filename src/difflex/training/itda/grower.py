@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from difflex.devices import free_memory
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.itda.dictionary import means_of
 from difflex.dictionaries.pursuit import RULES
 from difflex.dictionaries.pursuit.correlations import AtomSet
 from difflex.dictionaries.pursuit.gram import GramMatrix
-from difflex.dictionaries.pursuit.means import PursuitBackend, free_memory
+from difflex.dictionaries.pursuit.means import PursuitBackend
 from difflex.dictionaries.pursuit.products import product
 from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
@@ -61,7 +62,7 @@ class AtomGrower:
         self.growth, self.threshold, self._ranks, self._rule = growth, threshold, ranks, RULES[growth.pursuit]
         self.means = means or means_of(growth.pursuit, growth.size, width, growth.k, free_memory(device))
         # A batch of candidates stands behind the atoms while it is judged.
-        room = growth.size + growth.batch * ranks.count
+        room = growth.size + growth.batch * ranks.world_size
         self._rows = torch.empty(room, width, device=device)
         self._gram = None if self.means.gram is None else GramMatrix(room, dtype=self.means.gram, device=device)
         self.shots = torch.zeros(growth.size, dtype=torch.long)
@@ -103,7 +104,7 @@ class AtomGrower:
     def take(self, rows: ActivationBatch, watched: Bool[Tensor, " token"] | None = None) -> None:
         """Let the tokens of this rank's batch, with normalised values, become atoms where they must; those `watched` never do."""
         before = self.size
-        counts = self._ranks.counts(len(rows.values))
+        counts = self._ranks.gather_counts(len(rows.values))
         judged = PursuitBatch(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
         moment = self._moment(judged, watched)
         if watched is not None:
@@ -121,7 +122,7 @@ class AtomGrower:
         over = judged.unexplained > self.threshold
         seen = torch.zeros_like(over) if watched is None else watched
         mine = torch.stack([torch.ones_like(over), over, seen, over & seen]).sum(1)
-        count, *rest = self._ranks.summed(mine).tolist()
+        count, *rest = self._ranks.sum(mine).tolist()
         return GrowthInterval(self.seen + count, rest[0], self.size, *rest[1:])
 
     def _add(self, judged: PursuitBatch, rows: ActivationBatch, most: int) -> int:
@@ -171,7 +172,7 @@ class AtomGrower:
         while True:
             judged.again(mine[doubtful], self.atoms, ~(before[doubtful] & kept))
             over = torch.zeros(count, dtype=torch.bool, device=place.device)
-            over[self._ranks.gathered(place[judged.unexplained[mine] > self.threshold])] = True
+            over[self._ranks.gather(place[judged.unexplained[mine] > self.threshold])] = True
             over &= over.cumsum(0) <= most
             if torch.equal(over, kept):
                 return kept
@@ -184,9 +185,9 @@ class AtomGrower:
         """The candidates of all ranks, in the order in which they may become atoms."""
         worth = judged.unexplained[mine]
         parts = (*self._candidates(judged, mine), worth, rows.shots[mine], rows.tokens[mine])
-        first = sum(self._ranks.counts(len(mine))[: self._ranks.rank])
+        first = sum(self._ranks.gather_counts(len(mine))[: self._ranks.rank])
         place = torch.arange(first, first + len(mine), device=worth.device)
-        line = AtomQueue(place, *map(self._ranks.gathered, parts))
+        line = AtomQueue(place, *map(self._ranks.gather, parts))
         if self.growth.most_per_batch is None:
             return line
         order = line.worth.argsort(descending=True, stable=True)

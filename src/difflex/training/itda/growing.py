@@ -11,12 +11,13 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from difflex.devices import free_memory
 from difflex.dictionaries.base import Dictionary, DictionaryOrigin
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.itda.dictionary import ITDA, means_of
 from difflex.dictionaries.itda.provenance import AtomProvenance
 from difflex.dictionaries.normalisation import Method, Normalisation, estimate
-from difflex.dictionaries.pursuit.means import PursuitBackend, free_memory
+from difflex.dictionaries.pursuit.means import PursuitBackend
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite
 from difflex.files import Json
@@ -102,7 +103,7 @@ class GrowthRun:
         self.source, self.ranks, self.device = source, ranks, device
         self._every, self._told = checkpoint_every, told
         self._watch = HoldOut(source.shot)
-        self._free = ranks.agreed(torch.tensor([self._share(members)], device=self.device))
+        self._free = ranks.broadcast(torch.tensor([self._share(members)], device=self.device))
         self._normalisations: dict[tuple[Method, float | None], Normalisation] = {}
 
     def normalisation(self, growth: GrowthConfig) -> Normalisation:
@@ -110,7 +111,7 @@ class GrowthRun:
         scheme = (growth.normalisation, growth.clip)
         if scheme not in self._normalisations:
             found = estimate((rows.values.to(self.device) for rows in of_split(self.source.batches(0), "train")), *scheme)
-            agreed: dict[str, Tensor] = {name: self.ranks.agreed(tensor) for name, tensor in found.tensors().items()}
+            agreed: dict[str, Tensor] = {name: self.ranks.broadcast(tensor) for name, tensor in found.tensors().items()}
             self._normalisations[scheme] = Normalisation.of(found.settings(), agreed)
         return self._normalisations[scheme]
 
@@ -121,7 +122,7 @@ class GrowthRun:
 
     def _share(self, members: int) -> int:
         """Bytes at hand for each of the members; ranks on a CPU share its memory, too."""
-        sharing = self.ranks.count if self.device.type == "cpu" else 1
+        sharing = self.ranks.world_size if self.device.type == "cpu" else 1
         return free_memory(self.device) // (members * sharing)
 
     def know(self, growth: GrowthConfig, normalisation: Normalisation) -> None:
@@ -135,7 +136,7 @@ class GrowthRun:
         stream = of_split(self.source.batches(first), "train") if growing else iter(())
         for number in count(first):
             rows = next(stream, None) if growing else None
-            counts = self.ranks.counts(0 if rows is None else len(rows.values))
+            counts = self.ranks.gather_counts(0 if rows is None else len(rows.values))
             if not sum(counts):
                 break
             for member in growing:
