@@ -67,7 +67,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
             case ItdaCommand():
                 return replace(command, site=HERE.get(command.site, command.site), size=32, k=3, tokens=400)
             case EvaluateCommand():
-                return replace(command, effect=0)
+                return replace(command, effect_shots=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
                 return replace(command, images=200, noise=(0.5,), untold=True, site=(site,))

@@ -9,14 +9,14 @@ import pytest
 
 from difflex.cli import main
 from difflex.commands.anatomy import AnatomyCommand
-from difflex.commands.costs import scaling, seconds
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.findings import FindingsCommand
+from difflex.commands.forecast import CostEstimate, DictionaryForecast, Forecast, StoreForecast
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.planning import PlannedCommand, machine_rate, plan, plan_table, said_time
+from difflex.commands.planning import PlannedCommand, duration, machine_rate, plan, plan_table
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
@@ -24,12 +24,13 @@ from difflex.commands.train import TrainCommand
 from difflex.recipes import RECIPES
 from difflex.records import Shot, Site
 from difflex.study import Command, Study, run_study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast, StoreForecast
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Normalisation '.*' leaves the mean at:UserWarning")
 
 RATE = 1e11
+SCALING = 65_536 * (192 * 2048 + 60 * 32 * 192 + 1e6)
+"""Operations that measure the units of a dictionary of 2,048 features."""
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +95,10 @@ def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, befor
 def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[PlannedCommand]):
     harvest, train = study.commands[1], study.commands[2]
     assert isinstance(train, TrainCommand)
-    outlook = CostOutlook(rate=RATE).after(harvest.estimate(CostOutlook(rate=RATE)))
-    slow, fast = (train.estimate(replace(outlook, rate=rate)).seconds or 0 for rate in (RATE, 2 * RATE))
-    more = replace(train, tokens=8000).estimate(outlook).seconds or 0
+    forecast = Forecast(RATE)
+    forecast.estimate(harvest)
+    slow, fast = (replace(forecast, rate=rate).estimate(train).seconds or 0 for rate in (RATE, 2 * RATE))
+    more = forecast.estimate(replace(train, tokens=8000)).seconds or 0
     assert more - slow == pytest.approx(2 * (slow - fast))
     assert slow > fast
 
@@ -109,7 +111,7 @@ def test_planning_writes_nothing_and_asks_no_network(tmp_path: Path, monkeypatch
     assert [each.estimate.seconds for each in told] == [None] * len(told)
     assert told[1].estimate.tokens == 4 * 38_400_000
     said = plan_table(told)
-    assert "2: unknown: the model stabilityai/sdxl-turbo is not here" in said and "0 s and ?" in said
+    assert "2: unknown: the model stabilityai/sdxl-turbo is not on this machine" in said and "0 s and ?" in said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class Silent(Command):
 
 def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
     (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE)
-    assert told.estimate == CostEstimate(unknown="it tells nothing of itself beforehand")
+    assert told.estimate == CostEstimate(unknown="there is no estimate for this command")
 
 
 def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
@@ -132,12 +134,15 @@ def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
     assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
 
 
-def test_commands_are_told_what_those_before_them_will_have_made():
-    place, shot = (Path("study"), Site("double.1")), Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0)
-    first = CostEstimate(stores={place: StoreForecast(100, 4, 8, shot)}, dictionaries={place: (DictionaryForecast(16, 2, 8),)})
-    outlook = CostOutlook(rate=1.0).after(first).after(CostEstimate(dictionaries={place: (DictionaryForecast(32, 2, 8),)}))
-    assert outlook.stores[place].rows == 100
-    assert [each.size for each in outlook.dictionaries[place]] == [16, 32]
+def test_commands_know_what_those_before_them_will_have_written():
+    study, site = Path("study"), Site("double.1")
+    forecast = Forecast(
+        1.0, stores={(study, site): StoreForecast(100, 4, 8, Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0))}
+    )
+    for size in (16, 32):
+        forecast.estimate(TrainCommand(study=study, site=(str(site),), size=(size,), k=(2,)))
+    assert forecast.store(study, site).rows == 100
+    assert [each.size for each in forecast.dictionaries[study, site]] == [16, 32]
 
 
 def test_the_full_study_of_mini_flux_is_planned_to_take_more_than_an_hour(tmp_path: Path):
@@ -160,31 +165,31 @@ TOOK = {
         {
             "dictionary": ("double.2/topk-2048-k32", "double.2/topk-2048-k16,single.0/topk-2048-k16,single.1/topk-2048-k16"),
             "images": 12,
-            "chosen_by": 8,
-            "tried_on": 8,
+            "selection_images": 8,
+            "tuning_images": 8,
         },
     ),
     FindingsCommand: (486.7, {"site": "double.2"}),
 }
 
 
-def steered_outlook(folder: Path, rate: float = 2e11) -> CostOutlook:
-    """What is there to steer with in a study of mini-flux."""
+def mini_flux_forecast(folder: Path, rate: float = 2e11) -> Forecast:
+    """The forecast for a study of mini-flux with three stores and a dictionary for each."""
     shot = Shot(model="mini-flux", pixels=(64, 64), steps=4, guidance=3.5)
     sites = [Site(name) for name in ("double.2", "single.0", "single.1")]
-    return CostOutlook(
-        rate=rate,
+    return Forecast(
+        rate,
         stores={(folder, site): StoreForecast(1_000_000, 64, 192, shot) for site in sites},
         dictionaries={(folder, site): (DictionaryForecast(2048, 32, 192),) for site in sites},
     )
 
 
 @pytest.mark.parametrize("verb", TOOK)
-def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
+def test_what_was_measured_is_predicted_to_within_a_factor_of_two(
     verb: type[SteerEvalCommand | RemovalCommand | FindingsCommand], tmp_path: Path
 ):
     took, flags = TOOK[verb]
-    told = verb(study=tmp_path, **flags).estimate(steered_outlook(tmp_path)).seconds
+    told = mini_flux_forecast(tmp_path).estimate(verb(study=tmp_path, **flags)).seconds
     assert told is not None and took / 2 < told < took * 2
 
 
@@ -194,17 +199,17 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
         (
             SteerEvalCommand(study=Path("s"), trials=4, pairs=4),
             {"trials": 8, "pairs": 8},
-            3 * scaling(DictionaryForecast(2048, 32, 192)),
+            3 * SCALING,
         ),
         (
             RemovalCommand(study=Path("s"), images=6, selection_images=6, tuning_images=6),
-            {"images": 12, "chosen_by": 12, "tried_on": 12},
+            {"images": 12, "selection_images": 12, "tuning_images": 12},
             0.0,
         ),
         (
             FindingsCommand(study=Path("s"), site="double.2", trials=4, pairs=(20, 80)),
             {"trials": 8, "pairs": (40, 160)},
-            scaling(DictionaryForecast(2048, 32, 192)),
+            SCALING,
         ),
     ],
     ids=lambda each: type(each).__name__,
@@ -212,15 +217,15 @@ def test_what_was_measured_is_foretold_to_within_a_factor_of_two(
 def test_twice_the_images_take_twice_the_time_beyond_the_start(
     few: SteerEvalCommand | RemovalCommand | FindingsCommand, many: dict[str, int], fixed: float
 ):
-    outlook = steered_outlook(Path("s"))
+    forecast = mini_flux_forecast(Path("s"))
     once, twice = (
-        (each.estimate(outlook).seconds or 0) - seconds(outlook, {"encoding": fixed}) for each in (few, replace(few, **many))
+        (forecast.estimate(each).seconds or 0) - forecast.seconds(encoding=fixed) for each in (few, replace(few, **many))
     )
     assert once > 1 and twice == pytest.approx(2 * once)
 
 
 def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
-    outlook = steered_outlook(tmp_path)
+    forecast = mini_flux_forecast(tmp_path)
     least = [
         SteerEvalCommand(study=tmp_path, dictionary=("double.2",), strength=(1.0,)),
         RemovalCommand(study=tmp_path, dictionary=("double.2",), features=(1,)),
@@ -229,39 +234,39 @@ def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
     more = [
         (replace(least[0], strength=(1.0, 2.0)), replace(least[0], dictionary=("double.2", "single.0"))),
         (replace(least[1], features=(1, 2)), replace(least[1], dictionary=("double.2,single.0",))),
-        (replace(least[2], only=("quality", "steps")), replace(least[2], concepts=3)),
+        (replace(least[2], finding=("quality", "steps")), replace(least[2], concepts_per_group=3)),
     ]
     for one, others in zip(least, more, strict=True):
-        assert all((other.estimate(outlook).seconds or 0) > (one.estimate(outlook).seconds or 0) for other in others)
+        assert all((forecast.estimate(other).seconds or 0) > (forecast.estimate(one).seconds or 0) for other in others)
 
 
 def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_path: Path):
-    outlook, nothing = steered_outlook(tmp_path), CostOutlook(rate=RATE)
+    forecast, nothing = mini_flux_forecast(tmp_path), Forecast(RATE)
     assert (
-        "judge is not known"
-        in SteerEvalCommand(study=tmp_path, concepts=tmp_path / "told.toml", clip="clip").estimate(outlook).unknown
+        "judge takes is not known"
+        in forecast.estimate(SteerEvalCommand(study=tmp_path, concepts=tmp_path / "concepts.toml", clip="clip")).unknown
     )
     for command in (SteerEvalCommand(study=tmp_path), RemovalCommand(study=tmp_path), ReportCommand(study=tmp_path)):
-        assert "dictionaries there will be is not known" in command.estimate(nothing).unknown
-    assert "--site" in FindingsCommand(study=tmp_path).estimate(outlook).unknown
+        assert "dictionaries there will be is not known" in nothing.estimate(command).unknown
+    assert "--site" in forecast.estimate(FindingsCommand(study=tmp_path)).unknown
     elsewhere = SteerEvalCommand(study=tmp_path, dictionary=("double.0/topk-2048-k32",))
-    assert "not known" in elsewhere.estimate(outlook).unknown
-    assert "is not a study" in FindingsCommand(study=tmp_path, site="double.2").estimate(nothing).unknown
+    assert "not known" in forecast.estimate(elsewhere).unknown
+    assert "not known" in nothing.estimate(FindingsCommand(study=tmp_path, site="double.2")).unknown
 
 
 def test_a_report_takes_longer_with_more_dictionaries(tmp_path: Path):
-    outlook, site = steered_outlook(tmp_path), Site("double.2")
-    more = outlook.after(CostEstimate(dictionaries={(tmp_path, site): (DictionaryForecast(512, 8, 192),) * 9}))
-    few, many = (ReportCommand(study=tmp_path).estimate(each) for each in (outlook, more))
+    forecast, site = mini_flux_forecast(tmp_path), Site("double.2")
+    more = replace(forecast, dictionaries={(tmp_path, site): (DictionaryForecast(512, 8, 192),) * 9})
+    few, many = (each.estimate(ReportCommand(study=tmp_path)) for each in (forecast, more))
     assert few.seconds and many.seconds and many.seconds > few.seconds and (many.bytes or 0) > (few.bytes or 0)
 
 
 def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_for_more_features(tmp_path: Path):
-    asked = CostOutlook(rate=1.0).after(
-        CostEstimate(dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))})
+    forecast = Forecast(
+        1.0, dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))}
     )
-    assert "not known" in ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer").estimate(asked).unknown
-    few, many = (ExplainCommand(studies=(tmp_path,), random_features=count).estimate(asked).seconds for count in (10, 1000))
+    assert "not known" in forecast.estimate(ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer")).unknown
+    few, many = (forecast.estimate(ExplainCommand(studies=(tmp_path,), random_features=count)).seconds for count in (10, 1000))
     assert few is not None and many is not None and few < many
 
 
@@ -270,7 +275,7 @@ def test_a_rate_is_measured_in_a_moment():
 
 
 def test_times_are_said_in_two_digits():
-    assert [said_time(seconds) for seconds in (2.34, 45.9, 130.0, 5400.0, 1e6)] == [
+    assert [duration(seconds) for seconds in (2.34, 45.9, 130.0, 5400.0, 1e6)] == [
         "2.3 s",
         "46 s",
         "2.2 min",
@@ -283,12 +288,12 @@ def test_on_the_command_line_estimates_stand_beside_what_is_done(
     study: Study, before: list[PlannedCommand], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     (tmp_path / "mine.py").write_text(
-        "from difflex.recipes import Study, Train\n"
-        f"def study(folder):\n    train = Train(study=folder, site=('double.1',), k=(2,), size=(1024,), tokens=4000)\n"
+        "from difflex.recipes import Study, TrainCommand\n"
+        f"def study(folder):\n    train = TrainCommand(study=folder, site=('double.1',), k=(2,), size=(1024,), tokens=4000)\n"
         f"    return Study(folder=folder, model={study.model!r}, commands=(train,))\n"
     )
     files = sorted(path for path in study.folder.rglob("*"))
     assert main(["run", f"{tmp_path / 'mine.py'}:study", "--out", str(study.folder), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "about" in said and "4,000" in said and "k=2 size=1024" in said and "in all" in said
+    assert "about" in said and "4,000" in said and "k=2 size=1024" in said and "total" in said
     assert sorted(path for path in study.folder.rglob("*")) == files

@@ -9,7 +9,6 @@ from typing import Annotated, final
 from tyro.conf import arg
 
 import difflex
-from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import ModelCommand
 from difflex.commands.prompts import read_prompts
@@ -18,17 +17,12 @@ from difflex.evaluation.anatomy import Anatomy, measure
 from difflex.evaluation.anatomy_figures import heat_map, spectra
 from difflex.records import Site, Stream
 from difflex.study import Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["AnatomyCommand"]
 
 THE_MODELS_OWN = "(default: the model's own)"
 UP_TO = 6
 """Spectra, if nobody says of which sites."""
-FIGURES, PER_AXIS = 70_000, 22
-"""Bytes of the figures, and of an entry of a spectrum."""
-DRAWN = 3.0
-"""Seconds for the table of sites and for the figures."""
 
 
 @final
@@ -68,7 +62,9 @@ class AnatomyCommand(ModelCommand):
         made_from = self._made_from(pipe, prompts.source, sites, chosen)
         anatomy = _kept(study.anatomy, made_from)
         if anatomy is None:
-            shots = pipe.shots(islice(prompts.texts, self.max_prompts), steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+            shots = pipe.shots(
+                islice(prompts.texts, self.max_prompts), steps=self.steps, pixels=self.pixels, guidance=self.guidance
+            )
             measured = measure(pipe.harvest(shots, [*dict.fromkeys([*sites, *chosen])], self.batch), chosen)
             anatomy = replace(measured, made_from=made_from)
             study.write()
@@ -77,20 +73,6 @@ class AnatomyCommand(ModelCommand):
         else:
             print(f"{study.anatomy}: up to date")
         return [study.anatomy, *_drawn(anatomy, study.anatomy_figures)]
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """The passes over its prompts, and a matrix of moments for each spectrum."""
-        model = foreseen(self.model, self.site, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
-        if isinstance(model, str):
-            return CostEstimate(sites=self.site, unknown=model)
-        shots = self.max_prompts * model.shot.steps
-        work = walking(model, self.max_prompts, self.max_prompts, model.shot.steps)
-        return CostEstimate(
-            sites=tuple(map(str, model.shapes)),
-            tokens=shots * sum(tokens for tokens, _ in model.shapes.values()),
-            bytes=FIGURES + UP_TO * PER_AXIS * max(width for _, width in model.shapes.values()),
-            seconds=seconds(outlook, {"model": work}) + DRAWN,
-        )
 
     def _sites(self, pipe: "difflex.Pipeline") -> tuple[list[Site], list[Site]]:
         """Where norms are measured, and where spectra."""

@@ -12,16 +12,6 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
 from difflex.commands.concepts import DRAWN, Levels, drawn_images
-from difflex.commands.costs import (
-    Work,
-    dictionaries,
-    drawing,
-    encoding,
-    foreseen_like,
-    held,
-    seconds,
-    unknown_store,
-)
 from difflex.commands.flags import Pixels, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
@@ -35,12 +25,9 @@ from difflex.records import Shot, Site
 from difflex.steering import StudyEditor
 from difflex.store import Store
 from difflex.study import Command, DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["CollectCommand"]
 
-A_FEATURE, A_PIXEL = 4000, 1.1
-"""What the examples of a feature, and a pixel of an image, take on disk, in bytes; measured on mini-flux."""
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
@@ -127,35 +114,6 @@ class CollectCommand(Command):
         print(_table(study, places))
         return [study.book(*place) for place in places]
 
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Drawing the images, or showing them to the model, and encoding what it shows by each dictionary."""
-        named = [name.rpartition("/")[0] for name in self.dictionary]
-        found = dictionaries(outlook, self.study, (*self.site, *named))
-        at = next(iter(found), None)
-        store = None if at is None else held(outlook, self.study, at)
-        if at is None or store is None:
-            return CostEstimate(
-                unknown="which dictionaries there will be is not known" if at is None else unknown_store(self.study, at)
-            )
-        model = foreseen_like(store.shot, *found)
-        if isinstance(model, str):
-            return CostEstimate(sites=tuple(map(str, found)), unknown=model)
-        is_shown, steps = self.drawn_world or self.folder is not None, self.steps or store.shot.steps
-        moments = len(self.noise) if is_shown else len(self.keep_steps or range(steps))
-        walked = moments * model.reached if is_shown else steps * model.step
-        tokens = self.images * moments * store.tokens
-        # Which of a site's dictionaries are meant is in labels that nobody has yet.
-        learned = [each for site, some in found.items() for each in some[: named.count(str(site)) or None]]
-        work: dict[Work, float] = {
-            "model": self.images * (walked + model.prompt + model.decoded) + drawing(self.images * self.drawn_world),
-            "encoding": sum(encoding(each, tokens) for each in learned),
-        }
-        height, width = store.shot.pixels
-        size = sum(each.size for each in learned) * A_FEATURE + self.images * height * width * A_PIXEL
-        return CostEstimate(
-            sites=tuple(map(str, found)), tokens=tokens * len(found), bytes=round(size), seconds=seconds(outlook, work)
-        )
-
     def _collect(
         self,
         study: Study,
@@ -231,7 +189,9 @@ class CollectCommand(Command):
             stores = study.stores()
             at = next((place.site for place in places if place.site in stores), next(iter(stores), None))
             if at is None:
-                raise UnknownName(f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn-world.")
+                raise UnknownName(
+                    f"{study.folder} has no activations, so no shots to draw again. Name --prompts or --drawn-world."
+                )
             store = Store.open(stores[at])
             runs = _runs(store, self.images)
             return CollectInput(f"harvest of {at} {store.fingerprint}", runs[0][0].precision if runs else None, runs)

@@ -10,18 +10,6 @@ from typing import Annotated, Literal, NamedTuple, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.commands.costs import (
-    Work,
-    dictionaries,
-    drawing,
-    encoding,
-    foreseen_like,
-    held,
-    matching,
-    probing,
-    seconds,
-    unknown_store,
-)
 from difflex.commands.flags import Pixels
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
@@ -41,13 +29,9 @@ from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 from difflex.records import Activations, Site
 from difflex.study import Command, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ConceptsCommand", "drawn_concepts", "drawn_images"]
 
-CONCEPTS_DRAWN = sum(map(len, CONCEPTS.values()))
-PER_LEVEL, PER_FEATURE = 27_000, 47
-"""Bytes of a file of matches: what it says of all concepts at one level, and of a feature."""
 SCENES = 50
 """Drawn at once."""
 DRAWN = HELD_OUT_SEEDS + 10**6
@@ -150,48 +134,6 @@ class ConceptsCommand(Command):
         print(table([*found.values()]))
         return [*found]
 
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Images through the model up to each site, a probe for each concept there, and all methods held against them."""
-        seen = [self._seen(outlook, folder) for folder in self.studies]
-        known = [each for each in seen if isinstance(each, CostEstimate)]
-        why = next((each for each in seen if isinstance(each, str)), "")
-        if why or self.folder is not None:
-            return CostEstimate(sites=self.site, unknown=why or "how many images the folder holds is known when they are read")
-        drawn = seconds(outlook, {"concepts": drawing(self.images)})
-        return CostEstimate(
-            sites=tuple(dict.fromkeys(site for each in known for site in each.sites)),
-            tokens=sum(each.tokens or 0 for each in known),
-            bytes=sum(each.bytes or 0 for each in known),
-            seconds=drawn + sum(each.seconds or 0.0 for each in known),
-        )
-
-    def _seen(self, outlook: CostOutlook, folder: Path) -> CostEstimate | str:
-        """What one study takes, or why that is not known."""
-        found, levels = dictionaries(outlook, folder, self.site), len(self.noise)
-        judged = levels + (levels > 1)
-        work: dict[Work, float] = {"model": 0.0, "concepts": 0.0, "encoding": 0.0}
-        total, size = 0, 0
-        for site, learned in found.items():
-            store = held(outlook, folder, site)
-            model = store and foreseen_like(store.shot, site)
-            learned = learned[: len(self.dictionary) or None]  # which of them is in a label that nobody has yet
-            if store is None or isinstance(model, str) or model is None:
-                return model if isinstance(model, str) else unknown_store(folder, site)
-            ks = {each.k for each in learned}
-            tokens = self.images * levels * store.tokens
-            inside = 0 if site.kind == "neurons" else 1
-            methods = len(learned) + (2 + inside) * len(ks)
-            work["model"] += (1 + inside) * self.images * levels * (model.reached + model.decoded)
-            work["concepts"] += judged * matching(tokens) * methods / levels
-            work["concepts"] += judged * probing(tokens, (1 + 4 * inside) * store.width, CONCEPTS_DRAWN) / levels
-            work["encoding"] += sum(encoding(each, tokens) for each in learned)
-            total += tokens * (1 + inside)
-            largest = sum(each.size for each in learned) + len(ks) * (max(each.size for each in learned) + 6 * store.width)
-            size += methods * judged * PER_LEVEL + largest * PER_FEATURE
-        if not found:
-            return f"which dictionaries {folder} will hold is not known"
-        return CostEstimate(sites=tuple(map(str, found)), tokens=total, bytes=size, seconds=seconds(outlook, work))
-
     def _dictionaries(self, study: Study) -> dict[Site, dict[str, Path]]:
         """The folders of the dictionaries asked for, by site and label."""
         by_site: dict[Site, dict[str, Path]] = {}
@@ -234,7 +176,9 @@ class ConceptsCommand(Command):
                 return None
 
             def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
-                return pipe().harvest_images(images, self.noise, site, "" if self.empty_prompts else prompts, names, batch=self.batch)
+                return pipe().harvest_images(
+                    images, self.noise, site, "" if self.empty_prompts else prompts, names, batch=self.batch
+                )
 
             return label(given.labelled_images(), harvest, given.concepts, marking)[site]
 

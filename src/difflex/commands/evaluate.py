@@ -10,22 +10,18 @@ from typing import Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.commands.costs import dictionaries, effect, encoding, foreseen_like, held, seconds, unknown_store
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import EditedModel, Evaluation, HeldOutData, check_likeness, likeness, renew
 from difflex.records import Shot, Site
 from difflex.store import Store
 from difflex.study import Command, DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["EvaluateCommand"]
 
 Load = Callable[[str | None], "difflex.Pipeline"]
 """From the precision of the weights."""
 BATCH, SEED = 1024, 0
-PER_FILE = 3600
-"""Bytes of an evaluation."""
 
 
 @final
@@ -82,27 +78,6 @@ class EvaluateCommand(Command):
                     print(f"{by_folder[folder]}: up to date")
         print(_table(lines))
         return written
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Encoding held-out tokens by each dictionary, and the model's passes with each in the place of its site."""
-        named = [name.rpartition("/")[0] for name in self.dictionary]
-        found = dictionaries(outlook, self.study, (*self.site, *named))
-        total, count, coded, passes = 0, 0, 0.0, 0.0
-        for site, learned in found.items():
-            store = held(outlook, self.study, site)
-            model = store and foreseen_like(store.shot)
-            learned = learned[: len(self.dictionary) or None]  # which of them is in a label that nobody has yet
-            if store is None or isinstance(model, str) or model is None:
-                why = model if isinstance(model, str) else unknown_store(self.study, site)
-                return CostEstimate(sites=tuple(map(str, found)), unknown=why)
-            tokens = min(self.tokens, store.rows // 10)
-            coded += sum(encoding(each, tokens) for each in learned)
-            passes += effect(model, min(self.effect_shots, store.rows // 10 // store.tokens), len(learned)) if self.effect_shots else 0
-            total, count = total + tokens * len(learned), count + len(learned)
-        if not found:
-            return CostEstimate(unknown="which dictionaries there will be is not known")
-        taken = seconds(outlook, {"encoding": coded, "effect": passes})
-        return CostEstimate(sites=tuple(map(str, found)), tokens=total, bytes=count * PER_FILE, seconds=taken)
 
     def _places(self, known: Sequence[DictionaryRef]) -> list[DictionaryRef]:
         """Those of the `known` dictionaries that are asked for."""

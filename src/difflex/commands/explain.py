@@ -9,7 +9,6 @@ from typing import Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.concepts import drawn_concepts
-from difflex.commands.costs import START, dictionaries
 from difflex.commands.looking import VLMCommand, kept_answers
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation import (
@@ -31,7 +30,6 @@ from difflex.features.book import Book, ImageAlbum
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ExplainCommand"]
 
@@ -40,8 +38,6 @@ DRAWN = "drawn:"
 """What the names of drawn images begin with; their seed follows."""
 COUNTED = 400
 """Drawn images in which it is counted how common each concept is."""
-SECONDS, BYTES = 0.03, 1_000
-"""What a feature takes that known concepts explain and judge."""
 LISTED = 20
 """Failures that are printed; all of them are in the book."""
 
@@ -92,18 +88,6 @@ class ExplainCommand(VLMCommand):
         for path in made:
             found.save(path)
         return made
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """By known concepts a moment for each feature; how long others take who are asked, nobody knows."""
-        if self.vlm != KNOWN:
-            return CostEstimate(unknown="how long a model takes to answer is not known; --dry-run counts the calls")
-        named = [name.rpartition("/")[0] for name in self.dictionary]
-        found = [dictionaries(outlook, study, (*self.site, *named)) for study in self.studies]
-        books = len(self.dictionary) or sum(len(several) for by_site in found for several in by_site.values())
-        if not books:
-            return CostEstimate(unknown="which dictionaries there will be is not known")
-        features = books * (len(self.feature) or self.random_features)
-        return CostEstimate(sites=self.site, bytes=features * BYTES, seconds=START + features * SECONDS)
 
     def _check(self) -> None:
         if self.random_features < 1:

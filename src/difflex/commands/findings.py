@@ -8,13 +8,12 @@ from typing import Annotated, Literal, NamedTuple, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.contrast import both_sides
-from difflex.commands.costs import A_POINT, dictionaries, generating, judging, scaling, seconds, studied, walking
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.effects import findings
 from difflex.effects.detected import matches_of
-from difflex.effects.drawing import LEVELS, drawn_by
+from difflex.effects.drawing import drawn_by
 from difflex.effects.findings import (
     EXPERIMENTS,
     ExperimentBench,
@@ -23,7 +22,6 @@ from difflex.effects.findings import (
     SteeringDirection,
     finding,
     pairs_for,
-    workload,
 )
 from difflex.effects.trials import group_of, placed
 from difflex.errors import BadInput, StaleWork
@@ -33,7 +31,6 @@ from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
 from difflex.steering import StudyEditor, contrasts, steered_along
 from difflex.study import Command, DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["FindingsCommand"]
 
@@ -106,31 +103,6 @@ class FindingsCommand(Command):
                 made.save(path)
         print("\n".join(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.because}" for each in made.found))
         return [path]
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """The contrasts of all concepts, and images that are judged, of the experiments asked for.
-
-        That is at most so much: what was found before is not tried again.
-        """
-        scope, found = self._scope(), dictionaries(outlook, self.study, ())
-        sites = [Site.parse(self.site)] if self.site else [site for site in found if site.kind != "neurons"]
-        if len(sites) != 1:
-            return CostEstimate(sites=tuple(map(str, sites)), unknown="where to steer is not known: --site says it")
-        site = sites[0]
-        model = studied(outlook, self.study, site)
-        if isinstance(model, str):
-            return CostEstimate(sites=(str(site),), unknown=model)
-        images = workload(self.finding or tuple(EXPERIMENTS), scope)
-        sides, steps = 2 * max(scope.counts) * len(scope.concepts()), model.shot.steps
-        drawn = sum(generating(model, count, steps) for steps, count in images.items())
-        judged = judging(model, sum(images.values()), len(LEVELS))
-        scaled = sum(map(scaling, found.get(site, ())))
-        return CostEstimate(
-            sites=(str(site),),
-            tokens=sides * steps * model.shapes[site][0],
-            bytes=sum(images.values()) // scope.trials * A_POINT,
-            seconds=seconds(outlook, {"model": drawn + judged + walking(model, sides, sides, steps), "encoding": scaled}),
-        )
 
     def _scope(self) -> FindingsConfig:
         if self.trials < 1 or not self.pairs or min(self.pairs) < 1 or not self.strength or min(self.strength) <= 0:

@@ -1,36 +1,26 @@
 """`difflex harvest`: activations of a model, stored in a study."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, final
 
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.commands.costs import foreseen, seconds, walking
 from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import UNTRAINED, ModelCommand, see_own_card
+from difflex.commands.opening import ModelCommand, see_own_card
 from difflex.commands.prompts import CAPTIONS, PromptSource, read_prompts
 from difflex.distributed import Ranks
 from difflex.errors import BadInput
-from difflex.pipeline import ModelProfile
-from difflex.records import Shot, split_of
-from difflex.store import RecordingConfig, ShardFormat, record, recorded_bytes, shots_for
+from difflex.store import RecordingConfig, record
 from difflex.study import Study
-from difflex.study.forecast import CostEstimate, CostOutlook, StoreForecast
 
 __all__ = ["HarvestCommand"]
 
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 THE_MODELS_OWN = "(default: the model's own)"
-SOME, LONG = 256, 200
-"""Prompts looked at to tell how much room they take; letters of one that is not here to be looked at."""
-TYPICAL = 750.0
-"""A timestep."""
 
 
 def _bytes(words: list[str]) -> int:
@@ -105,45 +95,6 @@ class HarvestCommand(ModelCommand):
             state = "complete" if store.complete else "this process's share is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
         return [store.folder for store in stores]
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """The passes that it takes, and what the store would plan for its shards."""
-        kept = len(self.keep_steps) if self.keep_steps is not None else None
-        model = foreseen(self.model, self.site, self.revision, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
-        if isinstance(model, str):
-            tokens = None if self.tokens is None else self.tokens * len(self.site)
-            return CostEstimate(sites=self.site, tokens=tokens, unknown=model)
-        forms = [ShardFormat(site, self.dtype, *shape) for site, shape in model.shapes.items()]
-        run, steps = kept or model.shot.steps, self.keep_steps.stop if self.keep_steps is not None else model.shot.steps
-        total, known = self._shots(model, forms, run)
-        if total is None:
-            return CostEstimate(sites=self.site, unknown=f"how many prompts {self.prompts} has is known when they are read")
-        runs = total // run
-        work = walking(model, runs, -(-runs // len(self.seeds)), steps)
-        return CostEstimate(
-            sites=tuple(map(str, model.shapes)),
-            tokens=sum(total * form.tokens for form in forms),
-            bytes=recorded_bytes(forms, known, run, total, RecordingConfig(dtype=self.dtype, batch=self.batch)),
-            seconds=seconds(outlook, {"model": work}),
-            stores={
-                (self.out, form.site): StoreForecast(total * form.tokens, form.tokens, form.width, known[0]) for form in forms
-            },
-        )
-
-    def _shots(self, model: ModelProfile, forms: Sequence[ShardFormat], run: int) -> tuple[int | None, list[Shot]]:
-        """How many shots there will be, if that can be told, and what some of them are like."""
-        revision = self.revision if self.untrained is None else f"{UNTRAINED}{self.untrained}"
-        plain = replace(model.shot, revision=revision, precision=self.precision or "fp32", timestep=TYPICAL)
-        if self.prompts != CAPTIONS and not Path(self.prompts).exists():  # a data set on the hub: not to be fetched for this
-            some, count = ["x" * LONG], None
-        else:
-            prompts = read_prompts(self.prompts, None, self.prompts_column, self.prompts_revision).texts
-            some = list(islice(prompts, SOME))
-            count = None if self.tokens is not None else len(some) + sum(1 for _ in prompts)
-        known = [replace(plain, prompt=prompt, split=split_of(prompt)) for prompt in some]
-        if self.tokens is not None:
-            return shots_for(self.tokens, forms, run), known
-        return (None if count is None else count * len(self.seeds) * run), known
 
     def _settings(self, prompts: PromptSource) -> RecordingConfig:
         ranks = Ranks.from_torchrun()

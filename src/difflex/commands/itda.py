@@ -9,7 +9,6 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.costs import growing, held, seconds, unknown_store
 from difflex.commands.opening import see_own_card
 from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.dictionaries.itda import ITDA, GrowthConfig, paper, variant
@@ -21,15 +20,12 @@ from difflex.files import Json
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import GROWING, Command, Study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.training.itda import GrowthData, GrowthProgress, grow
 
 __all__ = ["ItdaCommand"]
 
 ROOM = 16_384
 BATCH = 2048
-PER_ATOM, BESIDE = 100, 35_000
-"""Bytes of an atom's shot and token, and of what stands beside the atoms."""
 SECONDS = 10.0
 """Between two lines about a growth that is under way."""
 
@@ -82,21 +78,6 @@ class ItdaCommand(Command):
                 grown = grow(asked, source, origin=origin, told=GrowthPrinter())
                 made += _put(study, grown) if ranks.rank == 0 else []
         return made
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Growth to the size asked for, which takes about three passes where the threshold has to be found."""
-        store = held(outlook, self.study, self.site)
-        if store is None:
-            return CostEstimate(sites=(self.site,), tokens=self.tokens, unknown=unknown_store(self.study, self.site))
-        tokens = min(self.tokens or store.rows, round(0.9 * store.rows))
-        grown = [DictionaryForecast(growth.size, growth.k, store.width) for growth in self._growths(1)]
-        return CostEstimate(
-            sites=(self.site,),
-            tokens=tokens,
-            bytes=sum(each.size * (4 * each.width + PER_ATOM) + BESIDE for each in grown),
-            seconds=seconds(outlook, {"growing": sum(growing(each, tokens) for each in grown)}),
-            dictionaries={(self.study, Site.parse(self.site)): tuple(grown)},
-        )
 
     def _check(self) -> None:
         if not self.threshold and self.size is None and not self.paper:

@@ -84,7 +84,10 @@ class VLMCommand(Command):
     def terms(self) -> RequestPolicy:
         """On what terms it is asked."""
         return RequestPolicy(
-            per_minute=self.requests_per_minute, price=self.price or TokenPrice(), budget=self.budget, image_tokens=self.image_tokens
+            per_minute=self.requests_per_minute,
+            price=self.price or TokenPrice(),
+            budget=self.budget,
+            image_tokens=self.image_tokens,
         )
 
 

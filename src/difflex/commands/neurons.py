@@ -7,18 +7,13 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex import dictionaries
-from difflex.commands.costs import START, held, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["NeuronsCommand"]
-
-BESIDE = 600
-"""Bytes of a dictionary's config and of the head of its file."""
 
 
 @final
@@ -42,19 +37,6 @@ class NeuronsCommand(Command):
             if Site.parse(name) not in stores:
                 raise UnknownName.among("The site", name, map(str, stores), "Harvest it first.")
         return [_put(study, Store.open(stores[Site.parse(name)]), k) for name in self.site for k in self.k]
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Next to nothing: nothing is learned."""
-        stores = {Site.parse(site): held(outlook, self.study, site) for site in self.site}
-        made = {
-            (self.study, site): tuple(DictionaryForecast(store.width, k, store.width) for k in self.k)
-            for site, store in stores.items()
-            if store is not None
-        }
-        missing = next((site for site, store in stores.items() if store is None), None)
-        size = sum(BESIDE + 4 * each.width for several in made.values() for each in several)
-        why = "" if missing is None else unknown_store(self.study, missing)
-        return CostEstimate(sites=self.site, tokens=0, bytes=None if why else size, seconds=START, unknown=why, dictionaries=made)
 
 
 def _put(study: Study, store: Store, k: int) -> Path:

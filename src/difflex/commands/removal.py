@@ -12,22 +12,18 @@ from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex import effects
-from difflex.commands.costs import dictionaries, encoding, generating, judging, seconds, studied
 from difflex.commands.flags import Numbers, Range
 from difflex.commands.opening import load_studied
 from difflex.commands.steer import Strengths
 from difflex.dictionaries import Dictionary
 from difflex.effects import GenerationCodes, JudgeVerdict, RemovalImages, RemovedConcept, best_of
-from difflex.effects.removal import about
 from difflex.effects.trials import NAMED, DrawnJudge, NamedCaption, as_tensor, drawn_naming
 from difflex.errors import BadInput, UnknownName
 from difflex.miniature import load_judge
-from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Shot, Site
 from difflex.steering import SteeringHook, StudyEditor, check_maker
 from difflex.study import Command, DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["RemovalCommand"]
 
@@ -36,10 +32,6 @@ APART = 10**6
 """How far the seeds of one set of images are from those of the next."""
 Together = tuple[DictionaryRef, ...]
 """Dictionaries whose features are edited at once."""
-TRIED = 0.6
-"""The share of several settings that is tried until one is good enough: 57 % for 36 concepts of mini-flux."""
-A_CONCEPT = 1_700
-"""Bytes of a record that a concept takes; measured on mini-flux."""
 
 
 @final
@@ -107,57 +99,6 @@ class RemovalCommand(Command):
                     print(_told(each), flush=True)
                     removed[together].append(each)
         return {together: self._written(toolbox, together, concepts) for together, concepts in removed.items()}
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Images that are looked at and whose codes are counted: without an edit those of all prompts, and for each concept
-        those it is judged by, under each setting tried and under the best.
-
-        That is at most so many, as images in which no feature fires are not drawn again; of several settings six tenths are
-        taken to be tried.
-        """
-        self._check()
-        sets = self._expected(outlook)
-        sites = list(dict.fromkeys(site for together in sets for site in together))
-        if not sites:
-            return CostEstimate(unknown="which dictionaries there will be is not known")
-        model = studied(outlook, self.study, *sites)
-        if isinstance(model, str):
-            return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
-        named = [len(CONCEPTS[group]) for group in self.groups]
-        plain, edited = sum(named) * (self.selection_images + self.tuning_images + self.images), sum(map(self._edited, named))
-        images = plain + len(sets) * edited
-        # A dictionary in several sets sees the images without an edit once; what is saved by that is little.
-        rows = [
-            (learned, (plain + edited) * model.shot.steps * model.shapes[site][0])
-            for together in sets
-            for site, learned in together.items()
-        ]
-        coded = sum(encoding(learned, tokens) for learned, tokens in rows)
-        return CostEstimate(
-            sites=tuple(map(str, sites)),
-            tokens=round(sum(tokens for _, tokens in rows)),
-            bytes=len(sets) * sum(named) * A_CONCEPT,
-            seconds=seconds(outlook, {"model": generating(model, images) + judging(model, images), "encoding": coded}),
-        )
-
-    def _edited(self, concepts: int) -> float:
-        """Images that are drawn anew for the concepts of a group."""
-        settings = len(self.features) * len(self.strength)
-        tried = settings * TRIED if settings > 1 else 0
-        return concepts * (tried * about(concepts, self.tuning_images) + about(concepts, self.images))
-
-    def _expected(self, outlook: CostOutlook) -> list[dict[Site, DictionaryForecast]]:
-        """Which dictionaries will be edited at once, by site; none where one of them is not known."""
-        found = dictionaries(outlook, self.study, ())
-        asked = [[Site.parse(name.partition("/")[0]) for name in each.split(",")] for each in self.dictionary]
-        if asked:
-            # Which of a site's dictionaries is meant is in a label that nobody has yet: no larger one than the largest.
-            known = all(site in found for together in asked for site in together)
-            return [{site: max(found[site]) for site in together} for together in asked] if known else []
-        # What is alike in all that is known has one label.
-        trained = {site: several for site, several in found.items() if site.kind != "neurons"}
-        alike = dict.fromkeys(each for several in trained.values() for each in several)
-        return [{site: each for site, several in trained.items() if each in several} for each in alike]
 
     def _check(self) -> None:
         for group in self.groups:

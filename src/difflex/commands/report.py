@@ -11,14 +11,11 @@ from difflex.errors import DifflexError
 from difflex.report import write_report
 from difflex.report.overview import plainly
 from difflex.study import Command, CommandRecord, Study
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["ReportCommand"]
 
 CONTROL = "untrained"
 """The folder in a study where recipes put that of an untrained model."""
-SECONDS, BYTES = (3.0, 1.5), (700_000, 50_000)
-"""What a report takes, and what each dictionary adds; measured on two studies of mini-flux."""
 
 
 @final
@@ -40,14 +37,6 @@ class ReportCommand(Command):
         paths = write_report(study, control and Study.open(control), _spelt)
         print(f"{paths[0]}: the report; beside it {len(paths) - 1} CSV files")
         return paths
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Reading what was measured of each dictionary, and drawing it; it stores and reads no tokens."""
-        found = {str(site): len(learned) for (study, site), learned in outlook.dictionaries.items() if study == self.study}
-        if not found:
-            return CostEstimate(unknown="which dictionaries there will be is not known")
-        taken, size = (first + sum(found.values()) * each for first, each in (SECONDS, BYTES))
-        return CostEstimate(sites=tuple(found), tokens=0, bytes=round(size), seconds=taken)
 
 
 def _spelt(entry: CommandRecord) -> list[str]:

@@ -164,7 +164,9 @@ class SteerCommand(Command):
     def _safe(self, edit: Edit, toolbox: StudyEditor) -> Edit:
         """The edit at the strength that is taken where none is named."""
         if self.operation == "scale":
-            raise BadInput("--operation scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice.")
+            raise BadInput(
+                "--operation scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice."
+            )
         if edit.dictionary is None or self.operation not in ("add", "set", "replace"):
             return edit
         if edit.unit != "peak":

@@ -12,17 +12,6 @@ from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.contrast import contrasted
-from difflex.commands.costs import (
-    A_POINT,
-    Work,
-    dictionaries,
-    generating,
-    judging,
-    scaling,
-    seconds,
-    studied,
-    walking,
-)
 from difflex.commands.flags import Range
 from difflex.commands.looking import VLMCommand
 from difflex.commands.opening import load_studied
@@ -38,34 +27,17 @@ from difflex.effects import (
     judge,
 )
 from difflex.effects.detected import matches_of, neurons_beside
-from difflex.effects.drawing import LEVELS, drawn_by
+from difflex.effects.drawing import drawn_by
 from difflex.effects.trials import as_images, group_of
 from difflex.effects.worlds import DRAWN, JudgedWorld, read_told, told_world
-from difflex.errors import BadInput, DifflexError
+from difflex.errors import BadInput
 from difflex.files import file_sha256
-from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import Pipeline
-from difflex.records import Edit, Site, Unit
+from difflex.records import Edit, Unit
 from difflex.steering import EditFeatures, SteeringHook, StudyEditor, at_random, steered_along, steerings
 from difflex.study import DictionaryRef, Study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 
 __all__ = ["SteerEvalCommand"]
-
-DETECTED = 1 / 3
-"""The share of concepts that a dictionary of mini-flux detects: 29 % in one study, 62 % and none in another."""
-BY_STRENGTH = 3
-"""Methods that are tried at every strength: feature, contrast, random direction."""
-A_PIXEL = 1.1
-"""Bytes on disk."""
-
-
-class ExpectedDictionary(NamedTuple):
-    """A dictionary that is steered with, as far as it is known."""
-
-    site: Site
-    learned: DictionaryForecast
-    concepts: float
 
 
 class TargetConcept(NamedTuple):
@@ -127,59 +99,6 @@ class SteerEvalCommand(VLMCommand):
         wanted = {place: self._wanted(toolbox.study, place, told) for place in places}
         with told_world(told, toolbox.study, self, self.clip, self.vlm) if told else nullcontext(DRAWN) as world:
             return self._all(toolbox, wanted, world)
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """For each concept its contrast, and images that are judged: without an edit, by each method at each strength, and of
-        the caption edited.
-
-        How many concepts a dictionary detects is known once `difflex concepts` was run; until then a third of those of the
-        groups are taken. A neuron beside the feature, which few studies have, is not counted.
-        """
-        expected = self._expected(outlook)
-        if self.concepts or not expected:
-            why = "how long those take to look who judge" if self.concepts else "which dictionaries there will be"
-            return CostEstimate(unknown=f"{why} is not known")
-        sites = tuple(dict.fromkeys(each.site for each in expected))
-        model = studied(outlook, self.study, *sites)
-        if isinstance(model, str):
-            return CostEstimate(sites=tuple(map(str, sites)), unknown=model)
-        points, steps = BY_STRENGTH * len(self.strength) + 1, self.edit_steps or range(model.shot.steps)
-        concepts = sum(each.concepts for each in expected)
-        images, sides = concepts * self.trials * (1 + points), concepts * self.pairs * 2
-        work: dict[Work, float] = {
-            "model": generating(model, images) + judging(model, images, len(LEVELS)) + walking(model, sides, sides, steps.stop),
-            "encoding": sum(scaling(each.learned) for each in expected),
-        }
-        tokens = sum(2 * each.concepts * self.pairs * len(steps) * model.shapes[each.site][0] for each in expected)
-        height, width = model.shot.pixels
-        shown = len(expected) * len(self.groups) * (points + BY_STRENGTH + 1) * height * width
-        return CostEstimate(
-            sites=tuple(map(str, sites)),
-            tokens=round(tokens),
-            bytes=round(concepts * points * A_POINT + shown * A_PIXEL),
-            seconds=seconds(outlook, work),
-        )
-
-    def _expected(self, outlook: CostOutlook) -> list[ExpectedDictionary]:
-        """The dictionaries asked for; none where one of them is not known."""
-        found = dictionaries(outlook, self.study, ())
-        typical = DETECTED * sum(len(CONCEPTS.get(group, ())) for group in self.groups)
-        if not self.dictionary:
-            trained = {site: several for site, several in found.items() if site.kind != "neurons"}
-            return [ExpectedDictionary(site, each, typical) for site, several in trained.items() for each in several]
-        asked = [(Site.parse(name.partition("/")[0]), name) for name in self.dictionary]
-        if any(site not in found for site, _ in asked):
-            return []
-        # Which of a site's dictionaries is meant is in a label that nobody has yet: no larger one than the largest.
-        return [ExpectedDictionary(site, max(found[site]), self._detected(name, typical)) for site, name in asked]
-
-    def _detected(self, name: str, typical: float) -> float:
-        """How many concepts the features of a dictionary detect; `typical` where that was not looked into yet."""
-        try:
-            study = Study.open(self.study)
-            return len(self._wanted(study, study.named(name), {}))
-        except DifflexError:
-            return typical
 
     def _all(
         self, toolbox: StudyEditor, wanted: Mapping[DictionaryRef, Sequence[TargetConcept]], world: JudgedWorld

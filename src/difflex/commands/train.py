@@ -7,7 +7,6 @@ from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.costs import encoding, held, seconds, unknown_store
 from difflex.commands.flags import Numbers
 from difflex.commands.opening import see_own_card
 from difflex.dictionaries import SAE, DictionaryOrigin
@@ -18,15 +17,12 @@ from difflex.errors import BadInput, UnknownName
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
-from difflex.study.forecast import CostEstimate, CostOutlook, DictionaryForecast
 from difflex.training import FitConfig, Team, TrainingConfig, default, fit, paper, unbox
 
 __all__ = ["TrainCommand"]
 
 Preset = Literal["default", "paper", "paper-auxk", "unbox"]
 THE_PRESETS = "(default: the preset's)"
-BESIDE = 11_000
-"""Bytes of a dictionary's config, of the heads of its files and of its log."""
 
 
 class PresetDefaults(NamedTuple):
@@ -97,28 +93,6 @@ class TrainCommand(Command):
             made = [self._train(study, Store.open(stores[Site.parse(name)])) for name in self.site]
         return [folder for folders in made for folder in folders]
 
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """Every dictionary learns from every token; weights, and what it takes to go on training them, stay on disk."""
-        usual = USUAL[self.preset]
-        stores = {Site.parse(site): held(outlook, self.study, site) for site in self.site}
-        made, total, size, work = {}, 0, 0, 0.0
-        for site, store in stores.items():
-            if store is None:
-                tokens = None if self.tokens is None else self.tokens * len(self.site)
-                return CostEstimate(sites=self.site, tokens=tokens, unknown=unknown_store(self.study, site))
-            tokens = round(0.9 * store.rows) if self.tokens is None else self.tokens
-            learned = [
-                DictionaryForecast(size, k, store.width) for size in self.size or (usual.size,) for k in self.k or (usual.k,)
-            ]
-            trainings = [self._training(each.width, each.size, each.k, tokens // usual.batch) for each in learned]
-            made[self.study, site] = tuple(learned)
-            total += tokens
-            size += sum(map(bytes_of, trainings, [store.width] * len(trainings)))
-            work += sum(encoding(each, tokens) for each in learned)
-        return CostEstimate(
-            sites=self.site, tokens=total, bytes=size, seconds=seconds(outlook, {"training": work}), dictionaries=made
-        )
-
     def _train(self, study: Study, store: Store) -> list[Path]:
         team, usual = Team(), USUAL[self.preset]
         batch = usual.batch if self.batch is None else self.batch
@@ -174,14 +148,6 @@ class TrainCommand(Command):
         if self.learning_rate is not None:
             training = replace(training, optimiser=replace(training.optimiser, lr=self.learning_rate))
         return training
-
-
-def bytes_of(training: TrainingConfig, width: int) -> int:
-    """What a trained dictionary takes on disk: weights in float32, the state of Adam beside them, counts, heads and the log."""
-    weights = 2 * training.size * width + training.size + width
-    copies = 3 + (training.optimiser.beta1 > 0) + (training.optimiser.ema is not None)
-    normalisation = 2 * (width**2 if training.normalisation == "whiten" else 0) + 4 * width
-    return 4 * (copies * weights + normalisation) + 24 * training.size + BESIDE
 
 
 def _described(dictionary: SAE) -> str:

@@ -14,7 +14,6 @@ from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import write_json
 from difflex.records import Site
-from difflex.study.forecast import CostEstimate, CostOutlook
 
 __all__ = ["GROWING", "Command", "DictionaryRef", "Study"]
 
@@ -31,10 +30,6 @@ class Command(ABC):
     @abstractmethod
     def __call__(self) -> Sequence[Path] | None:
         """What was made, if it is of the kind that stays in a study; does the work, says what came of it."""
-
-    def estimate(self, outlook: CostOutlook) -> CostEstimate:
-        """What it is expected to take; nothing is loaded but configs, and nothing written or fetched."""
-        return CostEstimate(unknown="it tells nothing of itself beforehand")
 
 
 class DictionaryRef(NamedTuple):

@@ -1,0 +1,36 @@
+"""The named choices that flags and configs share; light, so that the help of a command imports nothing else."""
+
+from typing import Literal
+
+__all__ = [
+    "ContrastMethod",
+    "HighlightStyle",
+    "NormalisationMethod",
+    "Operation",
+    "Precision",
+    "ProtocolName",
+    "PursuitName",
+    "SAEKind",
+    "StoredDtype",
+    "Unit",
+]
+
+Precision = Literal["bf16", "fp16", "fp32", "nf4"]
+"""How a model's weights are held; nf4 is four bits."""
+StoredDtype = Literal["bf16", "fp16", "int8"]
+"""How activations are stored."""
+NormalisationMethod = Literal["whiten", "standardise", "scale", "none"]
+"""How activations are normalised before a dictionary sees them."""
+SAEKind = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
+PursuitName = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
+"""How ITDA finds codes. `gradient` is the pursuit of arXiv 2505.24360, with non-negative weights; `matching` that of ITDA's authors."""
+Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
+"""What an edit does with the codes of its features."""
+Unit = Literal["peak", "mean", "norm", "code"]
+"""What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, as much as the mean norm, a code of 1."""
+ContrastMethod = Literal["mean", "principal"]
+"""How a contrast direction is found: the difference of means, or the first principal direction of the differences."""
+ProtocolName = Literal["heldout", "paper"]
+"""How explanations are judged: on images that the explainer never saw, or as published in arXiv 2505.24360."""
+HighlightStyle = Literal["blue", "outline", "plain"]
+"""How an image shows where a feature fires."""
