@@ -190,7 +190,7 @@ def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(difflex, "load", load, raising=False)
     needed = {"generate": ["a star"], "anatomy": ["--prompts", "captions", "--out", "study"]}
-    needed["harvest"] = ["--prompts", "captions", "--tokens", "1", "--sites", "double.1", "--out", "study"]
+    needed["harvest"] = ["--prompts", "captions", "--tokens", "1", "--site", "double.1", "--out", "study"]
     command = parse(
         [verb, "OWNER/NAME", *needed.get(verb, []), "--precision", "nf4", "--revision", "abc", "--untrained", "3", "--offload"]
     )

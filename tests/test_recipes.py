@@ -54,10 +54,10 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
     def small(command: Command) -> Command:
         match command:
             case AnatomyCommand():
-                return replace(command, model=str(model), prompts=str(prompts), pixels=(16, 24), steps=1, limit=4)
+                return replace(command, model=str(model), prompts=str(prompts), pixels=(16, 24), steps=1, max_prompts=4)
             case HarvestCommand():
                 sites, steps = tuple(HERE.get(site, site) for site in command.site), min(command.steps or 2, 2)
-                tiny = {"model": str(model), "sites": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
+                tiny = {"model": str(model), "site": sites, "prompts": str(prompts), "pixels": (16, 24), "steps": steps}
                 return replace(command, **tiny, tokens=1000, dtype="bf16")
             case NeuronsCommand():
                 return replace(command, site=tuple(HERE.get(site, site) for site in command.site))
@@ -70,27 +70,27 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, effect_shots=0)
             case ConceptsCommand():
                 [site, *_] = [HERE.get(site, site) for site in (*command.site, "double.2")]
-                return replace(command, images=200, noise=(0.5,), untold=True, site=(site,))
+                return replace(command, images=200, noise=(0.5,), empty_prompts=True, site=(site,))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
-                return replace(command, site=sites, dictionary=(), images=12, steps=None, top=2, sampled=1, silent=1)
+                return replace(command, site=sites, dictionary=(), images=12, steps=None, top_examples=2, random_examples=1, silent_examples=1)
             case ExplainCommand():
-                return replace(command, dictionary=(), features=2, judged=2)
+                return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
                 one = ("double.1/topk-32-k2",)
-                return replace(command, dictionary=one, groups=("colour",), least=0.05, trials=1, pairs=1, strength=(1.0,))
+                return replace(command, dictionary=one, groups=("colour",), min_ap=0.05, trials=1, pairs=1, strength=(1.0,))
             case RemovalCommand():
                 few = {
                     "groups": ("background",),
                     "images": 1,
-                    "chosen_by": 1,
-                    "tried_on": 1,
+                    "selection_images": 1,
+                    "tuning_images": 1,
                     "features": (1,),
                     "strength": (0.0,),
                 }
                 return replace(command, dictionary=("double.1/topk-32-k2",), **few)
             case FindingsCommand():
-                few = {"groups": ("colour",), "concepts": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
+                few = {"groups": ("colour",), "concepts_per_group": 1, "trials": 1, "pairs": (1,), "strength": (0.1,)}
                 return replace(command, site="double.1", **few)
             case _:
                 return command
@@ -162,11 +162,11 @@ def test_on_the_command_line_a_study_is_planned_run_and_told_of(tmp_path: Path, 
     model = tiny_folder("flux", tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(200)))
     (tmp_path / "mine.py").write_text(
-        "from difflex.recipes import Harvest, Study, Train\n"
+        "from difflex.recipes import HarvestCommand, Study, TrainCommand\n"
         "def study(folder):\n"
         f"    prompts = {str(tmp_path / 'prompts.txt')!r}\n"
-        f"    harvest = Harvest(model={str(model)!r}, sites=('double.1',), prompts=prompts, out=folder)\n"
-        f"    train = Train(study=folder, site=('double.1',), k=(3,), size=(32,), tokens=2000)\n"
+        f"    harvest = HarvestCommand(model={str(model)!r}, site=('double.1',), prompts=prompts, out=folder)\n"
+        f"    train = TrainCommand(study=folder, site=('double.1',), k=(3,), size=(32,), tokens=2000)\n"
         f"    return Study(folder=folder, model={str(model)!r}, commands=(harvest, train))\n"
     )
     words, folder = ["run", f"{tmp_path / 'mine.py'}:study", "--out", str(tmp_path / "study")], tmp_path / "study"

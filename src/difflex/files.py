@@ -76,8 +76,11 @@ def write_json(path: Path, format: int, entries: Mapping[str, object], indent: i
     return path
 
 
-def read_json(path: Path, format: int, advice: str) -> dict[str, Any]:
-    """Return the entries of the JSON file at `path`, which must be of `format`; `advice` says what to do about a damaged one."""
+def read_json(path: Path, format: int, advice: str, *, header: bool = False) -> dict[str, Any]:
+    """Return the entries of the JSON file at `path`, which must be of `format`; `advice` says what to do about a damaged one.
+
+    With `header`, the format and the version that wrote the file are among the entries.
+    """
     try:
         entries = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -90,7 +93,7 @@ def read_json(path: Path, format: int, advice: str) -> dict[str, Any]:
             f"{path} is of format {found!r}; this version of difflex reads format {format}. "
             "Use the version that wrote it, or make it again."
         )
-    return entries
+    return entries if header else {name: value for name, value in entries.items() if name not in ("format", "difflex")}
 
 
 @contextmanager

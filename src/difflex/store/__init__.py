@@ -1,22 +1,22 @@
-"""Activations on disk: shards and a manifest; append, resume, verify, shuffled batches. Or the same batches live."""
+"""Activations on disk: record, resume, verify, read in shuffled batches. Or the same batches from a running harvest."""
 
 from difflex.store.live import LiveActivations
-from difflex.store.planning import Harvest, RecordingConfig, recorded_bytes, shots_for
-from difflex.store.recording import record
-from difflex.store.room import said_size
+from difflex.store.reading import require_split
+from difflex.store.recorder import format_size
+from difflex.store.recording import RecordingConfig, record, recorded_bytes, shots_for
 from difflex.store.shard import ShardFormat
 from difflex.store.statistics import StoreStatistics
 from difflex.store.store import Store
 
 __all__ = [
-    "Harvest",
     "LiveActivations",
     "RecordingConfig",
     "ShardFormat",
     "Store",
     "StoreStatistics",
+    "format_size",
     "record",
     "recorded_bytes",
-    "said_size",
+    "require_split",
     "shots_for",
 ]

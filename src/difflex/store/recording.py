@@ -1,29 +1,58 @@
-"""`record`: activations from a harvest, of several sites at once, written as stores that a kill at any moment cannot hurt."""
+"""`record`: write the activations of a harvest, of several sites at once, as stores that survive a kill at any moment."""
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, final
 
 from tqdm import tqdm
 
-from difflex.errors import BadInput
+from difflex.choices import StoredDtype
+from difflex.errors import BadInput, StaleWork
 from difflex.files import folder_lock
-from difflex.records import Shot, Site
-from difflex.store.ledger import SiteRecorder
-from difflex.store.manifest import check_dtype, check_split, found_shards
-from difflex.store.planning import Harvest, RecordingConfig, RecordingPlan, plan
-from difflex.store.shard import ShardWriter, pack
+from difflex.records import Activations, Shot, Site
+from difflex.store.manifest import StoreHeader, check_split, finished_shards
+from difflex.store.recorder import DiskBudget, SiteRecorder, format_size, store_bytes, text_bytes
+from difflex.store.shard import ShardFormat, ShardWriter, check_dtype, pack
 from difflex.store.store import Store
 
-__all__ = ["record"]
+__all__ = ["Harvest", "RecordingConfig", "distinct", "probe", "record", "recorded_bytes", "shots_for"]
 
-AHEAD = 2
-"""Batches that the model may be ahead of the disk."""
+QUEUE = 2
+"""Batches that may wait to be written while the model makes the next one."""
+
+Harvest = Callable[[Sequence[Shot], Sequence[Site], int], Iterable[Activations]]
+"""A source of activations, as `Pipeline.harvest`: called with shots, sites and the number of runs to make at once.
+
+It yields each shot once at each site, in any order that is always the same.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingConfig:
+    """How activations are stored."""
+
+    dtype: StoredDtype = "bf16"
+    """int8 has a scale for each row: half the size, and exact to 1/254 of the row's largest entry."""
+    tokens: int | None = None
+    """Rows to store at each site, rounded up to whole runs; None for all shots."""
+    batch: int = 16
+    """Runs that the model makes at once."""
+    shard_bytes: int = 2**28
+    """Of the largest site's shards, rounded to whole batches. A store that is continued keeps its own."""
+    max_bytes: int | None = None
+    """Bytes that all files of all sites may take; checked before anything is written, and again before each shard."""
+    source: str = ""
+    """Where the shots come from, such as the checksum of a file of prompts: to continue with another one is an error."""
+    rank: int = 0
+    """Of this process: each rank makes its share of the shards, and the last one to end completes the store."""
+    world_size: int = 1
+    progress: bool = True
 
 
 def record(
@@ -31,151 +60,278 @@ def record(
     shots: Iterable[Shot],
     sites: Iterable[Site | str] | Site | str,
     harvest: Harvest,
-    settings: RecordingConfig | None = None,
-    accepted: Callable[[], None] = lambda: None,
+    config: RecordingConfig | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> list[Store]:
-    """The stores of `sites`, each in its own folder under `folder`; what is already there is kept and gone on with.
+    """Store the activations of each of `sites` in its own folder under `folder`; stores that are begun are continued.
 
-    Which rows a shard holds depends on the order of `shots` and on the settings alone: a killed and resumed recording, or one
-    shared by several processes, gives the same files as an undisturbed one. `accepted` is called when it is clear that there is
-    room for it, before anything is written.
+    Which rows a shard holds depends only on the order of `shots` and on the config: a recording that was killed and resumed, or
+    that several processes share, gives the same files as an undisturbed one. `before_writing` is called when it is clear that
+    there is room for the rows, before anything is written.
     """
-    settings, folder = settings or RecordingConfig(), Path(folder)
-    places = {site: folder / site.folder for site in _parsed(sites)}
-    _check(places, settings)
+    config, folder = config or RecordingConfig(), Path(folder)
+    folders = {site: folder / site.folder for site in _parse_sites(sites)}
+    _check(folders, config)
     with ExitStack() as stack:
-        there = [place for place in places.values() if place.exists()]
-        for place in there:
-            _claim(stack, place, settings)
-        ledgers = [SiteRecorder(place, site, settings.rank, settings.of) for site, place in places.items()]
-        what = plan(ledgers, shots, harvest, settings)
-        accepted()
-        for ledger in ledgers:
-            if ledger.folder not in there:
-                _claim(stack, ledger.folder, settings, new=True)
-            ledger.open()
-        if settings.progress:
-            tqdm.write(what.said(ledgers))
-        shards = _carry_out(what, ledgers, harvest, settings)
-        for ledger in ledgers:
-            ledger.finish(shards)
-    return [Store.open(ledger.folder) for ledger in ledgers]
+        existing = [place for place in folders.values() if place.exists()]
+        for place in existing:
+            _lock(stack, place, config)
+        recorders = [SiteRecorder(place, site, config.rank, config.world_size) for site, place in folders.items()]
+        plan = _plan(recorders, shots, harvest, config)
+        before_writing()
+        for recorder in recorders:
+            if recorder.folder not in existing:
+                _lock(stack, recorder.folder, config, new=True)
+            recorder.open()
+        if config.progress:
+            tqdm.write(plan.describe(recorders))
+        shards = _write_shards(plan, recorders, harvest, config)
+        for recorder in recorders:
+            recorder.complete(shards)
+    return [Store.open(recorder.folder) for recorder in recorders]
 
 
-def _parsed(sites: Iterable[Site | str] | Site | str) -> list[Site]:
+def _parse_sites(sites: Iterable[Site | str] | Site | str) -> list[Site]:
     several = [sites] if isinstance(sites, (Site, str)) else sites
     return [Site.parse(site) if isinstance(site, str) else site for site in several]
 
 
-def _check(sites: Collection[Site], settings: RecordingConfig) -> None:
-    check_dtype(settings.dtype)
+def _check(sites: Collection[Site], config: RecordingConfig) -> None:
+    check_dtype(config.dtype)
     if not sites:
         raise BadInput("No site was named to record. Name at least one.")
-    if settings.batch < 1:
-        raise BadInput(f"Batches of {settings.batch} runs are not possible. Ask for 1 or more.")
-    if not 0 <= settings.rank < settings.of:
-        raise BadInput(f"Rank {settings.rank} of {settings.of} does not exist. Ranks count from 0 to {settings.of - 1}.")
+    if config.batch < 1:
+        raise BadInput(f"Batches of {config.batch} runs are not possible. Ask for 1 or more.")
+    if config.tokens is not None and config.tokens < 1:
+        raise BadInput(f"{config.tokens} tokens cannot be recorded. Ask for 1 or more.")
+    if not 0 <= config.rank < config.world_size:
+        raise BadInput(
+            f"Rank {config.rank} of {config.world_size} does not exist. Ranks count from 0 to {config.world_size - 1}."
+        )
 
 
-def _claim(stack: ExitStack, folder: Path, settings: RecordingConfig, new: bool = False) -> None:
-    """Nothing; until the stack is left, `folder` is there and only processes of this recording write in it."""
+def _lock(stack: ExitStack, folder: Path, config: RecordingConfig, new: bool = False) -> None:
+    """Make `folder` and keep other recordings from writing in it until `stack` is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"The folder {folder} cannot be made: {error}. Name another one, or move away what is there.") from error
-    stack.enter_context(folder_lock(folder, shared=settings.of > 1))
-    if new and settings.of == 1 and found_shards(folder):
-        raise BadInput(f"Another process has written in {folder} meanwhile. Give the same command again to go on from there.")
+    stack.enter_context(folder_lock(folder, shared=config.world_size > 1))
+    if new and config.world_size == 1 and finished_shards(folder):
+        raise BadInput(f"Another process has written in {folder} meanwhile. Run the same command again to continue from there.")
 
 
-def _carry_out(what: RecordingPlan, ledgers: Sequence[SiteRecorder], harvest: Harvest, settings: RecordingConfig) -> int:
-    """How many shards there are when all are done; this rank's are made where they are missing."""
-    stream, number, given = islice(what.shots, what.total), 0, 0
-    rows = sum(what.total * ledger.head.tokens for ledger in ledgers) // settings.of
-    silent = None if settings.progress else True
+class RecordingPlan(NamedTuple):
+    """The shots of a recording and how they are divided into shards."""
+
+    shots: Iterator[Shot]
+    """More than needed, perhaps endlessly many."""
+    total: int
+    """How many of them to record; there may be fewer."""
+    shots_per_shard: int
+    budget: DiskBudget
+
+    def describe(self, recorders: Sequence[SiteRecorder]) -> str:
+        """Describe what each site will take on disk."""
+        shards = -(-self.total // self.shots_per_shard)
+        files = f"{shards} shard{'s' * (shards > 1)}"
+        rows = [self.total * recorder.head.tokens for recorder in recorders]
+        return "\n".join(
+            f"{recorder.site}: {count:,} rows of width {recorder.head.width} in {recorder.head.dtype}, "
+            f"{format_size(count * recorder.head.form.row_bytes)} in {files}; {recorder.rows:,} rows are stored already"
+            for recorder, count in zip(recorders, rows, strict=True)
+        )
+
+
+def _plan(recorders: Sequence[SiteRecorder], shots: Iterable[Shot], harvest: Harvest, config: RecordingConfig) -> RecordingPlan:
+    """Plan the recording and fix the headers of new stores; nothing is written."""
+    shots = distinct(shots)
+    if config.tokens is None:
+        shots = list(shots)
+    run, rest = _first_run(iter(shots))
+    begun = [recorder for recorder in recorders if recorder.begun]
+    for recorder in begun:
+        recorder.check_settings(run[0], config.dtype, config.batch, config.source)
+    if len({recorder.head.shots_per_shard for recorder in begun}) > 1:
+        raise StaleWork("These sites were begun with shards of different lengths. Continue them one by one.")
+    if len(begun) < len(recorders):
+        _fix_headers(recorders, run, harvest, config)
+    if isinstance(shots, list):
+        total = len(shots)
+    else:
+        total = shots_for(config.tokens or 0, [recorder.head.form for recorder in recorders], len(run))
+    budget = DiskBudget(recorders, config.max_bytes)
+    budget.check(total, run, shots if isinstance(shots, list) else run)
+    return RecordingPlan(chain(run, rest), total, recorders[0].head.shots_per_shard, budget)
+
+
+def distinct(shots: Iterable[Shot]) -> Iterator[Shot]:
+    """Drop shots that repeat one of the same run: the same prompt twice in a row adds nothing."""
+    run, timesteps = None, set[float | None]()
+    for shot in shots:
+        shot_run = replace(shot, timestep=None)
+        if shot_run != run:
+            run, timesteps = shot_run, set()
+        if shot.timestep not in timesteps:
+            timesteps.add(shot.timestep)
+            yield shot
+
+
+def _first_run(stream: Iterator[Shot]) -> tuple[list[Shot], Iterator[Shot]]:
+    """Return the shots of the first run, which differ in their timestep alone, and all others."""
+    first = next(stream, None)
+    if first is None:
+        raise BadInput("There is nothing to record: no shot was given. Give at least one prompt.")
+    run = [first]
+    for shot in stream:
+        if replace(shot, timestep=None) != replace(first, timestep=None):
+            return run, chain([shot], stream)
+        run.append(shot)
+    return run, iter(())
+
+
+def probe(shot: Shot, sites: Sequence[Site], harvest: Harvest) -> dict[Site, Activations]:
+    """Harvest one shot at each site, to learn the shapes of all activations."""
+    by_site = {activations.site: activations for activations in harvest([shot], sites, 1)}
+    for site in sites:
+        if site not in by_site:
+            names = ", ".join(map(str, by_site)) or "nothing"
+            raise BadInput(f"The harvest gave nothing at the site '{site}'. It gave: {names}.")
+        if len(by_site[site].shots) != 1 or len(by_site[site].values) != 1:
+            raise BadInput("The harvest gave several shots for one. Give shots that have a timestep.")
+    return by_site
+
+
+def _fix_headers(recorders: Sequence[SiteRecorder], run: Sequence[Shot], harvest: Harvest, config: RecordingConfig) -> None:
+    """Fix the headers of new stores; all sites have the same number of shots per shard, so that they share passes."""
+    shot, new = run[0], [recorder for recorder in recorders if not recorder.begun]
+    examples = probe(shot, [recorder.site for recorder in new], harvest)
+    forms = {site: ShardFormat(site, config.dtype, *activations.values.shape[1:]) for site, activations in examples.items()}
+    lengths = [recorder.head.shots_per_shard for recorder in recorders if recorder.begun]
+    length = lengths[0] if lengths else _shots_per_shard([*forms.values()], len(run), config)
+    for recorder in new:
+        recorder.begin(
+            StoreHeader(
+                **forms[recorder.site]._asdict(),
+                model=shot.model,
+                revision=shot.revision,
+                precision=shot.precision,
+                grid=examples[recorder.site].grid,
+                shots_per_shard=length,
+                batch=config.batch,
+                source=config.source,
+            )
+        )
+
+
+def shots_for(tokens: int, forms: Sequence[ShardFormat], run: int) -> int:
+    """Return how many shots give `tokens` rows at every site, in whole runs of `run` shots."""
+    shots = -(-tokens // min(form.tokens for form in forms))
+    return -(-shots // run) * run
+
+
+def _shots_per_shard(forms: Sequence[ShardFormat], run: int, config: RecordingConfig) -> int:
+    """Return the shots of a shard, in whole batches of runs of `run` shots."""
+    batch = config.batch * run
+    largest = max(form.tokens * form.row_bytes for form in forms)
+    return max(config.shard_bytes // largest // batch, 1) * batch
+
+
+def recorded_bytes(forms: Sequence[ShardFormat], examples: Sequence[Shot], run: int, total: int, config: RecordingConfig) -> int:
+    """Return the bytes that new stores of these formats take for `total` shots like `examples`."""
+    length = _shots_per_shard(forms, run, config)
+    return sum(store_bytes(form, length, total, text_bytes(examples)) for form in forms)
+
+
+def _write_shards(plan: RecordingPlan, recorders: Sequence[SiteRecorder], harvest: Harvest, config: RecordingConfig) -> int:
+    """Write the missing shards of this rank and return the number of shards of all ranks."""
+    stream, number, count = islice(plan.shots, plan.total), 0, 0
+    rows = sum(plan.total * recorder.head.tokens for recorder in recorders) // config.world_size
+    disable = None if config.progress else True
     try:
         with (
-            tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=silent) as bar,
-            BackgroundWriter() as saver,
+            tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=disable) as bar,
+            BackgroundWriter() as writer,
         ):
-            while unit := list(islice(stream, what.shots_per_shard)):
-                if number % settings.of == settings.rank:
-                    missing = [ledger for ledger in ledgers if not ledger.has(number, unit)]
-                    bar.update(sum(len(unit) * ledger.head.tokens for ledger in ledgers if ledger not in missing))
+            while shots := list(islice(stream, plan.shots_per_shard)):
+                if number % config.world_size == config.rank:
+                    missing = [recorder for recorder in recorders if not recorder.has(number, shots)]
+                    bar.update(sum(len(shots) * recorder.head.tokens for recorder in recorders if recorder not in missing))
                     if missing:
-                        if settings.limit is not None:
-                            saver.wait()  # until then what is on disk is not known
-                            what.room.check_shard(unit, missing)
-                        _make(number, unit, missing, harvest, settings, saver, bar)
-                number, given = number + 1, given + len(unit)
+                        if config.max_bytes is not None:
+                            writer.wait()  # before that the bytes on disk are not known
+                            plan.budget.check_shard(shots, missing)
+                        _write_shard(number, shots, missing, harvest, config, writer, bar)
+                number, count = number + 1, count + len(shots)
     except BaseException:
-        for ledger in ledgers:
-            ledger.abandon()
+        for recorder in recorders:
+            recorder.discard_unfinished()
         raise
-    if given < what.total:
-        warnings.warn(f"The prompts gave {given} shots where {what.total} were wanted: fewer tokens are stored.", stacklevel=3)
+    if count < plan.total:
+        warnings.warn(f"The prompts gave {count} shots, fewer than the {plan.total} to record.", stacklevel=3)
     return number
 
 
 class OpenShard(NamedTuple):
     """A shard of one site while its rows arrive."""
 
-    ledger: SiteRecorder
+    recorder: SiteRecorder
     writer: ShardWriter
     shots: list[Shot]
 
 
-def _make(
+def _write_shard(
     number: int,
-    unit: list[Shot],
-    ledgers: Sequence[SiteRecorder],
+    shots: list[Shot],
+    recorders: Sequence[SiteRecorder],
     harvest: Harvest,
-    settings: RecordingConfig,
-    saver: "BackgroundWriter",
+    config: RecordingConfig,
+    writer: "BackgroundWriter",
     bar: tqdm,
 ) -> None:
-    """One shard of each site, from one call of the harvest; it is written behind the model's back."""
-    for shot in unit:
+    """Write one shard of each site from one call of the harvest; files are written in the background."""
+    for shot in shots:
         check_split(shot)
-    making = {ledger.site: OpenShard(ledger, ledger.writer(number, len(unit)), []) for ledger in ledgers}
-    for activations in harvest(unit, list(making), settings.batch):
-        here = making[activations.site]
-        here.ledger.fits(activations)
-        packed = pack(activations.values, settings.dtype).cpu()
-        here.shots.extend(activations.shots)
-        saver.later(here.writer.append, packed, activations.shots)
+    open_shards = {recorder.site: OpenShard(recorder, recorder.writer(number, len(shots)), []) for recorder in recorders}
+    for activations in harvest(shots, list(open_shards), config.batch):
+        shard = open_shards[activations.site]
+        shard.recorder.check_shape(activations)
+        packed = pack(activations.values, config.dtype).cpu()
+        shard.shots.extend(activations.shots)
+        writer.submit(shard.writer.append, packed, activations.shots)
         bar.update(activations.values.shape[:2].numel())
-    for site, here in making.items():
-        if len(here.shots) != len(unit) or set(here.shots) != set(unit):
-            raise BadInput(f"The harvest gave other shots at the site '{site}' than were asked. Their shard was not kept.")
-        saver.later(here.ledger.enter, number, here.writer, here.shots)
+    for site, shard in open_shards.items():
+        if len(shard.shots) != len(shots) or set(shard.shots) != set(shots):
+            raise BadInput(
+                f"The harvest gave other shots at the site '{site}' than it was called with. Their shard was discarded."
+            )
+        writer.submit(shard.recorder.add, number, shard.writer, shard.shots)
 
 
 @final
 class BackgroundWriter:
-    """A thread that does one thing after the other; after a failure it does nothing more, and says so at the next call."""
+    """A thread that runs tasks one after the other. After an error it runs no further ones, and the next call raises it."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._waiting: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._tasks: deque[Future[None]] = deque()
         self._failed = False
 
-    def later(self, work: Callable[..., None], *arguments: object) -> None:
-        """Nothing; `work` is done soon. Waits while too much is left to do."""
-        while len(self._waiting) > AHEAD:
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._do, work, arguments))
+    def submit(self, task: Callable[..., None], *arguments: object) -> None:
+        """Run `task` soon. Wait while too many tasks are queued."""
+        self.wait(QUEUE)
+        self._tasks.append(self._pool.submit(self._run, task, arguments))
 
-    def wait(self) -> None:
-        """Nothing; all is done."""
-        while self._waiting:
-            self._waiting.popleft().result()
+    def wait(self, queued: int = 0) -> None:
+        """Wait until at most `queued` tasks are left."""
+        while len(self._tasks) > queued:
+            self._tasks.popleft().result()
 
-    def _do(self, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    def _run(self, task: Callable[..., None], arguments: tuple[object, ...]) -> None:
         if self._failed:
             return
         try:
-            work(*arguments)
+            task(*arguments)
         except BaseException:
             self._failed = True
             raise
@@ -185,5 +341,5 @@ class BackgroundWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
-        while self._waiting and kind is None:
-            self._waiting.popleft().result()
+        if kind is None:
+            self.wait()

@@ -7,32 +7,31 @@ import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Float, Float32, Float64, Num
 from torch import Tensor
 
-from difflex.errors import BrokenFile, NonFinite
+from difflex.choices import StoredDtype
+from difflex.errors import BrokenFile, NonFinite, UnknownName
 from difflex.files import AtomicFile
 from difflex.records import Shot, Site
-from difflex.store.statistics import MomentsTally, RowMoments
 
 __all__ = [
+    "DTYPES",
     "MappedShard",
     "PackedRows",
+    "RowMoments",
     "ShardFormat",
     "ShardWriter",
-    "Stored",
-    "header",
+    "check_dtype",
     "pack",
-    "parts_of",
     "shard_size",
     "unpack",
 ]
 
-Stored = Literal["bf16", "fp16", "int8"]
-DTYPES: dict[Stored, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+DTYPES: dict[StoredDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -42,18 +41,20 @@ NAMES = {
     torch.float64: "F64",
 }
 SCALE = torch.float32
-# What a reader has gone past is given back to the system; where that cannot be asked for, the system takes it when it needs it.
+BLOCK = 2**19
+"""Entries that are summed in float32 before float64 takes over: few enough to stay in the cache of the CPU."""
+# Pages that a reader has passed are given back to the system; where it cannot be asked, it takes them when it needs memory.
 GIVE_BACK = getattr(mmap, "MADV_DONTNEED", None)
-MEND = "Delete the shard's two files and give the command that wrote it again: it makes this shard again and no other."
+REMEDY = "Delete the two files of the shard and run the command that wrote it again: it makes this shard again and no other."
 
 
 class ShardFormat(NamedTuple):
     """What all shards of a store have in common."""
 
     site: Site
-    dtype: Stored
+    dtype: StoredDtype
     tokens: int
-    """Of each shot."""
+    """Per shot."""
     width: int
 
     @property
@@ -62,20 +63,26 @@ class ShardFormat(NamedTuple):
         return self.width * DTYPES[self.dtype].itemsize + (SCALE.itemsize if self.dtype == "int8" else 0)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise an error for an unknown storage type."""
+    if dtype not in DTYPES:
+        raise UnknownName.among("The storage type", dtype, DTYPES)
+
+
 class PackedRows(NamedTuple):
-    """Activations as they lie on disk."""
+    """Activations in their form on disk."""
 
     values: Num[Tensor, "*rows width"]
     scales: Float32[Tensor, "*rows"] | None
-    """What a row of int8 is multiplied with."""
+    """For int8: the factor of each row."""
 
     def cpu(self) -> "PackedRows":
-        """The same, where files are written from."""
+        """The same rows on the CPU."""
         return PackedRows(self.values.cpu(), None if self.scales is None else self.scales.cpu())
 
 
-def pack(values: Float[Tensor, "*rows width"], dtype: Stored) -> PackedRows:
-    """`values` rounded to `dtype`; int8 has a scale for each row, so that its largest entry is 127."""
+def pack(values: Float[Tensor, "*rows width"], dtype: StoredDtype) -> PackedRows:
+    """Round `values` to `dtype`; int8 scales each row so that its largest entry is 127."""
     values = values.detach()
     if dtype != "int8":
         return PackedRows(values.to(DTYPES[dtype]), None)
@@ -85,21 +92,80 @@ def pack(values: Float[Tensor, "*rows width"], dtype: Stored) -> PackedRows:
 
 
 def unpack(packed: PackedRows) -> Float[Tensor, "*rows width"]:
-    """The values that training reads: bf16 and fp16 as they are, int8 as float32."""
+    """Return the values that training reads: bf16 and fp16 as stored, int8 as float32."""
     return packed.values if packed.scales is None else packed.values.float() * packed.scales.unsqueeze(-1)
 
 
+class RowMoments(NamedTuple):
+    """Moments of rows that can be merged with those of other rows."""
+
+    mean: Float64[Tensor, " width"]
+    squares: Float64[Tensor, " width"]
+    """The sum of squared deviations from the mean."""
+    totals: Float64[Tensor, "3"]
+    """Number of rows, sum of their Euclidean norms, largest norm."""
+
+    def merge(self, other: "RowMoments") -> "RowMoments":
+        """Return the moments of the rows of both (Chan, Golub & LeVeque 1983)."""
+        count, other_count = float(self.totals[0]), float(other.totals[0])
+        total = max(count + other_count, 1.0)
+        distance = other.mean - self.mean
+        squares = self.squares + other.squares + distance.square() * (count * other_count / total)
+        totals = torch.stack([*(self.totals[:2] + other.totals[:2]), torch.maximum(self.totals[2], other.totals[2])])
+        return RowMoments(self.mean + distance * (other_count / total), squares, totals)
+
+
+@final
+class MomentsTally:
+    """Moments of rows that arrive in blocks.
+
+    A block is summed in float32 about an origin within the data, and blocks are summed in float64, so that axes whose mean is
+    far from zero lose no precision.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._origin = torch.zeros(width)
+        self._block = torch.empty(max(1, BLOCK // width), width)
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._count, self._norms, self._peak = 0, 0.0, 0.0
+
+    def add(self, rows: Float[Tensor, "row width"]) -> bool:
+        """Add `rows` and return whether all of them are finite."""
+        for block in rows.split(len(self._block)):
+            if not self._count:
+                self._origin = block[0].float().clone()
+            x = self._block[: len(block)].copy_(block).sub_(self._origin)
+            ones = torch.ones(len(x))
+            along = x @ self._origin
+            self._sum += ones @ x
+            x.square_()
+            self._squares += ones @ x
+            norms = (x.sum(1) + 2 * along + self._origin.dot(self._origin)).clamp_min_(0).sqrt_()
+            self._norms += float(norms.sum(dtype=torch.float64))
+            self._peak = max(self._peak, float(norms.max()))
+            self._count += len(x)
+        return math.isfinite(self._norms)
+
+    def moments(self) -> RowMoments:
+        """Return the moments of all rows so far."""
+        count = max(self._count, 1)
+        squares = (self._squares - self._sum.square() / count).clamp_min(0)
+        totals = torch.tensor([self._count, self._norms, self._peak], dtype=torch.float64)
+        return RowMoments(self._origin.double() + self._sum / count, squares, totals)
+
+
 class TensorSlot(NamedTuple):
-    """Where a tensor lies in a shard."""
+    """The place of a tensor in a shard."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """In bytes from the beginning of the file."""
+    """In bytes from the end of the header."""
 
 
-def parts_of(form: ShardFormat, shots: int) -> dict[str, TensorSlot]:
-    """The tensors of a shard in the order of the file, `start` counted from the end of the header."""
+def tensor_slots(form: ShardFormat, shots: int) -> dict[str, TensorSlot]:
+    """Return the places of a shard's tensors, in the order of the file."""
     rows = shots * form.tokens
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"values": (DTYPES[form.dtype], (rows, form.width))}
     if form.dtype == "int8":
@@ -107,17 +173,17 @@ def parts_of(form: ShardFormat, shots: int) -> dict[str, TensorSlot]:
     if padding := -rows * form.row_bytes % 8:
         shapes["padding"] = (torch.uint8, (padding,))
     shapes |= {"mean": (torch.float64, (form.width,)), "squares": (torch.float64, (form.width,)), "totals": (torch.float64, (3,))}
-    parts, start = {}, 0
+    slots, start = {}, 0
     for name, (dtype, shape) in shapes.items():
-        parts[name] = TensorSlot(dtype, shape, start)
+        slots[name] = TensorSlot(dtype, shape, start)
         start += math.prod(shape) * dtype.itemsize
-    return parts
+    return slots
 
 
 def header(form: ShardFormat, shots: int) -> bytes:
-    """The first bytes of a shard: with the same form and number of shots always the same."""
+    """Return the safetensors header of a shard, which depends on its format and number of shots alone."""
     entries: dict[str, object] = {"__metadata__": {"format": "difflex activations 1", "site": str(form.site)}}
-    for name, (dtype, shape, start) in parts_of(form, shots).items():
+    for name, (dtype, shape, start) in tensor_slots(form, shots).items():
         ends = [start, start + math.prod(shape) * dtype.itemsize]
         entries[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": ends}
     text = json.dumps(entries).encode()
@@ -126,8 +192,8 @@ def header(form: ShardFormat, shots: int) -> bytes:
 
 
 def shard_size(form: ShardFormat, shots: int) -> int:
-    """Bytes of the file that holds so many shots."""
-    return len(header(form, shots)) + parts_of(form, shots)["totals"].start + 3 * torch.float64.itemsize
+    """Return the bytes of a shard file of `shots` shots."""
+    return len(header(form, shots)) + tensor_slots(form, shots)["totals"].start + 3 * torch.float64.itemsize
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -136,43 +202,43 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 @final
 class ShardWriter:
-    """A shard in the making; rows come in the order of its shots."""
+    """An unfinished shard file; rows are appended in the order of its shots."""
 
     def __init__(self, path: Path, rank: int, form: ShardFormat, shots: int) -> None:
         self._form = form
         self._missing = shots
-        self._padding = parts_of(form, shots).get("padding")
+        self._padding = tensor_slots(form, shots).get("padding")
         self._scales: list[Tensor] = []
         self._tally = MomentsTally(form.width)
         self._file = AtomicFile(path, rank)
         self._file.write(header(form, shots))
 
     def append(self, packed: PackedRows, shots: Sequence[Shot]) -> None:
-        """Nothing; writes the rows of further shots."""
+        """Write the rows of the next `shots`."""
         self._missing -= len(shots)
         if packed.scales is not None:
             self._scales.append(packed.scales)
         self._file.write(_bytes(packed.values))
-        self._count(unpack(packed), shots)
+        self._add_to_tally(unpack(packed), shots)
 
-    def _count(self, rows: Float[Tensor, "shot token width"], shots: Sequence[Shot]) -> None:
-        """Take in the rows of split `train`; a row that is not finite is an error."""
+    def _add_to_tally(self, rows: Float[Tensor, "shot token width"], shots: Sequence[Shot]) -> None:
+        """Add the rows of split `train` to the moments; raise an error for rows of any split that are not finite."""
         start, finite = 0, True
-        for split, alike in groupby(shot.split for shot in shots):
-            end = start + len(list(alike))
-            here = rows[start:end].flatten(0, 1)
-            finite &= self._tally.add(here) if split == "train" else math.isfinite(float(here.sum(dtype=torch.float32)))
+        for split, group in groupby(shot.split for shot in shots):
+            end = start + len(list(group))
+            part = rows[start:end].flatten(0, 1)
+            finite &= self._tally.add(part) if split == "train" else math.isfinite(float(part.sum(dtype=torch.float32)))
             start = end
         if not finite:
             shot = shots[int((~torch.isfinite(rows)).flatten(1).any(1).nonzero()[0])]
             raise NonFinite(
                 f"The activations of {shot.image or shot.prompt!r} (seed {shot.seed}) at the site '{self._form.site}' are not "
-                "finite as they are stored. fp16 ends at 65504: store bf16 instead."
+                "finite as stored. The largest number of fp16 is 65504: store bf16 instead."
             )
 
-    def keep(self) -> str:
-        """The SHA-256 of the finished file."""
-        assert self._missing == 0, "a shard is kept when all its shots are there"
+    def commit(self) -> str:
+        """Finish the file and return its SHA-256."""
+        assert self._missing == 0, "a shard is finished when the rows of all its shots are written"
         for scales in self._scales:
             self._file.write(_bytes(scales))
         if self._padding is not None:
@@ -182,44 +248,44 @@ class ShardWriter:
         return self._file.commit()
 
     def discard(self) -> None:
-        """Nothing; the unfinished file is gone."""
+        """Delete the unfinished file."""
         self._file.discard()
 
 
 @final
 class MappedShard:
-    """A shard seen through a memory map: opening it reads nothing but its header."""
+    """A shard as a memory map: opening it reads its header only."""
 
     def __init__(self, path: Path, form: ShardFormat, shots: int) -> None:
-        head, parts = header(form, shots), parts_of(form, shots)
-        size = shard_size(form, shots)
+        start, slots, size = header(form, shots), tensor_slots(form, shots), shard_size(form, shots)
         try:
             with path.open("rb") as file:
-                same = file.read(len(head)) == head
-                found = file.seek(0, 2)
-                if same and found == size:
+                header_matches = file.read(len(start)) == start
+                actual_size = file.seek(0, 2)
+                if header_matches and actual_size == size:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
-            raise BrokenFile(f"{path} is missing. {MEND}") from error
-        if found != size or not same:
-            what = f"has {found} bytes where {size} are right" if found != size else "has a header that is not its own"
-            raise BrokenFile(f"{path} {what}: it is damaged. {MEND}")
-        self._tensors = {name: self._tensor(part, len(head)) for name, part in parts.items()}
+            raise BrokenFile(f"{path} is missing. {REMEDY}") from error
+        if actual_size != size:
+            raise BrokenFile(f"{path} has {actual_size} bytes, expected are {size}: it is damaged. {REMEDY}")
+        if not header_matches:
+            raise BrokenFile(f"{path} has another header than expected: it is damaged. {REMEDY}")
+        self._tensors = {name: self._tensor(slot, len(start)) for name, slot in slots.items()}
         self.values: Num[Tensor, "row width"] = self._tensors["values"]
         self.scales: Float32[Tensor, " row"] | None = self._tensors.get("scales")
 
     def moments(self) -> RowMoments:
-        """The running statistics of its `train` rows."""
+        """Return the moments of its `train` rows."""
         return RowMoments(self._tensors["mean"].clone(), self._tensors["squares"].clone(), self._tensors["totals"].clone())
 
-    def give_back(self) -> None:
-        """Nothing; the pages seen so far no longer count as this process's memory."""
+    def release_pages(self) -> None:
+        """Give the pages read so far back to the system, so that they no longer count as memory of this process."""
         if GIVE_BACK is not None:
             self._map.madvise(GIVE_BACK)
 
-    def _tensor(self, part: TensorSlot, start: int) -> Tensor:
+    def _tensor(self, slot: TensorSlot, start: int) -> Tensor:
         with warnings.catch_warnings():
-            # The map is read-only and so is every use of it here: what leaves the store is a copy.
+            # The map is read-only and so is every use of it here: the store returns copies.
             warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
-            flat = torch.frombuffer(self._map, dtype=part.dtype, count=math.prod(part.shape), offset=start + part.start)
-        return flat.view(part.shape)
+            flat = torch.frombuffer(self._map, dtype=slot.dtype, count=math.prod(slot.shape), offset=start + slot.start)
+        return flat.view(slot.shape)

@@ -1,37 +1,35 @@
-"""What is known of all `train` rows of a store: a running tally of each shard, which can be merged."""
+"""The statistics of a whole store: merged from its shards, written to a file, read again."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from functools import reduce
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-__all__ = ["MomentsTally", "RowMoments", "StoreStatistics", "covariance", "merged", "sample_size"]
+from difflex.errors import BrokenFile
+from difflex.files import write_file
+from difflex.store.manifest import STATISTICS, Manifest, map_shard
+from difflex.store.shard import PackedRows, RowMoments, unpack
 
-BLOCK = 2**19
-"""Entries that are added up in float32 before float64 takes over: few enough to stay in the cache."""
+__all__ = ["StoreStatistics", "read_statistics", "statistics_bytes", "summarise", "write_statistics"]
+
 SAMPLE = 16
 """Rows in the sample for the covariance, as a multiple of the width."""
-WIDEST = 8192
+LARGEST_WIDTH = 8192
+"""Of a store with a covariance."""
 STRIP = 256
-
-
-class RowMoments(NamedTuple):
-    """Sums that describe rows, and that those of other rows can be merged with."""
-
-    mean: Float64[Tensor, " width"]
-    squares: Float64[Tensor, " width"]
-    """The sum of squared deviations from the mean."""
-    totals: Float64[Tensor, "3"]
-    """Count of the rows, sum of their Euclidean norms, largest norm."""
+CHUNK = 1024
+REMEDY = "Delete it and run the command that wrote the store again: it is computed from the shards."
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStatistics:
-    """Moments of all `train` rows, as a reader sees them."""
+    """Moments of all `train` rows."""
 
     count: int
     mean: Float64[Tensor, " width"]
@@ -41,76 +39,89 @@ class StoreStatistics:
     peak_norm: float
     """The largest Euclidean norm of a row."""
     covariance: Float64[Tensor, "width width"] | None
-    """Of an even sample of at most 16 x width rows, about the sample's own mean; None where the width is over 8192."""
+    """Of an even sample of at most 16 x width rows, about the sample's own mean; None for a width over 8192."""
     sampled: int
     """Rows in that sample."""
 
 
-@final
-class MomentsTally:
-    """Moments of rows that come in blocks.
-
-    A block is added up in float32 about an origin that lies within the data, blocks are added up in float64: axes whose mean is
-    far from zero lose nothing.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._origin = torch.zeros(width)
-        self._block = torch.empty(max(1, BLOCK // width), width)
-        self._sum = torch.zeros(width, dtype=torch.float64)
-        self._squares = torch.zeros(width, dtype=torch.float64)
-        self._count, self._norms, self._peak = 0, 0.0, 0.0
-
-    def add(self, rows: Float[Tensor, "row width"]) -> bool:
-        """Whether all of `rows`, which are taken in, are finite."""
-        for block in rows.split(len(self._block)):
-            if not self._count:
-                self._origin = block[0].float().clone()
-            x = self._block[: len(block)].copy_(block).sub_(self._origin)
-            ones = torch.ones(len(x))
-            along = x @ self._origin
-            self._sum += ones @ x
-            x.square_()
-            self._squares += ones @ x
-            norms = (x.sum(1) + 2 * along + self._origin.dot(self._origin)).clamp_min_(0).sqrt_()
-            self._norms += float(norms.sum(dtype=torch.float64))
-            self._peak = max(self._peak, float(norms.max()))
-            self._count += len(x)
-        return math.isfinite(self._norms)
-
-    def moments(self) -> RowMoments:
-        """Of all rows so far."""
-        count = max(self._count, 1)
-        squares = (self._squares - self._sum.square() / count).clamp_min(0)
-        totals = torch.tensor([self._count, self._norms, self._peak], dtype=torch.float64)
-        return RowMoments(self._origin.double() + self._sum / count, squares, totals)
+def statistics_bytes(width: int) -> int:
+    """Return the bytes of the tensors of a statistics file."""
+    return (2 * width + (width**2 if width <= LARGEST_WIDTH else 0)) * torch.float64.itemsize
 
 
-def merged(one: RowMoments, other: RowMoments) -> RowMoments:
-    """The moments of the rows of both (Chan, Golub & LeVeque 1983)."""
-    here, there = float(one.totals[0]), float(other.totals[0])
-    both = max(here + there, 1.0)
-    apart = other.mean - one.mean
-    squares = one.squares + other.squares + apart.square() * (here * there / both)
-    totals = torch.stack([*(one.totals[:2] + other.totals[:2]), torch.maximum(one.totals[2], other.totals[2])])
-    return RowMoments(one.mean + apart * (there / both), squares, totals)
+def summarise(folder: Path, manifest: Manifest) -> StoreStatistics:
+    """Compute the statistics of all `train` rows in `folder`; which rank wrote which shard makes no difference."""
+    width = manifest.head.width
+    zeros = torch.zeros(width, dtype=torch.float64)
+    moments = (map_shard(folder, manifest, shard).moments() for shard in sorted(manifest.shards))
+    mean, squares, totals = reduce(RowMoments.merge, moments, RowMoments(zeros, zeros, torch.zeros(3, dtype=torch.float64)))
+    count, norms, peak = totals.tolist()
+    sampled = min(int(count), SAMPLE * width) if width <= LARGEST_WIDTH else 0
+    return StoreStatistics(
+        count=int(count),
+        mean=mean,
+        variance=squares / max(count, 1),
+        mean_norm=norms / max(count, 1),
+        peak_norm=peak,
+        covariance=_covariance(_sample(folder, manifest, int(count), sampled), mean) if sampled else None,
+        sampled=sampled,
+    )
 
 
-def sample_size(count: int, width: int) -> int:
-    """How many of `count` rows the covariance is taken from."""
-    return min(count, SAMPLE * width) if width <= WIDEST else 0
+def _sample(folder: Path, manifest: Manifest, count: int, sampled: int) -> Iterator[Float[Tensor, "row width"]]:
+    """Yield `sampled` evenly spaced rows out of the `count` rows of split `train`, in chunks."""
+    tokens, first = manifest.head.tokens, 0
+    places = torch.arange(sampled) * count // sampled
+    for shard in sorted(manifest.shards):
+        shots = manifest.shards[shard].shots_of("train")
+        local = places[(places >= first) & (places < first + len(shots) * tokens)] - first
+        rows: Int[Tensor, " row"] = shots[local // tokens] * tokens + local % tokens
+        mapped = map_shard(folder, manifest, shard)
+        for chunk in rows.split(CHUNK) if len(rows) else ():
+            yield unpack(PackedRows(mapped.values[chunk], None if mapped.scales is None else mapped.scales[chunk]))
+        first += len(shots) * tokens
 
 
-def covariance(chunks: Iterable[Float[Tensor, "row width"]], mean: Float64[Tensor, " width"]) -> Float64[Tensor, "width width"]:
-    """The covariance of all rows in `chunks` about their own mean, `mean` being near it."""
+def _covariance(chunks: Iterable[Float[Tensor, "row width"]], mean: Float64[Tensor, " width"]) -> Float64[Tensor, "width width"]:
+    """Return the covariance of all rows in `chunks` about their own mean, which is near `mean`."""
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     total, count = torch.zeros_like(mean), 0
     for chunk in chunks:
         x = chunk.double() - mean
         for start in range(0, len(mean), STRIP):
-            # What lies below the diagonal is the mirror of what lies above it.
+            # The entries below the diagonal mirror those above it.
             products[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
         total += x.sum(0)
         count += len(x)
     total /= count
     return (products.triu() + products.triu(1).T) / count - torch.outer(total, total)
+
+
+def write_statistics(folder: Path, statistics: StoreStatistics, rank: int) -> str:
+    """Write `statistics` to their file in `folder` and return its SHA-256."""
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, value in vars(statistics).items()
+        if value is not None
+    }
+    return write_file(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
+
+
+def read_statistics(folder: Path) -> StoreStatistics:
+    """Read what `write_statistics` wrote."""
+    path = folder / STATISTICS
+    try:
+        tensors = load_file(path)
+        return StoreStatistics(
+            count=int(tensors["count"]),
+            mean=tensors["mean"],
+            variance=tensors["variance"],
+            mean_norm=float(tensors["mean_norm"]),
+            peak_norm=float(tensors["peak_norm"]),
+            covariance=tensors.get("covariance"),
+            sampled=int(tensors["sampled"]),
+        )
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{path} is missing. {REMEDY}") from error
+    except (SafetensorError, KeyError, OSError) as error:
+        raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {REMEDY}") from error

@@ -13,17 +13,14 @@ from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256
-from difflex.records import ActivationBatch, Shot, Site, Split, SplitBatches
-from difflex.store.batches import BatchShares, ShardReader, cut
-from difflex.store.manifest import MANIFEST, STATISTICS, Manifest, read_manifest, read_shots, shard_paths
-from difflex.store.order import ReadOrder
-from difflex.store.shard import MEND, MappedShard
-from difflex.store.statistics import StoreStatistics
-from difflex.store.summary import chosen, open_shard, read_statistics, summarise
+from difflex.records import ActivationBatch, Shot, Site, Split
+from difflex.store.manifest import MANIFEST, SPLITS, STATISTICS, Manifest, map_shard, read_shots, shard_paths
+from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches
+from difflex.store.shard import REMEDY, MappedShard
+from difflex.store.statistics import StoreStatistics, read_statistics, summarise
 
-__all__ = ["SPLITS", "WINDOW", "Store"]
+__all__ = ["WINDOW", "Store"]
 
-SPLITS: tuple[Split, ...] = ("train", "held-out")
 WINDOW = 2**15
 """Rows that are shuffled one by one: 200 MB at width 3072 in 16 bits."""
 
@@ -39,38 +36,38 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Store":
-        """The store in `folder`; a missing shard or a damaged manifest is an error. A store in the making can be read, too."""
+        """Open the store in `folder`, which may still be recorded; a missing shard or a damaged manifest is an error."""
         folder = Path(folder)
-        store = cls(folder, read_manifest(folder))
+        store = cls(folder, Manifest.read(folder))
         for shard in store._manifest.shards:
             for path in shard_paths(folder, shard):
                 if not path.is_file():
-                    raise BrokenFile(f"{path} is missing, {MANIFEST} lists it. {MEND}")
+                    raise BrokenFile(f"{path} is missing, but {MANIFEST} lists it. {REMEDY}")
         return store
 
     @property
     def site(self) -> Site:
-        """Where in the model the activations were read."""
+        """The site that the activations are of."""
         return self._manifest.head.site
 
     @property
     def model(self) -> str:
-        """The model they were read from."""
+        """The model that the activations are of."""
         return self._manifest.head.model
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen digits that change with the stored rows, and with the settings they were made by."""
+        """Sixteen digits that change with the rows and with the settings of the harvest."""
         return file_sha256(self.folder / MANIFEST)[:16]
 
     @property
     def width(self) -> int:
-        """Of a row."""
+        """The width of a row."""
         return self._manifest.head.width
 
     @property
     def tokens(self) -> int:
-        """Of each shot."""
+        """Tokens per shot."""
         return self._manifest.head.tokens
 
     @property
@@ -80,12 +77,12 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether its harvest came to its end."""
+        """Whether its harvest is finished."""
         return self._manifest.statistics is not None
 
     def count(self, split: Split = "train") -> int:
-        """How many rows it has of `split`."""
-        return self.tokens * sum(map(len, self._chosen(split).values()))
+        """Return the number of rows of `split`."""
+        return self.tokens * sum(map(len, self._shots_by_shard(split).values()))
 
     def batches(
         self,
@@ -94,36 +91,39 @@ class Store:
         seed: int | None = 0,
         split: Split = "train",
         rank: int = 0,
-        of: int = 1,
+        world_size: int = 1,
         start: int = 0,
         epochs: int | None = 1,
         window: int = WINDOW,
     ) -> SplitBatches:
-        """Batches of `size` rows from batch `start` on; endless if `epochs` is None, in the order of writing if `seed` is.
+        """Yield batches of `size` rows from batch `start` on: endless without `epochs`, in the order of writing without `seed`.
 
-        Batch i of several ranks together is batch i of one process that asks for `of` times the size. Which rows make a batch is
-        random, within the batch they are grouped by shard. The last batch of an epoch holds what is left.
+        Batch i of all ranks together is batch i of one process that asks for `world_size` times the size. The rows of a batch
+        are random, and within the batch they are grouped by shard. The last batch of an epoch is smaller.
         """
-        mine, form = cut(size, rank, of, start, window), self._manifest.head.form
-        order = ReadOrder(shots=self._chosen(split), tokens=form.tokens, row_bytes=form.row_bytes, window=window, key=None)
+        shares, form = BatchShares.checked(size, rank, world_size, start, window), self._manifest.head.form
+        shots = self._shots_by_shard(split)
+        order = ReadOrder(shots=shots, tokens=form.tokens, row_bytes=form.row_bytes, window=window, key=None)
         if not order.rows:
             raise BadInput(
                 f"{self.folder} has no rows of the split '{split}'. Harvest more prompts: a tenth of them is held out."
             )
-        begun, first = divmod(start, mine.batches(order.rows))
+        first_epoch, first = divmod(start, shares.batches(order.rows))
         parts = (
-            self._epoch(replace(order, key=None if seed is None else f"{seed}/{epoch}"), mine, first if epoch == begun else 0)
-            for epoch in (counting(begun) if epochs is None else range(begun, epochs))
+            self._epoch(
+                replace(order, key=None if seed is None else f"{seed}/{epoch}"), shares, first if epoch == first_epoch else 0
+            )
+            for epoch in (counting(first_epoch) if epochs is None else range(first_epoch, epochs))
         )
         return SplitBatches(chain.from_iterable(parts), split)
 
-    def _epoch(self, order: ReadOrder, mine: BatchShares, first: int) -> Iterator[ActivationBatch]:
-        reader = ShardReader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._mapped)
-        for share in mine.shares(order.rows, first):
+    def _epoch(self, order: ReadOrder, shares: BatchShares, first: int) -> Iterator[ActivationBatch]:
+        reader = ShardReader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._map_shard)
+        for share in shares.shares(order.rows, first):
             yield reader.rows(share)
 
     def shot(self, number: int) -> Shot:
-        """Everything needed to make the activations of the shot with this number again."""
+        """Return the shot with this number: all that is needed to make its activations again."""
         shard, place = divmod(int(number), self._manifest.head.shots_per_shard)
         entry = self._manifest.shards.get(shard)
         if entry is None or place >= entry.shots:
@@ -133,26 +133,26 @@ class Store:
 
     @property
     def statistics(self) -> StoreStatistics:
-        """Moments of all `train` rows; computed at each call while the harvest is not complete."""
+        """Moments of all `train` rows; computed at each call while the harvest is not finished."""
         return read_statistics(self.folder) if self.complete else summarise(self.folder, self._manifest)
 
     def verify(self) -> int:
-        """How many files were read from end to end and found whole; an error names all that are not."""
-        expected = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
+        """Check all files against their checksums and return their number; the error names all damaged ones."""
+        checksums = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
         for shard, entry in self._manifest.shards.items():
-            expected |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
-        broken = [path.name for path, checksum in expected.items() if not path.is_file() or file_sha256(path) != checksum]
-        if broken:
+            checksums |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
+        damaged = [path.name for path, checksum in checksums.items() if not path.is_file() or file_sha256(path) != checksum]
+        if damaged:
             raise BrokenFile(
-                f"In {self.folder} {len(broken)} of {len(expected)} files are not what was written: {', '.join(broken)}. "
-                "Delete these, of a shard both its files, and give the command that wrote them again: it makes them alone again."
+                f"In {self.folder} {len(damaged)} of {len(checksums)} files are damaged or missing: {', '.join(damaged)}. "
+                "Delete them, of a shard both files, and run the command that wrote them again: it makes only these again."
             )
-        return len(expected) + 1
+        return len(checksums) + 1
 
-    def _chosen(self, split: Split) -> dict[int, Int[Tensor, " shot"]]:
+    def _shots_by_shard(self, split: Split) -> dict[int, Int[Tensor, " shot"]]:
         if split not in SPLITS:
             raise UnknownName.among("The split", split, SPLITS)
-        return {shard: chosen(self._manifest.shards[shard], split) for shard in sorted(self._manifest.shards)}
+        return {shard: self._manifest.shards[shard].shots_of(split) for shard in sorted(self._manifest.shards)}
 
-    def _mapped(self, shard: int) -> MappedShard:
-        return open_shard(self.folder, self._manifest, shard)
+    def _map_shard(self, shard: int) -> MappedShard:
+        return map_shard(self.folder, self._manifest, shard)
