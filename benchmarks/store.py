@@ -141,7 +141,7 @@ def writing(root: Path) -> Result:
     def ours() -> None:
         # The first of two processes: the second one would write the other shard and the statistics.
         start = time.perf_counter()
-        record(root / "ours", shots, SITES[:1], harvest, RecordingConfig(batch=10, progress=False, rank=0, of=2))
+        record(root / "ours", shots, SITES[:1], harvest, RecordingConfig(batch=10, progress=False, rank=0, world_size=2))
         took.append(time.perf_counter() - start)
         shutil.rmtree(root / "ours")
 

@@ -80,7 +80,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     harvest = FakeHarvest(delay=flags.delay, width=flags.width)
-    settings = RecordingConfig(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, of=flags.of, progress=False)
+    settings = RecordingConfig(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, world_size=flags.of, progress=False)
     print("begins", flush=True)
     record(flags.folder, fake_shots(flags.runs), SITES, harvest, settings)
 

@@ -5,10 +5,10 @@ import resource
 import sys
 from pathlib import Path
 
-from difflex.records import Shot, Site
+from difflex.records import Site
 from difflex.store import Store
-from difflex.store.manifest import Manifest, ShardEntry, new_head, shard_paths
-from difflex.store.shard import ShardFormat, header, parts_of
+from difflex.store.manifest import Manifest, ShardEntry, StoreHeader, shard_paths
+from difflex.store.shard import ShardFormat, header, tensor_slots
 
 SHARDS, SHOTS, BATCH, WINDOW = 375, 170, 1024, 4096
 READ = 400 * 2**20
@@ -17,16 +17,15 @@ READ = 400 * 2**20
 def sparse_store(folder: Path) -> Store:
     """Shards of the usual size whose rows are holes in their files: zeros."""
     form = ShardFormat(Site("double.18"), "bf16", 256, 3072)
-    head, parts = header(form, SHOTS), parts_of(form, SHOTS)
+    head, parts = header(form, SHOTS), tensor_slots(form, SHOTS)
     for number in range(SHARDS):
         shard, shots = shard_paths(folder, number)
         with shard.open("wb") as file:
             file.write(head)
             file.truncate(len(head) + parts["totals"].start + 24)
         shots.write_text("")
-    shot = Shot(model="none", pixels=(256, 256), steps=1, guidance=0.0)
     entry = ShardEntry(shots=SHOTS, held_out=(3,), sha256="", shots_sha256="")
-    begun = new_head(form, shot, (16, 16), SHOTS, 1, "")
+    begun = StoreHeader(**form._asdict(), model="none", revision=None, grid=(16, 16), shots_per_shard=SHOTS, batch=1, source="")
     Manifest(head=begun, shards=dict.fromkeys(range(SHARDS), entry), statistics=None).write(folder, 0)
     return Store.open(folder)
 

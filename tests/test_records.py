@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from difflex.errors import BadInput
-from difflex.records import KINDS, STREAMS, Shot, Site, SplitBatches, of_split
+from difflex.records import KINDS, STREAMS, Shot, Site
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,15 +51,3 @@ def test_records_are_frozen():
     with pytest.raises(FrozenInstanceError):
         shot.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert len({shot, shot}) == 1
-
-
-def test_batches_of_another_split_than_the_one_needed_are_refused():
-    batches = SplitBatches(iter(()), "held-out")
-    with pytest.raises(BadInput, match=r"'held-out', needed is 'train'.*split='train'"):
-        of_split(batches, "train")
-    assert of_split(batches, "held-out") is batches
-
-
-def test_batches_that_do_not_know_their_split_pass():
-    plain = iter(())
-    assert of_split(plain, "train") is plain

@@ -8,16 +8,16 @@ import pytest
 import torch
 from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 
+from difflex.choices import StoredDtype
 from difflex.errors import BadInput, UnknownName
 from difflex.records import ActivationBatch
 from difflex.store import LiveActivations, RecordingConfig, record
-from difflex.store.shard import Stored
 
 SITE = SITES[0]
 
 
 def live(
-    runs: int | None = 200, window: int = 200, dtype: Stored = "bf16", harvest: FakeHarvest | None = None
+    runs: int | None = 200, window: int = 200, dtype: StoredDtype = "bf16", harvest: FakeHarvest | None = None
 ) -> LiveActivations:
     return LiveActivations(fake_shots(runs), SITE, harvest or FakeHarvest(), window=window, dtype=dtype, batch=4)
 
@@ -36,7 +36,7 @@ def by_place(batches: Iterable[ActivationBatch]) -> dict[tuple[int, int], torch.
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: Stored, split):
+def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: StoredDtype, split):
     settings = RecordingConfig(dtype=dtype, batch=4, shard_bytes=2000, progress=False)
     [store] = record(tmp_path, fake_shots(200), [SITE], FakeHarvest(), settings)
     source = live(dtype=dtype)
@@ -85,7 +85,7 @@ def test_endless_prompts_are_read_as_far_as_needed():
 
 
 def test_ranks_share_the_shots_and_get_equally_many_batches():
-    shares = [list(live(203).batches(32, rank=rank, of=3)) for rank in range(3)]
+    shares = [list(live(203).batches(32, rank=rank, world_size=3)) for rank in range(3)]
     assert len({tuple(len(rows.shots) for rows in share) for share in shares}) == 1
     shots = [{shot for shot, _ in of_all(iter(share))} for share in shares]
     train = {number for number, shot in enumerate(fake_shots(203)) if shot.split == "train"}

@@ -14,9 +14,9 @@ from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 from jaxtyping import TypeCheckError
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.records import ActivationBatch, of_split
-from difflex.store import RecordingConfig, Store, record
-from difflex.store.batches import BufferPool
+from difflex.records import ActivationBatch
+from difflex.store import RecordingConfig, Store, record, require_split
+from difflex.store.reading import BufferPool, SplitBatches
 
 SPARSE = Path(__file__).parent / "sparse_store.py"
 SITE = SITES[0]
@@ -51,9 +51,21 @@ def test_each_row_of_a_split_comes_once_and_holds_what_its_shot_made(store: Stor
 
 def test_batches_know_their_split_and_a_trainer_refuses_the_other(store: Store):
     assert [store.batches(8, split=split).split for split in ("train", "held-out")] == ["train", "held-out"]
-    assert places(next(of_split(store.batches(8), "train"))) == places(next(store.batches(8)))
+    assert places(next(require_split(store.batches(8), "train"))) == places(next(store.batches(8)))
     with pytest.raises(BadInput, match="held-out"):
-        of_split(store.batches(8, split="held-out"), "train")
+        require_split(store.batches(8, split="held-out"), "train")
+
+
+def test_batches_of_another_split_than_the_required_one_are_refused():
+    batches = SplitBatches(iter(()), "held-out")
+    with pytest.raises(BadInput, match=r"'held-out', 'train' is needed.*split='train'"):
+        require_split(batches, "train")
+    assert require_split(batches, "held-out") is batches
+
+
+def test_batches_without_a_split_pass():
+    plain = iter(())
+    assert require_split(plain, "train") is plain
 
 
 def test_about_a_tenth_is_held_out(store: Store):
@@ -98,7 +110,7 @@ def test_a_reader_that_starts_in_the_middle_continues_exactly(store: Store, star
 @pytest.mark.parametrize("of", [2, 3])
 def test_ranks_share_each_batch_of_one_process(store: Store, of: int):
     together = list(store.batches(32 * of, window=100))
-    shares = [list(store.batches(32, rank=rank, of=of, window=100)) for rank in range(of)]
+    shares = [list(store.batches(32, rank=rank, world_size=of, window=100)) for rank in range(of)]
     assert {len(share) for share in shares} == {len(together)}
     for i, rows in enumerate(together):
         assert sorted(places(rows)) == sorted(place for share in shares for place in places(share[i]))
@@ -214,7 +226,7 @@ def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
     path = store.folder / "shard-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BrokenFile, match=r"shard-00002.*Delete the shard's two files"):
+    with pytest.raises(BrokenFile, match=r"shard-00002.*Delete the two files of the shard"):
         list(store.batches(64))
 
 
@@ -222,7 +234,7 @@ def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
     ("how", "error", "complaint"),
     [
         ({"size": 0}, BadInput, "Batches of 0 rows"),
-        ({"rank": 2, "of": 2}, BadInput, "Rank 2 of 2"),
+        ({"rank": 2, "world_size": 2}, BadInput, "Rank 2 of 2"),
         ({"start": -1}, BadInput, "batch -1"),
         ({"window": 0}, BadInput, "window of 0"),
     ],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from difflex.errors import BadInput
 
@@ -120,27 +120,6 @@ class ActivationBatch(NamedTuple):
     """The position of each row's token within its shot."""
 
 
-@final
-class SplitBatches(Iterator[ActivationBatch]):
-    """Batches on their way to a reader, and the split that all of them are of."""
-
-    def __init__(self, batches: Iterator[ActivationBatch], split: Split) -> None:
-        self._batches = batches
-        self.split: Split = split
-
-    def __next__(self) -> ActivationBatch:
-        return next(self._batches)
-
-
-def of_split(batches: Iterator[ActivationBatch], split: Split) -> Iterator[ActivationBatch]:
-    """`batches`; those of another split are an error: nothing is judged on what it was trained on. A plain iterator passes."""
-    if isinstance(batches, SplitBatches) and batches.split != split:
-        raise BadInput(
-            f"These batches are of the split '{batches.split}', needed is '{split}'. Ask for batches(split='{split}')."
-        )
-    return batches
-
-
 class EditOutcomes(NamedTuple):
     """What a model makes of the same shots, left alone and under each of several edits: predictions, or images."""
 
@@ -177,7 +156,7 @@ class TransplantSource:
 class Edit:
     """A change of the activations at one site, as data: enough to make it again."""
 
-    what: Operation
+    operation: Operation
     """`add` a strength times what the features write, without looking at the activation. The others change the features' codes
     and leave alone what the dictionary does not explain: `set` them to the strength, `scale` them by it, `ablate` them, or
     `transplant` them from another generation. `replace`: nothing but the strength times what the features write."""

@@ -90,7 +90,7 @@ class HarvestCommand(ModelCommand):
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
         study = Study.planned(self.out, pipe.name, pipe.revision)
         harvest = partial(pipe.harvest, progress=False)
-        stores = record(study.activations, shots, sites, harvest, settings, accepted=study.write)
+        stores = record(study.activations, shots, sites, harvest, settings, before_writing=study.write)
         for store in stores:
             state = "complete" if store.complete else "this process's share is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
@@ -107,6 +107,6 @@ class HarvestCommand(ModelCommand):
             limit=self.max_bytes,
             source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
             rank=ranks.rank,
-            of=ranks.world_size,
+            world_size=ranks.world_size,
             progress=ranks.rank == 0,
         )

@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.dictionaries import Dictionary, Normalisation, NormalisedDictionary
-from difflex.dictionaries.sparse import bag
+from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.moments import JointMoments, both, figures, joint
 from difflex.evaluation.record import Evaluation, ReconstructionQuality
-from difflex.records import ActivationBatch, Codes, Shot, of_split
+from difflex.records import ActivationBatch, Codes, Shot
+from difflex.store import require_split
 
 __all__ = ["TOKENS", "evaluate"]
 
@@ -45,7 +46,7 @@ def evaluate(
         raise BadInput(f"{tokens} tokens evaluate nothing: ask for 1 or more.")
     tally = _EvaluationTally(dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), shot)
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None if progress else True, desc=dictionary.name) as bar:
-        for rows in _first(of_split(batches, "held-out"), tokens):
+        for rows in _first(require_split(batches, "held-out"), tokens):
             tally.take(rows)
             bar.update(len(rows.values))
     if not tally.parts:
@@ -159,7 +160,7 @@ def _spaces(
     if not isinstance(dictionary, NormalisedDictionary) or _is_plain(dictionary.normalisation):
         return [(x, dictionary.decode(codes))]
     # What `decode` does, in two steps: the sums over features are made once.
-    z = bag(codes, dictionary.atoms) + dictionary.bias
+    z = sparse_matmul(codes, dictionary.atoms) + dictionary.bias
     return [(x, dictionary.normalisation.restore(z)), (dictionary.normalisation.apply(x), z)]
 
 

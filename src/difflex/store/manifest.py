@@ -31,7 +31,7 @@ __all__ = [
     "shard_paths",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 SPLITS: tuple[Split, ...] = ("train", "held-out")
