@@ -9,14 +9,24 @@ import pytest
 
 from difflex.cli import main
 from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.estimates import estimate
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.findings import FindingsCommand
-from difflex.commands.forecast import CostEstimate, DictionaryForecast, Forecast, StoreForecast
+from difflex.commands.forecast import (
+    CostEstimate,
+    DictionaryForecast,
+    Forecast,
+    PlannedCommand,
+    StoreForecast,
+    duration,
+    machine_rate,
+    plan,
+    plan_table,
+)
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.planning import PlannedCommand, duration, machine_rate, plan, plan_table
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
@@ -59,14 +69,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def before(study: Study) -> list[PlannedCommand]:
     """What was told before it was run, which then is done."""
-    told = plan(study, RATE)
+    told = plan(study, RATE, estimate)
     assert not study.folder.exists()
     run_study(study)
     return told
 
 
 def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: list[PlannedCommand]):
-    expected, found = [each.estimate.bytes or 0 for each in before], [each.estimate.bytes or 0 for each in plan(study, RATE)]
+    expected, found = (
+        [each.estimate.bytes or 0 for each in before],
+        [each.estimate.bytes or 0 for each in plan(study, RATE, estimate)],
+    )
     assert sum(expected) == pytest.approx(sum(found), rel=0.1)
     verbs = [each.step.entry.verb for each in before]
     for verb, size, there in zip(verbs, expected, found, strict=True):
@@ -83,22 +96,22 @@ def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[Pla
 
 
 def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[PlannedCommand]):
-    for told, now in zip(before, plan(study, RATE), strict=True):
+    for told, now in zip(before, plan(study, RATE, estimate), strict=True):
         assert told.step.state == "to do" and told.estimate.seconds != now.estimate.seconds
         assert now.step.state == "done" and now.estimate.seconds == now.step.entry.seconds
-    (train, *_) = [each for each in plan(study, RATE) if each.step.entry.verb == "train"]
+    (train, *_) = [each for each in plan(study, RATE, estimate) if each.step.entry.verb == "train"]
     files = [path for folder in train.step.entry.made for path in (study.folder / folder).rglob("*") if path.is_file()]
     assert train.estimate.bytes == sum(path.stat().st_size for path in files)
-    assert "about" not in plan_table(plan(study, RATE)) and "about" in plan_table(before)
+    assert "about" not in plan_table(plan(study, RATE, estimate)) and "about" in plan_table(before)
 
 
 def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[PlannedCommand]):
     harvest, train = study.commands[1], study.commands[2]
     assert isinstance(train, TrainCommand)
     forecast = Forecast(RATE)
-    forecast.estimate(harvest)
-    slow, fast = (replace(forecast, rate=rate).estimate(train).seconds or 0 for rate in (RATE, 2 * RATE))
-    more = forecast.estimate(replace(train, tokens=8000)).seconds or 0
+    estimate(forecast, harvest)
+    slow, fast = (estimate(replace(forecast, rate=rate), train).seconds or 0 for rate in (RATE, 2 * RATE))
+    more = estimate(forecast, replace(train, tokens=8000)).seconds or 0
     assert more - slow == pytest.approx(2 * (slow - fast))
     assert slow > fast
 
@@ -106,7 +119,7 @@ def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study
 def test_planning_writes_nothing_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked the network"))
     monkeypatch.chdir(tmp_path)
-    told = plan(RECIPES["sdxl_turbo"](tmp_path / "study"), RATE)
+    told = plan(RECIPES["sdxl_turbo"](tmp_path / "study"), RATE, estimate)
     assert os.listdir(tmp_path) == []
     assert [each.estimate.seconds for each in told] == [None] * len(told)
     assert told[1].estimate.tokens == 4 * 38_400_000
@@ -123,14 +136,14 @@ class Silent(Command):
 
 
 def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
-    (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE)
+    (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE, estimate)
     assert told.estimate == CostEstimate(unknown="there is no estimate for this command")
 
 
 def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
     harvest = HarvestCommand(model="mini-flux", site=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
     train = TrainCommand(study=tmp_path / "study", site=("double.77",))
-    told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE)
+    told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE, estimate)
     assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
 
 
@@ -140,19 +153,19 @@ def test_commands_know_what_those_before_them_will_have_written():
         1.0, stores={(study, site): StoreForecast(100, 4, 8, Shot(model="m", pixels=(8, 8), steps=1, guidance=0.0))}
     )
     for size in (16, 32):
-        forecast.estimate(TrainCommand(study=study, site=(str(site),), size=(size,), k=(2,)))
+        estimate(forecast, TrainCommand(study=study, site=(str(site),), size=(size,), k=(2,)))
     assert forecast.store(study, site).rows == 100
     assert [each.size for each in forecast.dictionaries[study, site]] == [16, 32]
 
 
 def test_the_full_study_of_mini_flux_is_planned_to_take_more_than_an_hour(tmp_path: Path):
-    told = plan(RECIPES["mini_full"](tmp_path / "study"), rate=2e11)  # two cores
+    told = plan(RECIPES["mini_full"](tmp_path / "study"), 2e11, estimate)  # two cores
     assert 3000 < sum(each.estimate.seconds or 0 for each in told) < 6000
 
 
 @pytest.mark.parametrize("name", ["mini", "mini_full"])
 def test_nothing_of_a_study_of_mini_flux_is_unknown_beforehand(name: str, tmp_path: Path):
-    told = plan(RECIPES[name](tmp_path / "study"), RATE)
+    told = plan(RECIPES[name](tmp_path / "study"), RATE, estimate)
     assert {each.estimate.unknown for each in told} == {""}
     assert all(each.estimate.seconds and each.estimate.bytes for each in told)
 
@@ -189,7 +202,7 @@ def test_what_was_measured_is_predicted_to_within_a_factor_of_two(
     verb: type[SteerEvalCommand | RemovalCommand | FindingsCommand], tmp_path: Path
 ):
     took, flags = TOOK[verb]
-    told = mini_flux_forecast(tmp_path).estimate(verb(study=tmp_path, **flags)).seconds
+    told = estimate(mini_flux_forecast(tmp_path), verb(study=tmp_path, **flags)).seconds
     assert told is not None and took / 2 < told < took * 2
 
 
@@ -219,7 +232,7 @@ def test_twice_the_images_take_twice_the_time_beyond_the_start(
 ):
     forecast = mini_flux_forecast(Path("s"))
     once, twice = (
-        (forecast.estimate(each).seconds or 0) - forecast.seconds(encoding=fixed) for each in (few, replace(few, **many))
+        (estimate(forecast, each).seconds or 0) - forecast.seconds(encoding=fixed) for each in (few, replace(few, **many))
     )
     assert once > 1 and twice == pytest.approx(2 * once)
 
@@ -237,27 +250,27 @@ def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
         (replace(least[2], finding=("quality", "steps")), replace(least[2], concepts_per_group=3)),
     ]
     for one, others in zip(least, more, strict=True):
-        assert all((forecast.estimate(other).seconds or 0) > (forecast.estimate(one).seconds or 0) for other in others)
+        assert all((estimate(forecast, other).seconds or 0) > (estimate(forecast, one).seconds or 0) for other in others)
 
 
 def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_path: Path):
     forecast, nothing = mini_flux_forecast(tmp_path), Forecast(RATE)
     assert (
         "judge takes is not known"
-        in forecast.estimate(SteerEvalCommand(study=tmp_path, concepts=tmp_path / "concepts.toml", clip="clip")).unknown
+        in estimate(forecast, SteerEvalCommand(study=tmp_path, concepts=tmp_path / "concepts.toml", clip="clip")).unknown
     )
     for command in (SteerEvalCommand(study=tmp_path), RemovalCommand(study=tmp_path), ReportCommand(study=tmp_path)):
-        assert "dictionaries there will be is not known" in nothing.estimate(command).unknown
-    assert "--site" in forecast.estimate(FindingsCommand(study=tmp_path)).unknown
+        assert "dictionaries there will be is not known" in estimate(nothing, command).unknown
+    assert "--site" in estimate(forecast, FindingsCommand(study=tmp_path)).unknown
     elsewhere = SteerEvalCommand(study=tmp_path, dictionary=("double.0/topk-2048-k32",))
-    assert "not known" in forecast.estimate(elsewhere).unknown
-    assert "not known" in nothing.estimate(FindingsCommand(study=tmp_path, site="double.2")).unknown
+    assert "not known" in estimate(forecast, elsewhere).unknown
+    assert "not known" in estimate(nothing, FindingsCommand(study=tmp_path, site="double.2")).unknown
 
 
 def test_a_report_takes_longer_with_more_dictionaries(tmp_path: Path):
     forecast, site = mini_flux_forecast(tmp_path), Site("double.2")
     more = replace(forecast, dictionaries={(tmp_path, site): (DictionaryForecast(512, 8, 192),) * 9})
-    few, many = (each.estimate(ReportCommand(study=tmp_path)) for each in (forecast, more))
+    few, many = (estimate(each, ReportCommand(study=tmp_path)) for each in (forecast, more))
     assert few.seconds and many.seconds and many.seconds > few.seconds and (many.bytes or 0) > (few.bytes or 0)
 
 
@@ -265,8 +278,8 @@ def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_f
     forecast = Forecast(
         1.0, dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))}
     )
-    assert "not known" in forecast.estimate(ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer")).unknown
-    few, many = (forecast.estimate(ExplainCommand(studies=(tmp_path,), random_features=count)).seconds for count in (10, 1000))
+    assert "not known" in estimate(forecast, ExplainCommand(studies=(tmp_path,), vlm="http://here/v1", model="seer")).unknown
+    few, many = (estimate(forecast, ExplainCommand(studies=(tmp_path,), random_features=count)).seconds for count in (10, 1000))
     assert few is not None and many is not None and few < many
 
 

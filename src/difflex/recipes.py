@@ -15,13 +15,14 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.estimates import estimate
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.findings import FindingsCommand
+from difflex.commands.forecast import machine_rate, plan, plan_table
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.planning import machine_rate, plan, plan_table
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
@@ -236,7 +237,7 @@ class RunCommand(Command):
         if not isinstance(study, Study):
             raise BadInput(f"The recipe {self.recipe} gave {type(study).__name__}, not a difflex.Study.")
         if self.dry_run:
-            print(plan_table(plan(study, machine_rate())))
+            print(plan_table(plan(study, machine_rate(), estimate)))
             return
         run_study(study, until=self.until, recipe=self.recipe)
         print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")

@@ -1,61 +1,45 @@
-"""What the commands of a study will take, before any of them runs: tokens, disk, time. Only configs are read, nothing is fetched.
+"""Forecasts of what the commands of a study take, and the plan of a study as a table. Only configs are read, nothing is fetched.
 
 Time is counted in floating-point operations and divided by the measured rate of this machine. The efficiencies and the terms that
 no matrix product explains were fitted to runs on mini-flux on two cores: within a factor of two there, a first guess elsewhere.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from difflex.commands.anatomy import AnatomyCommand
-from difflex.commands.collect import CollectCommand
-from difflex.commands.concepts import ConceptsCommand
-from difflex.commands.evaluate import EvaluateCommand
-from difflex.commands.explain import ExplainCommand
-from difflex.commands.findings import FindingsCommand
-from difflex.commands.harvest import HarvestCommand
-from difflex.commands.itda import ItdaCommand
-from difflex.commands.neurons import NeuronsCommand
+import torch
+
 from difflex.commands.opening import UNTRAINED
-from difflex.commands.prompts import CAPTIONS, read_prompts
-from difflex.commands.removal import RemovalCommand
-from difflex.commands.report import ReportCommand
-from difflex.commands.steer_eval import SteerEvalCommand
-from difflex.commands.train import USUAL, TrainCommand
 from difflex.errors import DifflexError
-from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import ModelProfile, foresee
-from difflex.records import Shot, Site, split_of
-from difflex.store import RecordingConfig, ShardFormat, Store, recorded_bytes, shots_for
-from difflex.study import Command, Study
+from difflex.records import Shot, Site
+from difflex.store import Store, format_size
+from difflex.study import Command, Study, StudyStep, steps
 
-__all__ = ["CostEstimate", "DictionaryForecast", "Forecast", "StoreForecast"]
+__all__ = [
+    "CostEstimate",
+    "DictionaryForecast",
+    "Forecast",
+    "PlannedCommand",
+    "StoreForecast",
+    "Unknown",
+    "duration",
+    "machine_rate",
+    "plan",
+    "plan_table",
+]
 
-Work = Literal["model", "effect", "training", "encoding", "growing", "concepts"]
-EFFICIENCY: Mapping[Work, float] = {
-    "model": 0.34,
-    "effect": 0.15,
-    "training": 0.36,
-    "encoding": 0.36,
-    "growing": 0.47,
-    "concepts": 0.5,
-}
+EFFICIENCY = {"model": 0.34, "effect": 0.15, "training": 0.36, "encoding": 0.36, "growing": 0.47, "concepts": 0.5}
 """The share of the rate of a large matrix product that each kind of work reaches."""
 START = 1.0
 """Seconds before the work of a command begins."""
-SCENE, JUDGED = 1e9, 2.5e8
-"""Operations that take as long as drawing a scene of the drawn world, and as its judge takes for an image."""
-LEVELS = 3
-"""Noise levels at which a steered image is compared with its unedited one."""
-STRIP = 4_500
-"""Bytes of an image in a strip that is kept."""
-SCALED = 65_536
-"""Tokens from which the units of steering are measured."""
-PROMPTS, LONG = 256, 200
-"""Prompts that are read to measure how long they are; the length of one that cannot be read."""
+COLUMNS = ("", "state", "verb", "sites", "tokens", "disk", "time", "flags")
+MOST = 3
+"""Sites that are named in a line of the table."""
 
 
 class StoreForecast(NamedTuple):
@@ -91,7 +75,7 @@ class CostEstimate:
     """Why something is unknown."""
 
 
-class _Unknown(Exception):
+class Unknown(Exception):
     """A reason why a command cannot be estimated."""
 
 
@@ -105,26 +89,9 @@ class Forecast:
     """By study and site."""
     dictionaries: dict[tuple[Path, Site], tuple[DictionaryForecast, ...]] = field(default_factory=dict)
 
-    def estimate(self, command: Command) -> CostEstimate:
-        """Return what `command` is expected to take, and remember what it will have written."""
-        estimator: Callable[[Forecast, Any], CostEstimate] | None = ESTIMATORS.get(type(command))
-        if estimator is None:
-            return CostEstimate(unknown="there is no estimate for this command")
-        try:
-            return estimator(self, command)
-        except _Unknown as reason:
-            sites = getattr(command, "site", None) or ()
-            tokens = (
-                getattr(command, "tokens", None) if isinstance(command, HarvestCommand | TrainCommand | ItdaCommand) else None
-            )
-            sites = (sites,) if isinstance(sites, str) else sites
-            return CostEstimate(sites=sites, tokens=tokens and tokens * len(sites), unknown=str(reason))
-        except DifflexError as error:  # what is wrong with a command is reported when it runs
-            return CostEstimate(unknown=str(error))
-
     def seconds(self, **work: float) -> float:
         """Return the time that operations take, by kind of work."""
-        return START + sum(operations / (self.rate * EFFICIENCY[kind]) for kind, operations in work.items())  # pyright: ignore
+        return START + sum(operations / (self.rate * EFFICIENCY[kind]) for kind, operations in work.items())
 
     def store(self, folder: Path, site: Site) -> StoreForecast:
         """Return the shape of a store that exists or will exist."""
@@ -132,7 +99,7 @@ class Forecast:
             try:
                 store = Store.open(Study.open(folder).stores()[site])
             except (DifflexError, KeyError):
-                raise _Unknown(f"{site} is not in {folder} yet, and its width is not known") from None
+                raise Unknown(f"{site} is not in {folder} yet, and its width is not known") from None
             rows = store.count() + store.count("held-out")
             self.stores[folder, site] = StoreForecast(rows, store.tokens, store.width, store.shot(0))
         return self.stores[folder, site]
@@ -147,304 +114,121 @@ class Forecast:
         known = {site: several for (study, site), several in self.dictionaries.items() if study == folder}
         learned = {site: several[: counts.get(site) or None] for site, several in known.items() if not pairs or site in counts}
         if not learned:
-            raise _Unknown("which dictionaries there will be is not known")
+            raise Unknown("which dictionaries there will be is not known")
         return learned
+
+    def add(self, folder: Path, site: Site, shapes: Sequence[DictionaryForecast]) -> None:
+        """Remember dictionaries that a study will have."""
+        self.dictionaries[folder, site] = (*self.dictionaries.get((folder, site), ()), *shapes)
 
     def profile(self, shot: Shot, *sites: Site) -> ModelProfile:
         """Return the costs of the model of `shot` in runs like it."""
         revision = None if (shot.revision or "").startswith(UNTRAINED) else shot.revision
-        return _profile(shot.model, map(str, sites), revision, shot.steps, shot.pixels, shot.guidance)
+        return profile_or_unknown(shot.model, map(str, sites), revision, shot.steps, shot.pixels, shot.guidance)
 
     def studied(self, folder: Path, *sites: Site) -> ModelProfile:
         """Return the costs of the model of a study, in runs of its own steps, pixels and guidance."""
         shot = next((store.shot for (study, _), store in self.stores.items() if study == folder), None)
         model = shot or Study.open(folder)
-        return _profile(model.model, map(str, sites), None if (model.revision or "").startswith(UNTRAINED) else model.revision)
+        return profile_or_unknown(
+            model.model, map(str, sites), None if (model.revision or "").startswith(UNTRAINED) else model.revision
+        )
 
 
-def _profile(name: str, sites: Iterable[str], revision: str | None, *settings: Any) -> ModelProfile:
+def profile_or_unknown(name: str, sites: Iterable[str], revision: str | None, *settings: Any) -> ModelProfile:
     try:
         return foresee(name, tuple(sites), revision, *settings)
     except DifflexError as error:
         missing = "could not be read from" in str(error)
-        raise _Unknown(f"the model {name} is not on this machine" if missing else str(error).split(". ")[0]) from None
+        raise Unknown(f"the model {name} is not on this machine" if missing else str(error).split(". ")[0]) from None
 
 
-def _anatomy(forecast: Forecast, command: AnatomyCommand) -> CostEstimate:
-    model = _profile(command.model, command.site, command.revision, command.steps, command.pixels, command.guidance)
-    tokens = command.max_prompts * model.shot.steps * sum(tokens for tokens, _ in model.shapes.values())
-    return CostEstimate(
-        sites=tuple(map(str, model.shapes)),
-        tokens=tokens,
-        bytes=70_000 + 6 * 22 * max(width for _, width in model.shapes.values()),
-        seconds=forecast.seconds(model=_harvesting(model, command.max_prompts, command.max_prompts, model.shot.steps)) + 3.0,
-    )
+class PlannedCommand(NamedTuple):
+    """A command of a study, its state, and what it takes."""
+
+    step: StudyStep
+    estimate: CostEstimate
+    """The expectation; for a finished command its real files and time."""
 
 
-def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
-    model = _profile(command.model, command.site, command.revision, command.steps, command.pixels, command.guidance)
-    formats = [ShardFormat(site, command.dtype, *shape) for site, shape in model.shapes.items()]
-    run = len(command.keep_steps) if command.keep_steps is not None else model.shot.steps
-    prompts, count = _prompts_of(command)
-    revision = command.revision if command.untrained is None else f"{UNTRAINED}{command.untrained}"
-    plain = replace(model.shot, revision=revision, precision=command.precision or "fp32", timestep=750.0)
-    shots = [replace(plain, prompt=prompt, split=split_of(prompt)) for prompt in prompts]
-    if command.tokens is None and count is None:
-        raise _Unknown(f"how many prompts {command.prompts} has is known when they are read")
-    total = shots_for(command.tokens, formats, run) if command.tokens is not None else (count or 0) * len(command.seeds) * run
-    for shape in formats:
-        forecast.stores[command.out, shape.site] = StoreForecast(total * shape.tokens, shape.tokens, shape.width, shots[0])
-    last = command.keep_steps.stop if command.keep_steps is not None else model.shot.steps
-    work = _harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
-    return CostEstimate(
-        sites=tuple(map(str, model.shapes)),
-        tokens=sum(total * shape.tokens for shape in formats),
-        bytes=recorded_bytes(formats, shots, run, total, RecordingConfig(dtype=command.dtype, batch=command.batch)),
-        seconds=forecast.seconds(model=work),
-    )
+Estimator = Callable[[Forecast, Command], CostEstimate]
 
 
-def _prompts_of(command: HarvestCommand) -> tuple[list[str], int | None]:
-    """Return some of the prompts, and their number if it is needed and can be counted."""
-    if command.prompts != CAPTIONS and not Path(command.prompts).exists():  # a data set on the hub is not fetched for this
-        return ["x" * LONG], None
-    prompts = read_prompts(command.prompts, None, command.prompts_column, command.prompts_revision).texts
-    some = list(islice(prompts, PROMPTS))
-    return some, None if command.tokens is not None else len(some) + sum(1 for _ in prompts)
+def plan(study: Study, rate: float, estimate: Estimator) -> list[PlannedCommand]:
+    """Return the commands of `study` with what each takes, by `estimate`, on a machine of this `rate`."""
+    forecast, planned = Forecast(rate), []
+    for step in steps(study):
+        cost = estimate(forecast, step.command)
+        if step.state == "done":
+            size = sum(_size(study.folder / path) for path in step.entry.made)
+            cost = replace(cost, bytes=size, seconds=step.entry.seconds, unknown="")
+        planned.append(PlannedCommand(step, cost))
+    return planned
 
 
-def _train(forecast: Forecast, command: TrainCommand) -> CostEstimate:
-    usual, total, size, work = USUAL[command.preset], 0, 0, 0.0
-    for site in map(Site.parse, command.site):
-        store = forecast.store(command.study, site)
-        tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
-        shapes = [DictionaryForecast(n, k, store.width) for n in command.size or (usual.size,) for k in command.k or (usual.k,)]
-        _remember(forecast, command.study, site, shapes)
-        total, work = total + tokens, work + sum(_encoding(shape, tokens) for shape in shapes)
-        size += sum(_trained_bytes(command, shape) for shape in shapes)
-    return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=forecast.seconds(training=work))
+def machine_rate() -> float:
+    """Measure the floating-point operations per second of a large matrix product, on the GPU or on all threads of the CPU.
+
+    The best of several, each on one thread: what other processes do meanwhile is not part of the rate.
+    """
+    device, side = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 512)
+    threads = torch.get_num_threads()
+    x = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    best, end = float("inf"), time.perf_counter() + 0.2
+    try:
+        torch.set_num_threads(1)
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            torch.mm(x, x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * side**3 / best * (1 if device == "cuda" else threads)
 
 
-def _trained_bytes(command: TrainCommand, shape: DictionaryForecast) -> int:
-    """Return the bytes of weights, optimiser state, counts and log."""
-    weights = 2 * shape.size * shape.width + shape.size + shape.width
-    copies = 4 if command.preset.startswith("paper") else 3  # with an exponential moving average
-    whitens = (command.normalisation or ("whiten" if command.preset.startswith("paper") else "")) == "whiten"
-    return 4 * (copies * weights + 2 * shape.width**2 * whitens + 4 * shape.width) + 24 * shape.size + 11_000
+def plan_table(planned: Sequence[PlannedCommand]) -> str:
+    """Return a table with a line for each command, the sums, and what is unknown."""
+    remaining = [each.estimate for each in planned if each.step.state != "done"]
+    sums = [_sum("remaining", remaining)] if len(remaining) < len(planned) else []
+    sums.append(_sum("total", [each.estimate for each in planned]))
+    lines = [COLUMNS, *(_line(number, each) for number, each in enumerate(planned, 1)), *sums]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    unknown = [f"{number}: unknown: {each.estimate.unknown}" for number, each in enumerate(planned, 1) if each.estimate.unknown]
+    return "\n".join([text, *unknown])
 
 
-def _itda(forecast: Forecast, command: ItdaCommand) -> CostEstimate:
-    site = Site.parse(command.site)
-    store = forecast.store(command.study, site)
-    tokens = min(command.tokens or store.rows, round(0.9 * store.rows))
-    shape = DictionaryForecast(
-        command.size or (64_000 if command.paper else 16_384), command.k or (64 if command.paper else 32), store.width
-    )
-    shapes = [shape] * max(1, len(command.threshold))
-    _remember(forecast, command.study, site, shapes)
-    return CostEstimate(
-        sites=(command.site,),
-        tokens=tokens,
-        bytes=len(shapes) * (shape.size * (4 * shape.width + 100) + 35_000),
-        seconds=forecast.seconds(growing=len(shapes) * _growing(shape, tokens)),
-    )
+def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
+    step, estimate = planned
+    flags = {name: value for name, value in step.entry.flags.items() if value not in (None, False, [], {})}
+    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in flags.items()]
+    sites = ",".join(estimate.sites[:MOST]) + (f" and {len(estimate.sites) - MOST} more" if len(estimate.sites) > MOST else "")
+    tokens = "?" if estimate.tokens is None else f"{estimate.tokens:,}"
+    size = "?" if estimate.bytes is None else format_size(estimate.bytes)
+    about = "" if step.state == "done" else "about "
+    took = "?" if estimate.seconds is None else about + duration(estimate.seconds)
+    return str(number), step.state, step.entry.verb, sites, tokens, size, took, " ".join(words)
 
 
-def _neurons(forecast: Forecast, command: NeuronsCommand) -> CostEstimate:
-    size = 0
-    for site in map(Site.parse, command.site):
-        width = forecast.store(command.study, site).width
-        _remember(forecast, command.study, site, [DictionaryForecast(width, k, width) for k in command.k])
-        size += len(command.k) * (600 + 4 * width)
-    return CostEstimate(sites=command.site, tokens=0, bytes=size, seconds=START)
+def _sum(name: str, estimates: Sequence[CostEstimate]) -> tuple[str, ...]:
+    sizes, times = [each.bytes for each in estimates], [each.seconds for each in estimates]
+    size = format_size(sum(size or 0 for size in sizes)) + (" and ?" if None in sizes else "")
+    took = duration(sum(took or 0.0 for took in times)) + (" and ?" if None in times else "")
+    return "", "", name, "", "", size, took, ""
 
 
-def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
-    learned = forecast.learned(command.study, (*command.site, *command.dictionary))
-    total, encoded, effect = 0, 0.0, 0.0
-    for site, shapes in learned.items():
-        store = forecast.store(command.study, site)
-        tokens = min(command.tokens, store.rows // 10)
-        total, encoded = total + tokens * len(shapes), encoded + sum(_encoding(shape, tokens) for shape in shapes)
-        if command.effect_shots:
-            shots = min(command.effect_shots, store.rows // 10 // store.tokens)
-            effect += _replacing(forecast.profile(store.shot), shots, len(shapes))
-    count = sum(map(len, learned.values()))
-    seconds = forecast.seconds(encoding=encoded, effect=effect)
-    return CostEstimate(sites=tuple(map(str, learned)), tokens=total, bytes=count * 3600, seconds=seconds)
+def duration(seconds: float) -> str:
+    """Return a time in words, with two digits."""
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 99 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds:.0f} s"
 
 
-def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
-    if command.folder is not None:
-        raise _Unknown("how many images the folder holds is known when they are read")
-    known, levels, sites = sum(map(len, CONCEPTS.values())), len(command.noise), dict[str, None]()
-    rounds = levels + (levels > 1)
-    total, size, model, matched, encoded = 0, 0, 0.0, SCENE * command.images, 0.0
-    for folder in command.studies:
-        for site, shapes in forecast.learned(folder, (*command.site, *command.dictionary)).items():
-            store, inner = forecast.store(folder, site), site.kind == "neurons"
-            profile, ks, tokens = (
-                forecast.profile(store.shot, site),
-                {each.k for each in shapes},
-                command.images * levels * store.tokens,
-            )
-            methods = len(shapes) + (3 - inner) * len(ks)
-            model += (2 - inner) * command.images * levels * (profile.reached + profile.decoded)
-            matched += rounds / levels * (5e6 * tokens * methods + 300.0 * tokens * (5 - 4 * inner) * store.width * known)
-            encoded += sum(_encoding(shape, tokens) for shape in shapes)
-            features = sum(each.size for each in shapes) + len(ks) * (max(each.size for each in shapes) + 6 * store.width)
-            total, size = total + tokens * (2 - inner), size + methods * rounds * 27_000 + features * 47
-            sites[str(site)] = None
-    seconds = forecast.seconds(model=model, concepts=matched, encoding=encoded)
-    return CostEstimate(sites=tuple(sites), tokens=total, bytes=size, seconds=seconds)
-
-
-def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
-    learned = forecast.learned(command.study, (*command.site, *command.dictionary))
-    store = forecast.store(command.study, next(iter(learned)))
-    model = forecast.profile(store.shot, *learned)
-    given, steps = command.drawn_world or command.folder is not None, command.steps or store.shot.steps
-    moments = len(command.noise) if given else len(command.keep_steps or range(steps))
-    tokens, shapes = command.images * moments * store.tokens, [shape for several in learned.values() for shape in several]
-    passes = moments * model.reached if given else steps * model.step
-    work = command.images * (passes + model.prompt + model.decoded + SCENE * command.drawn_world)
-    height, width = store.shot.pixels
-    return CostEstimate(
-        sites=tuple(map(str, learned)),
-        tokens=tokens * len(learned),
-        bytes=round(sum(shape.size for shape in shapes) * 4000 + command.images * height * width * 1.1),
-        seconds=forecast.seconds(model=work, encoding=sum(_encoding(shape, tokens) for shape in shapes)),
-    )
-
-
-def _explain(forecast: Forecast, command: ExplainCommand) -> CostEstimate:
-    if command.vlm != "known":
-        raise _Unknown("how long a VLM takes to answer is not known; --dry-run counts the calls")
-    names = (*command.site, *command.dictionary)
-    books = sum(len(several) for study in command.studies for several in forecast.learned(study, names).values())
-    features = books * (len(command.feature) or command.random_features)
-    return CostEstimate(sites=command.site, bytes=features * 1_000, seconds=START + features * 0.03)
-
-
-def _steer_eval(forecast: Forecast, command: SteerEvalCommand) -> CostEstimate:
-    if command.concepts:
-        raise _Unknown("how long the judge takes is not known")
-    shapes = _steered(forecast, command.study, command.dictionary)
-    points = 3 * len(command.strength) + 1
-    # A third of the concepts has a feature, before `difflex concepts` says so.
-    concepts = len(shapes) * sum(len(CONCEPTS.get(group, ())) for group in command.groups) / 3
-    last = command.edit_steps.stop if command.edit_steps else None
-    estimate = _edited(
-        forecast, command.study, shapes, concepts * command.trials * (1 + points), concepts * command.pairs * 2, last
-    )
-    strips = round(len(shapes) * len(command.groups) * (points + 4) * STRIP)
-    return replace(estimate, bytes=round(concepts * points * 220) + strips)
-
-
-def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
-    sets = [_steered(forecast, command.study, names.split(",")) for names in command.dictionary]
-    if not sets:  # all sites together, once for each shape of dictionary
-        steered = _steered(forecast, command.study, ())
-        sets = [
-            [(site, shape) for site, shape in steered if shape == alike] for alike in dict.fromkeys(each for _, each in steered)
-        ]
-    concepts = [len(CONCEPTS[group]) for group in command.groups]
-    settings = len(command.features) * len(command.strength)
-    tried = 0.6 * settings if settings > 1 else 0  # about as many settings are tried before one is good enough
-    plain = sum(concepts) * (command.selection_images + command.tuning_images + command.images)
-    edited = len(sets) * sum(2 * count * (tried * command.tuning_images + command.images) for count in concepts)
-    estimate = _edited(forecast, command.study, [pair for together in sets for pair in together], plain + edited, scaled=False)
-    return replace(estimate, bytes=len(sets) * sum(concepts) * 1_700)
-
-
-def _findings(forecast: Forecast, command: FindingsCommand) -> CostEstimate:
-    steered = _steered(forecast, command.study, [command.site] if command.site else ())
-    if len({site for site, _ in steered}) != 1:
-        raise _Unknown("where to steer is not known: name a --site")
-    concepts = len(command.groups) * command.concepts_per_group
-    inner = max(1, len(command.strength) - 2)
-    points = {"pairs": 1 + (len(command.pairs) - 1) * inner, "quality": 0, "size": 0}
-    names = command.finding or ("pairs", "distribution", "adversarial", "related", "steps")
-    points = 1 + len(command.strength) + sum(points.get(name, 2 * (1 + inner)) for name in names)
-    images = concepts * command.trials * points
-    return _edited(forecast, command.study, steered, images, 2 * max(command.pairs) * concepts)
-
-
-def _edited(
-    forecast: Forecast,
-    study: Path,
-    shapes: Sequence[tuple[Site, DictionaryForecast]],
-    images: float,
-    sides: float = 0,
-    last: int | None = None,
-    scaled: bool = True,
-) -> CostEstimate:
-    """Images that are generated and judged, and the prompts of contrasts, `sides` in all, harvested to step `last`."""
-    model = forecast.studied(study, *(site for site, _ in shapes))
-    steps, tokens = last or model.shot.steps, {site: model.shapes[site][0] for site, _ in shapes}
-    judged = JUDGED + (model.decoded + LEVELS * model.step if scaled else 0.0)
-    work = images * (judged + model.prompt + model.shot.steps * model.step + model.decoded)
-    rows = {site: (sides or images) * steps * count for site, count in tokens.items()}
-    encoded = sum(_encoding(shape, SCALED if scaled else rows[site]) for site, shape in shapes)
-    return CostEstimate(
-        sites=tuple(map(str, tokens)),
-        tokens=round(sum(rows.values())),
-        bytes=round(images * 30),
-        seconds=forecast.seconds(model=work + _harvesting(model, sides, sides, steps), encoding=encoded),
-    )
-
-
-def _report(forecast: Forecast, command: ReportCommand) -> CostEstimate:
-    learned = forecast.learned(command.study)
-    count = sum(map(len, learned.values()))
-    return CostEstimate(sites=tuple(map(str, learned)), tokens=0, bytes=700_000 + count * 50_000, seconds=3.0 + count * 1.5)
-
-
-ESTIMATORS: Mapping[type[Command], Callable[[Forecast, Any], CostEstimate]] = {
-    AnatomyCommand: _anatomy,
-    HarvestCommand: _harvest,
-    TrainCommand: _train,
-    ItdaCommand: _itda,
-    NeuronsCommand: _neurons,
-    EvaluateCommand: _evaluate,
-    ConceptsCommand: _concepts,
-    CollectCommand: _collect,
-    ExplainCommand: _explain,
-    SteerEvalCommand: _steer_eval,
-    RemovalCommand: _removal,
-    FindingsCommand: _findings,
-    ReportCommand: _report,
-}
-
-
-def _remember(forecast: Forecast, folder: Path, site: Site, shapes: Sequence[DictionaryForecast]) -> None:
-    forecast.dictionaries[folder, site] = (*forecast.dictionaries.get((folder, site), ()), *shapes)
-
-
-def _steered(forecast: Forecast, folder: Path, names: Sequence[str]) -> list[tuple[Site, DictionaryForecast]]:
-    """Return the dictionaries to steer with; of a named one the label is not predicted: it is the largest of its site at most."""
-    learned = forecast.learned(folder, [name.partition("/")[0] for name in names])
-    if names:
-        return [(site, max(learned[site])) for site in (Site.parse(name.partition("/")[0]) for name in names)]
-    return [(site, shape) for site, shapes in learned.items() if site.kind != "neurons" for shape in shapes]
-
-
-def _harvesting(model: ModelProfile, runs: float, prompts: float, steps: int) -> float:
-    """Runs that end at the site in the last of `steps`, and encoding their prompts."""
-    return runs * ((steps - 1) * model.step + model.reached) + prompts * model.prompt
-
-
-def _encoding(shape: DictionaryForecast, tokens: float) -> float:
-    """A dense product, k rows gathered, and what each token costs besides."""
-    return tokens * (shape.width * shape.size + 60 * shape.k * shape.width + 1e6)
-
-
-def _growing(shape: DictionaryForecast, tokens: float) -> float:
-    """Three passes until the threshold is found: dense products, a Gram matrix, and k equations for each token."""
-    return tokens * (6.0 * shape.width * shape.size + 530.0 * shape.size * shape.k + 3100.0 * shape.k**3 + 9e6)
-
-
-def _replacing(model: ModelProfile, shots: int, dictionaries: int) -> float:
-    """Predictions and images under each dictionary, mean and zero ablation, and without an edit."""
-    runs, passes = model.shot.steps, shots * model.step
-    return passes * (runs / 2 + dictionaries + 2) + (dictionaries + 3) * (passes * runs + shots * model.decoded)
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum((Path(folder) / name).stat().st_size for folder, _, names in os.walk(path) for name in names)
