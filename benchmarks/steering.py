@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import difflex
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.records import Edit, Site
-from difflex.steering import SteeringHook, features_of, steerings
+from difflex.steering import SteeringHook, dictionary_features, steering_hooks
 
 torch.set_num_threads(1)
 IMAGES, ROUNDS, SIZE, K = 32, 7, 2048, 32
@@ -25,7 +25,7 @@ BAR = 0.05
 def dictionary(width: int) -> SAE:
     """A random one: what an edit costs does not depend on what its feature means."""
     decoder = F.normalize(torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0)), dim=1)
-    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), floor=None)
+    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), thresholds=None)
     origin = DictionaryOrigin(site=SITE, model="mini-flux")
     return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights)
 
@@ -34,9 +34,10 @@ def main() -> int:
     """0 if the bar is met, else 1."""
     pipe = difflex.load("mini-flux")
     width = next(row.width for row in pipe.sites("double.1"))
-    features = features_of(dictionary(width), [7], None)
+    features = dictionary_features(dictionary(width), [7], None)
     edits = {
-        what: steerings([Edit(what=what, site=SITE, strength=1.0, unit="code")], lambda _: features) for what in ("add", "set")
+        operation: steering_hooks([Edit(operation=operation, site=SITE, strength=1.0, unit="code")], lambda _: features)
+        for operation in ("add", "set")
     }
     runs: dict[str, list[SteeringHook]] = {"unedited": [], **edits}
     prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (IMAGES // 4)

@@ -83,19 +83,25 @@ ARROWS: dict[str, set[str]] = {
 
 # Doors inside of stations: what others may import from besides the stations themselves.
 INNER_DOORS = {
+    "dictionaries.files",
     "dictionaries.itda",
     "dictionaries.normalisation",
     "dictionaries.pursuit",
+    "dictionaries.pursuit.algorithms",
+    "dictionaries.pursuit.correlations",
     "dictionaries.sparse",
     "effects.findings",
     "effects.removal",
     "evaluation.anatomy",
     "evaluation.concepts",
-    "features.book",
+    "features.collecting",
+    "features.entries",
+    "features.explanations",
     "miniature.captions",
     "miniature.judge",
     "miniature.world",
     "report.comparison",
+    "steering.contrast",
     "training.itda",
 }
 

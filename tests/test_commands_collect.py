@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from difflex.study.forecast import CostOutlook, DictionaryForecast
 from PIL import Image
 
 from difflex.cli import main
@@ -13,13 +14,13 @@ from difflex.commands.books import kept_strength
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import drawn_concepts
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.dictionaries.itda.provenance import AtomProvenance
+from difflex.dictionaries.itda import AtomProvenance
 from difflex.evaluation.concepts import ConceptMatches, FeatureMatches
-from difflex.features.book import Book, Explanation, ExplanationScore, ImageAlbum, overview
+from difflex.features import Book, ImageAlbum, overview
+from difflex.features.explanations import Explanation, ExplanationScore
 from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord, StudyEditor
 from difflex.study import DictionaryRef, Study
-from difflex.study.forecast import CostOutlook, DictionaryForecast
 
 SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
 SIZE = 24
@@ -56,7 +57,25 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         for prompt in ("a red star on grass", "a blue circle on sky")
     ]
     itda(shots).save(made.dictionary(SITE, "itda-6-k3"))
-    assert main(["collect", str(folder), "--images", "20", "--batch", "8", "--top-examples", "4", "--random-examples", "4", "--silent-examples", "2"]) == 0
+    assert (
+        main(
+            [
+                "collect",
+                str(folder),
+                "--images",
+                "20",
+                "--batch",
+                "8",
+                "--top-examples",
+                "4",
+                "--random-examples",
+                "4",
+                "--silent-examples",
+                "2",
+            ]
+        )
+        == 0
+    )
     return made
 
 
@@ -66,18 +85,18 @@ def test_every_dictionary_gets_a_book_of_the_images_that_were_harvested(study: S
             assert (book.about.dictionary, book.about.size, book.about.grid) == (str(place), size, (8, 8))
             assert (book.about.images, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
             assert all((study.images / image.file).is_file() for image in book.images())
-            top = book.examples(max(book.features(), key=lambda row: row.fired).feature, "top")
+            top = book.examples(max(book.features(), key=lambda row: row.firings).feature, "top")
             assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
     assert not [*study.folder.glob("books/*.safetensors")]
 
 
-@pytest.mark.filterwarnings("ignore:.*it is dead")
+@pytest.mark.filterwarnings("ignore:.*is dead")
 def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_there(
     study: Study, capsys: pytest.CaptureFixture[str]
 ):
     toolbox = StudyEditor(study)
     own = [
-        toolbox.default_strength(Edit(what="add", site=SITE, dictionary=SAE_REF.label, features=(feature,)))
+        toolbox.with_default_strength(Edit(operation="add", site=SITE, dictionary=SAE_REF.label, features=(feature,))).strength
         for feature in range(SIZE)
     ]
     with Book.open(study.book(*SAE_REF)) as book:
@@ -143,7 +162,20 @@ def test_an_atom_shows_the_patch_it_is(study: Study):
 
 
 def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = ["collect", str(study.folder), "--images", "20", "--batch", "8", "--top-examples", "4", "--random-examples", "4", "--silent-examples", "2"]
+    words = [
+        "collect",
+        str(study.folder),
+        "--images",
+        "20",
+        "--batch",
+        "8",
+        "--top-examples",
+        "4",
+        "--random-examples",
+        "4",
+        "--silent-examples",
+        "2",
+    ]
     assert main(words) == 0
     assert capsys.readouterr().out.count("is there already") == 3
     study.book(*SAE_REF).write_bytes(b"no book")
@@ -181,7 +213,7 @@ def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.Captu
     matches.save(study.concepts(*SAE_REF))
     with Book.edit(study.book(*SAE_REF)) as book:
         told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
-        book.explain(told, (), [ExplanationScore("accuracy", 0.75, None, None, 10)])
+        book.add_explanation(told, (), [ExplanationScore("accuracy", 0.75, None, None, 10)])
 
     def listed(*words: str) -> list[list[str]]:
         assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), *words]) == 0

@@ -11,7 +11,8 @@ from difflex.cli import main
 from difflex.commands.steer import _strengths
 from difflex.dictionaries import Dictionary
 from difflex.records import Site
-from difflex.steering import Contrast, StudyEditor
+from difflex.steering import StudyEditor
+from difflex.steering.contrast import Contrast
 from difflex.study import DictionaryRef, Study
 from difflex.testing import tiny_folder
 
@@ -26,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_folder("flux", root / "tiny-flux", card={"pixels": [[16, 24]]})
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study")]
-    assert main([*words, "--sites", SITE]) == 0
+    assert main([*words, "--site", SITE]) == 0
     assert (
         main(["train", str(root / "study"), "--site", SITE, "--k", "4", "--size", "64", "--tokens", "2000", "--batch", "64"]) == 0
     )
@@ -73,7 +74,7 @@ def test_a_recorded_edit_is_replayed_to_the_pixel_and_refused_once_its_dictionar
     study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     first, again, record = (tmp_path / name for name in ("first.png", "again.png", "edit.json"))
-    flags = ["--prompt", "a star", "--region", "0,0,0.5,1", "--steps", "0:1", "--strength", "9", "--record", str(record)]
+    flags = ["--prompt", "a star", "--region", "0,0,0.5,1", "--edit-steps", "0:1", "--strength", "9", "--record", str(record)]
     assert steer(study, PLACE, alive[0], *flags, "--out", str(first)) == 0
     assert steer(study, "--replay", str(record), "--out", str(again)) == 0
     assert first.read_bytes() == again.read_bytes()
@@ -100,7 +101,7 @@ def test_a_replay_is_refused_once_the_painted_region_has_changed(
 
 def test_a_transplant_of_a_image_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
-    flags = ["--what", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
+    flags = ["--operation", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
     assert steer(study, SITE, *alive, *flags) == 0
     unedited, transplanted = tiles(out)[-2:]
     assert unedited[len(unedited) // 4 :] == transplanted[len(unedited) // 4 :]
@@ -109,10 +110,10 @@ def test_a_transplant_of_a_image_into_itself_changes_nothing(study: Path, alive:
 def test_a_contrast_is_found_kept_taken_apart_and_steered_along(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "pairs.txt").write_text("a star\ta ring\n\na red star\ta red ring\n")
     words = ["contrast", str(study), "star", "--site", SITE, "--pairs", str(tmp_path / "pairs.txt"), "--seeds", "0:3"]
-    assert main([*words, "--steps", "0:1", "--dictionary", SITE]) == 0
+    assert main([*words, "--keep-steps", "0:1", "--dictionary", SITE]) == 0
     said = capsys.readouterr().out
     found = Contrast.load(study / "steering" / "contrasts" / "star.safetensors")
-    assert found.pairs == 6 and found.wanted == ("a star", "a red star") and len(found.timesteps) == 1
+    assert found.pairs == 6 and found.positive == ("a star", "a red star") and len(found.timesteps) == 1
     assert "6 pairs" in said and "cosine" in said
     out = tmp_path / "grid.png"
     assert (
@@ -136,11 +137,11 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
         ((SITE,), "No feature"),
         ((SITE, "1", "--region", "0,0,30,10"), "outside the image of 24 x 16 pixels"),
         ((SITE, "1", "--region", "nothing.png"), "is no file"),
-        ((SITE, "1", "--steps", "1:9"), "the run has 2"),
+        ((SITE, "1", "--edit-steps", "1:9"), "the run has 2"),
         ((SITE, "1", "--contrast", "red"), "one of the two"),
         (("--contrast", "red"), "The contrast 'red' is unknown"),
-        ((SITE, "1", "--what", "transplant"), "needs a source"),
-        ((SITE, "1", "--what", "scale"), "by 1 nothing changes"),
+        ((SITE, "1", "--operation", "transplant"), "needs a source"),
+        ((SITE, "1", "--operation", "scale"), "by 1 nothing changes"),
         ((SITE, "1", "--out", "grid.txt"), "does not name an image file"),
         (("--replay", "nothing.json"), "There is no nothing.json"),
         ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one image"),
@@ -159,9 +160,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--wanted", "a star"), "1 wanted and 0 unwanted"),
+        (("--positive", "a star"), "1 positive and 0 negative"),
         (("--pairs", "nothing.txt"), "cannot be read"),
-        (("--wanted", "a star", "--unwanted", "a star"), "do not differ"),
+        (("--positive", "a star", "--negative", "a star"), "do not differ"),
     ],
 )
 def test_a_contrast_that_cannot_be_is_said_in_a_sentence(
@@ -185,4 +186,4 @@ def test_a_record_is_plain_json(study: Path, alive: list[str], tmp_path: Path):
     record = tmp_path / "new" / "edit.json"
     assert steer(study, SITE, alive[0], "--strength", "1", "--record", str(record), "--out", str(tmp_path / "x.png")) == 0
     said = json.loads(record.read_text())
-    assert said["format"] == 1 and said["edits"][0]["features"] == [int(alive[0])] and said["shot"]["seed"] == 0
+    assert said["format"] == 2 and said["edits"][0]["features"] == [int(alive[0])] and said["shot"]["seed"] == 0

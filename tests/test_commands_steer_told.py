@@ -28,7 +28,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--batch", "8"]
     sites = ["double.1", "double.1:text"]
-    assert main([*words, "--sites", *sites]) == 0
+    assert main([*words, "--site", *sites]) == 0
     assert main(["train", str(root / "study"), "--site", *sites, "--k", "12", "--size", "32", "--tokens", "2000"]) == 0
     (root / "concepts.toml").write_text(TOLD)
     return root

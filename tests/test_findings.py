@@ -34,7 +34,8 @@ from difflex.miniature.captions import read
 from difflex.miniature.world import BACKGROUNDS, STYLES
 from difflex.records import Activations, HookContext, Rectangle, Shot, Site
 from difflex.report.facts import read as read_facts
-from difflex.steering import EditFeatures, SteeringHook, StudyEditor, contrasts
+from difflex.steering import EditFeatures, SteeringHook, StudyEditor
+from difflex.steering.contrast import find_contrasts
 from difflex.study import Study
 
 SCOPE = FindingsConfig(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
@@ -286,14 +287,14 @@ def seen(values: Tensor, prompts: Sequence[str]) -> Activations:
 def test_contrasts_of_the_first_pairs_are_those_of_the_pairs_alone_and_look_where_they_are_told():
     wanted, unwanted = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     sides = [seen(wanted, "abc")], [seen(unwanted, "def")]
-    one, three = contrasts(*sides, [1, 3])
-    assert (one.pairs, one.wanted, three.pairs, three.unwanted) == (1, ("a",), 3, ("d", "e", "f"))
+    one, three = find_contrasts(*sides, [1, 3])
+    assert (one.pairs, one.positive, three.pairs, three.negative) == (1, ("a",), 3, ("d", "e", "f"))
     assert torch.allclose(one.direction, (wanted - unwanted)[0].mean(0), atol=1e-6)
     assert torch.allclose(three.direction, (wanted - unwanted).mean((0, 1)), atol=1e-6)
-    [half] = contrasts(*sides, [3], inside=lambda shot: Rectangle(0.5, 0, 1, 1))
+    [half] = find_contrasts(*sides, [3], region=lambda shot: Rectangle(0.5, 0, 1, 1))
     assert torch.allclose(half.direction, (wanted - unwanted)[:, 2:].mean((0, 1)), atol=1e-6) and half.norm == three.norm
-    with pytest.raises(BadInput, match="4 pairs was asked for, there are 3"):
-        contrasts(*sides, [4])
+    with pytest.raises(BadInput, match="cannot be found on 4 pairs of 3"):
+        find_contrasts(*sides, [4])
 
 
 def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_other():
@@ -342,21 +343,32 @@ def test_concepts_are_spread_over_their_group_and_other_groups_refused():
 
 def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path / "study", "mini-flux")
-    words = ["findings", str(tmp_path / "study"), "--site", "double.1", "--groups", "texture", "--concepts", "1", "--trials", "2"]
+    words = [
+        "findings",
+        str(tmp_path / "study"),
+        "--site",
+        "double.1",
+        "--groups",
+        "texture",
+        "--concepts-per-group",
+        "1",
+        "--trials",
+        "2",
+    ]
     words += ["--strength", "0.3:0.3:1"]
-    assert main([*words, "--pairs", "1,3", "--only", "quality"]) == 0
+    assert main([*words, "--pairs", "1,3", "--finding", "quality"]) == 0
     path = tmp_path / "study" / "steering" / "findings" / "double.1.json"
     first = Findings.load(path)
     assert [each.name for each in first.found] == ["quality"] and first.parameters > 1_000_000
     capsys.readouterr()
-    assert main([*words, "--pairs", "1,3", "--only", "steps", "quality", "pairs"]) == 0
+    assert main([*words, "--pairs", "1,3", "--finding", "steps", "quality", "pairs"]) == 0
     said = capsys.readouterr().out
     found = Findings.load(path)
     assert [each.name for each in found.found] == [name for name in EXPERIMENTS if name in ("pairs", "quality", "steps")]
     assert found.of("quality") == first.of("quality")
     assert said.count("as before") == 1 and said.count("cannot be said") == 3
     assert {curve.concept for each in found.found for curve in each.curves} == {"dotted"}
-    assert main([*words, "--pairs", "1,2", "--only", "quality"]) == 0
+    assert main([*words, "--pairs", "1,2", "--finding", "quality"]) == 0
     assert "as before" not in capsys.readouterr().out
 
 
@@ -387,7 +399,10 @@ def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands
 
 
 def test_a_finding_is_made_again_when_another_feature_stands_for_a_concept(tmp_path: Path):
-    study, command = begun(tmp_path / "study"), FindingsCommand(study=tmp_path / "study", groups=("colour",), concepts=10)
+    study, command = (
+        begun(tmp_path / "study"),
+        FindingsCommand(study=tmp_path / "study", groups=("colour",), concepts_per_group=10),
+    )
     dictionary(study, "double.1/topk-8-k2")
     path = matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
     told = lambda name: command._made_from(  # noqa: E731
@@ -423,7 +438,7 @@ def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(t
         (("--trials", "0"), "leave nothing to try"),
         (("--strength", "-1:1:1"), "leave nothing to try"),
         ((), "Say with --site"),
-        (("--site", "double.1", "--other", "STUDY"), "no findings"),
+        (("--site", "double.1", "--other-model", "STUDY"), "no findings"),
     ],
 )
 def test_what_cannot_be_tried_is_said(tmp_path: Path, flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):

@@ -71,7 +71,7 @@ def at(step: int) -> HookContext:
 
 
 def edited(cut: FeatureCut, strength: float, step: int) -> Tensor:
-    [steering] = cut.steerings(strength)
+    [steering] = cut.steering_hooks(strength)
     x = activations(step, NAMED).values
     new = steering.change(x.clone(), at(step))
     return x if new is None else new
@@ -116,7 +116,7 @@ def test_a_code_below_the_mean_over_all_images_is_left_alone():
     low, floor = activations(0, NAMED).values, cut.floors[0][0]
     assert floor == pytest.approx(3.0 * 2 / (len(NAMED) * TOKENS))
     low[:, 2, 2] = 0.9 * floor
-    [steering] = cut.steerings(0.0)
+    [steering] = cut.steering_hooks(0.0)
     assert steering.change(low, at(0)) is None
 
 
@@ -126,13 +126,13 @@ def test_negative_codes_are_neither_counted_nor_touched():
     found = GenerationCodes(neurons())
     found.add(below)
     assert float(found.means()[0, :2].max()) == float(found.peaks()[0, :2].max()) == 0.0
-    [steering] = choose(firings(), NAMED, "red", 1).steerings(0.0)
+    [steering] = choose(firings(), NAMED, "red", 1).steering_hooks(0.0)
     assert steering.change(below.values, at(0)) is None
 
 
 def test_no_features_are_no_edit():
     none = choose(firings(), NAMED, "red", 1).of(0)
-    assert none.steerings(0.0) == [] and not none.touches(firings()).any()
+    assert none.steering_hooks(0.0) == [] and not none.touches(firings()).any()
 
 
 def test_the_images_that_an_edit_touches_are_told_beforehand():
@@ -195,7 +195,7 @@ def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Pat
         path.read_text().replace("tried", "x"),
     ):
         path.write_text(damage)
-        with pytest.raises(BrokenFile, match="made again"):
+        with pytest.raises(BrokenFile, match="again"):
             RemovalResults.load(path)
 
 
@@ -319,7 +319,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of mini-flux with a dictionary at two sites."""
     folder = tmp_path_factory.mktemp("removal") / "study"
     words = ["harvest", "mini-flux", "--prompts", "captions", "--tokens", "4000", "--steps", "4", "--out", str(folder)]
-    assert main([*words, "--sites", *SITES]) == 0
+    assert main([*words, "--site", *SITES]) == 0
     words = ["train", str(folder), "--k", "4", "--size", "64", "--tokens", "4000", "--batch", "256"]
     assert main([*words, "--site", *SITES]) == 0
     assert main(["itda", str(folder), "--site", SITES[0], "--k", "4", "--size", "32", "--tokens", "1000"]) == 0
@@ -327,8 +327,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsys: pytest.CaptureFixture[str]):
-    flags = ["--groups", "size", "--images", "2", "--chosen-by", "2", "--tried-on", "1"]
-    flags += ["--features", "1,2", "--strength", "-1", "--steps", "1:3"]
+    flags = ["--groups", "size", "--images", "2", "--selection-images", "2", "--tuning-images", "1"]
+    flags += ["--features", "1,2", "--strength", "-1", "--edit-steps", "1:3"]
     assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     said = capsys.readouterr().out
     assert "of 2 concepts reach 90/90" in said and "UA" in said and "as before" not in said
@@ -347,7 +347,7 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
 
 
 def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
-    flags = ["--groups", "size", "--images", "1", "--chosen-by", "1", "--features", "1", "--strength", "0"]
+    flags = ["--groups", "size", "--images", "1", "--selection-images", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
     removals = [RemovalResults.load(path) for path in Study.open(study).removals()]
     known = {removal.dictionaries for removal in removals}
@@ -364,7 +364,7 @@ def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
         (("--images", "0"), "leave nothing to remove"),
         (("--features",), "leave nothing to remove"),
         (("--strength", "0:1:0.5"), "takes nothing away"),
-        (("--steps", "2:9"), "of a run of 4 steps"),
+        (("--edit-steps", "2:9"), "of a run of 4 steps"),
         (("double.2",), "nearest: double.1"),
     ],
 )

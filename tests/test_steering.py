@@ -1,4 +1,4 @@
-"""Edits: what is asked changes, nothing else does, and the same edit makes the same image again."""
+"""Edits: operation is asked changes, nothing else does, and the same edit makes the same image again."""
 
 import json
 import math
@@ -13,25 +13,13 @@ from torch.nn import functional as F
 
 import difflex
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.dictionaries.sae import kind_of
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.pipeline import Pipeline
 from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource
-from difflex.steering import (
-    Contrast,
-    EditRecord,
-    FeatureScales,
-    SteeringHook,
-    TransplantMaps,
-    contrast,
-    covered,
-    features_of,
-    made_of,
-    rectangle,
-    scales_of,
-    steered_along,
-    steerings,
-)
+from difflex.steering import EditRecord, SteeringHook, check_origin, dictionary_features, rectangle, steering_hooks
+from difflex.steering.contrast import Contrast, contrast_features, decompose, find_contrast
+from difflex.steering.features import FeatureScales, measure_scales
+from difflex.steering.hooks import TransplantMaps, region_tokens
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -46,15 +34,17 @@ def dictionary_at(site: Site, width: int) -> Dictionary:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, width, generator=generator), dim=1)
     mute = torch.where(torch.arange(SIZE) == MUTE, -1e6, 0.0)
-    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, floor=None)
+    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, thresholds=None)
     origin = DictionaryOrigin(site=site, model="m", revision=None)
-    return SAE(kind=kind_of("topk"), k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True)
+    return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True)
 
 
 SITE = Site("double.1")
 DICTIONARY = dictionary_at(SITE, 16)
 X = torch.randn(2, TOKENS, 16, generator=torch.Generator().manual_seed(3))
-SCALES = scales_of(DICTIONARY, [ActivationBatch(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())])
+SCALES = measure_scales(
+    DICTIONARY, [ActivationBatch(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())]
+)
 LIVELY = int(SCALES.peaks.argmax())
 
 
@@ -63,14 +53,14 @@ def moment(step: int = 0, half: str | None = None, steps: int = 4) -> HookContex
     return HookContext(step, 1000.0, half, (shot,), GRID)  # pyright: ignore[reportArgumentType]
 
 
-def edit(what: str = "add", **changes: object) -> Edit:
-    return replace(Edit(what=what, site=SITE, dictionary="d", features=(LIVELY,)), **changes)  # pyright: ignore
+def edit(operation: str = "add", **changes: object) -> Edit:
+    return replace(Edit(operation=operation, site=SITE, dictionary="d", features=(LIVELY,)), **changes)  # pyright: ignore
 
 
 def steering(
     *edits: Edit, dictionary: Dictionary = DICTIONARY, scales: FeatureScales | None = SCALES, maps: TransplantMaps | None = None
 ) -> SteeringHook:
-    made = steerings(edits, lambda each: features_of(dictionary, each.features, scales), lambda _: maps)  # pyright: ignore
+    made = steering_hooks(edits, lambda each: dictionary_features(dictionary, each.features, scales), lambda _: maps)  # pyright: ignore
     assert len(made) == 1
     return made[0]
 
@@ -81,7 +71,7 @@ def edited(x: Tensor, *edits: Edit, at: HookContext | None = None) -> Tensor:
 
 
 def code(x: Tensor, feature: int = LIVELY) -> Tensor:
-    return features_of(DICTIONARY, [feature], None).codes(x.flatten(0, 1))[:, 0].view(x.shape[:2])
+    return dictionary_features(DICTIONARY, [feature], None).codes(x.flatten(0, 1))[:, 0].view(x.shape[:2])
 
 
 def test_adding_a_peak_adds_the_largest_code_that_was_seen():
@@ -126,13 +116,15 @@ def test_what_the_dictionary_does_not_explain_stays():
     torch.testing.assert_close(out - DICTIONARY.decode(tripled).view_as(X), unexplained)
 
 
-@pytest.mark.parametrize("what", ["add", "set", "scale", "ablate", "replace"])
-def test_two_disjoint_regions_add_up_to_their_union_exactly(what: str):
+@pytest.mark.parametrize("operation", ["add", "set", "scale", "ablate", "replace"])
+def test_two_disjoint_regions_add_up_to_their_union_exactly(operation: str):
     left, right = Rectangle(0, 0, 0.5, 1), Rectangle(0.5, 0, 1, 1)
-    one_after_the_other = edited(edited(X, edit(what, strength=2.0, region=left)), edit(what, strength=2.0, region=right))
-    assert torch.equal(one_after_the_other, edited(X, edit(what, strength=2.0)))
-    if what != "replace":
-        together = edited(X, edit(what, strength=2.0, region=left), edit(what, strength=2.0, region=right))
+    one_after_the_other = edited(
+        edited(X, edit(operation, strength=2.0, region=left)), edit(operation, strength=2.0, region=right)
+    )
+    assert torch.equal(one_after_the_other, edited(X, edit(operation, strength=2.0)))
+    if operation != "replace":
+        together = edited(X, edit(operation, strength=2.0, region=left), edit(operation, strength=2.0, region=right))
         assert torch.equal(together, one_after_the_other)
 
 
@@ -151,11 +143,11 @@ def test_a_painted_region_is_where_the_image_is_light(tmp_path: Path):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 0, 20, 10))
     mask.save(tmp_path / "mask.png")
-    assert covered(str(tmp_path / "mask.png"), GRID).nonzero()[:, 0].tolist() == [1]
+    assert region_tokens(str(tmp_path / "mask.png"), GRID).nonzero()[:, 0].tolist() == [1]
 
 
 def test_a_region_smaller_than_a_token_is_the_token_it_lies_in():
-    assert covered(rectangle([9, 9, 10, 10], pixels=(16, 24)), GRID).nonzero()[:, 0].tolist() == [2 * 6 + 2]
+    assert region_tokens(rectangle([9, 9, 10, 10], pixels=(16, 24)), GRID).nonzero()[:, 0].tolist() == [2 * 6 + 2]
 
 
 @pytest.mark.parametrize("numbers", [(0.5, 0, 0.5, 1), (0, 0, 1), (0, -0.1, 1, 1), (0, 0, 30, 16), (0, 0, math.nan, 1)])
@@ -183,7 +175,7 @@ def test_a_transplant_brings_the_maps_of_another_generation_to_their_place():
     other = torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(8))
     source = TransplantSource(prompt="p", region=Rectangle(0, 0, 0.5, 1))
     moved = edit("transplant", source=source, region=Rectangle(0.5, 0, 1, 1), unit="code")
-    maps = TransplantMaps(moved, features_of(DICTIONARY, moved.features, SCALES).codes)
+    maps = TransplantMaps(moved, dictionary_features(DICTIONARY, moved.features, SCALES).codes)
     maps(other, moment())
     out = steering(moved, maps=maps).change(X, moment())
     assert out is not None
@@ -225,7 +217,7 @@ def test_an_edit_without_a_meaning_is_refused(impossible: Edit):
 
 def test_the_default_strength_is_the_largest_that_keeps_most_tokens_under_the_ceiling():
     features = torch.tensor([LIVELY])
-    strength = float(SCALES.default_strengths(DICTIONARY.decoder_of(features), features)[0])
+    strength = float(SCALES.default_strengths(DICTIONARY.decoder_rows(features), features)[0])
     step = SCALES.peaks[LIVELY] * DICTIONARY.decoder[LIVELY]
     under = lambda p: float(((SCALES.sample + p * step).norm(dim=1) <= SCALES.ceiling).float().mean())  # noqa: E731
     assert 0 < strength < 2 and under(strength) >= 0.95 > under(strength + 0.01)
@@ -236,12 +228,12 @@ def test_scales_are_those_of_the_plain_formula_and_survive_the_disk(tmp_path: Pa
     torch.testing.assert_close(SCALES.peaks, dense.amax(1))
     torch.testing.assert_close(SCALES.means, dense.sum(1) / (dense > 0).sum(1).clamp(min=1))
     SCALES.save(tmp_path / "s.safetensors", "abc")
-    kept = FeatureScales.kept(tmp_path / "s.safetensors", "abc")
+    kept = FeatureScales.load(tmp_path / "s.safetensors", "abc")
     assert kept is not None and torch.equal(kept.peaks, SCALES.peaks) and kept.norm == SCALES.norm
-    assert FeatureScales.kept(tmp_path / "s.safetensors", "other") is None
+    assert FeatureScales.load(tmp_path / "s.safetensors", "other") is None
     (tmp_path / "s.safetensors").write_bytes(b"broken")
     with pytest.raises(BrokenFile):
-        FeatureScales.kept(tmp_path / "s.safetensors", "abc")
+        FeatureScales.load(tmp_path / "s.safetensors", "abc")
 
 
 # With every family's own tiny pipeline.
@@ -263,25 +255,25 @@ def drawn(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes
     return [each.image.tobytes() for each in made]
 
 
-@pytest.mark.parametrize("what", OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_same_image(
-    pipe: Pipeline, what: str, tmp_path: Path
+    pipe: Pipeline, operation: str, tmp_path: Path
 ):
     site, width = site_of(pipe)
     dictionary = dictionary_at(site, width)
     features = tuple(range(SIZE))
-    source = TransplantSource(prompt="a cat", seed=5) if what == "transplant" else None
-    change = Edit(what=what, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
+    source = TransplantSource(prompt="a cat", seed=5) if operation == "transplant" else None
+    change = Edit(operation=operation, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
 
     def maps(each: Edit) -> TransplantMaps:
-        found = TransplantMaps(each, features_of(dictionary, each.features, None).codes)
+        found = TransplantMaps(each, dictionary_features(dictionary, each.features, None).codes)
         assert each.source is not None
         with pipe.at(site, found):
             pipe.generate(each.source.prompt, seed=each.source.seed, steps=2, guidance=4.0)
         return found
 
     def steered(*edits: Edit) -> list[SteeringHook]:
-        return steerings(edits, lambda each: features_of(dictionary, each.features, None), maps)
+        return steering_hooks(edits, lambda each: dictionary_features(dictionary, each.features, None), maps)
 
     plain, changed = drawn(pipe), drawn(pipe, steered(change))
     assert changed != plain
@@ -289,8 +281,8 @@ def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_
     again = EditRecord.load(EditRecord(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
     assert again.edits == (change,) and again.shot == shot
     assert drawn(pipe, steered(*again.edits)) == changed
-    nothing = replace(change, features=(MUTE,), strength={"scale": 1.0}.get(what, 0.0))
-    assert what == "replace" or drawn(pipe, steered(nothing)) == plain
+    nothing = replace(change, features=(MUTE,), strength={"scale": 1.0}.get(operation, 0.0))
+    assert operation == "replace" or drawn(pipe, steered(nothing)) == plain
 
 
 # Directions by contrast.
@@ -310,7 +302,7 @@ def test_a_contrast_finds_the_direction_that_was_planted(method: str):
     planted = 3 * F.normalize(torch.randn(16, generator=generator), dim=0)
     base = torch.randn(12, TOKENS, 16, generator=generator)
     noise = 0.02 * torch.randn(12, 1, 16, generator=generator)
-    found = contrast(
+    found = find_contrast(
         [activations(base + planted + noise, [f"a {i}" for i in range(12)])],
         [activations(base, [f"b {i}" for i in range(12)])],
         method,  # pyright: ignore
@@ -320,11 +312,11 @@ def test_a_contrast_finds_the_direction_that_was_planted(method: str):
 
 
 def test_a_contrast_is_read_again_as_it_was_written(tmp_path: Path):
-    made = contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
+    made = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
     again = Contrast.load(made.save(tmp_path / "red.safetensors"))
     assert torch.equal(again.direction, made.direction)
     assert replace(again, direction=torch.empty(0)).__dict__.keys() == made.__dict__.keys()
-    assert (again.wanted, again.unwanted, again.site, again.timesteps) == (("a", "b"), ("c", "d"), SITE, (500.0,))
+    assert (again.positive, again.negative, again.site, again.timesteps) == (("a", "b"), ("c", "d"), SITE, (500.0,))
     with pytest.raises(UnknownName, match="red"):
         Contrast.load(tmp_path / "rad.safetensors")
 
@@ -332,18 +324,18 @@ def test_a_contrast_is_read_again_as_it_was_written(tmp_path: Path):
 def test_a_contrast_of_unlike_sides_is_refused():
     one = [activations(X, ["a", "b"])]
     with pytest.raises(BadInput, match="pairs"):
-        contrast(one, [activations(X[:1], ["c"])])
+        find_contrast(one, [activations(X[:1], ["c"])])
     with pytest.raises(BadInput, match="differ in more"):
-        contrast(one, [activations(X, ["c", "d"], timestep=250.0)])
+        find_contrast(one, [activations(X, ["c", "d"], timestep=250.0)])
     with pytest.raises(BadInput, match="do not differ"):
-        contrast(one, [activations(X, ["c", "d"])])
+        find_contrast(one, [activations(X, ["c", "d"])])
 
 
 def test_adding_a_contrast_of_strength_one_adds_the_difference_and_ablating_it_takes_its_share_away():
-    made = contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
-    features = steered_along(made)
-    change = lambda what: steerings(  # noqa: E731
-        [Edit(what=what, site=SITE, contrast="red")], lambda _: features
+    made = find_contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
+    features = contrast_features(made)
+    change = lambda operation: steering_hooks(  # noqa: E731
+        [Edit(operation=operation, site=SITE, contrast="red")], lambda _: features
     )[0].change(X, moment())
     torch.testing.assert_close(change("add"), X + torch.arange(16.0))
     ablated = change("ablate")
@@ -353,7 +345,7 @@ def test_adding_a_contrast_of_strength_one_adds_the_difference_and_ablating_it_t
 
 def test_a_direction_is_taken_apart_into_the_features_it_was_made_of():
     decoder = DICTIONARY.decoder
-    parts = made_of(2.0 * decoder[7] + 0.5 * decoder[21], DICTIONARY, parts=2)
+    parts = decompose(2.0 * decoder[7] + 0.5 * decoder[21], DICTIONARY, parts=2)
     assert [part.feature for part in parts] == [7, 21]
     assert abs(parts[0].code - 2) < 1e-3 and abs(parts[1].code - 0.5) < 1e-3 and parts[-1].explained > 0.999
 
@@ -370,9 +362,7 @@ def test_an_edit_file_that_is_damaged_or_of_another_format_is_refused(tmp_path: 
 
 
 def test_a_dictionary_of_another_site_or_model_is_refused():
-    from difflex.steering import check_maker
-
     with pytest.raises(StaleWork, match=r"double\.1.*single\.0"):
-        check_maker(DICTIONARY, Site("single.0"), "m", None)
+        check_origin(DICTIONARY, Site("single.0"), "m", None)
     with pytest.raises(StaleWork, match=r"m@None.*other"):
-        check_maker(DICTIONARY, SITE, "other", None)
+        check_origin(DICTIONARY, SITE, "other", None)

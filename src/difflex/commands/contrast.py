@@ -1,19 +1,21 @@
 """`difflex contrast`: a direction from pairs of prompts, and what features it is made of."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex.choices import ContrastMethod as Method
 from difflex.commands.flags import Range
 from difflex.commands.opening import load_studied
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
-from difflex.records import Activations, Shot, Site
-from difflex.steering import Inside, Method, StudyEditor, contrast, everywhere, made_of
+from difflex.records import Activations, Rectangle, Shot, Site
+from difflex.steering import StudyEditor
+from difflex.steering.contrast import decompose, find_contrast
 from difflex.study import Command, Study
 
 __all__ = ["ContrastCommand", "both_sides", "contrasted", "pairs_in"]
@@ -70,7 +72,7 @@ class ContrastCommand(Command):
         print(f"{path}: {found.pairs} pairs, {length:.3g} long, {length / found.norm:.1%} of a mean activation at {site}")
         if place is not None:
             print(f"made of features of {place}:")
-            for part in made_of(found.direction, toolbox.dictionary(place)):
+            for part in decompose(found.direction, toolbox.dictionary(place)):
                 print(f"  {part.feature:>6}  code {part.code:9.3g}  cosine {part.cosine:6.3f}  up to here {part.explained:6.1%}")
         return [path]
 
@@ -109,10 +111,10 @@ def contrasted(
     seeds: range = range(1),
     steps: range | None = None,
     batch: int = 16,
-    inside: Inside = everywhere,
+    region: Callable[[Shot], Rectangle | None] | None = None,
 ):
     """The contrast between the prompts of `pairs` at `site`, both of a pair from the same noise."""
-    return contrast(*both_sides(pipe, site, pairs, seeds=seeds, steps=steps, batch=batch), method, inside=inside)
+    return find_contrast(*both_sides(pipe, site, pairs, seeds=seeds, steps=steps, batch=batch), method, region=region)
 
 
 def both_sides(

@@ -29,7 +29,8 @@ from difflex.evaluation.concepts import ConceptMatches
 from difflex.files import file_sha256
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
-from difflex.steering import StudyEditor, contrasts, steered_along
+from difflex.steering import StudyEditor
+from difflex.steering.contrast import contrast_features, find_contrasts
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["FindingsCommand"]
@@ -152,8 +153,8 @@ class FindingsCommand(Command):
     ) -> ExperimentBench:
         def contrasted(concept: str) -> Mapping[int, SteeringDirection]:
             sides = both_sides(pipe, site, pairs_for(concept, max(scope.counts)), batch=32)
-            found = contrasts(*sides, scope.counts, inside=lambda shot: placed(shot.prompt, group_of(concept)))
-            return {each.pairs: SteeringDirection(f"{each.pairs} pairs", steered_along(each)) for each in found}
+            found = find_contrasts(*sides, scope.counts, region=lambda shot: placed(shot.prompt, group_of(concept)))
+            return {each.pairs: SteeringDirection(f"{each.pairs} pairs", contrast_features(each)) for each in found}
 
         return ExperimentBench(
             site=site,
@@ -178,7 +179,7 @@ class FindingsCommand(Command):
         by = detectors if name in BY_FEATURES else {}
         features = ",".join(f"{concept} {place} {number}" for concept, (place, number) in by.items())
         return {
-            **toolbox.checksums([Edit(what="add", site=site, dictionary=place.label) for place, _ in by.values()]),
+            **toolbox.checksums([Edit(operation="add", site=site, dictionary=place.label) for place, _ in by.values()]),
             **({"features": features} if features else {}),
             **({"other": file_sha256(other)} if other is not None and name == "size" else {}),
             "groups": ",".join(scope.groups),
@@ -225,5 +226,5 @@ def _known(study: Study, site: Site) -> Iterator[tuple[DictionaryRef, ConceptMat
 
 def _way(toolbox: StudyEditor, feature: DetectingFeature) -> SteeringDirection:
     place, number = feature
-    edit = Edit(what="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
+    edit = Edit(operation="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
     return SteeringDirection(f"{place} {number}", toolbox.features(edit))

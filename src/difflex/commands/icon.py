@@ -56,7 +56,7 @@ class IconCommand(Command):
         place = toolbox.study.named(self.dictionary)
         pipe = load_studied(toolbox.study, None, self.offload, self.offline)
         edit = Edit(
-            what="replace" if place.site.kind == "update" else "add",
+            operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
             steps=None if self.steps is None else (self.steps.start, self.steps.stop),
@@ -64,7 +64,7 @@ class IconCommand(Command):
         rows = []
         for feature in self.features:
             edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
-            rows.append([pipe.generate("", seed=self.seed, edits=toolbox.steerings([each]))[0].image for each in edits])
+            rows.append([pipe.generate("", seed=self.seed, edits=toolbox.steering_hooks([each]))[0].image for each in edits])
         columns = [f"{strength:g} peak" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in self.features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)

@@ -22,7 +22,7 @@ from difflex.errors import BadInput, UnknownName
 from difflex.miniature import load_judge
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Shot, Site
-from difflex.steering import SteeringHook, StudyEditor, check_maker
+from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["RemovalCommand"]
@@ -124,7 +124,7 @@ class RemovalCommand(Command):
         if not sets:
             raise BadInput(f"{self.study} holds no dictionary. difflex train and difflex itda make them.")
         for place in dict.fromkeys(place for together in sets for place in together):
-            check_maker(toolbox.dictionary(place), place.site, study.model, study.revision)
+            check_origin(toolbox.dictionary(place), place.site, study.model, study.revision)
         return list(dict.fromkeys(sets))
 
     def _removed(
@@ -160,7 +160,7 @@ class RemovalCommand(Command):
         return removal
 
     def _made_from(self, toolbox: StudyEditor, together: Together) -> Mapping[str, str | int]:
-        edits = [Edit(what="scale", site=place.site, dictionary=place.label) for place in together]
+        edits = [Edit(operation="scale", site=place.site, dictionary=place.label) for place in together]
         return {
             **toolbox.checksums(edits),
             "groups": ",".join(self.groups),

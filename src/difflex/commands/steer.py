@@ -18,8 +18,10 @@ from difflex.commands.opening import load_studied
 from difflex.errors import BadInput
 from difflex.images import contact_sheet
 from difflex.pipeline import GeneratedImage, Pipeline
-from difflex.records import Edit, Operation, Rectangle, Shot, Site, TransplantSource, Unit
-from difflex.steering import EditRecord, StudyEditor, TransplantMaps, rectangle
+from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
+from difflex.choices import Operation, Unit
+from difflex.steering import EditRecord, StudyEditor, rectangle
+from difflex.steering.hooks import TransplantMaps
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["SteerCommand"]
@@ -146,7 +148,7 @@ class SteerCommand(Command):
             else TransplantSource(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
         )
         edit = Edit(
-            what=self.operation,
+            operation=self.operation,
             site=site,
             dictionary=None if place is None else place.label,
             features=self.features,
@@ -174,7 +176,7 @@ class SteerCommand(Command):
                 f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
             )
         kept = kept_strength(toolbox.study, DictionaryRef(edit.site, edit.dictionary), edit.features)
-        return replace(edit, strength=toolbox.default_strength(edit) if kept is None else kept)
+        return toolbox.with_default_strength(edit, kept)
 
     def _shots(self, pipe: Pipeline) -> list[Shot]:
         shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.steps, keep_steps=[0], guidance=self.guidance)
@@ -187,7 +189,7 @@ class SteerCommand(Command):
             with pipe.at(site, maps):
                 _generate(pipe, replace(shots[0], prompt=source.prompt, seed=source.seed))
 
-        steered = toolbox.steerings(edits, draw)
+        steered = toolbox.steering_hooks(edits, draw)
         return [_generate(pipe, shot, steered).image for shot in shots]
 
     def _sheet(
@@ -224,8 +226,8 @@ def _difference(image: Image.Image, plain: Image.Image) -> Image.Image:
 
 
 def _said(edits: Sequence[Edit]) -> str:
-    return ", ".join(f"{edit.what}" if edit.what in ("ablate", "transplant") else _strength(edit) for edit in edits)
+    return ", ".join(f"{edit.operation}" if edit.operation in ("ablate", "transplant") else _strength(edit) for edit in edits)
 
 
 def _strength(edit: Edit) -> str:
-    return f"{edit.what} {edit.strength:g}" + ("" if edit.what == "scale" else f" {edit.unit}")
+    return f"{edit.operation} {edit.strength:g}" + ("" if edit.operation == "scale" else f" {edit.unit}")

@@ -33,8 +33,10 @@ from difflex.effects.worlds import DRAWN, JudgedWorld, read_told, told_world
 from difflex.errors import BadInput
 from difflex.files import file_sha256
 from difflex.pipeline import Pipeline
-from difflex.records import Edit, Unit
-from difflex.steering import EditFeatures, SteeringHook, StudyEditor, at_random, steered_along, steerings
+from difflex.records import Edit
+from difflex.choices import Unit
+from difflex.steering import EditFeatures, SteeringHook, StudyEditor, random_features, steering_hooks
+from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["SteerEvalCommand"]
@@ -168,7 +170,7 @@ class SteerEvalCommand(VLMCommand):
     def _methods(self, toolbox: StudyEditor, pipe: Pipeline, place: DictionaryRef, wanted: TargetConcept, world: JudgedWorld):
         """Each method by name: what it adds, how, and at which strengths."""
         edit = Edit(
-            what="add",
+            operation="add",
             site=place.site,
             dictionary=place.label,
             features=(wanted.feature,),
@@ -178,11 +180,11 @@ class SteerEvalCommand(VLMCommand):
         features = toolbox.features(edit)
         pairs = world.pairs(wanted.concept, self.pairs)
         inside = lambda shot: world.inside(shot, wanted.concept)  # noqa: E731
-        along = steered_along(contrasted(pipe, place.site, pairs, steps=self.edit_steps, inside=inside))
+        along = contrast_features(contrasted(pipe, place.site, pairs, steps=self.edit_steps, region=inside))
         methods = {
             "feature": (f"{place} {wanted.feature}", _adding(edit, features), self.strength),
             "contrast": (f"{len(pairs)} pairs", _adding(replace(edit, unit="code"), along), self.strength),
-            "random": (f"seed {wanted.feature}", _adding(edit, at_random(features, wanted.feature)), self.strength),
+            "random": (f"seed {wanted.feature}", _adding(edit, random_features(features, wanted.feature)), self.strength),
             "prompt": ("the caption says so", _saying(wanted.concept, world), (1.0,)),
         }
         return {**methods, **self._neuron(toolbox, place, wanted, edit)}
@@ -201,7 +203,7 @@ class SteerEvalCommand(VLMCommand):
     ) -> Mapping[str, str | int | float]:
         neurons = neurons_beside(toolbox, place)
         used = [place] if neurons is None else [place, neurons.place]
-        edits = [Edit(what="add", site=each.site, dictionary=each.label) for each in used]
+        edits = [Edit(operation="add", site=each.site, dictionary=each.label) for each in used]
         return {
             **toolbox.checksums(edits),
             "concepts": ",".join(f"{each.concept} {each.feature}" for each in concepts),
@@ -224,7 +226,7 @@ def _adding(edit: Edit, features: EditFeatures):
     def added(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
         # Tokens of text have no place in the image.
         here = replace(edit, strength=strength, region=None if edit.site.stream == "text" else trial.region)
-        return trial, steerings([here], lambda _: features)[0]
+        return trial, steering_hooks([here], lambda _: features)[0]
 
     return added
 

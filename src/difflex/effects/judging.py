@@ -15,7 +15,7 @@ from torch import Tensor
 from difflex.errors import BadInput
 from difflex.files import parsing, read_json, write_json
 from difflex.records import HookContext, Rectangle
-from difflex.steering.editing import SteeringHook
+from difflex.steering import SteeringHook
 
 __all__ = [
     "ImageStrip",

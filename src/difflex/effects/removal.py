@@ -18,7 +18,7 @@ from difflex.effects.judging import JudgeVerdict
 from difflex.errors import BadInput
 from difflex.files import parsing, read_json, write_json
 from difflex.records import Activations, Edit
-from difflex.steering.editing import EditFeatures, SteeringHook, features_of, steerings
+from difflex.steering import EditFeatures, SteeringHook, dictionary_features, steering_hooks
 
 __all__ = [
     "FeatureCut",
@@ -242,14 +242,16 @@ class FeatureCut:
             found |= (step[:, list(features)] > torch.tensor(floors)).any(1)
         return found
 
-    def steerings(self, strength: float) -> list[SteeringHook]:
+    def steering_hooks(self, strength: float) -> list[SteeringHook]:
         """The edit: at each step the codes of its features that are above their floors, multiplied by `strength`."""
         given: dict[Edit, EditFeatures] = {}
         for step, (features, floors) in enumerate(zip(self.features, self.floors, strict=True)):
             if features:
-                edit = Edit(what="scale", site=self.dictionary.site, features=features, strength=strength, steps=(step, step + 1))
-                given[edit] = _above(features_of(self.dictionary, features, None), torch.tensor(floors))
-        return steerings(given, given.__getitem__)
+                edit = Edit(
+                    operation="scale", site=self.dictionary.site, features=features, strength=strength, steps=(step, step + 1)
+                )
+                given[edit] = _above(dictionary_features(self.dictionary, features, None), torch.tensor(floors))
+        return steering_hooks(given, given.__getitem__)
 
 
 def _above(features: EditFeatures, floors: Float[Tensor, " feature"]) -> EditFeatures:
@@ -307,7 +309,7 @@ class RemovalImages:
         touched = torch.stack([cut.touches(firings) for cut, firings in zip(cuts, self.firings, strict=True)]).any(0)
         anew, after = [number for number in about if touched[number]], list(self.before)
         if anew:
-            edits = [steering for cut in cuts for steering in cut.steerings(strength)]
+            edits = [steering for cut in cuts for steering in cut.steering_hooks(strength)]
             for number, verdict in zip(anew, self.edited(anew, edits), strict=True):
                 after[number] = verdict
         named = [self.named[number] for number in about]

@@ -24,7 +24,7 @@ from difflex.pipeline.loading import ModelSource, Precision
 from difflex.pipeline.predicting import images, predictions
 from difflex.pipeline.sites import SiteModule, SiteRow
 from difflex.pipeline.table import site_rows
-from difflex.records import Activations, EditOutcomes, Half, Shot, Site, split_of
+from difflex.records import Activations, EditOutcomes, Half, Shot, Site
 
 __all__ = ["Pipeline"]
 
@@ -56,13 +56,13 @@ class Pipeline:
     ) -> list[GeneratedImage]:
         """An image for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
 
-        `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steerings` gives.
+        `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steering_hooks` gives.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_batch(batch)
         warn_of_unknown_words(prompts, self.engine.card.words)
         plain = self._plain(steps, pixels, guidance)
-        shots = [replace(plain, prompt=prompt, seed=seed + i, split=split_of(prompt)) for i, prompt in enumerate(prompts)]
+        shots = [replace(plain, prompt=prompt, seed=seed + i, split=Shot.split_of(prompt)) for i, prompt in enumerate(prompts)]
         with ExitStack() as edited:
             for site, change in edits:
                 edited.enter_context(self.at(site, change))
@@ -114,7 +114,7 @@ class Pipeline:
             raise BadInput(f"Step {beyond[0]} cannot be kept of a run of {len(timesteps)} steps, numbered from 0.")
         kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept))
         return (
-            replace(plain, prompt=prompt, seed=seed, timestep=timestep, split=split_of(prompt))
+            replace(plain, prompt=prompt, seed=seed, timestep=timestep, split=Shot.split_of(prompt))
             for prompt in prompts
             for seed in seeds
             for timestep in kept_timesteps

@@ -1,18 +1,18 @@
-"""Edits of activations while an image is generated: by features of a dictionary, or along a contrast direction."""
+"""Edits of activations while an image is generated: of features of a dictionary, or along a contrast direction."""
 
-from difflex.steering.contrast import Contrast, FeatureContribution, Inside, Method, contrast, contrasts, everywhere, made_of
-from difflex.steering.editing import (
-    EditFeatures,
-    SteeringHook,
-    at_random,
-    check_maker,
-    features_of,
-    steered_along,
-    steerings,
-)
-from difflex.steering.maps import TransplantMaps
-from difflex.steering.regions import covered, rectangle
-from difflex.steering.scales import FeatureScales, scales_of
-from difflex.steering.studied import Draw, EditRecord, StudyEditor, steer
+from difflex.steering.editor import EditRecord, StudyEditor, steer
+from difflex.steering.features import EditFeatures, check_origin, dictionary_features, random_features
+from difflex.steering.hooks import SteeringHook, rectangle, steering_hooks
 
-__all__ = ["Contrast"]
+__all__ = [
+    "EditFeatures",
+    "EditRecord",
+    "SteeringHook",
+    "StudyEditor",
+    "check_origin",
+    "dictionary_features",
+    "random_features",
+    "rectangle",
+    "steer",
+    "steering_hooks",
+]

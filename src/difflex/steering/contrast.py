@@ -1,13 +1,13 @@
-"""Directions by contrast: what a site's activations have more of under one set of prompts than under another."""
+"""Contrast directions: what a site's activations have more of under one set of prompts than under another."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -15,166 +15,163 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from difflex.choices import ContrastMethod
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import write_file
 from difflex.records import Activations, Rectangle, Shot, Site
-from difflex.steering.regions import covered
+from difflex.steering.features import EditFeatures
+from difflex.steering.hooks import region_tokens
 
-__all__ = ["Contrast", "FeatureContribution", "Inside", "Method", "contrast", "contrasts", "everywhere", "made_of"]
+__all__ = [
+    "Contrast",
+    "FeatureContribution",
+    "contrast_features",
+    "decompose",
+    "find_contrast",
+    "find_contrasts",
+    "pair_activations",
+]
 
-FORMAT = 1
-Method = Literal["mean", "principal"]
-Inside = Callable[[Shot], Rectangle | None]
-"""Which part of the image of a shot counts; None for all of it."""
-
-
-def everywhere(shot: Shot) -> None:
-    """No part of the image of a shot counts more than another."""
+FORMAT = 2
+FIRST_SEED = 10**6
+"""The seed of the first pair of prompts."""
+Region = Callable[[Shot], Rectangle | None]
+"""The part of a shot's image to read activations from; None for all of it."""
 
 
 class FeatureContribution(NamedTuple):
-    """A feature's part in a direction."""
+    """The part of a feature in a direction."""
 
     feature: int
     code: float
-    """How much of it, where the parts found so far make up the direction as well as they can."""
+    """Its code in the best fit of the direction by all features found."""
     cosine: float
-    """Of the direction and what the feature writes."""
+    """Of the direction and the feature's decoder row."""
     explained: float
-    """The share of the direction's squared length that the parts up to this one make up."""
+    """The share of the direction's squared norm that is explained by the features up to this one."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """A direction at a site, and where it comes from."""
+    """A direction at a site, and how it was found."""
 
     site: Site
     model: str
     revision: str | None
-    method: Method
+    method: ContrastMethod
     pairs: int
     timesteps: tuple[float, ...]
-    """At which the activations were read."""
-    wanted: tuple[str, ...]
-    """The prompts whose side it points to."""
-    unwanted: tuple[str, ...]
+    """Of the activations."""
+    positive: tuple[str, ...]
+    """The prompts that the direction points to."""
+    negative: tuple[str, ...]
     norm: float
-    """Mean length of an activation among those read."""
+    """Mean norm of the activations."""
     direction: Float[Tensor, " width"]
-    """As long as the mean difference: a strength of 1 adds as much as lies between the two sides."""
+    """As long as the mean difference: adding it at strength 1 bridges the distance between the two sets."""
 
     def save(self, path: Path) -> Path:
-        """`path`, which now holds the contrast."""
-        about = {name: value for name, value in asdict(replace(self, direction=torch.empty(0))).items() if name != "direction"}
-        said = json.dumps({**about, "site": str(self.site)})
+        """Write the contrast to `path` and return the path."""
+        entries = {name: value for name, value in asdict(replace(self, direction=torch.empty(0))).items() if name != "direction"}
+        metadata = {"format": str(FORMAT), "contrast": json.dumps({**entries, "site": str(self.site)})}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({"direction": self.direction.contiguous()}, {"format": str(FORMAT), "contrast": said}))
+        write_file(path, save({"direction": self.direction.contiguous()}, metadata))
         return path
 
     @classmethod
     def load(cls, path: Path) -> Contrast:
-        """The contrast in `path`."""
+        """Return the contrast in `path`."""
         if not path.is_file():
-            known = sorted(each.stem for each in path.parent.glob("*.safetensors"))
+            known = sorted(file.stem for file in path.parent.glob("*.safetensors"))
             raise UnknownName.among("The contrast", path.stem, known, "difflex contrast makes one.")
         try:
             with safe_open(path, "pt") as file:
-                about, direction = file.metadata() or {}, file.get_tensor("direction")
-            if about.get("format") != str(FORMAT):
-                raise BrokenFile(f"{path} is of format {about.get('format')}; this difflex reads format {FORMAT}.")
-            said = json.loads(about["contrast"])
-            frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-            return cls(**{**frozen, "site": Site.parse(said["site"])}, direction=direction)
+                metadata, direction = file.metadata() or {}, file.get_tensor("direction")
+            if metadata.get("format") != str(FORMAT):
+                raise BrokenFile(f"{path} is of format {metadata.get('format')}; this difflex reads format {FORMAT}.")
+            entries = json.loads(metadata["contrast"])
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+            return cls(**{**values, "site": Site.parse(entries["site"])}, direction=direction)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BrokenFile(f"{path} is not a contrast ({error}): it is damaged. Make it again.") from error
 
 
-def contrast(
-    wanted: Iterable[Activations],
-    unwanted: Iterable[Activations],
-    method: Method = "mean",
-    steps: Sequence[float] | None = None,
-    inside: Inside = everywhere,
+def find_contrast(
+    positive: Iterable[Activations],
+    negative: Iterable[Activations],
+    method: ContrastMethod = "mean",
+    region: Region | None = None,
 ) -> Contrast:
-    """The direction from `unwanted` to `wanted`, by their activations at one site: pair by pair, in the same order and at the
-    same seeds and timesteps (those of `steps` alone, if given).
-
-    Each activation is the mean over a shot's tokens, those `inside` a part of its image; a pair's difference is the mean over
-    its timesteps. `mean`: the mean of the differences. `principal`: their first principal component about zero, on the side of
-    that mean and as long.
-    """
-    return contrasts(wanted, unwanted, [None], method, steps, inside)[0]
+    """Return the direction from `negative` to `positive`, as `find_contrasts` does, found on all pairs."""
+    return find_contrasts(positive, negative, [None], method, region)[0]
 
 
-def contrasts(
-    wanted: Iterable[Activations],
-    unwanted: Iterable[Activations],
+def find_contrasts(
+    positive: Iterable[Activations],
+    negative: Iterable[Activations],
     counts: Iterable[int | None],
-    method: Method = "mean",
-    steps: Sequence[float] | None = None,
-    inside: Inside = everywhere,
+    method: ContrastMethod = "mean",
+    region: Region | None = None,
 ) -> list[Contrast]:
-    """The same from the first so many pairs alone, for each of `counts`; None for all."""
-    ours, theirs = _ContrastSide(wanted, steps, inside), _ContrastSide(unwanted, steps, inside)
+    """Return for each of `counts` the direction from `negative` to `positive` on the first so many pairs (None: all).
+
+    Both sides are activations at one site, of pairs of prompts in the same order with the same seeds and timesteps. Each is the
+    mean over a shot's tokens in `region`; a pair's difference is the mean over its timesteps. `mean`: the mean of the
+    differences. `principal`: their first principal component about zero, with the sign and the norm of that mean.
+    """
+    ours, theirs = _ContrastSide(positive, region), _ContrastSide(negative, region)
     if not ours.means or len(ours.means) != len(theirs.means):
-        raise BadInput(f"A contrast takes pairs of prompts; it was given {len(ours.means)} and {len(theirs.means)}.")
+        raise BadInput(f"A contrast takes pairs of prompts: {len(ours.means)} are positive, {len(theirs.means)} negative.")
     if ours.site != theirs.site or ours.timesteps != theirs.timesteps:
-        raise BadInput(f"The two sides of a contrast differ in more than prompts: {ours.told} and {theirs.told}.")
-    return [_between(ours, theirs, count, method) for count in counts]
+        one, other = (f"{side.site} at timesteps {sorted(side.timesteps)}" for side in (ours, theirs))
+        raise BadInput(f"The two sides of a contrast differ in more than prompts: {one} and {other}.")
+    return [_contrast_of_pairs(ours, theirs, len(ours.means) if count is None else count, method) for count in counts]
 
 
-def _between(ours: _ContrastSide, theirs: _ContrastSide, count: int | None, method: Method) -> Contrast:
-    """The contrast by the first `count` pairs."""
-    many = len(ours.means) if count is None else count
-    if not 0 < many <= len(ours.means):
-        raise BadInput(f"A contrast of {many} pairs was asked for, there are {len(ours.means)}. Ask for 1 to {len(ours.means)}.")
-    differences = torch.stack([*ours.means.values()][:many]) - torch.stack([*theirs.means.values()][:many])
+def _contrast_of_pairs(ours: _ContrastSide, theirs: _ContrastSide, count: int, method: ContrastMethod) -> Contrast:
+    if not 0 < count <= len(ours.means):
+        raise BadInput(f"A contrast cannot be found on {count} pairs of {len(ours.means)}. Ask for 1 to {len(ours.means)}.")
+    differences = torch.stack([*ours.means.values()][:count]) - torch.stack([*theirs.means.values()][:count])
     mean = differences.mean(0)
     if not bool(mean.any()):
-        raise BadInput(f"The two sides of the contrast do not differ at {ours.site}. Name prompts that do.")
-    direction = mean if method == "mean" else _principal(differences, mean)
+        raise BadInput(f"The two sides of the contrast do not differ at {ours.site}. Name other prompts.")
     return Contrast(
         site=ours.site,
         model=ours.model,
         revision=ours.revision,
         method=method,
-        pairs=many,
+        pairs=count,
         timesteps=tuple(sorted(ours.timesteps, reverse=True)),
-        wanted=tuple(dict.fromkeys(prompt for prompt, _ in [*ours.means][:many])),
-        unwanted=tuple(dict.fromkeys(prompt for prompt, _ in [*theirs.means][:many])),
+        positive=tuple(dict.fromkeys(prompt for prompt, _ in [*ours.means][:count])),
+        negative=tuple(dict.fromkeys(prompt for prompt, _ in [*theirs.means][:count])),
         norm=(ours.norm + theirs.norm) / 2,
-        direction=direction.float(),
+        direction=(mean if method == "mean" else _principal(differences, mean)).float(),
     )
 
 
 class _ContrastSide:
-    """The mean activation of each shot's run, in the order of the prompts."""
+    """The mean activation of each run, in the order of the prompts."""
 
-    def __init__(self, activations: Iterable[Activations], steps: Sequence[float] | None, inside: Inside) -> None:
-        sums: dict[tuple[str, int], list[Tensor]] = {}
+    def __init__(self, activations: Iterable[Activations], region: Region | None) -> None:
+        by_run: dict[tuple[str, int], list[Tensor]] = {}
         norms, self.timesteps, sites = [], set(), set()
-        for seen in activations:
-            if steps is not None and seen.shots[0].timestep not in steps:
-                continue
-            sites.add(seen.site)
-            self.site, self.model, self.revision = seen.site, seen.shots[0].model, seen.shots[0].revision
-            values = seen.values.double()
+        for batch in activations:
+            sites.add(batch.site)
+            self.site, self.model, self.revision = batch.site, batch.shots[0].model, batch.shots[0].revision
+            values = batch.values.double()
             norms.append(float(values.norm(dim=-1).mean()))
-            for shot, tokens in zip(seen.shots, values, strict=True):
-                region = inside(shot) if seen.grid is not None else None
-                there = tokens if region is None or seen.grid is None else tokens[covered(region, seen.grid).to(tokens.device)]
+            for shot, tokens in zip(batch.shots, values, strict=True):
+                part = None if region is None else region(shot)
+                if part is not None and batch.grid is not None:
+                    tokens = tokens[region_tokens(part, batch.grid).to(tokens.device)]
                 self.timesteps.add(shot.timestep or 0.0)
-                sums.setdefault((shot.prompt, shot.seed), []).append(there.mean(0).cpu())
+                by_run.setdefault((shot.prompt, shot.seed), []).append(tokens.mean(0).cpu())
         if len(sites) > 1:
-            raise BadInput(f"A contrast is at one site; it was given activations of {', '.join(map(str, sorted(sites)))}.")
-        self.means = {shot: torch.stack(each).mean(0) for shot, each in sums.items()}
+            raise BadInput(f"A contrast is at one site, but the activations are of {', '.join(map(str, sorted(sites)))}.")
+        self.means = {run: torch.stack(means).mean(0) for run, means in by_run.items()}
         self.norm = sum(norms) / max(1, len(norms))
-
-    @property
-    def told(self) -> str:
-        return f"{self.site} at timesteps {sorted(self.timesteps)}"
 
 
 def _principal(differences: Float[Tensor, "pair width"], mean: Float[Tensor, " width"]) -> Float[Tensor, " width"]:
@@ -182,28 +179,65 @@ def _principal(differences: Float[Tensor, "pair width"], mean: Float[Tensor, " w
     return first * math.copysign(float(mean.norm()), float(first @ mean))
 
 
-def made_of(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: int = 10) -> list[FeatureContribution]:
-    """What features make up `direction`: found one after another, each time the one that has most in common with what is left,
-    with a code above 0; the codes of all are then fitted anew."""
+def contrast_features(contrast: Contrast) -> EditFeatures:
+    """Return a contrast direction as a single feature, whose code is a token's projection in lengths of the direction."""
+    direction = contrast.direction.float()
+    one, length = torch.ones(1), direction.norm()
+
+    def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
+        return (x @ direction.to(x.device) / length.square().to(x.device))[:, None]
+
+    units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length}
+    return EditFeatures(f"the contrast at {contrast.site}", codes, direction[None], units)
+
+
+def decompose(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: int = 10) -> list[FeatureContribution]:
+    """Return the features that make up `direction`, found greedily, with codes above 0.
+
+    Each is the one with the largest projection of the residual; the codes of all are then fitted again (matching pursuit).
+    """
     if len(direction) != dictionary.width:
-        raise BadInput(f"{dictionary.name} has activations of width {dictionary.width}, the direction has {len(direction)}.")
+        raise BadInput(
+            f"{dictionary.name} is for activations of width {dictionary.width}, but the direction has {len(direction)}."
+        )
     unit, x = dictionary.directions.double(), direction.double()
     chosen: list[int] = []
-    found: list[tuple[int, float]] = []
-    weights, left = torch.empty(0), x
+    explained: list[float] = []
+    weights, residual = torch.empty(0), x
     while len(chosen) < min(parts, dictionary.size):
-        common = unit @ left
-        common[chosen] = -math.inf
-        best = int(common.argmax())
-        if float(common[best]) <= 1e-9 * float(x.norm()):
+        projections = unit @ residual
+        projections[chosen] = -math.inf
+        best = int(projections.argmax())
+        if float(projections[best]) <= 1e-9 * float(x.norm()):
             break
         chosen.append(best)
         weights = torch.linalg.lstsq(unit[chosen].T, x[:, None]).solution[:, 0]
-        left = x - weights @ unit[chosen]
-        found.append((best, 1 - float(left.square().sum() / x.square().sum())))
-    lengths = dictionary.decoder_of(torch.tensor(chosen, dtype=torch.long, device=unit.device)).norm(dim=1).double()
+        residual = x - weights @ unit[chosen]
+        explained.append(1 - float(residual.square().sum() / x.square().sum()))
+    lengths = dictionary.decoder_rows(torch.tensor(chosen, dtype=torch.long, device=unit.device)).norm(dim=1).double()
     cosines = unit @ (x / x.norm())
     return [
-        FeatureContribution(feature, float(weight / length), float(cosines[feature]), explained)
-        for (feature, explained), weight, length in zip(found, weights, lengths, strict=True)
+        FeatureContribution(feature, float(weight / length), float(cosines[feature]), share)
+        for feature, share, weight, length in zip(chosen, explained, weights, lengths, strict=True)
     ]
+
+
+def pair_activations(
+    harvest: Callable[[Iterable[Shot]], Iterator[Activations]],
+    shots: Sequence[Shot],
+    pairs: Sequence[tuple[str, str]],
+    seeds: range = range(1),
+) -> tuple[Iterator[Activations], Iterator[Activations]]:
+    """Return the activations of the first prompts of `pairs`, and those of the second; both of a pair start from the same noise.
+
+    `shots` are the timesteps of one run. Each pair has a seed of its own, as a prompt may be part of several pairs; no image that
+    edits are judged on has one of these seeds.
+    """
+
+    def of_side(side: int) -> Iterator[Shot]:
+        for seed in seeds:
+            for number, pair in enumerate(pairs):
+                for shot in shots:
+                    yield replace(shot, prompt=pair[side], seed=FIRST_SEED + seed * len(pairs) + number)
+
+    return harvest(of_side(0)), harvest(of_side(1))

@@ -14,7 +14,7 @@ from difflex.effects import JudgedGenerator, JudgeVerdict, SteeringTask, Steerin
 from difflex.effects.findings.captions import ANYWHERE, Kind, concepts_of, task_of
 from difflex.effects.findings.record import Findings
 from difflex.records import Edit, Site
-from difflex.steering import EditFeatures, SteeringHook, steerings
+from difflex.steering import EditFeatures, SteeringHook, steering_hooks
 
 __all__ = ["ExperimentBench", "FindingsConfig", "SteeringDirection", "groups_of"]
 
@@ -133,12 +133,12 @@ class ExperimentBench:
     def _adding(
         self, features: EditFeatures, steps: tuple[int, int] | None
     ) -> Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]:
-        plain = Edit(what="add", site=self.site, unit="norm", steps=steps)
+        plain = Edit(operation="add", site=self.site, unit="norm", steps=steps)
 
         def added(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
             region = None if self.site.stream == "text" else trial.region
             edit = replace(plain, strength=strength, region=region)
-            return trial, steerings([edit], lambda _: features)[0]
+            return trial, steering_hooks([edit], lambda _: features)[0]
 
         return added
 

@@ -1,0 +1,184 @@
+"""`steer`: hooks for edits that name what a study holds; and records of edits, to make the same image again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from difflex.dictionaries import Dictionary, fingerprint
+from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.files import file_sha256, parsing, read_json, write_json
+from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
+from difflex.store import require_split
+from difflex.steering.contrast import Contrast, contrast_features
+from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
+from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
+from difflex.store import Store
+from difflex.study import DictionaryRef, Study
+
+__all__ = ["EditRecord", "StudyEditor", "steer"]
+
+FORMAT = 2
+BATCH = 2048
+CHUNK = 1024
+"""Features whose default strengths are computed at once."""
+SourceRun = Callable[[TransplantSource, Site, TransplantMaps], object]
+"""Generates the source image of a transplant with its maps as a hook at the site."""
+
+
+def steer(study: Study, edits: Iterable[Edit], source_run: SourceRun | None = None) -> list[SteeringHook]:
+    """Return the hooks of `edits` of the model of `study`, for `Pipeline.generate`; transplants need `source_run`."""
+    return StudyEditor(study).steering_hooks(edits, source_run)
+
+
+@final
+class StudyEditor:
+    """The dictionaries, scales and contrasts of a study that edits name, each read once."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.dictionary = cache(self._dictionary)
+        self.scales = cache(self._scales)
+        self.contrast = cache(lambda name: Contrast.load(study.contrast(name)))
+
+    def steering_hooks(self, edits: Iterable[Edit], source_run: SourceRun | None = None) -> list[SteeringHook]:
+        """Return the hooks of `edits`, for `Pipeline.generate`."""
+        return steering_hooks(edits, self.features, lambda edit: self._maps(edit, source_run))
+
+    def features(self, edit: Edit) -> EditFeatures:
+        """Return the features that `edit` changes."""
+        if (edit.dictionary is None) == (edit.contrast is None):
+            raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
+        if edit.contrast is not None:
+            return contrast_features(self._checked_contrast(edit.contrast, edit.site))
+        place = DictionaryRef(edit.site, edit.dictionary or "")
+        dictionary = self.dictionary(place)
+        check_origin(dictionary, edit.site, self.study.model, self.study.revision)
+        return dictionary_features(dictionary, edit.features, self.scales(place))
+
+    def with_default_strength(self, edit: Edit, stored: float | None = None) -> Edit:
+        """Return `edit` at its default strength in peaks: `stored`, from a book, or the smallest default of its features."""
+        if edit.operation == "scale":
+            raise BadInput("A scale multiplies codes, and by 1 nothing changes. Name a strength: 0 removes them, 2 doubles them.")
+        if edit.dictionary is None or edit.operation not in ("add", "set", "replace"):
+            return edit
+        if edit.unit != "peak":
+            raise BadInput(
+                f"The default strength is in peaks, not in units of {edit.unit}. Name a strength, or leave out the unit."
+            )
+        self.features(edit)  # checks them
+        strengths = (
+            self.default_strengths(DictionaryRef(edit.site, edit.dictionary), edit.features) if stored is None else [stored]
+        )
+        return replace(edit, strength=min(strengths))
+
+    def default_strengths(self, place: DictionaryRef, features: Iterable[int] | None = None) -> list[float]:
+        """Return the default strengths of features of a dictionary (None: of all), in peaks."""
+        dictionary, strengths = self.dictionary(place), list[float]()
+        chosen = torch.arange(dictionary.size) if features is None else torch.tensor(list(features), dtype=torch.long)
+        for part in chosen.split(CHUNK):
+            decoder = dictionary.decoder_rows(part.to(dictionary.constant.device))
+            strengths += self.scales(place).default_strengths(decoder, part).tolist()
+        return [round(strength, 3) for strength in strengths]
+
+    def checksums(self, edits: Sequence[Edit]) -> dict[str, str]:
+        """Return the checksums of the dictionaries, contrasts and region images that `edits` use, by name."""
+        places = {DictionaryRef(edit.site, edit.dictionary) for edit in edits if edit.dictionary is not None}
+        checksums = {str(place): fingerprint(self.study.dictionary(*place)) for place in places}
+        names = {edit.contrast for edit in edits if edit.contrast is not None}
+        checksums |= {f"contrast {name}": file_sha256(self.study.contrast(name)) for name in sorted(names)}
+        regions = {region for edit in edits for region in (edit.region, edit.source and edit.source.region)}
+        images = [region for region in regions if isinstance(region, str) and region != "fires"]
+        return checksums | {f"the region {path}": file_sha256(Path(path)) for path in sorted(images) if Path(path).is_file()}
+
+    def _dictionary(self, place: DictionaryRef) -> Dictionary:
+        known = self.study.dictionaries()
+        if place not in known:
+            raise UnknownName.among(
+                "The dictionary", str(place), map(str, known), "difflex train and difflex itda make dictionaries."
+            )
+        return Dictionary.load(self.study.dictionary(*place))
+
+    def _scales(self, place: DictionaryRef) -> FeatureScales:
+        """Return the scales of a dictionary; measure and store them if the study has none."""
+        path, current = self.study.scales(*place), fingerprint(self.study.dictionary(*place))
+        stored, stores = FeatureScales.load(path, current), self.study.stores()
+        if stored is not None:
+            return stored
+        if place.site not in stores:
+            raise UnknownName.among(
+                "The activations of", str(place.site), map(str, stores), "Units are measured on them: harvest the site."
+            )
+        batches = Store.open(stores[place.site]).batches(BATCH, seed=0, split="train")
+        scales = measure_scales(self.dictionary(place), require_split(batches, "train"))
+        scales.save(path, current)
+        return scales
+
+    def _checked_contrast(self, name: str, site: Site) -> Contrast:
+        contrast, model = self.contrast(name), (self.study.model, self.study.revision)
+        if contrast.site != site:
+            raise StaleWork(f"The contrast '{name}' is at {contrast.site}, but the edit is at {site}. Edit {contrast.site}.")
+        if (contrast.model, contrast.revision) != model:
+            made_for, used = f"{contrast.model}@{contrast.revision}", f"{model[0]}@{model[1]}"
+            raise StaleWork(f"The contrast '{name}' was made for {made_for}, but the model is {used}. Make it again.")
+        return contrast
+
+    def _maps(self, edit: Edit, source_run: SourceRun | None) -> TransplantMaps:
+        """Return the maps of a transplant, recorded while its source image is generated."""
+        if source_run is None:
+            raise BadInput("A transplant generates its source image first. Give `steer` a function that does so.")
+        assert edit.source is not None
+        maps = TransplantMaps(edit, self.features(edit).codes)
+        source_run(edit.source, edit.site, maps)
+        return maps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRecord:
+    """Edits and the image that they were made for: enough to make it again."""
+
+    shot: Shot
+    edits: tuple[Edit, ...]
+    checksums: dict[str, str]
+    """Of the dictionaries, contrasts and region images, by name."""
+
+    def save(self, path: Path) -> Path:
+        """Write the record to `path` as JSON and return the path."""
+        edits = [{**asdict(edit), "site": str(edit.site)} for edit in self.edits]
+        try:
+            return write_json(path, FORMAT, {"shot": asdict(self.shot), "edits": edits, "checksums": self.checksums})
+        except OSError as error:
+            raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
+
+    @classmethod
+    def load(cls, path: Path) -> EditRecord:
+        """Return the record in `path`."""
+        if not path.is_file():
+            raise BadInput(f"There is no {path}. difflex steer --record writes one.")
+        entries = read_json(path, FORMAT, "Record the edit again.")
+        with parsing(path, "an edit", "Record the edit again."):
+            shot = Shot(**{**entries["shot"], "pixels": tuple(entries["shot"]["pixels"])})
+            return cls(shot=shot, edits=tuple(map(_parse_edit, entries["edits"])), checksums=entries["checksums"])
+
+    def check(self, editor: StudyEditor) -> None:
+        """Refuse dictionaries, contrasts and region images that have changed since."""
+        current = editor.checksums(self.edits)
+        changed = [name for name, checksum in self.checksums.items() if current.get(name) != checksum]
+        if changed:
+            raise StaleWork(f"{changed[0]} has changed since the edit was recorded. Record the edit again.")
+
+
+def _parse_edit(entries: dict[str, Any]) -> Edit:
+    source = entries["source"] and TransplantSource(**{**entries["source"], "region": _parse_region(entries["source"]["region"])})
+    steps = entries["steps"] and tuple(entries["steps"])
+    parsed = {"site": Site.parse(entries["site"]), "features": tuple(entries["features"])}
+    return Edit(**{**entries, **parsed, "region": _parse_region(entries["region"]), "steps": steps, "source": source})
+
+
+def _parse_region(entry: str | Sequence[float] | None) -> Rectangle | str | None:
+    return entry if entry is None or isinstance(entry, str) else Rectangle(*entry)

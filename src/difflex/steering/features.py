@@ -1,0 +1,176 @@
+"""The features that an edit changes, and their scales: what a strength of 1 is in each unit, measured on a sample of tokens."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from difflex.dictionaries import Dictionary
+from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.files import write_file
+from difflex.records import ActivationBatch, Site
+
+__all__ = ["EditFeatures", "FeatureScales", "check_origin", "dictionary_features", "measure_scales", "random_features"]
+
+FORMAT = 1
+TOKENS, SAMPLE = 65_536, 2048
+"""Tokens that are encoded, and how many of them are stored to compute default strengths with."""
+MAX_STRENGTH = 2.0
+"""The largest default strength, in peaks."""
+
+Codes = Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]
+
+
+class EditFeatures(NamedTuple):
+    """The features that an edit changes."""
+
+    description: str
+    """Names them in messages."""
+    codes: Codes
+    """Computes their codes at each token."""
+    decoder: Float[Tensor, "feature width"]
+    """What a code of 1 of each adds to an activation."""
+    units: Mapping[str, Float[Tensor, " feature"]]
+    """The code that a strength of 1 stands for, by unit."""
+
+
+def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales: FeatureScales | None) -> EditFeatures:
+    """Return `features` of a dictionary; without `scales` the only unit of a strength is `code`."""
+    chosen = torch.tensor(list(features), dtype=torch.long)
+    if not len(chosen):
+        raise BadInput(f"No feature of {dictionary.name} was named. Name one or more, from 0 to {dictionary.size - 1}.")
+    outside = [feature for feature in chosen.tolist() if not 0 <= feature < dictionary.size]
+    if outside:
+        raise UnknownName(f"{dictionary.name} has no feature {outside[0]}; its features are numbered 0 to {dictionary.size - 1}.")
+
+    def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
+        values, indices = dictionary.encode(x)
+        is_chosen = indices[..., None] == chosen.to(indices.device)
+        return (values[..., None] * is_chosen).sum(1).to(x.device)  # the dictionary may be on another device
+
+    decoder = dictionary.decoder_rows(chosen.to(dictionary.constant.device)).float()
+    units = {"code": torch.ones(len(chosen))}
+    if scales is not None:
+        units |= {"peak": scales.peaks[chosen], "mean": scales.means[chosen]}
+        units["norm"] = scales.norm / decoder.cpu().norm(dim=1).clamp(min=1e-30)
+        for feature in chosen[scales.peaks[chosen] == 0].tolist():
+            warnings.warn(
+                f"Feature {feature} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2
+            )
+    return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units)
+
+
+def random_features(features: EditFeatures, seed: int = 0) -> EditFeatures:
+    """Return `features` with random decoder directions of the same lengths, as a baseline."""
+    drawn = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
+    lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+    return features._replace(description="random directions", decoder=drawn * lengths)
+
+
+def check_origin(dictionary: Dictionary, site: Site, model: str, revision: str | None) -> None:
+    """Refuse a dictionary that was made for another site or model."""
+    origin = dictionary.origin
+    if origin.site != site:
+        raise StaleWork(f"{dictionary.name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
+    if origin.model is not None and (origin.model, origin.revision) != (model, revision):
+        made_for, used = f"{origin.model}@{origin.revision}", f"{model}@{revision}"
+        raise StaleWork(f"{dictionary.name} was made for {made_for}, but the model is {used}. Use {made_for}.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FeatureScales:
+    """How large the codes of a dictionary's features, and the activations of its site, are."""
+
+    peaks: Float[Tensor, " feature"]
+    """The largest code of each feature; 0 for a feature that never fired."""
+    means: Float[Tensor, " feature"]
+    """Its mean code where it fires."""
+    norm: float
+    """Mean norm of an activation."""
+    ceiling: float
+    """The 99th percentile of the norms."""
+    sample: Float[Tensor, "token width"]
+    """Some of the activations."""
+
+    SHARE: ClassVar[float] = 0.95
+
+    def default_strengths(self, decoder: Float[Tensor, "feature width"], features: Int[Tensor, " feature"]) -> Tensor:
+        """Return the default strengths of `features`, in peaks: the largest, at most 2, that keep 95 % of tokens under the ceiling.
+
+        The norm of x + p v rises with p beyond its minimum; bisection finds where it reaches the ceiling.
+        """
+        steps = decoder.float().cpu() * self.peaks[features, None]
+        along, lengths, squares = self.sample @ steps.T, steps.square().sum(1), self.sample.square().sum(1, keepdim=True)
+        low, high = torch.zeros(len(features)), torch.full((len(features),), MAX_STRENGTH)
+        whole = self._fits(squares, along, lengths, high)
+        for _ in range(16):
+            middle = (low + high) / 2
+            fits = self._fits(squares, along, lengths, middle)
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return torch.where(lengths > 0, torch.where(whole, MAX_STRENGTH, low), 0.0)
+
+    def _fits(self, squares: Tensor, along: Tensor, lengths: Tensor, strength: Tensor) -> Tensor:
+        edited = squares + 2 * strength * along + strength.square() * lengths
+        return (edited <= self.ceiling**2).float().mean(0) >= self.SHARE
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write the scales to `path` with the fingerprint of their dictionary."""
+        tensors = {"peaks": self.peaks, "means": self.means, "sample": self.sample}
+        metadata = {"format": str(FORMAT), "checksum": fingerprint, "sizes": json.dumps([self.norm, self.ceiling])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> FeatureScales | None:
+        """Return the scales in `path`; None without the file, or if its dictionary is not the one of `fingerprint`."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != str(FORMAT):
+                    raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
+                if metadata["checksum"] != fingerprint:
+                    return None
+                norm, ceiling = json.loads(metadata["sizes"])
+                tensors = {name: file.get_tensor(name) for name in ("peaks", "means", "sample")}
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. Delete it; it is made again.") from error
+        return cls(norm=norm, ceiling=ceiling, **tensors)
+
+
+def measure_scales(dictionary: Dictionary, batches: Iterable[ActivationBatch], tokens: int = TOKENS) -> FeatureScales:
+    """Return the scales of a dictionary on the first `tokens` of `batches`, which yield training tokens in any order."""
+    peaks, sums, fired = (torch.zeros(dictionary.size) for _ in range(3))
+    norms, sample, count = [], [], 0
+    for rows in batches:
+        x = rows.values.float()[: tokens - count]
+        values, indices = (part.cpu().flatten() for part in dictionary.encode(x))
+        fires = values > 0
+        values, indices = values[fires], indices[fires].long()
+        peaks.scatter_reduce_(0, indices, values, "amax")
+        sums.index_add_(0, indices, values)
+        fired += torch.bincount(indices, minlength=dictionary.size)
+        norms.append(x.norm(dim=1).cpu())
+        sample.append(x[: max(0, SAMPLE - count)].cpu())
+        count += len(x)
+        if count >= tokens:
+            break
+    if not count:
+        raise BadInput(f"{dictionary.name} has no tokens to measure its units on. Harvest {dictionary.site} first.")
+    lengths = torch.cat(norms)
+    # `quantile` takes no more than 16 M numbers.
+    ceiling = float(lengths.kthvalue(max(1, round(0.99 * len(lengths)))).values)
+    means = sums / fired.clamp(min=1)
+    return FeatureScales(peaks=peaks, means=means, norm=float(lengths.double().mean()), ceiling=ceiling, sample=torch.cat(sample))
