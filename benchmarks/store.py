@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import difflex
 from difflex.errors import BrokenFile
-from difflex.records import Activations, Shot, Site, split_of
+from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, Store, record
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -187,7 +187,9 @@ def sites(root: Path) -> Result:
     names = [row.site for row in rows if row.site.stream == "image"]
     several, deepest = names[len(names) // 2 :: 2], names[-1:]
     several = [*several[:3], *deepest]
-    shots = [replace(shot, split=split_of(shot.prompt)) for shot in pipe.shots([f"a red star {i}" for i in range(32)], steps=1)]
+    shots = [
+        replace(shot, split=Shot.split_of(shot.prompt)) for shot in pipe.shots([f"a red star {i}" for i in range(32)], steps=1)
+    ]
 
     def seconds(asked: list[Site]) -> float:
         start = time.process_time()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from difflex.records import Activations, Shot, Site, split_of
+from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, record
 
 SITES = (Site("double.1"), Site("single.0", "update"), Site("double.1", stream="text"))
@@ -30,7 +30,7 @@ def fake_shots(runs: int | None, steps: int = 1, word: str = "star") -> Iterator
                 steps=steps,
                 guidance=0.0,
                 timestep=1000.0 - 250.0 * step,
-                split=split_of(prompt),
+                split=Shot.split_of(prompt),
             )
 
 

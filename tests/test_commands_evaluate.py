@@ -11,7 +11,7 @@ from difflex.cli import main
 from difflex.commands import evaluate as verb
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.evaluation import Evaluation
-from difflex.records import Site, split_of
+from difflex.records import Shot, Site
 from difflex.testing import tiny_clip, tiny_folder
 
 SITE = "double.1:update"
@@ -175,7 +175,7 @@ def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Pat
 
 
 def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    prompts = [prompt for prompt in (f"star {number}" for number in range(9)) if split_of(prompt) == "train"]
+    prompts = [prompt for prompt in (f"star {number}" for number in range(9)) if Shot.split_of(prompt) == "train"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     model, other = json.loads((study / "study.json").read_text())["model"], tmp_path / "other"
     words = ["harvest", model, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(other), "--pixels", "16x24"]

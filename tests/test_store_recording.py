@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from difflex import files
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
-from difflex.records import Activations, Shot, Site, split_of
+from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, Store, record
 
 SCRIPT = Path(__file__).parent / "fake_harvest.py"
@@ -234,7 +234,9 @@ def test_too_large_a_plan_is_refused_before_anything_is_written(tmp_path: Path):
 
 
 def of_one_length(runs: int, word: str = "star") -> list[Shot]:
-    return [replace(shot, prompt=f"{word} {i:03}", split=split_of(f"{word} {i:03}")) for i, shot in enumerate(fake_shots(runs))]
+    return [
+        replace(shot, prompt=f"{word} {i:03}", split=Shot.split_of(f"{word} {i:03}")) for i, shot in enumerate(fake_shots(runs))
+    ]
 
 
 @pytest.mark.parametrize("limit", [60_000, 75_000, 123_456])

@@ -1,4 +1,4 @@
-"""What travels between stations: frozen records without behaviour beyond their own notation."""
+"""Records that stations exchange: sites, shots, activations, codes and edits. Importing them does not import torch."""
 
 from __future__ import annotations
 
@@ -7,24 +7,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from difflex.choices import Operation, Unit
 from difflex.errors import BadInput
 
-if TYPE_CHECKING:  # importing a record must not import torch
+if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+__all__ = [
+    "ActivationBatch",
+    "Activations",
+    "Codes",
+    "Edit",
+    "EditOutcomes",
+    "HookContext",
+    "Rectangle",
+    "Shot",
+    "Site",
+    "TransplantSource",
+]
+
+# The types of fields below.
 Kind = Literal["residual", "update", "neurons"]
 Stream = Literal["image", "text"]
 Split = Literal["train", "held-out"]
 Half = Literal["conditional", "unconditional"]
-"""The two answers of a denoiser under classifier-free guidance."""
+"""The two predictions of a denoiser under classifier-free guidance."""
 KINDS: tuple[Kind, ...] = ("residual", "update", "neurons")
 STREAMS: tuple[Stream, ...] = ("image", "text")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A named place inside a model; written `PATH[:KIND][:STREAM]`, as in `double.18`, `single.9:update`, `double.3:text`."""
+    """A place inside a model, written `PATH[:KIND][:STREAM]`: `double.18`, `single.9:update`, `double.3:text`."""
 
     path: str
     """A short name of the model's family (`double.18`) or a full module path."""
@@ -34,9 +49,12 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The site written as `text`."""
+        """Parse a site from its notation."""
         path, *rest = text.split(":")
-        kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # where none is named, the first: the default
+        kind, stream = (
+            max(KINDS, key=rest.count),
+            max(STREAMS, key=rest.count),
+        )  # the first, which is the default, if none is named
         if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
             raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
         return cls(path, kind, stream)
@@ -47,20 +65,20 @@ class Site:
 
     @property
     def folder(self) -> str:
-        """The name for files: `:` becomes `+`."""
+        """The name of its folder: `:` becomes `+`."""
         return str(self).replace(":", "+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """Everything needed to make an image, or an activation on the way to it, again."""
+    """All that is needed to make an image, or an activation on the way to it, again."""
 
     model: str
     """A name inside the package, a folder, or a hub name."""
     revision: str | None = None
     """The commit on the hub; `untrained-SEED` for random weights."""
     precision: str | None = None
-    """What the weights were held in, as in bf16; None if nobody said."""
+    """Of the weights, such as bf16; None if unknown."""
     prompt: str = ""
     seed: int = 0
     pixels: tuple[int, int]
@@ -68,24 +86,24 @@ class Shot:
     steps: int
     guidance: float
     timestep: float | None = None
-    """What the scheduler calls the noise level (1000 is pure noise); None for a finished image."""
+    """The noise level in the scheduler's units (1000 is pure noise); None for a finished image."""
     image: str | None = None
-    """For activations met on a given image: its name or path; then `noise` holds the level it was noised to."""
+    """For activations of an existing image: its name or path. It was noised to the level `noise`."""
     noise: float | None = None
     """Between 0 (the image) and 1 (pure noise)."""
     split: Split = "train"
-    """Fixed by a hash of the prompt or image, so that all seeds of a prompt stay together."""
+    """Fixed by a hash of the prompt or image, so that all seeds of a prompt are in the same split."""
 
-
-def split_of(content: str | bytes) -> Split:
-    """`held-out` for a fixed tenth of all prompts or images, chosen by a hash of the content."""
-    digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
-    return "held-out" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
+    @staticmethod
+    def split_of(content: str | bytes) -> Split:
+        """Return the split of a prompt or image: `held-out` for a fixed tenth of all, by a hash of the content."""
+        digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
+        return "held-out" if int.from_bytes(digest[:8], "big") % 10 == 0 else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What one forward pass shows at one site: what a pipeline's harvest yields and a store takes in."""
+    """The activations of one forward pass at one site: the output of a harvest and the input of a store."""
 
     site: Site
     values: Float[Tensor, "shot token width"]
@@ -96,41 +114,45 @@ class Activations:
 
 @dataclass(frozen=True)
 class HookContext:
-    """When a site is met: what a function given to `at` is told beside the activations."""
+    """The state of a generation when a hook is called: an argument of functions given to `Pipeline.at`."""
 
     step: int
-    """Index among the scheduler's timesteps."""
+    """The index of the denoising step."""
     timestep: float
-    """What the scheduler calls the noise level."""
+    """The noise level in the scheduler's units."""
     half: Half | None
-    """Which half under classifier-free guidance; None without guidance."""
+    """The half under classifier-free guidance; None without guidance."""
     shots: tuple[Shot, ...] | None
-    """The shots of the batch, where difflex itself runs the pipeline."""
+    """The shots of the batch, if difflex runs the pipeline."""
     grid: tuple[int, int] | None
     """Rows and columns of the image tokens; None for text."""
 
 
 class ActivationBatch(NamedTuple):
-    """A batch of single activations on their way to training: what a store, or a live stream, yields."""
+    """A batch of single activations for training: the output of a store or of live activations."""
 
     values: Float[Tensor, "token width"]
     shots: Int[Tensor, " token"]
-    """The number of each row's shot in its source; `source.shot(number)` gives it back."""
+    """The number of each row's shot in its source; `source.shot(number)` returns it."""
     tokens: Int[Tensor, " token"]
     """The position of each row's token within its shot."""
 
 
+class Codes(NamedTuple):
+    """The features that fire at each token; the number of slots is k, or the largest number of features at a token."""
+
+    values: Float[Tensor, "token slot"]
+    """0 in an empty slot, whatever its index."""
+    indices: Int[Tensor, "token slot"]
+
+
 class EditOutcomes(NamedTuple):
-    """What a model makes of the same shots, left alone and under each of several edits: predictions, or images."""
+    """Predictions or images of the same shots, unedited and under each of several edits."""
 
     shots: tuple[Shot, ...]
     plain: Float[Tensor, "shot ..."]
     edited: Mapping[str, Float[Tensor, "shot ..."]]
     """By the name of the edit."""
-
-
-Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
-Unit = Literal["peak", "mean", "norm", "code"]
 
 
 class Rectangle(NamedTuple):
@@ -144,46 +166,38 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TransplantSource:
-    """The generation that a transplant takes the maps of its features from."""
+    """The generation from which a transplant takes the maps of its features."""
 
     prompt: str
     seed: int = 0
     region: Rectangle | str | None = None
-    """Which part of it, as `Edit.region` has it; it is laid onto the edit's region, middle on middle."""
+    """A part of it, in the notation of `Edit.region`; its centre is placed at the centre of the edit's region."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """A change of the activations at one site, as data: enough to make it again."""
+    """A change of the activations at one site, as data that can be saved and applied again."""
 
     operation: Operation
-    """`add` a strength times what the features write, without looking at the activation. The others change the features' codes
-    and leave alone what the dictionary does not explain: `set` them to the strength, `scale` them by it, `ablate` them, or
-    `transplant` them from another generation. `replace`: nothing but the strength times what the features write."""
+    """`add` adds strength times the features' directions, whatever the activation is. The others change the codes of the
+    features and keep what the dictionary does not reconstruct: `set` them to the strength, `scale` them by it, `ablate` them,
+    or `transplant` them from another generation. `replace` writes strength times the features' directions and nothing else."""
     site: Site
     dictionary: str | None = None
     """The label of the dictionary that the features are of."""
     features: tuple[int, ...] = ()
     contrast: str | None = None
-    """Instead of a dictionary: the name of a direction found by contrast, taken as the only feature."""
+    """Instead of a dictionary: the name of a contrast direction, which is the only feature."""
     strength: float = 1.0
     unit: Unit = "peak"
-    """What a strength of 1 is: a feature's largest code; its mean code where it fires; as long as a mean activation; a code of 1.
+    """A strength of 1 is: the feature's largest code; its mean code where it fires; the mean norm of an activation; a code of 1.
     A scale has no unit."""
     region: Rectangle | str | None = None
-    """Which part of the image: a rectangle, the name of an image that is light there, `fires` for the tokens at which one of
-    the features fires; None for all of it."""
+    """The part of the image to edit: a rectangle, the name of a mask image (light where to edit), or `fires` for the tokens at
+    which one of the features fires; None for all of it."""
     steps: tuple[int, int] | None = None
-    """The first step, and the first no longer; None for all."""
+    """The range of steps to edit, its end excluded; None for all."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
     """Under guidance: the conditional half alone, both alike, or the unconditional one with the opposite sign."""
     source: TransplantSource | None = None
-    """Of a transplant."""
-
-
-class Codes(NamedTuple):
-    """Which features fire at each token and how strongly; slots are k, or the largest count where k is not fixed."""
-
-    values: Float[Tensor, "token slot"]
-    """0 marks an empty slot, whatever its index."""
-    indices: Int[Tensor, "token slot"]
+    """For a transplant."""

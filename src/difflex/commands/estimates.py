@@ -33,7 +33,7 @@ from difflex.commands.train import USUAL, TrainCommand
 from difflex.errors import DifflexError
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import ModelProfile
-from difflex.records import Site, split_of
+from difflex.records import Shot, Site
 from difflex.store import RecordingConfig, ShardFormat, recorded_bytes, shots_for
 from difflex.study import Command
 
@@ -69,7 +69,7 @@ def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
     prompts, count = _prompts_of(command)
     revision = command.revision if command.untrained is None else f"{UNTRAINED}{command.untrained}"
     plain = replace(model.shot, revision=revision, precision=command.precision or "fp32", timestep=750.0)
-    shots = [replace(plain, prompt=prompt, split=split_of(prompt)) for prompt in prompts]
+    shots = [replace(plain, prompt=prompt, split=Shot.split_of(prompt)) for prompt in prompts]
     if command.tokens is None and count is None:
         raise Unknown(f"how many prompts {command.prompts} has is known when they are read")
     total = shots_for(command.tokens, formats, run) if command.tokens is not None else (count or 0) * len(command.seeds) * run

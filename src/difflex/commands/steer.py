@@ -11,6 +11,7 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
+from difflex.choices import Operation, Unit
 from difflex.commands.books import kept_strength
 from difflex.commands.flags import Range
 from difflex.commands.generate import FORMATS, write_image
@@ -19,7 +20,6 @@ from difflex.errors import BadInput
 from difflex.images import contact_sheet
 from difflex.pipeline import GeneratedImage, Pipeline
 from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
-from difflex.choices import Operation, Unit
 from difflex.steering import EditRecord, StudyEditor, rectangle
 from difflex.steering.hooks import TransplantMaps
 from difflex.study import Command, DictionaryRef, Study

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple, final
 from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex.choices import Unit
 from difflex.commands.contrast import contrasted
 from difflex.commands.flags import Range
 from difflex.commands.looking import VLMCommand
@@ -34,7 +35,6 @@ from difflex.errors import BadInput
 from difflex.files import file_sha256
 from difflex.pipeline import Pipeline
 from difflex.records import Edit
-from difflex.choices import Unit
 from difflex.steering import EditFeatures, SteeringHook, StudyEditor, random_features, steering_hooks
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study

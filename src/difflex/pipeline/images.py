@@ -23,7 +23,7 @@ from difflex.pipeline.generation import check_size
 from difflex.pipeline.harvesting import collect, yielded
 from difflex.pipeline.predicting import prediction
 from difflex.pipeline.sites import SiteModule
-from difflex.records import Activations, Shot, split_of
+from difflex.records import Activations, Shot
 
 __all__ = ["ImageInput", "harvest_images", "losses"]
 
@@ -163,7 +163,9 @@ def _given(
         check_size(pixels, engine.card, engine.stride)
         content = hashlib.sha256(image.tobytes()).hexdigest()
         name = name or (f"sha256:{content[:16]}" if isinstance(given, Image.Image) else str(given))
-        yield GivenImage(image, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, image=name, split=split_of(content)))
+        yield GivenImage(
+            image, replace(plain, prompt=prompt, seed=seed + i, pixels=pixels, image=name, split=Shot.split_of(content))
+        )
 
 
 def open_image(given: ImageInput) -> Image.Image:

@@ -15,7 +15,7 @@ from difflex._version import __version__
 from difflex.choices import StoredDtype
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256, parsing, read_json, write_file
-from difflex.records import Shot, Site, Split, split_of
+from difflex.records import Shot, Site, Split
 from difflex.store.shard import REMEDY, MappedShard, ShardFormat
 
 __all__ = [
@@ -196,8 +196,8 @@ def check_split(shot: Shot) -> None:
     """Raise an error if the split of a shot is not that of its prompt. The split of an image depends on its content."""
     if shot.split not in SPLITS:
         raise UnknownName.among("The split", str(shot.split), SPLITS)
-    if shot.image is None and shot.split != split_of(shot.prompt):
+    if shot.image is None and shot.split != Shot.split_of(shot.prompt):
         raise BadInput(
             f"The shot of {shot.prompt!r} has the split '{shot.split}', but the hash of its prompt gives "
-            f"'{split_of(shot.prompt)}'. Make shots with Pipeline.shots, or set split=split_of(prompt)."
+            f"'{Shot.split_of(shot.prompt)}'. Make shots with Pipeline.shots, or set split=Shot.split_of(prompt)."
         )
