@@ -19,10 +19,12 @@ from PIL import Image
 import difflex
 from difflex.commands.concepts import drawn_images
 from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.features import CollectBatch, CollectConfig, CollectTarget, collect
-from difflex.features.book import Book, BookInfo, BookWriter, FeatureStats, ImageAlbum, ImageFile, PackedExample, TokenMap, sheet
+from difflex.features import Book, BookInfo, BookWriter, ImageAlbum, sheet
+from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
+from difflex.features.collector import FeatureCollector
+from difflex.features.entries import FeatureStats, ImageFile, TokenMap
 from difflex.features.firing import ImageBatch
-from difflex.features.gathering import FeatureCollector
+from difflex.features.writer import PackedExample
 from difflex.records import Activations, Codes, Shot, Site
 
 torch.set_num_threads(1)
@@ -58,7 +60,7 @@ def merged() -> tuple[float, float]:
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
         began = time.process_time()
-        gathering.meet([seen], ImageBatch(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
+        gathering.add([seen], ImageBatch(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
         spent += time.process_time() - began
     began = time.process_time()
     gathering.shots()
@@ -110,9 +112,9 @@ def costs() -> tuple[float, float, float]:
         written = time.process_time()
 
     with tempfile.TemporaryDirectory() as folder:
-        given = CollectTarget(dictionary=dictionary, name="double.2/topk", checksum="", book=Path(folder) / "book.sqlite")
+        given = CollectTarget(dictionary=dictionary, name="double.2/topk", fingerprint="", book=Path(folder) / "book.sqlite")
         began = time.process_time()
-        collect([given], flow, ImageAlbum(Path(folder) / "images"), data="", state=Path(folder) / "state", progress=False)
+        collect([given], flow, ImageAlbum(Path(folder) / "images"), data="", checkpoint=Path(folder) / "state", progress=False)
         ended = time.process_time()
     base = spent["harvest"] + spent["encode"]
     return base / IMAGES, (written - began - base) / IMAGES, (ended - written) / IMAGES
@@ -123,13 +125,13 @@ def large_book(folder: Path) -> Book:
     album = ImageAlbum(folder / "images")
     noise = torch.randint(256, (64, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = [Image.fromarray(each.numpy()).resize((256, 256)) for each in noise]
-    filed = [ImageFile(number, *album.file(image)[0]) for number, image in enumerate(images)]
+    filed = [ImageFile(number, *album.add(image)[0]) for number, image in enumerate(images)]
     about = BookInfo(
         dictionary="double.18/topk-65536-k64",
         kind="topk",
         size=SIZE,
         k=K,
-        checksum="",
+        fingerprint="",
         model="none",
         data="",
         grid=GRID,
@@ -149,13 +151,13 @@ def large_book(folder: Path) -> Book:
             for rank in range(8):
                 yield PackedExample(feature, "silent", "train", rank, rank, 0.0, None, b"")
 
-    with BookWriter.of(folder / "book.sqlite", about) as draft:
-        draft.images(filed)
-        draft.shots((number, number, shot) for number in range(64))
-        draft.features(
-            FeatureStats(feature=feature, fired=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
+    with BookWriter.open(folder / "book.sqlite", about) as writer:
+        writer.add_images(filed)
+        writer.add_shots((number, number, shot) for number in range(64))
+        writer.add_features(
+            FeatureStats(feature=feature, firings=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
         )
-        draft.examples(examples())
+        writer.add_examples(examples())
     return Book.open(folder / "book.sqlite")
 
 

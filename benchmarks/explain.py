@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ExplanationProtocol, explain
-from difflex.features.book import Book, ImageAlbum
+from difflex.features import Book, ImageAlbum
 from difflex.testing import plain_book
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def explained(folder: Path, url: str, features: int, connections: int) -> tuple[
         explain(book, range(features), asker, album, ExplanationProtocol(), connections=connections, progress=False)
         took = time.monotonic() - began
         done = [each for each in book.explanations() if each.state == "done"]
-        right = sum(all(judgement.score == judgement.wanted for judgement in book.judgements(each.id)) for each in done)
+        right = sum(all(judgement.score == judgement.fires for judgement in book.judgements(each.id)) for each in done)
     endpoint.close()
     answers.close()
     return took, asker.asked.spent.calls, right

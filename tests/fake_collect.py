@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from difflex.dictionaries import DictionaryOrigin, Neurons
-from difflex.features import CollectBatch, CollectConfig, CollectTarget, collect
-from difflex.features.book import ImageAlbum
+from difflex.features import ImageAlbum
+from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.records import Activations, Shot, Site
 
 SITES = (Site("double.0", "neurons"), Site("single.1", "neurons"))
 SIZE, GRID, BATCH = 12, (4, 4), 5
-FEW = CollectConfig(top=3, sampled=4, silent=2, pool=10, beside=3)
+FEW = CollectConfig(top_examples=3, random_examples=4, silent_examples=2, silent_pool=10, coactive=3)
 
 
 def planted(image: int, site: Site, timestep: float) -> Tensor:
@@ -73,7 +73,7 @@ def subjects(folder: Path) -> list[CollectTarget]:
         CollectTarget(
             dictionary=Neurons(width=SIZE, k=SIZE, origin=DictionaryOrigin(site=site)),
             name=f"{site}/neurons-{SIZE}-k{SIZE}",
-            checksum="abc",
+            fingerprint="abc",
             book=folder / f"{site.folder}.sqlite",
         )
         for site in SITES
@@ -90,9 +90,9 @@ def collected(
         flow,
         ImageAlbum(folder / "images"),
         data="planted",
-        state=folder / "state.safetensors",
-        settings=FEW,
-        every=every,
+        checkpoint=folder / "state.safetensors",
+        config=FEW,
+        save_seconds=every,
         progress=False,
     )
 

@@ -29,18 +29,9 @@ from difflex.evaluation.concepts import (
     FeatureMatches,
     NoiseLevelResult,
 )
-from difflex.features.book import (
-    Book,
-    BookInfo,
-    BookWriter,
-    Example,
-    Explanation,
-    ExplanationScore,
-    FeatureStats,
-    ImageAlbum,
-    ImageFile,
-    TokenMap,
-)
+from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
+from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
+from difflex.features.explanations import Explanation, ExplanationScore
 from difflex.records import Shot, Site
 from difflex.study import DictionaryRef, Study
 
@@ -62,7 +53,7 @@ def dictionary(
     folder = study.dictionary(*place)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dictionary.safetensors").write_bytes(weights)
-    config = {"format": 1, "difflex": "0", "kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
+    config = {"format": 2, "difflex": "0", "kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
     config |= {"size": int(size), "k": int(k[1:]), "settings": {"normalisation": {"method": normalisation}}}
     config |= {"training": {"data": data}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -181,7 +172,7 @@ def imaged(
     """The book of a dictionary: each feature fires in six images of its own colour; some are explained, with an accuracy."""
     site, _, label = name.partition("/")
     place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
-    filed = [album.file(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
+    filed = [album.add(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
     about = BookInfo(
@@ -189,7 +180,7 @@ def imaged(
         kind=label.split("-")[0],
         size=features,
         k=1,
-        checksum=fingerprint(study.dictionary(*place)),
+        fingerprint=fingerprint(study.dictionary(*place)),
         model=study.model,
         data=data,
         grid=(2, 2),
@@ -197,14 +188,14 @@ def imaged(
         shots={"held-out": 6 * features},
         images=features,
     )
-    with BookWriter.of(study.book(*place), about) as draft:
-        draft.images(ImageFile(number, *each) for number, each in enumerate(filed))
-        draft.shots(shots)
-        draft.features(
-            FeatureStats(feature=f, fired=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
+    with BookWriter.open(study.book(*place), about) as writer:
+        writer.add_images(ImageFile(number, *each) for number, each in enumerate(filed))
+        writer.add_shots(shots)
+        writer.add_features(
+            FeatureStats(feature=f, firings=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
             for f in range(features)
         )
-        draft.examples(
+        writer.add_examples(
             Example(
                 feature=f, kind="top", split="held-out", rank=i, shot=6 * f + i, peak=1.0 + f, map=TokenMap((i % 4,), (1.0 + f,))
             )
@@ -216,7 +207,7 @@ def imaged(
             for protocol, more in (("heldout", 0.0), ("paper", 0.1)):
                 explanation = Explanation(feature=feature, backend="made", protocol=protocol, text=text)
                 scores = [ExplanationScore(measure, accuracy + more, None, None, 10) for measure in ("accuracy", "auroc")]
-                book.explain(explanation, scores=scores)
+                book.add_explanation(explanation, scores=scores)
 
 
 def steered(

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ImageView, RequestPolicy, RetryPolicy
-from difflex.features.book import Book, ImageAlbum
+from difflex.features import Book, ImageAlbum
 from difflex.records import Shot
 from difflex.testing import plain_book, plain_colour
 

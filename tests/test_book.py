@@ -9,28 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from difflex.choices import HighlightStyle
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.features.book import (
-    AtomImage,
-    Book,
-    BookInfo,
-    BookWriter,
-    Example,
-    Explanation,
-    ExplanationScore,
-    FeatureFilter,
-    FeatureNeighbour,
-    FeatureStats,
-    Histogram,
-    ImageAlbum,
-    ImageFile,
-    Judgement,
-    RecordedUsage,
-    Style,
-    TokenMap,
-    enlarged,
-    overlaid,
-)
+from difflex.features import Book, BookInfo, BookWriter, FeatureFilter, ImageAlbum, overlaid
+from difflex.features.entries import AtomImage, Example, FeatureNeighbour, FeatureStats, Histogram, ImageFile, TokenMap
+from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
+from difflex.features.images import enlarged
 from difflex.records import Shot
 
 ABOUT = BookInfo(
@@ -38,7 +22,7 @@ ABOUT = BookInfo(
     kind="topk",
     size=3,
     k=2,
-    checksum="abc",
+    fingerprint="abc",
     model="mini-flux",
     data="two shots",
     grid=(2, 2),
@@ -62,7 +46,7 @@ EXAMPLES = [
 def row(feature: int, density: float, peak: float) -> FeatureStats:
     return FeatureStats(
         feature=feature,
-        fired=int(density * 8),
+        firings=int(density * 8),
         shots=1,
         density=density,
         peak=peak,
@@ -75,15 +59,15 @@ def row(feature: int, density: float, peak: float) -> FeatureStats:
 
 
 def written(path: Path, about: BookInfo = ABOUT) -> Path:
-    with BookWriter.of(path, about) as draft:
-        draft.images(IMAGES)
-        draft.shots((number, number, shot) for number, shot in enumerate(SHOTS))
-        draft.features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
-        draft.examples(EXAMPLES)
-        draft.neighbours(
+    with BookWriter.open(path, about) as writer:
+        writer.add_images(IMAGES)
+        writer.add_shots((number, number, shot) for number, shot in enumerate(SHOTS))
+        writer.add_features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
+        writer.add_examples(EXAMPLES)
+        writer.add_neighbours(
             0, [FeatureNeighbour(1, "firing", 0.5), FeatureNeighbour(2, "direction", 0.9), FeatureNeighbour(1, "direction", 0.8)]
         )
-        draft.patches([AtomImage(1, 2, IMAGES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
+        writer.add_patches([AtomImage(1, 2, IMAGES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
     return path
 
 
@@ -143,16 +127,16 @@ def test_edges_of_a_histogram_double_every_four_bins():
 def test_an_explanation_replaces_an_older_one_with_all_that_belongs_to_it(path: Path):
     told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars", descriptions=("one star",))
     with Book.edit(path) as book:
-        book.explain(
+        book.add_explanation(
             told,
             [Judgement(1, True, 0.9)],
             [ExplanationScore("accuracy", 0.9, 0.8, 1.0, 10)],
             [RecordedUsage(backend="rule", role="judge")],
         )
-        number = book.explain(
+        number = book.add_explanation(
             told, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [ExplanationScore("accuracy", 0.7, None, None, 2)]
         )
-        book.use([RecordedUsage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
+        book.add_usage([RecordedUsage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
     with Book.open(path) as book:
         [found] = book.explanations(0)
         assert (found.id, found.text, found.descriptions, found.state) == (number, "stars", ("one star",), "done")
@@ -166,11 +150,11 @@ def test_an_explanation_replaces_an_older_one_with_all_that_belongs_to_it(path: 
 def test_what_does_not_belong_is_refused_and_nothing_of_it_stays(path: Path):
     told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars")
     with Book.edit(path) as book:
-        with pytest.raises(BadInput, match="has no place for that: FOREIGN KEY"):
-            book.explain(told, [Judgement(99, True, 0.5)])
+        with pytest.raises(BadInput, match="does not accept this entry: FOREIGN KEY"):
+            book.add_explanation(told, [Judgement(99, True, 0.5)])
         assert book.explanations() == []
-    with Book.open(path) as book, pytest.raises(BadInput, match="was opened to be read"):
-        book.explain(told)
+    with Book.open(path) as book, pytest.raises(BadInput, match="is open for reading only"):
+        book.add_explanation(told)
 
 
 def test_readers_read_while_a_writer_writes(path: Path):
@@ -195,8 +179,8 @@ def test_a_book_can_be_read_where_nobody_may_write(path: Path):
 
 
 def test_a_failed_draft_leaves_the_older_book(path: Path):
-    with pytest.raises(KeyError), BookWriter.of(path, ABOUT) as draft:
-        draft.features([row(0, 0.1, 1.0)])
+    with pytest.raises(KeyError), BookWriter.open(path, ABOUT) as writer:
+        writer.add_features([row(0, 0.1, 1.0)])
         raise KeyError
     with Book.open(path) as book:
         assert len(book.features()) == 3
@@ -205,7 +189,7 @@ def test_a_failed_draft_leaves_the_older_book(path: Path):
 
 def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Path):
     with Book.edit(path) as old:
-        old.use([RecordedUsage(backend="rule", role="judge")])
+        old.add_usage([RecordedUsage(backend="rule", role="judge")])
         written(path)
         assert len(list(old.usage())) == 1
         with Book.open(path) as new:
@@ -213,7 +197,7 @@ def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Pat
 
 
 def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.features.book.writing.PATIENCE", 0.05)
+    monkeypatch.setattr("difflex.features.writer.REPLACE_TIMEOUT", 0.05)
     with Book.edit(path) as writer:
         writer._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(BadInput, match="Another process is writing"):
@@ -227,14 +211,14 @@ def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monk
         (lambda path: path.unlink(), UnknownName, "There is no book"),
         (lambda path: path.write_bytes(b"no book" * 1000), BrokenFile, "is damaged"),
         (
-            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 3").close(),
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 4").close(),
             BrokenFile,
-            "is of format 3; this difflex",
+            "is of format 4; this difflex",
         ),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 1").close(),
             BrokenFile,
-            "is of format 1, which this difflex no longer reads. Delete it; difflex collect",
+            "is of format 1, which this difflex no longer reads. Delete it and run difflex collect",
         ),
         (lambda path: sqlite3.connect(path).execute("PRAGMA application_id = 0").close(), BrokenFile, "not a finished book"),
         (lambda path: path.write_bytes(path.read_bytes()[:4096]), BrokenFile, "is damaged|cannot be read"),
@@ -253,9 +237,7 @@ def test_an_unknown_feature_is_answered_with_those_there_are(path: Path):
 
 
 def test_reading_a_book_needs_no_tensor(path: Path):
-    code = (
-        f"import sys; from difflex.features.book import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
-    )
+    code = f"import sys; from difflex.features import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -266,8 +248,8 @@ def colours(count: int = 64) -> Image.Image:
 
 def test_an_album_keeps_a_image_once_and_exactly(tmp_path: Path):
     album = ImageAlbum(tmp_path / "images")
-    filed, is_new = album.file(colours())
-    assert is_new and album.file(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
+    filed, is_new = album.add(colours())
+    assert is_new and album.add(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
     assert album.open(filed.file).tobytes() == colours().tobytes() and (filed.width, filed.height) == (64, 64)
     with pytest.raises(UnknownName, match="is missing"):
         album.open("none.webp")
@@ -276,7 +258,7 @@ def test_an_album_keeps_a_image_once_and_exactly(tmp_path: Path):
         album.open(filed.file)
 
 
-def changed(style: Style, where: TokenMap, peak: float) -> set[tuple[int, int]]:
+def changed(style: HighlightStyle, where: TokenMap, peak: float) -> set[tuple[int, int]]:
     """The cells of an 8 x 8 grid in which the overlay changes something."""
     plain, drawn = enlarged(colours(), 256), overlaid(colours(), where, (8, 8), peak, style=style, side=256)
     return {

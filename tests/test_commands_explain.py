@@ -11,7 +11,8 @@ from seen import MODEL, book, code
 
 from difflex.cli import main
 from difflex.commands.concepts import DRAWN, drawn_concepts
-from difflex.features.book import Book, BookInfo, BookWriter, Example, FeatureStats, ImageAlbum, ImageFile, TokenMap
+from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
+from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.miniature import draw
 from difflex.records import Shot, Site
 from difflex.study import Study
@@ -61,7 +62,7 @@ def test_features_are_explained_and_the_figures_are_printed_and_kept(study: Stud
     assert "study/double.1/topk: 5 explained" in told and f"{calls} calls" in told and "0.900 (0.900 to 0.900)" in told
     with Book.open(study.book(SITE, "topk")) as made:
         assert [each.text for each in made.explanations()] == [f"areas in {code(each.feature)}" for each in made.explanations()]
-        assert sum(each.asked for each in made.usage()) == calls
+        assert sum(each.calls for each in made.usage()) == calls
     scores = json.loads((study.explanations / "scores.json").read_text())
     [method] = scores["methods"]
     assert method["accuracy"]["of"] == 5 and sum(method["histogram"]) == 5 == method["histogram"][18]
@@ -124,13 +125,13 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
     seeds = range(DRAWN, DRAWN + count)
     scenes, album = draw(seeds), ImageAlbum(folder / "images")
     shares = scenes.shares(8, 8)[:, [names.index(concept) for concept in concepts]].flatten(2)
-    filed = album.file(Image.new("RGB", (64, 64)))[0]
+    filed = album.add(Image.new("RGB", (64, 64)))[0]
     about = BookInfo(
         dictionary="double.1/topk",
         kind="topk",
         size=len(concepts),
         k=1,
-        checksum="",
+        fingerprint="",
         model="mini-flux",
         data="drawn",
         grid=(8, 8),
@@ -147,14 +148,14 @@ def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
             split = "train" if rank < 6 else "held-out"
             examples.append(Example(feature=feature, kind="top", split=split, rank=rank, shot=shot, peak=1.0, map=where))
     shots = [Shot(model="mini-flux", image=f"drawn:{seed}", pixels=(64, 64), steps=1, guidance=0.0) for seed in seeds]
-    with BookWriter.of(folder / "book.sqlite", about) as draft:
-        draft.images([ImageFile(0, *filed)])
-        draft.shots((number, 0, shot) for number, shot in enumerate(shots))
-        draft.features(
-            FeatureStats(feature=feature, fired=count, shots=count, density=0.1, peak=1.0, mean=1.0)
+    with BookWriter.open(folder / "book.sqlite", about) as writer:
+        writer.add_images([ImageFile(0, *filed)])
+        writer.add_shots((number, 0, shot) for number, shot in enumerate(shots))
+        writer.add_features(
+            FeatureStats(feature=feature, firings=count, shots=count, density=0.1, peak=1.0, mean=1.0)
             for feature in range(len(concepts))
         )
-        draft.examples(examples)
+        writer.add_examples(examples)
 
 
 def test_known_concepts_name_and_judge_by_truth_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,9 +14,10 @@ from fake_collect import FEW, GRID, SITES, SIZE, collected, met, painted, plante
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.features import AtomLocation, CollectBatch, collect
-from difflex.features.book import SHOWN, Book, ImageAlbum
-from difflex.features.drawing import drawn, key_of
+from difflex.features import Book, ImageAlbum
+from difflex.features.collecting import AtomLocation, CollectBatch, collect
+from difflex.features.entries import COVER_THRESHOLD
+from difflex.features.firing import image_key, random_numbers
 from difflex.records import Shot
 
 COUNT = 60
@@ -67,7 +68,7 @@ def test_the_top_examples_are_the_top_of_all(folder: Path, place: int):
                 ranked = sorted((p for p in mine if peaks[p, feature] > 0), key=lambda p: -float(peaks[p, feature]))
                 examples = made.examples(feature, "top", split)
                 shown = [number_of(made.shots([each.shot])[each.shot].shot) for each in examples]
-                assert shown == ranked[: FEW.top]
+                assert shown == ranked[: FEW.top_examples]
                 assert [each.peak for each in examples] == pytest.approx([float(peaks[p, feature]) for p in shown])
                 assert [each.rank for each in examples] == [*range(len(shown))]
 
@@ -100,9 +101,9 @@ def test_images_drawn_at_random_are_those_of_the_lowest_draws(folder: Path):
     with book(folder) as made:
         for feature in range(SIZE):
             mine = [image for image in range(COUNT) if not is_held_out(image) and peaks[image, feature] > 0]
-            keys = torch.tensor([key_of(shot(image, 0.0)) for image in mine], dtype=torch.int64)
-            draws = drawn(keys, torch.full_like(keys, feature), FEW.seed)
-            chosen = {mine[place] for place in draws.argsort()[: FEW.sampled].tolist()}
+            keys = torch.tensor([image_key(shot(image, 0.0)) for image in mine], dtype=torch.int64)
+            draws = random_numbers(keys, torch.full_like(keys, feature), FEW.seed)
+            chosen = {mine[place] for place in draws.argsort()[: FEW.random_examples].tolist()}
             top = {number_of(made.shots([each.shot])[each.shot].shot) for each in made.examples(feature, "top", "train")}
             examples = made.examples(feature, "quantile", "train")
             assert {number_of(made.shots([each.shot])[each.shot].shot) for each in examples} == chosen - top
@@ -112,7 +113,10 @@ def test_images_drawn_at_random_are_those_of_the_lowest_draws(folder: Path):
 
 def test_silent_images_are_silent_and_as_many_as_asked_where_there_are_enough(folder: Path):
     with book(folder) as made:
-        assert [len(made.examples(SIZE - 1, "silent", split)) for split in ("train", "held-out")] == [FEW.silent, FEW.silent]
+        assert [len(made.examples(SIZE - 1, "silent", split)) for split in ("train", "held-out")] == [
+            FEW.silent_examples,
+            FEW.silent_examples,
+        ]
         assert made.examples(SIZE - 1, "top") == made.examples(SIZE - 1, "quantile") == []
 
 
@@ -125,17 +129,17 @@ def test_figures_are_those_of_all_codes(folder: Path):
         for row in made.features():
             mine = flat[:, row.feature]
             firing = mine[mine > 0]
-            assert row.fired == len(firing) and row.density == pytest.approx(len(firing) / len(flat))
+            assert row.firings == len(firing) and row.density == pytest.approx(len(firing) / len(flat))
             assert row.shots == int((codes[..., row.feature] > 0).any(2).sum())
             assert row.negative_share == pytest.approx(float((mine < 0).float().mean()))
             assert row.negative_peak == pytest.approx(min(0.0, float(mine.min())))
-            assert sum(row.histogram.counts) == row.fired
+            assert sum(row.histogram.counts) == row.firings
             assert row.activity == pytest.approx((codes[..., row.feature] > 0).float().mean((0, 2)).tolist())
-            if not row.fired:
+            if not row.firings:
                 assert (row.peak, row.area, row.spread, row.coverage) == (0.0, None, None, None)
                 continue
             assert row.peak == pytest.approx(float(firing.max())) and row.mean == pytest.approx(float(firing.mean()))
-            assert row.area == pytest.approx(row.fired / row.shots / 16)
+            assert row.area == pytest.approx(row.firings / row.shots / 16)
 
 
 def test_the_histogram_holds_every_value_between_its_edges(folder: Path):
@@ -157,15 +161,16 @@ def test_figures_of_place_have_their_meaning(folder: Path):
             shares = mine.sum(0).flatten() / mine.sum()
             assert row.position == pytest.approx(float((shares - 1 / 16).clamp_min(0).sum()), abs=1e-6)
             top = made.examples(row.feature, "top")
-            covered = [sum(value >= SHOWN * row.peak for value in each.map.values) / 16 for each in top]
+            covered = [sum(value >= COVER_THRESHOLD * row.peak for value in each.map.values) / 16 for each in top]
             assert row.coverage == pytest.approx(sum(covered) / len(covered), abs=0.02)
             assert row.spread is not None and row.concentration is not None
             assert 0 <= row.spread < 1 and 0.25 <= row.concentration <= 1
 
 
 def test_spread_and_concentration_of_known_maps():
-    from difflex.features.figures import shapes
-    from difflex.features.sightings import LEVELS, FeatureMaps
+    from difflex.features.entries import LEVELS
+    from difflex.features.examples import FeatureMaps
+    from difflex.features.results import map_shapes
 
     def seen(*tokens: int, levels: tuple[int, ...] = ()) -> FeatureMaps:
         given = torch.tensor(levels or (LEVELS,) * len(tokens)).to(torch.int16)
@@ -173,32 +178,32 @@ def test_spread_and_concentration_of_known_maps():
         none = torch.zeros(1, 0, dtype=torch.int32)
         return FeatureMaps(one, one, peak, one.long(), one + len(tokens), none, torch.tensor(tokens).to(torch.int16), given)
 
-    point = shapes(seen(5), 1, GRID)
+    point = map_shapes(seen(5), 1, GRID)
     assert (float(point.spread[0]), float(point.concentration[0])) == (0.0, 1.0)
-    corners = shapes(seen(0, 15), 1, GRID)
+    corners = map_shapes(seen(0, 15), 1, GRID)
     assert float(corners.spread[0]) == pytest.approx(0.5) and float(corners.concentration[0]) == pytest.approx(0.5)
-    uneven = shapes(seen(0, 1, 2, 3, levels=(LEVELS, LEVELS // 3, LEVELS // 3, LEVELS // 3)), 1, GRID)
+    uneven = map_shapes(seen(0, 1, 2, 3, levels=(LEVELS, LEVELS // 3, LEVELS // 3, LEVELS // 3)), 1, GRID)
     assert float(uneven.concentration[0]) == pytest.approx(0.5, abs=1e-4)
 
 
 def test_fellows_are_features_that_fire_beside_and_not_by_chance():
-    from difflex.features.figures import fellows
-    from difflex.features.sightings import FeatureMaps
+    from difflex.features.examples import FeatureMaps
+    from difflex.features.results import firing_neighbours
 
     beside = torch.tensor([[1, 2], [1, 2], [1, -1], [2, -1]], dtype=torch.int32)
     groups = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
-    nothing = FeatureMaps.none(2)._replace(groups=groups, beside=beside)
-    found = fellows(nothing, torch.tensor([0.1, 0.01, 0.3]))
-    assert [(each.other, each.value) for each in found[0]] == [(1, 0.75)], "feature 2 is everywhere"
+    nothing = FeatureMaps.empty(2)._replace(groups=groups, coactive=beside)
+    found = firing_neighbours(nothing, torch.tensor([0.1, 0.01, 0.3]))
+    assert [(each.feature, each.value) for each in found[0]] == [(1, 0.75)], "feature 2 is everywhere"
 
 
 def test_nearest_directions_are_those_of_the_highest_cosine():
-    from difflex.features.figures import nearest
+    from difflex.features.results import direction_neighbours
 
     directions = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     cosines = directions @ directions.T - 3 * torch.eye(20)
-    for feature, found in enumerate(nearest(directions)):
-        assert [each.other for each in found] == cosines[feature].argsort(descending=True)[: len(found)].tolist()
+    for feature, found in enumerate(direction_neighbours(directions)):
+        assert [each.feature for each in found] == cosines[feature].argsort(descending=True)[: len(found)].tolist()
         assert [each.value for each in found] == pytest.approx(
             cosines[feature].sort(descending=True).values[: len(found)].tolist()
         )
@@ -232,9 +237,9 @@ def test_a_image_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
 
 
 def test_sorting_in_at_any_moment_gives_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.features.sightings.PATIENCE", 0)
-    monkeypatch.setattr("difflex.features.sightings.SLICE", 7)
-    monkeypatch.setattr("difflex.features.firing.CHUNK", 9)
+    monkeypatch.setattr("difflex.features.examples.PENDING_MAPS", 0)
+    monkeypatch.setattr("difflex.features.examples.COPIED_MAPS", 7)
+    monkeypatch.setattr("difflex.features.firing.ENCODED_TOKENS", 9)
     collected(tmp_path, [*range(COUNT)], MOMENTS)
     assert all(contents(folder / f"{site.folder}.sqlite") == contents(tmp_path / f"{site.folder}.sqlite") for site in SITES)
 
@@ -245,7 +250,7 @@ def test_only_images_that_are_shown_stay_and_all_of_them(folder: Path, tmp_path:
         with book(folder, place) as made:
             shown |= {image.file for image in made.images()}
     assert {path.name for path in (folder / "images").iterdir()} == shown
-    there = ImageAlbum(tmp_path / "images").file(painted(10_000))[0].file
+    there = ImageAlbum(tmp_path / "images").add(painted(10_000))[0].file
     collected(tmp_path, [*range(20)], MOMENTS)
     assert (tmp_path / "images" / there).exists(), "what others show is not touched"
 
@@ -288,7 +293,7 @@ def test_a_pass_goes_on_where_it_was_and_begins_anew_when_asked_for_something_el
     def run(data: str) -> None:
         state = tmp_path / "state.safetensors"
         album = ImageAlbum(tmp_path / "images")
-        collect(subjects(tmp_path), stopping, album, data=data, state=state, settings=FEW, every=0.0, progress=False)
+        collect(subjects(tmp_path), stopping, album, data=data, checkpoint=state, config=FEW, save_seconds=0.0, progress=False)
 
     for data in ("one", "one", "two"):
         with pytest.raises(Stopped):
@@ -306,7 +311,7 @@ def test_atoms_show_the_patch_they_are_whether_the_stream_shows_it_or_not(tmp_pa
     patches = {0: AtomLocation(shot(3, 500.0), 7), 2: AtomLocation(shot(700, 1000.0), 1), 4: AtomLocation(shot(700, 500.0), 2)}
     given = [subject.__class__(**{**vars(subject), "patches": patches}) for subject in subjects(tmp_path)]
     flow, album = source([*range(20)]), ImageAlbum(tmp_path / "images")
-    collect(given, flow, album, data="x", state=tmp_path / "s", settings=FEW, draw=draw, progress=False)
+    collect(given, flow, album, data="x", checkpoint=tmp_path / "s", config=FEW, draw=draw, progress=False)
     assert [number_of(each) for each in asked] == [700]
     with book(tmp_path) as made:
         found = {feature: made.patch(feature) for feature in range(SIZE)}
@@ -327,4 +332,4 @@ def test_images_of_several_sizes_do_not_make_one_book(tmp_path: Path):
         )
 
     with pytest.raises(BadInput, match="Images of several sizes: 16 tokens"):
-        collect(subjects(tmp_path), flow, ImageAlbum(tmp_path), data="x", state=tmp_path / "s", settings=FEW, progress=False)
+        collect(subjects(tmp_path), flow, ImageAlbum(tmp_path), data="x", checkpoint=tmp_path / "s", config=FEW, progress=False)

@@ -36,7 +36,8 @@ from difflex.explanation.comparing import _holm
 from difflex.explanation.scoring import accuracy, auroc, estimate, p_value, scores
 from difflex.explanation.wording import to_explain, to_judge, to_pick
 from difflex.explanation.words import cleaned
-from difflex.features.book import Book, Judgement
+from difflex.features import Book
+from difflex.features.explanations import Judgement
 from difflex.records import Shot
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789{}[]:,.'\"-_ \n"
@@ -202,7 +203,7 @@ def test_accuracy_and_auroc_are_those_of_their_formulas():
     always = torch.ones(4)
     assert float(accuracy(wanted, always)) == 0.5 == float(auroc(wanted, always)), "who always says yes knows nothing"
     found = scores([Judgement(i, bool(w), float(s)) for i, (w, s) in enumerate(zip(wanted, given, strict=True))])
-    assert [(each.measure, each.value, each.judged) for each in found] == [("accuracy", 0.75, 4), ("auroc", 0.875, 4)]
+    assert [(each.measure, each.value, each.judgements) for each in found] == [("accuracy", 0.75, 4), ("auroc", 0.875, 4)]
     assert all(each.low is not None and each.high is not None and each.low <= each.value <= each.high for each in found)
     with pytest.raises(BadInput, match="one side alone"):
         scores([Judgement(0, True, 1.0)])

@@ -34,7 +34,7 @@ from difflex.explanation import (
 from difflex.explanation.asked import VLMAnswer
 from difflex.explanation.backend import BackendReply
 from difflex.explanation.protocol import UnsuitableFeature, plan
-from difflex.features.book import Book, ImageAlbum
+from difflex.features import Book, ImageAlbum
 from difflex.testing import RuleServer
 
 FAULTS = ("hostile", "malformed", "refusal", "limited", "broken", "hanging", "truncated")
@@ -130,13 +130,13 @@ def test_what_is_explained_is_in_the_book_with_all_that_belongs_to_it(made: tupl
         assert found.text == f"areas in {code(found.feature)}" and len(found.descriptions) == 5 and found.protocol == "heldout"
         judged = written.judgements(found.id)
         # The one near miss that no colour tells apart is in the feature's own image.
-        assert [(each.wanted, each.score) for each in judged] == [(True, 1)] * 5 + [(False, 0)] * 4 + [(False, 1)]
+        assert [(each.fires, each.score) for each in judged] == [(True, 1)] * 5 + [(False, 0)] * 4 + [(False, 1)]
         figures = {score.measure: score for score in written.scores(found.id)}
         assert figures["accuracy"].value == pytest.approx(0.9) and figures["auroc"].value == pytest.approx(0.9)
         assert figures["accuracy"].low == pytest.approx(0.7) and figures["accuracy"].high == 1
         assert figures["intruder"].value == 1
     usage = list(written.usage())
-    assert sum(each.asked for each in usage) == calls and {each.role for each in usage} == {"explainer", "judge"}
+    assert sum(each.calls for each in usage) == calls and {each.role for each in usage} == {"explainer", "judge"}
     assert sum(each.tokens_in for each in usage) > 12 * 16 * 258
 
 
@@ -178,11 +178,11 @@ def test_what_fails_is_marked_with_its_reason_and_tried_again_by_the_next_run(ma
         assert [(each.state, each.reason) for each in written.explanations(2)] == [
             ("failed", "refused: I cannot help with that.")
         ]
-        assert sum(each.asked for each in written.usage()) == 10, "what was paid for nothing is told as well"
+        assert sum(each.calls for each in written.usage()) == 10, "what was paid for nothing is told as well"
         server._moods.clear()
         assert explain(written, [2, 5], asker(server.url), album, progress=False).done == (2, 5)
     assert [each.state for each in written.explanations(2)] == ["done"]
-    assert sum(each.asked for each in written.usage()) == 10 + 2 * 12
+    assert sum(each.calls for each in written.usage()) == 10 + 2 * 12
 
 
 def test_a_feature_that_a_protocol_cannot_show_is_marked_without_a_call(tmp_path: Path, asker: Endpoints):
@@ -207,8 +207,8 @@ def test_with_faults_of_every_kind_all_features_end_complete_and_correct(tmp_pat
         assert after_valid(answers) == [], "what was answered is not sent again"
         for found in written.explanations():
             assert code(found.feature) in found.text and not any(ord(letter) < 32 for letter in found.text)
-            assert all(each.score == each.wanted for each in written.judgements(found.id))
-        assert sum(each.asked for each in written.usage()) == len(met)
+            assert all(each.score == each.fires for each in written.judgements(found.id))
+        assert sum(each.calls for each in written.usage()) == len(met)
 
 
 def test_a_budget_ends_the_work_in_order_and_more_of_it_goes_on(made: tuple[Book, ImageAlbum], asker: Endpoints):
@@ -222,7 +222,7 @@ def test_a_budget_ends_the_work_in_order_and_more_of_it_goes_on(made: tuple[Book
         paid, done = len(server.served), len(written.explanations())
         spent = sum(each.cost or 0 for each in written.usage())
         assert 0 < done < 12 and whole / 4 < spent <= whole / 2
-        assert sum(each.asked for each in written.usage()) == paid, "the calls of features that were broken off are in the book"
+        assert sum(each.calls for each in written.usage()) == paid, "the calls of features that were broken off are in the book"
         with pytest.raises(OutOfBudget):  # the same again pays nothing
             explain(written, features, asker(server.url, terms=half), album, progress=False)
         assert len(server.served) == paid
@@ -261,12 +261,12 @@ def after_valid(answers: AnswerCache) -> list[str]:
 KILLED = """
 import sys
 from pathlib import Path
-from difflex.features.book import Album, Book
-from difflex.explanation import Answers, Asker, Endpoint, Key, explain
+from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, explain
+from difflex.features import Book, ImageAlbum
 folder, url = Path(sys.argv[1]), sys.argv[2]
 with Book.edit(folder / "book.sqlite") as book:
-    asker = Asker(Endpoint(url, "rule", Key("", "")), Answers(folder / "answers.sqlite"))
-    explain(book, range(60), asker, Album(folder / "images"), connections=4, progress=False)
+    asker = CachedClient(EndpointBackend(url, "rule", ApiKey("", "")), AnswerCache(folder / "answers.sqlite"))
+    explain(book, range(60), asker, ImageAlbum(folder / "images"), connections=4, progress=False)
 """
 
 

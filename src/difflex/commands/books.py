@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from difflex.dictionaries import fingerprint
 from difflex.errors import BrokenFile, StaleWork, UnknownName
-from difflex.features.book import Book
+from difflex.features import Book
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["kept_strength", "opened_book"]
@@ -19,7 +19,7 @@ def opened_book(study: Study, place: DictionaryRef) -> Book:
     # The checksum of a large dictionary takes seconds: it is asked only of one whose files are younger than the book.
     weights = folder / "dictionary.safetensors"
     changed = weights.is_file() and weights.stat().st_mtime >= path.stat().st_mtime
-    if changed and book.about.checksum != fingerprint(folder):
+    if changed and book.about.fingerprint != fingerprint(folder):
         book.close()
         raise StaleWork(f"{path} is of {place} as it was before it changed. difflex collect makes it anew.")
     return book

@@ -17,10 +17,10 @@ from difflex.commands.opening import load_studied
 from difflex.commands.prompts import read_prompts
 from difflex.dictionaries import ITDA, Dictionary, fingerprint
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.features import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
-from difflex.features.book import Book, ImageAlbum
+from difflex.features import Book, ImageAlbum
+from difflex.features.collecting import AtomLocation, CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.files import folder_lock
-from difflex.pipeline.images import open_image
+from difflex.pipeline import open_image
 from difflex.records import Shot, Site
 from difflex.steering import StudyEditor
 from difflex.store import Store
@@ -99,7 +99,9 @@ class CollectCommand(Command):
             raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Name one of them.")
         study = Study.open(self.study)
         places = self._places(study)
-        settings = CollectConfig(top=self.top_examples, sampled=self.random_examples, silent=self.silent_examples)
+        settings = CollectConfig(
+            top_examples=self.top_examples, random_examples=self.random_examples, silent_examples=self.silent_examples
+        )
         pipe = _LazyPipeline(study, self)
         shown = self._shown(study, places, pipe)
         data = f"{shown.told}, {self.images} images, {self.batch} at once, {_told(settings)}{', no patches' * self.no_patches}"
@@ -131,10 +133,10 @@ class CollectCommand(Command):
             if not shown.runs:
                 return self._met_images(pipe.opened, sites, start)
             shots = [shot for run in shown.runs[start:] for shot in run]
-            return (CollectBatch(*batch) for batch in pipe.opened.harvest_and_finish(shots, sites, batch=self.batch))
+            return (CollectBatch(*batch) for batch in pipe.opened.harvest_with_images(shots, sites, batch=self.batch))
 
         def draw(shots: Sequence[Shot]) -> list:
-            finished = pipe.opened.harvest_and_finish(shots, sites[:1], batch=self.batch)
+            finished = pipe.opened.harvest_with_images(shots, sites[:1], batch=self.batch)
             return [image for batch in finished for image in batch.images]
 
         collect(
@@ -142,8 +144,8 @@ class CollectCommand(Command):
             source,
             ImageAlbum(study.images),
             data=data,
-            state=study.folder / "books" / "collecting.safetensors",
-            settings=settings,
+            checkpoint=study.folder / "books" / "collecting.safetensors",
+            config=settings,
             draw=None if self.no_patches else draw,
             images=len(shown.runs) or self.images,
         )
@@ -155,7 +157,7 @@ class CollectCommand(Command):
             CollectTarget(
                 dictionary=toolbox.dictionary(place),
                 name=str(place),
-                checksum=fingerprint(study.dictionary(*place)),
+                fingerprint=fingerprint(study.dictionary(*place)),
                 book=study.book(*place),
                 patches=_patches(toolbox.dictionary(place)),
                 strengths=toolbox.default_strengths(place) if place.site in stores else (),
@@ -287,7 +289,7 @@ def _is_there(study: Study, place: DictionaryRef, data: str) -> bool:
         return False
     try:
         with Book.open(path) as book:
-            return book.about.data == data and book.about.checksum == fingerprint(study.dictionary(*place))
+            return book.about.data == data and book.about.fingerprint == fingerprint(study.dictionary(*place))
     except BrokenFile as error:
         print(f"{error} It is made anew.")
         return False
@@ -306,7 +308,7 @@ def _table(study: Study, places: Sequence[DictionaryRef]) -> str:
     lines = [f"{'':<40}{'features':>10}{'that fire':>11}{'tokens':>12}{'covered':>9}{'median':>8}"]
     for place in places:
         with Book.open(study.book(*place)) as book:
-            covering, fire = book.covering(), book.count_firing()
+            covering, fire = book.coverage_summary(), book.count_firing()
             covered = ("-", "-") if covering is None else (f"{covering.mean:.1%}", f"{covering.quartiles[1]:.1%}")
             size, tokens = f"{book.about.size:>10,}", f"{book.about.tokens:>12,}"
             lines.append(f"{place!s:<40}{size}{fire:>11,}{tokens}{covered[0]:>9}{covered[1]:>8}")

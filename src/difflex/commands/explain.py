@@ -26,7 +26,7 @@ from difflex.explanation import (
     methods,
     rehearse,
 )
-from difflex.features.book import Book, ImageAlbum
+from difflex.features import Book, ImageAlbum
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study

@@ -10,12 +10,13 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex.commands.books import opened_book
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.concepts import ConceptMatches
-from difflex.features.book import SORTS, Book, FeatureFilter, FeatureStats
+from difflex.features import SORT_COLUMNS, Book, FeatureFilter
+from difflex.features.entries import FeatureStats
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["BestConcept", "FeaturesCommand", "detected"]
 
-SORTED = ("concept", "score", *SORTS)
+SORTED = ("concept", "score", *SORT_COLUMNS)
 WORDS = 48
 """Letters of an explanation that are shown."""
 

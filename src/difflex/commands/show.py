@@ -10,7 +10,7 @@ from difflex.commands.books import opened_book
 from difflex.commands.features import detected
 from difflex.commands.generate import FORMATS, write_image
 from difflex.errors import BadInput
-from difflex.features.book import ImageAlbum, sheet
+from difflex.features import ImageAlbum, sheet
 from difflex.study import Command, Study
 
 __all__ = ["ShowCommand"]

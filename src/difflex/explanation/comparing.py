@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from difflex.explanation.biases import BiasGroup, biases
 from difflex.explanation.scoring import MeanEstimate, estimate, p_value
-from difflex.features.book import Book
+from difflex.features import Book
 from difflex.files import write_json
 
 __all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "ProtocolGap", "compare", "methods"]

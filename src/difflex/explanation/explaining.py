@@ -20,19 +20,9 @@ from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, VLMC
 from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan
 from difflex.explanation.scoring import scores
 from difflex.explanation.wording import to_explain, to_judge, to_pick
-from difflex.features.book import (
-    SHOWN,
-    Book,
-    Example,
-    Explanation,
-    ExplanationScore,
-    FeatureFilter,
-    ImageAlbum,
-    Judgement,
-    RecordedUsage,
-    ShotRow,
-    overlaid,
-)
+from difflex.features import Book, FeatureFilter, ImageAlbum, overlaid
+from difflex.features.entries import COVER_THRESHOLD, Example, ShotRow
+from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
 
 __all__ = ["ExplainResult", "chosen", "explain", "rehearse"]
 
@@ -169,7 +159,7 @@ def _view(
     example: Example, row: ShotRow, peak: float, grid: tuple[int, int], album: ImageAlbum, protocol: ExplanationProtocol
 ) -> ImageView:
     highlight, strength = torch.zeros(grid), torch.tensor(example.map.values) / peak
-    highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= SHOWN, 0.0)
+    highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= COVER_THRESHOLD, 0.0)
 
     def draw() -> Image.Image:
         return overlaid(album.open(row.image.file), example.map, grid, peak, style=protocol.style, side=SIDE)
@@ -256,7 +246,7 @@ class _ExplainThreads:
         self._pool.shutdown(cancel_futures=True)
         for future, keys in self._under_way.items():
             if future.cancelled() or future.exception() is not None:
-                self._book.use(_usage(keys, self._asker))
+                self._book.add_usage(_usage(keys, self._asker))
                 self._asker.book(keys["explainer"] + keys["judge"])
             else:
                 self._write(future.result(), keys)
@@ -274,7 +264,7 @@ class _ExplainThreads:
                 yield self._write(done, self._under_way.pop(future))
 
     def _write(self, done: FeatureOutcome, keys: _Keys) -> Explanation:
-        self._book.explain(done.explanation, done.judgements, done.scores, _usage(keys, self._asker))
+        self._book.add_explanation(done.explanation, done.judgements, done.scores, _usage(keys, self._asker))
         self._asker.book(keys["explainer"] + keys["judge"])
         return done.explanation
 
@@ -285,7 +275,7 @@ def _usage(keys: _Keys, asker: CachedClient) -> list[RecordedUsage]:
         RecordedUsage(
             backend=asker.name,
             role=role,
-            asked=spent.calls,
+            calls=spent.calls,
             tokens_in=spent.tokens_in,
             tokens_out=spent.tokens_out,
             cost=spent.cost or None,

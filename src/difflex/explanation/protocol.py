@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from difflex.choices import HighlightStyle
 from difflex.errors import BadInput
-from difflex.features.book import SHOWN, Book, Example, Style
+from difflex.features import Book
+from difflex.features.entries import COVER_THRESHOLD, Example
 from difflex.records import Shot
 
 __all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan"]
@@ -31,7 +33,7 @@ class ExplanationProtocol:
     """Images that are judged, half of them of other features."""
     lineup: int = 5
     """Images of which one does not belong; 0 leaves that test out. `paper` knows none."""
-    style: Style = "blue"
+    style: HighlightStyle = "blue"
     """How what a feature marks is drawn over an image: as published, or outlined, which leaves its colours to be seen."""
     seed: int = 0
 
@@ -147,7 +149,7 @@ def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collecti
 
 def _is_seen(book: Book, example: Example) -> bool:
     """Whether what the feature marks there is clear enough to be looked at: by one threshold, in units of its own peak."""
-    return example.kind != "silent" and example.peak >= SHOWN * book.feature(example.feature).peak
+    return example.kind != "silent" and example.peak >= COVER_THRESHOLD * book.feature(example.feature).peak
 
 
 def _content_of(shot: Shot) -> str:
@@ -194,7 +196,7 @@ def _negatives(
 def _nearest(book: Book, feature: int) -> Example | None:
     """The strongest example of the feature whose decoder is nearest."""
     for neighbour in book.neighbours(feature):
-        best = book.examples(neighbour.other, "top") if neighbour.kind == "direction" else []
+        best = book.examples(neighbour.feature, "top") if neighbour.kind == "direction" else []
         if best:
             return max(best, key=lambda example: example.peak)
     return None

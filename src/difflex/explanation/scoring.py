@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.features.book import ExplanationScore, Judgement
+from difflex.features.explanations import ExplanationScore, Judgement
 
 __all__ = ["MeanEstimate", "accuracy", "auroc", "estimate", "p_value", "scores"]
 
@@ -42,7 +42,7 @@ def auroc(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw 
 
 def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[ExplanationScore]:
     """Accuracy and AUROC of one explanation; intervals from judgements drawn again, own and other ones each among themselves."""
-    wanted = torch.tensor([each.wanted for each in judgements], dtype=torch.bool)
+    wanted = torch.tensor([each.fires for each in judgements], dtype=torch.bool)
     given = torch.tensor([each.score for each in judgements], dtype=torch.float64)
     if not wanted.any() or wanted.all():
         raise BadInput("An explanation was scored on images of one side alone. Judge some of the feature and some of others.")

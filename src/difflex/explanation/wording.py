@@ -17,7 +17,7 @@ from difflex.explanation.asked import (
     VLMAnswer,
     form,
 )
-from difflex.features.book import Style
+from difflex.choices import HighlightStyle
 
 __all__ = ["to_explain", "to_judge", "to_pick", "to_see"]
 
@@ -25,7 +25,7 @@ SETTING = (
     "A unit inside a model that draws images reacts to some areas of an image. The areas it reacts to are highlighted{}. The "
     "highlights are not part of the image."
 )
-STYLES: Mapping[Style, str] = {
+STYLES: Mapping[HighlightStyle, str] = {
     "blue": " by a blue veil, the more opaque the more strongly it reacts",
     "outline": " by a black and white line around them",
     "plain": "",
@@ -33,7 +33,7 @@ STYLES: Mapping[Style, str] = {
 """What each way to draw highlights looks like."""
 
 
-def to_explain(count: int, style: Style = "blue") -> Instruction:
+def to_explain(count: int, style: HighlightStyle = "blue") -> Instruction:
     """The instruction to say what highlighted areas share."""
     return _instruction(
         style,
@@ -48,7 +48,7 @@ def to_explain(count: int, style: Style = "blue") -> Instruction:
     )
 
 
-def to_judge(explanation: str, style: Style = "blue") -> Instruction:
+def to_judge(explanation: str, style: HighlightStyle = "blue") -> Instruction:
     """The instruction to say how well an image's highlights fit `explanation`, told as data, not to be obeyed."""
     return _instruction(
         style,
@@ -62,7 +62,7 @@ def to_judge(explanation: str, style: Style = "blue") -> Instruction:
     )
 
 
-def to_pick(count: int, style: Style = "blue") -> Instruction:
+def to_pick(count: int, style: HighlightStyle = "blue") -> Instruction:
     """The instruction to find the image among several that another unit reacts to."""
     return _instruction(
         style,
@@ -85,7 +85,7 @@ def to_see(concept: str, rest: str, cut_out: bool) -> Instruction:
     )
 
 
-def _instruction(style: Style, task: str, schema: type[VLMAnswer], explanation: str = "") -> Instruction:
+def _instruction(style: HighlightStyle, task: str, schema: type[VLMAnswer], explanation: str = "") -> Instruction:
     setting, told = SETTING.format(STYLES[style]), json.dumps(form(schema))
     text = f"{setting}\n\n{task}\n\nAnswer with one JSON object and nothing else, of this JSON schema: {told}"
     return Instruction(text, explanation)

@@ -1,8 +1,22 @@
-"""Where each feature fires: the shots at which it does so most, random ones, and those where it is silent; with figures."""
+"""Books about the features of dictionaries: figures, examples with maps and explanations, as records, SQLite files and images.
 
-from difflex.features.collecting import Draw, Source, collect
-from difflex.features.gathering import CollectConfig
-from difflex.features.roll import CollectBatch
-from difflex.features.writing import AtomLocation, CollectTarget
+`difflex.features.collecting` makes books from images and activations; this door only reads them and does not import torch.
+"""
 
-__all__ = ["AtomLocation", "CollectBatch", "CollectConfig", "CollectTarget", "Draw", "Source", "collect"]
+from difflex.features.book import SORT_COLUMNS, Book, CoverageSummary, FeatureFilter
+from difflex.features.images import ImageAlbum, overlaid, overview, sheet
+from difflex.features.schema import BookInfo
+from difflex.features.writer import BookWriter
+
+__all__ = [
+    "SORT_COLUMNS",
+    "Book",
+    "BookInfo",
+    "BookWriter",
+    "CoverageSummary",
+    "FeatureFilter",
+    "ImageAlbum",
+    "overlaid",
+    "overview",
+    "sheet",
+]

@@ -1,4 +1,4 @@
-"""`collect`: one pass over images and what a model shows of them, for several dictionaries at once, into their books."""
+"""`collect`: one pass over images and their activations that makes the books of several dictionaries at once."""
 
 from __future__ import annotations
 
@@ -12,107 +12,115 @@ from PIL import Image
 from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.features.book import ImageAlbum
-from difflex.features.checkpoint import CollectCheckpoint
-from difflex.features.drawing import key_of
-from difflex.features.gathering import CollectConfig, FeatureCollector
-from difflex.features.roll import CollectBatch, ShotRegistry
-from difflex.features.writing import CollectTarget, write
+from difflex.features.collector import CollectConfig, FeatureCollector
+from difflex.features.firing import image_key
+from difflex.features.images import ImageAlbum
+from difflex.features.registry import CollectBatch, CollectCheckpoint, ShotRegistry
+from difflex.features.results import AtomLocation, CollectTarget, write_book
 from difflex.records import Shot
 
-__all__ = ["Draw", "Source", "collect"]
+__all__ = ["AtomLocation", "BatchSource", "CollectBatch", "CollectConfig", "CollectTarget", "DrawImages", "collect"]
 
-Source = Callable[[int], Iterator[CollectBatch]]
-"""From how many images to leave out, to the batches of all others: the same ones each time."""
-Draw = Callable[[Sequence[Shot]], Sequence[Image.Image]]
-"""The images that the runs of shots end in."""
-AT_ONCE = 32
-"""Images of atoms drawn at once."""
+BatchSource = Callable[[int], Iterator[CollectBatch]]
+"""Takes a number of images to skip and yields batches of all others, the same ones each time."""
+DrawImages = Callable[[Sequence[Shot]], Sequence[Image.Image]]
+"""Returns the final images of the runs of some shots."""
+DRAWN_AT_ONCE = 32
+"""Images of ITDA atoms drawn at once."""
 
 
 def collect(
-    subjects: Sequence[CollectTarget],
-    source: Source,
+    targets: Sequence[CollectTarget],
+    source: BatchSource,
     album: ImageAlbum,
     *,
     data: str,
-    state: Path,
-    settings: CollectConfig = CollectConfig(),  # noqa: B008 (a constant)
-    draw: Draw | None = None,
-    every: float = 60.0,
+    checkpoint: Path,
+    config: CollectConfig = CollectConfig(),  # noqa: B008 (a constant)
+    draw: DrawImages | None = None,
+    save_seconds: float = 60.0,
     images: int | None = None,
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> list[Path]:
-    """The books of `subjects`, made from all images of `source`; killed and called again, it ends with the same books.
+    """Make the books of `targets` from all images of `source` and return their paths.
 
-    `data` says what the source shows: what was begun from other data is not gone on with. The state of the pass is kept in the
-    file `state`, every so many seconds. `draw` makes the images of atoms that the source does not show. Dictionaries work on
-    `device`, a card where there is one.
+    The state is saved to `checkpoint` every `save_seconds`; a killed pass continues from there and makes the same books. `data`
+    describes the images: a checkpoint of other data is ignored. `draw` makes the images of ITDA atoms that the source does not
+    contain. Dictionaries run on `device`, by default a GPU if there is one.
     """
-    subjects = _placed(subjects, device)
-    wanted = {key_of(at.shot): at.shot for subject in subjects for at in subject.patches.values() if at.shot.image is None}
-    gathered = [FeatureCollector(subject.dictionary, settings) for subject in subjects]
-    roll = ShotRegistry(album, wanted)
-    kept = CollectCheckpoint(path=state, asked=_asked(subjects, settings, data))
-    kept.restore(gathered, roll)
-    saved = time.monotonic()
-    with tqdm(total=images, initial=roll.images, unit=" images", desc="collect", disable=None if progress else True) as bar:
-        for met in source(roll.images):
-            _meet(met, subjects, gathered, roll)
-            bar.update(len(met.images))
-            if time.monotonic() - saved > every:
-                _save(kept, gathered, roll)
-                saved = time.monotonic()
-    _save(kept, gathered, roll)
-    for _ in _patched(wanted, roll, draw, progress):
-        if time.monotonic() - saved > every:
-            _save(kept, gathered, roll)
-            saved = time.monotonic()
-    books = [write(subject, one, roll, data) for subject, one in zip(subjects, gathered, strict=True)]
-    kept.remove()
+    targets = _moved(targets, device)
+    locations = [location for target in targets for location in target.patches.values()]
+    patches = {image_key(location.shot): location.shot for location in locations if location.shot.image is None}
+    collectors = [FeatureCollector(target.dictionary, config) for target in targets]
+    registry = ShotRegistry(album, patches)
+    fingerprints = {target.name: target.fingerprint for target in targets}
+    request = {"dictionaries": fingerprints, "config": asdict(config), "data": data}
+    saved = CollectCheckpoint(path=checkpoint, request=request)
+    saved.restore(collectors, registry)
+    last_save = time.monotonic()
+    for _ in _batches_added(targets, collectors, registry, source, images, progress):
+        if time.monotonic() - last_save > save_seconds:
+            saved.save(collectors, registry)
+            last_save = time.monotonic()
+    saved.save(collectors, registry)
+    for _ in _drawn_patches(patches, registry, draw, progress):
+        if time.monotonic() - last_save > save_seconds:
+            saved.save(collectors, registry)
+            last_save = time.monotonic()
+    books = [write_book(target, collector, registry, data) for target, collector in zip(targets, collectors, strict=True)]
+    saved.remove()
     return books
 
 
-def _placed(subjects: Sequence[CollectTarget], device: torch.device | str | None) -> Sequence[CollectTarget]:
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type == "cpu":
-        return subjects
-    return [replace(subject, dictionary=subject.dictionary.to(place)) for subject in subjects]
+def _moved(targets: Sequence[CollectTarget], device: torch.device | str | None) -> Sequence[CollectTarget]:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return targets
+    return [replace(target, dictionary=target.dictionary.to(device)) for target in targets]
 
 
-def _asked(subjects: Sequence[CollectTarget], settings: CollectConfig, data: str) -> dict[str, object]:
-    names = {subject.name: subject.checksum for subject in subjects}
-    return {"dictionaries": names, "settings": asdict(settings), "data": data}
+def _batches_added(
+    targets: Sequence[CollectTarget],
+    collectors: Sequence[FeatureCollector],
+    registry: ShotRegistry,
+    source: BatchSource,
+    images: int | None,
+    progress: bool,
+) -> Iterator[None]:
+    """Add all batches of the source that the registry does not know yet; yield after each."""
+    disable = None if progress else True
+    with tqdm(total=images, initial=registry.images, unit=" images", desc="collect", disable=disable) as bar:
+        for batch in source(registry.images):
+            _add_batch(batch, targets, collectors, registry)
+            bar.update(len(batch.images))
+            yield
 
 
-def _meet(met: CollectBatch, subjects: Sequence[CollectTarget], gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> None:
-    """Nothing; a batch of images is taken into account."""
-    arrivals = roll.arrive(met)
-    shown: set[int] = set()
-    for subject, one in zip(subjects, gathered, strict=True):
-        site = subject.dictionary.site
-        seen = [each for each in met.activations if each.site == site]
-        if len(seen) != arrivals.shots.shape[1] or any(len(each.shots) != len(met.images) for each in seen):
-            raise BadInput(f"Of {len(met.images)} images the site {site} does not show all, at every timestep.")
-        shown.update(one.meet(seen, arrivals))
-    roll.seat(met, arrivals, shown)
+def _add_batch(
+    batch: CollectBatch, targets: Sequence[CollectTarget], collectors: Sequence[FeatureCollector], registry: ShotRegistry
+) -> None:
+    images = registry.add(batch)
+    used: set[int] = set()
+    for target, collector in zip(targets, collectors, strict=True):
+        site = target.dictionary.site
+        activations = [part for part in batch.activations if part.site == site]
+        if len(activations) != images.shots.shape[1] or any(len(part.shots) != len(batch.images) for part in activations):
+            raise BadInput(f"The site {site} lacks activations of some of {len(batch.images)} images, at some timestep.")
+        used.update(collector.add(activations, images))
+    registry.register(batch, images, used)
 
 
-def _save(kept: CollectCheckpoint, gathered: Sequence[FeatureCollector], roll: ShotRegistry) -> None:
-    roll.keep({number for one in gathered for number in one.shots().tolist()})
-    kept.save(gathered, roll)
-
-
-def _patched(wanted: dict[int, Shot], roll: ShotRegistry, draw: Draw | None, progress: bool) -> Iterator[None]:
-    """Nothing, after each batch of images of atoms that were not shown yet."""
-    missing = [key for key in wanted if key not in roll.patches] if draw else []
-    silent = None if progress and missing else True
-    with tqdm(total=len(missing), unit=" images", desc="patches", disable=silent) as bar:
-        for first in range(0, len(missing), AT_ONCE):
-            assert draw is not None
-            keys = missing[first : first + AT_ONCE]
-            for key, image in zip(keys, draw([wanted[key] for key in keys]), strict=True):
-                roll.patches[key] = roll.file(image)
+def _drawn_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawImages | None, progress: bool) -> Iterator[None]:
+    """Draw the images of ITDA atoms that the source did not contain; yield after each batch."""
+    if draw is None:
+        return
+    missing = [key for key in patches if key not in registry.patches]
+    disable = None if progress and missing else True
+    with tqdm(total=len(missing), unit=" images", desc="patches", disable=disable) as bar:
+        for first in range(0, len(missing), DRAWN_AT_ONCE):
+            keys = missing[first : first + DRAWN_AT_ONCE]
+            for key, image in zip(keys, draw([patches[key] for key in keys]), strict=True):
+                registry.patches[key] = registry.store(image)
             bar.update(len(keys))
             yield

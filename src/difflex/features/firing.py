@@ -1,34 +1,71 @@
-"""Where features fire in a batch of images, feature after feature: what sparse codes say, without a dense matrix."""
+"""Where features fire in a batch of images, computed from sparse codes, and sums over all batches for each feature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from difflex.records import Codes
+from difflex.records import Codes, Shot
 
-__all__ = ["FeatureShots", "FiringBatch", "FiringPairs", "ImageBatch", "NegativeCodes", "fired", "ranges"]
+__all__ = ["FeatureShots", "FeatureTotals", "FiringBatch", "ImageBatch", "firing_batch", "image_key", "random_numbers", "ranges"]
 
-CHUNK = 8192
+ENCODED_TOKENS = 8192
 """Tokens encoded at once."""
 Encode = Callable[[Float[Tensor, "token width"]], Codes]
 
+# The constants of SplitMix64 (Steele et al. 2014), as signed numbers.
+ADDED, FIRST, SECOND = (each - (1 << 64) for each in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+POSITIVE = torch.iinfo(torch.int64).max
+
+BINS, FIRST_BIN = 128, -64
+"""Histogram of values from 2^-16 to 2^16, four bins per doubling; values beyond go into the outermost bins."""
+PARTS = 4
+"""Rows and columns of the parts of an image that `position` is about."""
+
+
+def image_key(shot: Shot) -> int:
+    """Return a number for the image that a shot belongs to: the same at all its timesteps and noise levels."""
+    entries = asdict(replace(shot, timestep=None, noise=None))
+    entries["picture"] = entries.pop("image")  # the name under which it is hashed: renaming it would change random choices
+    return int.from_bytes(hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).digest()[:8], "big") & POSITIVE
+
+
+def random_numbers(keys: Int[Tensor, "*pair"], features: Int[Tensor, "*pair"], seed: int) -> Int[Tensor, "*pair"]:
+    """Return a non-negative random number for each image key and feature, whatever the order and batches of images."""
+    offset = torch.tensor(seed, dtype=torch.int64) * ADDED
+    return _mixed(_mixed(keys + offset) + features * ADDED) & POSITIVE
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Return numbers whose every bit depends on every bit of `numbers`; products wrap."""
+    numbers = (numbers ^ _shifted(numbers, 30)) * FIRST
+    numbers = (numbers ^ _shifted(numbers, 27)) * SECOND
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, by: int) -> Tensor:
+    """Shift `numbers` right, filling with zeros."""
+    return (numbers >> by) & ((1 << (64 - by)) - 1)
+
 
 class ImageBatch(NamedTuple):
-    """The images of a batch, each seen at the same timesteps."""
+    """The images of a batch, all at the same timesteps."""
 
     shots: Int[Tensor, "image timestep"]
-    """The numbers of their shots."""
+    """Numbers of the shots."""
     keys: Int[Tensor, " image"]
-    """Random numbers that depend on what the images are, and on nothing else."""
+    """`image_key` of each."""
     held_out: Bool[Tensor, " image"]
     may_repeat: bool
-    """Whether some of them may have come before."""
+    """Whether some of the images may have come before."""
 
 
 class NegativeCodes(NamedTuple):
@@ -39,89 +76,191 @@ class NegativeCodes(NamedTuple):
 
 
 class FiringPairs(NamedTuple):
-    """Pairs of token and feature in the order of features; for one feature those of a shot stand together, in order of tokens."""
+    """Pairs of a token and a feature that fires there, sorted by feature, shot and token."""
 
     features: Int[Tensor, " pair"]
     shots: Int[Tensor, " pair"]
-    """Counted through the images of the batch, for each through its timesteps."""
+    """Place in the batch: image by image, and for each image timestep by timestep."""
     tokens: Int[Tensor, " pair"]
-    """Within the shot."""
+    """Position within the shot."""
     values: Float[Tensor, " pair"]
 
 
 class FeatureShots(NamedTuple):
-    """One feature in one shot each: neighbours among the pairs."""
+    """Pairs of a feature and a shot in which it fires: consecutive runs of `FiringPairs`."""
 
-    features: Int[Tensor, " spot"]
-    shots: Int[Tensor, " spot"]
-    """Counted through the images of the batch, for each through its timesteps."""
-    starts: Int[Tensor, " spot"]
-    """The first pair of each."""
-    counts: Int[Tensor, " spot"]
-    peaks: Float[Tensor, " spot"]
+    features: Int[Tensor, " run"]
+    shots: Int[Tensor, " run"]
+    """Place in the batch, as in `FiringPairs`."""
+    starts: Int[Tensor, " run"]
+    """First firing pair."""
+    counts: Int[Tensor, " run"]
+    """Number of firing pairs."""
+    peaks: Float[Tensor, " run"]
 
 
 class FiringBatch(NamedTuple):
-    """What the codes of a batch of images say."""
+    """Where features fire in a batch of images."""
 
-    fired: FiringPairs
+    pairs: FiringPairs
     negative: NegativeCodes
-    spots: FeatureShots
+    feature_shots: FeatureShots
     codes: tuple[Codes, ...]
-    """Of each timestep."""
+    """Codes at each timestep."""
     tokens: int
-    """Of a shot."""
+    """Number of tokens of a shot."""
 
 
-def fired(encode: Encode, seen: Sequence[Float[Tensor, "image token width"]]) -> FiringBatch:
-    """Where the features that `encode` knows fire in images, seen at one or several timesteps."""
-    tokens = seen[0].shape[1]
-    codes = tuple(_encoded(encode, values.flatten(0, 1)) for values in seen)
-    parts = [_pairs(each, step, len(seen), tokens) for step, each in enumerate(codes)]
-    joined = FiringPairs(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    # 32 bits are sorted by digit, three times faster than 64.
+def firing_batch(encode: Encode, activations: Sequence[Float[Tensor, "image token width"]]) -> FiringBatch:
+    """Encode the activations of images at one or several timesteps and return where features fire."""
+    tokens = activations[0].shape[1]
+    codes = tuple(_encoded(encode, values.flatten(0, 1)) for values in activations)
+    parts = [_pairs(part, place, len(codes), tokens) for place, part in enumerate(codes)]
+    joined = FiringPairs(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    # Torch sorts int32 three times faster than int64.
     features, order = torch.sort(joined.features, stable=True)
     pairs = FiringPairs(features, joined.shots[order], joined.tokens[order], joined.values[order])
-    return FiringBatch(pairs, _negative(codes), _spots(pairs), codes, tokens)
+    return FiringBatch(pairs, _negative(codes), _feature_shots(pairs), codes, tokens)
 
 
 def ranges(starts: Int[Tensor, " range"], counts: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
-    """The places from each start on, as many as its count says, range after range."""
+    """Return the places of all ranges, one range after another."""
     ends = counts.cumsum(0)
     return torch.arange(int(ends[-1]) if len(ends) else 0) + torch.repeat_interleave(starts - (ends - counts), counts)
 
 
 def _encoded(encode: Encode, values: Float[Tensor, "token width"]) -> Codes:
-    parts = [encode(part) for part in values.split(CHUNK)]
+    parts = [encode(part) for part in values.split(ENCODED_TOKENS)]
     slots = max(part.values.shape[1] for part in parts)
-    wide = [[functional.pad(each, (0, slots - each.shape[1])).cpu() for each in part] for part in parts]
-    strengths, indices = (torch.cat(each) for each in zip(*wide, strict=True))
-    return Codes(strengths.float(), indices)
+    padded = [[functional.pad(column, (0, slots - column.shape[1])).cpu() for column in part] for part in parts]
+    values, indices = (torch.cat(columns) for columns in zip(*padded, strict=True))
+    return Codes(values.float(), indices)
 
 
-def _pairs(codes: Codes, step: int, of: int, tokens: int) -> FiringPairs:
-    """The codes of one timestep of several that are above 0, token by token."""
+def _pairs(codes: Codes, place: int, timesteps: int, tokens: int) -> FiringPairs:
+    """Return the positive codes at timestep number `place` of `timesteps`, token by token."""
     rows, slots = codes.values.shape
     features, values = codes.indices.to(torch.int32).flatten(), codes.values.flatten()
-    shots = torch.arange(step, rows // tokens * of, of, dtype=torch.int32).repeat_interleave(tokens * slots)
-    places = torch.arange(tokens, dtype=torch.int32).repeat_interleave(slots).repeat(rows // tokens)
+    shots = torch.arange(place, rows // tokens * timesteps, timesteps, dtype=torch.int32).repeat_interleave(tokens * slots)
+    positions = torch.arange(tokens, dtype=torch.int32).repeat_interleave(slots).repeat(rows // tokens)
     positive = values > 0
     if bool(positive.all()):
-        return FiringPairs(features, shots, places, values)
-    there = positive.nonzero()[:, 0]
-    return FiringPairs(features[there], shots[there], places[there], values[there])
+        return FiringPairs(features, shots, positions, values)
+    chosen = positive.nonzero()[:, 0]
+    return FiringPairs(features[chosen], shots[chosen], positions[chosen], values[chosen])
 
 
 def _negative(codes: Sequence[Codes]) -> NegativeCodes:
-    below = [each.values < 0 for each in codes]
-    features = torch.cat([each.indices[there] for each, there in zip(codes, below, strict=True)])
-    return NegativeCodes(features.long(), torch.cat([each.values[there] for each, there in zip(codes, below, strict=True)]))
+    features = torch.cat([part.indices[part.values < 0] for part in codes])
+    return NegativeCodes(features.long(), torch.cat([part.values[part.values < 0] for part in codes]))
 
 
-def _spots(pairs: FiringPairs) -> FeatureShots:
-    begins = torch.ones(len(pairs.values), dtype=torch.bool)
-    begins[1:] = (pairs.features[1:] != pairs.features[:-1]) | (pairs.shots[1:] != pairs.shots[:-1])
-    starts = begins.nonzero()[:, 0]
-    counts = torch.diff(starts, append=torch.tensor([len(begins)]))
+def _feature_shots(pairs: FiringPairs) -> FeatureShots:
+    is_first = torch.ones(len(pairs.values), dtype=torch.bool)
+    is_first[1:] = (pairs.features[1:] != pairs.features[:-1]) | (pairs.shots[1:] != pairs.shots[:-1])
+    starts = is_first.nonzero()[:, 0]
+    counts = torch.diff(starts, append=torch.tensor([len(is_first)]))
     peaks = torch.segment_reduce(pairs.values, "max", lengths=counts) if len(starts) else pairs.values[:0]
     return FeatureShots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)
+
+
+@final
+class FeatureTotals:
+    """Sums over all tokens for each of `size` features: how often it fires, how strongly, when and where."""
+
+    def __init__(self, size: int, grid: tuple[int, int] | None) -> None:
+        self.size = size
+        self.firings, self.shots, self.negatives = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
+        self.sums, self.border_sums = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
+        self.peaks, self.lowest = torch.zeros(size), torch.zeros(size)
+        self.histogram = torch.zeros(size, BINS, dtype=torch.int32)
+        self.part_sums = torch.zeros(size, PARTS * PARTS, dtype=torch.float64)
+        self.timestep_firings: dict[float, Int[Tensor, " size"]] = {}
+        self.timestep_tokens: dict[float, int] = {}
+        self._layout = None if grid is None else _layout(*grid)
+
+    def add(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
+        """Add a batch of `images` at these timesteps."""
+        features, values, runs = batch.pairs.features, batch.pairs.values, batch.feature_shots
+        self.firings += torch.bincount(features, minlength=self.size)
+        self.shots += torch.bincount(runs.features, minlength=self.size)
+        if len(runs.starts):
+            self.sums.index_add_(0, runs.features, torch.segment_reduce(values, "sum", lengths=runs.counts).double())
+        self.peaks.scatter_reduce_(0, runs.features, runs.peaks, "amax")
+        self.histogram.view(-1).index_add_(0, features * BINS + _bins(values), torch.ones(len(values), dtype=torch.int32))
+        self._add_places(batch)
+        self._add_timesteps(batch, timesteps, images)
+        negative = batch.negative
+        if len(negative.features):
+            self.negatives += torch.bincount(negative.features, minlength=self.size)
+            self.lowest.scatter_reduce_(0, negative.features, negative.values, "amin")
+
+    def _add_places(self, batch: FiringBatch) -> None:
+        if self._layout is None:
+            return
+        part, border = self._layout
+        features, tokens, values = batch.pairs.features, batch.pairs.tokens, batch.pairs.values
+        self.part_sums.view(-1).index_add_(0, features * PARTS**2 + part[tokens], values.double())
+        self.border_sums.index_add_(0, features, (values * border[tokens]).double())
+
+    def _add_timesteps(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
+        places = batch.pairs.shots % len(timesteps) if len(timesteps) > 1 else None
+        for place, timestep in enumerate(timesteps):
+            features = batch.pairs.features if places is None else batch.pairs.features[places == place]
+            firings = self.timestep_firings.setdefault(timestep, torch.zeros(self.size, dtype=torch.int64))
+            firings += torch.bincount(features, minlength=self.size)
+            self.timestep_tokens[timestep] = self.timestep_tokens.get(timestep, 0) + images * batch.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all batches."""
+        return sum(self.timestep_tokens.values())
+
+    @property
+    def position(self) -> Float[Tensor, " size"]:
+        """`FeatureStats.position` of all features."""
+        assert self._layout is not None
+        even = torch.bincount(self._layout[0], minlength=PARTS**2) / len(self._layout[0])
+        shares = self.part_sums / self.part_sums.sum(1, keepdim=True).clamp_min(1e-300)
+        return (shares - even).clamp_min(0).sum(1)
+
+    @property
+    def border(self) -> Float[Tensor, " size"]:
+        """`FeatureStats.border` of all features."""
+        assert self._layout is not None
+        return self.border_sums / self.sums.clamp_min(1e-300) / self._layout[1].mean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all sums by name."""
+        names = ("firings", "shots", "negatives", "sums", "border_sums", "peaks", "lowest", "histogram", "part_sums")
+        timesteps, firings = list(self.timestep_tokens), list(self.timestep_firings.values())
+        return {
+            **{name: getattr(self, name) for name in names},
+            "timesteps": torch.tensor(timesteps, dtype=torch.float64),
+            "timestep tokens": torch.tensor([self.timestep_tokens[timestep] for timestep in timesteps], dtype=torch.int64),
+            "timestep firings": torch.stack(firings) if firings else torch.zeros(0, self.size),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the sums from `tensors`."""
+        sums = dict(tensors)
+        timesteps = sums.pop("timesteps").tolist()
+        self.timestep_tokens = dict(zip(timesteps, sums.pop("timestep tokens").tolist(), strict=True))
+        firings = sums.pop("timestep firings")
+        self.timestep_firings = dict(zip(timesteps, (column.clone() for column in firings), strict=True))
+        for name, values in sums.items():
+            getattr(self, name).copy_(values)
+
+
+def _bins(values: Float[Tensor, " pair"]) -> Int[Tensor, " pair"]:
+    """Return the histogram bin of each value, from its exponent and the first two bits of its mantissa."""
+    quarters = (values.view(torch.int32) >> 21) - 4 * 127
+    return (quarters - FIRST_BIN).clamp_(0, BINS - 1)
+
+
+def _layout(rows: int, columns: int) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
+    """Return the part of the image that each token is in, and 1 for tokens at the border."""
+    row, column = torch.arange(rows)[:, None].expand(rows, columns), torch.arange(columns).expand(rows, columns)
+    part = row * PARTS // rows * PARTS + column * PARTS // columns
+    border = (row == 0) | (column == 0) | (row == rows - 1) | (column == columns - 1)
+    return part.flatten().int(), border.flatten().float()

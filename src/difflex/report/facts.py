@@ -17,7 +17,7 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts import ConceptMatches
-from difflex.features.book import Book, BookInfo
+from difflex.features import Book, BookInfo
 from difflex.records import Site
 from difflex.report.soundness import changed, is_image, is_sound, k_of, known_in_numbers, normalisation
 from difflex.report.steered import SteeringFacts, has_numbers, known
@@ -220,7 +220,7 @@ class _FactsReader(NamedTuple):
         if not path.exists():
             return False
         about = self.tried(lambda: _about(path))
-        if about is None or about.checksum != self.tried(lambda: fingerprint(study.dictionary(*place))):
+        if about is None or about.fingerprint != self.tried(lambda: fingerprint(study.dictionary(*place))):
             if about is not None:
                 self.troubles.append(
                     f"{place}: the dictionary has changed since its book was written. difflex collect writes it anew."

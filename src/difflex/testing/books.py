@@ -8,17 +8,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from difflex.features.book import (
-    BookInfo,
-    BookWriter,
-    Example,
-    ExampleKind,
-    FeatureNeighbour,
-    FeatureStats,
-    ImageAlbum,
-    ImageFile,
-    TokenMap,
-)
+from difflex.features import BookInfo, BookWriter, ImageAlbum
+from difflex.features.entries import Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
 from difflex.records import Shot, Split
 
 __all__ = ["plain_book", "plain_colour"]
@@ -49,18 +40,18 @@ def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, sha
     nearest decoder is that of the feature after the next.
     """
     album = ImageAlbum(folder / "images")
-    filed = [album.file(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
+    filed = [album.add(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
     rows = [*_rows(tops, sampled)]
     path, examples = folder / "book.sqlite", [*_examples(features, rows, shared)]
-    with BookWriter.of(path, _about(features)) as draft:
-        draft.images(ImageFile(number, *each) for number, each in enumerate(filed))
-        draft.shots(
+    with BookWriter.open(path, _about(features)) as writer:
+        writer.add_images(ImageFile(number, *each) for number, each in enumerate(filed))
+        writer.add_shots(
             (number, number // len(rows), _shot(number, rows[number % len(rows)].split)) for number in range(features * len(rows))
         )
-        draft.features(_figures(feature, len(rows)) for feature in range(features))
-        draft.examples(examples)
+        writer.add_features(_figures(feature, len(rows)) for feature in range(features))
+        writer.add_examples(examples)
         for feature in range(features):
-            draft.neighbours(feature, [FeatureNeighbour((feature + 2) % features, "direction", 0.5)])
+            writer.add_neighbours(feature, [FeatureNeighbour((feature + 2) % features, "direction", 0.5)])
     return path
 
 
@@ -89,7 +80,7 @@ def _shot(number: int, split: Split) -> Shot:
 
 
 def _figures(feature: int, shots: int) -> FeatureStats:
-    return FeatureStats(feature=feature, fired=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
+    return FeatureStats(feature=feature, firings=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
 
 
 def _about(features: int) -> BookInfo:
@@ -98,7 +89,7 @@ def _about(features: int) -> BookInfo:
         kind="topk",
         size=features,
         k=1,
-        checksum="plain",
+        fingerprint="plain",
         model="plain",
         data="plain images",
         grid=GRID,

@@ -6,7 +6,7 @@ from itertools import product
 from typing import NamedTuple
 
 from difflex.explanation import methods
-from difflex.features.book import Book, CoverageSummary
+from difflex.features import Book, CoverageSummary
 from difflex.report.claims.claim import Claim, decided, listed
 from difflex.report.facts import StudyFacts
 from difflex.report.kinds import AUTOENCODERS
@@ -69,7 +69,7 @@ def covers_more(facts: StudyFacts) -> Claim:
 
 def _covers(facts: StudyFacts, place: DictionaryRef) -> CoverageRow | None:
     with Book.open(facts.study.book(*place)) as book:
-        covering, about = book.covering(), book.about
+        covering, about = book.coverage_summary(), book.about
     return None if covering is None else CoverageRow(place, about.kind, about.k, about.data, covering)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from difflex.explanation import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
-from difflex.features.book import Book
+from difflex.features import Book
 from difflex.report.drawing import (
     Axis,
     ChartRow,

@@ -7,7 +7,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from difflex.explanation import methods
-from difflex.features.book import Book, Example, FeatureStats, ImageAlbum, overlaid
+from difflex.features import Book, ImageAlbum, overlaid
+from difflex.features.entries import Example, FeatureStats
 from difflex.report.facts import StudyFacts
 from difflex.report.figures.embedding import address
 from difflex.report.kinds import key

@@ -58,7 +58,7 @@ def quality(facts: StudyFacts) -> ReportSection:
     if not evaluated:
         missing.append(MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY"))
     elif found[-1] is None:
-        missing.append(MissingFigure("The effect on the model", "difflex evaluate STUDY --effect 32"))
+        missing.append(MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32"))
     return ReportSection(
         name="reconstruction",
         title="How well activations are rebuilt",

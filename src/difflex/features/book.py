@@ -1,0 +1,270 @@
+"""`Book`: queries on the book of one dictionary, and additions of explanations to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, final
+
+from difflex.errors import BadInput, UnknownName
+from difflex.features.entries import (
+    AtomImage,
+    Example,
+    ExampleKind,
+    FeatureNeighbour,
+    FeatureStats,
+    Histogram,
+    ImageFile,
+    ShotRow,
+    TokenMap,
+)
+from difflex.features.explanations import (
+    EXPLANATION_COLUMNS,
+    USAGE_COLUMNS,
+    Explanation,
+    ExplanationScore,
+    Judgement,
+    RecordedUsage,
+    explanation_from,
+    insert_explanation,
+    insert_usage,
+    usage_from,
+)
+from difflex.features.schema import BookInfo, connect, read_info, sqlite_errors, transaction
+from difflex.records import Shot, Split
+
+__all__ = ["SORT_COLUMNS", "Book", "CoverageSummary", "FeatureFilter"]
+
+FEATURE_COLUMNS = (
+    "feature, firings, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
+    "coverage, strength, histogram, activity"
+)
+SORT_COLUMNS = tuple(FEATURE_COLUMNS.split(", ")[:-2])
+"""Numeric columns, by which features can be sorted and filtered."""
+EXAMPLE_COLUMNS = "id, feature, kind, split, rank, shot, peak, quantile, map"
+IMAGE_COLUMNS = "images.id, file, width, height"
+BEST_SCORE = (
+    "(SELECT max(value) FROM scores JOIN explanations ON explanations.id = explanation "
+    "WHERE explanations.feature = features.feature AND state = 'done' AND measure = ?)"
+)
+
+
+class FeatureFilter(NamedTuple):
+    """A condition on a column of the features."""
+
+    column: str
+    sign: Literal["<", "<=", ">", ">=", "="]
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> FeatureFilter:
+        """Parse a condition such as `density<0.01`."""
+        match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>|=)\s*(-?\d+\.?\d*(?:[eE]-?\d+)?)\s*", text)
+        if not match:
+            raise BadInput(f"'{text}' is not a condition. Write a column, one of < <= > >= = and a number: density<0.01.")
+        column, sign, value = match.groups()
+        if column not in SORT_COLUMNS:
+            raise UnknownName.among("The column", column, SORT_COLUMNS)
+        assert sign in ("<", "<=", ">", ">=", "=")
+        return cls(column, sign, float(value))
+
+
+class CoverageSummary(NamedTuple):
+    """Distribution of `FeatureStats.coverage` over the features of a dictionary."""
+
+    features: int
+    """Number of features that fire in enough shots."""
+    mean: float
+    quartiles: tuple[float, float, float]
+    area: float
+    """Mean of `FeatureStats.area`."""
+
+
+@final
+class Book:
+    """The book of one dictionary, an SQLite file with many readers and one writer at a time."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self.about: BookInfo = read_info(path, connection)
+        self._connection = connection
+
+    @classmethod
+    def open(cls, path: Path | str) -> Book:
+        """Open the book at `path` for reading."""
+        return cls(Path(path), connect(Path(path), writable=False))
+
+    @classmethod
+    def edit(cls, path: Path | str) -> Book:
+        """Open the book at `path` for reading and adding explanations; writers wait for each other."""
+        return cls(Path(path), connect(Path(path), writable=True))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Book:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def feature(self, feature: int) -> FeatureStats:
+        """Return the statistics of one feature."""
+        rows = self._query(f"SELECT {FEATURE_COLUMNS} FROM features WHERE feature = ?", feature)
+        if not rows:
+            raise UnknownName(
+                f"{self.about.dictionary} has no feature {feature}: they are numbered from 0 to {self.about.size - 1}."
+            )
+        return _feature(rows[0])
+
+    def features(
+        self,
+        sort: str = "feature",
+        *,
+        descending: bool = False,
+        where: Iterable[FeatureFilter] = (),
+        limit: int | None = None,
+        measure: str = "accuracy",
+    ) -> list[FeatureStats]:
+        """Return features sorted by a column of `SORT_COLUMNS`, or by `score`, the best `measure` of their explanations.
+
+        Features without a value come last.
+        """
+        if sort != "score" and sort not in SORT_COLUMNS:
+            raise UnknownName.among("The column", sort, ("score", *SORT_COLUMNS))
+        filters = list(where)
+        conditions = " AND ".join(f"{column} {sign} ?" for column, sign, _ in filters)
+        selection = f"SELECT {FEATURE_COLUMNS} FROM features" + (f" WHERE {conditions}" if conditions else "")
+        key = BEST_SCORE if sort == "score" else sort
+        order = f"ORDER BY {key} {'DESC' if descending else 'ASC'} NULLS LAST, feature LIMIT ?"
+        values = [each.value for each in filters] + [measure] * (sort == "score") + [-1 if limit is None else limit]
+        return [_feature(row) for row in self._query(f"{selection} {order}", *values)]
+
+    def coverage_summary(self, min_shots: int = 8) -> CoverageSummary | None:
+        """Summarise the coverage of features that fire in at least `min_shots` shots; None if there are none."""
+        rows = self._query(
+            "SELECT coverage, area FROM features WHERE shots >= ? AND coverage IS NOT NULL ORDER BY coverage", min_shots
+        )
+        if not rows:
+            return None
+        coverages, areas = [row[0] for row in rows], [row[1] for row in rows]
+        low, median, high = (coverages[len(rows) * part // 4] for part in (1, 2, 3))
+        return CoverageSummary(len(rows), sum(coverages) / len(rows), (low, median, high), sum(areas) / len(rows))
+
+    def count_firing(self) -> int:
+        """Count the features that fire at all."""
+        return int(self._query("SELECT count(*) FROM features WHERE firings > 0")[0][0])
+
+    def examples(self, feature: int, kind: ExampleKind | None = None, split: Split | None = None) -> list[Example]:
+        """Return the examples of a feature, sorted by kind, split and rank."""
+        condition = "feature = ? AND kind = ifnull(?, kind) AND split = ifnull(?, split)"
+        order = "CASE kind WHEN 'top' THEN 0 WHEN 'quantile' THEN 1 ELSE 2 END, split = 'held-out', rank"
+        query = f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE {condition} ORDER BY {order}"
+        return [_example(row) for row in self._query(query, feature, kind, split)]
+
+    def example(self, example: int) -> Example:
+        """Return an example by its number."""
+        rows = self._query(f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE id = ?", example)
+        if not rows:
+            raise UnknownName(f"{self.path} has no example {example}.")
+        return _example(rows[0])
+
+    def examples_at(self, shot: int) -> list[Example]:
+        """Return the examples of all features that fire in a shot."""
+        query = f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE shot = ? AND kind != 'silent'"
+        return [_example(row) for row in self._query(query, shot)]
+
+    def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
+        """Return the shots of these numbers with their images, by number."""
+        table = "shots JOIN images ON images.id = image WHERE shots.id IN (SELECT value FROM json_each(?))"
+        rows = self._query(f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}", json.dumps(sorted(set(numbers))))
+        return {number: ShotRow(number, ImageFile(*image), shot_from(text)) for number, text, *image in rows}
+
+    def images(self) -> list[ImageFile]:
+        """Return all images of the book."""
+        return [ImageFile(*row) for row in self._query(f"SELECT {IMAGE_COLUMNS} FROM images ORDER BY id")]
+
+    def neighbours(self, feature: int) -> list[FeatureNeighbour]:
+        """Return the features that fire together with this one, then those of the nearest directions, nearest first."""
+        query = "SELECT neighbour, kind, value FROM neighbours WHERE feature = ? ORDER BY kind = 'direction', rank"
+        return [FeatureNeighbour(*row) for row in self._query(query, feature)]
+
+    def patch(self, feature: int) -> AtomImage | None:
+        """Return the image patch of an ITDA atom; None for other dictionaries, or if it is unknown."""
+        table = "patches LEFT JOIN images ON images.id = image WHERE feature = ?"
+        rows = self._query(f"SELECT feature, token, shot, {IMAGE_COLUMNS} FROM {table}", feature)
+        if not rows:
+            return None
+        number, token, text, *image = rows[0]
+        return AtomImage(number, token, None if image[0] is None else ImageFile(*image), shot_from(text))
+
+    def explanations(self, feature: int | None = None) -> list[Explanation]:
+        """Return the explanations of a feature, or of all."""
+        query = f"SELECT id, {EXPLANATION_COLUMNS} FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id"
+        return [explanation_from(row) for row in self._query(query, feature)]
+
+    def judgements(self, explanation: int) -> list[Judgement]:
+        """Return the judgements of an explanation in their order."""
+        rows = self._query("SELECT example, fires, score FROM judgements WHERE explanation = ? ORDER BY id", explanation)
+        return [Judgement(example, bool(fires), score) for example, fires, score in rows]
+
+    def scores(self, explanation: int) -> list[ExplanationScore]:
+        """Return the scores of an explanation, sorted by measure."""
+        query = "SELECT measure, value, low, high, judgements FROM scores WHERE explanation = ? ORDER BY measure"
+        return [ExplanationScore(*row) for row in self._query(query, explanation)]
+
+    def best_scores(self, measure: str = "accuracy") -> dict[int, float]:
+        """Return the best score of each feature that has one."""
+        table = "scores JOIN explanations ON explanations.id = explanation WHERE state = 'done' AND measure = ?"
+        return dict(self._query(f"SELECT feature, max(value) FROM {table} GROUP BY feature", measure))
+
+    def usage(self) -> Iterator[RecordedUsage]:
+        """Yield all records of usage in the order of writing."""
+        yield from (usage_from(row) for row in self._query(f"SELECT {USAGE_COLUMNS} FROM usage ORDER BY id"))
+
+    def add_explanation(
+        self,
+        explanation: Explanation,
+        judgements: Sequence[Judgement] = (),
+        scores: Sequence[ExplanationScore] = (),
+        usage: Sequence[RecordedUsage] = (),
+    ) -> int:
+        """Add an explanation with everything that belongs to it and return its number.
+
+        It replaces an older one of the same feature, backend and protocol, whose usage is kept.
+        """
+        with transaction(self.path, self._connection) as connection:
+            number = insert_explanation(connection, explanation, judgements, scores)
+            insert_usage(connection, usage, number)
+        return number
+
+    def add_usage(self, usage: Iterable[RecordedUsage]) -> None:
+        """Add records of usage."""
+        with transaction(self.path, self._connection) as connection:
+            insert_usage(connection, usage)
+
+    def _query(self, query: str, *values: object) -> list[tuple]:
+        with sqlite_errors(self.path):
+            return self._connection.execute(query, values).fetchall()
+
+
+def shot_from(text: str) -> Shot:
+    """Return the shot written as JSON in `text`."""
+    entries = json.loads(text)
+    return Shot(**{**entries, "pixels": tuple(entries["pixels"])})
+
+
+def _feature(row: tuple) -> FeatureStats:
+    *numbers, histogram, activity = row
+    first, *counts = json.loads(histogram)
+    columns = dict(zip(SORT_COLUMNS, numbers, strict=True))
+    return FeatureStats(**columns, histogram=Histogram(first, tuple(counts)), activity=tuple(json.loads(activity)))
+
+
+def _example(row: tuple) -> Example:
+    entries = dict(zip(EXAMPLE_COLUMNS.split(", "), row, strict=True))
+    return Example(**{**entries, "map": TokenMap.unpacked(entries["map"], entries["peak"])})

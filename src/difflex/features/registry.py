@@ -1,0 +1,184 @@
+"""The shots and images that examples use, by number, and the checkpoint from which a killed pass continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from difflex._version import __version__
+from difflex.features.collector import FeatureCollector
+from difflex.features.firing import ImageBatch, image_key
+from difflex.features.images import ImageAlbum, StoredImage
+from difflex.files import replacing
+from difflex.records import Activations, Shot, Split
+
+__all__ = ["CollectBatch", "CollectCheckpoint", "RegisteredShot", "ShotRegistry"]
+
+FILTER_BITS = 25
+"""Size of the Bloom filter that recognises repeated images: precise for half a million of them."""
+FORMAT = 2
+
+
+class CollectBatch(NamedTuple):
+    """A batch of images and the activations that belong to them."""
+
+    images: Sequence[Image.Image]
+    activations: Sequence[Activations]
+    """Each of all the images, in their order, at one site and timestep; the timesteps are the same at each site."""
+
+
+class RegisteredShot(NamedTuple):
+    """A shot and the file of its image."""
+
+    shot: Shot
+    image: StoredImage
+
+
+@final
+class ShotRegistry:
+    """Numbers all shots of a pass, and keeps those that examples use, with their images."""
+
+    def __init__(self, album: ImageAlbum, patch_keys: Collection[int] = ()) -> None:
+        """`patch_keys` are the keys of images that are kept because ITDA atoms come from them."""
+        self.album = album
+        self.entries: dict[int, RegisteredShot] = {}
+        self.patches: dict[int, StoredImage] = {}
+        """Images that ITDA atoms come from, by key."""
+        self.images = 0
+        self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
+        """Number of shots in all batches."""
+        self._new_files: set[str] = set()
+        self._filter = torch.zeros(1 << FILTER_BITS, dtype=torch.bool)
+        self._patch_keys = frozenset(patch_keys)
+
+    def add(self, batch: CollectBatch) -> ImageBatch:
+        """Number the shots of a batch."""
+        first = batch.activations[0]
+        timesteps = sum(part.site == first.site for part in batch.activations)
+        start = sum(self.shots.values())
+        count = len(batch.images)
+        self.images += count
+        for shot in first.shots:
+            self.shots[shot.split] += timesteps
+        keys = torch.tensor([image_key(shot) for shot in first.shots])
+        return ImageBatch(
+            shots=torch.arange(start, start + count * timesteps).view(count, timesteps),
+            keys=keys,
+            held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
+            may_repeat=self._may_repeat(keys),
+        )
+
+    def _may_repeat(self, keys: Int[Tensor, " image"]) -> bool:
+        """Return whether one of the images may have come before, and add them to the Bloom filter."""
+        may_repeat = False
+        for key in keys.tolist():
+            bits = torch.tensor([key >> shift & ((1 << FILTER_BITS) - 1) for shift in (0, 12, 25, 37)])
+            may_repeat |= bool(self._filter[bits].all())
+            self._filter[bits] = True
+        return may_repeat
+
+    def register(self, batch: CollectBatch, images: ImageBatch, used: Collection[int]) -> None:
+        """Store the images `used` by examples, and those of ITDA atoms, and keep their shots."""
+        site = batch.activations[0].site
+        timesteps = [part.shots for part in batch.activations if part.site == site]
+        keys = images.keys.tolist()
+        for place in sorted({*used, *(place for place, key in enumerate(keys) if key in self._patch_keys)}):
+            stored = self.store(batch.images[place])
+            if keys[place] in self._patch_keys:
+                self.patches[keys[place]] = stored
+            if place in used:
+                numbers = images.shots[place].tolist()
+                shots = [column[place] for column in timesteps]
+                self.entries |= {number: RegisteredShot(shot, stored) for number, shot in zip(numbers, shots, strict=True)}
+
+    def store(self, image: Image.Image) -> StoredImage:
+        """Store an image in the album."""
+        stored, is_new = self.album.add(image)
+        if is_new:
+            self._new_files.add(stored.file)
+        return stored
+
+    def prune(self, shots: Collection[int]) -> None:
+        """Keep only the `shots` of these numbers, and remove images that nothing uses any more."""
+        self.entries = {number: self.entries[number] for number in sorted(shots)}
+        used = {entry.image.file for entry in self.entries.values()} | {stored.file for stored in self.patches.values()}
+        for file in self._new_files - used:
+            self.album.remove(file)
+        self._new_files &= used
+
+    def dumped(self) -> bytes:
+        """Return the registry as lines of JSON."""
+        counts = {"images": self.images, "shots": self.shots, "files": sorted(self._new_files), "patches": len(self.patches)}
+        patches = ([key, *stored] for key, stored in self.patches.items())
+        entries = ([number, *entry.image, asdict(entry.shot)] for number, entry in self.entries.items())
+        return "\n".join(json.dumps(line) for line in [counts, *patches, *entries]).encode()
+
+    def restore(self, dump: bytes) -> None:
+        """Restore the registry from what `dumped` returned."""
+        counts, *lines = [json.loads(line) for line in dump.decode().split("\n")]
+        self.images, self.shots, self._new_files = counts["images"], counts["shots"], set(counts["files"])
+        patches, entries = lines[: counts["patches"]], lines[counts["patches"] :]
+        self.patches = {key: StoredImage(*stored) for key, *stored in patches}
+        self.entries = {
+            number: RegisteredShot(Shot(**{**shot, "pixels": tuple(shot["pixels"])}), StoredImage(*stored))
+            for number, *stored, shot in entries
+        }
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CollectCheckpoint:
+    """The file that holds the state of a pass, replaced atomically."""
+
+    path: Path
+    request: Mapping[str, object]
+    """Plain JSON that identifies the pass; the state of another pass is ignored."""
+
+    def save(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
+        """Prune the registry and write the state."""
+        registry.prune({number for collector in collectors for number in collector.shots().tolist()})
+        tensors = {
+            f"{number}/{name}": tensor.contiguous()
+            for number, collector in enumerate(collectors)
+            for name, tensor in collector.tensors().items()
+        }
+        tensors["registry"] = torch.frombuffer(bytearray(registry.dumped()), dtype=torch.uint8)
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, {"request": self._request_text})
+
+    def restore(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
+        """Restore the state of this pass, if there is one."""
+        tensors = self._read()
+        if tensors is None:
+            return
+        for number, collector in enumerate(collectors):
+            prefix = f"{number}/"
+            collector.restore({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
+        registry.restore(tensors["registry"].numpy().tobytes())
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Tensor] | None:
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("request") != self._request_text:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    @property
+    def _request_text(self) -> str:
+        return json.dumps({"format": FORMAT, "difflex": __version__, **self.request}, sort_keys=True)
