@@ -16,7 +16,8 @@ from difflex import cli
 from difflex.cli import main, parse
 from difflex.commands import VERBS, verb_class
 from difflex.commands.models import table
-from difflex.commands.opening import ModelCommand, see_own_card
+from difflex.commands.flags import ModelCommand
+from difflex.devices import use_gpu_of_rank
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
 
@@ -170,7 +171,7 @@ def test_generate_gives_every_cell_its_prompt_and_seed(paint_box: PaintBox, tmp_
 def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder, out = str(tiny_folder("flux", tmp_path / "tiny", card={"words": ["a", "red", "star"]})), tmp_path / "grid.png"
+    folder, out = str(tiny_folder("flux", tmp_path / "tiny", defaults={"words": ["a", "red", "star"]})), tmp_path / "grid.png"
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(["generate", folder, "a red horse", "--seeds", "0:2", "--steps", "1", "--out", str(out)]) == 0
@@ -216,7 +217,7 @@ def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.M
 def test_a_process_of_torchrun_sees_a_card_of_its_own(rank: str | None, visible: str | None, seen: str | None):
     given = {"LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": visible}
     environment = {name: value for name, value in given.items() if value is not None}
-    see_own_card(environment)
+    use_gpu_of_rank(environment)
     assert environment.get("CUDA_VISIBLE_DEVICES") == seen
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from difflex.study.forecast import CostOutlook, DictionaryForecast
 from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.books import kept_strength
 from difflex.commands.collect import CollectCommand
-from difflex.commands.concepts import drawn_concepts
+from difflex.commands.drawn_world import drawn_concepts
+from difflex.commands.estimates import estimate
+from difflex.commands.forecast import DictionaryForecast, Forecast
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionaries.itda import AtomProvenance
-from difflex.evaluation.concepts import ConceptMatches, FeatureMatches
+from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches
 from difflex.features import Book, ImageAlbum, overview
 from difflex.features.explanations import Explanation, ExplanationScore
 from difflex.records import Edit, Shot, Site
@@ -129,16 +130,16 @@ def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_
         written.execute("UPDATE features SET strength = ? WHERE feature = ?", (lively.strength, lively.feature))
 
 
-def test_what_it_takes_is_told_beforehand(study: Study):
+def test_the_cost_of_collecting_is_predicted(study: Study):
     place = (study.folder, SITE)
-    outlook = CostOutlook(rate=1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
-    told = CollectCommand(study=study.folder, images=100).estimate(outlook)
+    forecast = Forecast(1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
+    told = estimate(forecast, CollectCommand(study=study.folder, images=100))
     assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
-    drawn = CollectCommand(study=study.folder, images=100, drawn_world=True, noise=(0.25,)).estimate(outlook)
-    one = CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)).estimate(outlook)
+    drawn = estimate(forecast, CollectCommand(study=study.folder, images=100, drawn_world=True, noise=(0.25,)))
+    one = estimate(forecast, CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)))
     assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
     assert told.seconds and one.seconds and one.seconds < told.seconds
-    assert "not known" in CollectCommand(study=study.folder).estimate(CostOutlook(rate=1e11)).unknown
+    assert "not known" in estimate(Forecast(1e11), CollectCommand(study=study.folder)).unknown
 
 
 def test_the_image_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
@@ -206,10 +207,10 @@ def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
 
 
 def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
-    columns = {name: () for name in ("segmented", "iou", "unrelated", "monosemanticity")}
+    columns = {name: () for name in ("iou_concepts", "iou", "unrelated", "monosemanticity")}
     found = FeatureMatches(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
     concepts = drawn_concepts()
-    matches = ConceptMatches(site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, left_out=(), levels=(), features=found)
+    matches = ConceptMatches(site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, rare_concepts=(), levels=(), features=found)
     matches.save(study.concepts(*SAE_REF))
     with Book.edit(study.book(*SAE_REF)) as book:
         told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")

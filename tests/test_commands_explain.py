@@ -10,7 +10,7 @@ from PIL import Image
 from seen import MODEL, book, code
 
 from difflex.cli import main
-from difflex.commands.concepts import DRAWN, drawn_concepts
+from difflex.commands.drawn_world import FIRST_SEED, drawn_concepts
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.miniature import draw
@@ -122,7 +122,7 @@ def test_a_key_is_in_no_output_and_no_file(
 def drawn_book(folder: Path, concepts: list[str], count: int = 120) -> None:
     """A book whose every feature marks just where one concept of the drawn world is."""
     names = [concept.name for concept in drawn_concepts()]
-    seeds = range(DRAWN, DRAWN + count)
+    seeds = range(FIRST_SEED, FIRST_SEED + count)
     scenes, album = draw(seeds), ImageAlbum(folder / "images")
     shares = scenes.shares(8, 8)[:, [names.index(concept) for concept in concepts]].flatten(2)
     filed = album.add(Image.new("RGB", (64, 64)))[0]

@@ -11,10 +11,9 @@ from PIL import Image, ImageOps
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.commands.concepts import DRAWN, Levels, drawn_images
-from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import load_studied
-from difflex.commands.prompts import read_prompts
+from difflex.commands.drawn_world import FIRST_SEED, drawn_images
+from difflex.commands.flags import NoiseLevels, Pixels, Range
+from difflex.commands.inputs import load_study_model, read_prompts
 from difflex.dictionaries import ITDA, Dictionary, fingerprint
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.features import Book, ImageAlbum
@@ -71,7 +70,7 @@ class CollectCommand(Command):
     """Show the model the images in this folder, noised; NAME.txt beside NAME.jpg is what it is told."""
     drawn_world: FlagCreatePairsOff[bool] = False
     """Show it scenes of the drawn world, noised, and tell it their captions."""
-    noise: Levels = (0.25, 0.5, 0.75)
+    noise: NoiseLevels = (0.25, 0.5, 0.75)
     """How noisy images that are shown are."""
     top_examples: Annotated[int, arg(metavar="N")] = 32
     """How many images to keep for each feature, of each split: those in which it is strongest."""
@@ -186,7 +185,7 @@ class CollectCommand(Command):
         if self.drawn_world or self.folder is not None:
             files = "" if self.folder is None else f"folder of {[path.name for path in self._files()]}"
             levels = ",".join(f"{level:g}" for level in self.noise)
-            return CollectInput(f"{files or f'drawn world from {DRAWN}'}, noise {levels}, pixels {self.pixels}", None)
+            return CollectInput(f"{files or f'drawn world from {FIRST_SEED}'}, noise {levels}, pixels {self.pixels}", None)
         if self.prompts is None:
             stores = study.stores()
             at = next((place.site for place in places if place.site in stores), next(iter(stores), None))
@@ -229,7 +228,7 @@ class CollectCommand(Command):
     def _given(self, start: int) -> Iterator[tuple[Image.Image, str, str]]:
         """Images, their prompts and their names, from the place `start` on."""
         if self.folder is None:
-            drawn = drawn_images(self.images - start, DRAWN + start)
+            drawn = drawn_images(self.images - start, FIRST_SEED + start)
             yield from ((each.image, each.prompt, each.name) for each in drawn)
             return
         for path in self._files()[start : self.images]:
@@ -259,7 +258,7 @@ class _LazyPipeline:
     @cached_property
     def opened(self) -> "difflex.Pipeline":
         """The model."""
-        return load_studied(self._study, self.precision, self._command.offload, self._command.offline)
+        return load_study_model(self._study, self.precision, self._command.offload, self._command.offline)
 
 
 def _told(settings: CollectConfig) -> str:

@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod as Method
 from difflex.commands.flags import Range
-from difflex.commands.opening import load_studied
+from difflex.commands.inputs import load_study_model
 from difflex.errors import BadInput
 from difflex.pipeline import Pipeline
 from difflex.records import Activations, Rectangle, Shot, Site
@@ -61,8 +61,8 @@ class ContrastCommand(Command):
             raise BadInput(f"'{self.name}' cannot be a file's name. Call the contrast by letters, digits, '.', '_' and '-'.")
         toolbox = StudyEditor(Study.open(self.study))
         pairs = pairs_in(self.pairs) if self.pairs is not None else self._given()
-        place = None if self.dictionary is None else toolbox.study.named(self.dictionary)
-        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
+        place = None if self.dictionary is None else toolbox.study.find_dictionary(self.dictionary)
+        pipe = load_study_model(toolbox.study, None, self.offload, self.offline)
         site = pipe.site(self.site)
         if place is not None and place.site != site:
             raise BadInput(f"{place} is a dictionary of {place.site}, the contrast is at {site}. Name one of {site}.")

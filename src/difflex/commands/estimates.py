@@ -22,10 +22,9 @@ from difflex.commands.forecast import (
     profile_or_unknown,
 )
 from difflex.commands.harvest import HarvestCommand
+from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.opening import UNTRAINED
-from difflex.commands.prompts import CAPTIONS, read_prompts
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
@@ -170,7 +169,7 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
                 command.images * levels * store.tokens,
             )
             methods = len(shapes) + (3 - inner) * len(ks)
-            model += (2 - inner) * command.images * levels * (profile.reached + profile.decoded)
+            model += (2 - inner) * command.images * levels * (profile.partial_step + profile.decode)
             matched += rounds / levels * (5e6 * tokens * methods + 300.0 * tokens * (5 - 4 * inner) * store.width * known)
             encoded += sum(_encoding(shape, tokens) for shape in shapes)
             features = sum(each.size for each in shapes) + len(ks) * (max(each.size for each in shapes) + 6 * store.width)
@@ -187,8 +186,8 @@ def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
     given, steps = command.drawn_world or command.folder is not None, command.steps or store.shot.steps
     moments = len(command.noise) if given else len(command.keep_steps or range(steps))
     tokens, shapes = command.images * moments * store.tokens, [shape for several in learned.values() for shape in several]
-    passes = moments * model.reached if given else steps * model.step
-    work = command.images * (passes + model.prompt + model.decoded + SCENE * command.drawn_world)
+    passes = moments * model.partial_step if given else steps * model.step
+    work = command.images * (passes + model.prompt + model.decode + SCENE * command.drawn_world)
     height, width = store.shot.pixels
     return CostEstimate(
         sites=tuple(map(str, learned)),
@@ -263,8 +262,8 @@ def _edited(
     """Images that are generated and judged, and the prompts of contrasts, `sides` in all, harvested to step `last`."""
     model = forecast.studied(study, *(site for site, _ in shapes))
     steps, tokens = last or model.shot.steps, {site: model.shapes[site][0] for site, _ in shapes}
-    judged = JUDGED + (model.decoded + LEVELS * model.step if scaled else 0.0)
-    work = images * (judged + model.prompt + model.shot.steps * model.step + model.decoded)
+    judged = JUDGED + (model.decode + LEVELS * model.step if scaled else 0.0)
+    work = images * (judged + model.prompt + model.shot.steps * model.step + model.decode)
     rows = {site: (sides or images) * steps * count for site, count in tokens.items()}
     encoded = sum(_encoding(shape, SCALED if scaled else rows[site]) for site, shape in shapes)
     return CostEstimate(
@@ -324,7 +323,7 @@ def estimate(forecast: Forecast, command: Command) -> CostEstimate:
 
 def _harvesting(model: ModelProfile, runs: float, prompts: float, steps: int) -> float:
     """Runs that end at the site in the last of `steps`, and encoding their prompts."""
-    return runs * ((steps - 1) * model.step + model.reached) + prompts * model.prompt
+    return runs * ((steps - 1) * model.step + model.partial_step) + prompts * model.prompt
 
 
 def _encoding(shape: DictionaryForecast, tokens: float) -> float:
@@ -340,4 +339,4 @@ def _growing(shape: DictionaryForecast, tokens: float) -> float:
 def _replacing(model: ModelProfile, shots: int, dictionaries: int) -> float:
     """Predictions and images under each dictionary, mean and zero ablation, and without an edit."""
     runs, passes = model.shot.steps, shots * model.step
-    return passes * (runs / 2 + dictionaries + 2) + (dictionaries + 3) * (passes * runs + shots * model.decoded)
+    return passes * (runs / 2 + dictionaries + 2) + (dictionaries + 3) * (passes * runs + shots * model.decode)

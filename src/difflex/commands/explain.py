@@ -8,8 +8,9 @@ from typing import Annotated, Literal, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.concepts import drawn_concepts
-from difflex.commands.looking import VLMCommand, kept_answers
+from difflex.commands.drawn_world import drawn_concepts
+from difflex.commands.flags import VLMCommand
+from difflex.commands.inputs import open_answer_cache
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation import (
     AnswerCache,
@@ -34,7 +35,7 @@ from difflex.study import DictionaryRef, Study
 __all__ = ["ExplainCommand"]
 
 KNOWN = "known"
-DRAWN = "drawn:"
+FIRST_SEED = "drawn:"
 """What the names of drawn images begin with; their seed follows."""
 COUNTED = 400
 """Drawn images in which it is counted how common each concept is."""
@@ -77,7 +78,7 @@ class ExplainCommand(VLMCommand):
         asked = [*zip(studies, self._places(studies), strict=True)]
         with closing(self._backend()) as backend:
             for study, places in asked:
-                with kept_answers(study) as answers:
+                with open_answer_cache(study) as answers:
                     work = self._rehearsed if self.dry_run else self._explained
                     work(study, places, backend, answers, protocol)
         if self.dry_run:
@@ -92,12 +93,12 @@ class ExplainCommand(VLMCommand):
     def _check(self) -> None:
         if self.random_features < 1:
             raise BadInput(f"--random-features {self.random_features} explains nothing. Ask for 1 or more.")
-        self.check_terms(self.vlm)
+        self.check_endpoint(self.vlm)
 
     def _backend(self) -> VLMBackend:
         """Who looks."""
         if self.vlm == KNOWN:
-            seed = lambda name: int(name.removeprefix(DRAWN))  # noqa: E731 (the truth of an image is drawn anew from its name)
+            seed = lambda name: int(name.removeprefix(FIRST_SEED))  # noqa: E731 (the truth of an image is drawn anew from its name)
             return KnownConceptsBackend(
                 [concept.name for concept in drawn_concepts()],
                 lambda name, rows, columns: draw([seed(name)]).shares(rows, columns)[0],
@@ -143,7 +144,7 @@ class ExplainCommand(VLMCommand):
         answers: AnswerCache,
         protocol: ExplanationProtocol,
     ) -> None:
-        asker = CachedClient(backend, answers, self.terms())
+        asker = CachedClient(backend, answers, self.request_policy())
         for place in places:
             with Book.edit(study.book(*place)) as book:
                 features = self._of(book, protocol)
@@ -162,7 +163,7 @@ class ExplainCommand(VLMCommand):
         answers: AnswerCache,
         protocol: ExplanationProtocol,
     ) -> None:
-        rehearsal = DryRunClient(backend, answers, self.terms())
+        rehearsal = DryRunClient(backend, answers, self.request_policy())
         for place in places:
             with Book.open(study.book(*place)) as book:
                 rehearse(book, self._of(book, protocol), rehearsal, ImageAlbum(study.images), protocol)
@@ -176,7 +177,7 @@ class ExplainCommand(VLMCommand):
 
 def _check_drawn(book: Book, feature: int) -> None:
     shots = book.shots(example.shot for example in book.examples(feature, "top"))
-    if not all((row.shot.image or "").startswith(DRAWN) for row in shots.values()):
+    if not all((row.shot.image or "").startswith(FIRST_SEED) for row in shots.values()):
         raise BadInput(
             f"{book.path} shows images of which nobody knows what is where. Make it from drawn ones, difflex collect STUDY "
             "--drawn, or name a model that looks: --vlm."

@@ -9,7 +9,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.books import opened_book
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation.concepts import ConceptMatches
+from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.features import SORT_COLUMNS, Book, FeatureFilter
 from difflex.features.entries import FeatureStats
 from difflex.study import Command, DictionaryRef, Study
@@ -77,7 +77,7 @@ class FeaturesCommand(Command):
 
     def _place(self, study: Study) -> DictionaryRef:
         if self.dictionary is not None:
-            return study.named(self.dictionary)
+            return study.find_dictionary(self.dictionary)
         there = [place for place in study.dictionaries() if study.book(*place).is_file()]
         if len(there) != 1:
             names = ", ".join(map(str, there)) or "none; difflex collect makes them"

@@ -8,9 +8,8 @@ from typing import Annotated, Literal, NamedTuple, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.commands.contrast import both_sides
-from difflex.commands.flags import Numbers
-from difflex.commands.opening import load_studied
-from difflex.commands.steer import Strengths
+from difflex.commands.flags import Numbers, Strengths
+from difflex.commands.inputs import load_study_model
 from difflex.effects import findings
 from difflex.effects.detected import matches_of
 from difflex.effects.drawing import drawn_by
@@ -25,7 +24,7 @@ from difflex.effects.findings import (
 )
 from difflex.effects.trials import group_of, placed
 from difflex.errors import BadInput, StaleWork
-from difflex.evaluation.concepts import ConceptMatches
+from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.files import file_sha256
 from difflex.pipeline import Pipeline
 from difflex.records import Edit, Site
@@ -81,7 +80,7 @@ class FindingsCommand(Command):
     def __call__(self) -> list[Path]:
         scope = self._scope()
         toolbox = StudyEditor(Study.open(self.study))
-        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        pipe = load_study_model(toolbox.study, None, self.offload, offline=False)
         site = self._site(toolbox.study, pipe)
         path, other = toolbox.study.findings(site), self._other(site)
         detectors = _detectors(toolbox.study, site, scope.concepts())
@@ -159,7 +158,7 @@ class FindingsCommand(Command):
         return ExperimentBench(
             site=site,
             scope=scope,
-            parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
+            parameters=sum(weights.numel() for weights in pipe.denoiser.parameters()),
             drawn=lambda steps: drawn_by(pipe, steps),
             contrasts=contrasted,
             feature=lambda concept: _way(toolbox, detectors[concept]) if concept in detectors else None,
@@ -205,7 +204,7 @@ def _detectors(study: Study, site: Site, concepts: Sequence[str]) -> dict[str, D
     """For each of `concepts` that a feature of the study's dictionaries at a site detects the best one."""
     found: dict[str, tuple[float, DetectingFeature]] = {}
     for place, matches in _known(study, site):
-        for each in matches.clearest.findings:
+        for each in matches.clearest_level.results:
             ap, name = each.best.ap.value, each.concept.name
             if name in concepts and ap >= (found[name][0] if name in found else LEAST):
                 found[name] = ap, DetectingFeature(place, each.best.features[0])

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from difflex.commands.opening import UNTRAINED
+from difflex.commands.inputs import UNTRAINED
 from difflex.errors import DifflexError
-from difflex.pipeline import ModelProfile, foresee
+from difflex.pipeline import ModelProfile, profile_model
 from difflex.records import Shot, Site
 from difflex.store import Store, format_size
-from difflex.study import Command, Study, StudyStep, steps
+from difflex.study import Command, CommandStatus, Study, command_statuses
 
 __all__ = [
     "CostEstimate",
@@ -137,7 +137,7 @@ class Forecast:
 
 def profile_or_unknown(name: str, sites: Iterable[str], revision: str | None, *settings: Any) -> ModelProfile:
     try:
-        return foresee(name, tuple(sites), revision, *settings)
+        return profile_model(name, tuple(sites), revision, *settings)
     except DifflexError as error:
         missing = "could not be read from" in str(error)
         raise Unknown(f"the model {name} is not on this machine" if missing else str(error).split(". ")[0]) from None
@@ -146,7 +146,7 @@ def profile_or_unknown(name: str, sites: Iterable[str], revision: str | None, *s
 class PlannedCommand(NamedTuple):
     """A command of a study, its state, and what it takes."""
 
-    step: StudyStep
+    status: CommandStatus
     estimate: CostEstimate
     """The expectation; for a finished command its real files and time."""
 
@@ -157,12 +157,12 @@ Estimator = Callable[[Forecast, Command], CostEstimate]
 def plan(study: Study, rate: float, estimate: Estimator) -> list[PlannedCommand]:
     """Return the commands of `study` with what each takes, by `estimate`, on a machine of this `rate`."""
     forecast, planned = Forecast(rate), []
-    for step in steps(study):
-        cost = estimate(forecast, step.command)
-        if step.state == "done":
-            size = sum(_size(study.folder / path) for path in step.entry.made)
-            cost = replace(cost, bytes=size, seconds=step.entry.seconds, unknown="")
-        planned.append(PlannedCommand(step, cost))
+    for status in command_statuses(study):
+        cost = estimate(forecast, status.command)
+        if status.state == "done":
+            size = sum(_size(study.folder / path) for path in status.record.outputs)
+            cost = replace(cost, bytes=size, seconds=status.record.seconds, unknown="")
+        planned.append(PlannedCommand(status, cost))
     return planned
 
 
@@ -190,7 +190,7 @@ def machine_rate() -> float:
 
 def plan_table(planned: Sequence[PlannedCommand]) -> str:
     """Return a table with a line for each command, the sums, and what is unknown."""
-    remaining = [each.estimate for each in planned if each.step.state != "done"]
+    remaining = [each.estimate for each in planned if each.status.state != "done"]
     sums = [_sum("remaining", remaining)] if len(remaining) < len(planned) else []
     sums.append(_sum("total", [each.estimate for each in planned]))
     lines = [COLUMNS, *(_line(number, each) for number, each in enumerate(planned, 1)), *sums]
@@ -201,15 +201,15 @@ def plan_table(planned: Sequence[PlannedCommand]) -> str:
 
 
 def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
-    step, estimate = planned
-    flags = {name: value for name, value in step.entry.flags.items() if value not in (None, False, [], {})}
+    status, estimate = planned
+    flags = {name: value for name, value in status.record.flags.items() if value not in (None, False, [], {})}
     words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in flags.items()]
     sites = ",".join(estimate.sites[:MOST]) + (f" and {len(estimate.sites) - MOST} more" if len(estimate.sites) > MOST else "")
     tokens = "?" if estimate.tokens is None else f"{estimate.tokens:,}"
     size = "?" if estimate.bytes is None else format_size(estimate.bytes)
-    about = "" if step.state == "done" else "about "
+    about = "" if status.state == "done" else "about "
     took = "?" if estimate.seconds is None else about + duration(estimate.seconds)
-    return str(number), step.state, step.entry.verb, sites, tokens, size, took, " ".join(words)
+    return str(number), status.state, status.record.verb, sites, tokens, size, took, " ".join(words)
 
 
 def _sum(name: str, estimates: Sequence[CostEstimate]) -> tuple[str, ...]:

@@ -7,8 +7,7 @@ from typing import Annotated, final
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import ModelCommand
+from difflex.commands.flags import ModelCommand, Pixels, Range
 from difflex.errors import BadInput
 from difflex.images import contact_sheet
 

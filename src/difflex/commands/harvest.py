@@ -1,17 +1,14 @@
 """`difflex harvest`: activations of a model, stored in a study."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, final
 
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.commands.flags import Pixels, Range
-from difflex.commands.opening import ModelCommand, see_own_card
-from difflex.commands.prompts import CAPTIONS, PromptSource, read_prompts
+from difflex.commands.flags import Bytes, ModelCommand, Pixels, Range
+from difflex.commands.inputs import CAPTIONS, PromptSource, read_prompts
 from difflex.distributed import Ranks
 from difflex.errors import BadInput
 from difflex.store import RecordingConfig, record
@@ -19,27 +16,7 @@ from difflex.study import Study
 
 __all__ = ["HarvestCommand"]
 
-UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 THE_MODELS_OWN = "(default: the model's own)"
-
-
-def _bytes(words: list[str]) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|TB)?", words[0])
-    if not found:
-        raise ValueError(f"'{words[0]}' is not a size on disk. Write a number and kB, MB, GB or TB: 100GB.")
-    return int(float(found[1]) * UNITS[found[2] or ""])
-
-
-Bytes = Annotated[
-    int,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SIZE",
-        instance_from_str=_bytes,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 
 
 @final
@@ -86,9 +63,9 @@ class HarvestCommand(ModelCommand):
             raise BadInput("No site was named: write --site and one or several, as in --site double.1 single.0:update")
         settings = self._settings(prompts)
         pipe = self.load()
-        sites = [located.site for located in pipe.engine.sites.expand(self.site)]
+        sites = pipe.expand(self.site)
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
-        study = Study.planned(self.out, pipe.name, pipe.revision)
+        study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
         harvest = partial(pipe.harvest, progress=False)
         stores = record(study.activations, shots, sites, harvest, settings, before_writing=study.write)
         for store in stores:
@@ -98,13 +75,15 @@ class HarvestCommand(ModelCommand):
 
     def _settings(self, prompts: PromptSource) -> RecordingConfig:
         ranks = Ranks.from_torchrun()
-        see_own_card()
+        from difflex.devices import use_gpu_of_rank
+
+        use_gpu_of_rank()
         order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
         return RecordingConfig(
             dtype=self.dtype,
             tokens=self.tokens,
             batch=self.batch,
-            limit=self.max_bytes,
+            max_bytes=self.max_bytes,
             source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -6,10 +6,9 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.flags import Range
+from difflex.commands.flags import Range, Strengths
 from difflex.commands.generate import FORMATS, write_image
-from difflex.commands.opening import load_studied
-from difflex.commands.steer import Strengths
+from difflex.commands.inputs import load_study_model
 from difflex.errors import BadInput
 from difflex.images import contact_sheet
 from difflex.records import Edit
@@ -53,8 +52,8 @@ class IconCommand(Command):
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
         toolbox = StudyEditor(Study.open(self.study))
-        place = toolbox.study.named(self.dictionary)
-        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
+        place = toolbox.study.find_dictionary(self.dictionary)
+        pipe = load_study_model(toolbox.study, None, self.offload, self.offline)
         edit = Edit(
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,

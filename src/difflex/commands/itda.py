@@ -9,17 +9,15 @@ from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.opening import see_own_card
+from difflex.choices import NormalisationMethod, PursuitName
 from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.dictionaries.itda import ITDA, GrowthConfig, paper, variant
-from difflex.dictionaries.normalisation import Method
-from difflex.dictionaries.pursuit import Way
+from difflex.dictionaries.itda import ITDA, GrowthConfig, label_suffix, paper_config
 from difflex.distributed import Ranks, process_group
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import Json
 from difflex.records import Site
 from difflex.store import Store
-from difflex.study import GROWING, Command, Study
+from difflex.study import Command, Study
 from difflex.training.itda import GrowthData, GrowthProgress, grow
 
 __all__ = ["ItdaCommand"]
@@ -45,9 +43,9 @@ class ItdaCommand(Command):
     """A token becomes an atom when more than this share of it is unexplained; several grow in one pass over the data."""
     size: Annotated[int | None, arg(metavar="N", help_behavior_hint=f"(default: {ROOM} with a threshold)")] = None
     """Where growth ends; without a threshold, the size that the data shall fill."""
-    pursuit: Annotated[Way | None, arg(help_behavior_hint="(default: orthogonal, which leaves least)")] = None
+    pursuit: Annotated[PursuitName | None, arg(help_behavior_hint="(default: orthogonal, which leaves least)")] = None
     """How codes are found."""
-    normalisation: Annotated[Method | None, arg(help_behavior_hint="(default: standardise)")] = None
+    normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint="(default: standardise)")] = None
     """What is done to activations first."""
     paper: bool = False
     """The settings of arXiv 2505.24360 where no flag says otherwise: k 64, threshold 0.6, size 64000, gradient pursuit."""
@@ -58,7 +56,9 @@ class ItdaCommand(Command):
 
     def __call__(self) -> list[Path]:
         self._check()
-        see_own_card()
+        from difflex.devices import use_gpu_of_rank
+
+        use_gpu_of_rank()
         study, site = Study.open(self.study), Site.parse(self.site)
         stores = study.stores()
         if site not in stores:
@@ -75,7 +75,7 @@ class ItdaCommand(Command):
             made = [place for place in there if place is not None]
             if missing:
                 asked = {_work(study, site, growth, training): growth for growth in missing}
-                grown = grow(asked, source, origin=origin, told=GrowthPrinter())
+                grown = grow(asked, source, origin=origin, on_progress=GrowthPrinter())
                 made += _put(study, grown) if ranks.rank == 0 else []
         return made
 
@@ -87,7 +87,7 @@ class ItdaCommand(Command):
                 raise BadInput(f"{flag} {value} grows nothing: ask for 1 or more.")
 
     def _growths(self, of: int) -> list[GrowthConfig]:
-        preset = paper() if self.paper else GrowthConfig(size=ROOM)
+        preset = paper_config() if self.paper else GrowthConfig(size=ROOM)
         flags = {name: getattr(self, name) for name in ("k", "size", "pursuit", "normalisation")}
         given = {name: value for name, value in flags.items() if value is not None}
         growth = replace(preset, batch=max(1, 256 // of), **given)
@@ -98,7 +98,7 @@ class ItdaCommand(Command):
         tokens = rows if self.tokens is None else min(self.tokens, rows)
         share = max(1, BATCH // ranks.world_size)
         return GrowthData(
-            batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, of=ranks.world_size, start=start),
+            batches=lambda start: store.batches(share, seed=self.seed, rank=ranks.rank, world_size=ranks.world_size, start=start),
             tokens=tokens,
             data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {self.seed}, {store.fingerprint}",
             shot=store.shot,
@@ -117,7 +117,7 @@ class GrowthPrinter:
         if now - self._said < SECONDS:
             return
         self._said = now
-        moment = progress.moment
+        moment = progress.interval
         speed = moment.tokens / (now - self._began)
         left = max(0.0, progress.tokens - moment.tokens) / max(speed, 1e-9)
         search = f"pass {progress.passes + 1}, " if progress.passes else ""
@@ -130,8 +130,8 @@ class GrowthPrinter:
 
 def _work(study: Study, site: Site, growth: GrowthConfig, training: Mapping[str, Json]) -> Path:
     """Where a dictionary grows until its size, and so its name, is known."""
-    told = variant({**training, "config": growth.as_json()})
-    return study.dictionary(site, f"{GROWING}itda-to-{growth.size}-k{growth.k}{told}")
+    told = label_suffix({**training, "config": growth.as_json()})
+    return study.growing_dictionary(site, f"itda-to-{growth.size}-k{growth.k}{told}")
 
 
 def _there(study: Study, site: Site, growth: GrowthConfig, source: GrowthData, ranks: Ranks) -> Path | None:
@@ -185,9 +185,9 @@ def _put(study: Study, made: Mapping[Path, ITDA]) -> list[Path]:
 
 def _described(itda: ITDA) -> str:
     told = itda.origin.training
-    expected = told["expected_over"]
+    expected = told["expected_over_threshold"]
     unseen = "" if expected is None else f"; about {expected:.1%} of the tokens of new images should be over it"
     return (
         f"{itda.size:,} atoms over threshold {told['threshold']:.4g} from {told['tokens']:,} tokens{unseen}. "
-        f"Worked with {told['means']}."
+        f"Worked with {told['backend']}."
     )

@@ -12,9 +12,8 @@ from PIL import Image
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex import effects
-from difflex.commands.flags import Numbers, Range
-from difflex.commands.opening import load_studied
-from difflex.commands.steer import Strengths
+from difflex.commands.flags import Numbers, Range, Strengths
+from difflex.commands.inputs import load_study_model
 from difflex.dictionaries import Dictionary
 from difflex.effects import GenerationCodes, JudgeVerdict, RemovalImages, RemovedConcept, best_of
 from difflex.effects.trials import NAMED, DrawnJudge, NamedCaption, as_tensor, drawn_naming
@@ -87,7 +86,7 @@ class RemovalCommand(Command):
         """What comes of these sets, written down."""
         if not sets:
             return {}
-        pipe = load_studied(toolbox.study, None, self.offload, offline=False)
+        pipe = load_study_model(toolbox.study, None, self.offload, offline=False)
         next(pipe.shots("", keep_steps=self.edit_steps))  # steps that the run does not have are refused
         studio = _RemovalGenerator(pipe, {place: toolbox.dictionary(place) for together in sets for place in together})
         removed: dict[Together, list[RemovedConcept]] = {together: [] for together in sets}
@@ -116,7 +115,7 @@ class RemovalCommand(Command):
         """Which dictionaries are edited at once."""
         study = toolbox.study
         if self.dictionary:
-            sets = [tuple(study.named(name) for name in each.split(",")) for each in self.dictionary]
+            sets = [tuple(study.find_dictionary(name) for name in each.split(",")) for each in self.dictionary]
         else:
             known = [place for place in study.dictionaries() if place.site.kind != "neurons"]
             labels = dict.fromkeys(place.label for place in known)
@@ -216,7 +215,7 @@ class _RemovalGenerator:
     ) -> list[JudgeVerdict]:
         """What the judge sees of the images; how features fire on the way is added to `firings`."""
         drawn: list[Image.Image] = []
-        for images, activations in self._pipe.harvest_and_finish(shots, list(dict.fromkeys(sites)), BATCH):
+        for images, activations in self._pipe.harvest_with_images(shots, list(dict.fromkeys(sites)), BATCH):
             drawn += images
             for seen in activations:
                 for place in [place for place in firings if place.site == seen.site]:

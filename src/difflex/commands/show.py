@@ -43,7 +43,7 @@ class ShowCommand(Command):
         if out.suffix.lower() not in FORMATS:
             raise BadInput(f"--out {out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
         study = Study.open(self.study)
-        place = study.named(self.dictionary)
+        place = study.find_dictionary(self.dictionary)
         found = detected(study, place).get(self.feature)
         concept = "" if found is None else f"{found.concept} (AP {found.ap:.2f})"
         with opened_book(study, place) as book:

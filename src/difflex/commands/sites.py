@@ -5,8 +5,7 @@ from typing import Annotated, final
 
 from tyro.conf import arg
 
-from difflex.commands.flags import Pixels
-from difflex.commands.opening import ModelCommand
+from difflex.commands.flags import ModelCommand, Pixels
 
 __all__ = ["SitesCommand"]
 

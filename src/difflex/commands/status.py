@@ -8,7 +8,7 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.store import Store
-from difflex.study import Command, CommandRecord, Study, diary
+from difflex.study import Command, CommandRecord, Study, read_log
 
 __all__ = ["StatusCommand"]
 
@@ -32,7 +32,7 @@ class StatusCommand(Command):
             print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
         for place in study.dictionaries():
             print(f"  {place}")
-        if entries := diary(study.folder):
+        if entries := read_log(study.folder):
             print(_table([(entry, "begun" if entry.seconds is None else "done") for entry in entries]))
 
 
@@ -44,7 +44,7 @@ def _table(rows: Sequence[tuple[CommandRecord, str]]) -> str:
 
 def _line(number: int, entry: CommandRecord, state: str) -> tuple[str, ...]:
     asked = " ".join(f"{name}={_short(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
-    when = entry.done[:16].replace("T", " ") if entry.done else ""
+    when = entry.finished[:16].replace("T", " ") if entry.finished else ""
     return str(number), state, when, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked
 
 

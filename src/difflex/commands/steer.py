@@ -1,6 +1,5 @@
 """`difflex steer`: the same images with a feature added, set, scaled or taken away, as one labelled grid."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +8,12 @@ from typing import Annotated, Literal, final
 
 from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.choices import Operation, Unit
 from difflex.commands.books import kept_strength
-from difflex.commands.flags import Range
+from difflex.commands.flags import Range, Strengths
 from difflex.commands.generate import FORMATS, write_image
-from difflex.commands.opening import load_studied
+from difflex.commands.inputs import load_study_model
 from difflex.errors import BadInput
 from difflex.images import contact_sheet
 from difflex.pipeline import GeneratedImage, Pipeline
@@ -28,36 +26,6 @@ __all__ = ["SteerCommand"]
 
 AMPLIFIED = 4
 """How much stronger a difference is shown than it is."""
-
-
-def _strengths(words: list[str]) -> tuple[float, ...]:
-    return tuple(strength for part in words[0].split(",") for strength in _spread(part, words[0]))
-
-
-def _spread(part: str, asked: str) -> tuple[float, ...]:
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-    found = re.fullmatch(rf"({number})(?::({number}):({number}))?", part)
-    if found and found[2] is None:
-        return (float(found[1]),)
-    if not found or float(found[3]) <= 0 or float(found[2]) < float(found[1]):
-        raise ValueError(
-            f"'{asked}' is no strength. Write a number, several with commas, or FIRST:LAST:STEP, both included: -2:2:0.5."
-        )
-    first, last, step = map(float, found.groups())
-    return tuple(round(first + i * step, 6) for i in range(math.floor((last - first) / step + 1e-6) + 1))
-
-
-Strengths = Annotated[
-    tuple[float, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FIRST:LAST:STEP",
-        instance_from_str=_strengths,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(each, float) for each in value),
-        str_from_instance=lambda value: [",".join(f"{each:g}" for each in value)],
-    ),
-]
-"""One number, several with commas, or several at even distances, both ends included."""
 
 
 @final
@@ -119,7 +87,7 @@ class SteerCommand(Command):
         recorded = None if self.replay is None else EditRecord.load(self.replay)
         if recorded is not None:
             recorded.check(toolbox)
-        pipe = load_studied(toolbox.study, None, self.offload, self.offline)
+        pipe = load_study_model(toolbox.study, None, self.offload, self.offline)
         columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(toolbox, pipe)]
         plain = [recorded.shot] if recorded else self._shots(pipe)
         if self.record is not None and (len(plain) > 1 or len(columns) > 1):
@@ -138,7 +106,7 @@ class SteerCommand(Command):
     def _edits(self, toolbox: StudyEditor, pipe: Pipeline) -> list[Edit]:
         """One for each strength."""
         pixels = next(pipe.shots("")).pixels
-        place = None if self.dictionary is None else toolbox.study.named(self.dictionary)
+        place = None if self.dictionary is None else toolbox.study.find_dictionary(self.dictionary)
         if place is None and self.contrast is None:
             raise BadInput("What to steer with was not said. Name a dictionary and a feature, or --contrast NAME.")
         site = place.site if place is not None else toolbox.contrast(self.contrast or "").site

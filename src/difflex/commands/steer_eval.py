@@ -13,10 +13,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
 from difflex.commands.contrast import contrasted
-from difflex.commands.flags import Range
-from difflex.commands.looking import VLMCommand
-from difflex.commands.opening import load_studied
-from difflex.commands.steer import Strengths
+from difflex.commands.flags import Range, Strengths, VLMCommand
+from difflex.commands.inputs import load_study_model
 from difflex.effects import (
     ConceptSpec,
     ImageStrip,
@@ -92,7 +90,7 @@ class SteerEvalCommand(VLMCommand):
             raise BadInput(f"--trials {self.trials} --pairs {self.pairs} leave nothing to judge. Ask for 1 or more.")
         toolbox = StudyEditor(Study.open(self.study))
         known = [place for place in toolbox.study.dictionaries() if place.site.kind != "neurons"]
-        places = [toolbox.study.named(name) for name in self.dictionary] or known
+        places = [toolbox.study.find_dictionary(name) for name in self.dictionary] or known
         told = read_told(self.concepts) if self.concepts else {}
         if told and len(places) > 1 and any(each.feature is not None for each in told.values()):
             raise BadInput(f"{self.concepts} names features, which are of one dictionary; asked are {len(places)}. Name one.")
@@ -106,7 +104,7 @@ class SteerEvalCommand(VLMCommand):
         self, toolbox: StudyEditor, wanted: Mapping[DictionaryRef, Sequence[TargetConcept]], world: JudgedWorld
     ) -> list[Path]:
         """The files with what was judged, one for each dictionary; what was judged before just so is left as it is."""
-        pipe = cache(lambda: load_studied(toolbox.study, None, self.offload, self.offline))
+        pipe = cache(lambda: load_study_model(toolbox.study, None, self.offload, self.offline))
         written = []
         for place, concepts in wanted.items():
             path, made_from = toolbox.study.steering(*place), self._made_from(toolbox, place, concepts)
@@ -144,7 +142,7 @@ class SteerEvalCommand(VLMCommand):
         asked = {name for name, each in told.items() if each.feature is None}
         return given + [
             TargetConcept(concept.name, finding.best.features[0], finding.best.ap.value)
-            for finding in matches.clearest.findings
+            for finding in matches.clearest_level.results
             if (concept := finding.concept).name in asked
             or (not told and concept.group in self.groups and group_of(concept.name))
             if finding.best.ap.value >= self.min_ap

@@ -7,17 +7,16 @@ from typing import Annotated, Literal, NamedTuple, final
 
 from tyro.conf import Positional, arg
 
+from difflex.choices import NormalisationMethod, SAEKind
 from difflex.commands.flags import Numbers
-from difflex.commands.opening import see_own_card
 from difflex.dictionaries import SAE, DictionaryOrigin
-from difflex.dictionaries.normalisation import Method
-from difflex.dictionaries.sae import Kind
 from difflex.distributed import process_group
 from difflex.errors import BadInput, UnknownName
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Command, Study
-from difflex.training import FitConfig, Team, TrainingConfig, default, fit, paper, unbox
+from difflex.training import FitConfig, TrainingConfig, default, fit, paper, unbox
+from difflex.training.parallel import TrainingRanks
 
 __all__ = ["TrainCommand"]
 
@@ -63,9 +62,9 @@ class TrainCommand(Command):
     """Features of the dictionary, 8,192 in our preset; every k meets every size."""
     preset: Preset = "default"
     """Ours, or as published: `paper` is arXiv 2505.24360 (FLUX), `paper-auxk` what its code does, `unbox` arXiv 2410.22366."""
-    kind: Kind = "topk"
+    kind: SAEKind = "topk"
     """What is kept of the scores."""
-    normalisation: Annotated[Method | None, arg(help_behavior_hint=THE_PRESETS)] = None
+    normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint=THE_PRESETS)] = None
     """What is done to activations first."""
     learning_rate: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=THE_PRESETS)] = None
     """Learning rate."""
@@ -83,7 +82,9 @@ class TrainCommand(Command):
     def __call__(self) -> list[Path]:
         if not self.site:
             raise BadInput("Name at least one --site.")
-        see_own_card()
+        from difflex.devices import use_gpu_of_rank
+
+        use_gpu_of_rank()
         study = Study.open(self.study)
         stores = study.stores()
         for name in self.site:
@@ -94,10 +95,10 @@ class TrainCommand(Command):
         return [folder for folders in made for folder in folders]
 
     def _train(self, study: Study, store: Store) -> list[Path]:
-        team, usual = Team(), USUAL[self.preset]
+        ranks, usual = TrainingRanks(), USUAL[self.preset]
         batch = usual.batch if self.batch is None else self.batch
-        if batch <= 0 or batch % team.world_size:
-            raise BadInput(f"A batch of {batch} tokens cannot be shared by {team.world_size} processes: choose a multiple.")
+        if batch <= 0 or batch % ranks.world_size:
+            raise BadInput(f"A batch of {batch} tokens cannot be shared by {ranks.world_size} processes: choose a multiple.")
         rows = store.count("train")
         tokens = rows if self.tokens is None else self.tokens
         sizes, ks = self.size or (usual.size,), self.k or (usual.k,)
@@ -105,7 +106,7 @@ class TrainCommand(Command):
         trained = fit(
             {study.dictionary(store.site, training.label + self._variant()): training for training in trainings},
             lambda start: store.batches(
-                batch // team.world_size, seed=self.seed, rank=team.rank, of=team.world_size, start=start, epochs=None
+                batch // ranks.world_size, seed=self.seed, rank=ranks.rank, world_size=ranks.world_size, start=start, epochs=None
             ),
             origin=DictionaryOrigin(
                 site=store.site,
@@ -113,19 +114,19 @@ class TrainCommand(Command):
                 revision=study.revision,
                 training={"variant": self._variant()},
             ),
-            course=FitConfig(
+            config=FitConfig(
                 tokens=tokens,
                 epoch=rows,
                 data=(
                     f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {self.seed}, "
                     f"{store.fingerprint}"
                 ),
-                also=self.log,
+                loggers=self.log,
                 split=self.split,
-                own_share=True,
+                sharded=True,
             ),
         )
-        if team.rank == 0:
+        if ranks.rank == 0:
             for folder, dictionary in trained.items():
                 print(f"{folder}: {_described(dictionary)}")
         return list(trained)
@@ -142,19 +143,21 @@ class TrainCommand(Command):
     def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
         training = USUAL[self.preset].make(width, size, k, updates)
         prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
-        training = replace(training, kind=self.kind, prefixes=prefixes, start=replace(training.start, seed=self.seed))
+        training = replace(
+            training, kind=self.kind, prefixes=prefixes, initialisation=replace(training.initialisation, seed=self.seed)
+        )
         if self.normalisation is not None:
             training = replace(training, normalisation=self.normalisation)
         if self.learning_rate is not None:
-            training = replace(training, optimiser=replace(training.optimiser, lr=self.learning_rate))
+            training = replace(training, optimiser=replace(training.optimiser, learning_rate=self.learning_rate))
         return training
 
 
 def _described(dictionary: SAE) -> str:
     told = dictionary.origin.training
-    last = told["last"]
+    last = told["metrics"]
     assert isinstance(last, dict)
     return (
-        f"{told['tokens']:,} tokens, FVU {last['fvu']:.4f} in normalised space, {last['active']:.1f} features per token, "
+        f"{told['tokens']:,} tokens, FVU {last['fvu']:.4f} in normalised space, {last['l0']:.1f} features per token, "
         f"{last['dead']:.1%} dead."
     )

@@ -9,7 +9,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
 from difflex.study import CommandRecord
-from difflex.study.run import Json
+from difflex.files import Json
 
 __all__ = ["words"]
 

@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difflex.commands.looking import VLMCommand, kept_answers
+from difflex.commands.flags import VLMCommand
+from difflex.commands.inputs import open_answer_cache
 from difflex.effects import (
     ConceptSpec,
     ImageAnswer,
@@ -111,9 +112,9 @@ def told_world(
         yield world(_by_likeness(ClipModel(clip, offline=verb.offline), told))
         return
     assert vlm is not None
-    verb.check_terms(vlm)
-    with closing(verb.backend(vlm)) as backend, kept_answers(study) as answers:
-        asker = CachedClient(backend, answers, verb.terms())
+    verb.check_endpoint(vlm)
+    with closing(verb.backend(vlm)) as backend, open_answer_cache(study) as answers:
+        asker = CachedClient(backend, answers, verb.request_policy())
         yield world(lambda drawn: drawn._replace(verdicts=by_answers(lambda asked: _looked(asker, asked, verb), told)))
         spent = asker.asked.spent
         print(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out, cost {spent.cost:.4g}")
@@ -123,7 +124,7 @@ def _by_likeness(clip: ClipModel, told: Mapping[str, ConceptSpec]) -> Callable[[
     def seen(drawn: JudgedGenerator) -> JudgedGenerator:
         plain = lru_cache(KEPT)(lambda trials: drawn.images(trials, None))
         unedited = lambda trials: plain(tuple(trials))  # noqa: E731 (drawn once, looked at again beside every edit)
-        eyes = SimilarityJudge(clip.of_images, clip.of_words, clip.sharpness, told, unedited)
+        eyes = SimilarityJudge(clip.embed_images, clip.embed_texts, clip.logit_scale, told, unedited)
         images = lambda trials, steering: unedited(trials) if steering is None else drawn.images(trials, steering)  # noqa: E731
         return drawn._replace(images=images, verdicts=eyes)
 
