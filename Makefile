@@ -5,6 +5,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python;
 	$$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/ready
+SHAPES := --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test style check bench peers
@@ -12,8 +13,8 @@ READY := .venv/ready
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: $(READY)  ## install, then draw images with the model inside the package, and study it: demo/report.html
-	@echo "demo: drawing images with mini-flux into demo/"
+demo: $(READY)  ## install, then generate images with the embedded model and study it: demo/report.html
+	@echo "demo: generating images with mini-flux into demo/"
 	@$(BIN)/python -m difflex generate mini-flux \
 		"two red stars above a blue circle on grass" \
 		"a large green heart in the center on paper" \
@@ -22,30 +23,28 @@ demo: $(READY)  ## install, then draw images with the model inside the package, 
 		"a white cross on brick cartoon" \
 		"a pink triangle on sand watercolor" \
 		--seeds 0:6 --steps 4 --out demo/contact-sheet.png
-	@echo "demo: studying mini-flux: activations, dictionaries, what they are worth and what their features mean (minutes the first time)"
+	@echo "demo: studying mini-flux: harvest activations, train dictionaries, evaluate and explain them (minutes the first time)"
 	@$(BIN)/python -m difflex run mini --out demo
 	@echo "demo: open demo/report.html in a browser"
 
-test: $(READY)  ## install, then run the tests
+test: $(READY)  ## install, then run the tests, with the axes of every tensor checked
 	@echo "test: running the tests (CPU only, no network)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto $(SHAPES)
 
-style: $(READY)  ## format check, lint, types
+style: $(READY)  ## check format, lint and types
 	@echo "style: format, lint, types"
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/basedpyright
 
-check: style  ## style, and the tests with every tensor held to its axes
-	@echo "check: tests with shape checking"
-	@$(BIN)/python -m pytest --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
+check: style test  ## style and tests
 
-bench: $(READY)  ## run every benchmark against its bar
+bench: $(READY)  ## run every benchmark and compare it with its bar
 	@failed=; for script in benchmarks/*.py; do \
 		echo "bench: $$script"; $(BIN)/python $$script || failed="$$failed $$script"; done; \
-	test -z "$$failed" || { echo "bench: below the bar:$$failed"; exit 1; }
+	test -z "$$failed" || { echo "bench: below their bars:$$failed"; exit 1; }
 
-peers: .venv-peers/ready  ## install the libraries that benchmarks compare with, apart from ours
+peers: .venv-peers/ready  ## install the libraries that benchmarks compare with, in an environment of their own
 
 $(READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(USABLE)' || { \
@@ -55,8 +54,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The peers pin other versions of what we use, and some change torch when imported: an environment of their own.
-# dictionary-learning asks for an nnsight of long ago, and works with today's; the registry's torchvision is for other builds of torch.
+# The peers pin other versions of our dependencies, and some change torch when imported, so they have their own environment.
+# dictionary-learning requires an old nnsight but works with a current one; the torchvision it pulls in is for other builds of torch.
 .venv-peers/ready: Makefile
 	@echo "setup: installing the peers into .venv-peers"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
