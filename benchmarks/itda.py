@@ -23,22 +23,12 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.choices import PursuitName
 from difflex.dictionaries.itda import GrowthConfig
-from difflex.dictionaries.pursuit import (
-    RULES,
-    CandidatePool,
-    GramMatrix,
-    PursuitResult,
-    Way,
-    gradient_pursuit,
-    matching_pursuit,
-    orthogonal_pursuit,
-)
-from difflex.dictionaries.pursuit.means import means
+from difflex.dictionaries.pursuit import CandidatePool, GramMatrix, PursuitPath, choose_backend, pursue
 from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
-from difflex.training.itda.grower import AtomGrower
-from difflex.training.itda.judged import PursuitBatch
+from difflex.training.itda.grower import AtomGrower, PursuitBatch
 
 torch.set_num_threads(1)
 PEER = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
@@ -51,7 +41,7 @@ NEW_ATOMS = 0.02
 """What adding 64 atoms may cost, as a share of encoding a batch."""
 
 
-WAYS: dict[Way, Callable[[Tensor, Tensor, int], PursuitResult]] = {"gradient": gradient_pursuit, "orthogonal": orthogonal_pursuit}
+FITTED: tuple[PursuitName, ...] = ("gradient", "orthogonal")
 
 
 def mixtures(count: int, width: int, active: int, noise: float, seed: int = 0, truths: int = 512) -> Tensor:
@@ -76,7 +66,7 @@ def world(size: int, count: int, width: int = 3072) -> tuple[Tensor, Tensor]:
     return x[:count].clone(), x[count:].clone()
 
 
-def left_of(signals: Tensor, found: PursuitResult) -> float:
+def left_of(signals: Tensor, found: PursuitPath) -> float:
     """The unexplained share of all `signals` together."""
     energy = signals.square().sum(1)
     return float((found.unexplained[: len(signals)] * energy).sum() / energy.sum())
@@ -117,14 +107,14 @@ def pursuits(python: Path, rounds: int = 2) -> list[str]:
             file = Path(folder) / f"{size}.pt"
             torch.save({"signals": signals[:few].clone(), "atoms": atoms}, file)
             gram, half = GramMatrix.of(atoms), GramMatrix.of(atoms, torch.float16)
-            ours: dict[str, Callable[[], PursuitResult]] = {
-                "gradient": lambda: gradient_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
-                "gradient, half": lambda: gradient_pursuit(signals, atoms, k, gram=half),  # noqa: B023
-                "orthogonal": lambda: orthogonal_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
-                "matching": lambda: matching_pursuit(signals, atoms, k, gram=gram),  # noqa: B023
+            ours: dict[str, Callable[[], PursuitPath]] = {
+                "gradient": lambda: pursue(signals, atoms, k, "gradient", gram=gram),  # noqa: B023
+                "gradient, half": lambda: pursue(signals, atoms, k, "gradient", gram=half),  # noqa: B023
+                "orthogonal": lambda: pursue(signals, atoms, k, "orthogonal", gram=gram),  # noqa: B023
+                "matching": lambda: pursue(signals, atoms, k, "matching", gram=gram),  # noqa: B023
             }
             rates: dict[str, list[float]] = {name: [] for name in ours}
-            found: dict[str, PursuitResult] = {}
+            found: dict[str, PursuitPath] = {}
             theirs, their_left = [], 0.0
             for _ in range(rounds):
                 seconds, their_left = ask(file, few, k)
@@ -153,9 +143,9 @@ def sklearn(rounds: int = 3) -> list[str]:
         began = time.process_time()
         weights = orthogonal_mp_gram(dense, (atoms @ signals[:few].T).numpy(), n_nonzero_coefs=16)
         theirs = few / (time.process_time() - began)
-        ratios.append(many / timed(lambda: orthogonal_pursuit(signals, atoms, 16, gram=gram)) / theirs)
+        ratios.append(many / timed(lambda: pursue(signals, atoms, 16, "orthogonal", gram=gram)) / theirs)
     their_left = float((signals[:few] - torch.tensor(weights).T.float() @ atoms).square().sum() / signals[:few].square().sum())
-    left, ratio = left_of(signals[:few], orthogonal_pursuit(signals, atoms, 16, gram=gram)), statistics.median(ratios)
+    left, ratio = left_of(signals[:few], pursue(signals, atoms, 16, "orthogonal", gram=gram)), statistics.median(ratios)
     print(f"scikit-learn: {ratio:.1f}x (bar {SKLEARN}x), FVU {left:.5f} against {their_left:.5f}")
     return (
         [] if ratio >= SKLEARN and round(left, 4) == round(their_left, 4) else [f"orthogonal pursuit {ratio:.1f}x of {SKLEARN}x"]
@@ -195,7 +185,7 @@ def our_fit(z: Tensor, growth: GrowthConfig, threshold: float) -> Tensor:
     grower = AtomGrower(growth, threshold, z.shape[1], torch.device("cpu"), Ranks())
     for part in z.split(growth.batch):
         nothing = torch.zeros(len(part), dtype=torch.long)
-        grower.take(ActivationBatch(part, nothing, nothing))
+        grower.add_batch(ActivationBatch(part, nothing, nothing))
     return grower.atoms.rows
 
 
@@ -206,24 +196,26 @@ def fits(rounds: int = 1) -> list[str]:
         x = mixtures(batch + tokens + 2048, width, 4 if width < 1000 else 6, 0.3)
         x, mean = x[:-2048], x[:batch].mean(0)
         held = mixtures(2048, width, 4 if width < 1000 else 6, 0.3, seed=7) - mean
-        ratios: dict[Way, list[float]] = {way: [] for way in WAYS}
+        ratios: dict[PursuitName, list[float]] = {pursuit: [] for pursuit in FITTED}
         sizes, lefts, plain = {}, {}, torch.empty(0)
         for _ in range(rounds):
             began = time.process_time()
             plain = plain_fit(x, batch, k, threshold)
             theirs = time.process_time() - began
-            for way, pursuit in WAYS.items():
-                growth = GrowthConfig(k=k, threshold=threshold, size=8192, batch=batch, pursuit=way)
+            for pursuit in FITTED:
+                growth = GrowthConfig(k=k, threshold=threshold, size=8192, batch=batch, pursuit=pursuit)
                 began = time.process_time()
                 atoms = our_fit(x[batch:] - mean, growth, threshold)
-                ratios[way].append(theirs / (time.process_time() - began))
-                sizes[way], lefts[way] = len(atoms), left_of(held, pursuit(held, atoms, k))
-        their_left = left_of(held, gradient_pursuit(held, plain, k))
+                ratios[pursuit].append(theirs / (time.process_time() - began))
+                sizes[pursuit], lefts[pursuit] = len(atoms), left_of(held, pursue(held, atoms, k, pursuit))
+        their_left = left_of(held, pursue(held, plain, k, "gradient"))
         print(f"fit, width {width}, batch {batch}, k {k}: plain step {len(plain)} atoms, FVU {their_left:.4f}")
-        for way, found in ratios.items():
-            ratio = statistics.median(found)
-            print(f"  {way}: {ratio:.1f}x (bar {bar}x), {sizes[way]} atoms, FVU {lefts[way]:.4f}")
-            if way == "gradient" and (ratio < bar or abs(sizes[way] / len(plain) - 1) > 0.05 or lefts[way] > 1.02 * their_left):
+        for pursuit, values in ratios.items():
+            ratio = statistics.median(values)
+            print(f"  {pursuit}: {ratio:.1f}x (bar {bar}x), {sizes[pursuit]} atoms, FVU {lefts[pursuit]:.4f}")
+            if pursuit == "gradient" and (
+                ratio < bar or abs(sizes[pursuit] / len(plain) - 1) > 0.05 or lefts[pursuit] > 1.02 * their_left
+            ):
                 missed.append(f"fit {ratio:.1f}x of {bar}x at width {width}")
     return missed
 
@@ -238,35 +230,35 @@ def growth_cost() -> list[str]:
     for start in range(0, len(atoms), 480):
         here = slice(start, start + 480)
         products = atoms[here] @ atoms[: start + len(atoms[here])].T
-        grower.refill({"rows": atoms[here], "shots": nowhere[here], "tokens": nowhere[here], "gram": products})
+        grower.restore({"rows": atoms[here], "shots": nowhere[here], "tokens": nowhere[here], "gram": products})
     before, gram = grower.size, grower.atoms.gram
     assert gram is not None
-    judged = PursuitBatch(signals, grower.atoms, RULES["gradient"], 64, 0.0, 256)
-    grower.threshold = float(judged.unexplained.sort().values[-65])
-    encoding = timed(lambda: PursuitBatch(signals, grower.atoms, RULES["gradient"], 64, grower.threshold, 256))
+    batch = PursuitBatch(signals, grower.atoms, grower.growth, 0.0, 256)
+    grower.threshold = float(batch.unexplained.sort().values[-65])
+    encoding = timed(lambda: PursuitBatch(signals, grower.atoms, grower.growth, grower.threshold, 256))
     new = signals[:64]
-    cross, own = judged.point_products(torch.arange(64), before), new @ new.T
+    cross, own = batch.point_products(torch.arange(64), before), new @ new.T
     adding = timed(lambda: gram.append(cross, own))
-    gram.cut(before)
-    whole = timed(lambda: grower.take(ActivationBatch(signals, nowhere[:256], nowhere[:256]))) - encoding
+    gram.truncate(before)
+    whole = timed(lambda: grower.add_batch(ActivationBatch(signals, nowhere[:256], nowhere[:256]))) - encoding
     print(f"64 rows of the Gram matrix at size 16384: {adding:.4f} s, {adding / encoding:.2%} of encoding the batch")
     print(f"all of growth beyond encoding, {grower.size - before} atoms: {whole:.4f} s, {whole / encoding:.1%}")
     return [] if adding <= NEW_ATOMS * encoding else [f"new atoms cost {adding / encoding:.1%}"]
 
 
 def large() -> list[str]:
-    """Size 65536 at width 3072 with 8 GB free: which means are chosen, and that they work."""
+    """Size 65536 at width 3072 with 8 GB free: the backend that is chosen, and that it works."""
     free = 8 * 10**9
-    chosen = means(65_536, 3072, 32, least_squares=True, single=False, free=free)
-    print(f"size 65536, width 3072: {chosen.reason}")
+    backend = choose_backend("orthogonal", 65_536, 3072, 32, free)
+    print(f"size 65536, width 3072: {backend.reason}")
     signals, atoms = world(65_536, 64)
     began = time.process_time()
-    pooled = orthogonal_pursuit(signals, atoms, 32, pool=CandidatePool())
+    pooled = pursue(signals, atoms, 32, "orthogonal", pool=CandidatePool())
     seconds = time.process_time() - began
-    exact = orthogonal_pursuit(signals, atoms, 32)
+    exact = pursue(signals, atoms, 32, "orthogonal")
     ratio = left_of(signals, pooled) / left_of(signals, exact)
     print(f"  {len(signals) / seconds:.1f} signals/s, FVU {ratio:.4f} of that of exact picks")
-    return [] if chosen.pool is not None and chosen.gram is None and ratio < 1.02 else ["size 65536 without a Gram matrix"]
+    return [] if backend.pool is not None and backend.gram is None and ratio < 1.02 else ["size 65536 without a Gram matrix"]
 
 
 def main() -> int:

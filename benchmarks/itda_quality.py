@@ -53,7 +53,7 @@ class Result(NamedTuple):
 
 def harvested(folder: Path, tokens: int, *flags: str) -> Store:
     """Activations of mini-flux on captions of its world, at all four steps unless `flags` say otherwise."""
-    words = ["harvest", "mini-flux", "--prompts", "captions", "--sites", str(SITE), "--out", str(folder), "--steps", "4"]
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--site", str(SITE), "--out", str(folder), "--steps", "4"]
     assert command([*words, "--tokens", str(tokens), *flags]) == 0
     return Store.open(folder / "activations" / SITE.folder)
 
@@ -84,12 +84,12 @@ def grown(store: Store, growth: GrowthConfig, tokens: int) -> Result:
 def trained(store: Store, size: int, k: int, tokens: int) -> Result:
     """An autoencoder, by our default, from the same tokens, each seen several times."""
     per_epoch = tokens // 1024
-    course = FitConfig(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
+    config = FitConfig(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
     batches = _replayed(store, per_epoch)
     with tempfile.TemporaryDirectory() as folder:
         training = default(width=store.width, size=size, k=k, updates=LEARNED * per_epoch)
         began = time.process_time()
-        made = fit({Path(folder): training}, batches, origin=DictionaryOrigin(site=SITE), course=course)
+        made = fit({Path(folder): training}, batches, origin=DictionaryOrigin(site=SITE), config=config)
         return Result(made[Path(folder)], time.process_time() - began)
 
 
@@ -124,7 +124,7 @@ def pursuits(store: Store, tokens: int) -> list[str]:
                 normalisation=itda.normalisation,
                 atoms=itda.atoms,
                 provenance=itda.provenance,
-                way=way,
+                pursuit=way,
             )
             z = itda.normalisation.apply(x)
             energy = z.square().sum(1)
@@ -138,7 +138,7 @@ def pursuits(store: Store, tokens: int) -> list[str]:
             normalisation=itda.normalisation,
             atoms=itda.atoms,
             provenance=itda.provenance,
-            way="gradient",
+            pursuit="gradient",
         )
         energy = few.square().sum(1).float()
         ours = float((with_ours.unexplained(x[:512]) * energy).sum() / energy.sum())
@@ -195,7 +195,7 @@ def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float 
             data="planted",
         )
         with tempfile.TemporaryDirectory() as folder:
-            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=KEPT_OUT)
             itda = grow({Path(folder): growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[Path(folder)]
         expected.append(expected_of(itda))
         for rows in islice(world.batches(batch, start=tokens // batch), 16):
@@ -207,7 +207,7 @@ def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float 
 
 def expected_of(itda: ITDA) -> float:
     """The share of tokens to come that should be over the threshold, by the growth curve."""
-    expected = itda.origin.training["expected_over"]
+    expected = itda.origin.training["expected_over_threshold"]
     assert isinstance(expected, float)
     return expected
 
@@ -234,7 +234,7 @@ def coverage_of_images(out: Path | None, tokens: int) -> list[str]:
         orders = {"shuffled": shuffled, "image by image": replace(shuffled, batches=lambda start: in_order(store, start))}
         for threshold, (order, source) in product((0.1, 0.2), orders.items()):
             place = Path(folder) / f"{order}-{threshold}"
-            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, kept_out=KEPT_OUT)
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=KEPT_OUT)
             itda = grow({place: growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[place]
             found, error = share_over(itda, threshold, store)
             missed += compared(f"{order}, {threshold}, {itda.size} atoms", expected_of(itda), found, error)

@@ -3,16 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.choices import NormalisationMethod, SAEKind
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.dictionaries.normalisation import METHODS, Method, VectorMoments
-from difflex.dictionaries.sae import kind_of
-from difflex.dictionaries.scores import BLOCK, EncoderSearch
+from difflex.dictionaries.normalisation import VectorMoments
+from difflex.dictionaries.sparse import BLOCK, EncoderSearch
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Codes, Site
 
@@ -27,13 +28,15 @@ def cloud(count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
     return mixed @ torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(99)))[0] + 30
 
 
-def normalisation(method: Method = "whiten", clip: float | None = None) -> Normalisation:
+def normalisation(method: NormalisationMethod = "whiten", clip: float | None = None) -> Normalisation:
     moments = VectorMoments(WIDTH, covariance=True)
     moments.add(cloud(400))
     return moments.normalisation(method, clip)
 
 
-def autoencoder(kind: str = "topk", method: Method = "whiten", clip: float | None = None, relu: bool = True) -> SAE:
+def autoencoder(
+    kind: SAEKind = "topk", method: NormalisationMethod = "whiten", clip: float | None = None, relu: bool = True
+) -> SAE:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
     weights = SAEWeights(
@@ -41,18 +44,18 @@ def autoencoder(kind: str = "topk", method: Method = "whiten", clip: float | Non
         decoder=decoder,
         bias=torch.randn(WIDTH, generator=generator),
         encoder_bias=0.1 * torch.randn(SIZE, generator=generator),
-        floor=None if kind == "topk" else torch.rand(SIZE, generator=generator) + 1,
+        thresholds=None if kind == "topk" else torch.rand(SIZE, generator=generator) + 1,
     )
     origin = DictionaryOrigin(site=SITE, model="mini-flux", training={"seed": 3})
-    return SAE(kind=kind_of(kind), k=K, origin=origin, normalisation=normalisation(method, clip), weights=weights, relu=relu)
+    return SAE(kind=kind, k=K, origin=origin, normalisation=normalisation(method, clip), weights=weights, relu=relu)
 
 
 def dense(codes: Codes, size: int = SIZE) -> Tensor:
     return torch.zeros(len(codes.values), size).scatter_add_(1, codes.indices, codes.values)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_restore_undoes_apply(method: Method):
+@pytest.mark.parametrize("method", get_args(NormalisationMethod))
+def test_restore_undoes_apply(method: NormalisationMethod):
     x = cloud(50, seed=5)
     torch.testing.assert_close(normalisation(method).restore(normalisation(method).apply(x)), x, atol=2e-4, rtol=0)
 
@@ -81,7 +84,7 @@ def test_moments_stay_exact_for_a_mean_a_million_times_the_spread():
 def test_too_few_vectors_are_refused():
     moments = VectorMoments(WIDTH, covariance=True)
     moments.add(cloud(239))
-    with pytest.raises(BadInput, match="needs 240 vectors; 239 came"):
+    with pytest.raises(BadInput, match="needs 240 vectors, but there are 239"):
         moments.normalisation("whiten")
 
 
@@ -96,12 +99,12 @@ def test_a_constant_axis_does_not_divide_by_zero():
     x = torch.cat([cloud(400), torch.ones(400, 1)], dim=1)
     moments = VectorMoments(WIDTH + 1, covariance=True)
     moments.add(x)
-    for method in METHODS:
+    for method in get_args(NormalisationMethod):
         assert moments.normalisation(method).apply(x).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "matryoshka"])
-def test_saving_and_loading_changes_nothing(kind: str, tmp_path: Path):
+def test_saving_and_loading_changes_nothing(kind: SAEKind, tmp_path: Path):
     dictionary, x = autoencoder(kind), cloud(30)
     loaded = Dictionary.load(dictionary.save(tmp_path / "here"))
     assert (loaded.name, loaded.origin, loaded.size, loaded.width) == (dictionary.name, dictionary.origin, SIZE, WIDTH)
@@ -113,8 +116,8 @@ def test_saving_and_loading_changes_nothing(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
-@pytest.mark.parametrize("method", METHODS)
-def test_folding_changes_neither_codes_nor_reconstruction(kind: str, method: Method):
+@pytest.mark.parametrize("method", get_args(NormalisationMethod))
+def test_folding_changes_neither_codes_nor_reconstruction(kind: SAEKind, method: NormalisationMethod):
     dictionary, x = autoencoder(kind, method), cloud(60, seed=2)
     folded = dictionary.fold()
     assert folded.normalisation.method == "none"
@@ -149,7 +152,7 @@ def test_relu_empties_slots_and_without_it_negative_scores_stay():
 
 
 def test_activations_of_another_width_are_refused():
-    with pytest.raises(BadInput, match=r"takes activations \[token, 24\]; it was given \[3, 25\]"):
+    with pytest.raises(BadInput, match=r"takes activations \[token, 24\], but got \[3, 25\]"):
         autoencoder().encode(torch.zeros(3, WIDTH + 1))
 
 
@@ -163,7 +166,7 @@ def test_encoding_no_token_gives_no_codes():
     [
         ({"kind": "topkk"}, UnknownName, "nearest: topk"),
         ({"sise": 3}, UnknownName, "nearest: size"),
-        ({"format": 2}, BrokenFile, "format 2"),
+        ({"format": 1}, BrokenFile, "format 1;.*reads format 2"),
     ],
 )
 def test_a_config_of_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, object], error: type, words: str):
@@ -199,7 +202,7 @@ def test_the_largest_scores_are_found_exactly(size: int, k: int, stretch: float)
     z[:, :4] *= stretch  # outlier axes, which 8 bits resolve badly
     z[5] = 0
     scores = EncoderSearch(rows, bias)
-    found, true = scores.top(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
+    found, true = scores.top_k(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
     torch.testing.assert_close(found.values.double(), true.values, atol=1e-4, rtol=0)
     assert torch.equal(found.indices.sort(1).values, true.indices.sort(1).values)
 
@@ -219,14 +222,14 @@ def test_a_refreshed_search_sees_changed_rows():
     scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[32:64] *= 50
     scores.refresh(slice(32, 64))
-    assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+    assert torch.equal(scores.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
 
 
 def test_scores_that_break_the_bound_are_searched_without_integers():
     rows, bias = encoder(2048, 64)
     scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[:] = rows.flip(0)  # behind the back of the search: its 8-bit copy is wrong everywhere
-    assert torch.equal(scores.top(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+    assert torch.equal(scores.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
     assert 2048 % BLOCK == 0
 
 
@@ -237,7 +240,7 @@ def test_the_largest_scores_are_exact_where_one_axis_outgrows_all_others(outlier
     z = 4 * rows[torch.randint(4096, (256,), generator=generator)] + 0.1 * torch.randn(256, 256, generator=generator)
     z[:, 7] += outlier
     rows[:8, 3] += outlier
-    found, scores = EncoderSearch(rows).top(z, 16), z @ rows.T
+    found, scores = EncoderSearch(rows).top_k(z, 16), z @ rows.T
     assert torch.allclose(found.values, scores.topk(16).values, atol=1e-4 * (1 + outlier))
     assert torch.allclose(scores.gather(1, found.indices), found.values, atol=1e-4 * (1 + outlier))
 
@@ -256,7 +259,7 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(tmp_path: Path):
         with pytest.raises(BrokenFile):
             Dictionary.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**whole, "kind": "jumprelu"}))
-    with pytest.raises(DifflexError, match="floors"):
+    with pytest.raises(DifflexError, match="thresholds"):
         Dictionary.load(tmp_path)
 
 

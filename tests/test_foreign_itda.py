@@ -1,4 +1,4 @@
-"""The two published ITDA formats, on files of the same names, keys and shapes."""
+"""The two published ITDA formats, tried on files with the same names, keys and shapes."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def flux(folder: Path, config: dict | None = None, tensors: dict | None = None) -> Path:
-    """A folder as flux-saes-gpu writes it: more rows than atoms, the rest never written."""
+    """Write a folder as flux-saes-gpu does: with more rows than atoms, the rest never written."""
     atoms = torch.full((ROOM, WIDTH), torch.nan)
     atoms[:SIZE] = F.normalize(rand(SIZE, WIDTH), dim=1)
     mean, std = rand(WIDTH, seed=1), rand(WIDTH, seed=2).abs() + 0.5
@@ -58,7 +58,7 @@ def flux(folder: Path, config: dict | None = None, tensors: dict | None = None) 
 
 
 def leask(folder: Path, metadata: str = "", **tensors: Tensor) -> Path:
-    """A folder as the authors of ITDA write it."""
+    """Write a folder as the authors of ITDA do."""
     folder.mkdir(exist_ok=True)
     torch.save(tensors.get("atoms", F.normalize(rand(SIZE, WIDTH), dim=1)), folder / "atoms.pt")
     torch.save(
@@ -74,7 +74,7 @@ def leask(folder: Path, metadata: str = "", **tensors: Tensor) -> Path:
 
 
 def plain_flux_reconstruction(x: Tensor, folder: Path) -> Tensor:
-    """The published step in words of its own: normalise, pursue along the gradient with weights cut at zero, add up."""
+    """Reconstruct as published: normalise, run gradient pursuit with weights cut at zero, decode."""
     from safetensors.torch import load_file
 
     stored = {name: tensor.double() for name, tensor in load_file(folder / "sae.safetensors").items()}
@@ -94,7 +94,7 @@ def plain_flux_reconstruction(x: Tensor, folder: Path) -> Tensor:
 
 def test_a_flux_dictionary_reconstructs_as_published(tmp_path: Path):
     itda = read_itda(flux(tmp_path), site=SITE, model="black-forest-labs/FLUX.1-schnell")
-    assert (itda.size, itda.width, itda.k, itda.way) == (SIZE, WIDTH, 5, "gradient")
+    assert (itda.size, itda.width, itda.k, itda.pursuit) == (SIZE, WIDTH, 5, "gradient")
     x = 3 * rand(20, WIDTH, seed=5)
     expected = plain_flux_reconstruction(x, tmp_path)
     torch.testing.assert_close(itda.decode(itda.encode(x)).double(), expected, atol=2e-2, rtol=0)
@@ -108,7 +108,7 @@ def test_without_subtract_mean_the_mean_is_not_used(tmp_path: Path):
 
 def test_a_language_model_dictionary_reconstructs_as_published(tmp_path: Path):
     itda = read_itda(leask(tmp_path), site=SITE)
-    assert (itda.size, itda.k, itda.way) == (SIZE, 6, "matching")
+    assert (itda.size, itda.k, itda.pursuit) == (SIZE, 6, "matching")
     atoms, x = F.normalize(rand(SIZE, WIDTH), dim=1), rand(20, WIDTH, seed=5)
     residual = x.clone()
     for _ in range(6):
@@ -136,7 +136,7 @@ def test_a_language_model_dictionary_reconstructs_as_published(tmp_path: Path):
     }
 
 
-def test_what_was_read_can_be_saved_as_ours(tmp_path: Path):
+def test_a_foreign_dictionary_can_be_saved_and_loaded(tmp_path: Path):
     itda = read_itda(leask(tmp_path / "theirs"), site=SITE)
     back = type(itda).load(itda.save(tmp_path / "ours"))
     assert torch.equal(back.encode(rand(9, WIDTH)).values, itda.encode(rand(9, WIDTH)).values)
@@ -151,18 +151,18 @@ def test_what_was_read_can_be_saved_as_ours(tmp_path: Path):
         ({}, {"std_y": torch.full((WIDTH,), 9.0)}),
     ],
 )
-def test_partners_that_differ_from_the_atoms_are_refused_by_name(tmp_path: Path, config: dict, tensors: dict):
-    with pytest.raises(BadInput, match=r"partners of the atoms .* \(ys, mean_y, std_y, skip_connection\) differ"):
+def test_outputs_that_differ_from_the_atoms_are_refused(tmp_path: Path, config: dict, tensors: dict):
+    with pytest.raises(BadInput, match=r"outputs of the atoms .* \(ys, mean_y, std_y, skip_connection\) differ"):
         read_itda(flux(tmp_path, config, tensors), site=SITE)
 
 
-def test_damaged_files_are_said_to_be_so(tmp_path: Path):
+def test_damaged_files_are_refused(tmp_path: Path):
     cases = {
-        "speaks of 99 atoms, xs has 64": flux(tmp_path / "a", {"dictionary_size": 99}),
+        "says 99 atoms, xs has 64": flux(tmp_path / "a", {"dictionary_size": 99}),
         "target_l0 is None": flux(tmp_path / "b", {"target_l0": None}),
         "std_x is not positive": flux(tmp_path / "c", {}, {"std_x": torch.zeros(WIDTH), "std_y": torch.zeros(WIDTH)}),
-        "row 0 of atoms has length 2": leask(tmp_path / "d", atoms=2 * F.normalize(rand(SIZE, WIDTH), dim=1)),
-        "do not belong together": leask(tmp_path / "e", indices=torch.zeros(3, 2)),
+        "row 0 of atoms has norm 2": leask(tmp_path / "d", atoms=2 * F.normalize(rand(SIZE, WIDTH), dim=1)),
+        "do not fit together": leask(tmp_path / "e", indices=torch.zeros(3, 2)),
         "not a plain": leask(tmp_path / "f", metadata="nested:\n  deep: 1\n"),
     }
     for message, folder in cases.items():
@@ -182,12 +182,12 @@ def test_damaged_files_are_said_to_be_so(tmp_path: Path):
     "tensors",
     [{"mean_x": torch.zeros(7)}, {"std_x": torch.ones(WIDTH, 1)}, {"ys": torch.zeros(9, WIDTH)}, {"xs": torch.zeros(ROOM)}],
 )
-def test_tensors_of_shapes_that_do_not_belong_together_are_refused(tmp_path: Path, tensors: dict):
-    with pytest.raises(BrokenFile, match="do not belong together"):
+def test_tensors_whose_shapes_do_not_fit_together_are_refused(tmp_path: Path, tensors: dict):
+    with pytest.raises(BrokenFile, match="do not fit together"):
         read_itda(flux(tmp_path / "flux", tensors=tensors), site=SITE)
 
 
-def test_metadata_that_is_no_text_is_refused(tmp_path: Path):
+def test_metadata_that_is_not_text_is_refused(tmp_path: Path):
     folder = leask(tmp_path / "leask")
     (folder / "metadata.yaml").write_bytes(bytes(range(128, 256)))
     with pytest.raises(BrokenFile, match=r"metadata\.yaml is not text"):

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.dictionaries.neurons import Neurons
+from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons
 from difflex.errors import BadInput
 from difflex.records import Codes, Site
 
@@ -40,7 +39,7 @@ def test_decoding_gives_back_what_was_kept_and_zero_elsewhere():
 
 def test_the_decoder_is_the_identity_and_an_empty_slot_adds_nothing():
     assert torch.equal(NEURONS.decoder, torch.eye(WIDTH))
-    assert torch.equal(NEURONS.directions[[3, 7]], NEURONS.decoder_of(torch.tensor([3, 7])))
+    assert torch.equal(NEURONS.directions[[3, 7]], NEURONS.decoder_rows(torch.tensor([3, 7])))
     empty = Codes(torch.tensor([[2.0, 0.0]]), torch.tensor([[5, 5]]))
     assert torch.equal(NEURONS.delta(empty)[0], 2 * torch.eye(WIDTH)[5])
 

@@ -1,11 +1,10 @@
-"""Sparse dictionaries of activations: encode, decode, directions, save and load, whatever their kind."""
+"""Sparse dictionaries of activations: encode, decode, directions, save and load, for every kind of dictionary."""
 
-from difflex.dictionaries.base import Dictionary, DictionaryOrigin, DictionaryState, NormalisedDictionary
+from difflex.dictionaries.base import Dictionary, DictionaryOrigin, Neurons, NormalisedDictionary
 from difflex.dictionaries.files import fingerprint
 from difflex.dictionaries.foreign_itda import read_itda
 from difflex.dictionaries.itda import ITDA
-from difflex.dictionaries.neurons import Neurons
-from difflex.dictionaries.normalisation import Normalisation, VectorMoments
+from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sae import SAE, SAEWeights
 
 __all__ = [
@@ -13,12 +12,10 @@ __all__ = [
     "SAE",
     "Dictionary",
     "DictionaryOrigin",
-    "DictionaryState",
     "Neurons",
     "Normalisation",
     "NormalisedDictionary",
     "SAEWeights",
-    "VectorMoments",
     "fingerprint",
     "read_itda",
 ]

@@ -1,4 +1,4 @@
-"""The door of every dictionary: what it can do, whatever its kind, and how it stands on disk."""
+"""The interface of every dictionary, its files, and the simplest dictionary: the neurons of an MLP."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries.files import read, write
+from difflex.dictionaries.files import read_files, write_files
 from difflex.dictionaries.normalisation import Normalisation
-from difflex.dictionaries.sparse import bag
+from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.files import Json
 from difflex.records import Codes, Site
 
-__all__ = ["Dictionary", "DictionaryOrigin", "DictionaryState", "NormalisedDictionary"]
+__all__ = ["Dictionary", "DictionaryOrigin", "DictionaryState", "Neurons", "NormalisedDictionary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +29,29 @@ class DictionaryOrigin:
 
     site: Site
     model: str | None = None
-    """A name inside the package, a folder, or a hub name."""
+    """A model of the package, a folder, or a name on the hub."""
     revision: str | None = None
     training: Mapping[str, Json] = field(default_factory=dict)
-    """How it was made: configuration, seed, data, tokens seen; plain JSON."""
+    """How it was made (configuration, seed, data, tokens), as plain JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryState:
-    """A dictionary as it stands on disk: what `restored` of its class needs to make it again."""
+    """What is saved of a dictionary; `from_state` of its class makes the dictionary again."""
 
     kind: str
     k: int
     origin: DictionaryOrigin
     settings: Mapping[str, Json]
-    """What only this kind has, as plain JSON."""
+    """The settings that only this kind has, as plain JSON."""
     tensors: Mapping[str, Tensor]
 
 
 class Dictionary(ABC):
-    """Features of the activations at one site; x is [token, width] in model space, codes name few of `size` features.
+    """A dictionary of features of the activations at one site.
 
-    A kind is a final subclass `class ITDA(NormalisedDictionary, kinds=("itda",))`; `load` finds it by the kind in the file.
+    Activations x are [token, width] in model space; codes name few of the `size` features per token. A kind is a final subclass
+    such as `class ITDA(NormalisedDictionary, kinds=("itda",))`; `load` finds it by the kind in the file.
     """
 
     _classes: ClassVar[dict[str, type[Dictionary]]] = {}
@@ -58,11 +59,11 @@ class Dictionary(ABC):
     kind: str
     """`topk`, `batchtopk`, `jumprelu`, `matryoshka`, `itda` or `neurons`."""
     k: int
-    """Features per token: exact, an average (`batchtopk`), or a target (`jumprelu`), as the kind has it."""
+    """Features per token: the exact number, the average (`batchtopk`, `matryoshka`) or the target (`jumprelu`)."""
     origin: DictionaryOrigin
 
     def __init_subclass__(cls, kinds: tuple[str, ...] = ()) -> None:
-        """Register `cls` as the class that restores dictionaries of these `kinds`."""
+        """Register `cls` as the class of dictionaries of these `kinds`."""
         super().__init_subclass__()
         Dictionary._classes.update(dict.fromkeys(kinds, cls))
 
@@ -78,42 +79,42 @@ class Dictionary(ABC):
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
-        """Which features fire at each row of `x`, strongest first; values are float32."""
+        """Return the codes of `x`, strongest feature first; values are float32."""
 
     @abstractmethod
     def delta(self, codes: Codes) -> Float[Tensor, "token width"]:
-        """What `codes` add in model space, linear in their values: `decode` without its constant part."""
+        """Return what `codes` add in model space: `decode` without its constant part, linear in the values."""
 
     @property
     @abstractmethod
     def constant(self) -> Float[Tensor, " width"]:
-        """What `decode` gives where no feature fires."""
+        """What `decode` returns if no feature fires."""
 
     @abstractmethod
-    def decoder_of(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
-        """What one unit of code of each of `features` adds in model space."""
+    def decoder_rows(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
+        """Return the decoder rows of `features`: what a code of 1 adds in model space."""
 
     @abstractmethod
-    def saved(self) -> DictionaryState:
-        """This dictionary as it would stand on disk; tensors are not copied."""
+    def state(self) -> DictionaryState:
+        """Return what `save` writes; tensors are not copied."""
 
     @classmethod
     @abstractmethod
-    def restored(cls, saved: DictionaryState) -> Dictionary:
-        """The dictionary that `saved` describes, on the device of its tensors."""
+    def from_state(cls, state: DictionaryState) -> Dictionary:
+        """Return the dictionary of this `state`, on the device of its tensors."""
 
     def decode(self, codes: Codes) -> Float[Tensor, "token width"]:
-        """The reconstruction of the activations behind `codes`, in model space."""
+        """Reconstruct the activations of `codes`, in model space."""
         return self.delta(codes) + self.constant
 
     @property
     def decoder(self) -> Float[Tensor, "size width"]:
-        """What one unit of code of every feature adds in model space; built anew at each call."""
-        return self.decoder_of(torch.arange(self.size, device=self.constant.device))
+        """The decoder rows of all features; computed at each access."""
+        return self.decoder_rows(torch.arange(self.size, device=self.constant.device))
 
     @property
     def directions(self) -> Float[Tensor, "size width"]:
-        """The rows of `decoder` at length one (a zero row stays zero)."""
+        """The rows of `decoder` at norm one; zero rows stay zero."""
         return F.normalize(self.decoder, dim=1)
 
     @property
@@ -123,72 +124,70 @@ class Dictionary(ABC):
 
     @property
     def label(self) -> str:
-        """`<kind>-<size>-k<k>`."""
+        """`<kind>-<size>-k<k>`, followed by what else was changed from the defaults."""
         return f"{self.kind}-{self.size}-k{self.k}"
 
     @property
     def name(self) -> str:
-        """`SITE/LABEL`, as commands take it."""
+        """`SITE/LABEL`, the name in commands."""
         return f"{self.site}/{self.label}"
 
     def to(self, device: torch.device | str) -> Dictionary:
-        """The same dictionary on `device`."""
-        saved = self.saved()
-        return self.restored(replace(saved, tensors={name: tensor.to(device) for name, tensor in saved.tensors.items()}))
+        """Return the same dictionary on `device`."""
+        state = self.state()
+        return self.from_state(replace(state, tensors={name: tensor.to(device) for name, tensor in state.tensors.items()}))
 
     def save(self, folder: Path | str) -> Path:
-        """`folder`, now with `config.json` and `dictionary.safetensors`, each replaced in one go."""
-        saved = self.saved()
+        """Write `config.json` and `dictionary.safetensors` to `folder`, each atomically, and return `folder`."""
+        state = self.state()
         config: dict[str, Json] = {
-            "kind": saved.kind,
+            "kind": state.kind,
             "site": str(self.site),
             "model": self.origin.model,
             "revision": self.origin.revision,
             "width": self.width,
             "size": self.size,
-            "k": saved.k,
-            "settings": dict(saved.settings),
+            "k": state.k,
+            "settings": dict(state.settings),
             "training": dict(self.origin.training),
         }
-        return write(Path(folder), config, saved.tensors)
+        return write_files(Path(folder), config, state.tensors)
 
     @staticmethod
     def load(folder: Path | str, device: torch.device | str = "cpu") -> Dictionary:
-        """The dictionary saved in `folder`, of whatever kind it is."""
-        config, tensors = read(Path(folder), str(device))
+        """Load the dictionary in `folder`, of any kind."""
+        config, tensors = read_files(Path(folder), str(device))
         if config.kind not in Dictionary._classes:
-            raise UnknownName.among(
-                "The dictionary kind", config.kind, Dictionary._classes, f"It stands in {folder}/config.json."
-            )
+            raise UnknownName.among(f"In {folder}/config.json the dictionary kind", config.kind, Dictionary._classes)
         origin = DictionaryOrigin(site=config.site, model=config.model, revision=config.revision, training=config.training)
-        saved = DictionaryState(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
+        state = DictionaryState(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
         try:
-            made = Dictionary._classes[config.kind].restored(saved)
+            dictionary = Dictionary._classes[config.kind].from_state(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error}): train or copy it again.") from error
-        if (made.width, made.size) != (config.width, config.size):
+            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error}). Train or copy it again.") from error
+        if (dictionary.width, dictionary.size) != (config.width, config.size):
             raise BrokenFile(
-                f"{folder}/config.json says width {config.width} and size {config.size}, its tensors have {made.width} and "
-                f"{made.size}: train or copy it again."
+                f"{folder}/config.json says width {config.width} and size {config.size}, but the tensors have "
+                f"{dictionary.width} and {dictionary.size}. Train or copy the dictionary again."
             )
-        return made
+        return dictionary
 
-    def _checked(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
-        """`x` as float32 on this dictionary's device; an error where it is not a finite batch of our width."""
+    def _validated(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        """Return `x` as float32 on this dictionary's device; raise unless it is a finite batch of its width."""
         if x.ndim != 2 or x.shape[1] != self.width:
-            raise BadInput(f"{self.name} takes activations [token, {self.width}]; it was given {list(x.shape)}.")
+            raise BadInput(f"{self.name} takes activations [token, {self.width}], but got {list(x.shape)}.")
         x = x.to(self.constant.device, torch.float32)
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-            raise NonFinite(f"{self.name} was given activations that hold NaN or infinity. Harvest them again.")
+            raise NonFinite(f"The activations for {self.name} hold NaN or infinity. Harvest them again.")
         return x
 
 
 class NormalisedDictionary(Dictionary):
-    """A dictionary that decodes in a normalised space z: `z = values @ atoms[indices] + bias`, then back to model space."""
+    """A dictionary that decodes to a normalised space z, `z = values @ atoms[indices] + bias`, then to model space."""
 
     normalisation: Normalisation
     atoms: Float[Tensor, "size width"]
-    """What one unit of code adds in z: unit rows, unless `fold` has turned them into model space."""
+    """What a code of 1 adds in z: rows of norm one, unless `SAE.fold` has moved them to model space."""
     bias: Float[Tensor, " width"]
     """In z."""
 
@@ -201,11 +200,65 @@ class NormalisedDictionary(Dictionary):
         return self.atoms.shape[1]
 
     def delta(self, codes: Codes) -> Float[Tensor, "token width"]:
-        return self.normalisation.spread(bag(codes, self.atoms))
+        return self.normalisation.restore_delta(sparse_matmul(codes, self.atoms))
 
     @property
     def constant(self) -> Float[Tensor, " width"]:
         return self.normalisation.restore(self.bias[None])[0]
 
-    def decoder_of(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
-        return self.normalisation.spread(self.atoms[features])
+    def decoder_rows(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
+        return self.normalisation.restore_delta(self.atoms[features])
+
+
+@final
+class Neurons(Dictionary, kinds=("neurons",)):
+    """The neurons of an MLP as features, the baseline of every dictionary.
+
+    Every axis of a `:neurons` site is a feature; a code keeps the k largest by absolute value, with their signs.
+    """
+
+    kind = "neurons"
+
+    def __init__(self, *, width: int, k: int, origin: DictionaryOrigin, device: torch.device | str = "cpu") -> None:
+        """Make the dictionary of `width` neurons."""
+        if origin.site.kind != "neurons":
+            raise BadInput(
+                f"{origin.site} has no neurons. Name the site of an MLP's activations, such as {origin.site.path}:neurons."
+            )
+        if not 0 < k <= width:
+            raise BadInput(f"k {k} does not fit {width} neurons: choose k between 1 and {width}.")
+        self.k, self.origin = k, origin
+        self._constant = torch.zeros(width, device=device)
+
+    @property
+    def size(self) -> int:
+        return len(self._constant)
+
+    @property
+    def width(self) -> int:
+        return len(self._constant)
+
+    @property
+    def constant(self) -> Float[Tensor, " width"]:
+        return self._constant
+
+    def encode(self, x: Float[Tensor, "token width"]) -> Codes:
+        x = self._validated(x)
+        indices = x.abs().topk(self.k, dim=1).indices
+        return Codes(x.gather(1, indices), indices)
+
+    def delta(self, codes: Codes) -> Float[Tensor, "token width"]:
+        zeros = codes.values.new_zeros(len(codes.values), self.width)
+        return zeros.scatter_add_(1, codes.indices, codes.values)
+
+    def decoder_rows(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
+        zeros = self._constant.new_zeros(len(features), self.width)
+        return zeros.scatter_(1, features[:, None], 1.0)
+
+    def state(self) -> DictionaryState:
+        return DictionaryState(kind=self.kind, k=self.k, origin=self.origin, settings={}, tensors={"constant": self._constant})
+
+    @classmethod
+    def from_state(cls, state: DictionaryState) -> Neurons:
+        constant = state.tensors["constant"]
+        return cls(width=len(constant), k=state.k, origin=state.origin, device=constant.device)

@@ -1,121 +1,126 @@
-"""Pursuits: a signal as a sum of few atoms, found by looking again and again for the atom that explains most of what is left.
+"""Pursuits: write signals as sums of few atoms by picking, round after round, the atom that explains most of the residual.
 
-Pure functions of (signals, atoms, k). Rows of `atoms` have length one (or zero: such are never picked). Give their Gram matrix
-where it fits in memory and the activations are wide; without it every round is a product with the residual; a `CandidatePool` spares most.
+`pursue` checks its input and runs any pursuit; `run_pursuit` is the same on an `AtomSet`, for callers that keep one. With a Gram
+matrix of the atoms no round goes back to the signals; without it every round is a product with the residuals, of which a
+`CandidatePool` saves most. `choose_backend` decides between these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difflex.dictionaries.pursuit.correlations import AtomSet, CandidatePool
-from difflex.dictionaries.pursuit.gram import GramMatrix
-from difflex.dictionaries.pursuit.rules import GradientRule, MatchingRule, OrthogonalRule
-from difflex.dictionaries.pursuit.walk import PursuitRule, walk
+from difflex.choices import PursuitName
+from difflex.dictionaries.pursuit.algorithms import RULES, PursuitPath, run_pursuit
+from difflex.dictionaries.pursuit.correlations import AtomSet, CandidatePool, GramMatrix, product
 from difflex.errors import BadInput
-from difflex.records import Codes
+from difflex.files import Json
 
 __all__ = [
     "RULES",
+    "AtomSet",
     "CandidatePool",
     "GramMatrix",
-    "PursuitResult",
-    "Way",
-    "gradient_pursuit",
-    "matching_pursuit",
-    "orthogonal_pursuit",
+    "PursuitBackend",
+    "PursuitPath",
+    "choose_backend",
+    "product",
+    "pursue",
+    "run_pursuit",
 ]
 
-Way = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
-"""The pursuits by name. `gradient` is ITDA's for images, with non-negative weights; `matching` that of ITDA's authors, signed."""
-RULES: Mapping[Way, PursuitRule] = MappingProxyType(
-    {
-        "orthogonal": OrthogonalRule(),
-        "gradient": GradientRule(signed=False),
-        "signed-gradient": GradientRule(signed=True),
-        "matching": MatchingRule(signed=True),
-        "positive-matching": MatchingRule(signed=False),
-    }
-)
+GRAM_SHARE = 0.6
+"""The share of the free memory that a Gram matrix may take."""
+GRAM_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+"""The precisions of a Gram matrix, the best first."""
+WIDTH_PER_GRAM_ROW = 8
+"""A row of the Gram matrix takes as long as a product with activations of about this width."""
 
 
-class PursuitResult(NamedTuple):
-    """What a pursuit found."""
-
-    codes: Codes
-    """At most k atoms per signal in the order in which they were picked; a round that brought no new atom leaves a 0."""
-    unexplained: Float[Tensor, " token"]
-    """The share of each signal's squared length that is left; 0 for a signal of length zero."""
-
-
-def gradient_pursuit(
+def pursue(
     signals: Float[Tensor, "token width"],
     atoms: Float[Tensor, "size width"],
     k: int,
-    *,
-    signed: bool = False,
-    gram: GramMatrix | None = None,
-    until: float = 0.0,
-) -> PursuitResult:
-    """k rounds of gradient pursuit (Blumensath and Davies 2008); by default weights stay non-negative, as in ITDA's papers.
-
-    A signal is done when its unexplained share is `until` or less.
-    """
-    return _pursued(GradientRule(signed=signed), signals, AtomSet(atoms, gram), k, until)
-
-
-def matching_pursuit(
-    signals: Float[Tensor, "token width"],
-    atoms: Float[Tensor, "size width"],
-    k: int,
-    *,
-    signed: bool = True,
-    gram: GramMatrix | None = None,
-    until: float = 0.0,
-) -> PursuitResult:
-    """k rounds of matching pursuit (Mallat and Zhang 1993), which may pick an atom again; ITDA's authors use the signed one."""
-    return _pursued(MatchingRule(signed=signed), signals, AtomSet(atoms, gram), k, until)
-
-
-def orthogonal_pursuit(
-    signals: Float[Tensor, "token width"],
-    atoms: Float[Tensor, "size width"],
-    k: int,
+    pursuit: PursuitName = "orthogonal",
     *,
     gram: GramMatrix | None = None,
     pool: CandidatePool | None = None,
-    until: float = 0.0,
-) -> PursuitResult:
-    """k atoms by orthogonal matching pursuit: after every pick the weights are the least squares on all atoms picked so far."""
-    return _pursued(OrthogonalRule(), signals, AtomSet(atoms, gram, pool), k, until)
+    tolerance: float = 0.0,
+) -> PursuitPath:
+    """Return at most k atoms per signal with their weights, in the order in which they were picked.
+
+    `orthogonal` is orthogonal matching pursuit: after every pick the weights are the least-squares solution on all picked atoms.
+    `gradient` and `signed-gradient` are gradient pursuit (Blumensath and Davies 2008), `matching` and `positive-matching` are
+    matching pursuit (Mallat and Zhang 1993), which may pick an atom again. A signal is finished when its unexplained share is
+    `tolerance` or less. Atoms of norm zero are never picked.
+    """
+    _check(signals, atoms, k, gram)
+    return run_pursuit(AtomSet(atoms, gram, pool), RULES[pursuit], signals, k, tolerance=tolerance)
 
 
-def _pursued(rule: PursuitRule, signals: Tensor, atoms: AtomSet, k: int, until: float) -> PursuitResult:
-    _check(signals, atoms, k)
-    path = walk(atoms, rule, signals, k, until=until)
-    return PursuitResult(Codes(path.weights, path.support), path.unexplained)
-
-
-def _check(signals: Tensor, atoms: AtomSet, k: int) -> None:
-    rows, gram = atoms.rows, atoms.gram
-    if signals.ndim != 2 or rows.ndim != 2 or signals.shape[1] != rows.shape[1]:
+def _check(signals: Tensor, atoms: Tensor, k: int, gram: GramMatrix | None) -> None:
+    if signals.ndim != 2 or atoms.ndim != 2 or signals.shape[1] != atoms.shape[1]:
         raise BadInput(
-            f"A pursuit takes signals [token, width] and atoms [size, width]; found {[*signals.shape]}, {[*rows.shape]}."
+            f"A pursuit takes signals [token, width] and atoms [size, width]; it got {[*signals.shape]} and {[*atoms.shape]}."
         )
     if k < 1:
         raise BadInput(f"A pursuit needs at least one atom per signal; k is {k}.")
-    if gram is not None and gram.size != len(rows):
-        raise BadInput(f"The Gram matrix is of {gram.size} atoms, but {len(rows)} were given. Make it with Gram.of(atoms).")
-    if not signals.dtype == rows.dtype == (rows.dtype if gram is None or gram.dtype == torch.float16 else gram.dtype):
-        raise BadInput(f"Signals of {signals.dtype} and atoms of {rows.dtype} do not go together: give all in one precision.")
-    lengths = torch.linalg.vector_norm(rows, dim=1)
-    wrong = ~((lengths - 1).abs() <= 1e-3) & (lengths != 0)
+    if gram is not None and gram.size != len(atoms):
+        raise BadInput(f"The Gram matrix is of {gram.size} atoms, but there are {len(atoms)}. Make it with GramMatrix.of(atoms).")
+    if not signals.dtype == atoms.dtype == (atoms.dtype if gram is None or gram.dtype == torch.float16 else gram.dtype):
+        raise BadInput(f"The dtypes of signals ({signals.dtype}), atoms ({atoms.dtype}) and Gram matrix differ: use one.")
+    norms = torch.linalg.vector_norm(atoms, dim=1)
+    wrong = ~((norms - 1).abs() <= 1e-3) & (norms != 0)
     if wrong.any():
-        place = int(wrong.nonzero()[0, 0])
-        raise BadInput(f"Atoms must have length one (or zero); atom {place} has {float(lengths[place]):.4g}. Normalise the rows.")
+        first = int(wrong.nonzero()[0, 0])
+        raise BadInput(f"Atoms must have norm one (or zero); atom {first} has {float(norms[first]):.4g}. Normalise the rows.")
+
+
+class PursuitBackend(NamedTuple):
+    """How the correlations of a pursuit are kept up to date."""
+
+    gram: torch.dtype | None
+    """The precision of the Gram matrix; None for products with the residual."""
+    pool: CandidatePool | None
+    reason: str
+    """The choice and its reason, as a phrase to print."""
+
+    def as_json(self) -> dict[str, Json]:
+        """Return this backend as plain JSON."""
+        return {
+            "gram": None if self.gram is None else str(self.gram).removeprefix("torch."),
+            "pool": None if self.pool is None else list(self.pool),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Json]) -> PursuitBackend:
+        """Return the backend that `as_json` wrote; raise a KeyError or ValueError for anything else."""
+        gram, pool = entries["gram"], entries["pool"]
+        if pool is not None and not isinstance(pool, list):
+            raise ValueError(f"the pool is {pool!r}")
+        pool = None if pool is None else CandidatePool(*(int(str(number)) for number in pool))
+        return cls(None if gram is None else GRAM_DTYPES[str(gram)], pool, str(entries["reason"]))
+
+
+def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, free: int) -> PursuitBackend:
+    """Choose the fastest backend for a dictionary of `size` atoms that fits in `free` bytes."""
+    rule, need = RULES[pursuit], 0
+    if width <= WIDTH_PER_GRAM_ROW * (1 if rule.single_weight else k):
+        return PursuitBackend(None, None, f"products with the residual (faster at width {width} and k {k})")
+    for name, dtype in GRAM_DTYPES.items():
+        need = GramMatrix.bytes(size, dtype)
+        if need <= GRAM_SHARE * free:
+            return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free memory)")
+    pool = CandidatePool() if rule.needs_cholesky else None
+    picks = " and a candidate pool" if pool else ""
+    reason = f"products with the residual{picks} (a Gram matrix needs {_gb(need)}, {_gb(free)} are free)"
+    return PursuitBackend(None, pool, reason)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,87 +1,209 @@
-"""Correlations of what is left of the signals with every atom: by the Gram matrix, by products, or by a pool of the best."""
+"""Correlations of residuals with all atoms: by the Gram matrix, by products with the residual, or with a pool of candidates."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionaries.pursuit.gram import GramMatrix
-from difflex.dictionaries.pursuit.products import product
-from difflex.dictionaries.sparse import bag, dots
+from difflex.dictionaries.sparse import dot_products, sparse_matmul
+from difflex.errors import BadInput
 from difflex.records import Codes
 
-__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "Hidden", "WeightChange"]
+__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "ExcludedAtoms", "GramMatrix", "WeightChange", "product"]
 
+PANEL = 512
+"""Columns of a Gram matrix that are stored together: a dictionary that grows fills panel after panel and moves nothing."""
 BLOCK = 128
-"""Neighbouring atoms of which only the best is looked at first."""
-Hidden = Bool[Tensor, "token last"] | None
-"""Which of the last atoms each signal may not pick."""
+"""Neighbouring atoms of which only the best is compared first."""
+ExcludedAtoms = Bool[Tensor, "token last"] | None
+"""For each signal, which of the last atoms it must not pick."""
+
+
+def product(signals: Float[Tensor, "token width"], rows: Float[Tensor, "size width"]) -> Float[Tensor, "token size"]:
+    """Return `signals @ rows.T`, as fast as float32 accuracy allows."""
+    if signals.device.type != "cpu" or signals.dtype != torch.float32 or not _medium_is_accurate():
+        return signals @ rows.T
+    with _matmul_precision("medium"):
+        return signals @ rows.T
+
+
+@cache
+def _medium_is_accurate() -> bool:
+    """Whether torch's precision `medium` keeps float32 accuracy: on many CPUs it only selects another library, twice as fast.
+
+    On CPUs with matrix units for bfloat16 it really uses them, and is not used here. Decided by the error, never by timing, so
+    that a machine always computes the same bits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 64, 512, generator=generator)
+    with _matmul_precision("medium"):
+        fast = left @ right.T
+    return float((fast - left.double() @ right.double().T).abs().max()) < 1e-5 * 512**0.5
+
+
+@contextmanager
+def _matmul_precision(setting: str) -> Iterator[None]:
+    """Set torch's float32 matmul precision for the duration of the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@final
+class GramMatrix:
+    """`atoms @ atoms.T`, which grows by rows and columns without being recomputed; float16 takes half the memory."""
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        panel: int = PANEL,
+    ) -> None:
+        """Create the empty Gram matrix of up to `capacity` atoms; a CPU only provides memory as they are added."""
+        self.size = 0
+        self.capacity = capacity
+        self.panel = min(panel, max(capacity, 1))
+        count = -(-capacity // self.panel)
+        self._panels = torch.empty(count, capacity, self.panel, dtype=dtype, device=device)
+
+    @classmethod
+    def of(cls, atoms: Float[Tensor, "size width"], dtype: torch.dtype | None = None, panel: int = PANEL) -> GramMatrix:
+        """Return the Gram matrix of `atoms`, without room for more."""
+        gram = cls(len(atoms), dtype=dtype or atoms.dtype, device=atoms.device, panel=panel)
+        for start in range(0, len(atoms), 512):
+            rows = atoms[start : start + 512]
+            gram.append(product(rows, atoms[:start]), product(rows, rows))
+        return gram
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._panels.dtype
+
+    @staticmethod
+    def bytes(size: int, dtype: torch.dtype) -> int:
+        """Return the memory that the Gram matrix of `size` atoms takes."""
+        return size * size * dtype.itemsize
+
+    def append(self, cross: Float[Tensor, "new size"], own: Float[Tensor, "new new"]) -> None:
+        """Add new atoms, given their inner products with the present atoms and with each other."""
+        start, stop = self.size, self.size + len(own)
+        if stop > self.capacity:
+            raise BadInput(
+                f"A Gram matrix for {self.capacity} atoms has {start}; {len(own)} more do not fit. Create it with more capacity."
+            )
+        for panel, (low, high) in enumerate(self._spans(stop)):
+            block = self._panels[panel]
+            old = min(high, start)
+            if low < old:
+                block[start:stop, : old - low] = cross[:, low:old]
+            new = max(low, start)
+            if new < high:
+                block[start:stop, new - low : high - low] = own[:, new - start : high - start]
+                block[:start, new - low : high - low] = cross[new - start : high - start].T
+        self.size = stop
+
+    def truncate(self, size: int) -> None:
+        """Remove the atoms after the first `size`."""
+        self.size = min(self.size, size)
+
+    def rows(self, atoms: Int[Tensor, " atom"]) -> Float[Tensor, "atom size"]:
+        """Return the rows of `atoms`."""
+        parts = [self._panels[panel, atoms, : high - low] for panel, (low, high) in enumerate(self._spans(self.size))]
+        return torch.cat(parts, 1)
+
+    def between(self, atoms: Int[Tensor, " token"], others: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
+        """Return the inner product of each token's atom with each of its `others`."""
+        positions = (others // self.panel * self.capacity + atoms[:, None]) * self.panel + others % self.panel
+        return self._panels.take(positions)
+
+    def subtract(
+        self, scores: Float[Tensor, "token size"], atoms: Int[Tensor, "token slot"], weights: Float[Tensor, "token slot"]
+    ) -> None:
+        """Subtract `weights @ gram[atoms]` from `scores`, in place."""
+        count, slots = atoms.shape
+        weights = weights.to(self.dtype).reshape(-1)
+        atoms, starts = atoms.reshape(-1), torch.arange(0, count * slots, slots, device=atoms.device)
+        for panel, (low, high) in enumerate(self._spans(self.size)):
+            part = torch.embedding_bag(self._panels[panel], atoms, starts, False, 0, False, weights)[0]
+            scores[:, low:high].sub_(part[:, : high - low])
+
+    def _spans(self, size: int) -> list[tuple[int, int]]:
+        """Return the first column of every panel in use, and the column after its last."""
+        return [(low, min(low + self.panel, size)) for low in range(0, size, self.panel)]
 
 
 class WeightChange(NamedTuple):
-    """A change of weights."""
+    """What a round adds to the weights."""
 
     atoms: Int[Tensor, "token slot"]
-    change: Float[Tensor, "token slot"]
+    amounts: Float[Tensor, "token slot"]
 
 
 class CandidatePool(NamedTuple):
-    """How a pursuit spares products where no Gram matrix is at hand: near exact, and several times faster."""
+    """How a pursuit without a Gram matrix saves products with all atoms: nearly exact, and several times faster."""
 
     rounds: int = 4
-    """The correlations with all atoms are renewed every so many rounds ..."""
+    """The correlations with all atoms are computed once in so many rounds."""
     atoms: int = 32
-    """... and in between an atom is picked from so many, the best at that time."""
+    """In the rounds between, atoms are picked from so many that correlated best."""
 
 
 class BestAtoms(NamedTuple):
-    """The atom that correlates best with what is left of each signal."""
+    """The atom that correlates best with the residual of each signal."""
 
     atoms: Int[Tensor, " token"]
     correlations: Float[Tensor, " token"]
     """With their signs."""
     merit: Float[Tensor, " token"]
-    """The correlation by which it is the best; negative infinity where every atom is hidden from the signal."""
+    """The number by which atoms are compared; negative infinity if every atom is excluded for the signal."""
 
 
 class Correlations(ABC):
-    """The correlations of one chunk's residuals with the atoms, kept up to date as the weights move."""
+    """The correlations of a chunk of residuals with the atoms, updated as the weights change."""
 
     @abstractmethod
     def best(self, signed: bool) -> BestAtoms:
-        """The largest correlation of every residual, by absolute value where `signed`."""
+        """Return the largest correlation of every residual, by absolute value if `signed`."""
 
     @abstractmethod
     def at(self, support: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
-        """The correlations of every residual with the atoms of its support."""
+        """Return the correlations of every residual with the atoms of its support."""
 
     @abstractmethod
     def between(self, picked: Int[Tensor, " token"], support: Int[Tensor, "token slot"]) -> Float[Tensor, "token slot"]:
-        """The inner products of the atom picked with those of the support."""
+        """Return the inner products of each signal's picked atom with those of its support."""
 
     @abstractmethod
-    def advance(self, moved: WeightChange) -> None:
-        """Take note that the weights moved."""
+    def update(self, change: WeightChange) -> None:
+        """Update the correlations after a change of the weights."""
 
     @abstractmethod
-    def take(self, rows: Int[Tensor, " row"]) -> None:
-        """Go on with these signals alone."""
+    def select(self, rows: Int[Tensor, " row"]) -> None:
+        """Continue with these signals alone."""
 
 
 @final
 class GramCorrelations(Correlations):
-    """All correlations, moved by rows of the Gram matrix: size x support per round, whatever the width."""
+    """All correlations, updated by rows of the Gram matrix: size x support operations per round, whatever the width."""
 
-    def __init__(self, gram: GramMatrix, scores: Float[Tensor, "token size"], hidden: Hidden) -> None:
-        """From the correlations of the whole signals, which are worked on in place."""
-        self._gram, self._scores, self._hidden = gram, scores, hidden
+    def __init__(self, gram: GramMatrix, scores: Float[Tensor, "token size"], excluded: ExcludedAtoms) -> None:
+        """Start from the correlations of the signals, which are changed in place."""
+        self._gram, self._scores, self._excluded = gram, scores, excluded
 
     def best(self, signed: bool) -> BestAtoms:
-        return _largest(self._scores, signed, self._hidden)
+        return _largest(self._scores, signed, self._excluded)
 
     def at(self, support: Tensor) -> Tensor:
         return self._scores.gather(1, support)
@@ -89,23 +211,28 @@ class GramCorrelations(Correlations):
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._gram.between(picked, support).to(self._scores.dtype)
 
-    def advance(self, moved: WeightChange) -> None:
-        self._gram.subtract(self._scores, moved.atoms, moved.change)
+    def update(self, change: WeightChange) -> None:
+        self._gram.subtract(self._scores, change.atoms, change.amounts)
 
-    def take(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         self._scores = self._scores[rows]
-        self._hidden = None if self._hidden is None else self._hidden[rows]
+        self._excluded = None if self._excluded is None else self._excluded[rows]
 
 
 @final
 class ProductCorrelations(Correlations):
-    """All correlations by a product with the residual, in every round or, with a pool, every few."""
+    """All correlations, by a product with the residual in every round, or once in several rounds with a pool."""
 
     def __init__(
-        self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, pool: CandidatePool | None, hidden: Hidden
+        self,
+        rows: Float[Tensor, "size width"],
+        signals: Tensor,
+        scores: Tensor,
+        pool: CandidatePool | None,
+        excluded: ExcludedAtoms,
     ) -> None:
-        """From the correlations of the whole `signals`."""
-        self._rows, self._residual, self._scores, self._hidden = rows, signals.clone(), scores, hidden
+        """Start from the correlations of the `signals`."""
+        self._rows, self._residual, self._scores, self._excluded = rows, signals.clone(), scores, excluded
         self._pool = pool if pool is not None and pool.rounds > 1 and pool.atoms < len(rows) else None
         self._round = 0
         self._members: Tensor | None = None
@@ -113,18 +240,18 @@ class ProductCorrelations(Correlations):
 
     def best(self, signed: bool) -> BestAtoms:
         if self._pool is not None and self._members is None:
-            self._choose(self._pool, signed)
-        best = _largest(self._scores, signed, self._hidden if self._members is None else None)
+            self._fill(self._pool, signed)
+        best = _largest(self._scores, signed, self._excluded if self._members is None else None)
         return best if self._members is None else best._replace(atoms=self._members.gather(1, best.atoms[:, None])[:, 0])
 
     def at(self, support: Tensor) -> Tensor:
-        return self._dots(support, self._residual)
+        return self._dot_products(support, self._residual)
 
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
-        return self._dots(support, self._rows[picked])
+        return self._dot_products(support, self._rows[picked])
 
-    def advance(self, moved: WeightChange) -> None:
-        self._residual -= bag(Codes(moved.change, moved.atoms), self._rows)
+    def update(self, change: WeightChange) -> None:
+        self._residual -= sparse_matmul(Codes(change.amounts, change.atoms), self._rows)
         self._round += 1
         if self._member_rows is not None and self._pool is not None and self._round % self._pool.rounds:
             self._scores = torch.einsum("tmw,tw->tm", self._member_rows, self._residual)
@@ -132,66 +259,70 @@ class ProductCorrelations(Correlations):
             self._members = self._member_rows = None
             self._scores = product(self._residual, self._rows)
 
-    def take(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         self._residual, self._scores = self._residual[rows], self._scores[rows]
-        self._hidden = None if self._hidden is None else self._hidden[rows]
+        self._excluded = None if self._excluded is None else self._excluded[rows]
         if self._members is not None and self._member_rows is not None:
             self._members, self._member_rows = self._members[rows], self._member_rows[rows]
 
-    def _choose(self, pool: CandidatePool, signed: bool) -> None:
-        merit = _merit(self._scores, signed, self._hidden)
+    def _fill(self, pool: CandidatePool, signed: bool) -> None:
+        """Fill the pool with the atoms that correlate best now."""
+        merit = _merit(self._scores, signed, self._excluded)
         self._members = merit.topk(pool.atoms, sorted=False).indices
         self._member_rows = self._rows[self._members]
-        shown = merit.gather(1, self._members) > -torch.inf
-        self._scores = torch.where(shown, self._scores.gather(1, self._members), 0)
-        self._member_rows *= shown[:, :, None]
+        allowed = merit.gather(1, self._members) > -torch.inf
+        self._scores = torch.where(allowed, self._scores.gather(1, self._members), 0)
+        self._member_rows *= allowed[:, :, None]
 
-    def _dots(self, support: Tensor, vectors: Tensor) -> Tensor:
-        """The inner product of each token's vector with each atom of its support."""
+    def _dot_products(self, support: Tensor, vectors: Tensor) -> Tensor:
+        """Return the inner products of each token's vector with the atoms of its support."""
         count, slots = support.shape
         tokens = torch.arange(count, device=support.device).repeat_interleave(slots)
-        return dots(self._rows, support.contiguous().view(-1), vectors, tokens).view(count, slots)
+        return dot_products(self._rows, support.contiguous().view(-1), vectors, tokens).view(count, slots)
 
 
 @final
 class AtomSet:
-    """The atoms that a pursuit picks from, and the way to their correlations."""
+    """The atoms that a pursuit picks from."""
 
     def __init__(
         self, rows: Float[Tensor, "size width"], gram: GramMatrix | None = None, pool: CandidatePool | None = None
     ) -> None:
-        """Unit (or zero) `rows`; with their Gram matrix, or else by products, spared by a `pool` where one is given."""
+        """Use `rows` of norm one (or zero); a `pool` only matters without their Gram matrix."""
         self.rows, self.gram, self.pool = rows, gram, pool
 
     @property
     def size(self) -> int:
         return len(self.rows)
 
-    def begin(
-        self, signals: Float[Tensor, "token width"], known: Float[Tensor, "token size"] | None = None, hidden: Hidden = None
+    def correlations(
+        self,
+        signals: Float[Tensor, "token width"],
+        scores: Float[Tensor, "token size"] | None = None,
+        excluded: ExcludedAtoms = None,
     ) -> Correlations:
-        """The correlations of `signals` with all atoms, at the beginning of a walk; `known` ones are copied."""
-        scores = product(signals, self.rows) if known is None else known.clone()
+        """Return the correlations of `signals` with all atoms; `scores` are a copy of these, where they are known already."""
+        scores = product(signals, self.rows) if scores is None else scores.clone()
         if self.gram is not None:
-            return GramCorrelations(self.gram, scores, hidden)
-        return ProductCorrelations(self.rows, signals, scores, self.pool, hidden)
+            return GramCorrelations(self.gram, scores, excluded)
+        return ProductCorrelations(self.rows, signals, scores, self.pool, excluded)
 
 
-def _merit(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> Float[Tensor, "token atom"]:
-    """By what atoms are compared."""
+def _merit(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms) -> Float[Tensor, "token atom"]:
+    """Return the numbers by which atoms are compared."""
     merit = scores.abs() if signed else scores
-    if hidden is None:
+    if excluded is None:
         return merit
-    shown = scores.shape[1] - hidden.shape[1]
-    return torch.cat([merit[:, :shown], merit[:, shown:].masked_fill(hidden, -torch.inf)], 1)
+    start = scores.shape[1] - excluded.shape[1]
+    return torch.cat([merit[:, :start], merit[:, start:].masked_fill(excluded, -torch.inf)], 1)
 
 
-def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden = None) -> BestAtoms:
-    """The best of every row, looked for among the best of short blocks: several times faster than along whole rows."""
+def _largest(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms = None) -> BestAtoms:
+    """Return the best atom of every row, searched among the best of short blocks: several times faster than along whole rows."""
     size = scores.shape[1]
-    whole = size - size % BLOCK if hidden is None else (size - hidden.shape[1]) // BLOCK * BLOCK
+    whole = size - size % BLOCK if excluded is None else (size - excluded.shape[1]) // BLOCK * BLOCK
     if not whole:
-        return _largest_of_few(scores, signed, hidden)
+        return _largest_of_few(scores, signed, excluded)
     blocks = scores[:, :whole].unflatten(1, (-1, BLOCK))
     peaks = torch.maximum(blocks.amax(2), -blocks.amin(2)) if signed else blocks.amax(2)
     block = peaks.argmax(1)
@@ -200,14 +331,14 @@ def _largest(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden =
     best = inside._replace(atoms=block * BLOCK + inside.atoms)
     if whole == size:
         return best
-    rest = _largest_of_few(scores[:, whole:], signed, hidden)
+    rest = _largest_of_few(scores[:, whole:], signed, excluded)
     better = rest.merit > best.merit
     return BestAtoms(
         *(torch.where(better, new, old) for new, old in zip(rest._replace(atoms=whole + rest.atoms), best, strict=True))
     )
 
 
-def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, hidden: Hidden) -> BestAtoms:
-    merit = _merit(scores, signed, hidden)
+def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms) -> BestAtoms:
+    merit = _merit(scores, signed, excluded)
     atoms = merit.argmax(1, keepdim=True)
     return BestAtoms(atoms[:, 0], scores.gather(1, atoms)[:, 0], merit.gather(1, atoms)[:, 0])
