@@ -24,7 +24,7 @@ PLACES = (
 EMPTY = (
     "a an the of in on at to with without and or by from for as is are was be being it its that this these those which their "
     "there area areas region regions part parts patch patches spot spots section sections place places highlighted highlight "
-    "highlights image images image images scene scenes mostly often usually some all any both each one two several various "
+    "highlights picture pictures image images scene scenes mostly often usually some all any both each one two several various "
     "especially where along within across into"
 )
 SURFACE, NOTHING = frozenset(f"{COLOURS} {PLACES}".split()), frozenset(EMPTY.split())

@@ -22,7 +22,7 @@ from difflex.miniature.world import (
     uniform,
 )
 
-GLUE = ("a", "and", "at", "on", "the", "in", "of", "with", "image", "style", "above", "below", "to", "drawing", "an")
+GLUE = ("a", "and", "at", "on", "the", "in", "of", "with", "picture", "style", "above", "below", "to", "drawing", "an")
 PLURALS = tuple(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)
 WORDS = tuple(sorted({*SHAPES, *PLURALS, *COLOURS, *TEXTURES, *SIZES, *ROWS, *COLUMNS, *BACKGROUNDS, *STYLES, *COUNTS, *GLUE}))
 """Every word that a caption can hold."""
@@ -139,7 +139,7 @@ def _styled(what: str, style: str, u: float) -> str:
     if u < 0.5:
         return f"{what} {style}"
     if u < 0.75:
-        return f"{style} image of {what}"
+        return f"{style} picture of {what}"  # the word of the captions that mini-flux was trained on
     return f"{what} in {style} style" if u < 0.9 else f"{style} drawing of {what}"
 
 

@@ -88,7 +88,7 @@ def _unsaid(caption: str, group: str) -> str:
     if group == "background":
         caption = re.sub(rf"\bon (?:{names})\b", "", caption)
     elif group == "style":
-        caption = re.sub(rf"\b(?:in (?:{names}) style|(?:{names}) (?:image|drawing) of|(?:{names}))\b", "", caption)
+        caption = re.sub(rf"\b(?:in (?:{names}) style|(?:{names}) (?:picture|drawing) of|(?:{names}))\b", "", caption)
     elif group in OBJECT_GROUPS:
         caption = re.sub(rf"\b(?:{names})\b", "", caption)
         caption = re.sub(r"\ban? +(?=(\w))", lambda found: "an " if found[1] in "aeiou" else "a ", caption)
