@@ -9,7 +9,7 @@ from difflex.cli import main
 from difflex.commands import anatomy as command
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.evaluation.anatomy import Anatomy
-from difflex.study import Study, run_study, steps
+from difflex.study import Study, command_statuses, run_study
 from difflex.testing import tiny_folder
 
 FIGURES = ["norms-image.png", "norms-text.png", "spectra.png"]
@@ -80,17 +80,17 @@ def test_in_a_recipe_it_is_done_once_and_again_when_a_figure_is_gone(model: Path
     times = measured(monkeypatch)
     study = Study(folder=prompts.parent / "study", model=str(model), commands=(asked(model, prompts),))
     run_study(study)
-    assert [step.state for step in steps(study)] == ["done"]
+    assert [status.state for status in command_statuses(study)] == ["done"]
     study.anatomy_figures.joinpath("spectra.png").unlink()
-    assert [step.state for step in steps(study)] == ["to do"]
+    assert [status.state for status in command_statuses(study)] == ["to do"]
     run_study(study)
-    assert [step.state for step in steps(study)] == ["done"] and len(times) == 1
+    assert [status.state for status in command_statuses(study)] == ["done"] and len(times) == 1
 
 
 def test_a_study_of_another_model_is_refused(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
     study = Study.begin(prompts.parent / "study", "mini-flux")
     assert main(["anatomy", str(model), "--prompts", str(prompts), "--out", str(study.folder)]) == 2
-    assert "studies mini-flux, asked is" in capsys.readouterr().err
+    assert "studies mini-flux, not" in capsys.readouterr().err
     assert not study.anatomy.exists()
 
 

@@ -9,16 +9,16 @@ from made_study import begun, evaluated, matched, whole
 
 from difflex.cli import main
 from difflex.errors import BadInput
-from difflex.evaluation.concepts import ConfidenceInterval
-from difflex.report import read
-from difflex.report.comparison import StudyComparison, compare, in_words, write_comparison
+from difflex.evaluation.concepts.results import ConfidenceInterval
+from difflex.report import read_facts
+from difflex.report.comparison import StudyComparison, compare, describe, write_comparison
 from difflex.study import Study
 
 
 def diary(study: Study, *commands: tuple[str, dict[str, object]]) -> None:
     """Writes what was run in `study`."""
-    entries = [{"verb": verb, "flags": flags, "made": [], "seconds": 1.0} for verb, flags in commands]
-    (study.folder / "run.json").write_text(json.dumps({"format": 1, "commands": entries}))
+    entries = [{"verb": verb, "flags": flags, "outputs": [], "seconds": 1.0} for verb, flags in commands]
+    (study.folder / "run.json").write_text(json.dumps({"format": 2, "commands": entries}))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def two(tmp_path: Path) -> tuple[Study, Study]:
 
 
 def compared(two: tuple[Study, Study]) -> StudyComparison:
-    return compare(*map(read, two))
+    return compare(*map(read_facts, two))
 
 
 def test_what_was_asked_differently_is_found_and_nothing_else(two: tuple[Study, Study]):
@@ -62,7 +62,7 @@ def test_a_difference_is_that_of_the_second_less_the_first(two: tuple[Study, Stu
     assert found["double.1/topk-1024-k8", "dead"].difference == pytest.approx(-100 / 1024)
     assert found["double.1/topk-512-k8", "FVU"].difference == 0
     assert found["double.1/topk-1024-k8", "v / mean"].difference is None
-    other_way = {(e.pair.name, e.column.name): e for e in compare(*map(read, reversed(two))).figured}
+    other_way = {(e.pair.name, e.column.name): e for e in compare(*map(read_facts, reversed(two))).figured}
     assert other_way["double.1/topk-1024-k8", "FVU"].difference == pytest.approx(0.1)
 
 
@@ -104,7 +104,7 @@ def test_the_command_says_it_and_writes_a_page_by_itself(
 
 def test_a_measure_that_one_study_has_is_told_of_both(two: tuple[Study, Study], tmp_path: Path):
     evaluated(two[1], "double.1/topk-512-k8", alike={"lpips": 0.0625})
-    found = compare(read(two[0]), read(two[1]))
+    found = compare(read_facts(two[0]), read_facts(two[1]))
     told = {each.pair.name: (each.one, each.other) for each in found.figured if each.column.name == "lpips"}
     assert told["double.1/topk-512-k8"] == (None, 0.0625)
     assert "0.0625" in write_comparison(found, tmp_path / "page.html").read_text()
@@ -113,7 +113,7 @@ def test_a_measure_that_one_study_has_is_told_of_both(two: tuple[Study, Study], 
 def test_studies_of_two_models_may_be_compared(two: tuple[Study, Study], tmp_path: Path):
     third = begun(tmp_path / "third", model="OWNER/NAME", revision="abc")
     evaluated(third, "double.1/topk-512-k8", fvu=0.9)
-    found = compare(read(two[0]), read(third))
+    found = compare(read_facts(two[0]), read_facts(third))
     assert [tuple(line) for line in found.asked[:2]] == [
         ("study", "model", "mini-flux", "OWNER/NAME"),
         ("study", "revision", "not given", "abc"),
@@ -123,12 +123,12 @@ def test_studies_of_two_models_may_be_compared(two: tuple[Study, Study], tmp_pat
 
 def test_studies_of_one_name_are_told_apart(tmp_path: Path):
     one, other = begun(tmp_path / "a" / "study"), begun(tmp_path / "b" / "study")
-    assert compare(read(one), read(other)).names == ("a/study", "b/study")
+    assert compare(read_facts(one), read_facts(other)).names == ("a/study", "b/study")
 
 
 def test_studies_that_share_nothing_are_compared_all_the_same(tmp_path: Path):
-    found = compare(read(begun(tmp_path / "one")), read(begun(tmp_path / "other")))
-    assert "asked: the same of both" in in_words(found) and "dictionaries in both: 0" in in_words(found)
+    found = compare(read_facts(begun(tmp_path / "one")), read_facts(begun(tmp_path / "other")))
+    assert "asked: the same of both" in describe(found) and "dictionaries in both: 0" in describe(found)
     page = write_comparison(found, tmp_path / "page.html").read_text()
     assert page.count("Not here yet") == 2
 
@@ -136,7 +136,7 @@ def test_studies_that_share_nothing_are_compared_all_the_same(tmp_path: Path):
 def test_the_same_study_twice_is_refused(two: tuple[Study, Study], tmp_path: Path):
     (tmp_path / "link").symlink_to(two[0].folder)
     with pytest.raises(BadInput, match="the same study"):
-        compare(read(two[0]), read(Study.open(tmp_path / "link")))
+        compare(read_facts(two[0]), read_facts(Study.open(tmp_path / "link")))
 
 
 @pytest.mark.parametrize(
@@ -159,5 +159,5 @@ def test_a_whole_study_can_be_compared_with_one_inside_it(tmp_path: Path):
     control = begun(study.folder / "untrained", "mini-flux", "untrained-0")
     evaluated(control, "double.1/topk-1024-k16", fvu=0.9)
     matched(control, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
-    found = compare(read(study), read(control))
+    found = compare(read_facts(study), read_facts(control))
     assert found.names == ("study", "untrained") and len(found.pairs) == 1 and found.detected[0].coverage.value < 0

@@ -81,14 +81,14 @@ def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: lis
         [each.estimate.bytes or 0 for each in plan(study, RATE, estimate)],
     )
     assert sum(expected) == pytest.approx(sum(found), rel=0.1)
-    verbs = [each.step.entry.verb for each in before]
+    verbs = [each.status.record.verb for each in before]
     for verb, size, there in zip(verbs, expected, found, strict=True):
         if verb in ("harvest", "train"):
             assert size == pytest.approx(there, rel=0.1), verb
 
 
 def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[PlannedCommand]):
-    told = {each.step.entry.verb: each.estimate for each in before}
+    told = {each.status.record.verb: each.estimate for each in before}
     assert told["harvest"].sites == ("double.1", "double.1:neurons")
     assert told["harvest"].tokens == 2 * 1200 * 2 * 24  # sites x prompts x steps x tokens
     assert told["evaluate"].tokens == pytest.approx(7 * 0.1 * 1200 * 2 * 24, rel=0.2)
@@ -97,10 +97,10 @@ def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[Pla
 
 def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[PlannedCommand]):
     for told, now in zip(before, plan(study, RATE, estimate), strict=True):
-        assert told.step.state == "to do" and told.estimate.seconds != now.estimate.seconds
-        assert now.step.state == "done" and now.estimate.seconds == now.step.entry.seconds
-    (train, *_) = [each for each in plan(study, RATE, estimate) if each.step.entry.verb == "train"]
-    files = [path for folder in train.step.entry.made for path in (study.folder / folder).rglob("*") if path.is_file()]
+        assert told.status.state == "to do" and told.estimate.seconds != now.estimate.seconds
+        assert now.status.state == "done" and now.estimate.seconds == now.status.record.seconds
+    (train, *_) = [each for each in plan(study, RATE, estimate) if each.status.record.verb == "train"]
+    files = [path for folder in train.status.record.outputs for path in (study.folder / folder).rglob("*") if path.is_file()]
     assert train.estimate.bytes == sum(path.stat().st_size for path in files)
     assert "about" not in plan_table(plan(study, RATE, estimate)) and "about" in plan_table(before)
 

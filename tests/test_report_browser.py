@@ -40,8 +40,8 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
         alike={"clip:openai/clip-vit-large-patch14-336": 0.987, "lpips": 0.031},
     )
     flags = {"study": ".", "dictionary": [f"double.2/topk-512-k{k}-standardise-lr0.0002-seed1" for k in (8, 16, 32)]}
-    entry = {"verb": "evaluate", "flags": flags, "made": [], "seconds": 172_800.0, "done": "2026-11-21T13:31:25+00:00"}
-    (study.folder / "run.json").write_text(json.dumps({"format": 1, "recipe": "mini_full", "commands": [entry] * 3}))
+    entry = {"verb": "evaluate", "flags": flags, "outputs": [], "seconds": 172_800.0, "finished": "2026-11-21T13:31:25+00:00"}
+    (study.folder / "run.json").write_text(json.dumps({"format": 2, "recipe": "mini_full", "commands": [entry] * 3}))
     return write_report(study, control(root / "control"))[0]
 
 

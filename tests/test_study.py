@@ -1,4 +1,4 @@
-"""The study folder: begun once, of one model, recognised again."""
+"""The study folder: begun once, for one model, and opened again."""
 
 import json
 from pathlib import Path
@@ -10,22 +10,22 @@ from difflex.records import Site
 from difflex.study import Study
 
 
-def test_a_study_that_was_begun_is_opened_again(tmp_path: Path):
-    begun = Study.begin(tmp_path / "new" / "study", "mini-flux")
-    assert Study.open(begun.folder) == begun == Study.begin(begun.folder, "mini-flux")
-    assert next(iter(json.loads((begun.folder / "study.json").read_text()))) == "format"
-    assert [path.name for path in begun.folder.iterdir()] == ["study.json"]
+def test_a_study_that_exists_is_opened(tmp_path: Path):
+    study = Study.begin(tmp_path / "new" / "study", "mini-flux")
+    assert Study.open(study.folder) == study == Study.begin(study.folder, "mini-flux")
+    assert next(iter(json.loads((study.folder / "study.json").read_text()))) == "format"
+    assert [path.name for path in study.folder.iterdir()] == ["study.json"]
 
 
-def test_a_study_is_about_one_model(tmp_path: Path):
+def test_a_study_has_one_model(tmp_path: Path):
     Study.begin(tmp_path, "OWNER/NAME", "abc")
     for model, revision in (("mini-flux", None), ("OWNER/NAME", "def"), ("OWNER/NAME", None)):
-        with pytest.raises(StaleWork, match="studies OWNER/NAME@abc, asked is"):
+        with pytest.raises(StaleWork, match="studies OWNER/NAME@abc, not"):
             Study.begin(tmp_path, model, revision)
 
 
-def test_a_study_that_is_planned_is_not_yet_there(tmp_path: Path):
-    study = Study.planned(tmp_path / "study", "mini-flux")
+def test_a_planned_study_is_not_written(tmp_path: Path):
+    study = Study.open_or_plan(tmp_path / "study", "mini-flux")
     assert not study.folder.exists()
     study.write()
     assert Study.open(study.folder) == study
@@ -34,14 +34,14 @@ def test_a_study_that_is_planned_is_not_yet_there(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('{"format": 2, "model": "x"}', "format 2; this difflex reads format 1"),
+        ('{"format": 2, "model": "x"}', "format 2; this version of difflex reads format 1"),
         ('{"format": 1, "mo', "not JSON"),
         ("[]", "format None"),
         ('{"format": 1, "model": "x", "modle": 1}', "entry 'modle'"),
         ('{"format": 1}', "does not name a model"),
     ],
 )
-def test_a_study_file_that_is_not_ours_is_named(tmp_path: Path, text: str, complaint: str):
+def test_a_damaged_or_foreign_study_file_is_named_in_the_error(tmp_path: Path, text: str, complaint: str):
     (tmp_path / "study.json").write_text(text)
     for work in (lambda: Study.open(tmp_path), lambda: Study.begin(tmp_path, "x")):
         with pytest.raises(BrokenFile, match=complaint):
@@ -49,26 +49,26 @@ def test_a_study_file_that_is_not_ours_is_named(tmp_path: Path, text: str, compl
     assert (tmp_path / "study.json").read_text() == text
 
 
-def test_a_folder_without_a_study_is_said(tmp_path: Path):
+def test_a_folder_without_a_study_is_an_error(tmp_path: Path):
     with pytest.raises(UnknownName, match="difflex harvest begins one"):
         Study.open(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="Name a folder that you may write"):
         Study.begin(tmp_path / "file" / "study", "x")
 
 
-def test_every_artifact_has_its_place(tmp_path: Path):
+def test_every_file_has_its_path(tmp_path: Path):
     study, site = Study.begin(tmp_path, "x"), Site("double.1", "update", "text")
-    places = {
+    paths = {
         study.activations / site.folder: "activations/double.1+update+text",
         study.dictionary(site, "topk-64-k4"): "dictionaries/double.1+update+text/topk-64-k4",
         study.evaluation(site, "topk-64-k4"): "evaluation/double.1+update+text/topk-64-k4.json",
         study.book(site, "topk-64-k4"): "books/double.1+update+text/topk-64-k4.sqlite",
     }
-    assert {str(place.relative_to(tmp_path)) for place in places} == set(places.values())
+    assert {str(path.relative_to(tmp_path)) for path in paths} == set(paths.values())
 
 
 def test_the_stores_of_a_study_are_found_by_site(tmp_path: Path):

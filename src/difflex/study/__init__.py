@@ -1,17 +1,16 @@
-"""The study: a model, a folder with everything that is known about it, the commands to run there, and the runner."""
+"""The study: a folder with everything that is known about one model, the commands to run in it, and their runner."""
 
-from difflex.study.run import CommandRecord, StudyStep, diary, recipe_of, run_study, steps
-from difflex.study.study import GROWING, Command, DictionaryRef, Study
+from difflex.study.run import CommandRecord, CommandStatus, command_statuses, read_log, recipe_name, run_study
+from difflex.study.study import Command, DictionaryRef, Study
 
 __all__ = [
-    "GROWING",
     "Command",
     "CommandRecord",
+    "CommandStatus",
     "DictionaryRef",
     "Study",
-    "StudyStep",
-    "diary",
-    "recipe_of",
+    "command_statuses",
+    "read_log",
+    "recipe_name",
     "run_study",
-    "steps",
 ]

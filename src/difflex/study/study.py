@@ -1,39 +1,38 @@
-"""The study: a model, a folder with everything that is known of it, and what is to be done there."""
+"""`Study`: the folder of one model, where each of its files is, and the commands to run in it."""
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
 
 from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import write_json
+from difflex.files import read_json, write_json
 from difflex.records import Site
 
-__all__ = ["GROWING", "Command", "DictionaryRef", "Study"]
+__all__ = ["Command", "DictionaryRef", "Study"]
 
 FORMAT = 1
-CARD = "study.json"
-ACTIVATIONS = "activations"
+STUDY_FILE = "study.json"
 GROWING = "growing-"
-"""What the folder of a dictionary begins with until its size, and so its name, is known."""
+"""The first part of the folder name of a dictionary whose size, and so its name, is not known yet."""
+ADVICE = "Delete it and harvest again into the folder."
 
 
 class Command(ABC):
-    """A piece of work as plain data: a frozen dataclass whose fields are the flags of a verb on the command line."""
+    """A command as plain data: a frozen dataclass whose fields are the flags of a verb on the command line."""
 
     @abstractmethod
     def __call__(self) -> Sequence[Path] | None:
-        """What was made, if it is of the kind that stays in a study; does the work, says what came of it."""
+        """Run the command, print the results, and return the files that it made in a study."""
 
 
 class DictionaryRef(NamedTuple):
-    """Where in a study a dictionary is."""
+    """A dictionary of a study, by name."""
 
     site: Site
     label: str
@@ -45,144 +44,119 @@ class DictionaryRef(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A folder with everything that is known of one model."""
+    """A folder with everything that is known about one model."""
 
     folder: Path
     model: str
-    """The model that is studied: one a study, as dictionaries are named by their site alone."""
+    """A study has one model, since dictionaries are named by their site alone."""
     revision: str | None = None
     difflex: str = __version__
     """The version that began the study."""
     commands: tuple[Command, ...] = ()
-    """What is to be done in it, in this order."""
+    """The commands to run in it, in this order."""
 
     @classmethod
     def begin(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
-        """The study of `model` in `folder`, which may have been begun before."""
-        study = cls.planned(folder, model, revision)
+        """Begin the study of `model` in `folder`, or open it if it exists."""
+        study = cls.open_or_plan(folder, model, revision)
         study.write()
         return study
 
     @classmethod
-    def planned(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
-        """The study of `model` in `folder`, not yet written if it was not begun before."""
+    def open_or_plan(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
+        """Open the study of `model` in `folder`; a new study is not written yet."""
         folder = Path(folder)
-        if (folder / CARD).is_file():
+        if (folder / STUDY_FILE).is_file():
             study = cls.open(folder)
-            study._is_about(model, revision)
+            study._check_model(model, revision)
             return study
         return cls(folder=folder, model=model, revision=revision)
 
+    @classmethod
+    def open(cls, folder: Path | str) -> Study:
+        """Open the study in `folder`."""
+        path = Path(folder) / STUDY_FILE
+        if not path.is_file():
+            raise UnknownName(f"{folder} is not a study: it has no {STUDY_FILE}. difflex harvest begins one.")
+        entries = read_json(path, FORMAT, ADVICE, header=True)
+        fields = {name: entries[name] for name in ("difflex", "model", "revision") if name in entries}
+        unknown = sorted(entries.keys() - fields.keys() - {"format"})
+        if unknown or "model" not in fields:
+            problem = f"holds the entry '{unknown[0]}', which is unknown" if unknown else "does not name a model"
+            raise BrokenFile(f"{path} {problem}. {ADVICE}")
+        return cls(folder=Path(folder), **fields)
+
     def prepare(self) -> None:
-        """Nothing; the folder is there, and holds no study of another model."""
-        if (self.folder / CARD).is_file():
-            there = Study.open(self.folder)
-            there._is_about(self.model, self.revision or there.revision)  # a recipe need not know the revision
+        """Make the folder, and check that it holds no study of another model."""
+        if (self.folder / STUDY_FILE).is_file():
+            study = Study.open(self.folder)
+            study._check_model(self.model, self.revision or study.revision)  # a recipe need not know the revision
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
+            raise self._cannot_write(error) from error
 
     def write(self) -> None:
-        """Nothing; the study is begun, if it was not before."""
+        """Write the study file if the folder has none."""
         self.prepare()
-        if (self.folder / CARD).is_file():
+        if (self.folder / STUDY_FILE).is_file():
             return
         try:
-            write_json(self.folder / CARD, FORMAT, {"model": self.model, "revision": self.revision})
+            write_json(self.folder / STUDY_FILE, FORMAT, {"model": self.model, "revision": self.revision})
         except OSError as error:
-            raise BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.") from error
+            raise self._cannot_write(error) from error
 
-    @classmethod
-    def open(cls, folder: Path | str) -> Study:
-        """The study in `folder`."""
-        path = Path(folder) / CARD
-        if not path.is_file():
-            raise UnknownName(f"{folder} is not a study: it has no {CARD}. difflex harvest begins one.")
-        try:
-            said = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BrokenFile(
-                f"{path} is not JSON ({error}): it is damaged. Delete it and harvest again into the folder."
-            ) from error
-        found = said.get("format") if isinstance(said, Mapping) else None
-        if found != FORMAT:
-            raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
-        known = {name: said[name] for name in ("difflex", "model", "revision") if name in said}
-        unknown = sorted(said.keys() - known.keys() - {"format"})
-        if unknown or "model" not in known:
-            what = f"holds the entry '{unknown[0]}', which is unknown" if unknown else "does not name a model"
-            raise BrokenFile(f"{path} {what}. Delete it and harvest again into the folder.")
-        return cls(folder=Path(folder), **known)
+    def _cannot_write(self, error: OSError) -> BadInput:
+        return BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.")
 
-    def _is_about(self, model: str, revision: str | None) -> None:
-        """Nothing; to go on with another model is an error."""
+    def _check_model(self, model: str, revision: str | None) -> None:
+        """Raise an error for another model than that of the study."""
         if (self.model, self.revision) != (model, revision):
             raise StaleWork(
-                f"{self.folder} studies {_named(self.model, self.revision)}, asked is {_named(model, revision)}. "
-                "Name another folder: a study is about one model."
+                f"{self.folder} studies {_model_name(self.model, self.revision)}, not {_model_name(model, revision)}. "
+                "Name another folder: a study has one model."
             )
 
     @property
     def activations(self) -> Path:
-        """The folder of the stores, one folder for each site."""
-        return self.folder / ACTIVATIONS
+        """The folder of the stores, with one folder per site."""
+        return self.folder / "activations"
 
     def stores(self) -> dict[Site, Path]:
-        """The folders of the stores that are there, by site."""
-        # Not by their manifests: one that has lost it is broken, and must not go unnoticed.
+        """Return the folders of the stores by site."""
+        # Any file counts, not the manifest alone: a store that has lost it is broken and must be noticed.
         folders = sorted({path.parent for ending in ("json", "safetensors") for path in self.activations.glob(f"*/*.{ending}")})
-        return {Site.parse(folder.name.replace("+", ":")): folder for folder in folders}
+        return {_parse_site(folder): folder for folder in folders}
 
     def dictionary(self, site: Site, label: str) -> Path:
         """The folder of a dictionary."""
         return self.folder / "dictionaries" / site.folder / label
 
+    def growing_dictionary(self, site: Site, name: str) -> Path:
+        """The folder of a dictionary until its size, and so its label, is known."""
+        return self.dictionary(site, GROWING + name)
+
     def dictionaries(self) -> list[DictionaryRef]:
-        """The finished dictionaries, numbers in their names in the order of numbers."""
+        """Return the finished dictionaries, sorted by name with numbers in numerical order."""
         folders = (path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
-        places = [DictionaryRef(Site.parse(folder.parent.name.replace("+", ":")), folder.name) for folder in folders]
-        finished = [place for place in places if not place.label.startswith(GROWING)]
-        return sorted(finished, key=lambda place: [part.zfill(12) for part in re.split(r"(\d+)", str(place))])
+        names = [DictionaryRef(_parse_site(folder.parent), folder.name) for folder in folders]
+        finished = [name for name in names if not name.label.startswith(GROWING)]
+        return sorted(finished, key=lambda name: [part.zfill(12) for part in re.split(r"(\d+)", str(name))])
 
-    def named(self, name: str) -> DictionaryRef:
-        """The dictionary called `name`: SITE/LABEL, or the site alone where it has one dictionary."""
-        known = self.dictionaries()
-        there = [place for place in known if name in (str(place), str(place.site))]
-        if len(there) == 1:
-            return there[0]
-        if there:
-            raise BadInput(f"{there[0].site} has {len(there)} dictionaries. Name one of them: {', '.join(map(str, there))}.")
-        raise UnknownName.among("The dictionary", name, map(str, known), "difflex train and difflex itda make dictionaries.")
-
-    def scales(self, site: Site, label: str) -> Path:
-        """The file with the units that a dictionary's features are steered by."""
-        return self.folder / "steering" / "scales" / site.folder / f"{label}.safetensors"
-
-    def steering(self, site: Site, label: str) -> Path:
-        """The file that says what comes of steering with a dictionary's features."""
-        return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
-
-    def removal(self, places: Sequence[DictionaryRef]) -> Path:
-        """The file that says what comes of removing concepts with the features of these dictionaries, all at once."""
-        sites, labels = ",".join(place.site.folder for place in places), [place.label for place in places]
-        name = labels[0] if len(set(labels)) == 1 else ",".join(labels)
-        return self.folder / "steering" / "removal" / sites / f"{name}.json"
-
-    def removals(self) -> list[Path]:
-        """The files of that kind that are there."""
-        return sorted((self.folder / "steering" / "removal").glob("*/*.json"))
-
-    def findings(self, site: Site) -> Path:
-        """The file that says what experiments with steering at a site found."""
-        return self.folder / "steering" / "findings" / f"{site.folder}.json"
-
-    def contrast(self, name: str) -> Path:
-        """The file of a direction found by contrast."""
-        return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
+    def find_dictionary(self, name: str) -> DictionaryRef:
+        """Return the dictionary SITE/LABEL, or that of a site with a single one."""
+        dictionaries = self.dictionaries()
+        matches = [ref for ref in dictionaries if name in (str(ref), str(ref.site))]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = ", ".join(map(str, matches))
+            raise BadInput(f"{matches[0].site} has {len(matches)} dictionaries. Name one of them: {names}.")
+        advice = "difflex train and difflex itda make dictionaries."
+        raise UnknownName.among("The dictionary", name, map(str, dictionaries), advice)
 
     def evaluation(self, site: Site, label: str) -> Path:
-        """The file with a dictionary's figures."""
+        """The file with the evaluation of a dictionary."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"
 
     @property
@@ -192,27 +166,57 @@ class Study:
 
     @property
     def anatomy_figures(self) -> Path:
-        """The folder of the figures of the anatomy."""
+        """The folder with the figures of the anatomy."""
         return self.folder / "anatomy"
 
     def concepts(self, site: Site, label: str) -> Path:
-        """The file that says which known concepts a dictionary's features, or those of what stands beside it, detect."""
+        """The file with the concepts that the features of a dictionary, or of a baseline, detect."""
         return self.folder / "concepts" / site.folder / f"{label}.json"
-
-    @property
-    def images(self) -> Path:
-        """The folder of the images that its books show."""
-        return self.folder / "images"
-
-    @property
-    def explanations(self) -> Path:
-        """The folder of what seeing models answered, and of what came of it."""
-        return self.folder / "explanations"
 
     def book(self, site: Site, label: str) -> Path:
         """The file of a dictionary's book."""
         return self.folder / "books" / site.folder / f"{label}.sqlite"
 
+    @property
+    def images(self) -> Path:
+        """The folder of the images in the books."""
+        return self.folder / "images"
 
-def _named(model: str, revision: str | None) -> str:
+    @property
+    def explanations(self) -> Path:
+        """The folder of the answers of VLMs and their evaluation."""
+        return self.folder / "explanations"
+
+    def scales(self, site: Site, label: str) -> Path:
+        """The file with the units of strength of a dictionary's features."""
+        return self.folder / "steering" / "scales" / site.folder / f"{label}.safetensors"
+
+    def contrast(self, name: str) -> Path:
+        """The file of a contrast direction."""
+        return self.folder / "steering" / "contrasts" / f"{name}.safetensors"
+
+    def steering(self, site: Site, label: str) -> Path:
+        """The file with the results of steering with a dictionary's features."""
+        return self.folder / "steering" / "judged" / site.folder / f"{label}.json"
+
+    def removal(self, refs: Sequence[DictionaryRef]) -> Path:
+        """The file with the results of removing concepts with the features of several dictionaries at once."""
+        sites, labels = ",".join(ref.site.folder for ref in refs), [ref.label for ref in refs]
+        name = labels[0] if len(set(labels)) == 1 else ",".join(labels)
+        return self.folder / "steering" / "removal" / sites / f"{name}.json"
+
+    def removals(self) -> list[Path]:
+        """Return all files with results of removal."""
+        return sorted((self.folder / "steering" / "removal").glob("*/*.json"))
+
+    def findings(self, site: Site) -> Path:
+        """The file with the findings of steering experiments at a site."""
+        return self.folder / "steering" / "findings" / f"{site.folder}.json"
+
+
+def _parse_site(folder: Path) -> Site:
+    return Site.parse(folder.name.replace("+", ":"))
+
+
+def _model_name(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
