@@ -46,7 +46,7 @@ def test_neurons_of_another_model_stand_in_the_way(study: Study):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("tiny-flux", "other-flux"))
     with pytest.raises(StaleWork, match="of another model") as raised:
         command()
-    assert raised.value.place == folder
+    assert raised.value.path == folder
 
 
 @pytest.mark.parametrize(

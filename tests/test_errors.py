@@ -1,4 +1,4 @@
-"""Every error says what was asked, what was found and what to do."""
+"""Errors say what was asked, what was found and what to do."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from difflex import errors
 from difflex.errors import DifflexError, MissingExtra, UnknownName
 
 
-def test_every_error_is_a_difflex_error_and_drawn_in_the_tree():
+def test_the_tree_shows_every_error_class():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, DifflexError)]
     tree = errors.__doc__ or ""
     assert len(classes) >= 8
-    assert [one.__name__ for one in classes if one.__name__ not in tree] == []
+    assert [error.__name__ for error in classes if error.__name__ not in tree] == []
 
 
 def test_an_unknown_name_shows_its_nearest_neighbours():
@@ -20,7 +20,7 @@ def test_an_unknown_name_shows_its_nearest_neighbours():
     assert "mid.0" not in str(error)
 
 
-def test_a_name_with_no_neighbour_shows_what_is_known_and_the_advice():
+def test_a_name_without_a_neighbour_lists_the_known_names_and_the_advice():
     error = UnknownName.among("The model", "xyzzy", ["mini-flux"], "Name a folder by its path.")
     assert str(error) == "The model 'xyzzy' is unknown; known: mini-flux. Name a folder by its path."
 
@@ -31,7 +31,7 @@ def test_a_long_list_of_known_names_is_cut():
     assert "q12" not in str(error)
 
 
-def test_an_unknown_name_where_none_is_known_says_so():
+def test_an_unknown_name_without_known_ones_says_so():
     assert "none are known" in str(UnknownName.among("The model", "mini", []))
 
 

@@ -1,14 +1,14 @@
-"""The errors a user can meet.
+"""The errors that a user can cause.
 
 DifflexError
-├── UnknownName        a model, site, feature, column ... that is not there; lists what is
+├── UnknownName        a model, site, feature, column ... that does not exist; lists those that do
 ├── BadInput           a value that cannot be used: a size, a file, a strength
-├── BrokenFile         a file of ours, or of a model, that is damaged, truncated or of a foreign format
-├── OutOfMemory        a model or batch that cannot fit; names what would
-├── OutOfSpace         a disk, or a limit set to it, that is too small for what is asked
-├── OutOfBudget        money set aside for calls that does not reach
-├── StaleWork          work on disk that was made from something else than what is asked now
-├── NonFinite          NaN or infinity where numbers are needed; says where it arose
+├── BrokenFile         a file of difflex or of a model that is damaged, truncated or of another format
+├── OutOfMemory        a model or batch that does not fit; names what would
+├── OutOfSpace         a disk, or a limit for it, that is too small
+├── OutOfBudget        a budget for VLM calls that is too small
+├── StaleWork          files that were made from other input or settings than the present ones
+├── NonFinite          NaN or infinity; says where it arose
 └── MissingExtra       an optional package that is not installed; says how to get it
 """
 
@@ -18,15 +18,15 @@ from pathlib import Path
 
 
 class DifflexError(Exception):
-    """What was asked, what was found, what to do: shown by the command line without a traceback."""
+    """An error that says what was asked, what was found and what to do; the command line shows it without a traceback."""
 
 
 class UnknownName(DifflexError, LookupError):
-    """A name that is not among the known ones."""
+    """A name that does not exist."""
 
     @classmethod
     def among(cls, what: str, name: str, known: Iterable[str], advice: str = "") -> "UnknownName":
-        """The error for `name`, with its nearest neighbours among `known` and an advice what to do."""
+        """Make the error for `name`, with its nearest neighbours among `known` and advice what to do."""
         names = list(known)
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         listed = ", ".join(near or names[:12]) + ("" if near or len(names) <= 12 else ", ...")
@@ -39,38 +39,38 @@ class BadInput(DifflexError, ValueError):
 
 
 class BrokenFile(DifflexError):
-    """A damaged, truncated or foreign file."""
+    """A file that is damaged, truncated or of another format."""
 
 
 class OutOfMemory(DifflexError):
-    """A model or a batch that cannot fit in the memory at hand."""
+    """A model or batch that does not fit into memory."""
 
 
 class OutOfSpace(DifflexError):
-    """A disk, or a limit set to it, that is too small."""
+    """A disk, or a limit for it, that is too small."""
 
 
 class OutOfBudget(DifflexError):
-    """A budget for calls that does not reach."""
+    """A budget for VLM calls that is too small."""
 
 
 class StaleWork(DifflexError):
-    """Work on disk made from other input than what is asked now."""
+    """Files that were made from other input or settings than the present ones."""
 
-    def __init__(self, message: str, place: Path | None = None) -> None:
-        """`place` is what stands in the way: without it the work begins anew."""
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        """`path` is the stale file or folder; after its deletion the work can begin anew."""
         super().__init__(message)
-        self.place = place
+        self.path = path
 
 
 class NonFinite(DifflexError):
-    """NaN or infinity where numbers are needed."""
+    """NaN or infinity."""
 
 
 class MissingExtra(DifflexError, ImportError):
-    """An optional package is not installed."""
+    """An optional package that is not installed."""
 
     @classmethod
     def of(cls, package: str, extra: str, purpose: str) -> "MissingExtra":
-        """The error that says which extra brings `package`."""
+        """Make the error that names the extra with `package`."""
         return cls(f"{purpose} needs the package {package}: pip install 'difflex[{extra}]'.")

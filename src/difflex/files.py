@@ -87,10 +87,10 @@ def read_json(path: Path, format: int, advice: str, *, header: bool = False) -> 
         raise BrokenFile(f"{path} is missing. {advice}") from error
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{path} is not JSON ({error}): it is damaged. {advice}") from error
-    found = entries.get("format") if isinstance(entries, dict) else None
-    if found != format:
+    actual = entries.get("format") if isinstance(entries, dict) else None
+    if actual != format:
         raise BrokenFile(
-            f"{path} is of format {found!r}; this version of difflex reads format {format}. "
+            f"{path} is of format {actual!r}; this version of difflex reads format {format}. "
             "Use the version that wrote it, or make it again."
         )
     return entries if header else {name: value for name, value in entries.items() if name not in ("format", "difflex")}

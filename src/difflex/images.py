@@ -1,4 +1,4 @@
-"""Contact sheets: images in a grid, with words beside the rows and above the columns."""
+"""Contact sheets: images in a grid, with labels of rows and columns."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PAPER, INK = "white", "#222222"
 GAP = 8
 LETTERS, LINE = 16, 22
-"""Height of the letters, and from one line to the next."""
+"""Height of letters and of lines, in pixels."""
 MARGIN = 220
-"""The row labels are broken into lines no wider than this."""
+"""The largest width of row labels, which are wrapped."""
 
 
 def contact_sheet(
@@ -25,19 +25,19 @@ def contact_sheet(
     column_labels: Sequence[str],
     side: int = 160,
 ) -> Image.Image:
-    """One image of all `images`, row by row.
+    """Draw `images`, given row by row, as one image.
 
-    Images whose longer side is below `side` are enlarged to at least that, by a whole factor and without smoothing, so that
-    every pixel is seen as it is. A label that does not fit is cut and ends in an ellipsis.
+    Images whose longer side is below `side` are enlarged to at least that, by a whole factor and without smoothing. A label
+    that does not fit is cut and ends in an ellipsis.
     """
     _check([len(row) for row in images], len(row_labels), len(column_labels))
-    rows = [[_enlarged(image, side) for image in row] for row in images]
+    rows = [[_enlarge(image, side) for image in row] for row in images]
     width = max(image.width for row in rows for image in row)
     height = max(image.height for row in rows for image in row)
     font = ImageFont.load_default(LETTERS)
-    captions = [_wrapped(label, font, MARGIN, max(1, height // LINE)) for label in row_labels]
-    titles = [_wrapped(label, font, width, 2) for label in column_labels]
-    left = 2 * GAP + _widest(captions, font)
+    captions = [_wrap(label, font, MARGIN, max(1, height // LINE)) for label in row_labels]
+    titles = [_wrap(label, font, width, 2) for label in column_labels]
+    left = 2 * GAP + _text_width(captions, font)
     top = 2 * GAP + LINE * max(title.count("\n") + 1 for title in titles)
     sheet = Image.new("RGB", (left + len(titles) * (width + GAP), top + len(rows) * (height + GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -54,21 +54,21 @@ def contact_sheet(
 
 def _check(rows: list[int], row_labels: int, column_labels: int) -> None:
     if not rows or not column_labels:
-        raise BadInput("A contact sheet was asked of no images. Give at least one row and one column.")
+        raise BadInput("A contact sheet needs images, but there are no images. Give at least one row and one column.")
     if len(rows) != row_labels or set(rows) != {column_labels}:
         raise BadInput(
-            f"A contact sheet was asked of rows of {rows} images, {row_labels} row labels and {column_labels} column labels. "
-            "Give a label to every row and column, and every row as many images as there are columns."
+            f"The contact sheet has rows of {rows} images, {row_labels} row labels and {column_labels} column labels. "
+            "Give a label for every row and column, and in every row as many images as there are columns."
         )
 
 
-def _enlarged(image: Image.Image, side: int) -> Image.Image:
+def _enlarge(image: Image.Image, side: int) -> Image.Image:
     factor = -(-side // max(image.size))
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, font: Font, width: int, most: int) -> str:
-    """`text` in at most `most` lines that are no wider than `width`."""
+def _wrap(text: str, font: Font, width: int, max_lines: int) -> str:
+    """Break `text` into at most `max_lines` lines that are no wider than `width`."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -76,8 +76,8 @@ def _wrapped(text: str, font: Font, width: int, most: int) -> str:
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > most:
-        lines[most - 1 :] = [lines[most - 1] + "…"]
+    if len(lines) > max_lines:
+        lines[max_lines - 1 :] = [lines[max_lines - 1] + "…"]
     return "\n".join(_cut(line, font, width) for line in lines)
 
 
@@ -87,5 +87,5 @@ def _cut(line: str, font: Font, width: int) -> str:
     return line
 
 
-def _widest(texts: list[str], font: Font) -> int:
+def _text_width(texts: list[str], font: Font) -> int:
     return int(max(font.getlength(line) for text in texts for line in text.split("\n"))) + 1

@@ -1,22 +1,22 @@
-"""Silence for what diffusers and transformers say that a user of difflex is told otherwise, or need not be told."""
+"""Hide messages and progress bars of diffusers and transformers that a user of difflex does not need."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["muted", "quiet", "without_bars"]
+__all__ = ["hide_progress_bars", "mute", "quiet"]
 
 
 @contextmanager
-def muted(*loggers: str) -> Iterator[None]:
-    """The named loggers, but not those below them, say errors only; quicker than `quiet`, which empties logging's caches."""
-    found = [logging.getLogger(name) for name in loggers]
+def mute(*loggers: str) -> Iterator[None]:
+    """Show only errors of the named loggers, not of their children; faster than `quiet`, which clears the caches of `logging`."""
+    named = [logging.getLogger(name) for name in loggers]
     try:
-        for logger in found:
+        for logger in named:
             logger.addFilter(_is_error)
         yield
     finally:
-        for logger in found:
+        for logger in named:
             logger.removeFilter(_is_error)
 
 
@@ -26,34 +26,34 @@ def _is_error(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """The named loggers and those below them say errors only."""
-    found = [logging.getLogger(name) for name in loggers]
-    levels = [logger.level for logger in found]
+    """Show only errors of the named loggers and their children."""
+    named = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in named]
     try:
-        for logger in found:
+        for logger in named:
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(found, levels, strict=True):
+        for logger, level in zip(named, levels, strict=True):
             logger.setLevel(level)
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """diffusers and transformers draw no progress bars."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+def hide_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    drawing = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    enabled = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     try:
-        for library in drawing:
+        for library in enabled:
             library.disable_progress_bar()
         yield
     finally:
-        for library in drawing:
+        for library in enabled:
             library.enable_progress_bar()
 
 
-# Where bitsandbytes is installed diffusers imports it, and it regrets aloud that a kernel for some CPUs cannot be fetched.
+# diffusers imports bitsandbytes if it is installed, which warns that a kernel for some CPUs cannot be fetched.
 with quiet("bitsandbytes"):
     import diffusers.quantizers  # noqa: F401

@@ -1,31 +1,42 @@
-"""Prompts from wherever they are: a list, a file, a folder of files, a data set on the hub."""
+"""Prompts: read from a list, a file, a folder of files or a data set on the hub, and encoded for the denoiser."""
 
 import csv
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, final
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, UnknownName
+from difflex.pipeline.families import Family
+from difflex.quiet import mute
 
-__all__ = ["read_prompts"]
+__all__ = ["PromptEncoder", "read_prompts"]
 
-USUAL = ("prompt", "caption", "text")
-"""Names of columns that are taken without being asked for."""
-HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""What a name on the hub looks like."""
+DEFAULT_COLUMNS = ("prompt", "caption", "text")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CACHE_BYTES = 512 * 2**20
+"""Embeddings to keep: about a hundred prompts of FLUX, enough to encode a prompt once for all its seeds."""
+AHEAD_BYTES = 64 * 2**20
+"""Embeddings to compute ahead: a small text encoder spends most of its time on being called."""
+SPECIAL_TOKENS = 4
+"""The most tokens that a tokenizer adds around a prompt."""
 
 
 def read_prompts(source: str | Path | Iterable[str], column: str | None = None, revision: str | None = None) -> Iterator[str]:
-    """The prompts in `source`, read as they are asked for; the first one at once, so that what is wrong is said at once.
+    """Read the prompts in `source` lazily; the first one at once, so that errors come early.
 
-    A file holds a prompt on each line, or a column: .csv, .json (a list), .jsonl or .parquet. A folder holds such files;
-    OWNER/NAME or OWNER/NAME:COLUMN is a data set on the hub, streamed, pinned by `revision`. What is empty in them is left out.
+    A file holds a prompt on each line, or a column of prompts: .csv, .json (a list), .jsonl or .parquet. A folder holds such
+    files; OWNER/NAME or OWNER/NAME:COLUMN is a data set on the hub, streamed at `revision`. Empty entries are left out.
     Anything else is a list.
     """
     prompts = _prompts(source, column, revision)
@@ -46,9 +57,9 @@ def _prompts(source: str | Path | Iterable[str], column: str | None, revision: s
             )
         read = READERS.get(path.suffix.lower(), _text)
         return filter(None, read(path, column))
-    name, _, asked = str(source).partition(":")
-    if path.is_dir() or (HUB.fullmatch(name) and path.suffix.lower() not in FILES):
-        return filter(None, _dataset(str(path) if path.is_dir() else name, column or asked or None, revision))
+    name, _, name_column = str(source).partition(":")
+    if path.is_dir() or (HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES):
+        return filter(None, _dataset(str(path) if path.is_dir() else name, column or name_column or None, revision))
     raise BadInput(
         f"The file {source} does not exist. Name a file or folder of prompts, or a data set on the hub as OWNER/NAME:COLUMN."
     )
@@ -59,7 +70,7 @@ def _text(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Each line that holds something."""
+    """Yield each line that is not empty."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -72,16 +83,16 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _csv(path: Path, column: str | None) -> Iterator[str]:
     try:
-        # Cells may hold line breaks, which is why lines are handed on as they are.
         rows = csv.DictReader(_raw_lines(path))
-        asked = _column(path, column, rows.fieldnames or ())
+        column = _column(path, column, rows.fieldnames or ())
         for row in rows:
-            yield row[asked] or ""
+            yield row[column] or ""
     except csv.Error as error:
         raise BrokenFile(f"{path} is not a table in CSV ({error}). Look for a quote that is opened and never closed.") from error
 
 
 def _raw_lines(path: Path) -> Iterator[str]:
+    """Yield lines with their line breaks, which may be part of a cell."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             yield from file
@@ -92,48 +103,47 @@ def _raw_lines(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[str]:
-    return _entries(path, column, (_parsed(path, f"entry {number}", line) for number, line in enumerate(_lines(path), 1)))
+    return _entries(path, column, (_parse(path, f"entry {number}", line) for number, line in enumerate(_lines(path), 1)))
 
 
 def _json(path: Path, column: str | None) -> Iterator[str]:
-    entries = _parsed(path, "the file", "\n".join(_lines(path)) or "[]")
+    entries = _parse(path, "the file", "\n".join(_lines(path)) or "[]")
     if not isinstance(entries, list):
         raise BrokenFile(f"{path} holds no list. Write a list of prompts or of objects, or one object a line in a .jsonl file.")
     return _entries(path, column, entries)
 
 
-def _parsed(path: Path, where: str, text: str) -> object:
+def _parse(path: Path, place: str, text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise BrokenFile(f"{path}, {where}, is not JSON ({error}). Write one object on each line of a .jsonl file.") from error
+        raise BrokenFile(f"{path}, {place}, is not JSON ({error}). Write one object on each line of a .jsonl file.") from error
 
 
 def _entries(path: Path, column: str | None, entries: Iterable[object]) -> Iterator[str]:
-    """A prompt of each entry, which is an object or the prompt itself."""
-    asked = None
-    for number, row in enumerate(entries, 1):
-        where = f"{path}, entry {number}"
-        if isinstance(row, Mapping):
-            asked = asked or _column(path, column, row)
-            if asked not in row:
-                raise BrokenFile(f"{where}, has no '{asked}'. Give each the same entries.")
-            row = row[asked]
-        yield _prompt(row, where)
+    """Yield the prompt of each entry, which is an object or the prompt itself."""
+    key = None
+    for number, entry in enumerate(entries, 1):
+        place = f"{path}, entry {number}"
+        if isinstance(entry, Mapping):
+            key = key or _column(path, column, entry)
+            if key not in entry:
+                raise BrokenFile(f"{place}, has no '{key}'. Give all objects the same keys.")
+            entry = entry[key]
+        yield _prompt(entry, place)
 
 
-def _prompt(value: object, where: str) -> str:
-    """The text of an entry; nothing where it is null."""
+def _prompt(value: object, place: str) -> str:
+    """Return the text of an entry; an empty one for null."""
     if value is None or isinstance(value, str):
         return value or ""
-    raise BrokenFile(f"{where}, holds {value!r} where a prompt should be. Write text, or name another column.")
+    raise BrokenFile(f"{place}, holds {value!r} instead of a prompt. Write text, or name another column.")
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
     if path.read_bytes()[:4] != b"PAR1":
-        raise BrokenFile(f"{path} is not a Parquet file: it does not begin like one. Copy or download it again.")
-    load = partial(_datasets().load_dataset, "parquet", data_files=str(path))
-    return _rows(load, path, column)
+        raise BrokenFile(f"{path} is not a Parquet file: its first bytes are not PAR1. Copy or download it again.")
+    return _rows(partial(_datasets().load_dataset, "parquet", data_files=str(path)), path, column)
 
 
 def _dataset(name: str, column: str | None, revision: str | None) -> Iterator[str]:
@@ -141,34 +151,34 @@ def _dataset(name: str, column: str | None, revision: str | None) -> Iterator[st
 
 
 def _rows(load: Callable[..., Any], source: str | Path, column: str | None) -> Iterator[str]:
-    """A column of a streamed data set."""
+    """Yield a column of a streamed data set."""
     try:
         rows = load(split="train", streaming=True)
         first = next(iter(rows), None)
-        asked = None if first is None else _column(source, column, rows.column_names or first)
-        for number, row in enumerate(rows if asked else (), 1):
-            yield _prompt(row[asked], f"{source}, row {number}")
-    # All that datasets raises of its own has one ancestor, beside what the readers of the formats raise.
+        column = None if first is None else _column(source, column, rows.column_names or first)
+        for number, row in enumerate(rows if column else (), 1):
+            yield _prompt(row[column], f"{source}, row {number}")
+    # The errors of datasets have one base class; the readers of the file formats raise the others.
     except (OSError, ValueError, RuntimeError, _datasets().exceptions.DatasetsError) as error:
         if isinstance(error, DifflexError):
             raise
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"The data set '{source}' cannot be read ({what}). Name a folder of files in UTF-8, or OWNER/NAME on the hub."
+            f"The data set '{source}' cannot be read ({reason}). Name a folder of files in UTF-8, or OWNER/NAME on the hub."
         ) from error
 
 
-def _column(source: str | Path, asked: str | None, known: Iterable[str]) -> str:
-    """The column asked for, or the one that is meant where none is asked for."""
-    names = list(known)
-    if asked is not None and asked in names:
-        return asked
-    usual = [name for name in USUAL if name in names] if asked is None else []
-    if usual or (asked is None and len(names) == 1):
-        return usual[0] if usual else names[0]
-    if asked is None:
-        raise BadInput(f"Which column of {source} holds the prompts was not said. It has: {', '.join(names) or 'none'}.")
-    raise UnknownName.among(f"In {source} the column", asked, names)
+def _column(source: str | Path, column: str | None, columns: Iterable[str]) -> str:
+    """Return `column` if it exists; without a name, the only column or the first of the default ones."""
+    names = list(columns)
+    if column is not None:
+        if column in names:
+            return column
+        raise UnknownName.among(f"In {source} the column", column, names)
+    defaults = [name for name in DEFAULT_COLUMNS if name in names]
+    if defaults or len(names) == 1:
+        return defaults[0] if defaults else names[0]
+    raise BadInput(f"The column of {source} that holds the prompts is not given. Its columns are: {', '.join(names) or 'none'}.")
 
 
 def _datasets() -> Any:
@@ -182,6 +192,98 @@ def _datasets() -> Any:
 
 
 READERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
-"""Of files with columns."""
-FILES = (".txt", *READERS)
-"""Endings that no data set on the hub has."""
+"""Files with columns."""
+SUFFIXES = (".txt", *READERS)
+"""Suffixes that no data set on the hub has."""
+
+
+@final
+class PromptEncoder:
+    """The text encoders of a pipeline, with a cache: each prompt is encoded once."""
+
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, text_length: int | None) -> None:
+        self._pipeline = pipeline
+        self._family = family
+        self._text_length = text_length
+        self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
+        """Embeddings by prompt; those of the unconditional half under None."""
+        self._bytes = 0
+        self._device: torch.device | None = None
+        self.encoded = 0
+        """Number of prompts that went through the text encoders."""
+        self.truncated = 0
+        """Number of those that were longer than the text length."""
+
+    def __call__(self, prompts: Sequence[str], guided: bool) -> dict[str, object]:
+        """Return the arguments of the pipeline for `prompts`, and for as many empty prompts if `guided`."""
+        if not self._family.embeds:
+            return {"prompt": list(prompts)}
+        self.encode(prompts)
+        if guided and None not in self._cache:
+            self._keep(None, {name: rows[0] for name, rows in self._encode([""], negative=True).items()})
+        arguments: dict[str, object] = {
+            name: torch.stack([self._cache[prompt][name] for prompt in prompts]) for name in self._cache[prompts[0]]
+        }
+        if guided:
+            arguments |= {name: row.expand(len(prompts), *row.shape).contiguous() for name, row in self._cache[None].items()}
+        return arguments
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encode those of `prompts` that are not cached, and drop the oldest others if the cache is full."""
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache] if self._family.embeds else []
+        if not fresh:
+            return
+        self._warn_of_long(fresh)
+        rows = self._encode(fresh, negative=False)
+        for i, prompt in enumerate(fresh):
+            # A slice would keep the whole batch alive.
+            self._keep(prompt, {name: rows[name][i].clone() for name in rows})
+        self.encoded += len(fresh)
+        for prompt in [prompt for prompt in self._cache if prompt not in {*prompts, None}]:
+            if self._bytes <= CACHE_BYTES:
+                return
+            self._bytes -= sum(row.nbytes for row in self._cache.pop(prompt).values())
+
+    def batches_ahead(self, batch: int) -> int:
+        """Return the number of batches to encode in one call: several if embeddings are small, one until their size is known."""
+        size = next((sum(row.nbytes for row in rows.values()) for rows in self._cache.values()), AHEAD_BYTES)
+        return min(8, max(1, AHEAD_BYTES // (size * batch)))
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str], negative: bool) -> dict[str, Tensor]:
+        family = self._family
+        # diffusers looks up the device of every module, which takes longer than a small text encoder.
+        self._device = self._device or self._pipeline._execution_device
+        arguments = {"prompt": prompts, "num_images_per_prompt": 1, "device": self._device, **family.encode}
+        if self._text_length is not None and family.text_length is not None:
+            arguments["max_sequence_length"] = self._text_length
+        if family.guidance == "doubled":
+            # The pipeline's own rule for the unconditional half (SDXL: zeros), which does not depend on the prompt.
+            arguments["do_classifier_free_guidance"] = negative
+        with mute(type(self._pipeline).__module__, "transformers.tokenization_utils_base"):
+            outputs = self._pipeline.encode_prompt(**arguments)
+        named = {name: rows for name, rows in zip(family.embeds, outputs, strict=True) if name is not None and rows is not None}
+        if family.guidance != "doubled":
+            return {f"negative_{name}": rows for name, rows in named.items()} if negative else named
+        return {name: rows for name, rows in named.items() if name.startswith("negative_") == negative}
+
+    def _keep(self, prompt: str | None, rows: dict[str, Tensor]) -> None:
+        self._cache[prompt] = rows
+        self._bytes += sum(row.nbytes for row in rows.values())
+
+    def _warn_of_long(self, prompts: list[str]) -> None:
+        tokenizer = self._pipeline.components.get(self._family.tokenizer)
+        if tokenizer is None:
+            return
+        longest = self._text_length or tokenizer.model_max_length
+        # A token stands for at least one byte: most prompts need no tokenizer to be short enough.
+        candidates = [prompt for prompt in prompts if len(prompt.encode()) > longest - SPECIAL_TOKENS]
+        with mute("transformers.tokenization_utils_base"):
+            count = sum(len(ids) > longest for ids in tokenizer(candidates).input_ids) if candidates else 0
+        if count and not self.truncated:
+            warnings.warn(
+                f"{count} of {len(prompts)} prompts are longer than the {longest} tokens that the model reads and are truncated. "
+                "Further ones are counted without a warning.",
+                stacklevel=3,
+            )
+        self.truncated += count

@@ -133,7 +133,7 @@ def _run(study: Study, status: CommandStatus, report: Callable[[str], None]) -> 
             outputs = status.command() or ()
             break
         except StaleWork as error:
-            path = error.place
+            path = error.path
             if path is None or not path.exists() or study.folder.resolve() not in path.resolve().parents:
                 raise
             report(f"{path} is deleted and made again: {error}")

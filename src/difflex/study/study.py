@@ -155,6 +155,19 @@ class Study:
         advice = "difflex train and difflex itda make dictionaries."
         raise UnknownName.among("The dictionary", name, map(str, dictionaries), advice)
 
+    def select_dictionaries(self, sites: Sequence[str], names: Sequence[str]) -> list[DictionaryRef]:
+        """Return the dictionaries at `sites` and those called `names` (SITE/LABEL); all if both are empty."""
+        dictionaries = self.dictionaries()
+        if not dictionaries:
+            raise UnknownName(f"{self.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
+        sites = [str(Site.parse(site)) for site in sites]
+        known_sites = dict.fromkeys(str(ref.site) for ref in dictionaries)
+        for kind, chosen, known in (("The site", sites, known_sites), ("The dictionary", names, [*map(str, dictionaries)])):
+            for name in chosen:
+                if name not in known:
+                    raise UnknownName.among(kind, name, known, "difflex train and difflex itda make dictionaries.")
+        return [ref for ref in dictionaries if not (sites or names) or str(ref.site) in sites or str(ref) in names]
+
     def evaluation(self, site: Site, label: str) -> Path:
         """The file with the evaluation of a dictionary."""
         return self.folder / "evaluation" / site.folder / f"{label}.json"

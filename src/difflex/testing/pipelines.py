@@ -17,7 +17,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from difflex.quiet import without_bars
+from difflex.quiet import hide_progress_bars
 
 __all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
 
@@ -36,9 +36,9 @@ def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
     return pipeline
 
 
-def tiny_folder(family: str, folder: Path, seed: int = 0, card: Mapping[str, object] | None = None) -> Path:
-    """`folder`, now with a random pipeline of `family` and a `difflex.json`, in which `card` replaces entries."""
-    with without_bars():
+def tiny_folder(family: str, folder: Path, seed: int = 0, defaults: Mapping[str, object] | None = None) -> Path:
+    """`folder`, now with a random pipeline of `family` and a `difflex.json`, in which `defaults` replaces entries."""
+    with hide_progress_bars():
         tiny_pipeline(family, seed).save_pretrained(folder)
     entries = {
         "format": 1,
@@ -49,14 +49,14 @@ def tiny_folder(family: str, folder: Path, seed: int = 0, card: Mapping[str, obj
         "guidance": 0.0,
         "text_length": TEXT_LENGTH,
     }
-    (folder / "difflex.json").write_text(json.dumps({**entries, **(card or {})}), encoding="utf-8")
+    (folder / "difflex.json").write_text(json.dumps({**entries, **(defaults or {})}), encoding="utf-8")
     return folder
 
 
 def tiny_clip(folder: Path, seed: int = 0, side: int = 32) -> Path:
     """`folder`, now with a random CLIP that looks at images of `side` pixels and reads letters."""
     vision = {"image_size": side, "patch_size": side // 4, "num_attention_heads": 2, "num_hidden_layers": 2}
-    with torch.random.fork_rng(), without_bars():
+    with torch.random.fork_rng(), hide_progress_bars():
         torch.manual_seed(seed)
         text = _clip().config.to_dict()
         sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}

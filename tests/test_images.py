@@ -1,4 +1,4 @@
-"""A contact sheet shows every image, unsmoothed, in its place, beside its words."""
+"""A contact sheet shows every image, unsmoothed, in its row and column, with its labels."""
 
 import pytest
 from PIL import Image, ImageChops
@@ -19,11 +19,11 @@ def sheet(side: int = 16, rows: tuple[str, ...] = ("one", "two"), columns: tuple
 
 
 def box(image: Image.Image, colour: str) -> tuple[int, int, int, int]:
-    """Where `colour` is: left, top, right, bottom."""
+    """Return the box of the pixels of `colour`: left, top, right, bottom."""
     same = ImageChops.difference(image, plain(colour, image.size)).convert("L").point(lambda v: 255 * (v == 0))
-    found = same.getbbox()
-    assert found, f"{colour} is not there"
-    return found
+    box = same.getbbox()
+    assert box, f"no pixel is {colour}"
+    return box
 
 
 def test_every_image_is_in_its_row_and_column():
@@ -34,10 +34,10 @@ def test_every_image_is_in_its_row_and_column():
     assert places[0][0][1] < places[1][0][1]
 
 
-@pytest.mark.parametrize(("side", "shown"), [(8, 8), (16, 16), (20, 24), (1, 8)])
-def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left(side: int, shown: int):
+@pytest.mark.parametrize(("side", "expected"), [(8, 8), (16, 16), (20, 24), (1, 8)])
+def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_left(side: int, expected: int):
     left, top, right, bottom = box(sheet(side), "magenta")
-    assert (right - left, bottom - top) == (shown, shown)
+    assert (right - left, bottom - top) == (expected, expected)
 
 
 def test_enlarging_makes_no_new_colours():
@@ -79,6 +79,6 @@ def test_labels_that_do_not_match_the_images_are_refused(rows: tuple[str, ...], 
         sheet(rows=rows, columns=columns)
 
 
-def test_a_sheet_of_nothing_is_refused():
+def test_a_sheet_without_images_is_refused():
     with pytest.raises(BadInput, match="no images"):
         contact_sheet([], row_labels=[], column_labels=["a"])

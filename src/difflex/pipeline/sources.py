@@ -1,0 +1,219 @@
+"""Where a model comes from: the package, a folder or the hub; its default settings; whether its files are complete."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import parsing, read_json
+from difflex.pipeline.components import PipelinePlan, read_plan
+from difflex.pipeline.families import Family
+from difflex.quiet import quiet, hide_progress_bars
+
+__all__ = [
+    "ModelDefaults",
+    "ModelSource",
+    "check_weights",
+    "embedded",
+    "fetch",
+    "find",
+    "plan_of",
+    "read_defaults",
+    "read_pipeline",
+]
+
+SMALL_MODEL = 2**30
+"""Bytes below which a model loads without progress bars."""
+NAMES = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
+COPY_AGAIN = "Copy or download it again."
+DEFAULTS, INDEX = "difflex.json", "model_index.json"
+
+
+class ModelSource(NamedTuple):
+    """Where a model is."""
+
+    name: str
+    """As the user wrote it."""
+    folder: Path | None
+    """None for a hub model that is not downloaded yet."""
+    revision: str | None
+    """The commit or branch on the hub, or the random weights; None for folders and embedded models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDefaults:
+    """The settings a model is made for: `difflex.json` in its folder, or else the defaults of its family."""
+
+    steps: int
+    guidance: float
+    pixels: tuple[tuple[int, int], ...] = ()
+    """Possible image sizes, the default first; empty if any multiple of a token's size is possible."""
+    text_length: int | None = None
+    words: frozenset[str] = frozenset()
+    """All words of the training captions; empty if unknown."""
+
+    def default_pixels(self, sample_size: object, vae_scale: int) -> tuple[int, int]:
+        """Return the default image size; without a list of sizes, from the denoiser's `sample_size` in latents."""
+        if self.pixels:
+            return self.pixels[0]
+        # Flux has no sample_size: its pipelines generate 128 x 128 latents.
+        sample = cast("int | Sequence[int]", sample_size or 128)
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * vae_scale, width * vae_scale
+
+    def check_pixels(self, pixels: tuple[int, int], token_pixels: int) -> None:
+        """Raise an error that names the possible sizes if the model cannot generate images of `pixels`."""
+        if self.pixels and tuple(pixels) not in self.pixels:
+            sizes = ", ".join(f"{height} x {width}" for height, width in self.pixels)
+            raise BadInput(
+                f"Images of {pixels[0]} x {pixels[1]} pixels are not possible with this model. Its sizes are: {sizes}."
+            )
+        if min(pixels) < token_pixels or any(side % token_pixels for side in pixels):
+            near = " x ".join(str(max(token_pixels, round(side / token_pixels) * token_pixels)) for side in pixels)
+            raise BadInput(
+                f"Images of {pixels[0]} x {pixels[1]} pixels are not possible with this model. "
+                f"Both sides must be multiples of {token_pixels}; the nearest size is {near}."
+            )
+
+    def warn_of_unknown_words(self, prompts: Iterable[str]) -> None:
+        """Warn of words that the training captions do not contain, if their words are known."""
+        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt.lower()))
+        unknown = [word for word in words if word not in self.words] if self.words else []
+        if unknown:
+            listed = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+            warnings.warn(f"The model does not know these words: {listed}. It knows {len(self.words)} words.", stacklevel=3)
+
+
+def embedded() -> dict[str, Path]:
+    """Return the folders of the models inside the package by name."""
+    root = Path(str(files("difflex") / "models"))
+    return {index.parent.name: index.parent for index in sorted(root.glob(f"*/{INDEX}"))}
+
+
+def find(name: str | Path, revision: str | None = None) -> ModelSource:
+    """Find the model `name` in the package, in a folder or on the hub, from which nothing is downloaded yet."""
+    models = embedded()
+    folder = Path(name).expanduser()
+    if revision is not None and (str(name) in models or folder.is_dir()):
+        raise BadInput(f"The model '{name}' has no revision {revision}: only models on the hub have revisions. Leave it out.")
+    if str(name) in models:
+        return ModelSource(str(name), models[str(name)], None)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
+        return ModelSource(str(name), folder, None)
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UnknownName.among("The model", str(name), models, NAMES)
+    return ModelSource(name, None, revision)
+
+
+def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
+    """Read the components of a model; for a hub model only the configs are downloaded."""
+    try:
+        return read_plan(source.folder or source.name, source.revision, offline)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if source.folder is not None:
+            raise BrokenFile(f"The configs of the model in {source.folder} cannot be read: {_first_line(error)}") from error
+        raise _unreachable(source, offline, error) from error
+
+
+def fetch(source: ModelSource, offline: bool) -> ModelSource:
+    """Download a hub model unless it is in the cache; return its folder and exact revision."""
+    if source.folder is not None:
+        return source
+    try:
+        folder = Path(DiffusionPipeline.download(source.name, revision=source.revision, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, offline, error) from error
+    return ModelSource(source.name, folder, folder.name)
+
+
+def _unreachable(source: ModelSource, offline: bool, error: Exception) -> UnknownName:
+    where = "the local cache of the hub" if offline else "the hub"
+    revision = f" at revision {source.revision}" if source.revision else ""
+    # diffusers reports only that this file is missing, whatever the reason.
+    reason = "it has no such diffusers pipeline or cannot be reached" if INDEX in str(error) else _first_line(error)
+    return UnknownName(
+        f"The model '{source.name}'{revision} could not be read from {where}: {reason}. "
+        f"Models inside the package: {', '.join(embedded()) or 'none'}. {NAMES}"
+    )
+
+
+def read_defaults(folder: Path | None, family: Family, plan: PipelinePlan) -> ModelDefaults:
+    """Read `difflex.json` in `folder`, completed by the defaults of the family for such a model."""
+    path, defaults = folder / DEFAULTS if folder else None, _family_defaults(family, plan)
+    if path is None or not path.is_file():
+        return defaults
+    advice = "Write it again, or delete it: it is optional."
+    entries = read_json(path, 1, advice)
+    with parsing(path, "default settings of a model", advice):
+        return ModelDefaults(
+            steps=int(entries.get("steps", defaults.steps)),
+            guidance=float(entries.get("guidance", defaults.guidance)),
+            pixels=tuple((int(height), int(width)) for height, width in entries.get("pixels", ())),
+            text_length=entries.get("text_length", defaults.text_length),
+            words=frozenset(entries.get("words", ())),
+        )
+
+
+def _family_defaults(family: Family, plan: PipelinePlan) -> ModelDefaults:
+    few = family.few
+    if few and all(plan.config(entry) == value for entry, value in few.config.items()):
+        return ModelDefaults(steps=few.steps, guidance=0.0, text_length=few.text_length or family.text_length)
+    return ModelDefaults(steps=family.steps, guidance=family.default_guidance, text_length=family.text_length)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise an error that names the file if a weights file in `folder` is truncated, damaged in its header or missing."""
+    for path in sorted(folder.glob("*/*.safetensors")):
+        _check_header(path)
+    for path in sorted(folder.glob("*/*.index.json")):
+        for shard in sorted(set(_read_index(path).get("weight_map", {}).values())):
+            if not (path.parent / shard).is_file():
+                raise BrokenFile(f"{path.parent / shard}, listed in {path.name}, is missing. Copy or download the model again.")
+
+
+def _check_header(path: Path) -> None:
+    """Check a safetensors file: 8 bytes for the length of the header, the header in JSON, then the bytes it lists."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise BrokenFile(f"{path} is truncated ({size} bytes, its header alone needs {length + 8}). {COPY_AGAIN}")
+        with parsing(path, "safetensors", COPY_AGAIN):
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise BrokenFile(f"{path} has {size} bytes, its header lists {expected}. {COPY_AGAIN}")
+
+
+def _read_index(path: Path) -> Mapping[str, Any]:
+    with parsing(path, "JSON", COPY_AGAIN):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> DiffusionPipeline:
+    """Read the pipeline in `folder`, except for the `components` given, in one precision whatever it is stored in."""
+    _read_index(folder / INDEX)
+    check_weights(folder)
+    small = sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) < SMALL_MODEL
+    try:
+        with quiet("transformers", "diffusers"), hide_progress_bars() if small else nullcontext():
+            return DiffusionPipeline.from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True, **components)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
