@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, VectorMoments
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation
+from difflex.dictionaries.normalisation import VectorMoments
 from difflex.evaluation import evaluate
-from difflex.records import ActivationBatch, Shot, Site, SplitBatches
+from difflex.records import ActivationBatch, Shot, Site
+from difflex.store.reading import SplitBatches
 from difflex.testing.planted import PlantedDictionary
 from difflex.training import default
-from difflex.training.checkpoint import whole_weights
-from difflex.training.fitting import rate
-from difflex.training.learner import Learner
-from difflex.training.start import first_weights
-from difflex.training.team import Team
+from difflex.training.checkpoint import trained_weights
+from difflex.training.fitting import learning_rate
+from difflex.training.learner import Learner, initial_weights
+from difflex.training.parallel import TrainingRanks
 
 torch.set_num_threads(1)
 BATCH = 1024
@@ -67,11 +68,13 @@ def compare(name: str, shape: Shape) -> float:
         moments.add(rows.values)
     normalisation = moments.normalisation("standardise")
     training = default(width=shape.width, size=shape.size, k=shape.k)
-    learner = Learner(training, first_weights(training, normalisation.apply(batches[0].values)), Team())
+    learner = Learner(training, initial_weights(training, normalisation.apply(batches[0].values)), TrainingRanks())
 
     def train() -> None:
         for rows in batches:
-            learner.update(normalisation.apply(rows.values), rate(training.optimiser, learner.updates, 0.1), measured=False)
+            learner.update(
+                normalisation.apply(rows.values), learning_rate(training.optimiser, learner.updates, 0.1), measure_gradient=False
+            )
 
     def measure() -> None:
         evaluate(dictionary(learner, normalisation, shape.k), held_out(batches), shot, device="cpu")
@@ -92,7 +95,7 @@ def compare(name: str, shape: Shape) -> float:
 def dictionary(learner: Learner, normalisation: Normalisation, k: int) -> SAE:
     """What the learner has learned so far."""
     origin = DictionaryOrigin(site=Site("double.0"))
-    return SAE(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=whole_weights(learner))
+    return SAE(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=trained_weights(learner))
 
 
 def main() -> int:

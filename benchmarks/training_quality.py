@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 import torch
 from peers.asking import PEERS, asked
 
+from difflex.choices import NormalisationMethod
 from difflex.cli import main as command
 from difflex.dictionaries import DictionaryOrigin
-from difflex.dictionaries.normalisation import Method
 from difflex.records import ActivationBatch, Site
 from difflex.store import Store
 from difflex.training import FitConfig, TrainingConfig, default, fit, paper, unbox
@@ -62,7 +62,7 @@ def planted(names: list[str], python: Path, tokens: int, judged: bool) -> list[L
 
 def harvested(folder: Path, tokens: int) -> Path:
     """Activations of mini-flux on captions of its world, at all four steps."""
-    words = ["harvest", "mini-flux", "--prompts", "captions", "--sites", str(SITE), "--out", str(folder), "--steps", "4"]
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--site", str(SITE), "--out", str(folder), "--steps", "4"]
     assert command([*words, "--tokens", str(tokens)]) == 0
     return folder / "activations" / SITE.folder
 
@@ -100,11 +100,11 @@ def normalisation(store: Store, tokens: int) -> None:
     """Silent features and FVU in model space by normalisation, with nothing that revives features, from two first biases."""
     unseen = _unseen(store)
     print("  | normalisation | silent, from bias 0 | FVU | silent, from the mean | FVU |\n  |---|---|---|---|---|")
-    for method in get_args(Method):
+    for method in get_args(NormalisationMethod):
         shown = []
         for bias in get_args(Literal["zero", "mean"]):
             preset = default(width=192, size=4096, k=32, updates=tokens // 1024)
-            training = replace(preset, normalisation=method, revival=None, start=replace(preset.start, bias=bias))
+            training = replace(preset, normalisation=method, auxk=None, initialisation=replace(preset.initialisation, bias=bias))
             shown += [f"{figure:.4f}" for figure in _explained(store, training, tokens, unseen)]
         print(f"  | {method} | {' | '.join(shown)} |", flush=True)
 
@@ -117,9 +117,9 @@ def _unseen(store: Store) -> torch.Tensor:
 def _explained(store: Store, training: TrainingConfig, tokens: int, unseen: torch.Tensor) -> tuple[float, float]:
     """The share of features that are silent on `unseen`, and the FVU there, after training on `tokens` of the store."""
     with tempfile.TemporaryDirectory() as work:
-        course = FitConfig(tokens=tokens, progress=False, checkpoint_every=10**9)
+        config = FitConfig(tokens=tokens, progress=False, checkpoint_every=10**9)
         batches = partial(_endless, store)
-        made = fit({Path(work): training}, batches, origin=DictionaryOrigin(site=SITE), course=course)[Path(work)]
+        made = fit({Path(work): training}, batches, origin=DictionaryOrigin(site=SITE), config=config)[Path(work)]
     fired, left = torch.zeros(training.size, dtype=torch.bool), 0.0
     for part in unseen.split(8192):
         codes = made.encode(part)

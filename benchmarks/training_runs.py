@@ -20,7 +20,7 @@ from difflex.miniature.captions import endless
 from difflex.records import Site
 from difflex.store import LiveActivations, Store
 from difflex.training import FitConfig, TrainingConfig, default, fit
-from difflex.training.window import Batches
+from difflex.training.data import Batches
 
 torch.set_num_threads(1)
 SITE = Site("double.1")
@@ -32,10 +32,10 @@ SIX = [default(width=192, size=size, k=k) for size in (2048, 1024) for k in (32,
 
 def seconds(trainings: list[TrainingConfig], batches: Batches) -> float:
     """Processor time of learning from `batches`, which may be made only then."""
-    course = FitConfig(tokens=TOKENS, progress=False)
+    config = FitConfig(tokens=TOKENS, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=DictionaryOrigin(site=SITE), course=course)
+        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=DictionaryOrigin(site=SITE), config=config)
         return time.process_time() - began
 
 
@@ -58,15 +58,15 @@ def sweep() -> float:
 
 def waiting(folder: Path) -> float:
     """The share of its time that training from a store waits for data, as its own log has it."""
-    words = ["harvest", "mini-flux", "--prompts", "captions", "--sites", str(SITE), "--out", str(folder / "study")]
+    words = ["harvest", "mini-flux", "--prompts", "captions", "--site", str(SITE), "--out", str(folder / "study")]
     assert command([*words, "--tokens", str(TOKENS)]) == 0
     store = Store.open(folder / "study" / "activations" / SITE.folder)
-    course = FitConfig(tokens=8 * TOKENS, progress=False)
+    config = FitConfig(tokens=8 * TOKENS, progress=False)
 
     def batches(start: int):
         return store.batches(BATCH, start=start, epochs=None)
 
-    fit({folder / "one": SIX[0]}, batches, origin=DictionaryOrigin(site=SITE), course=course)
+    fit({folder / "one": SIX[0]}, batches, origin=DictionaryOrigin(site=SITE), config=config)
     lines = [json.loads(line) for line in (folder / "one" / "training" / "log.jsonl").read_text().splitlines()]
     last = [line for line in lines if "waiting" in line][-1]
     print(f"  from a store: {last['tokens_per_second']} tokens/s, {last['waiting']:.1%} of the time spent waiting for data")

@@ -44,7 +44,7 @@ def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, prese
     assert train(study, "--preset", preset, "--kind", kind, "--lr", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
     label = f"{kind}-64-k3{'' if preset == 'default' else f'-{preset}'}-whiten-lr0.001-seed5"
     config = json.loads((study / PLACE / label / "config.json").read_text())["training"]["config"]
-    assert config["start"]["seed"] == 5 and config["optimiser"]["lr"] == 0.001 and config["normalisation"] == "whiten"
+    assert config["initialisation"]["seed"] == 5 and config["optimiser"]["learning_rate"] == 0.001 and config["normalisation"] == "whiten"
     made = Dictionary.load(study / PLACE / label)
     assert isinstance(made, SAE) and made.label == label
 

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries.sae import SAEWeights
+from difflex.dictionaries import SAEWeights
 from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, JumpReLUConfig, TrainingConfig
-from difflex.training.learner import Learner, UpdateMetrics
-from difflex.training.start import first_weights, geometric_median
-from difflex.training.team import Team
+from difflex.training.learner import Learner, UpdateMetrics, geometric_median, initial_weights
+from difflex.training.parallel import TrainingRanks
 
 WIDTH, SIZE, K, BATCH = 24, 96, 5, 64
-PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", revival=None, optimiser=AdamConfig(lr=3e-3))
-REVIVED = AuxKLoss(k=6, after=BATCH)
+PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", auxk=None, optimiser=AdamConfig(learning_rate=3e-3))
+REVIVED = AuxKLoss(k=6, dead_after=BATCH)
 MATRYOSHKA = replace(PLAIN, kind="matryoshka", prefixes=(16, 48))
-JUMP = replace(PLAIN, kind="jumprelu", jump=JumpReLUConfig(bandwidth=0.8, strength=0.1))
+JUMP = replace(PLAIN, kind="jumprelu", jumprelu=JumpReLUConfig(bandwidth=0.8, coefficient=0.1))
 
 
 def batch(number: int, width: int = WIDTH, count: int = BATCH) -> Tensor:
@@ -36,7 +35,7 @@ class Reference:
 
     def __init__(self, config: TrainingConfig, weights: SAEWeights) -> None:
         self.config = config
-        self.weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.named().items()}
+        self.weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.tensors().items()}
         beta = (config.optimiser.beta1, config.optimiser.beta2)
         self.adam = torch.optim.Adam(self.weights.values(), betas=beta, eps=config.optimiser.eps)
         self.silence = torch.zeros(config.size, dtype=torch.long)
@@ -73,9 +72,9 @@ class Reference:
             y = values[:, :size] @ weights["decoder"][:size] + weights["bias"]
             losses.append((y - z).square().mean())
         loss = torch.stack(losses).mean() + further
-        dead = self.silence > config.revival.after if config.revival else self.silence < 0
-        if config.revival and dead.any():
-            loss = loss + self._revival(scores, values, z, dead, config.revival)
+        dead = self.silence > config.auxk.dead_after if config.auxk else self.silence < 0
+        if config.auxk and dead.any():
+            loss = loss + self._revival(scores, values, z, dead, config.auxk)
         fired = (values > 0).any(0)
         self.silence = torch.where(fired, 0, self.silence + len(z))
         return loss, losses[-1].item()
@@ -83,9 +82,9 @@ class Reference:
     def _values(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         config, none = self.config, torch.zeros(())
         if config.kind == "jumprelu":
-            values = Jumping.apply(scores, self.weights["floor"], config.jump.bandwidth)
-            steps = Stepping.apply(scores, self.weights["floor"], config.jump.bandwidth)
-            return values, config.jump.strength * (steps.sum(1).mean() / config.k - 1).square()
+            values = Jumping.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
+            steps = Stepping.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
+            return values, config.jumprelu.coefficient * (steps.sum(1).mean() / config.k - 1).square()
         if config.kind == "topk":
             top = scores.topk(config.k)
             kept = torch.zeros_like(scores).scatter(1, top.indices, top.values)
@@ -106,72 +105,74 @@ class Reference:
 
 
 class Jumping(torch.autograd.Function):
-    """`score * [score > floor]`, whose derivative by the floor is taken through a rectangle."""
+    """`score * [score > threshold]`, whose derivative by the threshold is taken through a rectangle."""
 
     @staticmethod
-    def forward(ctx, scores, floor, bandwidth):
-        ctx.save_for_backward(scores, floor)
+    def forward(ctx, scores, threshold, bandwidth):
+        ctx.save_for_backward(scores, threshold)
         ctx.bandwidth = bandwidth
-        return scores * (scores > floor)
+        return scores * (scores > threshold)
 
     @staticmethod
     def backward(ctx, *gradients):
         (gradient,) = gradients
-        scores, floor = ctx.saved_tensors
-        near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
-        return gradient * (scores > floor), -(floor * near * gradient).sum(0), None
+        scores, threshold = ctx.saved_tensors
+        near = ((scores - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        return gradient * (scores > threshold), -(threshold * near * gradient).sum(0), None
 
 
 class Stepping(torch.autograd.Function):
-    """`[score > floor]`, likewise; no derivative by the score."""
+    """`[score > threshold]`, likewise; no derivative by the score."""
 
     @staticmethod
-    def forward(ctx, scores, floor, bandwidth):
-        ctx.save_for_backward(scores, floor)
+    def forward(ctx, scores, threshold, bandwidth):
+        ctx.save_for_backward(scores, threshold)
         ctx.bandwidth = bandwidth
-        return (scores > floor).to(scores.dtype)
+        return (scores > threshold).to(scores.dtype)
 
     @staticmethod
     def backward(ctx, *gradients):
         (gradient,) = gradients
-        scores, floor = ctx.saved_tensors
-        near = ((scores - floor).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        scores, threshold = ctx.saved_tensors
+        near = ((scores - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
         return None, -(near * gradient).sum(0), None
 
 
 def both(config: TrainingConfig, updates: int = 40) -> tuple[Learner, Reference, list[UpdateMetrics]]:
     """The learner and the reference after the same updates, having agreed on every loss; and the measures."""
-    weights = first_weights(config, batch(0))
+    weights = initial_weights(config, batch(0))
     # In float64, as Adam divides by the gradient's own size: in float32 the rounding of a tiny gradient moves a weight.
-    learner = Learner(config, SAEWeights(**{name: tensor.double() for name, tensor in weights.named().items()}), Team())
+    learner = Learner(
+        config, SAEWeights(**{name: tensor.double() for name, tensor in weights.tensors().items()}), TrainingRanks()
+    )
     reference = Reference(config, learner.parameters.weights)
     measures = []
     for number in range(updates):
-        lr = config.optimiser.lr * min(1, (number + 1) / 5)
+        lr = config.optimiser.learning_rate * min(1, (number + 1) / 5)
         loss = reference.update(batch(number).double(), lr)
         measures.append(learner.update(batch(number).double(), lr))
         assert measures[-1].loss == pytest.approx(loss, rel=1e-9)
-    learner.parameters.caught_up(learner.updates)
+    learner.parameters.apply_skipped(learner.updates)
     return learner, reference, measures
 
 
 CASES = {
     "topk": PLAIN,
     "topk without relu": replace(PLAIN, relu=False, encoder_bias=False),
-    "topk reviving": replace(PLAIN, revival=REVIVED),
-    "topk reviving by its reconstruction": replace(PLAIN, relu=False, revival=replace(REVIVED, target="reconstruction")),
-    "topk clipped": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, clip=0.05)),
-    "topk averaged": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, ema=0.9)),
-    "lazy": replace(PLAIN, optimiser=AdamConfig(lr=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
-    "lazy reviving": replace(PLAIN, revival=REVIVED, optimiser=AdamConfig(lr=3e-3, beta1=0.0)),
-    "orthogonal": replace(PLAIN, start=InitConfig(directions="orthogonal", gain=0.6, bias="median")),
+    "topk reviving": replace(PLAIN, auxk=REVIVED),
+    "topk reviving by its reconstruction": replace(PLAIN, relu=False, auxk=replace(REVIVED, target="reconstruction")),
+    "topk clipped": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, clip=0.05)),
+    "topk averaged": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, ema=0.9)),
+    "lazy": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
+    "lazy reviving": replace(PLAIN, auxk=REVIVED, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0)),
+    "orthogonal": replace(PLAIN, initialisation=InitConfig(directions="orthogonal", gain=0.6, bias="median")),
     "batchtopk": replace(PLAIN, kind="batchtopk"),
-    "batchtopk reviving": replace(PLAIN, kind="batchtopk", revival=REVIVED),
+    "batchtopk reviving": replace(PLAIN, kind="batchtopk", auxk=REVIVED),
     "matryoshka": MATRYOSHKA,
-    "matryoshka reviving": replace(MATRYOSHKA, revival=REVIVED),
-    "matryoshka reviving by its reconstruction": replace(MATRYOSHKA, revival=replace(REVIVED, target="reconstruction")),
+    "matryoshka reviving": replace(MATRYOSHKA, auxk=REVIVED),
+    "matryoshka reviving by its reconstruction": replace(MATRYOSHKA, auxk=replace(REVIVED, target="reconstruction")),
     "jumprelu": JUMP,
-    "jumprelu reviving": replace(JUMP, revival=REVIVED),
+    "jumprelu reviving": replace(JUMP, auxk=REVIVED),
 }
 
 
@@ -179,7 +180,7 @@ CASES = {
 def test_every_kind_learns_what_plain_autograd_learns(name: str):
     learner, reference, measures = both(CASES[name])
     weights: SAEWeights = learner.parameters.weights
-    for key, tensor in weights.named().items():
+    for key, tensor in weights.tensors().items():
         torch.testing.assert_close(tensor, reference.weights[key].detach(), atol=1e-8, rtol=0)
         average = learner.parameters.matrices[key].average
         if average is not None:
@@ -196,10 +197,10 @@ def test_clipping_does_shorten_in_the_cases_that_clip():
 
 
 def test_the_loss_curve_stays_with_the_reference_for_200_updates():
-    config = replace(PLAIN, size=2048, k=16, revival=replace(REVIVED, after=2000))
+    config = replace(PLAIN, size=2048, k=16, auxk=replace(REVIVED, dead_after=2000))
     learner, reference = (
-        Learner(config, first_weights(config, batch(0, 64)), Team()),
-        Reference(config, first_weights(config, batch(0, 64))),
+        Learner(config, initial_weights(config, batch(0, 64)), TrainingRanks()),
+        Reference(config, initial_weights(config, batch(0, 64))),
     )
     loss = torch.inf
     for number in range(200):
@@ -215,20 +216,20 @@ def test_decoder_rows_keep_length_one():
 
 def test_rows_that_do_not_fire_cost_nothing_when_beta1_is_zero():
     config = replace(PLAIN, optimiser=AdamConfig(beta1=0.0), size=960)
-    learner = Learner(config, first_weights(config, batch(0)), Team())
+    learner = Learner(config, initial_weights(config, batch(0)), TrainingRanks())
     before = learner.parameters.weights.encoder.clone()
     learner.update(batch(0)[:4], 1e-2)
     moved = (learner.parameters.weights.encoder != before).any(1)
     assert 0 < int(moved.sum()) <= 4 * K
-    assert torch.equal(moved, learner.parameters.fresh == 1)
+    assert torch.equal(moved, learner.parameters.last_update == 1)
 
 
 def test_batchtopk_keeps_k_per_token_on_average_but_not_each():
     config = replace(PLAIN, kind="batchtopk")
-    learner = Learner(config, first_weights(config, batch(0)), Team())
+    learner = Learner(config, initial_weights(config, batch(0)), TrainingRanks())
     for number in range(5):
-        assert learner.update(batch(number), 1e-3).active == K
-    assert learner.floor is not None and learner.floor > 0
+        assert learner.update(batch(number), 1e-3).l0 == K
+    assert learner.inference_threshold is not None and learner.inference_threshold > 0
 
 
 def test_the_geometric_median_ignores_an_outlier_and_has_the_least_distance():

@@ -6,11 +6,11 @@ from serving import Learner, serve
 from difflex.dictionaries import SAE, Normalisation, DictionaryOrigin
 from difflex.records import Site
 from difflex.training import AdamConfig, TrainingConfig, default
-from difflex.training.checkpoint import whole_weights
-from difflex.training.fitting import rate
+from difflex.training.checkpoint import trained_weights
+from difflex.training.fitting import learning_rate
 from difflex.training.learner import Learner as Trained
-from difflex.training.start import first_weights
-from difflex.training.team import Team
+from difflex.training.learner import initial_weights
+from difflex.training.parallel import TrainingRanks
 
 
 class Ours(Learner):
@@ -18,17 +18,17 @@ class Ours(Learner):
         """`adam`: `usual` has the moments that everyone's has; `default` is our preset."""
         training = default(width=width, size=size, k=k, updates=updates)
         if adam == "usual":
-            training = TrainingConfig(size=size, k=k, optimiser=AdamConfig(lr=training.optimiser.lr))
+            training = TrainingConfig(size=size, k=k, optimiser=AdamConfig(learning_rate=training.optimiser.learning_rate))
         self._training, self._updates = training, updates
-        self._learner = Trained(training, first_weights(training, first), Team())
+        self._learner = Trained(training, initial_weights(training, first), TrainingRanks())
         self._width, self._dictionary = width, None
 
     def parameters(self) -> int:
-        return sum(tensor.nbytes for tensor in self._learner.parameters.weights.named().values())
+        return sum(tensor.nbytes for tensor in self._learner.parameters.weights.tensors().values())
 
     def update(self, x: torch.Tensor) -> None:
         number = self._learner.updates
-        self._learner.update(x, rate(self._training.optimiser, number, number / self._updates), measured=False)
+        self._learner.update(x, learning_rate(self._training.optimiser, number, number / self._updates), measure_gradient=False)
 
     def encode(self, x: torch.Tensor) -> object:
         if self._dictionary is None:
@@ -49,7 +49,7 @@ class Ours(Learner):
             k=self._training.k,
             origin=DictionaryOrigin(site=Site("double.0")),
             normalisation=Normalisation.identity(self._width),
-            weights=whole_weights(self._learner),
+            weights=trained_weights(self._learner),
         )
 
 

@@ -1,4 +1,4 @@
-"""`fit`: one or many dictionaries from one stream of activations; stopped at any moment, it goes on where it was."""
+"""`fit`: train one or many SAEs on one stream of activations. A run that was stopped resumes where it was."""
 
 from __future__ import annotations
 
@@ -8,96 +8,57 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.dictionaries.base import DictionaryOrigin
-from difflex.dictionaries.normalisation import Method, Normalisation
-from difflex.dictionaries.sae import SAE, SAEWeights
+from difflex.choices import NormalisationMethod
+from difflex.dictionaries import SAE, DictionaryOrigin, SAEWeights
+from difflex.dictionaries.normalisation import Normalisation
 from difflex.errors import BadInput, NonFinite
 from difflex.files import Json
 from difflex.records import ActivationBatch
-from difflex.training.checkpoint import as_json, load_state, save_state, whole_weights
+from difflex.training.checkpoint import LoggerName, TrainingLog, load_state, save_state, trained_weights
 from difflex.training.config import AdamConfig, TrainingConfig
-from difflex.training.feed import BatchFeed, DataPreview, non_finite
-from difflex.training.learner import Learner
-from difflex.training.log import Also, TrainingLog
-from difflex.training.start import first_weights
-from difflex.training.team import Team
-from difflex.training.window import Batches
+from difflex.training.data import Batches, BatchFeed, DataPreview, non_finite_message
+from difflex.training.learner import Learner, initial_weights
+from difflex.training.parallel import Split, TrainingRanks
 
 __all__ = ["FitConfig", "fit"]
+
+STATE = Path("training") / "state.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How long a run is and what it leaves on its way."""
+    """The length of a run, and what it writes."""
 
     tokens: int
-    """Activations to learn from."""
+    """Activations to train on."""
     epoch: int | None = None
-    """Activations before the stream repeats itself, where it does: statistics read no further."""
+    """Activations in one epoch of a stream that repeats; statistics are taken from no more than these."""
     data: str = ""
-    """A name for what the batches are made from: work begun on other data is not continued."""
+    """A name for the data; a training does not resume with other data."""
     checkpoint_every: int = 500
-    """Updates between resumable states."""
+    """Updates between two checkpoints."""
     log_every: int = 20
-    """Updates between lines of the log."""
-    also: tuple[Also, ...] = ()
-    """Who is told the numbers besides `log.jsonl`."""
-    split: Literal["data", "features"] = "data"
+    """Updates between two entries of the log."""
+    loggers: tuple[LoggerName, ...] = ()
+    """Where metrics go besides `log.jsonl`."""
+    split: Split = "data"
     """What several ranks divide: the tokens of a batch, or the features of the dictionary."""
-    own_share: bool = False
-    """Whether each rank's stream already is its own share of every batch."""
+    sharded: bool = False
+    """Whether the stream of each rank is already its share of every batch."""
     progress: bool = True
-    """Show a bar, where the console is one that can."""
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         for name, count in (("tokens", self.tokens), ("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
             if count <= 0:
-                raise BadInput(f"A course with {name}={count} learns nothing: choose a number above 0.")
-
-
-Scheme = tuple[Method, float | None]
-
-
-@final
-class FitMember:
-    """One dictionary of a run."""
-
-    def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: TrainingLog | None) -> None:
-        """The member whose state goes to `folder`; only rank 0 has a log."""
-        self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no weight on any rank is NaN or infinite."""
-        wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.named().values()]
-        return not bool(self.learner.team.sum(torch.stack(wrong)).any())
-
-    def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
-        """The dictionary as it stands, of all ranks' features."""
-        learner, config = self.learner, self.learner.config
-        record: dict[str, Json] = {
-            "config": as_json(config),
-            "data": data,
-            "updates": learner.updates,
-            "tokens": learner.tokens,
-            "density": density(learner),
-            "last": {} if learner.last is None else dict(asdict(learner.last)),
-        }
-        return SAE(
-            kind=config.kind,
-            k=config.k,
-            origin=replace(origin, training={**origin.training, **record}),
-            normalisation=self.normalisation,
-            weights=whole_weights(learner),
-            relu=config.relu,
-        )
+                raise BadInput(f"A training with {name}={count} learns nothing: choose a number above 0.")
 
 
 def fit(
@@ -105,24 +66,76 @@ def fit(
     batches: Batches,
     *,
     origin: DictionaryOrigin,
-    course: FitConfig,
+    config: FitConfig,
     device: torch.device | str | None = None,
 ) -> dict[Path, SAE]:
-    """The dictionaries, each saved in its folder with the log and the resumable state of its training.
+    """Train an SAE for each folder, and save it there with its log and its checkpoint.
 
-    Every dictionary learns from every batch, so that a sweep costs one pass over the data. What stands half done in a folder goes
-    on, bit for bit on a CPU. Under `torch.distributed` all ranks call this; rank 0 writes. Without `device`, a CUDA card is taken
-    where there is one.
+    Every SAE is trained on every batch, so that a sweep costs one pass over the data. Work in a folder resumes, bit for bit on a
+    CPU. Under `torch.distributed` all ranks call this, and rank 0 writes. The default device is a GPU, if there is one.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = FitRun(trainings, batches, origin=origin, course=course, device=chosen)
-    run.learn()
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = FitRun(trainings, batches, origin=origin, config=config, device=target)
+    run.train()
     return run.finish()
+
+
+NormalisationScheme = tuple[NormalisationMethod, float | None]
+"""A method and the largest absolute value."""
+
+
+@final
+class FitMember:
+    """One SAE of a run."""
+
+    def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: TrainingLog | None) -> None:
+        """Only rank 0 has a log."""
+        self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
+
+    @property
+    def label(self) -> str:
+        """The label of the SAE."""
+        return self.learner.config.label
+
+    @property
+    def scheme(self) -> NormalisationScheme:
+        """How its inputs are normalised."""
+        return self.learner.config.normalisation, self.learner.config.clip
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no weight on any rank is NaN or infinite."""
+        wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.tensors().values()]
+        return not bool(self.learner.ranks.sum(torch.stack(wrong)).any())
+
+    def save_state(self, data: str) -> None:
+        """Save a checkpoint."""
+        save_state(self.folder / STATE, self.learner, self.normalisation, data)
+
+    def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
+        """Return the SAE with the features of all ranks."""
+        learner, config = self.learner, self.learner.config
+        record: dict[str, Json] = {
+            "config": config.as_json(),
+            "data": data,
+            "updates": learner.updates,
+            "tokens": learner.tokens,
+            "density": density_histogram(learner),
+            "metrics": {} if learner.metrics is None else dict(asdict(learner.metrics)),
+        }
+        return SAE(
+            kind=config.kind,
+            k=config.k,
+            origin=replace(origin, training={**origin.training, **record}),
+            normalisation=self.normalisation,
+            weights=trained_weights(learner),
+            relu=config.relu,
+        )
 
 
 @final
 class FitRun:
-    """The state of a call of `fit`."""
+    """The state of one call of `fit`."""
 
     def __init__(
         self,
@@ -130,177 +143,168 @@ class FitRun:
         batches: Batches,
         *,
         origin: DictionaryOrigin,
-        course: FitConfig,
+        config: FitConfig,
         device: torch.device,
     ) -> None:
-        """The run with every member taken up where it was, or begun."""
+        """Load the checkpoints in the folders, and initialise the other members."""
         if not trainings:
-            raise BadInput("No training was given. Name at least one kind, size and k.")
-        self.origin, self.course, self.device = origin, course, device
-        self.team = Team(course.split)
-        self.feed = BatchFeed(batches, self.team, device, own_share=course.own_share)
-        self._normalisations: dict[Scheme, Normalisation] = {}
-        resumed = {
-            folder: load_state(folder / STATE, training, course.data, self.team, device) for folder, training in trainings.items()
+            raise BadInput("`fit` needs at least one training: choose a kind, a size and k.")
+        self.origin, self.config = origin, config
+        self.ranks = TrainingRanks(config.split)
+        self.feed = BatchFeed(batches, self.ranks, device, sharded=config.sharded)
+        self._normalisations: dict[NormalisationScheme, Normalisation] = {}
+        states = {
+            folder: load_state(folder / STATE, training, config.data, self.ranks, device)
+            for folder, training in trainings.items()
         }
-        for training, found in zip(trainings.values(), resumed.values(), strict=True):
-            if found is not None:
-                self._normalisations.setdefault((training.normalisation, training.clip), found[1])
-        begun = {folder: training for folder, training in trainings.items() if resumed[folder] is None}
+        for folder, state in states.items():
+            if state is not None:
+                self._normalisations.setdefault((trainings[folder].normalisation, trainings[folder].clip), state[1])
         preview = None
-        if begun:
-            preview = self.feed.preview(
-                covariance=any(training.normalisation == "whiten" for training in begun.values()), most=course.epoch
-            )
+        if new := [training for folder, training in trainings.items() if states[folder] is None]:
+            covariance = any(training.normalisation == "whiten" for training in new)
+            preview = self.feed.preview(covariance=covariance, max_vectors=config.epoch)
         self.members = []
         for folder, training in trainings.items():
-            found = resumed[folder]
-            learner = found[0] if found else self._begin(training, preview)
+            state = states[folder]
+            learner = state[0] if state is not None else self._new_learner(training, preview)
             self.members.append(self._member(folder, learner, preview))
 
-    def _begin(self, training: TrainingConfig, preview: DataPreview | None) -> Learner:
+    def _new_learner(self, training: TrainingConfig, preview: DataPreview | None) -> Learner:
         assert preview is not None
         scheme = (training.normalisation, training.clip)
         if scheme not in self._normalisations:
-            preview.warn(training.normalisation)
+            preview.warn_of_dead_features(training.normalisation)
             self._normalisations[scheme] = preview.moments.normalisation(*scheme)
-        weights = first_weights(training, self._normalisations[scheme].apply(preview.vectors))
-        rows = self.team.rows(training.size)
-        own = {name: tensor if name == "bias" else tensor[rows].clone() for name, tensor in weights.named().items()}
-        return Learner(training, SAEWeights.of(own), self.team)
+        weights = initial_weights(training, self._normalisations[scheme].apply(preview.vectors))
+        rows = self.ranks.features(training.size)
+        own = {name: tensor if name == "bias" else tensor[rows].clone() for name, tensor in weights.tensors().items()}
+        return Learner(training, SAEWeights.from_tensors(own), self.ranks)
 
     def _member(self, folder: Path, learner: Learner, preview: DataPreview | None) -> FitMember:
         training = learner.config
         log = None
-        if self.team.rank == 0:
-            log = TrainingLog(folder / "training", f"{self.origin.site}/{training.label}", learner.updates, self.course.also)
+        if self.ranks.rank == 0:
+            name = f"{self.origin.site}/{training.label}"
+            log = TrainingLog(folder / "training", name, learner.updates, self.config.loggers)
             if learner.updates == 0 and preview is not None:
-                log.write(0, {"event": "start", "mean_over_spread": preview.off_centre(), "config": as_json(training)})
+                log.write(0, {"event": "start", "mean_over_spread": preview.mean_over_spread, "config": training.as_json()})
         return FitMember(folder, learner, self._normalisations[training.normalisation, training.clip], log)
 
-    def learn(self) -> None:
-        """Update all members until they have seen all tokens; those that a kill left ahead wait for the others."""
-        total, seen = self.course.tokens, self._seen()
+    def train(self) -> None:
+        """Train all members on all tokens; members that are ahead after a kill wait for the others."""
+        total, resumed_at = self.config.tokens, self._tokens()
         start = min(member.learner.updates for member in self.members)
-        hidden = None if self.course.progress and self.team.rank == 0 else True
+        disable = None if self.config.progress and self.ranks.rank == 0 else True
         began = time.perf_counter()
-        with tqdm(total=total, initial=seen, unit="tok", unit_scale=True, disable=hidden, desc="training") as bar:
-            for number, rows in enumerate(self.feed.rows(start) if seen < total else (), start):
-                before = self._seen()
+        with tqdm(total=total, initial=resumed_at, unit="tok", unit_scale=True, disable=disable, desc="training") as bar:
+            for number, rows in enumerate(self.feed.batches(start) if resumed_at < total else (), start):
+                before = self._tokens()
                 self._update(number, rows)
-                bar.update(self._seen() - before)
-                last = self._seen() >= total
-                if (number + 1) % self.course.log_every == 0 or last:
-                    elapsed = time.perf_counter() - began
-                    bar.set_postfix_str(self._log((self._seen() - seen) / elapsed, self.feed.waited / elapsed))
-                if last:
+                bar.update(self._tokens() - before)
+                is_last = self._tokens() >= total
+                if (number + 1) % self.config.log_every == 0 or is_last:
+                    seconds = time.perf_counter() - began
+                    bar.set_postfix_str(self._log((self._tokens() - resumed_at) / seconds, self.feed.seconds_waited / seconds))
+                if is_last:
                     break
-                if (number + 1) % self.course.checkpoint_every == 0:
+                if (number + 1) % self.config.checkpoint_every == 0:
                     self._checkpoint()
-        if self._seen() < total:
-            warnings.warn(f"The stream ended after {self._seen()} tokens of {total}: what was learned is kept.", stacklevel=3)
-
-    def _seen(self) -> int:
-        """Tokens that every member has learned from."""
-        return min(member.learner.tokens for member in self.members)
+        if self._tokens() < total:
+            warnings.warn(f"The stream ended after {self._tokens()} of {total} tokens: training ends there.", stacklevel=3)
 
     def finish(self) -> dict[Path, SAE]:
-        """Save the last state and the dictionaries."""
-        done = {}
-        for member in self._well():
-            save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
-            done[member.folder] = member.dictionary(self.origin, self.course.data)
-            if self.team.rank == 0:
-                done[member.folder].save(member.folder)
-        return done
+        """Save the last checkpoints and the dictionaries."""
+        dictionaries = {}
+        for member in self._finite_members():
+            member.save_state(self.config.data)
+            dictionaries[member.folder] = member.dictionary(self.origin, self.config.data)
+            if self.ranks.rank == 0:
+                dictionaries[member.folder].save(member.folder)
+        return dictionaries
+
+    def _tokens(self) -> int:
+        """Return the number of tokens that every member was trained on."""
+        return min(member.learner.tokens for member in self.members)
 
     def _update(self, number: int, rows: ActivationBatch) -> None:
-        """Batch `number`, for all who have not had it."""
-        measured = (number + 1) % self.course.log_every == 0
-        normalised: dict[Scheme, Float[Tensor, "token width"]] = {}
+        """Train the members that have not had batch `number`."""
+        measure_gradient = (number + 1) % self.config.log_every == 0
+        normalised: dict[NormalisationScheme, Float[Tensor, "token width"]] = {}
         for member in self.members:
-            learner, scheme = member.learner, (member.learner.config.normalisation, member.learner.config.clip)
-            if learner.updates != number or learner.tokens >= self.course.tokens:
+            learner = member.learner
+            if learner.updates != number or learner.tokens >= self.config.tokens:
                 continue
-            if scheme not in normalised:
-                normalised[scheme] = self._normalisations[scheme].apply(rows.values)
-            lr = rate(learner.config.optimiser, number, learner.tokens / self.course.tokens)
+            if member.scheme not in normalised:
+                normalised[member.scheme] = self._normalisations[member.scheme].apply(rows.values)
+            rate = learning_rate(learner.config.optimiser, number, learner.tokens / self.config.tokens)
             try:
-                learner.update(normalised[scheme], lr, measured=measured)
+                learner.update(normalised[member.scheme], rate, measure_gradient=measure_gradient)
             except NonFinite as error:
-                self._checkpoint(but=member)
-                raise NonFinite(self._bad_batch(number, rows, member)) from error
+                self._checkpoint(skip=member)
+                raise NonFinite(self._non_finite_loss(number, rows, member)) from error
 
-    def _bad_batch(self, number: int, rows: ActivationBatch, member: FitMember) -> str:
-        """Which batch it was that ended a training, and what to do."""
-        kept = (
-            f"The state of {member.folder / STATE} before it is kept"
-            if (member.folder / STATE).exists()
-            else "No state was saved"
-        )
-        if found := non_finite(number, rows):
-            return f"{found} {kept}. Harvest that shot again, then resume."
+    def _non_finite_loss(self, number: int, rows: ActivationBatch, member: FitMember) -> str:
+        """Return the message about the batch that ended a training."""
+        path = member.folder / STATE
+        checkpoint = f"The checkpoint {path} from before that is intact." if path.exists() else "No checkpoint was saved."
+        if message := non_finite_message(number, rows):
+            return f"{message} {checkpoint} Harvest that shot again, then resume."
         return (
-            f"The loss of {member.learner.config.label} became NaN or infinite at batch {number}, whose rows are finite: its "
-            f"weights have diverged. {kept}. Lower the learning rate and train it anew."
+            f"The loss of {member.label} became NaN or infinite at batch {number}, whose rows are finite: the weights have "
+            f"diverged. {checkpoint} Lower the learning rate and train from the start."
         )
 
-    def _well(self, but: FitMember | None = None) -> Iterator[FitMember]:
-        """The members whose weights are numbers; after them, an error about those whose weights are not."""
-        ill = [member for member in self.members if member is not but and not member.is_finite]
-        yield from (member for member in self.members if member is not but and member not in ill)
-        for member in ill:
+    def _finite_members(self, skip: FitMember | None = None) -> Iterator[FitMember]:
+        """Yield the members whose weights are finite; then raise an error about the first of the others."""
+        diverged = [member for member in self.members if member is not skip and not member.is_finite]
+        yield from (member for member in self.members if member is not skip and member not in diverged)
+        for member in diverged:
             raise NonFinite(
-                f"The weights of {member.learner.config.label} became NaN or infinite by update {member.learner.updates}: "
-                f"they have diverged. What {member.folder} holds from before is kept. Lower the learning rate and train it anew."
+                f"The weights of {member.label} became NaN or infinite by update {member.learner.updates}: they have diverged. "
+                f"What {member.folder} holds from before is intact. Lower the learning rate and train from the start."
             )
 
-    def _log(self, speed: float, waited: float) -> str:
-        """What the bar shows after a line was written for every member."""
-        shown = []
+    def _log(self, tokens_per_second: float, waiting: float) -> str:
+        """Write an entry for every member; return the text for the progress bar."""
+        metrics = []
         for member in self.members:
-            if member.learner.last is None:
+            if member.learner.metrics is None:
                 continue
             if member.log is not None:
-                tokens = member.learner.tokens
                 entry = {
-                    "tokens": tokens,
-                    **asdict(member.learner.last),
-                    "tokens_per_second": round(speed),
-                    "waiting": round(waited, 4),
+                    "tokens": member.learner.tokens,
+                    **asdict(member.learner.metrics),
+                    "tokens_per_second": round(tokens_per_second),
+                    "waiting": round(waiting, 4),
                 }
                 member.log.write(member.learner.updates, entry)
-            shown.append(member.learner.last)
-        if not shown:
+            metrics.append(member.learner.metrics)
+        if not metrics:
             return ""
-        loss, fvu, dead = (sum(getattr(one, name) for one in shown) / len(shown) for name in ("loss", "fvu", "dead"))
+        loss, fvu, dead = (sum(getattr(entry, name) for entry in metrics) / len(metrics) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
-    def _checkpoint(self, but: FitMember | None = None) -> None:
-        """Save the state of every member that is well, `but` one whose update failed."""
-        for member in self._well(but):
-            save_state(member.folder / STATE, member.learner, member.normalisation, self.course.data)
-            found = density(member.learner)
+    def _checkpoint(self, skip: FitMember | None = None) -> None:
+        """Save the state of every member but `skip`."""
+        for member in self._finite_members(skip):
+            member.save_state(self.config.data)
+            density = density_histogram(member.learner)
             if member.log is not None:
-                member.log.write(member.learner.updates, {"event": "checkpoint", "density": found})
+                member.log.write(member.learner.updates, {"event": "checkpoint", "density": density})
 
 
-def rate(settings: AdamConfig, update: int, done: float) -> float:
-    """The learning rate of the given update, counted from 0, when the share `done` of all tokens has been seen."""
-    rising = min(1.0, (update + 1) / max(1, settings.warmup))
-    falling = 1.0 if settings.decay == 0 else min(1.0, (1 - done) / settings.decay)
-    return settings.lr * rising * max(0.0, falling)
+def learning_rate(config: AdamConfig, update: int, progress: float) -> float:
+    """Return the learning rate of update `update`, from 0, after the share `progress` of all tokens."""
+    rise = min(1.0, (update + 1) / max(1, config.warmup))
+    fall = 1.0 if config.decay == 0 else min(1.0, (1 - progress) / config.decay)
+    return config.learning_rate * rise * max(0.0, fall)
 
 
-def density(learner: Learner) -> dict[str, Json]:
-    """How many features of all ranks fire how often: `-3` counts those between one token in 10,000 and one in 1,000."""
-    counts: dict[str, Json] = {}
-    firings = learner.team.gather(learner.firings) if learner.team.shards > 1 else learner.firings
-    for count in firings.tolist():
+def density_histogram(learner: Learner) -> dict[str, Json]:
+    """Count features by how often they fire: `-3` counts those that fire at between 1 in 10,000 and 1 in 1,000 tokens."""
+    counts: dict[str, int] = {}
+    for count in learner.ranks.gather_features(learner.firings).tolist():
         place = "never" if count == 0 else str(math.ceil(math.log10(count / max(1, learner.tokens))))
-        known = counts.get(place, 0)
-        counts[place] = known + 1 if isinstance(known, int) else 1
-    return dict(sorted(counts.items()))
-
-
-STATE = Path("training") / "state.safetensors"
+        counts[place] = counts.get(place, 0) + 1
+    return {place: counts[place] for place in sorted(counts)}

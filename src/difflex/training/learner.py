@@ -1,4 +1,4 @@
-"""A learner: one dictionary in training, one update at a time."""
+"""One SAE in training: its initial weights, the pairs that fire in a batch, the loss and its update."""
 
 from __future__ import annotations
 
@@ -9,210 +9,342 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from difflex.dictionaries.sae import SAEWeights
-from difflex.dictionaries.sparse import SparsePairs, sums
+from difflex.dictionaries import SAEWeights
+from difflex.dictionaries.sparse import CooCodes, EncoderSearch, segment_sums
 from difflex.errors import NonFinite
 from difflex.training.config import TrainingConfig
-from difflex.training.selection import ActivePairs, among_dead, kept
-from difflex.training.team import Team
+from difflex.training.parallel import TrainingRanks
 from difflex.training.update import SAEParameters, UpdateInputs
 
-__all__ = ["Learner", "UpdateMetrics"]
+__all__ = ["Learner", "UpdateMetrics", "geometric_median", "initial_weights"]
 
 DEAD_AFTER = 1_000_000
-"""Tokens without firing after which a feature counts as dead where nothing revives it."""
-FORGETTING = 0.01
-"""Share of the learned inference threshold that an update replaces."""
+"""Tokens without firing after which a feature counts as dead in a training without AuxK."""
+THRESHOLD_UPDATE = 0.01
+"""Share of the moving average of the inference threshold that an update replaces."""
+FIRST_CANDIDATES = 2
+"""Times k: scores per token from which the first batch of a batch-wise kind estimates its threshold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateMetrics:
-    """One update in numbers, over the batches of all ranks."""
+    """Metrics of one update, over the whole batch."""
 
     loss: float
-    """Mean squared error in z."""
+    """Mean squared error of the normalised activations."""
     fvu: float
-    """Fraction of the batch's variance unexplained, in z."""
-    active: float
+    """Fraction of the batch's variance unexplained, in normalised space."""
+    l0: float
     """Features per token."""
     dead: float
-    """Share of features that have not fired for as long as `Revival.after` says."""
+    """Share of features that are dead."""
     gradient: float | None
-    """Length of the whole gradient, before it was shortened; None where it was not asked for."""
+    """Norm of the gradient before clipping; None if it was not measured."""
 
 
-class ReconstructionErrors(NamedTuple):
-    """What is wrong with the reconstructions of the tokens that this rank encoded."""
+class ActivePairs(NamedTuple):
+    """The pairs of tokens and features that an update uses, sorted by token."""
+
+    pairs: CooCodes
+    active: Bool[Tensor, " pair"] | None = None
+    """Whether the feature fires; None: everywhere. Other pairs are just below the threshold of their feature."""
+    threshold_slopes: Float[Tensor, " pair"] | None = None
+    threshold_losses: Float[Tensor, " pair"] | None = None
+    threshold: float | None = None
+    """The smallest value that a batch-wise kind selected."""
+
+
+class BatchErrors(NamedTuple):
+    """The reconstruction errors of the tokens that this rank encodes."""
 
     layers: list[Float[Tensor, "token width"]]
-    """Derivatives of the loss: one by what each prefix adds, and, where features are dead, one by what these add."""
+    """Derivatives of the loss by the reconstruction of each prefix, and of the dead features if there are any."""
     bias: Float[Tensor, " width"]
-    """The derivative by the bias, as far as it is part of the reconstructions."""
+    """The derivative by the bias as a part of the reconstructions."""
     square: Float[Tensor, ""]
     """The summed squared error."""
 
 
 @final
 class Learner:
-    """The state of one dictionary in training; `update` moves it by one batch."""
+    """The state of one SAE in training."""
 
-    def __init__(self, config: TrainingConfig, weights: SAEWeights, team: Team) -> None:
-        """The state before the first update; `weights` are this rank's, and are moved in place."""
-        self.config, self.team = config, team
-        self.parameters = SAEParameters(weights, config.optimiser, total=team.total)
+    def __init__(self, config: TrainingConfig, weights: SAEWeights, ranks: TrainingRanks) -> None:
+        """`weights` are those of this rank's features; they are updated in place."""
+        self.config, self.ranks = config, ranks
+        self.parameters = SAEParameters(weights, config.optimiser, ranks.sum_over_features)
         size, device = len(weights.encoder), weights.encoder.device
         self.updates = self.tokens = 0
         self.silence = torch.zeros(size, dtype=torch.long, device=device)
         """Tokens since each feature last fired."""
         self.firings = torch.zeros(size, dtype=torch.long, device=device)
         """Tokens at which each feature has fired."""
-        self.threshold: float | None = None
-        """The smallest value kept from the last batch, where that is chosen over the batch."""
-        self.floor: float | None = None
-        """Its running average: the floor at inference."""
-        self.last: UpdateMetrics | None = None
+        self.batch_threshold: float | None = None
+        """The smallest value selected from the last batch, for a batch-wise kind."""
+        self.inference_threshold: float | None = None
+        """The moving average of `batch_threshold`: the threshold at inference."""
+        self.metrics: UpdateMetrics | None = None
         self._prefixes = torch.tensor(config.prefixes, dtype=torch.long, device=device)
-        self._first_feature = team.rows(config.size).start
+        self._first_feature = ranks.features(config.size).start
 
-    def update(self, z: Float[Tensor, "token width"], lr: float, *, measured: bool = True) -> UpdateMetrics:
-        """Learn from the batch whose share of this rank is `z`; the measures are of the whole batch."""
-        z = self.team.seen(z)
-        sums_of_z = self.team.over_tokens(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
+    def update(self, z: Float[Tensor, "token width"], learning_rate: float, *, measure_gradient: bool = True) -> UpdateMetrics:
+        """Train on a batch, of which `z` is this rank's share; return the metrics of the whole batch."""
+        z = self.ranks.encoded_tokens(z)
+        sums_of_z = self.ranks.sum_over_tokens(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
         count, variance = int(sums_of_z[0]), float(sums_of_z[1] - _square(sums_of_z[2:]) / sums_of_z[0])
         centred = z - self.parameters.weights.bias
-        found = self._found(centred)
-        errors, revived = self._errors(found.pairs, centred, count)
-        square = float(self.team.over_tokens(errors.square))
+        selection = self._select(centred)
+        errors, auxk = self._errors(selection.pairs, centred, count)
+        square = float(self.ranks.sum_over_tokens(errors.square))
         if not math.isfinite(square):
-            raise NonFinite(f"The loss became {square}; the weights were not moved.")
-        length = self.parameters.update(
-            self._work(found, revived, errors, centred), number=self.updates + 1, lr=lr, measured=measured
+            raise NonFinite(f"The loss became {square}; the weights were not updated.")
+        gradient = self.parameters.update(
+            self._inputs(selection, auxk, errors, centred),
+            number=self.updates + 1,
+            learning_rate=learning_rate,
+            measure_gradient=measure_gradient,
         )
-        fired = self._take_note(found, count)
-        self.last = UpdateMetrics(
+        fired = self._count_firings(selection, count)
+        self.metrics = UpdateMetrics(
             loss=square / count / z.shape[1],
             fvu=square / max(variance, 1e-30),
-            active=fired / count,
-            dead=float(self.team.total(self._dead().sum())) / self.config.size,
-            gradient=length,
+            l0=fired / count,
+            dead=float(self.ranks.sum_over_features(self._dead().sum())) / self.config.size,
+            gradient=gradient,
         )
-        return self.last
+        return self.metrics
 
-    def _found(self, centred: Float[Tensor, "token width"]) -> ActivePairs:
-        """What fires at the tokens that this rank encodes."""
-        parameters = self.parameters
-        return kept(
-            self.config,
-            parameters.scores,
-            centred,
-            team=self.team,
-            floor=parameters.weights.floor,
-            threshold=self.threshold,
+    def _select(self, z: Float[Tensor, "token width"]) -> ActivePairs:
+        """Return the pairs that fire, and for `jumprelu` those that are close to it."""
+        config, scores = self.config, self.parameters.scores
+        if config.kind == "jumprelu":
+            return self._above_thresholds(z)
+        if config.kind == "topk":
+            return ActivePairs(_top_k(scores, z, config.k, config.relu, self.ranks))
+        return self._top_k_of_batch(z)
+
+    def _top_k_of_batch(self, z: Float[Tensor, "token width"]) -> ActivePairs:
+        """Return the largest positive scores of the batch, as many as there are tokens times k."""
+        scores, ranks, k = self.parameters.scores, self.ranks, self.config.k
+        count = int(ranks.sum(torch.tensor([len(z) * k], device=z.device))) // ranks.shards
+        threshold = self.batch_threshold
+        if threshold is None:
+            first = scores.top_k(z, min(FIRST_CANDIDATES * k, len(scores.rows))).values.flatten()
+            threshold = _smallest_of_largest(ranks.gather(first), count)
+        guess = max(0.0, threshold) * 0.95
+        while True:
+            pairs = scores.above(z, torch.full_like(scores.rows[:, 0], guess))
+            values = ranks.gather(pairs.values)
+            if len(values) >= count or guess == 0:
+                break
+            guess = guess / 2 if guess > 1e-6 else 0.0
+        smallest = _smallest_of_largest(values, count) if len(values) else 0.0
+        selected = pairs.values >= smallest
+        return ActivePairs(CooCodes(*(column[selected] for column in pairs)), threshold=smallest)
+
+    def _above_thresholds(self, z: Float[Tensor, "token width"]) -> ActivePairs:
+        """Return the pairs above their threshold or close to it: the derivative of the jump is a rectangle."""
+        thresholds, options, k = self.parameters.weights.thresholds, self.config.jumprelu, self.config.k
+        assert thresholds is not None
+        pairs = self.parameters.scores.above(z, thresholds - options.bandwidth / 2)
+        excess = pairs.values - thresholds[pairs.features]
+        active, near = excess > 0, (excess < options.bandwidth / 2).float() / options.bandwidth
+        counts = torch.tensor([float(active.sum()), float(len(z))], device=z.device)
+        count, tokens = self.ranks.sum(counts).tolist()
+        tokens /= self.ranks.shards
+        # d/d threshold of coefficient * (features per token / k - 1)^2, and of the jump in value = score * [score > threshold]
+        loss = -options.coefficient * 2 * (count / tokens / k - 1) / k / tokens
+        return ActivePairs(
+            pairs._replace(values=pairs.values * active),
+            active=active,
+            threshold_slopes=-thresholds[pairs.features] * near,
+            threshold_losses=loss * near,
         )
 
-    def _errors(
-        self, pairs: SparsePairs, centred: Float[Tensor, "token width"], count: int
-    ) -> tuple[ReconstructionErrors, SparsePairs | None]:
-        """The errors in the batch of `count` tokens on all ranks, and what dead features say, where any are dead."""
+    def _errors(self, pairs: CooCodes, centred: Float[Tensor, "token width"], count: int) -> tuple[BatchErrors, CooCodes | None]:
+        """Return the errors in the batch of `count` tokens on all ranks, and the pairs of the AuxK loss if features are dead."""
         decoder, layer_of = self.parameters.weights.decoder, self._layer_of(pairs)
         y, layers = torch.zeros_like(centred), []
         for layer in range(len(self._prefixes) + 1):
-            inside = SparsePairs(*(part[layer_of == layer] for part in pairs)) if len(self._prefixes) else pairs
-            y += self.team.total(_reconstructed(inside, decoder, len(centred)))
+            inside = CooCodes(*(column[layer_of == layer] for column in pairs)) if len(self._prefixes) else pairs
+            y += self.ranks.sum_over_features(_decode(inside, decoder, len(centred)))
             layers.append(y - centred)
         square = _square(layers[-1])
-        revived, asked = self._revived(centred, y, layers[-1], square, count)
-        # A feature is part of its own prefix and of every longer one, so it answers for the sum of their errors.
+        auxk, auxk_error = self._auxk(centred, y, layers[-1], square, count)
+        # A feature is part of its own prefix and of every longer one, so it gets the sum of their errors.
         scale = 2 / (count * centred.shape[1] * len(layers))
         bias = torch.stack([layer.sum(0) for layer in layers]).sum(0) * scale
         for layer in layers:
             layer.mul_(scale)
         for layer in reversed(range(len(layers) - 1)):
             layers[layer] += layers[layer + 1]
-        if asked is not None:
-            layers.append(asked)
-            if self.config.revival is not None and self.config.revival.target == "reconstruction":
-                for layer in layers[:-1]:  # all features answer for the whole reconstruction
-                    layer -= asked
-        return ReconstructionErrors(layers, bias, square), revived
+        if auxk_error is not None:
+            layers.append(auxk_error)
+            if self.config.auxk is not None and self.config.auxk.target == "reconstruction":
+                for layer in layers[:-1]:  # the gradient flows into the target, which is made of all features
+                    layer -= auxk_error
+        return BatchErrors(layers, bias, square), auxk
 
-    def _revived(
+    def _auxk(
         self, centred: Float[Tensor, "token width"], y: Tensor, error: Tensor, square: Tensor, count: int
-    ) -> tuple[SparsePairs | None, Float[Tensor, "token width"] | None]:
-        """What dead features say of their target, and the derivative of the second loss by it; nothing where none are dead."""
-        revival, team = self.config.revival, self.team
+    ) -> tuple[CooCodes | None, Float[Tensor, "token width"] | None]:
+        """Return the pairs of dead features and the derivative of the AuxK loss; None if no feature is dead."""
+        auxk, ranks = self.config.auxk, self.ranks
         dead = self._dead().nonzero()[:, 0]
-        if revival is None or int(total := team.total(torch.tensor(len(dead), device=dead.device))) == 0:
+        if auxk is None or int(total := ranks.sum_over_features(torch.tensor(len(dead), device=dead.device))) == 0:
             return None, None
-        slots = min(revival.k, int(total))
-        pairs = among_dead(self.parameters.scores, dead, centred, slots, self.config.relu, team)
-        said = team.total(_reconstructed(pairs, self.parameters.weights.decoder, len(centred)))
-        if revival.target == "reconstruction":
-            return pairs, (said - y).mul_(revival.coefficient * 2 / (count * centred.shape[1]))
-        # (said - residual)^2 / residual^2, and the residual is minus the error
-        whole = float(team.over_tokens(square))
-        return pairs, (said + error).mul_(revival.coefficient * 2 / max(whole, 1e-30))
+        pairs = self._top_k_of_dead(dead, centred, min(auxk.k, int(total)))
+        output = ranks.sum_over_features(_decode(pairs, self.parameters.weights.decoder, len(centred)))
+        if auxk.target == "reconstruction":
+            return pairs, (output - y).mul_(auxk.coefficient * 2 / (count * centred.shape[1]))
+        # (output - residual)^2 / residual^2, and the residual is minus the error
+        residual_square = float(ranks.sum_over_tokens(square))
+        return pairs, (output + error).mul_(auxk.coefficient * 2 / max(residual_square, 1e-30))
 
-    def _work(
-        self, found: ActivePairs, revived: SparsePairs | None, errors: ReconstructionErrors, centred: Float[Tensor, "token width"]
+    def _top_k_of_dead(self, dead: Int[Tensor, " dead"], z: Float[Tensor, "token width"], k: int) -> CooCodes:
+        """Return the k largest scores among the dead features for every token."""
+        scores = self.parameters.scores
+        if len(dead) == 0 and self.ranks.shards == 1:
+            return CooCodes(dead, dead, z.new_zeros(0))
+        search = EncoderSearch(scores.rows[dead], None if scores.bias is None else scores.bias[dead])
+        pairs = _top_k(search, z, k, self.config.relu, self.ranks)
+        return pairs._replace(features=dead[pairs.features])
+
+    def _inputs(
+        self, selection: ActivePairs, auxk: CooCodes | None, errors: BatchErrors, centred: Float[Tensor, "token width"]
     ) -> UpdateInputs:
-        """All that the update needs, from all ranks that encoded other tokens, in the order of features."""
-        pairs, layers = found.pairs, self._layer_of(found.pairs)
-        open_, slopes, pushes = found.open, found.slopes, found.pushes
-        if revived is not None:
-            pairs = SparsePairs(*(torch.cat(both) for both in zip(pairs, revived, strict=True)))
-            layers = torch.cat([layers, torch.full_like(revived.features, len(errors.layers) - 1)])
-            if open_ is not None and slopes is not None and pushes is not None:
-                none = torch.zeros_like(revived.values)
-                open_, slopes, pushes = torch.cat([open_, none == 0]), torch.cat([slopes, none]), torch.cat([pushes, none])
-        pooled = self.team.pooled
-        tokens = pooled(pairs.tokens + self.team.first_token(len(centred)))
-        features, order = torch.sort(pooled(pairs.features), stable=True)
+        """Return the inputs of the update, gathered from the ranks that encode other tokens, sorted by feature."""
+        pairs, layers = selection.pairs, self._layer_of(selection.pairs)
+        active, slopes, losses = selection.active, selection.threshold_slopes, selection.threshold_losses
+        if auxk is not None:
+            pairs = CooCodes(*(torch.cat(columns) for columns in zip(pairs, auxk, strict=True)))
+            layers = torch.cat([layers, torch.full_like(auxk.features, len(errors.layers) - 1)])
+            if active is not None and slopes is not None and losses is not None:
+                zeros = torch.zeros_like(auxk.values)
+                active, slopes, losses = torch.cat([active, zeros == 0]), torch.cat([slopes, zeros]), torch.cat([losses, zeros])
+        gather = self.ranks.gather_tokens
+        tokens = gather(pairs.tokens + self.ranks.first_token(len(centred)))
+        features, order = torch.sort(gather(pairs.features), stable=True)
         stacked = errors.layers[0] if len(errors.layers) == 1 else torch.stack(errors.layers, dim=1).flatten(0, 1)
         return UpdateInputs(
             features=features,
             tokens=tokens[order],
-            rows=(tokens * len(errors.layers) + pooled(layers))[order],
-            values=pooled(pairs.values)[order],
-            open=None if open_ is None else pooled(open_)[order],
-            slopes=None if slopes is None else pooled(slopes)[order],
-            pushes=None if pushes is None else pooled(pushes)[order],
-            z=pooled(centred),
-            errors=pooled(stacked),
-            bias=self.team.over_tokens(errors.bias),
+            rows=(tokens * len(errors.layers) + gather(layers))[order],
+            values=gather(pairs.values)[order],
+            active=None if active is None else gather(active)[order],
+            threshold_slopes=None if slopes is None else gather(slopes)[order],
+            threshold_losses=None if losses is None else gather(losses)[order],
+            z=gather(centred),
+            errors=gather(stacked),
+            bias=self.ranks.sum_over_tokens(errors.bias),
         )
 
-    def _take_note(self, found: ActivePairs, count: int) -> float:
-        """Count the update and who fired in it; how many pairs fired in all."""
-        fired = torch.bincount(found.pairs.features[found.pairs.values > 0], minlength=len(self.silence))
-        fired = self.team.over_tokens(fired)
+    def _count_firings(self, selection: ActivePairs, count: int) -> float:
+        """Count the update and the features that fired; return the number of pairs that fired."""
+        pairs = selection.pairs
+        fired = torch.bincount(pairs.features[pairs.values > 0], minlength=len(self.silence))
+        fired = self.ranks.sum_over_tokens(fired)
         self.silence = torch.where(fired > 0, 0, self.silence + count)
         self.firings += fired
         self.updates, self.tokens = self.updates + 1, self.tokens + count
-        if found.threshold is not None:
-            self.threshold = found.threshold
-            self.floor = found.threshold if self.floor is None else self.floor + FORGETTING * (found.threshold - self.floor)
-        return float(self.team.total(fired.sum()))
+        if (threshold := selection.threshold) is not None:
+            self.batch_threshold = threshold
+            self.inference_threshold = (
+                threshold
+                if self.inference_threshold is None
+                else self.inference_threshold + THRESHOLD_UPDATE * (threshold - self.inference_threshold)
+            )
+        return float(self.ranks.sum_over_features(fired.sum()))
 
     def _dead(self) -> Bool[Tensor, " size"]:
-        """Which features of this rank are dead."""
-        revival = self.config.revival
-        return self.silence > (revival.after if revival is not None else DEAD_AFTER)
+        """Return which features of this rank are dead."""
+        auxk = self.config.auxk
+        return self.silence > (auxk.dead_after if auxk is not None else DEAD_AFTER)
 
-    def _layer_of(self, pairs: SparsePairs) -> Int[Tensor, " pair"]:
-        """The prefix that each pair's feature belongs to."""
+    def _layer_of(self, pairs: CooCodes) -> Int[Tensor, " pair"]:
+        """Return the shortest prefix that contains the feature of each pair."""
         if not len(self._prefixes):
             return torch.zeros_like(pairs.features)
         return torch.bucketize(pairs.features + self._first_feature, self._prefixes, right=True)
 
 
-def _reconstructed(pairs: SparsePairs, decoder: Float[Tensor, "size width"], count: int) -> Float[Tensor, "token width"]:
-    """`sum value * decoder[feature]` for each of `count` tokens, from pairs that come token by token."""
+def initial_weights(config: TrainingConfig, z: Float[Tensor, "token width"]) -> SAEWeights:
+    """Return the weights before the first update; `z`, some normalised tokens, determines the bias and the thresholds."""
+    decoder = _initial_directions(config, z.shape[1]).to(z.device)
+    encoder = decoder * config.initialisation.gain
+    bias = _initial_bias(config, z)
+    zeros = torch.zeros(config.size, device=z.device)
+    thresholds = None
+    if config.kind == "jumprelu":
+        # The threshold at which k features fire on average with these weights.
+        largest = EncoderSearch(encoder).top_k(z - bias, min(2 * config.k, config.size)).values.flatten()
+        smallest = largest.kthvalue(max(1, len(largest) - len(z) * config.k + 1)).values
+        thresholds = torch.full_like(zeros, float(smallest.clamp_min(0)))
+    return SAEWeights(
+        encoder=encoder, decoder=decoder, bias=bias, encoder_bias=zeros if config.encoder_bias else None, thresholds=thresholds
+    )
+
+
+def geometric_median(z: Float[Tensor, "token width"], rounds: int = 100) -> Float[Tensor, " width"]:
+    """Return the point with the smallest summed distance to the rows of `z` (Weiszfeld's iteration, in float64)."""
+    z = z.double()
+    median = z.mean(0)
+    for _ in range(rounds):
+        weights = 1 / torch.linalg.vector_norm(z - median, dim=1).clamp_min(1e-12)
+        moved = weights @ z / weights.sum()
+        if torch.linalg.vector_norm(moved - median) <= 1e-9 * torch.linalg.vector_norm(moved):
+            break
+        median = moved
+    return median.float()
+
+
+def _initial_directions(config: TrainingConfig, width: int) -> Float[Tensor, "size width"]:
+    generator = torch.Generator().manual_seed(config.initialisation.seed)
+    rows = torch.randn(config.size, width, generator=generator)
+    if config.initialisation.directions == "orthogonal":
+        tall = rows if config.size >= width else rows.T
+        orthonormal = torch.linalg.qr(tall).Q
+        rows = orthonormal if config.size >= width else orthonormal.T
+    return F.normalize(rows, dim=1).contiguous()
+
+
+def _initial_bias(config: TrainingConfig, z: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
+    match config.initialisation.bias:
+        case "zero":
+            return torch.zeros_like(z[0])
+        case "mean":
+            return z.mean(0)
+        case "median":
+            return geometric_median(z)
+
+
+def _top_k(scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, relu: bool, ranks: TrainingRanks) -> CooCodes:
+    """Return the k largest scores of every token, on the rank that holds their features."""
+    size = len(scores.rows)
+    top = scores.top_k(z, min(k, size))
+    values, features = top.values, top.indices
+    if ranks.shards > 1 and values.shape[1] < k:  # all ranks bring k slots; an empty slot is never selected
+        missing = k - values.shape[1]
+        values = F.pad(values, (0, missing), value=-torch.inf)
+        features = F.pad(features, (0, missing))
+    selected = ranks.among_largest(values, k) & (values > (0 if relu else -torch.inf))
+    tokens, slots = selected.nonzero(as_tuple=True)
+    return CooCodes(tokens, features[tokens, slots], values[tokens, slots])
+
+
+def _smallest_of_largest(values: Float[Tensor, " value"], count: int) -> float:
+    """Return the smallest of the `count` largest values."""
+    return float(values.kthvalue(max(1, len(values) - count + 1)).values)
+
+
+def _decode(pairs: CooCodes, decoder: Float[Tensor, "size width"], count: int) -> Float[Tensor, "token width"]:
+    """Return `sum value * decoder[feature]` of each of `count` tokens; pairs are sorted by token."""
     starts = torch.searchsorted(pairs.tokens, torch.arange(count, device=decoder.device))
-    return sums(decoder, pairs.features, pairs.values, starts)
+    return segment_sums(decoder, pairs.features, pairs.values, starts)
 
 
 def _square(x: Tensor) -> Float[Tensor, ""]:
-    """The summed squares."""
+    """Return the summed squares."""
     return torch.linalg.vector_norm(x).square()

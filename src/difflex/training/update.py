@@ -1,7 +1,11 @@
-"""One update in closed form: from pairs (which feature fired at which token) and errors to moved weights.
+"""One update of an SAE in closed form: from pairs (which feature fired at which token) and errors to new weights.
 
-With error rows `e = d loss / d y`, values `a` and pulls `g = d loss / d score`, the gradients are
+With error rows `e = d loss / d y`, values `a` and score gradients `g = d loss / d score`, the gradients are
 `d decoder[f] = sum a e`, `g = decoder[f] . e` and `d encoder[f] = sum g z` over the pairs of f: no product is dense.
+
+Adam updates a block of rows while the block's gradient is still in the CPU's cache; the whole gradient is never in memory. With
+beta1 = 0, a row without a gradient does not move, only its second moment (and the moving average) decays. Such rows are skipped,
+and the skipped decay is applied, exactly, when they fire again.
 """
 
 from __future__ import annotations
@@ -14,24 +18,102 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.dictionaries.sae import SAEWeights
-from difflex.dictionaries.scores import EncoderSearch
-from difflex.dictionaries.sparse import dots, sums
-from difflex.training.adam import Adam, AdamWeight
+from difflex.dictionaries import SAEWeights
+from difflex.dictionaries.sparse import EncoderSearch, dot_products, segment_sums
 from difflex.training.config import AdamConfig
 
 __all__ = ["SAEParameters", "UpdateInputs"]
 
 CACHED_BYTES = 1 << 20
 """Of a block of rows: about eight such blocks take part in its update."""
-BUSY = 0.5
-"""Share of rows with a gradient over which a block is updated whole, although its other rows would not move."""
-ROWWISE = ("encoder", "decoder", "encoder_bias", "floor")
+DENSE_SHARE = 0.5
+"""Share of rows with a gradient above which a whole block is updated, although its other rows do not move."""
+ROWWISE = ("encoder", "decoder", "encoder_bias", "thresholds")
+
+RowIndex = slice | Int[Tensor, " row"]
+"""A range of rows, or a list of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWeight:
+    """A weight and its optimiser state. A vector counts as a weight of one column."""
+
+    weight: Float[Tensor, "row ..."]
+    first: Float[Tensor, "row ..."] | None
+    """First moment; None if beta1 is 0, as it is then the gradient."""
+    second: Float[Tensor, "row ..."]
+    average: Float[Tensor, "row ..."] | None
+    """Moving average of the weight, if `ema` is set."""
+
+    @classmethod
+    def initial(cls, weight: Tensor, config: AdamConfig) -> AdamWeight:
+        """Return the state before the first update."""
+        first = torch.zeros_like(weight) if config.beta1 else None
+        average = weight.clone() if config.ema is not None else None
+        return cls(weight=weight, first=first, second=torch.zeros_like(weight), average=average)
+
+    def read(self, rows: RowIndex) -> AdamWeight:
+        """Return some rows: a view of a range, a copy of a list."""
+        first = None if self.first is None else self.first[rows]
+        average = None if self.average is None else self.average[rows]
+        return AdamWeight(weight=self.weight[rows], first=first, second=self.second[rows], average=average)
+
+    def write(self, rows: RowIndex, part: AdamWeight) -> None:
+        """Write back what `read` returned."""
+        if isinstance(rows, Tensor):
+            for name, tensor in self.named().items():
+                tensor[rows] = part.named()[name]
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name, without those that are None."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+@final
+class Adam:
+    """The arithmetic of one update, the same for all weights."""
+
+    def __init__(self, config: AdamConfig, *, update: int, learning_rate: float, scale: float = 1.0) -> None:
+        """`update` counts from 1; all gradients are multiplied by `scale`."""
+        self.config, self.update, self.learning_rate, self.scale = config, update, learning_rate, scale
+        self._count = torch.tensor(float(update))
+
+    def apply(self, matrix: AdamWeight, gradient: Tensor) -> None:
+        """Update the weight in place; `gradient` is overwritten."""
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+        torch._fused_adam_(
+            [matrix.weight],
+            [gradient],
+            [torch.empty_like(gradient).zero_() if matrix.first is None else matrix.first],
+            [matrix.second],
+            [],
+            [self._count.to(gradient.device)],
+            lr=self.learning_rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            weight_decay=0.0,
+            eps=self.config.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def update_average(self, matrix: AdamWeight) -> None:
+        """Add the updated weight to its moving average."""
+        if matrix.average is not None and self.config.ema is not None:
+            matrix.average.lerp_(matrix.weight, 1 - self.config.ema)
+
+    def apply_skipped(self, matrix: AdamWeight, skipped: Int[Tensor, " row"]) -> None:
+        """Apply the decay of `skipped` updates, in which the rows had no gradient."""
+        powers = skipped.to(matrix.weight.dtype).unsqueeze(-1) if matrix.weight.ndim == 2 else skipped.to(matrix.weight.dtype)
+        matrix.second.mul_(self.config.beta2**powers)
+        if matrix.average is not None and self.config.ema is not None:
+            matrix.average.lerp_(matrix.weight, 1 - self.config.ema**powers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateInputs:
-    """What an update is made from; pairs stand in the order of their features."""
+    """What an update is computed from. Pairs are sorted by feature."""
 
     features: Int[Tensor, " pair"]
     tokens: Int[Tensor, " pair"]
@@ -39,36 +121,36 @@ class UpdateInputs:
     rows: Int[Tensor, " pair"]
     """Rows of `errors`."""
     values: Float[Tensor, " pair"]
-    open: Bool[Tensor, " pair"] | None = None
-    """Where the loss reaches the score; None for everywhere. A closed pair moves nothing but its feature's floor."""
-    slopes: Float[Tensor, " pair"] | None = None
-    """What `g` is multiplied with in the gradient of the floor."""
-    pushes: Float[Tensor, " pair"] | None = None
-    """What is added to the gradient of the floor."""
+    active: Bool[Tensor, " pair"] | None = None
+    """Whether the score gets a gradient; None: everywhere. Other pairs change only the threshold of their feature."""
+    threshold_slopes: Float[Tensor, " pair"] | None = None
+    """Derivatives of the values by the thresholds."""
+    threshold_losses: Float[Tensor, " pair"] | None = None
+    """Derivatives of the sparsity loss by the thresholds."""
     z: Float[Tensor, "token width"]
-    """The input, less the bias."""
+    """The input minus the bias."""
     errors: Float[Tensor, "row width"]
     """The derivative of the loss by each reconstruction."""
     bias: Float[Tensor, " width"]
-    """The derivative of the loss by the bias, as far as it is part of the reconstructions."""
+    """The derivative of the loss by the bias as a part of the reconstructions."""
 
     def part(self, first: int, last: int, start: int) -> UpdateInputs:
-        """Pairs from `first` to `last`, their features counted from `start`."""
-        cut = {
+        """Return pairs `first` to `last`, with features counted from `start`."""
+        per_pair = {
             name: tensor[first:last]
             for name, tensor in vars(self).items()
             if isinstance(tensor, Tensor) and tensor.ndim == 1 and name != "bias"
         }
-        return UpdateInputs(**{**vars(self), **cut, "features": self.features[first:last] - start})
+        return UpdateInputs(**{**vars(self), **per_pair, "features": self.features[first:last] - start})
 
-    def bound(self, longest: float) -> float:
-        """No less than the length of the gradient, where decoder rows have length one and encoder rows at most `longest`."""
+    def gradient_bound(self, encoder_norm: float) -> float:
+        """Return an upper bound of the gradient's norm; decoder rows have norm 1, encoder rows at most `encoder_norm`."""
         errors = torch.linalg.vector_norm(self.errors, dim=1)
-        met = errors[self.rows]  # no pull is larger, as the rows of the decoder have length one
-        pulls, tokens = float(met.square().sum()), len(self.z)
+        pair_errors = errors[self.rows]  # no score gradient is larger, as decoder rows have norm 1
+        scores, tokens = float(pair_errors.square().sum()), len(self.z)
         decoder = float(self.values.square().sum()) * float(errors.square().sum())
-        encoder = pulls * float(self.z.square().sum()) + pulls * tokens
-        return (decoder + encoder + (float(self.bias.norm()) + float(met.sum()) * longest) ** 2) ** 0.5
+        encoder = scores * float(self.z.square().sum()) + scores * tokens
+        return (decoder + encoder + (float(self.bias.norm()) + float(pair_errors.sum()) * encoder_norm) ** 2) ** 0.5
 
 
 class RowBlock(NamedTuple):
@@ -77,118 +159,125 @@ class RowBlock(NamedTuple):
     rows: slice | Tensor
     matrices: dict[str, AdamWeight]
     gradients: dict[str, Tensor]
-    back: Float[Tensor, " width"]
-    """What the bias feels through the scores of these rows."""
+    score_bias: Float[Tensor, " width"]
+    """Minus the gradient of the bias through the scores of these rows."""
 
     def square(self) -> float:
-        """The squared length of the gradients."""
+        """Return the squared norm of the gradients."""
         return float(sum(torch.linalg.vector_norm(gradient).square() for gradient in self.gradients.values()))
 
 
 @final
 class SAEParameters:
-    """The weights of one dictionary with their moments, and how an update moves them."""
+    """The weights of one SAE with their optimiser state."""
 
     def __init__(
-        self, weights: SAEWeights, settings: AdamConfig, total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self,
+        weights: SAEWeights,
+        config: AdamConfig,
+        sum_over_features: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        """`weights` before their first update, to be moved in place; `total` sums over ranks that hold other features."""
-        assert all(tensor.is_contiguous() for tensor in weights.named().values()), "fused Adam misreads other layouts"
-        self.weights, self.settings, self._total = weights, settings, total
-        self.matrices = {name: AdamWeight.of(tensor, settings) for name, tensor in weights.named().items()}
+        """`weights` are updated in place; `sum_over_features` sums over ranks that hold other features."""
+        assert all(tensor.is_contiguous() for tensor in weights.tensors().values()), "fused Adam misreads other layouts"
+        self.weights, self.config, self._sum_over_features = weights, config, sum_over_features
+        self.matrices = {name: AdamWeight.initial(tensor, config) for name, tensor in weights.tensors().items()}
         self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
-        self.fresh = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
-        """The last update that each row took part in: where beta1 is 0, rows without a gradient are left alone."""
-        self._lazy = settings.beta1 == 0
+        self.last_update = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
+        """The last update in which each row took part: with beta1 = 0, rows without a gradient are skipped."""
+        self._skips_rows = config.beta1 == 0
         on_cpu = weights.encoder.device.type == "cpu"
-        self._height = max(32, CACHED_BYTES // (4 * weights.encoder.shape[1])) if on_cpu else 8192
+        self._block_rows = max(32, CACHED_BYTES // (4 * weights.encoder.shape[1])) if on_cpu else 8192
         if on_cpu:
-            # glibc gives memory back to the system, and fetches it again page by page, up to the size of the largest block below
-            # 32 MB that was ever freed. Without this line, a third of the time of an update goes there.
+            # glibc returns freed memory to the system, and fetches it again page by page, up to the size of the largest block
+            # below 32 MB that was ever freed. Without this line, that takes a third of the time of an update.
             torch.empty(31 << 20, dtype=torch.uint8)
 
-    def update(self, work: UpdateInputs, *, number: int, lr: float, measured: bool = True) -> float | None:
-        """Move all weights for the `number`-th time, counted from 1; if `measured`, the gradient's length before it was cut."""
-        bounds = self._bounds(work)
-        adam = Adam(self.settings, update=number, lr=lr, scale=self._scale(work, bounds))
-        square, back = 0.0, torch.zeros_like(work.bias)
+    def update(self, inputs: UpdateInputs, *, number: int, learning_rate: float, measure_gradient: bool = True) -> float | None:
+        """Update all weights, for the `number`-th time from 1; return the gradient's norm before clipping if it is measured."""
+        bounds = self._block_bounds(inputs)
+        adam = Adam(self.config, update=number, learning_rate=learning_rate, scale=self._clip_scale(inputs, bounds))
+        square, score_bias = 0.0, torch.zeros_like(inputs.bias)
         for start, stop, first, last in bounds:
-            block = self._block(work.part(first, last, start), start, stop)
-            square, back = square + (block.square() if measured else 0.0), back + block.back
-            self._move(block, adam)
-        square, gradient = self._whole(square, back, work)
-        adam.step(self.matrices["bias"], gradient)
-        adam.averaged(self.matrices["bias"])
-        return square**0.5 if measured else None
+            block = self._block(inputs.part(first, last, start), start, stop)
+            square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
+            self._apply(block, adam)
+        square, gradient = self._whole_gradient(square, score_bias, inputs)
+        adam.apply(self.matrices["bias"], gradient)
+        adam.update_average(self.matrices["bias"])
+        return square**0.5 if measure_gradient else None
 
-    def caught_up(self, number: int) -> None:
-        """Bring the rows that were left alone up to update `number`, so that their averages can be read."""
-        if self._lazy:
+    def apply_skipped(self, number: int) -> None:
+        """Bring the rows that were skipped up to update `number`, so that their averages can be read."""
+        if self._skips_rows:
             for name in ROWWISE:
                 if name in self.matrices:
-                    Adam(self.settings, update=number, lr=0).decayed(self.matrices[name], number - self.fresh)
-            self.fresh.fill_(number)
+                    adam = Adam(self.config, update=number, learning_rate=0)
+                    adam.apply_skipped(self.matrices[name], number - self.last_update)
+            self.last_update.fill_(number)
 
-    def _bounds(self, work: UpdateInputs) -> list[tuple[int, int, int, int]]:
-        """First and last row, first and last pair of every block."""
-        edges = [*range(0, len(self.fresh), self._height), len(self.fresh)]
-        pairs = torch.searchsorted(work.features, torch.tensor(edges, device=work.features.device)).tolist()
+    def _block_bounds(self, inputs: UpdateInputs) -> list[tuple[int, int, int, int]]:
+        """Return the first and last row and the first and last pair of every block."""
+        edges = [*range(0, len(self.last_update), self._block_rows), len(self.last_update)]
+        pairs = torch.searchsorted(inputs.features, torch.tensor(edges, device=inputs.features.device)).tolist()
         return list(zip(edges, edges[1:], pairs, pairs[1:], strict=False))
 
-    def _scale(self, work: UpdateInputs, bounds: list[tuple[int, int, int, int]]) -> float:
-        """What shortens the gradient to the longest allowed; found without making it wherever a bound is enough."""
-        clip = self.settings.clip
-        if clip is None or work.bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
+    def _clip_scale(self, inputs: UpdateInputs, bounds: list[tuple[int, int, int, int]]) -> float:
+        """Return the factor that clips the gradient; a bound of its norm often shows that it is 1."""
+        clip = self.config.clip
+        if clip is None:
             return 1.0
-        square, back = 0.0, torch.zeros_like(work.bias)
+        if inputs.gradient_bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
+            return 1.0
+        square, score_bias = 0.0, torch.zeros_like(inputs.bias)
         for start, stop, first, last in bounds:
-            block = self._block(work.part(first, last, start), start, stop)
-            square, back = square + block.square(), back + block.back
-        return min(1.0, clip / max(self._whole(square, back, work)[0] ** 0.5, 1e-30))
+            block = self._block(inputs.part(first, last, start), start, stop)
+            square, score_bias = square + block.square(), score_bias + block.score_bias
+        return min(1.0, clip / max(self._whole_gradient(square, score_bias, inputs)[0] ** 0.5, 1e-30))
 
-    def _whole(self, square: float, back: Tensor, work: UpdateInputs) -> tuple[float, Tensor]:
-        """The squared length of the whole gradient, and the gradient of the bias, from what the blocks gave."""
-        sums_over_ranks = self._total(torch.cat([back, back.new_tensor([square])]))
-        gradient = work.bias - sums_over_ranks[:-1]
+    def _whole_gradient(self, square: float, score_bias: Tensor, inputs: UpdateInputs) -> tuple[float, Tensor]:
+        """Return the squared norm of the whole gradient, and the gradient of the bias."""
+        sums_over_ranks = self._sum_over_features(torch.cat([score_bias, score_bias.new_tensor([square])]))
+        gradient = inputs.bias - sums_over_ranks[:-1]
         return float(sums_over_ranks[-1] + gradient.square().sum()), gradient
 
-    def _block(self, work: UpdateInputs, start: int, stop: int) -> RowBlock:
-        """The rows from `start` to `stop` (of these, those with a gradient where few have one) and their gradients."""
-        rows, places, count = slice(start, stop), work.features, stop - start
-        if self._lazy:
+    def _block(self, inputs: UpdateInputs, start: int, stop: int) -> RowBlock:
+        """Return rows `start` to `stop` with their gradients; if few of them have a gradient, only those that have."""
+        rows, places, count = slice(start, stop), inputs.features, stop - start
+        if self._skips_rows:
             firing, inverse = torch.unique_consecutive(places, return_inverse=True)
-            if len(firing) < BUSY * count:
+            if len(firing) < DENSE_SHARE * count:
                 rows, places, count = firing + start, inverse, len(firing)
-        matrices = {name: self.matrices[name].at(rows) for name in ROWWISE if name in self.matrices}
+        matrices = {name: self.matrices[name].read(rows) for name in ROWWISE if name in self.matrices}
         encoder, decoder = matrices["encoder"].weight, matrices["decoder"].weight
-        g = dots(decoder, places, work.errors, work.rows)
-        pull = g if work.open is None else g * work.open
+        value_gradients = dot_products(decoder, places, inputs.errors, inputs.rows)
+        score_gradients = value_gradients if inputs.active is None else value_gradients * inputs.active
         starts = torch.searchsorted(places, torch.arange(count, device=places.device))
         gradients = {
-            "encoder": sums(work.z, work.tokens, pull, starts),
-            "decoder": sums(work.errors, work.rows, work.values, starts),
+            "encoder": segment_sums(inputs.z, inputs.tokens, score_gradients, starts),
+            "decoder": segment_sums(inputs.errors, inputs.rows, inputs.values, starts),
         }
-        # Rows keep length one, so what would lengthen them is no gradient: as g = decoder . e, that is sum a g of each row.
-        along = g.new_zeros(count).index_add_(0, places, g * work.values)
+        # Rows keep norm 1, so the gradient along a row does not count; it is sum a g, as g = decoder . e.
+        along = value_gradients.new_zeros(count).index_add_(0, places, value_gradients * inputs.values)
         gradients["decoder"].addcmul_(along[:, None], decoder, value=-1)
-        pulls = pull.new_zeros(count).index_add_(0, places, pull)
+        encoder_bias = score_gradients.new_zeros(count).index_add_(0, places, score_gradients)
         if "encoder_bias" in matrices:
-            gradients["encoder_bias"] = pulls
-        if work.slopes is not None and work.pushes is not None:
-            gradients["floor"] = pull.new_zeros(count).index_add_(0, places, g * work.slopes + work.pushes)
-        return RowBlock(rows, matrices, gradients, pulls @ encoder)
+            gradients["encoder_bias"] = encoder_bias
+        if inputs.threshold_slopes is not None and inputs.threshold_losses is not None:
+            threshold_gradients = value_gradients * inputs.threshold_slopes + inputs.threshold_losses
+            gradients["thresholds"] = score_gradients.new_zeros(count).index_add_(0, places, threshold_gradients)
+        return RowBlock(rows, matrices, gradients, encoder_bias @ encoder)
 
-    def _move(self, block: RowBlock, adam: Adam) -> None:
-        missed = adam.update - 1 - self.fresh[block.rows]
-        self.fresh[block.rows] = adam.update
-        left_alone = self._lazy and bool(missed.any())
+    def _apply(self, block: RowBlock, adam: Adam) -> None:
+        skipped = adam.update - 1 - self.last_update[block.rows]
+        self.last_update[block.rows] = adam.update
+        any_skipped = self._skips_rows and bool(skipped.any())
         for name, matrix in block.matrices.items():
-            if left_alone:
-                adam.decayed(matrix, missed)
+            if any_skipped:
+                adam.apply_skipped(matrix, skipped)
             if name in block.gradients:
-                adam.step(matrix, block.gradients[name])
+                adam.apply(matrix, block.gradients[name])
             if name == "decoder":
                 matrix.weight.div_(torch.linalg.vector_norm(matrix.weight, dim=1, keepdim=True))
-            adam.averaged(matrix)
-            self.matrices[name].put(block.rows, matrix)
+            adam.update_average(matrix)
+            self.matrices[name].write(block.rows, matrix)
         self.scores.refresh(block.rows)

@@ -1,4 +1,4 @@
-"""A dictionary on its way: batches come in, tokens that it does not explain become its atoms."""
+"""A growing dictionary: batches come in, and tokens that it does not explain become its atoms."""
 
 from __future__ import annotations
 
@@ -7,47 +7,151 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from difflex.devices import free_memory
 from difflex.dictionaries.itda import GrowthConfig
-from difflex.dictionaries.itda.dictionary import means_of
-from difflex.dictionaries.pursuit import RULES
-from difflex.dictionaries.pursuit.correlations import AtomSet
-from difflex.dictionaries.pursuit.gram import GramMatrix
-from difflex.dictionaries.pursuit.means import PursuitBackend
-from difflex.dictionaries.pursuit.products import product
+from difflex.dictionaries.pursuit import (
+    RULES,
+    AtomSet,
+    GramMatrix,
+    PursuitBackend,
+    PursuitPath,
+    choose_backend,
+    product,
+    run_pursuit,
+)
+from difflex.dictionaries.sparse import sparse_matmul
 from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
-from difflex.training.itda.curve import GrowthInterval
-from difflex.training.itda.judged import PursuitBatch
+from difflex.training.itda.state import GrowthInterval
 
-__all__ = ["AtomGrower"]
+__all__ = ["AtomGrower", "PursuitBatch"]
 
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
-"""How close a new atom must come to one that was picked to count as picked in its place: more than rounding can be."""
+"""How close to the picked atom a new atom counts as picked instead: more than rounding errors."""
+ENOUGH_HOLDOUT = 1000
+"""Held-out tokens after which the estimate for a full dictionary is precise enough."""
+MAX_COMPARISONS = 1 << 24
+"""Numbers in memory at a time when tokens are compared with new atoms."""
 
-ENOUGH = 1000
-"""Tokens of shots that were kept out, by which a full dictionary is judged."""
+
+@final
+class PursuitBatch:
+    """The tokens of one batch and their pursuits, kept up to date while atoms are added."""
+
+    def __init__(
+        self, z: Float[Tensor, "token width"], atoms: AtomSet, growth: GrowthConfig, threshold: float, room: int
+    ) -> None:
+        """Run the pursuits with `atoms`; at most `room` atoms will be added."""
+        self._z, self._rule, self._k = z, RULES[growth.pursuit], growth.k
+        # If more rounds can only explain more, a token below the threshold needs no more of them.
+        self._tolerance = threshold if self._rule.monotone else 0.0
+        self._scores = z.new_empty(len(z), atoms.size + room)
+        self._scores[:, : atoms.size] = product(z, atoms.rows)
+        self._path = self._run(torch.arange(len(z), device=z.device), atoms, None)
+        self.excluded = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        """Tokens that have become atoms, and those that never may."""
+
+    @property
+    def unexplained(self) -> Float[Tensor, " token"]:
+        """The unexplained share of each token's squared norm; 0 for tokens that are excluded."""
+        return torch.where(self.excluded, 0, self._path.unexplained)
+
+    def points(self, tokens: Int[Tensor, " new"]) -> Float[Tensor, "new width"]:
+        """Return these tokens at norm 1."""
+        return F.normalize(self._z[tokens], dim=1)
+
+    def point_products(self, tokens: Int[Tensor, " new"], size: int) -> Float[Tensor, "new size"]:
+        """Return the products of `points` with all atoms, from the correlations in memory."""
+        return self._scores[tokens, :size] / self._path.energy[tokens].sqrt()[:, None]
+
+    def residuals(self, tokens: Int[Tensor, " new"], atoms: AtomSet) -> Float[Tensor, "new width"]:
+        """Return the residuals of these tokens at norm 1."""
+        if not atoms.size:
+            return self.points(tokens)
+        path = PursuitPath(*(part[tokens] for part in self._path))
+        return F.normalize(self._z[tokens] - sparse_matmul(path.codes, atoms.rows), dim=1)
+
+    def would_pick(
+        self, tokens: Int[Tensor, " token"], new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], slack: float
+    ) -> Bool[Tensor, "token new"]:
+        """Return which of the `new` atoms the pursuits of `tokens` would pick, in some round, instead of the atom picked there.
+
+        A token that would pick none keeps its path, however many atoms are added. `cross` holds the products of new and old
+        atoms. A new atom within `slack` of the picked one counts as picked.
+        """
+        per_token = self._k * max(1, len(new))
+        by_atom = cross.T.contiguous()
+        parts = tokens.split(max(1, MAX_COMPARISONS // per_token))
+        return torch.cat([self._would_pick(part, new, by_atom, slack) for part in parts])
+
+    def _would_pick(self, tokens: Tensor, new: Tensor, by_atom: Tensor, slack: float) -> Tensor:
+        path = PursuitPath(*(part[tokens] for part in self._path))
+        correlations = product(self._z[tokens], new)[:, None, :]
+        if len(by_atom):
+            correlations = correlations - torch.bmm(path.history, by_atom[path.support])
+        if self._rule.signed:
+            correlations = correlations.abs()
+        bound = path.best_correlations - slack * path.best_correlations.abs()
+        return (correlations >= bound[:, :, None]).any(1)
+
+    def add_atoms(self, new: Float[Tensor, "new width"], size: int) -> None:
+        """Compute the correlations with `new` atoms, which come after the first `size`."""
+        self._scores[:, size : size + len(new)] = product(self._z, new)
+
+    def keep_atoms(self, size: int, kept: Int[Tensor, " kept"], count: int) -> None:
+        """Of the `count` atoms after the first `size`, forget those that are not `kept`; the others move up."""
+        self._scores[:, size : size + len(kept)] = self._scores[:, size + kept]
+        places = torch.zeros(size + count, dtype=torch.long, device=kept.device)
+        places[:size] = torch.arange(size, device=kept.device)
+        places[size + kept] = size + torch.arange(len(kept), device=kept.device)
+        self._path.support.copy_(places[self._path.support])
+
+    def picked_any(self, tokens: Int[Tensor, " token"], atoms: Bool[Tensor, " size"]) -> Bool[Tensor, " token"]:
+        """Return which of `tokens` have picked one of these `atoms`."""
+        needed = self._path.best_correlations[tokens] < torch.inf
+        return (atoms[self._path.support[tokens]] & needed).any(1)
+
+    def rerun(
+        self, tokens: Int[Tensor, " some"], atoms: AtomSet, excluded_atoms: Bool[Tensor, "some last"] | None = None
+    ) -> None:
+        """Run the pursuits of these tokens again; some of the last atoms are excluded for each token."""
+        if not len(tokens):
+            return
+        for whole, part in zip(self._path, self._run(tokens, atoms, excluded_atoms), strict=True):
+            whole[tokens] = part
+
+    def _run(self, tokens: Tensor, atoms: AtomSet, excluded_atoms: Tensor | None) -> PursuitPath:
+        return run_pursuit(
+            atoms,
+            self._rule,
+            self._z[tokens],
+            self._k,
+            tolerance=self._tolerance,
+            correlations=self._scores[tokens, : atoms.size],
+            excluded=excluded_atoms,
+            with_history=True,
+        )
 
 
-class AtomQueue(NamedTuple):
-    """Tokens over the threshold that wait to become atoms."""
+class AtomCandidates(NamedTuple):
+    """The tokens of all ranks that are over the threshold, in the order in which they may become atoms."""
 
-    place: Int[Tensor, " mine"]
-    """Where in the line this rank's tokens stand."""
-    new: Float[Tensor, "new width"]
-    """What they would be as atoms."""
+    places: Int[Tensor, " own"]
+    """The places of this rank's tokens in this order."""
+    rows: Float[Tensor, "new width"]
+    """The atoms that they would be."""
     cross: Float[Tensor, "new size"]
-    """The products with the atoms that are there."""
-    worth: Float[Tensor, " new"]
-    """What is unexplained of each."""
+    """Their products with the atoms of the dictionary."""
+    unexplained: Float[Tensor, " new"]
     shots: Int[Tensor, " new"]
     tokens: Int[Tensor, " new"]
 
 
 @final
 class AtomGrower:
-    """The atoms so far, with their Gram matrix where that pays, and the growth curve."""
+    """The atoms so far, with their Gram matrix if the backend uses one, and the growth curve."""
 
     def __init__(
         self,
@@ -56,180 +160,177 @@ class AtomGrower:
         width: int,
         device: torch.device,
         ranks: Ranks,
-        means: PursuitBackend | None = None,
+        backend: PursuitBackend | None = None,
     ) -> None:
-        """The empty dictionary, with room for `growth.size` atoms; without `means`, those that fit the memory at hand."""
-        self.growth, self.threshold, self._ranks, self._rule = growth, threshold, ranks, RULES[growth.pursuit]
-        self.means = means or means_of(growth.pursuit, growth.size, width, growth.k, free_memory(device))
-        # A batch of candidates stands behind the atoms while it is judged.
+        """Make an empty dictionary; without `backend`, one is chosen that fits the free memory."""
+        self.growth, self.threshold, self._ranks = growth, threshold, ranks
+        self.backend = backend or choose_backend(growth.pursuit, growth.size, width, growth.k, free_memory(device))
+        # A batch of candidates is stored after the atoms while it is examined.
         room = growth.size + growth.batch * ranks.world_size
         self._rows = torch.empty(room, width, device=device)
-        self._gram = None if self.means.gram is None else GramMatrix(room, dtype=self.means.gram, device=device)
+        self._gram = None if self.backend.gram is None else GramMatrix(room, dtype=self.backend.gram, device=device)
         self.shots = torch.zeros(growth.size, dtype=torch.long)
         self.tokens = torch.zeros(growth.size, dtype=torch.long)
         self.size = 0
         self.curve: list[GrowthInterval] = []
-        self.idle = 0
+        self.idle_tokens = 0
         """Tokens since the last new atom."""
 
     @property
     def atoms(self) -> AtomSet:
         """The atoms so far."""
-        return AtomSet(self._rows[: self.size], self._gram, self.means.pool)
+        return AtomSet(self._rows[: self.size], self._gram, self.backend.pool)
 
     @property
-    def seen(self) -> int:
+    def token_count(self) -> int:
         """Tokens so far, on all ranks."""
         return self.curve[-1].tokens if self.curve else 0
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether there is no room for another atom."""
         return self.size == self.growth.size
 
     @property
-    def filled(self) -> int:
-        """Tokens seen when the dictionary was full; where it is not, all tokens so far."""
-        return next((moment.tokens for moment in self.curve if moment.size == self.growth.size), self.seen)
+    def tokens_until_full(self) -> int:
+        """Tokens after which the dictionary was full, or all tokens so far."""
+        return next((interval.tokens for interval in self.curve if interval.size == self.growth.size), self.token_count)
 
     @property
-    def done(self) -> bool:
-        """Whether nothing more is to be learned: it is full and known how new images fare, or nothing was added for long."""
-        if not self.full:
-            return self.idle >= self.growth.patience
-        filled = self.filled
-        watched = sum(moment.watched for moment in self.curve if moment.tokens > filled)
-        return self.growth.kept_out == 0 or watched >= ENOUGH or self.idle >= self.growth.patience
+    def is_done(self) -> bool:
+        """Whether growth has ended: the dictionary is full and its hold-out was measured, or it found no new atom for long."""
+        if not self.is_full:
+            return self.idle_tokens >= self.growth.patience
+        full_at = self.tokens_until_full
+        holdout_tokens = sum(interval.holdout_tokens for interval in self.curve if interval.tokens > full_at)
+        return self.growth.holdout == 0 or holdout_tokens >= ENOUGH_HOLDOUT or self.idle_tokens >= self.growth.patience
 
-    def take(self, rows: ActivationBatch, watched: Bool[Tensor, " token"] | None = None) -> None:
-        """Let the tokens of this rank's batch, with normalised values, become atoms where they must; those `watched` never do."""
+    def add_batch(self, rows: ActivationBatch, holdout: Bool[Tensor, " token"] | None = None) -> None:
+        """Grow by tokens of this rank's batch of normalised values; tokens in `holdout` never become atoms."""
         before = self.size
         counts = self._ranks.gather_counts(len(rows.values))
-        judged = PursuitBatch(rows.values, self.atoms, self._rule, self.growth.k, self.threshold, sum(counts))
-        moment = self._moment(judged, watched)
-        if watched is not None:
-            judged.settled |= watched
-        left = self.growth.size - self.size
-        if self.growth.most_per_batch is not None:
-            left = min(left, self.growth.most_per_batch)
-        while left and (added := self._add(judged, rows, left)):
-            left -= added
-        self.idle = 0 if self.size > before else self.idle + sum(counts)
-        self.curve.append(moment._replace(size=self.size))
+        batch = PursuitBatch(rows.values, self.atoms, self.growth, self.threshold, sum(counts))
+        interval = self._interval(batch, holdout)
+        if holdout is not None:
+            batch.excluded |= holdout
+        room = self.growth.size - self.size
+        if self.growth.max_per_batch is not None:
+            room = min(room, self.growth.max_per_batch)
+        while room and (added := self._add_atoms(batch, rows, room)):
+            room -= added
+        self.idle_tokens = 0 if self.size > before else self.idle_tokens + sum(counts)
+        self.curve.append(interval._replace(size=self.size))
 
-    def _moment(self, judged: PursuitBatch, watched: Bool[Tensor, " token"] | None) -> GrowthInterval:
-        """What the tokens of all ranks say before any of them becomes an atom."""
-        over = judged.unexplained > self.threshold
-        seen = torch.zeros_like(over) if watched is None else watched
-        mine = torch.stack([torch.ones_like(over), over, seen, over & seen]).sum(1)
-        count, *rest = self._ranks.sum(mine).tolist()
-        return GrowthInterval(self.seen + count, rest[0], self.size, *rest[1:])
+    def _interval(self, batch: PursuitBatch, holdout: Bool[Tensor, " token"] | None) -> GrowthInterval:
+        """Count the tokens of all ranks before any of them becomes an atom."""
+        over = batch.unexplained > self.threshold
+        held_out = torch.zeros_like(over) if holdout is None else holdout
+        counts = torch.stack([torch.ones_like(over), over, held_out, over & held_out]).sum(1)
+        count, *others = self._ranks.sum(counts).tolist()
+        return GrowthInterval(self.token_count + count, others[0], self.size, *others[1:])
 
-    def _add(self, judged: PursuitBatch, rows: ActivationBatch, most: int) -> int:
-        """The number of atoms added from tokens over the threshold, `most` at most; then all tokens are judged again.
+    def _add_atoms(self, batch: PursuitBatch, rows: ActivationBatch, limit: int) -> int:
+        """Add at most `limit` atoms from tokens over the threshold, and update the pursuits; return how many were added.
 
-        One after the other, a token becomes an atom if with those before it, it still is over the threshold.
+        The result is that of adding one after the other every token that the atoms before it leave over the threshold.
         """
-        mine = (judged.unexplained > self.threshold).nonzero()[:, 0]
-        line = self._line(judged, rows, mine)
-        if not len(line.worth):
+        own = (batch.unexplained > self.threshold).nonzero()[:, 0]
+        candidates = self._candidates(batch, rows, own)
+        if not len(candidates.unexplained):
             return 0
-        size, count = self.size, len(line.worth)
-        own = product(line.new, line.new)
-        self._append(line.new, line.cross, own)
-        judged.extend(line.new, size)
-        swayed = judged.swayed(mine, line.new, line.cross, self._slack)
-        kept = self._kept(judged, mine, line.place, swayed, most, count).nonzero()[:, 0]
-        # Those in front of the first that is dropped stand where they are.
-        firm = int((kept == torch.arange(len(kept), device=kept.device)).sum())
-        self._cut(size + firm)
-        judged.keep(size, kept, count)
-        self.shots[size : size + len(kept)], self.tokens[size : size + len(kept)] = (
-            line.shots[kept].cpu(),
-            line.tokens[kept].cpu(),
-        )
-        cross, among = line.cross[kept], own[kept][:, kept]
-        self._append(line.new[kept[firm:]], torch.cat([cross[firm:], among[firm:, :firm]], 1), among[firm:, firm:])
-        judged.settled[mine[torch.isin(line.place, kept)]] = True
-        others = (~judged.settled).nonzero()[:, 0]
-        stale = judged.swayed(others, line.new[kept], torch.cat([cross, among], 1), self._slack).any(1)
-        judged.again(others[stale], self.atoms)
+        size, count = self.size, len(candidates.unexplained)
+        among = product(candidates.rows, candidates.rows)
+        self._append(candidates.rows, candidates.cross, among)
+        batch.add_atoms(candidates.rows, size)
+        would_pick = batch.would_pick(own, candidates.rows, candidates.cross, self._slack)
+        kept = self._select(batch, own, candidates.places, would_pick, limit).nonzero()[:, 0]
+        # The candidates before the first that is dropped are in their places already.
+        fixed = int((kept == torch.arange(len(kept), device=kept.device)).sum())
+        self._truncate(size + fixed)
+        batch.keep_atoms(size, kept, count)
+        end = size + len(kept)
+        self.shots[size:end], self.tokens[size:end] = candidates.shots[kept].cpu(), candidates.tokens[kept].cpu()
+        cross, among = candidates.cross[kept], among[kept][:, kept]
+        self._append(candidates.rows[kept[fixed:]], torch.cat([cross[fixed:], among[fixed:, :fixed]], 1), among[fixed:, fixed:])
+        batch.excluded[own[torch.isin(candidates.places, kept)]] = True
+        others = (~batch.excluded).nonzero()[:, 0]
+        changed = batch.would_pick(others, candidates.rows[kept], torch.cat([cross, among], 1), self._slack).any(1)
+        batch.rerun(others[changed], self.atoms)
         return len(kept)
 
-    def _kept(
-        self, judged: PursuitBatch, mine: Tensor, place: Tensor, swayed: Tensor, most: int, count: int
+    def _select(
+        self, batch: PursuitBatch, own: Tensor, places: Tensor, would_pick: Bool[Tensor, "own new"], limit: int
     ) -> Bool[Tensor, " new"]:
-        """Which of the candidates become atoms, those in front first.
+        """Return which candidates become atoms.
 
-        All are believed to at first; whose path others would sway is judged anew with those before it that are believed to, and
-        so on until nothing changes. Invariant: after round i, the verdicts on the first i candidates at least are those of one
-        after the other. A verdict hangs on those before it alone, and is renewed when one of these fell off its path or came in.
-        So it ends, after few rounds as a rule.
+        At first all are assumed to. The candidates whose path would change are tested again with the selected ones before them,
+        until nothing changes. Invariant: after round i, at least the first i decisions are those of testing one after the other.
+        A decision depends only on candidates before it, and is renewed when one of them left its path or was selected. So the
+        loop ends, usually after few rounds.
         """
-        before = torch.arange(count, device=place.device) < place[:, None]
-        kept = torch.ones(count, dtype=torch.bool, device=place.device)
-        doubtful = (swayed & before).any(1)
+        count = would_pick.shape[1]
+        before = torch.arange(count, device=places.device) < places[:, None]
+        selected = torch.ones(count, dtype=torch.bool, device=places.device)
+        doubtful = (would_pick & before).any(1)
         while True:
-            judged.again(mine[doubtful], self.atoms, ~(before[doubtful] & kept))
-            over = torch.zeros(count, dtype=torch.bool, device=place.device)
-            over[self._ranks.gather(place[judged.unexplained[mine] > self.threshold])] = True
-            over &= over.cumsum(0) <= most
-            if torch.equal(over, kept):
-                return kept
-            lost = torch.zeros(self.size, dtype=torch.bool, device=place.device)
-            lost[self.size - count :] = kept & ~over
-            doubtful = judged.picked(mine, lost) | (before & over & ~kept).any(1)
-            kept = over
+            batch.rerun(own[doubtful], self.atoms, ~(before[doubtful] & selected))
+            over = torch.zeros(count, dtype=torch.bool, device=places.device)
+            over[self._ranks.gather(places[batch.unexplained[own] > self.threshold])] = True
+            over &= over.cumsum(0) <= limit
+            if torch.equal(over, selected):
+                return selected
+            dropped = torch.zeros(self.size, dtype=torch.bool, device=places.device)
+            dropped[self.size - count :] = selected & ~over
+            doubtful = batch.picked_any(own, dropped) | (before & over & ~selected).any(1)
+            selected = over
 
-    def _line(self, judged: PursuitBatch, rows: ActivationBatch, mine: Tensor) -> AtomQueue:
-        """The candidates of all ranks, in the order in which they may become atoms."""
-        worth = judged.unexplained[mine]
-        parts = (*self._candidates(judged, mine), worth, rows.shots[mine], rows.tokens[mine])
-        first = sum(self._ranks.gather_counts(len(mine))[: self._ranks.rank])
-        place = torch.arange(first, first + len(mine), device=worth.device)
-        line = AtomQueue(place, *map(self._ranks.gather, parts))
-        if self.growth.most_per_batch is None:
-            return line
-        order = line.worth.argsort(descending=True, stable=True)
-        return AtomQueue(order.argsort()[place], *(part[order] for part in line[1:]))
-
-    def _candidates(self, judged: PursuitBatch, tokens: Int[Tensor, " new"]) -> tuple[Tensor, Tensor]:
-        """What these tokens would be as atoms, and their products with all atoms."""
+    def _candidates(self, batch: PursuitBatch, rows: ActivationBatch, own: Int[Tensor, " own"]) -> AtomCandidates:
+        """Gather the candidates of all ranks."""
+        unexplained = batch.unexplained[own]
         if self.growth.add == "point":
-            return judged.points(tokens), judged.point_products(tokens, self.size)
-        new = judged.residuals(tokens, self.atoms)
-        return new, product(new, self._rows[: self.size])
+            new, cross = batch.points(own), batch.point_products(own, self.size)
+        else:
+            new = batch.residuals(own, self.atoms)
+            cross = product(new, self._rows[: self.size])
+        parts = (new, cross, unexplained, rows.shots[own], rows.tokens[own])
+        first = sum(self._ranks.gather_counts(len(own))[: self._ranks.rank])
+        places = torch.arange(first, first + len(own), device=unexplained.device)
+        candidates = AtomCandidates(places, *map(self._ranks.gather, parts))
+        if self.growth.max_per_batch is None:
+            return candidates
+        order = candidates.unexplained.argsort(descending=True, stable=True)
+        return AtomCandidates(order.argsort()[places], *(part[order] for part in candidates[1:]))
 
     @property
     def _slack(self) -> float:
-        return SLACK[self.means.gram or torch.float32]
+        return SLACK[self.backend.gram or torch.float32]
 
-    def _append(self, new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], own: Float[Tensor, "new new"]) -> None:
-        """Add `new` atoms, whose products with the old ones and with each other are known."""
+    def _append(self, new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], among: Float[Tensor, "new new"]) -> None:
+        """Add atoms with their products with the old atoms and among each other."""
         self._rows[self.size : self.size + len(new)] = new
         if self._gram is not None:
-            self._gram.append(cross, own)
+            self._gram.append(cross, among)
         self.size += len(new)
 
-    def _cut(self, size: int) -> None:
-        """Forget the atoms after the first `size`."""
+    def _truncate(self, size: int) -> None:
+        """Remove the atoms after the first `size`."""
         self.size = size
         if self._gram is not None:
-            self._gram.cut(size)
+            self._gram.truncate(size)
 
-    def part(self, start: int) -> dict[str, Tensor]:
-        """The atoms from number `start` on, for a file."""
-        here = slice(start, self.size)
-        tensors = {"rows": self._rows[here], "shots": self.shots[here], "tokens": self.tokens[here]}
+    def atoms_from(self, start: int) -> dict[str, Tensor]:
+        """Return the atoms from number `start` on, as tensors for a file."""
+        part = slice(start, self.size)
+        tensors = {"rows": self._rows[part], "shots": self.shots[part], "tokens": self.tokens[part]}
         if self._gram is not None:
             tensors["gram"] = self._gram.rows(torch.arange(start, self.size, device=self._rows.device))
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
-    def refill(self, part: dict[str, Tensor]) -> None:
-        """Take back atoms that `part` gave, bit for bit."""
-        here = slice(self.size, self.size + len(part["rows"]))
-        self._rows[here], self.shots[here], self.tokens[here] = part["rows"], part["shots"], part["tokens"]
+    def restore(self, part: dict[str, Tensor]) -> None:
+        """Append atoms that `atoms_from` returned, bit for bit."""
+        place = slice(self.size, self.size + len(part["rows"]))
+        self._rows[place], self.shots[place], self.tokens[place] = part["rows"], part["shots"], part["tokens"]
         if self._gram is not None:
             gram = part["gram"].to(self._rows.device)
-            self._gram.append(gram[:, : here.start], gram[:, here.start :])
-        self.size = here.stop
+            self._gram.append(gram[:, : place.start], gram[:, place.start :])
+        self.size = place.stop

@@ -11,39 +11,39 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_training import COURSE, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
+from test_training import CONFIG, KINDS, ORIGIN, SMALL, WORLD, batches, interrupted_at
 
 from difflex.distributed import process_group
 from difflex.errors import BadInput, DifflexError
 from difflex.records import ActivationBatch
 from difflex.training import FitConfig, TrainingConfig, fit
-from difflex.training.team import Team
+from difflex.training.parallel import TrainingRanks
 
-SHORT = replace(COURSE, tokens=64 * 14, checkpoint_every=5, log_every=2)
+SHORT = replace(CONFIG, tokens=64 * 14, checkpoint_every=5, log_every=2)
 ELSEWHERE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 
 
 def rank_trains(
-    rank: int, count: int, meeting: Path, folder: Path, training: TrainingConfig, course: FitConfig, stop: int | None
+    rank: int, count: int, meeting: Path, folder: Path, training: TrainingConfig, config: FitConfig, stop: int | None
 ) -> None:
     """What one rank does; `stop` is the batch at which the stream breaks off, as in a kill."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     stream = batches if stop is None else interrupted_at(stop)
     try:
-        fit({folder: training}, stream, origin=ORIGIN, course=course)
+        fit({folder: training}, stream, origin=ORIGIN, config=config)
     except InterruptedError:
         os._exit(0)
     dist.destroy_process_group()
 
 
-def team_trains(count: int, folder: Path, training: TrainingConfig, course: FitConfig, stop: int | None = None) -> None:
+def team_trains(count: int, folder: Path, training: TrainingConfig, config: FitConfig, stop: int | None = None) -> None:
     """Train in `count` processes."""
     context = multiprocessing.get_context("fork")
     meeting = folder.with_name(f"{folder.name}-meeting-{time.monotonic_ns()}")
     meeting.parent.mkdir(parents=True, exist_ok=True)
     ranks = [
-        context.Process(target=rank_trains, args=(rank, count, meeting, folder, training, course, stop)) for rank in range(count)
+        context.Process(target=rank_trains, args=(rank, count, meeting, folder, training, config, stop)) for rank in range(count)
     ]
     for process in ranks:
         process.start()
@@ -65,20 +65,20 @@ def alike(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("split", ["data", "features"])
 @pytest.mark.parametrize("name", KINDS)
 def test_two_ranks_learn_what_one_learns(tmp_path: Path, name: str, split: str):
-    course = replace(SHORT, split=split)
-    fit({tmp_path / "one": KINDS[name]}, batches, origin=ORIGIN, course=course)
-    team_trains(2, tmp_path / "two", KINDS[name], course)
+    config = replace(SHORT, split=split)
+    fit({tmp_path / "one": KINDS[name]}, batches, origin=ORIGIN, config=config)
+    team_trains(2, tmp_path / "two", KINDS[name], config)
     assert alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("split", ["data", "features"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, split: str, before: int, after: int):
-    course = replace(SHORT, split=split)
-    team_trains(before, tmp_path / "some", SMALL, course, stop=8)
+    config = replace(SHORT, split=split)
+    team_trains(before, tmp_path / "some", SMALL, config, stop=8)
     assert not (tmp_path / "some" / "config.json").exists()
-    team_trains(after, tmp_path / "some", SMALL, course)
-    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, course=course)
+    team_trains(after, tmp_path / "some", SMALL, config)
+    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, config=config)
     assert alike(tmp_path / "one", tmp_path / "some")
 
 
@@ -89,11 +89,11 @@ def test_a_batch_of_fewer_tokens_than_ranks_is_learned_from(tmp_path: Path, monk
             for number, rows in enumerate(WORLD.batches(64, start), start)
         )
 
-    monkeypatch.setattr("test_training_team.batches", thin)
-    course = replace(SHORT, tokens=64 * 8)
+    monkeypatch.setattr("test_training_parallel.batches", thin)
+    config = replace(SHORT, tokens=64 * 8)
     for name in ("topk", "batchtopk"):
-        fit({tmp_path / name / "one": KINDS[name]}, thin, origin=ORIGIN, course=course)
-        team_trains(2, tmp_path / name / "two", KINDS[name], course)
+        fit({tmp_path / name / "one": KINDS[name]}, thin, origin=ORIGIN, config=config)
+        team_trains(2, tmp_path / name / "two", KINDS[name], config)
         assert alike(tmp_path / name / "one", tmp_path / name / "two")
 
 
@@ -108,7 +108,7 @@ def rank_dies(rank: int, meeting: Path, folder: Path, answer: Path) -> None:
             yield rows
 
     try:
-        fit({folder: SMALL}, stream, origin=ORIGIN, course=SHORT)
+        fit({folder: SMALL}, stream, origin=ORIGIN, config=SHORT)
     except DifflexError as error:
         answer.write_text(str(error))
     os._exit(0)
@@ -124,24 +124,24 @@ def test_a_rank_that_dies_brings_a_clear_end_and_a_state_to_go_on_from(tmp_path:
         process.join(timeout=60)
     assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
     assert "Another rank is gone" in places[2].read_text()
-    fit({tmp_path / "run": SMALL}, batches, origin=ORIGIN, course=SHORT)
-    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, course=SHORT)
+    fit({tmp_path / "run": SMALL}, batches, origin=ORIGIN, config=SHORT)
+    fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, config=SHORT)
     assert alike(tmp_path / "one", tmp_path / "run")
 
 
 def test_a_size_that_cannot_be_split_is_refused():
-    team = Team("features")
-    team.world_size = 3
+    ranks = TrainingRanks("features")
+    ranks.world_size = 3
     with pytest.raises(BadInput, match="Size 64 cannot be split evenly over 3 ranks"):
-        team.rows(64)
+        ranks.features(64)
 
 
 def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
-    team, tokens = Team(), torch.arange(65)
-    team.world_size = 3
+    ranks, tokens = TrainingRanks(), torch.arange(65)
+    ranks.world_size = 3
     shares = []
-    for team.rank in range(3):
-        shares.append(tokens[team.share(65)])
+    for ranks.rank in range(3):
+        shares.append(tokens[ranks.batch_share(65)])
     assert torch.equal(torch.cat(shares), tokens)
 
 
