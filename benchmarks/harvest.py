@@ -25,11 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 import difflex
 from difflex.pipeline import Pipeline, embedded
+from difflex.pipeline.components import PLANS, ComponentPlan, build_untrained
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import family_of
-from difflex.pipeline.loading import ModelSource, read_card
-from difflex.pipeline.plans import PLANS, ComponentPlan
-from difflex.pipeline.untrained import build_untrained
+from difflex.pipeline.sources import ModelSource, read_defaults
 from difflex.records import Shot
 
 torch.set_num_threads(1)
@@ -51,12 +50,12 @@ def shrunk_flux() -> Pipeline:
     }
     parts = {
         name: ComponentPlan(part.library, part.kind, {**part.config, **small.get(name, {})} if part.config else None)
-        for name, part in PLANS[FLUX].parts.items()
+        for name, part in PLANS[FLUX].components.items()
     }
-    plan, family = PLANS[FLUX]._replace(parts=parts), family_of("FluxPipeline")
-    made = build_untrained(plan, 0, torch.float32, torch.device("cpu"), None)
+    plan, family = PLANS[FLUX]._replace(components=parts), family_of("FluxPipeline")
+    made = build_untrained(plan, 0, torch.float32, torch.device("cpu"))
     made.set_progress_bar_config(disable=True)
-    return Pipeline(Engine(made, family, read_card(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
+    return Pipeline(Engine(made, family, read_defaults(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
 
 
 def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) -> list[Shot]:

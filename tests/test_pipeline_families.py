@@ -9,7 +9,7 @@ import torch
 from difflex.pipeline import Pipeline
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.loading import ModelDefaults, ModelSource
+from difflex.pipeline.sources import ModelDefaults, ModelSource
 from difflex.testing import tiny_pipeline
 
 ROWS = [pytest.param(family, name, id=name) for family in FAMILIES for name in family.pipelines]

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder("flux", tmp_path_factory.mktemp("models") / "flux", card={"words": ["a", "red", "star", "blue", "circle"]})
+    return tiny_folder(
+        "flux", tmp_path_factory.mktemp("models") / "flux", defaults={"words": ["a", "red", "star", "blue", "circle"]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_without_a_card_any_multiple_of_a_token_is_a_size(tmp_path: Path) -> Non
 
 
 def test_words_never_seen_are_named_in_a_warning(pipe: Pipeline) -> None:
-    with pytest.warns(UserWarning, match="never seen these words: purple, elephant"):
+    with pytest.warns(UserWarning, match="does not know these words: purple, elephant"):
         pipe.generate("a purple elephant")
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, NonFinite, OutOfMemory
-from difflex.pipeline import HookContext, Pipeline, opening
+from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.families import Family
-from difflex.records import Activations, Site
+from difflex.records import Activations, HookContext, Site
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -19,7 +19,7 @@ PROMPTS = ["a red star", "a blue circle", "two green hearts"]
 @pytest.fixture(scope="module", params=TINY)
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return difflex.load(
-        tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+        tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, defaults={"pixels": [[16, 24]]})
     )
 
 
@@ -46,9 +46,9 @@ def test_a_harvest_yields_what_a_hook_reads(pipe: Pipeline, guidance: float):
     site, read = middle(pipe), {}
     shots = list(pipe.shots(PROMPTS[:2], steps=2, guidance=guidance))
 
-    def keep(x: Tensor, moment: HookContext) -> None:
-        if moment.half != "unconditional":
-            read.setdefault(moment.timestep, x.clone())
+    def keep(x: Tensor, context: HookContext) -> None:
+        if context.half != "unconditional":
+            read.setdefault(context.timestep, x.clone())
 
     runs = list(pipe.shots(PROMPTS[:2], steps=2, keep_steps=[0], guidance=guidance))
     with pipe.at(site, keep):
@@ -157,7 +157,7 @@ def test_the_shot_of_a_image_says_what_it_takes_to_harvest_it_again(flux: Pipeli
 def test_an_unknown_family_is_harvested_without_guidance_and_refused_where_rows_are_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opening, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
+    monkeypatch.setattr(loading, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
     pipe = difflex.load(tiny_folder("sd1", tmp_path / "sd1"))
     site = "unet.mid_block.attentions.0"
     seen = next(pipe.harvest(pipe.shots(PROMPTS, steps=1), site, progress=False))
@@ -178,7 +178,7 @@ def test_a_timestep_that_the_run_does_not_pass_is_refused(flux: Pipeline):
     from dataclasses import replace
 
     shot = next(flux.shots(PROMPTS, steps=2))
-    with pytest.raises(BadInput, match=r"2 steps does not pass timestep 123.*1000, 500"):
+    with pytest.raises(BadInput, match=r"2 steps has no timestep 123.*1000, 500"):
         list(flux.harvest([replace(shot, timestep=123.0)], "double.1", progress=False))
 
 
@@ -245,14 +245,14 @@ def _with_room_for(pipe: Pipeline, room: int, monkeypatch: pytest.MonkeyPatch) -
 def test_an_interrupted_run_does_not_upset_the_next_one(pipe: Pipeline):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS[:1], steps=3, keep_steps=[0]))
 
-    def interrupt(x: Tensor, moment: HookContext) -> None:
-        if moment.step == 1:
+    def interrupt(x: Tensor, context: HookContext) -> None:
+        if context.step == 1:
             raise KeyboardInterrupt
 
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt), pipe.at(site, interrupt):
         pipe.engine.run(shots, output_type="latent")
-    with pipe.at(site, lambda x, moment: steps.append(moment.step)):
+    with pipe.at(site, lambda x, context: steps.append(context.step)):
         pipe.engine.run(shots, output_type="latent")
     halves = 2 if pipe.engine.is_guided(shots[0].guidance) else 1
     assert steps[::halves] == list(range(len(pipe.engine.timesteps(shots[0]))))
@@ -283,7 +283,7 @@ def test_images_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path):
 def test_a_run_that_is_finished_shows_what_a_harvest_does_and_ends_in_its_image(pipe: Pipeline, guidance: float):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
     plain = by_shot([*pipe.harvest(shots, site, batch=2, progress=False)])
-    finished = [*pipe.harvest_and_finish(shots, site, batch=2)]
+    finished = [*pipe.harvest_with_images(shots, site, batch=2)]
     seen = by_shot([activations for batch in finished for activations in batch.activations])
     assert seen.keys() == plain.keys() and all(torch.equal(seen[key], plain[key]) for key in plain)
     assert [len(batch.images) for batch in finished] == [2, 1]

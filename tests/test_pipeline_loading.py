@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 import difflex
+from difflex import devices
+from difflex.choices import Precision
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
-from difflex.pipeline import memory, opening, quantisation
+from difflex.pipeline import loading, shots_of_rank
+from difflex.pipeline import precision as precision_module
+from difflex.pipeline.components import PLANS, ComponentPlan, PipelinePlan, read_plan
 from difflex.pipeline.families import family_of
-from difflex.pipeline.loading import Precision, read_card
-from difflex.pipeline.memory import WeightPlacement, check_fits, estimate
-from difflex.pipeline.plans import PLANS, ComponentPlan, PipelinePlan, read_plan
-from difflex.pipeline.sharded import share
+from difflex.pipeline.precision import WeightPlacement, check_fits, estimate
+from difflex.pipeline.sources import read_defaults
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
@@ -67,7 +69,7 @@ def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: st
 
 
 def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
+    monkeypatch.setattr(precision_module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"difflex\[nf4\]"):
         difflex.load(folder, precision="nf4")
 
@@ -113,7 +115,7 @@ def test_around_an_untrained_denoiser_all_else_is_as_it_was_trained(folder: Path
 
 
 def test_of_a_hub_model_without_its_files_every_part_is_untrained(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(opening, "PLANS", {"OWNER/NAME": read_plan(folder)})
+    monkeypatch.setattr(loading, "PLANS", {"OWNER/NAME": read_plan(folder)})
     there, here = difflex.load("OWNER/NAME", untrained=3), difflex.load(folder, untrained=3)
     texts = [next(iter(pipe.diffusers.components["text_encoder"].parameters())) for pipe in (there, here)]
     assert not torch.equal(*texts)
@@ -126,7 +128,7 @@ def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch)
         assert round(weights["transformer"] / 1e9, 1) == 11.9
         assert round(weights["text_encoder_2"] / 1e9, 2) == 4.76
         assert round(weights["text_encoder"] / 1e6) == 123 and round(weights["vae"] / 1e6) == 84
-        assert name.endswith("dev") == plan.parts["transformer"].config["guidance_embeds"]  # pyright: ignore[reportOptionalSubscript]
+        assert name.endswith("dev") == plan.components["transformer"].config["guidance_embeds"]  # pyright: ignore[reportOptionalSubscript]
 
 
 def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
@@ -147,9 +149,9 @@ def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
     }
     parts = {
         name: ComponentPlan(p.library, p.kind, {**p.config, **small.get(name, {})} if p.config else None)
-        for name, p in plan.parts.items()
+        for name, p in plan.components.items()
     }
-    monkeypatch.setattr(opening, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(parts=parts)})
+    monkeypatch.setattr(loading, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(components=parts)})
     pipe = difflex.load("black-forest-labs/FLUX.1-schnell", untrained=0)
     activations = next(pipe.harvest(pipe.shots(["Any prompt: 2 cats!"], steps=1, pixels=(32, 64)), "double.0", progress=False))
     assert activations.values.shape == (1, 8, 32) and activations.grid == (2, 4)
@@ -176,7 +178,7 @@ def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fi
     family, place = family_of(plan.pipeline), torch.device("cpu")
 
     def complaint(gigabytes: float, precision: Precision) -> str:
-        monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
+        monkeypatch.setattr(precision_module, "free_memory", lambda place: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
             check_fits("FLUX.1-dev", plan, family, place, WeightPlacement(precision, False, 1))
         return str(raised.value)
@@ -187,7 +189,7 @@ def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fi
 
 def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
     done: list[str] = []
-    monkeypatch.setattr(opening, "quantise", lambda part, dtype: done.append(type(part).__name__) or part)
+    monkeypatch.setattr(loading, "quantise", lambda part, dtype: done.append(type(part).__name__) or part)
     build = ComponentPlan.build
 
     def building(part: ComponentPlan) -> object:
@@ -195,8 +197,8 @@ def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.Mon
         return build(part)
 
     monkeypatch.setattr(ComponentPlan, "build", building)
-    monkeypatch.setattr(opening, "check_fits", lambda *_: None)
-    monkeypatch.setattr(opening, "PLANS", {"OWNER/NAME": read_plan(folder)})
+    monkeypatch.setattr(loading, "check_fits", lambda *_: None)
+    monkeypatch.setattr(loading, "PLANS", {"OWNER/NAME": read_plan(folder)})
     difflex.load("OWNER/NAME", precision="nf4", untrained=0)
     for kind in ("T5EncoderModel", "FluxTransformer2DModel"):
         assert done.index(kind) == done.index(f"build {kind}") + 1
@@ -208,9 +210,9 @@ def test_the_limit_of_a_container_is_what_is_free(
 ):
     for name, text in (("memory.max", limit), ("memory.current", "500000"), ("memory.stat", "anon 3\ninactive_file 200000")):
         (tmp_path / name).write_text(text + "\n")
-    without = memory.free_memory(torch.device("cpu"))
-    monkeypatch.setattr(memory, "GROUP", tmp_path)
-    free = memory.free_memory(torch.device("cpu"))
+    without = devices.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    free = devices.free_memory(torch.device("cpu"))
     assert free == expected if expected is not None else free > without / 2
 
 
@@ -219,7 +221,7 @@ def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest
     family, card = family_of(plan.pipeline), torch.device("cuda")
 
     def complaint(gigabytes: float, room: WeightPlacement) -> str:
-        monkeypatch.setattr(memory, "free_memory", lambda place: round(gigabytes * 2**30))
+        monkeypatch.setattr(precision_module, "free_memory", lambda place: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
             check_fits("FLUX.1-dev", plan, family, card, room)
         return str(raised.value)
@@ -231,7 +233,7 @@ def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest
     assert complaint(8, WeightPlacement("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
     assert complaint(20, WeightPlacement("fp16", False, 1)).endswith("with precision='nf4'.")
     assert complaint(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
-    monkeypatch.setattr(memory, "free_memory", lambda place: 40 * 2**30)
+    monkeypatch.setattr(precision_module, "free_memory", lambda place: 40 * 2**30)
     check_fits("FLUX.1-dev", plan, family, card, WeightPlacement("bf16", False, 1))
 
 
@@ -245,7 +247,7 @@ def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
 def test_ranks_share_whole_runs(folder: Path):
     pipe = difflex.load(folder)
     shots = list(pipe.shots([f"a star {i}" for i in range(5)], steps=2))
-    parts = [list(share(shots, Ranks(rank, 3))) for rank in range(3)]
+    parts = [list(shots_of_rank(shots, Ranks(rank, 3))) for rank in range(3)]
     assert sorted((shot.prompt, shot.timestep or 0) for part in parts for shot in part) == sorted(
         (shot.prompt, shot.timestep or 0) for shot in shots
     )
@@ -318,7 +320,7 @@ def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):
 )
 def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: int, guidance: float, text_length: int):
     plan = next(plan for known, plan in PLANS.items() if known.endswith(name))
-    card = read_card(None, family_of(plan.pipeline), plan)
+    card = read_defaults(None, family_of(plan.pipeline), plan)
     assert (card.steps, card.guidance, card.text_length) == (steps, guidance, text_length)
 
 
@@ -333,5 +335,5 @@ def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: i
 )
 def test_a_turbo_model_is_told_by_its_scheduler(scheduler: str, settings: dict[str, str], steps: int, guidance: float):
     plan = PipelinePlan("StableDiffusionXLPipeline", {"scheduler": ComponentPlan("diffusers", scheduler, settings)}, {})
-    card = read_card(None, family_of(plan.pipeline), plan)
+    card = read_defaults(None, family_of(plan.pipeline), plan)
     assert (card.steps, card.guidance) == (steps, guidance)

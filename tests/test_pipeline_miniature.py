@@ -30,7 +30,7 @@ def test_writing_back_what_was_read_at_every_site_changes_no_bit(mini: Pipeline)
     with ExitStack() as stack:
         for row in mini.sites():
             for kind in row.kinds:
-                stack.enter_context(mini.at(Site(row.site.path, kind, row.site.stream), lambda x, moment: x))
+                stack.enter_context(mini.at(Site(row.site.path, kind, row.site.stream), lambda x, context: x))
         assert torch.equal(latents(mini), plain)
 
 

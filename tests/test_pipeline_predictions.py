@@ -11,8 +11,8 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline import HookContext, Pipeline
-from difflex.records import EditOutcomes, Shot, Site
+from difflex.pipeline import Pipeline
+from difflex.records import EditOutcomes, HookContext, Shot, Site
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -22,7 +22,7 @@ PROMPTS = ["a red star", "a blue circle"]
 # One half or two, apart or in one batch; guidance as an input; repeated timesteps; variances beside the prediction.
 @pytest.fixture(scope="module", params=["flux", "flux-dev", "sd3", "sdxl", "sd1", "pixart"])
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, defaults={"pixels": [[16, 24]]})
     return difflex.load(folder)
 
 
@@ -36,15 +36,15 @@ def middle(pipe: Pipeline) -> Site:
     return image_sites[len(image_sites) // 2]
 
 
-def same(x: Tensor, moment: HookContext) -> Tensor:
+def same(x: Tensor, context: HookContext) -> Tensor:
     return x.clone()
 
 
-def halved(x: Tensor, moment: HookContext) -> Tensor:
+def halved(x: Tensor, context: HookContext) -> Tensor:
     return x / 2
 
 
-def put_back(x: Tensor, moment: HookContext) -> Tensor:
+def put_back(x: Tensor, context: HookContext) -> Tensor:
     """A bad reconstruction plus its error, in float64, where the sum is exact."""
     reconstruction = (x.double() * 0.3 + 1).float().double()
     return (reconstruction + (x.double() - reconstruction)).to(x.dtype)
@@ -104,11 +104,11 @@ def test_images_under_an_edit_are_those_drawn_within_at(pipe: Pipeline):
 
 
 def test_only_the_conditional_half_is_edited_and_compared(tmp_path: Path):
-    pipe = difflex.load(tiny_folder("sdxl", tmp_path / "sdxl", card={"pixels": [[16, 24]]}))
+    pipe = difflex.load(tiny_folder("sdxl", tmp_path / "sdxl", defaults={"pixels": [[16, 24]]}))
     halves = []
 
-    def looking(x: Tensor, moment: HookContext) -> Tensor:
-        halves.append(moment.half)
+    def looking(x: Tensor, context: HookContext) -> Tensor:
+        halves.append(context.half)
         return x
 
     shots = list(pipe.shots(PROMPTS, steps=1, guidance=4.0))
@@ -119,7 +119,7 @@ def test_only_the_conditional_half_is_edited_and_compared(tmp_path: Path):
 def test_a_run_goes_no_further_than_its_last_kept_step(flux: Pipeline):
     steps: list[int] = []
     shots = list(flux.shots(PROMPTS, steps=4, keep_steps=[1]))
-    with flux.at("double.0", lambda x, moment: steps.append(moment.step)):
+    with flux.at("double.0", lambda x, context: steps.append(context.step)):
         list(flux.predictions(shots, "double.1", {"halved": halved}))
     assert steps == [0, 1, 1]  # the last for the edit
 
@@ -127,7 +127,7 @@ def test_a_run_goes_no_further_than_its_last_kept_step(flux: Pipeline):
 def test_a_failing_edit_leaves_no_hook_behind(flux: Pipeline):
     shots = list(flux.shots(PROMPTS, steps=1))
 
-    def failing(x: Tensor, moment: HookContext) -> Tensor:
+    def failing(x: Tensor, context: HookContext) -> Tensor:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -148,7 +148,7 @@ def test_what_cannot_be_asked_is_said(flux: Pipeline):
 
 def test_mini_flux_predicts_and_draws_under_edits():
     pipe = difflex.load("mini-flux")
-    shots = list(pipe.shots(["a red star on grass"], steps=2, pixels=pipe.engine.card.pixels[0]))
+    shots = list(pipe.shots(["a red star on grass"], steps=2, pixels=pipe.engine.defaults.pixels[0]))
     for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.images(shots, "double.1", EDITS)]:
         assert torch.equal(outcome.edited["put back"], outcome.plain)
         assert not torch.equal(outcome.edited["halved"], outcome.plain)

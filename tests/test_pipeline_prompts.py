@@ -66,7 +66,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str):
 
 def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path):
     (tmp_path / "prompts.csv").write_text("id,title\n1,a star\n")
-    with pytest.raises(BadInput, match=r"not said\. It has: id, title"):
+    with pytest.raises(BadInput, match=r"not given\. Its columns are: id, title"):
         read_prompts(tmp_path / "prompts.csv")
     with pytest.raises(UnknownName, match=r"'titel'.*nearest: title"):
         read_prompts(tmp_path / "prompts.csv", column="titel")

@@ -8,11 +8,11 @@ from torch import Tensor
 
 import difflex
 from difflex.errors import BadInput, UnknownName
-from difflex.pipeline import HookContext, Pipeline, opening
+from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.families import Family
-from difflex.pipeline.hooks import visit
-from difflex.records import Site
+from difflex.pipeline.sites import apply_at_site
+from difflex.records import HookContext, Site
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -21,7 +21,7 @@ STEPS, PROMPTS = 2, ["a red star", "a blue circle"]
 
 @pytest.fixture(scope="module", params=TINY)
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, defaults={"pixels": [[16, 24]]})
     yield difflex.load(folder)
 
 
@@ -47,7 +47,7 @@ def test_writing_back_what_was_read_at_every_site_changes_no_bit(pipe: Pipeline,
     plain = latents(pipe, guidance)
     with ExitStack() as stack:
         for site in all_sites(pipe):
-            stack.enter_context(pipe.at(site, lambda x, moment: x.clone()))
+            stack.enter_context(pipe.at(site, lambda x, context: x.clone()))
         assert torch.equal(latents(pipe, guidance), plain)
 
 
@@ -56,7 +56,7 @@ def test_writing_at_any_site_changes_the_image(pipe: Pipeline):
     for site in sites[:: max(1, len(sites) // 12)]:
         # The text of the last single block goes nowhere.
         dead = site.path == "single.2" and site.stream == "text"
-        with pipe.at(site, lambda x, moment: x + 1):
+        with pipe.at(site, lambda x, context: x + 1):
             assert torch.equal(latents(pipe), plain) == dead, site
 
 
@@ -65,7 +65,7 @@ def test_the_table_says_what_is_then_seen(pipe: Pipeline):
     assert len(rows) >= 3
     with ExitStack() as stack:
         for site in all_sites(pipe):
-            stack.enter_context(pipe.at(site, lambda x, moment, site=site: seen.update({site: tuple(x.shape)})))
+            stack.enter_context(pipe.at(site, lambda x, context, site=site: seen.update({site: tuple(x.shape)})))
         latents(pipe)
     for row in rows:
         for kind in row.kinds:
@@ -78,14 +78,14 @@ def test_steps_and_halves_are_those_of_the_run(pipe: Pipeline, guidance: float):
     seen: list[HookContext] = []
     site = pipe.sites()[0].site
     timesteps = pipe.engine.timesteps(next(pipe.shots([""], steps=STEPS, keep_steps=[0])))
-    with pipe.at(site, lambda x, moment: seen.append(moment)):
+    with pipe.at(site, lambda x, context: seen.append(context)):
         latents(pipe, guidance)
     guided = pipe.engine.is_guided(guidance)
     calls = len(seen) // 2 if guided else len(seen)
-    assert [moment.step for moment in seen[:: 2 if guided else 1]] == list(range(calls))
-    assert [moment.timestep for moment in seen[:: 2 if guided else 1]] == list(timesteps)
-    assert {moment.half for moment in seen} == ({"conditional", "unconditional"} if guided else {None})
-    assert all(moment.shots is not None and [shot.prompt for shot in moment.shots] == PROMPTS for moment in seen)
+    assert [context.step for context in seen[:: 2 if guided else 1]] == list(range(calls))
+    assert [context.timestep for context in seen[:: 2 if guided else 1]] == list(timesteps)
+    assert {context.half for context in seen} == ({"conditional", "unconditional"} if guided else {None})
+    assert all(context.shots is not None and [shot.prompt for shot in context.shots] == PROMPTS for context in seen)
 
 
 def test_each_half_is_the_run_of_its_prompt(pipe: Pipeline):
@@ -94,9 +94,9 @@ def test_each_half_is_the_run_of_its_prompt(pipe: Pipeline):
     site = [row.site for row in pipe.sites() if row.site.stream == "image"][-1]
     seen: dict[str | None, Tensor] = {}
 
-    def keep(x: Tensor, moment: HookContext) -> None:
-        if moment.step == 0:
-            seen[moment.half] = x.clone()
+    def keep(x: Tensor, context: HookContext) -> None:
+        if context.step == 0:
+            seen[context.half] = x.clone()
 
     with pipe.at(site, keep):
         latents(pipe, 4.0)
@@ -109,7 +109,7 @@ def test_one_half_alone_is_edited_when_asked(pipe: Pipeline):
     if not pipe.engine.is_guided(4.0):
         pytest.skip("guidance is folded into this model")
     met: list[str | None] = []
-    with pipe.at(pipe.sites()[0].site, lambda x, moment: met.append(moment.half), half="conditional"):
+    with pipe.at(pipe.sites()[0].site, lambda x, context: met.append(context.half), half="conditional"):
         latents(pipe, 4.0)
     assert set(met) == {"conditional"}
 
@@ -118,7 +118,7 @@ def test_the_grid_is_that_of_the_tokens(pipe: Pipeline):
     grids: dict[Site, tuple[int, int] | None] = {}
     with ExitStack() as stack:
         for row in pipe.sites():
-            stack.enter_context(pipe.at(row.site, lambda x, moment, site=row.site: grids.update({site: moment.grid})))
+            stack.enter_context(pipe.at(row.site, lambda x, context, site=row.site: grids.update({site: context.grid})))
         latents(pipe)
     for row in pipe.sites():
         grid = grids[row.site]
@@ -131,7 +131,7 @@ def test_a_full_module_path_is_a_site(pipe: Pipeline):
     assert pipe.site(row.path) == row.site
     inner = next(path for path in paths if path.endswith((".to_q", ".linear_in")))
     seen: list[Tensor] = []
-    with pipe.at(inner, lambda x, moment: seen.append(x.clone())):
+    with pipe.at(inner, lambda x, context: seen.append(x.clone())):
         latents(pipe)
     assert seen[0].shape[0] == 2 and pipe.site(inner).path == inner
 
@@ -159,7 +159,7 @@ def test_wildcards_stand_for_one_index(flux: Pipeline):
 
 
 def test_hooks_are_gone_after_an_error(flux: Pipeline):
-    def fail(x: Tensor, moment: HookContext) -> None:
+    def fail(x: Tensor, context: HookContext) -> None:
         raise RuntimeError("mine")
 
     plain = latents(flux)
@@ -174,8 +174,8 @@ def test_hooks_are_gone_after_an_error(flux: Pipeline):
 def test_blocks_nest_and_the_inner_sees_what_the_outer_wrote(flux: Pipeline):
     seen: list[Tensor] = []
     with (
-        flux.at("double.1", lambda x, moment: torch.zeros_like(x)),
-        flux.at("double.1", lambda x, moment: seen.append(x.clone())),
+        flux.at("double.1", lambda x, context: torch.zeros_like(x)),
+        flux.at("double.1", lambda x, context: seen.append(x.clone())),
     ):
         latents(flux)
     assert len(seen) == STEPS and not any(x.any() for x in seen)
@@ -184,7 +184,7 @@ def test_blocks_nest_and_the_inner_sees_what_the_outer_wrote(flux: Pipeline):
 def test_a_write_of_another_shape_is_refused(flux: Pipeline):
     with (
         pytest.raises(BadInput, match=r"\(2, 3, 32\) in place of \(2, 64, 32\)"),
-        flux.at("double.1", lambda x, moment: x[:, :3]),
+        flux.at("double.1", lambda x, context: x[:, :3]),
     ):
         latents(flux)
 
@@ -192,11 +192,11 @@ def test_a_write_of_another_shape_is_refused(flux: Pipeline):
 def test_a_text_edit_leaves_the_image_tokens_of_its_block(flux: Pipeline):
     def image(site: str) -> Tensor:
         kept: list[Tensor] = []
-        with flux.at(site, lambda x, moment: x + 1), flux.at("single.1", lambda x, moment: kept.append(x.clone())):
+        with flux.at(site, lambda x, context: x + 1), flux.at("single.1", lambda x, context: kept.append(x.clone())):
             latents(flux)
         return kept[0]
 
-    with flux.at("single.1", lambda x, moment: None):
+    with flux.at("single.1", lambda x, context: None):
         plain = image("single.2")
     assert torch.equal(image("single.1:text"), plain)
     assert not torch.equal(image("single.1"), plain)
@@ -208,10 +208,10 @@ def test_a_call_of_the_diffusers_pipeline_itself_is_understood(pipe: Pipeline):
     shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
     ours, raw = [], []
     site = pipe.sites()[0].site
-    with pipe.at(site, lambda x, moment: ours.append((moment.step, moment.timestep, moment.half, x.clone()))):
+    with pipe.at(site, lambda x, context: ours.append((context.step, context.timestep, context.half, x.clone()))):
         pipe.engine.run(shots, output_type="latent")
     prompts = pipe.engine.encoder([shot.prompt for shot in shots], pipe.engine.is_guided(guidance))
-    with pipe.at(site, lambda x, moment: raw.append((moment.step, moment.timestep, moment.half, x.clone()))):
+    with pipe.at(site, lambda x, context: raw.append((context.step, context.timestep, context.half, x.clone()))):
         pipe.diffusers(**prompts, **pipe.engine._settings(shots, pipe.engine.is_guided(guidance)), output_type="latent")  # pyright: ignore
     assert len(ours) == len(raw) > 0
     for (step, timestep, half, x), (*same, y) in zip(ours, raw, strict=True):
@@ -221,7 +221,7 @@ def test_a_call_of_the_diffusers_pipeline_itself_is_understood(pipe: Pipeline):
 
 def test_without_a_name_for_the_call_the_prompt_embedding_tells_the_half(flux: Pipeline):
     halves: list[str | None] = []
-    with flux.at("double.0", lambda x, moment: halves.append(moment.half)):
+    with flux.at("double.0", lambda x, context: halves.append(context.half)):
         # As older versions of diffusers do: they name no call.
         vars(flux.engine.denoiser)["cache_context"] = lambda name: nullcontext()
         latents(flux, guidance=4.0)
@@ -234,8 +234,8 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
     rounded = torch.tensor(pipe.engine.timesteps(shot)[:60]).bfloat16()
     assert len(rounded.unique()) < 50
 
-    def watch(x: Tensor, moment: HookContext) -> None:
-        steps.append(moment.step)
+    def watch(x: Tensor, context: HookContext) -> None:
+        steps.append(context.step)
         if len(steps) == 60:
             raise KeyboardInterrupt
 
@@ -246,15 +246,15 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("site", ["double.1", "single.1:text", "double.1:update", "double.1:neurons"])
 def test_an_edit_in_place_is_written_where_it_is_returned_and_only_there(flux: Pipeline, site: str):
-    def changed(x: Tensor, moment: HookContext) -> Tensor:
+    def changed(x: Tensor, context: HookContext) -> Tensor:
         x += 5
         return x
 
-    def spoilt(x: Tensor, moment: HookContext) -> None:
+    def spoilt(x: Tensor, context: HookContext) -> None:
         x += 5
 
     plain = latents(flux)
-    with flux.at(site, lambda x, moment: x + 5):
+    with flux.at(site, lambda x, context: x + 5):
         edited = latents(flux)
     with flux.at(site, changed):
         assert torch.equal(latents(flux), edited)
@@ -265,7 +265,7 @@ def test_an_edit_in_place_is_written_where_it_is_returned_and_only_there(flux: P
 
 def test_what_was_handed_out_may_be_kept(flux: Pipeline):
     kept, copied = [], []
-    with flux.at("double.1", lambda x, moment: kept.append(x)), flux.at("double.1", lambda x, moment: copied.append(x.clone())):
+    with flux.at("double.1", lambda x, context: kept.append(x)), flux.at("double.1", lambda x, context: copied.append(x.clone())):
         latents(flux)
     assert all(torch.equal(one, other) for one, other in zip(kept, copied, strict=True))
 
@@ -273,20 +273,20 @@ def test_what_was_handed_out_may_be_kept(flux: Pipeline):
 def test_a_half_that_there_is_not_is_refused(flux: Pipeline):
     # With shapes and types enforced, the second error comes first.
     with pytest.raises((UnknownName, TypeCheckError), match="cond"):
-        flux.at("double.1", lambda x, moment: None, half="cond")  # pyright: ignore[reportArgumentType]
+        flux.at("double.1", lambda x, context: None, half="cond")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_module_that_has_no_row_is_a_row_of_the_table_by_its_path(flux: Pipeline):
     [row] = flux.sites("transformer.x_embedder")
     assert (row.path, row.width, row.tokens, row.kinds) == ("transformer.x_embedder", 32, 64, ("residual",))
-    with pytest.raises(BadInput, match=r"time_text_embed' gives tokens"):
+    with pytest.raises(BadInput, match=r"time_text_embed' returns no tokens"):
         flux.sites("transformer.time_text_embed")
 
 
 def test_a_stream_of_a_tuple_is_never_guessed(flux: Pipeline):
     with (
-        pytest.raises(BadInput, match=r"blocks\.0\.attn returns 2 things.*image stream.*Name a module inside"),
-        flux.at("transformer.transformer_blocks.0.attn", lambda x, moment: None),
+        pytest.raises(BadInput, match=r"blocks\.0\.attn returns 2 values.*image stream.*Use a module inside"),
+        flux.at("transformer.transformer_blocks.0.attn", lambda x, context: None),
     ):
         latents(flux)
 
@@ -301,7 +301,7 @@ def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, sit
     """As diffusers up to 0.34 has it."""
     call = DenoiserCall(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
     joint, seen = torch.randn(1, 9, 32), []
-    written = visit(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, moment: seen.append(x) or x + 1)
+    written = apply_at_site(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, context: seen.append(x) or x + 1)
     assert torch.equal(seen[0], joint[:, span])
     expected = joint.clone()
     expected[:, span] += 1
@@ -312,7 +312,7 @@ def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, sit
 def unknown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """A pipeline of a class that has no row in the table of families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
+        patch.setattr(loading, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
         return difflex.load(tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param))
 
 
@@ -322,6 +322,6 @@ def test_of_an_unknown_family_the_repeated_modules_that_give_tokens_are_listed(u
     seen: dict[str, tuple[int, ...]] = {}
     with ExitStack() as stack:
         for row in rows:
-            stack.enter_context(unknown.at(row.site, lambda x, moment, path=row.path: seen.update({path: tuple(x.shape[1:])})))
+            stack.enter_context(unknown.at(row.site, lambda x, context, path=row.path: seen.update({path: tuple(x.shape[1:])})))
         unknown.generate("a star", steps=1)
     assert seen == {row.path: (row.tokens, row.width) for row in rows}

@@ -37,6 +37,6 @@ def test_making_one_leaves_the_global_generator_alone():
 
 
 def test_a_folder_is_read_by_diffusers_alone_and_its_card_can_be_changed(tmp_path: Path):
-    folder = tiny_folder("flux", tmp_path / "flux", card={"steps": 7})
+    folder = tiny_folder("flux", tmp_path / "flux", defaults={"steps": 7})
     assert '"steps": 7' in (folder / "difflex.json").read_text()
     assert weights(DiffusionPipeline.from_pretrained(folder)).keys() == weights(tiny_pipeline("flux")).keys()

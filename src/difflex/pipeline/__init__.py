@@ -1,26 +1,22 @@
-"""A diffusers pipeline opened up: load, generate, name its sites, read and write what passes through them, harvest it."""
+"""Text-to-image models as diffusers pipelines: load them, generate images, harvest and edit the activations of their sites."""
 
-from difflex import quiet  # noqa: F401  first, as it imports diffusers in silence
-from difflex.pipeline.generation import GeneratedImage
-from difflex.pipeline.loading import embedded
-from difflex.pipeline.opening import load
-from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.profile import ModelProfile, foresee
+from difflex import quiet  # noqa: F401  first: it imports diffusers without its messages
+from difflex.pipeline.engine import shots_of_rank
+from difflex.pipeline.loading import load
+from difflex.pipeline.noising import open_image
+from difflex.pipeline.pipeline import GeneratedImage, Pipeline
+from difflex.pipeline.profile import ModelProfile, profile_model
 from difflex.pipeline.prompts import read_prompts
-from difflex.pipeline.sharded import share
-from difflex.pipeline.sites import SiteRow
-from difflex.records import Activations, HookContext
+from difflex.pipeline.sources import embedded
 
 __all__ = [
-    "Activations",
     "GeneratedImage",
-    "HookContext",
     "ModelProfile",
     "Pipeline",
-    "SiteRow",
     "embedded",
-    "foresee",
     "load",
+    "open_image",
+    "profile_model",
     "read_prompts",
-    "share",
+    "shots_of_rank",
 ]

@@ -1,99 +1,103 @@
-"""One call of the diffusers pipeline for a batch of shots: prompts encoded once, noise by seed, the clock told what runs."""
+"""Runs of a diffusers pipeline: one call for a batch of shots, and the batches of many shots."""
 
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
-from typing import NoReturn, TypeVar, cast, final
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby, islice
+from typing import NamedTuple, NoReturn, TypeVar, cast, final
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from difflex.distributed import Ranks
-from difflex.errors import OutOfMemory
-from difflex.pipeline.calls import CallTracker, PipelineRun
-from difflex.pipeline.encoding import PromptEncoder
+from difflex.errors import BadInput, OutOfMemory
+from difflex.pipeline.calls import CallTracker, RunContext, StopForward
 from difflex.pipeline.families import Family
-from difflex.pipeline.loading import ModelDefaults
-from difflex.pipeline.sharded import settle
+from difflex.pipeline.prompts import PromptEncoder
 from difflex.pipeline.sites import SiteMap
+from difflex.pipeline.sources import ModelDefaults
 from difflex.records import Shot
 
-__all__ = ["Engine", "StopForward"]
-
+__all__ = ["Engine", "Run", "map_batches", "map_runs", "shots_of_rank"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = tuple[tuple[object, ...], dict[str, object]]
-ADVICE = "Load the model with precision='nf4' or offload=True, ask for fewer pixels, or for a smaller batch."
-
-
-class StopForward(Exception):
-    """Raised in a hook when nothing further of a forward pass is needed; `Engine.run` catches it."""
+ADVICE = "Load the model with precision='nf4' or offload=True, or use fewer pixels or a smaller batch."
 
 
 @final
 class Engine:
-    """A diffusers pipeline, its family, its prompts, its clock and its sites."""
+    """A diffusers pipeline with its family, defaults, prompt encoder, call tracker and sites."""
 
-    def __init__(self, diffusers: DiffusionPipeline, family: Family, card: ModelDefaults) -> None:
+    def __init__(self, diffusers: DiffusionPipeline, family: Family, defaults: ModelDefaults) -> None:
         self.diffusers = diffusers
         self.family = family
-        self.card = card
-        self.encoder = PromptEncoder(diffusers, family, card.text_length)
-        self.clock = CallTracker(diffusers, family)
+        self.defaults = defaults
+        self.encoder = PromptEncoder(diffusers, family, defaults.text_length)
+        self.tracker = CallTracker(diffusers, family)
         self.sites = SiteMap(self.denoiser, family)
         self.sharded = False
-        """Whether the denoiser is shared over ranks: then all of them must call it equally often."""
-        self._largest: int | None = None
+        """Whether the denoiser is sharded over ranks; then all ranks must call it equally often."""
+        self.max_batch: int | None = None
+        """The largest batch to try, once a larger one did not fit into memory."""
         self._timesteps: dict[tuple[tuple[int, int], int, float], tuple[float, ...]] = {}
 
     @property
     def denoiser(self) -> nn.Module:
-        """The part that is called once per step."""
+        """The component that is called once per step."""
         return self.diffusers.components[self.family.denoiser]
 
     @property
-    def stride(self) -> int:
-        """The side of the patch of an image that becomes one token of the denoiser's input, in pixels."""
-        patch = 2 if self.family.latents != "plain" else int(cast(int, self.config("patch_size") or 1))
-        return self.factor * patch
-
-    @property
-    def factor(self) -> int:
-        """The side of the patch of an image that becomes one latent, in pixels."""
+    def vae_scale(self) -> int:
+        """Pixels of an image along each side of one latent."""
         return int(cast(int, self.diffusers.vae_scale_factor))
 
+    @property
+    def token_pixels(self) -> int:
+        """Pixels of an image along each side of one token of the denoiser's input."""
+        patch = 2 if self.family.latents != "plain" else int(cast(int, self.config("patch_size") or 1))
+        return self.vae_scale * patch
+
+    @property
+    def default_pixels(self) -> tuple[int, int]:
+        return self.defaults.default_pixels(self.config("sample_size"), self.vae_scale)
+
     def config(self, entry: str) -> object:
-        """An entry of the denoiser's config, or else of the pipeline's; None if it has none."""
+        """Return an entry of the denoiser's config, or else of the pipeline's; None if neither has it."""
         value = dict(cast(ConfigMixin, self.denoiser).config).get(entry)
         return dict(self.diffusers.config).get(entry) if value is None else value
 
     def is_guided(self, guidance: float) -> bool:
-        """Whether the denoiser computes two halves, conditional and unconditional."""
-        folded = self.family.folded is not None and bool(self.config(self.family.folded))
-        return self.family.guidance != "none" and guidance > 1 and not folded
+        """Whether the denoiser computes a conditional and an unconditional half."""
+        return self.family.is_guided(guidance, self.config)
 
-    def run(self, shots: Sequence[Shot], timestep: float | None = None, **extra: object) -> list[Image.Image] | Tensor | None:
-        """Images (latents, if asked) of `shots`, which differ in prompt and seed only; None if a hook raised `StopForward`."""
+    def run(self, shots: Sequence[Shot], timestep: float | None = None, **arguments: object) -> list[Image.Image] | Tensor:
+        """Call the pipeline for `shots`, which differ in prompt and seed only; return images, or latents if requested."""
         guided = self.is_guided(shots[0].guidance)
         prompts = self.encoder([shot.prompt for shot in shots], guided)
         unconditional = prompts.get("negative_prompt_embeds")
-        run = PipelineRun(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
+        context = RunContext(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
         pipeline = cast(Callable[..., tuple[list[Image.Image] | Tensor]], self.diffusers)
-        with self.clock.running(run), torch.no_grad():
+        with self.tracker.running(context), torch.no_grad():
             try:
-                return pipeline(**prompts, **self._settings(shots, guided), **extra, return_dict=False)[0]
-            except StopForward:
-                self.diffusers.maybe_free_model_hooks()
-                if self.sharded:
-                    settle(self.denoiser)
-                return None
+                return pipeline(**prompts, **self._settings(shots, guided), **arguments, return_dict=False)[0]
+            except BaseException:
+                self._release()
+                raise
+
+    def images(self, shots: Sequence[Shot]) -> list[Image.Image]:
+        """Generate the images of `shots`, which differ in prompt and seed only."""
+        images = self.run(shots)
+        assert isinstance(images, list)
+        return images
 
     def _settings(self, shots: Sequence[Shot], guided: bool) -> dict[str, object]:
         first = shots[0]
@@ -110,8 +114,32 @@ class Engine:
             settings[self.family.guided] = first.guidance
         return settings
 
+    def _release(self) -> None:
+        """Undo what a run that ends early leaves behind: offloaded components on the GPU, and gathered shards."""
+        self.diffusers.maybe_free_model_hooks()
+        for module in self.denoiser.modules() if self.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def shard(self, device: torch.device) -> None:
+        """Shard the denoiser over all ranks, block by block, and move all other components to `device`.
+
+        A block's weights are gathered before it computes, so activations equal those of the whole model, bit for bit.
+        """
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        mesh = Ranks().mesh(device.type)
+        for child in self.denoiser.children():
+            for block in child.children() if isinstance(child, nn.ModuleList) else ():
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.denoiser, mesh=mesh)
+        self.sharded = True
+        for name, component in self.diffusers.components.items():
+            if isinstance(component, nn.Module) and name != self.family.denoiser:
+                component.to(device)
+
     def timesteps(self, shot: Shot) -> tuple[float, ...]:
-        """What the scheduler calls the noise levels of the steps of a run like `shot`."""
+        """Return the scheduler's timesteps in a run like `shot`."""
         key = (shot.pixels, shot.steps, shot.guidance)
         if key not in self._timesteps:
             self.first_call(Shot(model=shot.model, pixels=shot.pixels, steps=shot.steps, guidance=shot.guidance))
@@ -119,56 +147,117 @@ class Engine:
         return self._timesteps[key]
 
     def first_call(self, shot: Shot) -> Arguments:
-        """What the denoiser is given at the first step of a run like `shot`; nothing of the denoiser is computed."""
-        given: list[Arguments] = []
+        """Return the arguments of the denoiser at the first step of a run like `shot`, without computing the denoiser."""
+        calls: list[Arguments] = []
 
         def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> NoReturn:
-            given.append((args, kwargs))
+            calls.append((args, kwargs))
             raise StopForward
 
-        with _before(self.denoiser, stop):
+        with self.denoiser.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
             self.run([shot])
-        return given[0]
-
-    def batches(
-        self, work: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int, shared: bool = False
-    ) -> Iterator[tuple[Sequence[Item], Result]]:
-        """Batches of `items` with the result of `work` on each. Where memory runs out the batch is halved, from there on.
-
-        `shared`: if the model is, each rank does its part of the items, and as much work as any other rank.
-        """
-        ranks = Ranks() if shared and self.sharded else Ranks(0, 1)
-        waiting, source = [], iter(items)
-        while True:
-            size = min(size, self._largest or size)
-            waiting += islice(source, max(0, size * ranks.world_size - len(waiting)))
-            part = waiting[: size * ranks.world_size]
-            if not part:
-                return
-            try:
-                # A rank for which nothing is left repeats the work of the first, and throws it away.
-                result = work(part[ranks.rank :: ranks.world_size] or part[:1])
-            except torch.OutOfMemoryError as error:
-                self._halve(len(part), error)
-                continue
-            waiting = waiting[size * ranks.world_size :]
-            if part[ranks.rank :: ranks.world_size]:
-                yield part[ranks.rank :: ranks.world_size], result
-
-    def _halve(self, size: int, error: torch.OutOfMemoryError) -> None:
-        if size == 1 or self.sharded:
-            raise OutOfMemory(f"A batch of {size} does not fit into the memory of the card. {ADVICE}") from error
-        error.__traceback__ = None  # it holds the tensors of the failed pass
-        gc.collect()
-        torch.cuda.empty_cache()
-        self._largest = size // 2
-        warnings.warn(f"A batch of {size} does not fit into the memory of the card: going on with {size // 2}.", stacklevel=4)
+        return calls[0]
 
 
-@contextmanager
-def _before(module: nn.Module, hook: Callable[..., object]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+class Run(NamedTuple):
+    """One call of the pipeline: shots that differ in prompt and seed only, and the timesteps to keep."""
+
+    shots: tuple[Shot, ...]
+    """Without timesteps."""
+    timesteps: tuple[float, ...]
+    """In the order of the shots that ask for them."""
+
+
+def map_runs(
+    engine: Engine, shots: Iterable[Shot], batch: int, function: Callable[[Run], Result]
+) -> Iterator[tuple[Run, Result]]:
+    """Yield the runs that `shots` describe, at most `batch` shots each, with the result of `function` for each."""
+    for _, alike in groupby(_single_runs(engine, shots), key=_settings):
+        runs = _encode_ahead(engine, alike, batch)
+        for part, result in map_batches(engine, lambda part: function(_merge(part)), runs, batch, split=True):
+            yield _merge(part), result
+
+
+def map_batches(
+    engine: Engine, function: Callable[[Sequence[Item]], Result], items: Iterable[Item], size: int, split: bool = False
+) -> Iterator[tuple[Sequence[Item], Result]]:
+    """Yield batches of `items` with the result of `function` for each. When memory runs out, halve the batch size for good.
+
+    `split`: divide the items over the ranks if the denoiser is sharded; all ranks call `function` equally often.
+    """
+    ranks = Ranks() if split and engine.sharded else Ranks(0, 1)
+    waiting, source = [], iter(items)
+    while True:
+        size = min(size, engine.max_batch or size)
+        waiting += islice(source, max(0, size * ranks.world_size - len(waiting)))
+        part = waiting[: size * ranks.world_size]
+        if not part:
+            return
+        own = part[ranks.rank :: ranks.world_size]
+        try:
+            # A rank without items repeats the work of the first rank and drops the result.
+            result = function(own or part[:1])
+        except torch.OutOfMemoryError as error:
+            _halve_batch(engine, len(part), error)
+            continue
+        waiting = waiting[size * ranks.world_size :]
+        if own:
+            yield own, result
+
+
+def _halve_batch(engine: Engine, size: int, error: torch.OutOfMemoryError) -> None:
+    if size == 1 or engine.sharded:
+        raise OutOfMemory(f"A batch of {size} does not fit into the memory of the GPU. {ADVICE}") from error
+    error.__traceback__ = None  # it holds the tensors of the failed run
+    gc.collect()
+    torch.cuda.empty_cache()
+    engine.max_batch = size // 2
+    warnings.warn(
+        f"A batch of {size} does not fit into the memory of the GPU: continuing with {size // 2}.",
+        stacklevel=4,
+    )
+
+
+def _single_runs(engine: Engine, shots: Iterable[Shot]) -> Iterator[Run]:
+    """Group neighbours that differ in their timestep only into runs of one shot."""
+    for shot, group in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
+        if shot.image is not None:
+            raise BadInput(
+                f"The shot of the image '{shot.image}' does not hold the image itself. Pass that to harvest_images, "
+                f"with noise={shot.noise}, seed={shot.seed} and prompts={shot.prompt!r}."
+            )
+        timesteps = engine.timesteps(shot)
+        kept = [timesteps if each.timestep is None else (_nearest(each.timestep, timesteps),) for each in group]
+        yield Run((shot,), tuple(dict.fromkeys(timestep for part in kept for timestep in part)))
+
+
+def _merge(runs: Sequence[Run]) -> Run:
+    return Run(tuple(run.shots[0] for run in runs), runs[0].timesteps)
+
+
+def _settings(run: Run) -> tuple[object, ...]:
+    """Return what runs must share to be one batch."""
+    shot = run.shots[0]
+    return shot.pixels, shot.steps, shot.guidance, run.timesteps
+
+
+def _encode_ahead(engine: Engine, runs: Iterator[Run], batch: int) -> Iterator[Run]:
+    """Encode the prompts of `runs` some batches ahead where that is cheap."""
+    while chunk := list(islice(runs, batch * engine.encoder.batches_ahead(batch))):
+        engine.encoder.encode([run.shots[0].prompt for run in chunk])
+        yield from chunk
+
+
+def _nearest(timestep: float, timesteps: Sequence[float]) -> float:
+    nearest = min(timesteps, key=lambda candidate: abs(candidate - timestep))
+    if abs(nearest - timestep) > 0.5:
+        listed = ", ".join(f"{candidate:g}" for candidate in timesteps)
+        raise BadInput(f"A run of {len(timesteps)} steps has no timestep {timestep:g}. Its timesteps are: {listed}.")
+    return nearest
+
+
+def shots_of_rank(shots: Iterable[Shot], ranks: Ranks | None = None) -> Iterator[Shot]:
+    """Yield the shots of this rank when each rank of torchrun holds a whole model: every n-th run with all its timesteps."""
+    ranks = ranks or Ranks()
+    for _, group in islice(groupby(shots, key=lambda shot: replace(shot, timestep=None)), ranks.rank, None, ranks.world_size):
+        yield from group

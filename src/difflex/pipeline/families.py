@@ -1,6 +1,6 @@
-"""The families of pipelines, one row of plain data each: where the blocks are, what they return, how they are called."""
+"""The families of diffusers pipelines, a row each: where their blocks are, what these return, how the pipeline is called."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -15,32 +15,32 @@ Latents = Literal["plain", "packed", "patchified"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPattern:
-    """A kind of block: `*` stands for an index, the same ones in `name` and `path`."""
+    """A kind of block. A `*` stands for an index, the same one in `name` and `path`."""
 
     name: str
     """Short name, as in `double.*`."""
     path: str
     """Module path from the pipeline, as in `transformer.transformer_blocks.*`."""
     outputs: Mapping[Stream, int] = field(default_factory=lambda: MappingProxyType({"image": 0}))
-    """Which element of a returned tuple is which stream. A block that returns one tensor for two streams holds text first."""
+    """The element of a returned tuple that holds each stream. A single tensor for two streams holds text first."""
     neurons: Mapping[Stream, str] = field(default_factory=lambda: MappingProxyType({}))
-    """The module whose output is the MLP after its activation. The same module for both streams: text tokens first."""
+    """The module that returns the MLP's neurons after their activation. If both streams share it, it returns text first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewStepDefaults:
-    """How the few-step models of a family, distilled to need no guidance, are told and used."""
+    """How to recognise and use the few-step models of a family, which are distilled to need no guidance."""
 
-    signs: Mapping[str, object]
-    """Entries of the configs, as in `scheduler.timestep_spacing`, and the values that together tell such a model."""
+    config: Mapping[str, object]
+    """Config entries, such as `scheduler.timestep_spacing`, with the values that such a model has."""
     steps: int = 4
     text_length: int | None = None
-    """Where it differs from the family's."""
+    """If it differs from the family's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What difflex must know of a family of pipelines; all of it may be left at its default for an unknown one."""
+    """What difflex needs to know about a family of pipelines; the defaults serve an unknown one."""
 
     name: str
     pipelines: tuple[str, ...] = ()
@@ -51,30 +51,35 @@ class Family:
     timestep_scale: float = 1.0
     """The scheduler's timestep divided by what the denoiser is given."""
     guidance: Guidance = "none"
-    """`doubled`: one call, unconditional half first; `separate`: a call for each half."""
+    """`doubled`: one call for both halves, the unconditional one first; `separate`: a call for each half."""
     folded: str | None = None
-    """The entry of the denoiser's or pipeline's config that, where it is true, says that guidance is an input or is folded in."""
+    """The config entry of the denoiser or pipeline that is true if guidance is an input of the model or distilled into it."""
     guided: str | None = None
-    """The argument of `__call__`, beside `guidance_scale`, that takes the guidance where there are two halves."""
+    """The argument of `__call__`, besides `guidance_scale`, that takes the guidance if there are two halves."""
     embeds: tuple[str | None, ...] = ()
-    """What `encode_prompt` returns, by the names that `__call__` takes; None for what it does not take."""
+    """The outputs of `encode_prompt`, as arguments of `__call__`; None for those that it does not take."""
     encode: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `encode_prompt`."""
     text_length: int | None = None
-    """Default of `max_sequence_length`; None where the pipeline takes no such argument."""
+    """Default of `max_sequence_length`; None if the pipeline takes no such argument."""
     large_text: str = ""
-    """The text encoder that is worth quantising."""
+    """The text encoder that is large enough to quantise."""
     tokenizer: str = "tokenizer"
-    """The tokenizer that decides how long a prompt may be."""
+    """The tokenizer that limits the length of a prompt."""
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     """Further arguments of `__call__`."""
     steps: int = 50
     default_guidance: float = 0.0
     few: FewStepDefaults | None = None
     latents: Latents = "plain"
-    """What the denoiser takes: latents as the autoencoder gives them, packed in 2 x 2 patches, or patchified and normalised."""
+    """The denoiser's input: latents as the VAE returns them, packed in 2 x 2 patches, or patchified and normalised."""
     flow: bool = False
-    """Noise is mixed in along a straight line (flow matching), not by a variance-preserving schedule."""
+    """Trained with flow matching, which mixes in noise linearly, not with a variance-preserving schedule."""
+
+    def is_guided(self, guidance: float, config: Callable[[str], object]) -> bool:
+        """Whether the denoiser computes a conditional and an unconditional half; `config` looks up a config entry."""
+        folded = self.folded is not None and bool(config(self.folded))
+        return self.guidance != "none" and guidance > 1 and not folded
 
 
 BOTH: Mapping[Stream, int] = MappingProxyType({"text": 0, "image": 1})
@@ -85,7 +90,7 @@ def _double(name: str, path: str, image: str, text: str) -> BlockPattern:
 
 
 def _attention(name: str, path: str) -> tuple[BlockPattern, BlockPattern]:
-    """The rows of a U-Net's attention stack and of the layers inside it."""
+    """The rows of an attention stack of a U-Net and of the layers inside it."""
     inner = BlockPattern(name=f"{name}.*", path=f"{path}.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"}))
     return BlockPattern(name=name, path=path), inner
 
@@ -101,9 +106,9 @@ FLUX2 = (
     _double("single.*", "transformer.single_transformer_blocks.*", "attn.mlp_act_fn", "attn.mlp_act_fn"),
 )
 
-# SDXL Turbo, SD Turbo and their kin start at the last timestep; models for many steps that do so too predict velocities.
+# SDXL Turbo, SD Turbo and similar models start at the last timestep; many-step models that do so too predict velocities.
 TURBO = FewStepDefaults(
-    signs=MappingProxyType({"scheduler.timestep_spacing": "trailing", "scheduler.prediction_type": "epsilon"})
+    config=MappingProxyType({"scheduler.timestep_spacing": "trailing", "scheduler.prediction_type": "epsilon"})
 )
 
 CLIP_PAIR = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -127,7 +132,7 @@ FAMILIES = (
         steps=28,
         default_guidance=3.5,
         # FLUX.1 schnell.
-        few=FewStepDefaults(signs=MappingProxyType({"transformer.guidance_embeds": False}), text_length=256),
+        few=FewStepDefaults(config=MappingProxyType({"transformer.guidance_embeds": False}), text_length=256),
         latents="packed",
         flow=True,
     ),
@@ -213,7 +218,7 @@ FAMILIES = (
         encode=MappingProxyType({"clean_caption": False}),
         text_length=120,
         large_text="text_encoder",
-        # Binning rounds the size to one of a table: the tokens would no longer be those of the image asked for.
+        # Binning would round the size to one of a table, and with it the number of tokens.
         arguments=MappingProxyType({"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}),
         steps=20,
         default_guidance=4.5,
@@ -222,8 +227,6 @@ FAMILIES = (
 
 
 def family_of(pipeline: str, denoiser: str = "transformer") -> Family:
-    """The row of the diffusers class `pipeline`, or an empty row whose sites are full module paths."""
-    for family in FAMILIES:
-        if pipeline in family.pipelines:
-            return family
-    return Family(name="other", denoiser=denoiser)
+    """Return the row of the diffusers class `pipeline`, or an empty row whose sites are full module paths."""
+    known = (family for family in FAMILIES if pipeline in family.pipelines)
+    return next(known, Family(name="other", denoiser=denoiser))

@@ -1,232 +1,254 @@
-"""Activations at several sites in one pass, with their shots; the pass stops after the last site needed, or ends in images."""
+"""What runs yield: activations at sites, final images, and predictions of the denoiser under edits."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import groupby, islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from difflex.errors import BadInput, DifflexError, NonFinite
-from difflex.pipeline.engine import Engine, StopForward
-from difflex.pipeline.hooks import Visit, visiting
-from difflex.pipeline.sites import SiteModule
-from difflex.records import Activations, HookContext, Shot, Site
+from difflex.pipeline.calls import DenoiserCall, StopForward
+from difflex.pipeline.engine import Engine, Run, map_runs
+from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
+from difflex.records import Activations, EditOutcomes, HookContext, Shot, Site
 
-__all__ = ["FinishedBatch", "HarvestRun", "SiteOutput", "collect", "finish", "harvest", "runs", "yielded"]
+__all__ = [
+    "ImageBatch",
+    "activations_of",
+    "edited_images",
+    "harvest",
+    "harvest_with_images",
+    "prediction",
+    "predictions",
+    "recording",
+]
+
+Edits = Mapping[str, SiteFunction]
 
 
 class SiteOutput(NamedTuple):
-    """What a site showed at a step."""
+    """The activations of a site at one step."""
 
     values: Float[Tensor, "shot token width"]
     grid: tuple[int, int] | None
 
 
-class HarvestRun(NamedTuple):
-    """A run of the pipeline and the steps of it that are kept."""
-
-    shot: Shot
-    """Without a timestep."""
-    timesteps: tuple[float, ...]
-    """In the order of the shots that asked for them."""
+SiteOutputs = dict[tuple[float, Site], SiteOutput]
+"""By timestep and site."""
 
 
-class FinishedBatch(NamedTuple):
-    """Images, and what was seen on the way to them."""
+class ImageBatch(NamedTuple):
+    """Images and the activations of the runs that generated them."""
 
     images: tuple[Image.Image, ...]
     activations: tuple[Activations, ...]
     """Of all these images, at each kept step and site."""
 
 
-Found = dict[tuple[float, Site], SiteOutput]
-Result = TypeVar("Result")
-
-
 def harvest(
     engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int, progress: bool
 ) -> Iterator[Activations]:
-    """The activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
+    """Yield the activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
+    check_sites(sites)
 
-    def work(passes: Sequence[HarvestRun]) -> Found:
-        return collect(engine, [each.shot for each in passes], passes[0].timesteps, sites)
+    def record(run: Run) -> SiteOutputs:
+        with recording(engine, run, sites, stop=True) as outputs:
+            engine.run(run.shots)
+        return outputs
 
-    if not sites:
-        raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
-        for passes, found in runs(engine, shots, batch, work):
-            bar.update(
-                sum(seen.values.shape[0] * seen.values.shape[1] for (_, site), seen in found.items() if site == sites[0].site)
-            )
-            yield from yielded(engine, [each.shot for each in passes], found, sites)
+        for run, outputs in map_runs(engine, shots, batch, record):
+            bar.update(sum(output.values.shape[:2].numel() for (_, site), output in outputs.items() if site == sites[0].site))
+            yield from activations_of(engine, run.shots, outputs, sites)
 
 
-def finish(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[FinishedBatch]:
-    """The images that the runs of `shots` end in, and the activations of `sites` at the kept steps, batch by batch."""
+def harvest_with_images(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[ImageBatch]:
+    """Yield the images of `shots` and the activations of `sites` at the kept steps, batch by batch."""
+    check_sites(sites)
 
-    def work(passes: Sequence[HarvestRun]) -> tuple[Found, tuple[Image.Image, ...]]:
-        shots, found = [each.shot for each in passes], Found()
-        with _watched(engine, shots, passes[0].timesteps, sites, found, to_the_end=True):
-            images = engine.run(shots)
-        assert isinstance(images, list)
-        return found, tuple(images)
+    def record(run: Run) -> tuple[SiteOutputs, list[Image.Image]]:
+        with recording(engine, run, sites, stop=False) as outputs:
+            images = engine.images(run.shots)
+        return outputs, images
 
+    for run, (outputs, images) in map_runs(engine, shots, batch, record):
+        yield ImageBatch(tuple(images), tuple(activations_of(engine, run.shots, outputs, sites)))
+
+
+def check_sites(sites: Sequence[SiteModule]) -> None:
+    """Raise an error if there are no sites."""
     if not sites:
-        raise BadInput("No site was named to harvest. Name at least one; `sites` lists them.")
-    for passes, (found, images) in runs(engine, shots, batch, work):
-        yield FinishedBatch(images, tuple(yielded(engine, [each.shot for each in passes], found, sites)))
-
-
-def runs(
-    engine: Engine, shots: Iterable[Shot], batch: int, work: Callable[[Sequence[HarvestRun]], Result]
-) -> Iterator[tuple[Sequence[HarvestRun], Result]]:
-    """The runs that `shots` ask for, in batches of the same settings, with what `work` makes of each batch."""
-    for _, alike in groupby(_passes(engine, shots), key=_settings):
-        yield from engine.batches(work, _encoded(engine, alike, batch), batch, shared=True)
-
-
-def collect(
-    engine: Engine,
-    shots: Sequence[Shot],
-    timesteps: Sequence[float],
-    sites: Sequence[SiteModule],
-    timestep: float | None = None,
-    **extra: object,
-) -> Found:
-    """What one run shows at `sites` at the kept `timesteps`; it stops as soon as everything is seen."""
-    found: Found = {}
-    with _watched(engine, shots, timesteps, sites, found):
-        engine.run(shots, timestep, **extra)
-    return found
+        raise BadInput("No site is given to harvest. Give at least one; `sites` lists them.")
 
 
 @contextmanager
-def _watched(
-    engine: Engine,
-    shots: Sequence[Shot],
-    timesteps: Sequence[float],
-    sites: Sequence[SiteModule],
-    found: Found,
-    to_the_end: bool = False,
-) -> Iterator[None]:
-    """A block in which a run of `shots` fills `found`, and is stopped by that unless it is to go `to_the_end`."""
+def recording(engine: Engine, run: Run, sites: Sequence[SiteModule], stop: bool) -> Iterator[SiteOutputs]:
+    """Record the outputs of `sites` at the timesteps of `run` within the block.
 
-    def looking(site: Site) -> Visit:
-        def look(x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
-            if len(x) != len(shots):
-                raise BadInput(_mixed(engine, site, len(x), len(shots)))
-            # A scheduler may repeat a timestep; the shot stands for the first call at it.
-            if moment.timestep not in timesteps or moment.half == "unconditional" or (moment.timestep, site) in found:
+    `stop`: end the run, and the block, as soon as everything is recorded.
+    """
+    outputs: SiteOutputs = {}
+    size = len(run.timesteps) * len(sites)
+
+    def recorder(site: Site) -> SiteFunction:
+        def record(x: Float[Tensor, "batch token width"], context: HookContext) -> None:
+            if len(x) != len(run.shots):
+                raise BadInput(_mixed_rows(engine, site, len(x), len(run.shots)))
+            key = (context.timestep, site)
+            # A scheduler may repeat a timestep; the first call at it counts.
+            if context.timestep not in run.timesteps or context.half == "unconditional" or key in outputs:
                 return
             # A copy: the model may go on to write into its own tensor, and a view would keep the other stream alive.
-            found[moment.timestep, site] = SiteOutput(x.clone(memory_format=torch.contiguous_format), moment.grid)
-            if len(found) == len(timesteps) * len(sites) and not to_the_end:
+            outputs[key] = SiteOutput(x.clone(memory_format=torch.contiguous_format), context.grid)
+            if stop and len(outputs) == size:
                 raise StopForward
 
-        return look
+        return record
 
-    with ExitStack() as stack:
-        for located in sites:
-            stack.enter_context(visiting(engine.clock, located, looking(located.site)))
-        yield
-    missing = [located for located in sites for kept in timesteps if (kept, located.site) not in found]
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(hook_site(engine.tracker, site, recorder(site.site)))
+        with suppress(StopForward):
+            yield outputs
+    missing = [site for site in sites for timestep in run.timesteps if (timestep, site.site) not in outputs]
     if missing:
-        raise DifflexError(
-            f"The site '{missing[0].site}' was not met: the pipeline never called {missing[0].path} at the step asked."
-        )
+        raise DifflexError(f"The site '{missing[0].site}' has no activations: {missing[0].path} is not called at a kept step.")
 
 
-def yielded(engine: Engine, shots: Sequence[Shot], found: Found, sites: Sequence[SiteModule]) -> Iterator[Activations]:
-    """`found` in the order of steps and sites, each with its shots; values that are not finite are an error."""
-    paths = {located.site: located for located in sites}
-    for timestep, site in sorted(found, key=lambda key: (-key[0], list(paths).index(key[1]))):
-        seen = found.pop((timestep, site))
+def activations_of(
+    engine: Engine, shots: Sequence[Shot], outputs: SiteOutputs, sites: Sequence[SiteModule]
+) -> Iterator[Activations]:
+    """Take the recorded `outputs` in the order of steps and sites; raise an error if values are not finite."""
+    modules = {site.site: site for site in sites}
+    order = list(modules)
+    for timestep, site in sorted(outputs, key=lambda key: (-key[0], order.index(key[1]))):
+        output = outputs.pop((timestep, site))
         here = tuple(replace(shot, timestep=timestep) for shot in shots)
-        if not _is_finite(seen.values):
-            raise NonFinite(_complaint(engine, seen.values, here, paths[site]))
-        yield Activations(site=site, values=seen.values, shots=here, grid=seen.grid)
+        if not _is_finite(output.values):
+            raise NonFinite(_non_finite_message(engine, output.values, here, modules[site]))
+        yield Activations(site=site, values=output.values, shots=here, grid=output.grid)
 
 
-def _mixed(engine: Engine, site: Site, rows: int, shots: int) -> str:
+def _mixed_rows(engine: Engine, site: Site, rows: int, shots: int) -> str:
     return (
-        f"The site '{site}' shows {rows} rows for {shots} shots: which of them are whose is not known, as "
+        f"The site '{site}' has {rows} rows for {shots} shots, and difflex cannot tell which row belongs to which shot: "
         f"{type(engine.diffusers).__name__} has no row in the table of families. Harvest it without guidance (guidance=0), which "
         "computes two halves."
     )
 
 
-def _passes(engine: Engine, shots: Iterable[Shot]) -> Iterator[HarvestRun]:
-    """The runs that `shots` ask for: neighbours that differ in their timestep alone share one."""
-    for shot, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)):
-        if shot.image is not None:
-            raise BadInput(
-                f"The shot of the image '{shot.image}' does not hold the image itself. Give that to harvest_images, "
-                f"with noise={shot.noise}, seed={shot.seed} and prompts={shot.prompt!r}."
-            )
-        known = engine.timesteps(shot)
-        asked = [known if one.timestep is None else (_nearest(one.timestep, known),) for one in alike]
-        yield HarvestRun(shot, tuple(dict.fromkeys(timestep for timesteps in asked for timestep in timesteps)))
-
-
-def _encoded(engine: Engine, passes: Iterator[HarvestRun], batch: int) -> Iterator[HarvestRun]:
-    """`passes`, their prompts encoded some batches ahead where that is cheap."""
-    while chunk := list(islice(passes, batch * engine.encoder.ahead(batch))):
-        engine.encoder.encode([each.shot.prompt for each in chunk])
-        yield from chunk
-
-
-def _settings(each: HarvestRun) -> tuple[object, ...]:
-    """What must be the same for runs to share a batch."""
-    shot = each.shot
-    return shot.pixels, shot.steps, shot.guidance, each.timesteps
-
-
-def _nearest(timestep: float, known: Sequence[float]) -> float:
-    nearest = min(known, key=lambda one: abs(one - timestep))
-    if abs(nearest - timestep) > 0.5:
-        listed = ", ".join(f"{one:g}" for one in known)
-        raise BadInput(f"A run of {len(known)} steps does not pass timestep {timestep:g}. It passes: {listed}.")
-    return nearest
-
-
 def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite: told by the sum, and by a look at each only where the sum itself overflows."""
+    """Whether no value is NaN or infinite: the sum tells it, each value is tested only if the sum itself overflows."""
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-def _complaint(engine: Engine, values: Tensor, shots: Sequence[Shot], located: SiteModule) -> str:
-    wrong = int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])
-    shot = shots[wrong]
-    what = shot.image if shot.image is not None else repr(shot.prompt)
+def _non_finite_message(engine: Engine, values: Tensor, shots: Sequence[Shot], site: SiteModule) -> str:
+    shot = shots[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])]
+    source = shot.image if shot.image is not None else repr(shot.prompt)
     return (
-        f"Activations that are not finite at the site '{located.site}' (block {located.path}), shot {what}, seed {shot.seed}, "
+        f"Activations that are not finite at the site '{site.site}' (block {site.path}), shot {source}, seed {shot.seed}, "
         f"timestep {shot.timestep:g}. {_origin(engine, shot)}Try another precision: fp16 overflows where bf16 does not."
     )
 
 
 def _origin(engine: Engine, shot: Shot) -> str:
-    """Which block gave the first value that is not finite; found by one more run, since it cannot be told afterwards."""
+    """Say which block returns the first value that is not finite, by running `shot` once more."""
     if shot.image is not None:
         return ""
-    first: list[SiteModule] = []
+    paths: list[str] = []
 
-    def looking(located: SiteModule) -> Visit:
-        def look(x: Float[Tensor, "batch token width"], moment: HookContext) -> None:
+    def detector(path: str) -> SiteFunction:
+        def detect(x: Float[Tensor, "batch token width"], context: HookContext) -> None:
             if not _is_finite(x):
-                first.append(located)
+                paths.append(path)
                 raise StopForward
 
-        return look
+        return detect
 
-    with ExitStack() as stack:
-        for name in engine.sites.blocks:
-            located = engine.sites.locate(name)
-            stack.enter_context(visiting(engine.clock, located, looking(located)))
+    with ExitStack() as hooks, suppress(StopForward):
+        for site in map(engine.sites.locate, engine.sites.blocks):
+            hooks.enter_context(hook_site(engine.tracker, site, detector(site.path)))
         engine.run([replace(shot, timestep=None)])
-    return f"They first arise in {first[0].path}. " if first else ""
+    return f"They first arise in {paths[0]}. " if paths else ""
+
+
+def predictions(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
+    """Yield the predictions of the denoiser at `shots`, plain and under each edit: for each batch of runs, each kept step."""
+    for _, outcomes in map_runs(engine, shots, batch, lambda run: _predict(engine, run, site, edits)):
+        yield from outcomes
+
+
+def edited_images(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
+    """Yield the images of `shots`, plain and with each edit made at every step; pixels between 0 and 1."""
+
+    def generate(run: Run) -> EditOutcomes:
+        edited = {}
+        for name, edit in edits.items():
+            with hook_site(engine.tracker, site, on_copies(edit), "conditional"):
+                edited[name] = _pixels(engine, run)
+        return EditOutcomes(run.shots, _pixels(engine, run), edited)
+
+    # Shots of one run that differ in their timestep have one image.
+    finished = dict.fromkeys(replace(shot, timestep=None) for shot in shots)
+    for _, outcomes in map_runs(engine, finished, batch, generate):
+        yield outcomes
+
+
+def _pixels(engine: Engine, run: Run) -> Float[Tensor, "image channel row column"]:
+    pixels = engine.run(run.shots, output_type="pt")
+    assert isinstance(pixels, Tensor)
+    return pixels
+
+
+def _predict(engine: Engine, run: Run, site: SiteModule, edits: Edits) -> list[EditOutcomes]:
+    """Return the predictions at each kept timestep of a run, which ends after the last of them.
+
+    After the denoiser's call at a kept step, it is called again with the very same arguments under each edit: all predictions
+    are for the same noisy images. The run itself continues with the plain one.
+    """
+    outcomes: dict[float, EditOutcomes] = {}
+    repeating = False
+
+    def repeat(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        nonlocal repeating
+        call = engine.tracker.call
+        # A scheduler may repeat a timestep; the first call at it counts.
+        if repeating or call.timestep not in run.timesteps or call.timestep in outcomes or call.halves == ("unconditional",):
+            return
+        repeating, edited = True, {}
+        try:
+            for name, edit in edits.items():
+                with hook_site(engine.tracker, site, on_copies(edit), "conditional"):
+                    edited[name] = prediction(engine, call, module(*args, **kwargs))
+        finally:
+            repeating = False
+        here = tuple(replace(shot, timestep=call.timestep) for shot in run.shots)
+        outcomes[call.timestep] = EditOutcomes(here, prediction(engine, call, output), edited)
+        if len(outcomes) == len(run.timesteps):
+            raise StopForward
+
+    with (
+        engine.tracker.tracking(),
+        engine.denoiser.register_forward_hook(repeat, with_kwargs=True),
+        suppress(StopForward),
+    ):
+        engine.run(run.shots)
+    if missing := [timestep for timestep in run.timesteps if timestep not in outcomes]:
+        raise DifflexError(
+            f"The pipeline never calls its denoiser at timestep {missing[0]:g}: there is no prediction to compare."
+        )
+    return [outcomes[timestep] for timestep in sorted(outcomes, reverse=True)]
+
+
+def prediction(engine: Engine, call: DenoiserCall, output: object) -> Float[Tensor, "shot ..."]:
+    """Return the prediction of the conditional half, without the variances that some denoisers predict too."""
+    whole = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
+    assert isinstance(whole, Tensor)
+    conditional = whole.chunk(len(call.halves))[-1]
+    with_variances = conditional.ndim == 4 and engine.config("in_channels") == conditional.shape[1] / 2
+    return (conditional.chunk(2, dim=1)[0] if with_variances else conditional).clone()

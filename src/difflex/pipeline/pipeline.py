@@ -1,37 +1,44 @@
-"""`Pipeline`: the object that a user holds; each of its methods is a short way into one file of this folder."""
+"""`Pipeline`: the object that users work with. Its methods check their arguments and call one function of this folder each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import cast, final
+from typing import NamedTuple, final
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from difflex.choices import Precision
 from difflex.errors import BadInput
 from difflex.pipeline.calls import check_half
-from difflex.pipeline.engine import Engine
-from difflex.pipeline.generation import GeneratedImage, check_batch, check_size, warn_of_unknown_words
-from difflex.pipeline.harvesting import FinishedBatch, finish, harvest
-from difflex.pipeline.hooks import Visit, on_copies, visiting
-from difflex.pipeline.images import ImageInput, harvest_images, losses
-from difflex.pipeline.loading import ModelSource, Precision
-from difflex.pipeline.predicting import images, predictions
-from difflex.pipeline.sites import SiteModule, SiteRow
-from difflex.pipeline.table import site_rows
-from difflex.records import Activations, EditOutcomes, Half, Shot, Site
+from difflex.pipeline.engine import Engine, map_batches
+from difflex.pipeline.harvesting import ImageBatch, edited_images, harvest, harvest_with_images, predictions
+from difflex.pipeline.noising import ImageInput, harvest_images, losses
+from difflex.pipeline.profile import SiteRow, site_rows
+from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
+from difflex.pipeline.sources import ModelSource
+from difflex.records import Activations, EditOutcomes, Half, Kind, Shot, Site
 
-__all__ = ["Pipeline"]
+__all__ = ["GeneratedImage", "Pipeline"]
+
+Sites = Iterable[Site | str] | Site | str
+
+
+class GeneratedImage(NamedTuple):
+    """An image, and the shot that generates it again."""
+
+    image: Image.Image
+    shot: Shot
 
 
 @final
 class Pipeline:
-    """A text-to-image model: a diffusers pipeline, what it is meant to be used with, and the ways into it."""
+    """A text-to-image model: a diffusers pipeline with its default settings and its sites."""
 
     def __init__(self, engine: Engine, source: ModelSource, precision: Precision) -> None:
         self.name = source.name
@@ -41,8 +48,13 @@ class Pipeline:
 
     @property
     def diffusers(self) -> DiffusionPipeline:
-        """The pipeline itself; anything that diffusers can do with it may be done, also inside `at`."""
+        """The diffusers pipeline, for all that diffusers can do with it; `at` works for its runs too."""
         return self.engine.diffusers
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The component that is called once per step."""
+        return self.engine.denoiser
 
     def generate(
         self,
@@ -52,45 +64,49 @@ class Pipeline:
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
         batch: int = 16,
-        edits: Iterable[tuple[Site | str, Visit]] = (),
+        edits: Iterable[tuple[Site | str, SiteFunction]] = (),
     ) -> list[GeneratedImage]:
-        """An image for each prompt; prompt i gets the seed `seed + i`. What is None is the model's default.
+        """Generate an image for each prompt; prompt i gets the seed `seed + i`. None stands for the model's default.
 
-        `edits` change the activations of sites on the way, as `at` does: what `difflex.steering.steering_hooks` gives.
+        `edits` change the activations of sites during the run, as `at` does; `difflex.steering.steering_hooks` makes them.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        check_batch(batch)
-        warn_of_unknown_words(prompts, self.engine.card.words)
-        plain = self._plain(steps, pixels, guidance)
-        shots = [replace(plain, prompt=prompt, seed=seed + i, split=Shot.split_of(prompt)) for i, prompt in enumerate(prompts)]
-        with ExitStack() as edited:
-            for site, change in edits:
-                edited.enter_context(self.at(site, change))
-            made = [image for _, images in self.engine.batches(self._draw, shots, batch) for image in images]
-        return [GeneratedImage(image, shot) for image, shot in zip(made, shots, strict=True)]
-
-    def _draw(self, shots: Sequence[Shot]) -> list[Image.Image]:
-        images = self.engine.run(shots)
-        assert isinstance(images, list)
-        return images
+        _check_batch(batch)
+        self.engine.defaults.warn_of_unknown_words(prompts)
+        settings = self._settings(steps, pixels, guidance)
+        shots = [replace(settings, prompt=prompt, seed=seed + i, split=Shot.split_of(prompt)) for i, prompt in enumerate(prompts)]
+        with ExitStack() as stack:
+            for site, function in edits:
+                stack.enter_context(self.at(site, function))
+            batches = [images for _, images in map_batches(self.engine, self.engine.images, shots, batch)]
+        images = [image for batch_images in batches for image in batch_images]
+        return [GeneratedImage(image, shot) for image, shot in zip(images, shots, strict=True)]
 
     def site(self, name: Site | str) -> Site:
-        """The site called `name`, in its canonical notation; an unknown one is an error that shows the nearest."""
+        """Return the site called `name` in its canonical notation; the error for an unknown one shows the nearest."""
         return self.engine.sites.locate(name).site
 
+    def expand(self, sites: Sites) -> list[Site]:
+        """Return the sites that names and patterns such as `double.*:text` stand for, in canonical notation."""
+        return [module.site for module in self._modules(sites)]
+
+    def kinds(self, site: Site) -> tuple[Kind, ...]:
+        """Return the kinds of site that the block of `site` has in its stream."""
+        return self.engine.sites.kinds(site.path, site.stream)
+
     def sites(self, pattern: str = "*", pixels: tuple[int, int] | None = None) -> list[SiteRow]:
-        """A row for each block and stream whose name matches `pattern`, at this image size."""
-        return site_rows(self.engine, self._plain(1, pixels, None), pattern)
+        """Return a row for each block and stream whose name matches `pattern`, with the token counts of this image size."""
+        return site_rows(self.engine, self._settings(1, pixels, None), pattern)
 
-    def at(self, site: Site | str, fn: Visit, half: Half | None = None) -> AbstractContextManager[None]:
-        """A block within which `fn` meets the activations of `site` at each step, tokens in row-major order.
+    def at(self, site: Site | str, function: SiteFunction, half: Half | None = None) -> AbstractContextManager[None]:
+        """Within the block, call `function` with the activations of `site` at each step, tokens in row-major order.
 
-        It reads where it returns None and writes where it returns a tensor. It is handed a copy: changes made to that in place
-        are written if it is returned, and not otherwise. Under guidance `fn` is called once for each half, or for `half` alone.
-        Blocks nest: an inner one sees what an outer one wrote.
+        If it returns a tensor, that replaces the activations; if it returns None, they stay. Its argument is a copy that it may
+        change in place. Under guidance it is called for each half, or only for `half`. Blocks nest: an inner one sees the
+        changes of an outer one.
         """
         check_half(half)
-        return visiting(self.engine.clock, self.engine.sites.locate(site), on_copies(fn), half)
+        return hook_site(self.engine.tracker, self.engine.sites.locate(site), on_copies(function), half)
 
     def shots(
         self,
@@ -101,67 +117,61 @@ class Pipeline:
         pixels: tuple[int, int] | None = None,
         guidance: float | None = None,
     ) -> Iterator[Shot]:
-        """A shot for each prompt, seed and kept step (all, if None), in this order; as lazy as `prompts`.
+        """Yield a shot for each prompt, seed and kept step (default: all steps), in this order; reads `prompts` lazily.
 
-        Of steps at which the scheduler repeats a timestep the first is kept.
+        If the scheduler repeats a timestep, only the first of its steps is kept.
         """
-        plain = self._plain(steps, pixels, guidance)
+        settings = self._settings(steps, pixels, guidance)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        seeds, timesteps = list(seeds), self.engine.timesteps(plain)
-        kept = range(len(timesteps)) if keep_steps is None else list(keep_steps)
-        beyond = [step for step in kept if not 0 <= step < len(timesteps)]
+        seeds, timesteps = list(seeds), self.engine.timesteps(settings)
+        kept_steps = range(len(timesteps)) if keep_steps is None else list(keep_steps)
+        beyond = [step for step in kept_steps if not 0 <= step < len(timesteps)]
         if beyond:
             raise BadInput(f"Step {beyond[0]} cannot be kept of a run of {len(timesteps)} steps, numbered from 0.")
-        kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept))
+        kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept_steps))
         return (
-            replace(plain, prompt=prompt, seed=seed, timestep=timestep, split=Shot.split_of(prompt))
+            replace(settings, prompt=prompt, seed=seed, timestep=timestep, split=Shot.split_of(prompt))
             for prompt in prompts
             for seed in seeds
             for timestep in kept_timesteps
         )
 
-    def harvest(
-        self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16, progress: bool = True
-    ) -> Iterator[Activations]:
-        """The activations of `sites` (patterns too) at `shots`: for each batch of runs, each kept step, each site.
+    def harvest(self, shots: Iterable[Shot], sites: Sites, batch: int = 16, progress: bool = True) -> Iterator[Activations]:
+        """Yield the activations of `sites` (patterns too) at `shots`: for each batch of runs, each kept step, each site.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
         """
-        check_batch(batch)
-        return harvest(self.engine, shots, self._located(sites), batch, progress)
+        _check_batch(batch)
+        return harvest(self.engine, shots, self._modules(sites), batch, progress)
 
-    def harvest_and_finish(
-        self, shots: Iterable[Shot], sites: Iterable[Site | str] | Site | str, batch: int = 16
-    ) -> Iterator[FinishedBatch]:
-        """The images that the runs of `shots` end in, and the activations of `sites` on the way, batch by batch.
-
-        A shot without a timestep stands for all steps of its run. Under guidance the conditional half is harvested.
-        """
-        check_batch(batch)
-        return finish(self.engine, shots, self._located(sites), batch)
+    def harvest_with_images(self, shots: Iterable[Shot], sites: Sites, batch: int = 16) -> Iterator[ImageBatch]:
+        """Yield the images of `shots` with the activations of `sites`, batch by batch; see `harvest`."""
+        _check_batch(batch)
+        return harvest_with_images(self.engine, shots, self._modules(sites), batch)
 
     def harvest_images(
         self,
         images: ImageInput | Iterable[ImageInput],
         noise: float | Sequence[float],
-        sites: Iterable[Site | str] | Site | str,
+        sites: Sites,
         prompts: str | Iterable[str] | None = None,
         names: str | Iterable[str] | None = None,
         seed: int = 0,
         batch: int = 16,
         progress: bool = True,
     ) -> Iterator[Activations]:
-        """The activations of `sites` at given images, noised to one or several levels (0 the image, 1 pure noise).
+        """Yield the activations of `sites` for given images, noised to one or several levels (0 the image, 1 pure noise).
 
-        One denoiser call each, without guidance; image i is noised by the seed `seed + i`. `prompts` are one for each image,
-        a single one for all of them, or else empty.
+        Each takes one call of the denoiser, without guidance; the noise of image i has the seed `seed + i`. Give a prompt for
+        each image, a single one for all, or none for empty prompts.
         """
-        check_batch(batch)
-        plain = self._plain(1, None, None, check=False)
+        _check_batch(batch)
+        settings = self._settings(1, None, None, check=False)
         images = [images] if isinstance(images, (str, Path, Image.Image)) else images
         prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
-        called = [names] if isinstance(names, str) else names or repeat(None)
-        return harvest_images(self.engine, plain, images, noise, self._located(sites), prompts, called, seed, batch, progress)
+        labels = [names] if isinstance(names, str) else names or repeat(None)
+        modules = self._modules(sites)
+        return harvest_images(self.engine, settings, images, noise, modules, prompts, labels, seed, batch, progress)
 
     def losses(
         self,
@@ -171,61 +181,57 @@ class Pipeline:
         seed: int = 0,
         batch: int = 16,
     ) -> Float[Tensor, "image level"]:
-        """How far the model is from what it was trained to say of each image at each level of noise: mean squared errors.
+        """Return the denoiser's training loss, a mean squared error, for each image at each level of noise.
 
-        The more an image looks like those it was trained on, the smaller. Image i is noised by the seed `seed + i`.
+        It is the smaller, the more an image resembles the training data. The noise of image i has the seed `seed + i`.
         """
-        check_batch(batch)
+        _check_batch(batch)
         prompts = repeat(prompts) if isinstance(prompts, str) else prompts
-        plain = self._plain(1, None, None, check=False)
-        return torch.cat(list(losses(self.engine, plain, images, noise, prompts, seed, batch)))
+        settings = self._settings(1, None, None, check=False)
+        return torch.cat(list(losses(self.engine, settings, images, noise, prompts, seed, batch)))
 
     def predictions(
-        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
+        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, SiteFunction], batch: int = 16
     ) -> Iterator[EditOutcomes]:
-        """What the denoiser predicts at `shots`, plainly and under each of `edits` of `site`, from the same noisy images.
+        """Yield the denoiser's predictions at `shots`, plain and under each edit of `site`, for the same noisy images.
 
         A shot without a timestep stands for all steps of its run. Under guidance the conditional half is edited and compared.
         """
-        check_batch(batch)
+        _check_batch(batch)
         return predictions(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
     def images(
-        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, Visit], batch: int = 16
+        self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, SiteFunction], batch: int = 16
     ) -> Iterator[EditOutcomes]:
-        """The images that the runs of `shots` end in, with pixels between 0 and 1, plainly and under each of `edits`.
+        """Yield the images of `shots`, plain and under each edit of `site`, with pixels between 0 and 1.
 
         An edit is made at every step, under guidance in the conditional half.
         """
-        check_batch(batch)
-        return images(self.engine, shots, self.engine.sites.locate(site), edits, batch)
+        _check_batch(batch)
+        return edited_images(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
-    def _located(self, sites: Iterable[Site | str] | Site | str) -> list[SiteModule]:
+    def _modules(self, sites: Sites) -> list[SiteModule]:
         return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)
 
-    def _plain(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:
-        """The settings of a shot, checked; without prompt and seed."""
-        card = self.engine.card
-        pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else self._default_size()
+    def _settings(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:
+        """Return the checked settings of a run as a shot without prompt and seed."""
+        defaults = self.engine.defaults
+        pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else self.engine.default_pixels
         if check:
-            check_size(pixels, card, self.engine.stride)
-        steps = card.steps if steps is None else steps
+            defaults.check_pixels(pixels, self.engine.token_pixels)
+        steps = defaults.steps if steps is None else steps
         if steps < 1:
-            raise BadInput(f"{steps} denoising steps are not possible. Ask for 1 or more.")
-        guidance = card.guidance if guidance is None else guidance
+            raise BadInput(f"{steps} denoising steps are not possible. Use 1 or more.")
         return Shot(
             model=self.name,
             revision=self.revision,
             precision=self.precision,
             pixels=pixels,
             steps=steps,
-            guidance=float(guidance),
+            guidance=float(defaults.guidance if guidance is None else guidance),
         )
 
-    def _default_size(self) -> tuple[int, int]:
-        if self.engine.card.pixels:
-            return self.engine.card.pixels[0]
-        # Flux has no sample_size: its pipelines draw 128 x 128 latents.
-        sample = cast("int | Sequence[int]", self.engine.config("sample_size") or 128)
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * self.engine.factor, width * self.engine.factor
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise BadInput(f"A batch of {batch} images is not possible. Use 1 or more.")

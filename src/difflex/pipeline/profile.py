@@ -1,48 +1,142 @@
-"""`foresee`: what a model will show at sites and what its passes cost, from its configs alone: nothing is loaded or fetched."""
+"""Shapes and costs of a model, computed by a copy of its denoiser without weights: the table of sites and `profile_model`."""
 
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.calls import DenoiserCall
+from difflex.pipeline.components import PLANS, PipelinePlan
+from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.loading import ModelDefaults, find, plan_of, read_card
-from difflex.pipeline.plans import PLANS, PipelinePlan
-from difflex.pipeline.sites import SiteMap, SiteModule
-from difflex.pipeline.table import shapes_of
-from difflex.records import Shot, Site
+from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site, has_tokens
+from difflex.pipeline.sources import ModelDefaults, find, plan_of, read_defaults
+from difflex.quiet import quiet
+from difflex.records import STREAMS, HookContext, Kind, Shot, Site
 
-__all__ = ["ModelProfile", "foresee"]
+__all__ = ["ModelProfile", "SiteRow", "profile_model", "site_rows"]
 
 CLIP_LENGTH = 77
 
 
+class SiteRow(NamedTuple):
+    """A row of the table of sites: a block and one of its streams."""
+
+    site: Site
+    path: str
+    width: int
+    tokens: int
+    kinds: tuple[Kind, ...]
+    neurons: int | None
+    """Width of the `neurons`, if the block has any."""
+
+
+def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
+    """Return a row for each block and stream whose name matches `pattern` (both streams if it names none), in a run like `shot`.
+
+    For a model of an unknown family, the rows are the outermost of the repeated modules that return tokens.
+    """
+    matches = [module.site for module in engine.sites.expand([pattern])] if pattern != "*" else []
+    names = [site.path for site in matches] or list(engine.sites.blocks) or engine.sites.repeated()
+    streams = {site.stream for site in matches} if ":" in pattern else set(STREAMS)
+    with engine.tracker.tracking():
+        args, kwargs = engine.first_call(shot)
+        call = engine.tracker.call
+    copy = _without_weights(engine.denoiser, kwargs)
+    sites = SiteMap(copy, engine.family)
+    candidates = [
+        Site(name, kind, stream)
+        for name in dict.fromkeys(names)
+        for stream in sites.streams(name)
+        if stream in streams
+        for kind in sites.kinds(name, stream)
+        if kind != "update"
+    ]
+    shapes = _shapes(copy, [sites.locate(site) for site in candidates], call, args, kwargs)
+    rows = [_row(sites, site, shapes) for site in candidates if site.kind == "residual" and site in shapes]
+    if not rows:
+        raise BadInput(
+            f"'{pattern}' returns no tokens: one tensor of [batch, token, width], or an image, is needed. Use another module."
+        )
+    if engine.sites.blocks or matches:
+        return rows
+    return [row for row in rows if not any(row.path.startswith(f"{other.path}.") for other in rows)]
+
+
+def _row(sites: SiteMap, site: Site, shapes: Mapping[Site, torch.Size]) -> SiteRow:
+    neurons = Site(site.path, "neurons", site.stream)
+    return SiteRow(
+        site=site,
+        path=sites.locate(site).path,
+        width=shapes[site][2],
+        tokens=shapes[site][1],
+        kinds=sites.kinds(site.path, site.stream),
+        neurons=shapes[neurons][2] if neurons in shapes else None,
+    )
+
+
+def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Module:
+    """Copy the denoiser to the meta device, on which every operation yields a shape and computes nothing."""
+    with torch.device("meta"):
+        mixin = cast(ConfigMixin, denoiser)
+        copy = cast(nn.Module, type(mixin).from_config(mixin.config))
+    text = kwargs["encoder_hidden_states"]
+    with quiet("diffusers.models.modeling_utils"):
+        return copy.to(text.dtype).eval() if isinstance(text, Tensor) else copy.eval()
+
+
+@torch.no_grad()
+def _shapes(
+    copy: nn.Module, sites: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
+) -> dict[Site, torch.Size]:
+    """Return the shape at each site, except for those whose block returns nothing for their stream."""
+    shapes: dict[Site, torch.Size] = {}
+
+    def watch(site: SiteModule) -> None:
+        def keep(x: Tensor, context: HookContext) -> None:
+            shapes[site.site] = x.shape
+
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            if has_tokens(site, output):
+                apply_at_site(site, call, args, kwargs, output, keep)
+
+        stack.enter_context(site.module.register_forward_hook(hook, with_kwargs=True))
+
+    with ExitStack() as stack:
+        for site in sites:
+            watch(site)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        copy(*args, **kwargs)
+    return shapes
+
+
 class ModelProfile(NamedTuple):
-    """What a model will show and cost. Costs are floating-point operations for one image."""
+    """The shapes at the sites of a model, and its costs in floating-point operations for one image."""
 
     shot: Shot
-    """A run of it, without prompt and seed."""
+    """The settings of a run, without prompt and seed."""
     shapes: Mapping[Site, tuple[int, int]]
-    """Tokens and width at each site asked for, patterns resolved."""
-    reached: float
-    """A step that ends at the last of the sites; of two halves that are called one after another it is the first."""
+    """Tokens and width at each site."""
+    partial_step: float
+    """A step that ends at the last of the sites; if the halves are computed one after the other, in the first of them."""
     step: float
-    """A whole step; both halves under guidance."""
+    """A whole step, with both halves under guidance."""
     prompt: float
     """Encoding a prompt."""
-    decoded: float
-    """From latents to an image; about as much the other way."""
+    decode: float
+    """Decoding latents into an image; encoding one costs about as much."""
 
 
 @cache
-def foresee(
+def profile_model(
     name: str,
     sites: tuple[str, ...],
     revision: str | None = None,
@@ -50,162 +144,144 @@ def foresee(
     pixels: tuple[int, int] | None = None,
     guidance: float | None = None,
 ) -> ModelProfile:
-    """What the model `name` will show at `sites` (all blocks, if none is named); an error where its configs are not here."""
+    """Profile the model `name` at `sites` (default: all blocks) from its configs; nothing is loaded or downloaded."""
     source = None if name in PLANS else find(name, revision)
     plan = PLANS[name] if source is None else plan_of(source, offline=True)
-    family = family_of(plan.pipeline, "unet" if "unet" in plan.parts else "transformer")
+    family = family_of(plan.pipeline, plan.denoiser)
     if not family.blocks:
-        known = ", ".join(each.name for each in FAMILIES)
-        raise UnknownName(f"How the denoiser of a {plan.pipeline} is called is not known. Known families: {known}.")
-    card = read_card(source.folder if source else None, family, plan)
-    shot = Shot(
-        model=name,
-        revision=revision,
-        pixels=pixels or _usual_size(plan, family, card),
-        steps=steps or card.steps,
-        guidance=float(card.guidance if guidance is None else guidance),
-    )
-    denoised = _denoised(plan, family, card, shot, sites)
-    halves = 2 if _is_guided(plan, family, shot.guidance) else 1
+        known = ", ".join(family.name for family in FAMILIES)
+        raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
+    profiler = _Profiler(plan, family, read_defaults(source.folder if source else None, family, plan))
+    shot = profiler.settings(name, revision, steps, pixels, guidance)
+    denoiser = profiler.denoiser(shot, sites)
+    halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
     return ModelProfile(
         shot=shot,
-        shapes=denoised.shapes,
-        reached=(1 if family.guidance == "separate" else halves) * denoised.reached,
-        step=halves * denoised.step,
-        prompt=_encoding(plan, family, card),
-        decoded=_decoding(plan, shot),
+        shapes=denoiser.shapes,
+        partial_step=(1 if family.guidance == "separate" else halves) * denoiser.partial_call,
+        step=halves * denoiser.call,
+        prompt=profiler.prompt(),
+        decode=profiler.decode(shot),
     )
 
 
 class DenoiserProfile(NamedTuple):
-    """What one call of the denoiser shows and costs."""
+    """Shapes and costs of one call of the denoiser."""
 
     shapes: Mapping[Site, tuple[int, int]]
-    reached: float
-    step: float
+    partial_call: float
+    call: float
 
 
-@torch.no_grad()
-def _denoised(plan: PipelinePlan, family: Family, card: ModelDefaults, shot: Shot, names: Sequence[str]) -> DenoiserProfile:
-    """Asked of a denoiser without weights, for which every operation yields a shape and computes nothing."""
-    twin = plan.parts[family.denoiser].weightless()
-    assert twin is not None, "a denoiser has weights"
-    twin.eval()
-    given, call = _given(twin, plan, family, card, shot)
-    located = _located(SiteMap(twin, family), names)
-    passed = [0]
-    with FlopCounterMode(display=False) as counter, ExitStack() as stack:
-
-        def count(*_: object) -> None:
-            passed.append(counter.get_total_flops())
-
-        for each in located:
-            stack.callback(each.module.register_forward_hook(count).remove)
-        shapes = shapes_of(twin, located, call, (), given)
-    missing = [str(each.site) for each in located if each.site not in shapes]
-    if missing and names:
-        raise BadInput(f"The site '{missing[0]}' gives no tokens. Name another; difflex sites lists them.")
-    found = {each.site: (shapes[each.site][1], shapes[each.site][2]) for each in located if each.site in shapes}
-    return DenoiserProfile(found, max(passed), counter.get_total_flops())
-
-
-def _located(sites: SiteMap, names: Sequence[str]) -> list[SiteModule]:
-    every = [Site(name, "residual", stream) for name in sites.blocks for stream in sites.streams(name)]
-    return sites.expand(names or every)
-
-
-def _given(
-    twin: nn.Module, plan: PipelinePlan, family: Family, card: ModelDefaults, shot: Shot
-) -> tuple[dict[str, object], DenoiserCall]:
-    """What the denoiser is called with, shapes alone, and what is known of the call."""
-    config, factor = _PartConfig(plan, family.denoiser), _factor(plan)
-    rows, columns = (side // factor for side in shot.pixels)
-    packed = family.latents != "plain"
-    patch = 2 if packed else int(config("patch_size") or 1)
-    grid, length = (rows // patch, columns // patch), _text_length(plan, family, card)
-    tokens, axes = grid[0] * grid[1], len(config("axes_dims_rope") or ())
-    width = config("caption_channels") or config("joint_attention_dim") or config("cross_attention_dim")
-    latents = (1, tokens, config("in_channels")) if packed else (1, config("in_channels"), rows, columns)
-    known: dict[str, tuple[Any, ...] | None] = {
-        "hidden_states": latents,
-        "sample": latents,
-        "encoder_hidden_states": (1, length, width),
-        "pooled_projections": (1, config("pooled_projection_dim")),
-        "timestep": (1,),
-        "img_ids": (tokens, axes),
-        "txt_ids": (length, axes),
-        "guidance": (1,) if config("guidance_embeds") else None,
-    }
-    accepted = inspect.signature(type(twin).forward).parameters
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in known.items() if shape and name in accepted}
-    extra = {"added_cond_kwargs": _conditions(config)} if "added_cond_kwargs" in accepted else {}
-    call = DenoiserCall(step=0, timestep=0.0, halves=(None,), shots=None, text_tokens=length, grid=grid)
-    return {**tensors, **extra, "return_dict": False}, call
-
-
-class _PartConfig(NamedTuple):
-    """The config of a part."""
+class _Profiler(NamedTuple):
+    """A model without its weights."""
 
     plan: PipelinePlan
-    part: str
+    family: Family
+    defaults: ModelDefaults
 
-    def __call__(self, entry: str) -> Any:
-        return self.plan.entry(f"{self.part}.{entry}")
+    def config(self, entry: str) -> Any:
+        """Return an entry of the denoiser's config, or else of the pipeline's."""
+        return self.plan.config(f"{self.family.denoiser}.{entry}") or self.plan.settings.get(entry)
 
+    def settings(
+        self, name: str, revision: str | None, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None
+    ) -> Shot:
+        return Shot(
+            model=name,
+            revision=revision,
+            pixels=pixels or self.defaults.default_pixels(self.config("sample_size"), self._vae_scale),
+            steps=steps or self.defaults.steps,
+            guidance=float(self.defaults.guidance if guidance is None else guidance),
+        )
 
-def _conditions(config: _PartConfig) -> dict[str, Tensor | None]:
-    """What a U-Net of SDXL's kind is told besides; PixArt asks for what may be None."""
-    if config("addition_embed_type") != "text_time":
-        return {"resolution": None, "aspect_ratio": None}
-    times = 6
-    pooled = config("projection_class_embeddings_input_dim") - times * config("addition_time_embed_dim")
-    return {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, times, device="meta")}
+    @torch.no_grad()
+    def denoiser(self, shot: Shot, names: Sequence[str]) -> DenoiserProfile:
+        """Call the denoiser without weights, and count its operations up to the last site and altogether."""
+        copy = self.plan.components[self.family.denoiser].without_weights()
+        assert copy is not None, "a denoiser has weights"
+        copy.eval()
+        kwargs, call = self._arguments(copy, shot)
+        map_of_sites = SiteMap(copy, self.family)
+        every = [Site(name, "residual", stream) for name in map_of_sites.blocks for stream in map_of_sites.streams(name)]
+        sites = map_of_sites.expand(names or every)
+        counts = [0]
+        with FlopCounterMode(display=False) as counter, ExitStack() as stack:
+            for site in sites:
+                hook = site.module.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
+                stack.enter_context(hook)
+            shapes = _shapes(copy, sites, call, (), kwargs)
+        missing = [str(site.site) for site in sites if site.site not in shapes]
+        if missing and names:
+            raise BadInput(f"The site '{missing[0]}' returns no tokens. Use another one; difflex sites lists them.")
+        tokens_and_widths = {site.site: (shapes[site.site][1], shapes[site.site][2]) for site in sites if site.site in shapes}
+        return DenoiserProfile(tokens_and_widths, max(counts), counter.get_total_flops())
 
+    def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
+        """Return the arguments of a call of the denoiser, as shapes, and the call."""
+        config = self.config
+        rows, columns = (side // self._vae_scale for side in shot.pixels)
+        packed = self.family.latents != "plain"
+        patch = 2 if packed else int(config("patch_size") or 1)
+        grid, length = (rows // patch, columns // patch), self._text_tokens
+        tokens, axes = grid[0] * grid[1], len(config("axes_dims_rope") or ())
+        width = config("caption_channels") or config("joint_attention_dim") or config("cross_attention_dim")
+        latents = (1, tokens, config("in_channels")) if packed else (1, config("in_channels"), rows, columns)
+        shapes: dict[str, tuple[Any, ...] | None] = {
+            "hidden_states": latents,
+            "sample": latents,
+            "encoder_hidden_states": (1, length, width),
+            "pooled_projections": (1, config("pooled_projection_dim")),
+            "timestep": (1,),
+            "img_ids": (tokens, axes),
+            "txt_ids": (length, axes),
+            "guidance": (1,) if config("guidance_embeds") else None,
+        }
+        accepted = inspect.signature(type(copy).forward).parameters
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if shape and name in accepted}
+        conditions = {"added_cond_kwargs": self._conditions()} if "added_cond_kwargs" in accepted else {}
+        call = DenoiserCall(step=0, timestep=0.0, halves=(None,), shots=None, text_tokens=length, grid=grid)
+        return {**tensors, **conditions, "return_dict": False}, call
 
-def _factor(plan: PipelinePlan) -> int:
-    """The side of the patch of an image that becomes one latent, in pixels."""
-    channels = plan.entry("vae.block_out_channels")
-    assert isinstance(channels, (list, tuple)), "an autoencoder has levels"
-    return 2 ** (len(channels) - 1)
+    def _conditions(self) -> dict[str, Tensor | None]:
+        """Return the further conditions of a U-Net like SDXL's, or those of PixArt, which may be None."""
+        if self.config("addition_embed_type") != "text_time":
+            return {"resolution": None, "aspect_ratio": None}
+        times = 6
+        pooled = self.config("projection_class_embeddings_input_dim") - times * self.config("addition_time_embed_dim")
+        return {"text_embeds": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, times, device="meta")}
 
+    @property
+    def _vae_scale(self) -> int:
+        """Pixels of an image along each side of one latent."""
+        channels = self.plan.config("vae.block_out_channels")
+        assert isinstance(channels, (list, tuple)), "a VAE has levels"
+        return 2 ** (len(channels) - 1)
 
-def _usual_size(plan: PipelinePlan, family: Family, card: ModelDefaults) -> tuple[int, int]:
-    if card.pixels:
-        return card.pixels[0]
-    sample = plan.entry(f"{family.denoiser}.sample_size") or 128
-    height, width = (sample, sample) if isinstance(sample, int) else (int(side) for side in sample)  # pyright: ignore[reportGeneralTypeIssues]
-    return height * _factor(plan), width * _factor(plan)
+    @property
+    def _text_tokens(self) -> int:
+        """Tokens of text in the denoiser's input; SD3 concatenates those of CLIP and T5."""
+        if self.family.text_length is None:
+            return CLIP_LENGTH
+        clip = CLIP_LENGTH if "text_encoder_3" in self.plan.components else 0
+        return (self.defaults.text_length or self.family.text_length) + clip
 
+    def prompt(self) -> float:
+        """Return two operations for each token and each weight of the linear layers of the text encoders."""
+        length, operations = self.defaults.text_length or self.family.text_length or CLIP_LENGTH, 0.0
+        for name, component in self.plan.components.items():
+            encoder = component.without_weights() if name.startswith("text_encoder") else None
+            layers = [] if encoder is None else [layer for layer in encoder.modules() if isinstance(layer, nn.Linear)]
+            tokens = CLIP_LENGTH if component.kind.startswith("CLIP") else length
+            operations += 2.0 * tokens * sum(layer.weight.numel() for layer in layers)
+        return operations
 
-def _text_length(plan: PipelinePlan, family: Family, card: ModelDefaults) -> int:
-    """Tokens of text that the denoiser sees; SD3 lays those of CLIP before those of T5."""
-    if family.text_length is None:
-        return CLIP_LENGTH
-    return (card.text_length or family.text_length) + (CLIP_LENGTH if "text_encoder_3" in plan.parts else 0)
-
-
-def _is_guided(plan: PipelinePlan, family: Family, guidance: float) -> bool:
-    """Whether the denoiser computes two halves, conditional and unconditional."""
-    folded = family.folded and (plan.entry(f"{family.denoiser}.{family.folded}") or plan.settings.get(family.folded))
-    return family.guidance != "none" and guidance > 1 and not folded
-
-
-def _encoding(plan: PipelinePlan, family: Family, card: ModelDefaults) -> float:
-    """Two operations for each weight of a text encoder's products and each token."""
-    length, operations = card.text_length or family.text_length or CLIP_LENGTH, 0.0
-    for name, part in plan.parts.items():
-        encoder = part.weightless() if name.startswith("text_encoder") else None
-        layers = [] if encoder is None else [layer for layer in encoder.modules() if isinstance(layer, nn.Linear)]
-        tokens = CLIP_LENGTH if part.kind.startswith("CLIP") else length
-        operations += 2.0 * tokens * sum(layer.weight.numel() for layer in layers)
-    return operations
-
-
-@torch.no_grad()
-def _decoding(plan: PipelinePlan, shot: Shot) -> float:
-    autoencoder: Any = plan.parts["vae"].weightless()
-    rows, columns = (side // _factor(plan) for side in shot.pixels)
-    channels = _PartConfig(plan, "vae")("latent_channels")
-    with FlopCounterMode(display=False) as counter:
-        autoencoder.eval().decode(torch.empty(1, channels, rows, columns, device="meta"))
-    return float(counter.get_total_flops())
+    @torch.no_grad()
+    def decode(self, shot: Shot) -> float:
+        """Count the operations of decoding an image."""
+        vae: Any = self.plan.components["vae"].without_weights()
+        channels: Any = self.plan.config("vae.latent_channels")
+        shape = (1, channels, *(side // self._vae_scale for side in shot.pixels))
+        with FlopCounterMode(display=False) as counter:
+            vae.eval().decode(torch.empty(shape, device="meta"))
+        return float(counter.get_total_flops())

@@ -1,44 +1,39 @@
-"""Names of sites and the modules behind them."""
+"""Sites: their names, the modules behind them, and the forward hooks that read and write their activations."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import translate
 from typing import NamedTuple, final
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from difflex.errors import BadInput, UnknownName
+from difflex.pipeline.calls import CallTracker, DenoiserCall
 from difflex.pipeline.families import BlockPattern, Family
-from difflex.records import STREAMS, Kind, Site, Stream
+from difflex.records import STREAMS, Half, HookContext, Kind, Site, Stream
 
-__all__ = ["SiteMap", "SiteModule", "SiteRow"]
+__all__ = ["SiteFunction", "SiteMap", "SiteModule", "apply_at_site", "has_tokens", "hook_site", "on_copies"]
 
 ADVICE = "`sites` lists them; a full module path works too."
 
+SiteFunction = Callable[[Float[Tensor, "batch token width"], HookContext], Float[Tensor, "batch token width"] | None]
+"""Reads the activations of a site; the tensor that it returns, if any, replaces them."""
+
 
 class SiteModule(NamedTuple):
-    """A site and the modules that it is read from."""
+    """A site and the module that its activations come from."""
 
     site: Site
-    """In its canonical notation: the short name where the family has one."""
+    """In its canonical notation: the short name if the family has one."""
     path: str
     """Module path of the block, from the pipeline."""
     module: nn.Module
-    """Where the hook goes: the block, or the activation inside it for `neurons`."""
+    """The hooked module: the block, or for `neurons` the activation function inside it."""
     block: BlockPattern | None
-    """The family's row; None for a module that has none."""
-
-
-class SiteRow(NamedTuple):
-    """A row of the table of sites: a block and one of its streams."""
-
-    site: Site
-    path: str
-    width: int
-    tokens: int
-    kinds: tuple[Kind, ...]
-    neurons: int | None
-    """Width of `neurons`, where there are any."""
+    """The family's row for the block, if it has one."""
 
 
 @final
@@ -50,38 +45,35 @@ class SiteMap:
         self._prefix = f"{family.denoiser}."
         self._modules = {self._prefix + path: module for path, module in denoiser.named_modules() if path}
         self.blocks: dict[str, tuple[str, BlockPattern]] = {}
-        """Short name -> module path and row, in the order of the model."""
+        """Module path and row of each block by short name, in the order of the model."""
         patterns = [(re.compile(re.escape(block.path).replace(r"\*", r"(\d+)")), block) for block in family.blocks]
         for path in self._modules:
             for pattern, block in patterns:
-                if found := pattern.fullmatch(path):
-                    self.blocks[_fill(block.name, found.groups())] = (path, block)
-        self._short = {path: name for name, (path, _) in self.blocks.items()}
+                if match := pattern.fullmatch(path):
+                    self.blocks[_fill(block.name, match.groups())] = (path, block)
+        self._short_names = {path: name for name, (path, _) in self.blocks.items()}
 
     def locate(self, site: Site | str) -> SiteModule:
-        """The modules behind `site`."""
+        """Return the module of `site`."""
         site = Site.parse(site) if isinstance(site, str) else site
         path = self._path(site.path)
-        site = Site(self._short.get(path, site.path), site.kind, site.stream)
+        site = Site(self._short_names.get(path, site.path), site.kind, site.stream)
         block = self.blocks[site.path][1] if site.path in self.blocks else None
         if block is not None and site.stream not in block.outputs:
             raise BadInput(f"The site '{site}' does not exist: {path} has no {site.stream} stream. Leave out ':{site.stream}'.")
         if site.kind == "neurons" and block is None:
             raise BadInput(
-                f"The site '{site}' does not exist: where {path} has its neurons is not known. Name the module of their "
-                "activation function itself, without ':neurons'."
+                f"The site '{site}' does not exist: the neurons of {path} are not known. Use the module of their activation "
+                "function itself, without ':neurons'."
             )
         if site.kind != "neurons" or block is None:
             return SiteModule(site, path, self._modules[path], block)
         return SiteModule(site, path, self._modules[self._neurons(site, path, block)], block)
 
     def expand(self, sites: Iterable[Site | str]) -> list[SiteModule]:
-        """The sites named, wildcards included: `double.*:text`, `down.*.1`. A star stands for one index."""
-        found: dict[Site, SiteModule] = {}
-        for site in sites:
-            for located in map(self.locate, self._matching(str(site))):
-                found[located.site] = located
-        return list(found.values())
+        """Locate `sites`, in which a `*` stands for one index: `double.*:text`, `down.*.1`."""
+        modules = (self.locate(name) for site in sites for name in self._matching(str(site)))
+        return list({module.site: module for module in modules}.values())
 
     def _matching(self, text: str) -> list[str]:
         path, _, rest = text.partition(":")
@@ -94,7 +86,7 @@ class SiteMap:
         return [f"{name}:{rest}" if rest else name for name in names]
 
     def _path(self, name: str) -> str:
-        """The module path, from the pipeline, of a short name or a module path with or without the denoiser's name."""
+        """Return the module path for a short name or for a module path with or without the denoiser's name."""
         if name in self.blocks:
             return self.blocks[name][0]
         for path in (name, self._prefix + name):
@@ -106,23 +98,23 @@ class SiteMap:
         inner = f"{path}.{block.neurons.get(site.stream, '')}"
         if inner in self._modules:
             return inner
-        inside = next((name for name in self.blocks if name.startswith(site.path + ".") and self.blocks[name][1].neurons), None)
-        advice = f"Name a layer inside it, as in '{inside}:neurons'." if inside else "Ask for its residual or update."
+        layer = next((name for name in self.blocks if name.startswith(site.path + ".") and self.blocks[name][1].neurons), None)
+        advice = f"Use a layer inside it, as in '{layer}:neurons'." if layer else "Use its residual or update."
         raise BadInput(f"The site '{site}' does not exist: {path} itself has no MLP. {advice}")
 
     def repeated(self) -> list[str]:
-        """Module paths of all members of lists of modules: where the blocks of an unknown family are."""
+        """Return the module paths of all members of module lists: the blocks of an unknown family."""
         lists = {path for path, module in self._modules.items() if isinstance(module, nn.ModuleList)}
         return [path for path in self._modules if path.rpartition(".")[0] in lists]
 
     def streams(self, name: str) -> tuple[Stream, ...]:
-        """What streams the block `name` has; other modules are taken for image."""
-        return (
-            tuple(stream for stream in STREAMS if stream in self.blocks[name][1].outputs) if name in self.blocks else ("image",)
-        )
+        """Return the streams of the block `name`; the output of any other module counts as image."""
+        if name not in self.blocks:
+            return ("image",)
+        return tuple(stream for stream in STREAMS if stream in self.blocks[name][1].outputs)
 
     def kinds(self, name: str, stream: Stream) -> tuple[Kind, ...]:
-        """What can be asked of the block `name`, and of any module."""
+        """Return the kinds of site that the block `name` has; any other module has `residual` only."""
         if name not in self.blocks:
             return ("residual",)
         path, block = self.blocks[name]
@@ -137,5 +129,173 @@ def _fill(pattern: str, indices: Iterable[str]) -> str:
 
 
 def _segment(pattern: str) -> str:
-    """The regular expression of a wildcard that does not cross a dot."""
+    """Return the regular expression of a wildcard that does not cross a dot."""
     return translate(pattern).removesuffix(r"\Z").replace(".*", "[^.]*")
+
+
+@contextmanager
+def hook_site(tracker: CallTracker, site: SiteModule, function: SiteFunction, half: Half | None = None) -> Iterator[None]:
+    """Call `function` with the activations of `site` at each call of the denoiser within the block."""
+
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
+        return apply_at_site(site, tracker.call, args, kwargs, output, function, half)
+
+    with tracker.tracking(), site.module.register_forward_hook(hook, with_kwargs=True):
+        yield
+
+
+def on_copies(function: SiteFunction) -> SiteFunction:
+    """Let `function` work on copies, which it may change in place or keep."""
+
+    def with_copy(x: Float[Tensor, "batch token width"], context: HookContext) -> Tensor | None:
+        return function(x.clone(memory_format=torch.contiguous_format), context)
+
+    return with_copy
+
+
+def apply_at_site(
+    site: SiteModule,
+    call: DenoiserCall,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    output: object,
+    function: SiteFunction,
+    half: Half | None = None,
+) -> object:
+    """Return the output of the module with the activations that `function` returns, or None if it changes nothing."""
+    whole, index = _stream_tensor(site, output)
+    span = _span(site, call, whole.shape)
+    tokens = _tokens(whole)[:, span]
+    block_input = None
+    if site.site.kind == "update":
+        block_input = _block_input(site, call, args, kwargs, whole)
+        assert block_input.shape == tokens.shape
+    x = tokens if block_input is None else tokens - block_input
+    new = _apply_by_half(x, call, _grid(site, call, whole), function, half)
+    if new is None:
+        return None
+    if block_input is not None:
+        # output + (new - old), and the exact bits of the output where nothing changes: x - y + y is not x in floating point.
+        new = torch.where(new == x, tokens, tokens + (new - x))
+    return _replace(output, index, whole, span, new)
+
+
+def has_tokens(site: SiteModule, output: object) -> bool:
+    """Whether `output` holds tokens of the stream: the last joint block of SD3 returns no text."""
+    if isinstance(output, (tuple, list)):
+        output = output[_index(site, len(output))] if _has_known_streams(site, len(output)) else None
+    return isinstance(output, Tensor) and output.ndim in (3, 4)
+
+
+def _stream_tensor(site: SiteModule, output: object) -> tuple[Tensor, int | None]:
+    """Return the tensor that holds the stream, and its index if it is an element of a tuple."""
+    if isinstance(output, Tensor):
+        return output, None
+    if not isinstance(output, (tuple, list)):
+        kind = type(output).__name__
+        raise BadInput(f"The site '{site.site}' cannot be read: {site.path} returns a {kind}, not a tensor.")
+    if not _has_known_streams(site, len(output)):
+        raise BadInput(
+            f"The site '{site.site}' cannot be read: {site.path} returns {len(output)} values, and which of them is the "
+            f"{site.site.stream} stream is known only for blocks that have a short name. Use a module inside it."
+        )
+    index = _index(site, len(output))
+    tensor = output[index]
+    if not isinstance(tensor, Tensor):
+        raise BadInput(f"The site '{site.site}' cannot be read: {site.path} returns no {site.site.stream} stream.")
+    return tensor, index
+
+
+def _has_known_streams(site: SiteModule, elements: int) -> bool:
+    return elements == 1 or site.block is not None
+
+
+def _index(site: SiteModule, elements: int) -> int:
+    """Return the index of the stream in a returned tuple."""
+    return site.block.outputs.get(site.site.stream, 0) if site.block is not None and elements > 1 else 0
+
+
+def _span(site: SiteModule, call: DenoiserCall, shape: torch.Size) -> slice:
+    """Return the tokens of the stream: all of them, or one part of a tensor that holds text and then image tokens."""
+    if len(shape) != 3 or not _is_joint(site, call, shape[1]):
+        return slice(None)
+    return slice(call.text_tokens, None) if site.site.stream == "image" else slice(0, call.text_tokens)
+
+
+def _is_joint(site: SiteModule, call: DenoiserCall, tokens: int) -> bool:
+    """Whether a tensor of so many tokens holds both streams."""
+    if call.grid is None:
+        return False
+    joint = tokens == call.text_tokens + call.grid[0] * call.grid[1]
+    if site.block is None:
+        return joint
+    modules = list(site.block.neurons.values())
+    shared = len(modules) > len(set(modules)) if site.site.kind == "neurons" else len(site.block.outputs) > 1
+    return shared and joint
+
+
+def _tokens(x: Tensor) -> Float[Tensor, "batch token width"]:
+    """Return a view of `x` as tokens in row-major order."""
+    if x.ndim == 4:
+        return x.flatten(2).transpose(1, 2)
+    if x.ndim == 3:
+        return x
+    raise BadInput(
+        f"A tensor of shape {tuple(x.shape)} has no tokens. Use a module that returns [batch, token, width] or an image."
+    )
+
+
+def _block_input(
+    site: SiteModule, call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object], whole: Tensor
+) -> Tensor:
+    """Return the input of the block that corresponds to its output `whole`."""
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    joint = isinstance(hidden, Tensor) and hidden.shape == whole.shape
+    tensor = kwargs.get("encoder_hidden_states") if site.site.stream == "text" and not joint else hidden
+    if not isinstance(tensor, Tensor) or (tensor.shape != whole.shape and _tokens(tensor).shape[1] == whole.shape[1]):
+        raise BadInput(f"The site '{site.site}' has no update: the input and the output of {site.path} differ in shape.")
+    return _tokens(tensor)[:, _span(site, call, tensor.shape)]
+
+
+def _grid(site: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, int] | None:
+    """Return rows and columns of the tokens; the lower levels of a U-Net halve the image, rounding up."""
+    if site.site.stream == "text":
+        return None
+    if whole.ndim == 4:
+        return whole.shape[2], whole.shape[3]
+    if call.grid is None:
+        return None
+    rows, columns = call.grid
+    tokens = whole.shape[1] - call.text_tokens if _is_joint(site, call, whole.shape[1]) else whole.shape[1]
+    while rows * columns > max(tokens, 1):
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return (rows, columns) if rows * columns == tokens else None
+
+
+def _apply_by_half(
+    x: Tensor, call: DenoiserCall, grid: tuple[int, int] | None, function: SiteFunction, half: Half | None
+) -> Tensor | None:
+    """Apply `function` to each half of the batch, or to `half` only; None if it returns no tensor."""
+    parts = x.chunk(len(call.halves))
+    results = [
+        function(part, HookContext(call.step, call.timestep, name, call.shots, grid))
+        if half is None or name in (half, None)
+        else None
+        for part, name in zip(parts, call.halves, strict=True)
+    ]
+    for new, part in zip(results, parts, strict=True):
+        if new is not None and new.shape != part.shape:
+            raise BadInput(f"A function at a site returned a tensor of shape {tuple(new.shape)} in place of {tuple(part.shape)}.")
+    if all(new is None for new in results):
+        return None
+    return torch.cat([part if new is None else new.to(part) for new, part in zip(results, parts, strict=True)])
+
+
+def _replace(output: object, index: int | None, whole: Tensor, span: slice, tokens: Tensor) -> object:
+    """Return a copy of `output` with new `tokens`; it keeps the strides, by which some kernels round."""
+    new = torch.empty_like(whole).copy_(whole)
+    _tokens(new)[:, span] = tokens
+    if index is None:
+        return new
+    assert isinstance(output, (tuple, list))
+    return type(output)([*output[:index], new, *output[index + 1 :]])

@@ -1,0 +1,198 @@
+"""The components of a pipeline: read from configs, built on the meta device without weights, or with random weights."""
+
+import os
+import string
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from difflex.errors import BadInput
+
+__all__ = ["PLANS", "ComponentPlan", "PipelinePlan", "build_components", "build_untrained", "read_plan"]
+
+Change = Callable[[str, nn.Module], nn.Module]
+"""Applied to each component, with its name, as soon as it is built."""
+LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+
+
+class ComponentPlan(NamedTuple):
+    """A component: its class and config."""
+
+    library: str
+    kind: str
+    config: Mapping[str, Any] | None
+    """None for a tokenizer, which is read from its files."""
+
+    def build(self) -> Any:
+        """Build the component on torch's default device and in its default dtype."""
+        component = getattr(import_module(self.library), self.kind)
+        if self.library == "diffusers":
+            return component.from_config(dict(self.config or {}))
+        return component(component.config_class(**dict(self.config or {})))
+
+    def without_weights(self) -> nn.Module | None:
+        """Build the component on the meta device, where it takes no memory; None for one that never has weights."""
+        if not issubclass(getattr(import_module(self.library), self.kind), nn.Module):
+            return None
+        with torch.device("meta"):
+            return self.build()
+
+
+class PipelinePlan(NamedTuple):
+    """A pipeline's class and components."""
+
+    pipeline: str
+    components: Mapping[str, ComponentPlan]
+    settings: Mapping[str, Any]
+    """Further arguments of the pipeline's constructor, such as `is_distilled`."""
+    absent: tuple[str, ...] = ()
+    """Optional components that this model lacks."""
+
+    @property
+    def denoiser(self) -> str:
+        return "unet" if "unet" in self.components else "transformer"
+
+    def config(self, path: str) -> object:
+        """Return a config entry, `COMPONENT.ENTRY`; if the config lacks it, the default of the component's class."""
+        name, key = path.split(".")
+        component = self.components.get(name)
+        if component is None:
+            return None
+        parameter = signature(getattr(import_module(component.library), component.kind).__init__).parameters.get(key)
+        return (component.config or {}).get(key, parameter and parameter.default)
+
+
+def read_plan(source: str | Path, revision: str | None = None, offline: bool = False) -> PipelinePlan:
+    """Read the plan of a folder or of a hub model, of which only the small config files are downloaded."""
+    options = {"revision": revision, "local_files_only": offline or Path(source).is_dir()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers passes the hub an argument that it no longer has
+        return _read_plan(os.fspath(source), options)
+
+
+def _read_plan(source: str, options: Mapping[str, Any]) -> PipelinePlan:
+    index = cast(dict[str, Any], DiffusionPipeline.load_config(source, **options))
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
+    present = {name: entry for name, entry in entries.items() if entry[0] is not None}
+    settings = {name: entry for name, entry in index.items() if isinstance(entry, (bool, int, float, str)) and name[0] != "_"}
+    components = {name: _read_component(entry[0], entry[1], source, name, options) for name, entry in present.items()}
+    return PipelinePlan(str(index["_class_name"]), components, settings, tuple(entries.keys() - present.keys()))
+
+
+def _read_component(library: str, kind: str, source: str, name: str, options: Mapping[str, Any]) -> ComponentPlan:
+    if library not in ("diffusers", "transformers"):
+        raise BadInput(
+            f"The component {name} of {source} is of the library {library}, which only the model's own code can build."
+        )
+    component = getattr(import_module(library), kind)
+    if library == "diffusers":
+        return ComponentPlan(library, kind, dict(component.load_config(source, subfolder=name, **options)))
+    if not hasattr(component, "config_class"):  # tokenizers and processors
+        return ComponentPlan(library, kind, None)
+    return ComponentPlan(library, kind, component.config_class.from_pretrained(source, subfolder=name, **options).to_dict())
+
+
+def _flux(guidance_embeds: bool, shift: float) -> PipelinePlan:
+    """The geometry of FLUX.1."""
+    scheduler = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": guidance_embeds}
+    vae = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    clip = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    clip |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
+    clip |= {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    t5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    components = {
+        "scheduler": ComponentPlan("diffusers", "FlowMatchEulerDiscreteScheduler", scheduler),
+        "vae": ComponentPlan("diffusers", "AutoencoderKL", vae),
+        "text_encoder": ComponentPlan("transformers", "CLIPTextModel", clip),
+        "tokenizer": ComponentPlan("transformers", "CLIPTokenizer", None),
+        "text_encoder_2": ComponentPlan("transformers", "T5EncoderModel", {**t5, "feed_forward_proj": "gated-gelu"}),
+        "tokenizer_2": ComponentPlan("transformers", "T5TokenizerFast", None),
+        # Its defaults are the geometry of FLUX.1 [schnell].
+        "transformer": ComponentPlan("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}),
+    }
+    return PipelinePlan("FluxPipeline", components, {})
+
+
+PLANS: Mapping[str, PipelinePlan] = MappingProxyType(
+    {
+        "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False, shift=1.0),
+        "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True, shift=3.0),
+    }
+)
+"""Hub models whose geometry is known without a file."""
+
+
+def build_untrained(
+    plan: PipelinePlan,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    change: Change = lambda name, component: component,
+) -> DiffusionPipeline:
+    """Build a pipeline with random weights on `device`; its tokenizers split prompts into letters."""
+    components = build_components(plan.components, seed, dtype, device, change)
+    for name, component in plan.components.items():
+        if component.config is None:
+            components[name] = _letter_tokenizer(component)
+    return cast(DiffusionPipeline, getattr(diffusers, plan.pipeline)(**dict.fromkeys(plan.absent), **components, **plan.settings))
+
+
+def build_components(
+    plans: Mapping[str, ComponentPlan], seed: int, dtype: torch.dtype, device: torch.device, change: Change
+) -> dict[str, Any]:
+    """Build the components that have a config, one after the other, with random weights drawn from `seed`."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), _defaults(dtype, device):
+        torch.manual_seed(seed)
+        built = ((name, plan.build()) for name, plan in plans.items() if plan.config is not None)
+        components = {name: change(name, part) if isinstance(part, nn.Module) else part for name, part in built}
+    for component in components.values():
+        if isinstance(component, nn.Module):
+            component.eval().requires_grad_(False)
+    return components
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Make `dtype` and `device` the defaults: a model of 12 billion parameters must never exist in another precision."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _letter_tokenizer(plan: ComponentPlan) -> Any:
+    """Return a tokenizer that splits prompts into letters, with the special ids of CLIP or T5."""
+    if plan.kind in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        ids = {piece: i for i, piece in enumerate([*LETTERS, *(letter + "</w>" for letter in LETTERS)])}
+        special = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+        return transformers.CLIPTokenizer(vocab={**ids, **special}, merges=[], model_max_length=77)
+    if plan.kind in ("T5Tokenizer", "T5TokenizerFast"):
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
+        return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    raise BadInput(f"difflex has no letter tokenizer in place of a {plan.kind}. Use a folder that has the tokenizer's files.")

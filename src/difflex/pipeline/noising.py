@@ -1,0 +1,278 @@
+"""Given images, noised to chosen levels: the activations they cause, and the denoiser's loss on them."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.image_processor import VaeImageProcessor
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from difflex.errors import BadInput
+from difflex.pipeline.calls import StopForward
+from difflex.pipeline.engine import Engine, Run, map_batches
+from difflex.pipeline.harvesting import activations_of, check_sites, prediction, recording
+from difflex.pipeline.sites import SiteModule
+from difflex.records import Activations, Shot
+
+__all__ = ["ImageInput", "harvest_images", "losses", "open_image"]
+
+ImageInput = Image.Image | Path | str
+
+
+class NoisedImage(NamedTuple):
+    """An image and its shot, except for the level of noise."""
+
+    image: Image.Image
+    shot: Shot
+
+
+def harvest_images(
+    engine: Engine,
+    settings: Shot,
+    images: Iterable[ImageInput],
+    noise: float | Sequence[float],
+    sites: Sequence[SiteModule],
+    prompts: Iterable[str],
+    names: Iterable[str | None],
+    seed: int,
+    batch: int,
+    progress: bool,
+) -> Iterator[Activations]:
+    """Yield the activations of `sites` at `images`: for each batch of one size, each level of noise, each site."""
+    check_sites(sites)
+    if not engine.family.blocks:
+        raise BadInput(
+            f"{type(engine.diffusers).__name__} has no row in the table of families: difflex does not know how it takes in an "
+            "image. Harvest it from prompts."
+        )
+    levels = _levels(noise)
+    # Two halves would be two passes for one image.
+    settings = replace(settings, guidance=1.0) if engine.is_guided(settings.guidance) else settings
+    inputs = _inputs(engine, settings, images, prompts, names, seed)
+    with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
+        for group in _by_size(inputs, batch):
+            latents = _encode_in_batches(engine, group, batch)
+            for level in levels:
+                for activations in _harvest_level(engine, group, latents, level, sites, batch):
+                    bar.update(activations.values.shape[:2].numel() * (activations.site == sites[0].site))
+                    yield activations
+
+
+def _harvest_level(
+    engine: Engine, group: Sequence[NoisedImage], latents: Tensor, level: float, sites: Sequence[SiteModule], batch: int
+) -> Iterator[Activations]:
+    noised, timestep = _add_noise(engine, latents, _noise(group, latents), level)
+
+    def record(rows: Sequence[int]):
+        run = Run(tuple(replace(group[row].shot, noise=level) for row in rows), (timestep,))
+        with (
+            _denoiser_input(engine, _layout(engine, noised[list(rows)]), timestep),
+            recording(engine, run, sites, stop=True) as outputs,
+        ):
+            engine.run(run.shots, timestep)
+        return run.shots, outputs
+
+    for _, (shots, outputs) in map_batches(engine, record, range(len(group)), batch, split=True):
+        yield from activations_of(engine, shots, outputs, sites)
+
+
+def losses(
+    engine: Engine,
+    settings: Shot,
+    images: Iterable[ImageInput],
+    noise: float | Sequence[float],
+    prompts: Iterable[str],
+    seed: int,
+    batch: int,
+) -> Iterator[Float[Tensor, "image level"]]:
+    """Yield the mean squared error of the denoiser's prediction for each image and level, batch by batch of one size."""
+    levels = _levels(noise)
+    for group in _by_size(_inputs(engine, replace(settings, guidance=1.0), images, prompts, repeat(None), seed), batch):
+        latents = _encode_in_batches(engine, group, batch)
+        yield torch.stack([_losses_at(engine, group, latents, level, batch) for level in levels], dim=1)
+
+
+def _losses_at(
+    engine: Engine, group: Sequence[NoisedImage], latents: Tensor, level: float, batch: int
+) -> Float[Tensor, " image"]:
+    noise = _noise(group, latents)
+    noised, timestep = _add_noise(engine, latents, noise, level)
+
+    def predict(rows: Sequence[int]) -> Tensor:
+        return _predict(engine, [group[row].shot for row in rows], noised[list(rows)], timestep)
+
+    predicted = torch.cat([part for _, part in map_batches(engine, predict, range(len(group)), batch, split=True)])
+    target = _layout(engine, _target(engine, latents, noise, level))
+    return (predicted.float() - target.float()).square().flatten(1).mean(1).cpu()
+
+
+def _predict(engine: Engine, shots: Sequence[Shot], noised: Tensor, timestep: float) -> Float[Tensor, "shot ..."]:
+    """Return the denoiser's prediction for noised latents."""
+    predicted: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        predicted.append(prediction(engine, engine.tracker.call, output))
+        raise StopForward
+
+    with (
+        _denoiser_input(engine, _layout(engine, noised), timestep),
+        engine.tracker.tracking(),
+        engine.denoiser.register_forward_hook(keep),
+        suppress(StopForward),
+    ):
+        engine.run(shots, timestep)
+    return predicted[0]
+
+
+def _target(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> Tensor:
+    """Return the training target of the denoiser."""
+    if engine.family.flow:
+        return noise - latents
+    scheduler = engine.diffusers.components["scheduler"]
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return latents
+    signal = float(scheduler.alphas_cumprod[round(level * (len(scheduler.alphas_cumprod) - 1))])
+    return signal**0.5 * noise - (1 - signal) ** 0.5 * latents
+
+
+def _add_noise(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> tuple[Tensor, float]:
+    """Return latents at a level of noise, mixed as in training, and the scheduler's timestep of it."""
+    if engine.family.flow:
+        return (1 - level) * latents + level * noise, 1000.0 * level
+    alphas = engine.diffusers.components["scheduler"].alphas_cumprod
+    timestep = round(level * (len(alphas) - 1))
+    signal = float(alphas[timestep])
+    return signal**0.5 * latents + (1 - signal) ** 0.5 * noise, float(timestep)
+
+
+def _levels(noise: float | Sequence[float]) -> list[float]:
+    levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
+    for level in levels:
+        if not 0 <= level <= 1:
+            raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the image) and 1 (pure noise).")
+    return levels
+
+
+def _noise(group: Sequence[NoisedImage], latents: Tensor) -> Tensor:
+    """Draw the noise of each shot from its seed."""
+    generators = [torch.Generator("cpu").manual_seed(image.shot.seed) for image in group]
+    return torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
+
+
+def _inputs(
+    engine: Engine,
+    settings: Shot,
+    images: Iterable[ImageInput],
+    prompts: Iterable[str],
+    names: Iterable[str | None],
+    seed: int,
+) -> Iterator[NoisedImage]:
+    prompts, names = iter(prompts), iter(names)
+    for i, source in enumerate(images):
+        prompt, name = next(prompts, None), next(names, None)
+        if prompt is None:
+            raise BadInput(f"There are more images than prompts: image {i} has none. Give one for each, or none at all.")
+        image = open_image(source)
+        pixels = (image.height, image.width)
+        engine.defaults.check_pixels(pixels, engine.token_pixels)
+        content = hashlib.sha256(image.tobytes()).hexdigest()
+        name = name or (f"sha256:{content[:16]}" if isinstance(source, Image.Image) else str(source))
+        split = Shot.split_of(content)
+        yield NoisedImage(image, replace(settings, prompt=prompt, seed=seed + i, pixels=pixels, image=name, split=split))
+
+
+def open_image(source: ImageInput) -> Image.Image:
+    """Open an image in RGB."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    try:
+        with Image.open(source) as file:
+            return file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise BadInput(f"The image {source} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
+
+
+def _by_size(images: Iterable[NoisedImage], batch: int) -> Iterator[list[NoisedImage]]:
+    """Yield neighbours of one size, at most `batch`: no more images are in memory than a batch needs."""
+    group: list[NoisedImage] = []
+    for image in chain(images, [None]):
+        if group and (image is None or len(group) == batch or image.shot.pixels != group[0].shot.pixels):
+            yield group
+            group = []
+        if image is not None:
+            group.append(image)
+
+
+def _encode_in_batches(engine: Engine, group: Sequence[NoisedImage], batch: int) -> Float[Tensor, "image channel row column"]:
+    return torch.cat([latents for _, latents in map_batches(engine, lambda part: _encode(engine, part), group, batch)])
+
+
+@torch.no_grad()
+def _encode(engine: Engine, group: Sequence[NoisedImage]) -> Float[Tensor, "image channel row column"]:
+    """Encode images into latents with the scale of the training data."""
+    vae = engine.diffusers.components["vae"]
+    processor = cast(VaeImageProcessor, engine.diffusers.image_processor)
+    pixels = processor.preprocess([image.image for image in group], *group[0].shot.pixels)
+    with _exact(vae):
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    if engine.family.latents == "patchified":
+        latents = rearrange(latents, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
+        mean, variance = (stats.view(1, -1, 1, 1).float() for stats in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean and deviation:  # variants of SDXL
+        mean, deviation = (torch.tensor(stats).view(1, -1, 1, 1).to(latents) for stats in (mean, deviation))
+        return (latents - mean) * vae.config.scaling_factor / deviation
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+
+@contextmanager
+def _exact(vae: nn.Module) -> Iterator[None]:
+    """Compute in fp32 if the config of the VAE asks for it: that of SDXL overflows in fp16."""
+    if next(vae.parameters()).dtype != torch.float16 or not dict(cast(ConfigMixin, vae).config).get("force_upcast"):
+        yield
+        return
+    try:
+        vae.float()
+        yield
+    finally:
+        vae.half()
+
+
+def _layout(engine: Engine, latents: Tensor) -> Tensor:
+    """Rearrange latents as the denoiser of the family takes them in."""
+    if engine.family.latents == "packed":
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    return rearrange(latents, "b c h w -> b (h w) c") if engine.family.latents == "patchified" else latents
+
+
+@contextmanager
+def _denoiser_input(engine: Engine, latents: Tensor, timestep: float) -> Iterator[None]:
+    """Within the block, replace the latents and the timestep that the pipeline passes to the denoiser."""
+
+    def swap(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
+        # U-Nets and PixArt take their sample by position, some also their timestep.
+        positional = ("sample", "timestep") if "hidden_states" not in kwargs else ()
+        values = {**kwargs, **dict(zip(positional, args, strict=False))}
+        name = "hidden_states" if "hidden_states" in values else "sample"
+        sample, old_timestep = values[name], values["timestep"]
+        assert isinstance(sample, Tensor) and isinstance(old_timestep, Tensor) and sample.shape == latents.shape
+        new = (latents.to(sample), torch.full_like(old_timestep, timestep / engine.family.timestep_scale))
+        replaced = {key: value for key, value in zip((name, "timestep"), new, strict=True) if key in kwargs}
+        return (*new[: len(args)], *args[len(new) :]), {**kwargs, **replaced}
+
+    with engine.denoiser.register_forward_pre_hook(swap, with_kwargs=True):
+        yield
