@@ -71,7 +71,7 @@ def test_given_again_nothing_is_grown_twice(study: Path, capsys: pytest.CaptureF
     stamp = before.stat().st_mtime_ns
     capsys.readouterr()
     assert main(words) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert before.stat().st_mtime_ns == stamp
 
 
@@ -80,10 +80,10 @@ def test_the_papers_settings_are_one_flag_and_other_flags_come_before_them(study
     assert main([*words, "--size", "50"]) == 0
     assert main([*words, "--k", "4", "--threshold", "0.3", "--pursuit", "matching"]) == 0
     mine, plain = sorted(dictionaries(study), key=lambda itda: itda.k)
-    assert (plain.k, plain.way, plain.normalisation.method) == (64, "gradient", "standardise")
+    assert (plain.k, plain.pursuit, plain.normalisation.method) == (64, "gradient", "standardise")
     assert plain.origin.training["threshold"] == 0.6
     assert (plain.encode(torch.randn(9, plain.width)).values >= 0).all()
-    assert (mine.k, mine.way, mine.origin.training["threshold"]) == (4, "matching", 0.3)
+    assert (mine.k, mine.pursuit, mine.origin.training["threshold"]) == (4, "matching", 0.3)
 
 
 def test_variants_of_one_size_have_names_of_their_own(study: Path):

@@ -16,13 +16,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
-    assert main([*words, "--sites", "double.1:neurons", "double.1", "--batch", "8"]) == 0
+    assert main([*words, "--site", "double.1:neurons", "double.1", "--batch", "8"]) == 0
     return Study.open(root / "study")
 
 
 def test_the_neurons_of_a_block_are_a_dictionary_like_any_other(study: Study, capsys: pytest.CaptureFixture[str]):
     assert main(["neurons", str(study.folder), "--site", "double.1:neurons", "--k", "8,128"]) == 0
-    assert "128 neurons, 8 for a token" in capsys.readouterr().out
+    assert "128 neurons, 8 per token" in capsys.readouterr().out
     assert [str(place) for place in study.dictionaries()] == [
         "double.1:neurons/neurons-128-k8",
         "double.1:neurons/neurons-128-k128",

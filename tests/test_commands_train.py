@@ -19,7 +19,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
-    assert main([*words, "--sites", "double.1:update", "--batch", "8"]) == 0
+    assert main([*words, "--site", "double.1:update", "--batch", "8"]) == 0
     return root / "study"
 
 
@@ -41,7 +41,7 @@ def test_every_k_with_every_size_is_trained_and_said(study: Path, capsys: pytest
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
 @pytest.mark.parametrize("preset", ["default", "paper", "paper-auxk", "unbox"])
 def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, preset: str, kind: str):
-    assert train(study, "--preset", preset, "--kind", kind, "--lr", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
+    assert train(study, "--preset", preset, "--kind", kind, "--learning-rate", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
     label = f"{kind}-64-k3{'' if preset == 'default' else f'-{preset}'}-whiten-lr0.001-seed5"
     config = json.loads((study / PLACE / label / "config.json").read_text())["training"]["config"]
     assert config["initialisation"]["seed"] == 5 and config["optimiser"]["learning_rate"] == 0.001 and config["normalisation"] == "whiten"
@@ -55,8 +55,8 @@ def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, prese
         (["--site", "double.7"], "The site 'double.7' is unknown"),
         (["--tokens", "0"], "learns nothing"),
         (["--tokens", "-5"], "learns nothing"),
-        (["--lr", "-1"], "learning rate"),
-        (["--lr", "nan"], "learning rate"),
+        (["--learning-rate", "-1"], "learning rate"),
+        (["--learning-rate", "nan"], "learning rate"),
         (["--k", "65"], "k 65 does not fit"),
     ],
 )

@@ -17,18 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.choices import PursuitName
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Normalisation
-from difflex.dictionaries.itda import ITDA, GrowthConfig, clustered, paper, without_similar
-from difflex.dictionaries.itda.provenance import AtomProvenance
-from difflex.dictionaries.pursuit import RULES, Way
-from difflex.dictionaries.pursuit.correlations import AtomSet
-from difflex.dictionaries.pursuit.walk import walk
+from difflex.dictionaries.itda import ITDA, AtomProvenance, GrowthConfig, cluster_atoms, paper_config, remove_similar
+from difflex.dictionaries.pursuit import RULES, AtomSet, run_pursuit
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
-from difflex.records import ActivationBatch, Shot, Site, SplitBatches
-from difflex.training.itda import GrowthData, GrowthInterval, expected_over, grow
+from difflex.records import ActivationBatch, Shot, Site
+from difflex.store.reading import SplitBatches
+from difflex.training.itda import GrowthData, GrowthInterval, expected_over_threshold, grow
 from difflex.training.itda.grower import AtomGrower
-from difflex.training.itda.watch import HoldOut
+from difflex.training.itda.state import HoldOut
 
 WIDTH, BATCH, TOKENS = 16, 64, 1024
 ORIGIN = DictionaryOrigin(site=Site("double.18"), model="mini-flux")
@@ -66,7 +65,7 @@ def source(**changes: object) -> GrowthData:
 
 
 def growth(**changes: object) -> GrowthConfig:
-    return replace(GrowthConfig(k=4, threshold=0.25, size=400, batch=BATCH, kept_out=0), **changes)
+    return replace(GrowthConfig(k=4, threshold=0.25, size=400, batch=BATCH, holdout=0), **changes)
 
 
 def grown(folder: Path, **changes: object) -> ITDA:
@@ -74,14 +73,14 @@ def grown(folder: Path, **changes: object) -> ITDA:
 
 
 def normalised() -> Normalisation:
-    from difflex.dictionaries.normalisation import estimate
+    from difflex.dictionaries.normalisation import estimate_normalisation
 
-    return estimate((batch.values for batch in stream(0)), "standardise")
+    return estimate_normalisation((batch.values for batch in stream(0)), "standardise")
 
 
-def left(z: Tensor, atoms: Tensor, way: Way, k: int = 4) -> Tensor:
+def left(z: Tensor, atoms: Tensor, way: PursuitName, k: int = 4) -> Tensor:
     """The unexplained share of every row of `z`, by products alone."""
-    return walk(AtomSet(atoms), RULES[way], z, k).left / z.square().sum(1)
+    return run_pursuit(AtomSet(atoms), RULES[way], z, k).residual_energy / z.square().sum(1)
 
 
 def all_rows() -> Tensor:
@@ -90,24 +89,26 @@ def all_rows() -> Tensor:
 
 @WAYS
 @pytest.mark.parametrize("by_gram", [True, False])
-def test_every_token_is_under_the_threshold_once_its_batch_was_added(way: Way, by_gram: bool, monkeypatch: pytest.MonkeyPatch):
+def test_every_token_is_under_the_threshold_once_its_batch_was_added(
+    way: PursuitName, by_gram: bool, monkeypatch: pytest.MonkeyPatch
+):
     if by_gram:
-        monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+        monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
-    assert (grower.means.gram is not None) == by_gram or way in ("matching", "positive-matching")
+    assert (grower.backend.gram is not None) == by_gram or way in ("matching", "positive-matching")
     normalisation = normalised()
     for batch in stream(0):
         z = normalisation.apply(batch.values)
-        grower.take(batch._replace(values=z))
+        grower.add_batch(batch._replace(values=z))
         assert float(left(z, grower.atoms.rows, way).max()) <= 0.25 * (1 + 1e-4)
     assert 20 < grower.size < TOKENS // 2
 
 
 @WAYS
-def test_every_atom_was_over_the_threshold_when_it_was_added(way: Way):
+def test_every_atom_was_over_the_threshold_when_it_was_added(way: PursuitName):
     grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
-        grower.take(batch._replace(values=normalised().apply(batch.values)))
+        grower.add_batch(batch._replace(values=normalised().apply(batch.values)))
     atoms = grower.atoms.rows
     for place in range(grower.size):
         assert float(left(atoms[place : place + 1], atoms[:place], way)) > 0.25 * (1 - 1e-4)
@@ -128,14 +129,14 @@ def test_copies_within_a_batch_become_one_atom():
     values = normalisation.apply(cloud(20)).repeat(3, 1)
     values += 1e-3 * torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
     grower = AtomGrower(growth(threshold=0.05), 0.05, WIDTH, CPU, Ranks())
-    grower.take(ActivationBatch(values, torch.arange(60), torch.zeros(60).long()))
+    grower.add_batch(ActivationBatch(values, torch.arange(60), torch.zeros(60).long()))
     cosines = grower.atoms.rows @ grower.atoms.rows.T - torch.eye(grower.size)
     assert float(cosines.max()) < 0.97
     assert grower.size <= 20
 
 
 def test_rows_that_are_held_out_become_no_atoms(tmp_path: Path):
-    with pytest.raises(BadInput, match="'held-out', needed is 'train'"):
+    with pytest.raises(BadInput, match="'held-out', 'train' is needed"):
         grow({tmp_path: growth()}, source(batches=lambda start: SplitBatches(stream(start), "held-out")), origin=ORIGIN)
 
 
@@ -144,16 +145,16 @@ def test_growth_does_not_depend_on_scale():
     small, large = (AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks()) for _ in range(2))
     for batch in stream(0):
         z = normalisation.apply(batch.values)
-        small.take(batch._replace(values=z))
-        large.take(batch._replace(values=z * 2.0 ** (torch.arange(BATCH) % 12)[:, None]))
+        small.add_batch(batch._replace(values=z))
+        large.add_batch(batch._replace(values=z * 2.0 ** (torch.arange(BATCH) % 12)[:, None]))
     assert torch.equal(small.shots[: small.size], large.shots[: large.size])
 
 
 def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     grower = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
-        grower.take(batch._replace(values=normalised().apply(batch.values)))
+        grower.add_batch(batch._replace(values=normalised().apply(batch.values)))
     atoms = grower.atoms
     assert atoms.gram is not None and atoms.gram.size == grower.size
     torch.testing.assert_close(atoms.gram.rows(torch.arange(grower.size)), atoms.rows @ atoms.rows.T, atol=1e-5, rtol=0)
@@ -163,42 +164,42 @@ def test_growth_ends_at_the_size_limit_and_when_nothing_new_comes(tmp_path: Path
     assert grown(tmp_path / "full", size=30).size == 30
     told = []
     same = source(batches=lambda start: (rows(0) for _ in range(start, 1000)), tokens=10**6)
-    grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, told=told.append)
-    assert told[-1].moment.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
+    grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, on_progress=told.append)
+    assert told[-1].interval.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
 
 
 def test_restricted_growth_adds_only_the_worst_of_a_batch():
-    grower = AtomGrower(growth(most_per_batch=3), 0.25, WIDTH, CPU, Ranks())
+    grower = AtomGrower(growth(max_per_batch=3), 0.25, WIDTH, CPU, Ranks())
     normalisation = normalised()
     for batch in stream(0):
         z, before = normalisation.apply(batch.values), grower.atoms.rows
         worst = int(left(z, before, "orthogonal").argmax())
-        grower.take(batch._replace(values=z))
+        grower.add_batch(batch._replace(values=z))
         added = grower.shots[len(before) : grower.size] * 8 + grower.tokens[len(before) : grower.size]
         assert len(added) <= 3
         assert not len(before) or int(added[0]) % BATCH == worst
-    assert not growth(most_per_batch=3).guarantees
+    assert not growth(max_per_batch=3).guarantees_threshold
 
 
 def test_the_residual_can_be_added_instead_of_the_point():
     grower = AtomGrower(growth(add="residual"), 0.25, WIDTH, CPU, Ranks())
     normalisation = normalised()
     for batch in stream(0):
-        grower.take(batch._replace(values=normalisation.apply(batch.values)))
+        grower.add_batch(batch._replace(values=normalisation.apply(batch.values)))
     z = F.normalize(normalisation.apply(all_rows()), dim=1)
     matches = (grower.atoms.rows * z[grower.shots[: grower.size] * 8 + grower.tokens[: grower.size]]).sum(1)
     assert float(matches[-10:].max()) < 0.95
     # A residual has nothing in common with what already explained the token: atoms are less alike than points are.
     points = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
-        points.take(batch._replace(values=normalisation.apply(batch.values)))
+        points.add_batch(batch._replace(values=normalisation.apply(batch.values)))
     likeness = [(g.atoms.rows @ g.atoms.rows.T).abs().mean() for g in (grower, points)]
     assert likeness[0] < likeness[1]
 
 
 def test_pruning_leaves_no_atoms_that_are_alike_and_keeps_their_patches(tmp_path: Path):
     itda = grown(tmp_path)
-    pruned = without_similar(itda, 0.6)
+    pruned = remove_similar(itda, 0.6)
     cosines = pruned.atoms @ pruned.atoms.T - torch.eye(pruned.size)
     assert 10 < pruned.size < itda.size
     assert float(cosines.max()) <= 0.6
@@ -209,14 +210,14 @@ def test_pruning_leaves_no_atoms_that_are_alike_and_keeps_their_patches(tmp_path
 
 def test_centres_of_clusters_are_nearer_to_the_atoms_than_as_many_atoms_are(tmp_path: Path):
     itda = grown(tmp_path)
-    made = clustered(itda, 20)
+    made = cluster_atoms(itda, 20)
     assert made.size == 20
     torch.testing.assert_close(made.atoms.norm(dim=1), torch.ones(20))
     assert (itda.atoms @ made.atoms.T).amax(1).mean() > (itda.atoms @ itda.atoms[:20].T).amax(1).mean()
-    assert torch.equal(clustered(itda, 20).atoms, made.atoms)
+    assert torch.equal(cluster_atoms(itda, 20).atoms, made.atoms)
     nearest = (itda.atoms @ made.atoms[3]).argmax()
     assert made.patch(3) == itda.patch(int(nearest))
-    for wrong in (lambda: clustered(itda, 10**6), lambda: without_similar(itda, 1.5)):
+    for wrong in (lambda: cluster_atoms(itda, 10**6), lambda: remove_similar(itda, 1.5)):
         with pytest.raises(BadInput):
             wrong()
 
@@ -285,9 +286,9 @@ def test_an_activation_that_is_an_atom_is_given_back(tmp_path: Path):
 def test_the_curve_expects_what_a_power_law_goes_on_to_give():
     share = lambda size: 3.0 * size**-0.5  # noqa: E731
     curve = [GrowthInterval(n * 1000, 0, 100 * n, 1000, round(1000 * share(max(1, 100 * (n - 1))))) for n in range(1, 401)]
-    assert expected_over(curve) == pytest.approx(share(40_000), rel=0.01)
-    assert expected_over([GrowthInterval(100, 0, 5, 10, 0), GrowthInterval(200, 0, 5, 10, 0)]) == 0
-    assert expected_over([GrowthInterval(100, 90, 5)]) is None
+    assert expected_over_threshold(curve) == pytest.approx(share(40_000), rel=0.01)
+    assert expected_over_threshold([GrowthInterval(100, 0, 5, 10, 0), GrowthInterval(200, 0, 5, 10, 0)]) == 0
+    assert expected_over_threshold([GrowthInterval(100, 90, 5)]) is None
 
 
 def images(numbers: Tensor) -> Tensor:
@@ -307,8 +308,8 @@ def test_the_curve_foretells_images_that_growth_never_saw_whatever_the_order(tmp
     values += 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
     parts = [ActivationBatch(values[part], shots[part], part) for part in torch.arange(len(shots)).split(BATCH)]
     whole = source(batches=lambda start: iter(parts[start:]), tokens=len(shots))
-    [itda] = grow({tmp_path: growth(k=2, threshold=0.05, size=4000, kept_out=0.3)}, whole, origin=ORIGIN).values()
-    expected = itda.origin.training["expected_over"]
+    [itda] = grow({tmp_path: growth(k=2, threshold=0.05, size=4000, holdout=0.3)}, whole, origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over_threshold"]
     assert isinstance(expected, float)
     over = (itda.unexplained(images(torch.arange(count, count + 1000))) > 0.05).float().mean()
     assert 0.02 < float(over) < 0.8
@@ -317,17 +318,17 @@ def test_the_curve_foretells_images_that_growth_never_saw_whatever_the_order(tmp
 
 def test_no_atom_is_of_a_prompt_that_is_kept_out(tmp_path: Path):
     twins = source(shot=lambda number: replace(shot(number // 2), seed=number))
-    [itda] = grow({tmp_path: growth(kept_out=0.3)}, twins, origin=ORIGIN).values()
+    [itda] = grow({tmp_path: growth(holdout=0.3)}, twins, origin=ORIGIN).values()
     curve = [GrowthInterval(*moment) for moment in itda.origin.training["curve"]]  # pyright: ignore
-    kept_out = HoldOut(twins.shot).kept_out(torch.arange(TOKENS // 8), 0.3)
+    kept_out = HoldOut(twins.shot).mask(torch.arange(TOKENS // 8), 0.3)
     assert 0.1 < float(kept_out.float().mean()) < 0.5 and torch.equal(kept_out[::2], kept_out[1::2])
-    assert sum(moment.watched for moment in curve) == 8 * int(kept_out.sum())
+    assert sum(moment.holdout_tokens for moment in curve) == 8 * int(kept_out.sum())
     assert not kept_out[itda.provenance.shots].any()
 
 
 def test_a_dictionary_that_is_full_at_once_is_judged_by_what_comes_after(tmp_path: Path):
-    [itda] = grow({tmp_path: growth(size=40, kept_out=0.3)}, source(), origin=ORIGIN).values()
-    expected = itda.origin.training["expected_over"]
+    [itda] = grow({tmp_path: growth(size=40, holdout=0.3)}, source(), origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over_threshold"]
     over = (itda.unexplained(cloud(4000, seed=900)) > 0.25).float().mean()
     assert isinstance(expected, float) and expected < 0.9
     assert float(over) == pytest.approx(expected, rel=0.2)
@@ -339,8 +340,8 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
         return ActivationBatch(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
 
     whole = source(batches=lambda start: map(noisy, range(start, 128)), tokens=128 * BATCH)
-    [itda] = grow({tmp_path: growth(size=4000, threshold=0.02, kept_out=0.2)}, whole, origin=ORIGIN).values()
-    expected = itda.origin.training["expected_over"]
+    [itda] = grow({tmp_path: growth(size=4000, threshold=0.02, holdout=0.2)}, whole, origin=ORIGIN).values()
+    expected = itda.origin.training["expected_over_threshold"]
     assert isinstance(expected, float) and 0.2 < expected < 0.6
     over = (itda.unexplained(torch.cat([noisy(9000 + i, 1024).values for i in range(16)])) > 0.02).float().mean()
     assert float(over) == pytest.approx(expected, rel=0.1)
@@ -348,7 +349,7 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
 
 @pytest.mark.parametrize("memory", [10**4, 10**5, 10**12])
 def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     free = "difflex.training.itda.growing.free_memory"
     monkeypatch.setattr(free, lambda device: 7 * 10**5)  # enough for half a Gram matrix
     whole = grown(tmp_path / "whole")
@@ -357,16 +358,16 @@ def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Pa
     resumed = grown(tmp_path / "cut")
     assert torch.equal(resumed.atoms, whole.atoms)
     assert resumed.origin.training == whole.origin.training
-    assert "float16" in str(whole.origin.training["means"])
+    assert "float16" in str(whole.origin.training["backend"])
 
 
 def test_the_growths_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.dictionaries.pursuit.means.WIDTH_PER_MOVE", 0)
+    monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: 1_200_000)
     sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
-    means = [itda.origin.training["means"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
+    means = [itda.origin.training["backend"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
     assert all("float16" in str(each) for each in means)
-    assert "float32" in str(grown(tmp_path / "alone").origin.training["means"])
+    assert "float32" in str(grown(tmp_path / "alone").origin.training["backend"])
 
 
 def started(folder: Path) -> Path:
@@ -381,7 +382,7 @@ def started(folder: Path) -> Path:
     return folder / "training" / "state.json"
 
 
-@pytest.mark.parametrize("change", [{"parts": {}}, {"means": {}}, {"curve": [[1]]}, {"trials": 3}, {"curve": []}])
+@pytest.mark.parametrize("change", [{"parts": {}}, {"backend": {}}, {"curve": [[1]]}, {"trials": 3}, {"curve": []}])
 def test_a_damaged_state_is_refused_by_name(tmp_path: Path, change: dict):
     state = started(tmp_path)
     state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
@@ -443,12 +444,12 @@ def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
 
 
 def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
-    for changes in ({"threshold": 1.5}, {"k": 0}, {"most_per_batch": 0}, {"kept_out": 1.0}):
+    for changes in ({"threshold": 1.5}, {"k": 0}, {"max_per_batch": 0}, {"holdout": 1.0}):
         with pytest.raises(BadInput):
             growth(**changes)
-    with pytest.raises(BadInput, match="No growth"):
+    with pytest.raises(BadInput, match="at least one growth"):
         grow({}, source(), origin=ORIGIN)
-    with pytest.raises(BadInput, match="without a batch"):
+    with pytest.raises(BadInput, match="stream is empty"):
         grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter(())), origin=ORIGIN)
     with pytest.raises(BadInput, match="0 tokens"):
         grow({tmp_path: growth(threshold=None)}, source(tokens=0), origin=ORIGIN)
@@ -456,13 +457,13 @@ def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
     bad.values[5] = torch.nan
     with pytest.raises(NonFinite, match="Batch 1 holds NaN or infinity in 1 rows, first that of shot 8, token 5"):
         grow({tmp_path: growth(normalisation="none")}, source(batches=lambda start: iter([rows(0), bad])), origin=ORIGIN)
-    saved = grown(tmp_path / "whole").saved()
+    state = grown(tmp_path / "whole").state()
     with pytest.raises(UnknownName, match="orthogonal"):
-        ITDA.restored(replace(saved, settings={**saved.settings, "pursuit": "ortogonal"}))
+        ITDA.from_state(replace(state, settings={**state.settings, "pursuit": "ortogonal"}))
 
 
 def test_the_papers_settings_are_a_preset():
-    assert (paper().pursuit, paper().k, paper().normalisation) == ("gradient", 64, "standardise")
+    assert (paper_config().pursuit, paper_config().k, paper_config().normalisation) == ("gradient", 64, "standardise")
 
 
 RUN = """

@@ -28,7 +28,7 @@ from difflex.commands.neurons import NeuronsCommand
 from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
 from difflex.commands.steer_eval import SteerEvalCommand
-from difflex.commands.train import USUAL, TrainCommand
+from difflex.commands.train import TrainCommand
 from difflex.errors import DifflexError
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import ModelProfile
@@ -94,11 +94,13 @@ def _prompts_of(command: HarvestCommand) -> tuple[list[str], int | None]:
 
 
 def _train(forecast: Forecast, command: TrainCommand) -> CostEstimate:
-    usual, total, size, work = USUAL[command.preset], 0, 0, 0.0
+    from difflex.training.study import PRESETS
+
+    preset, total, size, work = PRESETS[command.preset], 0, 0, 0.0
     for site in map(Site.parse, command.site):
         store = forecast.store(command.study, site)
         tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
-        shapes = [DictionaryForecast(n, k, store.width) for n in command.size or (usual.size,) for k in command.k or (usual.k,)]
+        shapes = [DictionaryForecast(n, k, store.width) for n in command.size or (preset.size,) for k in command.k or (preset.k,)]
         forecast.add(command.study, site, shapes)
         total, work = total + tokens, work + sum(_encoding(shape, tokens) for shape in shapes)
         size += sum(_trained_bytes(command, shape) for shape in shapes)

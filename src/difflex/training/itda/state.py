@@ -1,0 +1,301 @@
+"""The state of a growing dictionary: its growth curve, the search for its threshold, its hold-out, and the files to resume from.
+
+`state.json` is replaced atomically, and the files that it names never change. Files of atoms that it does not name were left by
+a kill and are written again. Rows of the Gram matrix are saved, because computed again they could differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Int
+from safetensors.torch import load, save
+from torch import Tensor
+
+from difflex.dictionaries import Normalisation
+from difflex.dictionaries.itda import GrowthConfig
+from difflex.errors import BrokenFile, StaleWork
+from difflex.files import Json, parsing, read_json, write_file, write_json
+from difflex.records import Shot
+
+__all__ = [
+    "GrowthInterval",
+    "GrowthState",
+    "HoldOut",
+    "ThresholdTrial",
+    "expected_over_threshold",
+    "is_settled",
+    "next_threshold",
+    "read_state",
+    "thin_curve",
+    "write_state",
+]
+
+FORMAT = 3
+STATE, NORMALISATION = "state.json", "normalisation.safetensors"
+ADVICE = "Remove the folder to grow from the start."
+
+FIRST_THRESHOLD = 0.3
+FILLED_LATE = 0.9
+"""A dictionary that is full after this share of the stream or later has the threshold that was searched,"""
+NEARLY_FULL = 0.98
+"""and so has one that the whole stream fills to this share."""
+MAX_TRIALS = 12
+SIZE_EXPONENT = 0.6
+"""Sizes grow about as this power of the number of tokens: used to extrapolate a pass that was cut short."""
+
+
+class GrowthInterval(NamedTuple):
+    """An interval of growth."""
+
+    tokens: int
+    """Tokens so far, including the interval."""
+    over_threshold: int
+    """Tokens of the interval that were over the threshold."""
+    size: int
+    """Atoms at its end."""
+    holdout_tokens: int = 0
+    """Tokens of the interval that are held out."""
+    holdout_over: int = 0
+    """Those of them that were over the threshold."""
+
+
+class ThresholdTrial(NamedTuple):
+    """One pass over the stream."""
+
+    threshold: float
+    size: int
+    """Atoms at its end."""
+    share: float
+    """The share of the stream after which the dictionary was full, or 1."""
+
+    @property
+    def whole_size(self) -> float:
+        """The approximate size after the whole stream."""
+        return self.size / self.share**SIZE_EXPONENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthState:
+    """`state.json`."""
+
+    growth: dict[str, Json]
+    data: str
+    """A name for the data; growth does not resume with other data."""
+    normalisation: dict[str, Json]
+    """Its settings, and the SHA-256 of its file."""
+    backend: dict[str, Json]
+    """The pursuit backend: another one might pick other atoms."""
+    trials: list[list[int | float]]
+    """Finished passes of the search for the threshold."""
+    threshold: float
+    batches: int
+    """Batches of this pass so far."""
+    idle_tokens: int
+    curve: list[list[int]]
+    parts: dict[str, str]
+    """The files with the atoms so far, in order, and their SHA-256."""
+    finished: bool
+
+    def past_trials(self) -> list[ThresholdTrial]:
+        """Return the finished passes."""
+        return [ThresholdTrial(threshold, int(size), share) for threshold, size, share in self.trials]
+
+    def past_curve(self) -> list[GrowthInterval]:
+        """Return the growth curve of this pass."""
+        return [GrowthInterval(*row) for row in self.curve]
+
+
+def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | None:
+    """Return the state in `folder`, or None; raise an error if it is of another growth."""
+    path = folder / STATE
+    if not path.exists():
+        return None
+    entries = read_json(path, FORMAT, ADVICE)
+    with parsing(path, "the state of a growth", ADVICE):
+        state = GrowthState(**{field.name: entries[field.name] for field in fields(GrowthState)})
+        _check_entries(state)
+    config = growth.as_json()
+    differences = {name: (state.growth.get(name), config[name]) for name in config if state.growth.get(name) != config[name]}
+    if state.data != data:
+        differences["data"] = (state.data, data)
+    if differences:
+        text = ", ".join(f"{name} {saved!r} instead of {requested!r}" for name, (saved, requested) in differences.items())
+        raise StaleWork(f"{path} belongs to another growth: {text}. Use the same settings to resume, or: {ADVICE}", path.parent)
+    return state
+
+
+def _check_entries(state: GrowthState) -> None:
+    """Raise a ValueError for entries that `write_state` does not write."""
+    types = {"growth": dict, "normalisation": dict, "backend": dict, "parts": dict, "trials": list, "curve": list}
+    wrong = [name for name, kind in types.items() if not isinstance(getattr(state, name), kind)]
+    wrong += [name for name in ("threshold", "batches", "idle_tokens") if not isinstance(getattr(state, name), int | float)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has the wrong type")
+    state.past_curve()
+    state.past_trials()
+
+
+def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], dict[str, Tensor]], size: int) -> dict[str, str]:
+    """Write the atoms that are not in `state.parts` yet, then `state.json`; return all parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
+    parts = dict(state.parts)
+    if size > start and not state.finished:
+        name = f"atoms-{len(state.trials)}-{size}.safetensors"
+        parts[name] = write_file(folder / name, save(atoms_from(start)))
+    write_json(folder / STATE, FORMAT, {**asdict(state), "parts": parts})
+    return parts
+
+
+def read_parts(folder: Path, state: GrowthState) -> list[dict[str, Tensor]]:
+    """Return the atoms that `state` names, in order."""
+    return [_read_part(folder / name, digest) for name, digest in state.parts.items()]
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the atoms of a pass that has ended."""
+    for path in folder.glob("atoms-*.safetensors"):
+        path.unlink()
+
+
+def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str, Json]:
+    """Write the tensors of `normalisation` to `folder`; return what `read_normalisation` needs besides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in normalisation.tensors().items()}
+    return {**normalisation.settings(), "sha256": write_file(folder / NORMALISATION, save(tensors))}
+
+
+def read_normalisation(folder: Path, settings: Mapping[str, Json], device: torch.device) -> Normalisation:
+    """Read a normalisation from `folder`."""
+    tensors = _read_part(folder / NORMALISATION, str(settings.get("sha256")))
+    return Normalisation.from_saved(settings, tensors).to(device)
+
+
+def _read_part(path: Path, digest: str) -> dict[str, Tensor]:
+    """Return the tensors of the file with this SHA-256."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BrokenFile(f"{path}, a part of an unfinished growth, cannot be read: {error}. {ADVICE}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise BrokenFile(f"{path}, a part of an unfinished growth, was changed or damaged. {ADVICE}")
+    return load(content)
+
+
+def thin_curve(curve: Sequence[GrowthInterval], max_intervals: int = 256) -> list[GrowthInterval]:
+    """Return the curve in at most `max_intervals` intervals of about equally many tokens."""
+    if len(curve) <= max_intervals:
+        return list(curve)
+    step = curve[-1].tokens / max_intervals
+    thinned: list[GrowthInterval] = []
+    over = holdout_tokens = holdout_over = 0
+    for place, interval in enumerate(curve):
+        over, holdout_tokens = over + interval.over_threshold, holdout_tokens + interval.holdout_tokens
+        holdout_over += interval.holdout_over
+        if place + 1 == len(curve) or interval.tokens >= step * (len(thinned) + 1):
+            thinned.append(GrowthInterval(interval.tokens, over, interval.size, holdout_tokens, holdout_over))
+            over = holdout_tokens = holdout_over = 0
+    return thinned
+
+
+def expected_over_threshold(curve: Sequence[GrowthInterval]) -> float | None:
+    """Estimate which share of the tokens of new images is over the threshold at the end of `curve`; None without a hold-out.
+
+    Only held-out shots tell, because other tokens mostly belong to images that the dictionary has atoms of. The share falls as a
+    power of the dictionary's size, which is fitted to the second half of its growth.
+    """
+    sizes = [0, *(interval.size for interval in curve)]
+    final_size = sizes[-1]
+    points = [
+        CurvePoint(math.log(max(size, 1) / max(final_size, 1)), interval.holdout_tokens, interval.holdout_over)
+        for size, interval in zip(sizes, curve, strict=False)
+        if interval.holdout_tokens and 2 * size >= final_size
+    ]
+    return _fit_share(points) if points else None
+
+
+class CurvePoint(NamedTuple):
+    """A share that was measured at a size."""
+
+    x: float
+    """The logarithm of the size over the final size."""
+    tokens: int
+    hits: int
+
+
+def _fit_share(points: Sequence[CurvePoint]) -> float:
+    """Fit `exp(a + b x)`, b <= 0, by maximum Poisson likelihood with Newton's method; return its value at x = 0."""
+    count, hits = sum(point.tokens for point in points), sum(point.hits for point in points)
+    if not hits:
+        return 0.0
+    constant = a = math.log(hits / count)
+    b = 0.0
+    for _ in range(30):
+        means = [point.tokens * math.exp(a + b * point.x) for point in points]
+        m, mx = sum(means), sum(mean * point.x for mean, point in zip(means, points, strict=True))
+        mxx = sum(mean * point.x**2 for mean, point in zip(means, points, strict=True))
+        error = hits - m
+        error_x = sum((point.hits - mean) * point.x for mean, point in zip(means, points, strict=True))
+        determinant = m * mxx - mx * mx
+        if determinant <= 1e-9 * m * m:
+            break
+        a, b = a + (mxx * error - mx * error_x) / determinant, b + (m * error_x - mx * error) / determinant
+    return min(1.0, math.exp(a if b < 0 else constant))
+
+
+def is_settled(trials: Sequence[ThresholdTrial], size: int) -> bool:
+    """Return whether the last trial is good enough, or no better one can be expected."""
+    if not trials:
+        return False
+    last = trials[-1]
+    filled = last.size >= size and last.share >= FILLED_LATE
+    nearly_filled = last.size >= NEARLY_FULL * size and last.share == 1
+    return filled or nearly_filled or len(trials) == MAX_TRIALS or last.threshold < 1e-3
+
+
+def next_threshold(trials: Sequence[ThresholdTrial], size: int) -> float:
+    """Return the next threshold to try, between the closest ones that gave too many and too few atoms."""
+    many = max((trial for trial in trials if trial.whole_size >= size), default=None)
+    few = min((trial for trial in trials if trial.whole_size < size), default=None)
+    if many is None and few is None:
+        return FIRST_THRESHOLD
+    if few is None:
+        assert many is not None
+        return many.threshold + 0.5 * (1 - many.threshold)
+    if many is None:
+        return few.threshold / 2
+    # Sizes fall about exponentially with the threshold. Aim for slightly more atoms than fit, to fill the dictionary.
+    high, low = math.log(many.whole_size), math.log(max(1, few.size))
+    step = (high - math.log(1.02 * size)) / max(high - low, 1e-9)
+    return many.threshold + min(max(step, 0.1), 0.9) * (few.threshold - many.threshold)
+
+
+@final
+class HoldOut:
+    """A random choice of shots whose tokens never become atoms. All shots of a prompt or image are chosen together."""
+
+    def __init__(self, shot: Callable[[int], Shot] | None) -> None:
+        """Without `shot`, which returns the shot of a number, the choice is by number."""
+        self._shot = shot
+        self._draws: dict[int, float] = {}
+
+    def mask(self, shots: Int[Tensor, " token"], share: float) -> Bool[Tensor, " token"]:
+        """Return which tokens, given the numbers of their shots, belong to the `share` of prompts that is held out."""
+        numbers, places = shots.unique(return_inverse=True)
+        return torch.tensor([self._draw(number) < share for number in numbers.tolist()], dtype=torch.bool)[places]
+
+    def _draw(self, number: int) -> float:
+        if number not in self._draws:
+            shot = None if self._shot is None else self._shot(number)
+            content = str(number) if shot is None else shot.image or shot.prompt
+            # Another hash than that of the train split, within which the hold-out is chosen.
+            digest = hashlib.sha256(f"kept out of growth: {content}".encode()).digest()
+            self._draws[number] = int.from_bytes(digest[:8], "big") / 2**64
+        return self._draws[number]

@@ -1,0 +1,296 @@
+"""Make the dictionaries of a study from its stored activations: SAEs, ITDA dictionaries, and the neurons as a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from difflex.choices import NormalisationMethod, PursuitName, SAEKind
+from difflex.devices import use_gpu_of_rank
+from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons
+from difflex.dictionaries.itda import GrowthConfig, label_suffix, paper_config
+from difflex.distributed import Ranks, process_group
+from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.files import Json
+from difflex.records import Site
+from difflex.store import Store
+from difflex.study import Study
+from difflex.training.checkpoint import LoggerName
+from difflex.training.config import TrainingConfig, default, paper, unbox
+from difflex.training.fitting import FitConfig, fit
+from difflex.training.itda import GrowthData, GrowthProgress, grow
+from difflex.training.parallel import Split, TrainingRanks
+
+__all__ = ["PRESETS", "GrowthSweepConfig", "SweepConfig", "add_neurons", "grow_sweep", "train_sweep"]
+
+ITDA_SIZE = 16_384
+ITDA_BATCH = 2048
+"""Tokens that are read at a time, by all processes together."""
+ITDA_PIECE = 256
+"""Tokens that are compared with a dictionary together, by all processes together."""
+
+Preset = Literal["default", "paper", "paper-auxk", "unbox"]
+
+
+class PresetShape(NamedTuple):
+    """The size, k and batch of a preset."""
+
+    size: int
+    k: int
+    batch: int
+
+
+PRESETS: Mapping[Preset, PresetShape] = {
+    "default": PresetShape(8192, 32, 1024),
+    "paper": PresetShape(65_536, 64, 1024),
+    "paper-auxk": PresetShape(65_536, 64, 1024),
+    "unbox": PresetShape(5120, 10, 4096),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """SAEs of every size with every k, trained in one pass over stored activations. Empty fields take the preset's values."""
+
+    size: tuple[int, ...] = ()
+    k: tuple[int, ...] = ()
+    preset: Preset = "default"
+    kind: SAEKind = "topk"
+    normalisation: NormalisationMethod | None = None
+    learning_rate: float | None = None
+    tokens: int | None = None
+    """Tokens to train on; by default all training tokens, once. The store repeats in another order."""
+    batch: int | None = None
+    """Tokens per update, of all ranks together."""
+    seed: int = 0
+    """Of the initial weights and the order of the tokens."""
+    split: Split = "data"
+    loggers: tuple[LoggerName, ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """The end of the labels, which names what differs from the default."""
+        rate = None if self.learning_rate is None else f"lr{self.learning_rate:g}"
+        preset = None if self.preset == "default" else self.preset
+        parts = (preset, self.normalisation, rate, f"seed{self.seed}" if self.seed else None)
+        return "".join(f"-{part}" for part in parts if part)
+
+    def trainings(self, width: int, tokens: int, batch: int) -> list[TrainingConfig]:
+        """Return the config of every SAE."""
+        shape = PRESETS[self.preset]
+        return [self._training(width, n, k, tokens // batch) for n in self.size or (shape.size,) for k in self.k or (shape.k,)]
+
+    def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
+        match self.preset:
+            case "default":
+                training = default(width=width, size=size, k=k, updates=updates)
+            case "unbox":
+                training = unbox(size=size, k=k)
+            case _:
+                training = paper(size=size, k=k, auxk="reconstruction" if self.preset == "paper-auxk" else "none")
+        prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
+        rate = training.optimiser.learning_rate if self.learning_rate is None else self.learning_rate
+        return replace(
+            training,
+            kind=self.kind,
+            prefixes=prefixes,
+            normalisation=self.normalisation or training.normalisation,
+            initialisation=replace(training.initialisation, seed=self.seed),
+            optimiser=replace(training.optimiser, learning_rate=rate),
+        )
+
+
+def train_sweep(
+    study: Study, sites: Sequence[str], config: SweepConfig, on_trained: Callable[[Path, SAE], None] = lambda folder, sae: None
+) -> list[Path]:
+    """Train the SAEs of `config` at each site and return their folders; work that was stopped resumes.
+
+    Under torchrun all processes train together; rank 0 calls `on_trained`.
+    """
+    use_gpu_of_rank()
+    stores = _open_stores(study, sites)
+    with process_group():
+        return [folder for store in stores for folder in _train_site(study, store, config, on_trained)]
+
+
+def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Callable[[Path, SAE], None]) -> list[Path]:
+    ranks = TrainingRanks()
+    batch = PRESETS[config.preset].batch if config.batch is None else config.batch
+    if batch <= 0 or batch % ranks.world_size:
+        raise BadInput(f"A batch of {batch} tokens cannot be shared by {ranks.world_size} processes: choose a multiple.")
+    rows = store.count("train")
+    tokens = rows if config.tokens is None else config.tokens
+    data = (
+        f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {config.seed}, {store.fingerprint}"
+    )
+    share, rank, world_size = batch // ranks.world_size, ranks.rank, ranks.world_size
+    trained = fit(
+        {
+            study.dictionary(store.site, training.label + config.variant): training
+            for training in config.trainings(store.width, tokens, batch)
+        },
+        lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None),
+        origin=_origin(study, store, {"variant": config.variant}),
+        config=FitConfig(tokens=tokens, epoch=rows, data=data, loggers=config.loggers, split=config.split, sharded=True),
+    )
+    if ranks.rank == 0:
+        for folder, sae in trained.items():
+            on_trained(folder, sae)
+    return list(trained)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowthSweepConfig:
+    """ITDA dictionaries of one size and k, grown in one pass over stored activations."""
+
+    thresholds: tuple[float, ...] = ()
+    """One dictionary for each; by default one, whose threshold is searched so that the data fill it."""
+    size: int | None = None
+    """The largest number of atoms: by default 16,384, but 64,000 with the settings of the paper."""
+    k: int | None = None
+    pursuit: PursuitName | None = None
+    normalisation: NormalisationMethod | None = None
+    paper: bool = False
+    """Whether the other fields default to the settings of arXiv 2505.24360."""
+    tokens: int | None = None
+    """Tokens in a pass; by default all training tokens, once."""
+    seed: int = 0
+    """Of the order of the tokens."""
+
+    def __post_init__(self) -> None:
+        if not self.thresholds and self.size is None and not self.paper:
+            raise BadInput("An ITDA dictionary needs a threshold (--threshold 0.3) or a size (--size 8192).")
+        for name in ("size", "tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise BadInput(f"--{name} {count} grows nothing: use 1 or more.")
+
+    def growths(self, world_size: int) -> list[GrowthConfig]:
+        """Return the config of every dictionary."""
+        preset = paper_config() if self.paper else GrowthConfig(size=ITDA_SIZE)
+        fields = {name: getattr(self, name) for name in ("k", "size", "pursuit", "normalisation")}
+        changes = {name: value for name, value in fields.items() if value is not None}
+        growth = replace(preset, batch=max(1, ITDA_PIECE // world_size), **changes)
+        return [replace(growth, threshold=threshold) for threshold in self.thresholds or (preset.threshold,)]
+
+
+def grow_sweep(
+    study: Study,
+    site: str,
+    config: GrowthSweepConfig,
+    *,
+    on_progress: Callable[[GrowthProgress], None] = lambda progress: None,
+    on_grown: Callable[[Path, ITDA, bool], None] = lambda folder, itda, is_new: None,
+) -> list[Path]:
+    """Grow the dictionaries of `config` that the study does not have yet; return the folders of all.
+
+    A dictionary grows in a folder named after its settings, and moves to its label when its size is known. Under torchrun all
+    processes grow together; rank 0 calls `on_progress` and `on_grown`.
+    """
+    use_gpu_of_rank()
+    [store] = _open_stores(study, [site])
+    with process_group():
+        ranks = Ranks()
+        data = _growth_data(store, config, ranks)
+        training: dict[str, Json] = {"seed": config.seed, **({} if config.tokens is None else {"first": config.tokens})}
+        folders: list[Path] = []
+        growths: dict[Path, GrowthConfig] = {}
+        for growth in config.growths(ranks.world_size):
+            if (folder := _find_grown(study, store.site, growth, data)) is None:
+                suffix = label_suffix({**training, "config": growth.as_json()})
+                name = f"itda-to-{growth.size}-k{growth.k}{suffix}"
+                growths[study.growing_dictionary(store.site, name)] = growth
+                continue
+            folders.append(folder)
+            if ranks.rank == 0:
+                itda = Dictionary.load(folder)
+                assert isinstance(itda, ITDA)
+                on_grown(folder, itda, False)
+        if growths:
+            grown = grow(growths, data, origin=_origin(study, store, training), on_progress=on_progress)
+            folders += _move_to_labels(study, grown, on_grown) if ranks.rank == 0 else []
+    return folders
+
+
+def _growth_data(store: Store, config: GrowthSweepConfig, ranks: Ranks) -> GrowthData:
+    rows = store.count("train")
+    tokens = rows if config.tokens is None else min(config.tokens, rows)
+    share, rank, world_size = max(1, ITDA_BATCH // ranks.world_size), ranks.rank, ranks.world_size
+    return GrowthData(
+        batches=lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start),
+        tokens=tokens,
+        data=f"{store.site} of {store.model}, {tokens} of {rows} tokens, seed {config.seed}, {store.fingerprint}",
+        shot=store.shot,
+    )
+
+
+def _find_grown(study: Study, site: Site, growth: GrowthConfig, data: GrowthData) -> Path | None:
+    """Return the folder of the dictionary that was grown with these settings from these data, by any number of processes."""
+    for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
+        training = _read_training(path)
+        config = training.get("config")
+        is_same = isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json()
+        if is_same and training.get("data") == data.data:
+            return path.parent
+    return None
+
+
+def _read_training(path: Path) -> Mapping[str, Json]:
+    """Return how a dictionary was made. A damaged file counts as another dictionary, which does not stop a growth."""
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    training = entries.get("training") if isinstance(entries, dict) else None
+    return training if isinstance(training, dict) else {}
+
+
+def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable[[Path, ITDA, bool], None]) -> list[Path]:
+    """Move dictionaries to their labels and return their folders; one whose label is taken stays where it is."""
+    folders: list[Path] = []
+    blocked: dict[Path, Path] = {}
+    for folder, itda in grown.items():
+        target = study.dictionary(itda.site, itda.label)
+        if target.exists():
+            blocked[target] = folder
+            continue
+        folders.append(folder.rename(target))
+        on_grown(target, itda, True)
+    if blocked:
+        text = " ".join(
+            f"{target} exists, with other data or settings; the new dictionary is in {folder}."
+            for target, folder in blocked.items()
+        )
+        advice = "Move the old one away, then give the same command again: nothing is grown twice."
+        raise StaleWork(f"{text} {advice}", next(iter(blocked)))
+    return folders
+
+
+def add_neurons(study: Study, sites: Sequence[str], ks: Sequence[int]) -> dict[Path, Neurons]:
+    """Add the neurons of each site as a dictionary for each k, and return them by folder; existing ones stay."""
+    dictionaries: dict[Path, Neurons] = {}
+    for store in _open_stores(study, sites):
+        for k in ks:
+            neurons = Neurons(width=store.width, k=k, origin=_origin(study, store))
+            folder = study.dictionary(store.site, neurons.label)
+            if not (folder / "config.json").is_file():
+                neurons.save(folder)
+            elif Dictionary.load(folder).origin != neurons.origin:
+                raise StaleWork(f"{folder} holds neurons of another model. Delete it, then give the same command again.", folder)
+            dictionaries[folder] = neurons
+    return dictionaries
+
+
+def _open_stores(study: Study, sites: Sequence[str]) -> list[Store]:
+    """Return the stores of these sites."""
+    folders = study.stores()
+    for name in sites:
+        if Site.parse(name) not in folders:
+            raise UnknownName.among("The site", name, map(str, folders), "Harvest it first.")
+    return [Store.open(folders[Site.parse(name)]) for name in sites]
+
+
+def _origin(study: Study, store: Store, training: Mapping[str, Json] | None = None) -> DictionaryOrigin:
+    return DictionaryOrigin(site=store.site, model=study.model, revision=study.revision, training=training or {})
