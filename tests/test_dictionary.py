@@ -1,4 +1,4 @@
-"""Dictionaries: what they promise whatever their kind, and that the fast search for the largest scores is exact."""
+"""Dictionaries: saving, folding and normalisation of every kind, and the exact search for the largest scores."""
 
 import json
 from dataclasses import replace
@@ -21,22 +21,20 @@ WIDTH, SIZE, K = 24, 96, 5
 SITE = Site("double.18", "update")
 
 
-def cloud(count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
-    """Vectors far from the origin, with axes of very different spread."""
+def activations(count: int, seed: int = 0, width: int = WIDTH) -> Tensor:
+    """Return vectors far from the origin, with axes of very different spread."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(count, width, generator=generator) * torch.linspace(0.1, 8, width)
-    return mixed @ torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(99)))[0] + 30
+    vectors = torch.randn(count, width, generator=generator) * torch.linspace(0.1, 8, width)
+    return vectors @ torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(99)))[0] + 30
 
 
 def normalisation(method: NormalisationMethod = "whiten", clip: float | None = None) -> Normalisation:
     moments = VectorMoments(WIDTH, covariance=True)
-    moments.add(cloud(400))
+    moments.add(activations(400))
     return moments.normalisation(method, clip)
 
 
-def autoencoder(
-    kind: SAEKind = "topk", method: NormalisationMethod = "whiten", clip: float | None = None, relu: bool = True
-) -> SAE:
+def sae(kind: SAEKind = "topk", method: NormalisationMethod = "whiten", clip: float | None = None, relu: bool = True) -> SAE:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, WIDTH, generator=generator), dim=1)
     weights = SAEWeights(
@@ -56,18 +54,18 @@ def dense(codes: Codes, size: int = SIZE) -> Tensor:
 
 @pytest.mark.parametrize("method", get_args(NormalisationMethod))
 def test_restore_undoes_apply(method: NormalisationMethod):
-    x = cloud(50, seed=5)
+    x = activations(50, seed=5)
     torch.testing.assert_close(normalisation(method).restore(normalisation(method).apply(x)), x, atol=2e-4, rtol=0)
 
 
 def test_whitening_makes_the_covariance_one_and_the_mean_zero():
-    z = normalisation("whiten").apply(cloud(400))
+    z = normalisation("whiten").apply(activations(400))
     torch.testing.assert_close(torch.cov(z.T, correction=0), torch.eye(WIDTH), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
 
 
 def test_standardising_gives_every_axis_variance_one_and_scaling_gives_the_width_as_squared_length():
-    x = cloud(400)
+    x = activations(400)
     torch.testing.assert_close(normalisation("standardise").apply(x).var(0, correction=0), torch.ones(WIDTH), atol=1e-4, rtol=0)
     assert normalisation("scale").apply(x).square().sum(1).mean().item() == pytest.approx(WIDTH, rel=1e-5)
 
@@ -83,20 +81,20 @@ def test_moments_stay_exact_for_a_mean_a_million_times_the_spread():
 
 def test_too_few_vectors_are_refused():
     moments = VectorMoments(WIDTH, covariance=True)
-    moments.add(cloud(239))
+    moments.add(activations(239))
     with pytest.raises(BadInput, match="needs 240 vectors, but there are 239"):
         moments.normalisation("whiten")
 
 
 def test_statistics_of_nan_are_refused():
-    x = cloud(10)
+    x = activations(10)
     x[3, 2] = torch.nan
     with pytest.raises(NonFinite):
         VectorMoments(WIDTH, covariance=False).add(x)
 
 
 def test_a_constant_axis_does_not_divide_by_zero():
-    x = torch.cat([cloud(400), torch.ones(400, 1)], dim=1)
+    x = torch.cat([activations(400), torch.ones(400, 1)], dim=1)
     moments = VectorMoments(WIDTH + 1, covariance=True)
     moments.add(x)
     for method in get_args(NormalisationMethod):
@@ -105,81 +103,80 @@ def test_a_constant_axis_does_not_divide_by_zero():
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "matryoshka"])
 def test_saving_and_loading_changes_nothing(kind: SAEKind, tmp_path: Path):
-    dictionary, x = autoencoder(kind), cloud(30)
-    loaded = Dictionary.load(dictionary.save(tmp_path / "here"))
+    dictionary, x = sae(kind), activations(30)
+    loaded = Dictionary.load(dictionary.save(tmp_path / "saved"))
     assert (loaded.name, loaded.origin, loaded.size, loaded.width) == (dictionary.name, dictionary.origin, SIZE, WIDTH)
     assert loaded.name == f"double.18:update/{kind}-{SIZE}-k{K}"
-    codes, again = dictionary.encode(x), loaded.encode(x)
-    assert torch.equal(codes.values, again.values) and torch.equal(codes.indices, again.indices)
-    assert torch.equal(dictionary.decode(codes), loaded.decode(again))
-    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["config.json", "dictionary.safetensors"]
+    codes, loaded_codes = dictionary.encode(x), loaded.encode(x)
+    assert torch.equal(codes.values, loaded_codes.values) and torch.equal(codes.indices, loaded_codes.indices)
+    assert torch.equal(dictionary.decode(codes), loaded.decode(loaded_codes))
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "dictionary.safetensors"]
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 @pytest.mark.parametrize("method", get_args(NormalisationMethod))
 def test_folding_changes_neither_codes_nor_reconstruction(kind: SAEKind, method: NormalisationMethod):
-    dictionary, x = autoencoder(kind, method), cloud(60, seed=2)
+    dictionary, x = sae(kind, method), activations(60, seed=2)
     folded = dictionary.fold()
     assert folded.normalisation.method == "none"
-    codes, plain = dictionary.encode(x), folded.encode(x)
-    torch.testing.assert_close(dense(plain), dense(codes), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(folded.decode(plain), dictionary.decode(codes), atol=1e-3, rtol=1e-4)
+    codes, folded_codes = dictionary.encode(x), folded.encode(x)
+    torch.testing.assert_close(dense(folded_codes), dense(codes), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(folded.decode(folded_codes), dictionary.decode(codes), atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(folded.decoder, dictionary.decoder, atol=1e-4, rtol=1e-4)
 
 
 def test_a_clip_cannot_be_folded():
     with pytest.raises(BadInput, match="clip"):
-        autoencoder(clip=3.0).fold()
+        sae(clip=3.0).fold()
 
 
-def test_decode_is_a_constant_plus_what_is_linear_in_the_codes():
-    dictionary = autoencoder()
-    codes = dictionary.encode(cloud(20))
+def test_decode_is_linear_in_the_codes_plus_a_constant():
+    dictionary = sae()
+    codes = dictionary.encode(activations(20))
     torch.testing.assert_close(dictionary.delta(codes), dense(codes) @ dictionary.decoder, atol=1e-4, rtol=1e-4)
     empty = codes._replace(values=torch.zeros_like(codes.values))
     torch.testing.assert_close(dictionary.decode(empty), dictionary.constant.expand(20, WIDTH))
     torch.testing.assert_close(dictionary.directions.norm(dim=1), torch.ones(SIZE))
 
 
-def test_relu_empties_slots_and_without_it_negative_scores_stay():
-    x = cloud(40)
-    weights = replace(autoencoder().weights, encoder_bias=torch.full((SIZE,), -100.0))
+def test_relu_empties_slots_with_negative_scores():
+    x = activations(40)
+    weights = replace(sae().weights, encoder_bias=torch.full((SIZE,), -100.0))
     for relu in (True, False):
-        plain = autoencoder(relu=relu)
-        low = SAE(kind="topk", k=K, origin=plain.origin, normalisation=plain.normalisation, weights=weights, relu=relu)
+        low = SAE(kind="topk", k=K, origin=sae().origin, normalisation=normalisation(), weights=weights, relu=relu)
         assert bool((low.encode(x).values == 0).all()) == relu
         assert bool((low.encode(x).values < 0).all()) == (not relu)
 
 
 def test_activations_of_another_width_are_refused():
     with pytest.raises(BadInput, match=r"takes activations \[token, 24\], but got \[3, 25\]"):
-        autoencoder().encode(torch.zeros(3, WIDTH + 1))
+        sae().encode(torch.zeros(3, WIDTH + 1))
 
 
-def test_encoding_no_token_gives_no_codes():
+def test_encoding_no_tokens_gives_no_codes():
     for kind in ("topk", "jumprelu"):
-        assert len(autoencoder(kind).encode(torch.zeros(0, WIDTH)).values) == 0
+        assert len(sae(kind).encode(torch.zeros(0, WIDTH)).values) == 0
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         ({"kind": "topkk"}, UnknownName, "nearest: topk"),
         ({"sise": 3}, UnknownName, "nearest: size"),
         ({"format": 1}, BrokenFile, "format 1;.*reads format 2"),
     ],
 )
-def test_a_config_of_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, object], error: type, words: str):
-    config = autoencoder().save(tmp_path) / "config.json"
+def test_a_config_with_a_wrong_entry_is_refused(tmp_path: Path, change: dict[str, object], error: type, message: str):
+    config = sae().save(tmp_path) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         Dictionary.load(tmp_path)
 
 
-def test_a_missing_truncated_or_incomplete_file_is_named(tmp_path: Path):
+def test_a_missing_or_truncated_file_is_named(tmp_path: Path):
     with pytest.raises(BadInput, match="holds no dictionary"):
         Dictionary.load(tmp_path / "nowhere")
-    tensors = autoencoder().save(tmp_path) / "dictionary.safetensors"
+    tensors = sae().save(tmp_path) / "dictionary.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     with pytest.raises(BrokenFile, match="damaged"):
         Dictionary.load(tmp_path)
@@ -201,69 +198,69 @@ def test_the_largest_scores_are_found_exactly(size: int, k: int, stretch: float)
     z = torch.randn(300, 128, generator=torch.Generator().manual_seed(7))
     z[:, :4] *= stretch  # outlier axes, which 8 bits resolve badly
     z[5] = 0
-    scores = EncoderSearch(rows, bias)
-    found, true = scores.top_k(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
-    torch.testing.assert_close(found.values.double(), true.values, atol=1e-4, rtol=0)
-    assert torch.equal(found.indices.sort(1).values, true.indices.sort(1).values)
+    search = EncoderSearch(rows, bias)
+    top, expected = search.top_k(z, k), (z.double() @ rows.double().T + bias.double()).topk(k)
+    torch.testing.assert_close(top.values.double(), expected.values, atol=1e-4, rtol=0)
+    assert torch.equal(top.indices.sort(1).values, expected.indices.sort(1).values)
 
 
-def test_all_scores_over_their_floors_are_found():
+def test_all_scores_above_their_thresholds_are_found():
     rows, bias = encoder(2048, 64)
     z = torch.randn(300, 64, generator=torch.Generator().manual_seed(7))
-    floor = torch.rand(2048, generator=torch.Generator().manual_seed(8)) + 1
-    true = z @ rows.T + bias
-    pairs = EncoderSearch(rows, bias).above(z, floor)
-    assert torch.equal(torch.stack((true > floor).nonzero(as_tuple=True)), torch.stack((pairs.tokens, pairs.features)))
-    torch.testing.assert_close(pairs.values, true[pairs.tokens, pairs.features], atol=1e-4, rtol=0)
+    thresholds = torch.rand(2048, generator=torch.Generator().manual_seed(8)) + 1
+    expected = z @ rows.T + bias
+    pairs = EncoderSearch(rows, bias).above(z, thresholds)
+    assert torch.equal(torch.stack((expected > thresholds).nonzero(as_tuple=True)), torch.stack((pairs.tokens, pairs.features)))
+    torch.testing.assert_close(pairs.values, expected[pairs.tokens, pairs.features], atol=1e-4, rtol=0)
 
 
-def test_a_refreshed_search_sees_changed_rows():
+def test_refresh_updates_the_search_for_changed_rows():
     rows, bias = encoder(2048, 64)
-    scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    search, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
     rows[32:64] *= 50
-    scores.refresh(slice(32, 64))
-    assert torch.equal(scores.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+    search.refresh(slice(32, 64))
+    assert torch.equal(search.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
 
 
-def test_scores_that_break_the_bound_are_searched_without_integers():
+def test_scores_that_break_the_error_bound_are_searched_without_integers():
     rows, bias = encoder(2048, 64)
-    scores, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
-    rows[:] = rows.flip(0)  # behind the back of the search: its 8-bit copy is wrong everywhere
-    assert torch.equal(scores.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
+    search, z = EncoderSearch(rows, bias), torch.randn(50, 64, generator=torch.Generator().manual_seed(7))
+    rows[:] = rows.flip(0)  # without refresh: the 8-bit copy is wrong everywhere
+    assert torch.equal(search.top_k(z, 8).indices, (z @ rows.T + bias).topk(8).indices)
     assert 2048 % BLOCK == 0
 
 
 @pytest.mark.parametrize("outlier", [0.0, 30.0, 300.0])
-def test_the_largest_scores_are_exact_where_one_axis_outgrows_all_others(outlier: float):
+def test_the_largest_scores_are_exact_if_one_axis_dominates(outlier: float):
     generator = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(4096, 256, generator=generator), dim=1)
     z = 4 * rows[torch.randint(4096, (256,), generator=generator)] + 0.1 * torch.randn(256, 256, generator=generator)
     z[:, 7] += outlier
     rows[:8, 3] += outlier
-    found, scores = EncoderSearch(rows).top_k(z, 16), z @ rows.T
-    assert torch.allclose(found.values, scores.topk(16).values, atol=1e-4 * (1 + outlier))
-    assert torch.allclose(scores.gather(1, found.indices), found.values, atol=1e-4 * (1 + outlier))
+    top, scores = EncoderSearch(rows).top_k(z, 16), z @ rows.T
+    assert torch.allclose(top.values, scores.topk(16).values, atol=1e-4 * (1 + outlier))
+    assert torch.allclose(scores.gather(1, top.indices), top.values, atol=1e-4 * (1 + outlier))
 
 
-def test_a_folder_whose_parts_do_not_fit_is_refused(tmp_path: Path):
-    made = SAE(
+def test_a_folder_whose_config_does_not_fit_its_tensors_is_refused(tmp_path: Path):
+    dictionary = SAE(
         kind="topk",
         k=2,
         origin=DictionaryOrigin(site=Site("double.1")),
         normalisation=Normalisation.identity(8),
         weights=SAEWeights(encoder=torch.eye(8), decoder=torch.eye(8), bias=torch.zeros(8)),
     )
-    whole = json.loads((made.save(tmp_path) / "config.json").read_text())
+    config = json.loads((dictionary.save(tmp_path) / "config.json").read_text())
     for change in ({"size": 9}, {"k": "2"}, {"settings": None}, {"settings": {"normalisation": {"method": "whiten"}}}):
-        (tmp_path / "config.json").write_text(json.dumps({**whole, **change}))
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(BrokenFile):
             Dictionary.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**whole, "kind": "jumprelu"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "jumprelu"}))
     with pytest.raises(DifflexError, match="thresholds"):
         Dictionary.load(tmp_path)
 
 
-def test_activations_that_are_no_numbers_are_refused():
+def test_nan_activations_are_refused():
     neurons = Neurons(width=4, k=2, origin=DictionaryOrigin(site=Site("double.1", kind="neurons")))
     with pytest.raises(NonFinite):
         neurons.encode(torch.tensor([[1.0, float("nan"), 0.0, 2.0]]))

@@ -190,5 +190,5 @@ def test_tensors_whose_shapes_do_not_fit_together_are_refused(tmp_path: Path, te
 def test_metadata_that_is_not_text_is_refused(tmp_path: Path):
     folder = leask(tmp_path / "leask")
     (folder / "metadata.yaml").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(BrokenFile, match=r"metadata\.yaml is not text"):
+    with pytest.raises(BrokenFile, match=r"metadata\.yaml cannot be read as text"):
         read_itda(folder, site=SITE)

@@ -1,4 +1,4 @@
-"""Neurons: the identity dictionary behind the same door as all others."""
+"""Neurons: the axes of an MLP's activations as a dictionary."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def activations(count: int = 30) -> torch.Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_largest_by_absolute_value_are_kept_with_their_signs_strongest_first():
+def test_encode_keeps_the_largest_by_absolute_value_with_their_signs_strongest_first():
     x = activations()
     codes = NEURONS.encode(x)
     expected = x.abs().sort(dim=1, descending=True)
@@ -27,12 +27,12 @@ def test_the_largest_by_absolute_value_are_kept_with_their_signs_strongest_first
     assert (codes.values < 0).any()
 
 
-def test_decoding_gives_back_what_was_kept_and_zero_elsewhere():
+def test_decoding_restores_the_k_largest_and_is_zero_elsewhere():
     x = activations()
-    back = NEURONS.decode(NEURONS.encode(x))
-    kept = back != 0
-    assert torch.equal(back[kept], x[kept])
-    assert kept.sum(1).eq(6).all()
+    decoded = NEURONS.decode(NEURONS.encode(x))
+    nonzero = decoded != 0
+    assert torch.equal(decoded[nonzero], x[nonzero])
+    assert nonzero.sum(1).eq(6).all()
     whole = Neurons(width=WIDTH, k=WIDTH, origin=ORIGIN)
     assert torch.equal(whole.decode(whole.encode(x)), x)
 
@@ -44,14 +44,14 @@ def test_the_decoder_is_the_identity_and_an_empty_slot_adds_nothing():
     assert torch.equal(NEURONS.delta(empty)[0], 2 * torch.eye(WIDTH)[5])
 
 
-def test_neurons_come_back_from_disk(tmp_path: Path):
-    back = Dictionary.load(NEURONS.save(tmp_path))
-    assert isinstance(back, Neurons)
-    assert back.name == "double.1:neurons/neurons-40-k6"
-    assert torch.equal(back.encode(activations()).values, NEURONS.encode(activations()).values)
+def test_saving_and_loading_neurons_changes_nothing(tmp_path: Path):
+    loaded = Dictionary.load(NEURONS.save(tmp_path))
+    assert isinstance(loaded, Neurons)
+    assert loaded.name == "double.1:neurons/neurons-40-k6"
+    assert torch.equal(loaded.encode(activations()).values, NEURONS.encode(activations()).values)
 
 
-def test_wishes_that_cannot_be_met_are_refused():
+def test_an_invalid_site_or_k_is_refused():
     with pytest.raises(BadInput, match=r"double\.1 has no neurons.*double\.1:neurons"):
         Neurons(width=WIDTH, k=6, origin=DictionaryOrigin(site=Site("double.1")))
     with pytest.raises(BadInput, match="k 41 does not fit 40"):

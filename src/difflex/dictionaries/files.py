@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 from safetensors.torch import load_file, save
@@ -13,8 +14,9 @@ from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import Json, file_sha256, read_json, write_file, write_json
 from difflex.records import Site
 
-__all__ = ["DictionaryConfig", "fingerprint", "read_config", "read_files", "write_files"]
+__all__ = ["DictionaryConfig", "fingerprint", "parse_choice", "read_config", "read_files", "write_files"]
 
+Choice = TypeVar("Choice")
 FORMAT = 2
 CONFIG, TENSORS = "config.json", "dictionary.safetensors"
 ADVICE = "Train or copy the dictionary again."
@@ -84,3 +86,11 @@ def fingerprint(folder: Path | str) -> str:
         except FileNotFoundError as error:
             raise BadInput(f"{folder} holds no dictionary: it has no {name}. Name the folder that `save` wrote.") from error
     return sha.hexdigest()
+
+
+def parse_choice(what: str, name: object, choices: tuple[Choice, ...]) -> Choice:
+    """Return the one of `choices` that a file calls `name`; raise if there is none."""
+    for choice in choices:
+        if choice == name:
+            return choice
+    raise UnknownName.among(what, str(name), map(str, choices))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -46,10 +48,8 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
     """
     config = _read_json(folder / "cfg.json")
     path = folder / "sae.safetensors"
-    try:
+    with _reading(path, "safetensors"):
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (FileNotFoundError, safetensors.SafetensorError) as error:
-        raise BrokenFile(f"{path} cannot be read: {error}. Copy it again.") from error
     if missing := [name for name in ("xs", "ys", "mean_x", "mean_y", "std_x", "std_y") if name not in tensors]:
         raise BrokenFile(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(tensors))}. Copy it again.")
     size, k = _count(config, "dictionary_size", folder), _count(config, "target_l0", folder)
@@ -109,11 +109,18 @@ def _read_leask(folder: Path, site: Site, model: str | None) -> ITDA:
     )
 
 
-def _read_json(path: Path) -> dict[str, Json]:
+@contextmanager
+def _reading(path: Path, content: str) -> Iterator[None]:
+    """Turn any error of reading a file into one that names it."""
     try:
+        yield
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise BrokenFile(f"{path} cannot be read as {content}: {error}. Copy it again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Json]:
+    with _reading(path, "JSON"):
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BrokenFile(f"{path} is not JSON ({error}). Copy it again.") from error
     if not isinstance(entries, dict):
         raise BrokenFile(f"{path} is not a configuration. Copy it again.")
     return entries
@@ -122,10 +129,8 @@ def _read_json(path: Path) -> dict[str, Json]:
 def _read_flat_yaml(path: Path) -> dict[str, Json]:
     """Return the entries of a YAML file of plain `name: value` lines; this format writes no others."""
     entries: dict[str, Json] = {}
-    try:
+    with _reading(path, "text"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BrokenFile(f"{path} is not text ({error}). Copy it again.") from error
     for line in lines:
         if not line.strip() or line.startswith(("#", "---")):
             continue
@@ -150,10 +155,8 @@ def _scalar(text: str) -> Json:
 
 
 def _read_matrix(path: Path) -> Tensor:
-    try:
+    with _reading(path, "a tensor"):
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BrokenFile(f"{path} cannot be read as a tensor: {error}. Copy it again.") from error
     if not isinstance(tensor, Tensor) or tensor.ndim != 2:
         raise BrokenFile(f"{path} is not a tensor of two axes. Copy it again.")
     return tensor

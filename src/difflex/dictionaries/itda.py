@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from difflex.choices import NormalisationMethod, PursuitName
 from difflex.devices import free_memory
 from difflex.dictionaries.base import DictionaryOrigin, DictionaryState, NormalisedDictionary
+from difflex.dictionaries.files import parse_choice
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.pursuit import (
     RULES,
@@ -27,7 +28,7 @@ from difflex.dictionaries.pursuit import (
     product,
     run_pursuit,
 )
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile
 from difflex.files import Json
 from difflex.records import Codes, Shot
 
@@ -262,7 +263,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         normalisation = state.settings.get("normalisation")
         if not isinstance(normalisation, dict) or "atoms" not in state.tensors:
             raise BrokenFile("The files of an ITDA lack its normalisation or its atoms. Grow or copy it again.")
-        pursuit = _pursuit(str(state.settings.get("pursuit")))
+        pursuit = parse_choice("The pursuit", state.settings.get("pursuit"), get_args(PursuitName))
         provenance = AtomProvenance.from_tensors(state.tensors)
         try:
             return cls(
@@ -293,13 +294,6 @@ def _check(k: int, atoms: Tensor, provenance: AtomProvenance, normalisation: Nor
     if wrong.any():
         first = int(wrong.nonzero()[0, 0])
         raise BadInput(f"Atoms must have norm one; atom {first} has {float(norms[first]):.4g}. Normalise the rows.")
-
-
-def _pursuit(name: str) -> PursuitName:
-    for pursuit in get_args(PursuitName):
-        if name == pursuit:
-            return pursuit
-    raise UnknownName.among("The pursuit", name, get_args(PursuitName))
 
 
 def remove_similar(itda: ITDA, cosine: float = 0.8) -> ITDA:

@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.choices import NormalisationMethod
-from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
+from difflex.dictionaries.files import parse_choice
+from difflex.errors import BadInput, BrokenFile, NonFinite
 
 __all__ = ["VECTORS_PER_AXIS", "Normalisation", "VectorMoments", "estimate_normalisation"]
 
+METHODS = get_args(NormalisationMethod)
 VECTORS_PER_AXIS = 10
 """Statistics need this many vectors per axis: with fewer, principal axes are arbitrary."""
 VARIANCE_FLOOR = 1e-6
@@ -82,7 +84,8 @@ class Normalisation:
         }
         if missing := {"mean", "scale"} - parts.keys():
             raise BrokenFile(f"A dictionary's normalisation lacks its {', '.join(sorted(missing))}. Train or copy it again.")
-        method, clip = _method(str(settings.get("method"))), settings.get("clip")
+        method = parse_choice("The normalisation", settings.get("method"), METHODS)
+        clip = settings.get("clip")
         if (method == "whiten") != ("basis" in parts):
             unexpected = "has no basis" if method == "whiten" else "has a basis"
             raise BrokenFile(f"A dictionary's normalisation '{method}' {unexpected}. Train or copy it again.")
@@ -137,7 +140,8 @@ class VectorMoments:
     def normalisation(self, method: NormalisationMethod, clip: float | None = None) -> Normalisation:
         """Return the normalisation by these moments; raise if they are of too few vectors."""
         width = len(self._sum)
-        if _method(method) != "none" and self.count < VECTORS_PER_AXIS * width:
+        method = parse_choice("The normalisation", method, METHODS)
+        if method != "none" and self.count < VECTORS_PER_AXIS * width:
             raise BadInput(
                 f"Normalisation '{method}' at width {width} needs {VECTORS_PER_AXIS * width} vectors, but there are "
                 f"{self.count}. Harvest more shots, or choose normalisation 'none'."
@@ -173,10 +177,3 @@ def estimate_normalisation(
     if moments is None:
         raise BadInput(f"Normalisation '{method}' needs activations, but the stream is empty. Harvest some first.")
     return moments.normalisation(method, clip)
-
-
-def _method(name: str) -> NormalisationMethod:
-    for method in get_args(NormalisationMethod):
-        if name == method:
-            return method
-    raise UnknownName.among("The normalisation", name, get_args(NormalisationMethod))

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from difflex.choices import SAEKind
 from difflex.dictionaries.base import DictionaryOrigin, DictionaryState, NormalisedDictionary
+from difflex.dictionaries.files import parse_choice
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import EncoderSearch
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile
 from difflex.records import Codes
 
 __all__ = ["SAE", "SAEWeights"]
+
+KINDS = get_args(SAEKind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class SAEWeights:
 
 
 @final
-class SAE(NormalisedDictionary, kinds=get_args(SAEKind)):
+class SAE(NormalisedDictionary, kinds=KINDS):
     """A trained sparse autoencoder."""
 
     def __init__(
@@ -109,7 +112,8 @@ class SAE(NormalisedDictionary, kinds=get_args(SAEKind)):
             thresholds=weights.thresholds,
         )
         identity = Normalisation.identity(self.width, self.bias.device)
-        return SAE(kind=_kind(self.kind), k=self.k, origin=self.origin, normalisation=identity, weights=folded, relu=self.relu)
+        kind = parse_choice("The kind of SAE", self.kind, KINDS)
+        return SAE(kind=kind, k=self.k, origin=self.origin, normalisation=identity, weights=folded, relu=self.relu)
 
     def state(self) -> DictionaryState:
         settings = {"relu": self.relu, "normalisation": self.normalisation.settings()}
@@ -120,17 +124,10 @@ class SAE(NormalisedDictionary, kinds=get_args(SAEKind)):
     def from_state(cls, state: DictionaryState) -> SAE:
         normalisation = state.settings.get("normalisation")
         return cls(
-            kind=_kind(state.kind),
+            kind=parse_choice("The kind of SAE", state.kind, KINDS),
             k=state.k,
             origin=state.origin,
             normalisation=Normalisation.from_saved(normalisation if isinstance(normalisation, dict) else {}, state.tensors),
             weights=SAEWeights.from_tensors(state.tensors),
             relu=state.settings.get("relu") is not False,
         )
-
-
-def _kind(name: str) -> SAEKind:
-    for kind in get_args(SAEKind):
-        if kind == name:
-            return kind
-    raise UnknownName.among("The kind of SAE", name, get_args(SAEKind))

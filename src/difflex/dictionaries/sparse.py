@@ -114,15 +114,6 @@ class QuantisedRows(NamedTuple):
         return cls(integers, scales, torch.linalg.vector_norm(rows, dim=1), peaked)
 
 
-class CandidatePairs(NamedTuple):
-    """Pairs that may be part of the result."""
-
-    tokens: Int[Tensor, " pair"]
-    features: Int[Tensor, " pair"]
-    scores: Float[Tensor, " pair"]
-    """Coarse scores, in units of the token's scale."""
-
-
 @final
 class EncoderSearch:
     """An exact search for the largest scores `z W^T + b`; see the top of this file.
@@ -260,8 +251,8 @@ class EncoderSearch:
         return values if self.bias is None else values.add_(self.bias[features])
 
 
-def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " token"], k: int) -> CandidatePairs:
-    """Return the pairs whose score is within sqrt(2) `slack` of the k-th largest; with k 0, those above `-slack`."""
+def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " token"], k: int) -> CooCodes:
+    """Return the coarse scores within sqrt(2) `slack` of the k-th largest of their token; with k 0, those above `-slack`."""
     count, size = scores.shape
     blocks = scores.view(count, size // BLOCK, BLOCK)
     peaks = blocks.amax(2)
@@ -269,7 +260,7 @@ def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " toke
     tokens, positions = (peaks >= threshold[:, None]).nonzero(as_tuple=True)
     members = blocks.reshape(-1, BLOCK)[tokens * (size // BLOCK) + positions]
     chosen, inside = (members >= threshold[tokens, None]).nonzero(as_tuple=True)
-    return CandidatePairs(tokens[chosen], positions[chosen] * BLOCK + inside, members[chosen, inside])
+    return CooCodes(tokens[chosen], positions[chosen] * BLOCK + inside, members[chosen, inside])
 
 
 def _reached_by_k(peaks: Float[Tensor, "token block"], k: int) -> Float[Tensor, " token"]:

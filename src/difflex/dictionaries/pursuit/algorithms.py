@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.choices import PursuitName
-from difflex.dictionaries.pursuit.correlations import AtomSet, BestAtoms, Correlations, ExcludedAtoms, WeightChange
+from difflex.dictionaries.pursuit.correlations import AtomSet, BestAtoms, Correlations, ExcludedAtoms
 from difflex.errors import NonFinite
 from difflex.records import Codes
 
@@ -118,7 +118,7 @@ class PursuitRule(ABC):
     needs_cholesky: bool = False
 
     @abstractmethod
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> WeightChange:
+    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
         """Change the weights in round `slot`, in which `best` was picked, and the residual energy; return the change."""
 
 
@@ -131,7 +131,7 @@ class GradientRule(PursuitRule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = self.monotone = signed
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> WeightChange:
+    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
         slots = slice(slot + 1)
         gram, support = state.gram[:, slots, slots], state.support[:, slots]
         gradient = scores.at(support) * state.is_new[:, slots]
@@ -146,7 +146,7 @@ class GradientRule(PursuitRule):
         state.weights[:, slots] += amounts
         gain = (amounts * (2 * gradient - _matvec(gram, amounts))).sum(1)
         state.residual_energy = state.residual_energy - gain
-        return WeightChange(support, amounts)
+        return Codes(amounts, support)
 
 
 @final
@@ -158,14 +158,14 @@ class MatchingRule(PursuitRule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = signed
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> WeightChange:
+    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
         amounts = best.correlations if self.signed else best.correlations.clamp_min(0)
         amounts = torch.where(state.active, amounts, 0)
         earlier = (state.support[:, :slot] == best.atoms[:, None]) & state.is_new[:, :slot]
         state.weights[:, :slot] += earlier * amounts[:, None]
         state.weights[:, slot] = torch.where(state.is_new[:, slot], amounts, 0)
         state.residual_energy = state.residual_energy - amounts.square()
-        return WeightChange(state.support[:, slot : slot + 1], amounts[:, None])
+        return Codes(amounts[:, None], state.support[:, slot : slot + 1])
 
 
 @final
@@ -177,7 +177,7 @@ class OrthogonalRule(PursuitRule):
 
     signed = needs_gram = needs_cholesky = True
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> WeightChange:
+    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
         inverse = state.inverse_cholesky[:, :slot, :slot]
         shared = _matvec(inverse, state.gram[:, slot, :slot])
         pivot = state.gram[:, slot, slot] - shared.square().sum(1)
@@ -191,7 +191,7 @@ class OrthogonalRule(PursuitRule):
         amounts = amount[:, None] * direction
         state.weights[:, : slot + 1] += amounts
         state.residual_energy = state.residual_energy - amount.square()
-        return WeightChange(state.support[:, : slot + 1], amounts)
+        return Codes(amounts, state.support[:, : slot + 1])
 
 
 RULES: Mapping[PursuitName, PursuitRule] = MappingProxyType(
@@ -260,7 +260,7 @@ def _run_rounds(whole: PursuitState, rule: PursuitRule, scores: Correlations, k:
         whole.write(rows, state)
 
 
-def _run_round(state: PursuitState, rule: PursuitRule, scores: Correlations, slot: int, tolerance: float) -> WeightChange:
+def _run_round(state: PursuitState, rule: PursuitRule, scores: Correlations, slot: int, tolerance: float) -> Codes:
     """Pick the atoms of round `slot` and change the weights; finished signals stay as they are."""
     if len(state.history[0]):
         state.history[:, slot, :slot] = state.weights[:, :slot]
@@ -275,7 +275,7 @@ def _run_round(state: PursuitState, rule: PursuitRule, scores: Correlations, slo
         products = scores.between(best.atoms, state.support[:, : slot + 1])
         state.gram[:, slot, : slot + 1] = state.gram[:, : slot + 1, slot] = products
     change = rule.change(state, slot, scores, best)
-    state.active &= change.amounts.any(1) & (state.residual_energy > tolerance * state.energy)
+    state.active &= change.values.any(1) & (state.residual_energy > tolerance * state.energy)
     return change
 
 

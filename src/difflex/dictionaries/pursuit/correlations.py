@@ -16,7 +16,7 @@ from difflex.dictionaries.sparse import dot_products, sparse_matmul
 from difflex.errors import BadInput
 from difflex.records import Codes
 
-__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "ExcludedAtoms", "GramMatrix", "WeightChange", "product"]
+__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "ExcludedAtoms", "GramMatrix", "product"]
 
 PANEL = 512
 """Columns of a Gram matrix that are stored together: a dictionary that grows fills panel after panel and moves nothing."""
@@ -128,13 +128,11 @@ class GramMatrix:
         positions = (others // self.panel * self.capacity + atoms[:, None]) * self.panel + others % self.panel
         return self._panels.take(positions)
 
-    def subtract(
-        self, scores: Float[Tensor, "token size"], atoms: Int[Tensor, "token slot"], weights: Float[Tensor, "token slot"]
-    ) -> None:
-        """Subtract `weights @ gram[atoms]` from `scores`, in place."""
-        count, slots = atoms.shape
-        weights = weights.to(self.dtype).reshape(-1)
-        atoms, starts = atoms.reshape(-1), torch.arange(0, count * slots, slots, device=atoms.device)
+    def subtract(self, codes: Codes, scores: Float[Tensor, "token size"]) -> None:
+        """Subtract `values @ gram[indices]` of the codes from `scores`, in place."""
+        atoms, weights = codes.indices.reshape(-1), codes.values.to(self.dtype).reshape(-1)
+        count, slots = codes.indices.shape
+        starts = torch.arange(0, count * slots, slots, device=atoms.device)
         for panel, (low, high) in enumerate(self._spans(self.size)):
             part = torch.embedding_bag(self._panels[panel], atoms, starts, False, 0, False, weights)[0]
             scores[:, low:high].sub_(part[:, : high - low])
@@ -142,13 +140,6 @@ class GramMatrix:
     def _spans(self, size: int) -> list[tuple[int, int]]:
         """Return the first column of every panel in use, and the column after its last."""
         return [(low, min(low + self.panel, size)) for low in range(0, size, self.panel)]
-
-
-class WeightChange(NamedTuple):
-    """What a round adds to the weights."""
-
-    atoms: Int[Tensor, "token slot"]
-    amounts: Float[Tensor, "token slot"]
 
 
 class CandidatePool(NamedTuple):
@@ -186,7 +177,7 @@ class Correlations(ABC):
         """Return the inner products of each signal's picked atom with those of its support."""
 
     @abstractmethod
-    def update(self, change: WeightChange) -> None:
+    def update(self, change: Codes) -> None:
         """Update the correlations after a change of the weights."""
 
     @abstractmethod
@@ -211,8 +202,8 @@ class GramCorrelations(Correlations):
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._gram.between(picked, support).to(self._scores.dtype)
 
-    def update(self, change: WeightChange) -> None:
-        self._gram.subtract(self._scores, change.atoms, change.amounts)
+    def update(self, change: Codes) -> None:
+        self._gram.subtract(change, self._scores)
 
     def select(self, rows: Tensor) -> None:
         self._scores = self._scores[rows]
@@ -250,8 +241,8 @@ class ProductCorrelations(Correlations):
     def between(self, picked: Tensor, support: Tensor) -> Tensor:
         return self._dot_products(support, self._rows[picked])
 
-    def update(self, change: WeightChange) -> None:
-        self._residual -= sparse_matmul(Codes(change.amounts, change.atoms), self._rows)
+    def update(self, change: Codes) -> None:
+        self._residual -= sparse_matmul(change, self._rows)
         self._round += 1
         if self._member_rows is not None and self._pool is not None and self._round % self._pool.rounds:
             self._scores = torch.einsum("tmw,tw->tm", self._member_rows, self._residual)
