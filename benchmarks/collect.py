@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.commands.concepts import drawn_images
+from difflex.commands.drawn_world import drawn_images
 from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum, sheet
 from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.features.collector import FeatureCollector
 from difflex.features.entries import FeatureStats, ImageFile, TokenMap
-from difflex.features.firing import ImageBatch
+from difflex.features.firing import BatchImages
 from difflex.features.writer import PackedExample
 from difflex.records import Activations, Codes, Shot, Site
 
@@ -60,7 +60,7 @@ def merged() -> tuple[float, float]:
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
         began = time.process_time()
-        gathering.add([seen], ImageBatch(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
+        gathering.add([seen], BatchImages(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
         spent += time.process_time() - began
     began = time.process_time()
     gathering.shots()

@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.books import kept_strength
 from difflex.commands.collect import CollectCommand
 from difflex.commands.drawn_world import drawn_concepts
 from difflex.commands.estimates import estimate
 from difflex.commands.forecast import DictionaryForecast, Forecast
+from difflex.commands.inputs import stored_strength
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionaries.itda import AtomProvenance
 from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches
-from difflex.features import Book, ImageAlbum, overview
+from difflex.features import Book, ImageAlbum
 from difflex.features.explanations import Explanation, ExplanationScore
+from difflex.features.images import overview
 from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord, StudyEditor
 from difflex.study import DictionaryRef, Study
@@ -46,7 +47,7 @@ def itda(shots: list[Shot]) -> Dictionary:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Three dictionaries of a harvest of 24 images at two of their steps, with their books."""
     folder = tmp_path_factory.mktemp("collected") / "study"
-    words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep", "1:3", "--batch", "8"]
+    words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep-steps", "1:3", "--batch", "8"]
     assert main(["harvest", "mini-flux", "--site", "double.0", *words, "--out", str(folder)]) == 0
     made = Study.open(folder)
     autoencoder(0).save(made.dictionary(*SAE_REF))
@@ -104,7 +105,7 @@ def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_
         assert [row.strength for row in book.features()] == own
         lively = next(row for row in book.features("peak", descending=True) if row.strength)
     assert lively.strength and 0 < lively.strength <= 2
-    assert kept_strength(study, SAE_REF, range(SIZE)) == min(own)
+    assert stored_strength(study, SAE_REF, range(SIZE)) == min(own)
     assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), "--sort", "strength"]) == 0
     assert "strength" in capsys.readouterr().out
     with sqlite3.connect(study.book(*SAE_REF)) as written:
@@ -178,18 +179,18 @@ def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsy
         "2",
     ]
     assert main(words) == 0
-    assert capsys.readouterr().out.count("is there already") == 3
+    assert capsys.readouterr().out.count("up to date") == 3
     study.book(*SAE_REF).write_bytes(b"no book")
     assert main([*words, "--dictionary", str(SAE_REF)]) == 0
     told = capsys.readouterr().out
-    assert "It is made anew." in told and f"{study.book(*SAE_REF)}: made" in told
+    assert "It is collected again." in told and f"{study.book(*SAE_REF)}: collected" in told
 
 
 def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
     made = Study.begin(tmp_path / "shown", "mini-flux")
     autoencoder(1).save(made.dictionary(*SAE_REF))
     words = ["collect", str(made.folder), "--batch", "4", "--top-examples", "2"]
-    assert main([*words, "--drawn", "--images", "10", "--noise", "0.25,0.75"]) == 0
+    assert main([*words, "--drawn-world", "--images", "10", "--noise", "0.25,0.75"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
     mine = tmp_path / "mine"
@@ -201,7 +202,7 @@ def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
     with Book.open(made.book(*SAE_REF)) as book:
         shots = book.shots(range(3)).values()
         assert {(row.shot.image, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
-    assert main([*words, "--prompts", "captions", "--images", "4", "--steps", "2", "--keep", "0:1", "--seeds", "0:2"]) == 0
+    assert main([*words, "--prompts", "captions", "--images", "4", "--steps", "2", "--keep-steps", "0:1", "--seeds", "0:2"]) == 0
     with Book.open(made.book(*SAE_REF)) as book:
         assert book.about.tokens == 4 * 64 and {row.shot.seed for row in book.shots(range(4)).values()} == {0, 1}
 
@@ -210,7 +211,9 @@ def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.Captu
     columns = {name: () for name in ("iou_concepts", "iou", "unrelated", "monosemanticity")}
     found = FeatureMatches(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
     concepts = drawn_concepts()
-    matches = ConceptMatches(site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, rare_concepts=(), levels=(), features=found)
+    matches = ConceptMatches(
+        site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, rare_concepts=(), levels=(), features=found
+    )
     matches.save(study.concepts(*SAE_REF))
     with Book.edit(study.book(*SAE_REF)) as book:
         told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
@@ -220,11 +223,11 @@ def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.Captu
         assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), *words]) == 0
         return [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
 
-    densities = [float(line[1].rstrip("%")) for line in listed("--limit", "30")]
+    densities = [float(line[1].rstrip("%")) for line in listed("--top", "30")]
     assert len(densities) == SIZE and densities == sorted(densities, reverse=True)
     assert [line[0] for line in listed("--sort", "concept")] == ["5", "2"]
     assert [line[0] for line in listed("--filter", f"concept={concepts[0].name}")] == ["2"]
-    best = listed("--sort", "score", "--limit", "1")[0]
+    best = listed("--sort", "score", "--top", "1")[0]
     assert best[0] == "7" and "0.75" in best and best[-1] == "round"
     peaks = [float(line[2]) for line in listed("--sort", "peak", "--ascending", "--filter", "peak>0", "density<0.5")]
     assert peaks == sorted(peaks) and peaks
@@ -251,13 +254,13 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     ("words", "answer"),
     [
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
-        (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16 shows nothing"),
+        (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16: both must be at least 1"),
         (["collect", "STUDY", "--drawn-world", "--prompts", "captions"], "three sources of images"),
         (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
-        (["features", "STUDY"], "has 3 books. Name one by --dictionary"),
+        (["features", "STUDY"], "has 3 books. Name one with --dictionary"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
-        (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "difflex concepts finds out"),
-        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--top", "0"], "--limit 0 lists nothing"),
+        (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "Run difflex concepts first"),
+        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--top", "0"], "--top 0 must be at least 1"),
         (["show", "STUDY", "double.0/topk-24-k4", "24"], "has no feature 24: they are numbered from 0 to 23"),
         (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name an image file"),
         (["show", "STUDY", "double.0", "1"], "has 2 dictionaries"),
@@ -276,7 +279,7 @@ def test_a_book_of_a_dictionary_that_has_changed_is_not_shown(study: Study, tmp_
     try:
         os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
         assert main(["show", str(study.folder), str(SAE_REF), "1", "--out", str(tmp_path / "x.png")]) == 2
-        assert "as it was before it changed" in capsys.readouterr().err
+        assert "has changed since" in capsys.readouterr().err
     finally:
         for path, (content, stat) in before.items():
             path.write_bytes(content)

@@ -43,7 +43,7 @@ VERBS = {
         "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.collect"
     ),
     "features": VerbEntry("Look at features", "list features, sorted and filtered", "difflex.commands.features"),
-    "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.show"),
+    "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.features"),
     "explain": VerbEntry(
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
     ),

@@ -1,45 +1,26 @@
-"""`difflex features`: the features of a dictionary in figures, sorted and filtered."""
+"""`difflex features` and `difflex show`: list the features of a book, and draw the sheet of one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, final
+from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.books import opened_book
-from difflex.errors import BadInput, UnknownName
-from difflex.evaluation.concepts.results import ConceptMatches
-from difflex.features import SORT_COLUMNS, Book, FeatureFilter
+from difflex.choices import HighlightStyle
+from difflex.commands.generate import FORMATS, write_image
+from difflex.commands.inputs import open_book
+from difflex.errors import BadInput
+from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
 from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["BestConcept", "FeaturesCommand", "detected"]
+__all__ = ["FeaturesCommand", "ShowCommand"]
 
-SORTED = ("concept", "score", *SORT_COLUMNS)
-WORDS = 48
-"""Letters of an explanation that are shown."""
-
-
-class BestConcept(NamedTuple):
-    """The known concept that a feature detects best."""
-
-    concept: str
-    ap: float
-    """Average precision on held-out images."""
-
-
-def detected(study: Study, place: DictionaryRef) -> dict[int, BestConcept]:
-    """What the features of a dictionary detect, by feature; nothing where it was not held against known concepts."""
-    path = study.concepts(*place)
-    if not path.is_file():
-        return {}
-    matches = ConceptMatches.load(path)
-    found = matches.features
-    return {
-        feature: BestConcept(matches.concepts[concept].name, ap)
-        for feature, concept, ap in zip(found.features, found.concepts, found.ap, strict=True)
-    }
+MAX_TEXT = 48
+"""Letters of an explanation in the table."""
+COLUMNS = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", "explanation")
+TEXT_COLUMNS = ("concept", "explanation")
 
 
 @final
@@ -50,79 +31,111 @@ class FeaturesCommand(Command):
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with books."""
     dictionary: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: the only one)")] = None
-    """Whose features: SITE/LABEL, or the site alone where it has one dictionary."""
+    """The dictionary: SITE/LABEL, or the site alone if it has one dictionary."""
     sort: Annotated[str, arg(metavar="COLUMN")] = "density"
-    """density, peak, mean, coverage, area ..., concept (how well one is detected) or score (of explanations); largest first."""
+    """Sort by density, peak, mean, coverage, area ..., by concept (average precision) or by score (of the explanations)."""
     ascending: FlagCreatePairsOff[bool] = False
-    """Smallest first."""
+    """Smallest first instead of largest first."""
     filter: Annotated[tuple[str, ...], arg(metavar="CONDITION...", help_behavior_hint="(default: all)")] = ()
-    """What must hold, all of it: "density<0.01", "peak>3", "concept=star"."""
+    """List only features that fulfil all conditions: "density<0.01", "peak>3", "concept=star"."""
     top: Annotated[int, arg(metavar="N")] = 20
-    """How many to list."""
+    """Number of features to list."""
     measure: Annotated[str, arg(metavar="NAME")] = "accuracy"
-    """Of the explanations' scores: accuracy, auroc, ..."""
+    """Score of the explanations: accuracy, auroc, ..."""
 
     def __call__(self) -> None:
-        if self.sort not in SORTED:
-            raise UnknownName.among("The column", self.sort, SORTED)
         if self.top < 1:
-            raise BadInput(f"--top {self.top} lists nothing. Ask for 1 or more.")
+            raise BadInput(f"--top {self.top} must be at least 1.")
         study = Study.open(self.study)
-        place = self._place(study)
-        known = detected(study, place)
-        with opened_book(study, place) as book:
-            rows = self._rows(book, known)
-            print(f"{place}: {len(rows):,} of {book.about.size:,} features, {min(self.top, len(rows))} are shown")
-            print(_table(book, rows[: self.top], known, self.measure))
+        ref = self._ref(study)
+        concepts = _best_concepts(study, ref)
+        with open_book(study, ref) as book:
+            rows = select_features(
+                book, self.filter, sort=self.sort, ascending=self.ascending, measure=self.measure, concepts=concepts
+            )
+            shown = rows[: self.top]
+            print(f"{ref}: {len(rows):,} of {book.about.size:,} features, showing {len(shown)}")
+            print(_table(book, shown, concepts, self.measure))
 
-    def _place(self, study: Study) -> DictionaryRef:
+    def _ref(self, study: Study) -> DictionaryRef:
         if self.dictionary is not None:
             return study.find_dictionary(self.dictionary)
-        there = [place for place in study.dictionaries() if study.book(*place).is_file()]
-        if len(there) != 1:
-            names = ", ".join(map(str, there)) or "none; difflex collect makes them"
-            raise BadInput(f"{study.folder} has {len(there)} books. Name one by --dictionary: {names}.")
-        return there[0]
-
-    def _rows(self, book: Book, known: Mapping[int, BestConcept]) -> list[FeatureStats]:
-        """The features that are wanted, in order."""
-        wanted = [text.split("=", 1)[1].strip() for text in self.filter if text.replace(" ", "").startswith("concept=")]
-        where = [FeatureFilter.parse(text) for text in self.filter if not text.replace(" ", "").startswith("concept=")]
-        if (wanted or self.sort == "concept") and not known:
-            raise UnknownName(f"What the features of {book.about.dictionary} detect is not known. difflex concepts finds out.")
-        sort = "feature" if self.sort == "concept" else self.sort
-        rows = book.features(sort, descending=not self.ascending, where=where, measure=self.measure)
-        for name in wanted:
-            names = sorted({each.concept for each in known.values()})
-            if name not in names:
-                raise UnknownName.among("The concept", name, names)
-            rows = [row for row in rows if row.feature in known and known[row.feature].concept == name]
-        if self.sort == "concept":
-            rows = sorted((row for row in rows if row.feature in known), key=lambda row: known[row.feature].ap)
-            return rows if self.ascending else rows[::-1]
-        return rows
+        refs = [ref for ref in study.dictionaries() if study.book(*ref).is_file()]
+        if len(refs) != 1:
+            names = ", ".join(map(str, refs)) or "none; run difflex collect"
+            raise BadInput(f"{study.folder} has {len(refs)} books. Name one with --dictionary: {names}.")
+        return refs[0]
 
 
-def _table(book: Book, rows: list[FeatureStats], known: Mapping[int, BestConcept], measure: str) -> str:
-    """A line for each feature under a line of columns."""
+@final
+@dataclass(frozen=True, kw_only=True)
+class ShowCommand(Command):
+    """Draw the sheet of one feature: statistics, top and random images with overlays, and silent images."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with books."""
+    dictionary: Annotated[Positional[str], arg(metavar="NAME")]
+    """The dictionary: SITE/LABEL, or the site alone if it has one dictionary."""
+    feature: Annotated[Positional[int], arg(metavar="FEATURE")]
+    """Number of the feature."""
+    style: HighlightStyle = "blue"
+    """Overlay. blue: the more opaque, the higher the value; outline: a black and white line, visible without colour vision."""
+    columns: Annotated[int, arg(metavar="N")] = 8
+    """Images of each kind."""
+    side: Annotated[int, arg(metavar="PIXELS")] = 128
+    """Approximate size of an image."""
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: feature-FEATURE.png)")] = None
+    """File to write the sheet to."""
+
+    def __call__(self) -> None:
+        if self.columns < 1 or self.side < 1:
+            raise BadInput(f"--columns {self.columns} --side {self.side}: both must be at least 1.")
+        out = self.out or Path(f"feature-{self.feature}.png")
+        if out.suffix.lower() not in FORMATS:
+            raise BadInput(f"--out {out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
+        study = Study.open(self.study)
+        ref = study.find_dictionary(self.dictionary)
+        best = _best_concepts(study, ref).get(self.feature)
+        concept = "" if best is None else f"{best.concept} (AP {best.ap:.2f})"
+        album = ImageAlbum(study.images)
+        with open_book(study, ref) as book:
+            image = sheet(book, album, self.feature, style=self.style, columns=self.columns, side=self.side, concept=concept)
+        write_image(image, out)
+        print(out)
+
+
+def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
+    """Return the concept that each feature detects best; empty if the dictionary was not matched to concepts."""
+    path = study.concepts(*ref)
+    if not path.is_file():
+        return {}
+    from difflex.evaluation.concepts.results import ConceptMatches
+
+    matches = ConceptMatches.load(path)
+    columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
+    return {feature: BestConcept(matches.concepts[concept].name, ap) for feature, concept, ap in columns}
+
+
+def _table(book: Book, rows: list[FeatureStats], concepts: Mapping[int, BestConcept], measure: str) -> str:
+    """Return a line for each feature under a line of column names."""
     scores = book.best_scores(measure)
-    names = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", measure, "what it is")
-    lines = [names, *(_line(book, row, known.get(row.feature), scores.get(row.feature)) for row in rows)]
+    columns = [*COLUMNS[:-1], measure, COLUMNS[-1]]
+    lines = [columns, *(_line(book, row, concepts.get(row.feature), scores.get(row.feature)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = (8, 11)  # columns that are not figures
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
+    cells = [
+        [
+            cell.ljust(width) if name in TEXT_COLUMNS else cell.rjust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        ]
         for line in lines
-    )
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
-def _line(book: Book, row: FeatureStats, found: BestConcept | None, score: float | None) -> tuple[str, ...]:
-    texts = [each.text for each in book.explanations(row.feature) if each.state == "done"]
+def _line(book: Book, row: FeatureStats, concept: BestConcept | None, score: float | None) -> list[str]:
+    texts = [explanation.text for explanation in book.explanations(row.feature) if explanation.state == "done"]
     text = texts[-1] if texts else ""
-    return (
+    return [
         str(row.feature),
         f"{row.density:.3%}",
         f"{row.peak:.3g}",
@@ -130,8 +143,8 @@ def _line(book: Book, row: FeatureStats, found: BestConcept | None, score: float
         f"{row.shots:,}",
         *("-" if share is None else f"{share:.0%}" for share in (row.area, row.coverage)),
         "-" if row.strength is None else f"{row.strength:.2f}",
-        "-" if found is None else found.concept,
-        "-" if found is None else f"{found.ap:.2f}",
+        "-" if concept is None else concept.concept,
+        "-" if concept is None else f"{concept.ap:.2f}",
         "-" if score is None else f"{score:.2f}",
-        text if len(text) <= WORDS else text[: WORDS - 1] + "…",
-    )
+        text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…",
+    ]

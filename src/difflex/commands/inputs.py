@@ -6,15 +6,25 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from difflex.errors import BadInput
+from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.features import Book
 from difflex.files import file_sha256, folder_lock
-from difflex.study import Study
+from difflex.study import DictionaryRef, Study
 
 if TYPE_CHECKING:
     from difflex.explanation import AnswerCache
     from difflex.pipeline import Pipeline
 
-__all__ = ["CAPTIONS", "UNTRAINED", "PromptSource", "load_study_model", "open_answer_cache", "read_prompts"]
+__all__ = [
+    "CAPTIONS",
+    "UNTRAINED",
+    "PromptSource",
+    "load_study_model",
+    "open_answer_cache",
+    "open_book",
+    "read_prompts",
+    "stored_strength",
+]
 
 CAPTIONS = "captions"
 """The name of the captions of the drawn world, where a file of prompts is expected."""
@@ -62,6 +72,37 @@ def load_study_model(study: Study, precision: str | None, offload: bool, offline
         offload=offload,
         offline=offline,
     )
+
+
+def open_book(study: Study, ref: DictionaryRef) -> Book:
+    """Open the book of a dictionary for reading; the dictionary must not have changed since the book was made."""
+    path, folder = study.book(*ref), study.dictionary(*ref)
+    if not path.is_file():
+        raise UnknownName(f"{ref} has no book yet. Run difflex collect to make it.")
+    book = Book.open(path)
+    # The fingerprint of a large dictionary takes seconds, so it is computed only if a file is newer than the book.
+    files = (folder / "dictionary.safetensors", folder / "config.json")
+    if any(file.is_file() and file.stat().st_mtime >= path.stat().st_mtime for file in files):
+        from difflex.dictionaries import fingerprint
+
+        if book.about.fingerprint != fingerprint(folder):
+            book.close()
+            raise StaleWork(f"{ref} has changed since {path} was made. Run difflex collect again.")
+    return book
+
+
+def stored_strength(study: Study, ref: DictionaryRef, features: Iterable[int]) -> float | None:
+    """Return the smallest default strength of some features in the book of a dictionary; None if one is unknown."""
+    if not study.book(*ref).is_file():
+        return None
+    try:
+        with open_book(study, ref) as book:
+            strengths = [book.feature(feature).strength for feature in features]
+    except (BrokenFile, StaleWork) as error:
+        print(f"{error} The default strength is computed without it.")
+        return None
+    known = [strength for strength in strengths if strength is not None]
+    return min(known) if known and len(known) == len(strengths) else None
 
 
 @contextmanager

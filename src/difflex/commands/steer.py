@@ -10,10 +10,9 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Operation, Unit
-from difflex.commands.books import kept_strength
 from difflex.commands.flags import Range, Strengths
 from difflex.commands.generate import FORMATS, write_image
-from difflex.commands.inputs import load_study_model
+from difflex.commands.inputs import load_study_model, stored_strength
 from difflex.errors import BadInput
 from difflex.images import contact_sheet
 from difflex.pipeline import GeneratedImage, Pipeline
@@ -143,7 +142,7 @@ class SteerCommand(Command):
             raise BadInput(
                 f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
             )
-        kept = kept_strength(toolbox.study, DictionaryRef(edit.site, edit.dictionary), edit.features)
+        kept = stored_strength(toolbox.study, DictionaryRef(edit.site, edit.dictionary), edit.features)
         return toolbox.with_default_strength(edit, kept)
 
     def _shots(self, pipe: Pipeline) -> list[Shot]:

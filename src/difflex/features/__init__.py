@@ -3,13 +3,13 @@
 `difflex.features.collecting` makes books from images and activations; this door only reads them and does not import torch.
 """
 
-from difflex.features.book import SORT_COLUMNS, Book, CoverageSummary, FeatureFilter
-from difflex.features.images import ImageAlbum, overlaid, overview, sheet
+from difflex.features.book import BestConcept, Book, CoverageSummary, FeatureFilter, select_features
+from difflex.features.images import ImageAlbum, overlaid, sheet
 from difflex.features.schema import BookInfo
 from difflex.features.writer import BookWriter
 
 __all__ = [
-    "SORT_COLUMNS",
+    "BestConcept",
     "Book",
     "BookInfo",
     "BookWriter",
@@ -17,6 +17,6 @@ __all__ = [
     "FeatureFilter",
     "ImageAlbum",
     "overlaid",
-    "overview",
+    "select_features",
     "sheet",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, final
 
@@ -36,7 +36,7 @@ from difflex.features.explanations import (
 from difflex.features.schema import BookInfo, connect, read_info, sqlite_errors, transaction
 from difflex.records import Shot, Split
 
-__all__ = ["SORT_COLUMNS", "Book", "CoverageSummary", "FeatureFilter"]
+__all__ = ["BestConcept", "Book", "CoverageSummary", "FeatureFilter", "select_features"]
 
 FEATURE_COLUMNS = (
     "feature, firings, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
@@ -250,6 +250,46 @@ class Book:
     def _query(self, query: str, *values: object) -> list[tuple]:
         with sqlite_errors(self.path):
             return self._connection.execute(query, values).fetchall()
+
+
+class BestConcept(NamedTuple):
+    """The known concept that a feature detects best."""
+
+    concept: str
+    ap: float
+    """Average precision on held-out images."""
+
+
+def select_features(
+    book: Book,
+    conditions: Sequence[str],
+    *,
+    sort: str,
+    ascending: bool = False,
+    measure: str = "accuracy",
+    concepts: Mapping[int, BestConcept],
+) -> list[FeatureStats]:
+    """Return the features that fulfil all conditions, such as `peak>3` or `concept=star`.
+
+    `sort` is a column of `Book.features` or `concept`, the average precision of the best of the known `concepts`.
+    """
+    if sort not in (known := ("concept", "score", *SORT_COLUMNS)):
+        raise UnknownName.among("The column", sort, known)
+    is_concept = [text.replace(" ", "").startswith("concept=") for text in conditions]
+    if (sort == "concept" or any(is_concept)) and not concepts:
+        raise UnknownName(f"{book.about.dictionary} was not matched to concepts. Run difflex concepts first.")
+    filters = [FeatureFilter.parse(text) for text, named in zip(conditions, is_concept, strict=True) if not named]
+    column = "feature" if sort == "concept" else sort
+    rows = book.features(column, descending=not ascending, where=filters, measure=measure)
+    for text in (text for text, named in zip(conditions, is_concept, strict=True) if named):
+        name = text.split("=", 1)[1].strip()
+        if name not in (names := sorted({each.concept for each in concepts.values()})):
+            raise UnknownName.among("The concept", name, names)
+        rows = [row for row in rows if row.feature in concepts and concepts[row.feature].concept == name]
+    if sort != "concept":
+        return rows
+    rows = sorted((row for row in rows if row.feature in concepts), key=lambda row: concepts[row.feature].ap)
+    return rows if ascending else rows[::-1]
 
 
 def shot_from(text: str) -> Shot:

@@ -1,32 +1,55 @@
-"""`collect`: one pass over images and their activations that makes the books of several dictionaries at once."""
+"""`collect` makes the books of several dictionaries in one pass over images and activations; sources of images for it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from difflex.errors import BadInput
+from difflex.dictionaries import ITDA, Dictionary, fingerprint
+from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.features.book import Book
 from difflex.features.collector import CollectConfig, FeatureCollector
 from difflex.features.firing import image_key
 from difflex.features.images import ImageAlbum
 from difflex.features.registry import CollectBatch, CollectCheckpoint, ShotRegistry
 from difflex.features.results import AtomLocation, CollectTarget, write_book
-from difflex.records import Shot
+from difflex.files import folder_lock
+from difflex.records import Activations, Shot, Site
+from difflex.store import Store
+from difflex.study import DictionaryRef, Study
 
-__all__ = ["AtomLocation", "BatchSource", "CollectBatch", "CollectConfig", "CollectTarget", "DrawImages", "collect"]
+__all__ = [
+    "CollectBatch",
+    "CollectConfig",
+    "CollectTarget",
+    "ImageFolder",
+    "PromptedImage",
+    "collect",
+    "collect_study",
+    "noised_source",
+    "runs_source",
+    "stored_shots",
+]
 
 BatchSource = Callable[[int], Iterator[CollectBatch]]
 """Takes a number of images to skip and yields batches of all others, the same ones each time."""
 DrawImages = Callable[[Sequence[Shot]], Sequence[Image.Image]]
 """Returns the final images of the runs of some shots."""
+HarvestRuns = Callable[[Sequence[Shot], Sequence[Site]], Iterable[tuple[Sequence[Image.Image], Sequence[Activations]]]]
+"""Takes shots and sites and yields batches of final images and activations."""
+HarvestImages = Callable[[list[Image.Image], list[str], list[str], Sequence[Site], int], Iterable[Activations]]
+"""Takes images, their prompts and names, sites, and the seed of the first image's noise."""
 DRAWN_AT_ONCE = 32
 """Images of ITDA atoms drawn at once."""
+IMAGE_ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
 def collect(
@@ -124,3 +147,183 @@ def _drawn_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawI
                 registry.patches[key] = registry.store(image)
             bar.update(len(keys))
             yield
+
+
+class PromptedImage(NamedTuple):
+    """An image to be noised, and the prompt that the model gets with it."""
+
+    image: Image.Image
+    prompt: str
+    name: str
+
+
+class ImageSource(NamedTuple):
+    """Images to collect examples from, and how the model obtains activations at some sites with them."""
+
+    description: str
+    """Identifies the images and how they are made."""
+    images: int
+    batches: Callable[[Sequence[Site], int], Iterator[CollectBatch]]
+    """Takes sites and a number of images to skip."""
+    harvest: HarvestRuns
+    """Generates the images of other shots."""
+
+
+def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: HarvestRuns) -> ImageSource:
+    """Return the images that the first `limit` runs of `shots` end in; a run has a shot for each kept step."""
+    groups: dict[Shot, list[Shot]] = {}
+    # A harvest stores the shots of a batch of runs step by step, so they are not consecutive.
+    for shot in shots:
+        run = replace(shot, timestep=None)
+        if run in groups or len(groups) < limit:
+            groups.setdefault(run, []).append(shot)
+    runs = list(groups.values())
+    if not runs:
+        raise BadInput(f"There are no shots to collect from ({description}). Give a file with a prompt in each line.")
+    first = [replace(shot, prompt="") for shot in runs[0]]
+
+    def batches(sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
+        remaining = [shot for run in runs[start:] for shot in run]
+        return (CollectBatch(*batch) for batch in harvest(remaining, sites))
+
+    return ImageSource(f"{description}, {first}", len(runs), batches, harvest)
+
+
+def noised_source(
+    description: str,
+    images: int,
+    load: Callable[[int], Iterator[PromptedImage]],
+    harvest_images: HarvestImages,
+    harvest: HarvestRuns,
+    batch: int,
+) -> ImageSource:
+    """Return existing images that the model is shown with noise; `load` takes a number of images to skip."""
+
+    def batches(sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
+        prompted = load(start)
+        while group := list(islice(prompted, batch)):
+            if len(sizes := {each.image.size for each in group}) > 1:
+                raise BadInput(f"The images have several sizes: {sorted(sizes)}. Resize and crop them with --pixels.")
+            loaded, prompts, names = (list(column) for column in zip(*group, strict=True))
+            yield CollectBatch(loaded, list(harvest_images(loaded, prompts, names, sites, start)))
+            start += len(group)
+
+    return ImageSource(description, images, batches, harvest)
+
+
+class StoredShots(NamedTuple):
+    """The shots of a harvest, in its order."""
+
+    description: str
+    shots: list[Shot]
+
+
+def stored_shots(study: Study, refs: Sequence[DictionaryRef]) -> StoredShots:
+    """Return the shots of the harvest of a site of `refs`, or else of any site."""
+    stores = study.stores()
+    site = next((ref.site for ref in refs if ref.site in stores), next(iter(stores), None))
+    if site is None:
+        raise UnknownName(f"{study.folder} has no stored activations, so no shots to repeat. Use --prompts or --drawn-world.")
+    store = Store.open(stores[site])
+    count = (store.count() + store.count("held-out")) // store.tokens
+    return StoredShots(f"harvest of {site} {store.fingerprint}", [store.shot(number) for number in range(count)])
+
+
+class ImageFolder(NamedTuple):
+    """The images of a folder, sorted by name."""
+
+    paths: list[Path]
+    pixels: tuple[int, int] | None
+    """Size to resize and crop them to."""
+    read: Callable[[Path], Image.Image]
+
+    @classmethod
+    def open(cls, folder: Path, pixels: tuple[int, int] | None, read: Callable[[Path], Image.Image]) -> ImageFolder:
+        """List the images in `folder`."""
+        if not folder.is_dir():
+            raise UnknownName(f"There is no folder {folder}. Name one with images.")
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+        if not paths:
+            raise BadInput(f"{folder} has no images. Put {', '.join(IMAGE_ENDINGS)} files into it.")
+        return cls(paths, pixels, read)
+
+    def images(self, start: int, end: int) -> Iterator[PromptedImage]:
+        """Yield the images from place `start` to `end`, with the prompts in text files of the same name."""
+        for path in self.paths[start:end]:
+            text = path.with_suffix(".txt")
+            prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            image = self.read(path)
+            image = ImageOps.fit(image, (self.pixels[1], self.pixels[0])) if self.pixels else image
+            yield PromptedImage(image, prompt, path.name)
+
+
+class CollectedBook(NamedTuple):
+    """The book of a dictionary of a study."""
+
+    path: Path
+    up_to_date: bool
+    """Whether it existed already."""
+
+
+def collect_study(
+    study: Study,
+    refs: Sequence[DictionaryRef],
+    source: ImageSource,
+    config: CollectConfig,
+    *,
+    load: Callable[[DictionaryRef], Dictionary],
+    strengths: Callable[[DictionaryRef], Sequence[float]],
+    draw_patches: bool = True,
+) -> list[CollectedBook]:
+    """Make the books of dictionaries in one pass over the images of `source`; books that are up to date stay.
+
+    `strengths` returns the default steering strengths of all features of a dictionary, if known. With `draw_patches` the model
+    generates the images of ITDA atoms that are not in the source.
+    """
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    data = f"{source.description}, {source.images} images, {settings}{'' if draw_patches else ', no patches'}"
+    missing = [ref for ref in refs if not _is_current(study.book(*ref), study.dictionary(*ref), data)]
+    if missing:
+        books = study.folder / "books"
+        books.mkdir(parents=True, exist_ok=True)
+        sites = list(dict.fromkeys(ref.site for ref in missing))
+
+        def draw(shots: Sequence[Shot]) -> list[Image.Image]:
+            return [image for images, _ in source.harvest(shots, sites[:1]) for image in images]
+
+        with folder_lock(books):
+            collect(
+                [_target(study, ref, load(ref), strengths(ref)) for ref in missing],
+                lambda start: source.batches(sites, start),
+                ImageAlbum(study.images),
+                data=data,
+                checkpoint=books / "collecting.safetensors",
+                config=config,
+                draw=draw if draw_patches else None,
+                images=source.images,
+            )
+    return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]
+
+
+def _target(study: Study, ref: DictionaryRef, dictionary: Dictionary, strengths: Sequence[float]) -> CollectTarget:
+    patches = [dictionary.patch(feature) for feature in range(dictionary.size)] if isinstance(dictionary, ITDA) else []
+    return CollectTarget(
+        dictionary=dictionary,
+        name=str(ref),
+        fingerprint=fingerprint(study.dictionary(*ref)),
+        book=study.book(*ref),
+        patches={n: AtomLocation(patch.shot, patch.token) for n, patch in enumerate(patches) if patch and patch.shot},
+        strengths=strengths,
+    )
+
+
+def _is_current(book: Path, dictionary: Path, data: str) -> bool:
+    """Return whether the book exists, for the dictionary as it is now and from the same images."""
+    if not book.is_file():
+        return False
+    try:
+        with Book.open(book) as opened:
+            return opened.about.data == data and opened.about.fingerprint == fingerprint(dictionary)
+    except BrokenFile as error:
+        print(f"{error} It is collected again.")
+        return False

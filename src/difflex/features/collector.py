@@ -13,7 +13,7 @@ from torch import Tensor
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput
 from difflex.features.examples import FeatureMaps, SilentPool, TopMaps
-from difflex.features.firing import FeatureShots, FeatureTotals, FiringBatch, ImageBatch, firing_batch, random_numbers
+from difflex.features.firing import BatchImages, FeatureShots, FeatureTotals, FiringBatch, firing_batch, random_numbers
 from difflex.records import Activations
 
 __all__ = ["CollectConfig", "FeatureCollector"]
@@ -58,7 +58,7 @@ class FeatureCollector:
         self.tokens = 0
         """Number of tokens of a shot."""
 
-    def add(self, activations: Sequence[Activations], images: ImageBatch) -> list[int]:
+    def add(self, activations: Sequence[Activations], images: BatchImages) -> list[int]:
         """Add a batch, with `activations` at each timestep, and return the images that may become examples."""
         if self.totals is None:
             self._start(activations[0])
@@ -80,7 +80,7 @@ class FeatureCollector:
             raise BadInput(f"A book holds maps of at most {MAX_TOKENS} tokens; these have {self.tokens}. Use smaller images.")
         self.totals = FeatureTotals(self.dictionary.size, self.grid)
 
-    def _add_examples(self, batch: FiringBatch, images: ImageBatch) -> set[int]:
+    def _add_examples(self, batch: FiringBatch, images: BatchImages) -> set[int]:
         """Add the maps that may become examples and return their images."""
         timesteps = images.shots.shape[1]
         runs = batch.feature_shots if timesteps == 1 else _strongest_timesteps(batch.feature_shots, timesteps)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from difflex.features.entries import LEVELS
-from difflex.features.firing import FeatureShots, FiringBatch, ImageBatch, random_numbers, ranges
+from difflex.features.firing import BatchImages, FeatureShots, FiringBatch, random_numbers, ranges
 
 __all__ = ["FeatureMaps", "SilentPool", "TopMaps"]
 
@@ -83,8 +83,8 @@ class FeatureMaps(NamedTuple):
             for source, target in ((self.tokens, tokens), (self.levels, levels)):
                 torch.index_select(source, 0, places, out=target[done : done + len(places)])
             done += len(places)
-        columns = (column[chosen] for column in (self.groups, self.shots, self.peaks, self.draws))
-        return FeatureMaps(*columns, counts, self.coactive[chosen], tokens, levels)
+        groups, shots, peaks, draws = (column[chosen] for column in (self.groups, self.shots, self.peaks, self.draws))
+        return FeatureMaps(groups, shots, peaks, draws, counts, self.coactive[chosen], tokens, levels)
 
 
 def _coactive(batch: FiringBatch, runs: FeatureShots, shares: Tensor, places: Tensor, count: int) -> Int[Tensor, "run feature"]:
@@ -206,7 +206,7 @@ class SilentPool:
         self.shots = torch.full((2 * images,), -1, dtype=torch.int64)
         self.fires = torch.zeros(2 * images, size, dtype=torch.bool)
 
-    def add(self, batch: FiringBatch, images: ImageBatch) -> list[int]:
+    def add(self, batch: FiringBatch, images: BatchImages) -> list[int]:
         """Add images of a batch whose draws are low enough and return their places in the batch."""
         draws = random_numbers(images.keys, torch.full_like(images.keys, -1), self._seed)
         added, places = [], batch.feature_shots.shots // images.shots.shape[1]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from difflex.records import Codes, Shot
 
-__all__ = ["FeatureShots", "FeatureTotals", "FiringBatch", "ImageBatch", "firing_batch", "image_key", "random_numbers", "ranges"]
+__all__ = ["BatchImages", "FeatureShots", "FeatureTotals", "FiringBatch", "firing_batch", "image_key", "random_numbers", "ranges"]
 
 ENCODED_TOKENS = 8192
 """Tokens encoded at once."""
@@ -56,7 +56,7 @@ def _shifted(numbers: Tensor, by: int) -> Tensor:
     return (numbers >> by) & ((1 << (64 - by)) - 1)
 
 
-class ImageBatch(NamedTuple):
+class BatchImages(NamedTuple):
     """The images of a batch, all at the same timesteps."""
 
     shots: Int[Tensor, "image timestep"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from difflex._version import __version__
 from difflex.features.collector import FeatureCollector
-from difflex.features.firing import ImageBatch, image_key
+from difflex.features.firing import BatchImages, image_key
 from difflex.features.images import ImageAlbum, StoredImage
 from difflex.files import replacing
 from difflex.records import Activations, Shot, Split
@@ -61,7 +61,7 @@ class ShotRegistry:
         self._filter = torch.zeros(1 << FILTER_BITS, dtype=torch.bool)
         self._patch_keys = frozenset(patch_keys)
 
-    def add(self, batch: CollectBatch) -> ImageBatch:
+    def add(self, batch: CollectBatch) -> BatchImages:
         """Number the shots of a batch."""
         first = batch.activations[0]
         timesteps = sum(part.site == first.site for part in batch.activations)
@@ -71,7 +71,7 @@ class ShotRegistry:
         for shot in first.shots:
             self.shots[shot.split] += timesteps
         keys = torch.tensor([image_key(shot) for shot in first.shots])
-        return ImageBatch(
+        return BatchImages(
             shots=torch.arange(start, start + count * timesteps).view(count, timesteps),
             keys=keys,
             held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
@@ -87,7 +87,7 @@ class ShotRegistry:
             self._filter[bits] = True
         return may_repeat
 
-    def register(self, batch: CollectBatch, images: ImageBatch, used: Collection[int]) -> None:
+    def register(self, batch: CollectBatch, images: BatchImages, used: Collection[int]) -> None:
         """Store the images `used` by examples, and those of ITDA atoms, and keep their shots."""
         site = batch.activations[0].site
         timesteps = [part.shots for part in batch.activations if part.site == site]

@@ -179,8 +179,15 @@ class _ExampleColumn(NamedTuple):
     def of(cls, maps: FeatureMaps, groups: int) -> _ExampleColumn:
         starts = torch.searchsorted(maps.groups.long(), torch.arange(groups + 1))
         entries = torch.cat([torch.zeros(1, dtype=torch.int64), maps.counts.long().cumsum(0)])
-        lists = [column.tolist() for column in (starts, maps.shots, maps.peaks, maps.draws, entries)]
-        return cls(*lists, maps.tokens.numpy().tobytes(), maps.levels.numpy().tobytes())
+        return cls(
+            starts=starts.tolist(),
+            shots=maps.shots.tolist(),
+            peaks=maps.peaks.tolist(),
+            draws=maps.draws.tolist(),
+            entries=entries.tolist(),
+            tokens=maps.tokens.numpy().tobytes(),
+            levels=maps.levels.numpy().tobytes(),
+        )
 
     def group(self, group: int) -> range:
         """The places of the maps of a group."""
