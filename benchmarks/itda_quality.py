@@ -29,7 +29,7 @@ from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.pursuit import RULES
 from difflex.records import ActivationBatch, Site
 from difflex.store import Store
-from difflex.testing.planted import PlantedDictionary
+from difflex.testing import PlantedDictionary
 from difflex.training import FitConfig, default, fit
 from difflex.training.itda import GrowthData, grow
 
@@ -116,20 +116,23 @@ def pursuits(store: Store, tokens: int) -> list[str]:
         growth = GrowthConfig(k=16, size=2048, normalisation=method)
         itda = grown(store, growth, tokens).dictionary
         assert isinstance(itda, ITDA)
-        left: dict[str, float] = {}
-        for way in RULES:
+        unexplained: dict[str, float] = {}
+        for pursuit in RULES:
             other = ITDA(
                 k=16,
                 origin=itda.origin,
                 normalisation=itda.normalisation,
                 atoms=itda.atoms,
                 provenance=itda.provenance,
-                pursuit=way,
+                pursuit=pursuit,
             )
             z = itda.normalisation.apply(x)
             energy = z.square().sum(1)
-            left[way] = float((other.unexplained(x) * energy).sum() / energy.sum())
-            print(f"{method}, {itda.size} atoms, k 16: {way} leaves {left[way]:.4f} of z, FVU {fvu(other, x):.4f} in model space")
+            unexplained[pursuit] = float((other.unexplained(x) * energy).sum() / energy.sum())
+            print(
+                f"{method}, {itda.size} atoms, k 16: {pursuit} leaves {unexplained[pursuit]:.4f} of z, "
+                f"FVU {fvu(other, x):.4f} in model space"
+            )
         few = itda.normalisation.apply(x[:512]).double()
         plain = (few - plain_gradient(few, itda.atoms.double(), 16)).square().sum() / few.square().sum()
         with_ours = ITDA(
@@ -144,8 +147,12 @@ def pursuits(store: Store, tokens: int) -> list[str]:
         ours = float((with_ours.unexplained(x[:512]) * energy).sum() / energy.sum())
         print(f"{method}: gradient pursuit leaves {ours:.5f}, its plain formula {float(plain):.5f}")
         missed += [] if abs(ours / float(plain) - 1) < 0.01 else [f"gradient pursuit {ours:.4f} against {float(plain):.4f}"]
-        best = min(left["matching"], left["gradient"])
-        missed += [] if left["orthogonal"] <= best else [f"orthogonal {left['orthogonal']:.4f} over {best:.4f} ({method})"]
+        best = min(unexplained["matching"], unexplained["gradient"])
+        missed += (
+            []
+            if unexplained["orthogonal"] <= best
+            else [f"orthogonal {unexplained['orthogonal']:.4f} over {best:.4f} ({method})"]
+        )
     return missed
 
 

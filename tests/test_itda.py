@@ -197,7 +197,7 @@ def test_the_residual_can_be_added_instead_of_the_point():
     assert likeness[0] < likeness[1]
 
 
-def test_pruning_leaves_no_atoms_that_are_alike_and_keeps_their_patches(tmp_path: Path):
+def test_remove_similar_leaves_no_similar_atoms_and_keeps_their_patches(tmp_path: Path):
     itda = grown(tmp_path)
     pruned = remove_similar(itda, 0.6)
     cosines = pruned.atoms @ pruned.atoms.T - torch.eye(pruned.size)
@@ -208,18 +208,18 @@ def test_pruning_leaves_no_atoms_that_are_alike_and_keeps_their_patches(tmp_path
         assert itda.patch(same) == pruned.patch(feature)
 
 
-def test_centres_of_clusters_are_nearer_to_the_atoms_than_as_many_atoms_are(tmp_path: Path):
+def test_cluster_centres_are_nearer_to_the_atoms_than_as_many_atoms(tmp_path: Path):
     itda = grown(tmp_path)
-    made = cluster_atoms(itda, 20)
-    assert made.size == 20
-    torch.testing.assert_close(made.atoms.norm(dim=1), torch.ones(20))
-    assert (itda.atoms @ made.atoms.T).amax(1).mean() > (itda.atoms @ itda.atoms[:20].T).amax(1).mean()
-    assert torch.equal(cluster_atoms(itda, 20).atoms, made.atoms)
-    nearest = (itda.atoms @ made.atoms[3]).argmax()
-    assert made.patch(3) == itda.patch(int(nearest))
-    for wrong in (lambda: cluster_atoms(itda, 10**6), lambda: remove_similar(itda, 1.5)):
+    clustered = cluster_atoms(itda, 20)
+    assert clustered.size == 20
+    torch.testing.assert_close(clustered.atoms.norm(dim=1), torch.ones(20))
+    assert (itda.atoms @ clustered.atoms.T).amax(1).mean() > (itda.atoms @ itda.atoms[:20].T).amax(1).mean()
+    assert torch.equal(cluster_atoms(itda, 20).atoms, clustered.atoms)
+    nearest = (itda.atoms @ clustered.atoms[3]).argmax()
+    assert clustered.patch(3) == itda.patch(int(nearest))
+    for call in (lambda: cluster_atoms(itda, 10**6), lambda: remove_similar(itda, 1.5)):
         with pytest.raises(BadInput):
-            wrong()
+            call()
 
 
 def test_a_sweep_in_one_pass_gives_what_single_runs_give(tmp_path: Path):
@@ -247,7 +247,7 @@ def test_the_threshold_is_found_that_fills_the_wanted_size(tmp_path: Path):
     assert not list((tmp_path / "training").glob("atoms-*"))
 
 
-def test_a_dictionary_grown_to_a_size_is_called_by_it_though_atoms_may_lack(tmp_path: Path):
+def test_a_label_contains_the_requested_size_even_if_there_are_fewer_atoms(tmp_path: Path):
     made = {size: grown(tmp_path / str(size), threshold=None, size=size) for size in (60, 91, 150)}
     assert any(itda.size < size for size, itda in made.items())
     assert all(itda.label == f"itda-{size}-k4-out0" for size, itda in made.items())
@@ -255,28 +255,28 @@ def test_a_dictionary_grown_to_a_size_is_called_by_it_though_atoms_may_lack(tmp_
     assert found.size < 4000 and found.label == f"itda-{found.size}-k4-over0.25-out0"
 
 
-def test_a_saved_dictionary_comes_back_with_the_same_codes_and_patches(tmp_path: Path):
+def test_saving_and_loading_keeps_codes_and_patches(tmp_path: Path):
     itda = grown(tmp_path)
-    back = Dictionary.load(tmp_path)
-    assert isinstance(back, ITDA)
+    loaded = Dictionary.load(tmp_path)
+    assert isinstance(loaded, ITDA)
     x = cloud(30, seed=500)
-    for mine, theirs in zip(itda.encode(x), back.encode(x), strict=True):
-        assert torch.equal(mine, theirs)
-    assert back.patch(5) == itda.patch(5)
-    assert back.name == f"double.18/itda-{itda.size}-k4-over0.25-out0"
-    assert back.origin.training["curve"] == itda.origin.training["curve"]
+    for before, after in zip(itda.encode(x), loaded.encode(x), strict=True):
+        assert torch.equal(before, after)
+    assert loaded.patch(5) == itda.patch(5)
+    assert loaded.name == f"double.18/itda-{itda.size}-k4-over0.25-out0"
+    assert loaded.origin.training["curve"] == itda.origin.training["curve"]
 
 
-def test_codes_come_strongest_first_and_decode_to_what_is_explained(tmp_path: Path):
+def test_codes_come_strongest_first_and_decode_to_the_explained_part(tmp_path: Path):
     itda = grown(tmp_path)
     x = cloud(50, seed=500)
     codes = itda.encode(x)
     assert (codes.values.abs().diff(dim=1) <= 0).all()
-    z, back = (itda.normalisation.apply(values) for values in (x, itda.decode(codes)))
-    torch.testing.assert_close((z - back).square().sum(1) / z.square().sum(1), itda.unexplained(x), atol=1e-4, rtol=1e-3)
+    z, decoded = (itda.normalisation.apply(values) for values in (x, itda.decode(codes)))
+    torch.testing.assert_close((z - decoded).square().sum(1) / z.square().sum(1), itda.unexplained(x), atol=1e-4, rtol=1e-3)
 
 
-def test_an_activation_that_is_an_atom_is_given_back(tmp_path: Path):
+def test_an_activation_that_is_an_atom_is_reconstructed_exactly(tmp_path: Path):
     itda = grown(tmp_path)
     x = all_rows()[itda.provenance.shots * 8 + itda.provenance.tokens]
     torch.testing.assert_close(itda.decode(itda.encode(x)), x, atol=1e-4, rtol=0)
@@ -406,7 +406,7 @@ def test_data_without_a_direction_grows_no_dictionary(tmp_path: Path):
         grow({tmp_path: growth(normalisation="none")}, nothing, origin=ORIGIN)
 
 
-def test_atoms_that_make_no_dictionary_are_refused(tmp_path: Path):
+def test_invalid_atoms_are_refused(tmp_path: Path):
     good = grown(tmp_path)
     parts = {name: getattr(good, name) for name in ("k", "origin", "normalisation", "atoms", "provenance")}
     changes = (
@@ -423,7 +423,7 @@ def test_atoms_that_make_no_dictionary_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", ["atoms", "provenance.shots", "provenance.known", "provenance.tokens"])
-def test_a_folder_that_lacks_a_part_or_has_a_shorter_one_is_broken(tmp_path: Path, missing: str):
+def test_a_file_with_a_missing_or_shorter_tensor_is_refused(tmp_path: Path, missing: str):
     file = grown(tmp_path).save(tmp_path) / "dictionary.safetensors"
     tensors = load_file(file)
     for change in ({}, {missing: tensors[missing][:-3]}):
@@ -462,7 +462,7 @@ def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
         ITDA.from_state(replace(state, settings={**state.settings, "pursuit": "ortogonal"}))
 
 
-def test_the_papers_settings_are_a_preset():
+def test_paper_config_has_the_settings_of_the_paper():
     assert (paper_config().pursuit, paper_config().k, paper_config().normalisation) == ("gradient", 64, "standardise")
 
 
