@@ -11,8 +11,8 @@ import torch
 
 import difflex
 from difflex.miniature.drawing import draw
-from difflex.miniature.examination import Examination, as_markdown, ceiling, examine, shortfalls
 from difflex.miniature.judge import load_judge
+from difflex.miniature.scoring import Examination, as_markdown, examine, examine_drawings, shortfalls
 
 SCENES_PER_SECOND = 300
 SECONDS_FOR_64 = 20
@@ -82,7 +82,7 @@ def _examined(captions: int, steps: int) -> Examination:
             / 255
         )
 
-    rows = examine(generate, judge, captions) | {"judge": ceiling(judge, captions)}
+    rows = examine(generate, judge, captions) | {"judge": examine_drawings(judge, captions)}
     print(f"{captions} captions at {steps} steps:\n{as_markdown(rows)}")
     return rows
 

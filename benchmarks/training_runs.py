@@ -16,7 +16,7 @@ import torch
 import difflex
 from difflex.cli import main as command
 from difflex.dictionaries import DictionaryOrigin
-from difflex.miniature.captions import endless
+from difflex.miniature.captions import endless_captions
 from difflex.records import Site
 from difflex.store import LiveActivations, Store
 from difflex.training import FitConfig, TrainingConfig, default, fit
@@ -45,7 +45,7 @@ def sweep() -> float:
     harvest = partial(pipe.harvest, progress=False)
 
     def batches(start: int):
-        shots = pipe.shots(endless(10**6))
+        shots = pipe.shots(endless_captions(10**6))
         return LiveActivations(shots, SITE, lambda *asked: harvest(*asked), window=16_384, batch=16).batches(BATCH, start=start)
 
     times = {count: [] for count in (1, 6)}

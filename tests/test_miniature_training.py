@@ -19,23 +19,22 @@ from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.autoencoder import decoder_losses, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
-from difflex.miniature.examination import FLOORS, examine, shortfalls
-from difflex.miniature.exporting import export, images
+from difflex.miniature.exporting import export, generate_images
 from difflex.miniature.flow import (
     CaptionTokens,
     FlowModel,
     FlowRecipe,
-    batch_of,
-    losses,
+    GuidanceTeacher,
+    flow_losses,
+    make_batch,
     noise_levels,
-    one_update,
     rate_factor,
+    train_update,
     training_batch,
 )
-from difflex.miniature.guidance import GuidanceTeacher
-from difflex.miniature.heldout import HeldOutLoss
 from difflex.miniature.judge import Judge
-from difflex.miniature.training import FlowState, TrainingFolder, image_components, pack, train_flow, write_tensors
+from difflex.miniature.scoring import THRESHOLDS, examine, shortfalls
+from difflex.miniature.training import FlowState, HeldOutLoss, TrainingFolder, fit_components, pack, train_flow, write_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -45,7 +44,7 @@ SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
-    return image_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
+    return fit_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -92,12 +91,12 @@ def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
     scenes = draw(torch.arange(2))
     latents = components.encode(scenes.images * 2 - 1)
     packed = FluxPipeline._pack_latents(latents, 2, 16, 16, 16)
-    assert torch.equal(batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions).latents, packed)
+    assert torch.equal(make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions).latents, packed)
 
 
 def test_concept_targets_are_token_shares(pipeline, components):
     scenes = draw(torch.arange(5))
-    batch = batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions)
+    batch = make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions)
     assert torch.allclose(batch.concepts[:, :, 0], scenes.on_tokens("circle", 8).flatten(1))
     objects = torch.stack([(scenes.slots >= 0).float().mean((1, 2))] * 3, dim=1)
     groups = torch.stack([part.sum(2).mean(1) for part in batch.concepts.split([8, 10, 5], dim=2)], dim=1)
@@ -107,8 +106,8 @@ def test_concept_targets_are_token_shares(pipeline, components):
 def test_the_flow_is_learned(pipeline, components):
     recipe, scenes = FlowRecipe(), draw(torch.arange(8))
     state = FlowState(FlowModel(pipeline), recipe)
-    batch = batch_of(scenes, components, CaptionTokens(pipeline), scenes.captions)
-    history = [one_update(state.model, state.average, state.optimisers, batch, recipe, 300).flow for _ in range(30)]
+    batch = make_batch(scenes, components, CaptionTokens(pipeline), scenes.captions)
+    history = [train_update(state.model, state.average, state.optimisers, batch, recipe, 300).flow for _ in range(30)]
     assert torch.stack(history[-5:]).mean() < 0.9 * torch.stack(history[:2]).mean()
 
 
@@ -131,7 +130,7 @@ def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline)
 def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
     model, texts = FlowModel(pipeline), CaptionTokens(pipeline)
     guide = GuidanceTeacher(model, list(model.parameters()), texts)
-    batch = batch_of(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
+    batch = make_batch(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
     noisy, level = torch.randn(batch.latents.shape), torch.full((2,), 0.9)
     push = guide(noisy, level, batch.clip, batch.t5)
     empty = (ids.expand(2, -1) for ids in texts([""]))
@@ -142,9 +141,9 @@ def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
 
 
 def test_guided_targets_lie_further_along_the_push(pipeline, components):
-    batch = batch_of(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
+    batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
     model, recipe = FlowModel(pipeline), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
-    loss = lambda guide: losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
+    loss = lambda guide: flow_losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
     with torch.no_grad():
         plain, none, pushed = loss(None), loss(lambda x, *_: torch.zeros_like(x)), loss(lambda x, *_: torch.full_like(x, 10.0))
     assert torch.equal(plain, none)
@@ -164,12 +163,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from difflex.miniature import training
-from difflex.miniature.architecture import Architecture, untrained_pipeline
+from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.flow import FlowRecipe
 training.CHECKPOINT_SECONDS = 0.0
-tiny = Architecture(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
+tiny = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 recipe = FlowRecipe(updates=12, batch=4, guided_from=0.25)
-training.train_flow(training.Workshop(folder=Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
+training.train_flow(training.TrainingFolder(folder=Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
 """
 
 
@@ -212,8 +211,8 @@ def test_what_changes_on_the_way_is_logged(tmp_path, pipeline):
 def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
     run, packed = TrainingFolder(folder=tmp_path), TrainingFolder(folder=tmp_path / "packed")
     state = FlowState(FlowModel(pipeline), SHORT)
-    batch = batch_of(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
-    one_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
+    batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
+    train_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
     state.update = 1
     state.save(run.flow)
     pack(run, packed)
@@ -223,15 +222,15 @@ def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
     assert again.update == 1
     for x, y in zip(state.model.parameters(), again.model.parameters(), strict=True):
         assert torch.allclose(x, y, rtol=1e-2, atol=1e-3)
-    one_update(again.model, again.average, again.optimisers, batch, SHORT, 1)
+    train_update(again.model, again.average, again.optimisers, batch, SHORT, 1)
 
 
 def test_a_run_keeps_the_components_it_began_with(tmp_path):
     run = TrainingFolder(folder=tmp_path)
-    first = image_components(run)
+    first = fit_components(run)
     changed = first._replace(weights=-first.weights)
     write_tensors(run.components, changed._asdict(), {})
-    assert torch.equal(image_components(run).weights, changed.weights)
+    assert torch.equal(fit_components(run).weights, changed.weights)
 
 
 def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
@@ -242,7 +241,7 @@ def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
     exported = export(workshop, tmp_path / "model", TINY)
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    one, two = (images(p, ["a red star on grass"], steps=2) for p in (exported, again))
+    one, two = (generate_images(p, ["a red star on grass"], steps=2) for p in (exported, again))
     assert torch.equal(one, two)
     assert one.shape == (1, 3, 64, 64)
 
@@ -252,7 +251,7 @@ def test_the_examination_passes_true_drawings_and_fails_noise():
     judge = Judge().eval()
     rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), judge, captions=12)
     assert set(rows) == {"one object", "two different", "copies", "all", "unseen combinations"}
-    assert len(shortfalls(rows)) >= len(FLOORS) // 2
+    assert len(shortfalls(rows)) >= len(THRESHOLDS) // 2
 
 
 def test_the_command_says_nothing_of_packages_it_does_without():

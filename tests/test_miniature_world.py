@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difflex.errors import UnknownName
-from difflex.miniature.captions import WORDS, read, write
+from difflex.miniature.captions import WORDS, parse_caption, write_captions
 from difflex.miniature.drawing import draw
 from difflex.miniature.world import (
     BACKGROUNDS,
@@ -109,7 +109,7 @@ def test_the_vocabulary_holds_every_concept():
 
 
 def test_captions_hold_known_words_only_and_fit_the_text_length():
-    captions = write(scenes(torch.arange(5000)))
+    captions = write_captions(scenes(torch.arange(5000)))
     assert {word for caption in captions for word in caption.split()} <= set(WORDS)
     assert max(len(caption.split()) for caption in captions) + 1 <= 26
     assert len(set(captions)) > 4500
@@ -117,8 +117,8 @@ def test_captions_hold_known_words_only_and_fit_the_text_length():
 
 def test_what_a_caption_says_is_true():
     specs = scenes(torch.arange(3000))
-    for i, caption in enumerate(write(specs)):
-        request = read(caption)
+    for i, caption in enumerate(write_captions(specs)):
+        request = parse_caption(caption)
         assert sum(thing.count for thing in request.objects) == int(specs.count[i]), caption
         assert request.background in (None, BACKGROUNDS[specs.background[i]])
         assert request.style in (None, STYLES[specs.style[i]])
@@ -138,8 +138,8 @@ def _is_there(specs, scene, thing) -> bool:
 def test_relations_are_true():
     specs = scenes(torch.arange(3000), SceneMix(0, 1, 0))
     related = 0
-    for i, caption in enumerate(write(specs)):
-        request = read(caption)
+    for i, caption in enumerate(write_captions(specs)):
+        request = parse_caption(caption)
         if request.relation:
             related += 1
             slots = [SHAPES.index(thing.shape) for thing in request.objects]
@@ -152,7 +152,7 @@ def test_relations_are_true():
 
 @pytest.mark.parametrize("word", ["two red stars above a blue circle on grass", "A BIG ring!", ""])
 def test_what_people_type_is_read(word):
-    request = read(word)
+    request = parse_caption(word)
     assert len(request.objects) == (2 if "stars" in word else 1 if word else 0)
     assert request.unknown == (("big",) if "BIG" in word else ())
 

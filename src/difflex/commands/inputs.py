@@ -44,12 +44,12 @@ class PromptSource(NamedTuple):
 def read_prompts(name: str, shuffle: int | None, column: str | None = None, revision: str | None = None) -> PromptSource:
     """Read the prompts of the file, folder or data set `name`, shuffled by a seed if one is given; or `captions`, without end."""
     from difflex import pipeline
-    from difflex.miniature.captions import endless
+    from difflex.miniature.captions import endless_captions
 
     if name == CAPTIONS and not Path(name).exists():
         if shuffle is not None:
             raise BadInput("--shuffle needs a file of prompts: the captions of the drawn world are random already. Leave it out.")
-        return PromptSource(endless(), CAPTIONS, True)
+        return PromptSource(endless_captions(), CAPTIONS, True)
     texts: Iterable[str] = pipeline.read_prompts(name, column, revision)
     content = f"sha256:{file_sha256(Path(name))}" if Path(name).is_file() else name
     if shuffle is not None:

@@ -1,7 +1,7 @@
-"""The drawn world: scenes whose every concept is known, a judge of images of it, and the model that was trained in it."""
+"""The drawn world: scenes whose concepts are known at every pixel, a judge of images of it, and the model trained on it."""
 
 from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.judge import Judge, load_judge
-from difflex.miniature.scoring import score
+from difflex.miniature.scoring import correct_attributes, score
 
-__all__ = ["Judge", "Scenes", "draw", "load_judge", "score"]
+__all__ = ["Judge", "Scenes", "correct_attributes", "draw", "load_judge", "score"]

@@ -1,4 +1,4 @@
-"""The parts of a miniature FLUX, untrained: real diffusers and transformers classes in small sizes."""
+"""The untrained parts of a miniature FLUX: classes of diffusers and transformers in small sizes."""
 
 import string
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from difflex.miniature.captions import WORDS
 LATENT_CHANNELS = 16
 CLIP_LENGTH = 32
 SHIFT = 3.0
-"""How the scheduler spreads its steps: towards noise, where it is settled what goes where: four begin at 1, 0.9, 0.75, 0.5."""
+"""Moves the steps of the scheduler towards noise, where the layout is decided: four steps begin at 1, 0.9, 0.75, 0.5."""
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -25,14 +25,14 @@ class MiniatureConfig:
     heads: int = 3
     head_width: int = 64
     rotary_axes: tuple[int, int, int] = (16, 24, 24)
-    """Shares of a head's width that turn with the text position, the row and the column."""
+    """The parts of a head's width that are rotated by the text position, the row and the column."""
     text_width: int = 128
     text_length: int = 26
-    """Tokens of the T5 stream; longer captions are cut."""
+    """In T5 tokens; longer captions are cut."""
 
 
 def untrained_pipeline(architecture: MiniatureConfig, seed: int) -> FluxPipeline:
-    """A whole pipeline with random weights; the autoencoder's encoder is fitted later in closed form."""
+    """Make a pipeline with random weights; the encoder of its autoencoder is fitted later in closed form."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FluxPipeline(
@@ -62,7 +62,7 @@ def _transformer(sizes: MiniatureConfig) -> FluxTransformer2DModel:
 
 
 def _autoencoder() -> AutoencoderKL:
-    # Six channels in each of eight norm groups: what the closed-form encoder needs (see autoencoder.py).
+    # The closed-form encoder needs six channels in each of eight norm groups (see autoencoder.py).
     sizes = {
         "down_block_types": ["DownEncoderBlock2D"] * 3,
         "up_block_types": ["UpDecoderBlock2D"] * 3,
@@ -72,7 +72,7 @@ def _autoencoder() -> AutoencoderKL:
         "norm_num_groups": 8,
         "sample_size": 64,
         "scaling_factor": 1.0,
-        "shift_factor": 0.0,  # FluxPipeline cannot do with None
+        "shift_factor": 0.0,  # FluxPipeline does not accept None
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "mid_block_add_attention": False,
@@ -118,7 +118,7 @@ def _t5(sizes: MiniatureConfig) -> T5EncoderModel:
 
 def _clip_tokenizer() -> CLIPTokenizer:
     vocabulary = {token: i for i, token in enumerate(_clip_vocabulary())}
-    return CLIPTokenizer(vocab=vocabulary, merges=_clip_merges(), model_max_length=CLIP_LENGTH)  # pyright: ignore[reportArgumentType] (pairs are what it takes)
+    return CLIPTokenizer(vocab=vocabulary, merges=_clip_merges(), model_max_length=CLIP_LENGTH)  # pyright: ignore[reportArgumentType] (it takes pairs)
 
 
 def _clip_vocabulary() -> list[str]:
@@ -127,9 +127,9 @@ def _clip_vocabulary() -> list[str]:
 
 
 def _clip_merges() -> list[tuple[str, str]]:
-    """Byte pairs written down instead of learned: each word is joined letter by letter from its end, so it is one token.
+    """Return byte pairs that join each known word letter by letter from its end to one token; other words are spelled.
 
-    Pairs that grow from the end of a word cannot disturb one another, and anything else is spelled.
+    Pairs that grow from the end of a word cannot interfere with one another.
     """
     return sorted({(word[i], word[i + 1 :] + "</w>") for word in WORDS for i in range(len(word) - 1)})
 
@@ -139,7 +139,7 @@ def _t5_tokenizer(length: int) -> T5Tokenizer:
 
 
 def _t5_pieces() -> list[tuple[str, float]]:
-    """Pieces with log-probabilities: every known word whole, everything else by letter."""
+    """Return pieces with log-probabilities: known words as a whole, letters for all others."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     spelled = [("▁", -8.0), *((letter, -10.0) for letter in string.ascii_lowercase)]
     return special + [("▁" + word, -2.0) for word in WORDS] + spelled

@@ -1,6 +1,6 @@
-"""The autoencoder: an encoder in closed form (principal components of 4 x 4 patches), a decoder trained against it.
+"""The autoencoder: an encoder in closed form (principal components of 4 x 4 patches) and a decoder trained on its latents.
 
-Training both together on a small budget loses the colours; the components keep them exactly and cost nothing.
+Training both together on a small budget loses the colours; the components keep them exactly and need no training.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from difflex.miniature.architecture import LATENT_CHANNELS
 
 PATCH = 4
 GROUP = 6
-"""Channels of a norm group."""
+"""Channels per norm group."""
 ANCHOR = 300.0
-"""Value of the constant channels that hold the group norm still; large against components of size 1."""
+"""The value of constant channels that keep the group norm constant; large compared with components of size 1."""
 
 
 class PatchComponents(NamedTuple):
-    """Half-whitened principal components of 4 x 4 patches: what the encoder computes, as one small matrix product."""
+    """Half-whitened principal components of 4 x 4 patches: the encoder as one small matrix product."""
 
     mean: Float[Tensor, " patch"]
     weights: Float[Tensor, "latent patch"]
 
     @classmethod
     def of(cls, images: Float[Tensor, "image 3 height width"]) -> "PatchComponents":
-        """Those of images in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
+        """Fit the components of images in [-1, 1]: each divided by the fourth root of its variance, mean variance 1."""
         patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2).reshape(-1, 3 * PATCH**2).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
@@ -39,7 +39,7 @@ class PatchComponents(NamedTuple):
         return cls(mean.float(), (vectors * scale).T.float().contiguous())
 
     def encode(self, images: Float[Tensor, "image 3 height width"]) -> Float[Tensor, "image latent row column"]:
-        """The latents, a hundred times faster than through the encoder's convolutions."""
+        """Return the latents, a hundred times faster than the convolutions of the encoder."""
         patches = F.unfold(images, PATCH, stride=PATCH).movedim(1, 2)
         latents = (patches - self.mean) @ self.weights.T
         return latents.movedim(1, 2).unflatten(2, [side // PATCH for side in images.shape[2:]])
@@ -47,31 +47,31 @@ class PatchComponents(NamedTuple):
 
 @torch.no_grad()
 def write_encoder(vae: AutoencoderKL, components: PatchComponents) -> None:
-    """Makes the autoencoder's encoder compute the components.
+    """Set the weights of the encoder so that it computes the components.
 
-    Components come as pairs y, -y: silu(y) - silu(-y) = y, and their mean is 0. Two constant channels +-ANCHOR in each norm
-    group make its variance constant, so that the norm is a division by a known number, which the last convolution undoes.
+    Components are pairs y, -y: silu(y) - silu(-y) = y, and their mean is 0. Two constant channels +-ANCHOR in each norm group
+    make its variance constant, so that the norm divides by a known number, by which the last convolution multiplies.
     """
-    inside = {name: parameter for name, parameter in vae.named_parameters() if name.startswith("encoder.")}
-    for parameter in inside.values():
+    weights = {name: parameter for name, parameter in vae.named_parameters() if name.startswith("encoder.")}
+    for parameter in weights.values():
         parameter.zero_()
     for colour in range(3):
-        inside["encoder.conv_in.weight"][colour, colour, 1, 1] = 1.0
-    _gather(inside["encoder.down_blocks.0.downsamplers.0.conv.weight"])
+        weights["encoder.conv_in.weight"][colour, colour, 1, 1] = 1.0
+    _gather(weights["encoder.down_blocks.0.downsamplers.0.conv.weight"])
     for channel in range(12):
-        inside["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"][channel, channel, 0, 0] = 1.0
+        weights["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"][channel, channel, 0, 0] = 1.0
     project = "encoder.down_blocks.1.downsamplers.0.conv"
-    _project(inside[f"{project}.weight"], inside[f"{project}.bias"], components)
-    inside["encoder.conv_norm_out.weight"].fill_(1.0)
-    undo = ANCHOR * (2 / GROUP) ** 0.5
+    _project(weights[f"{project}.weight"], weights[f"{project}.bias"], components)
+    weights["encoder.conv_norm_out.weight"].fill_(1.0)
+    scale = ANCHOR * (2 / GROUP) ** 0.5
     for i in range(LATENT_CHANNELS):
-        inside["encoder.conv_out.weight"][i, _channel(i), 1, 1] = undo
-        inside["encoder.conv_out.weight"][i, _channel(i) + 1, 1, 1] = -undo
-    inside["encoder.conv_out.bias"][LATENT_CHANNELS:] = -30.0  # log variance: the encoder is deterministic
+        weights["encoder.conv_out.weight"][i, _channel(i), 1, 1] = scale
+        weights["encoder.conv_out.weight"][i, _channel(i) + 1, 1, 1] = -scale
+    weights["encoder.conv_out.bias"][LATENT_CHANNELS:] = -30.0  # log variance: the encoder is deterministic
 
 
 def _channel(component: int) -> int:
-    """The channel of a component; its negative is the next. A norm group holds two components and two anchors."""
+    """Return the channel of a component; the next one is its negative. A norm group has two components and two anchors."""
     return component // 2 * GROUP + component % 2 * 2
 
 
@@ -87,7 +87,7 @@ def _gather(weight: Tensor) -> None:
 
 
 def _project(weight: Tensor, bias: Tensor, components: PatchComponents) -> None:
-    """From the 12 gathered channels of 2 x 2 blocks to the components of 4 x 4 patches, and the anchors."""
+    """Map the 12 channels of 2 x 2 blocks to the components of 4 x 4 patches, and set the anchors."""
     # colour, block row, row in block, block column, column in block
     patch = components.weights.view(LATENT_CHANNELS, 3, 2, 2, 2, 2)
     kernel = patch.permute(0, 1, 3, 5, 2, 4).reshape(LATENT_CHANNELS, 12, 2, 2)
@@ -107,7 +107,7 @@ def decoder_losses(
     updates: int,
     noise: float = 0.1,
 ) -> Iterator[float]:
-    """Trains the decoder on latents disturbed by up to `noise`, one update a step; yields the mean squared error."""
+    """Train the decoder on latents with noise of up to `noise`; yield the mean squared error of each update."""
     optimiser = torch.optim.AdamW(vae.decoder.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=updates, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Captions: a scene put into words, and words read back into what they ask for."""
+"""Captions: scenes described in words, and words parsed into requests."""
 
 import re
 from collections.abc import Iterator
@@ -22,18 +22,20 @@ from difflex.miniature.world import (
     uniform,
 )
 
-GLUE = ("a", "and", "at", "on", "the", "in", "of", "with", "picture", "style", "above", "below", "to", "drawing", "an")
+FUNCTION_WORDS = ("a", "and", "at", "on", "the", "in", "of", "with", "picture", "style", "above", "below", "to", "drawing", "an")
 PLURALS = tuple(shape + ("es" if shape == "cross" else "s") for shape in SHAPES)
-WORDS = tuple(sorted({*SHAPES, *PLURALS, *COLOURS, *TEXTURES, *SIZES, *ROWS, *COLUMNS, *BACKGROUNDS, *STYLES, *COUNTS, *GLUE}))
-"""Every word that a caption can hold."""
+WORDS = tuple(
+    sorted({*SHAPES, *PLURALS, *COLOURS, *TEXTURES, *SIZES, *ROWS, *COLUMNS, *BACKGROUNDS, *STYLES, *COUNTS, *FUNCTION_WORDS})
+)
+"""All words of captions."""
 CHUNK = 256
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Relation -> the step, in columns and rows, from the second object to the first."""
+"""Relation -> the direction, in columns and rows, from the second object to the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectRequest:
-    """One kind of object that a caption asks for; None where the caption says nothing."""
+    """One kind of object in a caption; None for attributes that it does not state."""
 
     shape: str
     count: int = 1
@@ -46,19 +48,19 @@ class ObjectRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRequest:
-    """What a caption asks for."""
+    """The content of a caption."""
 
     objects: tuple[ObjectRequest, ...] = ()
     background: str | None = None
     style: str | None = None
     relation: str | None = None
-    """How the first object stands to the second."""
+    """Of the first object to the second."""
     unknown: tuple[str, ...] = ()
-    """Words that no caption of the drawn world holds."""
+    """Words that are in no caption of the drawn world."""
 
 
-def write(specs: SceneSpecs) -> list[str]:
-    """One caption a scene."""
+def write_captions(specs: SceneSpecs) -> list[str]:
+    """Write one caption per scene."""
     u = uniform(specs.seed, 40, stream=2).tolist()
     rows = [part.tolist() for part in (specs.count, specs.background, specs.style)]
     objects = [part.tolist() for part in (specs.shape, specs.colour, specs.texture, specs.size, specs.row, specs.column)]
@@ -68,30 +70,30 @@ def write(specs: SceneSpecs) -> list[str]:
     ]
 
 
-def endless(start: int = 0) -> Iterator[str]:
-    """The captions of all scenes from the one of seed `start` on."""
+def endless_captions(start: int = 0) -> Iterator[str]:
+    """Yield the captions of all scenes from the one of seed `start` on."""
     for first in count(start, CHUNK):
-        yield from write(scenes(torch.arange(first, first + CHUNK)))
+        yield from write_captions(scenes(torch.arange(first, first + CHUNK)))
 
 
 def _caption(count: int, ground: int, style: int, objects: list[tuple[int, ...]], u: list[float]) -> str:
     copies = count > 1 and objects[0][:4] == objects[1][:4]
     if copies:
-        what = _things(objects[0], u[:8], COUNTS[count - 1]) + _shared_place(objects, u[8])
+        text = _noun_phrase(objects[0], u[:8], COUNTS[count - 1]) + _shared_position(objects, u[8])
     elif count == 2:
-        what = _pair(objects, u)
+        text = _pair(objects, u)
     else:
-        what = _things(objects[0], u[:8], "a") + (_place(objects[0], u[8]) if u[9] < 0.75 else "")
+        text = _noun_phrase(objects[0], u[:8], "a") + (_position(objects[0], u[8]) if u[9] < 0.75 else "")
     if u[20] < 0.9:
-        what = f"on {BACKGROUNDS[ground]} {what}" if u[21] < 0.12 else f"{what} on {BACKGROUNDS[ground]}"
+        text = f"on {BACKGROUNDS[ground]} {text}" if u[21] < 0.12 else f"{text} on {BACKGROUNDS[ground]}"
     if u[22] < (0.4 if style == 0 else 0.92):
-        what = _styled(what, STYLES[style], u[23])
-    return what
+        text = _add_style(text, STYLES[style], u[23])
+    return text
 
 
-def _things(thing: tuple[int, ...], u: list[float], article: str) -> str:
-    """Article, adjectives, noun: `a small striped red star`, `two red stars`."""
-    shape, colour, texture, size = thing[:4]
+def _noun_phrase(item: tuple[int, ...], u: list[float], article: str) -> str:
+    """Write article, adjectives and noun: `a small striped red star`, `two red stars`."""
+    shape, colour, texture, size = item[:4]
     words = [SIZES[size]] if u[0] < 0.45 else []
     surface = [TEXTURES[texture]] if u[1] < (0.35 if texture == 0 else 0.8) else []
     tint = [COLOURS[colour]] if u[2] < 0.92 else []
@@ -101,8 +103,8 @@ def _things(thing: tuple[int, ...], u: list[float], article: str) -> str:
     return " ".join([article, *words, noun])
 
 
-def _place(thing: tuple[int, ...], u: float) -> str:
-    row, column = ROWS[thing[4]], COLUMNS[thing[5]]
+def _position(item: tuple[int, ...], u: float) -> str:
+    row, column = ROWS[item[4]], COLUMNS[item[5]]
     if (row, column) == ("middle", "center"):
         return " in the center"
     if u < 0.7:
@@ -110,17 +112,17 @@ def _place(thing: tuple[int, ...], u: float) -> str:
     return f" at the {row}" if u < 0.85 and row != "middle" else f" at the {column}"
 
 
-def _shared_place(things: list[tuple[int, ...]], u: float) -> str:
-    """The row or column that all copies have in common, if any, most of the time."""
-    rows, columns = {t[4] for t in things}, {t[5] for t in things}
+def _shared_position(items: list[tuple[int, ...]], u: float) -> str:
+    """Write the row or column that all copies have in common, if any, most of the time."""
+    rows, columns = {item[4] for item in items}, {item[5] for item in items}
     if len(rows) == 1 and u < 0.7:
         return f" at the {ROWS[rows.pop()]}"
     return f" at the {COLUMNS[columns.pop()]}" if len(columns) == 1 and u < 0.7 else ""
 
 
-def _pair(things: list[tuple[int, ...]], u: list[float]) -> str:
-    first, second = (things[1], things[0]) if u[24] < 0.5 else (things[0], things[1])
-    one, two = _things(first, u[:8], "a"), _things(second, u[10:18], "a")
+def _pair(items: list[tuple[int, ...]], u: list[float]) -> str:
+    first, second = (items[1], items[0]) if u[24] < 0.5 else (items[0], items[1])
+    one, two = _noun_phrase(first, u[:8], "a"), _noun_phrase(second, u[10:18], "a")
     relations = [
         name for name, (dx, dy) in RELATIONS.items() if _sign(first[5] - second[5]) == dx and _sign(first[4] - second[4]) == dy
     ] or [
@@ -131,24 +133,24 @@ def _pair(things: list[tuple[int, ...]], u: list[float]) -> str:
     if u[25] < 0.45:
         return f"{one} {relations[int(u[26] * len(relations))]} {two}"
     if u[25] < 0.75:
-        return f"{one}{_place(first, u[27])} and {two}{_place(second, u[28])}"
+        return f"{one}{_position(first, u[27])} and {two}{_position(second, u[28])}"
     return f"{one} and {two}"
 
 
-def _styled(what: str, style: str, u: float) -> str:
+def _add_style(text: str, style: str, u: float) -> str:
     if u < 0.5:
-        return f"{what} {style}"
+        return f"{text} {style}"
     if u < 0.75:
-        return f"{style} picture of {what}"  # the word of the captions that mini-flux was trained on
-    return f"{what} in {style} style" if u < 0.9 else f"{style} drawing of {what}"
+        return f"{style} picture of {text}"  # "picture" is the word in the captions of mini-flux
+    return f"{text} in {style} style" if u < 0.9 else f"{style} drawing of {text}"
 
 
 def _sign(x: int) -> int:
     return (x > 0) - (x < 0)
 
 
-def read(caption: str) -> CaptionRequest:
-    """What a caption asks for: the inverse of `write`, and good enough for what people type."""
+def parse_caption(caption: str) -> CaptionRequest:
+    """Parse a caption of `write_captions`, or similar words of a user."""
     text = re.sub(r"[^a-z ]", " ", caption.lower())
     text = text.replace("in the center", "middle center")
     text = re.sub(r"\b(?:to the )?(left|right) of(?: the)?\b", r"\1-of", text).replace("watercolour", "watercolor")
@@ -157,29 +159,29 @@ def read(caption: str) -> CaptionRequest:
     starts = [max((i for i in range(noun) if words[i] in ("a", "an", *COUNTS)), default=0) for noun in nouns]
     objects = []
     for start, noun, end in zip(starts, nouns, [*starts[1:], len(words)][: len(starts)], strict=True):
-        objects.append(_wanted(words[start : noun + 1], words[noun + 1 : end]))
+        objects.append(_object_request(words[start : noun + 1], words[noun + 1 : end]))
     relation = next((word.replace("-", " ") for word in words if word.replace("-", " ") in RELATIONS), None)
     return CaptionRequest(
         objects=tuple(objects),
-        background=_first(words, BACKGROUNDS),
-        style=_first(words, STYLES),
+        background=_first_of(words, BACKGROUNDS),
+        style=_first_of(words, STYLES),
         relation=relation if len(objects) > 1 else None,
         unknown=tuple(word for word in words if word not in WORDS and word.replace("-", " ") not in RELATIONS),
     )
 
 
-def _wanted(phrase: list[str], after: list[str]) -> ObjectRequest:
+def _object_request(phrase: list[str], after: list[str]) -> ObjectRequest:
     noun = phrase[-1]
     return ObjectRequest(
         shape=noun if noun in SHAPES else SHAPES[PLURALS.index(noun)],
         count=next((COUNTS.index(word) + 1 for word in phrase if word in COUNTS), 1),
-        colour=_first(phrase, COLOURS),
-        texture=_first(phrase, TEXTURES),
-        size=_first(phrase, SIZES),
-        row=_first(after, ROWS),
-        column=_first(after, COLUMNS),
+        colour=_first_of(phrase, COLOURS),
+        texture=_first_of(phrase, TEXTURES),
+        size=_first_of(phrase, SIZES),
+        row=_first_of(after, ROWS),
+        column=_first_of(after, COLUMNS),
     )
 
 
-def _first(words: list[str], among: tuple[str, ...]) -> str | None:
-    return next((word for word in words if word in among), None)
+def _first_of(words: list[str], names: tuple[str, ...]) -> str | None:
+    return next((word for word in words if word in names), None)

@@ -1,7 +1,7 @@
-"""Scenes drawn: images by analytic distances, and for every pixel which concepts are there."""
+"""Drawing: images of scenes from analytic distances, with the concepts of every pixel."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difflex.miniature.captions import write
+from difflex.errors import UnknownName
+from difflex.miniature.captions import write_captions
 from difflex.miniature.world import CONCEPTS, OBJECT_GROUPS, PIXELS, SLOTS, STYLES, SceneMix, SceneSpecs, scenes
 
 PALETTE = torch.tensor(
@@ -40,74 +41,72 @@ GROUNDS = torch.tensor(
     ]
 )
 OUTLINE = 1.6
-"""Width in pixels of a cartoon's outline."""
+"""The width of a cartoon's outline, in pixels."""
 BLOCKS = (4, 2)
-"""Side in pixels of a pixelated image's blocks: of the background, of the objects (which stay legible so)."""
+"""The side of the blocks of a pixelated image, in pixels: of the background, and of objects, which stay legible."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of drawn scenes: what is in them, how they look, how they are described, and which pixel is what."""
+    """A batch of drawn scenes: their content, images, captions, and the concepts of each pixel."""
 
     specs: SceneSpecs
     images: Float[Tensor, "scene 3 height width"]
     """Red, green, blue in [0, 1]."""
     slots: Int[Tensor, "scene height width"]
-    """The object slot seen at each pixel, -1 for background."""
+    """The object slot of each pixel, -1 for background."""
 
     @cached_property
     def captions(self) -> list[str]:
-        """One caption a scene; what it leaves out varies with the seed."""
-        return write(self.specs)
+        """One caption per scene; the attributes that it leaves out depend on the seed."""
+        return write_captions(self.specs)
 
     def labels(self, group: str) -> Int[Tensor, "scene height width"]:
-        """The concept of `group` at each pixel as an index into `CONCEPTS[group]`, -1 where there is none."""
+        """Return the concept of `group` at each pixel as an index into `CONCEPTS[group]`, -1 for none."""
         if group in OBJECT_GROUPS:
             per_slot = F.pad(getattr(self.specs, group), (1, 0), value=-1)
             return per_slot.gather(1, (self.slots + 1).flatten(1)).view_as(self.slots)
         whole = (self.specs.count - 1 if group == "count" else getattr(self.specs, group))[:, None, None]
-        return torch.where(self._where(group), whole, -1)
+        return torch.where(self._extent(group), whole, -1)
 
     def mask(self, concept: str) -> Bool[Tensor, "scene height width"]:
-        """Where in each scene the concept is."""
+        """Return the pixels of a concept in each scene."""
         group, index = concept_index(concept)
         return self.labels(group) == index
 
     def on_tokens(self, concept: str, grid: int) -> Float[Tensor, "scene row column"]:
-        """The share of each token's area that the concept covers, on a grid of `grid` x `grid` tokens."""
+        """Return the share of each token's area that a concept covers, on a grid of `grid` x `grid` tokens."""
         return F.adaptive_avg_pool2d(self.mask(concept).float(), grid)
 
     def shares(self, rows: int, columns: int) -> Float[Tensor, "scene concept row column"]:
-        """The share of each token's area that every concept covers, on any grid; concepts in the order of `CONCEPTS`."""
+        """Return the share of each token's area that every concept covers, on any grid, in the order of `CONCEPTS`."""
         masks = [self.labels(group)[:, None] == torch.arange(len(names))[:, None, None] for group, names in CONCEPTS.items()]
         return F.adaptive_avg_pool2d(torch.cat(masks, dim=1).float(), (rows, columns))
 
-    def _where(self, group: str) -> Tensor:
+    def _extent(self, group: str) -> Tensor:
         if group == "style":
             return torch.ones_like(self.slots, dtype=torch.bool)
         return self.slots < 0 if group == "background" else self.slots >= 0
 
 
 def concept_index(concept: str) -> tuple[str, int]:
-    """The group of a concept and its place in it."""
+    """Return the group of a concept and its index in it."""
     for group, names in CONCEPTS.items():
         if concept in names:
             return group, names.index(concept)
-    from difflex.errors import UnknownName
-
     raise UnknownName.among("the concept", concept, [name for names in CONCEPTS.values() for name in names])
 
 
 def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
-    """The scenes of these seeds, drawn."""
+    """Draw the scenes of these seeds."""
     return draw_specs(scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out))
 
 
 def draw_specs(specs: SceneSpecs) -> Scenes:
-    """These scenes, drawn."""
+    """Draw scenes."""
     count = len(specs.seed)
-    there = torch.arange(SLOTS, device=specs.seed.device) < specs.count[:, None]
-    scene, slot = there.nonzero(as_tuple=True)
+    exists = torch.arange(SLOTS, device=specs.seed.device) < specs.count[:, None]
+    scene, slot = exists.nonzero(as_tuple=True)
     style = specs.style[scene]
     local = _local_frame(specs, scene, slot)
     distance = _distances(specs.shape[scene, slot], local) * specs.radius[scene, slot][:, None, None]
@@ -121,21 +120,21 @@ def draw_specs(specs: SceneSpecs) -> Scenes:
 
     slots = torch.full((count, PIXELS, PIXELS), -1, device=image.device)
     for number in range(SLOTS):
-        of = slot == number
-        at = scene[of]
-        image[at] = torch.lerp(image[at], painted[of], alpha[of])
-        slots[at] = torch.where(alpha[of, 0] > 0.5, number, slots[at])
+        objects = slot == number
+        target = scene[objects]
+        image[target] = torch.lerp(image[target], painted[objects], alpha[objects])
+        slots[target] = torch.where(alpha[objects, 0] > 0.5, number, slots[target])
     return Scenes(specs, image.clamp_(0, 1), slots)
 
 
 def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """x and y of the pixel centres."""
-    at = torch.arange(PIXELS, device=device) + 0.5
-    return at.expand(PIXELS, PIXELS), at[:, None].expand(PIXELS, PIXELS)
+    """Return x and y of the pixel centres."""
+    centres = torch.arange(PIXELS, device=device) + 0.5
+    return centres.expand(PIXELS, PIXELS), centres[:, None].expand(PIXELS, PIXELS)
 
 
 def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor) -> Float[Tensor, "2 object height width"]:
-    """Pixel positions seen from each object's centre, in units of its radius; wobbling in watercolours."""
+    """Return pixel positions relative to each object's centre, in units of its radius; distorted in watercolours."""
     x, y = _grid(specs.seed.device)
     centre = specs.centre[scene, slot]
     dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
@@ -147,13 +146,13 @@ def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor) -> Float[Tensor
 
 
 def _distances(shape: Tensor, local: Tensor) -> Tensor:
-    """Signed distance to each object's edge in units of its radius, negative inside."""
+    """Return the signed distance to each object's edge in units of its radius, negative inside."""
     formulas = (_circle, _square, _triangle, _diamond, _star, _heart, _cross, _ring)
     distance = torch.empty_like(local[0])
     for number, formula in enumerate(formulas):
-        of = shape == number
-        if of.any():
-            distance[of] = formula(local[0, of], local[1, of])
+        objects = shape == number
+        if objects.any():
+            distance[objects] = formula(local[0, objects], local[1, objects])
     return distance
 
 
@@ -174,7 +173,7 @@ def _diamond(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: the plane folded into one tenth, there a half plane."""
+    """Five points: the plane is folded into a tenth, in which the star is a half plane."""
     tenth = math.pi / 5
     angle = torch.atan2(x, -y)
     folded = (angle / (2 * tenth) - (angle / (2 * tenth)).round()).abs() * 2 * tenth
@@ -188,7 +187,7 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    """Two discs, and a wedge that touches both."""
+    """Two discs and a wedge that touches both."""
     discs = torch.hypot(x.abs() - 0.46, y + 0.34) - 0.50
     lines = torch.maximum(x.abs() * 0.7544 + (y - 0.95) * 0.6565, x.abs() - 0.9)
     wedge = torch.maximum(lines, -(y + 0.34))
@@ -205,7 +204,7 @@ def _ring(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _paint(specs: SceneSpecs, scene: Tensor, slot: Tensor, style: Tensor, local: Tensor, distance: Tensor) -> Tensor:
-    """Each object's colours, as if it filled the image: texture, rim, outline, pigment."""
+    """Paint each object as if it filled the image: texture, rim, outline, pigment."""
     colour = PALETTE.to(local.device)[specs.colour[scene, slot]][:, :, None, None]
     luma = (colour * torch.tensor([0.3, 0.59, 0.11], device=local.device)[:, None, None]).sum(1, keepdim=True)
     contrast = torch.where(luma > 0.55, colour * 0.42, colour * 0.45 + 0.55)
@@ -225,7 +224,7 @@ def _paint(specs: SceneSpecs, scene: Tensor, slot: Tensor, style: Tensor, local:
 
 
 def _pattern(texture: Tensor, local: Tensor, pixels: Tensor) -> Tensor:
-    """How far each pixel goes towards the contrast colour (0..1); for shiny objects light (+) and shade (-)."""
+    """Return the share (0..1) of the contrast colour at each pixel; for shiny objects light (+) and shade (-)."""
     x, y = pixels
     stripes = _soft(torch.sin((x + y) * (math.tau / 8.5)))
     cell = 6.0
@@ -244,7 +243,7 @@ def _soft(wave: Tensor) -> Tensor:
 
 
 def _pigment(body: Tensor, phase: Tensor, distance: Tensor) -> Tensor:
-    """Watercolour: thinned with paper, blotchy, darker where the pigment dries at the edge."""
+    """Make a watercolour: lighter, blotchy, darker at the edge where the pigment dries."""
     thin = body * 0.72 + 0.26
     blot = _blotches(phase)[:, None] * 0.14
     rim = torch.exp(-(((distance + 1.2) / 1.1) ** 2))[:, None] * 0.30
@@ -259,7 +258,7 @@ def _blotches(phase: Tensor) -> Tensor:
 
 
 def _background(specs: SceneSpecs) -> Tensor:
-    """The image without objects."""
+    """Draw the backgrounds."""
     amount = _ground_pattern(specs)[:, None]
     style = specs.style[:, None, None, None]
     amount = torch.where(style == 1, (amount * 1.7).clamp(0, 1), amount)
@@ -270,16 +269,16 @@ def _background(specs: SceneSpecs) -> Tensor:
 
 
 def _ground_pattern(specs: SceneSpecs) -> Tensor:
-    """Per pixel the share (0..1) of each background's second colour."""
+    """Return the share (0..1) of the background's second colour at each pixel."""
     x, y = _grid(specs.seed.device)
     phase = specs.phase[:, :, None, None]
     turn = phase * math.tau
     amount = torch.zeros(len(specs.seed), PIXELS, PIXELS, device=x.device)
 
-    def put(name_index: int, pattern) -> None:
-        of = specs.background == name_index
-        if of.any():
-            amount[of] = pattern(phase[of], turn[of])
+    def put(background: int, pattern: Callable[[Tensor, Tensor], Tensor]) -> None:
+        selected = specs.background == background
+        if selected.any():
+            amount[selected] = pattern(phase[selected], turn[selected])
 
     put(0, lambda p, t: (torch.sin(y * (math.tau / 8) + t[:, 4]) * 4 - 3).clamp(0, 1))
     put(1, lambda p, t: (torch.sin((x - 2 * y) * 0.35 + t[:, 4]) * torch.sin(x * 0.11 + t[:, 5]) * 2.0).clamp(0, 1))
@@ -313,5 +312,5 @@ def _night(x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
 
 
 def _blocks(image: Tensor, side: int) -> Tensor:
-    """The image with every block of `side` x `side` pixels replaced by its mean."""
+    """Replace every block of `side` x `side` pixels by its mean."""
     return F.interpolate(F.avg_pool2d(image, side), scale_factor=side)

@@ -1,4 +1,4 @@
-"""A judge of images: reads densely what is drawn where, learned from drawn scenes alone, never from generated ones."""
+"""A judge of images: a network that finds the concepts of every pixel, trained on drawn scenes alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,40 +17,40 @@ from difflex.miniature.drawing import Scenes, concept_index, draw
 from difflex.miniature.world import CONCEPTS, PIXELS
 
 DENSE = ("shape", "colour", "texture", "size", "background")
-"""Concept groups answered for every pixel; for each of the first four, only where there is an object."""
+"""Concept groups with a prediction per pixel; the first four only at objects."""
 WHOLE = ("style", "count")
-"""Concept groups answered for the image."""
-SMALLEST = 24
-"""Connected object pixels that make an object; less is a speck."""
+"""Concept groups with a prediction per image."""
+MIN_PIXELS = 24
+"""The smallest connected region that counts as an object."""
 EDGES = (PIXELS / 2 - 9.0, PIXELS / 2 + 9.0)
-"""Where the middle row or column of the grid begins and ends, in pixels."""
+"""The bounds of the middle row or column of the grid, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeenObject:
-    """One object that the judge sees."""
+class DetectedObject:
+    """An object that the judge detects."""
 
     concepts: dict[str, str]
-    """Concept group -> concept, for the groups of objects."""
+    """Concept group -> concept, for groups of objects."""
     confidence: float
-    """Mean probability of its shape, colour and texture."""
+    """The mean probability of its shape, colour and texture."""
     mask: Bool[Tensor, "height width"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReading:
-    """What the judge sees in one image."""
+    """The content of an image by the judge."""
 
-    objects: tuple[SeenObject, ...]
+    objects: tuple[DetectedObject, ...]
     background: str
     style: str
     count: str
     confidence: float
-    """Mean probability of all answers about the image."""
+    """The mean probability of all predictions for the image."""
 
 
 class Judge(nn.Module):
-    """A small U-shaped convolutional network with one answer per concept group; it works on blocks of 2 x 2 pixels."""
+    """A small U-Net with one output per concept group; it works on blocks of 2 x 2 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Judge(nn.Module):
         self.whole = nn.ModuleDict({group: nn.Linear(fine + middle + coarse, len(CONCEPTS[group])) for group in WHOLE})
 
     def forward(self, images: Float[Tensor, "image 3 height width"]) -> dict[str, Tensor]:
-        """Logits: `object` [image, height, width]; dense groups [image, concept, height, width]; the rest per image."""
+        """Return logits: `object` [image, height, width]; dense groups [image, concept, height, width]; others per image."""
         x, levels = F.pixel_unshuffle(images * 2 - 1, 2), []
         for block in self.down:
             x = block(F.max_pool2d(x, 2) if levels else x)
@@ -77,40 +77,40 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Float[Tensor, "image 3 height width"]) -> list[SceneReading]:
-        """What is in each image."""
+        """Read the content of each image."""
         if images.ndim != 4 or images.shape[1:] != (3, PIXELS, PIXELS):
-            raise BadInput(f"The judge reads images of 3 x {PIXELS} x {PIXELS}; these are {tuple(images.shape)}.")
+            raise BadInput(f"The judge reads images of 3 x {PIXELS} x {PIXELS}, not {tuple(images.shape)}. Resize them.")
         answers = self(images)
-        islands = components(answers["object"] > 0)
-        return [_reading({group: x[i] for group, x in answers.items()}, islands[i]) for i in range(len(images))]
+        regions = connected_regions(answers["object"] > 0)
+        return [_read_scene({group: x[i] for group, x in answers.items()}, regions[i]) for i in range(len(images))]
 
     @torch.no_grad()
     def share(
         self, images: Float[Tensor, "image 3 height width"], concept: str, region: Bool[Tensor, "height width"]
     ) -> Float[Tensor, " image"]:
-        """How far the concept fills the region: the share of those pixels there that could show it.
+        """Return the share of a region that shows the concept, out of the pixels that could show it.
 
-        Those are the object pixels for an object's concept (0 where the region holds none), the ground for a background.
+        Those are object pixels for an object's concept (the share is 0 without any), background pixels for a background.
         """
         group, index = concept_index(concept)
         answers = self(images)
         if group in WHOLE:
             return answers[group].softmax(1)[:, index]
         objects = answers["object"] > 0
-        could = region & (~objects if group == "background" else objects)
-        shows = _located(objects, group, index) if group in ("row", "column") else answers[group].argmax(1) == index
-        return (could & shows).sum((1, 2)) / could.sum((1, 2)).clamp(min=1)
+        candidates = region & (~objects if group == "background" else objects)
+        matches = _in_row_or_column(objects, group, index) if group in ("row", "column") else answers[group].argmax(1) == index
+        return (candidates & matches).sum((1, 2)) / candidates.sum((1, 2)).clamp(min=1)
 
 
-def _double_conv(inward: int, out: int) -> nn.Sequential:
+def _double_conv(inputs: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width in (inward, out):
-        layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    for width in (inputs, outputs):
+        layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
-def components(objects: Bool[Tensor, "image height width"]) -> Int[Tensor, "image height width"]:
-    """Connected regions: the same positive number for all pixels of a region, 0 outside."""
+def connected_regions(objects: Bool[Tensor, "image height width"]) -> Int[Tensor, "image height width"]:
+    """Label connected regions: the same positive number for all pixels of a region, 0 outside."""
     number = torch.arange(1, objects[0].numel() + 1, device=objects.device, dtype=torch.float32).view(objects.shape[1:])
     labels = objects * number
     while True:
@@ -120,60 +120,59 @@ def components(objects: Bool[Tensor, "image height width"]) -> Int[Tensor, "imag
         labels = grown
 
 
-def _located(objects: Tensor, group: str, index: int) -> Tensor:
-    """The pixels of all objects whose centre lies in the row or column."""
-    islands = components(objects)
-    out = torch.zeros_like(objects)
-    for image, labels in enumerate(islands):
+def _in_row_or_column(objects: Tensor, group: str, index: int) -> Tensor:
+    """Return the pixels of all objects whose centre is in the row or column."""
+    selected = torch.zeros_like(objects)
+    for image, labels in enumerate(connected_regions(objects)):
         for label in labels.unique().tolist():
             mask = labels == label
-            if label and _place(mask)[0 if group == "row" else 1] == index:
-                out[image] |= mask
-    return out
+            if label and _cell(mask)[0 if group == "row" else 1] == index:
+                selected[image] |= mask
+    return selected
 
 
-def _place(mask: Tensor) -> tuple[int, int]:
-    """Row and column of the middle of the mask's bounding box, on the 3 x 3 grid."""
+def _cell(mask: Tensor) -> tuple[int, int]:
+    """Return row and column of the centre of the mask's bounding box, on the 3 x 3 grid."""
     low, high = mask.nonzero().aminmax(dim=0)
     row, column = torch.bucketize((low + high + 1) / 2, torch.tensor(EDGES)).tolist()
     return row, column
 
 
-def _reading(answers: dict[str, Tensor], islands: Tensor) -> SceneReading:
-    masks = [islands == label for label in islands.unique().tolist() if label]
-    objects = tuple(_seen(answers, mask) for mask in masks if mask.sum() >= SMALLEST)
-    ground = answers["background"].softmax(0)[:, islands == 0].mean(1)
+def _read_scene(answers: dict[str, Tensor], regions: Tensor) -> SceneReading:
+    masks = [regions == label for label in regions.unique().tolist() if label]
+    objects = tuple(_detect(answers, mask) for mask in masks if mask.sum() >= MIN_PIXELS)
+    ground = answers["background"].softmax(0)[:, regions == 0].mean(1)
     style, count = answers["style"].softmax(0), answers["count"].softmax(0)
-    sure = [float(p.max()) for p in (ground, style, count)] + [thing.confidence for thing in objects]
+    confidences = [float(p.max()) for p in (ground, style, count)] + [each.confidence for each in objects]
     return SceneReading(
         objects=objects,
         background=CONCEPTS["background"][int(ground.argmax())],
         style=CONCEPTS["style"][int(style.argmax())],
         count=CONCEPTS["count"][int(count.argmax())],
-        confidence=sum(sure) / len(sure),
+        confidence=sum(confidences) / len(confidences),
     )
 
 
-def _seen(answers: dict[str, Tensor], mask: Tensor) -> SeenObject:
-    odds = {group: answers[group].log_softmax(0)[:, mask].mean(1).softmax(0) for group in DENSE[:4]}
-    concepts = {group: CONCEPTS[group][int(p.argmax())] for group, p in odds.items()}
-    row, column = _place(mask)
-    return SeenObject(
+def _detect(answers: dict[str, Tensor], mask: Tensor) -> DetectedObject:
+    probabilities = {group: answers[group].log_softmax(0)[:, mask].mean(1).softmax(0) for group in DENSE[:4]}
+    concepts = {group: CONCEPTS[group][int(p.argmax())] for group, p in probabilities.items()}
+    row, column = _cell(mask)
+    return DetectedObject(
         concepts=concepts | {"row": CONCEPTS["row"][row], "column": CONCEPTS["column"][column]},
-        confidence=sum(float(odds[group].max()) for group in DENSE[:3]) / 3,
+        confidence=sum(float(probabilities[group].max()) for group in DENSE[:3]) / 3,
         mask=mask,
     )
 
 
 def training_losses(judge: Judge, updates: int, batch: int = 32, seed: int = 0) -> Iterator[float]:
-    """Trains the judge on fresh drawn scenes, one update a step; yields the loss."""
+    """Train the judge on new drawn scenes; yield the loss of each update."""
     optimiser = torch.optim.AdamW(judge.parameters(), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=updates, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     judge.train()
     for update in range(updates):
         scenes = draw(torch.arange(batch) + update * batch)
-        images = _disturbed(scenes.images, generator)
+        images = _augment(scenes.images, generator)
         with torch.autocast("cpu", torch.bfloat16):
             answers = judge(images.contiguous(memory_format=torch.channels_last))
         loss = _loss(answers, scenes)
@@ -185,11 +184,11 @@ def training_losses(judge: Judge, updates: int, batch: int = 32, seed: int = 0) 
     judge.eval()
 
 
-def _disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The images a little blurred, noisy, brighter or darker, so that the judge does not hang on to single pixels."""
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur the images, add noise and change their brightness, so that the judge does not depend on single pixels."""
     amount = torch.rand(len(images), 3, 1, 1, 1, generator=generator)
-    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    images = torch.lerp(images, soft, amount[:, 0] * 0.8)
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.lerp(images, blurred, amount[:, 0] * 0.8)
     images = images + amount[:, 1] * 0.06 * torch.randn(images.shape, generator=generator)
     return (images * (0.94 + 0.12 * amount[:, 2])).clamp(0, 1)
 
@@ -204,16 +203,16 @@ def _loss(answers: dict[str, Tensor], scenes: Scenes) -> Tensor:
 
 
 def save_judge(judge: Judge, file: Path) -> None:
-    """Writes the judge's weights."""
+    """Write the weights of the judge."""
     save_file({name: x.contiguous() for name, x in judge.state_dict().items()}, file)
 
 
 def load_judge(file: Path | None = None) -> Judge:
-    """The judge that lies in the package, or one from a file."""
+    """Load the judge of the package, or one from a file."""
     path = file or Path(str(resources.files("difflex.miniature") / "judge.safetensors"))
     judge = Judge()
     try:
         judge.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as problem:
-        raise BrokenFile(f"The judge's weights in {path} cannot be read: {problem}") from problem
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise BrokenFile(f"The weights of the judge in {path} cannot be read: {error}") from error
     return judge.eval().requires_grad_(False)

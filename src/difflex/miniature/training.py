@@ -1,4 +1,4 @@
-"""The miniature made from nothing: judge, autoencoder, flow; each stage is skipped when done, each resumes after a kill."""
+"""The training of the miniature: judge, autoencoder, flow. A finished stage is skipped, and the flow resumes after a kill."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,16 +22,31 @@ from difflex.files import replacing
 from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
 from difflex.miniature.autoencoder import PatchComponents, decoder_losses, write_encoder
 from difflex.miniature.drawing import draw
-from difflex.miniature.flow import CaptionTokens, FlowBatch, FlowModel, FlowRecipe, one_update, optimisers, training_batch
-from difflex.miniature.guidance import GuidanceTeacher
-from difflex.miniature.heldout import HeldOutLoss
+from difflex.miniature.flow import (
+    CaptionTokens,
+    FlowBatch,
+    FlowModel,
+    FlowRecipe,
+    GuidanceTeacher,
+    make_batch,
+    make_optimisers,
+    train_update,
+    training_batch,
+)
 from difflex.miniature.judge import Judge, save_judge, training_losses
+from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
+
+__all__ = ["FlowState", "HeldOutLoss", "TrainingFolder", "fit_components", "load_average", "pack", "train", "train_flow"]
 
 DECODER_UPDATES = 2200
 JUDGE_UPDATES = 4000
 CHECKPOINT_SECONDS = 120.0
 REPORT_EVERY = 1000
-"""Updates between two looks at held-out scenes."""
+"""Updates between two evaluations on held-out scenes."""
+LOSS_LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+SWAPPED_GROUPS = ("background", "style", "colour", "size", "texture", "shape", "row", "column")
+SWAP_LEVEL = 0.95
+"""The noise level at which words are exchanged: there the words decide, not the image."""
 T = TypeVar("T")
 
 
@@ -63,129 +79,129 @@ class TrainingFolder:
 
 
 def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minutes: float | None = None) -> None:
-    """Trains what is not trained yet, for at most `minutes`; call it again to go on where it stopped."""
-    until = time.monotonic() + 60 * minutes if minutes else float("inf")
-    workshop = TrainingFolder(folder=folder)
+    """Train the stages that are not finished, for at most `minutes`; another call continues where it stopped."""
+    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    run = TrainingFolder(folder=folder)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = untrained_pipeline(architecture, recipe.seed)
-    if not workshop.judge.exists():
-        train_judge(workshop, JUDGE_UPDATES)
-    if not workshop.autoencoder.exists():
-        train_autoencoder(workshop, pipeline.vae, DECODER_UPDATES)
-    train_flow(workshop, pipeline, recipe, until)
+    if not run.judge.exists():
+        train_judge(run, JUDGE_UPDATES)
+    if not run.autoencoder.exists():
+        train_autoencoder(run, pipeline.vae, DECODER_UPDATES)
+    train_flow(run, pipeline, recipe, deadline)
 
 
-def train_judge(workshop: TrainingFolder, updates: int) -> None:
-    """Trains and saves the judge."""
+def train_judge(run: TrainingFolder, updates: int) -> None:
+    """Train and save the judge."""
     judge = Judge()
-    for _ in _shown(training_losses(judge, updates), "judge", updates):
+    for _ in _progress(training_losses(judge, updates), "judge", updates):
         pass
-    save_judge(judge, workshop.judge)
+    save_judge(judge, run.judge)
 
 
-def image_components(workshop: TrainingFolder) -> PatchComponents:
-    """The components of the drawn world's patches: fitted once for a run and kept, since latents mean nothing without them."""
-    if not workshop.components.exists():
+def fit_components(run: TrainingFolder) -> PatchComponents:
+    """Return the components of the drawn world's patches: fitted once for a run and saved, since latents depend on them."""
+    if not run.components.exists():
         components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
-        write_tensors(workshop.components, components._asdict(), {})
-    return PatchComponents(**load_file(workshop.components))
+        write_tensors(run.components, components._asdict(), {})
+    return PatchComponents(**load_file(run.components))
 
 
-def train_autoencoder(workshop: TrainingFolder, vae: AutoencoderKL, updates: int) -> None:
-    """Writes the encoder, trains the decoder, saves both."""
-    components = image_components(workshop)
+def train_autoencoder(run: TrainingFolder, vae: AutoencoderKL, updates: int) -> None:
+    """Write the encoder, train the decoder, save both."""
+    components = fit_components(run)
     write_encoder(vae, components)
     batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(updates))
-    for _ in _shown(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
+    for _ in _progress(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
         pass
-    vae.save_pretrained(workshop.autoencoder)
+    vae.save_pretrained(run.autoencoder)
 
 
-def train_flow(workshop: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, until: float) -> None:
-    """Trains transformer and text encoders until the recipe's end or the time `until`."""
-    components, texts = image_components(workshop), CaptionTokens(pipeline)
+def train_flow(run: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, deadline: float) -> None:
+    """Train transformer and text encoders until the end of the recipe or the time `deadline`."""
+    components, tokenize = fit_components(run), CaptionTokens(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
-    for name, (before, now) in state.restore(workshop.flow).items():
-        _log(workshop, update=state.update, changed=name, before=before, now=now)
+    for name, (before, now) in state.restore(run.flow).items():
+        _log(run, update=state.update, changed=name, before=before, now=now)
     held_out: HeldOutLoss | None = None
     saved = time.monotonic()
-    batches = _prefetched(state.update, recipe, components, texts)
-    for batch in _shown(batches, "flow", recipe.updates, state.update):
-        started = time.monotonic()
-        losses = one_update(state.model, state.average, state.optimisers, batch, recipe, state.update, state.guide(texts))
+    batches = _prefetch(state.update, recipe, components, tokenize)
+    for batch in _progress(batches, "flow", recipe.updates, state.update):
+        start = time.monotonic()
+        losses = train_update(state.model, state.average, state.optimisers, batch, recipe, state.update, state.guide(tokenize))
         state.update += 1
         if state.update % 50 == 0:
             _log(
-                workshop,
+                run,
                 update=state.update,
                 flow=losses.flow.item(),
                 concepts=losses.concepts.item(),
-                seconds=time.monotonic() - started,
+                seconds=time.monotonic() - start,
             )
         if state.update % REPORT_EVERY == 0:
-            held_out = held_out or HeldOutLoss(components, texts)
-            _log(workshop, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or time.monotonic() > until:
-            state.save(workshop.flow)
+            held_out = held_out or HeldOutLoss(components, tokenize)
+            _log(run, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or time.monotonic() > deadline:
+            state.save(run.flow)
             saved = time.monotonic()
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return
-    state.save(workshop.flow)
+    state.save(run.flow)
 
 
 class FlowState:
-    """All that flow training must remember."""
+    """The state of the flow training."""
 
     def __init__(self, model: FlowModel, recipe: FlowRecipe) -> None:
         self.model, self.recipe, self.update = model, recipe, 0
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
-        self._guiding: list[Tensor] = []
+        self._guide_weights: list[Tensor] = []
         self._guide: GuidanceTeacher | None = None
-        self.optimisers = optimisers(model, recipe)
+        self.optimisers = make_optimisers(model, recipe)
 
-    def guide(self, texts: CaptionTokens) -> GuidanceTeacher | None:
-        """What guides this update: the average as it was when guidance began; None before."""
+    def guide(self, tokenize: CaptionTokens) -> GuidanceTeacher | None:
+        """Return the teacher of this update, which has the average weights from when guidance began; None before."""
         if not self.recipe.guides(self.update):
             return None
         if self._guide is None:
-            self._guiding = self._guiding or [x.clone() for x in self.average]
-            self._guide = GuidanceTeacher(self.model, self._guiding, texts)
+            self._guide_weights = self._guide_weights or [x.clone() for x in self.average]
+            self._guide = GuidanceTeacher(self.model, self._guide_weights, tokenize)
         return self._guide
 
     def save(self, file: Path) -> None:
-        """Writes the state; a kill in the middle leaves the last one."""
+        """Write the state atomically."""
         tensors = {f"model.{name}": x for name, x in self.model.named_parameters()}
         tensors |= {f"average.{i}": x for i, x in enumerate(self.average)}
-        tensors |= {f"guide.{i}": x for i, x in enumerate(self._guiding)}
+        tensors |= {f"guide.{i}": x for i, x in enumerate(self._guide_weights)}
         for number, optimiser in enumerate(self.optimisers):
             for i, entry in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
         write_tensors(file, tensors, {"update": str(self.update), "recipe": json.dumps(asdict(self.recipe))})
 
     def restore(self, file: Path) -> dict[str, tuple[object, object]]:
-        """Continues from a saved state, if there is one; gives back what of the recipe changed on the way, before and now."""
+        """Load the saved state, if any; return the settings of the recipe that have changed, with old and new values."""
         if not file.exists():
             return {}
         with safe_open(file, "pt") as opened:
-            about = opened.metadata()
-        changed = self._changes(json.loads(about["recipe"]), file)
+            metadata = opened.metadata()
+        changes = self._changes(json.loads(metadata["recipe"]), file)
         tensors = load_file(file)
-        self.update = int(about["update"])
+        self.update = int(metadata["update"])
         with torch.no_grad():
             for i, (name, parameter) in enumerate(self.model.named_parameters()):
                 parameter.copy_(tensors[f"model.{name}"])
-                # A packed state begins a new average.
+                # A packed state has no average: it begins anew.
                 self.average[i].copy_(tensors.get(f"average.{i}", parameter))
-        self._guiding = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
+        self._guide_weights = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
         for number, optimiser in enumerate(self.optimisers):
             _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
-        return changed
+        return changes
 
-    def _changes(self, before: dict[str, object], file: Path) -> dict[str, tuple[object, object]]:
-        now: dict[str, object] = json.loads(json.dumps(asdict(self.recipe)))
-        changes = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+    def _changes(self, old: dict[str, object], file: Path) -> dict[str, tuple[object, object]]:
+        new: dict[str, object] = json.loads(json.dumps(asdict(self.recipe)))
+        changes = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
         if "batch" in changes or "seed" in changes:
-            raise StaleWork(f"{file} was trained with another recipe (before, now): {changes}. Use another folder.")
+            raise StaleWork(f"{file} was trained with another recipe (old, new): {changes}. Use another folder.")
         return changes
 
 
@@ -196,13 +212,13 @@ def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: d
             index, key = name.removeprefix(prefix).split(".", 1)
             state.setdefault(int(index), {})[key] = x.float()
     for entry in state.values():
-        if "exp_avg_sq" in entry:  # a packed state leaves the first moments behind
+        if "exp_avg_sq" in entry:  # a packed state has no first moments
             entry.setdefault("exp_avg", torch.zeros_like(entry["exp_avg_sq"]))
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def write_average(model: FlowModel, file: Path) -> None:
-    """Puts the running average of a saved state into the model."""
+def load_average(model: FlowModel, file: Path) -> None:
+    """Load the running average of a saved state into the model."""
     tensors = load_file(file)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
@@ -210,9 +226,9 @@ def write_average(model: FlowModel, file: Path) -> None:
 
 
 def pack(source: TrainingFolder, target: TrainingFolder) -> None:
-    """Copies a run in a form small enough to travel, from which `train` goes on.
+    """Copy a run in a small form, from which `train` continues.
 
-    The flow's parameters, guide and second moments are kept in bfloat16; first moments and average, soon regained, stay behind.
+    The parameters, guide and second moments of the flow are stored in bfloat16, first moments and average are left out.
     """
     target.folder.mkdir(parents=True, exist_ok=True)
     for file in (source.judge, source.components, source.log):
@@ -221,39 +237,84 @@ def pack(source: TrainingFolder, target: TrainingFolder) -> None:
     if source.autoencoder.exists():
         shutil.copytree(source.autoencoder, target.autoencoder, dirs_exist_ok=True)
     with safe_open(source.flow, "pt") as opened:
-        about = opened.metadata()
+        metadata = opened.metadata()
     tensors = load_file(source.flow)
-    kept = [name for name in tensors if name.startswith(("model.", "guide.", "optimiser.1.")) and not name.endswith("exp_avg")]
-    small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in kept}
-    write_tensors(target.flow, small, about)
+    names = [name for name in tensors if name.startswith(("model.", "guide.", "optimiser.1.")) and not name.endswith("exp_avg")]
+    small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in names}
+    write_tensors(target.flow, small, metadata)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically."""
     with replacing(file) as temporary:
-        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=about)
+        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=metadata)
+
+
+class HeldOutLoss:
+    """The loss on scenes that training never sees, and its increase when one word of a caption is wrong."""
+
+    def __init__(self, components: PatchComponents, tokenize: CaptionTokens, scenes: int = 192) -> None:
+        seeds = torch.arange(scenes) + HELD_OUT_SEEDS
+        mixed, single = draw(seeds), draw(seeds + scenes, SceneMix(1, 0, 0))
+        self._mixed = make_batch(mixed, components, tokenize, mixed.captions)
+        self._single = make_batch(single, components, tokenize, single.captions)
+        swapped = {group: [_swap_word(caption, group) for caption in single.captions] for group in SWAPPED_GROUPS}
+        self._swapped = {
+            group: (torch.tensor([a != b for a, b in zip(captions, single.captions, strict=True)]), tokenize(captions))
+            for group, captions in swapped.items()
+        }
+
+    def loss(self, model: FlowModel) -> float:
+        """Return the mean squared velocity error over all noise levels, with equal weights of tokens."""
+        return sum(_errors(model, self._mixed, level).mean().item() for level in LOSS_LEVELS) / len(LOSS_LEVELS)
+
+    def rises(self, model: FlowModel) -> dict[str, float]:
+        """Return for each group the increase of the loss of a noisy scene when one word of the group is wrong."""
+        base = _errors(model, self._single, SWAP_LEVEL)
+        return {
+            group: (_errors(model, self._single._replace(clip=clip, t5=t5), SWAP_LEVEL) - base)[changed].mean().item()
+            for group, (changed, (clip, t5)) in self._swapped.items()
+        }
+
+
+@torch.no_grad()
+def _errors(model: FlowModel, batch: FlowBatch, level: float) -> Float[Tensor, " scene"]:
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        noisy = torch.lerp(batch.latents, noise, level)
+        velocity = model.velocity(noisy, torch.full((len(noise),), level), batch.clip, batch.t5)
+    return (velocity.float() - (noise - batch.latents)).square().mean((1, 2))
+
+
+def _swap_word(caption: str, group: str) -> str:
+    """Exchange the first word of the group in the caption for another one."""
+    words, names = caption.split(), CONCEPTS[group]
+    index = next((i for i, word in enumerate(words) if word in names), None)
+    if index is not None:
+        words[index] = names[(names.index(words[index]) + 1 + len(caption) % (len(names) - 1)) % len(names)]
+    return " ".join(words)
 
 
 class _FlowBatches(IterableDataset[FlowBatch]):
-    """Training batches from one update on, drawn in another process."""
+    """Training batches from one update on, drawn in a worker process."""
 
-    def __init__(self, first: int, recipe: FlowRecipe, components: PatchComponents, texts: CaptionTokens) -> None:
-        self._first, self._recipe, self._components, self._texts = first, recipe, components, texts
+    def __init__(self, first: int, recipe: FlowRecipe, components: PatchComponents, tokenize: CaptionTokens) -> None:
+        self._first, self._recipe, self._components, self._tokenize = first, recipe, components, tokenize
 
     def __iter__(self) -> Iterator[FlowBatch]:
         torch.set_num_threads(1)
         for update in range(self._first, self._recipe.updates):
-            yield training_batch(update, self._recipe, self._components, self._texts)
+            yield training_batch(update, self._recipe, self._components, self._tokenize)
 
 
-def _prefetched(first: int, recipe: FlowRecipe, components: PatchComponents, texts: CaptionTokens) -> Iterator[FlowBatch]:
-    yield from DataLoader(_FlowBatches(first, recipe, components, texts), batch_size=None, num_workers=1, prefetch_factor=8)
+def _prefetch(first: int, recipe: FlowRecipe, components: PatchComponents, tokenize: CaptionTokens) -> Iterator[FlowBatch]:
+    yield from DataLoader(_FlowBatches(first, recipe, components, tokenize), batch_size=None, num_workers=1, prefetch_factor=8)
 
 
-def _shown(items: Iterator[T], what: str, total: int, done: int = 0) -> Iterator[T]:
-    yield from tqdm(items, desc=what, total=total, initial=done, unit="update", mininterval=1.0)
+def _progress(items: Iterator[T], name: str, total: int, initial: int = 0) -> Iterator[T]:
+    yield from tqdm(items, desc=name, total=total, initial=initial, unit="update", mininterval=1.0)
 
 
-def _log(workshop: TrainingFolder, **entry: object) -> None:
-    with workshop.log.open("a") as file:
+def _log(run: TrainingFolder, **entry: object) -> None:
+    with run.log.open("a") as file:
         file.write(json.dumps(entry) + "\n")

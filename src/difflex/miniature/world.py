@@ -1,6 +1,6 @@
-"""The drawn world: which concepts there are, and which scene belongs to a seed.
+"""The drawn world: its concepts, and the scene of each seed.
 
-A scene is fixed by its seed alone, whatever the batch it is drawn in: every choice is a hash of (seed, number of the choice).
+A scene depends on its seed alone, not on its batch: every choice is a hash of (seed, number of the choice).
 """
 
 from dataclasses import dataclass
@@ -39,22 +39,22 @@ OBJECT_GROUPS = ("shape", "colour", "texture", "size", "row", "column")
 PIXELS = 64
 SLOTS = 3
 HELD_OUT_SEEDS = 1 << 40
-"""Seeds from here on are never used for training."""
+"""Training never uses seeds from this one on."""
 
 RADII = ((9.4, 9.9), (13.8, 14.6))
-"""Radius in pixels, lowest and highest, of small and of large objects."""
+"""The smallest and largest radius of small and of large objects, in pixels."""
 JITTER = 1.0
 GAP = 4.0
-"""Free pixels between two objects before jitter."""
+"""Pixels between two objects, before jitter."""
 
 
 @dataclass(frozen=True)
 class SceneSpecs:
-    """What is in each scene, as indices into the concept tuples; one row a scene, one column an object slot."""
+    """The content of scenes, as indices into the concept tuples; a row per scene, a column per object slot."""
 
     seed: Int[Tensor, " scene"]
     count: Int[Tensor, " scene"]
-    """Number of objects, 1 to 3; slots from `count` on are empty."""
+    """The number of objects, 1 to 3; slots from `count` on are empty."""
     background: Int[Tensor, " scene"]
     style: Int[Tensor, " scene"]
     shape: Int[Tensor, "scene slot"]
@@ -68,11 +68,11 @@ class SceneSpecs:
     centre: Float[Tensor, "scene slot 2"]
     """x and y in pixels."""
     phase: Float[Tensor, "scene 8"]
-    """Eight numbers in [0, 1) that place background patterns and other details."""
+    """Eight numbers in [0, 1) for background patterns and other details."""
 
 
 class SceneMix(NamedTuple):
-    """The shares of scene kinds."""
+    """The shares of kinds of scenes."""
 
     single: float = 1 / 3
     """One object."""
@@ -83,7 +83,7 @@ class SceneMix(NamedTuple):
 
 
 def uniform(seeds: Int[Tensor, " scene"], draws: int, stream: int = 0) -> Float[Tensor, "scene draws"]:
-    """Numbers in [0, 1) that depend on (seed, stream, position) alone: splitmix64, on any device."""
+    """Return numbers in [0, 1) that depend on (seed, stream, position) alone: splitmix64, on any device."""
     counter = torch.arange(1, draws + 1, device=seeds.device) + stream * 4096
     x = _signed(0x9E3779B97F4A7C15) * (seeds[:, None] + 1) + _signed(0xD1B54A32D192ED03) * counter
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x2545F4914F6CDD1D)):
@@ -92,7 +92,7 @@ def uniform(seeds: Int[Tensor, " scene"], draws: int, stream: int = 0) -> Float[
 
 
 def scenes(seeds: Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> SceneSpecs:  # noqa: B008 (a constant)
-    """The scenes of these seeds; `held_out` makes every object a (shape, colour, texture) that training never shows."""
+    """Choose the scenes of these seeds; with `held_out`, all objects are (shape, colour, texture) that training never shows."""
     u = uniform(seeds, 32)
     kind = torch.bucketize(u[:, 0] * sum(mix), torch.tensor([mix.single, mix.single + mix.different], device=u.device))
     copies = kind == 2
@@ -128,12 +128,12 @@ def scenes(seeds: Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: b
 
 
 def held_out_combination(shape: Tensor, colour: Tensor, texture: Tensor) -> Tensor:
-    """Whether a combination is one of the 40 of 400 kept out of training: one colour for every shape and texture."""
+    """Return whether a combination is one of the 40 of 400 that training never shows: one colour per shape and texture."""
     return (shape + 3 * colour + 4 * texture) % len(COLOURS) == 0
 
 
 def _only_held_out(shape: Tensor, texture: Tensor) -> tuple[Tensor, Tensor]:
-    """Held-out colours and textures for these shapes, the colours of the first two slots different."""
+    """Return held-out colours and textures for these shapes, with different colours in the first two slots."""
     colour_of = lambda t: (-(shape + 4 * t) * 7) % len(COLOURS)  # noqa: E731 (7 is the inverse of 3 modulo 10)
     colour = colour_of(texture)
     clash = (colour == colour[:, :1]) & (torch.arange(SLOTS, device=shape.device) > 0)
@@ -142,19 +142,19 @@ def _only_held_out(shape: Tensor, texture: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _all_different(first: Tensor, of: int, u: Tensor) -> Tensor:
-    """Three values, the second unlike the first, the third unlike the second."""
+    """Choose three values, the second unlike the first, the third unlike the second."""
     second = (first[:, 0] + 1 + _pick(u[:, 0], of - 1)) % of
     third = (second + 1 + _pick(u[:, 1], of - 1)) % of
     return torch.stack([first[:, 0], second, third], dim=1)
 
 
 def _offset(size: Tensor) -> Tensor:
-    """Distance in pixels of the outer cells' centres from the middle: large objects stand further in."""
+    """Return the distance of the outer cells' centres from the centre, in pixels: smaller for large objects."""
     return torch.tensor([20.0, 17.0], device=size.device)[size]
 
 
 def _cells(count: Tensor, size: Tensor, u: Tensor) -> Tensor:
-    """A cell 0..8 for every slot, so that objects keep their distance."""
+    """Choose a cell 0..8 for every slot, so that objects do not touch."""
     table, lengths = _placements()
     key = (count - 1) * 8 + size[:, 0] + 2 * size[:, 1] + 4 * size[:, 2]
     return table.to(u.device)[key, (u * lengths.to(u.device)[key]).long()]
@@ -162,21 +162,21 @@ def _cells(count: Tensor, size: Tensor, u: Tensor) -> Tensor:
 
 @cache
 def _placements() -> tuple[Tensor, Tensor]:
-    """For every (count, sizes) the allowed cells of the slots, padded, and how many there are."""
+    """Return for every (count, sizes) the allowed cells of the slots, padded, and their number."""
     lists = []
     for count in (1, 2, 3):
         for code in range(8):
             sizes = torch.tensor([code & 1, code >> 1 & 1, code >> 2 & 1])
-            lists.append([cells for cells in permutations(range(9), SLOTS) if _apart(cells[:count], sizes)])
+            lists.append([cells for cells in permutations(range(9), SLOTS) if _separate(cells[:count], sizes)])
     longest = max(map(len, lists))
     table = torch.tensor([(rows * longest)[:longest] for rows in lists])
     return table, torch.tensor([float(len(rows)) for rows in lists])
 
 
-def _apart(cells: tuple[int, ...], sizes: Tensor) -> bool:
+def _separate(cells: tuple[int, ...], sizes: Tensor) -> bool:
     offset, reach = _offset(sizes), torch.tensor([high for _, high in RADII])[sizes]
-    at = torch.tensor([[c % 3 - 1, c // 3 - 1] for c in cells]) * offset[: len(cells), None]
-    return all((at[i] - at[j]).norm() >= reach[i] + reach[j] + GAP for i in range(len(cells)) for j in range(i))
+    centres = torch.tensor([[c % 3 - 1, c // 3 - 1] for c in cells]) * offset[: len(cells), None]
+    return all((centres[i] - centres[j]).norm() >= reach[i] + reach[j] + GAP for i in range(len(cells)) for j in range(i))
 
 
 def _pick(u: Tensor, of: int) -> Tensor:
