@@ -36,22 +36,22 @@ def study(harvested: Path, tmp_path: Path) -> Path:
 
 
 def dictionaries(study: Path) -> list[ITDA]:
-    found = [Dictionary.load(path.parent) for path in sorted((study / "dictionaries").glob("*/itda-*/dictionary.safetensors"))]
-    return [itda for itda in found if isinstance(itda, ITDA)]
+    loaded = [Dictionary.load(path.parent) for path in sorted((study / "dictionaries").glob("*/itda-*/dictionary.safetensors"))]
+    return [itda for itda in loaded if isinstance(itda, ITDA)]
 
 
-def test_thresholds_grow_dictionaries_under_their_names(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_threshold_grows_a_dictionary_with_its_label(study: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.2", "0.4"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     large, small = sorted(dictionaries(study), key=lambda itda: -itda.size)
     assert large.size > small.size
     for itda in (large, small):
         folder = Study.open(study).dictionary(SITE, itda.label)
-        assert folder.is_dir() and f"{folder}: {itda.size:,} atoms" in told
+        assert folder.is_dir() and f"{folder}: {itda.size:,} atoms" in output
     assert not list((study / "dictionaries").glob("*/growing-*"))
 
 
-def test_an_atom_is_the_patch_that_it_says(study: Path):
+def test_an_atom_is_the_token_that_its_patch_names(study: Path):
     assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "40"]) == 0
     [itda] = dictionaries(study)
     assert itda.size <= 40
@@ -64,7 +64,7 @@ def test_an_atom_is_the_patch_that_it_says(study: Path):
     torch.testing.assert_close(itda.atoms[11], z / z.norm(), atol=1e-5, rtol=0)
 
 
-def test_given_again_nothing_is_grown_twice(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_repeated_command_grows_nothing_twice(study: Path, capsys: pytest.CaptureFixture[str]):
     words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.3"]
     assert main(words) == 0
     [before] = sorted((study / "dictionaries").glob("*/*/dictionary.safetensors"))
@@ -75,7 +75,7 @@ def test_given_again_nothing_is_grown_twice(study: Path, capsys: pytest.CaptureF
     assert before.stat().st_mtime_ns == stamp
 
 
-def test_the_papers_settings_are_one_flag_and_other_flags_come_before_them(study: Path):
+def test_paper_sets_the_settings_of_the_paper_and_other_flags_override_them(study: Path):
     words = ["itda", str(study), "--site", str(SITE), "--paper"]
     assert main([*words, "--size", "50"]) == 0
     assert main([*words, "--k", "4", "--threshold", "0.3", "--pursuit", "matching"]) == 0
@@ -86,19 +86,19 @@ def test_the_papers_settings_are_one_flag_and_other_flags_come_before_them(study
     assert (mine.k, mine.pursuit, mine.origin.training["threshold"]) == (4, "matching", 0.3)
 
 
-def test_variants_of_one_size_have_names_of_their_own(study: Path):
+def test_variants_of_one_size_have_different_labels(study: Path):
     words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "16", "--threshold", "0.1"]
     assert main([*words, "0.2", "0.3"]) == 0
     for more in (["--normalisation", "whiten"], ["--pursuit", "gradient"], ["--seed", "1"], ["--tokens", "300"]):
         assert main([*words, *more]) == 0
     assert main([*words[:-2]]) == 0
-    found = dictionaries(study)
-    assert len(found) == 8
-    assert {itda.size for itda in found if "over" in itda.label} == {16}
-    assert {path.name for path in (study / "dictionaries" / "double.1").iterdir()} == {itda.label for itda in found}
+    grown = dictionaries(study)
+    assert len(grown) == 8
+    assert {itda.size for itda in grown if "over" in itda.label} == {16}
+    assert {path.name for path in (study / "dictionaries" / "double.1").iterdir()} == {itda.label for itda in grown}
 
 
-def test_a_name_that_is_taken_costs_no_growth(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_taken_label_loses_no_growth(study: Path, capsys: pytest.CaptureFixture[str]):
     words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "16", "--threshold", "0.1", "0.2"]
     old = study / "dictionaries" / "double.1" / "itda-16-k4-over0.1"
     old.mkdir(parents=True)
@@ -126,6 +126,6 @@ def test_a_name_that_is_taken_costs_no_growth(study: Path, capsys: pytest.Captur
         (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "k is 0"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Path, flags: list, answer: str, capsys):
+def test_impossible_requests_are_explained(study: Path, flags: list, answer: str, capsys):
     assert main(["itda", str(study), *flags]) == 2
     assert answer in capsys.readouterr().err

@@ -20,7 +20,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study.open(root / "study")
 
 
-def test_the_neurons_of_a_block_are_a_dictionary_like_any_other(study: Study, capsys: pytest.CaptureFixture[str]):
+def test_neurons_are_a_dictionary_like_any_other(study: Study, capsys: pytest.CaptureFixture[str]):
     assert main(["neurons", str(study.folder), "--site", "double.1:neurons", "--k", "8,128"]) == 0
     assert "128 neurons, 8 per token" in capsys.readouterr().out
     assert [str(place) for place in study.dictionaries()] == [
@@ -33,14 +33,14 @@ def test_the_neurons_of_a_block_are_a_dictionary_like_any_other(study: Study, ca
     assert all_of_them.overall.model_space.fvu == 0
 
 
-def test_given_again_it_leaves_what_is_there(study: Study):
+def test_a_repeated_command_keeps_the_dictionary(study: Study):
     command = NeuronsCommand(study=study.folder, site=("double.1:neurons",), k=(4,))
     (folder,) = command()
     before = (folder / "config.json").stat().st_mtime_ns
     assert command() == [folder] and (folder / "config.json").stat().st_mtime_ns == before
 
 
-def test_neurons_of_another_model_stand_in_the_way(study: Study):
+def test_neurons_of_another_model_are_an_error(study: Study):
     command = NeuronsCommand(study=study.folder, site=("double.1:neurons",), k=(5,))
     (folder,) = command()
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("tiny-flux", "other-flux"))
@@ -52,6 +52,6 @@ def test_neurons_of_another_model_stand_in_the_way(study: Study):
 @pytest.mark.parametrize(
     ("site", "words"), [("double.0:neurons", "Harvest it first"), ("double.1", "has no neurons"), ("", "at least one --site")]
 )
-def test_what_has_no_neurons_is_said(study: Study, site: str, words: str, capsys: pytest.CaptureFixture[str]):
+def test_sites_without_neurons_are_explained(study: Study, site: str, words: str, capsys: pytest.CaptureFixture[str]):
     assert main(["neurons", str(study.folder), "--site", *([site] if site else [])]) == 2
     assert words in capsys.readouterr().err

@@ -28,23 +28,30 @@ def train(study: Path, *flags: str) -> int:
     return main([*words, *flags])
 
 
-def test_every_k_with_every_size_is_trained_and_said(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_size_is_trained_with_every_k(study: Path, capsys: pytest.CaptureFixture[str]):
     assert train(study, "--size", "64,96") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for label in ("topk-64-k3", "topk-64-k4", "topk-96-k3", "topk-96-k4"):
         dictionary = Dictionary.load(study / PLACE / label)
-        assert dictionary.name == f"double.1:update/{label}" and label in said
-    assert train(study, "--size", "64,96") == 0  # done already: the same words again
-    assert capsys.readouterr().out == said
+        assert dictionary.name == f"double.1:update/{label}" and label in output
+    assert train(study, "--size", "64,96") == 0  # trained already: the same output again
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
 @pytest.mark.parametrize("preset", ["default", "paper", "paper-auxk", "unbox"])
-def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, preset: str, kind: str):
-    assert train(study, "--preset", preset, "--kind", kind, "--learning-rate", "0.001", "--seed", "5", "--normalisation", "whiten") == 0
+def test_every_preset_and_kind_has_its_own_label(study: Path, preset: str, kind: str):
+    assert (
+        train(study, "--preset", preset, "--kind", kind, "--learning-rate", "0.001", "--seed", "5", "--normalisation", "whiten")
+        == 0
+    )
     label = f"{kind}-64-k3{'' if preset == 'default' else f'-{preset}'}-whiten-lr0.001-seed5"
     config = json.loads((study / PLACE / label / "config.json").read_text())["training"]["config"]
-    assert config["initialisation"]["seed"] == 5 and config["optimiser"]["learning_rate"] == 0.001 and config["normalisation"] == "whiten"
+    assert (
+        config["initialisation"]["seed"] == 5
+        and config["optimiser"]["learning_rate"] == 0.001
+        and config["normalisation"] == "whiten"
+    )
     made = Dictionary.load(study / PLACE / label)
     assert isinstance(made, SAE) and made.label == label
 
@@ -60,9 +67,7 @@ def test_every_preset_and_kind_trains_under_a_name_of_its_own(study: Path, prese
         (["--k", "65"], "k 65 does not fit"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
-    study: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
-):
+def test_impossible_requests_are_explained(study: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str):
     assert train(study, *flags) == 2
     assert words in capsys.readouterr().err
 

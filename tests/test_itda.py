@@ -135,7 +135,7 @@ def test_copies_within_a_batch_become_one_atom():
     assert grower.size <= 20
 
 
-def test_rows_that_are_held_out_become_no_atoms(tmp_path: Path):
+def test_held_out_rows_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="'held-out', 'train' is needed"):
         grow({tmp_path: growth()}, source(batches=lambda start: SplitBatches(stream(start), "held-out")), origin=ORIGIN)
 
@@ -150,7 +150,7 @@ def test_growth_does_not_depend_on_scale():
     assert torch.equal(small.shots[: small.size], large.shots[: large.size])
 
 
-def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
+def test_the_grown_gram_matrix_is_that_of_the_atoms(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     grower = AtomGrower(growth(), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
@@ -160,15 +160,15 @@ def test_the_gram_matrix_that_grew_is_that_of_the_atoms(monkeypatch: pytest.Monk
     torch.testing.assert_close(atoms.gram.rows(torch.arange(grower.size)), atoms.rows @ atoms.rows.T, atol=1e-5, rtol=0)
 
 
-def test_growth_ends_at_the_size_limit_and_when_nothing_new_comes(tmp_path: Path):
+def test_growth_ends_at_the_size_limit_or_when_nothing_new_comes(tmp_path: Path):
     assert grown(tmp_path / "full", size=30).size == 30
-    told = []
+    reports = []
     same = source(batches=lambda start: (rows(0) for _ in range(start, 1000)), tokens=10**6)
-    grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, on_progress=told.append)
-    assert told[-1].interval.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
+    grow({tmp_path / "idle": growth(patience=200)}, same, origin=ORIGIN, on_progress=reports.append)
+    assert reports[-1].interval.tokens == 5 * BATCH  # the batch that brings the atoms, then 4 that bring none: over 200 tokens
 
 
-def test_restricted_growth_adds_only_the_worst_of_a_batch():
+def test_restricted_growth_adds_only_the_worst_explained_tokens():
     grower = AtomGrower(growth(max_per_batch=3), 0.25, WIDTH, CPU, Ranks())
     normalisation = normalised()
     for batch in stream(0):
@@ -222,7 +222,7 @@ def test_cluster_centres_are_nearer_to_the_atoms_than_as_many_atoms(tmp_path: Pa
             call()
 
 
-def test_a_sweep_in_one_pass_gives_what_single_runs_give(tmp_path: Path):
+def test_a_sweep_in_one_pass_gives_the_same_dictionaries_as_single_runs(tmp_path: Path):
     reads: list[int] = []
 
     def counted(start: int):
@@ -237,7 +237,7 @@ def test_a_sweep_in_one_pass_gives_what_single_runs_give(tmp_path: Path):
         assert torch.equal(both.atoms, alone.atoms), folder
 
 
-def test_the_threshold_is_found_that_fills_the_wanted_size(tmp_path: Path):
+def test_the_search_finds_the_threshold_that_fills_the_size(tmp_path: Path):
     itda = grown(tmp_path, threshold=None, size=60)
     assert 59 <= itda.size <= 60
     threshold = itda.origin.training["threshold"]
@@ -283,7 +283,7 @@ def test_an_activation_that_is_an_atom_is_reconstructed_exactly(tmp_path: Path):
     assert torch.equal(itda.encode(x).indices[:, 0], torch.arange(itda.size))
 
 
-def test_the_curve_expects_what_a_power_law_goes_on_to_give():
+def test_the_curve_extrapolates_a_power_law():
     share = lambda size: 3.0 * size**-0.5  # noqa: E731
     curve = [GrowthInterval(n * 1000, 0, 100 * n, 1000, round(1000 * share(max(1, 100 * (n - 1))))) for n in range(1, 401)]
     assert expected_over_threshold(curve) == pytest.approx(share(40_000), rel=0.01)
@@ -299,7 +299,7 @@ def images(numbers: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_the_curve_foretells_images_that_growth_never_saw_whatever_the_order(tmp_path: Path, shuffled: bool):
+def test_the_curve_predicts_new_images_in_any_order(tmp_path: Path, shuffled: bool):
     count, per_image = 1500, 16
     shots = torch.arange(count).repeat_interleave(per_image)
     if shuffled:
@@ -316,17 +316,17 @@ def test_the_curve_foretells_images_that_growth_never_saw_whatever_the_order(tmp
     assert float(over) == pytest.approx(expected, rel=0.15)
 
 
-def test_no_atom_is_of_a_prompt_that_is_kept_out(tmp_path: Path):
+def test_no_atom_is_of_a_held_out_prompt(tmp_path: Path):
     twins = source(shot=lambda number: replace(shot(number // 2), seed=number))
     [itda] = grow({tmp_path: growth(holdout=0.3)}, twins, origin=ORIGIN).values()
-    curve = [GrowthInterval(*moment) for moment in itda.origin.training["curve"]]  # pyright: ignore
-    kept_out = HoldOut(twins.shot).mask(torch.arange(TOKENS // 8), 0.3)
-    assert 0.1 < float(kept_out.float().mean()) < 0.5 and torch.equal(kept_out[::2], kept_out[1::2])
-    assert sum(moment.holdout_tokens for moment in curve) == 8 * int(kept_out.sum())
-    assert not kept_out[itda.provenance.shots].any()
+    curve = [GrowthInterval(*interval) for interval in itda.origin.training["curve"]]  # pyright: ignore
+    held_out = HoldOut(twins.shot).mask(torch.arange(TOKENS // 8), 0.3)
+    assert 0.1 < float(held_out.float().mean()) < 0.5 and torch.equal(held_out[::2], held_out[1::2])
+    assert sum(interval.holdout_tokens for interval in curve) == 8 * int(held_out.sum())
+    assert not held_out[itda.provenance.shots].any()
 
 
-def test_a_dictionary_that_is_full_at_once_is_judged_by_what_comes_after(tmp_path: Path):
+def test_a_dictionary_that_is_full_early_is_measured_on_later_tokens(tmp_path: Path):
     [itda] = grow({tmp_path: growth(size=40, holdout=0.3)}, source(), origin=ORIGIN).values()
     expected = itda.origin.training["expected_over_threshold"]
     over = (itda.unexplained(cloud(4000, seed=900)) > 0.25).float().mean()
@@ -334,7 +334,7 @@ def test_a_dictionary_that_is_full_at_once_is_judged_by_what_comes_after(tmp_pat
     assert float(over) == pytest.approx(expected, rel=0.2)
 
 
-def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_path: Path):
+def test_new_tokens_are_over_the_threshold_as_often_as_the_curve_predicts(tmp_path: Path):
     def noisy(number: int, size: int = BATCH) -> ActivationBatch:
         noise = 0.3 * torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(number))
         return ActivationBatch(cloud(size, seed=number + 1) + noise, torch.full((size,), number), torch.arange(size))
@@ -348,7 +348,7 @@ def test_unseen_tokens_are_over_the_threshold_as_often_as_the_curve_expects(tmp_
 
 
 @pytest.mark.parametrize("memory", [10**4, 10**5, 10**12])
-def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
+def test_growth_resumes_bit_for_bit_whatever_memory_is_free(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     free = "difflex.training.itda.growing.free_memory"
     monkeypatch.setattr(free, lambda device: 7 * 10**5)  # enough for half a Gram matrix
@@ -361,7 +361,7 @@ def test_growth_goes_on_bit_for_bit_whatever_memory_is_free_by_then(tmp_path: Pa
     assert "float16" in str(whole.origin.training["backend"])
 
 
-def test_the_growths_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_dictionaries_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: 1_200_000)
     sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
@@ -383,7 +383,7 @@ def started(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [{"parts": {}}, {"backend": {}}, {"curve": [[1]]}, {"trials": 3}, {"curve": []}])
-def test_a_damaged_state_is_refused_by_name(tmp_path: Path, change: dict):
+def test_a_damaged_state_is_named(tmp_path: Path, change: dict):
     state = started(tmp_path)
     state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
     with pytest.raises((BrokenFile, TypeCheckError), match=r"state\.json|trials"):
@@ -391,7 +391,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path: Path, change: dict):
 
 
 @pytest.mark.parametrize("name", ["atoms-0-*", "normalisation*"])
-def test_a_flipped_bit_in_unfinished_work_is_found(tmp_path: Path, name: str):
+def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, name: str):
     path = sorted(started(tmp_path).parent.glob(name))[-1]
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
@@ -400,7 +400,7 @@ def test_a_flipped_bit_in_unfinished_work_is_found(tmp_path: Path, name: str):
         grown(tmp_path)
 
 
-def test_data_without_a_direction_grows_no_dictionary(tmp_path: Path):
+def test_zero_vectors_grow_no_dictionary(tmp_path: Path):
     nothing = source(batches=lambda start: (rows(n)._replace(values=torch.zeros(BATCH, WIDTH)) for n in range(start, 4)))
     with pytest.raises(BadInput, match="zero vector"):
         grow({tmp_path: growth(normalisation="none")}, nothing, origin=ORIGIN)
@@ -432,7 +432,7 @@ def test_a_file_with_a_missing_or_shorter_tensor_is_refused(tmp_path: Path, miss
             Dictionary.load(tmp_path)
 
 
-def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
+def test_a_growth_does_not_resume_with_other_data_or_settings(tmp_path: Path):
     grown(tmp_path)
     with pytest.raises(StaleWork, match=r"threshold 0\.25 instead of 0\.5"):
         grown(tmp_path, threshold=0.5)
@@ -443,7 +443,7 @@ def test_work_of_another_growth_or_damaged_work_is_refused(tmp_path: Path):
         grown(tmp_path)
 
 
-def test_wishes_that_cannot_be_met_are_refused(tmp_path: Path):
+def test_impossible_requests_are_refused(tmp_path: Path):
     for changes in ({"threshold": 1.5}, {"k": 0}, {"max_per_batch": 0}, {"holdout": 1.0}):
         with pytest.raises(BadInput):
             growth(**changes)
@@ -495,7 +495,7 @@ def script(folder: Path, *, count: int = 1, pause: float = 0.0, threshold: float
 
 
 @pytest.mark.parametrize(("threshold", "size"), [(0.25, 400), (None, 60)])
-def test_growth_killed_at_any_moment_goes_on_bit_for_bit(tmp_path: Path, threshold: float | None, size: int):
+def test_growth_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path, threshold: float | None, size: int):
     whole = grown(tmp_path / "whole", threshold=threshold, size=size)
     folder, kills = tmp_path / "killed", 0
     for wait in (0.2, 0.5, 0.1):
@@ -532,6 +532,6 @@ def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Pat
     z = two.normalisation.apply(all_rows())
     torch.testing.assert_close(two.atoms, F.normalize(z[shots], dim=1))
     for number in range(TOKENS // BATCH):
-        there = two.atoms[shots < (number + 1) * BATCH]
+        earlier = two.atoms[shots < (number + 1) * BATCH]
         batch = z[number * BATCH : (number + 1) * BATCH]
-        assert float(left(batch, there, "orthogonal").max()) <= 0.25 * (1 + 1e-4)
+        assert float(left(batch, earlier, "orthogonal").max()) <= 0.25 * (1 + 1e-4)

@@ -1,4 +1,4 @@
-"""Fitting: resumed work ends as work that was never stopped, sweeps share a pass, and what goes wrong is said."""
+"""Training: a resumed run ends like an uninterrupted one, sweeps share a pass, and errors are explained."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
 from difflex.records import ActivationBatch, Site
 from difflex.store.reading import SplitBatches
-from difflex.testing.planted import PlantedDictionary
+from difflex.testing import PlantedDictionary
 from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit, shuffled
 from difflex.training.fitting import learning_rate
 
@@ -39,10 +39,10 @@ def trained(folder: Path, training: TrainingConfig = SMALL, config: FitConfig = 
     return fit({folder: training}, batches, origin=ORIGIN, config=config)[folder]
 
 
-def same(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same weights and the same training state, bit for bit."""
+def same(first: Path, second: Path) -> bool:
+    """Return whether two folders hold the same weights and the same checkpoint, bit for bit."""
     pairs = [
-        (load_file(one / name), load_file(other / name)) for name in ("dictionary.safetensors", "training/state.safetensors")
+        (load_file(first / name), load_file(second / name)) for name in ("dictionary.safetensors", "training/state.safetensors")
     ]
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
@@ -61,7 +61,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_explains_the_planted_world_and_loads_as_it_was_saved(tmp_path: Path, name: str):
+def test_every_kind_reconstructs_planted_data_and_loads_as_it_was_saved(tmp_path: Path, name: str):
     dictionary = trained(tmp_path, KINDS[name], replace(CONFIG, tokens=64 * 400))
     x = next(batches(1000)).values
     y = dictionary.decode(dictionary.encode(x))
@@ -73,15 +73,15 @@ def test_every_kind_explains_the_planted_world_and_loads_as_it_was_saved(tmp_pat
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_in_two_parts_ends_as_one_in_one_part(tmp_path: Path, name: str):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, name: str):
     trained(tmp_path / "whole", KINDS[name])
     with pytest.raises(InterruptedError):
         fit({tmp_path / "parts": KINDS[name]}, interrupted_at(25), origin=ORIGIN, config=CONFIG)
     assert not (tmp_path / "parts" / "config.json").exists()
     trained(tmp_path / "parts", KINDS[name])
     assert same(tmp_path / "whole", tmp_path / "parts")
-    kept = [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "parts")]
-    assert kept == [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "whole")]
+    lines = [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "parts")]
+    assert lines == [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "whole")]
 
 
 VOLATILE = ("tokens_per_second", "waiting")
@@ -97,7 +97,7 @@ def interrupted_at(number: int):
     return stream
 
 
-def test_a_sweep_gives_what_each_training_gives_alone(tmp_path: Path):
+def test_a_sweep_gives_the_same_saes_as_single_trainings(tmp_path: Path):
     sweep = {tmp_path / str(k): replace(SMALL, k=k, normalisation="whiten" if k == 2 else "standardise") for k in (2, 4, 6)}
     fit(sweep, batches, origin=ORIGIN, config=CONFIG)
     for folder, training in sweep.items():
@@ -105,7 +105,7 @@ def test_a_sweep_gives_what_each_training_gives_alone(tmp_path: Path):
         assert same(folder, tmp_path / "alone" / folder.name)
 
 
-def test_a_member_that_a_kill_left_ahead_waits_for_the_others(tmp_path: Path):
+def test_after_a_kill_an_sae_that_is_ahead_waits_for_the_others(tmp_path: Path):
     sweep = {tmp_path / "a": SMALL, tmp_path / "b": replace(SMALL, k=2)}
     with pytest.raises(InterruptedError):
         fit(sweep, interrupted_at(15), origin=ORIGIN, config=CONFIG)
@@ -117,7 +117,7 @@ def test_a_member_that_a_kill_left_ahead_waits_for_the_others(tmp_path: Path):
         assert same(folder, tmp_path / "alone" / folder.name)
 
 
-def test_finished_work_is_not_done_again(tmp_path: Path):
+def test_a_finished_training_is_not_repeated(tmp_path: Path):
     trained(tmp_path)
     before = [(tmp_path / name).read_bytes() for name in ("dictionary.safetensors", "config.json")]
     fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
@@ -128,7 +128,7 @@ LONG = replace(CONFIG, tokens=64 * 400, checkpoint_every=2)
 
 
 def run_killed(folder: Path, moments: random.Random, kills: int) -> int:
-    """Train in a process that is killed at `kills` random moments, then let it end; how often it was killed in time."""
+    """Train in a process that is killed at `kills` random moments; return how often it was killed before its end."""
     context = multiprocessing.get_context("fork")  # starts at once, unlike a new interpreter
     for kill in range(kills + 1):
         process = context.Process(target=trained, args=(folder, SMALL, LONG))
@@ -144,13 +144,13 @@ def run_killed(folder: Path, moments: random.Random, kills: int) -> int:
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, kills: int):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path, kills: int):
     trained(tmp_path / "whole", SMALL, LONG)
     assert run_killed(tmp_path / "killed", random.Random(kills), kills) >= kills - 1
     assert same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_batch_with_nan_ends_the_run_by_name_and_keeps_the_last_state(tmp_path: Path):
+def test_a_batch_with_nan_is_named_and_the_last_checkpoint_stays(tmp_path: Path):
     def poisoned(start: int) -> Iterator[ActivationBatch]:
         for number, rows in enumerate(batches(start), start):
             if number == 20:
@@ -165,18 +165,18 @@ def test_a_batch_with_nan_ends_the_run_by_name_and_keeps_the_last_state(tmp_path
     assert same(tmp_path, tmp_path / "healthy")
 
 
-def test_weights_that_diverge_are_said_to(tmp_path: Path):
+def test_divergence_is_explained(tmp_path: Path):
     wild = replace(SMALL, optimiser=AdamConfig(learning_rate=1e30, warmup=0))
     with pytest.raises(NonFinite, match=r"have diverged\. No checkpoint was saved\. Lower the learning rate"):
         trained(tmp_path, wild)
 
 
-def test_rows_that_are_held_out_are_not_learned_from(tmp_path: Path):
+def test_held_out_rows_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="split 'held-out', 'train' is needed"):
         fit({tmp_path: SMALL}, lambda start: SplitBatches(batches(start), "held-out"), origin=ORIGIN, config=CONFIG)
 
 
-def test_work_on_other_data_or_of_another_training_is_not_continued(tmp_path: Path):
+def test_a_training_does_not_resume_with_other_data_or_settings(tmp_path: Path):
     trained(tmp_path)
     with pytest.raises(StaleWork, match=r"other training: \{'k': 4\}, not \{'k': 3\}"):
         trained(tmp_path, replace(SMALL, k=3))
@@ -184,7 +184,7 @@ def test_work_on_other_data_or_of_another_training_is_not_continued(tmp_path: Pa
         trained(tmp_path, SMALL, replace(CONFIG, data="elsewhere"))
 
 
-def test_a_damaged_state_is_named(tmp_path: Path):
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     trained(tmp_path)
     state = tmp_path / "training" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
@@ -192,7 +192,7 @@ def test_a_damaged_state_is_named(tmp_path: Path):
         trained(tmp_path)
 
 
-def test_data_that_normalisation_would_help_is_warned_of(tmp_path: Path):
+def test_data_that_need_normalisation_bring_a_warning(tmp_path: Path):
     with pytest.warns(UserWarning, match="Choose 'standardise' or 'whiten'"):
         trained(tmp_path, replace(SMALL, normalisation="none"), CONFIG)
     with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def test_data_that_normalisation_would_help_is_warned_of(tmp_path: Path):
         trained(tmp_path / "standardised")
 
 
-def test_a_stream_that_ends_early_is_warned_of_and_what_was_learned_is_kept(tmp_path: Path):
+def test_a_stream_that_ends_early_brings_a_warning_and_a_dictionary(tmp_path: Path):
     def short(start: int) -> Iterator[ActivationBatch]:
         return (rows for _, rows in zip(range(start, 12), batches(start), strict=False))
 
@@ -209,19 +209,19 @@ def test_a_stream_that_ends_early_is_warned_of_and_what_was_learned_is_kept(tmp_
     assert dictionary.origin.training["updates"] == 12
 
 
-def test_the_log_has_the_numbers_that_a_person_asks_for(tmp_path: Path):
+def test_the_log_has_all_metrics(tmp_path: Path):
     trained(tmp_path)
     lines = log(tmp_path)
     assert lines[0]["event"] == "start" and lines[0]["mean_over_spread"] > 0
     numbers = [line for line in lines if "loss" in line]
     assert [line["update"] for line in numbers] == [5, 10, 15, 20, 25, 30, 35, 40]
-    asked = {"tokens", "loss", "fvu", "l0", "dead", "gradient", "tokens_per_second", "waiting"}
-    assert asked <= numbers[0].keys() and numbers[0]["gradient"] > 0
+    names = {"tokens", "loss", "fvu", "l0", "dead", "gradient", "tokens_per_second", "waiting"}
+    assert names <= numbers[0].keys() and numbers[0]["gradient"] > 0
     density = next(line["density"] for line in lines if line.get("event") == "checkpoint")
     assert sum(density.values()) == SMALL.size
 
 
-def test_a_listener_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_logger_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingExtra, match=r"needs the package wandb: pip install 'difflex\[logs\]'"):
         trained(tmp_path, SMALL, replace(CONFIG, loggers=("wandb",)))
@@ -238,7 +238,7 @@ def test_the_learning_rate_rises_stays_and_falls():
     "wrong",
     [{"k": 65}, {"kind": "matryoshka"}, {"prefixes": (8,)}, {"kind": "matryoshka", "prefixes": (64,)}],
 )
-def test_trainings_that_make_no_sense_are_refused(wrong: dict):
+def test_impossible_trainings_are_refused(wrong: dict):
     with pytest.raises(BadInput):
         replace(SMALL, **wrong)
 
@@ -286,8 +286,8 @@ def test_seeds_differ_and_repeat(tmp_path: Path):
         lambda: FitConfig(tokens=0),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(wrong: Callable[[], object]):
-    with pytest.raises((DifflexError, TypeCheckError)):  # the latter where every call is held to its annotations
+def test_impossible_settings_are_refused(wrong: Callable[[], object]):
+    with pytest.raises((DifflexError, TypeCheckError)):  # the latter if annotations are checked
         wrong()
 
 
@@ -309,14 +309,14 @@ def test_weights_that_diverge_in_the_last_update_are_not_saved(tmp_path: Path):
     assert not (tmp_path / "config.json").exists()
 
 
-def test_where_one_of_a_sweep_diverges_the_others_keep_what_they_learned(tmp_path: Path):
+def test_when_one_sae_of_a_sweep_diverges_the_others_keep_their_checkpoint(tmp_path: Path):
     sweep = {tmp_path / "sane": SMALL, tmp_path / "mad": replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0))}
     with pytest.raises(NonFinite, match="diverged"):
         fit(sweep, batches, origin=ORIGIN, config=CONFIG)
     assert (tmp_path / "sane" / "training" / "state.safetensors").exists()
 
 
-def test_a_member_that_diverges_at_the_end_does_not_cost_the_others_their_dictionaries(tmp_path: Path):
+def test_when_one_sae_diverges_at_the_end_the_others_are_saved(tmp_path: Path):
     mad = replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0, decay=0.0))
     with pytest.raises(NonFinite, match="diverged"):
         fit({tmp_path / "mad": mad, tmp_path / "sane": SMALL}, batches, origin=ORIGIN, config=replace(CONFIG, tokens=64))

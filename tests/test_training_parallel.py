@@ -1,4 +1,4 @@
-"""Many processes train as one: the same result, whatever the number of ranks, and a clear end where one is lost."""
+"""Parallel training: the same result for any number of ranks, and a clear error if a rank is lost."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ from difflex.training import FitConfig, TrainingConfig, fit
 from difflex.training.parallel import TrainingRanks
 
 SHORT = replace(CONFIG, tokens=64 * 14, checkpoint_every=5, log_every=2)
-ELSEWHERE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 
 
-def rank_trains(
+def train_rank(
     rank: int, count: int, meeting: Path, folder: Path, training: TrainingConfig, config: FitConfig, stop: int | None
 ) -> None:
-    """What one rank does; `stop` is the batch at which the stream breaks off, as in a kill."""
+    """Train on one rank; `stop` is the batch at which the stream is interrupted, as by a kill."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     stream = batches if stop is None else interrupted_at(stop)
@@ -37,13 +37,13 @@ def rank_trains(
     dist.destroy_process_group()
 
 
-def team_trains(count: int, folder: Path, training: TrainingConfig, config: FitConfig, stop: int | None = None) -> None:
+def train_parallel(count: int, folder: Path, training: TrainingConfig, config: FitConfig, stop: int | None = None) -> None:
     """Train in `count` processes."""
     context = multiprocessing.get_context("fork")
     meeting = folder.with_name(f"{folder.name}-meeting-{time.monotonic_ns()}")
     meeting.parent.mkdir(parents=True, exist_ok=True)
     ranks = [
-        context.Process(target=rank_trains, args=(rank, count, meeting, folder, training, config, stop)) for rank in range(count)
+        context.Process(target=train_rank, args=(rank, count, meeting, folder, training, config, stop)) for rank in range(count)
     ]
     for process in ranks:
         process.start()
@@ -52,10 +52,10 @@ def team_trains(count: int, folder: Path, training: TrainingConfig, config: FitC
         assert process.exitcode == 0
 
 
-def alike(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same weights within the rounding of float32, and the same state."""
+def alike(first: Path, second: Path) -> bool:
+    """Compare the weights and checkpoints of two folders within the rounding of float32."""
     for name in ("dictionary.safetensors", "training/state.safetensors"):
-        a, b = load_file(one / name), load_file(other / name)
+        a, b = load_file(first / name), load_file(second / name)
         assert a.keys() == b.keys()
         for key in a:
             torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
@@ -64,25 +64,25 @@ def alike(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("split", ["data", "features"])
 @pytest.mark.parametrize("name", KINDS)
-def test_two_ranks_learn_what_one_learns(tmp_path: Path, name: str, split: str):
+def test_two_ranks_train_the_same_sae_as_one(tmp_path: Path, name: str, split: str):
     config = replace(SHORT, split=split)
     fit({tmp_path / "one": KINDS[name]}, batches, origin=ORIGIN, config=config)
-    team_trains(2, tmp_path / "two", KINDS[name], config)
+    train_parallel(2, tmp_path / "two", KINDS[name], config)
     assert alike(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("split", ["data", "features"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, split: str, before: int, after: int):
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, split: str, before: int, after: int):
     config = replace(SHORT, split=split)
-    team_trains(before, tmp_path / "some", SMALL, config, stop=8)
+    train_parallel(before, tmp_path / "some", SMALL, config, stop=8)
     assert not (tmp_path / "some" / "config.json").exists()
-    team_trains(after, tmp_path / "some", SMALL, config)
+    train_parallel(after, tmp_path / "some", SMALL, config)
     fit({tmp_path / "one": SMALL}, batches, origin=ORIGIN, config=config)
     assert alike(tmp_path / "one", tmp_path / "some")
 
 
-def test_a_batch_of_fewer_tokens_than_ranks_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_may_have_fewer_tokens_than_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def thin(start: int):
         return (
             ActivationBatch(*(part[:1] for part in rows)) if number % 4 == 3 else rows
@@ -93,12 +93,12 @@ def test_a_batch_of_fewer_tokens_than_ranks_is_learned_from(tmp_path: Path, monk
     config = replace(SHORT, tokens=64 * 8)
     for name in ("topk", "batchtopk"):
         fit({tmp_path / name / "one": KINDS[name]}, thin, origin=ORIGIN, config=config)
-        team_trains(2, tmp_path / name / "two", KINDS[name], config)
+        train_parallel(2, tmp_path / name / "two", KINDS[name], config)
         assert alike(tmp_path / name / "one", tmp_path / name / "two")
 
 
 def rank_dies(rank: int, meeting: Path, folder: Path, answer: Path) -> None:
-    """Rank 1 is killed at batch 8; rank 0 writes down how it ended."""
+    """Train until rank 1 is killed at batch 8; rank 0 writes its error to `answer`."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
 
     def stream(start: int):
@@ -114,7 +114,7 @@ def rank_dies(rank: int, meeting: Path, folder: Path, answer: Path) -> None:
     os._exit(0)
 
 
-def test_a_rank_that_dies_brings_a_clear_end_and_a_state_to_go_on_from(tmp_path: Path):
+def test_a_lost_rank_brings_a_clear_error_and_a_checkpoint_to_resume_from(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     places = (tmp_path / "meeting", tmp_path / "run", tmp_path / "answer")
     ranks = [context.Process(target=rank_dies, args=(rank, *places)) for rank in range(2)]
@@ -136,7 +136,7 @@ def test_a_size_that_cannot_be_split_is_refused():
         ranks.features(64)
 
 
-def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
+def test_the_shares_of_the_ranks_make_up_the_batch(monkeypatch: pytest.MonkeyPatch):
     ranks, tokens = TrainingRanks(), torch.arange(65)
     ranks.world_size = 3
     shares = []
@@ -145,13 +145,13 @@ def test_the_shares_of_ranks_are_the_batch(monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(torch.cat(shares), tokens)
 
 
-def test_without_torchrun_nothing_is_joined():
+def test_without_torchrun_no_process_group_is_started():
     with process_group():
         assert not dist.is_initialized()
 
 
-def test_under_torchrun_the_team_is_joined_and_left(monkeypatch: pytest.MonkeyPatch, free_port: int):
-    for name, value in {**ELSEWHERE, "MASTER_PORT": str(free_port)}.items():
+def test_under_torchrun_a_process_group_is_started_and_ended(monkeypatch: pytest.MonkeyPatch, free_port: int):
+    for name, value in {**TORCHRUN, "MASTER_PORT": str(free_port)}.items():
         monkeypatch.setenv(name, value)
     with process_group():
         assert dist.get_world_size() == 1

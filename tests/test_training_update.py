@@ -1,4 +1,4 @@
-"""The update in closed form: it equals plain autograd on dense matrices, for every kind and option."""
+"""The update in closed form equals plain autograd on dense matrices, for every kind and option."""
 
 from dataclasses import replace
 from typing import final
@@ -15,23 +15,23 @@ from difflex.training.parallel import TrainingRanks
 
 WIDTH, SIZE, K, BATCH = 24, 96, 5, 64
 PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", auxk=None, optimiser=AdamConfig(learning_rate=3e-3))
-REVIVED = AuxKLoss(k=6, dead_after=BATCH)
+AUXK = AuxKLoss(k=6, dead_after=BATCH)
 MATRYOSHKA = replace(PLAIN, kind="matryoshka", prefixes=(16, 48))
 JUMP = replace(PLAIN, kind="jumprelu", jumprelu=JumpReLUConfig(bandwidth=0.8, coefficient=0.1))
 
 
 def batch(number: int, width: int = WIDTH, count: int = BATCH) -> Tensor:
-    """Sparse mixtures of planted directions, of which later batches show others."""
+    """Return sparse mixtures of planted directions, other ones in every batch."""
     generator = torch.Generator().manual_seed(number)
     planted = F.normalize(torch.randn(3 * width, width, generator=torch.Generator().manual_seed(99)), dim=1)
-    shown = torch.rand(count, 3 * width, generator=generator) < 0.06
-    amounts = shown * (1 + 3 * torch.rand(count, 3 * width, generator=generator))
+    fires = torch.rand(count, 3 * width, generator=generator) < 0.06
+    amounts = fires * (1 + 3 * torch.rand(count, 3 * width, generator=generator))
     return amounts @ planted + 0.1 * torch.randn(count, width, generator=generator) + 0.3
 
 
 @final
 class Reference:
-    """The same training, written plainly: dense codes, autograd, Adam over whole matrices."""
+    """The same training, written simply: dense codes, autograd, Adam on whole matrices."""
 
     def __init__(self, config: TrainingConfig, weights: SAEWeights) -> None:
         self.config = config
@@ -43,7 +43,7 @@ class Reference:
 
     def update(self, z: Tensor, lr: float) -> float:
         weights, settings = self.weights, self.config.optimiser
-        loss, main = self._loss(z)
+        loss, error = self._loss(z)
         self.adam.zero_grad()
         loss.backward()
         rows = weights["decoder"]
@@ -59,22 +59,22 @@ class Reference:
             rows /= rows.norm(dim=1, keepdim=True)
             for name, tensor in weights.items():
                 self.average[name].lerp_(tensor, 1 - (settings.ema or 0))
-        return main
+        return error
 
     def _loss(self, z: Tensor) -> tuple[Tensor, float]:
         config, weights = self.config, self.weights
         scores = (z - weights["bias"]) @ weights["encoder"].T
         if "encoder_bias" in weights:
             scores = scores + weights["encoder_bias"]
-        values, further = self._values(scores)
+        values, sparsity = self._values(scores)
         losses = []
         for size in (*config.prefixes, config.size):
             y = values[:, :size] @ weights["decoder"][:size] + weights["bias"]
             losses.append((y - z).square().mean())
-        loss = torch.stack(losses).mean() + further
+        loss = torch.stack(losses).mean() + sparsity
         dead = self.silence > config.auxk.dead_after if config.auxk else self.silence < 0
         if config.auxk and dead.any():
-            loss = loss + self._revival(scores, values, z, dead, config.auxk)
+            loss = loss + self._auxk(scores, values, z, dead, config.auxk)
         fired = (values > 0).any(0)
         self.silence = torch.where(fired, 0, self.silence + len(z))
         return loss, losses[-1].item()
@@ -82,8 +82,8 @@ class Reference:
     def _values(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         config, none = self.config, torch.zeros(())
         if config.kind == "jumprelu":
-            values = Jumping.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
-            steps = Stepping.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
+            values = Jump.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
+            steps = Step.apply(scores, self.weights["thresholds"], config.jumprelu.bandwidth)
             return values, config.jumprelu.coefficient * (steps.sum(1).mean() / config.k - 1).square()
         if config.kind == "topk":
             top = scores.topk(config.k)
@@ -92,20 +92,20 @@ class Reference:
         smallest = scores.flatten().topk(config.k * len(scores)).values[-1]
         return scores * (scores >= smallest.clamp_min(1e-30)), none
 
-    def _revival(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, revival: AuxKLoss) -> Tensor:
+    def _auxk(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, auxk: AuxKLoss) -> Tensor:
         of_dead = scores[:, dead]
-        top = of_dead.topk(min(revival.k, of_dead.shape[1]))
+        top = of_dead.topk(min(auxk.k, of_dead.shape[1]))
         kept = torch.zeros_like(of_dead).scatter(1, top.indices, top.values)
-        said = (kept.relu() if self.config.relu else kept) @ self.weights["decoder"][dead]
+        output = (kept.relu() if self.config.relu else kept) @ self.weights["decoder"][dead]
         y = values @ self.weights["decoder"]
-        if revival.target == "reconstruction":
-            return revival.coefficient * (said - y).square().mean()
+        if auxk.target == "reconstruction":
+            return auxk.coefficient * (output - y).square().mean()
         residual = (z - self.weights["bias"] - y).detach()
-        return revival.coefficient * (said - residual).square().mean() / residual.square().mean()
+        return auxk.coefficient * (output - residual).square().mean() / residual.square().mean()
 
 
-class Jumping(torch.autograd.Function):
-    """`score * [score > threshold]`, whose derivative by the threshold is taken through a rectangle."""
+class Jump(torch.autograd.Function):
+    """`score * [score > threshold]`, with a rectangle as the derivative by the threshold."""
 
     @staticmethod
     def forward(ctx, scores, threshold, bandwidth):
@@ -121,8 +121,8 @@ class Jumping(torch.autograd.Function):
         return gradient * (scores > threshold), -(threshold * near * gradient).sum(0), None
 
 
-class Stepping(torch.autograd.Function):
-    """`[score > threshold]`, likewise; no derivative by the score."""
+class Step(torch.autograd.Function):
+    """`[score > threshold]`, likewise, without a derivative by the score."""
 
     @staticmethod
     def forward(ctx, scores, threshold, bandwidth):
@@ -139,46 +139,46 @@ class Stepping(torch.autograd.Function):
 
 
 def both(config: TrainingConfig, updates: int = 40) -> tuple[Learner, Reference, list[UpdateMetrics]]:
-    """The learner and the reference after the same updates, having agreed on every loss; and the measures."""
+    """Return the learner and the reference after the same updates, with equal losses, and the metrics."""
     weights = initial_weights(config, batch(0))
     # In float64, as Adam divides by the gradient's own size: in float32 the rounding of a tiny gradient moves a weight.
     learner = Learner(
         config, SAEWeights(**{name: tensor.double() for name, tensor in weights.tensors().items()}), TrainingRanks()
     )
     reference = Reference(config, learner.parameters.weights)
-    measures = []
+    metrics = []
     for number in range(updates):
         lr = config.optimiser.learning_rate * min(1, (number + 1) / 5)
         loss = reference.update(batch(number).double(), lr)
-        measures.append(learner.update(batch(number).double(), lr))
-        assert measures[-1].loss == pytest.approx(loss, rel=1e-9)
+        metrics.append(learner.update(batch(number).double(), lr))
+        assert metrics[-1].loss == pytest.approx(loss, rel=1e-9)
     learner.parameters.apply_skipped(learner.updates)
-    return learner, reference, measures
+    return learner, reference, metrics
 
 
 CASES = {
     "topk": PLAIN,
     "topk without relu": replace(PLAIN, relu=False, encoder_bias=False),
-    "topk reviving": replace(PLAIN, auxk=REVIVED),
-    "topk reviving by its reconstruction": replace(PLAIN, relu=False, auxk=replace(REVIVED, target="reconstruction")),
+    "topk auxk": replace(PLAIN, auxk=AUXK),
+    "topk auxk reconstruction": replace(PLAIN, relu=False, auxk=replace(AUXK, target="reconstruction")),
     "topk clipped": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, clip=0.05)),
     "topk averaged": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, ema=0.9)),
     "lazy": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
-    "lazy reviving": replace(PLAIN, auxk=REVIVED, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0)),
+    "lazy auxk": replace(PLAIN, auxk=AUXK, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0)),
     "orthogonal": replace(PLAIN, initialisation=InitConfig(directions="orthogonal", gain=0.6, bias="median")),
     "batchtopk": replace(PLAIN, kind="batchtopk"),
-    "batchtopk reviving": replace(PLAIN, kind="batchtopk", auxk=REVIVED),
+    "batchtopk auxk": replace(PLAIN, kind="batchtopk", auxk=AUXK),
     "matryoshka": MATRYOSHKA,
-    "matryoshka reviving": replace(MATRYOSHKA, auxk=REVIVED),
-    "matryoshka reviving by its reconstruction": replace(MATRYOSHKA, auxk=replace(REVIVED, target="reconstruction")),
+    "matryoshka auxk": replace(MATRYOSHKA, auxk=AUXK),
+    "matryoshka auxk reconstruction": replace(MATRYOSHKA, auxk=replace(AUXK, target="reconstruction")),
     "jumprelu": JUMP,
-    "jumprelu reviving": replace(JUMP, auxk=REVIVED),
+    "jumprelu auxk": replace(JUMP, auxk=AUXK),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_kind_learns_what_plain_autograd_learns(name: str):
-    learner, reference, measures = both(CASES[name])
+def test_every_kind_gets_the_weights_of_plain_autograd(name: str):
+    learner, reference, metrics = both(CASES[name])
     weights: SAEWeights = learner.parameters.weights
     for key, tensor in weights.tensors().items():
         torch.testing.assert_close(tensor, reference.weights[key].detach(), atol=1e-8, rtol=0)
@@ -186,18 +186,18 @@ def test_every_kind_learns_what_plain_autograd_learns(name: str):
         if average is not None:
             torch.testing.assert_close(average, reference.average[key], atol=1e-8, rtol=0)
     assert torch.equal(learner.silence, reference.silence)
-    assert (max(measure.dead for measure in measures) > 0) == ("reviving" in name)
+    assert (max(entry.dead for entry in metrics) > 0) == ("auxk" in name)
 
 
-def test_clipping_does_shorten_in_the_cases_that_clip():
+def test_gradients_are_longer_than_the_clip_in_the_cases_that_clip():
     for name in ("topk clipped", "lazy"):
         clip = CASES[name].optimiser.clip
         assert clip is not None
-        assert all(measure.gradient is not None and measure.gradient > clip for measure in both(CASES[name], 3)[2])
+        assert all(entry.gradient is not None and entry.gradient > clip for entry in both(CASES[name], 3)[2])
 
 
-def test_the_loss_curve_stays_with_the_reference_for_200_updates():
-    config = replace(PLAIN, size=2048, k=16, auxk=replace(REVIVED, dead_after=2000))
+def test_the_loss_follows_the_reference_for_200_updates():
+    config = replace(PLAIN, size=2048, k=16, auxk=replace(AUXK, dead_after=2000))
     learner, reference = (
         Learner(config, initial_weights(config, batch(0, 64)), TrainingRanks()),
         Reference(config, initial_weights(config, batch(0, 64))),
@@ -214,7 +214,7 @@ def test_decoder_rows_keep_length_one():
     torch.testing.assert_close(learner.parameters.weights.decoder.norm(dim=1), torch.ones(SIZE, dtype=torch.float64))
 
 
-def test_rows_that_do_not_fire_cost_nothing_when_beta1_is_zero():
+def test_rows_that_do_not_fire_are_skipped_if_beta1_is_zero():
     config = replace(PLAIN, optimiser=AdamConfig(beta1=0.0), size=960)
     learner = Learner(config, initial_weights(config, batch(0)), TrainingRanks())
     before = learner.parameters.weights.encoder.clone()
