@@ -1,4 +1,4 @@
-"""Images without a model: planted activations at two sites whose every code is known. As a script it collects, to be killed."""
+"""Images without a model: activations at two sites with known codes. As a script it collects from them, to be killed."""
 
 import argparse
 import time
@@ -20,55 +20,55 @@ SIZE, GRID, BATCH = 12, (4, 4), 5
 FEW = CollectConfig(top_examples=3, random_examples=4, silent_examples=2, silent_pool=10, coactive=3)
 
 
-def planted(image: int, site: Site, timestep: float) -> Tensor:
-    """What an image's tokens hold at a site: some numbers above 0, few below, the later features the more rarely."""
+def planted_values(image: int, site: Site, timestep: float) -> Tensor:
+    """Activations of an image at a site: many positive values, a few negative ones; later features fire more rarely."""
     generator = torch.Generator().manual_seed(1 + image * 100 + SITES.index(site) * 10 + int(timestep) // 250)
     tokens = GRID[0] * GRID[1]
     rare = torch.linspace(0.5, 0.005, SIZE)
     values = (torch.rand(tokens, SIZE, generator=generator) + 0.01) * (torch.rand(tokens, SIZE, generator=generator) < rare)
-    here = torch.rand(SIZE, generator=generator) < 0.7
+    is_present = torch.rand(SIZE, generator=generator) < 0.7
     values[:, 0] *= 1 - 1.5 * (torch.rand(tokens, generator=generator) < 0.1)
     values[:, -1] = 0
-    return values * here
+    return values * is_present
 
 
-def painted(image: int) -> Image.Image:
+def fake_image(image: int) -> Image.Image:
     return Image.new("RGB", (16, 16), (image % 251, image * 7 % 256, image // 251))
 
 
-def shot(image: int, timestep: float) -> Shot:
+def fake_shot(image: int, timestep: float) -> Shot:
     split = "held-out" if image % 5 == 0 else "train"
     return Shot(model="fake", prompt=f"image {image}", pixels=(16, 16), steps=2, guidance=0.0, timestep=timestep, split=split)
 
 
-def met(images: list[int], timesteps: tuple[float, ...]) -> CollectBatch:
-    """A batch of these images."""
+def fake_batch(images: list[int], timesteps: tuple[float, ...]) -> CollectBatch:
+    """Return a batch of these images."""
     activations = [
         Activations(
             site=site,
-            values=torch.stack([planted(image, site, timestep) for image in images]),
-            shots=tuple(shot(image, timestep) for image in images),
+            values=torch.stack([planted_values(image, site, timestep) for image in images]),
+            shots=tuple(fake_shot(image, timestep) for image in images),
             grid=GRID,
         )
         for timestep in timesteps
         for site in SITES
     ]
-    return CollectBatch([painted(image) for image in images], activations)
+    return CollectBatch([fake_image(image) for image in images], activations)
 
 
-def source(order: list[int], timesteps: tuple[float, ...] = (1000.0,), batch: int = BATCH, delay: float = 0.0):
-    """All images in this order, but for those left out."""
+def fake_source(order: list[int], timesteps: tuple[float, ...] = (1000.0,), batch: int = BATCH, delay: float = 0.0):
+    """Return a source of images in this order."""
 
     def stream(start: int) -> Iterator[CollectBatch]:
         for first in range(start, len(order), batch):
             time.sleep(delay)
-            yield met(order[first : first + batch], timesteps)
+            yield fake_batch(order[first : first + batch], timesteps)
 
     return stream
 
 
-def subjects(folder: Path) -> list[CollectTarget]:
-    """The neurons of both sites as dictionaries."""
+def targets(folder: Path) -> list[CollectTarget]:
+    """Return the neurons of both sites as dictionaries."""
     return [
         CollectTarget(
             dictionary=Neurons(width=SIZE, k=SIZE, origin=DictionaryOrigin(site=site)),
@@ -80,25 +80,30 @@ def subjects(folder: Path) -> list[CollectTarget]:
     ]
 
 
-def collected(
-    folder: Path, order: list[int], timesteps: tuple[float, ...] = (1000.0,), delay: float = 0.0, every: float = 60.0, **other
+def collect_fakes(
+    folder: Path,
+    order: list[int],
+    timesteps: tuple[float, ...] = (1000.0,),
+    delay: float = 0.0,
+    save_seconds: float = 60.0,
+    **other,
 ) -> list[Path]:
-    """The books of both sites."""
-    flow = source(order, timesteps, other.pop("batch", BATCH), delay)
+    """Make the books of both sites."""
+    source = fake_source(order, timesteps, other.pop("batch", BATCH), delay)
     return collect(
-        [replace(subject, **other) for subject in subjects(folder)],
-        flow,
+        [replace(target, **other) for target in targets(folder)],
+        source,
         ImageAlbum(folder / "images"),
         data="planted",
         checkpoint=folder / "state.safetensors",
         config=FEW,
-        save_seconds=every,
+        save_seconds=save_seconds,
         progress=False,
     )
 
 
 def main() -> None:
-    """Collect; the flags say what."""
+    """Collect from fake images."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=120)
@@ -106,7 +111,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     print("begins", flush=True)
-    collected(flags.folder, [*range(flags.images)], (1000.0, 500.0), flags.delay, every=0.0)
+    collect_fakes(flags.folder, [*range(flags.images)], (1000.0, 500.0), flags.delay, save_seconds=0.0)
 
 
 if __name__ == "__main__":
