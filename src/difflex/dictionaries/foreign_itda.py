@@ -142,16 +142,12 @@ def _read_flat_yaml(path: Path) -> dict[str, Json]:
 
 
 def _scalar(text: str) -> Json:
-    if text in ("", "null", "~"):
+    if text in ("", "~"):
         return None
-    if text in ("true", "false"):
-        return text == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text.strip("'\"")
+    try:
+        return json.loads(text)  # numbers, booleans, null
+    except ValueError:
+        return text.strip("'\"")
 
 
 def _read_matrix(path: Path) -> Tensor:

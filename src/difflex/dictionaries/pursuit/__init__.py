@@ -113,7 +113,7 @@ def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, free: in
     if width <= WIDTH_PER_GRAM_ROW * (1 if rule.single_weight else k):
         return PursuitBackend(None, None, f"products with the residual (faster at width {width} and k {k})")
     for name, dtype in GRAM_DTYPES.items():
-        need = GramMatrix.bytes(size, dtype)
+        need = size * size * dtype.itemsize
         if need <= GRAM_SHARE * free:
             return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free memory)")
     pool = CandidatePool() if rule.needs_cholesky else None

@@ -118,7 +118,7 @@ class PursuitRule(ABC):
     needs_cholesky: bool = False
 
     @abstractmethod
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
+    def change(self, state: PursuitState, slot: int, correlations: Correlations, best: BestAtoms) -> Codes:
         """Change the weights in round `slot`, in which `best` was picked, and the residual energy; return the change."""
 
 
@@ -131,10 +131,10 @@ class GradientRule(PursuitRule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = self.monotone = signed
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
+    def change(self, state: PursuitState, slot: int, correlations: Correlations, best: BestAtoms) -> Codes:
         slots = slice(slot + 1)
         gram, support = state.gram[:, slots, slots], state.support[:, slots]
-        gradient = scores.at(support) * state.is_new[:, slots]
+        gradient = correlations.at(support) * state.is_new[:, slots]
         curvature = (gradient * _matvec(gram, gradient)).sum(1)
         # <r, c> is the squared norm of the gradient, as c = atoms^T gradient and gradient = atoms r.
         movable = state.active & (curvature > 0)
@@ -158,7 +158,7 @@ class MatchingRule(PursuitRule):
     def __init__(self, *, signed: bool) -> None:
         self.signed = signed
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
+    def change(self, state: PursuitState, slot: int, correlations: Correlations, best: BestAtoms) -> Codes:
         amounts = best.correlations if self.signed else best.correlations.clamp_min(0)
         amounts = torch.where(state.active, amounts, 0)
         earlier = (state.support[:, :slot] == best.atoms[:, None]) & state.is_new[:, :slot]
@@ -177,7 +177,7 @@ class OrthogonalRule(PursuitRule):
 
     signed = needs_gram = needs_cholesky = True
 
-    def change(self, state: PursuitState, slot: int, scores: Correlations, best: BestAtoms) -> Codes:
+    def change(self, state: PursuitState, slot: int, correlations: Correlations, best: BestAtoms) -> Codes:
         inverse = state.inverse_cholesky[:, :slot, :slot]
         shared = _matvec(inverse, state.gram[:, slot, :slot])
         pivot = state.gram[:, slot, slot] - shared.square().sum(1)
@@ -214,13 +214,14 @@ def run_pursuit(
     k: int,
     *,
     tolerance: float = 0.0,
-    correlations: Float[Tensor, "token size"] | None = None,
+    scores: Float[Tensor, "token size"] | None = None,
     excluded: ExcludedAtoms = None,
     with_history: bool = False,
 ) -> PursuitPath:
-    """Run k rounds for every signal, fewer for a signal whose unexplained share has come down to `tolerance`.
+    """Run k rounds for every signal; a signal whose unexplained share is `tolerance` or less needs no more.
 
-    `correlations` are those of the signals with all atoms, where they are known already.
+    `scores` are `signals @ atoms.rows.T`, if they are known already. Of the last atoms, those `excluded` for a signal are not
+    picked for it. The path only holds the weights before each round `with_history`.
     """
     energy = signals.square().sum(1)
     _check_finite(signals, energy)
@@ -230,10 +231,9 @@ def run_pursuit(
         here = slice(start, start + chunk)
         state = PursuitState.of(energy[here], k, rule, with_history)
         if atoms.size and len(state.energy):
-            scores = atoms.correlations(
-                signals[here], *(None if part is None else part[here] for part in (correlations, excluded))
-            )
-            _run_rounds(state, rule, scores, k, max(tolerance, 8 * torch.finfo(signals.dtype).eps))
+            parts = (None if tensor is None else tensor[here] for tensor in (scores, excluded))
+            correlations = atoms.correlations(signals[here], *parts)
+            _run_rounds(state, rule, correlations, k, max(tolerance, 8 * torch.finfo(signals.dtype).eps))
         else:
             state.best_correlations[state.active, :1] = 0  # any atom would be picked
         weights, residual_energy = state.weights * state.is_new, state.residual_energy.clamp_min(0)
@@ -241,30 +241,30 @@ def run_pursuit(
     return paths[0] if len(paths) == 1 else PursuitPath(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
 
 
-def _run_rounds(whole: PursuitState, rule: PursuitRule, scores: Correlations, k: int, tolerance: float) -> None:
+def _run_rounds(whole: PursuitState, rule: PursuitRule, correlations: Correlations, k: int, tolerance: float) -> None:
     rows, state = torch.arange(len(whole.energy), device=whole.energy.device), whole
     for slot in range(k):
-        change = _run_round(state, rule, scores, slot, tolerance)
+        change = _run_round(state, rule, correlations, slot, tolerance)
         active = int(state.active.sum())
         if active == 0 or slot + 1 == k:
             break
-        scores.update(change)
+        correlations.update(change)
         # Continue without the finished signals once they are the majority.
         if 2 * active < len(rows):
             if state is not whole:
                 whole.write(rows, state)
             unfinished = state.active.nonzero()[:, 0]
             rows, state = rows[unfinished], state.select(unfinished)
-            scores.select(unfinished)
+            correlations.select(unfinished)
     if state is not whole:
         whole.write(rows, state)
 
 
-def _run_round(state: PursuitState, rule: PursuitRule, scores: Correlations, slot: int, tolerance: float) -> Codes:
+def _run_round(state: PursuitState, rule: PursuitRule, correlations: Correlations, slot: int, tolerance: float) -> Codes:
     """Pick the atoms of round `slot` and change the weights; finished signals stay as they are."""
     if len(state.history[0]):
         state.history[:, slot, :slot] = state.weights[:, :slot]
-    best = scores.best(rule.signed)
+    best = correlations.best(rule.signed)
     merit = best.merit.clamp_min(0) if rule.signed else best.merit
     state.best_correlations[:, slot] = torch.where(state.active, merit, torch.inf)
     state.active &= best.merit > -torch.inf
@@ -272,9 +272,9 @@ def _run_round(state: PursuitState, rule: PursuitRule, scores: Correlations, slo
     state.support[:, slot] = best.atoms
     state.is_new[:, slot] = state.active & ~earlier.any(1)
     if rule.needs_gram:
-        products = scores.between(best.atoms, state.support[:, : slot + 1])
+        products = correlations.between(best.atoms, state.support[:, : slot + 1])
         state.gram[:, slot, : slot + 1] = state.gram[:, : slot + 1, slot] = products
-    change = rule.change(state, slot, scores, best)
+    change = rule.change(state, slot, correlations, best)
     state.active &= change.values.any(1) & (state.residual_energy > tolerance * state.energy)
     return change
 

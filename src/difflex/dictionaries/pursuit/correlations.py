@@ -91,11 +91,6 @@ class GramMatrix:
     def dtype(self) -> torch.dtype:
         return self._panels.dtype
 
-    @staticmethod
-    def bytes(size: int, dtype: torch.dtype) -> int:
-        """Return the memory that the Gram matrix of `size` atoms takes."""
-        return size * size * dtype.itemsize
-
     def append(self, cross: Float[Tensor, "new size"], own: Float[Tensor, "new new"]) -> None:
         """Add new atoms, given their inner products with the present atoms and with each other."""
         start, stop = self.size, self.size + len(own)

@@ -129,7 +129,7 @@ class PursuitBatch:
             self._z[tokens],
             self._k,
             tolerance=self._tolerance,
-            correlations=self._scores[tokens, : atoms.size],
+            scores=self._scores[tokens, : atoms.size],
             excluded=excluded_atoms,
             with_history=True,
         )
