@@ -1,4 +1,4 @@
-"""The report: what it says is what the records say; what cannot be trusted is named and not shown."""
+"""The report shows what the records contain; records that cannot be used are named and left out."""
 
 import base64
 import csv
@@ -19,61 +19,59 @@ from difflex.commands.harvest import HarvestCommand
 from difflex.commands.train import TrainCommand
 from difflex.commands.words import words
 from difflex.errors import UnknownName
-from difflex.evaluation.concepts import Concept
+from difflex.evaluation.concepts import Concept, ConceptsConfig
 from difflex.recipes import RECIPES
-from difflex.report import read, write_report
-from difflex.report.claims import Claim, judged
-from difflex.report.telling import number, percent
-from difflex.study import CommandRecord, Study, run_study, steps
+from difflex.report import read_facts, write_report
+from difflex.report.claims import judge_claims
+from difflex.report.dictionary_claims import Claim
+from difflex.report.style import number, percent
+from difflex.study import CommandRecord, Study, command_statuses, run_study
 
 
-def page_of(study: Study, beside: Study | None = None) -> str:
-    return write_report(study, beside)[0].read_text(encoding="utf-8")
+def page_of(study: Study, control_study: Study | None = None) -> str:
+    return write_report(study, control_study)[0].read_text(encoding="utf-8")
 
 
 def rows_of(study: Study, figure: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO((study.folder / "report" / f"{figure}.csv").read_text(encoding="utf-8"))))
 
 
-def claim(study: Study, name: str, beside: Study | None = None) -> Claim:
-    return next(each for each in judged(read(study, beside)) if each.name == name)
+def claim(study: Study, name: str, control_study: Study | None = None) -> Claim:
+    return next(own for own in judge_claims(read_facts(study, control_study)) if own.name == name)
 
 
-WORDS = {"explained", "falls", "surfaces"}
-"""The figures about explanations."""
-
-
+EXPLANATIONS = {"explained", "falls", "surfaces"}
 STEERING = {"success", "kept", "loss", "steered", "points", "removal", "findings"}
 STEERING |= {"finding_pairs", "finding_out_of_distribution"}
 
 
 def _unmeasured(root: Path) -> list[Claim]:
-    claims = judged(read(Study.open(root / "study"), Study.open(root / "control")))
-    return [each for each in claims if each.verdict == "not measured"]
+    claims = judge_claims(read_facts(Study.open(root / "study"), Study.open(root / "control")))
+    return [own for own in claims if own.verdict == "not measured"]
 
 
 def tips(page: str, figure: str) -> list[str]:
-    """What the marks of a figure say when pointed at."""
+    """The tooltips of a figure."""
     [part] = re.findall(rf'id="figure-{figure}".*?</figure>', page, flags=re.DOTALL)
     return re.findall(r'data-tip="([^"]*)"', part)
 
 
-def test_a_whole_study_has_every_figure_and_says_of_none_that_it_is_missing(tmp_path: Path):
+def test_a_whole_study_has_every_figure(tmp_path: Path):
     page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
-    wanted = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    wanted |= {"dictionaries", "claims", "images"} | WORDS | STEERING
-    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == wanted
-    assert set(re.findall(r'id="figure-(\w+)"', page)) == wanted
-    # Steering is of two groups, neither of them texture; three features are explained, where it takes ten.
-    assert "Not here yet" not in page and {each.name for each in _unmeasured(tmp_path)} == {"steering", "surfaces"}
+    names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
+    names |= {"dictionaries", "claims", "images"} | EXPLANATIONS | STEERING
+    assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == names
+    assert set(re.findall(r'id="figure-(\w+)"', page)) == names
+    # Steering has two groups, neither of them texture; three features are explained, and the claim takes ten.
+    assert "Not measured yet" not in page and {own.name for own in _unmeasured(tmp_path)} == {"steering", "surfaces"}
 
 
-def test_every_figure_of_an_evaluation_is_in_the_table(tmp_path: Path):
+def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path):
     study = begun(tmp_path)
     evaluation = evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=5, share=0.3, r2=0.777)
     page = page_of(study)
-    for told in ("4,321", "0.123", "0.777", "0.900", "16.0", "25 %", "0.98 %", "0.300", "0.150", "30.0"):
-        assert f">{told}</td>" in page
+    for text in ("4,321", "0.123", "0.777", "0.900", "16.0", "25 %", "0.98 %", "0.300", "0.150", "30.0"):
+        assert f">{text}</td>" in page
     (row,) = rows_of(study, "dictionaries")
     assert float(row["FVU"]) == evaluation.overall.model_space.fvu and float(row["dead"]) == evaluation.dead_share
     assert float(row["v / mean"]) == 0.3 and row["dictionary"] == "double.1/topk-512-k8"
@@ -85,7 +83,7 @@ def heads(page: str) -> list[str]:
     return re.findall(r"<button[^>]*>([^<]*)</button>", table)
 
 
-def test_each_measure_that_any_dictionary_has_is_a_column_and_no_other(tmp_path: Path):
+def test_the_table_has_a_column_for_each_measure_that_a_dictionary_has(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
     usual = heads(page_of(study))
@@ -101,32 +99,32 @@ def test_each_measure_that_any_dictionary_has_is_a_column_and_no_other(tmp_path:
         "double.2/topk-512-k8": ("0.875", "0.25"),
     }
     assert ">0.875</td>" in page and ">0.0625</td>" in page
-    for meaning in ("1 where it sees no difference", "0 where it sees no difference"):
-        assert page.count(meaning) == 2  # at the head of its column, and in the legend
+    for meaning in ("1 for equal images", "0 for equal images"):
+        assert page.count(meaning) == 2  # in the head of its column, and in the legend
 
 
 @pytest.mark.parametrize(
-    ("figure", "column", "told"),
+    ("figure", "column", "write"),
     [("sweep", "FVU", number), ("sites", "r2", number), ("timesteps", "FVU", number), ("dead", "dead share", percent)],
 )
-def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str, told: Callable[[float], str]):
+def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str, write: Callable[[float], str]):
     study = whole(tmp_path)
-    said = tips(page_of(study), figure)
+    texts = tips(page_of(study), figure)
     rows = rows_of(study, figure)
-    assert rows and len(said) % len(rows) == 0
+    assert rows and len(texts) % len(rows) == 0
     for row in rows:
-        own = [tip for tip in said if tip.startswith(row["dictionary"] + "\n")]
-        assert any(told(float(row[column])) in tip for tip in own)
+        own = [tip for tip in texts if tip.startswith(row["dictionary"] + "\n")]
+        assert any(write(float(row[column])) in tip for tip in own)
 
 
 def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp_path: Path):
     study = whole(tmp_path)
     page = page_of(study)
-    norms, known, features = rows_of(study, "norms"), rows_of(study, "knowledge"), rows_of(study, "features")
+    norms, knowledge, features = (rows_of(study, name) for name in ("norms", "knowledge", "features"))
     assert [
         f"{row['site']}\ntimestep {float(row['timestep']):g}\nmean norm {number(float(row['norm']), 4)}" for row in norms
     ] == tips(page, "norms")
-    assert len(known) == len(tips(page, "knowledge")) == 2 * 2 * 3 and len(features) == len(tips(page, "features"))
+    assert len(knowledge) == len(tips(page, "knowledge")) == 2 * 2 * 3 and len(features) == len(tips(page, "features"))
     best = [row for row in features if row["method"] == "topk-1024-k16"]
     assert max(float(row["AP at least"]) for row in best) == 0.9 and best[0]["share of features"] == "1.0"
     assert [row["detected"] for row in rows_of(study, "coverage") if row["method"] == "topk-1024-k16"] == ["2"]
@@ -134,13 +132,13 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(whole(tmp_path))
-    inside = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(inside) == 14 + len(WORDS | STEERING)
-    for coded, name in inside:
-        assert base64.b64decode(coded).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
+    links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
+    assert len(links) == 14 + len(EXPLANATIONS | STEERING)
+    for code, name in links:
+        assert base64.b64decode(code).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 
 
-def test_the_page_asks_nothing_of_anybody(tmp_path: Path):
+def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path):
     page = page_of(whole(tmp_path))
     assert "default-src 'none'" in page
     assert {link.split(",")[0].split(";")[0] for link in re.findall(r'(?:href|src)="([^"#]*)', page)} <= {
@@ -152,23 +150,23 @@ def test_the_page_asks_nothing_of_anybody(tmp_path: Path):
     assert not re.search(r"https?://|@import|url\(|<(?:iframe|object|embed|video|audio)\b|fetch\(|XMLHttp", page)
 
 
-def test_the_same_study_gives_the_same_files_and_old_ones_go(tmp_path: Path):
+def test_the_same_study_gives_the_same_files_and_stale_ones_are_deleted(tmp_path: Path):
     study = whole(tmp_path)
     first = {path: path.read_bytes() for path in write_report(study)}
-    (tmp_path / "report" / "old.csv").write_text("of a figure that is no more")
+    (tmp_path / "report" / "old.csv").write_text("of a figure that no longer exists")
     assert {path: path.read_bytes() for path in write_report(study)} == first
     assert not (tmp_path / "report" / "old.csv").exists()
 
 
-def test_a_study_with_nothing_in_it_names_every_verb(tmp_path: Path):
+def test_the_report_of_an_empty_study_names_every_verb(tmp_path: Path):
     page = page_of(begun(tmp_path))
     for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval", "removal", "findings"):
         assert f"difflex {verb}" in page
-    assert {each.verdict for each in judged(read(begun(tmp_path)))} == {"not measured"}
+    assert {own.verdict for own in judge_claims(read_facts(begun(tmp_path)))} == {"not measured"}
     assert "<svg" not in page.replace("querySelectorAll", "")
 
 
-def test_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
+def test_records_of_older_weights_are_named_and_left_out(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8", fvu=0.1234)
     matched(study, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.987))
@@ -181,29 +179,32 @@ def test_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
-        (lambda text: text.replace('"format": 1', '"format": 99'), "format 99"),
+        (lambda text: text.replace('"format": 2', '"format": 99'), "format 99"),
         (lambda text: text[: len(text) // 2], "damaged"),
-        # Where tensors and types are checked while testing, the record itself refuses the word.
-        (lambda text: text.replace('"dead": 3', '"dead": "three"'), "holds what is no number|is not an evaluation"),
-        (lambda text: text.replace('"density": [', '"density": [0,'), "holds what is no number"),
-        (lambda text: text.replace('"size": 512', '"size": 0'), "holds what is no number"),
-        (lambda text: text.replace('"size": 512', '"sise": 512'), "not an evaluation"),
+        # With types checked while testing, the record itself refuses the word.
+        (
+            lambda text: text.replace('"dead": 3', '"dead": "three"'),
+            "has values that are not numbers|cannot be read as an evaluation",
+        ),
+        (lambda text: text.replace('"density": [', '"density": [0,'), "has values that are not numbers"),
+        (lambda text: text.replace('"size": 512', '"size": 0'), "has values that are not numbers"),
+        (lambda text: text.replace('"size": 512', '"sise": 512'), "cannot be read as an evaluation"),
     ],
 )
-def test_an_evaluation_that_cannot_be_read_is_named_and_not_shown(tmp_path: Path, spoil: Callable[[str], str], said: str):
+def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path, damage: Callable[[str], str], message: str):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=3)
     evaluated(study, "double.1/topk-512-k16", fvu=0.4321)
     path = next((tmp_path / "evaluation").glob("*/topk-512-k8.json"))
-    path.write_text(spoil(path.read_text()))
+    path.write_text(damage(path.read_text()))
     page = page_of(study)
-    assert re.search(said, page) and "0.432" in page
+    assert re.search(message, page) and "0.432" in page
     assert [row["dictionary"] for row in rows_of(study, "dictionaries")] == ["double.1/topk-512-k16"]
 
 
-def test_other_files_that_cannot_be_read_stop_nothing(tmp_path: Path):
+def test_other_damaged_files_do_not_stop_the_report(tmp_path: Path):
     study = whole(tmp_path)
     for name in (
         "anatomy.json",
@@ -223,35 +224,35 @@ def test_other_files_that_cannot_be_read_stop_nothing(tmp_path: Path):
 def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
     study = whole(tmp_path)
     anatomised(study, model="other-flux")
-    matched(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), made_from={"model": "other-flux"})
+    matched(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), inputs={"model": "other-flux"})
     page = page_of(study)
     assert "anatomy.json is of other-flux" in page and "random-1024-k16.json is of other-flux" in page
     concepts = page.split('<section id="concepts"')[1].split("</section>")[0]
     assert ">principal axes<" in concepts and ">random directions<" not in concepts
 
 
-def test_what_was_judged_on_other_images_is_not_held_beside_the_rest(tmp_path: Path):
+def test_matches_measured_on_other_images_are_left_out(tmp_path: Path):
     study = whole(tmp_path)
-    matched(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), made_from={"count": 5000})
+    matched(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), inputs={"config": ConceptsConfig(images=5000)})
     page = page_of(study)
-    assert "double.1: random-1024-k16 was held against other images" in page
+    assert "double.1: random-1024-k16 was measured on other images" in page
     assert "random-1024-k16" not in {row["method"] for row in rows_of(study, "coverage")}
     assert claim(study, "axes").verdict == "holds here"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
-def test_what_is_no_number_is_told_and_not_drawn(tmp_path: Path, value: float | None):
+def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path, value: float | None):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8", fvu=value)
     evaluated(study, "double.1/topk-512-k16", fvu=0.25)
     page = page_of(study)
     assert f">{number(value)}</td>" in page and not re.search(r'\b(?:x|y|d|cx|width)="[^"]*(?:nan|inf)', page)
-    assert "Not drawn, as they have no place there" in page
+    assert "values are not drawn (NaN, infinity, or 0 on a logarithmic axis)" in page
     assert len([tip for tip in tips(page, "sweep") if tip.startswith("double.1/topk-512-k8\n")]) == 2  # r2 and dead share
     assert claim(study, "itda").verdict == "not measured"
 
 
-def test_names_are_words_and_never_markup(tmp_path: Path):
+def test_names_are_escaped(tmp_path: Path):
     evil = '<script>alert("1")</script>'
     study = begun(tmp_path / "<b>study", model=evil, revision="<i>r</i>&amp;")
     evaluated(study, "double.1/topk-512-k8-<u>x<u>")
@@ -265,13 +266,13 @@ def test_names_are_words_and_never_markup(tmp_path: Path):
     assert "&lt;em&gt;shape" in page and "topk-512-k8-&lt;u&gt;x&lt;u&gt;" in page
 
 
-def test_the_claim_about_normalisation_follows_the_dead(tmp_path: Path):
+def test_the_claim_about_normalisation_follows_the_dead_shares(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-100-k8", dead=10)
     assert claim(study, "normalisation").verdict == "not measured"
     evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
-    found = claim(study, "normalisation")
-    assert found.verdict == "holds here" and "60 % dead without, 10 % with" in found.evidence[0]
+    normalisation = claim(study, "normalisation")
+    assert normalisation.verdict == "holds here" and "60 % dead without, 10 % with" in normalisation.evidence[0]
     evaluated(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
     assert claim(study, "normalisation").verdict == "does not hold here"
     evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
@@ -301,7 +302,7 @@ def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path:
 @pytest.mark.parametrize(
     ("name", "ours", "theirs"),
     [
-        ("neurons-autoencoder", "double.1/topk-512-k8", "double.1:neurons/neurons-k8"),
+        ("neurons-sae", "double.1/topk-512-k8", "double.1:neurons/neurons-k8"),
         ("neurons-itda", "double.1/itda-512-k8", "double.1:neurons/neurons-k8"),
         ("axes", "double.1/itda-512-k8", "double.1/random-512-k8"),
     ],
@@ -314,24 +315,24 @@ def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, nam
     matched(study, theirs.replace("-k8", "-k32"), (0.1, 0.1, 0.1, 0.1))
     assert claim(study, name).verdict == "not measured"  # at another k
     matched(study, theirs, (0.5, 0.4, 0.3, 0.1))
-    found = claim(study, name)
-    assert found.verdict == "holds here" and "mean AP 0.750" in found.evidence[1] and "mean AP 0.325" in found.evidence[1]
-    assert "difference +0.425" in found.evidence[1]
+    judged = claim(study, name)
+    assert judged.verdict == "holds here"
+    assert all(text in judged.evidence[1] for text in ("mean AP 0.750", "mean AP 0.325", "difference +0.425"))
     matched(study, theirs, (0.1, 0.1, 0.9, 0.9))  # lower in the mean, by no more than chance
     assert claim(study, name).verdict == "does not hold here"
 
 
-def test_only_neurons_are_held_beside_what_stands_at_another_site_of_their_block(tmp_path: Path):
-    study, beside = whole(tmp_path / "study"), control(tmp_path / "control")
-    names = ("axes", "untrained", "neurons-autoencoder")
-    before = [claim(study, name, beside) for name in names]
-    assert {each.verdict for each in before} == {"holds here"}
+def test_only_neurons_are_compared_with_other_sites_of_their_block(tmp_path: Path):
+    study, untrained = whole(tmp_path / "study"), control(tmp_path / "control")
+    names = ("axes", "untrained", "neurons-sae")
+    before = [claim(study, name, untrained) for name in names]
+    assert {own.verdict for own in before} == {"holds here"}
     for label in ("pca-32-k16", "random-2048-k16"):
         matched(study, f"double.1:neurons/{label}", (0.95, 0.9, 0.9, 0.9))
-    dictionary(beside, "double.1:neurons/topk-1024-k16")
-    matched(beside, "double.1:neurons/topk-1024-k16", (0.95, 0.9, 0.9, 0.9))
-    assert [claim(study, name, beside) for name in names] == before
-    page_of(study, beside)
+    dictionary(untrained, "double.1:neurons/topk-1024-k16")
+    matched(untrained, "double.1:neurons/topk-1024-k16", (0.95, 0.9, 0.9, 0.9))
+    assert [claim(study, name, untrained) for name in names] == before
+    page_of(study, untrained)
     drawn, listed = ({row["method"] for row in rows_of(study, figure)} for figure in ("features", "coverage"))
     assert {"pca-16-k16", "random-1024-k16", "topk-1024-k16, untrained model"} <= drawn
     assert not any("(neurons)" in name for name in drawn)
@@ -347,15 +348,15 @@ def test_dictionaries_of_two_sites_of_a_block_are_not_compared(tmp_path: Path):
     assert claim(study, "surfaces").verdict == claim(study, "covering").verdict == "not measured"
 
 
-def test_the_control_is_an_untrained_model(tmp_path: Path):
-    study, beside = begun(tmp_path / "study"), control(tmp_path / "control")
+def test_the_control_is_the_untrained_model(tmp_path: Path):
+    study, untrained = begun(tmp_path / "study"), control(tmp_path / "control")
     dictionary(study, "double.1/topk-512-k16")
     matched(study, "double.1/topk-512-k16", (0.9, 0.8, 0.7, 0.6))
     assert claim(study, "untrained").verdict == "not measured"
-    assert claim(study, "untrained", beside).verdict == "holds here"
-    matched(beside, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
-    assert claim(study, "untrained", beside).verdict == "does not hold here"
-    assert "of an untrained model" in page_of(study, beside)
+    assert claim(study, "untrained", untrained).verdict == "holds here"
+    matched(untrained, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
+    assert claim(study, "untrained", untrained).verdict == "does not hold here"
+    assert "of an untrained model" in page_of(study, untrained)
 
 
 def test_claims_about_the_model_follow_its_anatomy(tmp_path: Path):
@@ -374,37 +375,40 @@ def test_claims_about_the_model_follow_its_anatomy(tmp_path: Path):
 def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
     study = whole(tmp_path)
     page = page_of(study)
-    found = judged(read(study))
-    for verdict in {each.verdict for each in found}:
-        assert page.count(f" {verdict}</p>") == sum(each.verdict == verdict for each in found)
-    assert page.count('class="rule"') == len(found) == 12
+    claims = judge_claims(read_facts(study))
+    for verdict in {own.verdict for own in claims}:
+        assert page.count(f" {verdict}</p>") == sum(own.verdict == verdict for own in claims)
+    assert page.count('class="rule"') == len(claims) == 12
     assert next(row["verdict"] for row in rows_of(study, "claims") if row["name"] == "itda") == "holds here"
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_command_of_a_recipe_is_told_in_words_that_mean_the_same(name: str):
+def test_the_words_of_a_command_parse_to_the_same_command(name: str):
     study = RECIPES[name](Path("STUDY"))
-    for step, command in zip(steps(study), study.commands, strict=True):
-        told = words(step.entry)
-        assert parse(told) == command, told
+    for step, command in zip(command_statuses(study), study.commands, strict=True):
+        line = words(step.record)
+        assert parse(line) == command, line
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"run"}))
-def test_every_verb_that_a_recipe_can_hold_is_found_by_its_name(verb: str):
+def test_every_verb_of_a_recipe_is_known(verb: str):
     assert words(CommandRecord(verb=verb, flags={})) == [verb]
 
 
-def test_words_tell_what_is_not_as_by_default_and_no_more():
-    told = words(
-        steps(replace(RECIPES["mini"](Path("S")), commands=(EvaluateCommand(study=Path("S"), effect=8),)))[0].entry, "demo"
+def test_words_contain_only_flags_that_differ_from_their_defaults():
+    line = words(
+        command_statuses(replace(RECIPES["mini"](Path("S")), commands=(EvaluateCommand(study=Path("S"), effect_shots=8),)))[
+            0
+        ].record,
+        "demo",
     )
-    assert told == ["evaluate", "demo", "--effect", "8"]
-    train = TrainCommand(study=Path("S"), site=("double.1",), k=(8, 16), lr=2e-4, log=("wandb",))
-    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].entry)
-    assert told == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--lr", "0.0002", "--log", "wandb"]
-    harvest = HarvestCommand(model="mini-flux", sites=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
-    told = words(steps(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].entry)
-    assert told == ["harvest", "mini-flux", "--sites", "double.1", "--prompts", "captions", "--out", "STUDY", "--pixels", "64x96"]
+    assert line == ["evaluate", "demo", "--effect-shots", "8"]
+    train = TrainCommand(study=Path("S"), site=("double.1",), k=(8, 16), learning_rate=2e-4, log=("wandb",))
+    line = words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].record)
+    assert line == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--learning-rate", "0.0002", "--log", "wandb"]
+    harvest = HarvestCommand(model="mini-flux", site=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
+    line = words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].record)
+    assert line == ["harvest", "mini-flux", "--site", "double.1", "--prompts", "captions", "--out", "STUDY", "--pixels", "64x96"]
     with pytest.raises(UnknownName, match="'embroider' is unknown"):
         words(CommandRecord(verb="embroider", flags={}))
 
@@ -412,72 +416,71 @@ def test_words_tell_what_is_not_as_by_default_and_no_more():
 def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
     study = whole(tmp_path)
     assert "has no diary" in page_of(study)
-    commands = (EvaluateCommand(study=tmp_path, effect=8),)
-    flags = steps(replace(study, commands=commands))[0].entry.flags
-    done = {"verb": "evaluate", "flags": flags, "made": ["study.json"], "seconds": 61.0}
-    alien = {"verb": "embroider", "flags": {"colour": "red"}, "made": [], "seconds": None}
-    said = {"format": 1, "recipe": "mini", "commands": [done, alien]}
-    (tmp_path / "run.json").write_text(json.dumps(said))
+    commands = (EvaluateCommand(study=tmp_path, effect_shots=8),)
+    flags = command_statuses(replace(study, commands=commands))[0].record.flags
+    done = {"verb": "evaluate", "flags": flags, "outputs": ["study.json"], "seconds": 61.0}
+    alien = {"verb": "embroider", "flags": {"colour": "red"}, "outputs": [], "seconds": None}
+    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "recipe": "mini", "commands": [done, alien]}))
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "difflex run mini --out STUDY" in page and "difflex evaluate STUDY --effect 8" in page
-    assert "done in 61 seconds" in page and "difflex embroider colour=red" in page and "begun, not done" in page
+    assert "difflex run mini --out STUDY" in page and "difflex evaluate STUDY --effect-shots 8" in page
+    assert "finished in 61 seconds" in page and "difflex embroider colour=red" in page and "started, not finished" in page
 
 
 @pytest.mark.parametrize(
-    ("seconds", "done", "told"),
+    ("seconds", "done", "text"),
     [
-        (0.4, "2026-11-21T13:11:58+00:00", "done 21 November 2026, 13:11 UTC, in 0 seconds"),
-        (705.1, "2026-11-21T13:31:25+00:00", "done 21 November 2026, 13:31 UTC, in 705 seconds (12 minutes)"),
-        (9000.0, "2026-11-22T00:30:00+02:00", "done 21 November 2026, 22:30 UTC, in 9,000 seconds (2.5 hours)"),
-        (1.0, None, "done in 1 second"),
-        (None, None, "begun, not done"),
+        (0.4, "2026-11-21T13:11:58+00:00", "finished 21 November 2026, 13:11 UTC, in 0 seconds"),
+        (705.1, "2026-11-21T13:31:25+00:00", "finished 21 November 2026, 13:31 UTC, in 705 seconds (12 minutes)"),
+        (9000.0, "2026-11-22T00:30:00+02:00", "finished 21 November 2026, 22:30 UTC, in 9,000 seconds (2.5 hours)"),
+        (1.0, None, "finished in 1 second"),
+        (None, None, "started, not finished"),
     ],
 )
-def test_of_every_command_stands_when_it_was_done_and_what_it_took(
-    tmp_path: Path, seconds: float | None, done: str | None, told: str
+def test_the_page_says_when_each_command_finished_and_how_long_it_took(
+    tmp_path: Path, seconds: float | None, done: str | None, text: str
 ):
     study = begun(tmp_path)
-    entry = {"verb": "evaluate", "flags": {"study": "."}, "made": [], "seconds": seconds, "done": done}
-    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "recipe": "mini", "commands": [entry]}))
-    assert f"<span>{told}</span>" in page_of(study)
+    entry = {"verb": "evaluate", "flags": {"study": "."}, "outputs": [], "seconds": seconds, "finished": done}
+    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "recipe": "mini", "commands": [entry]}))
+    assert f"<span>{text}</span>" in page_of(study)
 
 
-def test_a_report_is_a_command_of_a_study_and_finds_its_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_report_command_finds_the_control_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = whole(tmp_path)
     control(tmp_path / "untrained")
     assert main(["report", str(tmp_path)]) == 0 and "report.html: the report" in capsys.readouterr().out
     assert claim(study, "untrained", Study.open(tmp_path / "untrained")).verdict == "holds here"
     assert "topk-1024-k16, untrained model" in (tmp_path / "report.html").read_text(encoding="utf-8")
     command = parse(["report", str(tmp_path)])
-    run_study(replace(study, commands=(command,)), tell=lambda _: None)
-    assert all((tmp_path / path).exists() for path in json.loads((tmp_path / "run.json").read_text())["commands"][0]["made"])
+    run_study(replace(study, commands=(command,)), report=lambda _: None)
+    assert all((tmp_path / path).exists() for path in json.loads((tmp_path / "run.json").read_text())["commands"][0]["outputs"])
     assert main(["report", str(tmp_path / "nowhere")]) == 2
 
 
-def test_the_best_and_the_worst_features_are_shown_with_their_images(tmp_path: Path):
+def test_the_best_and_the_worst_features_are_shown_in_images(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
     imaged(study, "double.1/topk-512-k8", features=12)
     page = page_of(study)
-    # Nothing is explained, no concept known: by peak, six of the highest and three of the lowest.
+    # Without explanations and known concepts features are ranked by peak: the six highest and the three lowest.
     assert [row["feature"] for row in rows_of(study, "images")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
     assert page.count("<img") == 9 * 5 and page.count("data:image/webp;base64,") == 9 * 5
     assert "<b>a star</b>" not in page and "&lt;b&gt;a star" in page
 
 
-def test_features_are_ranked_by_their_explanations_where_there_are_any_and_these_are_escaped(tmp_path: Path):
+def test_features_are_ranked_by_the_accuracy_of_their_explanations_which_are_escaped(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
     imaged(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
     page = page_of(study)
-    shown = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "images")]
-    # Not by the paper's protocol, whose scores are higher: its judge sees what was explained.
-    assert shown == [("3", "<script>red</script>", "0.9"), ("5", "stars", "0.6")]
+    ranked = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "images")]
+    # Not by the paper's protocol, whose scores are higher as its judge sees the explained images.
+    assert ranked == [("3", "<script>red</script>", "0.9"), ("5", "stars", "0.6")]
     assert "<script>red" not in page and "&lt;script&gt;red" in page
 
 
-def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path: Path):
+def test_a_book_of_older_weights_is_named_and_left_out(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
     imaged(study, "double.1/topk-512-k8")
@@ -486,25 +489,23 @@ def test_a_book_of_a_dictionary_that_has_changed_is_named_and_not_shown(tmp_path
     assert "has changed since its book was written" in page and "<img" not in page
 
 
-def test_accuracies_are_told_by_protocol_with_how_far_they_fall_and_what_they_speak_of(tmp_path: Path):
+def test_accuracies_are_shown_by_protocol_and_by_surface_words(tmp_path: Path):
     study = begun(tmp_path)
     evaluated(study, "double.1/topk-512-k8")
     imaged(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
     page_of(study)
     means = {row["protocol"]: float(row["accuracy"]) for row in rows_of(study, "falls")}
     assert means["heldout"] == pytest.approx(0.6) and means["paper"] == pytest.approx(0.7)
-    spoken = {
+    surfaces = {
         row["colour or place"]: (row["features"], row["accuracy"])
         for row in rows_of(study, "surfaces")
         if row["protocol"] == "heldout"
     }
-    assert spoken == {"none": ("2", "0.5"), "all": ("1", "0.8")}
-    reached = {
+    assert surfaces == {"none": ("2", "0.5"), "all": ("1", "0.8")}
+    shares = {
         row["accuracy at least"]: row["share of features"] for row in rows_of(study, "explained") if row["protocol"] == "heldout"
     }
-    assert (
-        float(reached["0.5"]) == pytest.approx(2 / 3) and float(reached["0.8"]) == pytest.approx(1 / 3) and "0.82" not in reached
-    )
+    assert float(shares["0.5"]) == pytest.approx(2 / 3) and float(shares["0.8"]) == pytest.approx(1 / 3) and "0.82" not in shares
 
 
 PLACES = ("double.1/topk-512-k8", "double.1/itda-300-k8")
@@ -519,12 +520,13 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path:
     for name, coverage, data in zip(PLACES, (0.25, itda), ("made", images), strict=True):
         dictionary(study, name)
         imaged(study, name, coverage=coverage, data=data)
-    found = claim(study, "covering")
-    assert found.verdict == verdict and (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in found.evidence[0]) == (images == "made")
+    covering = claim(study, "covering")
+    assert covering.verdict == verdict
+    assert (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in covering.evidence[0]) == (images == "made")
 
 
 @pytest.mark.parametrize(
-    ("autoencoder", "itda", "verdict"),
+    ("sae", "itda", "verdict"),
     [
         ("star", "red", "holds here"),
         ("red", "red", "does not hold here"),
@@ -532,24 +534,22 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path:
         ("a thing with words", "red", "not measured"),
     ],
 )
-def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(
-    tmp_path: Path, autoencoder: str, itda: str, verdict: str
-):
+def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(tmp_path: Path, sae: str, itda: str, verdict: str):
     study = begun(tmp_path)
-    for name, text in zip(PLACES, (autoencoder, itda), strict=True):
+    for name, text in zip(PLACES, (sae, itda), strict=True):
         dictionary(study, name)
         matched(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
         imaged(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
-    found = claim(study, "surfaces")
-    assert found.verdict == verdict
+    surfaces = claim(study, "surfaces")
+    assert surfaces.verdict == verdict
     if verdict == "not measured":
-        assert found.evidence == ("double.1/topk-512-k8: a known concept explains 0 features, 10 are needed",)
+        assert surfaces.evidence == ("double.1/topk-512-k8: a known concept explains 0 features, 10 are needed",)
 
 
 WORLD = tuple(Concept(f"{group} {i}", group) for group in ("colour", "texture", "background") for i in range(4))
 
 
-def test_the_claim_about_steering_asks_for_features_success_the_rest_and_random_directions(tmp_path: Path):
+def test_the_claim_about_steering_needs_features_success_specificity_and_failing_random_directions(tmp_path: Path):
     study = begun(tmp_path)
     dictionary(study, PLACES[0])
 
@@ -573,16 +573,16 @@ def test_concepts_that_too_few_images_show_count_as_without_a_feature(tmp_path: 
     dictionary(study, PLACES[0])
     matched(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, left_out=rare[:1])
     steered(study, PLACES[0], concepts=WORLD)
-    found = claim(study, "steering")
-    assert found.verdict == "does not hold here"
-    assert any("texture: 2 of 5 have a feature (1 of the 5 is shown too rarely to tell)" in line for line in found.evidence)
+    steering = claim(study, "steering")
+    assert steering.verdict == "does not hold here"
+    assert any("texture: 2 of 5 have a feature (1 of the 5 is shown too rarely to tell)" in line for line in steering.evidence)
     page = page_of(study)
     assert ">2 of 5</td>" in page and ">2 of 4</td>" in page
-    matched(study, PLACES[0], (0.9,) * 8, concepts=[each for each in WORLD if each.group != "texture"], left_out=rare)
+    matched(study, PLACES[0], (0.9,) * 8, concepts=[concept for concept in WORLD if concept.group != "texture"], left_out=rare)
     assert claim(study, "steering").verdict == "not measured"
 
 
-def test_the_claim_about_steering_tells_all_three_groups_together(tmp_path: Path):
+def test_the_evidence_on_steering_begins_with_all_three_groups_together(tmp_path: Path):
     study = begun(tmp_path)
     dictionary(study, PLACES[0])
     matched(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
@@ -590,45 +590,46 @@ def test_the_claim_about_steering_tells_all_three_groups_together(tmp_path: Path
     dictionary(study, PLACES[1])  # it comes first by name, and has no feature
     matched(study, PLACES[1], (0.1,) * 12, concepts=WORLD)
     steered(study, PLACES[1], concepts=WORLD)
-    told = claim(study, "steering").evidence
-    assert told[0] == (
+    evidence = claim(study, "steering").evidence
+    assert evidence[0] == (
         f"{PLACES[0]}, colours, textures and backgrounds together: 5 of 12 have a feature; 60 % above the rate without (keeping "
         "95 %, at strength 1.00); random directions 0 %"
     )
-    assert told[1] == f"{PLACES[1]}, colours, textures and backgrounds together: 0 of 12 have a feature"
-    assert [line.split(":")[0] for line in told[2:]] == [
+    assert evidence[1] == f"{PLACES[1]}, colours, textures and backgrounds together: 0 of 12 have a feature"
+    assert [line.split(":")[0] for line in evidence[2:]] == [
         f"{place}, {group}" for place in PLACES for group in ("colour", "texture", "background")
     ]
 
 
-def test_what_a_file_told_is_shown_without_known_concepts_and_does_not_stand_for_the_drawn_world(tmp_path: Path):
-    study, groups = begun(tmp_path), "colour,texture,background"
+def test_concepts_from_a_file_are_shown_but_are_no_evidence_for_the_claim(tmp_path: Path):
+    study, groups = begun(tmp_path), ("colour", "texture", "background")
     for name in PLACES:
         dictionary(study, name)
-    steered(study, PLACES[0], concepts=(Concept("a dog", "animal"),), told="5eed", judge="clip-large", groups=groups)
+    steered(study, PLACES[0], concepts=(Concept("a dog", "animal"),), checksum="5eed", judge="clip-large", groups=groups)
     steered(study, PLACES[1])
     page = page_of(study)
-    assert f"{PLACES[0]} was steered" not in page and f"{PLACES[1]} was steered with, but what its features detect" in page
-    assert "a dog by features, unedited" in page and ">1 told</td>" in page
-    assert "clip-large says whether" in page and "a judge of the drawn world" not in page
+    assert f"{PLACES[0]}: there are results" not in page
+    assert f"{PLACES[1]}: there are results of steering, but it is not known what its features detect" in page
+    assert "a dog by features, unedited" in page and ">1 from a file</td>" in page
+    assert "clip-large says whether" in page and "a judge of the miniature world" not in page
     assert {(row["dictionary"], row["group"], row["concepts"]) for row in rows_of(study, "success")} == {
         (PLACES[0], "animal", "1")
     }
-    assert {row["detected"] for row in rows_of(study, "points")} == {"told"}
+    assert {row["detected"] for row in rows_of(study, "points")} == {"from a file"}
     assert claim(study, "steering").verdict == "not measured"
     matched(study, PLACES[0], (0.9,) * 12, concepts=WORLD)
-    steered(study, PLACES[0], concepts=WORLD, told="5eed", judge="clip-large")
+    steered(study, PLACES[0], concepts=WORLD, checksum="5eed", judge="clip-large")
     assert claim(study, "steering").verdict == "not measured"
 
 
-def test_each_dictionary_has_its_own_lines_beside_it_over_the_concepts_that_it_detects(tmp_path: Path):
+def test_baselines_are_measured_on_the_concepts_that_each_dictionary_detects(tmp_path: Path):
     study = whole(tmp_path)
     steered(study, "double.1/itda-1020-k16-first100", random=0.1)
     page = page_of(study)
-    counted = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "success")}
+    concepts = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "success")}
     methods = ("feature", "neuron", "contrast", "random", "prompt")
     both = (("double.1/topk-1024-k16", "2"), ("double.1/itda-1020-k16-first100", "1"))
-    assert counted == {(name, method, concepts) for name, concepts in both for method in methods}
+    assert concepts == {(name, method, number) for name, number in both for method in methods}
     random = [tip for tip in tips(page, "success") if tip.startswith("random directions\nstrength 1\n")]
     assert random == [
         "random directions\nstrength 1\nsuccess 10 % (10 % to 10 %)\n1 concept",
@@ -636,21 +637,21 @@ def test_each_dictionary_has_its_own_lines_beside_it_over_the_concepts_that_it_d
     ]
 
 
-def test_captions_say_the_settings_of_the_records(tmp_path: Path):
+def test_captions_follow_the_settings_of_the_records(tmp_path: Path):
     study = whole(tmp_path)
-    peak, norm = "what its largest code writes", "as long as a mean activation"
+    peak, norm = "what its largest code adds", "as long as a mean activation"
     page = page_of(study)
-    assert peak in page and norm not in page and "taken away at every step;" in page
+    assert peak in page and norm not in page and "ablated at every step;" in page
     steered(study, "double.1/itda-1020-k16-first100", unit="norm")
-    removed(study, "double.1/topk-1024-k16", steps="0:5")
+    removed(study, "double.1/topk-1024-k16", steps=(0, 5))
     page = page_of(study)
     assert f"{norm} (double.1/itda-1020-k16-first100); {peak} (double.1/topk-1024-k16)" in page
-    assert "taken away at steps 0 to 4;" in page and "taken away at every step" not in page
+    assert "ablated at steps 0 to 4;" in page and "ablated at every step" not in page
     steered(study, "double.1/topk-1024-k16", unit="norm")
     assert peak not in page_of(study)
 
 
-def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
+def test_the_numbers_on_steering_are_those_of_the_records(tmp_path: Path):
     study = whole(tmp_path)
     page = page_of(study)
     [own] = [
@@ -671,7 +672,7 @@ def test_what_is_told_of_steering_is_what_was_judged(tmp_path: Path):
     assert "red by features, unedited" in page and "&lt;i&gt;a star&lt;/i&gt;" in page
 
 
-def test_what_was_steered_with_another_dictionary_is_named_and_not_shown(tmp_path: Path):
+def test_steering_results_of_older_weights_are_named_and_left_out(tmp_path: Path):
     study = whole(tmp_path)
     strip = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16" / "colour-feature.webp"
     strip.write_bytes(b"no image")
@@ -683,7 +684,7 @@ def test_what_was_steered_with_another_dictionary_is_named_and_not_shown(tmp_pat
     assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
 
 
-def test_the_claim_about_removal_asks_for_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):
+def test_the_claim_about_removal_needs_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):
     study = begun(tmp_path)
     dictionary(study, PLACES[0])
     assert claim(study, "removal").verdict == "not measured"
@@ -694,10 +695,10 @@ def test_the_claim_about_removal_asks_for_half_of_the_colours_and_of_the_backgro
     removed(study, PLACES[0], cra=0.85)
     assert claim(study, "removal").verdict == "does not hold here"
     dictionary(study, PLACES[0], weights=b"trained again")
-    assert "is of other dictionaries" in page_of(study) and claim(study, "removal").verdict == "not measured"
+    assert "is of older weights of its dictionaries" in page_of(study) and claim(study, "removal").verdict == "not measured"
 
 
-def test_findings_are_told_with_verdict_and_rule_at_every_site(tmp_path: Path):
+def test_findings_are_shown_with_verdict_and_rule_at_every_site(tmp_path: Path):
     study = whole(tmp_path)
     page = page_of(study)
     [part] = re.findall(r'id="figure-finding_out_of_distribution".*?</figure>', page, flags=re.DOTALL)

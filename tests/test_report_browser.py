@@ -1,4 +1,4 @@
-"""The report as a reader sees it: in a real browser, on a phone and on a desk, by day and by night."""
+"""The report in a real browser: on a phone and on a desktop, in light and dark."""
 
 import json
 import re
@@ -14,17 +14,17 @@ from difflex.evaluation.concepts import Concept
 from difflex.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CALM = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync")
 VIEWS = [(width, scheme) for width in (390, 1400) for scheme in ("light", "dark")]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
+    executable = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if executable is None:
         pytest.skip(f"no browser: install chromium, so that one of {', '.join(BROWSERS)} is on the path")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=[*CALM, "--no-first-run"])
+        browser = playwright.chromium.launch(executable_path=executable, args=[*OPTIONS, "--no-first-run"])
         yield browser
         browser.close()
 
@@ -47,7 +47,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A large model: long names, many layers and steps, many dictionaries, many groups and levels."""
+    """The report on a large model: long names, many layers and timesteps, many dictionaries, concept groups and noise levels."""
     study = begun(
         tmp_path_factory.mktemp("crowded") / "study", model="a-laboratory-with-a-name/A-Large-Model-of-Text-to-Image-v1.5"
     )
@@ -80,55 +80,55 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(study)[0]
 
 
-def shown(browser: Browser, page: Path, width: int, scheme: str) -> Iterator[Page]:
-    """`page` in a window; whatever it asks the network for, or complains of, is an error."""
+def open_page(browser: Browser, page: Path, width: int, scheme: str) -> Iterator[Page]:
+    """Yield `page` in a window; requests to the network and messages on the console are errors."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce"
     )
-    view, asked, said = context.new_page(), [], []
-    view.on("request", lambda request: asked.append(request.url))
-    view.on("console", lambda message: said.append(message.text))
-    view.on("pageerror", lambda error: said.append(str(error)))
+    view, urls, messages = context.new_page(), [], []
+    view.on("request", lambda request: urls.append(request.url))
+    view.on("console", lambda message: messages.append(message.text))
+    view.on("pageerror", lambda error: messages.append(str(error)))
     view.goto(page.as_uri())
     yield view
-    assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and said == []
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == [] and messages == []
     context.close()
 
 
 @pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
 def view(request: pytest.FixtureRequest, browser: Browser, usual: Path) -> Iterator[Page]:
-    yield from shown(browser, usual, *request.param)
+    yield from open_page(browser, usual, *request.param)
 
 
 @pytest.fixture(params=VIEWS[::3], ids=lambda view: f"{view[0]}-{view[1]}")
 def full(request: pytest.FixtureRequest, browser: Browser, crowded: Path) -> Iterator[Page]:
-    yield from shown(browser, crowded, *request.param)
+    yield from open_page(browser, crowded, *request.param)
 
 
 @pytest.fixture
 def desk(browser: Browser, usual: Path) -> Iterator[Page]:
-    yield from shown(browser, usual, 1400, "light")
+    yield from open_page(browser, usual, 1400, "light")
 
 
 @pytest.fixture
 def phone(browser: Browser, usual: Path) -> Iterator[Page]:
-    yield from shown(browser, usual, 390, "light")
+    yield from open_page(browser, usual, 390, "light")
 
 
 TOO_WIDE = """() => {
-  const page = document.documentElement, found = [];
-  if (page.scrollWidth > page.clientWidth) found.push(`page ${page.scrollWidth}`);
+  const page = document.documentElement, errors = [];
+  if (page.scrollWidth > page.clientWidth) errors.push(`page ${page.scrollWidth}`);
   for (const part of document.querySelectorAll("h1, h2, h3, p, li, dd, dt, figcaption, .panel, .claim, .legend button, pre")) {
     const box = part.getBoundingClientRect();
-    if (box.right > page.clientWidth + 0.5 || box.left < -0.5) found.push(part.outerHTML.slice(0, 90));
+    if (box.right > page.clientWidth + 0.5 || box.left < -0.5) errors.push(part.outerHTML.slice(0, 90));
     const over = part.clientWidth && part.scrollWidth > part.clientWidth + 1;
-    if (over && part.tagName !== "PRE") found.push(`cut: ${part.innerText}`);
+    if (over && part.tagName !== "PRE") errors.push(`cut: ${part.innerText}`);
   }
-  return found;
+  return errors;
 }"""
 
 CUT_OR_OVERLAPPING = """() => {
-  const found = [];
+  const errors = [];
   for (const drawing of document.querySelectorAll("svg.drawing")) {
     const whole = drawing.getBoundingClientRect();
     const texts = [...drawing.querySelectorAll("text")].filter((text) => text.textContent).map((text) => {
@@ -137,34 +137,34 @@ CUT_OR_OVERLAPPING = """() => {
     });
     for (const text of texts) {
       const across = text.left < whole.left - 1 || text.right > whole.right + 1;
-      if (across || text.top < whole.top - 1 || text.bottom > whole.bottom + 1) found.push(`cut: ${text.words}`);
+      if (across || text.top < whole.top - 1 || text.bottom > whole.bottom + 1) errors.push(`cut: ${text.words}`);
     }
-    texts.forEach((one, i) => texts.slice(i + 1).forEach((other) => {
-      if (Math.min(one.right, other.right) - Math.max(one.left, other.left) > 0.5
-          && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > 0.5) found.push(`${one.words} / ${other.words}`);
+    texts.forEach((a, i) => texts.slice(i + 1).forEach((b) => {
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5
+          && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 0.5) errors.push(`${a.words} / ${b.words}`);
     }));
   }
-  return found;
+  return errors;
 }"""
 
 MEANINGS = """() => {
-  const found = [];
+  const errors = [];
   for (const name of document.querySelectorAll(".meanings dt")) {
-    const [one, other] = [name, name.nextElementSibling].map((part) => part.getBoundingClientRect());
-    if (one.right > other.left || name.scrollWidth > name.clientWidth + 1) found.push(name.innerText);
-    if (other.width < 150) found.push(`narrow: ${name.nextElementSibling.innerText}`);
+    const [term, meaning] = [name, name.nextElementSibling].map((part) => part.getBoundingClientRect());
+    if (term.right > meaning.left || name.scrollWidth > name.clientWidth + 1) errors.push(name.innerText);
+    if (meaning.width < 150) errors.push(`narrow: ${name.nextElementSibling.innerText}`);
   }
-  return found;
+  return errors;
 }"""
 
 CARDS = """() => {
-  const found = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption, .cards > li")]
+  const errors = [], boxes = [...document.querySelectorAll(".claim, figure .panel, section > h2, figcaption, .cards > li")]
     .map((card) => [card.className || card.tagName, card.getBoundingClientRect()]);
-  boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+  boxes.forEach(([first, a], i) => boxes.slice(i + 1).forEach(([second, b]) => {
     if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
-      found.push(`${one} ${a.top} / ${other} ${b.top}`);
+      errors.push(`${first} ${a.top} / ${second} ${b.top}`);
   }));
-  return found;
+  return errors;
 }"""
 
 
@@ -172,18 +172,18 @@ def test_nothing_is_wider_than_the_window(view: Page):
     assert view.evaluate(TOO_WIDE) == []
 
 
-def test_the_meanings_of_columns_fit_the_window_when_they_are_opened(view: Page):
+def test_the_meanings_of_columns_fit_into_the_window(view: Page):
     view.locator("#dictionaries summary").click()
-    assert view.locator(".meanings dd", has_text="sees no difference").count() == 2
+    assert view.locator(".meanings dd", has_text="for equal images").count() == 2
     assert view.evaluate(TOO_WIDE) == [] and view.evaluate(MEANINGS) == []
 
 
-def test_no_text_of_a_figure_is_cut_or_lies_on_another(view: Page):
+def test_texts_of_figures_are_not_cut_and_do_not_overlap(view: Page):
     assert view.locator("svg.drawing text").count() > 100
     assert view.evaluate(CUT_OR_OVERLAPPING) == []
 
 
-def test_cards_captions_and_figures_lie_side_by_side(view: Page):
+def test_cards_captions_and_figures_do_not_overlap(view: Page):
     assert view.evaluate(CARDS) == []
 
 
@@ -199,30 +199,30 @@ def test_letters_are_large_enough_to_read(view: Page):
     assert min(sizes) >= 10
 
 
-def test_the_page_follows_the_theme_of_its_reader(view: Page):
+def test_the_page_follows_the_colour_scheme_of_the_browser(view: Page):
     dark = view.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
-    ground = view.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == dark
+    background = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background))) < 200) == dark
 
 
-def column(view: Page, place: int) -> list[str]:
-    return view.locator(f".sortable tbody tr > :nth-child({place})").all_text_contents()
+def column_texts(view: Page, number: int) -> list[str]:
+    return view.locator(f".sortable tbody tr > :nth-child({number})").all_text_contents()
 
 
-def test_a_click_on_a_column_sorts_by_it_and_another_the_other_way_round(desk: Page):
+def test_clicking_a_column_sorts_by_it_and_clicking_again_reverses_the_order(desk: Page):
     head = desk.locator(".sortable thead th").nth(3)
     assert "FVU" in head.inner_text()
-    unsorted = column(desk, 4)
+    unsorted = column_texts(desk, 4)
     head.locator("button").click()
-    up = column(desk, 4)
+    up = column_texts(desk, 4)
     head.locator("button").click()
-    down = column(desk, 4)
+    down = column_texts(desk, 4)
     numbers = [value for value in up if value != "NaN"]
     assert up != unsorted and numbers == sorted(numbers, key=float) and up[-1] == down[-1] == "NaN"
     assert down[:-1] == sorted(numbers, key=float, reverse=True) and head.get_attribute("aria-sort") == "descending"
     names = desk.locator(".sortable thead th").first
     names.locator("button").click()
-    assert column(desk, 1)[0].startswith("double.1/itda-508-k8") and head.get_attribute("aria-sort") is None
+    assert column_texts(desk, 1)[0].startswith("double.1/itda-508-k8") and head.get_attribute("aria-sort") is None
 
 
 def test_a_table_scrolls_inside_its_own_box(phone: Page):
@@ -230,8 +230,8 @@ def test_a_table_scrolls_inside_its_own_box(phone: Page):
     assert box.evaluate("(box) => box.scrollWidth > box.clientWidth && box.getBoundingClientRect().right <= innerWidth")
 
 
-def test_the_names_of_dictionaries_stay_in_sight_and_nothing_shines_through_them(desk: Page):
-    found = desk.locator("#dictionaries .box").evaluate(
+def test_the_names_of_dictionaries_stay_visible_while_the_table_scrolls(desk: Page):
+    covering = desk.locator("#dictionaries .box").evaluate(
         """(box) => {
           box.scrollIntoView();
           const name = box.querySelector("thead th"), covering = [];
@@ -246,25 +246,25 @@ def test_the_names_of_dictionaries_stay_in_sight_and_nothing_shines_through_them
           return covering;
         }"""
     )
-    assert found == []
+    assert covering == []
 
 
 def test_a_button_of_a_legend_hides_its_series_and_shows_it_again(desk: Page):
     figure = desk.locator("#figure-sweep")
     button = figure.locator(".legend button").first
     series = button.get_attribute("data-series")
-    drawn = figure.locator(f'svg.drawing [data-series="{series}"]')
+    parts = figure.locator(f'svg.drawing [data-series="{series}"]')
     others = figure.locator(f'svg.drawing [data-series]:not([data-series="{series}"])')
-    assert drawn.count() == 3 and drawn.first.is_visible()
+    assert parts.count() == 3 and parts.first.is_visible()
     button.click()
-    assert not any(each.is_visible() for each in drawn.all()) and others.first.is_visible()
+    assert not any(part.is_visible() for part in parts.all()) and others.first.is_visible()
     assert button.get_attribute("aria-pressed") == "false"
     button.click()
-    assert drawn.first.is_visible() and button.get_attribute("aria-pressed") == "true"
+    assert parts.first.is_visible() and button.get_attribute("aria-pressed") == "true"
     assert desk.locator(f'#figure-sites svg.drawing [data-series="{series}"]').count() == 0  # only its own figure
 
 
-def test_a_mark_that_is_pointed_at_tells_its_numbers(desk: Page):
+def test_pointing_at_a_mark_shows_its_numbers(desk: Page):
     mark = desk.locator("#figure-sweep [data-tip]").first
     tip = desk.locator("#tip")
     assert not tip.is_visible()
@@ -272,7 +272,7 @@ def test_a_mark_that_is_pointed_at_tells_its_numbers(desk: Page):
     box = mark.bounding_box()
     assert box is not None
     desk.mouse.move(box["x"] + 9, box["y"] - 5)  # near it is enough
-    tip.wait_for(state="visible")  # a browser at work tells a little later
+    tip.wait_for(state="visible")  # a busy browser is a little late
     assert tip.inner_text() == mark.get_attribute("data-tip")
     own = tip.bounding_box()
     assert own is not None and own["x"] >= 0 and own["x"] + own["width"] <= 1400
@@ -280,7 +280,7 @@ def test_a_mark_that_is_pointed_at_tells_its_numbers(desk: Page):
     tip.wait_for(state="hidden")
 
 
-def test_marks_are_told_one_after_another_by_the_arrow_keys(desk: Page):
+def test_arrow_keys_show_the_numbers_of_one_mark_after_another(desk: Page):
     desk.locator("#figure-sweep svg.drawing").first.focus()
     marks = desk.locator("#figure-sweep svg.drawing").first.locator("[data-tip]")
     desk.wait_for_timeout(100)  # until the page has scrolled there
@@ -294,7 +294,7 @@ def test_marks_are_told_one_after_another_by_the_arrow_keys(desk: Page):
 
 
 def test_a_download_gives_the_file_of_the_figure(desk: Page, usual: Path):
-    with desk.expect_download() as found:
+    with desk.expect_download() as download:
         desk.locator("#figure-effect .files a").click()
-    assert found.value.suggested_filename == "effect.csv"
-    assert Path(found.value.path()).read_bytes() == (usual.parent / "report" / "effect.csv").read_bytes()
+    assert download.value.suggested_filename == "effect.csv"
+    assert Path(download.value.path()).read_bytes() == (usual.parent / "report" / "effect.csv").read_bytes()

@@ -1,4 +1,4 @@
-"""The page about two studies as a reader sees it: in a real browser, on a phone and on a desk, by day and by night."""
+"""The comparison of two studies in a real browser: on a phone and on a desktop, in light and dark."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from made_study import begun, evaluated, matched, whole
 from playwright.sync_api import Browser, Page
-from test_report_browser import CARDS, CUT_OR_OVERLAPPING, TOO_WIDE, VIEWS, browser, shown
+from test_report_browser import CARDS, CUT_OR_OVERLAPPING, TOO_WIDE, VIEWS, browser, open_page
 
 from difflex.evaluation.concepts import Concept
-from difflex.report import read
+from difflex.report import read_facts
 from difflex.report.comparison import compare, write_comparison
 
 __all__ = ["browser"]  # a fixture
@@ -22,12 +22,12 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluated(other, "double.1/topk-1024-k16", fvu=0.4, dead=300)
     evaluated(other, "double.2/topk-512-k16", fvu=float("nan"))
     matched(other, "double.1/topk-1024-k16", (0.2, 0.9, 0.3, 0.6))
-    return write_comparison(compare(read(one), read(other)), root / "compare.html")
+    return write_comparison(compare(read_facts(one), read_facts(other)), root / "compare.html")
 
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Long names, many dictionaries, many groups."""
+    """A comparison with long names, many dictionaries and many groups."""
     root = tmp_path_factory.mktemp("crowded")
     model = "a-laboratory-with-a-name/A-Large-Model-of-Text-to-Image-v1.5"
     concepts = tuple(Concept(f"concept {i}", f"a group with a rather long name, number {i}") for i in range(14))
@@ -41,17 +41,17 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     )
                     evaluated(study, name, fvu=(size / 3e5 + number) / (block + k), dead=size // (9 + number), data=str(number))
             matched(study, name, [0.9 - (j + number) / 20 for j in range(14)], concepts=concepts)
-    return write_comparison(compare(*map(read, studies)), root / "compare.html")
+    return write_comparison(compare(*map(read_facts, studies)), root / "compare.html")
 
 
 @pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
 def view(request: pytest.FixtureRequest, browser: Browser, usual: Path) -> Iterator[Page]:
-    yield from shown(browser, usual, *request.param)
+    yield from open_page(browser, usual, *request.param)
 
 
 @pytest.fixture(params=VIEWS[::3], ids=lambda view: f"{view[0]}-{view[1]}")
 def full(request: pytest.FixtureRequest, browser: Browser, crowded: Path) -> Iterator[Page]:
-    yield from shown(browser, crowded, *request.param)
+    yield from open_page(browser, crowded, *request.param)
 
 
 def test_nothing_is_wider_than_the_window_cut_or_overlapping(view: Page):
@@ -64,7 +64,7 @@ def test_large_studies_fit_as_well(full: Page):
 
 
 def test_the_table_of_all_figures_opens_and_sorts(browser: Browser, usual: Path):
-    for page in shown(browser, usual, 1400, "light"):
+    for page in open_page(browser, usual, 1400, "light"):
         page.locator("summary", has_text="All").click()
         head = page.locator(".sortable thead th").nth(4)
         head.locator("button").click()

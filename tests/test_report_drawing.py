@@ -1,72 +1,65 @@
-"""The vocabulary of figures: marks stand where their values are, all that is drawn can be told, nothing lies on another."""
+"""Drawings: points are at their values, everything drawn has a tooltip, and nothing overlaps."""
 
 import math
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from markupsafe import Markup
 
-from difflex.report.drawing import (
-    Axis,
-    AxisTick,
+from difflex.report import drawing
+from difflex.report.drawing import Axis, AxisTick, element, shortened, text_width
+from difflex.report.drawing.charts import (
+    MARKERS,
     ChartRow,
-    HeatCell,
-    HeatMap,
-    HeatStrips,
-    LegendEntry,
-    Plot,
     PlotCurve,
     PlotPoint,
-    RowChart,
     RowEntry,
+    Series,
     SeriesStyle,
-    element,
-    heat_map,
     legend,
     plot,
-    rows,
-    strips,
-    style,
+    row_chart,
 )
-from difflex.report.drawing.elements import shortened, wide
-from difflex.report.drawing.plots import MARKERS
-from difflex.report.drawing.scales import scaled
-from difflex.report.kinds import LOOKS
-from difflex.report.telling import NONE, number, percent
+from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_map, heat_strips
+from difflex.report.style import NONE, STYLES, number, percent
 
-BLUE = SeriesStyle(colour=0)
+BLUE = Series("s", "s", SeriesStyle(colour=0))
 
 
 def plotted(xs: list[float], ys: list[float], x: Axis, y: Axis) -> tuple[list[tuple[float, float]], int]:
-    """Where the marks of a plot stand, and how many were left out."""
-    marks = tuple(PlotPoint(x=a, y=b, tip=f"{a} {b}") for a, b in zip(xs, ys, strict=True))
-    drawing = plot(Plot(title="t", description="d", x=x, y=y, curves=(PlotCurve(series="s", look=BLUE, marks=marks),)))
-    found = re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)[^>]*data-tip", drawing.svg)
-    return [(float(a), float(b)) for a, b in found], drawing.left_out
+    """Return the places of the points of a plot, and the number of those left out."""
+    points = tuple(PlotPoint(x=a, y=b, tip=f"{a} {b}") for a, b in zip(xs, ys, strict=True))
+    result = plot("t", "d", x, y, [PlotCurve(series=BLUE, points=points)])
+    places = re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)[^>]*data-tip", result.svg)
+    return [(float(a), float(b)) for a, b in places], result.left_out
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_marks_stand_where_their_values_are(log: bool):
+def test_points_are_placed_at_their_values(log: bool):
     values = [1.0, 10.0, 100.0, 40.0]
     places, left_out = plotted(values, values, Axis(label="x", log=log), Axis(label="y", log=log))
-    told = [math.log10(value) for value in values] if log else values
+    positions = [math.log10(value) for value in values] if log else values
     for axis, sign in ((0, 1), (1, -1)):
-        slopes = [(place[axis] - places[0][axis]) / (value - told[0]) for place, value in zip(places[1:], told[1:], strict=True)]
+        slopes = [
+            (place[axis] - places[0][axis]) / (value - positions[0])
+            for place, value in zip(places[1:], positions[1:], strict=True)
+        ]
         assert max(slopes) - min(slopes) < 0.02 * abs(slopes[0]) and sign * slopes[0] > 0
     assert left_out == 0
 
 
-def test_what_has_no_place_is_counted_and_not_drawn():
+def test_values_without_a_place_are_counted_and_not_drawn():
     places, left_out = plotted([1, 2, 3, 4], [0.1, 0.0, math.nan, math.inf], Axis(label="x"), Axis(label="y", log=True))
     assert len(places) == 1 and left_out == 3
-    entries = tuple(RowEntry(series="s", look=BLUE, mark=PlotPoint(x=x, y=0, tip="t")) for x in (0.5, math.nan))
-    drawing = rows(RowChart(title="t", description="d", x=Axis(label="x"), rows=(ChartRow(name="r", entries=entries),)))
-    assert drawing.left_out == 1 and drawing.svg.count("data-tip") == 1
-    cells = ((HeatCell(share=0.5, label="1", tip="t"), HeatCell(share=math.nan, label="2", tip="t"), None),)
-    shown = heat_map(HeatMap(title="t", description="d", rows=("r",), columns=("a", "b", "c"), cells=cells, across="x"))
-    assert shown.left_out == 1 and shown.svg.count('class="heat"') == 1
+    entries = tuple(RowEntry(series=BLUE, point=PlotPoint(x=x, tip="t")) for x in (0.5, math.nan, None))
+    chart = row_chart("t", "d", Axis(label="x"), [ChartRow(name="r", entries=entries)])
+    assert chart.left_out == 2 and chart.svg.count("data-tip") == 1
+    cells = [[HeatCell(share=0.5, label="1", tip="t"), HeatCell(share=math.nan, label="2", tip="t"), None]]
+    heat = heat_map("t", "d", rows=["r"], columns=["a", "b", "c"], cells=cells, label="x")
+    assert heat.left_out == 1 and heat.svg.count('class="heat"') == 1
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [3.0, 3.0], [math.nan], [-5.0, 5.0], [1e-30, 1e30], [0.1234, 0.1235]])
@@ -81,72 +74,69 @@ def test_any_values_can_be_drawn(values: list[float], log: bool):
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [(1.0, 2.0), (0.0017, 0.93), (3.0, 70000.0), (1e-7, 1.0)])
 def test_ticks_are_round_inside_and_apart(values: tuple[float, float], log: bool):
-    scale = scaled(Axis(label="x", log=log), values, 30, 390)
+    scale = Axis(label="x", log=log).scale(values, 30, 390)
     ticks = scale.ticks(across=True)
     assert 2 <= len(ticks) <= 12
-    for one, other in pairwise(ticks):
-        assert scale(other.value) - scale(one.value) > (wide(one.label) + wide(other.label)) / 2
+    for left, right in pairwise(ticks):
+        assert scale(right.value) - scale(left.value) > (text_width(left.label) + text_width(right.label)) / 2
     assert all(scale.low * 0.999 <= tick.value <= scale.high * 1.001 for tick in ticks)
     assert all(float(tick.label.replace(",", "")) == pytest.approx(tick.value) for tick in ticks)
 
 
-def test_given_ticks_are_kept_as_far_as_there_is_room():
+def test_ticks_of_an_axis_are_drawn_as_far_as_there_is_room():
     ticks = tuple(AxisTick(value, f"{value:,}") for value in (500, 502, 504, 2048))
-    scale = scaled(Axis(label="size", log=True, ticks=ticks), [500, 2048], 30, 390)
+    scale = Axis(label="size", log=True, ticks=ticks).scale([500, 2048], 30, 390)
     assert [tick.label for tick in scale.ticks(across=True)] == ["500", "2,048"]
 
 
-def test_a_reversed_axis_has_its_large_values_first():
-    scale = scaled(Axis(label="timestep", reversed=True), [0.0, 1000.0], 30, 390)
+def test_a_reversed_axis_starts_with_its_large_values():
+    scale = Axis(label="timestep", reversed=True).scale([0.0, 1000.0], 30, 390)
     assert scale(1000.0) == 30 and scale(0.0) == 390
 
 
-def test_a_bar_begins_at_nothing_and_ends_at_its_value():
-    entry = RowEntry(series="s", look=BLUE, mark=PlotPoint(x=0.25, y=0, tip="t"), bar=True)
-    axis = Axis(label="x", low=0.0, high=1.0)
-    drawn = rows(RowChart(title="t", description="d", x=axis, rows=(ChartRow(name="r", entries=(entry,)),))).svg
-    [(start, width)] = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', drawn)
+def test_a_bar_starts_at_0_and_ends_at_its_value():
+    entry = RowEntry(series=BLUE, point=PlotPoint(x=0.25, tip="t"), bar=True)
+    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [ChartRow(name="r", entries=(entry,))])
+    [(start, width)] = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', chart.svg)
     assert float(start) == 12 and float(width) == pytest.approx((400 - 24) / 4)
 
 
-def test_intervals_reach_from_their_low_to_their_high_end():
-    mark = PlotPoint(x=0.5, y=0, tip="t", low=0.25, high=1.0)
-    axis = Axis(label="x", low=0.0, high=1.0)
-    entries = (RowEntry(series="s", look=BLUE, mark=mark),)
-    drawn = rows(RowChart(title="t", description="d", x=axis, rows=(ChartRow(name="r", entries=entries),))).svg
-    [(start, end)] = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*whisker', drawn)
+def test_intervals_are_drawn_from_their_low_to_their_high_end():
+    entry = RowEntry(series=BLUE, point=PlotPoint(x=0.5, tip="t", low=0.25, high=1.0))
+    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [ChartRow(name="r", entries=(entry,))])
+    [(start, end)] = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*whisker', chart.svg)
     assert float(start) == pytest.approx(12 + 376 / 4) and float(end) == 388
 
 
 def test_strips_fill_the_whole_width():
-    cells = (tuple(HeatCell(share=i / 4, label="", tip=f"{i}") for i in range(4)),)
-    asked = HeatStrips(title="t", description="d", names=("n",), notes=("",), cells=cells, ticks=((0.0, "1 %"),), across="x")
-    places = [float(x) for x in re.findall(r'<rect class="heat"[^>]* x="([\d.]+)"', strips(asked).svg)]
+    cells = tuple(HeatCell(share=i / 4, label="", tip=f"{i}") for i in range(4))
+    strips = heat_strips("t", "d", [HeatStrip(name="n", note="", cells=cells)], ticks=[(0.0, "1 %")], label="x")
+    places = [float(x) for x in re.findall(r'<rect class="heat"[^>]* x="([\d.]+)"', strips.svg)]
     assert places == [0, 100, 200, 300]
 
 
-def test_every_drawing_says_what_it_shows_and_escapes_what_it_is_told():
+def test_every_drawing_has_a_title_and_escapes_its_texts():
     evil = '<b onload="x">&'
-    marks = (PlotPoint(x=1, y=1, tip=evil),)
-    curve = PlotCurve(series=evil, look=BLUE, marks=marks)
-    drawn = plot(Plot(title=evil, description=evil, x=Axis(label=evil), y=Axis(label=evil), curves=(curve,))).svg
-    root = ET.fromstring(drawn)
+    series = Series(evil, evil, SeriesStyle())
+    curve = PlotCurve(series=series, points=(PlotPoint(x=1, y=1, tip=evil),))
+    svg = plot(evil, evil, Axis(label=evil), Axis(label=evil), [curve]).svg
+    root = ET.fromstring(svg)
     assert root.find("title") is not None and root.findtext("title") == evil == root.get("aria-label")
-    assert "<b " not in drawn and "<b " not in legend([LegendEntry(evil, evil, BLUE)])
+    assert "<b " not in svg and "<b " not in legend([series])
     assert element("p", evil, Markup("<i>so</i>")) == "<p>&lt;b onload=&#34;x&#34;&gt;&amp;<i>so</i></p>"
 
 
 def test_a_long_name_is_shortened_in_its_middle():
     name = "transformer.single_transformer_blocks.18:update/topk-65536-k64"
     short = shortened(name, 200)
-    assert wide(short) <= 200 and short.startswith("transf") and short.endswith("k64") and "…" in short
+    assert text_width(short) <= 200 and short.startswith("transf") and short.endswith("k64") and "…" in short
     assert shortened("short", 200) == "short"
 
 
 def test_series_differ_in_more_than_colour():
-    looks = [*LOOKS.values()]
-    assert len({(look.marker, look.dash) for look in looks}) == len(looks) == len({look.colour for look in looks})
-    assert all(MARKERS[look.marker] for look in looks)
+    styles = [*STYLES.values()]
+    assert len({(style.marker, style.dash) for style in styles}) == len(styles) == len({style.colour for style in styles})
+    assert all(MARKERS[style.marker] for style in styles)
 
 
 def luminance(colour: str) -> float:
@@ -156,18 +146,20 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [0, 1])
-def test_colours_stand_out_from_their_ground(theme: int):
-    told = dict(re.findall(r"--(\w+): (#\w{6})", str(style()).split("@media")[theme]))
-    grounds = [luminance(told[name]) for name in ("paper", "card")]
+def test_colours_contrast_with_their_background(theme: int):
+    sheet = (Path(drawing.__file__).parent / "drawing.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", sheet.split("@media")[theme]))
+    backgrounds = [luminance(colours[name]) for name in ("paper", "card")]
 
     def contrast(name: str) -> float:
-        return min((max(luminance(told[name]), g) + 0.05) / (min(luminance(told[name]), g) + 0.05) for g in grounds)
+        own = luminance(colours[name])
+        return min((max(own, other) + 0.05) / (min(own, other) + 0.05) for other in backgrounds)
 
     assert all(contrast(name) >= 4.5 for name in ("ink", "soft", "link"))
     assert all(contrast(f"c{i}") >= 3 for i in range(9))
 
 
-def test_numbers_are_told_as_they_are():
+def test_numbers_have_three_digits_and_shares_are_per_cent():
     assert [number(value) for value in (0.05104, 0.2, 1234567.0, 1e-9, 0.0, 16.0)] == [
         "0.0510",
         "0.200",

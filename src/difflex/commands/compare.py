@@ -7,8 +7,8 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.errors import BadInput
-from difflex.report import read
-from difflex.report.comparison import compare, in_words, write_comparison
+from difflex.report import read_facts
+from difflex.report.comparison import compare, describe, write_comparison
 from difflex.study import Command, Study
 
 __all__ = ["CompareCommand"]
@@ -27,10 +27,10 @@ class CompareCommand(Command):
     """Where the page goes: one file that needs nothing from outside."""
 
     def __call__(self) -> list[Path]:
-        comparison = compare(*(read(Study.open(folder)) for folder in (self.study, self.other)))
+        comparison = compare(*(read_facts(Study.open(folder)) for folder in (self.study, self.other)))
         if self.out.is_dir():
             raise BadInput(f"--out {self.out} is a folder. Name a file, as in {self.out / 'compare.html'}.")
-        print(in_words(comparison))
+        print(describe(comparison))
         try:
             page = write_comparison(comparison, self.out)
         except OSError as error:

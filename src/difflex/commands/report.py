@@ -7,10 +7,8 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.commands.words import words
-from difflex.errors import DifflexError
 from difflex.report import write_report
-from difflex.report.overview import plainly
-from difflex.study import Command, CommandRecord, Study
+from difflex.study import Command, Study
 
 __all__ = ["ReportCommand"]
 
@@ -34,14 +32,6 @@ class ReportCommand(Command):
         study = Study.open(self.study)
         inside = self.study / CONTROL
         control = self.control or (inside if (inside / "study.json").is_file() else None)
-        paths = write_report(study, control and Study.open(control), _spelt)
+        paths = write_report(study, control and Study.open(control), words)
         print(f"{paths[0]}: the report; beside it {len(paths) - 1} CSV files")
         return paths
-
-
-def _spelt(entry: CommandRecord) -> list[str]:
-    """The words of a command; of one that this difflex does not know, its values by name."""
-    try:
-        return words(entry)
-    except DifflexError:
-        return plainly(entry)

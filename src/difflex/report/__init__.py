@@ -1,7 +1,7 @@
-"""The report of a study: one page that needs nothing from outside, and the numbers of every figure as CSV files."""
+"""The report of a study: one page that is complete in itself, and the numbers of every figure as CSV files."""
 
-from difflex.report.facts import StudyFacts, read
-from difflex.report.page import SECTIONS, write_report
-from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.facts import StudyFacts
+from difflex.report.page import write_report
+from difflex.report.reading import read_facts
 
-__all__ = ["SECTIONS", "FigureTable", "MissingFigure", "ReportFigure", "ReportSection", "StudyFacts", "read", "write_report"]
+__all__ = ["StudyFacts", "read_facts", "write_report"]

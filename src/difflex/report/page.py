@@ -1,34 +1,191 @@
-"""The page: sections of facts, laid out by a template, written beside the CSV files of their figures."""
+"""The page of a report: its sections in order, laid out by a template, and the sections about the study and its commands."""
 
 import base64
+import shlex
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from difflex.errors import DifflexError
 from difflex.files import write_file
 from difflex.report.claims import claims
-from difflex.report.drawing import legend, script, style
-from difflex.report.facts import StudyFacts, read
+from difflex.report.drawing import element
+from difflex.report.drawing.charts import legend
+from difflex.report.facts import StudyFacts
+from difflex.report.figures import ReportFigure, ReportSection
 from difflex.report.figures.anatomy import anatomy
 from difflex.report.figures.concepts import concepts
-from difflex.report.figures.explanations import explanations
-from difflex.report.figures.findings import findings
-from difflex.report.figures.firing import firing
-from difflex.report.figures.images import images
+from difflex.report.figures.dictionaries import dictionaries, firing
+from difflex.report.figures.effects import findings, removal
+from difflex.report.figures.explanations import explanations, images
 from difflex.report.figures.quality import quality
-from difflex.report.figures.removal import removal
 from difflex.report.figures.steering import steering
-from difflex.report.overview import Spell, again, overview, plainly
-from difflex.report.sections import ReportFigure, ReportSection
-from difflex.report.table import dictionaries
-from difflex.study import Study
+from difflex.report.reading import read_facts
+from difflex.report.style import count
+from difflex.study import CommandRecord, Study
 
-__all__ = ["SECTIONS", "rendered", "write", "write_report"]
+__all__ = ["problem_list", "render", "write_report"]
+
+Spell = Callable[[CommandRecord], Sequence[str]]
+"""From an entry of the diary to the words of its command line."""
+HERE = Path(__file__).parent
+
+
+def write_report(study: Study, control: Study | None = None, spell: Spell | None = None) -> list[Path]:
+    """Write the report of `study` and return its files: the page, then the numbers of each figure.
+
+    `control` is a study of the same model untrained; `spell` returns the words of a command.
+    """
+    facts = read_facts(study, control)
+    sections = [*(section(facts) for section in SECTIONS), _commands(facts, spell or _plain_words)]
+    figures = [figure for section in sections for figure in section.figures]
+    assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
+    page = study.folder / "report.html"
+    write_file(page, render("page.html", sections, facts=facts).encode())
+    files = {study.folder / "report" / f"{figure.name}.csv": figure.table.csv for figure in figures}
+    for stale in set((study.folder / "report").glob("*.csv")) - files.keys():
+        stale.unlink()  # of a figure that the study no longer has
+    for path, text in files.items():
+        write_file(path, text.encode())
+    return [page, *files]
+
+
+def render(template: str, sections: Sequence[ReportSection], **values: object) -> str:
+    """Return the page that `template` makes of `sections`, with style sheets, scripts and data inside."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = (
+        Markup("").join(Markup((HERE / name).read_text(encoding="utf-8")) for name in (f"drawing/drawing.{kind}", f"page.{kind}"))
+        for kind in ("css", "js")
+    )
+    return environment.get_template(template).render(
+        sections=sections, style=style, script=script, legend=legend, download=_download, **values
+    )
+
+
+def problem_list(title: str, problems: Sequence[str]) -> Markup:
+    """Return a box that lists problems, or nothing if there are none."""
+    if not problems:
+        return Markup("")
+    items = [element("li", problem) for problem in problems]
+    return element("aside", element("h3", title), element("ul", *items), class_="problems")
+
+
+def _download(figure: ReportFigure) -> str:
+    """Return the CSV of a figure as a data URL."""
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
+
+
+def _overview(facts: StudyFacts) -> ReportSection:
+    """Return the section about the study: the model, and how far each station is."""
+    seconds = sum(entry.seconds or 0 for entry in facts.diary)
+    values = {
+        "Model": facts.study.model,
+        "Revision": facts.study.revision or "not set",
+        "Study": facts.name,
+        "Started": f"{_date(facts.started)}, with difflex {facts.study.difflex}",
+        "Latest file": _date(facts.latest),
+        **({"Time of its commands": _duration(seconds)} if seconds else {}),
+    }
+    entries = [element("div", element("dt", name), element("dd", value)) for name, value in values.items()]
+    return ReportSection(
+        name="study",
+        title="The study",
+        lead="",
+        body=element("dl", *entries, class_="summary")
+        + _stations(facts)
+        + problem_list("Left out of this report", facts.problems),
+    )
+
+
+def _stations(facts: StudyFacts) -> Markup:
+    """Return a line for each station: how far it is, and the command that continues it."""
+    tokens = sum(store.tokens for store in facts.stores)
+    unfinished = sum(not store.complete for store in facts.stores)
+    trained, evaluated = len(facts.dictionaries), len(facts.evaluated)
+    effects = sum(dictionary.metrics.effect is not None for dictionary in facts.evaluated)
+    compared = len({str(match.matches.site) + match.matches.label for match in facts.matches if match.is_trained})
+    sites = ", ".join(f"{store.site} ({store.tokens:,})" for store in facts.stores)
+    harvested = f"{count(tokens, 'token')} at {count(len(facts.stores), 'site')}: {sites}" if facts.stores else "none"
+    harvested += f"; {unfinished} not finished" if unfinished else ""
+    anatomy = facts.anatomy
+    measured = f"norms of {count(len(anatomy.norms), 'site')}, spectra of {len(anatomy.shapes)}" if anatomy else "not measured"
+    lines = [
+        ("Activations", bool(tokens) and not unfinished, harvested, "harvest"),
+        ("Dictionaries", trained > 0, count(trained, "dictionary", "dictionaries"), "train, difflex itda"),
+        ("Evaluation", 0 < evaluated == trained, f"{evaluated} of {trained} evaluated", "evaluate"),
+        ("Effect on the model", 0 < effects == trained, f"{effects} of {trained} measured", "evaluate --effect-shots"),
+        ("Known concepts", compared > 0, f"{count(compared, 'dictionary', 'dictionaries')} of {trained} compared", "concepts"),
+        ("Anatomy", anatomy is not None, measured, "anatomy"),
+    ]
+    items = []
+    for name, done, state, verb in lines:
+        sign = element("span", "✓" if done else "○", aria_hidden="true", class_="sign")
+        command = () if done else (" · ", element("code", f"difflex {verb}"))
+        text = element("span", element("b", name), " ", state, *command)
+        items.append(element("li", sign, text, class_="done" if done else "open"))
+    return element("ul", *items, class_="stations")
+
+
+def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
+    """Return the section about how to run the study again."""
+    if facts.diary:
+        line = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
+        lead = "One command runs the recipe: it skips finished commands and repeats those that a change has made stale. Its commands:"
+        items = [_command(entry, spell) for entry in facts.diary if entry.verb != "report"]
+        commands = element("ol", *items, class_="commands")
+    else:
+        line, commands = ["difflex", "report", "STUDY"], Markup("")
+        lead = (
+            "This study has no diary, as its commands were not run by a recipe. The settings of each dictionary are in its "
+            "config.json."
+        )
+    code = element("pre", element("code", shlex.join(line)), tabindex="0")
+    return ReportSection(name="commands", title="How to run it again", lead=lead, body=code + commands)
+
+
+def _command(entry: CommandRecord, spell: Spell) -> Markup:
+    try:
+        words = spell(entry)
+    except DifflexError:  # a command that this version does not have
+        words = _plain_words(entry)
+    return element("li", element("code", f"difflex {shlex.join(words)}"), " ", element("span", _state(entry)))
+
+
+def _plain_words(entry: CommandRecord) -> list[str]:
+    """Return the verb and the values of an entry by name, where its flags are not known."""
+    values = [
+        f"{name}={value}" for name, value in entry.flags.items() if value not in (None, False, [], {}) and "SHA-256" not in name
+    ]
+    return [entry.verb, *values]
+
+
+def _state(entry: CommandRecord) -> str:
+    """Return when a command was finished and how long it took."""
+    if entry.seconds is None:
+        return "started, not finished"
+    when = f" {_date(datetime.fromisoformat(entry.finished).astimezone(UTC))}," if entry.finished else ""
+    seconds, duration = count(round(entry.seconds), "second"), _duration(entry.seconds)
+    return f"finished{when} in {seconds}{'' if seconds == duration else f' ({duration})'}"
+
+
+def _date(when: datetime | None) -> str:
+    return "unknown" if when is None else f"{when:%-d %B %Y, %H:%M} UTC"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if seconds < 120:
+        return count(round(seconds), "second")
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+
 
 SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
-    overview,
+    _overview,
     claims,
     anatomy,
     firing,
@@ -41,44 +198,4 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     images,
     dictionaries,
 )
-"""In their order on the page; one more is a function from facts to a Section."""
-HERE = Path(__file__).parent
-
-
-def write_report(study: Study, control: Study | None = None, spell: Spell = plainly) -> list[Path]:
-    """The files of the report of `study`: the page, then the numbers of each figure.
-
-    `control` is a study of the same model untrained; `spell` knows how commands are written.
-    """
-    facts = read(study, control)
-    sections = [*(section(facts) for section in SECTIONS), again(facts, spell)]
-    figures = [figure for section in sections for figure in section.figures]
-    assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
-    folder = study.folder / "report"
-    written = [write(study.folder / "report.html", rendered("page.html", sections, facts=facts))]
-    for stale in set(folder.glob("*.csv")) - {folder / f"{figure.name}.csv" for figure in figures}:
-        stale.unlink()  # of a figure that the study no longer has
-    return [*written, *(write(folder / f"{figure.name}.csv", figure.table.csv) for figure in figures)]
-
-
-def rendered(template: str, sections: Sequence[ReportSection], **told: object) -> str:
-    """The page that `template` makes of `sections`, with all that it needs inside."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    look = style() + Markup((HERE / "page.css").read_text(encoding="utf-8"))
-    work = script() + Markup((HERE / "page.js").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(
-        sections=sections, style=look, script=work, legend=legend, download=_download, **told
-    )
-
-
-def _download(figure: ReportFigure) -> str:
-    """The CSV of a figure as an address that holds it."""
-    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
-
-
-def write(path: Path, text: str) -> Path:
-    """Write `text` to `path` atomically and return `path`."""
-    write_file(path, text.encode())
-    return path
+"""The sections in their order on the page."""

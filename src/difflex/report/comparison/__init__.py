@@ -1,7 +1,270 @@
-"""Two studies side by side: what was asked of them, what they hold, and how the figures of both differ."""
+"""Two studies compared: settings, dictionaries, and the differences of every metric of those in both, as text and as a page."""
 
-from difflex.report.comparison.page import write_comparison
-from difflex.report.comparison.pairs import StudyComparison, compare
-from difflex.report.comparison.words import in_words
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-__all__ = ["StudyComparison", "compare", "in_words", "write_comparison"]
+from markupsafe import Markup
+
+from difflex.files import write_file
+from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison, compare
+from difflex.report.drawing import Axis, Drawing, element
+from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, Series, SeriesStyle, row_chart
+from difflex.report.figures import (
+    FigureTable,
+    MissingFigure,
+    ReportFigure,
+    ReportSection,
+    SortableRow,
+    html_table,
+    sortable_table,
+)
+from difflex.report.page import problem_list, render
+from difflex.report.style import count, number, percent
+
+__all__ = ["StudyComparison", "compare", "describe", "write_comparison"]
+
+STYLES = {"first": SeriesStyle(colour=0, marker="circle"), "second": SeriesStyle(colour=1, marker="ring")}
+"""The ring is visible around the circle where both have the same value."""
+DRAWN = {"FVU": number, "dead": percent, "v / mean": percent}
+"""The metrics that are drawn and how they are written; the table has all."""
+PRINTED = ("FVU", "r2", "L0", "dead", "v / mean", "PSNR")
+"""The metrics that are printed; the page has all."""
+ROWS = 40
+"""Of a drawing, at most."""
+
+
+def write_comparison(comparison: StudyComparison, path: Path) -> Path:
+    """Write the page about two studies, complete in itself, and return its path."""
+    sections = [_settings(comparison), _dictionaries(comparison), _metrics(comparison), _concepts(comparison)]
+    write_file(path, render("comparison.html", sections, names=comparison.names).encode())
+    return path
+
+
+def describe(comparison: StudyComparison) -> str:
+    """Return the differences as lines of text: settings, dictionaries, and the most important metrics."""
+    first, second = comparison.names
+    parts = [f"{first} ({comparison.first.study.model}) and {second} ({comparison.second.study.model})"]
+    settings = [(line.verb, line.flag, line.first or "-", line.second or "-") for line in comparison.settings]
+    parts.append(_aligned("settings", [("", "", first, second), *settings]) if settings else "settings: equal")
+    parts.append(f"dictionaries in both: {len(comparison.pairs)}")
+    for name, only in zip(comparison.names, comparison.only, strict=True):
+        parts += [f"only in {name}: {', '.join(d.name for d in only)}"] if only else []
+    metrics = [
+        pair for pair in comparison.metrics if pair.column.name in PRINTED and not (pair.first is None and pair.second is None)
+    ]
+    lines = [
+        (pair.dictionary, pair.column.name, *map(number, (pair.first, pair.second, pair.difference)))
+        for pair in metrics
+        if pair.difference != 0
+    ]
+    if lines:
+        parts.append(_aligned("metrics", [("", "", first, second, "difference"), *lines]))
+    if len(lines) < len(metrics):
+        parts.append(f"metrics that are equal: {len(metrics) - len(lines)}")
+    coverage = [
+        (pair.name, *(percent(level.coverage.value) for level in pair.levels), _interval(pair.coverage))
+        for pair in comparison.detections
+    ]
+    if coverage:
+        parts.append(_aligned("concepts that one feature detects", [("", first, second, "difference"), *coverage]))
+    groups = [
+        (pair.name, group, number(a), number(b), number(b - a))
+        for pair in comparison.detections
+        if pair.first.normalisation is not None
+        for group, (a, b) in pair.groups.items()
+    ]
+    if groups:
+        parts.append(_aligned("mean AP by group of concepts", [("", "", first, second, "difference"), *groups]))
+    return "\n".join([*parts, *(f"note: {problem}" for problem in comparison.problems)])
+
+
+def _interval(interval: Iterable[float]) -> str:
+    value, low, high = (100 * bound for bound in interval)
+    return f"{value:+.0f} ({low:+.0f} to {high:+.0f}) points"
+
+
+def _aligned(name: str, lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join([f"{name}:", *("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
+
+
+def _settings(comparison: StudyComparison) -> ReportSection:
+    lines = comparison.settings
+    heads = ("command", "flag", *comparison.names)
+    lead = (
+        "Settings of the whole studies, and flags of their commands, that differ. A command without a flag exists in one study "
+        "only."
+    )
+    return ReportSection(
+        name="settings",
+        title="Settings",
+        lead=lead if lines else "The settings of both studies are the same, as far as their diaries record them.",
+        body=(html_table(heads, lines, "Differences of settings", words=len(heads)) if lines else Markup(""))
+        + problem_list("Compare with care", comparison.problems),
+    )
+
+
+def _dictionaries(comparison: StudyComparison) -> ReportSection:
+    names = {"In both": [pair.name for pair in comparison.pairs]}
+    for name, only in zip(comparison.names, comparison.only, strict=True):
+        names[f"Only in {name}"] = [dictionary.name for dictionary in only]
+    entries = [
+        element("div", element("dt", f"{title}: {len(own)}"), element("dd", ", ".join(own) or "none"))
+        for title, own in names.items()
+    ]
+    return ReportSection(
+        name="dictionaries",
+        title="Dictionaries",
+        lead=f"{count(len(comparison.pairs), 'dictionary', 'dictionaries')} of the same site and label in both. Only these are "
+        "compared below.",
+        body=element("dl", *entries, class_="summary"),
+    )
+
+
+def _metrics(comparison: StudyComparison) -> ReportSection:
+    pairs = comparison.metrics
+    figure = ReportFigure(
+        name="differences",
+        title="Metrics of the dictionaries in both",
+        caption="Each dictionary at its value in the first study and in the second; the largest differences come first"
+        + (f", {ROWS} at most." if len(comparison.pairs) > ROWS else "."),
+        formula="FVU = sum |x - y|² / sum |x - mean x|² in model space; dead: share of features that fired at none of the "
+        "tokens; v / mean: squared error of the prediction as a share of that with the mean in place of x",
+        table=FigureTable(
+            ("dictionary", "figure", *comparison.names, "difference"),
+            tuple((pair.dictionary, pair.column.name, pair.first, pair.second, pair.difference) for pair in pairs),
+        ),
+        drawings=tuple(chart for name in DRAWN if (chart := _metric_chart(comparison, pairs, name)) is not None),
+        legend=_series(comparison),
+    )
+    return ReportSection(
+        name="figures",
+        title="How well activations are reconstructed",
+        lead="Differences are the second study less the first.",
+        figures=(figure,) if pairs else (),
+        missing=() if pairs else (MissingFigure("Metrics of dictionaries that both studies have", "difflex evaluate STUDY"),),
+        body=_metrics_table(comparison, pairs) if pairs else Markup(""),
+    )
+
+
+def _concepts(comparison: StudyComparison) -> ReportSection:
+    detections = comparison.detections
+    missing = MissingFigure("Methods compared with concepts in both studies", "difflex concepts STUDY")
+    return ReportSection(
+        name="concepts",
+        title="What features stand for",
+        lead="The share of known concepts that one feature detects (average precision 0.8 or more), and the mean average "
+        "precision of the best features by group of concepts.",
+        figures=(_coverage(comparison), *_groups(comparison)) if detections else (),
+        missing=() if detections else (missing,),
+    )
+
+
+def _series(comparison: StudyComparison) -> tuple[Series, ...]:
+    return tuple(Series(id, name, style, False) for (id, style), name in zip(STYLES.items(), comparison.names, strict=True))
+
+
+def _row(comparison: StudyComparison, name: str, note: str, points: Sequence[PlotPoint]) -> ChartRow:
+    """Return a row with a point of each study."""
+    series = _series(comparison)
+    entries = tuple(RowEntry(series=own, point=point) for own, point in zip(series, points, strict=True))
+    return ChartRow(name=name, note=note, entries=entries)
+
+
+def _metric_chart(comparison: StudyComparison, pairs: Iterable[MetricPair], name: str) -> Drawing | None:
+    """Return a row for each dictionary with its two values; None where no dictionary has both."""
+    drawn = [pair for pair in pairs if pair.column.name == name and pair.difference is not None]
+    drawn = sorted(drawn, key=lambda pair: -abs(pair.difference or 0.0))[:ROWS]
+    if not drawn:
+        return None
+    write, is_share = DRAWN[name], DRAWN[name] is percent
+    rows = []
+    for pair in drawn:
+        points = [
+            PlotPoint(x=value, tip=f"{pair.dictionary}\n{study}: {name} {write(value)}")
+            for study, value in zip(comparison.names, (pair.first, pair.second), strict=True)
+        ]
+        rows.append(_row(comparison, pair.dictionary, _signed(pair.difference, is_share), points))
+    about = f"{len(drawn)} dictionaries with two values each, the largest difference first."
+    return row_chart(name, about, Axis(label=name, low=0.0, percent=is_share), rows)
+
+
+def _coverage(comparison: StudyComparison) -> ReportFigure:
+    def row(pair: DetectionPair) -> ChartRow:
+        points = []
+        for study, level in zip(comparison.names, pair.levels, strict=True):
+            value, low, high = level.coverage
+            tip = f"{pair.name}\n{study}: {percent(value)} ({percent(low)} to {percent(high)})"
+            points.append(PlotPoint(x=value, tip=tip, low=low, high=high))
+        return _row(comparison, pair.name, _signed(pair.coverage.value, share=True), points)
+
+    table = tuple(
+        (pair.name, *(bound for level in pair.levels for bound in level.coverage), *pair.coverage)
+        for pair in comparison.detections
+    )
+    columns = tuple(f"{name}{bound}" for name in comparison.names for bound in ("", ", low", ", high"))
+    drawn = sorted(comparison.detections, key=lambda pair: -abs(pair.coverage.value))[:ROWS]
+    about = f"{len(drawn)} methods with two shares each, the largest difference first."
+    axis = Axis(label="share of concepts", low=0.0, high=1.0, percent=True)
+    return ReportFigure(
+        name="coverage",
+        title="Concepts that one feature detects",
+        caption="With 95 % intervals from resampling the held-out images. The interval of a difference, in the CSV, takes the two "
+        "for independent: where both were measured on the same images it is wider than necessary.",
+        formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
+        table=FigureTable(("method", *columns, "difference", "low", "high"), table),
+        drawings=(row_chart("coverage", about, axis, list(map(row, drawn))),),
+        legend=_series(comparison),
+    )
+
+
+def _groups(comparison: StudyComparison) -> list[ReportFigure]:
+    """Return the mean AP by group of concepts for trained dictionaries; for all methods if none was trained."""
+    trained = [pair for pair in comparison.detections if pair.first.normalisation is not None] or list(comparison.detections)
+    pairs = [pair for pair in trained if pair.groups]
+    if not pairs:
+        return []
+
+    def chart(pair: DetectionPair) -> Drawing:
+        rows = []
+        for group, values in pair.groups.items():
+            points = [
+                PlotPoint(x=value, tip=f"{group}\n{study}: mean AP {number(value)}")
+                for study, value in zip(comparison.names, values, strict=True)
+            ]
+            rows.append(_row(comparison, group, _signed(values[1] - values[0]), points))
+        axis = Axis(label="mean AP of the best features", low=0.0, high=1.0)
+        return row_chart(pair.name, f"{len(rows)} groups of concepts.", axis, rows)
+
+    table = tuple((pair.name, group, a, b, b - a) for pair in pairs for group, (a, b) in pair.groups.items())
+    return [
+        ReportFigure(
+            name="groups",
+            title="By group of concepts",
+            caption="For each dictionary in both, the mean average precision of the best feature of each concept of a group.",
+            formula="mean over the concepts of a group of AP, all noise levels together",
+            table=FigureTable(("method", "group", *comparison.names, "difference"), table),
+            drawings=tuple(map(chart, pairs)),
+            legend=_series(comparison),
+        )
+    ]
+
+
+def _metrics_table(comparison: StudyComparison, pairs: Iterable[MetricPair]) -> Markup:
+    """Return all metrics of all dictionaries in both as a sortable table."""
+    rows = []
+    for pair in pairs:
+        values = [(value, pair.column.write(value)) for value in (pair.first, pair.second)]
+        values.append((pair.difference, _signed(pair.difference)))
+        rows.append(SortableRow(pair.dictionary, pair.column.name, values, pair.column.meaning))
+    heads = dict.fromkeys(("dictionary", "figure", *comparison.names, "difference"), "")
+    table = sortable_table(heads, rows, "Metrics of all dictionaries in both")
+    return element("details", element("summary", f"All {count(len(rows), 'metric')} as a table"), table)
+
+
+def _signed(value: float | None, share: bool = False) -> str:
+    """Return a difference with its sign; that of two shares in percentage points."""
+    if value is None or value != value:
+        return number(value)
+    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "±"
+    return f"{sign}{number(100 * abs(value))} points" if share else f"{sign}{number(abs(value))}"

@@ -3,55 +3,55 @@
   const tip = document.createElement("div");
   tip.id = "tip"; tip.hidden = true; tip.setAttribute("role", "status");
   document.body.append(tip);
-  let told = null, last = null;
+  let active = null, last = null;
 
-  const quiet = () => {
-    if (told) told.classList.remove("told");
-    told = null; tip.hidden = true;
+  const hide = () => {
+    if (active) active.classList.remove("active");
+    active = null; tip.hidden = true;
   };
-  const tell = (mark) => {
-    if (mark === told) return;
-    quiet();
-    told = last = mark; mark.classList.add("told");
+  const show = (mark) => {
+    if (mark === active) return;
+    hide();
+    active = last = mark; mark.classList.add("active");
     tip.textContent = mark.dataset.tip; tip.hidden = false;
-    const at = mark.getBoundingClientRect(), own = tip.getBoundingClientRect(), edge = document.documentElement.clientWidth;
-    const left = Math.min(Math.max(at.x + at.width / 2 - own.width / 2, 8), edge - own.width - 8);
-    const above = at.y - own.height - 10;
+    const at = mark.getBoundingClientRect(), box = tip.getBoundingClientRect(), edge = document.documentElement.clientWidth;
+    const left = Math.min(Math.max(at.x + at.width / 2 - box.width / 2, 8), edge - box.width - 8);
+    const above = at.y - box.height - 10;
     tip.style.left = `${left}px`;
     tip.style.top = `${above > 8 ? above : at.y + at.height + 10}px`;
   };
-  const shown = (svg) => [...svg.querySelectorAll("[data-tip]")].filter((mark) => !mark.closest("[hidden]"));
+  const visible = (svg) => [...svg.querySelectorAll("[data-tip]")].filter((mark) => !mark.closest("[hidden]"));
   const nearest = (svg, x, y) => {
-    let best = null, least = 26 ** 2;
-    for (const mark of shown(svg)) {
+    let best = null, shortest = 26 ** 2;
+    for (const mark of visible(svg)) {
       const box = mark.getBoundingClientRect();
-      const far = Math.max(box.x - x, 0, x - box.right) ** 2 + Math.max(box.y - y, 0, y - box.bottom) ** 2;
-      if (far < least) { best = mark; least = far; }
+      const distance = Math.max(box.x - x, 0, x - box.right) ** 2 + Math.max(box.y - y, 0, y - box.bottom) ** 2;
+      if (distance < shortest) { best = mark; shortest = distance; }
     }
     return best;
   };
 
   for (const svg of document.querySelectorAll("svg.drawing")) {
-    const look = (event) => {
+    const point = (event) => {
       const mark = nearest(svg, event.clientX, event.clientY);
-      if (mark) tell(mark); else quiet();
+      if (mark) show(mark); else hide();
     };
-    svg.addEventListener("pointermove", look);
-    svg.addEventListener("pointerdown", look);
-    svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") quiet(); });
-    svg.addEventListener("blur", quiet);
+    svg.addEventListener("pointermove", point);
+    svg.addEventListener("pointerdown", point);
+    svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
+    svg.addEventListener("blur", hide);
     svg.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-      if (event.key === "Escape") quiet();
-      const marks = shown(svg);
+      if (event.key === "Escape") hide();
+      const marks = visible(svg);
       if (!step || !marks.length) return;
       event.preventDefault();
       const now = marks.indexOf(last);
-      tell(marks[(now + (now < 0 && step < 0 ? 0 : step) + marks.length) % marks.length]);
+      show(marks[(now + (now < 0 && step < 0 ? 0 : step) + marks.length) % marks.length]);
     });
   }
-  addEventListener("scroll", quiet, { passive: true });
-  document.addEventListener("pointerdown", (event) => { if (!event.target.closest("svg.drawing")) quiet(); });
+  addEventListener("scroll", hide, { passive: true });
+  document.addEventListener("pointerdown", (event) => { if (!event.target.closest("svg.drawing")) hide(); });
 
   for (const button of document.querySelectorAll(".legend button")) {
     button.addEventListener("click", () => {
@@ -60,7 +60,7 @@
       for (const part of button.closest(".figure").querySelectorAll("svg.drawing [data-series]")) {
         if (part.dataset.series === series) part.toggleAttribute("hidden", !on);
       }
-      quiet();
+      hide();
     });
   }
 })();

@@ -1,105 +1,94 @@
-"""Heat maps: a colour for each cell, its number written in where there is room."""
+"""Heat maps: a colour for each cell, with its number where there is room."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from difflex.report.drawing.elements import WIDTH, Drawing, element, heading, shortened, svg, text, wide
+from difflex.report.drawing import WIDTH, Drawing, element, shortened, svg, text, text_width
 
-__all__ = ["HeatCell", "HeatMap", "HeatStrips", "heat_map", "ramp", "strength", "strips"]
+__all__ = ["HeatCell", "HeatStrip", "heat_map", "heat_strips", "ramp"]
 
 FAINT = 0.1
-"""How strong the colour of the least value is; that of the most is 1. One hue over the ground of the page, light or dark, so
-that it reads alike to all eyes."""
+"""The opacity of the smallest value; that of the largest is 1. One hue over the background of the page reads alike to all eyes."""
 OVER = {"over": 0.68, "half": 0.55}
-"""From these strengths on, numbers are written in the colour of the ground: on light pages, and already on dark ones."""
+"""Above these opacities numbers are in the colour of the background: on light pages, and on dark ones."""
 TOP, FOOT, LINE, GAP = 28.0, 42.0, 26.0, 1.5
+STRIP = 34.0
+"""The height of a strip with its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeatCell:
-    """A value with its place between the least and the most."""
+    """A value as a colour."""
 
     share: float
-    """From 0 to 1: which colour. NaN where there is none."""
+    """Its place between the smallest value, 0, and the largest, 1; NaN for none."""
     label: str
     tip: str
+    """The tooltip."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """Rows by columns; a cell that is None stays empty."""
+class HeatStrip:
+    """A histogram as a row of narrow cells under its name."""
 
-    title: str
-    description: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[HeatCell | None, ...], ...]
-    across: str
-    """What the columns are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatStrips:
-    """Rows of many narrow cells, each under its name: histograms, one below another."""
-
-    title: str
-    description: str
-    names: tuple[str, ...]
-    notes: tuple[str, ...]
-    """A few words at the end of each name's line."""
-    cells: tuple[tuple[HeatCell | None, ...], ...]
-    ticks: tuple[tuple[float, str], ...]
-    """Labels along the foot, each at a number of cells from the left."""
-    across: str
-
-
-def strength(share: float) -> float:
-    """How strong the colour of `share`, from 0 to 1, is."""
-    return FAINT + (1 - FAINT) * min(max(share, 0.0), 1.0)
+    name: str
+    note: str
+    """A few words at the right end of the name's line."""
+    cells: tuple[HeatCell | None, ...]
 
 
 def ramp(low: str, high: str, label: str) -> Markup:
-    """The legend of a heat map: what its first and its last colour stand for."""
+    """Return the legend of a heat map: the values of its first and its last colour."""
     bar = element("span", class_="ramp-bar")
     return element("p", element("span", label), element("span", low), bar, element("span", high), class_="ramp")
 
 
-def heat_map(asked: HeatMap) -> Drawing:
-    """`asked` as a drawing; the names of rows stand beside them."""
-    left = min(max(map(wide, asked.rows), default=0) + 8, WIDTH * 0.45)
-    step = (WIDTH - left) / max(len(asked.columns), 1)
+def heat_map(
+    title: str,
+    description: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[HeatCell | None]],
+    label: str,
+) -> Drawing:
+    """Draw `cells` row by row with the names of rows beside them; None is an empty cell, `label` says what the columns are."""
+    left = min(max(map(text_width, rows), default=0) + 8, WIDTH * 0.45)
+    step = (WIDTH - left) / max(len(columns), 1)
     line = min(LINE, max(step, 14.0))
-    height = TOP + line * len(asked.rows) + FOOT
-    made = [heading(asked.title)]
-    for number, (name, cells) in enumerate(zip(asked.rows, asked.cells, strict=True)):
-        top = TOP + line * number
-        made.append(text(left - 8, top + line / 2 + 4, shortened(name, left - 8), "end", "name"))
-        made += [_cell(cell, left + step * i, top, step, line) for i, cell in enumerate(cells)]
-    ticks = tuple((i + 0.5, name) for i, name in enumerate(asked.columns))
-    made += _foot(ticks, left, step, height, asked.across)
-    return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), _undrawn(asked.cells))
+    height = TOP + line * len(rows) + FOOT
+    parts = []
+    for i, (name, row) in enumerate(zip(rows, cells, strict=True)):
+        top = TOP + line * i
+        parts.append(text(left - 8, top + line / 2 + 4, shortened(name, left - 8), "end", "name"))
+        parts += [_cell(cell, left + step * j, top, step, line) for j, cell in enumerate(row)]
+    ticks = [(i + 0.5, name) for i, name in enumerate(columns)]
+    parts += _foot(ticks, left, step, height, label)
+    return Drawing(svg(height, title, description, *parts), _left_out(cells))
 
 
-def strips(asked: HeatStrips) -> Drawing:
-    """`asked` as a drawing."""
-    line, count = 34.0, max(map(len, asked.cells), default=1)
-    step, height = WIDTH / count, TOP + 34.0 * len(asked.names) + FOOT
-    made = [heading(asked.title)]
-    for number, (name, note, cells) in enumerate(zip(asked.names, asked.notes, asked.cells, strict=True)):
-        top = TOP + line * number
-        made.append(text(0, top + 12, shortened(name, WIDTH - wide(note) - 12), kind="name"))
-        made.append(text(WIDTH, top + 12, note, "end", "tick"))
-        made.append(element("line", x1=0.0, x2=WIDTH, y1=top + 28, y2=top + 28, class_="grid"))
-        made += [_cell(cell, step * i, top + 16, step, 12.0) for i, cell in enumerate(cells) if cell is not None]
-    made += _foot(asked.ticks, 0.0, step, height, asked.across)
-    return Drawing(svg((WIDTH, height), asked.title, asked.description, *made), _undrawn(asked.cells))
+def heat_strips(
+    title: str, description: str, strips: Sequence[HeatStrip], ticks: Sequence[tuple[float, str]], label: str
+) -> Drawing:
+    """Draw `strips` one below another; `ticks` are labels at a number of cells from the left."""
+    cells = [strip.cells for strip in strips]
+    step, height = WIDTH / max(map(len, cells), default=1), TOP + STRIP * len(strips) + FOOT
+    parts = []
+    for i, strip in enumerate(strips):
+        top = TOP + STRIP * i
+        parts.append(text(0, top + 12, shortened(strip.name, WIDTH - text_width(strip.note) - 12), kind="name"))
+        parts.append(text(WIDTH, top + 12, strip.note, "end", "tick"))
+        parts.append(element("line", x1=0.0, x2=WIDTH, y1=top + 28, y2=top + 28, class_="grid"))
+        parts += [_cell(cell, step * j, top + 16, step, 12.0) for j, cell in enumerate(strip.cells) if cell is not None]
+    parts += _foot(ticks, 0.0, step, height, label)
+    return Drawing(svg(height, title, description, *parts), _left_out(cells))
 
 
-def _undrawn(cells: tuple[tuple[HeatCell | None, ...], ...]) -> int:
+def _left_out(cells: Sequence[Sequence[HeatCell | None]]) -> int:
     return sum(cell is not None and not math.isfinite(cell.share) for row in cells for cell in row)
 
 
@@ -108,21 +97,22 @@ def _cell(cell: HeatCell | None, x: float, y: float, width: float, height: float
     place = {"x": x, "y": y, "width": max(width - gap, 0.5), "height": max(height - gap, 0.5)}
     if cell is None or not math.isfinite(cell.share):
         return element("rect", class_="ground", data_tip=cell and cell.tip, **place)
-    made = element("rect", class_="heat", fill_opacity=strength(cell.share), data_tip=cell.tip, **place)
-    if wide(cell.label, 11) + 4 > width or height < 14:
-        return made
-    over = next((f" {name}" for name, least in OVER.items() if strength(cell.share) > least), "")
+    opacity = FAINT + (1 - FAINT) * min(max(cell.share, 0.0), 1.0)
+    square = element("rect", class_="heat", fill_opacity=opacity, data_tip=cell.tip, **place)
+    if text_width(cell.label, 11) + 4 > width or height < 14:
+        return square
+    over = next((f" {name}" for name, least in OVER.items() if opacity > least), "")
     centre = {"x": x + (width - gap) / 2, "y": y + height / 2 + 3.5}
-    return made + element("text", cell.label, text_anchor="middle", class_=f"in-cell{over}", **centre)
+    return square + element("text", cell.label, text_anchor="middle", class_=f"in-cell{over}", **centre)
 
 
-def _foot(ticks: tuple[tuple[float, str], ...], left: float, step: float, height: float, across: str) -> list[Markup]:
-    """Names of columns, as many as there is room for, and what they are."""
-    made, reach = [], -math.inf
-    for place, label in ticks:
-        half = wide(label) / 2
+def _foot(ticks: Sequence[tuple[float, str]], left: float, step: float, height: float, label: str) -> list[Markup]:
+    """Return the labels of columns, as many as have room, and the label of the axis."""
+    parts, reach = [], -math.inf
+    for place, name in ticks:
+        half = text_width(name) / 2
         at = min(max(left + step * place, half), WIDTH - half)
         if at - half - 3 >= reach:
-            made.append(text(at, height - FOOT + 14, label, "middle", "tick"))
+            parts.append(text(at, height - FOOT + 14, name, "middle", "tick"))
             reach = at + half
-    return [*made, text((left + WIDTH) / 2, height - 8, across, "middle", "axis")]
+    return [*parts, text((left + WIDTH) / 2, height - 8, label, "middle", "axis")]

@@ -1,1 +1,140 @@
-"""Figures of a study, a file for each of its stations."""
+"""The parts of a page: sections with their text, tables and figures. A section is made by a function of a study's facts."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from difflex.report.drawing import Drawing, element
+from difflex.report.drawing.charts import Series
+
+__all__ = [
+    "FigureTable",
+    "MissingFigure",
+    "ReportFigure",
+    "ReportSection",
+    "SortableRow",
+    "csv_figure",
+    "html_table",
+    "sortable_table",
+]
+
+NOTHING = Markup()
+Value = str | float | None
+
+
+class FigureTable(NamedTuple):
+    """The numbers of a figure."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+    @property
+    def csv(self) -> str:
+        """The table as comma-separated values, with all digits."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(self.columns)
+        cells = (
+            ["" if value is None else value if isinstance(value, str) else repr(value) for value in row] for row in self.rows
+        )
+        writer.writerows(cells)
+        return file.getvalue()
+
+
+class MissingFigure(NamedTuple):
+    """A figure whose records do not exist yet."""
+
+    what: str
+    command: str
+    """The command that writes the records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFigure:
+    """Drawings side by side, their caption and their numbers."""
+
+    name: str
+    """Of its CSV file, and its anchor on the page."""
+    title: str
+    caption: str
+    formula: str = ""
+    """How its values are computed."""
+    table: FigureTable
+    drawings: tuple[Drawing, ...] = ()
+    legend: tuple[Series, ...] = ()
+    ramp: Markup = NOTHING
+    """The legend of a heat map."""
+    paired: bool = False
+    """Whether the drawings are pairs, two in a row."""
+
+    @property
+    def left_out(self) -> int:
+        """The number of values that have no place in the drawings; the CSV has them."""
+        return sum(drawing.left_out for drawing in self.drawings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSection:
+    """A section of the page."""
+
+    name: str
+    """Its anchor."""
+    title: str
+    lead: str
+    """An introduction in a sentence or two."""
+    figures: tuple[ReportFigure, ...] = ()
+    missing: tuple[MissingFigure, ...] = ()
+    body: Markup = NOTHING
+    """Everything else, such as a table or a list of claims."""
+
+
+class SortableRow(NamedTuple):
+    """A row of a table that sorts by its columns: two of text, then numbers."""
+
+    name: str
+    word: str
+    numbers: Sequence[tuple[float | None, str]]
+    """Each with its text."""
+    word_title: str | None = None
+    """A tooltip of the second cell."""
+
+
+def csv_figure(name: str, caption: str, columns: Sequence[str], rows: Iterable[tuple[Value, ...]]) -> ReportFigure:
+    """Return a figure that is a CSV file only."""
+    return ReportFigure(name=name, title="", caption=caption, table=FigureTable(tuple(columns), tuple(rows)))
+
+
+def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, words: int) -> Markup:
+    """Return a table that scrolls in its own box; its first `words` columns are text, the others numbers."""
+    kinds = ["word" if i < words else None for i in range(len(heads))]
+    head = [element("th", name, scope="col", class_=kind) for name, kind in zip(heads, kinds, strict=True)]
+    body = [
+        element(
+            "tr",
+            element("th", row[0], scope="row"),
+            *(element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
+        )
+        for row in rows
+    ]
+    return _box(element("table", element("thead", element("tr", *head)), element("tbody", *body)), label)
+
+
+def sortable_table(heads: Mapping[str, str], rows: Iterable[SortableRow], label: str) -> Markup:
+    """Return a table that sorts by the column that is clicked; `heads` are names with their tooltips."""
+    buttons = [element("button", name, type="button", title=title or None) for name, title in heads.items()]
+    head = element("tr", *(element("th", button, scope="col") for button in buttons))
+    body = []
+    for row in rows:
+        numbers = [element("td", text, data_value="" if x is None else repr(float(x))) for x, text in row.numbers]
+        name = element("th", row.name, scope="row", data_value=row.name)
+        word = element("td", row.word, data_value=row.word, class_="word", title=row.word_title)
+        body.append(element("tr", name, word, *numbers))
+    return _box(element("table", element("thead", head), element("tbody", *body), class_="sortable"), label)
+
+
+def _box(table: Markup, label: str) -> Markup:
+    return element("div", table, class_="box", tabindex="0", role="region", aria_label=label)

@@ -1,265 +1,225 @@
-"""What features have to do with known concepts: in the place of figure 7 of arXiv 2505.24360, which explains them in words."""
+"""Which known concepts features detect: in place of figure 7 of arXiv 2505.24360, which explains features in words."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from difflex.evaluation.concepts import ConceptResult, NoiseLevelResult, covered
-from difflex.report.drawing import (
-    Axis,
-    ChartRow,
-    Drawing,
-    HeatCell,
-    HeatMap,
-    LegendEntry,
-    Plot,
-    PlotCurve,
-    PlotPoint,
-    RowChart,
-    RowEntry,
-    SeriesStyle,
-    heat_map,
-    plot,
-    ramp,
-    rows,
-)
+from difflex.evaluation.concepts.results import ConceptResult, NoiseLevelResult, count_detected
+from difflex.report.drawing import Axis, Drawing
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
+from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import MatchFacts, StudyFacts
-from difflex.report.kinds import key_of
-from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
-from difflex.report.telling import number, percent
+from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.style import kind_series, number, percent
 
 __all__ = ["concepts", "mean_ap"]
 
+Blocks = Mapping[str, Sequence[MatchFacts]]
 GRID = tuple(i / 50 for i in range(51))
 """The average precisions at which a distribution is drawn."""
-COVERAGE = LegendEntry("coverage", "concepts detected (AP ≥ 0.8)", SeriesStyle(colour=8, marker="circle"), line=False)
-MEAN = LegendEntry("mean", "mean AP of the best features", SeriesStyle(colour=8, marker="ring"), line=False)
-PROBE = LegendEntry("probe", "a linear probe", SeriesStyle(colour=8, marker="square"), line=False)
+PROBE_NAME = "a linear probe"
+COVERAGE = Series("coverage", "concepts detected (AP ≥ 0.8)", SeriesStyle(colour=8, marker="circle"), line=False)
+MEAN = Series("mean", "mean AP of the best features", SeriesStyle(colour=8, marker="ring"), line=False)
+PROBE = Series("probe", PROBE_NAME, SeriesStyle(colour=8, marker="square"), line=False)
 
 
 def concepts(facts: StudyFacts) -> ReportSection:
-    """The section about known concepts."""
+    """Return the section about known concepts."""
     blocks = facts.blocks
-    figures = (features(blocks), coverage(blocks), knowledge(blocks)) if blocks else ()
-    wanted = "Features against known concepts; what this layer knows, at which level of noise"
+    figures = (_features(blocks), _coverage(blocks), _knowledge(blocks)) if blocks else ()
+    missing = MissingFigure("Features compared with known concepts, by layer and noise level", "difflex concepts STUDY")
     return ReportSection(
         name="concepts",
         title="What features stand for",
-        lead="Every feature is held against concepts whose place in images is known. It is chosen on training images and "
-        "measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where the concept is and "
-        "nowhere else.",
+        lead="Every feature is compared with concepts whose place in images is known. The best feature of a concept is chosen on "
+        "training images and measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where "
+        "the concept is and nowhere else.",
         figures=figures,
-        missing=() if blocks else (MissingFigure(wanted, "difflex concepts STUDY"),),
+        missing=() if blocks else (missing,),
     )
 
 
-def mean_ap(findings: Sequence[ConceptResult], probe: bool = False) -> float | None:
-    """The mean over concepts of the AP of their best features, or of a linear probe."""
-    values = [(finding.probe if probe else finding.best.ap).value for finding in findings]
+def mean_ap(results: Sequence[ConceptResult], probe: bool = False) -> float | None:
+    """Return the mean over concepts of the AP of their best features, or of a linear probe."""
+    values = [(result.probe if probe else result.best.ap).value for result in results]
     return sum(values) / len(values) if values else None
 
 
-def lineup(judged: Sequence[MatchFacts]) -> list[MatchFacts]:
-    """One of each kind, all of one k: that at which most kinds can be compared; at the block's own site where there is one, of
-    several sizes the largest."""
+def _series(match: MatchFacts) -> Series:
+    return kind_series(match.kind, match.untrained)
+
+
+def _one_k(matches: Sequence[MatchFacts]) -> list[MatchFacts]:
+    """Return one method of each kind, all of the k at which most kinds compare; preferably of the largest size."""
 
     def members(k: int) -> dict[str, MatchFacts]:
-        same = [each for each in judged if each.k == k]
-        same.sort(key=lambda each: (each.matches.site.kind != "neurons", each.matches.size))
-        return {key_of(each).series: each for each in same}
+        same = [match for match in matches if match.k == k]
+        # The last of a kind is used, so the site of neurons comes first, then the smallest size.
+        same.sort(key=lambda match: (match.matches.site.kind != "neurons", match.matches.size))
+        return {_series(match).id: match for match in same}
 
-    best = max((members(k) for k in dict.fromkeys(each.k for each in judged)), key=len)
-    order = list(judged)
-    return sorted(best.values(), key=order.index)
+    best = max((members(k) for k in dict.fromkeys(match.k for match in matches)), key=len)
+    return [match for match in matches if any(match is member for member in best.values())]
 
 
-def features(blocks: dict[str, list[MatchFacts]]) -> ReportFigure:
-    """The distribution over features of the AP for the concept that each detects best."""
-    chosen = {path: lineup(judged) for path, judged in blocks.items()}
-    table = tuple(
-        (path, each.name, ap, share, int(count))
-        for path, judged in chosen.items()
-        for each in judged
-        for ap, share, count in _distribution(each)
+def _features(blocks: Blocks) -> ReportFigure:
+    """Return the distribution over features of the AP for the concept that each detects best."""
+    chosen = {path: _one_k(matches) for path, matches in blocks.items()}
+    rows = tuple(
+        (path, match.name, ap, share, features)
+        for path, matches in chosen.items()
+        for match in matches
+        for ap, share, features in _distribution(match)
     )
-    keys = {key_of(each).series: key_of(each) for judged in chosen.values() for each in judged}
-    said = "; ".join(f"{path}: k {judged[0].k}" for path, judged in chosen.items())
+    series = {_series(match).id: _series(match) for matches in chosen.values() for match in matches}
+    ks = "; ".join(f"{path}: k {matches[0].k}" for path, matches in chosen.items())
     return ReportFigure(
         name="features",
         title="Features by the concept they detect best",
         caption="How many features reach an average precision: the further right a curve ends, the better its best features "
-        f"are. One method of each kind, at the k where most can be compared ({said}). It stands in for the scores of figure 7 "
+        f"are. One method of each kind, at the k where most can be compared ({ks}). It takes the place of the scores of figure 7 "
         "of arXiv 2505.24360, where a model judged explanations.",
-        formula="features whose best AP over all concepts is at least so much / features that fire",
-        table=FigureTable(("block", "method", "AP at least", "share of features", "features"), table),
-        drawings=tuple(_features(path, judged) for path, judged in chosen.items()),
-        keys=tuple(keys.values()),
+        formula="features whose best AP over all concepts is at least this / features that fire",
+        table=FigureTable(("block", "method", "AP at least", "share of features", "features"), rows),
+        drawings=tuple(_features_plot(path, matches) for path, matches in chosen.items()),
+        legend=tuple(series.values()),
     )
 
 
-def _distribution(judged: MatchFacts) -> list[tuple[float, float, int]]:
-    """From each AP of the grid: the share and number of features that reach it; ended by the first that none does."""
-    aps = sorted(filter(math.isfinite, judged.matches.features.ap))
-    made = []
-    for ap in GRID:
-        count = len(aps) - bisect_left(aps, ap)
-        if not count:
-            break
-        made.append((ap, count / len(aps), count))
-    return made
+def _distribution(match: MatchFacts) -> list[tuple[float, float, int]]:
+    """Return each AP of the grid with the share and number of features that reach it, as long as one does."""
+    aps = sorted(filter(math.isfinite, match.matches.features.ap))
+    counts = [(ap, len(aps) - bisect_left(aps, ap)) for ap in GRID]
+    return [(ap, features / len(aps), features) for ap, features in counts if features]
 
 
-def _features(path: str, judged: Sequence[MatchFacts]) -> Drawing:
-    curves = tuple(
+def _features_plot(path: str, matches: Sequence[MatchFacts]) -> Drawing:
+    curves = [
         PlotCurve(
-            series=key_of(each).series,
-            look=key_of(each).look,
-            marks=tuple(
-                PlotPoint(x=ap, y=share, tip=f"{each.name}\nAP ≥ {ap:g}: {count:,} features, {percent(share)}")
-                for ap, share, count in _distribution(each)
+            series=_series(match),
+            points=tuple(
+                PlotPoint(x=ap, y=share, tip=f"{match.name}\nAP ≥ {ap:g}: {features:,} features, {percent(share)}")
+                for ap, share, features in _distribution(match)
             ),
             dots=False,
         )
-        for each in judged
-    )
+        for match in matches
+    ]
     x = Axis(label="average precision, at least", low=0.0, high=1.0)
     y = Axis(label="share of features", log=True, percent=True, high=1.0)
-    about = f"Curves of {len(judged)} methods, falling from all features at AP 0 to the few best at the right."
-    return plot(Plot(title=path, description=about, x=x, y=y, curves=curves))
+    about = f"Curves of {len(matches)} methods, falling from all features at AP 0 to the few best on the right."
+    return plot(path, about, x, y, curves)
 
 
-def coverage(blocks: dict[str, list[MatchFacts]]) -> ReportFigure:
-    """How many concepts one feature detects, for every method, with the mean AP of the best features and of a probe."""
-    listed = {path: sorted(judged, key=lambda each: -(mean_ap(_whole(each).findings) or 0.0)) for path, judged in blocks.items()}
-    table = []
-    for path, judged in listed.items():
-        for each in judged:
-            level = _whole(each)
-            found, of = covered(level.findings)
-            share, probe = level.coverage, mean_ap(level.findings, probe=True)
-            table.append((path, each.name, of, found, share.value, share.low, share.high, mean_ap(level.findings), probe))
+def _coverage(blocks: Blocks) -> ReportFigure:
+    """Return how many concepts one feature detects, by method, with the mean AP of the best features and of a probe."""
+    ordered = {path: sorted(own, key=lambda match: -(mean_ap(match.overall.results) or 0.0)) for path, own in blocks.items()}
+    rows = []
+    for path, matches in ordered.items():
+        for match in matches:
+            results, share = match.overall.results, match.overall.coverage
+            detected, total = count_detected(results)
+            rows.append((path, match.name, total, detected, *share, mean_ap(results), mean_ap(results, probe=True)))
     return ReportFigure(
         name="coverage",
         title="Concepts that one feature detects",
-        caption="For every method the share of concepts that one of its features detects, with the 95 % interval from drawing "
-        "the held-out images again, and the mean AP of the best features. The probe, a linear classifier for each concept on "
-        "the whole activation, is what there is to be found.",
-        formula="detected: AP ≥ 0.8 of one feature; all levels of noise together",
+        caption="The share of concepts that one feature of a method detects, with the 95 % interval from resampling the held-out "
+        "images, and the mean AP of the best features. The probe, a linear classifier for each concept on the whole activation, "
+        "shows how much there is to detect.",
+        formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
         table=FigureTable(
-            ("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"), tuple(table)
+            ("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"), tuple(rows)
         ),
-        drawings=tuple(_coverage(path, judged) for path, judged in listed.items()),
-        keys=(COVERAGE, MEAN, PROBE),
+        drawings=tuple(_coverage_chart(path, matches) for path, matches in ordered.items()),
+        legend=(COVERAGE, MEAN, PROBE),
     )
 
 
-def _coverage(path: str, judged: Sequence[MatchFacts]) -> Drawing:
-    def row(each: MatchFacts) -> ChartRow:
-        level = _whole(each)
-        found, of = covered(level.findings)
-        mean, colour = mean_ap(level.findings), key_of(each).look.colour
-        interval = f"{percent(level.coverage.low)} to {percent(level.coverage.high)}"
-        said = f"{each.name}\n{found} of {of} concepts: {percent(level.coverage.value)} ({interval})"
-        share = PlotPoint(x=level.coverage.value, y=0, tip=said, low=level.coverage.low, high=level.coverage.high)
-        ap = PlotPoint(
-            x=float("nan") if mean is None else mean, y=0, tip=f"{each.name}\nmean AP of the best features {number(mean)}"
-        )
-        return ChartRow(
-            name=each.name,
-            note=f"{found} of {of}",
-            entries=(
-                RowEntry(series=MEAN.series, look=SeriesStyle(colour=colour, marker="ring"), mark=ap),
-                RowEntry(series=COVERAGE.series, look=SeriesStyle(colour=colour, marker="circle"), mark=share),
-            ),
-        )
-
-    ceiling = mean_ap(_whole(judged[0]).findings, probe=True)
-    top = PlotPoint(
-        x=float("nan") if ceiling is None else ceiling,
-        y=0,
-        tip=f"a linear probe on the whole activation\nmean AP {number(ceiling)}",
-    )
-    probe = ChartRow(name="a linear probe", note="", entries=(RowEntry(series=PROBE.series, look=PROBE.look, mark=top),))
-    about = f"{len(judged)} methods, the one of the highest mean average precision first, and a linear probe above them."
+def _coverage_chart(path: str, matches: Sequence[MatchFacts]) -> Drawing:
+    ceiling = mean_ap(matches[0].overall.results, probe=True)
+    point = PlotPoint(x=ceiling, tip=f"{PROBE_NAME} on the whole activation\nmean AP {number(ceiling)}")
+    probe = ChartRow(name=PROBE_NAME, entries=(RowEntry(series=PROBE, point=point),))
+    about = f"{len(matches)} methods by mean average precision, the highest first, and a linear probe above them."
     axis = Axis(label="share of concepts, and mean AP", low=0.0, high=1.0)
-    return rows(RowChart(title=path, description=about, x=axis, rows=(probe, *map(row, judged))))
+    return row_chart(path, about, axis, [probe, *map(_coverage_row, matches)])
 
 
-def knowledge(blocks: dict[str, list[MatchFacts]]) -> ReportFigure:
-    """Mean AP by group of concepts and level of noise: of a probe, and of the features of the best dictionary."""
-    drawings, table = [], []
-    for path, judged in blocks.items():
-        trained = [each for each in judged if each.is_trained] or list(judged)
-        best = max(trained, key=lambda each: mean_ap(_whole(each).findings) or 0.0)
-        for name, probe in (("a linear probe", True), (best.name, False)):
-            drawings.append(_knowledge(path, name, best, probe))
-            table += _knowledge_rows(path, name, best, probe)
+def _coverage_row(match: MatchFacts) -> ChartRow:
+    level, colour = match.overall, _series(match).style.colour
+    detected, total = count_detected(level.results)
+    mean, (value, low, high) = mean_ap(level.results), level.coverage
+    tip = f"{match.name}\n{detected} of {total} concepts: {percent(value)} ({percent(low)} to {percent(high)})"
+    share = PlotPoint(x=value, tip=tip, low=low, high=high)
+    ap = PlotPoint(x=mean, tip=f"{match.name}\nmean AP of the best features {number(mean)}")
+    entries = tuple(
+        RowEntry(series=series._replace(style=SeriesStyle(colour=colour, marker=series.style.marker)), point=point)
+        for series, point in ((MEAN, ap), (COVERAGE, share))
+    )
+    return ChartRow(name=match.name, note=f"{detected} of {total}", entries=entries)
+
+
+def _knowledge(blocks: Blocks) -> ReportFigure:
+    """Return the mean AP by group of concepts and noise level, of a probe and of the features of the best dictionary."""
+    drawings, rows = [], []
+    for path, matches in blocks.items():
+        trained = [match for match in matches if match.is_trained] or list(matches)
+        best = max(trained, key=lambda match: mean_ap(match.overall.results) or 0.0)
+        for name, probe in ((PROBE_NAME, True), (best.name, False)):
+            drawings.append(_knowledge_map(path, name, best, probe))
+            rows += [
+                (path, name, group, _noise(best, level), len(results), mean_ap(results, probe), _detected(results, probe))
+                for level in best.matches.levels
+                for group in _groups(best)
+                if (results := level.of(group))
+            ]
     return ReportFigure(
         name="knowledge",
-        title="What each layer knows, at which level of noise",
-        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): what a linear probe finds "
-        "in the whole activation, and what single features of the best dictionary there show of it.",
+        title="What each layer represents, by noise level",
+        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): how well a linear probe finds them "
+        "in the whole activation, and how well single features of the best dictionary there show them.",
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
-        table=FigureTable(("block", "method", "group", "noise", "concepts", "mean AP", "detected"), tuple(table)),
+        table=FigureTable(("block", "method", "group", "noise", "concepts", "mean AP", "detected"), tuple(rows)),
         drawings=tuple(drawings),
         ramp=ramp("0", "1", "mean AP"),
         paired=True,
     )
 
 
-def _knowledge_rows(path: str, name: str, judged: MatchFacts, probe: bool) -> list[tuple[str | float | None, ...]]:
-    return [
-        (path, name, group, _noise(judged, level), len(of), mean_ap(of, probe), _detected(of, probe))
-        for level in judged.matches.levels
-        for group in _groups(judged)
-        if (of := level.of(group))
-    ]
-
-
-def _knowledge(path: str, name: str, judged: MatchFacts, probe: bool) -> Drawing:
-    groups, levels = _groups(judged), _levels(judged)
+def _knowledge_map(path: str, name: str, match: MatchFacts, probe: bool) -> Drawing:
+    overall, *levels = match.matches.levels
+    levels.append(overall)
+    groups = _groups(match)
 
     def cell(group: str, level: NoiseLevelResult) -> HeatCell | None:
-        of = level.of(group)
-        mean = mean_ap(of, probe)
+        results = level.of(group)
+        mean = mean_ap(results, probe)
         if mean is None:
             return None
-        found = f"{_detected(of, probe)} of {len(of)} concepts detected"
-        tip = f"{group}, noise {_noise(judged, level)}\nmean AP {number(mean)}\n{found}\n{name}"
+        detected = f"{_detected(results, probe)} of {len(results)} concepts detected"
+        tip = f"{group}, noise {_noise(match, level)}\nmean AP {number(mean)}\n{detected}\n{name}"
         return HeatCell(share=mean, label=f"{mean:.2f}", tip=tip)
 
     return heat_map(
-        HeatMap(
-            title=f"{path}: {name}",
-            description="Mean average precision: a row for each group of concepts, a column for each level of noise.",
-            rows=tuple(groups),
-            columns=tuple(_noise(judged, level) for level in levels),
-            cells=tuple(tuple(cell(group, level) for level in levels) for group in groups),
-            across="level of noise",
-        )
+        f"{path}: {name}",
+        "Mean average precision: a row for each group of concepts, a column for each noise level.",
+        rows=groups,
+        columns=[_noise(match, level) for level in levels],
+        cells=[[cell(group, level) for level in levels] for group in groups],
+        label="noise level",
     )
 
 
-def _detected(findings: Sequence[ConceptResult], probe: bool) -> int:
-    return sum((finding.probe if probe else finding.best.ap).value >= 0.8 for finding in findings)
+def _detected(results: Sequence[ConceptResult], probe: bool) -> int:
+    return sum((result.probe if probe else result.best.ap).value >= 0.8 for result in results)
 
 
-def _groups(judged: MatchFacts) -> list[str]:
-    return list(dict.fromkeys(concept.group for concept in judged.matches.concepts))
+def _groups(match: MatchFacts) -> list[str]:
+    return list(dict.fromkeys(concept.group for concept in match.matches.concepts))
 
 
-def _levels(judged: MatchFacts) -> list[NoiseLevelResult]:
-    """Each level of noise, then all together, which are first in the record."""
-    first, *each = judged.matches.levels
-    return [*each, first]
-
-
-def _noise(judged: MatchFacts, level: NoiseLevelResult) -> str:
-    alone = len(judged.matches.levels) == 1
-    return (
-        f"{level.noise:g}" if level.noise is not None else str(judged.matches.made_from.get("noise", "all")) if alone else "all"
-    )
-
-
-def _whole(judged: MatchFacts) -> NoiseLevelResult:
-    return judged.matches.levels[0]
+def _noise(match: MatchFacts, level: NoiseLevelResult) -> str:
+    """Return a noise level; for all together, the only one there was or `all`."""
+    if level.noise is not None:
+        return f"{level.noise:g}"
+    inputs, alone = match.matches.inputs, len(match.matches.levels) == 1
+    return ",".join(f"{noise:g}" for noise in inputs.config.noise) if inputs and alone else "all"

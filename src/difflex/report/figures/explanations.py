@@ -1,95 +1,93 @@
-"""How well features are explained in words: figure 7 of arXiv 2505.24360, and what moves such scores besides meaning."""
+"""How well features are explained in words (figure 7 of arXiv 2505.24360), and the images in which they are strongest."""
 
+import base64
+import io
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
+
+from markupsafe import Markup
+from PIL import Image
 
 from difflex.explanation import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
-from difflex.features import Book
-from difflex.report.drawing import (
-    Axis,
-    ChartRow,
-    Drawing,
-    LegendEntry,
-    Plot,
-    PlotCurve,
-    PlotPoint,
-    RowChart,
-    RowEntry,
-    SeriesStyle,
-    plot,
-    rows,
-)
+from difflex.features import Book, ImageAlbum, overlaid
+from difflex.features.entries import FeatureStats
+from difflex.report.drawing import Axis, Drawing
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts
-from difflex.report.kinds import looks
-from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
-from difflex.report.telling import count, number, percent
+from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection, csv_figure
+from difflex.report.style import count, kind_series, number, percent, styles_by_name
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["explanations"]
+__all__ = ["explanations", "image_url", "images"]
 
 GRID = tuple(i / 50 for i in range(51))
 UNTRAINED = ", untrained model"
-"""What the names of the control's dictionaries end in."""
+"""The suffix of the names of the control's dictionaries."""
 CHANCE = 0.5
 """The accuracy of a judge that knows nothing."""
-PAPER = LegendEntry("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
-HELDOUT = LegendEntry("heldout", "judged on held-out images", SeriesStyle(colour=0, marker="circle"), line=False)
+PAPER = Series("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
+HELDOUT = Series("heldout", "judged on held-out images", SeriesStyle(colour=0, marker="circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
+BEST, WORST = 6, 3
+"""How many of the best and of the worst features of a dictionary are shown."""
+EXAMPLES = 5
+"""Images of each feature, as many as the paper gives to its explainer; also the shots that a shown feature must fire in."""
+SIDE = 128
 
 
 def explanations(facts: StudyFacts) -> ReportSection:
-    """The section about explanations in words."""
-    found = _methods(facts.study, facts.books)
+    """Return the section about explanations in words."""
+    explained = _methods(facts.study, facts.books)
     if facts.control is not None:
-        others = _methods(facts.control, facts.control_books)
-        found += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in others]
-    compared = compare(found)
+        control = _methods(facts.control, facts.control_books)
+        explained += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in control]
+    comparison = compare(explained)
     return ReportSection(
         name="explanations",
-        title="How true explanations are",
-        lead="A model that sees says what the images of a feature share; a judge that knows only these words says of other "
-        f"images whether the feature fires there. Accuracy {CHANCE} is chance.",
-        figures=(explained(compared), falls(compared), surfaces(compared)) if found else (),
-        missing=() if found else (MissingFigure("Explanations and their scores", "difflex explain STUDY"),),
+        title="How accurate explanations are",
+        lead="A vision-language model says what the images of a feature share; a judge that knows only this explanation says of "
+        f"other images whether the feature fires there. Accuracy {CHANCE} is chance.",
+        figures=(_distributions(comparison), _falls(comparison), _surfaces(comparison)) if explained else (),
+        missing=() if explained else (MissingFigure("Explanations and their scores", "difflex explain STUDY"),),
     )
 
 
-def _methods(study: Study, places: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
-    """What the books of these dictionaries know of explanations."""
-    found = []
-    for place in places:
-        with Book.open(study.book(*place)) as book:
-            found += [method for method in methods(book, study.folder) if method.accuracies]
-    return found
+def _methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMethod]:
+    """Return the judged explanations in the books of these dictionaries."""
+    explained = []
+    for ref in refs:
+        with Book.open(study.book(*ref)) as book:
+            explained += [method for method in methods(book, study.folder) if method.accuracies]
+    return explained
 
 
-def explained(compared: MethodComparison) -> ReportFigure:
-    """The distribution of accuracy over features, for every method, by backend and protocol."""
-    asked = dict.fromkeys((method.backend, method.protocol) for method in compared.methods)
-    alike = {each: [method for method in compared.methods if (method.backend, method.protocol) == each] for each in asked}
-    names = {method.dictionary: _kind(method) for method in compared.methods}
-    keys = {name: LegendEntry(name, name, look) for name, look in looks(names).items()}
-    table = [
+def _distributions(comparison: MethodComparison) -> ReportFigure:
+    """Return the distribution of accuracy over features for every method, by backend and protocol."""
+    panels: dict[tuple[str, str], list[ExplainedMethod]] = {}
+    for method in comparison.methods:
+        panels.setdefault((method.backend, method.protocol), []).append(method)
+    styles = styles_by_name({method.dictionary: _kind(method) for method in comparison.methods})
+    series = {name: Series(name, name, style) for name, style in styles.items()}
+    rows = tuple(
         (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
-        for method in compared.methods
+        for method in comparison.methods
         for accuracy, share in _distribution(method)
-    ]
-    told = "; ".join(
-        f"{each.one.dictionary} against {each.other.dictionary} ({each.one.protocol}) {each.difference:+.3f}, p {each.p:.2g}"
-        for each in sorted(compared.differences, key=_is_control, reverse=True)[:3]
+    )
+    differences = "; ".join(
+        f"{pair.one.dictionary} against {pair.other.dictionary} ({pair.one.protocol}) {pair.difference:+.3f}, p {pair.p:.2g}"
+        for pair in sorted(comparison.differences, key=_is_with_control, reverse=True)[:3]
     )
     return ReportFigure(
         name="explained",
         title="Features by the accuracy of their explanations",
         caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves. "
-        + (f"Differences of means, permutation tests corrected by Holm: {told}." if told else ""),
+        + (f"Differences of means, permutation tests corrected by Holm: {differences}." if differences else ""),
         formula="accuracy: mean over judged images of s where the feature fires, 1 - s where not; s is the judge's score",
-        table=FigureTable(
-            ("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"), tuple(table)
-        ),
-        drawings=tuple(_explained(f"{protocol}, {backend}", each, keys) for (backend, protocol), each in alike.items()),
-        keys=tuple(keys.values()),
+        table=FigureTable(("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"), rows),
+        drawings=tuple(_distribution_plot(f"{p}, {backend}", own, series) for (backend, p), own in panels.items()),
+        legend=tuple(series.values()),
     )
 
 
@@ -98,90 +96,213 @@ def _kind(method: ExplainedMethod) -> str:
     return "untrained" if is_untrained else method.dictionary.rpartition("/")[2].split("-")[0]
 
 
-def _is_control(pair: MethodDifference) -> bool:
-    """Whether a dictionary is held against its like of the untrained model: these pairs are told first."""
+def _is_with_control(pair: MethodDifference) -> bool:
+    """Return whether a dictionary is compared with its equal of the untrained model: these pairs come first."""
     return pair.other.dictionary == f"{pair.one.dictionary}{UNTRAINED}"
 
 
 def _distribution(method: ExplainedMethod) -> list[tuple[float, float]]:
-    """From each accuracy of the grid: the share of features that reach it; ended by the first that none does."""
+    """Return each accuracy of the grid with the share of features that reach it, as long as one does."""
     ordered = sorted(method.accuracies)
     shares = [(accuracy, 1 - bisect_left(ordered, accuracy - 1e-9) / len(ordered)) for accuracy in GRID]
     return [(accuracy, share) for accuracy, share in shares if share > 0]
 
 
-def _explained(title: str, found: Sequence[ExplainedMethod], keys: dict[str, LegendEntry]) -> Drawing:
-    curves = tuple(
+def _distribution_plot(title: str, explained: Sequence[ExplainedMethod], series: Mapping[str, Series]) -> Drawing:
+    curves = [
         PlotCurve(
-            series=method.dictionary,
-            look=keys[method.dictionary].look,
-            marks=tuple(
+            series=series[method.dictionary],
+            points=tuple(
                 PlotPoint(x=accuracy, y=share, tip=f"{method.dictionary}\naccuracy ≥ {accuracy:g}: {percent(share)} of features")
                 for accuracy, share in _distribution(method)
             ),
             dots=False,
         )
-        for method in found
-    )
-    about = f"Curves of {count(len(found), 'dictionary', 'dictionaries')}, falling from all features to the few best explained."
+        for method in explained
+    ]
+    about = f"Curves of {count(len(curves), 'dictionary', 'dictionaries')}, falling from all features to the few best explained."
     x, y = Axis(label="accuracy, at least", low=0.0, high=1.0), Axis(label="share of features", percent=True, low=0.0, high=1.0)
-    return plot(Plot(title=title, description=about, x=x, y=y, curves=curves))
+    return plot(title, about, x, y, curves)
 
 
-def falls(compared: MethodComparison) -> ReportFigure:
-    """Mean accuracy by both protocols, over the features that were judged by both."""
-    table, listed = [], []
-    for method in compared.methods:
-        key = PAPER if method.protocol.startswith("paper") else HELDOUT
+def _protocol_series(method: ExplainedMethod) -> Series:
+    return PAPER if method.protocol.startswith("paper") else HELDOUT
+
+
+def _falls(comparison: MethodComparison) -> ReportFigure:
+    """Return the mean accuracy by both protocols, over the features that were judged by both."""
+    table, entries = [], dict[str, list[RowEntry]]()
+    for method in comparison.methods:
         mean = method.accuracy
         table.append((method.dictionary, method.backend, method.protocol, mean.of, mean.value, mean.low, mean.high))
         tip = f"{method.dictionary}, {method.protocol}\n{number(mean.value)} ({number(mean.low)} to {number(mean.high)})"
-        mark = PlotPoint(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
-        listed.append((f"{method.dictionary}, {method.backend}", RowEntry(series=key.series, look=key.look, mark=mark)))
-    said = "; ".join(
-        f"{each.paper.dictionary} {each.fall.value:.3f} ({each.fall.low:.3f} to {each.fall.high:.3f})" for each in compared.falls
+        point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
+        entry = RowEntry(series=_protocol_series(method), point=point)
+        entries.setdefault(f"{method.dictionary}, {method.backend}", []).append(entry)
+    falls = "; ".join(
+        f"{fall.paper.dictionary} {fall.fall.value:.3f} ({fall.fall.low:.3f} to {fall.fall.high:.3f})"
+        for fall in comparison.falls
     )
-    named = dict.fromkeys(name for name, _ in listed)
-    drawn = tuple(ChartRow(name=name, entries=tuple(entry for own, entry in listed if own == name)) for name in named)
-    about = f"{count(len(drawn), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols."
-    axis = Axis(label="mean accuracy", low=0.0, high=1.0)
+    chart = row_chart(
+        "mean accuracy",
+        f"{count(len(entries), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols.",
+        Axis(label="mean accuracy", low=0.0, high=1.0),
+        [ChartRow(name=name, entries=tuple(own)) for name, own in entries.items()],
+    )
     return ReportFigure(
         name="falls",
         title="What held-out images change",
         caption="Mean accuracy with its 95 % interval over features. "
-        + (f"How far it falls, for the same features, where the explainer never saw the judge's images: {said}." if said else ""),
+        + (f"Its fall, for the same features, where the explainer never saw the judge's images: {falls}." if falls else ""),
         formula="chance is 0.5 by both protocols",
         table=FigureTable(("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"), tuple(table)),
-        drawings=(rows(RowChart(title="mean accuracy", description=about, x=axis, rows=drawn)),),
-        keys=(PAPER, HELDOUT),
+        drawings=(chart,),
+        legend=(PAPER, HELDOUT),
     )
 
 
-def surfaces(compared: MethodComparison) -> ReportFigure:
-    """Accuracy by how much of an explanation speaks of colour or place alone."""
-    table, drawn = [], []
-    for method in compared.methods:
-        key = PAPER if method.protocol.startswith("paper") else HELDOUT
+def _surfaces(comparison: MethodComparison) -> ReportFigure:
+    """Return the accuracy by how much of an explanation is about colour or place only."""
+    table, rows = [], []
+    for method in comparison.methods:
         for bias in method.biases:
-            mean, said = bias.accuracy, SURFACES[bias.surface]
+            mean, amount = bias.accuracy, SURFACES[bias.surface]
             table.append(
                 (method.dictionary, method.backend, method.protocol, bias.surface, mean.of, mean.value, mean.low, mean.high)
             )
-            tip = f"{method.dictionary}, {method.protocol}, {said}\n{number(mean.value)}, {count(mean.of, 'feature')}"
-            mark = PlotPoint(x=mean.value, y=0, tip=tip, low=mean.low, high=mean.high)
-            entry = RowEntry(series=key.series, look=key.look, mark=mark)
-            drawn.append(ChartRow(name=f"{method.dictionary}: {said}", note=count(mean.of, "feature"), entries=(entry,)))
+            tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.of, 'feature')}"
+            point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
+            entry = RowEntry(series=_protocol_series(method), point=point)
+            rows.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.of, "feature"), entries=(entry,)))
     axis = Axis(label="mean accuracy", low=0.0, high=1.0)
     about = "Rows by dictionary and by how many words of the explanations are colours or places."
     return ReportFigure(
         name="surfaces",
         title="How much of an explanation is only colour or place",
-        caption="Mean accuracy with its 95 % interval, by whether none, some or all of the words that mean something are colours "
-        "or places: what a model falls back on when it finds no meaning.",
-        formula="",
+        caption="Mean accuracy with its 95 % interval, by whether none, some or all of the content words are colours or places: "
+        "what a model falls back on when it finds no meaning.",
         table=FigureTable(
             ("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"), tuple(table)
         ),
-        drawings=(rows(RowChart(title="mean accuracy", description=about, x=axis, rows=tuple(drawn))),),
-        keys=(PAPER, HELDOUT),
+        drawings=(row_chart("mean accuracy", about, axis, rows),),
+        legend=(PAPER, HELDOUT),
     )
+
+
+class RankedFeature(NamedTuple):
+    """A feature and the value it is ranked by."""
+
+    stats: FeatureStats
+    value: float
+    concept: str
+    explanation: str
+    is_best: bool
+
+
+def images(facts: StudyFacts) -> ReportSection:
+    """Return the section with the best and worst features in images, as in appendix B of arXiv 2505.24360."""
+    parts, rows = [], []
+    for ref in facts.books:
+        with Book.open(facts.study.book(*ref)) as book:
+            measure, features = _ranked(facts, book, ref)
+            parts.append(_dictionary(facts, book, ref, measure, features))
+        for rank, (stats, value, concept, explanation, _) in enumerate(features):
+            values = (concept, explanation, stats.density, stats.peak, stats.coverage)
+            rows.append((str(ref), stats.feature, rank, measure, value, *values))
+    file = csv_figure(
+        "images",
+        "The features above and what they are ranked by: the accuracy of their explanation, else the average precision for the "
+        "known concept that they detect best, else their peak.",
+        ("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage"),
+        rows,
+    )
+    return ReportSection(
+        name="images",
+        title="Features in images",
+        lead="The best and the worst features of each dictionary, with the held-out images in which they are strongest; the bluer "
+        "a token, the stronger.",
+        body=Markup("").join(parts),
+        figures=(file,) if facts.books else (),
+        missing=() if facts.books else (MissingFigure("Features in images", "difflex collect STUDY"),),
+    )
+
+
+def _ranked(facts: StudyFacts, book: Book, ref: DictionaryRef) -> tuple[str, list[RankedFeature]]:
+    """Return what features are ranked by, and those to show: the best in order, then the worst."""
+    texts, scores = _explained(facts, book)
+    concepts = _detected_concepts(facts, ref)
+    stats = {row.feature: row for row in book.features("peak", descending=True) if row.shots >= EXAMPLES}
+    if scores:
+        measure, values = "accuracy of its explanation", scores
+    elif concepts:
+        measure, values = "AP of its concept", {feature: ap for feature, (_, ap) in concepts.items()}
+    else:
+        measure, values = "peak", {feature: row.peak for feature, row in stats.items()}
+    order = sorted((feature for feature in values if feature in stats), key=lambda feature: (-values[feature], feature))
+    best, worst = order[:BEST], order[BEST:][-WORST:]
+    names = {feature: name for feature, (name, _) in concepts.items()}
+    return measure, [
+        RankedFeature(stats[feature], values[feature], names.get(feature, ""), texts.get(feature, ""), feature in best)
+        for feature in (*best, *worst)
+    ]
+
+
+def _explained(facts: StudyFacts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
+    """Return the explanations of one backend and protocol, held-out if possible, and their accuracies."""
+    judged = [method for method in methods(book, facts.study.folder) if method.accuracies]
+    best = min(judged, key=lambda method: not method.protocol.startswith("heldout"), default=None)
+    if best is None:
+        return {}, {}
+    return dict(zip(best.features, best.explanations, strict=True)), dict(zip(best.features, best.accuracies, strict=True))
+
+
+def _detected_concepts(facts: StudyFacts, ref: DictionaryRef) -> Mapping[int, tuple[str, float]]:
+    """Return the concept that each feature detects best, and its average precision."""
+    for match in facts.matches:
+        matches = match.matches
+        if not match.untrained and (matches.site, matches.label) == ref:
+            columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
+            return {feature: (matches.concepts[concept].name, ap) for feature, concept, ap in columns}
+    return {}
+
+
+def _dictionary(facts: StudyFacts, book: Book, ref: DictionaryRef, measure: str, features: Sequence[RankedFeature]) -> Markup:
+    """Return the best and the worst features of a dictionary as cards."""
+    album, parts = ImageAlbum(facts.study.images), []
+    for title, is_best in (("Best", True), ("Worst", False)):
+        cards = Markup("").join(_card(book, album, measure, feature) for feature in features if feature.is_best is is_best)
+        if cards:
+            parts.append(Markup('<h4>{} by {}</h4><ul class="cards">{}</ul>').format(title, measure, cards))
+    kind = kind_series(book.about.kind).name
+    return Markup("<h3>{} <small>{}</small></h3>{}").format(str(ref), kind, Markup("").join(parts))
+
+
+def _card(book: Book, album: ImageAlbum, measure: str, feature: RankedFeature) -> Markup:
+    stats = feature.stats
+    name = feature.explanation or feature.concept or "no explanation"
+    cover = "" if stats.coverage is None else f", covers {percent(stats.coverage)} of an image"
+    text = f"{measure} {number(feature.value)}; fires at {percent(stats.density)} of tokens{cover}"
+    strip = Markup("").join(_example_images(book, album, stats))
+    head = Markup("<p><b>{}</b> {}</p>").format(stats.feature, name)
+    return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, strip, text)
+
+
+def _example_images(book: Book, album: ImageAlbum, stats: FeatureStats) -> Iterator[Markup]:
+    """Yield the images in which a feature is strongest, held-out ones first."""
+    top = book.examples(stats.feature, "top")
+    chosen = sorted(top, key=lambda example: (example.split != "held-out", example.rank))[:EXAMPLES]
+    shots = book.shots(example.shot for example in chosen)
+    for example in chosen:
+        shot = shots[example.shot]
+        image = album.open(shot.image.file)
+        image.thumbnail((2 * SIDE, 2 * SIDE))
+        overlay = overlaid(image, example.map, book.about.grid, stats.peak, side=SIDE)
+        description = f"{shot.shot.prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
+        yield Markup('<img src="{}" alt="{}">').format(image_url(overlay), description)
+
+
+def image_url(image: Image.Image) -> str:
+    """Return `image` as a data URL."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

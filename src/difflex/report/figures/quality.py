@@ -1,40 +1,24 @@
-"""How well dictionaries rebuild activations: over k and size, sites and timesteps, and in the model (figures 6 and 8)."""
+"""How well dictionaries reconstruct activations: over k and size, sites, timesteps, and in the model (figures 6 and 8)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from difflex.evaluation import Evaluation, ReconstructionQuality
 from difflex.records import Site
-from difflex.report.drawing import (
-    Axis,
-    AxisTick,
-    ChartRow,
-    Drawing,
-    LegendEntry,
-    Plot,
-    PlotCurve,
-    PlotPoint,
-    RowChart,
-    RowEntry,
-    SeriesStyle,
-    plot,
-    rows,
-)
-from difflex.report.facts import DictionaryFacts, StudyFacts
-from difflex.report.kinds import DASHES, alike, key, plain
-from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
-from difflex.report.telling import number, percent
+from difflex.report.drawing import Axis, AxisTick, Drawing
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
+from difflex.report.facts import DictionaryFacts, StudyFacts, similar_size, usually_normalised
+from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.style import DASHES, kind_series, number, percent
 
 __all__ = ["quality"]
 
-Both = tuple[DictionaryFacts, Evaluation]
-
 
 class EvaluationMetric(NamedTuple):
-    """A number of an evaluation."""
+    """A number of an evaluation and its axis."""
 
     name: str
-    of: Callable[[Evaluation], float | None]
+    value: Callable[[Evaluation], float | None]
     axis: Axis
 
 
@@ -50,231 +34,215 @@ FORMULAS = (
 
 
 def quality(facts: StudyFacts) -> ReportSection:
-    """The section about reconstruction."""
-    common = plain([measured for measured, _ in facts.evaluated])
-    evaluated = [(measured, evaluation) for measured, evaluation in facts.evaluated if measured in common]
-    found = (sweep(evaluated), *_elsewhere(evaluated), effect(facts.evaluated))
+    """Return the section about reconstruction."""
+    usual = usually_normalised(facts.evaluated)
+    comparable = _one_size(usual)
+    effect = _effect(facts.evaluated)
     missing: list[MissingFigure] = []
-    if not evaluated:
+    if not usual:
         missing.append(MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY"))
-    elif found[-1] is None:
+    elif effect is None:
         missing.append(MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32"))
+    figures = (_sweep(usual), _sites(comparable), _timesteps(comparable), effect)
     return ReportSection(
         name="reconstruction",
-        title="How well activations are rebuilt",
-        lead="y is what a dictionary makes of an activation x from its few active features. Nothing here was trained on.",
-        figures=tuple(figure for figure in found if figure is not None),
+        title="How well activations are reconstructed",
+        lead="y is the reconstruction of an activation x from its few active features, measured on tokens that were held out from "
+        "training.",
+        figures=tuple(figure for figure in figures if figure is not None),
         missing=tuple(missing),
     )
 
 
-def sweep(evaluated: list[Both]) -> ReportFigure | None:
-    """FVU, r2 and dead share over size and k, at the site with most dictionaries."""
+def _summary(dictionary: DictionaryFacts) -> str:
+    """Return the lines of a tooltip."""
+    overall = dictionary.metrics.overall
+    metrics = f"FVU {number(dictionary.fvu)}\nr2 {number(overall.model_space.r2)}"
+    return f"{dictionary.name}\n{metrics}\ndead {percent(dictionary.metrics.dead_share)}\nL0 {number(overall.l0)}"
+
+
+def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure | None:
+    """Return FVU, r2 and dead share over size and k, at the site with most dictionaries."""
     if not evaluated:
         return None
-    sites = [measured.place.site for measured, _ in evaluated]
+    sites = [d.ref.site for d in evaluated]
     site = max(dict.fromkeys(sites), key=sites.count)
-    there = sorted((b for b in evaluated if b[0].place.site == site), key=lambda b: (b[0].kind, b[0].k, b[0].size))
-    by_size = len({measured.size for measured, _ in there}) > 1 or len({measured.k for measured, _ in there}) == 1
-    keys = _keys(there, by_size)
+    members = sorted((d for d in evaluated if d.ref.site == site), key=lambda d: (d.kind, d.k, d.size))
+    by_size = len({d.size for d in members}) > 1 or len({d.k for d in members}) == 1
+    series = _sweep_series(members, by_size)
     other = "k" if by_size else "size"
-    lines = f"a line for each kind and {other}" if len(there) > len(keys) else f"a point for each kind and {other}"
+    shape = f"a line for each kind and {other}" if len(members) > len(series) else f"a point for each kind and {other}"
     return ReportFigure(
         name="sweep",
         title=f"Over k and size at {site}",
-        caption=f"Autoencoders and ITDA on the same axes, {lines}, each with the normalisation that is usual for its kind in "
-        "this study. Compare with figure 6 of arXiv 2505.24360.",
+        caption=f"SAEs and ITDA on the same axes, {shape}, each with the normalisation that is usual for its kind in this study. "
+        "Compare with figure 6 of arXiv 2505.24360.",
         formula=FORMULAS,
         table=FigureTable(
             ("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
-            tuple((m.name, m.kind, m.k, m.size, FVU.of(e), R2.of(e), DEAD.of(e)) for m, e in there),
+            tuple((d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members),
         ),
-        drawings=tuple(_sweep(there, metric, by_size, keys) for metric in (FVU, R2, DEAD)),
-        keys=tuple(keys),
+        drawings=tuple(_sweep_plot(members, metric, by_size, series) for metric in (FVU, R2, DEAD)),
+        legend=series,
     )
 
 
-def _keys(there: list[Both], by_size: bool) -> list[LegendEntry]:
-    """An entry for each kind and each k (or size): the colour is the kind's, the pattern of the line that of the number."""
-    numbers = sorted({_held(measured, by_size) for measured, _ in there})
-    made = {}
-    for measured, _ in there:
-        held = _held(measured, by_size)
-        own, dash = key(measured.kind), DASHES[numbers.index(held) % len(DASHES)]
-        name = f"{own.name}, {'k' if by_size else 'size'} {held:,}"
-        series = f"{measured.kind} {held}"
-        made[series] = LegendEntry(series, name, SeriesStyle(colour=own.look.colour, marker=own.look.marker, dash=dash))
-    return list(made.values())
+def _sweep_series(members: Sequence[DictionaryFacts], by_size: bool) -> tuple[Series, ...]:
+    """Return a series for each kind and each k (or size): the colour is the kind's, the dashes are those of the number."""
+    numbers = sorted({_constant(d, by_size) for d in members})
+    series = {}
+    for d in members:
+        constant, own = _constant(d, by_size), kind_series(d.kind)
+        style = SeriesStyle(colour=own.style.colour, marker=own.style.marker, dash=DASHES[numbers.index(constant) % len(DASHES)])
+        name = f"{own.name}, {'k' if by_size else 'size'} {constant:,}"
+        series[_sweep_id(d, by_size)] = Series(_sweep_id(d, by_size), name, style)
+    return tuple(series.values())
 
 
-def _held(measured: DictionaryFacts, by_size: bool) -> int:
-    return measured.k if by_size else measured.size
+def _constant(dictionary: DictionaryFacts, by_size: bool) -> int:
+    return dictionary.k if by_size else dictionary.size
 
 
-def _sweep(there: list[Both], metric: EvaluationMetric, by_size: bool, keys: list[LegendEntry]) -> Drawing:
-    values = sorted({measured.size if by_size else measured.k for measured, _ in there})
-    values = [value for value in values if not any(value < other and by_size and alike(value, other) for other in values)]
+def _sweep_id(dictionary: DictionaryFacts, by_size: bool) -> str:
+    return f"{dictionary.kind} {_constant(dictionary, by_size)}"
+
+
+def _sweep_plot(members: Sequence[DictionaryFacts], metric: EvaluationMetric, by_size: bool, series: Iterable[Series]) -> Drawing:
+    values = sorted({d.size if by_size else d.k for d in members})
+    values = [value for value in values if not any(value < other and by_size and similar_size(value, other) for other in values)]
     curves = []
-    for each in keys:
-        own = [(m, e) for m, e in there if f"{m.kind} {_held(m, by_size)}" == each.series]
-        marks = tuple(_mark(m, e, metric, m.size if by_size else m.k) for m, e in own)
-        alone = len({mark.x for mark in marks}) == len(marks)  # several at one place, as of two seeds, make no line
-        curves.append(PlotCurve(series=each.series, look=each.look, marks=marks, line=alone))
+    for entry in series:
+        own = [d for d in members if _sweep_id(d, by_size) == entry.id]
+        points = tuple(PlotPoint(x=d.size if by_size else d.k, y=metric.value(d.metrics), tip=_summary(d)) for d in own)
+        distinct = len({point.x for point in points}) == len(points)  # several seeds at one place make no line
+        curves.append(PlotCurve(series=entry, points=points, line=distinct))
     axis = Axis(label="features" if by_size else "k", log=True, ticks=tuple(AxisTick(value, f"{value:,}") for value in values))
-    about = f"{metric.name} of {len(there)} dictionaries by {axis.label}."
-    return plot(Plot(title=metric.name, description=about, x=axis, y=metric.axis, curves=tuple(curves)))
+    return plot(metric.name, f"{metric.name} of {len(members)} dictionaries by {axis.label}.", axis, metric.axis, curves)
 
 
-def _mark(measured: DictionaryFacts, evaluation: Evaluation, metric: EvaluationMetric, x: float) -> PlotPoint:
-    value = metric.of(evaluation)
-    return PlotPoint(x=x, y=float("nan") if value is None else value, tip=f"{measured.name}\n{_said(evaluation)}")
+def _one_size(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
+    """Return one dictionary per kind and site, all of the k and (nearly) the size that most sites have."""
+
+    def members(k: int, size: int) -> dict[tuple[Site, str], DictionaryFacts]:
+        same = [d for d in evaluated if d.k == k and similar_size(d.size, size)]
+        same.sort(key=lambda d: (len(d.variant), abs(d.size - size)), reverse=True)
+        return {(d.ref.site, d.kind): d for d in same}
+
+    candidates = [members(*shape) for shape in dict.fromkeys((d.k, d.size) for d in evaluated)]
+    best = max(candidates, key=lambda group: (len({site for site, _ in group}), len(group)), default={})
+    order = [d.ref for d in evaluated]
+    return sorted(best.values(), key=lambda d: order.index(d.ref))
 
 
-def _said(evaluation: Evaluation) -> str:
-    space = evaluation.overall.model_space
-    beside = f"dead {percent(evaluation.dead_share)}\nL0 {number(evaluation.overall.l0)}"
-    return f"FVU {number(space.fvu)}\nr2 {number(space.r2)}\n{beside}"
+def _shape(members: Sequence[DictionaryFacts]) -> str:
+    sizes = sorted({d.size for d in members})
+    features = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    return f"k {members[0].k}, {features} features"
 
 
-def _elsewhere(evaluated: list[Both]) -> tuple[ReportFigure | None, ReportFigure | None]:
-    """The figures over sites and over timesteps, of dictionaries of one k and size."""
-    chosen = one_size(evaluated)
-    return sites(chosen), timesteps(chosen)
-
-
-def one_size(evaluated: list[Both]) -> list[Both]:
-    """One dictionary of each kind at each site, all of one k and (nearly) one size: those that the most sites have."""
-
-    def members(k: int, size: int) -> dict[tuple[Site, str], Both]:
-        same = [both for both in evaluated if both[0].k == k and alike(both[0].size, size)]
-        same.sort(key=lambda both: (len(both[0].variant), abs(both[0].size - size)), reverse=True)
-        return {(both[0].place.site, both[0].kind): both for both in same}
-
-    candidates = {(measured.k, measured.size): None for measured, _ in evaluated}
-    best = max((members(*each) for each in candidates), key=lambda each: (len({site for site, _ in each}), len(each)), default={})
-    return sorted(best.values(), key=lambda both: [b[0].place for b in evaluated].index(both[0].place))
-
-
-def sites(chosen: list[Both]) -> ReportFigure | None:
-    """FVU and r2 at each site."""
-    if not chosen:
+def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
+    """Return FVU and r2 at each site."""
+    if not members:
         return None
-    kinds = dict.fromkeys(measured.kind for measured, _ in chosen)
+    kinds = dict.fromkeys(d.kind for d in members)
     return ReportFigure(
         name="sites",
-        title=f"Over sites at {_size(chosen)}",
-        caption="What one kind and another make of each site. Compare with figure 8 of arXiv 2505.24360.",
+        title=f"Over sites at {_shape(members)}",
+        caption="How well each kind of dictionary reconstructs each site. Compare with figure 8 of arXiv 2505.24360.",
         formula=FORMULAS,
         table=FigureTable(
             ("dictionary", "site", "kind", "FVU", "r2"),
-            tuple((m.name, str(m.place.site), m.kind, FVU.of(e), R2.of(e)) for m, e in chosen),
+            tuple((d.name, str(d.ref.site), d.kind, FVU.value(d.metrics), R2.value(d.metrics)) for d in members),
         ),
-        drawings=tuple(_sites(chosen, metric) for metric in (FVU, R2)),
-        keys=tuple(key(kind, line=False) for kind in kinds),
+        drawings=tuple(_sites_chart(members, metric) for metric in (FVU, R2)),
+        legend=tuple(kind_series(kind, line=False) for kind in kinds),
     )
 
 
-def _sites(chosen: list[Both], metric: EvaluationMetric) -> Drawing:
-    def entry(measured: DictionaryFacts, evaluation: Evaluation) -> RowEntry:
-        value = metric.of(evaluation)
-        x = float("nan") if value is None else value
-        mark = PlotPoint(x=x, y=0, tip=f"{measured.name}\n{_said(evaluation)}")
-        return RowEntry(series=measured.kind, look=key(measured.kind).look, mark=mark)
-
-    by_site: dict[str, list[Both]] = {}
-    for both in chosen:
-        by_site.setdefault(str(both[0].place.site), []).append(both)
-    drawn = tuple(
-        ChartRow(
-            name=site, note=" · ".join(number(metric.of(e)) for _, e in there), entries=tuple(entry(*both) for both in there)
+def _sites_chart(members: Sequence[DictionaryFacts], metric: EvaluationMetric) -> Drawing:
+    by_site: dict[str, list[DictionaryFacts]] = {}
+    for d in members:
+        by_site.setdefault(str(d.ref.site), []).append(d)
+    rows = []
+    for site, own in by_site.items():
+        values = [metric.value(d.metrics) for d in own]
+        entries = tuple(
+            RowEntry(series=kind_series(d.kind), point=PlotPoint(x=value, tip=_summary(d)))
+            for d, value in zip(own, values, strict=True)
         )
-        for site, there in by_site.items()
-    )
-    about = f"{metric.name} of {len(chosen)} dictionaries, a row for each site."
-    return rows(RowChart(title=metric.name, description=about, x=metric.axis, rows=drawn))
+        rows.append(ChartRow(name=site, note=" · ".join(map(number, values)), entries=entries))
+    return row_chart(metric.name, f"{metric.name} of {len(members)} dictionaries, a row for each site.", metric.axis, rows)
 
 
-def timesteps(chosen: list[Both]) -> ReportFigure | None:
-    """FVU at each timestep, a panel for each site."""
-    there = [both for both in chosen if len(both[1].timesteps) > 1]
-    if not there:
+def _timesteps(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
+    """Return the FVU at each timestep, a panel for each site."""
+    members = [d for d in members if len(d.metrics.timesteps) > 1]
+    if not members:
         return None
-    kinds = dict.fromkeys(measured.kind for measured, _ in there)
-    places = dict.fromkeys(str(measured.place.site) for measured, _ in there)
-    table = FigureTable(
-        ("dictionary", "timestep", "tokens", "FVU", "r2"),
-        tuple((m.name, t, q.tokens, q.model_space.fvu, q.model_space.r2) for m, e in there for t, q in _ordered(e)),
-    )
-    values = [row[3] for row in table.rows if isinstance(row[3], float) and FVU.axis.has(row[3])]
+    sites = dict.fromkeys(str(d.ref.site) for d in members)
+    rows = tuple((d.name, t, q.tokens, q.model_space.fvu, q.model_space.r2) for d in members for t, q in _by_timestep(d))
+    values = [fvu for *_, fvu, _ in rows if fvu is not None and FVU.axis.has(fvu)]
     axis = Axis(label="FVU", low=0.0, high=1.08 * max(values, default=1.0))
     return ReportFigure(
         name="timesteps",
-        title=f"Over timesteps at {_size(chosen)}",
-        caption="How well the same dictionaries rebuild what passes at each timestep, from pure noise (1000) towards the image.",
+        title=f"Over timesteps at {_shape(members)}",
+        caption="How well the same dictionaries reconstruct the activations of each timestep, from pure noise (1000) towards the "
+        "image.",
         formula="FVU among the held-out tokens of the timestep, about their own mean",
-        table=table,
-        drawings=tuple(_timesteps([both for both in there if str(both[0].place.site) == site], site, axis) for site in places),
-        keys=tuple(map(key, kinds)),
+        table=FigureTable(("dictionary", "timestep", "tokens", "FVU", "r2"), rows),
+        drawings=tuple(_timesteps_plot([d for d in members if str(d.ref.site) == site], site, axis) for site in sites),
+        legend=tuple(map(kind_series, dict.fromkeys(d.kind for d in members))),
     )
 
 
-def _timesteps(there: list[Both], site: str, y: Axis) -> Drawing:
-    def mark(measured: DictionaryFacts, timestep: float, quality: ReconstructionQuality) -> PlotPoint:
-        fvu = quality.model_space.fvu
-        tip = f"{measured.name}\ntimestep {timestep:g}\nFVU {number(fvu)}\nr2 {number(quality.model_space.r2)}"
-        return PlotPoint(x=timestep, y=float("nan") if fvu is None else fvu, tip=tip)
+def _timesteps_plot(members: Sequence[DictionaryFacts], site: str, y: Axis) -> Drawing:
+    def point(dictionary: DictionaryFacts, timestep: float, quality: ReconstructionQuality) -> PlotPoint:
+        metrics = quality.model_space
+        tip = f"{dictionary.name}\ntimestep {timestep:g}\nFVU {number(metrics.fvu)}\nr2 {number(metrics.r2)}"
+        return PlotPoint(x=timestep, y=metrics.fvu, tip=tip)
 
-    curves = tuple(
-        PlotCurve(series=m.kind, look=key(m.kind).look, marks=tuple(mark(m, t, q) for t, q in _ordered(e))) for m, e in there
-    )
-    ticks = tuple(AxisTick(t, f"{t:g}") for t in sorted({t for _, e in there for t in e.timesteps}))
-    axis = Axis(label="timestep", reversed=True, ticks=ticks)
-    about = f"FVU by timestep, a line for each of {len(there)} dictionaries."
-    return plot(Plot(title=site, description=about, x=axis, y=y, curves=curves))
-
-
-def _ordered(evaluation: Evaluation) -> Iterable[tuple[float, ReconstructionQuality]]:
-    return sorted(evaluation.timesteps.items(), reverse=True)
+    curves = [
+        PlotCurve(series=kind_series(d.kind), points=tuple(point(d, t, quality) for t, quality in _by_timestep(d)))
+        for d in members
+    ]
+    ticks = tuple(AxisTick(t, f"{t:g}") for t in sorted({t for d in members for t in d.metrics.timesteps}))
+    x = Axis(label="timestep", reversed=True, ticks=ticks)
+    return plot(site, f"FVU by timestep, a line for each of {len(members)} dictionaries.", x, y, curves)
 
 
-def effect(evaluated: list[Both]) -> ReportFigure | None:
-    """What the reconstruction costs the model, against what it costs in variance."""
-    there = [(m, e, e.effect.prediction.of_mean) for m, e in evaluated if e.effect is not None]
-    if not there:
+def _by_timestep(dictionary: DictionaryFacts) -> list[tuple[float, ReconstructionQuality]]:
+    return sorted(dictionary.metrics.timesteps.items(), reverse=True)
+
+
+def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
+    """Return the error of the model's prediction with the reconstruction, against FVU."""
+    effects = [(d, d.metrics.effect) for d in evaluated if d.metrics.effect is not None]
+    if not effects:
         return None
-    kinds = dict.fromkeys(measured.kind for measured, _, _ in there)
-    table = FigureTable(
-        ("dictionary", "kind", "normalisation", "FVU", "velocity error / mean ablation", "shots"),
-        tuple((m.name, m.kind, m.normalisation, FVU.of(e), share, e.effect.shots if e.effect else None) for m, e, share in there),
-    )
+    shares = [(d, effect.prediction.of_mean, effect.shots) for d, effect in effects]
 
-    def mark(measured: DictionaryFacts, evaluation: Evaluation, share: float) -> PlotPoint:
-        fvu = FVU.of(evaluation)
+    def point(dictionary: DictionaryFacts, share: float) -> PlotPoint:
         change = f"velocity error {percent(share)} of mean ablation"
-        tip = f"{measured.name}\nFVU {number(fvu)}\n{change}\nnormalisation: {measured.normalisation}"
-        return PlotPoint(x=float("nan") if fvu is None else fvu, y=share, tip=tip)
+        tip = f"{dictionary.name}\nFVU {number(dictionary.fvu)}\n{change}\nnormalisation: {dictionary.normalisation}"
+        return PlotPoint(x=dictionary.fvu, y=share, tip=tip)
 
-    curves = tuple(
-        PlotCurve(
-            series=kind, look=key(kind).look, marks=tuple(mark(*each) for each in there if each[0].kind == kind), line=False
-        )
-        for kind in kinds
-    )
+    series = tuple(kind_series(kind, line=False) for kind in dict.fromkeys(d.kind for d, _ in effects))
+    curves = [
+        PlotCurve(series=entry, points=tuple(point(d, share) for d, share, _ in shares if d.kind == entry.id), line=False)
+        for entry in series
+    ]
     x, y = Axis(label="FVU", log=True), Axis(label="share of the change by mean ablation", log=True, percent=True)
-    about = f"{len(there)} dictionaries: the change of the denoiser's prediction against FVU, both axes logarithmic."
+    about = f"{len(effects)} dictionaries: the change of the denoiser's prediction against FVU, both axes logarithmic."
     return ReportFigure(
         name="effect",
-        title="What it does to the model",
+        title="The effect on the model",
         caption="A dictionary can miss little of the variance and yet much of what the model uses. Each point is a dictionary "
-        "whose reconstruction took the place of the activation; 100 % is what the mean activation does there.",
-        formula="sum |v' - v|² / sum |v|² of the denoiser's prediction v, as a share of the same with the mean in the place of x",
-        table=table,
-        drawings=(plot(Plot(title="velocity error against FVU", description=about, x=x, y=y, curves=curves)),),
-        keys=tuple(key(kind, line=False) for kind in kinds),
+        "whose reconstruction replaced the activation; 100 % is the effect of the mean activation in its place.",
+        formula="sum |v' - v|² / sum |v|² of the denoiser's prediction v, as a share of the same with the mean in place of x",
+        table=FigureTable(
+            ("dictionary", "kind", "normalisation", "FVU", "velocity error / mean ablation", "shots"),
+            tuple((d.name, d.kind, d.normalisation, d.fvu, share, shots) for d, share, shots in shares),
+        ),
+        drawings=(plot("velocity error against FVU", about, x, y, curves),),
+        legend=series,
     )
-
-
-def _size(chosen: list[Both]) -> str:
-    sizes = sorted({measured.size for measured, _ in chosen})
-    said = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    return f"k {chosen[0][0].k}, {said} features"

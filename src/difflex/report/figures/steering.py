@@ -1,4 +1,4 @@
-"""What steering does: does the concept appear, what else stays, and what does it cost, by method and strength."""
+"""The effect of steering: whether the concept appears, what else stays, and what it costs, by method and strength."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,61 +9,59 @@ from markupsafe import Markup
 from PIL import Image
 
 from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
-from difflex.report.drawing import Axis, Drawing, LegendEntry, Plot, PlotCurve, PlotPoint, SeriesStyle, element, plot
-from difflex.report.facts import StudyFacts
-from difflex.report.figures.embedding import address
-from difflex.report.kinds import key
-from difflex.report.sections import FigureTable, MissingFigure, ReportFigure, ReportSection
-from difflex.report.steered import SteeringFacts, SteeringSummary, summary
-from difflex.report.telling import NONE, apart, count, number, percent
+from difflex.report.drawing import Axis, Drawing, element
+from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
+from difflex.report.facts import SteeringFacts, StudyFacts
+from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection, csv_figure, html_table
+from difflex.report.figures.explanations import image_url
+from difflex.report.style import NONE, count, grouped, kind_series, number, percent
 
 __all__ = ["steering"]
 
-JUDGE, DETECTED, TOLD = "a judge of the drawn world", "it detects it with AP ≥ 0.8", "a file of concepts has it"
-"""Who says what is seen, and why a feature stands for a concept."""
+WORLD_JUDGE = "a judge of the miniature world"
+DETECTED, FROM_FILE = "it detects it with AP ≥ 0.8", "the file of concepts names it"
+"""Why a feature stands for a concept."""
 UNITS = {
-    "peak": "what its largest code writes",
-    "mean": "what its mean code writes",
+    "peak": "what its largest code adds",
+    "mean": "what its mean code adds",
     "norm": "as long as a mean activation",
-    "code": "what a code of 1 writes",
+    "code": "what a code of 1 adds",
 }
-"""What a strength of 1 is, of a feature."""
-BESIDE = {
-    "neuron": key("neurons"),
-    "contrast": LegendEntry("contrast", "contrast of captions", SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3")),
-    "random": key("random"),
-    "prompt": LegendEntry("prompt", "the caption edited", SeriesStyle(colour=8, marker="wedge"), line=False),
+"""What a strength of 1 is for a feature."""
+BASELINES = {
+    "neuron": kind_series("neurons"),
+    "contrast": Series("contrast", "contrast of captions", SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3")),
+    "random": kind_series("random"),
+    "prompt": Series("prompt", "edited caption", SeriesStyle(colour=8, marker="wedge"), line=False),
 }
-"""What is judged beside a dictionary's own features."""
-SAID = {
+"""The methods that features are compared with."""
+METHODS = {
     "feature": "features",
     "neuron": "neurons",
     "contrast": "contrast",
     "random": "random directions",
     "prompt": "edited caption",
 }
-BAR = LegendEntry("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
-COLUMNS = 7
-"""Images in a row of the grid, at most."""
+BAR = Series("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
+TILES = 7
+"""Images in a row, at most."""
 
 
 class SteeringMeasure(NamedTuple):
-    """What is drawn over strength."""
+    """A quantity that is drawn over strength."""
 
     name: str
     title: str
-    axis: str
     caption: str
     formula: str
-    of: Callable[[StrengthPoint], float]
+    value: Callable[[StrengthPoint], float]
     bar: float | None
 
 
 MEASURES = (
     SteeringMeasure(
         "success",
-        "Does the concept appear",
-        "success",
+        "Whether the concept appears",
         "The share of images that show the concept where it was put.",
         "images that show it / images, median over concepts",
         lambda point: point.success,
@@ -72,8 +70,8 @@ MEASURES = (
     SteeringMeasure(
         "kept",
         "What else stays",
-        "kept",
-        "Of all else that the captions state and the unedited images had right, the share that still is; the bar is 90 %.",
+        "Of everything else that the captions state and that was right in the unedited images, the share that is still right; the "
+        "bar is 90 %.",
         "statements still right / statements right without the edit, median over concepts",
         lambda point: point.specificity,
         0.9,
@@ -81,9 +79,8 @@ MEASURES = (
     SteeringMeasure(
         "loss",
         "What it costs",
-        "loss",
-        "The unedited model's loss on the finished images, noised again and asked without a caption, over that on unedited "
-        "ones: 1 is as good, and from 1.5 on, the bar, images count as broken.",
+        "The unedited model's loss on the finished images, with noise added again and without a caption, relative to that on "
+        "unedited images: 1 is as good, and from 1.5 on, the bar, images count as broken.",
         "loss with the edit / loss without, at noise 0.3, 0.6 and 0.9, median over concepts",
         lambda point: point.quality,
         1.5,
@@ -91,216 +88,208 @@ MEASURES = (
 )
 
 
-class MethodLine(NamedTuple):
-    """A method on the concepts of a group that a dictionary has a feature for."""
+class MethodCurves(NamedTuple):
+    """A method on the concepts of a group for which a dictionary has a feature."""
 
-    of: SteeringFacts
+    steering: SteeringFacts
     group: str
     method: str
     curves: list[StrengthCurve]
 
     @property
-    def key(self) -> LegendEntry:
-        """Features look like their kind of dictionary."""
-        return key(self.of.kind) if self.method == "feature" else BESIDE[self.method]
+    def series(self) -> Series:
+        """The series of the method; features look like their kind of dictionary."""
+        return kind_series(self.steering.kind) if self.method == "feature" else BASELINES[self.method]
 
     @property
     def strengths(self) -> list[float]:
-        """All at which something was judged."""
+        """All strengths that were measured."""
         return sorted({point.strength for curve in self.curves for point in curve.points})
 
-    def values(self, strength: float, of: Callable[[StrengthPoint], float]) -> list[float]:
-        """A figure of each concept at one strength, in rising order."""
-        return sorted(of(point) for curve in self.curves for point in curve.points if point.strength == strength)
+    def quartiles(self, strength: float, value: Callable[[StrengthPoint], float]) -> tuple[int, float, float, float]:
+        """Return the number of concepts at a strength, and the quartiles of a measure over them."""
+        values = sorted(value(point) for curve in self.curves for point in curve.points if point.strength == strength)
+        low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values,) * 3
+        return len(values), low, middle, high
 
 
 def steering(facts: StudyFacts) -> ReportSection:
-    """The section about steering."""
-    drawn = [
-        MethodLine(each, group, method, each.curves(method, group))
-        for each in facts.steered
-        for group in each.groups
-        for method in each.methods
+    """Return the section about steering."""
+    lines = [
+        MethodCurves(steering, group, method, steering.curves(method, group))
+        for steering in facts.steering
+        for group in steering.groups
+        for method in steering.methods
     ]
-    figures = (_table(facts.steered), *(_over_strength(measure, drawn) for measure in MEASURES if drawn), _points(facts.steered))
-    body = (_strips(each) for each in facts.steered)
+    figures = (
+        _summary_file(facts.steering),
+        *(_figure(measure, lines) for measure in MEASURES if lines),
+        _points(facts.steering),
+    )
+    missing = MissingFigure("The effect of steering towards known concepts", "difflex steer-eval STUDY")
     return ReportSection(
         name="steering",
         title="Steering",
-        lead=_lead(facts.steered),
-        body=Markup("").join(body) + _summaries(facts.steered) if facts.steered else Markup(""),
-        figures=figures if facts.steered else (),
-        missing=()
-        if facts.steered
-        else (MissingFigure("What comes of steering towards known concepts", "difflex steer-eval STUDY"),),
+        lead=_lead(facts.steering),
+        body=Markup("").join(map(_examples, facts.steering)) + _summary_table(facts.steering) if facts.steering else Markup(""),
+        figures=figures if facts.steering else (),
+        missing=() if facts.steering else (missing,),
     )
 
 
-def _lead(steered: Sequence[SteeringFacts]) -> str:
-    """What was done, by the records; where there is none, what the verb does when nothing is told."""
-    why = apart({str(each.place): TOLD if each.is_told else DETECTED for each in steered}) or DETECTED
-    judge = (
-        apart(
-            {str(each.place): str(each.judged.made_from.get("judge", "a judge")) if each.is_told else JUDGE for each in steered}
-        )
-        or JUDGE
-    )
+def _lead(results: Sequence[SteeringFacts]) -> str:
+    """Return a description of the experiments from their records, or of the default one."""
+    reason = grouped({str(s.ref): FROM_FILE if s.is_from_file else DETECTED for s in results}) or DETECTED
+    judges = {str(s.ref): s.results.provenance.judge if s.is_from_file else WORLD_JUDGE for s in results}
     return (
-        f"A feature that stands for a concept, as {why}, is added where the concept is to appear, in images whose captions "
-        f"name another one of its group; {judge} says whether it does, and what else of the captions is still so. Beside it: the "
-        "neuron that detects it best, where that is known, a contrast of captions, a random direction of equal length, and the "
-        "caption edited instead."
+        f"A feature that stands for a concept, as {reason}, is added where the concept is to appear, in images whose captions "
+        f"name another one of its group; {grouped(judges) or WORLD_JUDGE} says whether it does, and what else of the captions is "
+        "still right. It is compared with the neuron that detects the concept best, if that is known, a contrast of captions, a "
+        "random direction of equal length, and an edited caption."
     )
 
 
-def _over_strength(measure: SteeringMeasure, drawn: Sequence[MethodLine]) -> ReportFigure:
-    """Small multiples, one for each dictionary and group: what stands beside features is of the same concepts."""
-    rows, panels, units = [], dict[tuple[str, str], list[MethodLine]](), {}
-    for line in drawn:
-        place = str(line.of.place)
-        panels.setdefault((place, line.group), []).append(line)
-        units[place] = UNITS.get(str(line.of.judged.made_from.get("unit")), "what its record does not say")
+def _figure(measure: SteeringMeasure, lines: Sequence[MethodCurves]) -> ReportFigure:
+    """Return a panel for each dictionary and group; all methods in a panel are measured on the same concepts."""
+    rows, panels, units = [], dict[tuple[str, str], list[MethodCurves]](), {}
+    for line in lines:
+        name = str(line.steering.ref)
+        panels.setdefault((name, line.group), []).append(line)
+        units[name] = UNITS[line.steering.results.config.unit]
         for strength in line.strengths:
-            low, middle, high = _quartiles(line.values(strength, measure.of))
-            said = (place, line.group, line.method, strength, len(line.values(strength, measure.of)))
-            rows.append((*said, low, middle, high))
+            rows.append((name, line.group, line.method, strength, *line.quartiles(strength, measure.value)))
     return ReportFigure(
         name=measure.name,
         title=f"{measure.title}, by strength",
-        caption=f"{measure.caption} A strength of 1 is, of a feature, {apart(units)}; random directions are as long; of the "
-        "contrast it is the length that was found, of the caption the whole of it. Only concepts that the dictionary has a "
-        "feature for.",
+        caption=f"{measure.caption} A strength of 1 is, for a feature, {grouped(units)}; random directions are equally long; a "
+        "contrast has the length that was measured, and the caption is replaced as a whole. Only concepts for which the dictionary "
+        "has a feature.",
         formula=measure.formula,
         table=FigureTable(
             ("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)
         ),
-        drawings=tuple(_panel(measure, place, group, lines) for (place, group), lines in panels.items()),
-        keys=(*dict.fromkeys(line.key for line in drawn), *((BAR,) if measure.bar is not None else ())),
+        drawings=tuple(_panel(measure, name, group, own) for (name, group), own in panels.items()),
+        legend=(*dict.fromkeys(line.series for line in lines), *((BAR,) if measure.bar is not None else ())),
     )
 
 
-def _panel(measure: SteeringMeasure, place: str, group: str, there: Sequence[MethodLine]) -> Drawing:
-    tell = number if measure.name == "loss" else percent
-    curves = []
-    for line in there:
-        marks = []
-        for strength in line.strengths:
-            values = line.values(strength, measure.of)
-            low, middle, high = _quartiles(values)
-            told = f"{measure.axis} {tell(middle)} ({tell(low)} to {tell(high)})"
-            tip = f"{SAID.get(line.method, line.method)}\nstrength {strength:g}\n{told}\n{count(len(values), 'concept')}"
-            marks.append(PlotPoint(x=strength, y=middle, tip=tip))
-        curves.append(PlotCurve(series=line.key.series, look=line.key.look, marks=tuple(marks), line=len(marks) > 1))
-    ends = [strength for line in there for strength in line.strengths]
-    if measure.bar is not None and ends:
-        marks = [PlotPoint(x=x, y=measure.bar, tip=f"the bar: {tell(measure.bar)}") for x in (min(ends), max(ends))]
-        curves.append(PlotCurve(series=BAR.series, look=BAR.look, marks=tuple(marks), dots=False))
+def _panel(measure: SteeringMeasure, dictionary: str, group: str, lines: Sequence[MethodCurves]) -> Drawing:
     is_share = measure.name != "loss"
-    y = Axis(label=measure.axis, percent=is_share, low=0.0, high=1.0 if is_share else None)
-    about = f"{count(len(there), 'method')} over strength, the median over concepts of the group {group}."
-    return plot(Plot(title=f"{group}, {place}", description=about, x=Axis(label="strength"), y=y, curves=tuple(curves)))
+    write = percent if is_share else number
+    curves = []
+    for line in lines:
+        points = []
+        for strength in line.strengths:
+            concepts, low, middle, high = line.quartiles(strength, measure.value)
+            value = f"{measure.name} {write(middle)} ({write(low)} to {write(high)})"
+            tip = f"{METHODS.get(line.method, line.method)}\nstrength {strength:g}\n{value}\n{count(concepts, 'concept')}"
+            points.append(PlotPoint(x=strength, y=middle, tip=tip))
+        curves.append(PlotCurve(series=line.series, points=tuple(points), line=len(points) > 1))
+    strengths = [strength for line in lines for strength in line.strengths]
+    if measure.bar is not None and strengths:
+        ends = (min(strengths), max(strengths))
+        points = tuple(PlotPoint(x=x, y=measure.bar, tip=f"the bar: {write(measure.bar)}") for x in ends)
+        curves.append(PlotCurve(series=BAR, points=points, dots=False))
+    y = Axis(label=measure.name, percent=is_share, low=0.0, high=1.0 if is_share else None)
+    about = f"{count(len(lines), 'method')} over strength, the median over concepts of the group {group}."
+    return plot(f"{group}, {dictionary}", about, Axis(label="strength"), y, curves)
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values,) * 3
-    return low, middle, high
+def _summarised(results: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str]]:
+    """Yield each dictionary, method and group; a group without any feature once only."""
+    for steering in results:
+        for method in steering.methods or ["feature"]:
+            for group, coverage in steering.coverage.items():
+                if coverage.detected or method == "feature":
+                    yield steering, method, group
 
 
-def _summarised(steered: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str, str, SteeringSummary | None]]:
-    """Each dictionary, method and group with the features it has, out of how many where that is known; what has none is told
-    once."""
-    for each in steered:
-        for method in each.methods or ["feature"]:
-            for group, known in each.known.items():
-                share = f"{known.concepts} told" if each.is_told else f"{len(known.detected)} of {known.concepts}"
-                if known.detected or method == "feature":
-                    yield each, method, group, share, summary(each.curves(method, group))
-
-
-def _table(steered: Sequence[SteeringFacts]) -> ReportFigure:
+def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
     rows = []
-    for each, method, group, _, found in _summarised(steered):
-        known = each.known[group]
-        figures = (None,) * 6 if found is None else found[1:]
-        rows.append((str(each.place), method, group, known.concepts, known.rare, len(known.detected), *figures))
+    for steering, method, group in _summarised(results):
+        coverage, summary = steering.coverage[group], steering.summary(method, group)
+        concepts = (coverage.concepts, coverage.rare, len(coverage.detected))
+        rows.append((str(steering.ref), method, group, *concepts, *((None,) * 6 if summary is None else summary[1:])))
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
-    columns = ("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss")
-    return ReportFigure(
-        name="steered",
-        title="",
-        caption="All digits of the table above. Medians over the concepts that the dictionary has a feature for, each at the "
-        "strength that is best for it: the highest success that keeps 90 % of all else and breaks no image. Concepts that too "
-        "few images show to tell count as without a feature. Gain is the success there less the share of unedited images "
-        "that show the concept, and 0 where no strength will do.",
-        formula="",
-        table=FigureTable((*columns, "strength"), tuple(rows)),
-        drawings=(),
+    return csv_figure(
+        "steered",
+        "All digits of the table above. Medians over the concepts for which the dictionary has a feature, each at its best "
+        "strength: that of the highest success at which 90 % of everything else stays and no image breaks. Concepts that too few "
+        "images show count as without a feature. Gain is the success there less the share of unedited images that show the "
+        "concept, and 0 where no strength is acceptable.",
+        ("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss", "strength"),
+        rows,
     )
 
 
-def _summaries(steered: Sequence[SteeringFacts]) -> Markup:
-    """The same to be read."""
-    names = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
-    head = element("tr", *(element("th", name, scope="col", class_="word" if i < 3 else None) for i, name in enumerate(names)))
-    body = []
-    for each, method, group, share, found in _summarised(steered):
-        tells = (percent, percent, percent, percent, number, number)
-        told = [NONE] * 6 if found is None else [tell(value) for tell, value in zip(tells, found[1:], strict=True)]
-        words = [element("td", word, class_="word") for word in (SAID.get(method, method), group)]
-        cells = [element("td", value) for value in (share, *told)]
-        body.append(element("tr", element("th", str(each.place), scope="row"), *words, *cells))
-    table = element("table", element("thead", head), element("tbody", *body))
-    return element("div", table, class_="box", tabindex="0", role="region", aria_label="What comes of steering")
+def _summary_table(results: Sequence[SteeringFacts]) -> Markup:
+    heads = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
+    writers = (percent, percent, percent, percent, number, number)
+    rows = []
+    for steering, method, group in _summarised(results):
+        coverage, summary = steering.coverage[group], steering.summary(method, group)
+        share = f"{len(coverage.detected)} of {coverage.concepts}"
+        share = f"{coverage.concepts} from a file" if steering.is_from_file else share
+        values = [NONE] * 6 if summary is None else [write(x) for write, x in zip(writers, summary[1:], strict=True)]
+        rows.append((str(steering.ref), METHODS.get(method, method), group, share, *values))
+    return html_table(heads, rows, "The effect of steering", words=3)
 
 
-def _points(steered: Sequence[SteeringFacts]) -> ReportFigure:
-    """Everything that was judged, as a file."""
-    columns = ("dictionary", "method", "what is added", "group", "concept", "detected", "images", "without", "strength")
-    return ReportFigure(
-        name="points",
-        title="",
-        caption="Every concept at every strength.",
-        formula="",
-        table=FigureTable((*columns, "success", "kept", "loss", "confidence"), tuple(_all(steered))),
-        drawings=(),
-    )
+def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
+    """Return everything that was measured, as a file."""
+    rows = []
+    for steering in results:
+        for curve in steering.results.curves:
+            detected = "yes" if curve.concept in steering.coverage[curve.group].detected else "no"
+            detected = "from a file" if steering.is_from_file else detected
+            concept = (curve.group, curve.concept, detected, curve.trials, curve.without)
+            rows += [
+                (
+                    str(steering.ref),
+                    curve.method,
+                    curve.description,
+                    *concept,
+                    p.strength,
+                    p.success,
+                    p.specificity,
+                    p.quality,
+                    p.confidence,
+                )
+                for p in curve.points
+            ]
+    concept = ("group", "concept", "detected", "images", "without")
+    measures = ("strength", "success", "kept", "loss", "confidence")
+    columns = ("dictionary", "method", "what is added", *concept, *measures)
+    return csv_figure("points", "Every concept at every strength.", columns, rows)
 
 
-def _all(steered: Sequence[SteeringFacts]) -> Iterator[tuple[str | float, ...]]:
-    for each in steered:
-        for curve in each.judged.curves:
-            known = "told" if each.is_told else "yes" if curve.concept in each.known[curve.group].detected else "no"
-            told = (str(each.place), curve.method, curve.told, curve.group, curve.concept, known, curve.trials, curve.without)
-            for point in curve.points:
-                yield *told, point.strength, point.success, point.specificity, point.quality, point.confidence
-
-
-def _strips(each: SteeringFacts) -> Markup:
-    """Images to look at: of each group the concept that steering is best at, by every method."""
+def _examples(steering: SteeringFacts) -> Markup:
+    """Return example images: of each group the concept with the best results, by every method."""
     cards = []
-    for group in dict.fromkeys(strip.group for strip, _ in each.strips):
-        own = [(strip, file) for strip, file in each.strips if strip.group == group]
+    for group in dict.fromkeys(strip.group for strip, _ in steering.strips):
+        own = [(strip, file) for strip, file in steering.strips if strip.group == group]
         head = Markup("<p><b>{}</b> in “{}”</p>").format(own[0][0].concept, own[0][0].prompt)
-        rows = Markup("").join(_tiles(*strip) for strip in own)
+        rows = Markup("").join(_tiles(strip, file) for strip, file in own)
         cards.append(Markup("<li>{}{}</li>").format(head, rows))
     if not cards:
         return Markup("")
-    title = Markup("<h3>{} <small>{}</small></h3>").format(str(each.place), key(each.kind).name)
-    told = Markup('<p class="lead">Of each group the concept that features are best at, in the first image of its trials.</p>')
-    return title + told + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
+    title = Markup("<h3>{} <small>{}</small></h3>").format(str(steering.ref), kind_series(steering.kind).name)
+    lead = Markup(
+        '<p class="lead">Of each group the concept at which features succeed best, in the first image of its trials.</p>'
+    )
+    return title + lead + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
 
 
 def _tiles(strip: ImageStrip, path: Path) -> Markup:
-    """The images of a strip, each above its strength, under the name of the method."""
+    """Return the images of a strip, each above its strength, under the name of the method."""
     with Image.open(path) as file:
         whole = file.convert("RGB")
     labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]
-    width = whole.width // len(labels)
-    made = []
-    for place, label in enumerate(labels):
-        tile = whole.crop((place * width, 0, (place + 1) * width, whole.height))
-        said = f"{strip.concept} by {SAID.get(strip.method, strip.method)}, {label}"
-        made.append(Markup('<li><img src="{}" alt="{}"><p>{}</p></li>').format(address(tile), said, label))
-    columns = f"--columns: {min(len(labels), COLUMNS)}"
-    name = element("p", SAID.get(strip.method, strip.method), class_="fine")
-    return name + element("ul", *made, class_="tiles", style=columns)
+    width, method = whole.width // len(labels), METHODS.get(strip.method, strip.method)
+    tiles = []
+    for i, label in enumerate(labels):
+        url = image_url(whole.crop((i * width, 0, (i + 1) * width, whole.height)))
+        description = f"{strip.concept} by {method}, {label}"
+        tiles.append(Markup('<li><img src="{}" alt="{}"><p>{}</p></li>').format(url, description, label))
+    columns = f"--columns: {min(len(labels), TILES)}"
+    return element("p", method, class_="fine") + element("ul", *tiles, class_="tiles", style=columns)

@@ -1,0 +1,256 @@
+"""Claims of arXiv 2505.24360 about dictionaries, the concepts that their features match, and the model, with their controls."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import fmean, stdev
+from typing import Literal
+
+from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts, similar_size
+from difflex.report.figures.concepts import mean_ap
+from difflex.report.figures.dictionaries import normalisation_variants
+from difflex.report.style import SAE_KINDS, count, number, percent
+
+__all__ = [
+    "Claim",
+    "better_than_neurons",
+    "better_than_untrained_directions",
+    "better_than_untrained_model",
+    "dead_without_normalisation",
+    "itda_reconstructs_better",
+    "norms_differ",
+    "spectrum_is_concentrated",
+]
+
+Verdict = Literal["holds here", "does not hold here", "not measured"]
+MatchPair = tuple[MatchFacts, MatchFacts]
+MOST, FEW = 0.5, 0.3
+"""More than half are most; fewer than 30 % are few, as in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim with its rule, its verdict and the numbers."""
+
+    name: str
+    statement: str
+    rule: str
+    """When it holds."""
+    verdict: Verdict
+    evidence: tuple[str, ...]
+    """The numbers, or the command that is missing."""
+
+    @classmethod
+    def judged(
+        cls, name: str, statement: str, rule: str, *, holds: bool | None, evidence: Sequence[str], command: str
+    ) -> "Claim":
+        """Return a claim that holds or not, or that is not measured where `holds` is None; `command` measures it."""
+        return cls(
+            name=name,
+            statement=statement,
+            rule=rule,
+            verdict="not measured" if holds is None else "holds here" if holds else "does not hold here",
+            evidence=tuple(evidence) or (f"Missing: {command}.",),
+        )
+
+
+def dead_without_normalisation(facts: StudyFacts) -> Claim:
+    """Judge that most features die without normalisation, and few with it."""
+    groups = [[d for d in group if d.kind in SAE_KINDS] for group in normalisation_variants(facts.evaluated)]
+    pairs = [
+        (bare, other)
+        for group in groups
+        for bare, other in product(group, group)
+        if bare.normalisation == "none" and other.normalisation in ("standardise", "whiten")
+    ]
+    return Claim.judged(
+        "normalisation",
+        "Without normalisation most features of an SAE are dead, with standardising or whitening few are.",
+        "At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
+        "and fewer than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
+        holds=all(bare.metrics.dead_share > MOST and other.metrics.dead_share < FEW for bare, other in pairs) if pairs else None,
+        evidence=[
+            f"{bare.name}: {percent(bare.metrics.dead_share)} dead without, {percent(other.metrics.dead_share)} with "
+            f"normalisation ({other.normalisation})"
+            for bare, other in pairs
+        ],
+        command="difflex train STUDY --normalisation none in addition to the usual one, then difflex evaluate STUDY",
+    )
+
+
+def itda_reconstructs_better(facts: StudyFacts) -> Claim:
+    """Judge that an ITDA has a lower FVU than the best SAE of equal size and k."""
+    normalised = [d for d in facts.evaluated if d.normalisation != "none"]
+    itdas = [d for d in normalised if d.kind == "itda" and _finite_fvu(d) is not None]
+    pairs = [(itda, best) for itda in itdas if (best := _best_sae(itda, normalised)) is not None]
+    better = sum((itda.fvu or 0.0) < (best.fvu or 0.0) for itda, best in pairs)
+    lines = [f"{itda.name}: FVU {number(itda.fvu)}; {best.ref.label}: {number(best.fvu)}" for itda, best in pairs]
+    return Claim.judged(
+        "itda",
+        "ITDA reconstructs activations better than an SAE of equal size.",
+        "Every ITDA has a lower FVU in model space than the best SAE at the same site, of the same k and a size within 10 %; only "
+        "dictionaries that normalise their data.",
+        holds=better == len(pairs) if pairs else None,
+        evidence=[f"ITDA is better in {better} of {count(len(pairs), 'pair')}.", *lines] if pairs else (),
+        command="difflex train and difflex itda at one k and size, then difflex evaluate STUDY",
+    )
+
+
+def _best_sae(itda: DictionaryFacts, candidates: Sequence[DictionaryFacts]) -> DictionaryFacts | None:
+    equal = [
+        d
+        for d in candidates
+        if d.kind in SAE_KINDS and (d.ref.site, d.k) == (itda.ref.site, itda.k) and similar_size(d.size, itda.size)
+    ]
+    return min((d for d in equal if _finite_fvu(d) is not None), key=lambda d: d.fvu or 0.0, default=None)
+
+
+def _finite_fvu(dictionary: DictionaryFacts) -> float | None:
+    """Return the FVU; None for NaN, which is no evidence either way."""
+    fvu = dictionary.fvu
+    return fvu if fvu is not None and math.isfinite(fvu) else None
+
+
+def better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
+    """Judge that features of these kinds, called `name`, match known concepts better than neurons."""
+    return _comparison(
+        f"neurons-{name.lower()}",
+        f"{name} features match known concepts better than neurons do.",
+        "the neurons of the same block",
+        pairs=_pairs(facts, kinds, lambda _, other: other.kind == "neurons"),
+        command="difflex concepts STUDY, at a block that has neurons",
+    )
+
+
+def better_than_untrained_directions(facts: StudyFacts) -> Claim:
+    """Judge that features match known concepts better than principal axes and random directions."""
+    return _comparison(
+        "axes",
+        "Features match known concepts better than principal axes and random directions do (not in the paper: a control).",
+        "the principal axes and the random directions of the same site",
+        pairs=_pairs(facts, (*SAE_KINDS, "itda"), lambda own, other: other.kind in ("pca", "random") and _same_site(own, other)),
+        command="difflex concepts STUDY",
+    )
+
+
+def better_than_untrained_model(facts: StudyFacts) -> Claim:
+    """Judge that features of the model match known concepts better than those of an untrained model."""
+    return _comparison(
+        "untrained",
+        "Features match known concepts better than those of an untrained model do (not in the paper: a control).",
+        "the dictionaries of the untrained model at the same site, of the same kind",
+        pairs=_pairs(
+            facts,
+            (*SAE_KINDS, "itda"),
+            lambda own, other: other.untrained and own.kind == other.kind and _same_site(own, other),
+        ),
+        command="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
+    )
+
+
+def _same_site(own: MatchFacts, other: MatchFacts) -> bool:
+    """Return whether both are of the same activations: a block has several sites."""
+    return own.matches.site == other.matches.site
+
+
+def _pairs(facts: StudyFacts, kinds: Sequence[str], is_baseline: Callable[[MatchFacts, MatchFacts], bool]) -> list[MatchPair]:
+    """Return each trained dictionary of these kinds with each of its baselines at the same block, of the same k."""
+    pairs = []
+    for matches in facts.blocks.values():
+        trained = [m for m in matches if m.is_trained and m.kind in kinds and m.normalisation != "none"]
+        pairs += [(own, other) for own, other in product(trained, matches) if is_baseline(own, other) and other.k == own.k]
+    return pairs
+
+
+def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[MatchPair], command: str) -> Claim:
+    """Judge that in each pair the first matches known concepts better."""
+    gains = [(own, other, gain) for own, other in pairs if (gain := _gain(own, other)) is not None]
+    better = sum(low > 0 for _, _, (_, low, _) in gains)
+    lines = [
+        f"{own.path}, {_scores(own)}; {_scores(other)}; difference {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        for own, other, (mean, low, high) in gains
+    ]
+    return Claim.judged(
+        name,
+        statement,
+        f"In every comparison with {baselines}, at the same k, the best features' AP is higher in the mean over concepts: the "
+        "95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that "
+        "normalise their data.",
+        holds=better == len(gains) if gains else None,
+        evidence=[f"Better in {better} of {count(len(gains), 'comparison')}.", *lines] if gains else (),
+        command=command,
+    )
+
+
+def _gain(own: MatchFacts, other: MatchFacts) -> tuple[float, float, float] | None:
+    """Return the mean difference of the best features' AP over the concepts of both, and its 95 % interval."""
+    ours, theirs = ({r.concept: r.best.ap.value for r in match.matches.clearest_level.results} for match in (own, other))
+    gains = [ours[concept] - theirs[concept] for concept in ours if concept in theirs]
+    gains = [gain for gain in gains if math.isfinite(gain)]
+    if len(gains) < 2:
+        return None
+    mean, half = fmean(gains), 1.96 * stdev(gains) / math.sqrt(len(gains))
+    return mean, mean - half, mean + half
+
+
+def _scores(match: MatchFacts) -> str:
+    level = match.matches.clearest_level
+    share = level.coverage
+    detected = f"{percent(share.value)} detected ({percent(share.low)} to {percent(share.high)})"
+    return f"{match.name}: mean AP {number(mean_ap(level.results))}, {detected}"
+
+
+def norms_differ(facts: StudyFacts) -> Claim:
+    """Judge that norms differ between layers and between timesteps."""
+    norms = {site: _positive(by) for site, by in facts.anatomy.norms.items()} if facts.anatomy else {}
+    ratios = {}
+    for stream in ("image", "text"):
+        rows = [by for site, by in norms.items() if site.stream == stream and site.kind == "residual" and len(by) > 1]
+        if len(rows) > 1:
+            ratios[stream] = (_layer_ratio(rows), max(max(by.values()) / min(by.values()) for by in rows))
+    return Claim.judged(
+        "norms",
+        "The norms of activations differ between layers and between timesteps.",
+        "In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
+        "layer the longest timestep's at least 1.1 times the shortest's.",
+        holds=all(layers >= 2 and timesteps >= 1.1 for layers, timesteps in ratios.values()) if ratios else None,
+        evidence=[
+            f"{stream}: the largest over the smallest norm is {layers:.3g} over layers and up to {timesteps:.3g} over timesteps"
+            for stream, (layers, timesteps) in ratios.items()
+        ],
+        command=f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY, at two layers and two steps or more",
+    )
+
+
+def _positive(norms: dict[float, float]) -> dict[float, float]:
+    return {timestep: norm for timestep, norm in norms.items() if math.isfinite(norm) and norm > 0}
+
+
+def _layer_ratio(rows: Sequence[dict[float, float]]) -> float:
+    """Return the largest ratio of norms between layers at one timestep."""
+    timesteps = {timestep for by in rows for timestep in by}
+    columns = [[by[timestep] for by in rows if timestep in by] for timestep in timesteps]
+    return max(max(column) / min(column) for column in columns)
+
+
+def spectrum_is_concentrated(facts: StudyFacts) -> Claim:
+    """Judge that few principal directions hold most of the variance."""
+    lines, shares = [], []
+    for site, shape in facts.anatomy.shapes.items() if facts.anatomy else ():
+        directions = len(shape.variances)
+        few = max(directions // 10, 1)
+        share = shape.share(few)
+        if directions >= 10 and math.isfinite(share) and sum(shape.variances) > 0:
+            shares.append(share)
+            within = f"90 % in {shape.components_for_90}"
+            lines.append(f"{site}: {percent(share)} of the variance in {few} of {directions} directions; {within}")
+    return Claim.judged(
+        "spectrum",
+        "The spectrum is concentrated: few principal directions hold most of the variance.",
+        "At every site measured, a tenth of the principal directions holds more than half of the variance (with equal variances "
+        "it would hold a tenth).",
+        holds=all(share > MOST for share in shares) if shares else None,
+        evidence=lines,
+        command=f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY",
+    )

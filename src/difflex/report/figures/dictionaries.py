@@ -1,0 +1,259 @@
+"""How often features fire (figure 5 of arXiv 2505.24360), and the table of all dictionaries with every metric."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from difflex.evaluation import Evaluation
+from difflex.report.drawing import Axis, Drawing, element
+from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, row_chart
+from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_strips, ramp
+from difflex.report.facts import DictionaryFacts, StudyFacts
+from difflex.report.figures import (
+    FigureTable,
+    MissingFigure,
+    ReportFigure,
+    ReportSection,
+    SortableRow,
+    csv_figure,
+    sortable_table,
+)
+from difflex.report.style import kind_series, number, percent
+
+__all__ = ["TableColumn", "dictionaries", "firing", "metric_columns", "normalisation_variants"]
+
+
+def firing(facts: StudyFacts) -> ReportSection:
+    """Return the section about how often features fire."""
+    groups = normalisation_variants(facts.evaluated)
+    missing = [] if groups else [MissingFigure("Dead features by normalisation", "difflex train STUDY --normalisation none")]
+    if not facts.evaluated:
+        missing.append(MissingFigure("Density of features", "difflex evaluate STUDY"))
+    return ReportSection(
+        name="firing",
+        title="How often features fire",
+        lead="A feature that never fires explains nothing. Normalisation of the activations decides how many of them there are.",
+        figures=(*([_dead(groups)] if groups else []), *([_density(facts.evaluated)] if facts.evaluated else [])),
+        missing=tuple(missing),
+    )
+
+
+def normalisation_variants(evaluated: Iterable[DictionaryFacts]) -> list[list[DictionaryFacts]]:
+    """Return the groups of dictionaries that differ in nothing but their normalisation."""
+    groups: dict[tuple[object, ...], list[DictionaryFacts]] = {}
+    for d in evaluated:
+        rest = tuple(word for word in d.variant.split("-") if word not in ("", d.normalisation))
+        groups.setdefault((d.ref.site, d.kind, d.size, d.k, rest, d.data), []).append(d)
+    return [group for group in groups.values() if len({d.normalisation for d in group}) > 1]
+
+
+def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
+    """Return the share of dead features by normalisation."""
+    variants = [d for group in groups for d in sorted(group, key=lambda d: d.normalisation)]
+    kinds = dict.fromkeys(d.kind for d in variants)
+    axis = Axis(label="share of features that never fired", low=0.0, high=1.0, percent=True)
+    about = f"{len(variants)} dictionaries, in groups that differ in nothing but normalisation; a bar for each one's dead share."
+    return ReportFigure(
+        name="dead",
+        title="Dead features by normalisation",
+        caption="The same site, kind, k, size and data, trained on activations as they are (none), with mean 0 and deviation 1 "
+        "on each axis (standardise), or rotated to their principal axes as well (whiten). Compare with figure 5 of arXiv "
+        "2505.24360.",
+        formula="features that fired at none of the held-out tokens / all features",
+        table=FigureTable(
+            ("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
+            tuple(
+                (d.name, d.normalisation, d.metrics.size, d.metrics.dead, d.metrics.dead_share, d.metrics.tokens)
+                for d in variants
+            ),
+        ),
+        drawings=(row_chart("dead features", about, axis, [_dead_row(d) for d in variants]),),
+        legend=tuple(map(kind_series, kinds)) if len(kinds) > 1 else (),
+    )
+
+
+def _dead_row(dictionary: DictionaryFacts) -> ChartRow:
+    name, normalisation, metrics = dictionary.name, dictionary.normalisation, dictionary.metrics
+    dead = f"{metrics.dead:,} of {metrics.size:,} never fired ({percent(metrics.dead_share)})\nat {metrics.tokens:,} tokens"
+    point = PlotPoint(x=metrics.dead_share, tip=f"{name}\nnormalisation: {normalisation}\n{dead}")
+    entry = RowEntry(series=kind_series(dictionary.kind), point=point, bar=True)
+    return ChartRow(name=f"{normalisation}: {name}", note=percent(metrics.dead_share), entries=(entry,))
+
+
+def _density(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
+    """Return a histogram for each dictionary, drawn as a strip of colours."""
+    edges = Evaluation.edges
+    used = [i for i in range(len(edges) - 1) if any(i < len(d.metrics.density) and d.metrics.density[i] for d in evaluated)]
+    bins = range(min(used), max(used) + 1) if used else range(len(edges) - 2, len(edges) - 1)
+    most = max((_share(d, i) for d in evaluated for i in bins), default=0.0) or 1.0
+    sites = dict.fromkeys(str(d.ref.site) for d in evaluated)
+    return ReportFigure(
+        name="density",
+        title="Density of features",
+        caption="The share of the held-out tokens at which features fire: each strip is the histogram of one dictionary, rare "
+        "features on the left. Dead features are in no cell; their share is at the end of the line.",
+        formula="tokens at which a feature's code is positive / tokens; cells of a quarter of a power of ten",
+        table=FigureTable(
+            ("dictionary", "log10 density from", "log10 density to", "features", "share of features"),
+            tuple((d.name, edges[i], edges[i + 1], d.metrics.density[i], _share(d, i)) for d in evaluated for i in bins),
+        ),
+        drawings=tuple(_strips(site, [d for d in evaluated if str(d.ref.site) == site], bins, most) for site in sites),
+        ramp=ramp("0 %", percent(most), "share of a dictionary's features"),
+    )
+
+
+def _strips(site: str, members: Sequence[DictionaryFacts], bins: range, most: float) -> Drawing:
+    powers = {i: percent(10.0**edge) for i, edge in enumerate(Evaluation.edges)}
+
+    def cell(dictionary: DictionaryFacts, i: int) -> HeatCell | None:
+        features = dictionary.metrics.density[i]
+        if not features:
+            return None
+        amount = f"{features:,} features, {percent(_share(dictionary, i))}"
+        tip = f"{dictionary.name}\nfire at {powers[i]} to {powers[i + 1]} of the tokens:\n{amount}"
+        return HeatCell(share=_share(dictionary, i) / most, label="", tip=tip)
+
+    return heat_strips(
+        site,
+        f"Histograms of how often the features of {len(members)} dictionaries fire.",
+        [
+            HeatStrip(name=d.ref.label, note=f"dead {percent(d.metrics.dead_share)}", cells=tuple(cell(d, i) for i in bins))
+            for d in members
+        ],
+        ticks=[(i - bins[0], powers[i]) for i in range(bins[0], bins[-1] + 2) if Evaluation.edges[i] % 1 == 0],
+        label="share of the tokens at which a feature fires",
+    )
+
+
+def _share(dictionary: DictionaryFacts, i: int) -> float:
+    return dictionary.metrics.density[i] / dictionary.metrics.size
+
+
+class TableColumn(NamedTuple):
+    """A column of the table: its name, its meaning, and how its value is read and written."""
+
+    name: str
+    meaning: str
+    value: Callable[[Evaluation], float | None]
+    write: Callable[[float | None], str] = number
+
+
+def _of_space(entry: str, normalised: bool) -> Callable[[Evaluation], float | None]:
+    """Return a function that reads a metric in model space or in the space of normalised activations."""
+
+    def value(evaluation: Evaluation) -> float | None:
+        quality = evaluation.overall
+        return getattr((quality.normalised_space if normalised else None) or quality.model_space, entry)
+
+    return value
+
+
+def _whole(value: float | None) -> str:
+    return number(value) if value is None or value != value else f"{value:,.0f}"
+
+
+def _similarity(evaluation: Evaluation, measure: str) -> float | None:
+    replacement = evaluation.effect and evaluation.effect.similarity.get(measure)
+    return replacement.reconstruction if replacement else None
+
+
+SSIM = "ssim"
+"""Its name in the record; it is always measured."""
+SAME_IN_Z = "the same in the space of normalised activations"
+COLUMNS = (
+    TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _whole),
+    TableColumn("FVU", "sum |x - y|² / sum |x - mean x|², in model space", _of_space("fvu", False)),
+    TableColumn("FVU in z", SAME_IN_Z, _of_space("fvu", True)),
+    TableColumn("FVU raw", "sum |x - y|² / sum |x|²: the mean counts as explained; in model space", _of_space("fvu_raw", False)),
+    TableColumn("FVU raw in z", SAME_IN_Z, _of_space("fvu_raw", True)),
+    TableColumn(
+        "r2",
+        'squared correlation of x and y on each axis, mean over axes, in model space: "variance explained" of arXiv 2505.24360, '
+        "blind to scale and offset",
+        _of_space("r2", False),
+    ),
+    TableColumn("r2 in z", SAME_IN_Z, _of_space("r2", True)),
+    TableColumn(
+        "EV",
+        "1 - var(x - y) / var(x) on each axis, mean over axes, in model space: explained variance of arXiv 2410.22366, blind "
+        "to offset",
+        _of_space("ev", False),
+    ),
+    TableColumn("EV in z", SAME_IN_Z, _of_space("ev", True)),
+    TableColumn("cosine", "of x and y, mean over tokens, in model space", _of_space("cosine", False)),
+    TableColumn("cosine in z", SAME_IN_Z, _of_space("cosine", True)),
+    TableColumn("L0", "codes other than 0 per token", lambda e: e.overall.l0),
+    TableColumn(
+        "negative", "share of these that are negative; they do not count as firing", lambda e: e.overall.negative, percent
+    ),
+    TableColumn("dead", "share of features that fired at none of the tokens", lambda e: e.dead_share, percent),
+    TableColumn(
+        "v / mean",
+        "squared error of the denoiser's prediction with y in place of x, as a share of that with the mean",
+        lambda e: e.effect and e.effect.prediction.of_mean,
+    ),
+    TableColumn("v / zero", "the same as a share of that with zero", lambda e: e.effect and e.effect.prediction.of_zero),
+    TableColumn(
+        "PSNR",
+        "of finished images generated with y in place of x at every step, compared with the model's own; decibels",
+        lambda e: e.effect and e.effect.psnr and e.effect.psnr.reconstruction,
+    ),
+    TableColumn("SSIM", "the same by structural similarity", lambda e: _similarity(e, SSIM)),
+)
+MEASURES = {
+    "clip": "the same by the cosine of their embeddings in this CLIP model; 1 for equal images",
+    "lpips": "the same by the distance of LPIPS; 0 for equal images",
+}
+"""The meaning of measures of similarity, by the first part of their names."""
+
+
+def metric_columns(evaluations: Iterable[Evaluation]) -> tuple[TableColumn, ...]:
+    """Return the columns of a table of these: all metrics, and each measure of similarity that one of them has."""
+    effects = (evaluation.effect for evaluation in evaluations)
+    names = {name for effect in effects if effect is not None for name in effect.similarity} - {SSIM}
+    return (*COLUMNS, *map(_measure, sorted(names)))
+
+
+def _measure(name: str) -> TableColumn:
+    meaning = MEASURES.get(name.partition(":")[0], "the same by the measure of this name")
+    return TableColumn(name, meaning, lambda evaluation: _similarity(evaluation, name))
+
+
+def dictionaries(facts: StudyFacts) -> ReportSection:
+    """Return the section with the table of all dictionaries."""
+    evaluated = facts.evaluated
+    columns = metric_columns(d.metrics for d in evaluated)
+    waiting = [d.name for d in facts.dictionaries if d.evaluation is None]
+    missing = [MissingFigure(f"Metrics of {', '.join(waiting)}", "difflex evaluate STUDY")] if waiting else []
+    if not facts.dictionaries:
+        missing.append(MissingFigure("Dictionaries", "difflex train STUDY or difflex itda STUDY"))
+    file = csv_figure(
+        "dictionaries",
+        "All digits of the table above.",
+        ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns)),
+        ((d.name, d.kind, d.normalisation, d.k, d.size, *(column.value(d.metrics) for column in columns)) for d in evaluated),
+    )
+    return ReportSection(
+        name="dictionaries",
+        title="All dictionaries",
+        lead="Click on a column to sort by it, and again to reverse the order. x is an activation and y its reconstruction; model "
+        "space is that of the activations, z the space of normalised activations, in which the dictionary was trained. Without "
+        "normalisation the two are the same.",
+        figures=(file,) if evaluated else (),
+        missing=tuple(missing),
+        body=_table(evaluated, columns) if evaluated else Markup(""),
+    )
+
+
+def _table(evaluated: Iterable[DictionaryFacts], columns: Sequence[TableColumn]) -> Markup:
+    heads = {"dictionary": "SITE/LABEL", "normalisation": "of activations before training"}
+    heads |= {column.name: column.meaning for column in columns}
+    rows = []
+    for d in evaluated:
+        values = [column.value(d.metrics) for column in columns]
+        texts = [column.write(value) for column, value in zip(columns, values, strict=True)]
+        rows.append(SortableRow(d.name, d.normalisation, list(zip(values, texts, strict=True))))
+    meanings = [part for column in columns for part in (element("dt", column.name), element("dd", column.meaning))]
+    legend = element("details", element("summary", "The meaning of the columns"), element("dl", *meanings, class_="meanings"))
+    return sortable_table(heads, rows, "Metrics of all dictionaries") + legend

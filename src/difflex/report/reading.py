@@ -1,0 +1,373 @@
+"""Read the records of a study once; records that are damaged, of another model or of older weights are named and left out."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from difflex.dictionaries import fingerprint
+from difflex.dictionaries.files import DictionaryConfig, read_config
+from difflex.effects import Provenance, SteeringResults
+from difflex.effects.findings import Findings
+from difflex.effects.removal import RemovalResults
+from difflex.errors import DifflexError
+from difflex.evaluation import Evaluation
+from difflex.evaluation.anatomy import Anatomy
+from difflex.evaluation.concepts.results import ConceptMatches
+from difflex.features import Book, BookInfo
+from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts
+from difflex.store import Store
+from difflex.study import DictionaryRef, Study, read_log, recipe_name
+
+__all__ = ["read_facts"]
+
+DETECTS = 0.8
+"""The average precision from which on a feature detects a concept."""
+WORDS = ("dictionary", "fingerprint", "data")
+"""The entries of an evaluation that are not numbers."""
+FILES = (
+    "study.json",
+    "run.json",
+    "anatomy.json",
+    "*/*/manifest.json",
+    "*/*/*/config.json",
+    "evaluation/*/*.json",
+    "concepts/*/*.json",
+    "steering/judged/*/*.json",
+    "steering/removal/*/*.json",
+    "steering/findings/*.json",
+)
+"""The files of a study whose times are shown."""
+T = TypeVar("T")
+
+
+def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
+    """Return the facts of `study`, and the concept matches and books of `control`, a study of the same model untrained."""
+    problems: list[str] = []
+    reader = _StudyReader(study, problems)
+    control_reader = _StudyReader(control, problems, untrained=True) if control else None
+    dictionaries = reader.dictionaries()
+    matches = [*reader.matches(), *(control_reader.matches() if control_reader else ())]
+    return StudyFacts(
+        name=study.folder.resolve().name,
+        study=study,
+        started=_latest_time([study.folder / "study.json"]),
+        latest=_latest_time(path for pattern in FILES for path in study.folder.glob(pattern)),
+        diary=(entries := tuple(reader.load(read_log, study.folder) or ())),
+        recipe=recipe_name(study.folder) if entries else None,
+        stores=tuple(store for folder in study.stores().values() if (store := reader.load(_store, folder)) is not None),
+        dictionaries=dictionaries,
+        matches=tuple(_comparable(matches, problems)),
+        anatomy=reader.anatomy(),
+        books=reader.books(),
+        control=control,
+        control_books=control_reader.books() if control_reader else (),
+        steering=tuple(steering for dictionary in dictionaries if (steering := reader.steering(dictionary, matches)) is not None),
+        removals=reader.removals(),
+        findings=reader.findings(),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+class _StudyReader:
+    """Reads the records of one study; those that cannot be used are added to `problems`."""
+
+    def __init__(self, study: Study, problems: list[str], untrained: bool = False) -> None:
+        self.study, self.problems, self.untrained = study, problems, untrained
+        self._folders = {str(ref): study.dictionary(*ref) for ref in study.dictionaries()}
+        self._fingerprints: dict[str, str | None] = {}
+
+    def load(self, read: Callable[[Path], T], path: Path) -> T | None:
+        """Return the record at `path`; None, with a problem, where it cannot be read."""
+        try:
+            return read(path)
+        except (DifflexError, OSError) as error:
+            self.problems.append(str(error))
+            return None
+
+    def fingerprint(self, name: str) -> str | None:
+        """Return the fingerprint of the dictionary SITE/LABEL; None where it does not exist or cannot be read."""
+        if name not in self._fingerprints:
+            folder = self._folders.get(name)
+            self._fingerprints[name] = None if folder is None else self.load(fingerprint, folder)
+        return self._fingerprints[name]
+
+    def dictionaries(self) -> tuple[DictionaryFacts, ...]:
+        """Return every dictionary whose config can be read, with its evaluation if that is of its present weights."""
+        facts = []
+        for ref in self.study.dictionaries():
+            config = self.load(read_config, self.study.dictionary(*ref))
+            if config is not None:
+                facts.append(
+                    DictionaryFacts(
+                        ref=ref,
+                        kind=config.kind,
+                        size=config.size,
+                        k=config.k,
+                        normalisation=_normalisation(config),
+                        data=str(config.training.get("data", "")),
+                        variant=ref.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
+                        evaluation=self._evaluation(ref, config),
+                    )
+                )
+        return tuple(facts)
+
+    def _evaluation(self, ref: DictionaryRef, config: DictionaryConfig) -> Evaluation | None:
+        path = self.study.evaluation(*ref)
+        evaluation = self.load(Evaluation.load, path) if path.exists() else None
+        if evaluation is None:
+            return None
+        if evaluation.fingerprint != self.fingerprint(str(ref)):
+            self.problems.append(f"{ref}: the dictionary has changed since it was evaluated. Run difflex evaluate again.")
+        elif not _is_valid_evaluation(evaluation, config):
+            self.problems.append(f"{path} has values that are not numbers: it is damaged. Delete it and run difflex evaluate.")
+        else:
+            return evaluation
+        return None
+
+    def books(self) -> tuple[DictionaryRef, ...]:
+        """Return the dictionaries that have a book of their present weights."""
+        refs = []
+        for ref in self.study.dictionaries():
+            path = self.study.book(*ref)
+            info = self.load(_book_info, path) if path.exists() else None
+            if info is None:
+                continue
+            if info.fingerprint == self.fingerprint(str(ref)):
+                refs.append(ref)
+            else:
+                self.problems.append(f"{ref}: the dictionary has changed since its book was written. Run difflex collect again.")
+        return tuple(refs)
+
+    def matches(self) -> list[MatchFacts]:
+        """Return the concept matches that are of the study's model and of the present weights of its dictionaries."""
+        facts = []
+        for path in sorted(self.study.folder.glob("concepts/*/*.json")):
+            matches = self.load(ConceptMatches.load, path)
+            name = f"concepts/{path.parent.name}/{path.name}"
+            if matches is None:
+                continue
+            inputs = matches.inputs
+            if not _are_valid_matches(matches):
+                self.problems.append(
+                    f"{name} has values that are not numbers: it is damaged. Delete it and run difflex concepts."
+                )
+            elif inputs and (inputs.model, inputs.revision) != (self.study.model, self.study.revision):
+                self.problems.append(
+                    f"{name} is of {inputs.model} {inputs.revision}, not of this study. Run difflex concepts again."
+                )
+            elif (match := self._match(matches, name)) is not None:
+                facts.append(match)
+        return facts
+
+    def _match(self, matches: ConceptMatches, name: str) -> MatchFacts | None:
+        dictionary = str(DictionaryRef(matches.site, matches.label))
+        if matches.fingerprint is None:
+            kind, k = matches.label.split("-")[0], _k_of_label(matches.label)
+            return None if self.untrained else MatchFacts(matches=matches, kind=kind, normalisation=None, untrained=False, k=k)
+        if dictionary not in self._folders:
+            self.problems.append(f"{name} is of a dictionary that no longer exists. Delete it.")
+            return None
+        if matches.fingerprint != self.fingerprint(dictionary):
+            self.problems.append(f"{name}: the dictionary has changed since. Run difflex concepts again.")
+            return None
+        config = self.load(read_config, self._folders[dictionary])
+        if config is None:
+            return None
+        normalisation = None if config.kind == "neurons" else _normalisation(config)
+        return MatchFacts(matches=matches, kind=config.kind, normalisation=normalisation, untrained=self.untrained, k=config.k)
+
+    def steering(self, dictionary: DictionaryFacts, matches: Iterable[MatchFacts]) -> SteeringFacts | None:
+        """Return the results of steering with a dictionary's features, if they are of its present weights."""
+        ref, name = dictionary.ref, dictionary.name
+        path = self.study.steering(*ref)
+        results = self.load(SteeringResults.load, path) if path.exists() else None
+        if results is None:
+            return None
+        if results.model != self.study.model or results.provenance.fingerprints.get(name) != self.fingerprint(name):
+            self.problems.append(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
+            return None
+        if not _are_valid_results(results):
+            self.problems.append(f"{path} has values that are not numbers: it is damaged. Delete it and run difflex steer-eval.")
+            return None
+        own = [m.matches for m in matches if not m.untrained and (m.matches.site, m.matches.label) == ref]
+        coverage = _coverage_from_file(results) if "concepts" in results.provenance.files else None
+        if coverage is None and own:
+            coverage = _coverage(own[0], results, ref)
+        if coverage is None:
+            self.problems.append(
+                f"{name}: there are results of steering, but it is not known what its features detect. Run difflex concepts."
+            )
+            return None
+        files = [(strip, path.with_suffix("") / strip.file) for strip in results.strips]
+        strips = tuple((strip, file) for strip, file in files if self.load(_check_image, file))
+        return SteeringFacts(ref=ref, kind=dictionary.kind, results=results, coverage=coverage, strips=strips)
+
+    def removals(self) -> tuple[RemovalResults, ...]:
+        """Return the results of removing concepts that are of the present weights of their dictionaries."""
+        current = []
+        for path in self.study.removals():
+            results = self.load(RemovalResults.load, path)
+            if results is None:
+                continue
+            same = all(results.provenance.fingerprints.get(name) == self.fingerprint(name) for name in results.dictionaries)
+            if results.model == self.study.model and same:
+                current.append(results)
+            else:
+                self.problems.append(f"{path} is of older weights of its dictionaries. Run difflex removal again.")
+        return tuple(current)
+
+    def findings(self) -> tuple[Findings, ...]:
+        """Return the findings of the study's model, without those whose dictionaries have changed."""
+        current = []
+        for path in sorted((self.study.folder / "steering" / "findings").glob("*.json")):
+            findings = self.load(Findings.load, path)
+            if findings is None:
+                continue
+            if (findings.model, findings.revision) != (self.study.model, self.study.revision):
+                self.problems.append(
+                    f"{path} is of {findings.model} {findings.revision}, not of this study. Run difflex findings again."
+                )
+                continue
+            stale = {finding.name: self._changed(finding.provenance) for finding in findings.findings}
+            self.problems.extend(
+                f"{path}: '{name}' is of older weights of {', '.join(changed)}. Run difflex findings again."
+                for name, changed in stale.items()
+                if changed
+            )
+            current.append(replace(findings, findings=tuple(each for each in findings.findings if not stale[each.name])))
+        return tuple(current)
+
+    def _changed(self, provenance: Provenance) -> list[str]:
+        """Return the dictionaries that have changed since."""
+        return [name for name, checksum in provenance.fingerprints.items() if checksum != self.fingerprint(name)]
+
+    def anatomy(self) -> Anatomy | None:
+        """Return the anatomy of the study if it is of its model."""
+        path = self.study.anatomy
+        anatomy = self.load(Anatomy.load, path) if path.exists() else None
+        if anatomy is None:
+            return None
+        revision = anatomy.inputs.revision if anatomy.inputs else self.study.revision
+        if (anatomy.model, revision) != (self.study.model, self.study.revision):
+            self.problems.append(f"{path.name} is of {anatomy.model} {revision}, not of this study. Run difflex anatomy again.")
+            return None
+        return anatomy
+
+
+def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[MatchFacts]:
+    """Return the matches of each block that were measured on the same images in the same way as most of them."""
+    comparable: list[MatchFacts] = []
+    by_path: dict[str, list[MatchFacts]] = {}
+    for match in matches:
+        by_path.setdefault(match.path, []).append(match)
+    for path, candidates in by_path.items():
+        settings = Counter(match.settings for match in candidates if not match.untrained)
+        if not settings:
+            continue  # matches of a control alone compare with nothing
+        usual, _ = settings.most_common(1)[0]
+        comparable += [match for match in candidates if match.settings == usual]
+        problems += [
+            f"{path}: {match.name} was measured on other images, or in another way, than the other methods there, and is left out "
+            "of the figures. Run difflex concepts for all of them together."
+            for match in candidates
+            if match.settings != usual
+        ]
+    return comparable
+
+
+def _coverage_from_file(results: SteeringResults) -> dict[str, GroupCoverage]:
+    """Return the coverage of concepts from a file: each was steered with the feature that the file names."""
+    names: dict[str, list[str]] = {}
+    for curve in results.curves:
+        names.setdefault(curve.group, []).append(curve.concept)
+    concepts = {group: frozenset(of) for group, of in names.items()}
+    return {group: GroupCoverage(len(of), 0, of) for group, of in concepts.items()}
+
+
+def _coverage(matches: ConceptMatches, results: SteeringResults, ref: DictionaryRef) -> dict[str, GroupCoverage]:
+    """Return by group how many concepts there are, and which the features that were steered with detect."""
+    steered = {curve.concept: curve.description for curve in results.of("feature")}
+    coverage = {}
+    for group in dict.fromkeys([*results.config.groups, *(curve.group for curve in results.curves)]):
+        concepts = [result for result in matches.clearest_level.results if result.concept.group == group]
+        detected = [
+            result.concept.name
+            for result in concepts
+            if result.best.ap.value >= DETECTS and steered.get(result.concept.name) == f"{ref} {result.best.features[0]}"
+        ]
+        rare = sum(concept.group == group for concept in matches.rare_concepts)
+        coverage[group] = GroupCoverage(len(concepts) + rare, rare, frozenset(detected))
+    return coverage
+
+
+def _is_valid_evaluation(evaluation: Evaluation, config: DictionaryConfig) -> bool:
+    """Return whether all its metrics are numbers or NaN, and its counts are those of this dictionary."""
+    metrics = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
+    fits = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
+    return fits and all(isinstance(value, int | float | None) for value in _leaves(metrics))
+
+
+def _are_valid_matches(matches: ConceptMatches) -> bool:
+    """Return whether all values that are shown are numbers or NaN."""
+    values = [value for level in matches.levels for result in level.results for value in (*result.best.ap, *result.probe)]
+    values += [share for level in matches.levels for share in level.coverage]
+    return bool(matches.levels) and all(isinstance(value, int | float) for value in (*values, *matches.features.ap))
+
+
+def _are_valid_results(results: SteeringResults) -> bool:
+    """Return whether all values of curves are finite numbers."""
+    values = [
+        value
+        for curve in results.curves
+        for point in curve.points
+        for value in (point.strength, point.success, point.specificity, point.quality, point.confidence)
+    ]
+    values += [curve.without for curve in results.curves]
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def _leaves(entry: object) -> Iterator[object]:
+    children = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list | tuple) else None
+    if children is None:
+        yield entry
+        return
+    for child in children:
+        yield from _leaves(child)
+
+
+def _normalisation(config: DictionaryConfig) -> str:
+    settings = config.settings.get("normalisation")
+    method = settings.get("method") if isinstance(settings, Mapping) else None
+    return method if isinstance(method, str) else "none"
+
+
+def _k_of_label(label: str) -> int:
+    """Return the k in a label, 0 for a label without one."""
+    return next((int(part[1:]) for part in label.split("-") if part[:1] == "k" and part[1:].isdecimal()), 0)
+
+
+def _check_image(path: Path) -> bool:
+    with Image.open(path) as file:
+        file.load()
+    return True
+
+
+def _store(folder: Path) -> StoreFacts:
+    store = Store.open(folder)
+    return StoreFacts(site=store.site, tokens=store.count() + store.count("held-out"), complete=store.complete)
+
+
+def _book_info(path: Path) -> BookInfo:
+    with Book.open(path) as book:
+        return book.about
+
+
+def _latest_time(paths: Iterable[Path]) -> datetime | None:
+    times = [path.stat().st_mtime for path in paths if path.is_file()]
+    return datetime.fromtimestamp(max(times), UTC) if times else None

@@ -1,0 +1,85 @@
+"""How numbers are written, and how kinds of dictionaries are called and look, in every figure."""
+
+import math
+from collections.abc import Mapping
+
+from difflex.report.drawing.charts import Series, SeriesStyle
+
+__all__ = ["DASHES", "NONE", "SAE_KINDS", "STYLES", "count", "grouped", "kind_series", "number", "percent", "styles_by_name"]
+
+NONE = "\N{EN DASH}"
+"""In place of a missing number."""
+NAMES = {
+    "topk": "TopK SAE",
+    "batchtopk": "BatchTopK SAE",
+    "jumprelu": "JumpReLU SAE",
+    "matryoshka": "Matryoshka SAE",
+    "itda": "ITDA",
+    "neurons": "neurons",
+    "pca": "principal axes",
+    "random": "random directions",
+}
+SAE_KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
+STYLES = {
+    "topk": SeriesStyle(colour=0, marker="circle"),
+    "itda": SeriesStyle(colour=1, marker="diamond", dash="7 3"),
+    "neurons": SeriesStyle(colour=2, marker="square", dash="1 4"),
+    "pca": SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3"),
+    "random": SeriesStyle(colour=4, marker="cross", dash="3 3"),
+    "batchtopk": SeriesStyle(colour=6, marker="ring", dash="12 3"),
+    "jumprelu": SeriesStyle(colour=7, marker="square", dash="5 2"),
+    "matryoshka": SeriesStyle(colour=8, marker="triangle", dash="2 2"),
+    "untrained": SeriesStyle(colour=5, marker="wedge", dash="12 3 2 3"),
+}
+DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return `value` with so many significant digits; NaN and infinity by name."""
+    if value is None:
+        return NONE
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    places = max(digits - 1 - math.floor(math.log10(abs(value))), 0) if value else 0
+    return f"{value:,.{places}f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in per cent; shares close to 0 or 1 are not rounded to 0 % or 100 %."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    rest = abs(1 - value)
+    if 0 < rest < 0.01:
+        return f"{100 * value:.{max(math.ceil(-math.log10(rest)) - 2, 0)}f} %"
+    return f"{100 * value:.0f} %" if abs(value) >= 0.1 or not value else f"{100 * value:.2g} %"
+
+
+def count(value: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun, as in `3 dictionaries`."""
+    return f"{value:,} {singular if value == 1 else plural or singular + 's'}"
+
+
+def grouped(texts: Mapping[str, str]) -> str:
+    """Return the distinct texts of several names, each with the names it is true of unless it is true of all."""
+    names = {text: [name for name, own in texts.items() if own == text] for text in texts.values()}
+    return "; ".join(text if len(names) == 1 else f"{text} ({', '.join(of)})" for text, of in names.items())
+
+
+def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series:
+    """Return the series of a kind of dictionary or baseline; `line` for a figure with lines."""
+    name = NAMES.get(kind, kind)
+    if untrained:
+        return Series(f"{kind} untrained", f"{name} of an untrained model", STYLES["untrained"], line)
+    return Series(kind, name, STYLES.get(kind, SeriesStyle(colour=8, marker="ring")), line)
+
+
+def styles_by_name(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:
+    """Return the style of each name, whose kind is known; names of one kind differ in their dashes."""
+    styles = {}
+    for name, kind in kinds.items():
+        same, style = [own for own in kinds if kinds[own] == kind], kind_series(kind).style
+        dash = style.dash if len(same) == 1 else DASHES[same.index(name) % len(DASHES)]
+        styles[name] = SeriesStyle(colour=style.colour, marker=style.marker, dash=dash)
+    return styles
