@@ -19,7 +19,7 @@ from difflex.testing import plain_book
 torch.set_num_threads(1)
 BAR = 1.3
 """Times calls x latency / connections."""
-SERVER = "from difflex.testing.seeing import main; main()"
+SERVER = "from difflex.testing.vlm import main; main()"
 
 
 def explained(folder: Path, url: str, features: int, connections: int) -> tuple[float, int, int]:

@@ -49,7 +49,7 @@ def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: 
     assert "red by feature 5, 1 of 1" in said and "gain" in said
     assert [curve.method for curve in found.curves] == ["feature", "contrast", "random", "prompt"]
     assert all(curve.trials == 3 and (curve.concept, curve.group) == ("red", "colour") for curve in found.curves)
-    assert found.made_from["judge"] == clip and found.made_from["told"]
+    assert found.provenance.judge == clip and found.provenance.files["concepts"]
 
 
 def test_tokens_of_text_are_steered_wherever_the_concept_is_put(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -59,7 +59,7 @@ def test_tokens_of_text_are_steered_wherever_the_concept_is_put(root: Path, caps
 
 def test_a_model_that_answers_is_asked_once_for_each_image_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):
     def rule(images, told: str, form: str) -> dict[str, bool]:
-        assert form == "seen" and len(images) == 2 and '"red"' in told and '"something ' in told
+        assert form == "presence" and len(images) == 2 and '"red"' in told and '"something ' in told
         return {"shows": images[1].width < images[1].height, "rest": True}  # the left half is shown, too
 
     with RuleServer({"malformed": 0.2, "limited": 0.1}, rule=rule) as server:
@@ -67,7 +67,7 @@ def test_a_model_that_answers_is_asked_once_for_each_image_whatever_its_mood(roo
         assert main(words(root, *asked)) == 0
         told, calls = capsys.readouterr().out, len(server.served)
         before = judged(root)
-        assert f"{calls} calls" in told and len({each.question for each in server.served if each.mood == "good"}) <= 3 * 8
+        assert f"{calls} calls" in told and len({each.request for each in server.served if each.behaviour == "good"}) <= 3 * 8
         assert main(words(root, *asked)) == 0
         # What was answered is not asked again.
         assert len(server.served) == calls and judged(root) == before

@@ -25,8 +25,7 @@ from difflex.explanation import (
     RetryPolicy,
     TokenPrice,
 )
-from difflex.explanation.asked import MalformedAnswer, TokenUsage, content_key, read
-from difflex.explanation.wording import to_explain, to_judge
+from difflex.explanation.questions import MalformedAnswer, TokenUsage, content_key, read, to_explain, to_judge
 from difflex.testing import RuleServer
 
 EXPLAIN = to_explain(2)
@@ -71,7 +70,7 @@ def test_what_is_answered_is_not_sent_again_and_the_server_knows_it_by_the_same_
         first = explained(asker(server.url), keys)
         again = asker(server.url)
         assert explained(again, keys) == first and again.asked.found == 1
-        assert [call.question for call in server.served] == keys[:1] == keys[1:]
+        assert [call.request for call in server.served] == keys[:1] == keys[1:]
         assert keys[0] == content_key(MODEL, VIEWS, EXPLAIN, ExplanationAnswer)
 
 
@@ -108,7 +107,7 @@ def test_what_comes_to_nothing_on_its_way_is_sent_again(asker: Endpoints, answer
     with RuleServer({mood: 0.6}, hangs=3.0, seed=5) as server:
         by = asker(server.url, timeout=1.0)
         assert explained(by).common_pattern == f"areas in {code(3)}"
-        moods = [call.mood for call in server.served]
+        moods = [call.behaviour for call in server.served]
     assert moods[-1] == "good" and set(moods[:-1]) == {mood}
     assert [outcome.split(":")[0] for outcome in outcomes(answers)] == ["fault"] * (len(moods) - 1) + ["valid"]
 
@@ -154,9 +153,9 @@ def test_an_endpoint_that_is_not_there_ends_the_work_instead_of_failing_every_fe
 def test_one_bad_question_does_not_end_the_work_but_eight_in_a_row_do(asker: Endpoints, answers: AnswerCache):
     with RuleServer({"broken": 1.0}) as server:
         by = asker(server.url, terms=RequestPolicy(patience=RetryPolicy(sent_again=0)))
-        server._moods.clear()
+        server.behaviours.clear()
         explained(by)
-        server._moods["broken"] = 1.0
+        server.behaviours["broken"] = 1.0
         for number in range(7):
             with pytest.raises(NoAnswer, match="broken by"):
                 by.see([view(number)], EXPLAIN, ExplanationAnswer, [])

@@ -31,9 +31,9 @@ from difflex.explanation import (
     explain,
     rehearse,
 )
-from difflex.explanation.asked import VLMAnswer
-from difflex.explanation.backend import BackendReply
+from difflex.explanation.backends import BackendReply
 from difflex.explanation.protocol import UnsuitableFeature, plan
+from difflex.explanation.questions import VLMAnswer
 from difflex.features import Book, ImageAlbum
 from difflex.testing import RuleServer
 
@@ -179,7 +179,7 @@ def test_what_fails_is_marked_with_its_reason_and_tried_again_by_the_next_run(ma
             ("failed", "refused: I cannot help with that.")
         ]
         assert sum(each.calls for each in written.usage()) == 10, "what was paid for nothing is told as well"
-        server._moods.clear()
+        server.behaviours.clear()
         assert explain(written, [2, 5], asker(server.url), album, progress=False).done == (2, 5)
     assert [each.state for each in written.explanations(2)] == ["done"]
     assert sum(each.calls for each in written.usage()) == 10 + 2 * 12
@@ -202,7 +202,7 @@ def test_with_faults_of_every_kind_all_features_end_complete_and_correct(tmp_pat
         work = explain(written, range(features), endpoints(server.url, terms=terms, timeout=2.0), album, progress=False)
         endpoints.close()
         assert len(work.done) == features and not work.failed
-        met = [call.mood for call in server.served]
+        met = [call.behaviour for call in server.served]
         assert {*met} == {*FAULTS, "good"}
         assert after_valid(answers) == [], "what was answered is not sent again"
         for found in written.explanations():
@@ -282,13 +282,13 @@ def test_killed_at_any_moment_and_run_again_nothing_in_the_cache_is_paid_twice(t
                 time.sleep(0.002)
             child.send_signal(signal.SIGKILL)
             child.wait()
-            assert not in_cache & {call.question for call in server.served[begun:]}
+            assert not in_cache & {call.request for call in server.served[begun:]}
             with sqlite3.connect(tmp_path / "answers.sqlite") as file:
                 in_cache = {key for [key] in file.execute("SELECT key FROM answers")}
             assert len(in_cache) >= least - 25
         begun = len(server.served)
         subprocess.run([*words, server.url], check=True)
-        assert not in_cache & {call.question for call in server.served[begun:]}
+        assert not in_cache & {call.request for call in server.served[begun:]}
         assert len(server.served) <= 60 * 12 + 2 * 4, "at most one call of each connection was lost with each kill"
     with Book.open(tmp_path / "book.sqlite") as after:
         found = after.explanations()

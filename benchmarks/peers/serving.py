@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print, some of them when imported, must not mix with the answers
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
-from difflex.testing.planted import PlantedDictionary  # noqa: E402 (found by the line above)
+from difflex.testing import PlantedDictionary  # noqa: E402 (found by the line above)
 from difflex.records import ActivationBatch  # noqa: E402
 from difflex.store import Store  # noqa: E402
 

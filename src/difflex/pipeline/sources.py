@@ -18,7 +18,7 @@ from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import parsing, read_json
 from difflex.pipeline.components import PipelinePlan, read_plan
 from difflex.pipeline.families import Family
-from difflex.quiet import quiet, hide_progress_bars
+from difflex.quiet import hide_progress_bars, quiet
 
 __all__ = [
     "ModelDefaults",

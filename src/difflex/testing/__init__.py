@@ -1,15 +1,13 @@
-"""Public fakes: tiny random pipelines of every family, a tiny CLIP, a book of plain images, a model that sees by rule."""
+"""Fakes for tests: tiny random pipelines and CLIPs, planted features, a book of plain images, a VLM that answers by rule."""
 
-from difflex.testing.books import plain_book, plain_colour
 from difflex.testing.pipelines import TINY, tiny_clip, tiny_folder, tiny_pipeline
-from difflex.testing.seeing import MOODS, RuleServer, ServedCall, by_colour
+from difflex.testing.planted import PlantedDictionary, plain_book, plain_colour
+from difflex.testing.vlm import RuleServer
 
 __all__ = [
-    "MOODS",
     "TINY",
+    "PlantedDictionary",
     "RuleServer",
-    "ServedCall",
-    "by_colour",
     "plain_book",
     "plain_colour",
     "tiny_clip",

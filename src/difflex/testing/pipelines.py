@@ -1,9 +1,8 @@
-"""Public fakes: tiny pipelines of every family, of the real diffusers and transformers classes, with random weights.
+"""Tiny pipelines of every family, of the real diffusers and transformers classes, with random weights.
 
-They need no download and run in milliseconds, so that code around any family can be tested anywhere.
+They need no download and run in milliseconds, so that code for any family can be tested anywhere.
 """
 
-import json
 import string
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +16,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
+from difflex.files import write_file, write_json
 from difflex.quiet import hide_progress_bars
 
 __all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
@@ -24,52 +24,54 @@ __all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
 WIDTH = 32
 LETTERS = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
 TEXT_LENGTH = 24
+BLOCKS = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2}
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 32,
+}
+"""A VAE that halves the sides of an image."""
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def tiny_pipeline(family: str, seed: int = 0) -> DiffusionPipeline:
-    """A random pipeline of `family`, one of `TINY`; the same seed gives the same weights."""
+    """Build a random pipeline of `family`, one of `TINY`; the seed determines the weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = TINY[family]()
-        _enliven(pipeline)
+        _fill_zeros(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def tiny_folder(family: str, folder: Path, seed: int = 0, defaults: Mapping[str, object] | None = None) -> Path:
-    """`folder`, now with a random pipeline of `family` and a `difflex.json`, in which `defaults` replaces entries."""
+    """Save a random pipeline of `family` in `folder` with a `difflex.json`, in which `defaults` replaces entries."""
     with hide_progress_bars():
         tiny_pipeline(family, seed).save_pretrained(folder)
-    entries = {
-        "format": 1,
-        "name": folder.name,
-        "family": family,
-        "pixels": [[32, 32], [16, 24]],
-        "steps": 2,
-        "guidance": 0.0,
-        "text_length": TEXT_LENGTH,
-    }
-    (folder / "difflex.json").write_text(json.dumps({**entries, **(defaults or {})}), encoding="utf-8")
+    settings = {"pixels": [[32, 32], [16, 24]], "steps": 2, "guidance": 0.0, "text_length": TEXT_LENGTH}
+    write_json(folder / "difflex.json", 1, {"name": folder.name, "family": family, **settings, **(defaults or {})})
     return folder
 
 
 def tiny_clip(folder: Path, seed: int = 0, side: int = 32) -> Path:
-    """`folder`, now with a random CLIP that looks at images of `side` pixels and reads letters."""
+    """Save a random CLIP in `folder` that takes images of `side` pixels and reads letters."""
     vision = {"image_size": side, "patch_size": side // 4, "num_attention_heads": 2, "num_hidden_layers": 2}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}
     with torch.random.fork_rng(), hide_progress_bars():
         torch.manual_seed(seed)
         text = _clip().config.to_dict()
-        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH}
         config = _transformers("CLIPConfig", text_config=text, vision_config={**vision, **sizes}, projection_dim=WIDTH)
         _transformers("CLIPModel", config).save_pretrained(folder)
         _clip_tokenizer().save_pretrained(folder)
-    seen = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(seen), encoding="utf-8")
+    write_file(folder / "preprocessor_config.json", b'{"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}')
     return folder
 
 
 def _diffusers(name: str, *arguments: object, **named: object) -> Any:
-    """An object of the class `name` of diffusers; the annotations of its constructors name other types than it takes."""
+    """Return an object of the diffusers class `name`; its constructor is annotated with other types than it takes."""
     return getattr(diffusers, name)(*arguments, **named)
 
 
@@ -77,8 +79,8 @@ def _transformers(name: str, *arguments: object, **named: object) -> Any:
     return getattr(transformers, name)(*arguments, **named)
 
 
-def _enliven(pipeline: DiffusionPipeline) -> None:
-    """Fill what starts at zero (biases, gates, projections) with small numbers: else whole branches would go untested."""
+def _fill_zeros(pipeline: DiffusionPipeline) -> None:
+    """Fill parameters that start at zero (biases, gates, projections) with small numbers: else whole branches have no effect."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
@@ -87,7 +89,7 @@ def _enliven(pipeline: DiffusionPipeline) -> None:
                     parameter.normal_(std=0.05)
 
 
-def _clip(projected: bool = False, **changes: int) -> Any:
+def _clip(projected: bool = False) -> Any:
     config = _transformers(
         "CLIPTextConfig",
         vocab_size=2 + 2 * len(LETTERS),
@@ -98,10 +100,9 @@ def _clip(projected: bool = False, **changes: int) -> Any:
         max_position_embeddings=77,
         projection_dim=WIDTH,
         bos_token_id=0,
-        # Two would be taken for a config of an old file and pooled differently.
+        # With 2, transformers would take it for a config of an old file and pool differently.
         eos_token_id=1,
         pad_token_id=1,
-        **changes,
     )
     return _transformers("CLIPTextModelWithProjection" if projected else "CLIPTextModel", config)
 
@@ -111,21 +112,10 @@ def _clip_tokenizer() -> Any:
     return _transformers("CLIPTokenizer", vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
 
 
-def _t5() -> Any:
-    return _transformers(
-        "T5EncoderModel",
-        _transformers(
-            "T5Config",
-            vocab_size=4 + len(LETTERS),
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=2 * WIDTH,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        ),
-    )
+def _t5(width: int = WIDTH) -> Any:
+    layers = {"num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+    config = _transformers("T5Config", vocab_size=4 + len(LETTERS), d_model=width, d_kv=16, d_ff=2 * WIDTH, **layers)
+    return _transformers("T5EncoderModel", config)
 
 
 def _t5_tokenizer() -> Any:
@@ -133,39 +123,25 @@ def _t5_tokenizer() -> Any:
     return _transformers("T5TokenizerFast", vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _vae(latent_channels: int, shift: float | None = 0.1) -> Any:
-    """An autoencoder that halves the sides."""
-    return _diffusers(
-        "AutoencoderKL",
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=0.5,
-        shift_factor=shift,
-        mid_block_add_attention=False,
-    )
+def _vae(shift: float | None = 0.1) -> Any:
+    scale = {"latent_channels": 4, "scaling_factor": 0.5, "shift_factor": shift}
+    return _diffusers("AutoencoderKL", **VAE, **scale, mid_block_add_attention=False)
 
 
 def _flux(guidance_embeds: bool = False) -> DiffusionPipeline:
+    scheduler = _diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=False)
     return _diffusers(
         "FluxPipeline",
-        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=False),
-        vae=_vae(4),
+        scheduler=scheduler,
+        vae=_vae(),
         text_encoder=_clip(),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
         transformer=_diffusers(
             "FluxTransformer2DModel",
+            **BLOCKS,
             in_channels=16,
-            num_layers=2,
-            num_single_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=2,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
             guidance_embeds=guidance_embeds,
@@ -181,47 +157,24 @@ def _flux_dev() -> DiffusionPipeline:
 
 
 def _flux2() -> DiffusionPipeline:
-    """FLUX.2 [klein], with its small Qwen3 text encoder; the transformer is the class that all of FLUX.2 has."""
+    """FLUX.2 [klein] with its small Qwen3 text encoder; all models of FLUX.2 have this class of transformer."""
     pieces = ["<|endoftext|>", *LETTERS, "Ġ", "Ċ"]
     tokenizer = _transformers("Qwen2TokenizerFast", vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    encoder = _transformers(
-        "Qwen3ForCausalLM",
-        _transformers(
-            "Qwen3Config",
-            vocab_size=len(pieces),
-            hidden_size=16,
-            intermediate_size=32,
-            # The pipeline stacks the outputs of layers 9, 18 and 27.
-            num_hidden_layers=27,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=512,
-        ),
-    )
+    # The pipeline concatenates the outputs of layers 9, 18 and 27.
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 27, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    encoder = _transformers("Qwen3ForCausalLM", _transformers("Qwen3Config", vocab_size=len(pieces), **sizes, **heads))
     return _diffusers(
         "Flux2KleinPipeline",
         scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=True),
-        vae=_diffusers(
-            "AutoencoderKLFlux2",
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        ),
+        vae=_diffusers("AutoencoderKLFlux2", **VAE, latent_channels=4),
         text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=_diffusers(
             "Flux2Transformer2DModel",
+            **BLOCKS,
             in_channels=16,
-            num_layers=2,
-            num_single_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=2,
             joint_attention_dim=48,
             timestep_guidance_channels=16,
             axes_dims_rope=(4, 4, 4, 4),
@@ -243,7 +196,7 @@ def _sd3() -> DiffusionPipeline:
             num_layers=3,
             attention_head_dim=16,
             num_attention_heads=2,
-            # As SD 3.5 medium has it in its first blocks.
+            # As in the first blocks of SD 3.5 medium.
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
             joint_attention_dim=2 * WIDTH,
@@ -252,21 +205,15 @@ def _sd3() -> DiffusionPipeline:
             pos_embed_max_size=32,
         ),
         scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0),
-        vae=_vae(4),
+        vae=_vae(),
         text_encoder=_clip(projected=True),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_clip(projected=True),
         tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_wide_t5(),
+        # SD3 concatenates the features of the two CLIPs and pads them to the width of T5.
+        text_encoder_3=_t5(2 * WIDTH),
         tokenizer_3=_t5_tokenizer(),
     )
-
-
-def _wide_t5() -> Any:
-    """SD3 lays the two CLIP streams side by side (64) and pads them to the width of T5."""
-    config = _t5().config
-    config.d_model = 2 * WIDTH
-    return _transformers("T5EncoderModel", config)
 
 
 def _unet(cross: int, **changes: object) -> Any:
@@ -288,7 +235,7 @@ def _unet(cross: int, **changes: object) -> Any:
 def _sdxl() -> DiffusionPipeline:
     return _diffusers(
         "StableDiffusionXLPipeline",
-        vae=_vae(4, shift=None),
+        vae=_vae(shift=None),
         text_encoder=_clip(),
         text_encoder_2=_clip(projected=True),
         tokenizer=_clip_tokenizer(),
@@ -301,7 +248,7 @@ def _sdxl() -> DiffusionPipeline:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + WIDTH,
         ),
-        scheduler=_diffusers("EulerDiscreteScheduler", beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        scheduler=_diffusers("EulerDiscreteScheduler", **BETAS),
         add_watermarker=False,
     )
 
@@ -309,19 +256,12 @@ def _sdxl() -> DiffusionPipeline:
 def _sd1() -> DiffusionPipeline:
     return _diffusers(
         "StableDiffusionPipeline",
-        vae=_vae(4, shift=None),
+        vae=_vae(shift=None),
         text_encoder=_clip(),
         tokenizer=_clip_tokenizer(),
         unet=_unet(WIDTH),
-        # SD 1.x comes with PNDM, which repeats a timestep: the hardest case for whoever asks which step it is.
-        scheduler=_diffusers(
-            "PNDMScheduler",
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            skip_prk_steps=True,
-            steps_offset=1,
-        ),
+        # SD 1.x comes with PNDM, which repeats a timestep: the hardest case for telling the step of a call.
+        scheduler=_diffusers("PNDMScheduler", **BETAS, skip_prk_steps=True, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -333,7 +273,7 @@ def _pixart(kind: str = "PixArtAlphaPipeline") -> DiffusionPipeline:
         kind,
         tokenizer=_t5_tokenizer(),
         text_encoder=_t5(),
-        vae=_vae(4, shift=None),
+        vae=_vae(shift=None),
         transformer=_diffusers(
             "PixArtTransformer2DModel",
             num_attention_heads=2,
@@ -363,4 +303,4 @@ TINY: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
         "pixart-sigma": partial(_pixart, "PixArtSigmaPipeline"),
     }
 )
-"""How each tiny pipeline is built, by the name of its family."""
+"""Builders of the tiny pipelines by the name of their family."""

@@ -1,4 +1,4 @@
-"""Planted dictionaries: activations that are sparse mixtures of known directions, to hold what is learned to the truth."""
+"""Data whose truth is known: activations that mix planted directions, and a feature book of plain images."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.records import ActivationBatch
+from difflex.features import BookInfo, BookWriter, ImageAlbum
+from difflex.features.entries import Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
+from difflex.records import ActivationBatch, Shot, Split
 
-__all__ = ["PlantedDictionary", "PlantedRecovery"]
+__all__ = ["PlantedDictionary", "PlantedRecovery", "plain_book", "plain_colour"]
+
+GRID = (4, 4)
+PEAK = 20.0
 
 
 class PlantedRecovery(NamedTuple):
-    """How well planted directions were found, as the best cosine of each."""
+    """How well a dictionary recovers the planted directions: the mean of each one's best cosine."""
 
     mean: float
     rarest: float
@@ -28,15 +35,15 @@ class PlantedRecovery(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedDictionary:
-    """A world of `truths` directions, of which `active` fire at a token on average."""
+    """A source of activations with `truths` planted directions, of which `active` fire at a token on average."""
 
     width: int = 256
     truths: int = 1024
     active: float = 12.0
     exponent: float = 0.5
-    """The i-th truth fires with a frequency proportional to `i ** -exponent`."""
+    """The i-th direction fires with a frequency proportional to `i ** -exponent`."""
     stretched: int = 16
-    """Axes that are made `stretch` times as wide, as large models have them."""
+    """Number of axes that are `stretch` times as wide as the others, as large models have them."""
     stretch: float = 8.0
     noise: float = 0.05
     """Variance of the noise over the variance of the mixture, before stretching."""
@@ -44,29 +51,28 @@ class PlantedDictionary:
 
     @cached_property
     def frequencies(self) -> Float[Tensor, " truth"]:
-        """The share of tokens at which each truth fires, falling."""
+        """The share of tokens at which each direction fires, in falling order."""
         ranks = torch.arange(1, self.truths + 1, dtype=torch.float64) ** -self.exponent
         return (ranks * self.active / ranks.sum()).float().clamp_max(1)
 
     @cached_property
     def directions(self) -> Float[Tensor, "truth width"]:
-        """The truths in model space, at length one."""
+        """The planted directions in model space, with unit length."""
         return F.normalize(self._mixed * self._axes, dim=1)
 
     def batches(self, batch: int, start: int = 0) -> Iterator[ActivationBatch]:
-        """Endless batches of `batch` rows from number `start` on; each depends on its number and the seed alone."""
+        """Yield endless batches of `batch` rows from number `start` on; each depends on its number and the seed only."""
         for number in count(start):
             generator = self._generator(number + 1)
             fires = torch.rand(batch, self.truths, generator=generator) < self.frequencies
             amounts = fires * (0.5 + torch.rand(batch, self.truths, generator=generator))
             noise = torch.randn(batch, self.width, generator=generator) * self._noise_scale
+            values = (amounts @ self._mixed + noise) * self._axes
             first = number * batch
-            yield ActivationBatch(
-                (amounts @ self._mixed + noise) * self._axes, torch.arange(first, first + batch), torch.zeros(batch).long()
-            )
+            yield ActivationBatch(values, torch.arange(first, first + batch), torch.zeros(batch).long())
 
     def recovery(self, decoder: Float[Tensor, "size width"]) -> PlantedRecovery:
-        """How well the rows of `decoder`, in model space, hold the truths; compared unstretched, where no axis outweighs."""
+        """Compare the rows of `decoder` with the planted directions, without the stretch, so that all axes count alike."""
         rows = F.normalize(decoder / self._axes, dim=1)
         best = torch.cat([(part @ rows.T).amax(1) for part in self._mixed.split(1024)])
         return PlantedRecovery(float(best.mean()), float(best[-(self.truths // 4) :].mean()))
@@ -88,5 +94,94 @@ class PlantedDictionary:
         return (self.noise * float(self.frequencies.sum()) * square / self.width) ** 0.5
 
     def _generator(self, number: int) -> torch.Generator:
-        """Randomness that no small seed elsewhere shares: else a learner could begin with the truth."""
+        """A generator with a seed that no one uses elsewhere: else the first weights of an SAE could be the truth."""
         return torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + number)
+
+
+class _ExampleTemplate(NamedTuple):
+    """An example that every feature has."""
+
+    kind: ExampleKind
+    split: Split
+    rank: int
+    peak: float
+
+
+def plain_colour(number: int) -> tuple[int, int, int]:
+    """Return a colour (red, green, blue) that differs for each of the first 60,000 numbers."""
+    return number * 37 % 256, number // 256 % 256, number * 91 % 256
+
+
+def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, shared: int = 0) -> Path:
+    """Write the book `folder/book.sqlite`, in which each feature fires at one token of images in its own colour; return its path.
+
+    Each feature has `tops` top examples of each split and `sampled` random held-out ones, every one a shot of its own prompt, in
+    which it also fires faintly at a second token; in the first `shared` of these the next feature fires at another token. The
+    nearest decoder is that of the feature after the next. The images are in `folder/images`.
+    """
+    album = ImageAlbum(folder / "images")
+    files = [album.add(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
+    templates = [*_templates(tops, sampled)]
+    shots = len(templates)
+    path, examples = folder / "book.sqlite", [*_examples(features, templates, shared)]
+    with BookWriter.open(path, _book_info(features)) as writer:
+        writer.add_images(ImageFile(number, *file) for number, file in enumerate(files))
+        writer.add_shots(
+            (number, number // shots, _shot(number, templates[number % shots].split)) for number in range(features * shots)
+        )
+        writer.add_features(
+            FeatureStats(feature=feature, firings=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
+            for feature in range(features)
+        )
+        writer.add_examples(examples)
+        for feature in range(features):
+            writer.add_neighbours(feature, [FeatureNeighbour((feature + 2) % features, "direction", 0.5)])
+    return path
+
+
+def _templates(tops: int, sampled: int) -> Iterator[_ExampleTemplate]:
+    yield from (_ExampleTemplate("top", "train", rank, PEAK - 0.5 - rank) for rank in range(tops))
+    yield from (_ExampleTemplate("top", "held-out", rank, PEAK - rank) for rank in range(tops))
+    yield from (_ExampleTemplate("quantile", "held-out", rank, PEAK - 6 - rank) for rank in range(sampled))
+
+
+def _examples(features: int, templates: list[_ExampleTemplate], shared: int) -> Iterator[Example]:
+    for number in range(features * len(templates)):
+        feature, template = number // len(templates), templates[number % len(templates)]
+        yield _example(feature, template, number, feature % 16)
+        if template.kind == "quantile" and template.rank < shared:
+            weaker = template._replace(split="train", peak=PEAK / 2)
+            yield _example((feature + 1) % features, weaker, number, (feature + 5) % 16)
+
+
+def _example(feature: int, template: _ExampleTemplate, shot: int, token: int) -> Example:
+    codes = TokenMap((token, (token + 8) % 16), (template.peak, PEAK / 10))
+    return Example(
+        feature=feature,
+        kind=template.kind,
+        split=template.split,
+        rank=template.rank,
+        shot=shot,
+        peak=template.peak,
+        map=codes,
+    )
+
+
+def _shot(number: int, split: Split) -> Shot:
+    return Shot(model="plain", prompt=f"image {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
+
+
+def _book_info(features: int) -> BookInfo:
+    return BookInfo(
+        dictionary="double.1/topk",
+        kind="topk",
+        size=features,
+        k=1,
+        fingerprint="plain",
+        model="plain",
+        data="plain images",
+        grid=GRID,
+        tokens=1,
+        shots={"train": 1, "held-out": 1},
+        images=features,
+    )
