@@ -1,4 +1,4 @@
-"""The book: what is written comes back, what is broken is said, readers read while a writer writes."""
+"""Books: entries are read back as written, damaged files are refused, and readers work next to a writer."""
 
 import os
 import sqlite3
@@ -43,7 +43,7 @@ EXAMPLES = [
 ]
 
 
-def row(feature: int, density: float, peak: float) -> FeatureStats:
+def stats(feature: int, density: float, peak: float) -> FeatureStats:
     return FeatureStats(
         feature=feature,
         firings=int(density * 8),
@@ -58,11 +58,11 @@ def row(feature: int, density: float, peak: float) -> FeatureStats:
     )
 
 
-def written(path: Path, about: BookInfo = ABOUT) -> Path:
+def write_book(path: Path, about: BookInfo = ABOUT) -> Path:
     with BookWriter.open(path, about) as writer:
         writer.add_images(IMAGES)
         writer.add_shots((number, number, shot) for number, shot in enumerate(SHOTS))
-        writer.add_features([row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)])
+        writer.add_features([stats(0, 0.25, 4.0), stats(1, 0.5, 0.5), stats(2, 0.0, 0.0)])
         writer.add_examples(EXAMPLES)
         writer.add_neighbours(
             0, [FeatureNeighbour(1, "firing", 0.5), FeatureNeighbour(2, "direction", 0.9), FeatureNeighbour(1, "direction", 0.8)]
@@ -73,14 +73,14 @@ def written(path: Path, about: BookInfo = ABOUT) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return written(tmp_path / "books" / "book.sqlite")
+    return write_book(tmp_path / "books" / "book.sqlite")
 
 
-def test_what_is_written_comes_back(path: Path):
+def test_a_book_is_read_as_it_was_written(path: Path):
     with Book.open(path) as book:
         assert book.about == ABOUT
-        assert book.features() == [row(0, 0.25, 4.0), row(1, 0.5, 0.5), row(2, 0.0, 0.0)]
-        assert book.feature(1) == row(1, 0.5, 0.5)
+        assert book.features() == [stats(0, 0.25, 4.0), stats(1, 0.5, 0.5), stats(2, 0.0, 0.0)]
+        assert book.feature(1) == stats(1, 0.5, 0.5)
         assert book.shots([0, 1, 1])[1].shot == SHOTS[1] and book.shots([0])[0].image == IMAGES[0]
         assert book.images() == IMAGES
         assert book.neighbours(0) == [
@@ -92,7 +92,7 @@ def test_what_is_written_comes_back(path: Path):
         assert book.patch(0) is None
 
 
-def test_examples_come_back_with_their_maps(path: Path):
+def test_examples_are_read_with_their_maps(path: Path):
     with Book.open(path) as book:
         [top, silent] = book.examples(0)
         assert (top.kind, top.split, top.rank, top.shot, top.peak) == ("top", "train", 0, 0, 4.0)
@@ -105,14 +105,14 @@ def test_examples_come_back_with_their_maps(path: Path):
 
 def test_features_are_sorted_and_filtered(path: Path):
     with Book.open(path) as book:
-        assert [one.feature for one in book.features("density", descending=True)] == [1, 0, 2]
-        assert [one.feature for one in book.features("area", descending=False)] == [0, 1, 2], "what has no value comes last"
-        assert [one.feature for one in book.features("peak", where=[FeatureFilter.parse("peak>0.1")], limit=1)] == [1]
+        assert [row.feature for row in book.features("density", descending=True)] == [1, 0, 2]
+        assert [row.feature for row in book.features("area", descending=False)] == [0, 1, 2], "features without a value come last"
+        assert [row.feature for row in book.features("peak", where=[FeatureFilter.parse("peak>0.1")], limit=1)] == [1]
         with pytest.raises(UnknownName, match="The column 'densty' is unknown; nearest: density"):
             book.features("densty")
 
 
-def test_a_condition_is_read_or_refused():
+def test_a_filter_is_parsed_or_refused():
     assert FeatureFilter.parse(" density <= 1e-3") == FeatureFilter("density", "<=", 0.001)
     with pytest.raises(UnknownName, match="nearest: peak"):
         FeatureFilter.parse("paek>1")
@@ -120,56 +120,56 @@ def test_a_condition_is_read_or_refused():
         FeatureFilter.parse("peak")
 
 
-def test_edges_of_a_histogram_double_every_four_bins():
+def test_the_edges_of_a_histogram_double_every_four_bins():
     assert Histogram(-4, (1, 0, 2, 5, 1)).edges == (0.5, 0.625, 0.75, 0.875, 1.0, 1.25)
 
 
-def test_an_explanation_replaces_an_older_one_with_all_that_belongs_to_it(path: Path):
-    told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars", descriptions=("one star",))
+def test_an_explanation_replaces_an_older_one_with_its_judgements_and_scores(path: Path):
+    explanation = Explanation(feature=0, backend="rule", protocol="heldout", text="stars", descriptions=("one star",))
     with Book.edit(path) as book:
         book.add_explanation(
-            told,
+            explanation,
             [Judgement(1, True, 0.9)],
             [ExplanationScore("accuracy", 0.9, 0.8, 1.0, 10)],
             [RecordedUsage(backend="rule", role="judge")],
         )
         number = book.add_explanation(
-            told, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [ExplanationScore("accuracy", 0.7, None, None, 2)]
+            explanation, [Judgement(1, True, 0.7), Judgement(2, False, 0.2)], [ExplanationScore("accuracy", 0.7, None, None, 2)]
         )
         book.add_usage([RecordedUsage(backend="rule", role="explainer", tokens_in=5, cost=0.1)])
     with Book.open(path) as book:
-        [found] = book.explanations(0)
-        assert (found.id, found.text, found.descriptions, found.state) == (number, "stars", ("one star",), "done")
+        [entry] = book.explanations(0)
+        assert (entry.id, entry.text, entry.descriptions, entry.state) == (number, "stars", ("one star",), "done")
         assert book.judgements(number) == [Judgement(1, True, 0.7), Judgement(2, False, 0.2)]
         assert book.scores(number) == [ExplanationScore("accuracy", 0.7, None, None, 2)]
         assert book.best_scores() == {0: 0.7} and book.best_scores("auroc") == {}
-        assert [one.feature for one in book.features("score", descending=True)] == [0, 1, 2]
-        assert [used.role for used in book.usage()] == ["judge", "explainer"]
+        assert [row.feature for row in book.features("score", descending=True)] == [0, 1, 2]
+        assert [usage.role for usage in book.usage()] == ["judge", "explainer"]
 
 
-def test_what_does_not_belong_is_refused_and_nothing_of_it_stays(path: Path):
-    told = Explanation(feature=0, backend="rule", protocol="heldout", text="stars")
+def test_an_invalid_explanation_is_refused_as_a_whole(path: Path):
+    explanation = Explanation(feature=0, backend="rule", protocol="heldout", text="stars")
     with Book.edit(path) as book:
         with pytest.raises(BadInput, match="does not accept this entry: FOREIGN KEY"):
-            book.add_explanation(told, [Judgement(99, True, 0.5)])
+            book.add_explanation(explanation, [Judgement(99, True, 0.5)])
         assert book.explanations() == []
     with Book.open(path) as book, pytest.raises(BadInput, match="is open for reading only"):
-        book.add_explanation(told)
+        book.add_explanation(explanation)
 
 
-def test_readers_read_while_a_writer_writes(path: Path):
+def test_readers_work_while_a_writer_writes(path: Path):
     with Book.edit(path) as writer, Book.open(path) as reader:
         writer._connection.execute("BEGIN IMMEDIATE")
         writer._connection.execute("INSERT INTO usage VALUES (1, NULL, 'rule', 'judge', 1, 0, 0, NULL, 0)")
         assert list(reader.usage()) == [] and reader.feature(0).peak == 4.0
-        with Book.open(path) as other:
-            assert len(other.features()) == 3
+        with Book.open(path) as second_reader:
+            assert len(second_reader.features()) == 3
         writer._connection.execute("COMMIT")
         assert len(list(reader.usage())) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_book_can_be_read_where_nobody_may_write(path: Path):
+def test_a_book_can_be_read_in_a_read_only_folder(path: Path):
     path.parent.chmod(0o500)
     try:
         with Book.open(path) as book:
@@ -178,38 +178,38 @@ def test_a_book_can_be_read_where_nobody_may_write(path: Path):
         path.parent.chmod(0o700)
 
 
-def test_a_failed_draft_leaves_the_older_book(path: Path):
+def test_a_failed_writer_leaves_the_older_book(path: Path):
     with pytest.raises(KeyError), BookWriter.open(path, ABOUT) as writer:
-        writer.add_features([row(0, 0.1, 1.0)])
+        writer.add_features([stats(0, 0.1, 1.0)])
         raise KeyError
     with Book.open(path) as book:
         assert len(book.features()) == 3
     assert not list(path.parent.glob("*.part*"))
 
 
-def test_a_new_book_takes_the_place_of_one_that_is_read_and_of_its_log(path: Path):
+def test_a_new_book_replaces_an_open_one_and_its_log(path: Path):
     with Book.edit(path) as old:
         old.add_usage([RecordedUsage(backend="rule", role="judge")])
-        written(path)
+        write_book(path)
         assert len(list(old.usage())) == 1
         with Book.open(path) as new:
             assert list(new.usage()) == [] and len(new.features()) == 3
 
 
-def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_book_is_not_replaced_while_another_process_writes_in_it(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.features.writer.REPLACE_TIMEOUT", 0.05)
     with Book.edit(path) as writer:
         writer._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(BadInput, match="Another process is writing"):
-            written(path)
+            write_book(path)
         writer._connection.execute("ROLLBACK")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "complaint"),
+    ("damage", "error", "message"),
     [
         (lambda path: path.unlink(), UnknownName, "There is no book"),
-        (lambda path: path.write_bytes(b"no book" * 1000), BrokenFile, "is damaged"),
+        (lambda path: path.write_bytes(b"not a book" * 1000), BrokenFile, "is damaged"),
         (
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 4").close(),
             BrokenFile,
@@ -225,63 +225,63 @@ def test_a_book_in_which_another_process_writes_is_not_replaced(path: Path, monk
     ],
     ids=["missing", "foreign", "newer", "older", "unfinished", "truncated"],
 )
-def test_a_file_that_is_no_book_is_said_to_be_none(path: Path, spoil, error: type[Exception], complaint: str):
-    spoil(path)
-    with pytest.raises(error, match=complaint):
+def test_a_file_that_is_not_a_book_of_this_format_is_refused(path: Path, damage, error: type[Exception], message: str):
+    damage(path)
+    with pytest.raises(error, match=message):
         Book.open(path).features()
 
 
-def test_an_unknown_feature_is_answered_with_those_there_are(path: Path):
+def test_an_unknown_feature_is_refused_with_the_known_range(path: Path):
     with Book.open(path) as book, pytest.raises(UnknownName, match="no feature 3: they are numbered from 0 to 2"):
         book.feature(3)
 
 
-def test_reading_a_book_needs_no_tensor(path: Path):
+def test_reading_a_book_does_not_import_torch(path: Path):
     code = f"import sys; from difflex.features import Book; Book.open({str(path)!r}).features(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "False"
 
 
 def colours(count: int = 64) -> Image.Image:
     return Image.frombytes("RGB", (count, count), bytes((x * 3) % 256 for x in range(count * count * 3)))
 
 
-def test_an_album_keeps_a_image_once_and_exactly(tmp_path: Path):
+def test_an_album_stores_an_image_once_and_without_loss(tmp_path: Path):
     album = ImageAlbum(tmp_path / "images")
-    filed, is_new = album.add(colours())
-    assert is_new and album.add(colours()) == (filed, False) and len(list(album.folder.iterdir())) == 1
-    assert album.open(filed.file).tobytes() == colours().tobytes() and (filed.width, filed.height) == (64, 64)
+    stored, is_new = album.add(colours())
+    assert is_new and album.add(colours()) == (stored, False) and len(list(album.folder.iterdir())) == 1
+    assert album.open(stored.file).tobytes() == colours().tobytes() and (stored.width, stored.height) == (64, 64)
     with pytest.raises(UnknownName, match="is missing"):
         album.open("none.webp")
-    (album.folder / filed.file).write_bytes(b"no image")
+    (album.folder / stored.file).write_bytes(b"not an image")
     with pytest.raises(BrokenFile, match="is damaged"):
-        album.open(filed.file)
+        album.open(stored.file)
 
 
-def changed(style: HighlightStyle, where: TokenMap, peak: float) -> set[tuple[int, int]]:
-    """The cells of an 8 x 8 grid in which the overlay changes something."""
-    plain, drawn = enlarged(colours(), 256), overlaid(colours(), where, (8, 8), peak, style=style, side=256)
+def changed_cells(style: HighlightStyle, where: TokenMap, peak: float) -> set[tuple[int, int]]:
+    """Return the cells of an 8 x 8 grid that the overlay changes."""
+    plain, marked = enlarged(colours(), 256), overlaid(colours(), where, (8, 8), peak, style=style, side=256)
     return {
         (row, column)
         for row in range(8)
         for column in range(8)
-        if plain.crop(box := (column * 32, row * 32, column * 32 + 32, row * 32 + 32)).tobytes() != drawn.crop(box).tobytes()
+        if plain.crop(box := (column * 32, row * 32, column * 32 + 32, row * 32 + 32)).tobytes() != marked.crop(box).tobytes()
     }
 
 
 def test_an_overlay_marks_the_tokens_at_which_a_feature_fires():
-    assert changed("blue", TokenMap((0, 9, 63), (4.0, 0.1, 2.0)), 4.0) == {(0, 0), (1, 1), (7, 7)}
-    assert changed("plain", TokenMap((0, 9), (4.0, 2.0)), 4.0) == set()
-    outlined = changed("outline", TokenMap((9, 63), (4.0, 0.1)), 4.0)
-    assert (1, 1) in outlined and (7, 7) not in outlined, "what is below the threshold, in units of the peak, has no outline"
+    assert changed_cells("blue", TokenMap((0, 9, 63), (4.0, 0.1, 2.0)), 4.0) == {(0, 0), (1, 1), (7, 7)}
+    assert changed_cells("plain", TokenMap((0, 9), (4.0, 2.0)), 4.0) == set()
+    outlined = changed_cells("outline", TokenMap((9, 63), (4.0, 0.1)), 4.0)
+    assert (1, 1) in outlined and (7, 7) not in outlined, "values below the threshold have no outline"
 
 
-def test_an_overlay_is_the_more_opaque_the_nearer_to_the_features_own_peak():
+def test_an_overlay_is_more_opaque_nearer_to_the_peak_of_the_feature():
     white = Image.new("RGB", (8, 8), "white")
     darkness = [overlaid(white, TokenMap((0,), (1.0,)), (8, 8), peak).tobytes()[0] for peak in (1.0, 2.0, 4.0)]
     assert darkness == sorted(darkness) and len(set(darkness)) == 3
 
 
-def test_a_map_of_another_grid_is_refused():
+def test_a_map_that_does_not_fit_the_grid_is_refused():
     with pytest.raises(BadInput, match="Token 64 is not on a grid of 8 x 8"):
         overlaid(colours(), TokenMap((64,), (1.0,)), (8, 8), 1.0)

@@ -1,4 +1,4 @@
-"""`difflex collect`, `features` and `show`: from a study with dictionaries to books, lists and sheets."""
+"""`difflex collect`, `features` and `show`: books, lists and sheets of the dictionaries of a study."""
 
 import os
 import sqlite3
@@ -27,16 +27,17 @@ from difflex.study import DictionaryRef, Study
 SITE, NEURONS = Site("double.0"), Site("double.0", "neurons")
 SIZE = 24
 SAE_REF = DictionaryRef(SITE, "topk-24-k4")
+COLLECT = ["--images", "20", "--batch", "8", "--top-examples", "4", "--random-examples", "4", "--silent-examples", "2"]
 
 
-def autoencoder(seed: int) -> Dictionary:
+def random_sae(seed: int) -> Dictionary:
     directions = torch.nn.functional.normalize(torch.randn(SIZE, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
     weights = SAEWeights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(SIZE))
     origin = DictionaryOrigin(site=SITE, model="mini-flux")
     return SAE(kind="topk", k=4, origin=origin, normalisation=Normalisation.identity(192), weights=weights)
 
 
-def itda(shots: list[Shot]) -> Dictionary:
+def random_itda(shots: list[Shot]) -> Dictionary:
     atoms = torch.nn.functional.normalize(torch.randn(6, 192, generator=torch.Generator().manual_seed(3)), dim=1)
     provenance = AtomProvenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, known=dict(enumerate(shots)))
     origin, plain = DictionaryOrigin(site=SITE, model="mini-flux"), Normalisation.identity(192)
@@ -45,46 +46,28 @@ def itda(shots: list[Shot]) -> Dictionary:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Three dictionaries of a harvest of 24 images at two of their steps, with their books."""
+    """A study with the books of three dictionaries, from a harvest of 24 images at two steps."""
     folder = tmp_path_factory.mktemp("collected") / "study"
     words = ["--prompts", "captions", "--tokens", str(24 * 2 * 64), "--steps", "3", "--keep-steps", "1:3", "--batch", "8"]
     assert main(["harvest", "mini-flux", "--site", "double.0", *words, "--out", str(folder)]) == 0
-    made = Study.open(folder)
-    autoencoder(0).save(made.dictionary(*SAE_REF))
+    study = Study.open(folder)
+    random_sae(0).save(study.dictionary(*SAE_REF))
     Neurons(width=768, k=4, origin=DictionaryOrigin(site=NEURONS, model="mini-flux")).save(
-        made.dictionary(NEURONS, "neurons-768-k4")
+        study.dictionary(NEURONS, "neurons-768-k4")
     )
     shots = [
         Shot(model="mini-flux", prompt=prompt, seed=5, pixels=(64, 64), steps=1, guidance=0.0, timestep=1000.0)
         for prompt in ("a red star on grass", "a blue circle on sky")
     ]
-    itda(shots).save(made.dictionary(SITE, "itda-6-k3"))
-    assert (
-        main(
-            [
-                "collect",
-                str(folder),
-                "--images",
-                "20",
-                "--batch",
-                "8",
-                "--top-examples",
-                "4",
-                "--random-examples",
-                "4",
-                "--silent-examples",
-                "2",
-            ]
-        )
-        == 0
-    )
-    return made
+    random_itda(shots).save(study.dictionary(SITE, "itda-6-k3"))
+    assert main(["collect", str(folder), *COLLECT]) == 0
+    return study
 
 
-def test_every_dictionary_gets_a_book_of_the_images_that_were_harvested(study: Study):
-    for place, size in ((SAE_REF, SIZE), (DictionaryRef(NEURONS, "neurons-768-k4"), 768), (DictionaryRef(SITE, "itda-6-k3"), 6)):
-        with Book.open(study.book(*place)) as book:
-            assert (book.about.dictionary, book.about.size, book.about.grid) == (str(place), size, (8, 8))
+def test_every_dictionary_gets_a_book_of_the_harvested_images(study: Study):
+    for ref, size in ((SAE_REF, SIZE), (DictionaryRef(NEURONS, "neurons-768-k4"), 768), (DictionaryRef(SITE, "itda-6-k3"), 6)):
+        with Book.open(study.book(*ref)) as book:
+            assert (book.about.dictionary, book.about.size, book.about.grid) == (str(ref), size, (8, 8))
             assert (book.about.images, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
             assert all((study.images / image.file).is_file() for image in book.images())
             top = book.examples(max(book.features(), key=lambda row: row.firings).feature, "top")
@@ -92,70 +75,59 @@ def test_every_dictionary_gets_a_book_of_the_images_that_were_harvested(study: S
     assert not [*study.folder.glob("books/*.safetensors")]
 
 
+def set_strength(study: Study, feature: int, strength: float | None) -> None:
+    """Change the default strength of a feature in the book of the SAE."""
+    with sqlite3.connect(study.book(*SAE_REF)) as connection:
+        connection.execute("UPDATE features SET strength = ? WHERE feature = ?", (strength, feature))
+
+
 @pytest.mark.filterwarnings("ignore:.*is dead")
-def test_the_book_says_how_strongly_each_feature_is_added_and_steering_reads_it_there(
-    study: Study, capsys: pytest.CaptureFixture[str]
-):
-    toolbox = StudyEditor(study)
-    own = [
-        toolbox.with_default_strength(Edit(operation="add", site=SITE, dictionary=SAE_REF.label, features=(feature,))).strength
-        for feature in range(SIZE)
-    ]
+def test_steering_takes_the_default_strength_from_the_book(study: Study, capsys: pytest.CaptureFixture[str]):
+    editor = StudyEditor(study)
+    edits = [Edit(operation="add", site=SITE, dictionary=SAE_REF.label, features=(feature,)) for feature in range(SIZE)]
+    computed = [editor.with_default_strength(edit).strength for edit in edits]
     with Book.open(study.book(*SAE_REF)) as book:
-        assert [row.strength for row in book.features()] == own
-        lively = next(row for row in book.features("peak", descending=True) if row.strength)
-    assert lively.strength and 0 < lively.strength <= 2
-    assert stored_strength(study, SAE_REF, range(SIZE)) == min(own)
+        assert [row.strength for row in book.features()] == computed
+        row = next(row for row in book.features("peak", descending=True) if row.strength)
+    assert row.strength and 0 < row.strength <= 2
+    assert stored_strength(study, SAE_REF, range(SIZE)) == min(computed)
     assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), "--sort", "strength"]) == 0
     assert "strength" in capsys.readouterr().out
-    with sqlite3.connect(study.book(*SAE_REF)) as written:
-        written.execute("UPDATE features SET strength = 0.125 WHERE feature = ?", (lively.feature,))
-    out = study.folder / "edit.json"
-    words = [
-        "steer",
-        str(study.folder),
-        str(SAE_REF),
-        str(lively.feature),
-        "--prompt",
-        "a red star",
-        "--out",
-        f"{study.folder}/x.png",
-    ]
-    assert main([*words, "--record", str(out)]) == 0
-    assert EditRecord.load(out).edits[0].strength == 0.125
-    with sqlite3.connect(study.book(*SAE_REF)) as written:
-        written.execute("UPDATE features SET strength = NULL WHERE feature = ?", (lively.feature,))
-    assert main([*words, "--record", str(out)]) == 0
-    assert EditRecord.load(out).edits[0].strength == own[lively.feature]
-    with sqlite3.connect(study.book(*SAE_REF)) as written:
-        written.execute("UPDATE features SET strength = ? WHERE feature = ?", (lively.strength, lively.feature))
+    record, image = study.folder / "edit.json", study.folder / "x.png"
+    words = ["steer", str(study.folder), str(SAE_REF), str(row.feature), "--prompt", "a red star", "--out", str(image)]
+    for stored, used in ((0.125, 0.125), (None, computed[row.feature])):
+        set_strength(study, row.feature, stored)
+        assert main([*words, "--record", str(record)]) == 0
+        assert EditRecord.load(record).edits[0].strength == used
+    set_strength(study, row.feature, row.strength)
 
 
 def test_the_cost_of_collecting_is_predicted(study: Study):
-    place = (study.folder, SITE)
-    forecast = Forecast(1e11, dictionaries={place: (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))})
-    told = estimate(forecast, CollectCommand(study=study.folder, images=100))
-    assert (told.sites, told.tokens, told.unknown) == ((str(SITE),), 100 * 3 * 64, "")
+    forecast = Forecast(
+        1e11, dictionaries={(study.folder, SITE): (DictionaryForecast(24, 4, 192), DictionaryForecast(6, 3, 192))}
+    )
+    both = estimate(forecast, CollectCommand(study=study.folder, images=100))
+    assert (both.sites, both.tokens, both.unknown) == ((str(SITE),), 100 * 3 * 64, "")
     drawn = estimate(forecast, CollectCommand(study=study.folder, images=100, drawn_world=True, noise=(0.25,)))
     one = estimate(forecast, CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)))
-    assert drawn.tokens == 100 * 64 and one.bytes is not None and told.bytes == one.bytes + 6 * 4000
-    assert told.seconds and one.seconds and one.seconds < told.seconds
+    assert drawn.tokens == 100 * 64 and one.bytes is not None and both.bytes == one.bytes + 6 * 4000
+    assert both.seconds and one.seconds and one.seconds < both.seconds
     assert "not known" in estimate(Forecast(1e11), CollectCommand(study=study.folder)).unknown
 
 
-def test_the_image_of_a_shot_is_the_one_that_its_run_ends_in(study: Study):
+def test_the_image_of_a_shot_is_the_final_image_of_its_run(study: Study):
     import difflex
 
     with Book.open(study.book(*SAE_REF)) as book:
         row = book.shots([book.examples(0, "silent")[0].shot]).popitem()[1]
         assert (row.shot.steps, row.shot.timestep in book.about.timesteps) == (3, True)
-        [made] = difflex.load("mini-flux").generate(row.shot.prompt, seed=row.shot.seed, steps=3)
-        there = ImageAlbum(study.images).open(row.image.file)
-    one, other = (torch.tensor(list(image.tobytes())) for image in (made.image, there))
-    assert (one - other).abs().max() <= 2, "but for the last bits of another batch"
+        [generated] = difflex.load("mini-flux").generate(row.shot.prompt, seed=row.shot.seed, steps=3)
+        stored = ImageAlbum(study.images).open(row.image.file)
+    bytes = [torch.tensor(list(image.tobytes())) for image in (generated.image, stored)]
+    assert (bytes[0] - bytes[1]).abs().max() <= 2, "equal up to rounding in batches of another size"
 
 
-def test_an_atom_shows_the_patch_it_is(study: Study):
+def test_the_book_of_an_itda_dictionary_has_the_images_of_its_atoms(study: Study):
     with Book.open(study.book(SITE, "itda-6-k3")) as book:
         patch = book.patch(3)
         assert patch is not None and patch.image is not None
@@ -163,95 +135,82 @@ def test_an_atom_shows_the_patch_it_is(study: Study):
         assert ImageAlbum(study.images).open(patch.image.file).size == (64, 64)
 
 
-def test_what_is_there_is_kept_and_what_changed_is_made_anew(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = [
-        "collect",
-        str(study.folder),
-        "--images",
-        "20",
-        "--batch",
-        "8",
-        "--top-examples",
-        "4",
-        "--random-examples",
-        "4",
-        "--silent-examples",
-        "2",
-    ]
+def test_current_books_stay_and_damaged_ones_are_collected_again(study: Study, capsys: pytest.CaptureFixture[str]):
+    words = ["collect", str(study.folder), *COLLECT]
     assert main(words) == 0
     assert capsys.readouterr().out.count("up to date") == 3
-    study.book(*SAE_REF).write_bytes(b"no book")
+    study.book(*SAE_REF).write_bytes(b"not a book")
     assert main([*words, "--dictionary", str(SAE_REF)]) == 0
-    told = capsys.readouterr().out
-    assert "It is collected again." in told and f"{study.book(*SAE_REF)}: collected" in told
+    output = capsys.readouterr().out
+    assert "It is collected again." in output and f"{study.book(*SAE_REF)}: collected" in output
 
 
-def test_images_can_be_shown_instead(study: Study, tmp_path: Path):
-    made = Study.begin(tmp_path / "shown", "mini-flux")
-    autoencoder(1).save(made.dictionary(*SAE_REF))
-    words = ["collect", str(made.folder), "--batch", "4", "--top-examples", "2"]
+def test_images_come_from_the_drawn_world_a_folder_or_prompts(tmp_path: Path):
+    study = Study.begin(tmp_path / "study", "mini-flux")
+    random_sae(1).save(study.dictionary(*SAE_REF))
+    words = ["collect", str(study.folder), "--batch", "4", "--top-examples", "2"]
     assert main([*words, "--drawn-world", "--images", "10", "--noise", "0.25,0.75"]) == 0
-    with Book.open(made.book(*SAE_REF)) as book:
+    with Book.open(study.book(*SAE_REF)) as book:
         assert (book.about.tokens, book.about.timesteps) == (10 * 2 * 64, (750.0, 250.0))
-    mine = tmp_path / "mine"
-    mine.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
     for number in range(3):
-        Image.new("RGB", (80 + number, 64), (number * 90, 0, 0)).save(mine / f"{number}.png")
-    (mine / "1.txt").write_text("a red square\n", encoding="utf-8")
-    assert main([*words, "--folder", str(mine), "--noise", "0.5", "--pixels", "64"]) == 0
-    with Book.open(made.book(*SAE_REF)) as book:
+        Image.new("RGB", (80 + number, 64), (number * 90, 0, 0)).save(folder / f"{number}.png")
+    (folder / "1.txt").write_text("a red square\n", encoding="utf-8")
+    assert main([*words, "--folder", str(folder), "--noise", "0.5", "--pixels", "64"]) == 0
+    with Book.open(study.book(*SAE_REF)) as book:
         shots = book.shots(range(3)).values()
         assert {(row.shot.image, row.shot.prompt) for row in shots} == {("0.png", ""), ("1.png", "a red square"), ("2.png", "")}
     assert main([*words, "--prompts", "captions", "--images", "4", "--steps", "2", "--keep-steps", "0:1", "--seeds", "0:2"]) == 0
-    with Book.open(made.book(*SAE_REF)) as book:
+    with Book.open(study.book(*SAE_REF)) as book:
         assert book.about.tokens == 4 * 64 and {row.shot.seed for row in book.shots(range(4)).values()} == {0, 1}
 
 
-def test_features_are_listed_by_what_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
+def test_features_are_sorted_and_filtered_by_statistics_concepts_and_scores(study: Study, capsys: pytest.CaptureFixture[str]):
     columns = {name: () for name in ("iou_concepts", "iou", "unrelated", "monosemanticity")}
-    found = FeatureMatches(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
+    best = FeatureMatches(features=(2, 5), concepts=(0, 1), ap=(0.4, 0.9), **columns)
     concepts = drawn_concepts()
     matches = ConceptMatches(
-        site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, rare_concepts=(), levels=(), features=found
+        site=SITE, label=SAE_REF.label, size=SIZE, concepts=concepts, rare_concepts=(), levels=(), features=best
     )
     matches.save(study.concepts(*SAE_REF))
     with Book.edit(study.book(*SAE_REF)) as book:
-        told = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
-        book.add_explanation(told, (), [ExplanationScore("accuracy", 0.75, None, None, 10)])
+        explanation = Explanation(feature=7, backend="rule", protocol="heldout", text="the border of something round")
+        book.add_explanation(explanation, (), [ExplanationScore("accuracy", 0.75, None, None, 10)])
 
-    def listed(*words: str) -> list[list[str]]:
+    def lines(*words: str) -> list[list[str]]:
         assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), *words]) == 0
         return [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
 
-    densities = [float(line[1].rstrip("%")) for line in listed("--top", "30")]
+    densities = [float(line[1].rstrip("%")) for line in lines("--top", "30")]
     assert len(densities) == SIZE and densities == sorted(densities, reverse=True)
-    assert [line[0] for line in listed("--sort", "concept")] == ["5", "2"]
-    assert [line[0] for line in listed("--filter", f"concept={concepts[0].name}")] == ["2"]
-    best = listed("--sort", "score", "--top", "1")[0]
-    assert best[0] == "7" and "0.75" in best and best[-1] == "round"
-    peaks = [float(line[2]) for line in listed("--sort", "peak", "--ascending", "--filter", "peak>0", "density<0.5")]
+    assert [line[0] for line in lines("--sort", "concept")] == ["5", "2"]
+    assert [line[0] for line in lines("--filter", f"concept={concepts[0].name}")] == ["2"]
+    [line] = lines("--sort", "score", "--top", "1")
+    assert line[0] == "7" and "0.75" in line and line[-1] == "round"
+    peaks = [float(line[2]) for line in lines("--sort", "peak", "--ascending", "--filter", "peak>0", "density<0.5")]
     assert peaks == sorted(peaks) and peaks
 
 
-def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sizes = set()
     for style in ("blue", "outline", "plain"):
         out = tmp_path / f"{style}.png"
         words = ["--style", style, "--columns", "4", "--side", "64", "--out", str(out)]
         assert main(["show", str(study.folder), str(SAE_REF), "7", *words]) == 0
         assert capsys.readouterr().out.strip() == str(out)
-        with Image.open(out) as drawn:
-            sizes.add(drawn.size)
+        with Image.open(out) as image:
+            sizes.add(image.size)
     assert len(sizes) == 1
     assert len({(tmp_path / f"{style}.png").read_bytes() for style in ("blue", "outline", "plain")}) == 3
     assert main(["show", str(study.folder), f"{SITE}/itda-6-k3", "0", "--out", str(tmp_path / "atom.png")]) == 0
     with Book.open(study.book(*SAE_REF)) as book:
-        rows = overview(book, ImageAlbum(study.images), [1, 7, 9], labels={7: "round"})
-        assert rows.height > 3 * 96
+        image = overview(book, ImageAlbum(study.images), [1, 7, 9], labels={7: "round"})
+        assert image.height > 3 * 96
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("words", "message"),
     [
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
         (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16: both must be at least 1"),
@@ -267,15 +226,15 @@ def test_a_sheet_shows_a_feature_in_every_style(study: Study, tmp_path: Path, ca
     ],
     ids=lambda words: " ".join(words[:1] + words[2:]) if isinstance(words, list) else "",
 )
-def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, words: list, answer: str, capsys):
+def test_wrong_flags_are_explained_in_a_sentence(study: Study, words: list, message: str, capsys):
     assert main([str(study.folder) if word == "STUDY" else word for word in words]) == 2
-    assert answer in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_book_of_a_dictionary_that_has_changed_is_not_shown(study: Study, tmp_path: Path, capsys):
+def test_the_book_of_a_changed_dictionary_is_refused(study: Study, tmp_path: Path, capsys):
     folder = study.dictionary(*SAE_REF)
     before = {path: (path.read_bytes(), path.stat()) for path in folder.glob("*.*")}
-    autoencoder(9).save(folder)
+    random_sae(9).save(folder)
     try:
         os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
         assert main(["show", str(study.folder), str(SAE_REF), "1", "--out", str(tmp_path / "x.png")]) == 2
