@@ -17,21 +17,12 @@ from pathlib import Path
 import torch
 
 import difflex
-from difflex.commands.concepts import drawn_concepts, drawn_images
+from difflex.choices import SAEKind
+from difflex.commands.drawn_world import drawn_concepts, drawn_images
 from difflex.dictionaries import DictionaryOrigin
-from difflex.dictionaries.sae import Kind
-from difflex.evaluation.concepts import (
-    ConceptMatches,
-    FeatureMethod,
-    LabelledActivations,
-    covered,
-    label,
-    match,
-    principal_axes,
-    random_directions,
-    table,
-)
+from difflex.evaluation.concepts import FeatureMethod, LabelledActivations, label, match, principal_axes, random_directions
 from difflex.evaluation.concepts.detection import FeatureFirings, scores
+from difflex.evaluation.concepts.results import ConceptMatches, count_detected, matches_table
 from difflex.records import ActivationBatch, Site
 from difflex.training import FitConfig, default, fit
 
@@ -59,10 +50,10 @@ def batches(values: torch.Tensor, start: int) -> Iterator[ActivationBatch]:
         start += 1
 
 
-def learned(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens: int) -> FeatureMethod:
+def learned(labelled: LabelledActivations, kind: SAEKind, size: int, k: int, tokens: int) -> FeatureMethod:
     """A dictionary of our preset, learned from the training images' tokens, without their labels."""
     values = labelled.values[~labelled.held_out]
-    origin, course = (
+    origin, config = (
         DictionaryOrigin(site=labelled.site, model="mini-flux"),
         FitConfig(tokens=tokens, progress=False, checkpoint_every=10**9),
     )
@@ -70,11 +61,11 @@ def learned(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens
         preset = default(width=values.shape[1], size=size, k=k)
         prefixes = tuple(size // part for part in (64, 32, 16, 8, 4)) if kind == "matryoshka" else ()
         training = replace(preset, kind=kind, prefixes=prefixes)
-        (made,) = fit({Path(work): training}, partial(batches, values), origin=origin, course=course).values()
+        (made,) = fit({Path(work): training}, partial(batches, values), origin=origin, config=config).values()
     return FeatureMethod.of(made)
 
 
-def judged(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens: int) -> list[ConceptMatches]:
+def judged(labelled: LabelledActivations, kind: SAEKind, size: int, k: int, tokens: int) -> list[ConceptMatches]:
     """The dictionary, and what stands beside it."""
     methods = [learned(labelled, kind, size, k, tokens), principal_axes(labelled, k), random_directions(labelled, size, k)]
     return match(labelled, methods)
@@ -82,14 +73,14 @@ def judged(labelled: LabelledActivations, kind: Kind, size: int, k: int, tokens:
 
 def missed(matches: ConceptMatches) -> None:
     """Print every concept that the probe finds and no single feature detects, group by group."""
-    for finding in matches.levels[0].findings:
+    for finding in matches.levels[0].results:
         if finding.probe.value >= 0.9 and finding.best.ap.value < 0.8:
-            best, few = finding.best, finding.few
+            best, few = finding.best, finding.combined
             joined = f"{len(few.features)} together {few.ap.value:.2f}"
             print(
                 f"  missed {finding.concept.group} {finding.concept.name}: probe {finding.probe.value:.2f}, best "
                 f"{best.ap.value:.2f} (precision {best.precision:.2f}, recall {best.recall:.2f}), {joined}, "
-                f"split into {len(finding.pieces) or 1}"
+                f"split into {len(finding.split_features) or 1}"
             )
 
 
@@ -122,9 +113,9 @@ def main() -> int:
     shares = []
     for labelled in harvested([Site.parse(name) for name in wanted.sites], wanted.images, wanted.noise).values():
         found = judged(labelled, wanted.kind, wanted.size, wanted.k, wanted.tokens)
-        print("\n".join(f"  {line}" for line in table(found).splitlines()))
+        print("\n".join(f"  {line}" for line in matches_table(found).splitlines()))
         missed(found[0])
-        shares.append(covered(found[0].levels[0].findings, findable=True))
+        shares.append(count_detected(found[0].levels[0].results, findable=True))
         print(f"  {labelled.site}: {shares[-1][0]} of {shares[-1][1]} that the probe finds", flush=True)
     best, of = max(shares, key=lambda share: share[0] / max(1, share[1]))
     met = of > 0 and best / of >= BAR and took <= SECONDS

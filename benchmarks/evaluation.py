@@ -19,7 +19,7 @@ from difflex.dictionaries.normalisation import VectorMoments
 from difflex.evaluation import evaluate
 from difflex.records import ActivationBatch, Shot, Site
 from difflex.store.reading import SplitBatches
-from difflex.testing.planted import PlantedDictionary
+from difflex.testing import PlantedDictionary
 from difflex.training import default
 from difflex.training.checkpoint import trained_weights
 from difflex.training.fitting import learning_rate

@@ -2,33 +2,28 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from difflex.dictionaries import fingerprint
-from difflex.effects import (
-    ImageStrip,
-    RemovalRates,
-    RemovalResults,
-    RemovedConcept,
-    SteeringResults,
-    StrengthCurve,
-    StrengthPoint,
-)
-from difflex.effects.findings import Finding, FindingLine, Findings
-from difflex.evaluation import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
+from difflex.effects import ImageStrip, Provenance, SteeringConfig, SteeringResults, StrengthCurve, StrengthPoint
+from difflex.effects.findings import Finding, FindingLine, Findings, FindingsConfig
+from difflex.effects.removal import RemovalConfig, RemovalRates, RemovalResults, RemovedConcept
+from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import ActivationShape, Anatomy
-from difflex.evaluation.concepts import (
-    Concept,
+from difflex.evaluation.concepts import Concept, ConceptsConfig
+from difflex.evaluation.concepts.results import (
     ConceptDetector,
     ConceptMatches,
     ConceptResult,
     ConfidenceInterval,
     FeatureMatches,
+    MatchInputs,
     NoiseLevelResult,
 )
+from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect, to_json
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
@@ -80,7 +75,7 @@ def evaluated(
     density[20], density[24] = size - dead - 1, 1
     evaluation = Evaluation(
         dictionary=str(place),
-        checksum=fingerprint(folder),
+        fingerprint=fingerprint(folder),
         data="made",
         size=size,
         overall=quality,
@@ -99,7 +94,7 @@ def matched(
     study: Study,
     name: str,
     aps: Sequence[float],
-    made_from: Mapping[str, str | int | float] | None = None,
+    inputs: Mapping[str, object] | None = None,
     levels: Sequence[float] = (0.25, 0.5),
     concepts: Sequence[Concept] = CONCEPTS,
     each: int = 4,
@@ -108,15 +103,19 @@ def matched(
     """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name. So many
     features match `each` concept best."""
     site, _, label = name.partition("/")
-    told: dict[str, str | int | float] = {"model": study.model, "revision": study.revision or "", "images": "drawn", "count": 9}
     folder = study.dictionary(Site.parse(site), label)
-    if (folder / "config.json").is_file():
-        told["fingerprint"] = fingerprint(folder)
+    match_inputs = MatchInputs(
+        model=study.model,
+        revision=study.revision,
+        images="drawn",
+        config=ConceptsConfig(images=9, noise=tuple(levels)),
+        fingerprint=fingerprint(folder) if (folder / "config.json").is_file() else None,
+    )
     findings = tuple(_finding(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
     found = sum(ap >= 0.8 for ap in aps) / len(aps)
     coverage = ConfidenceInterval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
     made = [
-        NoiseLevelResult(noise=noise, findings=findings, coverage=coverage, coverage_of_findable=coverage)
+        NoiseLevelResult(noise=noise, results=findings, coverage=coverage, coverage_of_findable=coverage)
         for noise in (None, *(levels if len(levels) > 1 else ()))
     ]
     count = len(aps) * each
@@ -125,18 +124,18 @@ def matched(
         label=label,
         size=8,
         concepts=tuple(concepts),
-        left_out=tuple(left_out),
+        rare_concepts=tuple(left_out),
         levels=tuple(made),
         features=FeatureMatches(
             features=tuple(range(count)),
             concepts=tuple(range(len(aps))) * each,
             ap=tuple(aps) * each,
-            segmented=tuple(range(len(aps))) * each,
+            iou_concepts=tuple(range(len(aps))) * each,
             iou=tuple(aps) * each,
             unrelated=(0.0,) * count,
             monosemanticity=tuple(aps) * each,
         ),
-        made_from={**told, "noise": ",".join(map(str, levels)), **(made_from or {})},
+        inputs=replace(match_inputs, **(inputs or {})),
     )
     path = study.concepts(Site.parse(site), label)
     matches.save(path)
@@ -217,10 +216,12 @@ def steered(
     random: float = 0.0,
     kept: float = 0.95,
     concepts: Sequence[Concept] = CONCEPTS,
-    **settings: str,
+    checksum: str = "",
+    judge: str = "",
+    **settings: object,
 ) -> None:
     """What came of steering towards concepts with feature 1, which `matched` makes the best for all; strips of the first of each
-    group. `settings` are entries of what it was made from."""
+    group. `checksum` is that of a file of concepts; `settings` are those of the config."""
     site, _, label = name.partition("/")
     place = DictionaryRef(Site.parse(site), label)
     path, curves, strips = study.steering(*place), [], {}
@@ -243,11 +244,16 @@ def steered(
     path.with_suffix("").mkdir(parents=True, exist_ok=True)
     for strip in strips.values():
         Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
-    made_from = {name: fingerprint(study.dictionary(*place)), "groups": ",".join(dict.fromkeys(c.group for c in concepts))}
-    made_from |= {"told": "", "unit": "peak", "steps": "all", **settings}
-    SteeringResults(model=study.model, site=site, curves=tuple(curves), made_from=made_from, strips=tuple(strips.values())).save(
-        path
-    )
+    config = SteeringConfig(**{"groups": tuple(dict.fromkeys(c.group for c in concepts)), **settings})  # pyright: ignore
+    files = {"concepts": checksum} if checksum else {}
+    SteeringResults(
+        model=study.model,
+        site=site,
+        curves=tuple(curves),
+        config=config,
+        provenance=Provenance.of(study, {place: {}}, judge, files),
+        strips=tuple(strips.values()),
+    ).save(path)
 
 
 def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[float, float, float, float]]) -> StrengthCurve:
@@ -256,12 +262,16 @@ def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[fl
         for strength, success, kept, loss in points
     ]
     return StrengthCurve(
-        method=method, told=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made)
+        method=method, description=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made)
     )
 
 
 def removed(
-    study: Study, name: str, cra: float = 0.95, groups: Sequence[str] = ("colour", "background"), steps: str = "all"
+    study: Study,
+    name: str,
+    cra: float = 0.95,
+    groups: Sequence[str] = ("colour", "background"),
+    steps: tuple[int, int] | None = None,
 ) -> None:
     """What came of taking away four concepts of each group with a dictionary: two of them gone, and `cra` kept."""
     site, _, label = name.partition("/")
@@ -272,7 +282,7 @@ def removed(
             group=group,
             features={name: ((1, 2),)},
             strength=-1.0,
-            tried=(),
+            trials=(),
             images=12,
             shown=1.0,
             rates=RemovalRates(0.95, 0.95, cra, 1.0) if i < 2 else RemovalRates(0.0, 1.0, 1.0, 1.0),
@@ -280,15 +290,20 @@ def removed(
         for group in groups
         for i in range(4)
     )
-    made_from = {name: fingerprint(study.dictionary(*place)), "steps": steps}
-    RemovalResults(model=study.model, dictionaries=(name,), concepts=concepts, made_from=made_from).save(study.removal([place]))
+    RemovalResults(
+        model=study.model,
+        dictionaries=(name,),
+        concepts=concepts,
+        config=RemovalConfig(edit_steps=steps),
+        provenance=Provenance.of(study, {place: {}}),
+    ).save(study.removal([place]))
 
 
 def found(
     study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution"), by: Mapping[str, str] | None = None
 ) -> None:
     """Findings of experiments at a site, the second of which does not hold; `by` says with which dictionary one was made."""
-    used = {each: {name: fingerprint(study.dictionary(*study.named(name)))} for each, name in (by or {}).items()}
+    used = {each: {study.find_dictionary(name): {}} for each, name in (by or {}).items()}
     lines = (
         FindingLine("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
         FindingLine("colour", (1.0,), (0.2,), (0.0,), 1),
@@ -300,17 +315,18 @@ def found(
             paper="arXiv 2505.03189",
             rule="The gain rises.",
             verdict="does not hold here" if i else "holds here",
-            because="It rises by 0.25.",
+            reason="It rises by 0.25.",
             numbers={"rise": 0.25},
             x="pairs",
             y="gain",
             lines=lines,
             curves=(),
-            made_from={"groups": "colour", **used.get(name, {})},
+            config=FindingsConfig(groups=("colour",)),
+            provenance=Provenance.of(study, used.get(name, {})),
         )
         for i, name in enumerate(names)
     ]
-    at = Findings(model=study.model, revision=study.revision, site=site, parameters=9, found=tuple(made))
+    at = Findings(model=study.model, revision=study.revision, site=site, parameters=9, findings=tuple(made))
     at.save(study.findings(Site.parse(site)))
 
 
@@ -371,7 +387,7 @@ def _written(path: Path, evaluation: Evaluation) -> None:
     try:
         evaluation.save(path)
     except ValueError:
-        path.write_text(json.dumps(asdict(evaluation)))
+        path.write_text(json.dumps({"format": 2, "difflex": "0", **to_json(evaluation)}))
 
 
 def _finding(concept: Concept, ap: float) -> ConceptResult:
@@ -383,9 +399,9 @@ def _finding(concept: Concept, ap: float) -> ConceptResult:
         probe=ConfidenceInterval(0.95, 0.9, 1.0),
         best=detector,
         segmenting=detector,
-        few=detector,
+        combined=detector,
         unrelated=None,
         monosemanticity=0.5,
-        pieces=(),
-        absorbers=(),
+        split_features=(),
+        absorbing_features=(),
     )

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile
-from difflex.evaluation.anatomy import Anatomy, measure
-from difflex.evaluation.anatomy_figures import heat_map, spectra
+from difflex.evaluation.anatomy import Anatomy, heat_map, measure_anatomy, spectra_figure
 from difflex.records import Activations, Shot, Site
 
 SHOT = Shot(model="planted", pixels=(8, 8), steps=2, guidance=0.0)
@@ -36,7 +35,7 @@ DEVIATIONS = torch.tensor([30.0, 10.0, *[1.0] * (WIDTH - 2)], dtype=torch.float6
 def test_norms_are_means_over_tokens_by_site_and_timestep():
     values = torch.zeros(2, 3, 4)
     values[0, :, 0], values[1, :, 1] = 3.0, 5.0
-    anatomy = measure([seen(values), seen(2 * values, timestep=500.0), seen(values[:1], "single.1:text")])
+    anatomy = measure_anatomy([seen(values), seen(2 * values, timestep=500.0), seen(values[:1], "single.1:text")])
     assert anatomy.norms == {
         Site("double.0"): {1000.0: 4.0, 500.0: 8.0},
         Site("single.1", stream="text"): {1000.0: 3.0},
@@ -44,7 +43,7 @@ def test_norms_are_means_over_tokens_by_site_and_timestep():
 
 
 def test_a_planted_spectrum_is_recovered_under_a_large_offset():
-    shape = measure(cloud(DEVIATIONS, rotation(), mean=500.0)).shapes[Site("double.0")]
+    shape = measure_anatomy(cloud(DEVIATIONS, rotation(), mean=500.0)).shapes[Site("double.0")]
     torch.testing.assert_close(torch.tensor(shape.variances[:2]), torch.tensor([900.0, 100.0]), rtol=0.05, atol=0)
     torch.testing.assert_close(torch.tensor(shape.variances[2:]), torch.ones(WIDTH - 2), rtol=0.1, atol=0)
     assert shape.components_for_90 == 2 and shape.tokens == 20_000
@@ -53,46 +52,46 @@ def test_a_planted_spectrum_is_recovered_under_a_large_offset():
 
 
 def test_large_directions_along_coordinates_are_told_from_others():
-    along = measure(cloud(DEVIATIONS, torch.eye(WIDTH, dtype=torch.float64))).shapes[Site("double.0")]
-    across = measure(cloud(DEVIATIONS, rotation())).shapes[Site("double.0")]
+    along = measure_anatomy(cloud(DEVIATIONS, torch.eye(WIDTH, dtype=torch.float64))).shapes[Site("double.0")]
+    across = measure_anatomy(cloud(DEVIATIONS, rotation())).shapes[Site("double.0")]
     assert along.alignments[0] > 0.99 and across.alignments[0] < 0.7
     (first, ratio, _), (second, *_), *_ = along.outliers
     assert (first, second) == (0, 1) and 800 < ratio < 1000
 
 
 def test_batches_do_not_change_what_is_measured():
-    one, many = (measure(cloud(DEVIATIONS, rotation(), 3.0, parts)).shapes[Site("double.0")] for parts in (1, 4))
+    one, many = (measure_anatomy(cloud(DEVIATIONS, rotation(), 3.0, parts)).shapes[Site("double.0")] for parts in (1, 4))
     torch.testing.assert_close(torch.tensor(one.variances), torch.tensor(many.variances), rtol=1e-9, atol=1e-9)
 
 
 def test_spectra_are_measured_only_where_asked():
     values = torch.randn(2, 3, 4)
-    anatomy = measure([seen(values), seen(values, "double.1")], spectra=[Site("double.1")])
+    anatomy = measure_anatomy([seen(values), seen(values, "double.1")], spectra=[Site("double.1")])
     assert list(anatomy.shapes) == [Site("double.1")] and len(anatomy.norms) == 2
 
 
 def test_an_anatomy_is_read_as_it_was_saved(tmp_path: Path):
-    anatomy = measure(cloud(DEVIATIONS, rotation()))
+    anatomy = measure_anatomy(cloud(DEVIATIONS, rotation()))
     anatomy.save(tmp_path / "anatomy.json")
     assert Anatomy.load(tmp_path / "anatomy.json") == anatomy
     (tmp_path / "anatomy.json").write_text('{"format": 7}')
-    with pytest.raises(BrokenFile, match=r"anatomy\.json has format 7"):
+    with pytest.raises(BrokenFile, match=r"anatomy\.json is of format 7"):
         Anatomy.load(tmp_path / "anatomy.json")
 
 
 def test_figures_show_larger_norms_brighter_and_a_curve_for_each_site():
     values = torch.randn(2, 30, WIDTH)
-    anatomy = measure([seen(values), seen(100 * values, "double.1"), seen(values, "double.0:text")])
+    anatomy = measure_anatomy([seen(values), seen(100 * values, "double.1"), seen(values, "double.0:text")])
     image = heat_map(anatomy)
     left, top = image.width, 0
     rows = {sum(image.getpixel((x, y))) for x in range(left) for y in range(top, image.height)}  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert {13 + 8 + 60, 245 + 235 + 150} <= rows  # both ends of the ramp
-    colours = {colour for _, colour in spectra(anatomy).getcolors(1 << 20) or ()}
+    colours = {colour for _, colour in spectra_figure(anatomy).getcolors(1 << 20) or ()}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0, 0x9E, 0x73)} <= colours and (0xCC, 0x79, 0xA7) not in colours
 
 
 def test_nothing_to_measure_is_said():
     with pytest.raises(BadInput, match="No activations"):
-        measure([])
+        measure_anatomy([])
     with pytest.raises(BadInput, match="text stream"):
-        heat_map(measure([seen(torch.randn(1, 3, 4))]), "text")
+        heat_map(measure_anatomy([seen(torch.randn(1, 3, 4))]), "text")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.commands import anatomy as command
 from difflex.commands.anatomy import AnatomyCommand
+from difflex.evaluation import anatomy as station
 from difflex.evaluation.anatomy import Anatomy
 from difflex.study import Study, command_statuses, run_study
 from difflex.testing import tiny_folder
@@ -33,8 +33,8 @@ def asked(model: Path, prompts: Path) -> AnatomyCommand:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every measurement."""
     times: list[int] = []
-    measure = command.measure
-    monkeypatch.setattr(command, "measure", lambda *given: times.append(1) or measure(*given))
+    measure = station.measure_anatomy
+    monkeypatch.setattr(station, "measure_anatomy", lambda *arguments: times.append(1) or measure(*arguments))
     return times
 
 
@@ -97,7 +97,7 @@ def test_a_study_of_another_model_is_refused(model: Path, prompts: Path, capsys:
 def test_a_file_in_the_place_of_the_folder_is_refused_before_it_measures(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr(station, "measure_anatomy", lambda *_: pytest.fail("it measured"))
     (tmp_path / "out").write_text("")
     assert main(["anatomy", str(model), "--prompts", "captions", "--out", str(tmp_path / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err

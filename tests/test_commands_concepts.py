@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.concepts import drawn_concepts, drawn_images
+from difflex.commands.drawn_world import drawn_concepts, drawn_images
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.evaluation.concepts import Concept, ConceptMatches
+from difflex.evaluation.concepts import Concept
+from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.miniature import draw
 from difflex.records import Site
 from difflex.study import Study
@@ -49,7 +50,7 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
     words = ["concepts", str(study.folder), *FEW]
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and "a linear probe" in told and "AP by group" in told
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in told and "a linear probe" in told and "AP by group" in told
     files = {path.relative_to(study.folder / "concepts").as_posix() for path in study.folder.glob("concepts/*/*.json")}
     assert files == {
         "double.0/topk-24-k4.json",
@@ -58,16 +59,16 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
         "double.0+neurons/neurons-k4.json",
     }
     matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
-    assert matches.made_from["fingerprint"] and matches.site == SITE and len(matches.levels) == 1
+    assert matches.fingerprint and matches.site == SITE and len(matches.levels) == 1
     stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
     autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: made" in told and told.count("is there already") == 3
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in told and told.count("up to date") == 3
     changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
     assert changed == ["topk-24-k4.json"]
-    assert main([*words[:-1], "0.25", "--dictionary", "topk-24-k4"]) == 0
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert main([*words[:-1], "0.25", "--dictionary", f"{SITE}/topk-24-k4"]) == 0
+    assert capsys.readouterr().out.count("up to date") == 4
 
 
 def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_control(
@@ -88,9 +89,9 @@ def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_c
     told = capsys.readouterr().out
     assert "figure" in told
     matches = ConceptMatches.load(control.concepts(SITE, "topk-24-k4"))
-    assert matches.made_from["revision"] == "untrained-0"
+    assert matches.inputs is not None and matches.inputs.revision == "untrained-0" and matches.inputs.config.empty_prompts
     assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
-    ground, thing = matches.levels[0].findings
+    ground, thing = matches.levels[0].results
     assert 1 > ground.chance > 0.6 > thing.chance > 0, "tokens that are all ground are many, tokens that are all thing few"
 
 
@@ -98,11 +99,11 @@ def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_c
     ("flags", "answer"),
     [
         (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
-        (["--dictionary", "topk-24-k5"], "The dictionary 'topk-24-k5' is unknown; nearest: topk-24-k4"),
-        (["--images", "0"], "--images 0 shows nothing"),
+        (["--dictionary", f"{SITE}/topk-24-k5"], "The dictionary 'double.0/topk-24-k5' is unknown; nearest: double.0/topk-24-k4"),
+        (["--images", "0"], "0 images show no concept"),
         (["--images", "10", "--noise", "0.25"], "Give more images; a tenth of them is held out"),
         (["--folder", "nowhere"], "nowhere/images holds no image"),
-        (["--shown", "0.2", "--absent", "0.3", *FEW], "absent up to a share of 0.3"),
+        (["--present-above", "0.2", "--absent-below", "0.3", *FEW], "absent up to a share of 0.3"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, flags: list, answer: str, capsys):
@@ -113,7 +114,7 @@ def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, flags
 def test_a_study_without_dictionaries_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path, "mini-flux")
     assert main(["concepts", str(tmp_path)]) == 2
-    assert "has no dictionary" in capsys.readouterr().err
+    assert "has no dictionaries yet" in capsys.readouterr().err
 
 
 def test_neurons_that_are_a_dictionary_of_the_study_stand_beside_the_others_once(

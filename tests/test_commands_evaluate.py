@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(80)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--pixels", "16x24"]
-    assert main([*words, "--sites", SITE, "single.0", "--batch", "8"]) == 0
+    assert main([*words, "--site", SITE, "single.0", "--batch", "8"]) == 0
     flags = ["--site", SITE, "--k", "3,12", "--size", "64", "--batch", "64", "--tokens", "3000"]
     assert main(["train", str(root / "study"), *flags]) == 0
     place = root / "study" / "dictionaries" / "double.1+update"
@@ -66,7 +66,7 @@ def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys
 def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(verb, "load_studied", None)
+    monkeypatch.setattr(verb, "load_study_model", None)
     assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect-shots", "0", "--tokens", "50"]) == 0
     assert not evaluation(study, LABELS[0]).exists()
     found = Evaluation.load(evaluation(study, LABELS[1]))
@@ -77,12 +77,12 @@ def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
 
 def test_an_effect_is_added_to_what_was_measured_before(study: Path):
     words = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}"]
-    assert main([*words, "--effect", "0"]) == 0
+    assert main([*words, "--effect-shots", "0"]) == 0
     before = Evaluation.load(evaluation(study, LABELS[0]))
-    assert main([*words, "--effect", "2"]) == 0
+    assert main([*words, "--effect-shots", "2"]) == 0
     after = Evaluation.load(evaluation(study, LABELS[0]))
     assert after.effect is not None and after.overall == before.overall
-    assert main([*words, "--effect", "0"]) == 0 == main([*words, "--effect", "1"])  # what is there stays
+    assert main([*words, "--effect-shots", "0"]) == 0 == main([*words, "--effect-shots", "1"])  # what is there stays
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
@@ -91,10 +91,10 @@ def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
 ):
     clip = f"clip:{tiny_clip(tmp_path / 'clip')}"
     words, path = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}", "--offline"], evaluation(study, LABELS[0])
-    assert main([*words, "--effect", "3"]) == 0
+    assert main([*words, "--effect-shots", "3"]) == 0
     before = Evaluation.load(path).effect
     capsys.readouterr()
-    assert main([*words, "--effect", "2", "--measure", clip]) == 0
+    assert main([*words, "--effect-shots", "2", "--measure", clip]) == 0
     assert clip in capsys.readouterr().out.splitlines()[0]
     after = Evaluation.load(path).effect
     # At as many shots as before, although fewer were asked for.
@@ -102,7 +102,7 @@ def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
     assert after.similarity["ssim"] == before.similarity["ssim"]
     assert 0 < after.similarity[clip].reconstruction <= 1 + 1e-6 and after.similarity[clip].zero < 1
     shutil.rmtree(tmp_path / "clip")
-    assert main([*words, "--effect", "2", "--measure", clip]) == 0
+    assert main([*words, "--effect-shots", "2", "--measure", clip]) == 0
     assert "up to date" in capsys.readouterr().out
 
 
@@ -126,10 +126,10 @@ def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: py
         (["--site", "double.7"], "The site 'double.7' is unknown"),
         (["--site", "single.0"], "The site 'single.0' is unknown"),
         (["--site", "a:b:c"], "is not a site"),
-        (["--tokens", "0"], "--tokens 0"),
-        (["--effect", "-1"], "--effect -1"),
+        (["--tokens", "0"], "on 0 tokens and 32 shots is not possible"),
+        (["--effect-shots", "-1"], "on 1000000 tokens and -1 shots is not possible"),
         (["--measure", "clap:it"], "The measure 'clap:it' is unknown"),
-        (["--measure", "lpips", "--effect", "0"], "of which --effect 0 makes none"),
+        (["--measure", "lpips", "--effect-shots", "0"], "an effect at 0 shots generates none"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
@@ -171,7 +171,10 @@ def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Pat
     assert isinstance(broken, SAE)
     broken.weights.decoder.fill_(torch.nan)
     broken.save(folder)
-    assert f"{SITE}/{LABELS[0]} rebuilds holds NaN" in refused(study, capsys) and not evaluation(study, LABELS[0]).exists()
+    assert (
+        f"The reconstruction by {SITE}/{LABELS[0]} holds NaN" in refused(study, capsys)
+        and not evaluation(study, LABELS[0]).exists()
+    )
 
 
 def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -179,7 +182,7 @@ def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path:
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     model, other = json.loads((study / "study.json").read_text())["model"], tmp_path / "other"
     words = ["harvest", model, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(other), "--pixels", "16x24"]
-    assert main([*words, "--sites", SITE]) == 0
+    assert main([*words, "--site", SITE]) == 0
     shutil.copytree(study / "dictionaries", other / "dictionaries")
     assert "has no rows of the split 'held-out'" in refused(other, capsys)
 

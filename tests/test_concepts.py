@@ -11,25 +11,19 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation.concepts import (
-    Concept,
-    ConceptMatches,
-    FeatureMethod,
-    LabelFolder,
-    LabelledActivations,
-    LabelledImage,
-    LabelThresholds,
-    MatchingConfig,
-    label,
-    match,
-    on_grid,
-    principal_axes,
-    random_directions,
-    table,
+from difflex.evaluation.concepts import Concept, FeatureMethod, LabelFolder, LabelledImage, label, match
+from difflex.evaluation.concepts.detection import (
+    FeatureFirings,
+    TokenRanking,
+    absorbing_features,
+    combine_features,
+    detection_scores,
+    split_features,
+    unrelated_concepts,
 )
-from difflex.evaluation.concepts.detection import FeatureFirings, TokenRanking, scores
-from difflex.evaluation.concepts.probing import probed
-from difflex.evaluation.concepts.relations import absorbers, pieces, together, unrelated
+from difflex.evaluation.concepts.labels import LabelledActivations, LabelThresholds, grid_shares
+from difflex.evaluation.concepts.matching import linear_probe, principal_axes, random_directions
+from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, matches_table
 from difflex.records import Activations, Codes, Shot, Site
 
 SITE = Site("double.1")
@@ -41,7 +35,7 @@ TOKENS, IMAGES = 4000, 200
 def firings(dense: Tensor) -> FeatureFirings:
     """From [token, size]."""
     tokens, features = (dense > 0).nonzero(as_tuple=True)
-    return FeatureFirings.sorted(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
+    return FeatureFirings.from_pairs(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
 
 
 def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
@@ -80,7 +74,7 @@ def test_average_precision_is_that_of_scikit_learn_with_ties_and_silence(ties: b
     truth = torch.where(torch.rand(3, 90, generator=generator) < 0.3, 1, 0).to(torch.int8)
     truth[:, :20] -= (torch.rand(3, 20, generator=generator) < 0.5).to(torch.int8)  # some are left out
     truth = truth.clamp_min(-1)
-    found = scores(firings(dense), truth)
+    found = detection_scores(firings(dense), truth)
     for feature in range(6):
         for concept in range(3):
             known = truth[concept] >= 0
@@ -96,34 +90,34 @@ def test_blocks_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch
         torch.rand(200, 30, generator=generator) < torch.rand(30, generator=generator)
     )
     truth = (torch.rand(7, 200, generator=generator) < 0.3).to(torch.int8)
-    whole = scores(firings(dense), truth)
-    monkeypatch.setattr("difflex.evaluation.concepts.detection.ROOM", 500)
-    for name, values in vars(scores(firings(dense), truth)).items():
+    whole = detection_scores(firings(dense), truth)
+    monkeypatch.setattr("difflex.evaluation.concepts.detection.BLOCK", 500)
+    for name, values in vars(detection_scores(firings(dense), truth)).items():
         torch.testing.assert_close(values, getattr(whole, name))
 
 
 def test_a_feature_that_is_the_concept_has_ap_1_and_a_random_one_the_base_rate():
     labelled = planted()
     dense = torch.cat([labelled.truth.T.float(), torch.rand(TOKENS, 1, generator=torch.Generator().manual_seed(3))], dim=1)
-    found = scores(firings(dense), labelled.truth)
+    found = detection_scores(firings(dense), labelled.truth)
     assert torch.equal(found.ap[:4].diagonal(), torch.ones(4)) and torch.equal(found.iou[:4].diagonal(), torch.ones(4))
     torch.testing.assert_close(found.ap[4], labelled.truth.float().mean(1), atol=0.03, rtol=0)
-    silent = scores(firings(torch.zeros(TOKENS, 1)), labelled.truth)
+    silent = detection_scores(firings(torch.zeros(TOKENS, 1)), labelled.truth)
     torch.testing.assert_close(silent.ap[0], labelled.truth.float().mean(1))
 
 
 def test_a_cut_from_elsewhere_is_kept():
     dense = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
     truth = torch.tensor([[1, 1, 0, 1]], dtype=torch.int8)
-    found = scores(firings(dense), truth, torch.tensor([[3.0]]))
+    found = detection_scores(firings(dense), truth, torch.tensor([[3.0]]))
     assert (float(found.iou), float(found.precision), float(found.recall)) == (pytest.approx(1 / 3), 1.0, pytest.approx(1 / 3))
-    assert float(scores(firings(dense), truth, torch.tensor([[9.0]])).iou) == 0.0
-    assert float(scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
+    assert float(detection_scores(firings(dense), truth, torch.tensor([[9.0]])).iou) == 0.0
+    assert float(detection_scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
 
 
 def test_weights_of_images_count_as_copies_of_them():
     labelled = planted()
-    tokens, values = firings(labelled.values).one(5)
+    tokens, values = firings(labelled.values).of_feature(5)
     weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, IMAGES)[:, :IMAGES]
     ranking = TokenRanking(tokens, values, labelled.truth[1], labelled.images, IMAGES)
     times = weights[0, labelled.images].long()
@@ -135,14 +129,16 @@ def test_weights_of_images_count_as_copies_of_them():
 
 def test_features_that_are_concepts_are_found_with_narrow_intervals():
     labelled = planted()
-    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=50))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=50))
     whole = matches.levels[0]
     assert [level.noise for level in matches.levels] == [None, 0.25, 0.5]
-    assert [finding.best.features for finding in whole.findings] == [(0,), (1,), (2,), (3,)]
-    assert all(finding.best.ap.low > 0.99 and finding.segmenting.iou > 0.99 for finding in whole.findings)
-    assert all(finding.few.features == finding.best.features for finding in whole.findings)
+    assert [finding.best.features for finding in whole.results] == [(0,), (1,), (2,), (3,)]
+    assert all(finding.best.ap.low > 0.99 and finding.segmenting.iou > 0.99 for finding in whole.results)
+    assert all(finding.combined.features == finding.best.features for finding in whole.results)
     assert whole.coverage == (1.0, 1.0, 1.0) == whole.coverage_of_findable
-    assert whole.monosemanticity > 0.9 and not any(finding.pieces or finding.absorbers for finding in whole.findings)
+    assert whole.monosemanticity > 0.9 and not any(
+        finding.split_features or finding.absorbing_features for finding in whole.results
+    )
     assert matches.features.concepts[:4] == (0, 1, 2, 3) and min(matches.features.ap[:4]) > 0.99
 
 
@@ -153,9 +149,9 @@ def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
     [matches] = match(
         LabelledActivations(**{**vars(labelled), "values": torch.where(lost, noise, labelled.values)}),
         [coordinates(labelled)],
-        MatchingConfig(draws=20),
+        MatchingConfig(bootstrap_samples=20),
     )
-    assert matches.clearest.noise == 0.25 and matches.levels[0].noise is None
+    assert matches.clearest_level.noise == 0.25 and matches.levels[0].noise is None
 
 
 def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
@@ -167,8 +163,8 @@ def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
     codes = drawn.encode(labelled.values)
     assert codes.values.shape == (TOKENS, 2) and bool((codes.values > 0).all()) and int(codes.indices.max()) < 20
     assert not torch.equal(drawn.encode(-labelled.values).indices, codes.indices)
-    for matches in match(labelled, [axes, drawn], MatchingConfig(draws=20)):
-        assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].findings) > 0.95
+    for matches in match(labelled, [axes, drawn], MatchingConfig(bootstrap_samples=20)):
+        assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].results) > 0.95
 
 
 def test_what_fits_training_images_alone_scores_low():
@@ -177,18 +173,18 @@ def test_what_fits_training_images_alone_scores_low():
     values = torch.cat([0.4 * labelled.truth[2, :, None] + cheat[:, None], labelled.values[:, 4:]], dim=1)
     values[:, 0] = torch.where(labelled.held_out, torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)), values[:, 0])
     labelled = LabelledActivations(**{**vars(labelled), "values": values})
-    [matches] = match(labelled, [coordinates(labelled, 0.0)], MatchingConfig(draws=20))
-    star = matches.levels[0].findings[2]
+    [matches] = match(labelled, [coordinates(labelled, 0.0)], MatchingConfig(bootstrap_samples=20))
+    star = matches.levels[0].results[2]
     assert star.best.features == (0,) and star.best.ap.value < star.chance + 0.1 and star.segmenting.iou < 0.5
 
 
 def test_the_probe_finds_what_can_be_separated_and_nothing_in_noise():
     labelled = planted()
-    logits = probed(labelled)
+    logits = linear_probe(labelled)
     held = labelled.held_out
     for concept in range(4):
         assert average_precision_score(labelled.truth[concept, held].numpy(), logits[concept, held].numpy()) > 0.99
-    blind = probed(
+    blind = linear_probe(
         LabelledActivations(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))})
     )
     assert average_precision_score(labelled.truth[0, held].numpy(), blind[0, held].numpy()) < 0.35
@@ -204,38 +200,38 @@ def shared(parts: list[list[int]], others: Callable[[Tensor], Tensor] | None = N
 
 def test_a_concept_that_features_share_is_split():
     fires, truth = shared([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0]])
-    found = scores(fires, truth[None])
-    assert pieces(fires, truth, found, 0) == (0, 1, 2)
-    assert absorbers(fires, truth, found, 0, 0) == ()
-    assert set(together(fires, truth, found.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
+    found = detection_scores(fires, truth[None])
+    assert split_features(fires, truth, found, 0) == (0, 1, 2)
+    assert absorbing_features(fires, truth, found, 0, 0) == ()
+    assert set(combine_features(fires, truth, found.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
 
 
 def test_a_whole_feature_beside_its_parts_is_not_split():
     fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2], [3, 4, 5]])
-    found = scores(fires, truth[None])
-    assert pieces(fires, truth, found, 0) == () and absorbers(fires, truth, found, 0, 0) == ()
-    assert together(fires, truth, found.ap[:, 0], torch.ones(3), 4) == (0,)
+    found = detection_scores(fires, truth[None])
+    assert split_features(fires, truth, found, 0) == () and absorbing_features(fires, truth, found, 0, 0) == ()
+    assert combine_features(fires, truth, found.ap[:, 0], torch.ones(3), 4) == (0,)
 
 
 def test_a_specific_feature_that_silences_the_general_one_absorbs_it():
     fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7], [8, 9], [0, 1]])
-    found = scores(fires, truth[None])
-    assert absorbers(fires, truth, found, 0, 0) == (1,)
-    assert pieces(fires, truth, found, 0) == ()
+    found = detection_scores(fires, truth[None])
+    assert absorbing_features(fires, truth, found, 0, 0) == (1,)
+    assert split_features(fires, truth, found, 0) == ()
 
 
 def test_concepts_of_one_group_are_related_where_they_overlap():
     concepts = (Concept("car", "thing"), Concept("wheel", "thing"), Concept("tree", "thing"), Concept("red", "colour"))
     truth = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.int8)
-    apart = unrelated(concepts, truth)
+    apart = unrelated_concepts(concepts, truth)
     assert not apart[0, 1] and apart[0, 2] and apart[0, 3] and not apart.diagonal().any()
 
 
 def test_a_feature_of_two_meanings_is_less_monosemantic():
     labelled = planted()
     labelled.values[:, 0] = torch.maximum(labelled.values[:, 0], labelled.values[:, 2])
-    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=20))
-    red, blue, *_ = matches.levels[0].findings
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=20))
+    red, blue, *_ = matches.levels[0].results
     assert red.unrelated == "star" and red.monosemanticity < 0.3 and blue.monosemanticity > 0.9
 
 
@@ -243,12 +239,12 @@ def test_masks_become_shares_of_tokens_and_partly_covered_ones_are_left_out():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :4, :4], mask[0, 4:6, 4:8] = True, True
     mask[0, 0, 4] = True
-    shares = on_grid(mask, 2, 2)
+    shares = grid_shares(mask, 2, 2)
     assert shares.flatten().tolist() == [1.0, 0.0625, 0.0, 0.5]
     assert LabelThresholds().truth(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
-    assert LabelThresholds(absent=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
+    assert LabelThresholds(absent_below=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
     with pytest.raises(BadInput, match=r"absent up to a share of 0\.6"):
-        LabelThresholds(absent=0.6)
+        LabelThresholds(absent_below=0.6)
 
 
 def images(count: int = 6) -> list[LabelledImage]:
@@ -288,7 +284,7 @@ def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
 
 def test_tokens_are_labelled_with_the_masks_of_their_image():
     labelled = label(images(), harvesting(), CONCEPTS[:2])[SITE]
-    assert labelled.values.shape == (72, 4) and labelled.levels == [0.25, 0.5]
+    assert labelled.values.shape == (72, 4) and labelled.noise_levels == [0.25, 0.5]
     for image in range(6):
         mine = labelled.images == image
         assert mine.sum() == 12 and set(labelled.truth[:, mine].flatten().tolist()) == {
@@ -312,27 +308,27 @@ def test_activations_without_place_or_number_and_unknown_images_are_refused():
 def test_rare_concepts_are_left_out_and_too_few_images_said():
     labelled = planted()
     labelled.truth[3, labelled.images > 7] = 0
-    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=5))
-    assert matches.left_out == (CONCEPTS[3],) and matches.concepts == CONCEPTS[:3]
-    assert "too rare: ring" in table([matches])
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=5))
+    assert matches.rare_concepts == (CONCEPTS[3],) and matches.concepts == CONCEPTS[:3]
+    assert "too rare: ring" in matches_table([matches])
     with pytest.raises(BadInput, match="No concept is shown in 99 held-out images"):
-        match(labelled, [coordinates(labelled)], MatchingConfig(least=99))
-    with pytest.raises(BadInput, match=r"reads double\.2"):
+        match(labelled, [coordinates(labelled)], MatchingConfig(min_images=99))
+    with pytest.raises(BadInput, match=r"is a method for double\.2"):
         match(labelled, [FeatureMethod(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
 
 
 def test_matches_are_read_as_they_were_saved(tmp_path: Path):
     labelled = planted()
-    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(draws=5))
+    [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=5))
     matches.save(tmp_path / "concepts" / "one.json")
     assert ConceptMatches.load(tmp_path / "concepts" / "one.json") == matches
     said = json.loads((tmp_path / "concepts" / "one.json").read_text())
     assert next(iter(said)) == "format"
     (tmp_path / "one.json").write_text(json.dumps({**said, "format": 9}))
-    with pytest.raises(BrokenFile, match="not of format 1"):
+    with pytest.raises(BrokenFile, match="is of format 9"):
         ConceptMatches.load(tmp_path / "one.json")
     (tmp_path / "one.json").write_text("{")
-    with pytest.raises(BrokenFile, match="cannot be read as matches"):
+    with pytest.raises(BrokenFile, match="is not JSON"):
         ConceptMatches.load(tmp_path / "one.json")
 
 
@@ -399,7 +395,7 @@ def test_folders_that_say_too_little_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match=r"has no label map .*a\.png"):
         LabelFolder.open(tmp_path)
     folder(tmp_path, {"one": "star"}, quarters([1, 1, 1, 1], "L"))
-    with pytest.raises(BadInput, match="'one': 'star', which is no number and name"):
+    with pytest.raises(BadInput, match="'one': 'star', which is not a number with a name"):
         LabelFolder.open(tmp_path)
     folder(tmp_path, {"annotations": [], "categories": [{}]}, quarters([1, 1, 1, 1], "L"))
     with pytest.raises(BadInput, match="is not COCO panoptic"):
@@ -408,5 +404,5 @@ def test_folders_that_say_too_little_are_refused(tmp_path: Path):
     with pytest.raises(BrokenFile, match="is not JSON"):
         LabelFolder.open(tmp_path)
     (tmp_path / "labels.json").unlink()
-    with pytest.raises(BadInput, match="nobody says what the numbers"):
+    with pytest.raises(BadInput, match="the meaning of the numbers"):
         LabelFolder.open(tmp_path)

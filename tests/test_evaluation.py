@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, VectorMoments, fingerprint
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, fingerprint
+from difflex.dictionaries.normalisation import VectorMoments
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation import (
-    EditedModel,
-    Evaluation,
-    HeldOutData,
-    ModelEffect,
-    ReconstructionMetrics,
-    ReplacementEffect,
-    effects,
-    evaluate,
-    renew,
-)
-from difflex.evaluation.changing import Edits, some_shots
-from difflex.evaluation.moments import both, figures, joint
-from difflex.evaluation.similarity import ssim
-from difflex.records import ActivationBatch, EditOutcomes, Shot, Site, Split, SplitBatches
+from difflex.evaluation import EditedModel, Evaluation, evaluate
+from difflex.evaluation.effect import Edits, measure_effects, sample_shots
+from difflex.evaluation.image_similarity import ssim
+from difflex.evaluation.reconstruction import JointMoments
+from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReplacementEffect
+from difflex.evaluation.run import HeldOutData, evaluate_all
+from difflex.records import ActivationBatch, EditOutcomes, Shot, Site, Split
+from difflex.store.reading import SplitBatches
 
 WIDTH, TIMESTEPS = 8, (1000.0, 500.0, 250.0)
 SHOT = Shot(model="planted", pixels=(8, 8), steps=3, guidance=0.0, split="held-out")
@@ -81,6 +75,10 @@ def plainly(x: Tensor, y: Tensor) -> ReconstructionMetrics:
     )
 
 
+def metrics_of(x: Tensor, y: Tensor) -> ReconstructionMetrics:
+    return JointMoments.of(x, y).metrics()
+
+
 def assert_near(one: ReconstructionMetrics | None, other: ReconstructionMetrics | None, tolerance: float = 1e-9) -> None:
     assert one is not None and other is not None
     assert vars(one) == pytest.approx(vars(other), rel=tolerance, abs=tolerance)
@@ -88,7 +86,7 @@ def assert_near(one: ReconstructionMetrics | None, other: ReconstructionMetrics 
 
 def test_a_perfect_reconstruction_leaves_nothing():
     x = cloud()
-    assert_near(figures(joint(x, x)), ReconstructionMetrics(fvu=0.0, fvu_raw=0.0, r2=1.0, ev=1.0, cosine=1.0))
+    assert_near(metrics_of(x, x), ReconstructionMetrics(fvu=0.0, fvu_raw=0.0, r2=1.0, ev=1.0, cosine=1.0))
 
 
 @pytest.mark.parametrize("a", [0.1, 0.5, 2.0, -1.0])
@@ -97,20 +95,20 @@ def test_r2_is_blind_to_a_scale_that_the_others_see(a: float):
     x = x - x.mean(0)
     left = (1 - a) ** 2
     assert_near(
-        figures(joint(x, a * x)), ReconstructionMetrics(fvu=left, fvu_raw=left, r2=1.0, ev=1 - left, cosine=math.copysign(1, a))
+        metrics_of(x, a * x), ReconstructionMetrics(fvu=left, fvu_raw=left, r2=1.0, ev=1 - left, cosine=math.copysign(1, a))
     )
 
 
 def test_an_offset_is_seen_by_fvu_alone():
     x = cloud()
-    found = figures(joint(x, x + 5))
+    found = metrics_of(x, x + 5)
     assert found.fvu == pytest.approx(25 * x.numel() / float((x - x.mean(0)).square().sum()))
     assert found.ev == pytest.approx(1) and found.r2 == pytest.approx(1)
 
 
 def test_the_mean_alone_explains_no_variance_but_most_of_the_length():
     x = cloud(offset=50.0)
-    found = figures(joint(x, x.mean(0).expand_as(x)))
+    found = metrics_of(x, x.mean(0).expand_as(x))
     assert found.fvu == pytest.approx(1, abs=1e-12) and found.r2 == 0.0 and found.ev == pytest.approx(0, abs=1e-12)
     assert found.fvu_raw is not None and found.fvu_raw < 0.02
 
@@ -119,9 +117,9 @@ def test_axes_that_do_not_vary_are_left_out():
     x = cloud(offset=0.3)
     wide = torch.cat([x, torch.full((len(x), 2), 0.7, dtype=x.dtype)], dim=1)
     noisy = wide + 0.1 * torch.randn(wide.shape, generator=torch.Generator().manual_seed(3))
-    found, narrow = figures(joint(wide, noisy)), figures(joint(x, noisy[:, :WIDTH]))
+    found, narrow = metrics_of(wide, noisy), metrics_of(x, noisy[:, :WIDTH])
     assert found.r2 == pytest.approx(narrow.r2) and found.ev == pytest.approx(narrow.ev)
-    still = figures(joint(torch.ones(9, 2), torch.zeros(9, 2)))
+    still = metrics_of(torch.ones(9, 2), torch.zeros(9, 2))
     assert (still.fvu, still.fvu_raw, still.r2, still.ev) == (None, 1.0, None, None)
 
 
@@ -129,8 +127,8 @@ def test_axes_that_do_not_vary_are_left_out():
 def test_merged_batches_give_the_plain_formula_whatever_the_mean(offset: float):
     x = cloud(offset=offset)
     y = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    parts = [joint(a, b) for a, b in zip(x.split([1, 2, 997, 1000]), y.split([1, 2, 997, 1000]), strict=True)]
-    assert_near(figures(reduce(both, parts)), plainly(x, y), 1e-6 if offset == 1e6 else 1e-9)
+    parts = [JointMoments.of(a, b) for a, b in zip(x.split([1, 2, 997, 1000]), y.split([1, 2, 997, 1000]), strict=True)]
+    assert_near(reduce(JointMoments.merge, parts).metrics(), plainly(x, y), 1e-6 if offset == 1e6 else 1e-9)
 
 
 def test_an_evaluation_is_the_plain_formula_in_both_spaces():
@@ -206,16 +204,16 @@ def test_what_cannot_be_evaluated_is_said():
     x = cloud()
     with pytest.raises(BadInput, match="0 tokens"):
         evaluate(autoencoder(), batches(x), shot, tokens=0)
-    with pytest.raises(BadInput, match="no tokens"):
+    with pytest.raises(BadInput, match="no held-out tokens"):
         evaluate(autoencoder(), iter(()), shot)
     with pytest.raises(BadInput, match=r"takes activations \[token, 8\]"):
         evaluate(autoencoder(), batches(x[:, :5]), shot)
     x[1234, 2] = torch.nan
-    with pytest.raises(NonFinite, match=r"double\.1/topk-16-k3 was given"):
+    with pytest.raises(NonFinite, match=r"activations for double\.1/topk-16-k3 hold NaN"):
         evaluate(autoencoder(), batches(x), shot)
     broken = autoencoder()
     broken.weights.decoder[0] = torch.nan
-    with pytest.raises(NonFinite, match="rebuilds"):
+    with pytest.raises(NonFinite, match="The reconstruction by"):
         evaluate(broken, batches(cloud()), shot)
 
 
@@ -236,7 +234,7 @@ def images(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
 
 def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all():
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
-    (found,) = effects([autoencoder(k=WIDTH)], torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
+    (found,) = measure_effects([autoencoder(k=WIDTH)], torch.zeros(WIDTH), lambda edits: outcomes(edits, x))
     assert found.shots == 4 and found.images == 0 and found.image_error is None and found.psnr is None
     assert found.prediction.reconstruction < 1e-12
     assert found.prediction.zero == pytest.approx(1) and found.prediction.mean == pytest.approx(1)
@@ -246,7 +244,7 @@ def test_the_effect_of_a_perfect_dictionary_is_none_and_zero_ablation_takes_all(
 def test_effects_have_closed_forms_for_a_linear_model():
     x = cloud(4 * 6, offset=3.0).view(4, 6, WIDTH).float()
     mean, dictionary = x.mean((0, 1)), autoencoder(k=3)
-    (found,) = effects([dictionary], mean, lambda edits: outcomes(edits, x))
+    (found,) = measure_effects([dictionary], mean, lambda edits: outcomes(edits, x))
     plain = x.sum(1).double()
     left = (x - dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)).sum(1).double()
     rows = {"reconstruction": left, "mean": plain - 6 * mean.double(), "zero": plain}
@@ -259,7 +257,7 @@ def test_effects_have_closed_forms_for_a_linear_model():
 
 def test_images_are_compared_by_psnr_ssim_and_whatever_else_is_asked():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
-    (found,) = effects(
+    (found,) = measure_effects(
         [autoencoder(k=WIDTH)],
         torch.zeros(WIDTH),
         lambda edits: outcomes(edits, x),
@@ -277,7 +275,7 @@ def test_dictionaries_measured_together_have_the_effects_they_have_alone():
     both = [autoencoder(k=2), autoencoder(k=4)]
 
     def measured(dictionaries: list[SAE]) -> list[ModelEffect]:
-        return effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
+        return measure_effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
 
     assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
     assert measured(both)[0].prediction.reconstruction > measured(both)[1].prediction.reconstruction
@@ -286,9 +284,9 @@ def test_dictionaries_measured_together_have_the_effects_they_have_alone():
 def test_a_model_without_shots_or_with_nan_is_an_error():
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
     with pytest.raises(BadInput, match="no shots"):
-        effects([autoencoder()], torch.zeros(WIDTH), lambda _: ())
-    with pytest.raises(NonFinite, match=r"With mean in the place of double\.1 the model predicts NaN"):
-        effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
+        measure_effects([autoencoder()], torch.zeros(WIDTH), lambda _: ())
+    with pytest.raises(NonFinite, match=r"With mean in the place of double\.1 the predictions of the model hold NaN"):
+        measure_effects([autoencoder()], torch.full((WIDTH,), torch.nan), lambda edits: outcomes(edits, x))
 
 
 def test_images_of_nan_are_an_error():
@@ -298,8 +296,8 @@ def test_images_of_nan_are_an_error():
         for each in images(edits, x):
             yield each._replace(edited={name: torch.nan * image for name, image in each.edited.items()})
 
-    with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the model draws NaN"):
-        effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
+    with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the images of the model hold NaN"):
+        measure_effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
 
 
 def test_an_ablation_that_changes_nothing_has_no_share():
@@ -308,16 +306,16 @@ def test_an_ablation_that_changes_nothing_has_no_share():
 
 
 def test_some_shots_are_the_same_each_time_distinct_and_by_timestep():
-    found = some_shots(batches(cloud()), shot, 20)
-    assert found == some_shots(batches(cloud()), shot, 20) and len({each.seed for each in found}) == 20
+    found = sample_shots(batches(cloud()), shot, 20)
+    assert found == sample_shots(batches(cloud()), shot, 20) and len({each.seed for each in found}) == 20
     timesteps = [each.timestep or 0.0 for each in found]
     assert timesteps == sorted(timesteps, reverse=True) and set(timesteps) == set(TIMESTEPS)
-    assert found != some_shots(batches(cloud()), shot, 20, seed=1)
-    assert len(some_shots(batches(cloud(70)), shot, 20)) == 10  # all there are
+    assert found != sample_shots(batches(cloud()), shot, 20, seed=1)
+    assert len(sample_shots(batches(cloud(70)), shot, 20)) == 10  # all there are
 
 
 def test_shots_of_given_images_cannot_be_walked_again():
-    assert some_shots(batches(cloud()), lambda number: replace(shot(number), image="a.png", noise=0.5), 20) == []
+    assert sample_shots(batches(cloud()), lambda number: replace(shot(number), image="a.png", noise=0.5), 20) == []
 
 
 def test_ssim_of_flat_images_has_a_closed_form():
@@ -349,8 +347,10 @@ def test_images_too_small_for_a_window_are_refused():
 
 def evaluated(of: str = "") -> Evaluation:
     x = cloud(2 * 6).view(2, 6, WIDTH).float()
-    found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, checksum=of, data="a cloud, seed 0")
-    (changed,) = effects([autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
+    found = evaluate(autoencoder(whitened(cloud())), batches(cloud()), shot, fingerprint=of, data="a cloud, seed 0")
+    (changed,) = measure_effects(
+        [autoencoder()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: images(edits, x)
+    )
     return replace(found, effect=changed)
 
 
@@ -365,17 +365,17 @@ def test_an_evaluation_is_read_as_it_was_saved(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 2}, "format 2; this difflex reads format 1"),
-        ({"colour": "red"}, "not an evaluation"),
-        ({"overall": {"tokens": 3}}, "not an evaluation"),
-        ({"timesteps": [1]}, "not an evaluation"),
-        ({"effect": {"shots": 1}}, "not an evaluation"),
+        ({"format": 1}, "format 1; this version of difflex reads format 2"),
+        ({"colour": "red"}, "cannot be read as an evaluation"),
+        ({"overall": {"tokens": 3}}, "cannot be read as an evaluation"),
+        ({"timesteps": [1]}, "cannot be read as an evaluation"),
+        ({"effect": {"shots": 1}}, "cannot be read as an evaluation"),
     ],
 )
 def test_files_that_are_no_evaluation_are_named(tmp_path: Path, change: Mapping[str, object], complaint: str):
     path = evaluated().save(tmp_path / "one.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(BrokenFile, match=f"one.json is.*{complaint}"):
+    with pytest.raises(BrokenFile, match=f"one.json .*{complaint}"):
         Evaluation.load(path)
 
 
@@ -427,7 +427,7 @@ def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
         return EditedModel(lambda edits: outcomes(edits, x), None)
 
     def kept(source: HeldOutData | None = None, shots: int = 4) -> list[bool]:
-        return [each.kept for each in renew(two, source or held_out(), model, shots=shots, progress=False).values()]
+        return [each.up_to_date for each in evaluate_all(two, source or held_out(), model, shots=shots, progress=False).values()]
 
     assert kept() == [False, False] and asked == [4]  # the model is asked once for both
     assert kept() == kept(shots=0) == kept(shots=3) == [True, True] and asked == [4]
@@ -442,10 +442,10 @@ def test_what_holds_is_kept_and_only_what_lacks_is_measured(tmp_path: Path):
 def test_an_effect_that_was_left_out_is_measured_later_and_the_rest_is_kept(tmp_path: Path):
     folder, path = autoencoder().save(tmp_path / "dictionary"), tmp_path / "evaluation.json"
     x = cloud(4 * 6).view(4, 6, WIDTH).float()
-    before = renew({folder: path}, held_out(), progress=False)[folder].evaluation
-    after = renew({folder: path}, held_out(), lambda _: EditedModel(lambda edits: outcomes(edits, x), None), progress=False)[
-        folder
-    ]
+    before = evaluate_all({folder: path}, held_out(), progress=False)[folder].evaluation
+    after = evaluate_all(
+        {folder: path}, held_out(), lambda _: EditedModel(lambda edits: outcomes(edits, x), None), progress=False
+    )[folder]
     assert before.effect is None and after.evaluation.effect is not None
     assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
 
@@ -454,5 +454,5 @@ def test_shots_of_images_have_no_effect_and_it_is_said(tmp_path: Path):
     folder = autoencoder().save(tmp_path / "dictionary")
     source = replace(held_out(), shot=lambda number: replace(shot(number), image="a.png", noise=0.5))
     with pytest.warns(UserWarning, match="of given images"):
-        made = renew({folder: tmp_path / "one.json"}, source, lambda _: EditedModel(lambda _: (), None), progress=False)
+        made = evaluate_all({folder: tmp_path / "one.json"}, source, lambda _: EditedModel(lambda _: (), None), progress=False)
     assert made[folder].evaluation.effect is None

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation import ClipModel, check_likeness, likeness
-from difflex.evaluation.networks import ALEXNET, HEADS, LpipsDistance
+from difflex.evaluation import ClipModel
+from difflex.evaluation.image_similarity import ALEXNET, HEADS, LpipsDistance, check_measure, load_measure
 from difflex.testing import tiny_clip
 
 SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
@@ -49,9 +49,9 @@ def test_clip_gives_what_transformers_gives_of_a_image_that_fits(folder: Path):
     words = transformers.AutoTokenizer.from_pretrained(folder)(["a red star", "night"], padding=True, return_tensors="pt")
     with torch.no_grad():
         whole = model(pixel_values=(image - mean) / deviation, **words)
-    assert torch.allclose(clip.of_images(image), whole.image_embeds, atol=1e-5)
-    assert torch.allclose(clip.of_words(["a red star", "night"]), whole.text_embeds, atol=1e-5)
-    shares = clip.sharpness * clip.of_images(image) @ clip.of_words(["a red star", "night"]).T
+    assert torch.allclose(clip.embed_images(image), whole.image_embeds, atol=1e-5)
+    assert torch.allclose(clip.embed_texts(["a red star", "night"]), whole.text_embeds, atol=1e-5)
+    shares = clip.logit_scale * clip.embed_images(image) @ clip.embed_texts(["a red star", "night"]).T
     assert torch.allclose(shares, whole.logits_per_image, atol=1e-4)
 
 
@@ -59,13 +59,13 @@ def test_clip_looks_at_the_middle_of_a_image_that_is_longer_than_high(folder: Pa
     clip, wide = ClipModel(str(folder), offline=True), noise(1, 32, 64)
     changed = wide.clone()
     changed[..., :16] = 0
-    assert torch.equal(clip.of_images(wide), clip.of_images(changed))
+    assert torch.equal(clip.embed_images(wide), clip.embed_images(changed))
     changed[..., 16:20] = 0
-    assert not torch.equal(clip.of_images(wide), clip.of_images(changed))
+    assert not torch.equal(clip.embed_images(wide), clip.embed_images(changed))
 
 
 def test_a_text_longer_than_clip_reads_is_cut_off(folder: Path):
-    assert ClipModel(str(folder), offline=True).of_words(["star " * 200, "a"]).shape == (2, 32)
+    assert ClipModel(str(folder), offline=True).embed_texts(["star " * 200, "a"]).shape == (2, 32)
 
 
 def plain_lpips(trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], one: Tensor, other: Tensor) -> float:
@@ -105,34 +105,36 @@ def test_published_weights_come_from_the_cache_of_torch(
     weights: tuple[dict[str, Tensor], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(BadInput, match=r"fetch it where there is a network, and put it into .* as alexnet-owt-7be5be79\.pth"):
-        likeness("lpips", offline=True)
+    with pytest.raises(
+        BadInput, match=r"download it on a machine with network access and save it in .* as alexnet-owt-7be5be79\.pth"
+    ):
+        load_measure("lpips", offline=True)
     (tmp_path / "checkpoints").mkdir()
     for file, part in zip((ALEXNET, HEADS), weights, strict=True):
         torch.save(part, tmp_path / "checkpoints" / file.name)
     assert torch.equal(
-        likeness("lpips", offline=True)(noise(2), noise(2, seed=1)), LpipsDistance(*weights)(noise(2), noise(2, seed=1))
+        load_measure("lpips", offline=True)(noise(2), noise(2, seed=1)), LpipsDistance(*weights)(noise(2), noise(2, seed=1))
     )
     (tmp_path / "checkpoints" / HEADS.name).write_bytes(b"no weights")
-    with pytest.raises(BadInput, match="cannot be had"):
-        likeness("lpips", offline=True)
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load_measure("lpips", offline=True)
 
 
 def test_weights_that_nobody_serves_are_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("difflex.evaluation.networks.ALEXNET", ALEXNET._replace(url="http://127.0.0.1:9/none.pth"))
-    with pytest.raises(BadInput, match=r"The weights of LPIPS cannot be had .* put it into"):
-        likeness("lpips")
+    monkeypatch.setattr("difflex.evaluation.image_similarity.ALEXNET", ALEXNET._replace(url="http://127.0.0.1:9/none.pth"))
+    with pytest.raises(BadInput, match=r"The weights of LPIPS cannot be loaded .* save it in"):
+        load_measure("lpips")
 
 
 def test_what_is_no_measure_and_no_clip_is_named(folder: Path, tmp_path: Path):
-    check_likeness("lpips")
-    check_likeness("clip:some/model")
+    check_measure("lpips")
+    check_measure("clip:some/model")
     for name in ("clip:", "clip", "ssim", "lpips:alex"):
         with pytest.raises(UnknownName, match=r"is unknown\. Write lpips, or clip:"):
-            check_likeness(name)
+            check_measure(name)
     with pytest.raises(BadInput, match="cannot be opened as a CLIP"):
-        likeness(f"clip:{tmp_path}", offline=True)
+        load_measure(f"clip:{tmp_path}", offline=True)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(BadInput, match="is of the kind 'bert', not a CLIP"):
-        likeness(f"clip:{tmp_path}", offline=True)
+    with pytest.raises(BadInput, match="is a model of type 'bert', not a CLIP"):
+        load_measure(f"clip:{tmp_path}", offline=True)

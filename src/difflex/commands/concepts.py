@@ -57,8 +57,6 @@ class ConceptsCommand(Command):
         from difflex.evaluation.concepts.results import matches_table
 
         config = ConceptsConfig(
-            sites=self.site,
-            dictionaries=self.dictionary,
             images=self.images,
             noise=self.noise,
             pixels=self.pixels,
@@ -82,7 +80,7 @@ class ConceptsCommand(Command):
 
         folder = LabelFolder.open(self.folder) if self.folder else None
         images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images)
-        stored = match_studies(studies, images, open_model, config)
+        stored = match_studies(studies, images, open_model, config, self.site, self.dictionary)
         for matches in stored:
             print(f"{matches.path}: {'up to date' if matches.up_to_date else 'matched'}")
         print(matches_table([each.matches for each in stored]))

@@ -1,23 +1,17 @@
-"""What a dictionary is worth, on tokens it never saw: how well it rebuilds, how sparsely, and what that does to the model."""
+"""Evaluate dictionaries on held-out tokens: reconstruction, sparsity, and the effect on the model's output."""
 
-from difflex.evaluation.changing import effects
-from difflex.evaluation.measuring import evaluate
-from difflex.evaluation.networks import ClipModel, check_likeness, likeness
-from difflex.evaluation.record import Evaluation, ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
-from difflex.evaluation.renewing import EditedModel, HeldOutData, renew
+from difflex.evaluation.image_similarity import ClipModel
+from difflex.evaluation.reconstruction import evaluate
+from difflex.evaluation.record import Evaluation, ReconstructionQuality
+from difflex.evaluation.run import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
 
 __all__ = [
     "ClipModel",
     "EditedModel",
     "Evaluation",
-    "HeldOutData",
-    "ModelEffect",
-    "ReconstructionMetrics",
+    "EvaluationConfig",
     "ReconstructionQuality",
-    "ReplacementEffect",
-    "check_likeness",
-    "effects",
     "evaluate",
-    "likeness",
-    "renew",
+    "evaluate_study",
+    "evaluation_table",
 ]

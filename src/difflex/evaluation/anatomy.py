@@ -1,152 +1,178 @@
-"""Norms, spectra, outlier coordinates and offsets of activations, gathered in one pass over a stream of them."""
+"""Anatomy of activations: norms, spectra, outlier coordinates and offsets, measured in one pass, with figures."""
 
-import json
+from __future__ import annotations
+
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile
-from difflex.files import write_json
-from difflex.records import Activations, Site
+from difflex.evaluation.record import from_json, to_json
+from difflex.files import parsing, read_json, write_json
+from difflex.records import Activations, Site, Stream
+from difflex.study import Study
 
-__all__ = ["ActivationShape", "Anatomy", "measure"]
+__all__ = [
+    "ActivationShape",
+    "Anatomy",
+    "AnatomyInputs",
+    "AnatomyResult",
+    "heat_map",
+    "measure_anatomy",
+    "spectra_figure",
+    "update_anatomy",
+]
 
-FORMAT = 1
+FORMAT = 2
+ADVICE = "Run difflex anatomy again."
 TOP = 10
-"""How many directions and coordinates are told of."""
+"""Number of directions and coordinates to report."""
+
+PAPER, INK, GRID = "white", "#222222", "#dddddd"
+# From dark blue over purple and orange to pale yellow: readable in greyscale and with colour blindness.
+RAMP = ((13, 8, 60), (84, 3, 120), (165, 32, 105), (225, 85, 60), (250, 160, 40), (245, 235, 150))
+CURVES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444", "#8b4513")
+LETTERS, LINE, GAP = 15, 20, 12
+CELL = (58, 22)
+PLOT = (640, 420)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationShape:
-    """What the activations of a site look like as a cloud of points."""
+    """The distribution of the activations of a site."""
 
     tokens: int
     variances: tuple[float, ...]
-    """Along the principal directions, the largest first: the spectrum."""
+    """The spectrum: variances along the principal directions, the largest first."""
     components_for_90: int
-    """The fewest principal directions that hold 90 % of the variance."""
+    """The smallest number of principal directions that hold 90 % of the variance."""
     alignments: tuple[float, ...]
-    """Of the top directions: the share of each that lies in its largest coordinate; 1 is a coordinate axis."""
+    """For each top direction, the share of its squared length in its largest coordinate; 1 is a coordinate axis."""
     outliers: tuple[tuple[int, float, float], ...]
-    """The coordinates of the largest variance: index, variance over the median coordinate's, mean over the median deviation."""
+    """The coordinates of largest variance: index, variance over the median variance, mean over the median standard deviation."""
     offset: float
-    """Length of the mean over length of the deviations; the larger, the more features of a dictionary die (arXiv 2605.31518)."""
+    """Length of the mean over the root of the total variance; a large offset leads to dead features (arXiv 2605.31518)."""
 
     def share(self, count: int) -> float:
-        """The part of the variance that the `count` largest directions hold."""
+        """Return the share of the variance in the `count` largest directions."""
         return sum(self.variances[:count]) / (sum(self.variances) or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnatomyInputs:
+    """What an anatomy was measured on; with other inputs it is measured again."""
+
+    model: str
+    revision: str | None
+    precision: str | None
+    pixels: tuple[int, int]
+    steps: int
+    guidance: float
+    prompts: str
+    """Source of the prompts."""
+    max_prompts: int
+    sites: tuple[Site, ...]
+    spectra: tuple[Site, ...]
+    """Sites whose spectrum is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What was measured, by site."""
+    """Norms and distributions of activations by site."""
 
     model: str
     norms: dict[Site, dict[float, float]]
     """Mean length of a token's activation, by timestep."""
     shapes: dict[Site, ActivationShape]
-    """For the sites whose spectrum was asked for."""
-    made_from: Mapping[str, str] = field(default_factory=dict)
-    """What was asked of which model: an anatomy that was made from something else is measured again."""
+    """Only of the sites whose spectrum was measured."""
+    inputs: AnatomyInputs | None = None
 
     def save(self, path: Path) -> None:
         """Write the anatomy to the JSON file `path`."""
-        entries = {
-            "model": self.model,
-            "norms": {str(site): {f"{t:g}": norm for t, norm in norms.items()} for site, norms in self.norms.items()},
-            "shapes": {str(site): asdict(shape) for site, shape in self.shapes.items()},
-            "made_from": dict(self.made_from),
-        }
-        write_json(path, FORMAT, entries)
+        write_json(path, FORMAT, to_json(self))
 
     @classmethod
-    def load(cls, path: Path) -> "Anatomy":
-        """The anatomy saved in `path`."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise BrokenFile(f"{path} has format {data['format']}, this difflex reads {FORMAT}. Measure the anatomy again.")
-            norms = {Site.parse(name): {float(t): float(n) for t, n in norms.items()} for name, norms in data["norms"].items()}
-            shapes = {Site.parse(name): _shape_of(entries) for name, entries in data["shapes"].items()}
-            return cls(model=data["model"], norms=norms, shapes=shapes, made_from=data.get("made_from", {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BrokenFile(f"{path} is not an anatomy ({error}). Measure it again.") from error
+    def load(cls, path: Path) -> Anatomy:
+        """Read the anatomy in the JSON file `path`."""
+        entries = read_json(path, FORMAT, ADVICE)
+        with parsing(path, "an anatomy", ADVICE):
+            return from_json(cls, entries)
 
 
-def _shape_of(entries: dict[str, object]) -> ActivationShape:
-    """A shape from JSON, which knows no tuples."""
-    frozen = {name: tuple(map(_frozen, entry)) if isinstance(entry, list) else entry for name, entry in entries.items()}
-    return ActivationShape(**frozen)  # pyright: ignore[reportArgumentType]
+class AnatomyResult(NamedTuple):
+    """The anatomy of a study, the files that hold it, and whether it was up to date before."""
+
+    anatomy: Anatomy
+    paths: list[Path]
+    """The JSON file, then the figures."""
+    up_to_date: bool
 
 
-def _frozen(entry: object) -> object:
-    return tuple(entry) if isinstance(entry, list) else entry
+def update_anatomy(study: Study, inputs: AnatomyInputs, harvest: Callable[[], Iterable[Activations]]) -> AnatomyResult:
+    """Measure the anatomy of the activations from `harvest`, unless the study holds it already; save it and draw its figures."""
+    try:
+        anatomy = Anatomy.load(study.anatomy) if study.anatomy.is_file() else None
+    except BrokenFile:
+        anatomy = None
+    up_to_date = anatomy is not None and anatomy.inputs == inputs
+    if anatomy is None or not up_to_date:
+        anatomy = replace(measure_anatomy(harvest(), inputs.spectra), inputs=inputs)
+        study.write()
+        anatomy.save(study.anatomy)
+    return AnatomyResult(anatomy, [study.anatomy, *_save_figures(anatomy, study.anatomy_figures)], up_to_date)
 
 
-def measure(activations: Iterable[Activations], spectra: Collection[Site] | None = None) -> Anatomy:
-    """The anatomy that `activations` show; spectra for all sites, or for those in `spectra` (a width x width matrix each)."""
-    lengths: dict[Site, dict[float, _RunningMean]] = {}
-    clouds: dict[Site, _CloudMoments] = {}
+def measure_anatomy(activations: Iterable[Activations], spectra: Collection[Site] | None = None) -> Anatomy:
+    """Measure the anatomy of `activations`; spectra (a width x width matrix each) for all sites, or for those in `spectra`."""
+    norms: dict[Site, dict[float, list[float]]] = {}
+    moments: dict[Site, _CloudMoments] = {}
     model = ""
-    for seen in activations:
-        model = seen.shots[0].model
-        timestep = seen.shots[0].timestep or 0.0
-        mean = lengths.setdefault(seen.site, {}).setdefault(timestep, _RunningMean())
-        mean.take(seen.values.float().norm(dim=-1))
-        if spectra is None or seen.site in spectra:
-            clouds.setdefault(seen.site, _CloudMoments(seen.values.shape[-1], seen.values.device)).take(seen.values.flatten(0, 1))
-    if not lengths:
+    for batch in activations:
+        model = batch.shots[0].model
+        lengths = batch.values.float().norm(dim=-1).double()
+        sums = norms.setdefault(batch.site, {}).setdefault(batch.shots[0].timestep or 0.0, [0.0, 0])
+        sums[0] += float(lengths.sum())
+        sums[1] += lengths.numel()
+        if spectra is None or batch.site in spectra:
+            values = batch.values
+            moments.setdefault(batch.site, _CloudMoments(values.shape[-1], values.device)).add(values.flatten(0, 1))
+    if not norms:
         raise BadInput("No activations were given, so there is no anatomy. Harvest at least one shot.")
-    norms = {site: {t: by[t].value for t in sorted(by, reverse=True)} for site, by in lengths.items()}
-    return Anatomy(model=model, norms=norms, shapes={site: cloud.shape() for site, cloud in clouds.items()})
-
-
-@final
-class _RunningMean:
-    """A running mean."""
-
-    def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
-
-    def take(self, values: Tensor) -> None:
-        self._sum += float(values.double().sum())
-        self._count += values.numel()
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._count
+    means = {site: {t: by[t][0] / by[t][1] for t in sorted(by, reverse=True)} for site, by in norms.items()}
+    return Anatomy(model=model, norms=means, shapes={site: cloud.shape() for site, cloud in moments.items()})
 
 
 @final
 class _CloudMoments:
-    """First and second moments, in float64 and about the first batch's mean: large offsets must not eat the digits."""
+    """First and second moments in float64, centred on the mean of the first batch so that large offsets cost no digits."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._about: Tensor | None = None
+        self._centre: Tensor | None = None
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._products = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._count = 0
 
-    def take(self, values: Float[Tensor, "token width"]) -> None:
+    def add(self, values: Float[Tensor, "token width"]) -> None:
         x = values.double()
-        if self._about is None:
-            self._about = x.mean(0)
-        x = x - self._about
+        if self._centre is None:
+            self._centre = x.mean(0)
+        x = x - self._centre
         self._sum += x.sum(0)
         self._products.addmm_(x.T, x)
         self._count += len(x)
 
     def shape(self) -> ActivationShape:
-        assert self._about is not None
-        moved = self._sum / self._count
-        mean = self._about + moved
-        covariance = self._products / self._count - torch.outer(moved, moved)
+        assert self._centre is not None
+        shift = self._sum / self._count
+        mean = self._centre + shift
+        covariance = self._products / self._count - torch.outer(shift, shift)
         variances, directions = torch.linalg.eigh(covariance)
         variances, directions = variances.flip(0).clamp(min=0), directions.flip(1)
         return ActivationShape(
@@ -160,15 +186,114 @@ class _CloudMoments:
 
 
 def _components(variances: Tensor, share: float) -> int:
-    held = variances.cumsum(0) / variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return min(int((held < share).sum()) + 1, len(variances))
+    cumulative = variances.cumsum(0) / variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return min(int((cumulative < share).sum()) + 1, len(variances))
 
 
 def _outliers(variances: Tensor, mean: Tensor) -> tuple[tuple[int, float, float], ...]:
-    tiny = torch.finfo(torch.float64).tiny
-    median = variances.median().clamp(min=tiny)
+    median = variances.median().clamp(min=torch.finfo(torch.float64).tiny)
     top = variances.topk(min(TOP, len(variances)))
     return tuple(
         (int(i), float(variance / median), float(mean[i] / median.sqrt()))
         for variance, i in zip(top.values, top.indices, strict=True)
     )
+
+
+def _save_figures(anatomy: Anatomy, folder: Path) -> list[Path]:
+    figures = {"spectra": spectra_figure(anatomy)}
+    streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
+    figures |= {f"norms-{stream}": heat_map(anatomy, stream) for stream in streams}
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.png" for name in sorted(figures)]
+    for path in paths:
+        figures[path.stem].save(path)
+    return paths
+
+
+def heat_map(anatomy: Anatomy, stream: Stream = "image") -> Image.Image:
+    """Draw mean token norms of the residual stream: one row per site, one column per timestep, the noisiest on the left."""
+    rows = {site: norms for site, norms in anatomy.norms.items() if site.stream == stream and site.kind == "residual"}
+    if not rows:
+        raise BadInput(f"The anatomy has no residual norms of the {stream} stream. Harvest sites that have one.")
+    timesteps = sorted({timestep for norms in rows.values() for timestep in norms}, reverse=True)
+    values = [norm for norms in rows.values() for norm in norms.values()]
+    low, high = math.log10(max(min(values), 1e-30)), math.log10(max(max(values), 1e-30))
+    font = ImageFont.load_default(LETTERS)
+    left = GAP * 2 + max(int(font.getlength(str(site))) for site in rows)
+    top = GAP + 3 * LINE
+    sheet = Image.new("RGB", (max(left + CELL[0] * len(timesteps) + GAP, 560), top + CELL[1] * len(rows) + GAP), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), f"{anatomy.model}: mean norm of a token, residual {stream} stream", INK, font)
+    pen.text((GAP, GAP + LINE), "by site and timestep (1000 is pure noise); colour on a log scale", INK, font)
+    for column, timestep in enumerate(timesteps):
+        pen.text((left + CELL[0] * column + CELL[0] // 2, top - 4), f"{timestep:.0f}", INK, font, anchor="md")
+    for row, (site, norms) in enumerate(rows.items()):
+        y = top + CELL[1] * row
+        pen.text((left - GAP, y + CELL[1] // 2), str(site), INK, font, anchor="rm")
+        for column, timestep in enumerate(timesteps):
+            if timestep in norms:
+                share = (math.log10(max(norms[timestep], 1e-30)) - low) / (high - low or 1.0)
+                _draw_cell(pen, (left + CELL[0] * column, y), share, norms[timestep])
+    return sheet
+
+
+def _draw_cell(pen: ImageDraw.ImageDraw, corner: tuple[int, int], share: float, value: float) -> None:
+    x, y = corner
+    pen.rectangle((x, y, x + CELL[0] - 2, y + CELL[1] - 2), fill=_colour(share))
+    small = ImageFont.load_default(LETTERS - 3)
+    pen.text((x + CELL[0] // 2 - 1, y + CELL[1] // 2 - 1), f"{value:.3g}", INK if share > 0.6 else PAPER, small, anchor="mm")
+
+
+def _colour(share: float) -> tuple[int, int, int]:
+    """Return the colour at `share` (0 to 1) of the ramp."""
+    position = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    i = min(int(position), len(RAMP) - 2)
+    red, green, blue = (round(a + (position - i) * (b - a)) for a, b in zip(RAMP[i], RAMP[i + 1], strict=True))
+    return red, green, blue
+
+
+def spectra_figure(anatomy: Anatomy, sites: Sequence[Site] | None = None) -> Image.Image:
+    """Draw the share of the variance in each principal direction, both axes logarithmic; one curve per site."""
+    sites = list(anatomy.shapes if sites is None else sites)[: len(CURVES)]
+    if not sites:
+        raise BadInput("The anatomy has no spectrum. Measure one for at least one site.")
+    curves = {site: _shares(anatomy.shapes[site].variances) for site in sites}
+    longest = max(len(curve) for curve in curves.values())
+    lowest = math.floor(math.log10(min(curve[-1] for curve in curves.values())))
+    font = ImageFont.load_default(LETTERS)
+    left, top = 70, GAP + 3 * LINE
+    sheet = Image.new("RGB", (left + PLOT[0] + GAP, top + PLOT[1] + 3 * LINE + LINE * len(sites)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), f"{anatomy.model}: variance along the principal directions", INK, font)
+    pen.text((GAP, GAP + LINE), "share of the whole, by rank of the direction", INK, font)
+
+    def point(rank: int, share: float) -> tuple[float, float]:
+        x = math.log10(rank) / (math.log10(longest) or 1.0)
+        return left + PLOT[0] * x, top + PLOT[1] * math.log10(share) / lowest
+
+    _draw_axes(pen, point, longest, lowest)
+    for number, (site, curve) in enumerate(curves.items()):
+        pen.line([point(rank, share) for rank, share in enumerate(curve, 1)], CURVES[number], 2)
+        shape, y = anatomy.shapes[site], top + PLOT[1] + 2 * LINE + LINE * number
+        pen.line([(GAP, y), (GAP + 30, y)], CURVES[number], 3)
+        shares = f"first {100 * shape.share(1):.0f} %, first ten {100 * shape.share(10):.0f} %"
+        pen.text((GAP + 40, y), f"{site}: {shares}, 90 % in {shape.components_for_90} of {len(curve)}", INK, font, anchor="lm")
+    return sheet
+
+
+def _shares(variances: Sequence[float]) -> list[float]:
+    """Return shares of the total variance, without the numerically zero ones, which have no logarithm."""
+    total = sum(variances) or 1.0
+    return [share for variance in variances if (share := variance / total) > 1e-12] or [1.0]
+
+
+def _draw_axes(pen: ImageDraw.ImageDraw, point: Callable[[int, float], tuple[float, float]], longest: int, lowest: int) -> None:
+    small = ImageFont.load_default(LETTERS - 2)
+    for power in range(lowest, 1):
+        (x, y), (end, _) = point(1, 10.0**power), point(longest, 10.0**power)
+        pen.line([(x, y), (end, y)], GRID)
+        pen.text((x - 6, y), f"1e{power}" if power else "1", INK, small, anchor="rm")
+    for power in range(int(math.log10(longest)) + 1):
+        (x, y), (_, end) = point(10**power, 10.0**lowest), point(10**power, 1.0)
+        pen.line([(x, y), (x, end)], GRID)
+        pen.text((x, y + 4), str(10**power), INK, small, anchor="mt")

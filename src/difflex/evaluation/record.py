@@ -1,96 +1,108 @@
-"""The record of an evaluation, and the JSON file that holds it."""
+"""The record of an evaluation, and the conversion of records to and from JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from types import EllipsisType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from difflex._version import __version__
-from difflex.dictionaries.files import fingerprint
-from difflex.errors import BadInput, BrokenFile
-from difflex.files import write_file
+from difflex.dictionaries import fingerprint
+from difflex.errors import BadInput
+from difflex.files import Json, parsing, read_json, write_json
+from difflex.records import Site
 
-__all__ = ["Evaluation", "ModelEffect", "ReconstructionMetrics", "ReconstructionQuality", "ReplacementEffect"]
+__all__ = [
+    "Evaluation",
+    "ModelEffect",
+    "ReconstructionMetrics",
+    "ReconstructionQuality",
+    "ReplacementEffect",
+    "from_json",
+    "to_json",
+]
 
-FORMAT = 1
-AGAIN = "Delete it and evaluate again."
+FORMAT = 2
+ADVICE = "Delete it and run difflex evaluate again."
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionMetrics:
-    """How near reconstructions y come to activations x, in one space; a figure that has no meaning there is None."""
+    """How close reconstructions y are to activations x, in one space; a metric that is undefined there is None."""
 
     fvu: float | None
-    """sum |x - y|^2 / sum |x - mean x|^2: the fraction of variance unexplained. None where x does not vary."""
+    """Fraction of variance unexplained: sum |x - y|^2 / sum |x - mean x|^2. None if x is constant."""
     fvu_raw: float | None
-    """sum |x - y|^2 / sum |x|^2: the mean counts as something explained."""
+    """sum |x - y|^2 / sum |x|^2, where the mean counts as explained."""
     r2: float | None
-    """Squared correlation of x and y on each axis, mean over axes: "variance explained" of arXiv 2505.24360. It is blind to scale
+    """Squared correlation of x and y on each axis, averaged over axes: "variance explained" of arXiv 2505.24360. It ignores scale
     and offset: y = x / 10 + 5 gives 1."""
     ev: float | None
-    """1 - var(x - y) / var(x) on each axis, mean over axes: explained variance of arXiv 2410.22366, blind to offset."""
+    """1 - var(x - y) / var(x) on each axis, averaged over axes: explained variance of arXiv 2410.22366. It ignores offset."""
     cosine: float
-    """Of x and y, mean over tokens."""
+    """Cosine similarity of x and y, averaged over tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionQuality:
-    """How well some tokens are rebuilt, and with how many features."""
+    """Reconstruction metrics and sparsity over a number of tokens."""
 
     tokens: int
     l0: float
-    """Codes other than 0 for a token."""
+    """Mean number of non-zero codes per token."""
     negative: float
-    """The share of these that are below 0; they do not count as firing."""
+    """Share of the non-zero codes that are negative; a negative code does not count as firing."""
     model_space: ReconstructionMetrics
     normalised_space: ReconstructionMetrics | None
-    """In the space that the dictionary was trained in; None where that is model space."""
+    """Metrics in the space that the dictionary was trained in; None if that is model space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplacementEffect:
-    """One measure of what changes where the activation of a site gives way to something else."""
+    """How much one measure changes when a site's activations are replaced."""
 
     reconstruction: float
-    """To what the dictionary makes of it."""
+    """Change when they are replaced by the dictionary's reconstruction."""
     mean: float
-    """To the mean of the training tokens: nothing is left but what all tokens share."""
+    """Change under mean ablation: every activation becomes the mean of the training tokens."""
     zero: float
+    """Change under zero ablation."""
 
     @property
     def of_mean(self) -> float:
-        """The change by the reconstruction as a share of that by mean ablation; NaN where that changes nothing."""
+        """The change by the reconstruction relative to mean ablation; NaN if mean ablation changes nothing."""
         return self.reconstruction / self.mean if self.mean else math.nan
 
     @property
     def of_zero(self) -> float:
-        """The change by the reconstruction as a share of that by zero ablation; NaN where that changes nothing."""
+        """The change by the reconstruction relative to zero ablation; NaN if zero ablation changes nothing."""
         return self.reconstruction / self.zero if self.zero else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEffect:
-    """What becomes of the model where a site's activation is replaced, in the conditional half under guidance."""
+    """The effect of replacing a site's activations on the model's output; under guidance in the conditional half."""
 
     shots: int
-    """At how many the denoiser's prediction was compared."""
+    """Number of shots at which the denoiser's predictions were compared."""
     prediction: ReplacementEffect
-    """sum |v' - v|^2 / sum |v|^2, where v is what the denoiser predicts and v' what it predicts after the replacement."""
+    """sum |v' - v|^2 / sum |v|^2 for the denoiser's prediction v and its prediction v' after the replacement."""
     timesteps: dict[float, ReplacementEffect]
-    """The same at the shots of each timestep."""
+    """The same for the shots of each timestep."""
     images: int
-    """How many finished images were compared; the site is replaced at every step of them."""
+    """Number of generated images that were compared; the site is replaced at every denoising step."""
     image_error: ReplacementEffect | None
     """Mean squared difference of pixels between 0 and 1; None without images."""
     similarity: dict[str, ReplacementEffect]
-    """`ssim`, and whatever else was asked of the finished images, by name; means over images."""
+    """`ssim` and every other image measure by name, averaged over images."""
 
     @property
     def psnr(self) -> ReplacementEffect | None:
-        """Peak signal-to-noise ratio in decibels, of the error over all images; infinite where no pixel changes."""
+        """Peak signal-to-noise ratio in decibels over all images; infinite if no pixel changes."""
         error = self.image_error
         return error and ReplacementEffect(
             reconstruction=_psnr(error.reconstruction), mean=_psnr(error.mean), zero=_psnr(error.zero)
@@ -99,105 +111,105 @@ class ModelEffect:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a dictionary is worth on held-out tokens."""
+    """The evaluation of a dictionary on held-out tokens."""
 
-    format: int = FORMAT
-    difflex: str = __version__
-    """The version that measured."""
     dictionary: str
     """`SITE/LABEL`."""
-    checksum: str
-    """Of its files when it was evaluated."""
+    fingerprint: str
+    """Fingerprint of the dictionary when it was evaluated."""
     data: str
-    """What it was evaluated on."""
+    """Description of the held-out tokens."""
     size: int
-    """Features."""
+    """Number of features."""
     overall: ReconstructionQuality
     timesteps: dict[float, ReconstructionQuality]
     """The same for the tokens of each timestep."""
     dead: int
-    """Features that fired at none of the tokens."""
+    """Number of features that fired at none of the tokens."""
     density: tuple[int, ...]
-    """How many features fire at what share of the tokens, in the bins of log10 that `edges` bounds; dead ones are in none."""
+    """Histogram of log10 firing frequencies: number of features in each bin of `edges`; dead features are in no bin."""
     effect: ModelEffect | None = None
-    """None where it was not measured."""
+    """None if it was not measured."""
 
     edges: ClassVar[tuple[float, ...]] = tuple(step / 4 for step in range(-32, 1))
-    """Bounds of the bins of `density`; what fires more rarely than the first is in the first bin."""
+    """Bin edges of `density`; the first bin also holds everything rarer."""
 
     @property
     def tokens(self) -> int:
-        """How many it was evaluated on."""
+        """Number of tokens evaluated."""
         return self.overall.tokens
 
     @property
     def dead_share(self) -> float:
-        """The share of features that fired at none of the tokens: the more tokens, the fewer."""
+        """Share of features that fired at none of the tokens; it falls with the number of tokens."""
         return self.dead / self.size
 
     def is_of(self, folder: Path | str) -> bool:
-        """Whether the dictionary in `folder` still is what was evaluated."""
-        return self.checksum == fingerprint(folder)
+        """Whether the dictionary in `folder` is unchanged since this evaluation."""
+        return self.fingerprint == fingerprint(folder)
 
     def save(self, path: Path | str) -> Path:
-        """`path`, which now holds the evaluation: all of it or, after a kill, what it held before."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(asdict(self), indent=1, allow_nan=False) + "\n").encode())
-        return path
+        """Write the evaluation to the JSON file `path`."""
+        return write_json(Path(path), FORMAT, to_json(self))
 
     @classmethod
-    def kept(cls, path: Path | str, folder: Path | str, data: str) -> Evaluation | None:
-        """The evaluation in `path`, if there is one and it is of what the dictionary in `folder` now is, on this `data`."""
-        if not Path(path).exists():
-            return None
-        kept = cls.load(path)
-        return kept if kept.data == data and kept.is_of(folder) else None
+    def load_current(cls, path: Path, folder: Path, data: str) -> Evaluation | None:
+        """Return the evaluation in `path` if it is of the dictionary now in `folder` on `data`, else None."""
+        evaluation = cls.load(path) if path.exists() else None
+        return evaluation if evaluation and evaluation.data == data and evaluation.is_of(folder) else None
 
     @classmethod
     def load(cls, path: Path | str) -> Evaluation:
-        """The evaluation in `path`."""
-        try:
-            entries = json.loads(Path(path).read_bytes())
-        except FileNotFoundError as error:
-            raise BadInput(f"There is no {path}: the dictionary has not been evaluated. difflex evaluate does it.") from error
-        except ValueError as error:
-            raise BrokenFile(f"{path} is not JSON ({error}): it is damaged. {AGAIN}") from error
-        found = entries.get("format") if isinstance(entries, dict) else None
-        if found != FORMAT:
-            raise BrokenFile(f"{path} is of format {found!r}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
-        try:
-            return cls(**{**entries, **_restored(entries)})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BrokenFile(f"{path} is not an evaluation ({error}): it is damaged. {AGAIN}") from error
+        """Read the evaluation in the JSON file `path`."""
+        path = Path(path)
+        if not path.exists():
+            raise BadInput(f"There is no {path}: the dictionary has not been evaluated. Run difflex evaluate.")
+        entries = read_json(path, FORMAT, ADVICE)
+        with parsing(path, "an evaluation", ADVICE):
+            return from_json(cls, entries)
 
 
 def _psnr(error: float) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-def _restored(entries: dict[str, Any]) -> dict[str, Any]:
-    """Those of the `entries` of a JSON file that are more than numbers and words."""
-    return {
-        "overall": _quality(entries["overall"]),
-        "timesteps": {float(timestep): _quality(each) for timestep, each in entries["timesteps"].items()},
-        "density": tuple(entries["density"]),
-        "effect": entries["effect"] and _effect(entries["effect"]),
-    }
+def to_json(record: object) -> Any:
+    """Convert a record to JSON: dataclasses become objects, tuples become lists, sites become text."""
+    if isinstance(record, Site):
+        return str(record)
+    if is_dataclass(record):
+        return {field.name: to_json(getattr(record, field.name)) for field in fields(record)}
+    if isinstance(record, Mapping):
+        return {str(key): to_json(value) for key, value in record.items()}
+    return [to_json(value) for value in record] if isinstance(record, tuple | list) else record
 
 
-def _quality(entries: dict[str, Any]) -> ReconstructionQuality:
-    spaces = ("model_space", "normalised_space")
-    return ReconstructionQuality(
-        **{**entries, **{space: entries[space] and ReconstructionMetrics(**entries[space]) for space in spaces}}
-    )
+def from_json(kind: type[T], entries: Mapping[str, Json]) -> T:
+    """Build the dataclass `kind` from the JSON that `to_json` made of it; numbers and text are not checked.
+
+    An unknown entry raises KeyError, a missing one TypeError.
+    """
+    return _parse(kind, entries)
 
 
-def _effect(entries: dict[str, Any]) -> ModelEffect:
-    made = {
-        "prediction": ReplacementEffect(**entries["prediction"]),
-        "timesteps": {float(timestep): ReplacementEffect(**each) for timestep, each in entries["timesteps"].items()},
-        "image_error": entries["image_error"] and ReplacementEffect(**entries["image_error"]),
-        "similarity": {name: ReplacementEffect(**each) for name, each in entries["similarity"].items()},
-    }
-    return ModelEffect(**{**entries, **made})
+_type_hints = cache(get_type_hints)
+
+
+def _parse(kind: Any, entry: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if entry is None or kind in (int, float, str, bool) or origin is Literal:
+        return entry
+    if origin is UnionType:
+        return _parse(arguments[0], entry)  # X | None
+    if kind is Site:
+        return Site.parse(entry)
+    if origin is dict:
+        to_key = Site.parse if arguments[0] is Site else arguments[0]
+        return {to_key(key): _parse(arguments[1], value) for key, value in entry.items()}
+    if origin is tuple:
+        kinds = arguments[:1] * len(entry) if isinstance(arguments[-1], EllipsisType) else arguments
+        return tuple(_parse(*pair) for pair in zip(kinds, entry, strict=True))
+    hints = _type_hints(kind)
+    if is_dataclass(kind):
+        return kind(**{name: _parse(hints[name], value) for name, value in entry.items()})  # pyright: ignore[reportCallIssue]
+    return kind(*(_parse(*pair) for pair in zip(hints.values(), entry, strict=True)))  # a NamedTuple

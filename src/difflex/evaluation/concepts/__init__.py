@@ -1,51 +1,19 @@
-"""Known concepts: what the features of a dictionary have to do with what images are known to show."""
+"""Match features to known concepts: what the features of a dictionary detect of what labelled images show."""
 
-from difflex.evaluation.concepts.folder import LabelFolder
-from difflex.evaluation.concepts.keeping import StoredMatches, keep
-from difflex.evaluation.concepts.labelled import (
-    Concept,
-    LabelledActivations,
-    LabelledImage,
-    LabelThresholds,
-    label,
-    on_grid,
-    painted,
-)
-from difflex.evaluation.concepts.matches import (
-    ConceptDetector,
-    ConceptMatches,
-    ConceptResult,
-    ConfidenceInterval,
-    FeatureMatches,
-    NoiseLevelResult,
-    covered,
-)
-from difflex.evaluation.concepts.matching import MatchingConfig, match
-from difflex.evaluation.concepts.methods import FeatureMethod, principal_axes, random_directions
-from difflex.evaluation.concepts.tables import table
+from difflex.evaluation.concepts.labels import Concept, LabelFolder, LabelledImage, LabelledImages, label, to_image
+from difflex.evaluation.concepts.matching import FeatureMethod, match
+from difflex.evaluation.concepts.results import ConceptsConfig
+from difflex.evaluation.concepts.store import match_studies
 
 __all__ = [
     "Concept",
-    "ConceptDetector",
-    "ConceptMatches",
-    "ConceptResult",
-    "ConfidenceInterval",
-    "FeatureMatches",
+    "ConceptsConfig",
     "FeatureMethod",
     "LabelFolder",
-    "LabelThresholds",
-    "LabelledActivations",
     "LabelledImage",
-    "MatchingConfig",
-    "NoiseLevelResult",
-    "StoredMatches",
-    "covered",
-    "keep",
+    "LabelledImages",
     "label",
     "match",
-    "on_grid",
-    "painted",
-    "principal_axes",
-    "random_directions",
-    "table",
+    "match_studies",
+    "to_image",
 ]

@@ -1,7 +1,7 @@
-"""How well single features detect concepts: average precision and IoU of all pairs, from sparse codes.
+"""How well features detect concepts: average precision and IoU of all pairs from sparse codes, and how features share concepts.
 
-A feature says where a concept is by where, and how strongly, it fires. Tokens at which it is silent are one tied block at the end
-of its ranking, and equal values are tied too: the average precision is that of scikit-learn's `average_precision_score`.
+A feature ranks tokens by how strongly it fires. Tokens at which it does not fire are one tied block at the end of the ranking,
+and equal values are tied too: the average precision is that of scikit-learn's `average_precision_score`.
 """
 
 from __future__ import annotations
@@ -11,97 +11,120 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from difflex.evaluation.concepts.labels import Concept
 from difflex.records import Codes
 
-__all__ = ["DetectionScores", "FeatureFirings", "TokenRanking", "scores"]
+__all__ = [
+    "DetectionScores",
+    "FeatureFirings",
+    "TokenRanking",
+    "above_chance",
+    "absorbing_features",
+    "combine_features",
+    "detection_scores",
+    "relative_strengths",
+    "split_features",
+    "unrelated_concepts",
+]
 
-ROOM = 1 << 22
-"""Numbers that a block of (concept, feature, firing) holds at most, so that it stays near the processor."""
+BLOCK = 1 << 22
+"""Maximum number of (concept, feature, firing) entries in a block, so that it fits the processor's cache."""
 CHUNK = 8192
 """Tokens encoded at once."""
+CLEAN = 0.8
+"""Precision from which a feature counts as clean: it fires for a concept and little else."""
+HALF = 0.5
+PART = 0.05
+"""A smaller share of a concept's tokens is ignored."""
+CANDIDATES = 16
+"""Features considered for a combination, per concept."""
 
 
 @final
 class FeatureFirings:
-    """Where each feature fires, strongest first: pairs of token and value, feature after feature."""
+    """Where each feature fires: pairs of token and value, feature after feature, the strongest first."""
 
     def __init__(
-        self, tokens: Int[Tensor, " pair"], values: Float[Tensor, " pair"], counts: Int[Tensor, " size"], of: int
+        self, tokens: Int[Tensor, " pair"], values: Float[Tensor, " pair"], counts: Int[Tensor, " size"], token_count: int
     ) -> None:
-        """The firings of `len(counts)` features at `of` tokens; `counts` says how many pairs each feature has."""
-        self.tokens, self.values, self.counts, self.of = tokens, values, counts, of
+        """Take the firings of `len(counts)` features at `token_count` tokens; `counts` holds the number of pairs per feature."""
+        self.tokens, self.values, self.counts, self.token_count = tokens, values, counts, token_count
         self.starts = counts.cumsum(0) - counts
 
     @classmethod
-    def found(cls, encode: Callable[[Tensor], Codes], values: Float[Tensor, "token width"], size: int) -> FeatureFirings:
-        """Where the features that `encode` knows fire at the activations `values`."""
+    def of(cls, encode: Callable[[Tensor], Codes], values: Float[Tensor, "token width"], size: int) -> FeatureFirings:
+        """Return where the `size` features of `encode` fire at the activations `values`."""
         tokens, features, strengths = [], [], []
-        for first in range(0, len(values), CHUNK):
-            codes = encode(values[first : first + CHUNK])
+        for start in range(0, len(values), CHUNK):
+            codes = encode(values[start : start + CHUNK])
             token, slot = (codes.values > 0).nonzero(as_tuple=True)
-            tokens.append(token.cpu() + first)
+            tokens.append(token.cpu() + start)
             features.append(codes.indices[token, slot].cpu())
             strengths.append(codes.values[token, slot].float().cpu())
-        return cls.sorted(torch.cat(tokens), torch.cat(features), torch.cat(strengths), size, len(values))
+        return cls.from_pairs(torch.cat(tokens), torch.cat(features), torch.cat(strengths), size, len(values))
 
     @classmethod
-    def sorted(cls, tokens: Tensor, features: Tensor, values: Tensor, size: int, of: int) -> FeatureFirings:
-        """The same from pairs in any order."""
+    def from_pairs(cls, tokens: Tensor, features: Tensor, values: Tensor, size: int, token_count: int) -> FeatureFirings:
+        """Build the firings from pairs in any order."""
         order = values.argsort(descending=True)
         order = order[features[order].argsort(stable=True)]
-        return cls(tokens[order], values[order], torch.bincount(features, minlength=size), of)
+        return cls(tokens[order], values[order], torch.bincount(features, minlength=size), token_count)
 
     @property
     def size(self) -> int:
         """The number of features."""
         return len(self.counts)
 
-    def one(self, feature: int) -> tuple[Int[Tensor, " firing"], Float[Tensor, " firing"]]:
-        """Tokens and values of one feature, strongest first."""
+    def of_feature(self, feature: int) -> tuple[Int[Tensor, " firing"], Float[Tensor, " firing"]]:
+        """Return the tokens and values of one feature, the strongest first."""
         start, count = int(self.starts[feature]), int(self.counts[feature])
         return self.tokens[start : start + count], self.values[start : start + count]
 
-    def part(self, chosen: Tensor) -> FeatureFirings:
-        """The firings at the `chosen` tokens (a mask), which are numbered anew."""
-        kept = chosen[self.tokens]
+    def fires(self, feature: int, threshold: Tensor) -> Bool[Tensor, " token"]:
+        """Return the tokens at which `feature` fires at `threshold` or above."""
+        tokens, values = self.of_feature(feature)
+        return torch.zeros(self.token_count, dtype=torch.bool).index_fill_(0, tokens[values >= threshold], True)
+
+    def select(self, mask: Bool[Tensor, " token"]) -> FeatureFirings:
+        """Return the firings at the tokens in `mask`, renumbered."""
+        kept = mask[self.tokens]
         features = torch.repeat_interleave(torch.arange(self.size), self.counts)[kept]
-        number = chosen.cumsum(0) - 1
+        numbers = mask.cumsum(0) - 1
         counts = torch.bincount(features, minlength=self.size)
-        return FeatureFirings(number[self.tokens[kept]], self.values[kept], counts, int(chosen.sum()))
+        return FeatureFirings(numbers[self.tokens[kept]], self.values[kept], counts, int(mask.sum()))
 
     def blocks(self, concepts: int) -> Iterator[FiringBlock]:
-        """The firings of all features that fire, as rectangles: features of about equal counts together, shorter ones padded."""
+        """Yield the firings of all features that fire as rectangles: features of similar counts together, shorter ones padded."""
         order = self.counts.argsort(descending=True)
         order = order[self.counts[order] > 0]
         while len(order):
             longest = int(self.counts[order[0]])
-            features, order = order.tensor_split([max(1, ROOM // (longest * concepts))])
-            places = torch.arange(longest)
-            there = places < self.counts[features, None]
-            pairs = torch.where(there, self.starts[features, None] + places, 0)
-            yield FiringBlock(
-                features, torch.where(there, self.tokens[pairs], self.of), torch.where(there, self.values[pairs], 0.0)
-            )
+            features, order = order.tensor_split([max(1, BLOCK // (longest * concepts))])
+            positions = torch.arange(longest)
+            valid = positions < self.counts[features, None]
+            pairs = torch.where(valid, self.starts[features, None] + positions, 0)
+            tokens = torch.where(valid, self.tokens[pairs], self.token_count)
+            yield FiringBlock(features, tokens, torch.where(valid, self.values[pairs], 0.0))
 
 
 class FiringBlock(NamedTuple):
-    """Firings of some features as a rectangle; what is padded has value 0 and a token beyond the last."""
+    """Firings of some features as a rectangle; padding has value 0 and a token beyond the last."""
 
     features: Int[Tensor, " feature"]
     tokens: Int[Tensor, "feature firing"]
     values: Float[Tensor, "feature firing"]
 
     def ends(self) -> Int[Tensor, "feature firing"] | None:
-        """For each firing the last one of the same value; None where all values differ."""
+        """Return for each firing the last one of the same value; None if all values differ."""
         last = torch.ones_like(self.values, dtype=torch.bool)
         last[:, :-1] = self.values[:, :-1] > self.values[:, 1:]
         if bool((last | (self.values == 0)).all()):
             return None
-        places = torch.where(last, torch.arange(last.shape[1]), last.shape[1])
-        return places.flip(1).cummin(1).values.flip(1)
+        positions = torch.where(last, torch.arange(last.shape[1]), last.shape[1])
+        return positions.flip(1).cummin(1).values.flip(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,71 +132,71 @@ class DetectionScores:
     """How well each feature detects each concept."""
 
     ap: Float[Tensor, "size concept"]
-    """Average precision; the share of tokens that show the concept for a feature that never fires."""
+    """Average precision; for a feature that never fires, the share of tokens that show the concept."""
     iou: Float[Tensor, "size concept"]
-    """Tokens shared over tokens of either, where the feature is cut at the value that is best for it."""
+    """Intersection over union of the tokens that show the concept and those at which the feature reaches the threshold."""
     threshold: Float[Tensor, "size concept"]
-    """That value."""
+    """The value of the feature that gives the best IoU, unless thresholds were given."""
     precision: Float[Tensor, "size concept"]
-    """At that value: the share of the tokens at which the feature fires that show the concept."""
+    """At the threshold."""
     recall: Float[Tensor, "size concept"]
-    """At that value: the share of the tokens that show the concept at which the feature fires."""
+    """At the threshold."""
 
 
-def scores(
+def detection_scores(
     firings: FeatureFirings, truth: Int8[Tensor, "concept token"], thresholds: Float[Tensor, "size concept"] | None = None
 ) -> DetectionScores:
-    """The scores of all pairs of feature and concept; with `thresholds`, features are cut at these instead of at their best."""
-    positives, shown = (truth == 1).sum(1), (truth >= 0).sum(1)
-    found = {field.name: torch.zeros(firings.size, len(truth)) for field in fields(DetectionScores)}
-    found["threshold"].fill_(torch.inf)
-    found["ap"] += positives / shown.clamp_min(1)
-    # The token beyond the last, which padding points to, is left out for every concept.
+    """Score all pairs of feature and concept, at given `thresholds` or at those of the best IoU."""
+    positives, labelled = (truth == 1).sum(1), (truth >= 0).sum(1)
+    table = {field.name: torch.zeros(firings.size, len(truth)) for field in fields(DetectionScores)}
+    table["threshold"].fill_(torch.inf)
+    table["ap"] += positives / labelled.clamp_min(1)
+    # Padding points to the token beyond the last, which is ignored for every concept.
     padded = torch.nn.functional.pad(truth, (0, 1), value=-1)
     for block in firings.blocks(len(truth)):
         longest = block.tokens.shape[1]
-        for part in torch.arange(len(truth)).split(max(1, ROOM // block.tokens.numel())):
-            known = padded[part][:, block.tokens.flatten()].view(len(part), -1, longest)
+        for part in torch.arange(len(truth)).split(max(1, BLOCK // block.tokens.numel())):
+            labels = padded[part][:, block.tokens.flatten()].view(len(part), -1, longest)
             cuts = None if thresholds is None else thresholds[block.features][:, part].T
-            each = _scores(block, known, positives[part], shown[part], cuts)
-            for name, values in each.items():
-                found[name][block.features[:, None], part] = values.T
-    return DetectionScores(**found)
+            scores = _block_scores(block, labels, positives[part], labelled[part], cuts)
+            for name, values in scores.items():
+                table[name][block.features[:, None], part] = values.T
+    return DetectionScores(**table)
 
 
-def _scores(
-    block: FiringBlock, known: Tensor, positives: Tensor, shown: Tensor, cuts: Float[Tensor, "concept feature"] | None
+def _block_scores(
+    block: FiringBlock, labels: Tensor, positives: Tensor, labelled: Tensor, cuts: Float[Tensor, "concept feature"] | None
 ) -> dict[str, Float[Tensor, "concept feature"]]:
-    is_positive = (known == 1).float()
-    hits, fired = is_positive.cumsum(2), (known >= 0).float().cumsum(2)
-    if (ends := block.ends()) is not None:  # of equal values none comes first: each stands where the last of them does
-        ends = ends.expand_as(known)
+    is_positive = (labels == 1).float()
+    hits, fired = is_positive.cumsum(2), (labels >= 0).float().cumsum(2)
+    if (ends := block.ends()) is not None:  # tied values share the rank of the last of them
+        ends = ends.expand_as(labels)
         hits, fired = hits.gather(2, ends), fired.gather(2, ends)
-    of, among = positives[:, None].float(), shown[:, None].float()
+    total, known = positives[:, None].float(), labelled[:, None].float()
     retrieved = (is_positive * (hits / fired.clamp_min(1))).sum(2)
-    silent = (of - hits[..., -1]) * of / among.clamp_min(1)
-    iou = hits / (fired + of[..., None] - hits).clamp_min(1)
+    silent = (total - hits[..., -1]) * total / known.clamp_min(1)
+    iou = hits / (fired + total[..., None] - hits).clamp_min(1)
     best = iou.argmax(2, keepdim=True) if cuts is None else _last_above(block, cuts)
-    at = lambda each: each.gather(2, best.clamp_min(0))[..., 0] * (best[..., 0] >= 0)  # noqa: E731 (five times the same)
-    hit, fire = at(hits), at(fired)
+    at_best = lambda each: each.gather(2, best.clamp_min(0))[..., 0] * (best[..., 0] >= 0)  # noqa: E731
+    hit, fire = at_best(hits), at_best(fired)
     return {
-        "ap": (retrieved + silent) / of.clamp_min(1),
-        "iou": at(iou),
-        "threshold": at(block.values.expand_as(iou)),
+        "ap": (retrieved + silent) / total.clamp_min(1),
+        "iou": at_best(iou),
+        "threshold": at_best(block.values.expand_as(iou)),
         "precision": hit / fire.clamp_min(1),
-        "recall": hit / of.clamp_min(1),
+        "recall": hit / total.clamp_min(1),
     }
 
 
 def _last_above(block: FiringBlock, cuts: Float[Tensor, "concept feature"]) -> Int[Tensor, "concept feature 1"]:
-    """The place of each feature's last firing that is not under its cut; -1 where all are."""
+    """Return the position of each feature's last firing at its threshold or above; -1 if there is none."""
     above = (block.values >= cuts[..., None]) & (block.values > 0)
     return above.sum(2, keepdim=True) - 1
 
 
 @final
 class TokenRanking:
-    """One ranking of tokens by how strongly something says a concept is there; what is not in it comes last, tied."""
+    """One ranking of tokens for a concept; tokens that are not in it come last, tied."""
 
     def __init__(
         self,
@@ -181,25 +204,124 @@ class TokenRanking:
         values: Float[Tensor, " firing"],
         truth: Int8[Tensor, " token"],
         images: Int[Tensor, " token"],
-        count: int,
+        image_count: int,
     ) -> None:
-        """The ranking of `tokens` by `values`, in any order; `images` are numbered up to `count`."""
+        """Rank `tokens`, which come in any order, by `values`; `images` holds the number of each token's image."""
         order = values.argsort(descending=True)
         tokens, self._images = tokens[order], images[tokens[order]]
         self._ends = FiringBlock(tokens[:0], tokens[None], values[order][None]).ends()
-        self._is_positive, self._is_known = (truth[tokens] == 1).float(), (truth[tokens] >= 0).float()
-        self._positives = torch.bincount(images, (truth == 1).float(), count)
-        self._known = torch.bincount(images, (truth >= 0).float(), count)
+        self._is_positive, self._is_labelled = (truth[tokens] == 1).float(), (truth[tokens] >= 0).float()
+        self._positives = torch.bincount(images, (truth == 1).float(), image_count)
+        self._labelled = torch.bincount(images, (truth >= 0).float(), image_count)
 
     def average_precision(self, weights: Float[Tensor, "draw image"] | None = None) -> Float[Tensor, " draw"]:
-        """The average precision where each image counts `weights` times, in each draw; NaN where none shows the concept."""
+        """Return the average precision for each row of image weights; NaN if no image with a weight shows the concept."""
         weights = torch.ones(1, len(self._positives)) if weights is None else weights
-        each = weights[:, self._images]
-        positive = each * self._is_positive
-        hits, fired = positive.cumsum(1), (each * self._is_known).cumsum(1)
+        by_token = weights[:, self._images]
+        positive = by_token * self._is_positive
+        hits, fired = positive.cumsum(1), (by_token * self._is_labelled).cumsum(1)
         last = hits[:, -1] if hits.shape[1] else hits.new_zeros(len(hits))
         if self._ends is not None:
             hits, fired = hits[:, self._ends[0]], fired[:, self._ends[0]]
         retrieved = (positive * (hits / fired.clamp_min(1e-9))).sum(1)
-        of, among = weights @ self._positives, weights @ self._known
-        return (retrieved + (of - last) * of / among) / of
+        total, labelled = weights @ self._positives, weights @ self._labelled
+        return (retrieved + (total - last) * total / labelled) / total
+
+
+def above_chance(ap: Tensor, chance: Tensor) -> Tensor:
+    """Rescale average precision to 0 for a random ranking and 1 for a perfect one: comparable for rare and common concepts."""
+    return (ap - chance) / (1 - chance).clamp_min(1e-6)
+
+
+def unrelated_concepts(concepts: tuple[Concept, ...], truth: Int8[Tensor, "concept token"]) -> Bool[Tensor, "concept other"]:
+    """Return which concepts are unrelated: of different groups, or of one group and never at the same tokens.
+
+    Concepts of one group overlap if one is part of the other, as a wheel of a car; one feature may detect both.
+    """
+    shown = (truth == 1).float()
+    rarer = torch.minimum(shown.sum(1)[:, None], shown.sum(1)).clamp_min(1)
+    overlap = shown @ shown.T > PART * rarer
+    same_group = torch.tensor([[first.group == second.group for second in concepts] for first in concepts])
+    return ~(overlap & same_group) & ~torch.eye(len(concepts), dtype=torch.bool)
+
+
+def split_features(
+    firings: FeatureFirings, truth: Int8[Tensor, " token"], scores: DetectionScores, concept: int
+) -> tuple[int, ...]:
+    """Return the features that a concept is split into (feature splitting, Bricken et al. 2023); empty if it is not split.
+
+    Each is clean and fires at less than half of the concept's tokens, each adds some, together they cover half of them, and no
+    single clean feature does.
+    """
+    clean, recall = scores.precision[:, concept] >= CLEAN, scores.recall[:, concept]
+    candidates = (clean & (recall >= PART) & (recall < HALF)).nonzero()[:, 0]
+    if bool((clean & (recall >= HALF)).any()) or len(candidates) < 2:
+        return ()
+    covered, parts, total = torch.zeros_like(truth, dtype=torch.bool), [], int((truth == 1).sum())
+    for feature in candidates[recall[candidates].argsort(descending=True)].tolist():
+        hits = firings.fires(feature, scores.threshold[feature, concept]) & (truth == 1)
+        if int((hits & ~covered).sum()) >= PART * total:
+            covered |= hits
+            parts.append(feature)
+    return tuple(parts) if len(parts) > 1 and int(covered.sum()) >= HALF * total else ()
+
+
+def absorbing_features(
+    firings: FeatureFirings, truth: Int8[Tensor, " token"], scores: DetectionScores, concept: int, main: int
+) -> tuple[int, ...]:
+    """Return the features that absorb `concept` from its feature `main` (feature absorption, Chanin et al., arXiv 2409.14507).
+
+    There, a feature that tracks a concept is silent at some of its tokens, because a more specific feature fires that also
+    contains the concept's direction. Here: `main` is clean and covers half of the concept; the other feature is clean and covers
+    less; where it fires, `main` is almost always silent, and at the concept's other tokens `main` mostly fires.
+    """
+    if scores.precision[main, concept] < CLEAN or scores.recall[main, concept] < HALF:
+        return ()
+    recall = scores.recall[:, concept]
+    candidates = ((scores.precision[:, concept] >= CLEAN) & (recall >= PART) & (recall < recall[main])).nonzero()[:, 0]
+    shown, main_fires = truth == 1, firings.fires(main, torch.tensor(0.0))
+    absorbing = []
+    for feature in candidates.tolist():
+        here = firings.fires(feature, scores.threshold[feature, concept]) & shown
+        if float(main_fires[here].float().mean()) <= 1 - CLEAN and float(main_fires[shown & ~here].float().mean()) >= HALF:
+            absorbing.append(feature)
+    return tuple(absorbing)
+
+
+def relative_strengths(
+    firings: FeatureFirings, features: Tensor, peaks: Float[Tensor, " size"]
+) -> Float[Tensor, "feature token"]:
+    """Return how strongly a few features fire at each token, relative to their peaks, as a dense matrix."""
+    strengths = torch.zeros(len(features), firings.token_count)
+    for row, feature in zip(strengths, features.tolist(), strict=True):
+        tokens, values = firings.of_feature(feature)
+        row[tokens] = values / peaks[feature].clamp_min(1e-30)
+    return strengths
+
+
+def combine_features(
+    firings: FeatureFirings,
+    truth: Int8[Tensor, " token"],
+    ap: Float[Tensor, " size"],
+    peaks: Float[Tensor, " size"],
+    max_features: int,
+) -> tuple[int, ...]:
+    """Choose greedily up to `max_features` features that detect a concept best together, the best single one first.
+
+    The combination fires at a token as strongly as its strongest feature does relative to its peak, so that a concept is detected
+    where any of the features fires. Nothing is trained, so few tokens suffice.
+    """
+    candidates = ap.argsort(descending=True)[:CANDIDATES]
+    strengths = relative_strengths(firings, candidates, peaks)
+    chosen, current, best_ap = [0], strengths[0], float(ap[candidates[0]])
+    while len(chosen) < max_features:
+        joined = torch.maximum(strengths, current)
+        rows, tokens = joined.nonzero(as_tuple=True)
+        trial = FeatureFirings.from_pairs(tokens, rows, joined[rows, tokens], len(candidates), firings.token_count)
+        trial_ap = detection_scores(trial, truth[None]).ap[:, 0]
+        best = int(trial_ap.argmax())
+        if float(trial_ap[best]) < best_ap + 0.005:
+            break
+        best_ap, current = float(trial_ap[best]), joined[best]
+        chosen.append(best)
+    return tuple(candidates[chosen].tolist())

@@ -1,255 +1,343 @@
-"""`match`: what the features of several methods have to do with known concepts."""
+"""Match the features of dictionaries and baselines to concepts; a linear probe on the same activations is the ceiling."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
+from torch.nn import functional as F
 
+from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput
-from difflex.evaluation.concepts.detection import DetectionScores, FeatureFirings, TokenRanking, scores
-from difflex.evaluation.concepts.labelled import LabelledActivations
-from difflex.evaluation.concepts.matches import (
-    COVERED,
+from difflex.evaluation.concepts.detection import (
+    DetectionScores,
+    FeatureFirings,
+    TokenRanking,
+    above_chance,
+    absorbing_features,
+    combine_features,
+    detection_scores,
+    relative_strengths,
+    split_features,
+    unrelated_concepts,
+)
+from difflex.evaluation.concepts.labels import LabelledActivations
+from difflex.evaluation.concepts.results import (
+    DETECTED,
     FINDABLE,
     ConceptDetector,
     ConceptMatches,
     ConceptResult,
     ConfidenceInterval,
     FeatureMatches,
+    MatchingConfig,
     NoiseLevelResult,
 )
-from difflex.evaluation.concepts.methods import FeatureMethod
-from difflex.evaluation.concepts.probing import probed
-from difflex.evaluation.concepts.relations import absorbers, over_chance, pieces, strengths, together, unrelated
+from difflex.records import Codes, Site
 
-__all__ = ["MatchingConfig", "match"]
+__all__ = ["FeatureMethod", "linear_probe", "match", "principal_axes", "random_directions"]
+
+PROBE_TOKENS = 32_768
+"""Maximum number of training tokens of a probe."""
+PROBE_ITERATIONS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchingConfig:
-    """How concepts are held against features."""
+class FeatureMethod:
+    """A dictionary, or a baseline that encodes activations as sparsely."""
 
-    most: int = 4
-    """Features that may stand for a concept together."""
-    least: int = 8
-    """Images that must show a concept, among the held-out ones and among the others; a rarer one is left out."""
-    draws: int = 200
-    """How often held-out images are drawn again for the confidence intervals."""
-    ridge: float = 1e-4
-    """How strongly the weights of the linear probe are held to zero; its inputs have variance 1 in all directions."""
-    seed: int = 0
-    """Of the draws, and of the tokens that the probe learns from."""
+    site: Site
+    label: str
+    """`<kind>-<size>-k<k>`, as for dictionaries."""
+    size: int
+    encode: Callable[[Float[Tensor, "token width"]], Codes]
 
-    def __post_init__(self) -> None:
-        for name, least in (("most", 1), ("least", 1), ("draws", 1), ("ridge", 0)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{name} {getattr(self, name):g} is not possible: choose at least {least}.")
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> FeatureMethod:
+        """Return `dictionary` as a method; a feature fires where its code is positive."""
+        return cls(site=dictionary.site, label=dictionary.label, size=dictionary.size, encode=dictionary.encode)
+
+
+def principal_axes(labelled: LabelledActivations, k: int) -> FeatureMethod:
+    """Return the principal axes of the training tokens, with one feature for each direction of an axis."""
+    x = labelled.values[~labelled.held_out].double()
+    directions = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0))).eigenvectors.flip(1).T
+    return _axes(labelled, "pca", directions.float(), k)
+
+
+def random_directions(labelled: LabelledActivations, size: int, k: int, seed: int = 0) -> FeatureMethod:
+    """Return `size` untrained features: both directions of `size / 2` random axes."""
+    axes = torch.randn(size // 2, labelled.values.shape[1], generator=torch.Generator().manual_seed(seed))
+    return _axes(labelled, "random", F.normalize(axes, dim=1), k)
+
+
+def _axes(labelled: LabelledActivations, kind: str, directions: Float[Tensor, "axis width"], k: int) -> FeatureMethod:
+    """Return both directions of some axes; at each token the k axes with the largest z-scores are active."""
+    count = len(directions)
+    if not 0 < k <= count:
+        raise BadInput(f"k {k} does not fit {count} axes: choose k between 1 and {count}.")
+    train = labelled.values[~labelled.held_out]
+    mean = train.mean(0)
+    scaled = directions / ((train - mean) @ directions.T).std(0).clamp_min(1e-30)[:, None]
+
+    def encode(x: Float[Tensor, "token width"]) -> Codes:
+        z = (x - mean) @ scaled.T
+        axes = z.abs().topk(k, dim=1).indices
+        values = z.gather(1, axes)
+        return Codes(values.abs(), axes + count * (values < 0))
+
+    return FeatureMethod(site=labelled.site, label=f"{kind}-{2 * count}-k{k}", size=2 * count, encode=encode)
+
+
+def linear_probe(labelled: LabelledActivations, *, ridge: float = 1e-4, seed: int = 0) -> Float[Tensor, "concept token"]:
+    """Return the logits of one logistic regression per concept at all tokens, trained on the images that are not held out."""
+    train = (~labelled.held_out).nonzero()[:, 0]
+    if len(train) > PROBE_TOKENS:
+        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:PROBE_TOKENS]]
+    mean, axes = _whitening(labelled.values[train])
+    weights, bias = _logistic_regression((labelled.values[train] - mean) @ axes, labelled.truth[:, train], ridge)
+    return (((labelled.values - mean) @ (axes @ weights)) + bias).T
+
+
+def _whitening(x: Float[Tensor, "token width"]) -> tuple[Tensor, Tensor]:
+    """Return the mean and axes in which `x` has unit variance in all directions: descent is fast, and ridge treats all alike."""
+    mean = x.double().mean(0)
+    variances, directions = torch.linalg.eigh((x.double() - mean).T @ (x.double() - mean) / len(x))
+    floor = variances.max().clamp_min(1e-30) * 1e-6  # so that nearly constant directions are not amplified to noise
+    return mean.float(), (directions / (variances.clamp_min(0) + floor).sqrt()).float()
+
+
+def _logistic_regression(
+    x: Float[Tensor, "token width"], truth: Int8[Tensor, "concept token"], ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Return weights [width, concept] and bias of one logistic regression per concept, all trained at once."""
+    labelled, target = (truth.T >= 0).float(), (truth.T == 1).float()
+    share = labelled / labelled.sum(0).clamp_min(1)
+    weights = torch.zeros(x.shape[1], len(truth), requires_grad=True)
+    bias = torch.logit((target * share).sum(0).clamp(1e-4, 1 - 1e-4)).requires_grad_()
+    optimiser = torch.optim.LBFGS([weights, bias], max_iter=PROBE_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        cross_entropy = F.binary_cross_entropy_with_logits(x @ weights + bias, target, weight=share, reduction="sum")
+        loss = cross_entropy + ridge * weights.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return weights.detach(), bias.detach()
 
 
 def match(
-    labelled: LabelledActivations, methods: Iterable[FeatureMethod], matching: MatchingConfig = MatchingConfig()
+    labelled: LabelledActivations,
+    methods: Iterable[FeatureMethod],
+    config: MatchingConfig = MatchingConfig(),  # noqa: B008 (a constant)
 ) -> list[ConceptMatches]:
-    """The matches of each method, over all levels of noise together and, where there are several, at each.
+    """Match the features of each method to concepts, over all noise levels together and, if there are several, at each.
 
-    Features are chosen on training images, what is told of them is measured on held-out ones.
+    Features are chosen on training images and measured on held-out ones.
     """
-    often = _often(labelled, matching.least)
-    left_out = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in often)
-    labelled = labelled.of(often)
-    levels = labelled.levels
-    grounds = [_MatchingData(labelled, noise, matching) for noise in (None, *(levels if len(levels) > 1 else ()))]
+    frequent = _frequent_concepts(labelled, config.min_images)
+    rare = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in frequent)
+    labelled = labelled.with_concepts(frequent)
+    levels = labelled.noise_levels
+    data = [_LevelData(labelled, noise, config) for noise in (None, *(levels if len(levels) > 1 else ()))]
     matches = []
     for method in methods:
         if method.site != labelled.site:
-            raise BadInput(f"{method.label} reads {method.site}, the labelled activations are of {labelled.site}.")
-        firings = FeatureFirings.found(method.encode, labelled.values, method.size)
-        judged = [_MethodResult(ground, firings, matching.most) for ground in grounds]
+            raise BadInput(f"{method.label} is a method for {method.site}, but the labelled activations are of {labelled.site}.")
+        firings = FeatureFirings.of(method.encode, labelled.values, method.size)
+        matchers = [_Matcher(level, firings, config.max_features) for level in data]
         matches.append(
             ConceptMatches(
                 site=labelled.site,
                 label=method.label,
                 size=method.size,
                 concepts=labelled.concepts,
-                left_out=left_out,
-                levels=tuple(each.level() for each in judged),
-                features=judged[0].features(),
+                rare_concepts=rare,
+                levels=tuple(matcher.level() for matcher in matchers),
+                features=matchers[0].features(),
             )
         )
     return matches
 
 
-def _often(labelled: LabelledActivations, least: int) -> list[int]:
-    """The concepts that enough images show on both sides of the split, at every level of noise."""
+def _frequent_concepts(labelled: LabelledActivations, min_images: int) -> list[int]:
+    """Return the concepts that enough images show on both sides of the split, at every noise level."""
     sides = [labelled.held_out, ~labelled.held_out]
-    counts = torch.stack([_shown_in(labelled, side & (labelled.noise == level)) for side in sides for level in labelled.levels])
-    enough = counts.amin(0) >= least
-    if not bool(enough.any()):
-        held_out, of = len(labelled.images[labelled.held_out].unique()), len(labelled.images.unique())
+    masks = [side & (labelled.noise == level) for side in sides for level in labelled.noise_levels]
+    counts = torch.stack([_image_counts(labelled, mask) for mask in masks])
+    is_frequent = counts.amin(0) >= min_images
+    if not bool(is_frequent.any()):
+        held_out, total = len(labelled.images[labelled.held_out].unique()), len(labelled.images.unique())
         raise BadInput(
-            f"No concept is shown in {least} held-out images and as many others: of {of} images {held_out} are held out, and "
-            f"none is in more than {int(counts.amin(0).max())} on both sides. Give more images; a tenth of them is held out."
+            f"No concept is shown in {min_images} held-out images and as many others: of {total} images {held_out} are held out, "
+            f"and none is in more than {int(counts.amin(0).max())} on both sides. Give more images; a tenth of them is held out."
         )
-    return enough.nonzero()[:, 0].tolist()
+    return is_frequent.nonzero()[:, 0].tolist()
 
 
-def _shown_in(labelled: LabelledActivations, chosen: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
-    """How many images show each concept at the `chosen` tokens."""
-    images = labelled.images[chosen]
-    return torch.tensor([len(images[truth == 1].unique()) for truth in labelled.truth[:, chosen]])
+def _image_counts(labelled: LabelledActivations, mask: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
+    """Return the number of images that show each concept at the tokens in `mask`."""
+    images = labelled.images[mask]
+    return torch.tensor([len(images[truth == 1].unique()) for truth in labelled.truth[:, mask]])
 
 
 class _SplitSide(NamedTuple):
     """The tokens of one side of the split."""
 
-    chosen: Tensor
+    mask: Tensor
     """Which of all tokens these are."""
     truth: Int8[Tensor, "concept token"]
     images: Tensor
 
 
 @final
-class _MatchingData:
-    """What all methods are held against at one level of noise: the truth, the ceiling, and the draws of images."""
+class _LevelData:
+    """What all methods are compared on at one noise level: ground truth, linear probe, and bootstrap samples of images."""
 
-    def __init__(self, labelled: LabelledActivations, noise: float | None, matching: MatchingConfig) -> None:
-        at = torch.ones_like(labelled.held_out) if noise is None else labelled.noise == noise
+    def __init__(self, labelled: LabelledActivations, noise: float | None, config: MatchingConfig) -> None:
+        at_level = torch.ones_like(labelled.held_out) if noise is None else labelled.noise == noise
         self.noise, self.concepts = noise, labelled.concepts
-        self.train, self.held = (
-            _SplitSide(at & side, labelled.truth[:, at & side], labelled.images[at & side])
+        self.train, self.test = (
+            _SplitSide(at_level & side, labelled.truth[:, at_level & side], labelled.images[at_level & side])
             for side in (~labelled.held_out, labelled.held_out)
         )
-        self.weights = _redrawn(self.held.images, int(labelled.images.max()) + 1, matching.draws, matching.seed)
-        here = labelled if noise is None else labelled.part(at)
-        logits = probed(here, ridge=matching.ridge, seed=matching.seed)[:, here.held_out]
-        everywhere = torch.arange(logits.shape[1])
-        self.probe = torch.stack([self.ap_draws(everywhere, each, i) for i, each in enumerate(logits)])
-        self.unrelated = unrelated(labelled.concepts, self.train.truth)
+        self.weights = _bootstrap_weights(self.test.images, int(labelled.images.max()) + 1, config.bootstrap_samples, config.seed)
+        selected = labelled if noise is None else labelled.select(at_level)
+        logits = linear_probe(selected, ridge=config.ridge, seed=config.seed)[:, selected.held_out]
+        tokens = torch.arange(logits.shape[1])
+        self.probe = torch.stack([self.average_precision(tokens, values, i) for i, values in enumerate(logits)])
+        self.unrelated = unrelated_concepts(labelled.concepts, self.train.truth)
 
-    def ap_draws(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
-        """The average precision of a ranking on held-out tokens: as they are, then in each draw of images."""
-        ranking = TokenRanking(tokens, values, self.held.truth[concept], self.held.images, self.weights.shape[1])
+    def average_precision(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
+        """Return the average precision of a ranking on held-out tokens, then its value in each bootstrap sample."""
+        ranking = TokenRanking(tokens, values, self.test.truth[concept], self.test.images, self.weights.shape[1])
         return ranking.average_precision(self.weights)
 
 
-def _redrawn(images: Tensor, count: int, draws: int, seed: int) -> Float[Tensor, "draw image"]:
-    """How often each image counts: once in the first row, as drawn with replacement in the others."""
-    there = images.unique()
-    picked = torch.randint(len(there), (draws, len(there)), generator=torch.Generator().manual_seed(seed))
-    weights = torch.zeros(draws + 1, count)
-    weights[0, there] = 1
-    weights[1:].scatter_add_(1, there[picked], torch.ones(draws, len(there)))
+def _bootstrap_weights(images: Tensor, count: int, samples: int, seed: int) -> Float[Tensor, "draw image"]:
+    """Return how often each image counts: once in the first row, as drawn with replacement in the others."""
+    present = images.unique()
+    draws = torch.randint(len(present), (samples, len(present)), generator=torch.Generator().manual_seed(seed))
+    weights = torch.zeros(samples + 1, count)
+    weights[0, present] = 1
+    weights[1:].scatter_add_(1, present[draws], torch.ones(samples, len(present)))
     return weights
 
 
 def _interval(draws: Float[Tensor, " draw"]) -> ConfidenceInterval:
-    """The first of `draws`, and the 2.5 and 97.5 percentiles of the others."""
+    """Return the first of `draws` with the 2.5 and 97.5 percentiles of the others."""
     low, high = draws[1:].nanquantile(torch.tensor([0.025, 0.975])).tolist()
     return ConfidenceInterval(float(draws[0]), low, high)
 
 
-def _share(ap: Float[Tensor, "concept draw"]) -> ConfidenceInterval:
-    """The share of concepts that are detected."""
-    known = ~ap.isnan()
-    return _interval((ap >= COVERED).sum(0) / known.sum(0))
+def _detected_share(ap: Float[Tensor, "concept draw"]) -> ConfidenceInterval:
+    return _interval((ap >= DETECTED).sum(0) / (~ap.isnan()).sum(0))
 
 
 @final
-class _MethodResult:
-    """One method on one ground."""
+class _Matcher:
+    """The features of one method at one noise level."""
 
-    def __init__(self, ground: _MatchingData, firings: FeatureFirings, most: int) -> None:
-        self._ground, self._most = ground, most
-        self._train, self._held = firings.part(ground.train.chosen), firings.part(ground.held.chosen)
-        self._chosen_by: DetectionScores = scores(self._train, ground.train.truth)
-        self._found: DetectionScores = scores(self._held, ground.held.truth, self._chosen_by.threshold)
+    def __init__(self, data: _LevelData, firings: FeatureFirings, max_features: int) -> None:
+        self._data, self._max_features = data, max_features
+        self._train, self._test = firings.select(data.train.mask), firings.select(data.test.mask)
+        self._train_scores: DetectionScores = detection_scores(self._train, data.train.truth)
+        self._test_scores: DetectionScores = detection_scores(self._test, data.test.truth, self._train_scores.threshold)
         self._peaks = torch.zeros(firings.size)
         alive = self._train.counts > 0
         self._peaks[alive] = self._train.values[self._train.starts[alive]]
-        self._shown = (ground.held.truth == 1).sum(1)
-        self._chance = self._shown / (ground.held.truth >= 0).sum(1).clamp_min(1)
+        self._shown = (data.test.truth == 1).sum(1)
+        self._chance = self._shown / (data.test.truth >= 0).sum(1).clamp_min(1)
 
     def level(self) -> NoiseLevelResult:
-        """What is known of every concept."""
-        judged = [self._finding(concept) for concept in range(len(self._ground.concepts))]
-        draws = torch.stack([draws for _, draws in judged])
-        findable = self._ground.probe[:, 0] >= FINDABLE
+        """Return the results for every concept."""
+        pairs = [self._result(concept) for concept in range(len(self._data.concepts))]
+        draws = torch.stack([draws for _, draws in pairs])
+        findable = self._data.probe[:, 0] >= FINDABLE
         return NoiseLevelResult(
-            noise=self._ground.noise,
-            findings=tuple(finding for finding, _ in judged),
-            coverage=_share(draws),
-            coverage_of_findable=_share(draws[findable]) if bool(findable.any()) else None,
+            noise=self._data.noise,
+            results=tuple(result for result, _ in pairs),
+            coverage=_detected_share(draws),
+            coverage_of_findable=_detected_share(draws[findable]) if bool(findable.any()) else None,
         )
 
-    def _finding(self, concept: int) -> tuple[ConceptResult, Tensor]:
-        """The finding, and the average precision of the best feature in each draw of images."""
-        chosen_by, truth = self._chosen_by, self._ground.train.truth[concept]
-        best, segmenting = int(chosen_by.ap[:, concept].argmax()), int(chosen_by.iou[:, concept].argmax())
-        few = together(self._train, truth, chosen_by.ap[:, concept], self._peaks, self._most)
+    def _result(self, concept: int) -> tuple[ConceptResult, Tensor]:
+        """Return the result for a concept, and the average precision of its best feature in each bootstrap sample."""
+        data, scores, truth = self._data, self._train_scores, self._data.train.truth[concept]
+        best, segmenting = int(scores.ap[:, concept].argmax()), int(scores.iou[:, concept].argmax())
+        combined = combine_features(self._train, truth, scores.ap[:, concept], self._peaks, self._max_features)
         draws = self._draws(best, concept)
-        other, monosemanticity = self._meaning(torch.tensor([best]), torch.tensor([concept]))
-        finding = ConceptResult(
-            concept=self._ground.concepts[concept],
+        unrelated, monosemanticity = self._monosemanticity(torch.tensor([best]), torch.tensor([concept]))
+        result = ConceptResult(
+            concept=data.concepts[concept],
             tokens=int(self._shown[concept]),
             chance=float(self._chance[concept]),
-            probe=_interval(self._ground.probe[concept]),
-            best=self._single(best, concept, draws),
-            segmenting=self._single(segmenting, concept, self._draws(segmenting, concept)),
-            few=self._several(few, concept),
-            unrelated=self._ground.concepts[int(other)].name if bool(self._ground.unrelated[concept].any()) else None,
+            probe=_interval(data.probe[concept]),
+            best=self._detector(best, concept, draws),
+            segmenting=self._detector(segmenting, concept, self._draws(segmenting, concept)),
+            combined=self._combined_detector(combined, concept),
+            unrelated=data.concepts[int(unrelated)].name if bool(data.unrelated[concept].any()) else None,
             monosemanticity=float(monosemanticity),
-            pieces=pieces(self._train, truth, chosen_by, concept),
-            absorbers=absorbers(self._train, truth, chosen_by, concept, best),
+            split_features=split_features(self._train, truth, scores, concept),
+            absorbing_features=absorbing_features(self._train, truth, scores, concept, best),
         )
-        return finding, draws
+        return result, draws
 
     def _draws(self, feature: int, concept: int) -> Tensor:
-        return self._ground.ap_draws(*self._held.one(feature), concept)
+        return self._data.average_precision(*self._test.of_feature(feature), concept)
 
-    def _single(self, feature: int, concept: int, draws: Tensor) -> ConceptDetector:
-        iou, precision, recall = (
-            float(each[feature, concept]) for each in (self._found.iou, self._found.precision, self._found.recall)
-        )
+    def _detector(self, feature: int, concept: int, draws: Tensor) -> ConceptDetector:
+        scores = self._test_scores
+        iou, precision, recall = (float(table[feature, concept]) for table in (scores.iou, scores.precision, scores.recall))
         return ConceptDetector(features=(feature,), ap=_interval(draws), iou=iou, precision=precision, recall=recall)
 
-    def _several(self, features: tuple[int, ...], concept: int) -> ConceptDetector:
-        """Features together, as if they were one: at each token the strongest speaks, in units of its peak."""
-        ground, either = self._ground, torch.tensor(features)
-        train, held = (strengths(each, either, self._peaks).amax(0) for each in (self._train, self._held))
-        one = lambda x: FeatureFirings.sorted(x.nonzero()[:, 0], torch.zeros_like(x).long()[x > 0], x[x > 0], 1, len(x))  # noqa: E731
-        cut = scores(one(train), ground.train.truth[concept, None]).threshold
-        found = scores(one(held), ground.held.truth[concept, None], cut)
-        draws = ground.ap_draws(*one(held).one(0), concept)
-        iou, precision, recall = float(found.iou), float(found.precision), float(found.recall)
+    def _combined_detector(self, features: tuple[int, ...], concept: int) -> ConceptDetector:
+        """Measure features as if they were one, which fires as strongly as the strongest of them relative to its peak."""
+        data, indices = self._data, torch.tensor(features)
+        train, test = (
+            _dense_firings(relative_strengths(firings, indices, self._peaks).amax(0)) for firings in (self._train, self._test)
+        )
+        threshold = detection_scores(train, data.train.truth[concept, None]).threshold
+        scores = detection_scores(test, data.test.truth[concept, None], threshold)
+        draws = data.average_precision(*test.of_feature(0), concept)
+        iou, precision, recall = float(scores.iou), float(scores.precision), float(scores.recall)
         return ConceptDetector(features=features, ap=_interval(draws), iou=iou, precision=precision, recall=recall)
 
-    def _meaning(self, features: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
-        """For features and their concepts: the best unrelated concept, and the monosemanticity."""
-        above = over_chance(self._found.ap[features], self._chance)
-        elsewhere = above.masked_fill(~self._ground.unrelated[concepts], -torch.inf).max(1)
-        own = above.gather(1, concepts[:, None])[:, 0]
-        return elsewhere.indices, own - elsewhere.values.clamp_min(0)
+    def _monosemanticity(self, features: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for features and their concepts the best unrelated concept, and the monosemanticity."""
+        ap = above_chance(self._test_scores.ap[features], self._chance)
+        unrelated = ap.masked_fill(~self._data.unrelated[concepts], -torch.inf).max(1)
+        return unrelated.indices, ap.gather(1, concepts[:, None])[:, 0] - unrelated.values.clamp_min(0)
 
     def features(self) -> FeatureMatches:
-        """What is known of every feature that fires."""
+        """Return the matches of every feature that fires."""
         alive = (self._train.counts > 0).nonzero()[:, 0]
-        # Over chance, or every feature would be said to mean what is commonest.
-        chance = (self._ground.train.truth == 1).sum(1) / (self._ground.train.truth >= 0).sum(1).clamp_min(1)
-        concepts = over_chance(self._chosen_by.ap[alive], chance).argmax(1)
-        segmented = self._chosen_by.iou[alive].argmax(1)
-        other, monosemanticity = self._meaning(alive, concepts)
-        has_other = self._ground.unrelated[concepts].any(1)
+        # Above chance, or every feature would match the most common concept.
+        chance = (self._data.train.truth == 1).sum(1) / (self._data.train.truth >= 0).sum(1).clamp_min(1)
+        concepts = above_chance(self._train_scores.ap[alive], chance).argmax(1)
+        iou_concepts = self._train_scores.iou[alive].argmax(1)
+        unrelated, monosemanticity = self._monosemanticity(alive, concepts)
+        has_unrelated = self._data.unrelated[concepts].any(1)
         column = lambda values: tuple(round(value, 5) for value in values.tolist())  # noqa: E731
         return FeatureMatches(
             features=tuple(alive.tolist()),
             concepts=tuple(concepts.tolist()),
-            ap=column(self._found.ap[alive, concepts]),
-            segmented=tuple(segmented.tolist()),
-            iou=column(self._found.iou[alive, segmented]),
-            unrelated=column(self._found.ap[alive, other] * has_other),
+            ap=column(self._test_scores.ap[alive, concepts]),
+            iou_concepts=tuple(iou_concepts.tolist()),
+            iou=column(self._test_scores.iou[alive, iou_concepts]),
+            unrelated=column(self._test_scores.ap[alive, unrelated] * has_unrelated),
             monosemanticity=column(monosemanticity),
         )
+
+
+def _dense_firings(strengths: Float[Tensor, " token"]) -> FeatureFirings:
+    """Return the firings of one feature from its strength at every token."""
+    tokens = strengths.nonzero()[:, 0]
+    return FeatureFirings.from_pairs(tokens, torch.zeros_like(tokens), strengths[tokens], 1, len(strengths))

@@ -1,0 +1,323 @@
+"""Matches of features to concepts, as they are written to disk, read again, and printed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from difflex.errors import BadInput
+from difflex.evaluation.concepts.labels import Concept, LabelThresholds
+from difflex.evaluation.record import from_json, to_json
+from difflex.files import parsing, read_json, write_json
+from difflex.records import Site
+
+__all__ = [
+    "ConceptDetector",
+    "ConceptMatches",
+    "ConceptResult",
+    "ConceptsConfig",
+    "ConfidenceInterval",
+    "FeatureMatches",
+    "MatchInputs",
+    "MatchingConfig",
+    "NoiseLevelResult",
+    "count_detected",
+    "matches_table",
+]
+
+FORMAT = 2
+ADVICE = "Delete it and run difflex concepts again."
+DETECTED = 0.8
+"""Average precision from which a feature detects a concept."""
+FINDABLE = 0.9
+"""Average precision of a linear probe from which a concept is findable."""
+PROBE = "a linear probe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """How features are matched to concepts."""
+
+    max_features: int = 4
+    """Maximum number of features that detect a concept together."""
+    min_images: int = 8
+    """Images that must show a concept, among the held-out ones and among the others; a rarer concept is left out."""
+    bootstrap_samples: int = 200
+    """Bootstrap samples of held-out images for the confidence intervals."""
+    ridge: float = 1e-4
+    """L2 penalty on the weights of the linear probe, whose inputs are whitened."""
+    seed: int = 0
+    """Seed of the bootstrap samples, and of the tokens that the probe is trained on."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_features", 1), ("min_images", 1), ("bootstrap_samples", 1), ("ridge", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name} {getattr(self, name):g} is not possible: choose at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptsConfig:
+    """How labelled images are harvested, labelled and matched."""
+
+    images: int = 1000
+    """Number of labelled images; a tenth of them is held out."""
+    noise: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Noise levels between 0 (the image) and 1 (pure noise)."""
+    pixels: tuple[int, int] | None = None
+    """Height and width that the images are resized to."""
+    empty_prompts: bool = False
+    """Whether images are harvested with empty prompts."""
+    present_above: float = 0.5
+    """A token shows a concept from this covered share of its area on."""
+    absent_below: float = 0.0
+    """A token does not show a concept up to this share; between the two it is ignored."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise BadInput(f"{self.images} images show no concept. Ask for 1 or more; a tenth is held out.")
+        _ = self.thresholds
+
+    @property
+    def thresholds(self) -> LabelThresholds:
+        """The thresholds on the covered share of a token's area."""
+        return LabelThresholds(present_above=self.present_above, absent_below=self.absent_below)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchInputs:
+    """What matches were computed from; with other inputs they are computed again."""
+
+    model: str
+    revision: str | None
+    images: str
+    """Source of the labelled images."""
+    config: ConceptsConfig
+    fingerprint: str | None = None
+    """Fingerprint of the dictionary; None for a baseline."""
+
+    @property
+    def settings(self) -> tuple[str, ConceptsConfig]:
+        """Images and configuration: matches with equal settings are comparable."""
+        return self.images, self.config
+
+
+class ConfidenceInterval(NamedTuple):
+    """A value with its 95 % bootstrap interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptDetector:
+    """One or several features that detect a concept: chosen on training images, measured on held-out ones."""
+
+    features: tuple[int, ...]
+    """The best first."""
+    ap: ConfidenceInterval
+    """Average precision."""
+    iou: float
+    """Intersection over union at the threshold that was best on training images."""
+    precision: float
+    """At that threshold."""
+    recall: float
+    """At that threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptResult:
+    """How well the features of a method detect one concept."""
+
+    concept: Concept
+    tokens: int
+    """Number of held-out tokens that show it."""
+    chance: float
+    """Their share, which is the average precision of a random ranking."""
+    probe: ConfidenceInterval
+    """Average precision of a linear probe on the same activations, the ceiling."""
+    best: ConceptDetector
+    """The single feature with the highest average precision."""
+    segmenting: ConceptDetector
+    """The single feature with the highest IoU."""
+    combined: ConceptDetector
+    """The best few features together."""
+    unrelated: str | None
+    """The unrelated concept that `best` detects best."""
+    monosemanticity: float
+    """How much better `best` detects its concept than that one, both above chance: 1 for a feature with a single meaning."""
+    split_features: tuple[int, ...]
+    """The features that the concept is split into, if it is."""
+    absorbing_features: tuple[int, ...]
+    """The features that fire instead of `best` at some of the concept's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMatches:
+    """The concepts of every feature that fires at training tokens, as columns; scores are of held-out images."""
+
+    features: tuple[int, ...]
+    concepts: tuple[int, ...]
+    """Index in `ConceptMatches.concepts` of the concept with the highest average precision."""
+    ap: tuple[float, ...]
+    iou_concepts: tuple[int, ...]
+    """Index of the concept with the highest IoU."""
+    iou: tuple[float, ...]
+    unrelated: tuple[float, ...]
+    """The highest average precision for a concept unrelated to the best one."""
+    monosemanticity: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevelResult:
+    """The results at one noise level, or at all of them together."""
+
+    noise: float | None
+    """Between 0 (the image) and 1 (pure noise); None for all levels together."""
+    results: tuple[ConceptResult, ...]
+    coverage: ConfidenceInterval
+    """Share of concepts that a single feature detects (AP >= 0.8)."""
+    coverage_of_findable: ConfidenceInterval | None
+    """The same among concepts that a linear probe finds (AP >= 0.9); None if there are none."""
+
+    def of(self, group: str) -> list[ConceptResult]:
+        """Return the results for the concepts of a group."""
+        return [result for result in self.results if result.concept.group == group]
+
+    @property
+    def monosemanticity(self) -> float:
+        """The monosemanticity of the best features, averaged over concepts."""
+        return sum(result.monosemanticity for result in self.results) / len(self.results)
+
+
+class DetectedCount(NamedTuple):
+    """How many of some concepts are detected."""
+
+    detected: int
+    total: int
+
+
+def count_detected(results: Collection[ConceptResult], findable: bool = False) -> DetectedCount:
+    """Count the concepts that a single feature detects; with `findable`, only among those that a linear probe finds."""
+    counted = [result for result in results if not findable or result.probe.value >= FINDABLE]
+    return DetectedCount(sum(result.best.ap.value >= DETECTED for result in counted), len(counted))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptMatches:
+    """The matches of the features of one method to concepts."""
+
+    site: Site
+    label: str
+    size: int
+    concepts: tuple[Concept, ...]
+    rare_concepts: tuple[Concept, ...]
+    """Concepts that too few images show; they are left out."""
+    levels: tuple[NoiseLevelResult, ...]
+    """All noise levels together, then, if there are several, each of them."""
+    features: FeatureMatches
+    """At all levels together."""
+    inputs: MatchInputs | None = None
+
+    @property
+    def clearest_level(self) -> NoiseLevelResult:
+        """The noise level at which a linear probe finds the most concepts."""
+        return max(self.levels, key=lambda level: count_detected(level.results, findable=True).total)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the dictionary; None for a baseline."""
+        return self.inputs.fingerprint if self.inputs else None
+
+    def save(self, path: Path) -> None:
+        """Write the matches to the JSON file `path`."""
+        write_json(path, FORMAT, to_json(self), indent=None)
+
+    @classmethod
+    def load(cls, path: Path) -> ConceptMatches:
+        """Read the matches in the JSON file `path`."""
+        entries = read_json(path, FORMAT, ADVICE)
+        with parsing(path, "matches", ADVICE):
+            return from_json(cls, entries)
+
+
+def matches_table(matches: Sequence[ConceptMatches]) -> str:
+    """Return a text table of what each method detects: in total, by group of concepts, and by noise level; one per site."""
+    sites: dict[tuple[Site, str | None], list[ConceptMatches]] = {}
+    for each in matches:
+        sites.setdefault((each.site, each.inputs.revision if each.inputs else None), []).append(each)
+    return "\n\n".join(_site_table(site, revision, group) for (site, revision), group in sites.items())
+
+
+def _site_table(site: Site, revision: str | None, matches: Sequence[ConceptMatches]) -> str:
+    results = matches[0].levels[0].results
+    rare = ", ".join(concept.name for concept in matches[0].rare_concepts)
+    title = (
+        f"{site}{f' {revision}' if revision else ''}: {PROBE} finds {count_detected(results, findable=True).total} of "
+        f"{len(results)} concepts (AP >= 0.9){f'; too rare: {rare}' if rare else ''}"
+    )
+    parts = [_summary(matches), _by_group(matches), _by_level(matches)]
+    return "\n".join([title, *(part for part in parts if part)])
+
+
+def _summary(matches: Sequence[ConceptMatches]) -> str:
+    head = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "combined", "monosemantic", "split", "absorbed"]
+    rows = [head]
+    for each in matches:
+        level = each.levels[0]
+        results = level.results
+        rows.append(
+            [
+                each.label,
+                _shares(level.coverage, count_detected(results)),
+                _shares(level.coverage_of_findable, count_detected(results, findable=True)),
+                f"{_mean(result.best.ap.value for result in results):.2f}",
+                f"{_mean(result.combined.ap.value for result in results):.2f}",
+                f"{level.monosemanticity:.2f}",
+                str(sum(bool(result.split_features) for result in results)),
+                str(sum(bool(result.absorbing_features) for result in results)),
+            ]
+        )
+    return _align(rows)
+
+
+def _shares(share: ConfidenceInterval | None, count: DetectedCount) -> str:
+    return f"{count.detected}/{count.total} [{share.low:.0%}, {share.high:.0%}]" if share else "-"
+
+
+def _by_group(matches: Sequence[ConceptMatches]) -> str:
+    """Return the mean average precision of the probe and of the best features, by group of concepts."""
+    groups = list(dict.fromkeys(result.concept.group for result in matches[0].levels[0].results))
+    rows = [["AP by group", *groups]]
+    rows.append([PROBE, *(_mean_ap(matches[0].levels[0].of(group), probe=True) for group in groups)])
+    rows += [[each.label, *(_mean_ap(each.levels[0].of(group)) for group in groups)] for each in matches]
+    return _align(rows)
+
+
+def _by_level(matches: Sequence[ConceptMatches]) -> str:
+    """Return the mean average precision of the probe and of the best features, by noise level."""
+    levels = matches[0].levels[1:]
+    if not levels:
+        return ""
+    rows = [["AP by noise", *(f"{level.noise:g}" for level in levels)]]
+    rows.append([PROBE, *(_mean_ap(level.results, probe=True) for level in levels)])
+    rows += [[each.label, *(_mean_ap(level.results) for level in each.levels[1:])] for each in matches]
+    return _align(rows)
+
+
+def _mean_ap(results: Iterable[ConceptResult], probe: bool = False) -> str:
+    return f"{_mean((result.probe if probe else result.best.ap).value for result in results):.2f}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / max(1, len(numbers))
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n" + "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Match the dictionaries of studies and their baselines to concepts; matches that are up to date are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
+from difflex.dictionaries.files import read_config
+from difflex.errors import BrokenFile
+from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, LabelledImages, label
+from difflex.evaluation.concepts.matching import FeatureMethod, match, principal_axes, random_directions
+from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig, MatchInputs
+from difflex.records import Site
+from difflex.study import DictionaryRef, Study
+
+__all__ = ["StoredMatches", "match_studies"]
+
+
+class StoredMatches(NamedTuple):
+    """Matches, their file, and whether they were up to date before."""
+
+    matches: ConceptMatches
+    path: Path
+    up_to_date: bool
+
+
+def match_studies(
+    studies: Sequence[Study],
+    images: LabelledImages,
+    open_model: Callable[[Study], Callable[[Site], Harvest | None]],
+    config: ConceptsConfig,
+    sites: Sequence[str] = (),
+    dictionaries: Sequence[str] = (),
+) -> list[StoredMatches]:
+    """Match dictionaries of `studies`, and the baselines of each, to the concepts of `images`; save the matches.
+
+    These are the dictionaries at `sites` and those called `dictionaries` (SITE/LABEL); all if both are empty. The baselines are,
+    for each number of active features: principal axes, random directions, and the neurons of the same block, if it has some.
+    `open_model` returns, for a study, a function from a site to a harvest there, or to None if the model does not have that site;
+    it is called only where matches are missing or out of date. Sites are harvested one after another, because the activations of
+    one may fill the memory.
+    """
+    selections = [study.select_dictionaries(sites, dictionaries) for study in studies]
+    stored = []
+    for study, selection in zip(studies, selections, strict=True):
+        inputs = MatchInputs(model=study.model, revision=study.revision, images=images.name, config=config)
+        stored += _match_study(study, selection, images, open_model(study), inputs)
+    return stored
+
+
+def _match_study(
+    study: Study,
+    selection: Sequence[DictionaryRef],
+    images: LabelledImages,
+    harvest_at: Callable[[Site], Harvest | None],
+    inputs: MatchInputs,
+) -> list[StoredMatches]:
+    def labelled_at(site: Site) -> LabelledActivations | None:
+        harvest = harvest_at(site)
+        if harvest is None:
+            return None
+        loaded = (image._replace(prompt="") if inputs.config.empty_prompts else image for image in images.load())
+        return label(loaded, harvest, images.concepts, inputs.config.thresholds)[site]
+
+    folders: dict[Site, list[Path]] = {}
+    for place in selection:
+        folders.setdefault(place.site, []).append(study.dictionary(*place))
+    stored = []
+    for site, paths in folders.items():
+        own = _own_tasks(study, site, paths, inputs)
+        neurons = _neuron_tasks(study, site, paths, folders, inputs)
+        missing = [task for task in own if not task.is_done]
+        # Neurons first: if the files of the site itself are up to date, so are those of its neurons, if it has any.
+        computed = _compute([task for task in neurons if missing and not task.is_done], labelled_at)
+        computed += _compute(missing, labelled_at)
+        done = [task for task in (*own, *neurons) if task.is_done]
+        stored += [StoredMatches(ConceptMatches.load(task.path), task.path, task not in computed) for task in done]
+    return stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MatchTask:
+    """One dictionary or baseline, and the file of its matches."""
+
+    site: Site
+    label: str
+    path: Path
+    inputs: MatchInputs
+    method: Callable[[LabelledActivations], FeatureMethod] = field(compare=False)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the file exists, is intact, and was computed from the same inputs."""
+        try:
+            return self.path.is_file() and ConceptMatches.load(self.path).inputs == self.inputs
+        except BrokenFile:
+            return False
+
+
+def _compute(tasks: Sequence[_MatchTask], labelled_at: Callable[[Site], LabelledActivations | None]) -> list[_MatchTask]:
+    """Match the methods of `tasks`, all of one site, and save the results; return none if the model lacks the site."""
+    labelled = labelled_at(tasks[0].site) if tasks else None
+    if labelled is None:
+        return []
+    for task, matches in zip(
+        tasks, match(labelled, (task.method(labelled) for task in tasks), tasks[0].inputs.config.matching), strict=True
+    ):
+        replace(matches, label=task.label, inputs=task.inputs).save(task.path)
+    return list(tasks)
+
+
+def _task(
+    study: Study, site: Site, label: str, inputs: MatchInputs, method: Callable[[LabelledActivations], FeatureMethod]
+) -> _MatchTask:
+    return _MatchTask(site=site, label=label, path=study.concepts(site, label), inputs=inputs, method=method)
+
+
+def _own_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
+    """Return the dictionaries, then axes with as many active features; random ones as many as the largest dictionary has."""
+    tasks = []
+    for folder in folders:
+        own_inputs = replace(inputs, fingerprint=fingerprint(folder))
+        tasks.append(_task(study, site, folder.name, own_inputs, partial(_load_dictionary, folder)))
+    for k, (size, width) in _shapes(folders).items():
+        if k <= width:
+            tasks.append(_task(study, site, f"pca-{2 * width}-k{k}", inputs, partial(principal_axes, k=k)))
+        if k <= size // 2:
+            name = f"random-{size // 2 * 2}-k{k}"
+            tasks.append(_task(study, site, name, inputs, partial(random_directions, size=size, k=k)))
+    return tasks
+
+
+def _neuron_tasks(
+    study: Study, site: Site, folders: Sequence[Path], others: Mapping[Site, Sequence[Path]], inputs: MatchInputs
+) -> list[_MatchTask]:
+    """Return the neurons of the same block and stream, except for those that are dictionaries of the study themselves."""
+    inner = Site(site.path, "neurons", site.stream)
+    if site.kind == "neurons":
+        return []
+    missing = _shapes(folders).keys() - _shapes(others.get(inner, ())).keys()
+    return [_task(study, inner, f"neurons-k{k}", inputs, partial(_neurons, k)) for k in sorted(missing)]
+
+
+def _shapes(folders: Iterable[Path]) -> dict[int, tuple[int, int]]:
+    """Return the largest size, and the width, by number of active features."""
+    shapes: dict[int, tuple[int, int]] = {}
+    for config in map(read_config, folders):
+        shapes[config.k] = max(shapes.get(config.k, (0, 0)), (config.size, config.width))
+    return shapes
+
+
+def _load_dictionary(folder: Path, _: LabelledActivations) -> FeatureMethod:
+    return FeatureMethod.of(Dictionary.load(folder))
+
+
+def _neurons(k: int, labelled: LabelledActivations) -> FeatureMethod:
+    return FeatureMethod.of(Neurons(width=labelled.values.shape[1], k=k, origin=DictionaryOrigin(site=labelled.site)))

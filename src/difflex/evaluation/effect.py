@@ -1,0 +1,133 @@
+"""The effect on a model's predictions and images when a dictionary's reconstruction replaces the activations of a site."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from difflex.dictionaries import Dictionary
+from difflex.errors import BadInput, NonFinite
+from difflex.evaluation.image_similarity import ImageMeasure, ssim
+from difflex.evaluation.record import ModelEffect, ReplacementEffect
+from difflex.records import ActivationBatch, EditOutcomes, Shot
+
+__all__ = ["Edits", "measure_effects", "sample_shots"]
+
+Edits = Mapping[str, Callable[[Float[Tensor, "batch token width"], object], Float[Tensor, "batch token width"]]]
+"""Functions that replace a site's activations, by name; the second argument, the hook context, is not used."""
+
+SQUARED_ERROR = "squared error"
+
+
+def measure_effects(
+    dictionaries: Sequence[Dictionary],
+    mean: Float[Tensor, " width"],
+    predictions: Callable[[Edits], Iterable[EditOutcomes]],
+    images: Callable[[Edits], Iterable[EditOutcomes]] | None = None,
+    *,
+    measures: Mapping[str, ImageMeasure] | None = None,
+    device: torch.device | str | None = None,
+) -> list[ModelEffect]:
+    """Measure the effect of each of `dictionaries` of one site on the model, with mean and zero ablation as baselines.
+
+    `predictions` and `images` run the model on fixed shots under edits of that site, as the methods of a pipeline do; without
+    `images` only predictions are compared. `measures` compare images in addition to SSIM. The unedited model and the baselines
+    run once for all dictionaries. `device` defaults to the GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    edits = _edits([dictionary.to(device) for dictionary in dictionaries], mean)
+    changes, timesteps = _prediction_changes(predictions(edits), list(edits))
+    if not timesteps:
+        raise BadInput(f"There are no shots to measure the effect of {dictionaries[0].name} at. Harvest more prompts.")
+    comparisons = _compare_images([] if images is None else images(edits), list(edits), {"ssim": ssim, **(measures or {})})
+    for output, values in (("predictions", changes[:, 1:]), ("images", comparisons[SQUARED_ERROR])):
+        for name, column in zip(edits, values.T, strict=True):
+            if not bool(torch.isfinite(column).all()):
+                raise NonFinite(
+                    f"With {name} in the place of {dictionaries[0].site} the {output} of the model hold NaN or infinity."
+                )
+    at = torch.tensor(timesteps, dtype=torch.float64)
+    return [_effect(changes, at, comparisons, number) for number in range(len(dictionaries))]
+
+
+def _edits(dictionaries: Sequence[Dictionary], mean: Float[Tensor, " width"]) -> Edits:
+    """Return the reconstruction by each dictionary, then mean ablation, then zero ablation."""
+
+    def reconstruction(dictionary: Dictionary):
+        return lambda x, _: dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)
+
+    rebuilt = {f"reconstruction {number} by {each.name}": reconstruction(each) for number, each in enumerate(dictionaries)}
+    return {**rebuilt, "mean": lambda x, _: mean.to(x).expand_as(x), "zero": lambda x, _: torch.zeros_like(x)}
+
+
+def _prediction_changes(
+    outcomes: Iterable[EditOutcomes], edits: Sequence[str]
+) -> tuple[Float64[Tensor, "shot column"], list[float]]:
+    """Return squared lengths for each shot (the unedited prediction, then the change by each edit), and its timestep."""
+    rows, timesteps = [torch.empty(0, 1 + len(edits), dtype=torch.float64)], []
+    for outcome in outcomes:
+        plain = outcome.plain.double().flatten(1)
+        changes = (outcome.edited[name].double().flatten(1) - plain for name in edits)
+        rows.append(torch.stack([vectors.square().sum(1) for vectors in (plain, *changes)], dim=1).cpu())
+        timesteps += [shot.timestep or 0.0 for shot in outcome.shots]
+    return torch.cat(rows), timesteps
+
+
+def _compare_images(
+    outcomes: Iterable[EditOutcomes], edits: Sequence[str], measures: Mapping[str, ImageMeasure]
+) -> dict[str, Float64[Tensor, "image edit"]]:
+    """Return the squared error, and each of `measures`, of each image under each edit."""
+    measures = {SQUARED_ERROR: lambda edited, plain: (edited - plain).square().mean((1, 2, 3)), **measures}
+    rows = {name: [torch.empty(0, len(edits), dtype=torch.float64)] for name in measures}
+    for outcome in outcomes:
+        plain = outcome.plain.float()
+        for name, measure in measures.items():
+            values = [measure(outcome.edited[edit].float(), plain) for edit in edits]
+            rows[name].append(torch.stack(values, dim=1).double().cpu())
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _effect(
+    changes: Float64[Tensor, "shot column"],
+    timesteps: Float64[Tensor, " shot"],
+    comparisons: Mapping[str, Float64[Tensor, "image edit"]],
+    number: int,
+) -> ModelEffect:
+    """Return the effect of the dictionary with that number."""
+
+    def replacement(by_edit: Float64[Tensor, " edit"]) -> ReplacementEffect:
+        return ReplacementEffect(reconstruction=float(by_edit[number]), mean=float(by_edit[-2]), zero=float(by_edit[-1]))
+
+    def relative_change(rows: Float64[Tensor, "shot column"]) -> ReplacementEffect:
+        sums = rows.sum(0)
+        return replacement(sums[1:] / sums[0])
+
+    errors = comparisons[SQUARED_ERROR]
+    similarity = {name: values for name, values in comparisons.items() if name != SQUARED_ERROR and len(values)}
+    return ModelEffect(
+        shots=len(timesteps),
+        prediction=relative_change(changes),
+        timesteps={at: relative_change(changes[timesteps == at]) for at in sorted(set(timesteps.tolist()), reverse=True)},
+        images=len(errors),
+        image_error=replacement(errors.mean(0)) if len(errors) else None,
+        similarity={name: replacement(values.mean(0)) for name, values in similarity.items()},
+    )
+
+
+def sample_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot], count: int, seed: int = 0) -> list[Shot]:
+    """Sample up to `count` of the first shots in `batches`, and sort them by timestep, the noisiest first.
+
+    Shots of given images are left out, because they cannot be generated again from a prompt.
+    """
+    numbers: set[int] = set()
+    for rows in batches:
+        numbers |= set(rows.shots.tolist())
+        if len(numbers) >= count:
+            break
+    sample = random.Random(seed).sample(sorted(numbers), min(count, len(numbers)))
+    shots = [candidate for candidate in map(shot, sorted(sample)) if candidate.image is None]
+    return sorted(shots, key=lambda each: -(each.timestep or 0.0))
