@@ -30,12 +30,9 @@ from difflex.explanation import (
     compare,
     methods,
 )
-from difflex.explanation.backend import RejectedRequest
-from difflex.explanation.biases import biases, surface
-from difflex.explanation.comparing import _holm
-from difflex.explanation.scoring import accuracy, auroc, estimate, p_value, scores
-from difflex.explanation.wording import to_explain, to_judge, to_pick
-from difflex.explanation.words import cleaned
+from difflex.explanation.backends import RejectedRequest
+from difflex.explanation.comparing import _holm, accuracy, auroc, biases, estimate, p_value, scores, surface
+from difflex.explanation.questions import cleaned, to_explain, to_judge, to_pick
 from difflex.features import Book
 from difflex.features.explanations import Judgement
 from difflex.records import Shot

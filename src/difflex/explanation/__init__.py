@@ -1,7 +1,12 @@
 """Explanation: a seeing model says what a feature is, and a judge says how true that is."""
 
-from difflex.explanation.answers import AnswerCache
-from difflex.explanation.asked import (
+from difflex.explanation.backends import KnownConceptsBackend, LocalBackend, VLMBackend
+from difflex.explanation.client import CachedClient, DryRunClient, NoAnswer, RequestPolicy
+from difflex.explanation.comparing import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
+from difflex.explanation.endpoint import ApiKey, EndpointBackend
+from difflex.explanation.explaining import ExplainResult, PresenceQuestion, chosen, explain, look, rehearse
+from difflex.explanation.protocol import ExplanationProtocol
+from difflex.explanation.questions import (
     ExplanationAnswer,
     ImageView,
     Instruction,
@@ -10,18 +15,7 @@ from difflex.explanation.asked import (
     PresenceAnswer,
     VLMAnswer,
 )
-from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, RequestPolicy
-from difflex.explanation.backend import VLMBackend
-from difflex.explanation.comparing import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
-from difflex.explanation.endpoint import EndpointBackend
-from difflex.explanation.explaining import ExplainResult, chosen, explain, rehearse
-from difflex.explanation.key import ApiKey
-from difflex.explanation.known import KnownConceptsBackend
-from difflex.explanation.local import LocalBackend
-from difflex.explanation.looking import PresenceQuestion, look
-from difflex.explanation.pace import RetryPolicy
-from difflex.explanation.protocol import ExplanationProtocol
-from difflex.explanation.spending import TokenPrice
+from difflex.explanation.requests import AnswerCache, RetryPolicy, TokenPrice
 
 __all__ = [
     "AnswerCache",

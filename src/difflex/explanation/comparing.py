@@ -1,20 +1,137 @@
-"""Methods side by side: how well the features of each are explained, how that is distributed, and whether two differ."""
+"""Scores of explanations, and methods compared by them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from difflex.explanation.biases import BiasGroup, biases
-from difflex.explanation.scoring import MeanEstimate, estimate, p_value
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from difflex.errors import BadInput
 from difflex.features import Book
+from difflex.features.explanations import ExplanationScore, Judgement
 from difflex.files import write_json
 
-__all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "ProtocolGap", "compare", "methods"]
+DRAWS = 2000
+LEVEL = 0.95
+
+
+class MeanEstimate(NamedTuple):
+    """A mean, and where 95 % of the means lie when what it is of is drawn again."""
+
+    value: float
+    low: float
+    high: float
+    of: int
+    """How many values."""
+
+
+def accuracy(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw judgement"]) -> Float[Tensor, "*draw"]:
+    """The mean of the score where the feature's own images are judged, of 1 - score where others are: 0.5 is chance."""
+    return torch.where(wanted, scores, 1 - scores).mean(-1)
+
+
+def auroc(wanted: Bool[Tensor, "*draw judgement"], scores: Float[Tensor, "*draw judgement"]) -> Float[Tensor, "*draw"]:
+    """The share of pairs of an own and another image in which the own scores higher, equal ones by half; NaN without pairs."""
+    higher = (scores[..., :, None] > scores[..., None, :]).float() + (scores[..., :, None] == scores[..., None, :]) / 2
+    pairs = (wanted[..., :, None] & ~wanted[..., None, :]).float()
+    return (higher * pairs).sum((-2, -1)) / pairs.sum((-2, -1))
+
+
+def scores(judgements: Sequence[Judgement], seed: int = 0) -> list[ExplanationScore]:
+    """Accuracy and AUROC of one explanation; intervals from judgements drawn again, own and other ones each among themselves."""
+    wanted = torch.tensor([each.fires for each in judgements], dtype=torch.bool)
+    given = torch.tensor([each.score for each in judgements], dtype=torch.float64)
+    if not wanted.any() or wanted.all():
+        raise BadInput("An explanation was scored on images of one side alone. Judge some of the feature and some of others.")
+    generator = torch.Generator().manual_seed(seed)
+    sides = [side.nonzero()[:, 0] for side in (wanted, ~wanted)]
+    drawn = torch.cat([side[torch.randint(len(side), (DRAWS, len(side)), generator=generator)] for side in sides], dim=1)
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"accuracy": accuracy, "auroc": auroc}
+    found = []
+    for name, measure in measures.items():
+        low, high = _bounds(measure(wanted[drawn], given[drawn]))
+        found.append(ExplanationScore(name, float(measure(wanted, given)), low, high, len(judgements)))
+    return found
+
+
+def estimate(values: Sequence[float], seed: int = 0) -> MeanEstimate:
+    """The mean of `values`; its interval from values drawn again."""
+    if not values:
+        raise BadInput("A mean was asked of no values. Explain at least one feature.")
+    each = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.stack([each[torch.randint(len(each), (len(each),), generator=generator)].mean() for _ in range(DRAWS)])
+    return MeanEstimate(float(each.mean()), *_bounds(means), len(values))
+
+
+def p_value(one: Sequence[float], other: Sequence[float], seed: int = 0, draws: int = 10_000) -> float:
+    """How often the means differ as much as those of `one` and `other` when values are shuffled between the two.
+
+    A permutation test of two sides; never 0, as what was found is one of the shuffles.
+    """
+    values = torch.tensor([*one, *other], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    shuffles = (torch.randperm(len(values), generator=generator)[: len(one)] for _ in range(draws))
+    sums = torch.stack([values[: len(one)].sum(), *(values[shuffle].sum() for shuffle in shuffles)])
+    differences = (sums / len(one) - (values.sum() - sums) / len(other)).abs()
+    return int((differences >= differences[0] - 1e-12).sum()) / (1 + draws)
+
+
+def _bounds(draws: Float[Tensor, " draw"]) -> tuple[float, float]:
+    low, high = draws.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=draws.dtype)).tolist()
+    return low, high
+
+
+COLOURS = (
+    "black white grey gray red green blue yellow orange purple violet pink brown beige cyan turquoise magenta teal gold golden "
+    "silver crimson maroon navy lime olive tan ivory cream dark light bright pale vivid dull deep saturated monochrome colourful "
+    "colorful colour color colours colors coloured colored tone tones tint tints hue hues shade shades reddish greenish bluish "
+    "yellowish"
+)
+PLACES = (
+    "top bottom left right upper lower centre center central middle corner corners edge edges border borders side sides above "
+    "below under over beside near next background foreground margin margins rim outer inner half quarter vertical horizontal "
+    "row column"
+)
+EMPTY = (
+    "a an the of in on at to with without and or by from for as is are was be being it its that this these those which their "
+    "there area areas region regions part parts patch patches spot spots section sections place places highlighted highlight "
+    "highlights picture pictures image images scene scenes mostly often usually some all any both each one two several various "
+    "especially where along within across into"
+)
+SURFACE, NOTHING = frozenset(f"{COLOURS} {PLACES}".split()), frozenset(EMPTY.split())
+Share = Literal["none", "some", "all"]
+
+
+class BiasGroup(NamedTuple):
+    """Explanations of which none, some or all words speak of colour or place."""
+
+    surface: Share
+    accuracy: MeanEstimate
+
+
+def surface(explanation: str) -> float:
+    """The share of the words that mean something which speak of colour or place; 0 where none means anything."""
+    words = [word for word in re.findall(r"[a-z]+", explanation.lower()) if word not in NOTHING]
+    return sum(word in SURFACE for word in words) / max(1, len(words))
+
+
+def biases(explanations: Sequence[str], accuracies: Sequence[float]) -> list[BiasGroup]:
+    """The accuracy of explanations by how much of them is only colour or place; kinds that do not occur are left out."""
+    kinds: dict[Share, list[float]] = {"none": [], "some": [], "all": []}
+    for text, accuracy in zip(explanations, accuracies, strict=True):
+        share = surface(text)
+        kinds["all" if share == 1 else "some" if share else "none"].append(accuracy)
+    return [BiasGroup(kind, estimate(values)) for kind, values in kinds.items() if values]
+
 
 FORMAT = 1
 BINS = 20

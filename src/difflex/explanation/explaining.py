@@ -1,4 +1,4 @@
-"""`explain`: features in words, judged by a protocol and written into their book; what is there already is not done again."""
+"""Explain features with a VLM, judge the explanations, and write both into the book."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from PIL import Image
 from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.explanation.answers import Spending
-from difflex.explanation.asked import ExplanationAnswer, ImageView, JudgementAnswer, OddOneOutAnswer
-from difflex.explanation.asker import CachedClient, DryRunClient, NoAnswer, VLMClient
+from difflex.explanation.client import CachedClient, DryRunClient, NoAnswer, VLMClient
+from difflex.explanation.comparing import scores
 from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan
-from difflex.explanation.scoring import scores
-from difflex.explanation.wording import to_explain, to_judge, to_pick
+from difflex.explanation.questions import (
+    ExplanationAnswer,
+    ImageView,
+    JudgementAnswer,
+    OddOneOutAnswer,
+    PresenceAnswer,
+    to_explain,
+    to_judge,
+    to_pick,
+    to_see,
+)
+from difflex.explanation.requests import Spending
 from difflex.features import Book, FeatureFilter, ImageAlbum, overlaid
 from difflex.features.entries import COVER_THRESHOLD, Example, ShotRow
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
-
-__all__ = ["ExplainResult", "chosen", "explain", "rehearse"]
+from difflex.records import Shot
 
 Role = Literal["explainer", "judge"]
 SIDE = 256
-"""Pixels that the longer side of an image is enlarged to at least."""
+"""Pixels that an image is enlarged to at least: its longer side where it has highlights, else its shorter one."""
 AHEAD = 2
 """Plans made for each connection before one is needed."""
 
@@ -284,3 +292,40 @@ def _usage(keys: _Keys, asker: CachedClient) -> list[RecordedUsage]:
         for role, spent in found.items()
         if spent.calls
     ]
+
+
+class PresenceQuestion(NamedTuple):
+    """An image, and what is asked of it."""
+
+    image: Image.Image
+    part: Image.Image | None
+    """What is cut out of it, where the concept is looked for; None where that is all of it."""
+    concept: str
+    rest: str
+    """What else the image is of."""
+
+
+def look(asker: CachedClient, images: Sequence[PresenceQuestion], *, connections: int = 16) -> list[PresenceAnswer]:
+    """What is seen of each image. A question that gets no answer ends it, as figures with holes mislead."""
+
+    def seen(number: int) -> PresenceAnswer:
+        asked = images[number]
+        shown = [each for each in (asked.image, asked.part) if each is not None]
+        instruction = to_see(asked.concept, asked.rest, asked.part is not None)
+        try:
+            return asker.see([_whole_image_view(each) for each in shown], instruction, PresenceAnswer, [])
+        except NoAnswer as error:
+            raise BadInput(
+                f"Whether image {number + 1} of {len(images)} shows '{asked.concept}' was not answered: {error}. Give the "
+                "same command again; what was answered is kept."
+            ) from None
+
+    with ThreadPoolExecutor(connections) as threads:
+        return list(threads.map(seen, range(len(images))))
+
+
+def _whole_image_view(image: Image.Image) -> ImageView:
+    times = max(1, -(-SIDE // min(image.size)))
+    shown = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    shot = Shot(model="", pixels=(image.height, image.width), steps=1, guidance=0.0)
+    return ImageView(draw=lambda: shown, shot=shot, highlight=torch.ones(1, 1))

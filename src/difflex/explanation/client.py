@@ -11,11 +11,9 @@ from threading import Lock
 from typing import NamedTuple, TypeVar, final
 
 from difflex.errors import BadInput
-from difflex.explanation.answers import AnswerCache, Spending
-from difflex.explanation.asked import ImageView, Instruction, MalformedAnswer, TokenUsage, VLMAnswer, content_key, read
-from difflex.explanation.backend import RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
-from difflex.explanation.pace import RateLimiter, RetryPolicy
-from difflex.explanation.spending import CallBudget, TokenPrice, expected
+from difflex.explanation.backends import RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
+from difflex.explanation.questions import ImageView, Instruction, MalformedAnswer, TokenUsage, VLMAnswer, content_key, read
+from difflex.explanation.requests import AnswerCache, CallBudget, RateLimiter, RetryPolicy, Spending, TokenPrice, expected
 
 __all__ = ["AnswerBatch", "CachedClient", "DryRunClient", "NoAnswer", "RequestPolicy", "VLMClient"]
 

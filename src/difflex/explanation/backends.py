@@ -1,17 +1,22 @@
-"""Known concepts as a backend: it names and judges by the truth about what is where in drawn images, and looks at none."""
+"""VLM backends: the interface, a local model, and known concepts as a ceiling for both."""
 
 from __future__ import annotations
 
+import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import final
+from threading import Lock
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from difflex.explanation.asked import (
+from difflex.errors import BadInput
+from difflex.explanation.questions import (
     ExplanationAnswer,
     ImageView,
     Instruction,
@@ -20,9 +25,106 @@ from difflex.explanation.asked import (
     TokenUsage,
     VLMAnswer,
 )
-from difflex.explanation.backend import BackendReply, RejectedRequest, VLMBackend
 
-__all__ = ["KnownConceptsBackend"]
+
+class BackendReply(NamedTuple):
+    """What a backend said, and what it took."""
+
+    text: str
+    """JSON, if the backend did as told."""
+    usage: TokenUsage | None
+    """None if nobody said."""
+
+
+class TransportFault(Exception):
+    """A call that came to nothing on its way: no connection, no time, a busy or broken endpoint. It may be sent again."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        """`wait`: the seconds that the endpoint asks to be left alone."""
+        super().__init__(reason)
+        self.wait = wait
+
+
+class RefusedAnswer(Exception):
+    """A call that was answered by a refusal. It may be asked again."""
+
+    def __init__(self, reason: str, usage: TokenUsage | None = None) -> None:
+        super().__init__(reason)
+        self.usage = usage
+
+
+class RejectedRequest(Exception):
+    """A call that the endpoint does not take, such as one with an image of a kind that it does not read."""
+
+
+class VLMBackend(ABC):
+    """Something that sees: it looks at images, is told what to do, and answers in a given form."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What its answers are kept under: two backends of one name are held to answer alike."""
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether answers are worth keeping."""
+        return True
+
+    @abstractmethod
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
+        """What it answers; raises a `TransportFault`, `RefusedAnswer` or `RejectedRequest`. `objection` says what was wrong with its last answer."""
+
+    def close(self) -> None:
+        """Nothing; what it holds open is closed."""
+        return
+
+
+@final
+class LocalBackend(VLMBackend):
+    """A model in memory; it answers one question after another."""
+
+    def __init__(self, model: str, *, device: str | None = None, offline: bool = False, longest: int = 512) -> None:
+        """`model`: a folder or a hub name; `longest`: tokens that an answer may have."""
+        import transformers
+
+        self._name, self._longest, self._lock = model, longest, Lock()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            # The annotations of transformers name its bare classes, not what these make of a folder.
+            self._processor: Any = transformers.AutoProcessor.from_pretrained(model, local_files_only=offline)
+            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=offline)
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"'{model}' cannot be opened as a model that sees and speaks: {error}. Name a folder or hub name of an "
+                "image-text-to-text model of transformers."
+            ) from error
+        if not getattr(self._processor, "chat_template", None):
+            raise BadInput(f"'{model}' has no chat template: it was not made to be told what to do. Name one that was.")
+        self._model = loaded.to(device).eval()
+
+    @property
+    def name(self) -> str:
+        """Its folder or hub name."""
+        return self._name
+
+    def see(
+        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
+    ) -> BackendReply:
+        """What the model answers, the likeliest word each time."""
+        images = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
+        told = f"{instruction.text}\n{objection}".rstrip()
+        messages = [{"role": "user", "content": [*images, {"type": "text", "text": told}]}]
+        with self._lock, torch.inference_mode():
+            inputs = self._processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(self._model.device, dtype=self._model.dtype)
+            words = self._model.generate(**inputs, max_new_tokens=self._longest, do_sample=False)
+        asked = inputs["input_ids"].shape[1]
+        text = self._processor.decode(words[0, asked:], skip_special_tokens=True)
+        return BackendReply(text, TokenUsage(asked, words.shape[1] - asked, 0.0))
+
 
 SHOWN = 0.5
 """From this share of its area on a token shows a concept; at 0 it does not; tokens between the two are left out."""
