@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.steer import _strengths
+from difflex.commands.flags import _strengths
 from difflex.dictionaries import Dictionary
 from difflex.records import Site
 from difflex.steering import StudyEditor
@@ -24,7 +24,7 @@ PLACE = f"{SITE}/{LABEL}"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of a tiny model with one dictionary."""
     root = tmp_path_factory.mktemp("steer")
-    model = tiny_folder("flux", root / "tiny-flux", card={"pixels": [[16, 24]]})
+    model = tiny_folder("flux", root / "tiny-flux", defaults={"pixels": [[16, 24]]})
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study")]
     assert main([*words, "--site", SITE]) == 0
@@ -133,7 +133,7 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
     [
         ((SITE, "64"), "numbered 0 to 63"),
         (("double.0", "1"), "nearest: double.1"),
-        ((), "What to steer with was not said"),
+        ((), "There is nothing to steer with"),
         ((SITE,), "No feature"),
         ((SITE, "1", "--region", "0,0,30,10"), "outside the image of 24 x 16 pixels"),
         ((SITE, "1", "--region", "nothing.png"), "is no file"),
@@ -178,7 +178,7 @@ def test_strengths_are_even_and_include_both_ends():
     assert _strengths(["0.5,1,1.5"]) == (0.5, 1.0, 1.5)
     assert _strengths(["-4,-1:1:1"]) == (-4.0, -1.0, 0.0, 1.0)
     for no_strength in ("nan", "1:2", "2:1:1", "1:2:0"):
-        with pytest.raises(ValueError, match="is no strength"):
+        with pytest.raises(ValueError, match="is not a strength"):
             _strengths([no_strength])
 
 

@@ -1,7 +1,7 @@
 """Findings of papers as experiments: each verdict follows from its rule, on a world in which what is so is known."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,34 +12,41 @@ from made_study import begun, dictionary, found, matched
 from torch import Tensor
 
 from difflex.cli import main
-from difflex.commands.findings import FindingsCommand, _detectors, _is_as
-from difflex.effects import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial, StrengthCurve, StrengthPoint
+from difflex.effects import Provenance, StrengthCurve, StrengthPoint
+from difflex.effects.drawn_world import group_of, kind_task, scenery_pairs
+from difflex.effects.experiment_bench import ExperimentBench, SteeringDirection, detecting_features
+from difflex.effects.finding_rules import (
+    RuleCondition,
+    concepts_of,
+    evaluate_conditions,
+    rule_half,
+    rule_rising,
+    t_tail,
+)
 from difflex.effects.findings import (
     EXPERIMENTS,
-    ExperimentBench,
     Finding,
     Findings,
     FindingsConfig,
-    SteeringDirection,
-    concepts_of,
-    finding,
-    pairs_for,
-    workload,
+    _is_current,
+    _provenance,
+    run_experiment,
 )
-from difflex.effects.findings.captions import task_of
-from difflex.effects.findings.rules import RuleCondition, are_above, chance, rises_above_one, under_half
-from difflex.effects.trials import group_of
+from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.errors import BadInput, BrokenFile
-from difflex.miniature.captions import read
-from difflex.miniature.world import BACKGROUNDS, STYLES
+from difflex.miniature.captions import parse_caption
+from difflex.miniature.world import BACKGROUNDS, OBJECT_GROUPS, STYLES
 from difflex.records import Activations, HookContext, Rectangle, Shot, Site
-from difflex.report.facts import read as read_facts
-from difflex.steering import EditFeatures, SteeringHook, StudyEditor
+from difflex.report import read_facts
+from difflex.steering import EditFeatures, SteeringHook
 from difflex.steering.contrast import find_contrasts
 from difflex.study import Study
 
-SCOPE = FindingsConfig(groups=("colour", "texture"), each=2, trials=3, counts=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0))
+CONFIG = FindingsConfig(
+    groups=("colour", "texture"), concepts_per_group=2, trials=3, pairs=(20, 80, 160), strengths=(0.5, 1.0, 2.0, 3.0)
+)
 SITE = Site("double.1")
+PROVENANCE = Provenance(fingerprints={}, features={})
 
 
 def way(pairs: int) -> SteeringDirection:
@@ -83,21 +90,21 @@ def world(
 
 
 def bench(
-    drawn: JudgedGenerator, other: Findings | None = None, parameters: int = 10, scope: FindingsConfig = SCOPE
+    drawn: JudgedGenerator, other: Findings | None = None, parameters: int = 10, config: FindingsConfig = CONFIG
 ) -> ExperimentBench:
     return ExperimentBench(
         site=SITE,
-        scope=scope,
+        config=config,
         parameters=parameters,
-        drawn=lambda steps: drawn,
-        contrasts=lambda concept: {count: way(count) for count in scope.counts},
+        generator=lambda steps: drawn,
+        contrasts=lambda concept: {count: way(count) for count in config.pairs},
         feature=lambda concept: None,
         other=other,
     )
 
 
 def made(name: str, drawn: JudgedGenerator, **more: Findings | int) -> Finding:
-    return finding(name, bench(drawn, **more), {"trials": 3})  # pyright: ignore[reportArgumentType]
+    return run_experiment(name, bench(drawn, **more), PROVENANCE)  # pyright: ignore[reportArgumentType]
 
 
 def test_there_is_a_knee_where_the_gain_rises_up_to_it_and_not_beyond():
@@ -112,20 +119,20 @@ def test_there_is_a_knee_where_the_gain_rises_up_to_it_and_not_beyond():
 
 def test_a_contrast_that_fails_on_other_captions_is_told_from_one_that_works_everywhere():
     def alike(caption: str) -> float:
-        request = read(caption)
+        request = parse_caption(caption)
         strange = request.background in BACKGROUNDS[4:] or request.style in STYLES[2:] or len(request.objects) > 1
         return 9.0 if strange else 1.0
 
     found = made("distribution", world(alike))
     assert found.verdict == "holds here"
     assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 0.0, "gain, two objects": 0.0}
-    assert "0.00 with other scenery, 0.00 with two objects" in found.because
+    assert "0.00 with other scenery, 0.00 with two objects" in found.reason
     assert made("distribution", world()).verdict == "does not hold here"
     assert made("distribution", world(lambda caption: 9.0)).verdict == "cannot be said"
 
 
 def test_a_contrast_that_fails_on_one_other_kind_of_captions_alone_does_not_fail_outside():
-    found = made("distribution", world(lambda caption: 9.0 if len(read(caption).objects) > 1 else 1.0))
+    found = made("distribution", world(lambda caption: 9.0 if len(parse_caption(caption).objects) > 1 else 1.0))
     assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 1.0, "gain, two objects": 0.0}
     assert found.verdict == "does not hold here"
 
@@ -149,19 +156,19 @@ def test_quality_is_lost_at_every_strength_or_not():
 
 def findings(cost: float, parameters: int) -> Findings:
     found = made("quality", world(cost=cost))
-    return Findings(model="m", revision=None, site="double.1", parameters=parameters, found=(found,))
+    return Findings(model="m", revision=None, site="double.1", parameters=parameters, findings=(found,))
 
 
 def test_size_is_told_by_another_study_and_cannot_be_without_one():
     alone = made("size", world())
-    assert alone.verdict == "cannot be said" and "Only one size" in alone.because
+    assert alone.verdict == "cannot be said" and "There is one model" in alone.reason
     assert made("size", world(), other=findings(0.2, 5)).verdict == "holds here"
     assert made("size", world(), other=findings(0.2, 50)).verdict == "does not hold here"
     assert made("size", world(), other=findings(0.2, 10)).verdict == "cannot be said"
 
 
 def test_a_prompt_without_any_object_is_not_related():
-    found = made("related", world(lambda caption: 1.0 if read(caption).objects else 9.0))
+    found = made("related", world(lambda caption: 1.0 if parse_caption(caption).objects else 9.0))
     assert found.verdict == "holds here" and found.numbers == {"gain, an object": 1.0, "gain, no object": 0.0}
     assert made("related", world()).verdict == "does not hold here"
 
@@ -170,28 +177,28 @@ def test_a_prompt_without_any_object_is_not_related():
 def test_conditions_are_held_to_one_loss_whatever_their_unedited_images_have(losses: tuple[float, float]):
     """Where the concept shows, the edit adds 0.07: more than half of the lower loss, less than half of the higher."""
     one, other = losses
-    empty = world(cost=0.07, plain=lambda caption: one if read(caption).objects else other)
+    empty = world(cost=0.07, plain=lambda caption: one if parse_caption(caption).objects else other)
     assert made("related", empty).numbers == {"gain, an object": 1.0, "gain, no object": 1.0}
-    two = world(cost=0.07, plain=lambda caption: one if len(read(caption).objects) > 1 else other)
+    two = world(cost=0.07, plain=lambda caption: one if len(parse_caption(caption).objects) > 1 else other)
     assert set(made("distribution", two).numbers.values()) == {1.0}
     against = world(cost=0.07, plain=lambda caption: one if any(a == b for a, b in pairwise(caption.split())) else other)
     assert set(made("adversarial", against).numbers.values()) == {1.0}
 
 
 def test_with_an_object_and_without_all_is_the_same_but_the_caption():
-    said, unsaid, alike = (task_of("cyan", kind, 6).trials for kind in ("an object", "no object", "alike"))
+    said, unsaid, alike = (kind_task("cyan", kind, 6).trials for kind in ("an object", "no object", "alike"))
     assert said == alike and all(trial.region is not None for trial in said)
     assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
 
 
 def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_images_show_the_concept_already():
-    scope = replace(SCOPE, trials=12)
-    captions = {trial.prompt for c in scope.concepts() for trial in task_of(c, "no object", 12).trials}
+    config = replace(CONFIG, trials=12)
+    captions = {trial.prompt for c in config.concepts() for trial in kind_task(c, "no object", 12).trials}
     there = set(sorted(captions)[: 2 * len(captions) // 3])  # these show it from the start, the others when edited
-    found = finding("related", bench(world(lambda caption: -1.0 if caption in there else 1.0), scope=scope), {})
+    found = run_experiment("related", bench(world(lambda caption: -1.0 if caption in there else 1.0), config=config), PROVENANCE)
     assert max(curve.without for curve in found.curves) > 0.5
     assert found.numbers == pytest.approx({"gain, an object": 1.0, "gain, no object": 1.0})
-    assert made("related", world(lambda caption: 1.0 if read(caption).objects else -1.0)).because == "nothing was judged."
+    assert made("related", world(lambda caption: 1.0 if parse_caption(caption).objects else -1.0)).reason == "nothing was judged."
 
 
 def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
@@ -215,17 +222,25 @@ def test_the_last_steps_cost_most_or_do_not():
 
 
 def test_a_mean_whose_interval_holds_the_threshold_decides_nothing():
-    assert are_above([RuleCondition([0.3, 0.25, 0.35])]) is True and are_above([RuleCondition([-0.3, -0.25, -0.35])]) is False
-    assert are_above([RuleCondition([0.3, 0.1, 0.2])]) is None and are_above([RuleCondition([1.0, 1.0])]) is None
-    assert are_above([RuleCondition([1.0, 1.0, 1.0], 1.0)]) is None
-    assert are_above([RuleCondition([0.3, 0.2, 0.4])]) is True and are_above([RuleCondition([0.3, 0.2, 0.4])] * 9) is None
+    assert (
+        evaluate_conditions([RuleCondition([0.3, 0.25, 0.35])]) is True
+        and evaluate_conditions([RuleCondition([-0.3, -0.25, -0.35])]) is False
+    )
+    assert (
+        evaluate_conditions([RuleCondition([0.3, 0.1, 0.2])]) is None and evaluate_conditions([RuleCondition([1.0, 1.0])]) is None
+    )
+    assert evaluate_conditions([RuleCondition([1.0, 1.0, 1.0], 1.0)]) is None
+    assert (
+        evaluate_conditions([RuleCondition([0.3, 0.2, 0.4])]) is True
+        and evaluate_conditions([RuleCondition([0.3, 0.2, 0.4])] * 9) is None
+    )
 
 
 def test_chance_is_that_of_students_t():
     # The quantiles that every table has, of which 5 % (or 1 %) lie outside.
     for far, freedom, share in ((4.303, 2, 0.05), (3.182, 3, 0.05), (2.365, 7, 0.05), (9.925, 2, 0.01), (3.499, 7, 0.01)):
-        assert chance(far, freedom) == pytest.approx(share, rel=2e-3)
-    assert chance(0.0, 4) == 1.0 and chance(float("inf"), 4) == 0.0
+        assert t_tail(far, freedom) == pytest.approx(share, rel=2e-3)
+    assert t_tail(0.0, 4) == 1.0 and t_tail(float("inf"), 4) == 0.0
 
 
 @pytest.mark.parametrize("concepts", [3, 4, 8])
@@ -234,7 +249,7 @@ def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
     normal = lambda: torch.randn(400, concepts, generator=drawn).mul(0.1).tolist()  # noqa: E731
     halves, ones, twos = normal(), normal(), normal()
     ruled = [
-        under_half("all", [1 + x for x in full], {"one": [0.5 + x for x in one], "two": [0.5 + x for x in two]})
+        rule_half("all", [1 + x for x in full], {"one": [0.5 + x for x in one], "two": [0.5 + x for x in two]})
         for full, one, two in zip(halves, ones, twos, strict=True)
     ]
     assert sum(each.verdict != "cannot be said" for each in ruled) <= 0.05 * 400 + 9
@@ -243,19 +258,36 @@ def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
 def test_where_losses_do_not_change_quality_is_rarely_decided():
     drawn = torch.Generator().manual_seed(7)
     point = StrengthPoint(strength=1.0, success=0, specificity=1, quality=1, confidence=1)
-    curve = StrengthCurve(method="m", told="", concept="red", group="colour", trials=8, without=0, points=())
+    curve = StrengthCurve(method="m", description="", concept="red", group="colour", trials=8, without=0, points=())
     decided = 0
     for _ in range(400):
         losses = 1 + 0.1 * torch.randn(8, 5, generator=drawn)
         points = [tuple(replace(point, strength=i, quality=x) for i, x in enumerate(row)) for row in losses.tolist()]
-        decided += rises_above_one([replace(curve, points=each) for each in points]).verdict != "cannot be said"
+        decided += rule_rising([replace(curve, points=each) for each in points]).verdict != "cannot be said"
     assert decided <= 0.05 * 400 + 9
+
+
+def image_counts(names: Collection[str], config: FindingsConfig) -> dict[int | None, int]:
+    """The images that experiments generate, by the steps of a run; what several of them share counts once."""
+    everything, objects = len(config.concepts()), len(config.concepts(OBJECT_GROUPS))
+    without_shapes = len(config.concepts([group for group in config.groups if group != "shape"]))
+    inner, fewer = len(config.inner), len(config.pairs) - 1
+    batches = {
+        "pairs": everything * (1 + fewer * inner),
+        "distribution": 2 * everything * (1 + inner),
+        "adversarial": 2 * without_shapes * (1 + inner),
+        "related": 2 * objects * (1 + inner),
+    }
+    base = {"pairs", "distribution", "quality", "size"}
+    shared = everything * (1 + len(config.strengths)) if base & set(names) else 0
+    own = shared + sum(batches.get(name, 0) for name in names)
+    return {None: own * config.trials, 7: everything * (1 + 2 * inner) * config.trials if "steps" in names else 0}
 
 
 @pytest.mark.parametrize("names", [tuple(EXPERIMENTS), ("size",), ("steps", "related"), ("pairs", "quality"), ("adversarial",)])
 @pytest.mark.parametrize("groups", [("colour", "texture"), ("shape", "style")])
-def test_what_experiments_will_draw_is_told_to_the_image(names: tuple[str, ...], groups: tuple[str, ...]):
-    scope, made_up, drawn = replace(SCOPE, groups=groups), world(), {None: 0, 7: 0}
+def test_experiments_share_the_images_of_the_base_contrast(names: tuple[str, ...], groups: tuple[str, ...]):
+    config, made_up, drawn = replace(CONFIG, groups=groups), world(), {None: 0, 7: 0}
 
     def counted(steps: int | None) -> JudgedGenerator:
         def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
@@ -266,15 +298,15 @@ def test_what_experiments_will_draw_is_told_to_the_image(names: tuple[str, ...],
 
     one = ExperimentBench(
         site=SITE,
-        scope=scope,
+        config=config,
         parameters=10,
-        drawn=counted,
-        contrasts=lambda concept: {count: way(count) for count in scope.counts},
+        generator=counted,
+        contrasts=lambda concept: {count: way(count) for count in config.pairs},
         feature=lambda concept: None,
     )
     for name in names:
-        finding(name, one, {})
-    assert workload(names, scope) == drawn and sum(drawn.values()) > 0
+        run_experiment(name, one, PROVENANCE)
+    assert image_counts(names, config) == drawn and sum(drawn.values()) > 0
 
 
 def seen(values: Tensor, prompts: Sequence[str]) -> Activations:
@@ -298,34 +330,34 @@ def test_contrasts_of_the_first_pairs_are_those_of_the_pairs_alone_and_look_wher
 
 
 def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_other():
-    for wanted, unwanted in pairs_for("cyan", 30):
-        one, other = read(wanted), read(unwanted)
+    for wanted, unwanted in scenery_pairs("cyan", 30):
+        one, other = parse_caption(wanted), parse_caption(unwanted)
         assert one.objects[0].colour == "cyan" != other.objects[0].colour and one.objects[0].row is not None
         assert one.background in (None, *BACKGROUNDS[:4]) and one.style in (None, *STYLES[:2])
-    for trial in task_of("cyan", "other scenery", 6).trials:
-        assert read(trial.prompt).background in BACKGROUNDS[4:] and read(trial.prompt).style in STYLES[2:]
-    assert all(len(read(trial.prompt).objects) == 2 for trial in task_of("cyan", "two objects", 6).trials)
+    for trial in kind_task("cyan", "other scenery", 6).trials:
+        assert parse_caption(trial.prompt).background in BACKGROUNDS[4:] and parse_caption(trial.prompt).style in STYLES[2:]
+    assert all(len(parse_caption(trial.prompt).objects) == 2 for trial in kind_task("cyan", "two objects", 6).trials)
 
 
 @pytest.mark.parametrize("concept", ["cyan", "striped", "small", "night", "cartoon"])
 def test_captions_leave_a_concept_open_or_name_another_one_again_and_again(concept: str):
-    said, unsaid, against = (task_of(concept, kind, 12).trials for kind in ("alike", "unsaid", "against"))
+    said, unsaid, against = (kind_task(concept, kind, 12).trials for kind in ("alike", "unsaid", "against"))
     for plain, without, often in zip(said, unsaid, against, strict=True):
         [named] = [word for word in plain.prompt.split() if group_of(word) == group_of(concept)]
         assert named not in without.prompt.split() and often.prompt.split().count(named) == 3
-        assert read(without.prompt).objects[0].shape == read(plain.prompt).objects[0].shape
+        assert parse_caption(without.prompt).objects[0].shape == parse_caption(plain.prompt).objects[0].shape
         assert (plain.seed, plain.region) == (without.seed, without.region) and "  " not in without.prompt
         words = without.prompt.split()
         assert all((two[0] in "aeiou") == (one == "an") for one, two in pairwise(words) if one in ("a", "an"))
         assert words[-1] not in ("a", "an", "on", "in", "of")
-    assert all(not read(trial.prompt).objects for trial in task_of(concept, "no object", 12).trials)
+    assert all(not parse_caption(trial.prompt).objects for trial in kind_task(concept, "no object", 12).trials)
 
 
 def test_what_was_found_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     kept = findings(0.1, 10)
     path = kept.save(tmp_path / "found" / "double.1.json")
     assert Findings.load(path) == kept
-    path.write_text("{}")
+    path.write_text(path.read_text().replace("verdict", "x"))
     with pytest.raises(BrokenFile, match="cannot be read as findings"):
         Findings.load(path)
     with pytest.raises(BadInput, match="difflex findings makes it"):
@@ -359,15 +391,15 @@ def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, cap
     assert main([*words, "--pairs", "1,3", "--finding", "quality"]) == 0
     path = tmp_path / "study" / "steering" / "findings" / "double.1.json"
     first = Findings.load(path)
-    assert [each.name for each in first.found] == ["quality"] and first.parameters > 1_000_000
+    assert [each.name for each in first.findings] == ["quality"] and first.parameters > 1_000_000
     capsys.readouterr()
     assert main([*words, "--pairs", "1,3", "--finding", "steps", "quality", "pairs"]) == 0
     said = capsys.readouterr().out
     found = Findings.load(path)
-    assert [each.name for each in found.found] == [name for name in EXPERIMENTS if name in ("pairs", "quality", "steps")]
+    assert [each.name for each in found.findings] == [name for name in EXPERIMENTS if name in ("pairs", "quality", "steps")]
     assert found.of("quality") == first.of("quality")
     assert said.count("as before") == 1 and said.count("cannot be said") == 3
-    assert {curve.concept for each in found.found for curve in each.curves} == {"dotted"}
+    assert {curve.concept for each in found.findings for curve in each.curves} == {"dotted"}
     assert main([*words, "--pairs", "1,2", "--finding", "quality"]) == 0
     assert "as before" not in capsys.readouterr().out
 
@@ -381,9 +413,9 @@ def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_wel
     ):
         dictionary(study, name)
         matched(study, name, [*aps, 0.1, 0.1])
-    found = _detectors(study, SITE, ["red", "blue"])
+    found = detecting_features(study, SITE, ["red", "blue"])
     assert {concept: str(place) for concept, (place, _) in found.items()} == {"red": "double.1/topk-16-k2"}
-    assert _detectors(study, Site("single.0"), ["red"]) == {}
+    assert detecting_features(study, Site("single.0"), ["red"]) == {}
 
 
 def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands_for_none(
@@ -392,42 +424,39 @@ def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands
     study = begun(tmp_path / "study")
     dictionary(study, "double.1/topk-8-k2")
     matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
-    assert _detectors(study, SITE, ["red"]) != {} and capsys.readouterr().out == ""
+    assert detecting_features(study, SITE, ["red"]) != {} and capsys.readouterr().out == ""
     dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
-    assert _detectors(study, SITE, ["red"]) == {}
-    assert "is of double.1/topk-8-k2 as it was before it changed" in capsys.readouterr().out
+    assert detecting_features(study, SITE, ["red"]) == {}
+    assert "double.1/topk-8-k2 has changed since" in capsys.readouterr().out
 
 
-def test_a_finding_is_made_again_when_another_feature_stands_for_a_concept(tmp_path: Path):
-    study, command = (
-        begun(tmp_path / "study"),
-        FindingsCommand(study=tmp_path / "study", groups=("colour",), concepts_per_group=10),
-    )
+def test_a_finding_is_made_again_when_another_feature_detects_the_concept_best(tmp_path: Path):
+    study = begun(tmp_path / "study")
     dictionary(study, "double.1/topk-8-k2")
     path = matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
-    told = lambda name: command._made_from(  # noqa: E731
-        StudyEditor(study), SITE, command._scope(), name, _detectors(study, SITE, ["red"]), None
-    )
-    before = {name: told(name) for name in ("related", "steps", "quality")}
+    provenance = lambda name: _provenance(study, name, detecting_features(study, SITE, ["red"]), None)  # noqa: E731
+    before = {name: provenance(name) for name in ("related", "steps", "quality")}
     path.write_text(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))
-    assert told("related") != before["related"] and told("steps") != before["steps"] and told("quality") == before["quality"]
+    assert provenance("related") != before["related"] and provenance("steps") != before["steps"]
+    assert provenance("quality") == before["quality"]
 
 
-def test_what_was_found_by_another_rule_is_found_again():
-    told, old = {"trials": 3}, made("quality", world())
-    assert _is_as(old, "quality", told) and not _is_as(old, "quality", {"trials": 4}) and not _is_as(None, "quality", told)
-    assert not _is_as(replace(old, rule="The loss is higher."), "quality", told)
+def test_a_finding_by_another_rule_or_config_is_made_again():
+    old = made("quality", world())
+    assert _is_current(old, "quality", CONFIG, PROVENANCE) and not _is_current(None, "quality", CONFIG, PROVENANCE)
+    assert not _is_current(old, "quality", replace(CONFIG, trials=4), PROVENANCE)
+    assert not _is_current(replace(old, rule="The loss is higher."), "quality", CONFIG, PROVENANCE)
 
 
 def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(tmp_path: Path):
     study = begun(tmp_path / "study")
     dictionary(study, "double.1/topk-8-k2")
     found(study, "double.1", names=("pairs", "related"), by={"related": "double.1/topk-8-k2"})
-    assert [each.name for at in read_facts(study).findings for each in at.found] == ["pairs", "related"]
+    assert [each.name for at in read_facts(study).findings for each in at.findings] == ["pairs", "related"]
     dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
     facts = read_facts(study)
-    assert [each.name for at in facts.findings for each in at.found] == ["pairs"]
-    [trouble] = facts.troubles
+    assert [each.name for at in facts.findings for each in at.findings] == ["pairs"]
+    [trouble] = facts.problems
     assert "related" in trouble and "double.1/topk-8-k2" in trouble and "difflex findings" in trouble
 
 
@@ -437,7 +466,7 @@ def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(t
         (("--groups", "row"), "no experiment with the group 'row'"),
         (("--trials", "0"), "leave nothing to try"),
         (("--strength", "-1:1:1"), "leave nothing to try"),
-        ((), "Say with --site"),
+        ((), "with --site"),
         (("--site", "double.1", "--other-model", "STUDY"), "no findings"),
     ],
 )

@@ -9,21 +9,19 @@ from difflex.cli import main
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.findings import FindingsCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.removal import RemovalCommand
-from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.recipes import RECIPES, Recipe, recipe
 from difflex.records import Site
-from difflex.study import Command, Study, run_study, steps
+from difflex.study import Command, Study, command_statuses, run_study
 from difflex.testing import tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,7 +71,16 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 return replace(command, images=200, noise=(0.5,), empty_prompts=True, site=(site,))
             case CollectCommand():
                 sites = tuple(HERE.get(site, site) for site in command.site)
-                return replace(command, site=sites, dictionary=(), images=12, steps=None, top_examples=2, random_examples=1, silent_examples=1)
+                return replace(
+                    command,
+                    site=sites,
+                    dictionary=(),
+                    images=12,
+                    steps=None,
+                    top_examples=2,
+                    random_examples=1,
+                    silent_examples=1,
+                )
             case ExplainCommand():
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
             case SteerEvalCommand():
@@ -103,11 +110,11 @@ def planned(name: str, folder: Path) -> Study:
     family = "sdxl" if name.startswith("sdxl") else "flux"
     model, prompts = folder.parent / family, folder.parent / "prompts.txt"
     prompts.write_text("\n".join(f"star {number}" for number in range(400)))
-    return shrunk(RECIPES[name](folder), model if model.exists() else tiny_folder(family, model, card=DRAWN), prompts)
+    return shrunk(RECIPES[name](folder), model if model.exists() else tiny_folder(family, model, defaults=DRAWN), prompts)
 
 
 def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {step.state for step in steps(study)} == {"done"}
+    assert {status.state for status in command_statuses(study)} == {"done"}
     places = study.dictionaries()
     assert {place.site for place in places} == set(study.stores())
     assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
@@ -138,21 +145,21 @@ def test_beside_the_full_study_stand_neurons_and_an_untrained_control(tmp_path: 
     kinds = {place.label.split("-")[0] for place in study.dictionaries() if place.site == Site.parse("double.1:neurons")}
     assert kinds == {"neurons"}
     study.folder.rename(tmp_path / "moved")
-    assert {step.state for step in steps(planned("mini_full", tmp_path / "moved"))} == {"done"}
+    assert {status.state for status in command_statuses(planned("mini_full", tmp_path / "moved"))} == {"done"}
 
 
 def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp_path: Path):
     study, prompts, told = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", []
-    run_study(study, tell=told.append)
+    run_study(study, report=told.append)
     before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     anatomy, harvest, train, *rest = study.commands
     assert isinstance(train, TrainCommand)
-    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), tell=told.append)
+    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), report=told.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
     assert not [line for line in told if "removed" in line]
     prompts.write_text("\n".join(f"red moon {number}" for number in range(200)))
-    run_study(study, tell=told.append)
+    run_study(study, report=told.append)
     assert len([line for line in told if "removed" in line]) >= 1 + len(before)
     for place, found in before.items():
         assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != found

@@ -9,10 +9,10 @@ import pytest
 
 from difflex.cli import main
 from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.estimates import estimate
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.findings import FindingsCommand
 from difflex.commands.forecast import (
     CostEstimate,
     DictionaryForecast,
@@ -27,9 +27,7 @@ from difflex.commands.forecast import (
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
-from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
 from difflex.recipes import RECIPES
 from difflex.records import Shot, Site

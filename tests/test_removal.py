@@ -10,23 +10,21 @@ from torch import Tensor
 
 from difflex.cli import main
 from difflex.dictionaries import DictionaryOrigin, Neurons
-from difflex.effects import (
+from difflex.effects import Provenance
+from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
+from difflex.effects.judging import JudgeVerdict
+from difflex.effects.removal import RemovalConfig, RemovalResults, RemovedConcept
+from difflex.effects.removal_features import (
     FeatureCut,
     GenerationCodes,
-    JudgeVerdict,
     RemovalImages,
     RemovalRates,
-    RemovalResults,
     RemovalTrial,
-    RemovedConcept,
-    best_of,
-    choose,
+    best_trial,
+    choose_features,
     importance,
-    rates,
+    removal_rates,
 )
-from difflex.effects.removal import about
-from difflex.effects.trials import NAMED as NAMED_GROUPS
-from difflex.effects.trials import DrawnJudge, NamedCaption, drawn_naming
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature import draw, load_judge
 from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, SceneMix
@@ -83,7 +81,7 @@ def verdict(shows: bool, **right: bool) -> JudgeVerdict:
 
 def test_the_features_of_a_concept_are_those_that_have_more_of_the_code_where_it_is_named_at_each_step():
     for concept, speaks in SPEAKS.items():
-        assert choose(firings(), NAMED, concept, 1).features == tuple((feature,) for feature in speaks)
+        assert choose_features(firings(), NAMED, concept, 1).features == tuple((feature,) for feature in speaks)
 
 
 def test_importance_is_the_share_of_all_code_with_the_concept_less_that_without():
@@ -92,11 +90,11 @@ def test_importance_is_the_share_of_all_code_with_the_concept_less_that_without(
 
 
 def test_features_that_do_not_speak_for_the_concept_are_left_out_however_many_are_asked():
-    assert choose(firings(), NAMED, "red", 8).features == ((2,), (5,))
+    assert choose_features(firings(), NAMED, "red", 8).features == ((2,), (5,))
 
 
 def test_steps_that_are_not_named_are_left_alone():
-    cut = choose(firings(), NAMED, "red", 1, steps=range(1, 2))
+    cut = choose_features(firings(), NAMED, "red", 1, steps=range(1, 2))
     assert cut.features == ((), (5,))
     assert torch.equal(edited(cut, 0.0, 0), activations(0, NAMED).values)
     assert not torch.equal(edited(cut, 0.0, 1), activations(1, NAMED).values)
@@ -104,7 +102,7 @@ def test_steps_that_are_not_named_are_left_alone():
 
 @pytest.mark.parametrize(("strength", "left"), [(0.0, 0.0), (-2.0, -6.0), (1.0, 3.0)])
 def test_codes_of_the_features_are_multiplied_and_all_else_keeps_its_bits(strength: float, left: float):
-    cut = choose(firings(), NAMED, "red", 1)
+    cut = choose_features(firings(), NAMED, "red", 1)
     for step in (0, 1):
         wanted = activations(step, NAMED).values
         wanted[:2, 2, SPEAKS["red"][step]] = left
@@ -112,7 +110,7 @@ def test_codes_of_the_features_are_multiplied_and_all_else_keeps_its_bits(streng
 
 
 def test_a_code_below_the_mean_over_all_images_is_left_alone():
-    cut = choose(firings(), NAMED, "red", 1)
+    cut = choose_features(firings(), NAMED, "red", 1)
     low, floor = activations(0, NAMED).values, cut.floors[0][0]
     assert floor == pytest.approx(3.0 * 2 / (len(NAMED) * TOKENS))
     low[:, 2, 2] = 0.9 * floor
@@ -126,46 +124,49 @@ def test_negative_codes_are_neither_counted_nor_touched():
     found = GenerationCodes(neurons())
     found.add(below)
     assert float(found.means()[0, :2].max()) == float(found.peaks()[0, :2].max()) == 0.0
-    [steering] = choose(firings(), NAMED, "red", 1).steering_hooks(0.0)
+    [steering] = choose_features(firings(), NAMED, "red", 1).steering_hooks(0.0)
     assert steering.change(below.values, at(0)) is None
 
 
 def test_no_features_are_no_edit():
-    none = choose(firings(), NAMED, "red", 1).of(0)
-    assert none.steering_hooks(0.0) == [] and not none.touches(firings()).any()
+    none = choose_features(firings(), NAMED, "red", 1).first(0)
+    assert none.steering_hooks(0.0) == [] and not none.changes(firings()).any()
 
 
 def test_the_images_that_an_edit_touches_are_told_beforehand():
-    touched = choose(firings(), NAMED, "red", 1).touches(firings(["blue", "red", "green", "red"]))
+    touched = choose_features(firings(), NAMED, "red", 1).changes(firings(["blue", "red", "green", "red"]))
     assert touched.tolist() == [False, True, False, True]
 
 
 def test_rates_count_what_is_gone_what_others_keep_and_all_else():
     before = [verdict(True, shape=True, size=False), verdict(True, shape=True), verdict(False), verdict(True, shape=True)]
     after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
-    found = rates("red", ["red", "red", "red", "blue"], before, after)
+    found = removal_rates("red", ["red", "red", "red", "blue"], before, after)
     # The third image never was red; the size of the first never was right; red and blue count alike.
     assert found == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
 
 
 def test_an_edit_that_does_nothing_removes_nothing_and_keeps_everything():
     seen = [verdict(True, shape=True), verdict(False, shape=False), verdict(True, style=True)]
-    assert rates("red", ["red", "blue", "green"], seen, seen) == RemovalRates(0.0, 1.0, 1.0, 1.0)
+    assert removal_rates("red", ["red", "blue", "green"], seen, seen) == RemovalRates(0.0, 1.0, 1.0, 1.0)
 
 
 def test_what_was_never_shown_cannot_be_removed():
-    assert rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
+    assert removal_rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
 
 
 def test_the_last_setting_that_is_good_enough_is_taken_and_without_one_that_whose_least_rate_is_largest():
     setting = lambda n, ua, own: RemovalTrial(n, -1.0, RemovalRates(ua, 0.96, 0.97, own))  # noqa: E731
     mild, strong, further = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
-    assert best_of([mild, strong, further]) == further
-    assert best_of([mild, strong, setting(4, 0.9, 1.0)]) == strong
-    assert best_of([mild, setting(8, 0.7, 1.0)]) == mild
-    assert best_of([mild, mild._replace(features=8)]) == mild
+    assert best_trial([mild, strong, further]) == further
+    assert best_trial([mild, strong, setting(4, 0.9, 1.0)]) == strong
+    assert best_trial([mild, setting(8, 0.7, 1.0)]) == mild
+    assert best_trial([mild, mild._replace(features=8)]) == mild
     with pytest.raises(BadInput, match="at least one"):
-        best_of([])
+        best_trial([])
+
+
+PROVENANCE = Provenance(fingerprints={"double.1:neurons/neurons-8-k2": "f"}, features={})
 
 
 def removed(ua: float) -> RemovedConcept:
@@ -176,23 +177,27 @@ def removed(ua: float) -> RemovedConcept:
         "features": {"double.1:neurons/neurons-8-k2": ((2,), (5, 1))},
         "strength": -1.0,
     }
-    return RemovedConcept(**shared, tried=tried, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
+    return RemovedConcept(**shared, trials=tried, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
 
 
 def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
     concepts = (removed(0.95), removed(0.85))
     removal = RemovalResults(
-        model="m", dictionaries=("double.1:neurons/neurons-8-k2",), concepts=concepts, made_from={"images": 4}
+        model="m",
+        dictionaries=("double.1:neurons/neurons-8-k2",),
+        concepts=concepts,
+        config=RemovalConfig(images=4, edit_steps=(0, 2)),
+        provenance=PROVENANCE,
     )
-    assert removal.reaching() == [concepts[0]] and concepts[0].each == 2
+    assert removal.reaching() == [concepts[0]] and concepts[0].most_features == 2
     path = removal.save(Study.begin(tmp_path, "m").removal([DictionaryRef(SITE, "neurons-8-k2")]))
     assert RemovalResults.load(path) == removal and Study.open(tmp_path).removals() == [path]
     for damage in (
         "{}",
         "[]",
         "no",
-        path.read_text().replace('"format": 1', '"format": 7'),
-        path.read_text().replace("tried", "x"),
+        path.read_text().replace('"format": 2', '"format": 7'),
+        path.read_text().replace("trials", "x"),
     ):
         path.write_text(damage)
         with pytest.raises(BrokenFile, match="again"):
@@ -208,15 +213,15 @@ def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("names", "concept", "said"),
-    [(NAMED, "pink", "0 among 6"), (["red"] * 6, "red", "6 among 6"), (NAMED[:4], "red", "6 images")],
+    [(NAMED, "pink", "0 of 6"), (["red"] * 6, "red", "6 of 6"), (NAMED[:4], "red", "6 images")],
 )
 def test_a_concept_needs_images_with_it_and_without(names: list[str], concept: str, said: str):
     with pytest.raises(BadInput, match=said):
-        choose(firings(), names, concept, 1)
+        choose_features(firings(), names, concept, 1)
 
 
 def test_features_are_found_by_images_of_their_own_site():
-    with pytest.raises(BadInput, match="these are activations of double"):
+    with pytest.raises(BadInput, match="the activations are of double"):
         firings().add(replace(activations(0, NAMED), site=Site("double.0")))
     with pytest.raises(BadInput, match="No image"):
         GenerationCodes(neurons()).means()
@@ -234,28 +239,28 @@ def imaged(drawn: list[int]) -> RemovalImages:
         return [verdict(bool(x[i, 2, SPEAKS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
 
     before = tuple(verdict(True, shape=True) for _ in NAMED)
-    return RemovalImages(named=tuple(NAMED), before=before, firings=(firings(),), edited=edited)
+    return RemovalImages(named=tuple(NAMED), before=before, codes=(firings(),), edited=edited)
 
 
 def test_planted_features_are_found_and_taken_away_while_all_else_stays():
     drawn: list[int] = []
     shown = imaged(drawn)
     for concept in SPEAKS:
-        assert shown.rates(concept, shown.chosen(concept, 2), 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
+        assert shown.rates(concept, [choose_features(firings(), NAMED, concept, 2)], 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
     # Only images that name the concept hold its features: no other is drawn anew.
     assert drawn == [0, 1, 2, 3, 4, 5]
 
 
 def test_images_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
     drawn: list[int] = []
-    nothing = [cut.of(0) for cut in imaged(drawn).chosen("red", 1)]
+    nothing = [cut.first(0) for cut in [choose_features(firings(), NAMED, "red", 1)]]
     assert imaged(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
 def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_and_one_step_further():
     shown = imaged([])
-    cuts = shown.chosen("red", 2)
-    tried = list(shown.tried("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
+    cuts = [choose_features(firings(), NAMED, "red", 2)]
+    tried = list(shown.trials("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
     # (2, 0.4) is no step further: it is milder in strength.
     assert [(each.features, each.strength, each.rates.ua) for each in tried] == [(1, 0.5, 0.0), (1, 0.0, 1.0), (1, -2.0, 1.0)]
 
@@ -265,7 +270,9 @@ def test_what_retains_too_little_is_not_tried_more_strongly():
         return [verdict(True, shape=False) for _ in numbers]
 
     shown = replace(imaged([]), edited=spoilt)
-    tried = shown.tried("red", shown.chosen("red", 2), [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)])
+    tried = shown.trials(
+        "red", [choose_features(firings(), NAMED, "red", 2)], [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)]
+    )
     # A third of what else is right is gone at once; only what is milder in one of the two could do better.
     assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
 
@@ -283,20 +290,20 @@ def test_by_how_many_images_a_removal_is_judged_is_told_beforehand(concepts: int
         drawn.extend(numbers)
         return [right] * len(numbers)
 
-    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), firings=(firing,), edited=edited)
+    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), codes=(firing,), edited=edited)
     every = FeatureCut(everywhere, ((0,),), ((0.0,),))
     shown.rates(named[0], [every], 0.0)
-    assert len(drawn) == about(concepts, each)
+    assert len(drawn) == each + (concepts - 1) * -(-each // 6)
 
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():
     with pytest.raises(BadInput, match="No prompt names 'pink'"):
-        imaged([]).rates("pink", imaged([]).chosen("red", 1), 0.0)
+        imaged([]).rates("pink", [choose_features(firings(), NAMED, "red", 1)], 0.0)
 
 
-@pytest.mark.parametrize("group", NAMED_GROUPS)
+@pytest.mark.parametrize("group", CAPTION_GROUPS)
 def test_captions_name_each_concept_of_a_group_equally_often_and_none_comes_twice(group: str):
-    captions = drawn_naming(group, 5)
+    captions = captions_by_concept(group, 5)
     assert [each[0].concept for each in captions] == list(CONCEPTS[group])
     assert all(len(each) == 5 and each[0].concept in caption.split() for each in captions for _, caption in each)
     assert len({caption for each in captions for _, caption in each}) == 5 * len(captions)
@@ -305,13 +312,13 @@ def test_captions_name_each_concept_of_a_group_equally_often_and_none_comes_twic
 def test_the_judge_sees_in_true_drawings_the_concepts_that_their_captions_name():
     scenes = draw(torch.arange(40) + HELD_OUT_SEEDS + 8_000_000, SceneMix(1, 0, 0))
     named = [
-        NamedCaption(BACKGROUNDS[int(ground)], text)
+        ConceptCaption(BACKGROUNDS[int(ground)], text)
         for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
     ]
-    seen = DrawnJudge(load_judge()).of_named("background", named, scenes.images)
+    seen = DrawnJudge(load_judge()).of_captions("background", named, scenes.images)
     assert sum(verdict.shows for verdict in seen) >= 39 and all("background" not in verdict.right for verdict in seen)
-    wrong = [NamedCaption("night" if each.concept != "night" else "wood", each.caption) for each in named]
-    assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_named("background", wrong, scenes.images)[:8])
+    wrong = [ConceptCaption("night" if each.concept != "night" else "wood", each.caption) for each in named]
+    assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_captions("background", wrong, scenes.images)[:8])
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +348,7 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
     assert [each.concept for each in removal.concepts] == ["small", "large"]
     for each in removal.concepts:
-        assert each.images == 2 and each.strength == -1.0 and {tried.features for tried in each.tried} <= {1, 2}
+        assert each.images == 2 and each.strength == -1.0 and {tried.features for tried in each.trials} <= {1, 2}
         for steps in each.features.values():
             assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
 
@@ -354,7 +361,7 @@ def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
     assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
     [itda] = [removal for removal in removals if "/itda-" in removal.dictionaries[0]]
     # With one setting there is nothing to choose, and nothing is tried.
-    assert all(each.tried == () and each.strength == 0.0 for each in itda.concepts)
+    assert all(each.trials == () and each.strength == 0.0 for each in itda.concepts)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +370,7 @@ def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
         (("--groups", "colur"), "nearest: colour"),
         (("--images", "0"), "leave nothing to remove"),
         (("--features",), "leave nothing to remove"),
-        (("--strength", "0:1:0.5"), "takes nothing away"),
+        (("--strength", "0:1:0.5"), "removes nothing"),
         (("--edit-steps", "2:9"), "of a run of 4 steps"),
         (("double.2",), "nearest: double.1"),
     ],

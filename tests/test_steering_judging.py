@@ -10,24 +10,24 @@ from torch import Tensor
 
 import difflex
 from difflex.cli import main
-from difflex.commands.contrast import both_sides
-from difflex.effects import (
-    ImageStrip,
+from difflex.effects import ImageStrip, Provenance, SteeringConfig, SteeringResults
+from difflex.effects.drawn_world import DrawnJudge, caption_pairs, caption_task, group_of
+from difflex.effects.judging import (
     JudgedGenerator,
     JudgeVerdict,
-    SteeringResults,
+    SteeringMethod,
     SteeringTask,
     SteeringTrial,
-    judge,
-    side_by_side,
+    batch_hook,
+    judge_methods,
 )
-from difflex.effects.trials import DrawnJudge, drawn_pairs, drawn_task, group_of
 from difflex.errors import BadInput, BrokenFile
 from difflex.miniature import draw, load_judge
-from difflex.miniature.captions import read
+from difflex.miniature.captions import parse_caption
 from difflex.miniature.world import HELD_OUT_SEEDS, SceneMix
 from difflex.records import HookContext, Shot, Site
 from difflex.steering import SteeringHook
+from difflex.steering.contrast import pair_activations
 
 TRIALS = tuple(SteeringTrial(f"image {number}", number, None) for number in range(4))
 TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)
@@ -53,8 +53,10 @@ def fake(spoils: float) -> JudgedGenerator:
 
 
 def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
-    [curve] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0))
-    assert (curve.without, curve.trials, curve.told) == (0.0, 4, "it")
+    [curve] = judge_methods(
+        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
+    )
+    assert (curve.without, curve.trials, curve.description) == (0.0, 4, "it")
     assert [point.success for point in curve.points] == [0.0, 1.0, 1.0]
     # The shape was never right, so nothing of it can be lost.
     assert [point.specificity for point in curve.points] == [1.0, 1.0, 0.0]
@@ -63,28 +65,32 @@ def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
 
 
 def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_image():
-    [curve] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
+    [curve] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
     best = curve.best()
     assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
-    [spoilt] = judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (2.0,))}, fake(spoils=0.3))
+    [spoilt] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (2.0,))}, fake(spoils=0.3))
     assert spoilt.best() is None and spoilt.gain() == 0.0
 
 
 def test_each_image_of_a_batch_gets_its_own_edit():
-    both = side_by_side(TRIALS[:3], [shown(1.0), None, shown(5.0)])
+    both = batch_hook(TRIALS[:3], [shown(1.0), None, shown(5.0)])
     assert both is not None
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
     out = both.change(torch.zeros(3, 2, 2), HookContext(0, 1.0, None, shots, None))
     assert out is not None and out[:, 0, 0].tolist() == [1.0, 0.0, 5.0]
-    assert side_by_side(TRIALS[:2], [None, None]) is None
+    assert batch_hook(TRIALS[:2], [None, None]) is None
     with pytest.raises(BadInput, match="at one site"):
-        side_by_side(TRIALS[:2], [shown(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
+        batch_hook(TRIALS[:2], [shown(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
 
 
 def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
-    curves = tuple(judge(TASK, {"add": ("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0)))
+    curves = tuple(
+        judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0))
+    )
+    config = SteeringConfig(groups=("colour",), trials=4, edit_steps=(0, 3))
+    provenance = Provenance(fingerprints={"double.1/d": "f"}, features={"double.1/d": {"red": 1}}, judge="clip")
     strip = ImageStrip(method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp")
-    judged = SteeringResults(model="m", site="double.1", curves=curves, made_from={"trials": 4}, strips=(strip,))
+    judged = SteeringResults(model="m", site="double.1", curves=curves, config=config, provenance=provenance, strips=(strip,))
     path = judged.save(tmp_path / "judged.json")
     assert SteeringResults.load(path) == judged
     path.write_text("{}")
@@ -94,7 +100,7 @@ def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path
 
 @pytest.mark.parametrize("concept", ["cyan", "striped", "night", "star", "cartoon"])
 def test_trials_name_another_concept_of_the_group_and_say_where_the_object_is(concept: str):
-    task = drawn_task(concept, 20)
+    task = caption_task(concept, 20)
     assert len(task.trials) == 20 and len({trial.seed for trial in task.trials}) == 20
     for trial in task.trials:
         words = [word for word in trial.prompt.split() if group_of(word) == task.group]
@@ -103,8 +109,8 @@ def test_trials_name_another_concept_of_the_group_and_say_where_the_object_is(co
 
 
 def test_pairs_differ_in_the_concept_alone():
-    for wanted, unwanted in drawn_pairs("cyan", 10):
-        one, other = read(wanted), read(unwanted)
+    for wanted, unwanted in caption_pairs("cyan", 10):
+        one, other = parse_caption(wanted), parse_caption(unwanted)
         assert one.objects[0].colour == "cyan" != other.objects[0].colour
         assert one.objects[0].shape == other.objects[0].shape and one.background == other.background
 
@@ -112,13 +118,15 @@ def test_pairs_differ_in_the_concept_alone():
 def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewhere():
     scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, SceneMix(1, 0, 0))
     drawn = DrawnJudge(load_judge())
-    task = drawn_task("cyan", 1)
-    placed = [i for i, caption in enumerate(scenes.captions) if (thing := read(caption).objects[0]).row and thing.column][:60]
+    task = caption_task("cyan", 1)
+    placed = [
+        i for i, caption in enumerate(scenes.captions) if (thing := parse_caption(caption).objects[0]).row and thing.column
+    ][:60]
     trials = [SteeringTrial(scenes.captions[i], i, None) for i in placed]
     truth = [int(scenes.specs.colour[i, 0]) == 4 for i in placed]
     seen = [verdict.shows for verdict in drawn(task, trials, scenes.images[placed])]
     assert sum(a == b for a, b in zip(truth, seen, strict=True)) >= 58 and any(truth)
-    everywhere = {trial.region for trial in drawn_task("cyan", 60).trials}
+    everywhere = {trial.region for trial in caption_task("cyan", 60).trials}
     corner = next(region for region in everywhere if region is not None and region.left == 0 and region.top == 0)
     for i, verdict in zip(placed, drawn(task, [t._replace(region=corner) for t in trials], scenes.images[placed]), strict=True):
         far = int(scenes.specs.row[i, 0]) == 2 or int(scenes.specs.column[i, 0]) == 2
@@ -128,15 +136,16 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
 @pytest.mark.parametrize("trials", [1, 3])
 def test_there_are_as_many_trials_as_asked_for_and_fewer_are_the_first_of_more(trials: int):
     for concept in ("small", "cyan", "night"):
-        assert drawn_task(concept, trials).trials == drawn_task(concept, 5).trials[:trials]
+        assert caption_task(concept, trials).trials == caption_task(concept, 5).trials[:trials]
 
 
 def test_contrasts_are_found_by_noise_that_no_trial_has():
     pipe = difflex.load("mini-flux")
-    sides = both_sides(pipe, pipe.site("double.1"), [("a red star", "a blue star")] * 2, steps=range(1))
+    shots = list(pipe.shots("", keep_steps=range(1)))
+    sides = pair_activations(lambda shots: pipe.harvest(shots, "double.1"), shots, [("a red star", "a blue star")] * 2)
     wanted, unwanted = ({shot.seed for seen in side for shot in seen.shots} for side in sides)
     assert wanted == unwanted and len(wanted) == 2
-    assert not wanted & {trial.seed for trial in drawn_task("red", 50).trials}
+    assert not wanted & {trial.seed for trial in caption_task("red", 50).trials}
 
 
 def _tiles(path: Path) -> list[bytes]:
@@ -200,8 +209,8 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert _has_all_curves(judged)
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
-    steered = {curve.told.rpartition(" ")[2] for curve in judged.of("feature")}
-    assert {curve.told for curve in judged.of("random")} == {f"seed {feature}" for feature in steered}
+    steered = {curve.description.rpartition(" ")[2] for curve in judged.of("feature")}
+    assert {curve.description for curve in judged.of("random")} == {f"seed {feature}" for feature in steered}
     assert "neuron" in said and "gain" in said and "as before" not in said
     images = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
     assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
@@ -229,4 +238,4 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     weights = tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8" / "dictionary.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert main(["steer-eval", study, "double.1", *few]) == 2
-    assert "as it was before it changed" in capsys.readouterr().err
+    assert "has changed since" in capsys.readouterr().err

@@ -15,17 +15,15 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.estimates import estimate
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.findings import FindingsCommand
 from difflex.commands.forecast import machine_rate, plan, plan_table
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
-from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study, run_study

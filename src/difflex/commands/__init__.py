@@ -25,8 +25,8 @@ class VerbEntry(NamedTuple):
 
 VERBS = {
     "models": VerbEntry("Explore a model", "list the models inside the package", "difflex.commands.models"),
-    "generate": VerbEntry("Explore a model", "generate images from prompts, as one labelled grid", "difflex.commands.generate"),
-    "sites": VerbEntry("Explore a model", "list where a model can be read and edited", "difflex.commands.sites"),
+    "generate": VerbEntry("Explore a model", "generate images from prompts, as one labelled grid", "difflex.commands.models"),
+    "sites": VerbEntry("Explore a model", "list where a model can be read and edited", "difflex.commands.models"),
     "anatomy": VerbEntry(
         "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.anatomy"
     ),
@@ -36,7 +36,7 @@ VERBS = {
     "neurons": VerbEntry(
         "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.neurons"
     ),
-    "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.verify"),
+    "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.harvest"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluate"),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.concepts"),
     "collect": VerbEntry(
@@ -48,11 +48,11 @@ VERBS = {
         "Look at features", "explain features with a VLM, and score the explanations", "difflex.commands.explain"
     ),
     "steer": VerbEntry("Steer", "generate images while features are edited", "difflex.commands.steer"),
-    "icon": VerbEntry("Steer", "draw what a feature generates on its own", "difflex.commands.icon"),
-    "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.contrast"),
-    "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.steer_eval"),
-    "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.removal"),
-    "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.findings"),
+    "icon": VerbEntry("Steer", "draw what a feature generates on its own", "difflex.commands.steer"),
+    "contrast": VerbEntry("Steer", "find the direction between two sets of prompts", "difflex.commands.steer"),
+    "steer-eval": VerbEntry("Steer", "measure what edits change, against baselines", "difflex.commands.effects"),
+    "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.effects"),
+    "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),
     "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
     "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.status"),
     "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.report"),

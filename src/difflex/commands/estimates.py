@@ -9,9 +9,9 @@ from typing import Any
 from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
 from difflex.commands.concepts import ConceptsCommand
+from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.findings import FindingsCommand
 from difflex.commands.forecast import (
     START,
     CostEstimate,
@@ -25,9 +25,7 @@ from difflex.commands.harvest import HarvestCommand
 from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
 from difflex.commands.itda import ItdaCommand
 from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.removal import RemovalCommand
 from difflex.commands.report import ReportCommand
-from difflex.commands.steer_eval import SteerEvalCommand
 from difflex.commands.train import TrainCommand
 from difflex.errors import DifflexError
 from difflex.miniature.world import CONCEPTS

@@ -1,199 +1,329 @@
-"""`difflex steer`: the same images with a feature added, set, scaled or taken away, as one labelled grid."""
+"""`difflex steer`, `icon` and `contrast`: images under edits as labelled grids, and directions to edit along."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
-from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import Operation, Unit
+from difflex.choices import ContrastMethod, Operation, Unit
 from difflex.commands.flags import Range, Strengths
-from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.inputs import load_study_model, stored_strength
 from difflex.errors import BadInput
-from difflex.images import contact_sheet
-from difflex.pipeline import GeneratedImage, Pipeline
-from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
-from difflex.steering import EditRecord, StudyEditor, rectangle
-from difflex.steering.hooks import TransplantMaps
-from difflex.study import Command, DictionaryRef, Study
+from difflex.images import check_image_path, contact_sheet, write_image
+from difflex.records import Edit, Rectangle, Shot, TransplantSource
+from difflex.study import Command, Study
 
-__all__ = ["SteerCommand"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from difflex.pipeline import Pipeline
+    from difflex.steering import StudyEditor
+
+__all__ = ["ContrastCommand", "IconCommand", "SteerCommand"]
 
 AMPLIFIED = 4
-"""How much stronger a difference is shown than it is."""
+"""The factor by which differences between images are amplified."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SteerCommand(Command):
-    """Draw images while features of a dictionary, or a direction found by contrast, are changed; unedited ones stand first."""
+    """Generate images while features, or a contrast direction, are edited; the first column is unedited."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
     dictionary: Annotated[Positional[str | None], arg(metavar="DICTIONARY", help_behavior_hint="(or --contrast)")] = None
-    """SITE/LABEL, or the site alone where it has one dictionary: double.18."""
+    """SITE/LABEL, or the site alone if it has one dictionary: double.18."""
     features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")] = ()
-    """Which features; all are changed alike."""
+    """Numbers of the features to edit, all in the same way."""
     prompt: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ("",)
-    """What to draw."""
+    """Prompts; a row each."""
     contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
-    """A direction that `difflex contrast` found."""
+    """A direction found by `difflex contrast`."""
     operation: Operation = "add"
-    """Add without looking; set, scale or ablate what the feature says of the image; let nothing else through; or transplant."""
-    strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest that is safe, at most 2 peaks)")] = None
-    """How much; several make a column each. What is ablated or transplanted has no strength."""
+    """`add` to the activation; `set`, `scale` or `ablate` the codes; `replace` the activation; or `transplant` codes."""
+    strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest safe one, at most 2 peaks)")] = None
+    """Strengths; a column each. Ablate and transplant have none."""
     unit: Unit = "peak"
-    """What 1 is: the feature's largest code, its mean code, the mean length of an activation, or a code of 1."""
+    """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
     region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
-    """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white there; or `fires`: where the features fire."""
+    """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white inside; or `fires`: where the features fire."""
     edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
-    """At which denoising steps; END is left out."""
+    """Denoising steps to edit; END is not included."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
-    """Under guidance: the conditional half, both, or the unconditional one with the opposite sign."""
+    """Under guidance: edit the conditional half, both, or the unconditional one with the opposite sign."""
     source: Annotated[str | None, arg(metavar="PROMPT", help_behavior_hint="(needed to transplant)")] = None
-    """Which generation a transplant takes the maps of the features from."""
+    """Prompt of the image that a transplant takes codes from."""
     source_seed: Annotated[int, arg(metavar="SEED")] = 0
-    """And its seed."""
+    """Seed of that image."""
     source_region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
-    """Which part of it; laid onto the region, middle on middle."""
+    """Region of that image; it is centred on the region of the edit."""
     seeds: Range = range(1)
-    """Seeds of the noise; END is left out."""
+    """Seeds of the noise; END is not included."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
-    """Denoising steps in all."""
+    """Number of denoising steps."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
-    """How strongly the prompt is followed."""
+    """Guidance scale."""
     differences: FlagCreatePairsOff[bool] = False
-    """Beneath each row, how far it is from the unedited image, four times as strong."""
-    record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: nowhere)")] = None
-    """Write the edit down, so that --replay makes the same images again."""
+    """Add a row of differences to the unedited image below each row, amplified four times."""
+    record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
+    """Write the edit to a file, for --replay."""
     replay: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(instead of all of the above)")] = None
     """Make a recorded edit again."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("steered.png")
-    """Where the grid goes: .png, .webp or .jpg."""
+    """Image file of the grid: .png, .webp or .jpg."""
     offload: FlagCreatePairsOff[bool] = False
-    """Keep on the card only the part at work."""
+    """Keep only the part that is computing on the GPU."""
     offline: FlagCreatePairsOff[bool] = False
-    """Take a model of the hub from the local cache alone."""
+    """Use only the local cache of the hub."""
 
     def __call__(self) -> list[Path]:
-        if self.out.suffix.lower() not in FORMATS:
-            raise BadInput(f"--out {self.out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
-        toolbox = StudyEditor(Study.open(self.study))
+        from difflex.steering import EditRecord, StudyEditor
+
+        check_image_path(self.out)
+        editor = StudyEditor(Study.open(self.study))
         recorded = None if self.replay is None else EditRecord.load(self.replay)
         if recorded is not None:
-            recorded.check(toolbox)
-        pipe = load_study_model(toolbox.study, None, self.offload, self.offline)
-        columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(toolbox, pipe)]
-        plain = [recorded.shot] if recorded else self._shots(pipe)
-        if self.record is not None and (len(plain) > 1 or len(columns) > 1):
+            recorded.check(editor)
+        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(editor, pipe)]
+        shots = [recorded.shot] if recorded else self._shots(pipe)
+        if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
-                f"One edit of one image can be recorded; there are {len(columns)} edits and {len(plain)} images. Name one."
+                f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
             )
-        drawn = [self._drawn(pipe, toolbox, plain, edits) for edits in [(), *columns]]
-        write_image(self._sheet(plain, columns, drawn), self.out)
-        written = [self.out]
+        images = [_generate_edited(pipe, editor, shots, edits) for edits in [(), *columns]]
+        write_image(self._sheet(shots, columns, images), self.out)
+        paths = [self.out]
         if self.record is not None:
-            recorded = EditRecord(shot=plain[0], edits=tuple(columns[0]), checksums=toolbox.checksums(columns[0]))
-            written.append(recorded.save(self.record))
-        print(f"{', '.join(str(path.resolve()) for path in written)}: {len(plain) * len(drawn)} images")
-        return written
+            edits = tuple(columns[0])
+            record = EditRecord(shot=shots[0], edits=edits, checksums=editor.checksums(edits))
+            paths.append(record.save(self.record))
+        print(f"{', '.join(str(path.resolve()) for path in paths)}: {len(shots) * len(images)} images")
+        return paths
 
-    def _edits(self, toolbox: StudyEditor, pipe: Pipeline) -> list[Edit]:
-        """One for each strength."""
+    def _edits(self, editor: "StudyEditor", pipe: "Pipeline") -> list[Edit]:
+        """Return an edit for each strength."""
         pixels = next(pipe.shots("")).pixels
-        place = None if self.dictionary is None else toolbox.study.find_dictionary(self.dictionary)
+        place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
         if place is None and self.contrast is None:
-            raise BadInput("What to steer with was not said. Name a dictionary and a feature, or --contrast NAME.")
-        site = place.site if place is not None else toolbox.contrast(self.contrast or "").site
-        source = (
-            None
-            if self.source is None
-            else TransplantSource(prompt=self.source, seed=self.source_seed, region=_region(self.source_region, pixels))
-        )
+            raise BadInput("There is nothing to steer with. Name a dictionary and a feature, or --contrast NAME.")
+        source = None
+        if self.source is not None:
+            region = _parse_region(self.source_region, pixels)
+            source = TransplantSource(prompt=self.source, seed=self.source_seed, region=region)
         edit = Edit(
             operation=self.operation,
-            site=site,
+            site=place.site if place is not None else editor.contrast(self.contrast or "").site,
             dictionary=None if place is None else place.label,
             features=self.features,
             contrast=self.contrast,
             unit=self.unit,
-            region=_region(self.region, pixels),
+            region=_parse_region(self.region, pixels),
             steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
             half=self.half,
             source=source,
         )
-        if self.strength is None:
-            return [self._safe(edit, toolbox)]
-        return [replace(edit, strength=strength) for strength in self.strength]
+        if self.strength is not None:
+            return [replace(edit, strength=strength) for strength in self.strength]
+        stored = None
+        if place is not None and edit.operation in ("add", "set", "replace") and edit.unit == "peak":
+            stored = stored_strength(editor.study, place, edit.features)
+        return [editor.with_default_strength(edit, stored)]
 
-    def _safe(self, edit: Edit, toolbox: StudyEditor) -> Edit:
-        """The edit at the strength that is taken where none is named."""
-        if self.operation == "scale":
-            raise BadInput(
-                "--operation scale multiplies codes, and by 1 nothing changes. Name a --strength: 0 for none, 2 for twice."
-            )
-        if edit.dictionary is None or self.operation not in ("add", "set", "replace"):
-            return edit
-        if edit.unit != "peak":
-            raise BadInput(
-                f"Without --strength it is in peaks, not in units of {edit.unit}. Name a --strength, or leave out --unit."
-            )
-        kept = stored_strength(toolbox.study, DictionaryRef(edit.site, edit.dictionary), edit.features)
-        return toolbox.with_default_strength(edit, kept)
-
-    def _shots(self, pipe: Pipeline) -> list[Shot]:
+    def _shots(self, pipe: "Pipeline") -> list[Shot]:
         shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.steps, keep_steps=[0], guidance=self.guidance)
         return [replace(shot, timestep=None) for shot in shots]
 
-    def _drawn(self, pipe: Pipeline, toolbox: StudyEditor, shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
-        """The image of each shot under `edits`, each transplant's source drawn as the shot is."""
-
-        def draw(source: TransplantSource, site: Site, maps: TransplantMaps) -> None:
-            with pipe.at(site, maps):
-                _generate(pipe, replace(shots[0], prompt=source.prompt, seed=source.seed))
-
-        steered = toolbox.steering_hooks(edits, draw)
-        return [_generate(pipe, shot, steered).image for shot in shots]
-
     def _sheet(
-        self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], drawn: Sequence[Sequence[Image.Image]]
-    ) -> Image.Image:
+        self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], images: Sequence[Sequence["Image.Image"]]
+    ) -> "Image.Image":
         rows, labels = [], []
         for number, shot in enumerate(shots):
-            rows.append([column[number] for column in drawn])
+            rows.append([column[number] for column in images])
             labels.append(f"{shot.prompt or '(empty prompt)'}, seed {shot.seed}")
             if self.differences:
                 rows.append([_difference(image, rows[-1][0]) for image in rows[-1]])
                 labels.append(f"differences, x {AMPLIFIED}")
-        return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_said, columns)])
+        return contact_sheet(rows, row_labels=labels, column_labels=["unedited", *map(_column_label, columns)])
 
 
-def _generate(pipe: Pipeline, shot: Shot, edits: Sequence = ()) -> GeneratedImage:
-    return pipe.generate(shot.prompt, seed=shot.seed, steps=shot.steps, pixels=shot.pixels, guidance=shot.guidance, edits=edits)[
-        0
-    ]
+@final
+@dataclass(frozen=True, kw_only=True)
+class IconCommand(Command):
+    """Generate what features draw on their own, for an empty prompt; a row each.
+
+    At an `update` site the block writes nothing but the feature. At other sites the feature is added to the activation: without
+    its stream, which carries the noise, a model draws nothing.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with a dictionary."""
+    dictionary: Annotated[Positional[str], arg(metavar="DICTIONARY")]
+    """SITE/LABEL, or the site alone if it has one dictionary: double.18."""
+    features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")]
+    """Numbers of the features."""
+    strength: Strengths = (0.5, 1.0, 2.0)
+    """Strengths in peaks; a column each."""
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Denoising steps to edit; END is not included."""
+    seed: int = 0
+    """Seed of the noise."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("icons.png")
+    """Image file of the grid: .png, .webp or .jpg."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Use only the local cache of the hub."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.steering import StudyEditor
+
+        check_image_path(self.out)
+        if not self.features:
+            raise BadInput("No feature was named. Name one or more by their numbers.")
+        editor = StudyEditor(Study.open(self.study))
+        place = editor.study.find_dictionary(self.dictionary)
+        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        edit = Edit(
+            operation="replace" if place.site.kind == "update" else "add",
+            site=place.site,
+            dictionary=place.label,
+            steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
+        )
+        rows = []
+        for feature in self.features:
+            edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
+            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([each]))[0].image for each in edits])
+        columns = [f"{strength:g} peak" for strength in self.strength]
+        labels = [f"{place}, feature {feature}" for feature in self.features]
+        write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
+        print(f"{self.out.resolve()}: {len(rows)} features at {len(columns)} strengths")
+        return [self.out]
 
 
-def _region(said: str | None, pixels: tuple[int, int]) -> Rectangle | str | None:
-    if said is None or said == "fires":
-        return said
-    if re.fullmatch(r"[-+\d.,\s]+", said):
-        return rectangle([float(number) for number in said.split(",") if number.strip()], pixels)
-    if not Path(said).is_file():
-        raise BadInput(f"The region {said} is no file. Write LEFT,TOP,RIGHT,BOTTOM, name an image, or say fires.")
-    return str(Path(said).resolve())
+@final
+@dataclass(frozen=True, kw_only=True)
+class ContrastCommand(Command):
+    """Find the direction between two sets of prompts at a site; `difflex steer --contrast NAME` edits along it."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of the model; it may be empty."""
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """Name of the direction."""
+    site: Annotated[str, arg(metavar="SITE")]
+    """Site of the activations: double.18, single.9:update, double.3:text."""
+    positive: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
+    """Prompts that the direction points to."""
+    negative: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ()
+    """Prompts that it points away from; each is paired with the positive one in the same place."""
+    pairs: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(instead of the two above)")] = None
+    """A text file with a pair on each line: the positive prompt, a tab, the negative one."""
+    method: ContrastMethod = "mean"
+    """The mean of the differences, or their first principal component."""
+    seeds: Range = range(1)
+    """Seeds for each pair, whose prompts start from the same noise; END is not included."""
+    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Denoising steps whose activations are compared; END is not included."""
+    dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
+    """Decompose the direction into features of this dictionary."""
+    batch: Annotated[int, arg(metavar="N")] = 16
+    """Images at once."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Use only the local cache of the hub."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.steering import StudyEditor
+        from difflex.steering.contrast import decompose, find_contrast, pair_activations
+
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise BadInput(f"'{self.name}' cannot be a file name. Use letters, digits, '.', '_' and '-'.")
+        editor = StudyEditor(Study.open(self.study))
+        pairs = _read_pairs(self.pairs) if self.pairs is not None else self._pairs()
+        place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
+        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        site = pipe.site(self.site)
+        if place is not None and place.site != site:
+            raise BadInput(f"{place} is a dictionary of {place.site}, but the contrast is at {site}. Name one of {site}.")
+        shots = list(pipe.shots("", keep_steps=self.keep_steps))
+        sides = pair_activations(lambda shots: pipe.harvest(shots, site, self.batch), shots, pairs, self.seeds)
+        contrast = find_contrast(*sides, self.method)
+        path = contrast.save(editor.study.contrast(self.name))
+        norm = float(contrast.direction.norm())
+        print(f"{path}: {contrast.pairs} pairs, norm {norm:.3g}, {norm / contrast.norm:.1%} of a mean activation at {site}")
+        if place is not None:
+            print(f"features of {place} in it:")
+            for part in decompose(contrast.direction, editor.dictionary(place)):
+                print(f"  {part.feature:>6}  code {part.code:9.3g}  cosine {part.cosine:6.3f}  explained {part.explained:6.1%}")
+        return [path]
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        if not self.positive or len(self.positive) != len(self.negative):
+            raise BadInput(
+                f"A contrast takes pairs of prompts, but there are {len(self.positive)} positive and {len(self.negative)} "
+                "negative ones. Give as many --positive as --negative, or --pairs FILE."
+            )
+        return list(zip(self.positive, self.negative, strict=True))
 
 
-def _difference(image: Image.Image, plain: Image.Image) -> Image.Image:
-    return ImageChops.difference(image, plain).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
+def _generate_edited(
+    pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]
+) -> list["Image.Image"]:
+    """Generate the image of each shot under `edits`, and before it the source of each transplant, like the first shot."""
+
+    def generate(shot: Shot, hooks: Sequence = ()) -> "Image.Image":
+        settings = {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
+        return pipe.generate(shot.prompt, seed=shot.seed, edits=hooks, **settings)[0].image
+
+    def source_run(source: TransplantSource, site, maps) -> None:
+        with pipe.at(site, maps):
+            generate(replace(shots[0], prompt=source.prompt, seed=source.seed))
+
+    hooks = editor.steering_hooks(edits, source_run)
+    return [generate(shot, hooks) for shot in shots]
 
 
-def _said(edits: Sequence[Edit]) -> str:
-    return ", ".join(f"{edit.operation}" if edit.operation in ("ablate", "transplant") else _strength(edit) for edit in edits)
+def _parse_region(text: str | None, pixels: tuple[int, int]) -> Rectangle | str | None:
+    from difflex.steering import rectangle
+
+    if text is None or text == "fires":
+        return text
+    if re.fullmatch(r"[-+\d.,\s]+", text):
+        return rectangle([float(number) for number in text.split(",") if number.strip()], pixels)
+    if not Path(text).is_file():
+        raise BadInput(f"The region {text} is no file. Write LEFT,TOP,RIGHT,BOTTOM, the name of an image, or fires.")
+    return str(Path(text).resolve())
+
+
+def _read_pairs(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--pairs {path} cannot be read: {error}. Name a text file.") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        positive, tab, negative = line.partition("\t")
+        if not line.strip():
+            continue
+        if not tab or "\t" in negative:
+            raise BadInput(f"Line {number} of {path} is not two prompts with one tab between them.")
+        pairs.append((positive.strip(), negative.strip()))
+    return pairs
+
+
+def _difference(image: "Image.Image", unedited: "Image.Image") -> "Image.Image":
+    from PIL import ImageChops
+
+    return ImageChops.difference(image, unedited).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
+
+
+def _column_label(edits: Sequence[Edit]) -> str:
+    return ", ".join(edit.operation if edit.operation in ("ablate", "transplant") else _strength(edit) for edit in edits)
 
 
 def _strength(edit: Edit) -> str:

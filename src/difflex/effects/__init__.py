@@ -1,30 +1,23 @@
-"""What edits do: judges, steering evaluation, concept removal and findings."""
+"""What edits do: steering evaluation; inner doors for concept removal, findings and the worlds that edits are judged in."""
 
-from difflex.effects.judging import (
+from difflex.effects.inputs import ModelFunctions, Provenance
+from difflex.effects.judging import StrengthCurve, StrengthPoint
+from difflex.effects.steering_evaluation import (
     ImageStrip,
-    JudgedGenerator,
-    JudgeVerdict,
+    SteeringConfig,
     SteeringResults,
-    SteeringTask,
-    SteeringTrial,
-    StrengthCurve,
-    StrengthPoint,
-    judge,
-    side_by_side,
+    run_steering_evaluation,
+    steering_table,
 )
-from difflex.effects.removal import (
-    FeatureCut,
-    GenerationCodes,
-    RemovalImages,
-    RemovalRates,
-    RemovalResults,
-    RemovalTrial,
-    RemovedConcept,
-    best_of,
-    choose,
-    importance,
-    rates,
-)
-from difflex.effects.sought import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, by_answers
 
-__all__ = ["ConceptSpec"]
+__all__ = [
+    "ImageStrip",
+    "ModelFunctions",
+    "Provenance",
+    "SteeringConfig",
+    "SteeringResults",
+    "StrengthCurve",
+    "StrengthPoint",
+    "run_steering_evaluation",
+    "steering_table",
+]

@@ -1,11 +1,10 @@
-"""Does an edit do what it says? The concept is to appear where it was put, nothing else is to change, and no image to break."""
+"""Whether an edit does what it should: the concept appears in its region, all else stays, and no image breaks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
@@ -13,46 +12,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.errors import BadInput
-from difflex.files import parsing, read_json, write_json
-from difflex.records import HookContext, Rectangle
-from difflex.steering import SteeringHook
+from difflex.records import Edit, HookContext, Rectangle
+from difflex.steering import EditFeatures, SteeringHook, steering_hooks
 
 __all__ = [
-    "ImageStrip",
     "JudgeVerdict",
     "JudgedGenerator",
-    "SteeringResults",
+    "SteeringMethod",
     "SteeringTask",
     "SteeringTrial",
     "StrengthCurve",
     "StrengthPoint",
-    "judge",
-    "side_by_side",
+    "batch_hook",
+    "judge_methods",
 ]
 
-FORMAT = 2
-AGAIN = "Delete it and run the command that makes it again."
 BROKEN = 1.5
-"""From this many times the loss of unedited images on, images are called broken."""
+"""Images with this many times the loss of unedited ones, or more, are broken."""
 Images = Float[Tensor, "image channel row column"]
 
 
 class SteeringTrial(NamedTuple):
-    """An image in which a concept is to appear."""
+    """An image in which a concept should appear."""
 
     prompt: str
     seed: int
     region: Rectangle | None
-    """Where the concept is put; None for the whole image."""
+    """Where the concept should appear; None for the whole image."""
 
 
 class JudgeVerdict(NamedTuple):
-    """What is seen in an edited image."""
+    """What a judge sees in an image."""
 
     shows: bool
-    """The concept, in the trial's region."""
+    """Whether the concept is in the trial's region."""
     right: Mapping[str, bool]
-    """What else the prompt states, and whether it is so."""
+    """Whether each other statement of the prompt is true."""
     confidence: float
     """Of the judge, about the whole image."""
 
@@ -60,7 +55,7 @@ class JudgeVerdict(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class SteeringTask:
-    """A concept, and the images in which it is to appear; their prompts name another one of its group."""
+    """A concept, and trials whose prompts name another concept of its group."""
 
     concept: str
     group: str
@@ -70,15 +65,15 @@ class SteeringTask:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StrengthPoint:
-    """What came of one strength."""
+    """The effect of a method at one strength."""
 
     strength: float
     success: float
-    """The share of images that show the concept where it was put."""
+    """The share of images that show the concept in its region."""
     specificity: float
     """Of all else that was right in the unedited images, the share that still is."""
     quality: float
-    """The unedited model's loss on the finished images over that on unedited ones: 1 is as good, more is worse."""
+    """The unedited model's loss on the edited images over that on unedited ones: 1 is as good, more is worse."""
     confidence: float
     """Of the judge, over that about unedited images."""
 
@@ -86,11 +81,11 @@ class StrengthPoint:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StrengthCurve:
-    """A method on a task, over strengths."""
+    """The effect of a method on a task, over strengths."""
 
     method: str
-    told: str
-    """What was added: which feature, which direction."""
+    description: str
+    """What the method adds: which feature, which direction."""
     concept: str
     group: str
     trials: int
@@ -100,142 +95,109 @@ class StrengthCurve:
 
     @property
     def breaks(self) -> float | None:
-        """The first strength at which images are broken; None if none of them does it."""
+        """The first strength at which images are broken; None if there is none."""
         return next((point.strength for point in self.points if point.quality >= BROKEN), None)
 
     def best(self, kept: float = 0.9) -> StrengthPoint | None:
-        """The point of the highest success among those that keep `kept` of all else and do not break; None if there is none."""
+        """Return the point of the highest success among those that keep `kept` of all else and do not break images."""
         good = [point for point in self.points if point.specificity >= kept and point.quality < BROKEN]
         return max(good, key=lambda point: (point.success, -abs(point.strength)), default=None)
 
     def gain(self, kept: float = 0.9) -> float:
-        """The success at the best point over that without the edit; 0 where no strength will do."""
+        """Return the success at the best point minus that without the edit; 0 without a best point."""
         best = self.best(kept)
         return 0.0 if best is None else best.success - self.without
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class ImageStrip:
-    """An image under a method at rising strengths, to be looked at: the first of a task, whatever came of it."""
-
-    method: str
-    concept: str
-    group: str
-    prompt: str
-    """Of the unedited image."""
-    strengths: tuple[float, ...]
-    file: str
-    """Beside the record, in the folder of its name: the unedited image, then one for each strength, side by side."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class SteeringResults:
-    """Several methods on several tasks, as they are written and read again."""
-
-    model: str
-    site: str
-    curves: tuple[StrengthCurve, ...]
-    made_from: Mapping[str, str | int | float]
-    """What the figures depend on."""
-    strips: tuple[ImageStrip, ...] = ()
-
-    def of(self, method: str) -> list[StrengthCurve]:
-        """The curves of a method."""
-        return [curve for curve in self.curves if curve.method == method]
-
-    def save(self, path: Path) -> Path:
-        """`path`, which now holds this as JSON."""
-        return write_json(path, FORMAT, asdict(self))
-
-    @classmethod
-    def load(cls, path: Path) -> SteeringResults:
-        """What was written to `path`."""
-        said = read_json(path, FORMAT, AGAIN)
-        with parsing(path, "what edits do", AGAIN):
-            curves = [
-                StrengthCurve(**{**each, "points": tuple(StrengthPoint(**point) for point in each["points"])})
-                for each in said["curves"]
-            ]
-            strips = [ImageStrip(**{**each, "strengths": tuple(each["strengths"])}) for each in said["strips"]]
-            return cls(**{**said, "curves": tuple(curves), "strips": tuple(strips)})
-
-
 class JudgedGenerator(NamedTuple):
-    """What a task needs of the model and of a judge."""
+    """A model and a judge of its images."""
 
     images: Callable[[Sequence[SteeringTrial], SteeringHook | None], Images]
-    """The images of trials under an edit, or without one."""
+    """The images of trials, with an edit or without one."""
     verdicts: Callable[[SteeringTask, Sequence[SteeringTrial], Images], Sequence[JudgeVerdict]]
     losses: Callable[[Images], Float[Tensor, " image"]]
-    """The unedited model's loss on finished images, noised again."""
+    """The unedited model's loss on images, after noise was added to them."""
 
 
-Method = Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]
-"""What a method makes of a trial at a strength: the same trial under an edit, or another trial, where the prompt is the edit."""
+class SteeringMethod(NamedTuple):
+    """A way to make a concept appear."""
+
+    description: str
+    apply: Callable[[SteeringTrial, float], tuple[SteeringTrial, SteeringHook | None]]
+    """A trial at a strength: the same trial with a hook, or a trial with another prompt."""
+    strengths: Sequence[float]
+
+    @classmethod
+    def adding(cls, description: str, edit: Edit, features: EditFeatures, strengths: Sequence[float]) -> SteeringMethod:
+        """Return the method that makes `edit` with `features` in the region of a trial."""
+
+        def apply(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
+            region = None if edit.site.stream == "text" else trial.region  # text tokens have no place in the image
+            return trial, steering_hooks([replace(edit, strength=strength, region=region)], lambda _: features)[0]
+
+        return cls(description, apply, strengths)
 
 
-def judge(
-    task: SteeringTask, methods: Mapping[str, tuple[str, Method, Sequence[float]]], drawn: JudgedGenerator
+def judge_methods(
+    task: SteeringTask, methods: Mapping[str, SteeringMethod], generator: JudgedGenerator
 ) -> Iterator[StrengthCurve]:
-    """A curve for each of `methods`: by name what it adds, how, and at which strengths."""
+    """Yield a curve for each of `methods`, which are given by name."""
     if not task.trials:
-        raise BadInput(f"There is no image in which '{task.concept}' could appear. Give at least one trial.")
-    plain = drawn.images(task.trials, None)
-    before, losses = drawn.verdicts(task, task.trials, plain), drawn.losses(plain)
-    for name, (told, method, strengths) in methods.items():
+        raise BadInput(f"There is no trial for '{task.concept}'. Give at least one.")
+    unedited = generator.images(task.trials, None)
+    before, losses = generator.verdicts(task, task.trials, unedited), generator.losses(unedited)
+    for name, method in methods.items():
         yield StrengthCurve(
             method=name,
-            told=told,
+            description=method.description,
             concept=task.concept,
             group=task.group,
             trials=len(task.trials),
             without=_mean([verdict.shows for verdict in before]),
-            points=tuple(_point(task, method, strength, before, losses, drawn) for strength in strengths),
+            points=tuple(_point(task, method, strength, before, losses, generator) for strength in method.strengths),
         )
 
 
 def _point(
     task: SteeringTask,
-    method: Method,
+    method: SteeringMethod,
     strength: float,
     before: Sequence[JudgeVerdict],
     losses: Float[Tensor, " image"],
-    drawn: JudgedGenerator,
+    generator: JudgedGenerator,
 ) -> StrengthPoint:
-    trials, changes = zip(*(method(trial, strength) for trial in task.trials), strict=True)
-    edited = drawn.images(trials, side_by_side(trials, changes))
-    # Judged by what was asked before: a prompt that was itself the edit states the concept, not what it took the place of.
-    after = drawn.verdicts(task, task.trials, edited)
-    kept = [new.right[what] for old, new in zip(before, after, strict=True) for what, right in old.right.items() if right]
+    trials, hooks = zip(*(method.apply(trial, strength) for trial in task.trials), strict=True)
+    edited = generator.images(trials, batch_hook(trials, hooks))
+    # Judged by the original prompts: a prompt that was edited states the concept, not what it replaced.
+    after = generator.verdicts(task, task.trials, edited)
+    kept = [new.right[name] for old, new in zip(before, after, strict=True) for name, right in old.right.items() if right]
     return StrengthPoint(
         strength=float(strength),
         success=_mean([verdict.shows for verdict in after]),
         specificity=_mean(kept) if kept else 1.0,
-        quality=float(drawn.losses(edited).mean() / losses.mean()),
-        confidence=_mean([each.confidence for each in after]) / max(1e-9, _mean([each.confidence for each in before])),
+        quality=float(generator.losses(edited).mean() / losses.mean()),
+        confidence=_mean([new.confidence for new in after]) / max(1e-9, _mean([old.confidence for old in before])),
     )
 
 
-def side_by_side(trials: Sequence[SteeringTrial], changes: Sequence[SteeringHook | None]) -> SteeringHook | None:
-    """One edit for a batch in which each image has its own, all at one site."""
-    given = {(trial.prompt, trial.seed): each for trial, each in zip(trials, changes, strict=True) if each is not None}
-    sites = {each.site for each in given.values()}
+def batch_hook(trials: Sequence[SteeringTrial], hooks: Sequence[SteeringHook | None]) -> SteeringHook | None:
+    """Return one hook for a batch whose images have hooks of their own, all at one site."""
+    by_image = {(trial.prompt, trial.seed): hook for trial, hook in zip(trials, hooks, strict=True) if hook is not None}
+    sites = {hook.site for hook in by_image.values()}
     if not sites:
         return None
     if len(sites) > 1:
         raise BadInput(f"Images of one batch are edited at one site; these are at {', '.join(map(str, sorted(sites)))}.")
 
-    def change(x: Float[Tensor, "batch token width"], moment: HookContext) -> Float[Tensor, "batch token width"] | None:
-        assert moment.shots is not None
-        written, any_new = [], False
-        for row, shot in zip(x.split(1), moment.shots, strict=True):
-            own = given.get((shot.prompt, shot.seed))
-            new = None if own is None else own.change(row, moment)
-            written.append(row if new is None else new)
-            any_new |= new is not None
-        return torch.cat(written) if any_new else None
+    def change(x: Float[Tensor, "batch token width"], context: HookContext) -> Float[Tensor, "batch token width"] | None:
+        assert context.shots is not None
+        rows, is_changed = [], False
+        for row, shot in zip(x.split(1), context.shots, strict=True):
+            hook = by_image.get((shot.prompt, shot.seed))
+            edited = None if hook is None else hook.change(row, context)
+            rows.append(row if edited is None else edited)
+            is_changed |= edited is not None
+        return torch.cat(rows) if is_changed else None
 
     return SteeringHook(sites.pop(), change)
 

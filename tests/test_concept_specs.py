@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.effects import ConceptSpec, ImageAnswer, ImageQuestion, SimilarityJudge, SteeringTrial, by_answers
-from difflex.effects.worlds import read_told
+from difflex.effects.concept_specs import ConceptSpec, SimilarityJudge, read_concepts, vlm_judge
+from difflex.effects.judging import SteeringTrial
 from difflex.errors import BadInput
+from difflex.explanation import PresenceAnswer, PresenceQuestion
 from difflex.records import Rectangle
 
 LEFT = Rectangle(0.0, 0.0, 0.5, 1.0)
@@ -18,7 +20,7 @@ RED = ConceptSpec(
     concept="red", group="colour", instead=("green", "blue"), prompts=("a {} ball", "a {} house on a hill"), region=LEFT
 )
 COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
-SOUGHT: Mapping[str, ConceptSpec] = {"red": RED}
+SPECS: Mapping[str, ConceptSpec] = {"red": RED}
 
 
 def image(left: str, right: str) -> Tensor:
@@ -33,7 +35,7 @@ def by_mean(pixels: Tensor) -> Tensor:
 
 def eyes(unedited: Tensor) -> SimilarityJudge:
     words = lambda texts: torch.tensor([COLOURS[text] for text in texts])  # noqa: E731
-    return SimilarityJudge(by_mean, words, 10.0, SOUGHT, lambda trials: unedited)
+    return SimilarityJudge(by_mean, words, 10.0, SPECS, lambda trials: unedited)
 
 
 def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_seeds():
@@ -47,7 +49,7 @@ def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_s
         "a green house on a hill",
     ]
     assert [trial.seed for trial in task.trials] == list(range(6)) and {trial.region for trial in task.trials} == {LEFT}
-    assert [RED.reworded(trial).prompt for trial in task.trials[:2]] == ["a red ball", "a red house on a hill"]
+    assert [RED.with_concept(trial).prompt for trial in task.trials[:2]] == ["a red ball", "a red house on a hill"]
     assert RED.rest(task.trials[3]) == "a something house on a hill"
 
 
@@ -59,7 +61,7 @@ def test_pairs_differ_in_the_concept_alone_and_none_comes_twice():
 @pytest.mark.parametrize("wrong", [{"instead": ()}, {"prompts": ("a ball",)}, {"prompts": ()}, {"concept": ""}])
 def test_a_concept_without_words_for_it_is_refused(wrong: dict[str, object]):
     words = {"concept": "red", "group": "colour", "instead": ("green",), "prompts": ("a {}",), **wrong}
-    with pytest.raises(BadInput, match="cannot be sought"):
+    with pytest.raises(BadInput, match="is incomplete"):
         ConceptSpec(**words)
 
 
@@ -78,32 +80,35 @@ def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
 
 
 def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
-    asked: list[ImageQuestion] = []
+    asked: list[PresenceQuestion] = []
 
-    def ask(several: Sequence[ImageQuestion]) -> list[ImageAnswer]:
+    def ask(several: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
         asked.extend(several)
-        return [ImageAnswer(shows=each.part is not None and float(each.part[0].mean()) == 1, rest=False) for each in several]
+        return [
+            PresenceAnswer(shows=each.part is not None and each.part.getextrema()[0] == (255, 255), rest=False)
+            for each in several
+        ]
 
     images = torch.stack([image("red", "blue"), image("green", "red")])
-    verdicts = by_answers(ask, SOUGHT)(RED.task(2), RED.task(2).trials, images)
+    verdicts = vlm_judge(ask, SPECS)(RED.task(2), RED.task(2).trials, images)
     assert [verdict.shows for verdict in verdicts] == [True, False] and verdicts[0].right == {"the rest": False}
     assert [each.rest for each in asked] == ["a something ball", "a something house on a hill"]
-    assert asked[0].part is not None and asked[0].part.shape == (3, 4, 2) and asked[0].image.shape == (3, 4, 4)
+    assert asked[0].part is not None and asked[0].part.size == (2, 4) and asked[0].image.size == (4, 4)
     everywhere = [SteeringTrial("a green ball", 0, None)]
-    by_answers(ask, SOUGHT)(RED.task(1), everywhere, images[:1])
+    vlm_judge(ask, SPECS)(RED.task(1), everywhere, images[:1])
     assert asked[-1].part is None
 
 
 def test_a_part_smaller_than_a_pixel_is_one_pixel():
     tiny = Rectangle(0.5, 0.5, 0.501, 0.501)
-    parts: list[Tensor | None] = []
+    parts: list[Image.Image | None] = []
 
-    def ask(several: Sequence[ImageQuestion]) -> list[ImageAnswer]:
+    def ask(several: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
         parts.extend(each.part for each in several)
-        return [ImageAnswer(True, True)]
+        return [PresenceAnswer(shows=True, rest=True)]
 
-    by_answers(ask, SOUGHT)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], image("red", "blue")[None])
-    assert parts[0] is not None and parts[0].shape == (3, 1, 1)
+    vlm_judge(ask, SPECS)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], image("red", "blue")[None])
+    assert parts[0] is not None and parts[0].size == (1, 1)
 
 
 def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
@@ -113,7 +118,7 @@ def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
         'prompts = ["a {} ball", "a {} house on a hill"]\nregion = [0, 0, 0.5, 1]\n'
         '[[concept]]\nname = "a dog"\ninstead = "a cat"\nprompts = "{} in the snow"\nfeature = 7\n'
     )
-    told = read_told(path)
+    told = read_concepts(path).specs
     assert told["red"] == RED
     assert told["a dog"].feature == 7 and told["a dog"].group == "concept" and told["a dog"].instead == ("a cat",)
 
@@ -121,24 +126,24 @@ def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "tells no concept"),
-        ("concept = 3", "tells no concept"),
+        ("", "has no concept"),
+        ("concept = 3", "has no concept"),
         ("[[concept]\n", "cannot be read as concepts"),
-        ('[[concept]]\nname = "red"\ninstaed = ["green"]\nprompts = ["a {}"]', "instaed is unknown"),
-        ('[[concept]]\nname = "red"\ninstead = [3]\nprompts = ["a {}"]', "not told as it must be"),
-        ('[[concept]]\nname = "red"\ninstead = ["green"]\nprompts = ["a {}"]\nfeature = "one"', "not told as it must be"),
+        ('[[concept]]\nname = "red"\ninstaed = ["green"]\nprompts = ["a {}"]', "has the unknown key instaed"),
+        ('[[concept]]\nname = "red"\ninstead = [3]\nprompts = ["a {}"]', "value of the wrong type"),
+        ('[[concept]]\nname = "red"\ninstead = ["green"]\nprompts = ["a {}"]\nfeature = "one"', "value of the wrong type"),
         (
             '[[concept]]\nname = "red"\ninstead = ["green"]\nprompts = ["a {}"]\nregion = [0, 0, 1]',
             "is not LEFT,TOP,RIGHT,BOTTOM",
         ),
-        ('[[concept]]\nname = "red"\nprompts = ["a {}"]', "cannot be sought"),
-        ('[[concept]]\nname = "red"\ngroup = "a/b"\ninstead = ["green"]\nprompts = ["a {}"]', "leave out the '/'"),
+        ('[[concept]]\nname = "red"\nprompts = ["a {}"]', "is incomplete"),
+        ('[[concept]]\nname = "red"\ngroup = "a/b"\ninstead = ["green"]\nprompts = ["a {}"]', "Leave out the '/'"),
     ],
 )
 def test_a_file_that_tells_nothing_of_use_is_answered_in_a_sentence(tmp_path: Path, text: str, complaint: str):
     path = tmp_path / "concepts.toml"
     path.write_text(text)
     with pytest.raises(BadInput, match=complaint):
-        read_told(path)
+        read_concepts(path)
     with pytest.raises(BadInput, match="cannot be read as concepts"):
-        read_told(tmp_path / "nowhere.toml")
+        read_concepts(tmp_path / "nowhere.toml")

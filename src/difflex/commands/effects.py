@@ -1,0 +1,244 @@
+"""`difflex steer-eval`, `removal` and `findings`: what edits change, measured on judged images."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from difflex.choices import Unit
+from difflex.commands.flags import Numbers, Range, Strengths, VLMCommand
+from difflex.commands.inputs import load_study_model, open_answer_cache
+from difflex.errors import BadInput
+from difflex.study import Command, Study
+
+if TYPE_CHECKING:
+    from difflex.effects import ModelFunctions
+    from difflex.effects.concept_specs import JudgedWorld
+    from difflex.pipeline import Pipeline
+
+__all__ = ["FindingsCommand", "RemovalCommand", "SteerEvalCommand"]
+
+BATCH = 32
+ExperimentName = Literal["pairs", "distribution", "adversarial", "quality", "size", "related", "steps"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SteerEvalCommand(VLMCommand):
+    """Steer towards concepts with the features that detect them, and judge what appears, what else changes and what breaks.
+
+    The baselines are the contrast of pairs of captions, a random direction of the same norm, the neuron that detects the concept
+    best, and the prompt edited instead.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with the results of `difflex concepts`, unless --concepts names features."""
+    dictionary: Annotated[Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: all)")] = ()
+    """SITE/LABEL, or the site alone if it has one dictionary."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
+    """Groups of concepts."""
+    min_ap: Annotated[float, arg(metavar="AP")] = 0.8
+    """Least average precision of a feature."""
+    trials: Annotated[int, arg(metavar="N")] = 24
+    """Images of each concept."""
+    pairs: Annotated[int, arg(metavar="N")] = 20
+    """Pairs of captions for each contrast."""
+    strength: Strengths = (0.5, 1.0, 1.5, 2.0, 3.0)
+    """Strengths: of features in --unit, of contrasts in lengths of their own."""
+    unit: Unit = "peak"
+    """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Denoising steps to edit; END is not included."""
+    concepts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
+    """A TOML file of concepts in words, for models of any world; needs --clip or --vlm."""
+    clip: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
+    """With --concepts, the judge: folder or hub name of a CLIP of transformers."""
+    vlm: Annotated[str | None, arg(metavar="VLM", help_behavior_hint="(default: none)")] = None
+    """With --concepts, the judge: a VLM, as for difflex explain."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU."""
+
+    def __call__(self) -> list[Path]:
+        from difflex import effects
+
+        config = effects.SteeringConfig(
+            groups=self.groups,
+            min_ap=self.min_ap,
+            trials=self.trials,
+            pairs=self.pairs,
+            strengths=self.strength,
+            unit=self.unit,
+            edit_steps=_steps(self.edit_steps),
+        )
+        study, paths = Study.open(self.study), []
+        model = cache(lambda: model_functions(load_study_model(study, None, self.offload, self.offline)))
+        with self._world(study) as world:
+            log = partial(print, flush=True)
+            for place, path, results, concepts, is_reused in effects.run_steering_evaluation(
+                study, self.dictionary, config, model, world, log
+            ):
+                threshold = "" if self.concepts else f" with a feature of AP {self.min_ap:g} or more"
+                print(f"{place}: {concepts} concepts{threshold}{', as before' if is_reused else ''}")
+                print(effects.steering_table(results))
+                paths.append(path)
+        return paths
+
+    @contextmanager
+    def _world(self, study: Study) -> Iterator["JudgedWorld"]:
+        from difflex.effects.concept_specs import DRAWN_WORLD, clip_world, read_concepts, vlm_world
+
+        if self.concepts is None:
+            if self.clip or self.vlm:
+                raise BadInput("The drawn world has its own judge. --clip and --vlm judge the concepts of --concepts FILE.")
+            yield DRAWN_WORLD
+            return
+        concepts = read_concepts(self.concepts)
+        if self.clip is not None and self.vlm is None:
+            from difflex.evaluation import ClipModel
+
+            yield clip_world(concepts, self.clip, partial(ClipModel, self.clip, offline=self.offline))
+        elif self.vlm is not None and self.clip is None:
+            from difflex.explanation import CachedClient
+
+            self.check_endpoint(self.vlm)
+            with closing(self.backend(self.vlm)) as backend, open_answer_cache(study) as answers:
+                client = CachedClient(backend, answers, self.request_policy())
+                yield vlm_world(concepts, self.model or self.vlm, client, self.connections)
+                spent = client.asked.spent
+                print(
+                    f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out, "
+                    f"cost {spent.cost:.4g}"
+                )
+        else:
+            raise BadInput("Concepts in words need a judge of the images: name one of --clip and --vlm.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RemovalCommand(Command):
+    """Remove concepts by their features, and judge on unseen prompts what is gone and what else is lost.
+
+    Features are chosen step by step by the score of SAeUron on one set of prompts, their number and strength on another one (if
+    there are several to choose from), and results are measured on a third.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world."""
+    dictionary: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: each label at all its sites)")
+    ] = ()
+    """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
+    """Groups of concepts."""
+    images: Annotated[int, arg(metavar="N")] = 24
+    """Prompts for each concept that results are measured on."""
+    selection_images: Annotated[int, arg(metavar="N")] = 12
+    """Prompts for each concept that features are chosen by."""
+    tuning_images: Annotated[int, arg(metavar="N")] = 12
+    """Prompts for each concept that the number of features and the strength are chosen by."""
+    features: Numbers = (1, 2, 4, 8)
+    """Numbers of features at each step and site."""
+    strength: Strengths = (0.5, 0.0, -1.0, -2.0, -4.0)
+    """What their codes are multiplied by: 0 removes them, a negative number writes the opposite."""
+    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Denoising steps to edit; END is not included."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.effects import removal
+
+        config = removal.RemovalConfig(
+            groups=self.groups,
+            images=self.images,
+            selection_images=self.selection_images,
+            tuning_images=self.tuning_images,
+            features=self.features,
+            strengths=self.strength,
+            edit_steps=_steps(self.edit_steps),
+        )
+        study = Study.open(self.study)
+        model = cache(lambda: model_functions(load_study_model(study, None, self.offload, offline=False)))
+        outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
+        for _, results, is_reused in outcomes:
+            print(f"{', '.join(results.dictionaries)}{': as before' if is_reused else ''}\n{removal.removal_table(results)}")
+        return [outcome.path for outcome in outcomes]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FindingsCommand(Command):
+    """Test published findings about steering on a model of the drawn world, and say whether each holds here.
+
+    Five are of arXiv 2505.03189 on contrasts, two of arXiv 2505.24360 on features. Findings that are up to date are kept.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study of a model of the drawn world; it may be empty."""
+    site: Annotated[str | None, arg(metavar="SITE", help_behavior_hint="(default: that of the study's dictionaries)")] = None
+    """Site to steer at."""
+    finding: Annotated[tuple[ExperimentName, ...], arg(metavar="NAME...", help_behavior_hint="(default: all)")] = ()
+    """Experiments to make."""
+    groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
+    """Groups of concepts."""
+    concepts_per_group: Annotated[int, arg(metavar="N")] = 2
+    """Number of concepts of each group."""
+    trials: Annotated[int, arg(metavar="N")] = 8
+    """Images for each concept and condition."""
+    pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
+    """Numbers of pairs for contrasts; experiments on other things use the largest."""
+    strength: Strengths = (0.1, 0.2, 0.35, 0.6, 1.0)
+    """Strengths in norms of a mean activation; the first and the last are used for the loss of quality alone."""
+    other_model: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: none)")] = None
+    """The study of a larger or smaller model with findings of its own, for the finding on size."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.effects import findings
+
+        config = findings.FindingsConfig(
+            groups=self.groups,
+            concepts_per_group=self.concepts_per_group,
+            trials=self.trials,
+            pairs=tuple(sorted(set(self.pairs))),
+            strengths=tuple(sorted(set(self.strength))),
+        )
+        study = Study.open(self.study)
+        pipe = load_study_model(study, None, self.offload, offline=False)
+        site = None if self.site is None else pipe.site(self.site)
+        log = partial(print, flush=True)
+        path, results = findings.run_findings(study, site, config, model_functions(pipe), self.finding, self.other_model, log)
+        for each in results.findings:
+            print(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.reason}")
+        return [path]
+
+
+def _steps(steps: range | None) -> tuple[int, int] | None:
+    return None if steps is None else (steps.start, steps.stop)
+
+
+def model_functions(pipe: "Pipeline") -> "ModelFunctions":
+    """Return a pipeline as the functions that judging edits needs."""
+    from difflex.effects import ModelFunctions
+
+    def finish(shots, sites, hooks: Sequence):
+        with ExitStack() as stack:
+            for site, change in hooks:
+                stack.enter_context(pipe.at(site, change))
+            yield from pipe.harvest_with_images(shots, sites, BATCH)
+
+    return ModelFunctions(
+        shots=lambda steps: list(pipe.shots("", keep_steps=steps)),
+        harvest=pipe.harvest,
+        generate=lambda prompts, seed, steps, hooks: [
+            generated.image for generated in pipe.generate(prompts, seed=seed, steps=steps, batch=BATCH, edits=hooks)
+        ],
+        finish=finish,
+        losses=pipe.losses,
+        parameters=sum(weights.numel() for weights in pipe.engine.denoiser.parameters()),
+    )

@@ -1,0 +1,274 @@
+"""The worlds that edits are judged in: the drawn world, and concepts in words with CLIP or a VLM as the judge."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difflex.effects.drawn_world import caption_pairs, caption_region, caption_task, group_of, with_concept
+from difflex.effects.inputs import to_images
+from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
+from difflex.errors import BadInput
+from difflex.evaluation import ClipModel
+from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, look
+from difflex.files import file_sha256
+from difflex.records import Rectangle, Shot
+from difflex.steering import rectangle
+
+__all__ = [
+    "DRAWN_WORLD",
+    "ConceptFile",
+    "ConceptSpec",
+    "JudgedWorld",
+    "SimilarityJudge",
+    "clip_world",
+    "read_concepts",
+    "vlm_judge",
+    "vlm_world",
+]
+
+BLANK = "{}"
+"""Stands in a prompt for a concept."""
+KEYS = ("name", "group", "instead", "prompts", "region", "feature")
+CACHED = 2
+"""Batches of unedited images that are cached: of a task's trials, and of its edited prompts."""
+Images = Float[Tensor, "image channel row column"]
+Verdicts = Callable[[SteeringTask, Sequence[SteeringTrial], Images], list[JudgeVerdict]]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ConceptSpec:
+    """A concept that edits should make appear, in words."""
+
+    concept: str
+    """As a prompt would name it: `a dog`."""
+    group: str
+    """The kind of concept: `animal`."""
+    instead: tuple[str, ...]
+    """Other concepts of the group, which the images show without the edit."""
+    prompts: tuple[str, ...]
+    """Each with a {} for a concept."""
+    region: Rectangle | None = None
+    """Where the concept should appear; None for the whole image."""
+    feature: int | None = None
+    """The feature of the dictionary to steer with; None for the one that detects the concept best."""
+
+    def __post_init__(self) -> None:
+        if not self.concept or not self.instead or not self.prompts or not all(BLANK in prompt for prompt in self.prompts):
+            raise BadInput(
+                f"The concept '{self.concept}' is incomplete. It needs a name, one or more other concepts of its group in "
+                f"'instead', and one or more prompts in 'prompts', each with a {BLANK} for the concept."
+            )
+
+    def task(self, trials: int) -> SteeringTask:
+        """Return trials: every prompt with every other concept, then again with other seeds."""
+        several = tuple(SteeringTrial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
+        return SteeringTask(concept=self.concept, group=self.group, trials=several)
+
+    def pairs(self, count: int) -> list[tuple[str, str]]:
+        """Return pairs of prompts that differ only in the concept: it, and another one of its group; all different."""
+        count = min(count, len(self.prompts) * len(self.instead))
+        return [(self._prompt(i, self.concept), self._prompt(i, self._other(i))) for i in range(count)]
+
+    def with_concept(self, trial: SteeringTrial) -> SteeringTrial:
+        """Return the trial with a prompt that names the concept: the baseline that edits are compared with."""
+        return trial._replace(prompt=self._prompt(trial.seed, self.concept))
+
+    def rest(self, trial: SteeringTrial) -> str:
+        """Return the prompt of a trial with `something` for the concept."""
+        return self._prompt(trial.seed, "something")
+
+    def _prompt(self, number: int, word: str) -> str:
+        return self.prompts[number % len(self.prompts)].replace(BLANK, word)
+
+    def _other(self, number: int) -> str:
+        return self.instead[number // len(self.prompts) % len(self.instead)]
+
+
+class ConceptFile(NamedTuple):
+    """The concepts of a TOML file by name, and its SHA-256."""
+
+    specs: Mapping[str, ConceptSpec]
+    checksum: str
+
+
+def read_concepts(path: Path) -> ConceptFile:
+    """Read a TOML file of concepts, each a table `[[concept]]`."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("concept")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as concepts: {error}. Write TOML, with a table [[concept]] for each.") from error
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables) or not tables:
+        raise BadInput(f"{path} has no concept. Write a table [[concept]] for each.")
+    specs = [_parse_spec(path, table) for table in tables]
+    return ConceptFile({spec.concept: spec for spec in specs}, file_sha256(path))
+
+
+def _parse_spec(path: Path, table: Mapping[str, Any]) -> ConceptSpec:
+    listed = lambda key: value if isinstance(value := table.get(key, []), list) else [value]  # noqa: E731
+    name, group = table.get("name", ""), table.get("group", "concept")
+    unknown = [key for key in table if key not in KEYS]
+    texts, numbers = [name, group, *listed("instead"), *listed("prompts")], [*listed("region"), table.get("feature", 0)]
+    if unknown or not all(isinstance(text, str) for text in texts) or not all(type(each) in (int, float) for each in numbers):
+        problem = f" has the unknown key {unknown[0]}" if unknown else " has a value of the wrong type"
+        raise BadInput(
+            f"In {path} the concept '{name}'{problem}. Write text in 'name', 'group', "
+            "'instead' and 'prompts' (the last two may be lists), four numbers in 'region' and a number in 'feature'."
+        )
+    if "/" in group:
+        raise BadInput(f"In {path} the group '{group}' of '{name}' cannot be part of a file name. Leave out the '/'.")
+    return ConceptSpec(
+        concept=name,
+        group=group,
+        instead=tuple(listed("instead")),
+        prompts=tuple(listed("prompts")),
+        region=rectangle(table["region"]) if "region" in table else None,
+        feature=table.get("feature"),
+    )
+
+
+class JudgedWorld(NamedTuple):
+    """The tasks that edits are judged on, and their judge."""
+
+    task: Callable[[str, int], SteeringTask]
+    """A number of trials for a concept."""
+    pairs: Callable[[str, int], list[tuple[str, str]]]
+    """At most so many pairs of prompts with a concept and without it."""
+    with_concept: Callable[[SteeringTrial, str], SteeringTrial]
+    region: Callable[[Shot, str], Rectangle | None]
+    """Where the image of a prompt shows the concept."""
+    judged: Callable[[JudgedGenerator], JudgedGenerator]
+    """A model with the judge of this world."""
+    judge: str = ""
+    """The name of the CLIP or VLM; empty for the judge of the drawn world."""
+    concepts: ConceptFile = ConceptFile({}, "")
+    """Empty for the drawn world."""
+
+
+DRAWN_WORLD = JudgedWorld(
+    caption_task,
+    caption_pairs,
+    with_concept,
+    lambda shot, concept: caption_region(shot.prompt, group_of(concept)),
+    lambda generator: generator,
+)
+"""The world of mini-flux."""
+
+
+def _world(concepts: ConceptFile, judge: str, judged: Callable[[JudgedGenerator], JudgedGenerator]) -> JudgedWorld:
+    return JudgedWorld(
+        lambda concept, trials: concepts.specs[concept].task(trials),
+        lambda concept, count: concepts.specs[concept].pairs(count),
+        lambda trial, concept: concepts.specs[concept].with_concept(trial),
+        lambda shot, concept: concepts.specs[concept].region,
+        judged,
+        judge,
+        concepts,
+    )
+
+
+def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel]) -> JudgedWorld:
+    """Return the world of concepts in words whose judge is the CLIP called `name`, which `load` opens."""
+
+    def judged(generator: JudgedGenerator) -> JudgedGenerator:
+        clip = load()
+        cached = lru_cache(CACHED)(lambda trials: generator.images(trials, None))
+        unedited = lambda trials: cached(tuple(trials))  # noqa: E731 (compared with every edit)
+        judge = SimilarityJudge(clip.embed_images, clip.embed_texts, clip.logit_scale, concepts.specs, unedited)
+        images = lambda trials, hook: unedited(trials) if hook is None else generator.images(trials, hook)  # noqa: E731
+        return generator._replace(images=images, verdicts=judge)
+
+    return _world(concepts, name, judged)
+
+
+def vlm_world(concepts: ConceptFile, name: str, client: CachedClient, connections: int) -> JudgedWorld:
+    """Return the world of concepts in words whose judge is a VLM called `name`, asked over so many connections at once."""
+    verdicts = vlm_judge(lambda questions: look(client, questions, connections=connections), concepts.specs)
+    return _world(concepts, name, lambda generator: generator._replace(verdicts=verdicts))
+
+
+@final
+class SimilarityJudge:
+    """A judge that compares embeddings of images and texts, as CLIP makes them."""
+
+    def __init__(
+        self,
+        embed_images: Callable[[Images], Float[Tensor, "image width"]],
+        embed_texts: Callable[[Sequence[str]], Float[Tensor, "text width"]],
+        logit_scale: float,
+        specs: Mapping[str, ConceptSpec],
+        unedited: Callable[[Sequence[SteeringTrial]], Images],
+    ) -> None:
+        """Take embeddings of norm 1, and a function that returns the images of trials without an edit."""
+        self._embed_images, self._embed_texts, self._logit_scale = embed_images, embed_texts, logit_scale
+        self._specs, self._unedited = specs, unedited
+
+    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
+        """Return the verdicts on the images of trials.
+
+        An image shows the concept if its region is more similar to it than to the others of the group; the rest is right if the
+        image outside of the region is most similar to its own unedited image, not to that of another trial.
+        """
+        texts = self._embed_texts([task.concept, *self._specs[task.concept].instead])
+        region = trials[0].region
+        shares = torch.softmax(self._logit_scale * self._embed_images(_cut_out(images, region)) @ texts.T, dim=1)
+        after, before = (self._embed_images(_greyed(batch, region)) for batch in (images, self._unedited(trials)))
+        similarity = after @ before.T
+        is_kept = similarity.diagonal() >= similarity.amax(1) - 1e-6
+        return [
+            JudgeVerdict(int(row.argmax()) == 0, {"the rest": bool(kept)}, float(row.max()))
+            for row, kept in zip(shares, is_kept, strict=True)
+        ]
+
+
+def vlm_judge(
+    ask: Callable[[Sequence[PresenceQuestion]], Sequence[PresenceAnswer]], specs: Mapping[str, ConceptSpec]
+) -> Verdicts:
+    """Return the judge that asks a VLM about each image."""
+
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
+        rest = specs[task.concept].rest
+        parts = [_cut_out(image, trial.region) if trial.region else None for image, trial in zip(images, trials, strict=True)]
+        questions = [
+            PresenceQuestion(image, None if part is None else next(to_images(part[None])), task.concept, rest(trial))
+            for image, part, trial in zip(to_images(images), parts, trials, strict=True)
+        ]
+        return [JudgeVerdict(answer.shows, {"the rest": answer.rest}, 1.0) for answer in ask(questions)]
+
+    return verdicts
+
+
+def _slices(region: Rectangle, images: Float[Tensor, "*some row column"]) -> tuple[slice, slice]:
+    """Return the rows and columns of a region, at least one of each."""
+
+    def along(start: float, end: float, count: int) -> slice:
+        first = min(round(start * count), count - 1)
+        return slice(first, max(round(end * count), first + 1))
+
+    return along(region.top, region.bottom, images.shape[-2]), along(region.left, region.right, images.shape[-1])
+
+
+def _cut_out(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> Float[Tensor, "*some part_row part_column"]:
+    if region is None:
+        return images
+    rows, columns = _slices(region, images)
+    return images[..., rows, columns]
+
+
+def _greyed(images: Images, region: Rectangle | None) -> Images:
+    """Return the images with a grey region; unchanged, if the region is the whole image."""
+    if region is None:
+        return images
+    rows, columns = _slices(region, images)
+    greyed = images.clone()
+    greyed[..., rows, columns] = 0.5
+    return greyed

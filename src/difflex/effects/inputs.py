@@ -1,0 +1,149 @@
+"""What judging edits takes as input: the model as functions, features with known concepts, and the provenance of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from difflex.dictionaries import fingerprint
+from difflex.errors import StaleWork
+from difflex.evaluation.concepts.results import ConceptMatches
+from difflex.records import Activations, Rectangle, Shot, Site
+from difflex.steering import SteeringHook, StudyEditor
+from difflex.steering.contrast import Contrast, find_contrasts, pair_activations
+from difflex.study import DictionaryRef, Study
+
+__all__ = [
+    "ModelFunctions",
+    "NeuronBaseline",
+    "Provenance",
+    "concept_matches",
+    "neuron_baseline",
+    "to_images",
+    "to_tensor",
+]
+
+Images = Float[Tensor, "image channel row column"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ModelFunctions:
+    """What judging edits needs of the pipeline, as functions."""
+
+    shots: Callable[[range | None], Sequence[Shot]]
+    """The shots of an empty prompt at steps of a run; None for all steps."""
+    harvest: Callable[[Iterable[Shot], Site, int], Iterator[Activations]]
+    """The activations of shots at a site, in batches of a size."""
+    generate: Callable[[Sequence[str], int, int | None, Sequence[SteeringHook]], Iterable[Image.Image]]
+    """The images of prompts with seeds from a first one on, in a number of steps (None: the model's own), with hooks."""
+    finish: Callable[
+        [Sequence[Shot], Sequence[Site], Sequence[SteeringHook]], Iterable[tuple[Sequence[Image.Image], Iterable[Activations]]]
+    ]
+    """The images that runs end in, with hooks, and the activations of sites, batch by batch."""
+    losses: Callable[[Iterable[Image.Image], Sequence[float]], Float[Tensor, "image level"]]
+    """The losses of the unedited model on images with noise of several levels."""
+    parameters: int
+    """Of the denoiser."""
+
+    def contrasts(
+        self,
+        site: Site,
+        pairs: Sequence[tuple[str, str]],
+        counts: Iterable[int | None] = (None,),
+        steps: range | None = None,
+        batch: int = 16,
+        region: Callable[[Shot], Rectangle | None] | None = None,
+    ) -> list[Contrast]:
+        """Return the contrasts of the first so many `pairs` of prompts for each of `counts` (None: all)."""
+        sides = pair_activations(lambda shots: self.harvest(shots, site, batch), self.shots(steps), pairs)
+        return find_contrasts(*sides, counts, region=region)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What results depend on besides a config; they are up to date while both are unchanged."""
+
+    fingerprints: dict[str, str]
+    """Of the dictionaries, by SITE/LABEL."""
+    features: dict[str, dict[str, int]]
+    """The features that were used, by dictionary and concept."""
+    judge: str = ""
+    """The CLIP or VLM that judged; empty for the judge of the drawn world."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of other files: of `concepts`, of `other findings`."""
+
+    @classmethod
+    def of(
+        cls,
+        study: Study,
+        features: Mapping[DictionaryRef, Mapping[str, int]],
+        judge: str = "",
+        files: Mapping[str, str] | None = None,
+    ) -> Provenance:
+        """Return the provenance of results made now with features of dictionaries, which are given by concept."""
+        return cls(
+            fingerprints={str(place): fingerprint(study.dictionary(*place)) for place in features},
+            features={str(place): dict(by_concept) for place, by_concept in features.items()},
+            judge=judge,
+            files=dict(files or {}),
+        )
+
+
+def concept_matches(study: Study, place: DictionaryRef) -> ConceptMatches | None:
+    """Return what `difflex concepts` found for a dictionary; None if it was not run."""
+    path, folder = study.concepts(*place), study.dictionary(*place)
+    if not path.is_file():
+        return None
+    matches = ConceptMatches.load(path)
+    if matches.fingerprint is None or not (folder / "config.json").is_file():
+        return matches
+    if matches.fingerprint != fingerprint(folder):
+        raise StaleWork(f"{place} has changed since {path} was written. Run difflex concepts again.")
+    return matches
+
+
+class NeuronBaseline(NamedTuple):
+    """The neurons of a block as a dictionary, and the neuron that detects each concept best."""
+
+    place: DictionaryRef
+    best: Mapping[str, int]
+
+
+def neuron_baseline(editor: StudyEditor, place: DictionaryRef) -> NeuronBaseline | None:
+    """Return the neurons of the block of a dictionary, if the study has them and their concepts.
+
+    The concepts are in a file of the neurons, or in one that `difflex concepts` wrote with those of the dictionary.
+    """
+    study, site, k = editor.study, replace(place.site, kind="neurons"), editor.dictionary(place).k
+    neurons = sorted(
+        (each for each in study.dictionaries() if each.site == site), key=lambda each: editor.dictionary(each).k != k
+    )
+    for candidate in (*neurons, DictionaryRef(site, f"neurons-k{k}")) if neurons else ():
+        matches = concept_matches(study, candidate)
+        if matches is not None:
+            best = {result.concept.name: result.best.features[0] for result in matches.clearest_level.results}
+            return NeuronBaseline(neurons[0], best)
+    return None
+
+
+def to_tensor(images: Iterable[Image.Image]) -> Images:
+    """Return the pixels of `images`, between 0 and 1."""
+    rows = [
+        torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+        for image in images
+    ]
+    return torch.stack(rows).movedim(3, 1).float() / 255
+
+
+def to_images(pixels: Images) -> Iterator[Image.Image]:
+    """Yield the images of `pixels`."""
+    for rows in (pixels * 255).round().to(torch.uint8).movedim(1, 3):
+        yield Image.frombytes("RGB", (rows.shape[1], rows.shape[0]), rows.contiguous().numpy().tobytes())

@@ -1,0 +1,329 @@
+"""Steering evaluation: features that detect concepts are steered with and judged, next to baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple, final
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from difflex.choices import Unit
+from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
+from difflex.effects.drawn_world import drawn_generator, group_of
+from difflex.effects.inputs import ModelFunctions, NeuronBaseline, Provenance, concept_matches, neuron_baseline, to_images
+from difflex.effects.judging import JudgedGenerator, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
+from difflex.errors import BadInput
+from difflex.evaluation.record import from_json, to_json
+from difflex.files import parsing, read_json, write_json
+from difflex.records import Edit
+from difflex.steering import SteeringHook, StudyEditor, random_features
+from difflex.steering.contrast import contrast_features
+from difflex.study import DictionaryRef, Study
+
+__all__ = ["ImageStrip", "SteeringConfig", "SteeringEvaluation", "SteeringResults", "run_steering_evaluation", "steering_table"]
+
+FORMAT = 3
+ADVICE = "Delete it and run difflex steer-eval again."
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SteeringConfig:
+    """Which concepts are steered towards, and how."""
+
+    groups: tuple[str, ...] = ("colour", "texture", "background", "shape", "style")
+    """Groups of concepts of the drawn world."""
+    min_ap: float = 0.8
+    """Least average precision of a feature."""
+    trials: int = 24
+    """Images of each concept."""
+    pairs: int = 20
+    """Pairs of captions for each contrast."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    """Of features in `unit`, of contrasts in lengths of their own."""
+    unit: Unit = "peak"
+    edit_steps: tuple[int, int] | None = None
+    """First denoising step to edit and the one after the last; None for all."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.pairs < 1:
+            raise BadInput(f"{self.trials} trials and {self.pairs} pairs leave nothing to judge. Ask for 1 or more of each.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ImageStrip:
+    """The image of the first trial of a task under a method at rising strengths."""
+
+    method: str
+    concept: str
+    group: str
+    prompt: str
+    """Of the unedited image."""
+    strengths: tuple[float, ...]
+    file: str
+    """In the folder named like the record: the unedited image, then one for each strength, side by side."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SteeringResults:
+    """The effects of several methods on several tasks."""
+
+    model: str
+    site: str
+    curves: tuple[StrengthCurve, ...]
+    config: SteeringConfig
+    provenance: Provenance
+    strips: tuple[ImageStrip, ...] = ()
+
+    def of(self, method: str) -> list[StrengthCurve]:
+        """Return the curves of a method."""
+        return [curve for curve in self.curves if curve.method == method]
+
+    def save(self, path: Path) -> Path:
+        """Write the results to `path` as JSON and return the path."""
+        return write_json(path, FORMAT, to_json(self))
+
+    @classmethod
+    def load(cls, path: Path) -> SteeringResults:
+        """Return the results in `path`."""
+        entries = read_json(path, FORMAT, ADVICE)
+        with parsing(path, "steering results", ADVICE):
+            return from_json(cls, entries)
+
+
+class SteeringEvaluation(NamedTuple):
+    """The evaluation of a dictionary: the file of its results, and whether they were there already."""
+
+    place: DictionaryRef
+    path: Path
+    results: SteeringResults
+    concepts: int
+    is_reused: bool
+
+
+class _TargetConcept(NamedTuple):
+    """A concept and the feature to steer with."""
+
+    concept: str
+    feature: int
+    ap: float | None
+    """Average precision; None for a feature that the concept file names."""
+
+
+def run_steering_evaluation(
+    study: Study,
+    names: Sequence[str],
+    config: SteeringConfig,
+    model: Callable[[], ModelFunctions],
+    world: JudgedWorld = DRAWN_WORLD,
+    log: Callable[[str], None] = print,
+) -> Iterator[SteeringEvaluation]:
+    """Evaluate steering with dictionaries of `study` (all, without `names`), and write and yield the results of each.
+
+    Results that are up to date are reused; the model is only loaded for others.
+    """
+    editor, specs = StudyEditor(study), world.concepts.specs
+    places = [study.find_dictionary(name) for name in names] or [
+        place for place in study.dictionaries() if place.site.kind != "neurons"
+    ]
+    if len(places) > 1 and any(spec.feature is not None for spec in specs.values()):
+        raise BadInput(f"The concept file names features, which are of one dictionary, but there are {len(places)}. Name one.")
+    targets = {place: _target_concepts(study, place, config, world) for place in places}
+    for place, concepts in targets.items():
+        path, neurons = study.steering(*place), neuron_baseline(editor, place)
+        provenance = _provenance(study, place, concepts, neurons, world)
+        stored = SteeringResults.load(path) if path.is_file() else None
+        if stored is not None and (stored.config, stored.provenance) == (config, provenance) and _has_strips(stored, path):
+            yield SteeringEvaluation(place, path, stored, len(concepts), True)
+            continue
+        run = _SteeringRun(editor, place, config, model(), world, neurons)
+        curves, strips = run.judge(concepts, log)
+        results = SteeringResults(
+            model=study.model,
+            site=str(place.site),
+            curves=tuple(curves),
+            config=config,
+            provenance=provenance,
+            strips=tuple(strips),
+        )
+        results.save(path)
+        _save_strips(path.with_suffix(""), strips)
+        yield SteeringEvaluation(place, path, results, len(concepts), False)
+
+
+def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig, world: JudgedWorld) -> list[_TargetConcept]:
+    """Return the concepts to steer towards, with the features that the concept file names or that detect them best."""
+    specs = world.concepts.specs
+    named = [_TargetConcept(spec.concept, spec.feature, None) for spec in specs.values() if spec.feature is not None]
+    if specs and len(named) == len(specs):
+        return named
+    matches = concept_matches(study, place)
+    if matches is None:
+        raise BadInput(
+            f"What the features of {place} detect is unknown: there is no {study.concepts(*place)}. Run difflex concepts."
+        )
+    unnamed = {name for name, spec in specs.items() if spec.feature is None}
+    return named + [
+        _TargetConcept(concept.name, result.best.features[0], result.best.ap.value)
+        for result in matches.clearest_level.results
+        if (concept := result.concept).name in unnamed
+        or (not specs and concept.group in config.groups and group_of(concept.name))
+        if result.best.ap.value >= config.min_ap
+    ]
+
+
+def _provenance(
+    study: Study,
+    place: DictionaryRef,
+    concepts: Sequence[_TargetConcept],
+    neurons: NeuronBaseline | None,
+    world: JudgedWorld,
+) -> Provenance:
+    features = {place: {target.concept: target.feature for target in concepts}}
+    if neurons is not None:
+        best = {target.concept: neurons.best.get(target.concept) for target in concepts}
+        features[neurons.place] = {concept: neuron for concept, neuron in best.items() if neuron is not None}
+    files = {"concepts": world.concepts.checksum} if world.concepts.specs else {}
+    return Provenance.of(study, features, world.judge, files)
+
+
+@final
+class _SteeringRun:
+    """The evaluation of one dictionary with a model."""
+
+    def __init__(
+        self,
+        editor: StudyEditor,
+        place: DictionaryRef,
+        config: SteeringConfig,
+        model: ModelFunctions,
+        world: JudgedWorld,
+        neurons: NeuronBaseline | None,
+    ) -> None:
+        self._editor, self._place, self._config, self._model = editor, place, config, model
+        self._world, self._neurons = world, neurons
+
+    def judge(
+        self, concepts: Sequence[_TargetConcept], log: Callable[[str], None]
+    ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
+        """Return all curves, and for each group the strips of the concept with the largest gain."""
+        recorder = _StripRecorder(self._world.judged(drawn_generator(self._model)))
+        curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
+        for number, target in enumerate(concepts, 1):
+            ap = "" if target.ap is None else f" (AP {target.ap:.2f})"
+            log(f"{self._place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
+            task = self._world.task(target.concept, self._config.trials)
+            own = list(judge_methods(task, self._methods(target), recorder.generator))
+            gain, strips = own[0].gain(), dict(recorder.strips(task, own))
+            if task.group not in best or gain > best[task.group][0]:
+                best[task.group] = gain, strips
+            curves += own
+        return curves, {strip: image for _, strips in best.values() for strip, image in strips.items()}
+
+    def _methods(self, target: _TargetConcept) -> Mapping[str, SteeringMethod]:
+        """Return the methods by name: the feature, and the baselines."""
+        place, config, concept = self._place, self._config, target.concept
+        edit = Edit(
+            operation="add",
+            site=place.site,
+            dictionary=place.label,
+            features=(target.feature,),
+            unit=config.unit,
+            steps=config.edit_steps,
+        )
+        features, strengths = self._editor.features(edit), config.strengths
+        pairs = self._world.pairs(concept, config.pairs)
+        steps = None if config.edit_steps is None else range(*config.edit_steps)
+        [contrast] = self._model.contrasts(place.site, pairs, steps=steps, region=lambda shot: self._world.region(shot, concept))
+        random = random_features(features, target.feature)
+        methods = {
+            "feature": SteeringMethod.adding(f"{place} {target.feature}", edit, features, strengths),
+            "contrast": SteeringMethod.adding(
+                f"{len(pairs)} pairs", replace(edit, unit="code"), contrast_features(contrast), strengths
+            ),
+            "random": SteeringMethod.adding(f"seed {target.feature}", edit, random, strengths),
+            "prompt": SteeringMethod(
+                "the caption names it", lambda trial, strength: (self._world.with_concept(trial, concept), None), (1.0,)
+            ),
+        }
+        neuron = None if self._neurons is None else self._neurons.best.get(concept)
+        if self._neurons is not None and neuron is not None:
+            other = self._neurons.place
+            own = replace(edit, site=other.site, dictionary=other.label, features=(neuron,))
+            methods["neuron"] = SteeringMethod.adding(f"{other} {neuron}", own, self._editor.features(own), strengths)
+        return methods
+
+
+@final
+class _StripRecorder:
+    """A generator that records the first image of every batch."""
+
+    def __init__(self, generator: JudgedGenerator) -> None:
+        self._first: list[Image.Image] = []
+        self._images = generator.images
+        self.generator = generator._replace(images=self._recorded)
+
+    def _recorded(self, trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Float[Tensor, "image channel row column"]:
+        images = self._images(trials, hook)
+        self._first += to_images(images[:1])
+        return images
+
+    def strips(self, task: SteeringTask, curves: Sequence[StrengthCurve]) -> Iterator[tuple[ImageStrip, Image.Image]]:
+        """Yield a strip for each of `curves`, which were judged one after another since the last call."""
+        unedited, *edited = self._first
+        self._first.clear()
+        for curve in curves:
+            tiles = [unedited, *(edited.pop(0) for _ in curve.points)]
+            strip = ImageStrip(
+                method=curve.method,
+                concept=curve.concept,
+                group=curve.group,
+                prompt=task.trials[0].prompt,
+                strengths=tuple(point.strength for point in curve.points),
+                file=f"{curve.group}-{curve.method}.webp",
+            )
+            yield strip, _side_by_side(tiles)
+
+
+def _side_by_side(tiles: Sequence[Image.Image]) -> Image.Image:
+    width, height = tiles[0].size
+    strip = Image.new("RGB", (width * len(tiles), height))
+    for column, tile in enumerate(tiles):
+        strip.paste(tile, (column * width, 0))
+    return strip
+
+
+def _has_strips(results: SteeringResults, path: Path) -> bool:
+    return all((path.with_suffix("") / strip.file).is_file() for strip in results.strips)
+
+
+def _save_strips(folder: Path, strips: Mapping[ImageStrip, Image.Image]) -> None:
+    """Write `strips` to the folder and delete all others there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.webp"):
+        stale.unlink()
+    for strip, image in strips.items():
+        image.save(folder / strip.file, lossless=True)
+
+
+def steering_table(results: SteeringResults) -> str:
+    """Return a text table with a row for each method: medians over concepts, each at its best strength."""
+    lines = [f"{'method':<10}{'concepts':>9}{'gain':>8}{'success':>9}{'without':>9}{'kept':>7}{'loss':>7}{'strength':>10}"]
+    middle = lambda values: f"{median(values):.2f}" if values else "-"  # noqa: E731
+    for method in dict.fromkeys(curve.method for curve in results.curves):
+        curves = results.of(method)
+        best = [point for curve in curves if (point := curve.best()) is not None]
+        lines.append(
+            f"{method:<10}{len(curves):>9}{middle([curve.gain() for curve in curves]):>8}"
+            f"{middle([point.success for point in best]):>9}{middle([curve.without for curve in curves]):>9}"
+            f"{middle([point.specificity for point in best]):>7}{middle([point.quality for point in best]):>7}"
+            f"{middle([point.strength for point in best]):>10}"
+        )
+    return "\n".join(lines)
