@@ -15,8 +15,8 @@ import difflex
 from difflex import cli
 from difflex.cli import main, parse
 from difflex.commands import VERBS, verb_class
-from difflex.commands.models import table
 from difflex.commands.flags import ModelCommand
+from difflex.commands.models import models_table
 from difflex.devices import use_gpu_of_rank
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
@@ -243,20 +243,20 @@ def test_models_shows_what_each_card_says(tmp_path: Path):
     model(tmp_path, "mini-flux", json.dumps(card))
     model(tmp_path, "plain", None)
     (tmp_path / "notes").mkdir()
-    head, mini, plain = [re.split(r" {2,}", line) for line in table(tmp_path).splitlines()]
+    head, mini, plain = [re.split(r" {2,}", line) for line in models_table(tmp_path).splitlines()]
     assert head == ["model", "pixels", "steps", "guidance", "words", "MB"]
     assert mini == ["mini-flux", "64x64 64x96", "4", "1.0", "3", "2.0"]
     assert plain == ["plain", "-", "-", "-", "-", "2.0"]
 
 
 def test_models_says_that_there_are_none(tmp_path: Path):
-    assert "No model" in table(tmp_path / "nothing")
+    assert "No model" in models_table(tmp_path / "nothing")
 
 
 def test_models_names_a_broken_card(tmp_path: Path):
     model(tmp_path, "mini-flux", '{"steps": ')
     with pytest.raises(BrokenFile, match=r"mini-flux.difflex\.json"):
-        table(tmp_path)
+        models_table(tmp_path)
 
 
 def test_models_runs_without_torch():

@@ -1,12 +1,17 @@
-"""Contact sheets: images in a grid, with labels of rows and columns."""
+"""Image files, and contact sheets: images in a grid with labels of rows and columns."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from difflex.errors import BadInput
+from difflex.files import write_file
 
-__all__ = ["contact_sheet"]
+__all__ = ["check_image_path", "contact_sheet", "write_image"]
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -89,3 +94,20 @@ def _cut(line: str, font: Font, width: int) -> str:
 
 def _text_width(texts: list[str], font: Font) -> int:
     return int(max(font.getlength(line) for text in texts for line in text.split("\n"))) + 1
+
+
+def check_image_path(path: Path) -> None:
+    """Raise an error if `path` does not end like an image file."""
+    if path.suffix.lower() not in FORMATS:
+        raise BadInput(f"{path} does not name an image file. End it with one of: {' '.join(FORMATS)}")
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write `image` to `path` in the format of its suffix."""
+    check_image_path(path)
+    buffer = io.BytesIO()
+    image.save(buffer, FORMATS[path.suffix.lower()])
+    try:
+        write_file(path, buffer.getvalue())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error}. Name a file that you may write.") from error

@@ -8,11 +8,11 @@ from typing import Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import HighlightStyle
-from difflex.commands.generate import FORMATS, write_image
 from difflex.commands.inputs import open_book
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
+from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 
 __all__ = ["FeaturesCommand", "ShowCommand"]
@@ -91,8 +91,7 @@ class ShowCommand(Command):
         if self.columns < 1 or self.side < 1:
             raise BadInput(f"--columns {self.columns} --side {self.side}: both must be at least 1.")
         out = self.out or Path(f"feature-{self.feature}.png")
-        if out.suffix.lower() not in FORMATS:
-            raise BadInput(f"--out {out} does not name an image file. End it with one of: {' '.join(FORMATS)}")
+        check_image_path(out)
         study = Study.open(self.study)
         ref = study.find_dictionary(self.dictionary)
         best = _best_concepts(study, ref).get(self.feature)

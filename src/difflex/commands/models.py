@@ -1,48 +1,115 @@
-"""`difflex models`: what is inside the package."""
+"""`difflex models`, `difflex generate` and `difflex sites`: explore a model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import final
+from typing import Annotated, Any, final
 
-from difflex.errors import BrokenFile
+from tyro.conf import Positional, arg
+
+from difflex.commands.flags import ModelCommand, Pixels, Range
+from difflex.errors import BadInput
+from difflex.files import parsing
+from difflex.images import check_image_path, contact_sheet, write_image
 from difflex.study import Command
 
-__all__ = ["ModelsCommand", "table"]
+__all__ = ["GenerateCommand", "ModelsCommand", "SitesCommand", "models_table"]
 
-COLUMNS = ("model", "pixels", "steps", "guidance", "words", "MB")
+MODEL_DEFAULT = "(default: the model's own)"
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelsCommand(Command):
-    """List the models inside the package: possible sizes (the default first), default steps and guidance, known words, size."""
+    """List the models inside the package: image sizes (the default first), default steps and guidance, known words, size."""
 
     def __call__(self) -> None:
-        print(table(Path(str(files("difflex") / "models"))))
+        print(models_table(Path(str(files("difflex") / "models"))))
 
 
-def table(root: Path) -> str:
-    """One line for each pipeline folder under `root`, below the names of the columns."""
-    rows = [_row(index.parent) for index in sorted(root.glob("*/model_index.json"))]
+def models_table(root: Path) -> str:
+    """Return a table with a line for each pipeline folder under `root`."""
+    rows = [_model_row(index.parent) for index in sorted(root.glob("*/model_index.json"))]
     if not rows:
         return f"No model is inside the package ({root})."
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in (COLUMNS, *rows))
+    return _table([("model", "pixels", "steps", "guidance", "words", "MB"), *rows])
 
 
-def _row(folder: Path) -> tuple[str, ...]:
-    card = _card(folder / "difflex.json")
+def _model_row(folder: Path) -> tuple[str, ...]:
+    defaults = _read_defaults(folder / "difflex.json")
     megabytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-    sizes = " ".join(f"{height}x{width}" for height, width in card.get("pixels", []))
-    steps, guidance, words = card.get("steps", "-"), card.get("guidance", "-"), len(card.get("words", [])) or "-"
+    sizes = " ".join(f"{height}x{width}" for height, width in defaults.get("pixels", []))
+    steps, guidance = defaults.get("steps", "-"), defaults.get("guidance", "-")
+    words = len(defaults.get("words", [])) or "-"
     return folder.name, sizes or "-", str(steps), str(guidance), str(words), f"{megabytes:.1f}"
 
 
-def _card(path: Path) -> dict:
-    """What `difflex.json` says; nothing where there is none, as it is optional."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise BrokenFile(f"{path} is not JSON ({error}). Install difflex again.") from error
+def _read_defaults(path: Path) -> dict[str, Any]:
+    """Return the entries of the optional `difflex.json`."""
+    if not path.is_file():
+        return {}
+    with parsing(path, "default settings of a model", "Install difflex again."):
+        return dict(json.loads(path.read_bytes()))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GenerateCommand(ModelCommand):
+    """Generate images from prompts and save them as one labelled grid: a row for each prompt, a column for each seed."""
+
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT...", help_behavior_hint="(one or more)")] = ()
+    """Prompts; an empty one is allowed."""
+    seeds: Range = range(1)
+    """Seeds of the initial noise; END is not included."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Number of denoising steps."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Image size; one number for a square."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Guidance scale."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("grid.png")
+    """File to write the grid to: .png, .webp or .jpg."""
+
+    def __call__(self) -> None:
+        if not self.prompts:
+            raise BadInput('No prompt was given. Write at least one, as in: difflex generate mini-flux "a red star on grass"')
+        check_image_path(self.out)
+        pipe, settings = self.load(), {"steps": self.steps, "pixels": self.pixels, "guidance": self.guidance}
+        # Prompt i of a call gets the seed `seed + i`: repeating a prompt gives it all seeds.
+        rows = [
+            pipe.generate([prompt] * len(self.seeds), seed=self.seeds.start, **settings)  # pyright: ignore[reportArgumentType]
+            for prompt in self.prompts
+        ]
+        sheet = contact_sheet(
+            [[generated.image for generated in row] for row in rows],
+            row_labels=[prompt or "(empty prompt)" for prompt in self.prompts],
+            column_labels=[f"seed {seed}" for seed in self.seeds],
+        )
+        write_image(sheet, self.out)
+        print(f"{len(self.prompts) * len(self.seeds)} images in {self.out.resolve()}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SitesCommand(ModelCommand):
+    """List the sites of a model, a line for each block and stream: name, module path, width, tokens, kinds."""
+
+    pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
+    """List only sites with this name; a star stands for one index, as in double.*"""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Image size, which determines the number of tokens."""
+
+    def __call__(self) -> None:
+        rows = [("site", "module", "width", "tokens", "kinds")]
+        for row in self.load().sites(self.pattern, self.pixels):
+            kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
+            rows.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))
+        print(_table(rows))
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Align the columns of `rows`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
