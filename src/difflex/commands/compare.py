@@ -1,4 +1,4 @@
-"""`difflex compare`: two studies side by side."""
+"""`difflex compare`: compare two studies."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.errors import BadInput
-from difflex.report import read_facts
-from difflex.report.comparison import compare, describe, write_comparison
 from difflex.study import Command, Study
 
 __all__ = ["CompareCommand"]
@@ -17,23 +15,26 @@ __all__ = ["CompareCommand"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
-    """Say and draw how two studies differ: what was asked, which dictionaries there are, and every figure of those in both."""
+    """Compare two studies: their settings, their dictionaries, and every metric of the dictionaries that both have."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """The folder of a study."""
     other: Annotated[Positional[Path], arg(metavar="OTHER")]
-    """The folder of another one, of the same model or not; differences are this one's figures less the first one's."""
+    """The folder of a second study, of the same model or not; differences are its values less those of the first."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("compare.html")
-    """Where the page goes: one file that needs nothing from outside."""
+    """The file of the page."""
 
     def __call__(self) -> list[Path]:
+        from difflex.report import read_facts
+        from difflex.report.comparison import compare, describe, write_comparison
+
         comparison = compare(*(read_facts(Study.open(folder)) for folder in (self.study, self.other)))
         if self.out.is_dir():
             raise BadInput(f"--out {self.out} is a folder. Name a file, as in {self.out / 'compare.html'}.")
         print(describe(comparison))
         try:
-            page = write_comparison(comparison, self.out)
+            write_comparison(comparison, self.out)
         except OSError as error:
             raise BadInput(f"--out {self.out} cannot be written: {error}. Name a file that you may write.") from error
-        print(f"{page}: the same as a page")
-        return [page]
+        print(f"{self.out}: the page")
+        return [self.out]
