@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.choices import NormalisationMethod
+from difflex.devices import find_device
 from difflex.dictionaries import SAE, DictionaryOrigin, SAEWeights
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.errors import BadInput, NonFinite
@@ -74,7 +75,7 @@ def fit(
     Every SAE is trained on every batch, so that a sweep costs one pass over the data. Work in a folder resumes, bit for bit on a
     CPU. Under `torch.distributed` all ranks call this, and rank 0 writes. The default device is a GPU, if there is one.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = find_device(device)
     run = FitRun(trainings, batches, origin=origin, config=config, device=target)
     run.train()
     return run.finish()

@@ -16,7 +16,7 @@ from difflex.dictionaries.sparse import CooCodes, EncoderSearch, segment_sums
 from difflex.errors import NonFinite
 from difflex.training.config import TrainingConfig
 from difflex.training.parallel import TrainingRanks
-from difflex.training.update import SAEParameters, UpdateInputs
+from difflex.training.update import JumpGradients, SAEParameters, UpdateInputs
 
 __all__ = ["Learner", "UpdateMetrics", "geometric_median", "initial_weights"]
 
@@ -48,10 +48,7 @@ class ActivePairs(NamedTuple):
     """The pairs of tokens and features that an update uses, sorted by token."""
 
     pairs: CooCodes
-    active: Bool[Tensor, " pair"] | None = None
-    """Whether the feature fires; None: everywhere. Other pairs are just below the threshold of their feature."""
-    threshold_slopes: Float[Tensor, " pair"] | None = None
-    threshold_losses: Float[Tensor, " pair"] | None = None
+    jump: JumpGradients | None = None
     threshold: float | None = None
     """The smallest value that a batch-wise kind selected."""
 
@@ -158,9 +155,7 @@ class Learner:
         loss = -options.coefficient * 2 * (count / tokens / k - 1) / k / tokens
         return ActivePairs(
             pairs._replace(values=pairs.values * active),
-            active=active,
-            threshold_slopes=-thresholds[pairs.features] * near,
-            threshold_losses=loss * near,
+            JumpGradients(active, -thresholds[pairs.features] * near, loss * near),
         )
 
     def _errors(self, pairs: CooCodes, centred: Float[Tensor, "token width"], count: int) -> tuple[BatchErrors, CooCodes | None]:
@@ -216,14 +211,14 @@ class Learner:
         self, selection: ActivePairs, auxk: CooCodes | None, errors: BatchErrors, centred: Float[Tensor, "token width"]
     ) -> UpdateInputs:
         """Return the inputs of the update, gathered from the ranks that encode other tokens, sorted by feature."""
-        pairs, layers = selection.pairs, self._layer_of(selection.pairs)
-        active, slopes, losses = selection.active, selection.threshold_slopes, selection.threshold_losses
+        pairs, layers, jump = selection.pairs, self._layer_of(selection.pairs), selection.jump
         if auxk is not None:
             pairs = CooCodes(*(torch.cat(columns) for columns in zip(pairs, auxk, strict=True)))
             layers = torch.cat([layers, torch.full_like(auxk.features, len(errors.layers) - 1)])
-            if active is not None and slopes is not None and losses is not None:
+            if jump is not None:
                 zeros = torch.zeros_like(auxk.values)
-                active, slopes, losses = torch.cat([active, zeros == 0]), torch.cat([slopes, zeros]), torch.cat([losses, zeros])
+                auxk_jump = JumpGradients(zeros == 0, zeros, zeros)
+                jump = JumpGradients(*(torch.cat(columns) for columns in zip(jump, auxk_jump, strict=True)))
         gather = self.ranks.gather_tokens
         tokens = gather(pairs.tokens + self.ranks.first_token(len(centred)))
         features, order = torch.sort(gather(pairs.features), stable=True)
@@ -233,9 +228,7 @@ class Learner:
             tokens=tokens[order],
             rows=(tokens * len(errors.layers) + gather(layers))[order],
             values=gather(pairs.values)[order],
-            active=None if active is None else gather(active)[order],
-            threshold_slopes=None if slopes is None else gather(slopes)[order],
-            threshold_losses=None if losses is None else gather(losses)[order],
+            jump=None if jump is None else JumpGradients(*(gather(column)[order] for column in jump)),
             z=gather(centred),
             errors=gather(stacked),
             bias=self.ranks.sum_over_tokens(errors.bias),

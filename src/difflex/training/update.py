@@ -10,8 +10,8 @@ and the skipped decay is applied, exactly, when they fire again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
@@ -22,7 +22,7 @@ from difflex.dictionaries import SAEWeights
 from difflex.dictionaries.sparse import EncoderSearch, dot_products, segment_sums
 from difflex.training.config import AdamConfig
 
-__all__ = ["SAEParameters", "UpdateInputs"]
+__all__ = ["JumpGradients", "SAEParameters", "UpdateInputs"]
 
 CACHED_BYTES = 1 << 20
 """Of a block of rows: about eight such blocks take part in its update."""
@@ -111,6 +111,17 @@ class Adam:
             matrix.average.lerp_(matrix.weight, 1 - self.config.ema**powers)
 
 
+class JumpGradients(NamedTuple):
+    """What `jumprelu` adds to the pairs."""
+
+    active: Bool[Tensor, " pair"]
+    """Whether the feature fires. Other pairs are just below the threshold of their feature, and change only that."""
+    slopes: Float[Tensor, " pair"]
+    """Derivatives of the values by the thresholds."""
+    losses: Float[Tensor, " pair"]
+    """Derivatives of the sparsity loss by the thresholds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateInputs:
     """What an update is computed from. Pairs are sorted by feature."""
@@ -121,12 +132,8 @@ class UpdateInputs:
     rows: Int[Tensor, " pair"]
     """Rows of `errors`."""
     values: Float[Tensor, " pair"]
-    active: Bool[Tensor, " pair"] | None = None
-    """Whether the score gets a gradient; None: everywhere. Other pairs change only the threshold of their feature."""
-    threshold_slopes: Float[Tensor, " pair"] | None = None
-    """Derivatives of the values by the thresholds."""
-    threshold_losses: Float[Tensor, " pair"] | None = None
-    """Derivatives of the sparsity loss by the thresholds."""
+    jump: JumpGradients | None = None
+    """For `jumprelu`."""
     z: Float[Tensor, "token width"]
     """The input minus the bias."""
     errors: Float[Tensor, "row width"]
@@ -136,12 +143,15 @@ class UpdateInputs:
 
     def part(self, first: int, last: int, start: int) -> UpdateInputs:
         """Return pairs `first` to `last`, with features counted from `start`."""
-        per_pair = {
-            name: tensor[first:last]
-            for name, tensor in vars(self).items()
-            if isinstance(tensor, Tensor) and tensor.ndim == 1 and name != "bias"
-        }
-        return UpdateInputs(**{**vars(self), **per_pair, "features": self.features[first:last] - start})
+        pairs = slice(first, last)
+        return replace(
+            self,
+            features=self.features[pairs] - start,
+            tokens=self.tokens[pairs],
+            rows=self.rows[pairs],
+            values=self.values[pairs],
+            jump=None if self.jump is None else JumpGradients(*(column[pairs] for column in self.jump)),
+        )
 
     def gradient_bound(self, encoder_norm: float) -> float:
         """Return an upper bound of the gradient's norm; decoder rows have norm 1, encoder rows at most `encoder_norm`."""
@@ -194,11 +204,9 @@ class SAEParameters:
 
     def update(self, inputs: UpdateInputs, *, number: int, learning_rate: float, measure_gradient: bool = True) -> float | None:
         """Update all weights, for the `number`-th time from 1; return the gradient's norm before clipping if it is measured."""
-        bounds = self._block_bounds(inputs)
-        adam = Adam(self.config, update=number, learning_rate=learning_rate, scale=self._clip_scale(inputs, bounds))
+        adam = Adam(self.config, update=number, learning_rate=learning_rate, scale=self._clip_scale(inputs))
         square, score_bias = 0.0, torch.zeros_like(inputs.bias)
-        for start, stop, first, last in bounds:
-            block = self._block(inputs.part(first, last, start), start, stop)
+        for block in self._blocks(inputs):
             square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
             self._apply(block, adam)
         square, gradient = self._whole_gradient(square, score_bias, inputs)
@@ -215,13 +223,14 @@ class SAEParameters:
                     adam.apply_skipped(self.matrices[name], number - self.last_update)
             self.last_update.fill_(number)
 
-    def _block_bounds(self, inputs: UpdateInputs) -> list[tuple[int, int, int, int]]:
-        """Return the first and last row and the first and last pair of every block."""
+    def _blocks(self, inputs: UpdateInputs) -> Iterator[RowBlock]:
+        """Yield all rows, block by block."""
         edges = [*range(0, len(self.last_update), self._block_rows), len(self.last_update)]
         pairs = torch.searchsorted(inputs.features, torch.tensor(edges, device=inputs.features.device)).tolist()
-        return list(zip(edges, edges[1:], pairs, pairs[1:], strict=False))
+        for start, stop, first, last in zip(edges, edges[1:], pairs, pairs[1:], strict=False):
+            yield self._block(inputs.part(first, last, start), start, stop)
 
-    def _clip_scale(self, inputs: UpdateInputs, bounds: list[tuple[int, int, int, int]]) -> float:
+    def _clip_scale(self, inputs: UpdateInputs) -> float:
         """Return the factor that clips the gradient; a bound of its norm often shows that it is 1."""
         clip = self.config.clip
         if clip is None:
@@ -229,8 +238,7 @@ class SAEParameters:
         if inputs.gradient_bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
             return 1.0
         square, score_bias = 0.0, torch.zeros_like(inputs.bias)
-        for start, stop, first, last in bounds:
-            block = self._block(inputs.part(first, last, start), start, stop)
+        for block in self._blocks(inputs):
             square, score_bias = square + block.square(), score_bias + block.score_bias
         return min(1.0, clip / max(self._whole_gradient(square, score_bias, inputs)[0] ** 0.5, 1e-30))
 
@@ -250,7 +258,7 @@ class SAEParameters:
         matrices = {name: self.matrices[name].read(rows) for name in ROWWISE if name in self.matrices}
         encoder, decoder = matrices["encoder"].weight, matrices["decoder"].weight
         value_gradients = dot_products(decoder, places, inputs.errors, inputs.rows)
-        score_gradients = value_gradients if inputs.active is None else value_gradients * inputs.active
+        score_gradients = value_gradients if inputs.jump is None else value_gradients * inputs.jump.active
         starts = torch.searchsorted(places, torch.arange(count, device=places.device))
         gradients = {
             "encoder": segment_sums(inputs.z, inputs.tokens, score_gradients, starts),
@@ -262,8 +270,8 @@ class SAEParameters:
         encoder_bias = score_gradients.new_zeros(count).index_add_(0, places, score_gradients)
         if "encoder_bias" in matrices:
             gradients["encoder_bias"] = encoder_bias
-        if inputs.threshold_slopes is not None and inputs.threshold_losses is not None:
-            threshold_gradients = value_gradients * inputs.threshold_slopes + inputs.threshold_losses
+        if inputs.jump is not None:
+            threshold_gradients = value_gradients * inputs.jump.slopes + inputs.jump.losses
             gradients["thresholds"] = score_gradients.new_zeros(count).index_add_(0, places, threshold_gradients)
         return RowBlock(rows, matrices, gradients, encoder_bias @ encoder)
 

@@ -89,7 +89,7 @@ def grow(
     members = [GrowthMember(folder, growth, origin, run) for folder, growth in growths.items()]
     run.run_pass([member for member in members if member.growth.threshold is not None])
     for member in members:
-        while not member.finished:
+        while not member.state.finished:
             run.run_pass([member])
     return {member.folder: member.result() for member in members}
 
@@ -134,8 +134,8 @@ class GrowthRun:
 
     def run_pass(self, members: list[GrowthMember]) -> None:
         """Run one pass over the stream for `members`, each from its own batch on."""
-        growing = [member for member in members if not member.finished]
-        first = min((member.batches for member in growing), default=0)
+        growing = [member for member in members if not member.state.finished]
+        first = min((member.state.batches for member in growing), default=0)
         stream = require_split(self.data.batches(first), "train") if growing else iter(())
         for number in count(first):
             rows = next(stream, None) if growing else None
@@ -143,7 +143,7 @@ class GrowthRun:
             if not sum(counts):
                 break
             for member in growing:
-                if member.batches == number:
+                if member.state.batches == number:
                     self._add_batch(member, rows, max(counts), number)
                     if (number + 1) % self._checkpoint_every == 0 and not member.pass_is_done:
                         member.save()
@@ -169,10 +169,10 @@ class GrowthRun:
                 break
             piece = slice(start, start + size)
             member.grower.add_batch(ActivationBatch(z[piece], shots[piece], tokens[piece]), holdout[piece])
-        member.batches += 1
+        member.state.batches += 1
         if self._on_progress is not None:
             interval = member.grower.curve[-1]
-            threshold, passes = member.grower.threshold, len(member.trials)
+            threshold, passes = member.grower.threshold, len(member.state.trials)
             self._on_progress(GrowthProgress(member.folder, threshold, passes, interval, self.data.tokens))
 
 
@@ -184,43 +184,33 @@ class GrowthMember:
         """Resume the growth in `folder`, or begin one."""
         self.folder, self.growth, self._origin, self._run = folder, growth, origin, run
         self._work = folder / "training"
-        self.trials: list[ThresholdTrial] = []
-        self._parts: dict[str, str] = {}
-        self._saved_normalisation: dict[str, Json] | None = None
         self._dictionary: ITDA | None = None
         state = files.read_state(self._work, growth, run.data.data)
-        self.finished = state is not None and state.finished
         if state is None:
             self.normalisation, self._backend = run.normalisation(growth), run.backend(growth)
+            threshold = growth.threshold or next_threshold([], growth.size)
+            backend = self._backend.as_json()
+            self.state = GrowthState(growth=growth.as_json(), data=run.data.data, backend=backend, threshold=threshold)
         else:
+            self.state = state
             self.normalisation = files.read_normalisation(self._work, state.normalisation, run.device)
             run.reuse_normalisation(growth, self.normalisation)
-            self._saved_normalisation = state.normalisation
             with parsing(self._work / files.STATE, "the backend of a growth", files.ADVICE):
                 self._backend = PursuitBackend.from_json(state.backend)
-        self._begin_pass(state)
+        if not self.state.finished:
+            self.grower = self._new_grower()
+            if self.state.batches:
+                self._restore()
 
-    def _begin_pass(self, state: GrowthState | None) -> None:
-        """Begin a pass, or continue that of `state`."""
-        if state is not None:
-            self.trials = state.past_trials()
-        threshold = self.growth.threshold or next_threshold(self.trials, self.growth.size)
-        self.batches, self._parts = 0, {}
-        resumes = state is not None and state.batches > 0
-        if state is not None and resumes:
-            threshold, self.batches, self._parts = state.threshold, state.batches, state.parts
-        if not self.finished:
-            width, run = self.normalisation.width, self._run
-            self.grower = AtomGrower(self.growth, threshold, width, run.device, run.ranks, self._backend)
-            if state is not None and resumes:
-                self._restore(state)
+    def _new_grower(self) -> AtomGrower:
+        run = self._run
+        return AtomGrower(self.growth, self.state.threshold, self.normalisation.width, run.device, run.ranks, self._backend)
 
-    def _restore(self, state: GrowthState) -> None:
-        grower = self.grower
+    def _restore(self) -> None:
+        grower, state = self.grower, self.state
         for part in files.read_parts(self._work, state):
             grower.restore(part)
-        grower.curve = state.past_curve()
-        grower.idle_tokens = state.idle_tokens
+        grower.curve, grower.idle_tokens = state.curve, state.idle_tokens
         if not grower.curve or grower.size != grower.curve[-1].size:
             path = self._work / files.STATE
             raise BrokenFile(f"{path} names files with {grower.size} atoms, which do not fit its curve. {files.ADVICE}")
@@ -232,14 +222,16 @@ class GrowthMember:
 
     def save(self) -> None:
         """Save a checkpoint."""
+        grower, state = self.grower, self.state
         if self._run.ranks.rank == 0:
-            if self._saved_normalisation is None:
-                self._saved_normalisation = files.write_normalisation(self._work, self.normalisation)
-            self._parts = files.write_state(self._work, self._state(), self.grower.atoms_from, self.grower.size)
+            state.normalisation = state.normalisation or files.write_normalisation(self._work, self.normalisation)
+            state.curve, state.idle_tokens = grower.curve, grower.idle_tokens
+            files.write_state(self._work, state, grower.atoms_from, grower.size)
 
     def end_pass(self) -> None:
         """Finish the dictionary, or prepare a pass with another threshold."""
-        if self.finished:
+        state = self.state
+        if state.finished:
             return
         grower = self.grower
         if not grower.token_count:
@@ -250,14 +242,15 @@ class GrowthMember:
                 "made of them. Harvest more prompts, or choose another normalisation."
             )
         share = min(1.0, grower.tokens_until_full / self._run.data.tokens) if grower.is_full else 1.0
-        self.trials.append(ThresholdTrial(grower.threshold, grower.size, share))
-        self.finished = self.growth.threshold is not None or is_settled(self.trials, self.growth.size)
-        if self.finished:
+        state.trials.append(ThresholdTrial(grower.threshold, grower.size, share))
+        state.finished = self.growth.threshold is not None or is_settled(state.trials, self.growth.size)
+        if state.finished:
             self._dictionary = self._make_dictionary()
             if self._run.ranks.rank == 0:
                 self._dictionary.save(self.folder)
         else:
-            self._begin_pass(None)
+            state.begin_pass(next_threshold(state.trials, self.growth.size))
+            self.grower = self._new_grower()
         self.save()
         if self._run.ranks.rank == 0:
             files.remove_parts(self._work)
@@ -279,7 +272,7 @@ class GrowthMember:
             "data": data.data,
             "threshold": grower.threshold,
             "tokens": grower.token_count,
-            "passes": len(self.trials),
+            "passes": len(self.state.trials),
             "backend": grower.backend.reason,
             "expected_over_threshold": expected_over_threshold(grower.curve),
             "curve": [list(interval) for interval in thin_curve(grower.curve)],
@@ -291,19 +284,4 @@ class GrowthMember:
             atoms=grower.atoms.rows.clone(),
             provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), known=known),
             pursuit=self.growth.pursuit,
-        )
-
-    def _state(self) -> GrowthState:
-        return GrowthState(
-            growth=self.growth.as_json(),
-            data=self._run.data.data,
-            normalisation=self._saved_normalisation or {},
-            backend=self._backend.as_json(),
-            trials=[list(trial) for trial in self.trials],
-            threshold=self.grower.threshold,
-            batches=self.batches,
-            idle_tokens=self.grower.idle_tokens,
-            curve=[list(interval) for interval in self.grower.curve],
-            parts=self._parts,
-            finished=self.finished,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -81,35 +81,31 @@ class ThresholdTrial(NamedTuple):
         return self.size / self.share**SIZE_EXPONENT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GrowthState:
-    """`state.json`."""
+    """`state.json`: how far a growth is."""
 
     growth: dict[str, Json]
     data: str
     """A name for the data; growth does not resume with other data."""
-    normalisation: dict[str, Json]
+    normalisation: dict[str, Json] = field(default_factory=dict)
     """Its settings, and the SHA-256 of its file."""
     backend: dict[str, Json]
     """The pursuit backend: another one might pick other atoms."""
-    trials: list[list[int | float]]
+    trials: list[ThresholdTrial] = field(default_factory=list)
     """Finished passes of the search for the threshold."""
     threshold: float
-    batches: int
+    batches: int = 0
     """Batches of this pass so far."""
-    idle_tokens: int
-    curve: list[list[int]]
-    parts: dict[str, str]
+    idle_tokens: int = 0
+    curve: list[GrowthInterval] = field(default_factory=list)
+    parts: dict[str, str] = field(default_factory=dict)
     """The files with the atoms so far, in order, and their SHA-256."""
-    finished: bool
+    finished: bool = False
 
-    def past_trials(self) -> list[ThresholdTrial]:
-        """Return the finished passes."""
-        return [ThresholdTrial(threshold, int(size), share) for threshold, size, share in self.trials]
-
-    def past_curve(self) -> list[GrowthInterval]:
-        """Return the growth curve of this pass."""
-        return [GrowthInterval(*row) for row in self.curve]
+    def begin_pass(self, threshold: float) -> None:
+        """Reset what belongs to one pass."""
+        self.threshold, self.batches, self.idle_tokens, self.curve, self.parts = threshold, 0, 0, [], {}
 
 
 def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | None:
@@ -119,10 +115,11 @@ def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | N
         return None
     entries = read_json(path, FORMAT, ADVICE)
     with parsing(path, "the state of a growth", ADVICE):
-        state = GrowthState(**{field.name: entries[field.name] for field in fields(GrowthState)})
-        _check_entries(state)
-    config = growth.as_json()
-    differences = {name: (state.growth.get(name), config[name]) for name in config if state.growth.get(name) != config[name]}
+        trials = [ThresholdTrial(*row) for row in entries["trials"]]
+        curve = [GrowthInterval(*row) for row in entries["curve"]]
+        state = GrowthState(**{**entries, "trials": trials, "curve": curve})
+        config = growth.as_json()
+        differences = {name: (state.growth.get(name), config[name]) for name in config if state.growth.get(name) != config[name]}
     if state.data != data:
         differences["data"] = (state.data, data)
     if differences:
@@ -131,27 +128,14 @@ def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | N
     return state
 
 
-def _check_entries(state: GrowthState) -> None:
-    """Raise a ValueError for entries that `write_state` does not write."""
-    types = {"growth": dict, "normalisation": dict, "backend": dict, "parts": dict, "trials": list, "curve": list}
-    wrong = [name for name, kind in types.items() if not isinstance(getattr(state, name), kind)]
-    wrong += [name for name in ("threshold", "batches", "idle_tokens") if not isinstance(getattr(state, name), int | float)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} has the wrong type")
-    state.past_curve()
-    state.past_trials()
-
-
-def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], dict[str, Tensor]], size: int) -> dict[str, str]:
-    """Write the atoms that are not in `state.parts` yet, then `state.json`; return all parts."""
+def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], dict[str, Tensor]], size: int) -> None:
+    """Write the atoms that are not in `state.parts` yet, then `state.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
-    parts = dict(state.parts)
     if size > start and not state.finished:
         name = f"atoms-{len(state.trials)}-{size}.safetensors"
-        parts[name] = write_file(folder / name, save(atoms_from(start)))
-    write_json(folder / STATE, FORMAT, {**asdict(state), "parts": parts})
-    return parts
+        state.parts[name] = write_file(folder / name, save(atoms_from(start)))
+    write_json(folder / STATE, FORMAT, asdict(state))
 
 
 def read_parts(folder: Path, state: GrowthState) -> list[dict[str, Tensor]]:
