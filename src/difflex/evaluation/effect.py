@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from difflex.devices import find_device
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.image_similarity import ImageMeasure, ssim
@@ -38,7 +39,7 @@ def measure_effects(
     `images` only predictions are compared. `measures` compare images in addition to SSIM. The unedited model and the baselines
     run once for all dictionaries. `device` defaults to the GPU if there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(device)
     edits = _edits([dictionary.to(device) for dictionary in dictionaries], mean)
     changes, timesteps = _prediction_changes(predictions(edits), list(edits))
     if not timesteps:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.devices import find_device
 from difflex.errors import BadInput, UnknownName
 
 __all__ = ["ClipModel", "ImageMeasure", "LpipsDistance", "check_measure", "load_measure", "ssim"]
@@ -92,7 +93,7 @@ class ClipModel:
         import transformers
 
         self.name = model
-        self._device = _device(device)
+        self._device = find_device(device)
         try:
             config = transformers.AutoConfig.from_pretrained(model, local_files_only=offline)
             if config.model_type != "clip":
@@ -179,7 +180,7 @@ class LpipsDistance:
         self, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], device: torch.device | str | None = None
     ) -> None:
         """Take the weights of torchvision's AlexNet and of LPIPS 0.1 for it, by their published names."""
-        self._device = device = _device(device)
+        self._device = device = find_device(device)
         self._convolutions = [
             (trunk[f"features.{number}.weight"].to(device), trunk[f"features.{number}.bias"].to(device)) for number, *_ in LAYERS
         ]
@@ -226,10 +227,6 @@ def _published_weights(file: _PublishedFile, offline: bool) -> dict[str, Tensor]
         )
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise BadInput(f"The weights of LPIPS cannot be loaded ({error}). {advice}") from error
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Float[Tensor, "channel 1 1"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from difflex.devices import find_device
 from difflex.dictionaries import Dictionary, NormalisedDictionary
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, NonFinite
@@ -46,7 +47,7 @@ def evaluate(
     """
     if tokens < 1:
         raise BadInput(f"An evaluation on {tokens} tokens is not possible: ask for 1 or more.")
-    tally = _EvaluationTally(dictionary.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), shot)
+    tally = _EvaluationTally(dictionary.to(find_device(device)), shot)
     with tqdm(total=tokens, unit=" tokens", unit_scale=True, disable=None if progress else True, desc=dictionary.name) as bar:
         for rows in _first_rows(require_split(batches, "held-out"), tokens):
             tally.add(rows)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from difflex.devices import find_device
 from difflex.errors import BadInput
 from difflex.explanation.questions import (
     ExplanationAnswer,
@@ -90,7 +91,7 @@ class LocalBackend(VLMBackend):
         import transformers
 
         self._name, self._longest, self._lock = model, longest, Lock()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        target = find_device(device)
         try:
             # The annotations of transformers name its bare classes, not what these make of a folder.
             self._processor: Any = transformers.AutoProcessor.from_pretrained(model, local_files_only=offline)
@@ -102,7 +103,7 @@ class LocalBackend(VLMBackend):
             ) from error
         if not getattr(self._processor, "chat_template", None):
             raise BadInput(f"'{model}' has no chat template: it was not made to be told what to do. Name one that was.")
-        self._model = loaded.to(device).eval()
+        self._model = loaded.to(target).eval()
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from difflex.devices import find_device
 from difflex.dictionaries import ITDA, Dictionary, fingerprint
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.features.book import Book
@@ -97,7 +98,7 @@ def collect(
 
 
 def _moved(targets: Sequence[CollectTarget], device: torch.device | str | None) -> Sequence[CollectTarget]:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     if device.type == "cpu":
         return targets
     return [replace(target, dictionary=target.dictionary.to(device)) for target in targets]
