@@ -1,4 +1,4 @@
-"""`difflex harvest` and `difflex verify`: a real pipeline's activations, stored, resumed, shared by processes, verified."""
+"""`difflex harvest` and `difflex verify`: the activations of a real pipeline, stored, resumed, shared by processes, verified."""
 
 import signal
 import subprocess
@@ -32,14 +32,14 @@ def prompts(tmp_path: Path) -> Path:
 
 def harvest(model: Path, prompts: Path, out: Path, *flags: str) -> int:
     words = ["harvest", str(model), "--prompts", str(prompts), "--out", str(out), "--pixels", "16x24", "--batch", "4", *flags]
-    return main(words if "--sites" in flags else [*words, "--sites", *SITES])
+    return main(words if "--site" in flags else [*words, "--site", *SITES])
 
 
 def contents(study: Path) -> dict[str, bytes]:
     return {str(path.relative_to(study)): path.read_bytes() for path in sorted(study.rglob("*")) if path.is_file()}
 
 
-def test_what_was_harvested_can_be_made_again_from_its_shot(model: Path, prompts: Path, tmp_path: Path):
+def test_a_row_can_be_made_again_from_its_shot(model: Path, prompts: Path, tmp_path: Path):
     assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "2") == 0
     pipe = difflex.load(str(model))
     for site in (Site("double.1"), Site("single.2", "update"), Site("double.0", stream="text")):
@@ -55,14 +55,14 @@ def test_what_was_harvested_can_be_made_again_from_its_shot(model: Path, prompts
 
 
 def test_every_prompt_seed_and_step_is_harvested_once(model: Path, prompts: Path, tmp_path: Path):
-    assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "3", "--keep", "1:3") == 0
+    assert harvest(model, prompts, tmp_path / "study", "--seeds", "3:5", "--steps", "3", "--keep-steps", "1:3") == 0
     store = Store.open(tmp_path / "study" / "activations" / "double.1")
     shots = {store.shot(number) for number in range(12 * 2 * 2)}
     assert len({(shot.prompt, shot.seed, shot.timestep) for shot in shots}) == 12 * 2 * 2
     assert len({shot.timestep for shot in shots}) == 2
 
 
-def test_the_same_command_again_adds_nothing_and_more_tokens_add(model: Path, prompts: Path, tmp_path: Path):
+def test_the_same_command_again_adds_nothing_and_more_tokens_are_added(model: Path, prompts: Path, tmp_path: Path):
     assert harvest(model, prompts, tmp_path / "once") == 0
     assert harvest(model, prompts, tmp_path / "twice", "--tokens", "40") == 0
     assert harvest(model, prompts, tmp_path / "twice") == 0
@@ -72,16 +72,16 @@ def test_the_same_command_again_adds_nothing_and_more_tokens_add(model: Path, pr
 
 def test_torchrun_shares_the_shots_and_yields_the_same_rows(model: Path, prompts: Path, tmp_path: Path):
     assert harvest(model, prompts, tmp_path / "one") == 0
-    flags = ["--prompts", str(prompts), "--out", str(tmp_path / "two"), "--pixels", "16x24", "--batch", "4", "--sites", *SITES]
+    flags = ["--prompts", str(prompts), "--out", str(tmp_path / "two"), "--pixels", "16x24", "--batch", "4", "--site", *SITES]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "difflex"]
     subprocess.run([*torchrun, "harvest", str(model), *flags], check=True, capture_output=True)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_harvest_that_was_killed_goes_on_to_the_same_bytes(model: Path, tmp_path: Path):
+def test_a_killed_harvest_continues_to_the_same_bytes(model: Path, tmp_path: Path):
     prompts = tmp_path / "many.txt"
     prompts.write_text("".join(f"star {i}\n" for i in range(400)))
-    flags = ["--prompts", str(prompts), "--pixels", "16x24", "--batch", "4", "--sites", *SITES]
+    flags = ["--prompts", str(prompts), "--pixels", "16x24", "--batch", "4", "--site", *SITES]
     command = [sys.executable, "-m", "difflex", "harvest", str(model), *flags, "--out", str(tmp_path / "killed")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         begun = lambda: any(path.stat().st_size > 4096 for path in (tmp_path / "killed").rglob(".shard*.tmp"))  # noqa: E731
@@ -98,7 +98,7 @@ def test_a_harvest_that_was_killed_goes_on_to_the_same_bytes(model: Path, tmp_pa
 def test_a_column_of_a_file_is_harvested(model: Path, tmp_path: Path):
     path = tmp_path / "prompts.csv"
     path.write_text("number,words\n0,a star\n1,a moon\n")
-    assert harvest(model, path, tmp_path / "study", "--sites", "double.0", "--steps", "1", "--column", "words") == 0
+    assert harvest(model, path, tmp_path / "study", "--site", "double.0", "--steps", "1", "--prompts-column", "words") == 0
     store = Store.open(tmp_path / "study" / "activations" / "double.0")
     assert [store.shot(number).prompt for number in range(2)] == ["a star", "a moon"]
 
@@ -107,25 +107,25 @@ def test_a_shuffle_keeps_the_prompts_and_changes_their_order(model: Path, prompt
     orders = []
     for flags in ([], ["--shuffle", "1"], ["--shuffle", "1"]):
         out = tmp_path / str(len(orders))
-        assert harvest(model, prompts, out, "--sites", "double.0", "--steps", "1", *flags) == 0
+        assert harvest(model, prompts, out, "--site", "double.0", "--steps", "1", *flags) == 0
         store = Store.open(out / "activations" / "double.0")
         orders.append([store.shot(number).prompt for number in range(12)])
     assert orders[0] != orders[1] == orders[2]
     assert sorted(orders[0]) == sorted(orders[1])
 
 
-@pytest.mark.filterwarnings("always:.*are cut there")  # the tiny model reads 24 letters
-def test_captions_do_not_end(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.filterwarnings("always:.*are truncated")  # the tiny model reads 24 tokens
+def test_the_endless_captions_need_a_number_of_tokens(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert harvest(model, Path("captions"), tmp_path) == 2
     assert "--tokens" in capsys.readouterr().err
-    assert harvest(model, Path("captions"), tmp_path, "--tokens", "100", "--sites", "double.0") == 0
+    assert harvest(model, Path("captions"), tmp_path, "--tokens", "100", "--site", "double.0") == 0
 
 
 def test_changed_prompts_are_refused(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0") == 0
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0") == 0
     before = contents(tmp_path / "study")
     prompts.write_text(prompts.read_text() + "one more\n")
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0") == 2
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0") == 2
     assert "The prompts have changed" in capsys.readouterr().err
     assert contents(tmp_path / "study") == before
 
@@ -134,7 +134,7 @@ def test_changed_prompts_are_refused(model: Path, prompts: Path, tmp_path: Path,
     ("content", "complaint"),
     [(b"", "no prompt"), (b"\n \n", "no prompt"), (b"caf\xe9", "UTF-8"), (None, "does not exist")],
 )
-def test_a_file_of_prompts_that_cannot_be_used_is_said(
+def test_a_file_without_usable_prompts_is_an_error(
     model: Path, tmp_path: Path, content: bytes | None, complaint: str, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "prompts.txt"
@@ -145,59 +145,59 @@ def test_a_file_of_prompts_that_cannot_be_used_is_said(
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize(("size", "ends"), [("0.1kB", 2), ("1MB", 0)])
-def test_a_limit_is_asked_before_anything_is_stored(
-    model: Path, prompts: Path, tmp_path: Path, size: str, ends: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("size", "exit_code"), [("0.1kB", 2), ("1MB", 0)])
+def test_the_limit_is_checked_before_anything_is_stored(
+    model: Path, prompts: Path, tmp_path: Path, size: str, exit_code: int, capsys: pytest.CaptureFixture[str]
 ):
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "--limit", size) == ends
-    assert ("the limit is" in capsys.readouterr().err) == (ends == 2)
-    assert (tmp_path / "study").exists() == (ends == 0)
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "--max-bytes", size) == exit_code
+    assert ("the limit is" in capsys.readouterr().err) == (exit_code == 2)
+    assert (tmp_path / "study").exists() == (exit_code == 0)
 
 
-def test_a_size_that_is_none_is_named(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_size_that_is_not_a_number_is_an_error(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        harvest(model, prompts, tmp_path, "--limit", "many")
+        harvest(model, prompts, tmp_path, "--max-bytes", "many")
     assert "100GB" in capsys.readouterr().err
 
 
-def test_verify_tells_whole_from_broken(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+def test_verify_finds_damaged_files(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "study")]) == 0
-    assert "double.0: 4 files, all as they were written\ndouble.1: 4 files" in capsys.readouterr().out
+    assert "double.0: 4 files, all intact\ndouble.1: 4 files" in capsys.readouterr().out
     shard = tmp_path / "study" / "activations" / "double.1" / "shard-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert main(["verify", str(tmp_path / "study")]) == 2
-    said = capsys.readouterr()
-    assert "double.0: 4 files, all" in said.out and "double.1: broken" in said.out
-    assert "shard-00000.safetensors" in said.err
+    output = capsys.readouterr()
+    assert "double.0: 4 files, all" in output.out and "double.1: damaged" in output.out
+    assert "shard-00000.safetensors" in output.err
     for path in shard.parent.glob("shard*"):
         path.unlink()
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
     assert main(["verify", str(tmp_path / "study")]) == 0
 
 
-def test_verify_notices_a_store_whose_manifest_is_missing(
-    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.0", "double.1") == 0
+def test_verify_finds_a_missing_manifest(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
     (tmp_path / "study" / "activations" / "double.1" / "manifest.json").unlink()
     assert main(["verify", str(tmp_path / "study")]) == 2
-    said = capsys.readouterr()
-    assert "double.0: 4 files, all" in said.out and "double.1: broken" in said.out and "manifest.json is missing" in said.err
+    output = capsys.readouterr()
+    assert (
+        "double.0: 4 files, all" in output.out and "double.1: damaged" in output.out and "manifest.json is missing" in output.err
+    )
 
 
-def test_a_file_where_activations_should_be_is_named(
+def test_a_file_in_the_place_of_a_store_is_an_error(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "study" / "activations").mkdir(parents=True)
     (tmp_path / "study" / "activations" / "double.1").write_text("")
-    assert harvest(model, prompts, tmp_path / "study", "--sites", "double.1") == 2
+    assert harvest(model, prompts, tmp_path / "study", "--site", "double.1") == 2
     assert "move away what is there" in capsys.readouterr().err
 
 
-def test_verify_says_that_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_verify_needs_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["verify", str(tmp_path)]) == 2
     assert "not a study" in capsys.readouterr().err

@@ -1,20 +1,18 @@
-"""`difflex harvest`: activations of a model, stored in a study."""
+"""`difflex harvest` and `difflex verify`: store the activations of a model in a study, and check the stored files."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import Annotated, final
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
+from difflex.choices import StoredDtype
 from difflex.commands.flags import Bytes, ModelCommand, Pixels, Range
-from difflex.commands.inputs import CAPTIONS, PromptSource, read_prompts
-from difflex.distributed import Ranks
-from difflex.errors import BadInput
-from difflex.store import RecordingConfig, record
-from difflex.study import Study
+from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.study import Command, Study
 
-__all__ = ["HarvestCommand"]
+__all__ = ["HarvestCommand", "VerifyCommand"]
 
 THE_MODELS_OWN = "(default: the model's own)"
 
@@ -22,64 +20,54 @@ THE_MODELS_OWN = "(default: the model's own)"
 @final
 @dataclass(frozen=True, kw_only=True)
 class HarvestCommand(ModelCommand):
-    """Store a model's activations at one or several sites; given again it goes on; under torchrun processes share the work."""
+    """Store the activations of a model at one or many sites. Run again to continue; torchrun shares the work."""
 
     site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
-    """Where to read: double.18, single.9:update, double.3:text; a star stands for any number."""
+    """The sites: double.18, single.9:update, double.3:text; a star stands for any number."""
     prompts: Annotated[str, arg(metavar="FILE")]
-    """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`: those of the drawn world, without end."""
+    """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`, the endless captions of the drawn world."""
     out: Annotated[Path, arg(metavar="STUDY")]
-    """The folder of the study; begun if it is not there."""
+    """The folder of the study; a new one is begun."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
     """How many rows to store at each site."""
     prompts_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
-    """Which column of a .csv, .json, .jsonl or .parquet file holds the prompts."""
+    """The column of a .csv, .json, .jsonl or .parquet file with the prompts."""
     prompts_revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
-    """Which revision of a data set on the hub to read."""
+    """The revision of a data set on the hub."""
     seeds: Range = range(1)
-    """Seeds for each prompt, which is encoded once for all of them; END is left out."""
+    """Seeds for each prompt."""
     shuffle: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: in the order of the file)")] = None
-    """Shuffle the prompts."""
+    """Shuffle the prompts with this seed."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_MODELS_OWN)] = None
     """Denoising steps."""
     keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
-    """Which of the steps to read; END is left out."""
+    """The steps to harvest."""
     pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
-    """Size of an image; one number for a square."""
+    """The size of an image; one number for a square."""
     guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
-    """How strongly the prompt is followed."""
+    """The guidance scale."""
     batch: Annotated[int, arg(metavar="N")] = 16
-    """Images at once."""
-    dtype: Literal["bf16", "fp16", "int8"] = "bf16"
-    """How numbers are stored; int8 with a scale for each row."""
-    max_bytes: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk)")] = None
-    """What the activations may take on disk, as in 100GB; asked before anything is written."""
+    """Images at a time."""
+    dtype: StoredDtype = "bf16"
+    """The number format on disk; int8 has a scale for each row."""
+    max_bytes: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk space)")] = None
+    """The largest size of the activations on disk, as in 100GB; checked before anything is written."""
 
     def __call__(self) -> list[Path]:
+        from difflex.commands.inputs import CAPTIONS, read_prompts
+        from difflex.devices import use_gpu_of_rank
+        from difflex.distributed import Ranks
+        from difflex.store import RecordingConfig, record
+
         prompts = read_prompts(self.prompts, self.shuffle, self.prompts_column, self.prompts_revision)
         if prompts.is_endless and self.tokens is None:
-            raise BadInput(f"The {CAPTIONS} do not end: say how many --tokens to store.")
+            raise BadInput(f"The {CAPTIONS} are endless: say how many --tokens to store.")
         if not self.site:
-            raise BadInput("No site was named: write --site and one or several, as in --site double.1 single.0:update")
-        settings = self._settings(prompts)
-        pipe = self.load()
-        sites = pipe.expand(self.site)
-        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
-        study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
-        harvest = partial(pipe.harvest, progress=False)
-        stores = record(study.activations, shots, sites, harvest, settings, before_writing=study.write)
-        for store in stores:
-            state = "complete" if store.complete else "this process's share is done"
-            print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
-        return [store.folder for store in stores]
-
-    def _settings(self, prompts: PromptSource) -> RecordingConfig:
-        ranks = Ranks.from_torchrun()
-        from difflex.devices import use_gpu_of_rank
-
+            raise BadInput("No site was named: write --site with one or more sites, as in --site double.1 single.0:update")
         use_gpu_of_rank()
+        ranks = Ranks.from_torchrun()
         order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
-        return RecordingConfig(
+        config = RecordingConfig(
             dtype=self.dtype,
             tokens=self.tokens,
             batch=self.batch,
@@ -89,3 +77,40 @@ class HarvestCommand(ModelCommand):
             world_size=ranks.world_size,
             progress=ranks.rank == 0,
         )
+        pipe = self.load()
+        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
+        study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
+        harvest = partial(pipe.harvest, progress=False)
+        stores = record(study.activations, shots, pipe.expand(self.site), harvest, config, before_writing=study.write)
+        for store in stores:
+            state = "complete" if store.complete else "the share of this process is done"
+            print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
+        return [store.folder for store in stores]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand(Command):
+    """Read all stored activations of a study and compare every file with its checksum."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of the study."""
+
+    def __call__(self) -> None:
+        from difflex.store import Store
+
+        stores = Study.open(self.study).stores()
+        if not stores:
+            raise UnknownName(f"{self.study} has no activations yet. difflex harvest stores some.")
+        errors: list[DifflexError] = []
+        for site, folder in stores.items():
+            try:
+                store = Store.open(folder)
+                files = store.verify()
+                unfinished = "" if store.complete else "; its harvest is not finished"
+                print(f"{site}: {files} files, all intact{unfinished}")
+            except DifflexError as error:
+                print(f"{site}: damaged")
+                errors.append(error)
+        if errors:
+            raise BrokenFile("\n".join(map(str, errors)))

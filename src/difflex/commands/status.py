@@ -1,52 +1,46 @@
-"""`difflex status`: how far a study is."""
+"""`difflex status`: the content of a study and the state of its commands."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, final
 
 from tyro.conf import Positional, arg
 
-from difflex.store import Store
 from difflex.study import Command, CommandRecord, Study, read_log
 
 __all__ = ["StatusCommand"]
 
-COLUMNS = ("", "state", "when (UTC)", "seconds", "verb", "asked")
+COLUMNS = ("", "state", "finished (UTC)", "seconds", "verb", "flags")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class StatusCommand(Command):
-    """Say what a study holds: its activations and dictionaries, and how far its recipe is."""
+    """Show the activations and dictionaries of a study, and which commands of its recipe are done."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """The folder of the study."""
 
     def __call__(self) -> None:
+        from difflex.store import Store
+
         study = Study.open(self.study)
-        print(f"{study.folder} studies {study.model}")
+        print(f"{study.folder}: a study of {study.model}")
         for site, folder in study.stores().items():
             store = Store.open(folder)
             rows = store.count() + store.count("held-out")
             print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
-        for place in study.dictionaries():
-            print(f"  {place}")
-        if entries := read_log(study.folder):
-            print(_table([(entry, "begun" if entry.seconds is None else "done") for entry in entries]))
+        for ref in study.dictionaries():
+            print(f"  {ref}")
+        if records := read_log(study.folder):
+            lines = [COLUMNS, *(_line(number, record) for number, record in enumerate(records, 1))]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
 
 
-def _table(rows: Sequence[tuple[CommandRecord, str]]) -> str:
-    lines = [COLUMNS, *(_line(number, entry, state) for number, (entry, state) in enumerate(rows, 1))]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _line(number: int, entry: CommandRecord, state: str) -> tuple[str, ...]:
-    asked = " ".join(f"{name}={_short(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
-    when = entry.finished[:16].replace("T", " ") if entry.finished else ""
-    return str(number), state, when, "" if entry.seconds is None else f"{entry.seconds:.0f}", entry.verb, asked
-
-
-def _short(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _line(number: int, record: CommandRecord) -> tuple[str, ...]:
+    flags = {name: value for name, value in record.flags.items() if value not in (None, False, [], {})}
+    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in flags.items()]
+    finished = record.finished[:16].replace("T", " ") if record.finished else ""
+    seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
+    return str(number), "begun" if record.seconds is None else "done", finished, seconds, record.verb, " ".join(words)
