@@ -1,7 +1,7 @@
-"""What it costs to collect the examples of features, in time and memory, and how soon a feature's sheet is there.
+"""Time and memory of collecting examples of features, and the time to draw a feature's sheet.
 
-All times are of one core (process time), so that what else runs does not count. Before each sheet the files of the book are
-dropped from the memory of the operating system; what waiting for the disk adds is told by the clock, beside the bar.
+Times are process times of one core. Before each sheet the files of the book are dropped from the page cache; the wall time, which
+includes waiting for the disk, is printed as well.
 """
 
 import os
@@ -33,99 +33,99 @@ SIZE, K, GRID, BATCH = 65_536, 64, (16, 16), 16
 STREAM = 4800
 """Images of the synthetic stream."""
 IMAGES = 1000
-"""Images that mini-flux is shown: what `difflex collect` takes by default."""
+"""Images for mini-flux, as many as `difflex collect` uses by default."""
 
 
-def merged() -> tuple[float, float]:
-    """Pairs of token and feature merged in a second, and the gigabytes that this took at most, in this process."""
+def measure_merging() -> tuple[float, float]:
+    """Return the firing pairs merged per second and the memory used for it, in gigabytes, in this process."""
     generator, tokens = torch.Generator().manual_seed(0), GRID[0] * GRID[1]
     site = Site("double.1", "neurons")
 
     def codes(_: torch.Tensor) -> Codes:
-        """Features that fire at 8 neighbouring tokens, so that maps are maps."""
+        """Return codes of features that fire at 8 adjacent tokens each."""
         features = torch.randint(SIZE, (BATCH, tokens // 8, K), generator=generator, dtype=torch.int32)
         wide = features.repeat_interleave(8, 1).flatten(0, 1).long()
         return Codes(torch.rand(wide.shape, generator=generator) + 0.01, wide)
 
-    given = Neurons(width=SIZE, k=K, origin=DictionaryOrigin(site=site))
-    waiting: list[Codes] = []
-    given.encode = lambda x: waiting.pop()  # pyright: ignore[reportAttributeAccessIssue]
+    dictionary = Neurons(width=SIZE, k=K, origin=DictionaryOrigin(site=site))
+    pending: list[Codes] = []
+    dictionary.encode = lambda x: pending.pop()  # pyright: ignore[reportAttributeAccessIssue]
     shot = Shot(model="none", pixels=(256, 256), steps=1, guidance=0.0, timestep=1000.0)
-    seen = Activations(site=site, values=torch.zeros(BATCH, tokens, 1), shots=(shot,) * BATCH, grid=GRID)
-    codes(seen.values)
-    before, spent = _resident(), 0.0
-    gathering = FeatureCollector(given, CollectConfig())
+    activations = Activations(site=site, values=torch.zeros(BATCH, tokens, 1), shots=(shot,) * BATCH, grid=GRID)
+    codes(activations.values)
+    memory, seconds = _peak_memory(), 0.0
+    collector = FeatureCollector(dictionary, CollectConfig())
     for first in range(0, STREAM, BATCH):
-        waiting.append(codes(seen.values))
+        pending.append(codes(activations.values))
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
-        began = time.process_time()
-        gathering.add([seen], BatchImages(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
-        spent += time.process_time() - began
-    began = time.process_time()
-    gathering.shots()
-    spent += time.process_time() - began
-    return STREAM * tokens * K / spent, _resident() - before
+        start = time.process_time()
+        collector.add([activations], BatchImages(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
+        seconds += time.process_time() - start
+    start = time.process_time()
+    collector.shots()
+    seconds += time.process_time() - start
+    return STREAM * tokens * K / seconds, _peak_memory() - memory
 
 
-def _resident() -> float:
-    """The most memory that this process ever held, in gigabytes."""
+def _peak_memory() -> float:
+    """Return the peak memory of this process, in gigabytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def costs() -> tuple[float, float, float]:
-    """Seconds for each image: to harvest and encode; to collect besides; to write the book in the end."""
+def measure_pass() -> tuple[float, float, float]:
+    """Return the seconds per image to harvest and encode, to collect, and to write the book."""
     pipe, site = difflex.load("mini-flux"), Site("double.2")
     directions = torch.nn.functional.normalize(torch.randn(2048, 192, generator=torch.Generator().manual_seed(0)), dim=1)
     weights = SAEWeights(encoder=directions, decoder=directions, bias=torch.zeros(192), encoder_bias=torch.zeros(2048))
-    origin, plain = DictionaryOrigin(site=site, model="mini-flux"), Normalisation.identity(192)
-    dictionary = SAE(kind="topk", k=32, origin=origin, normalisation=plain, weights=weights)
+    origin, normalisation = DictionaryOrigin(site=site, model="mini-flux"), Normalisation.identity(192)
+    dictionary = SAE(kind="topk", k=32, origin=origin, normalisation=normalisation, weights=weights)
     scenes = list(drawn_images(IMAGES))
-    spent = {"harvest": 0.0, "encode": 0.0}
+    seconds = {"harvest": 0.0, "encode": 0.0}
 
-    def stream(start: int) -> Iterator[CollectBatch]:
+    def batches(start: int) -> Iterator[CollectBatch]:
         for first in range(start, IMAGES, 32):
             group = scenes[first : first + 32]
-            images, prompts = [each.image for each in group], [each.prompt for each in group]
-            names = [each.name for each in group]
-            began = time.process_time()
-            seen = list(pipe.harvest_images(images, 0.25, site, prompts, names, seed=first, batch=32, progress=False))
-            spent["harvest"] += time.process_time() - began
-            yield CollectBatch(images, seen)
+            images, prompts = [scene.image for scene in group], [scene.prompt for scene in group]
+            names = [scene.name for scene in group]
+            begin = time.process_time()
+            activations = list(pipe.harvest_images(images, 0.25, site, prompts, names, seed=first, batch=32, progress=False))
+            seconds["harvest"] += time.process_time() - begin
+            yield CollectBatch(images, activations)
 
     encode = dictionary.encode
 
-    def timed(x: torch.Tensor) -> Codes:
-        began = time.process_time()
+    def timed_encode(x: torch.Tensor) -> Codes:
+        begin = time.process_time()
         codes = encode(x)
-        spent["encode"] += time.process_time() - began
+        seconds["encode"] += time.process_time() - begin
         return codes
 
-    dictionary.encode = timed  # pyright: ignore[reportAttributeAccessIssue]
-    written = 0.0
+    dictionary.encode = timed_encode  # pyright: ignore[reportAttributeAccessIssue]
+    collected = 0.0
 
-    def flow(start: int) -> Iterator[CollectBatch]:
-        nonlocal written
-        yield from stream(start)
-        written = time.process_time()
+    def source(start: int) -> Iterator[CollectBatch]:
+        nonlocal collected
+        yield from batches(start)
+        collected = time.process_time()
 
     with tempfile.TemporaryDirectory() as folder:
-        given = CollectTarget(dictionary=dictionary, name="double.2/topk", fingerprint="", book=Path(folder) / "book.sqlite")
-        began = time.process_time()
-        collect([given], flow, ImageAlbum(Path(folder) / "images"), data="", checkpoint=Path(folder) / "state", progress=False)
-        ended = time.process_time()
-    base = spent["harvest"] + spent["encode"]
-    return base / IMAGES, (written - began - base) / IMAGES, (ended - written) / IMAGES
+        target = CollectTarget(dictionary=dictionary, name="double.2/topk", fingerprint="", book=Path(folder) / "book.sqlite")
+        start = time.process_time()
+        collect([target], source, ImageAlbum(Path(folder) / "images"), data="", checkpoint=Path(folder) / "state", progress=False)
+        end = time.process_time()
+    base = seconds["harvest"] + seconds["encode"]
+    return base / IMAGES, (collected - start - base) / IMAGES, (end - collected) / IMAGES
 
 
 def large_book(folder: Path) -> Book:
-    """A book of 65,536 features with 56 examples each, and images of 256 pixels."""
+    """Write a book of 65,536 features with 56 examples each and images of 256 x 256 pixels."""
     album = ImageAlbum(folder / "images")
     noise = torch.randint(256, (64, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = [Image.fromarray(each.numpy()).resize((256, 256)) for each in noise]
-    filed = [ImageFile(number, *album.add(image)[0]) for number, image in enumerate(images)]
+    files = [ImageFile(number, *album.add(image)[0]) for number, image in enumerate(images)]
     about = BookInfo(
         dictionary="double.18/topk-65536-k64",
         kind="topk",
@@ -152,7 +152,7 @@ def large_book(folder: Path) -> Book:
                 yield PackedExample(feature, "silent", "train", rank, rank, 0.0, None, b"")
 
     with BookWriter.open(folder / "book.sqlite", about) as writer:
-        writer.add_images(filed)
+        writer.add_images(files)
         writer.add_shots((number, number, shot) for number in range(64))
         writer.add_features(
             FeatureStats(feature=feature, firings=16, shots=32, density=1e-3, peak=1.0, mean=0.5) for feature in range(SIZE)
@@ -161,25 +161,25 @@ def large_book(folder: Path) -> Book:
     return Book.open(folder / "book.sqlite")
 
 
-def sheets() -> tuple[float, float]:
-    """Seconds of work, and by the clock, until a feature's sheet is drawn, from a book that nobody has read yet."""
+def measure_sheets() -> tuple[float, float]:
+    """Return the median process time and wall time to draw a feature's sheet from a book that is not in the page cache."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         large_book(folder).close()
-        took = []
+        times = []
         for feature in range(0, SIZE, SIZE // 21):
             for path in (folder / "book.sqlite", *(folder / "images").iterdir()):
-                _forget(path)
-            began, clock = time.process_time(), time.perf_counter()
+                _drop_from_cache(path)
+            start, clock = time.process_time(), time.perf_counter()
             with Book.open(folder / "book.sqlite") as book:
                 sheet(book, ImageAlbum(folder / "images"), feature)
-            took.append((time.process_time() - began, time.perf_counter() - clock))
-        worked, waited = (statistics.median(each) for each in zip(*took, strict=True))
-        return worked, waited
+            times.append((time.process_time() - start, time.perf_counter() - clock))
+        process, wall = (statistics.median(column) for column in zip(*times, strict=True))
+        return process, wall
 
 
-def _forget(path: Path) -> None:
-    """Nothing; the operating system reads the file from the disk the next time."""
+def _drop_from_cache(path: Path) -> None:
+    """Make the operating system read the file from the disk the next time."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -187,24 +187,24 @@ def _forget(path: Path) -> None:
 
 
 def main() -> int:
-    """0 if every bar is met."""
+    """Print the measurements; return 0 if all of them are within the limits."""
     if sys.argv[1:] == ["merge"]:
-        print(*merged())
+        print(*measure_merging())
         return 0
-    alone = subprocess.run([sys.executable, __file__, "merge"], capture_output=True, text=True, check=True)
-    pairs, memory = map(float, alone.stdout.split())
-    print(f"  merging at size {SIZE:,}: {pairs / 1e6:.1f} M pairs/s (bar {PAIRS / 1e6:.0f})", flush=True)
-    print(f"  memory for {STREAM:,} images, 32 of each split kept: {memory:.2f} GB (bar {MEMORY} GB)", flush=True)
-    base, more, write = costs()
+    process = subprocess.run([sys.executable, __file__, "merge"], capture_output=True, text=True, check=True)
+    pairs, memory = map(float, process.stdout.split())
+    print(f"  merging at size {SIZE:,}: {pairs / 1e6:.1f} M pairs/s (limit {PAIRS / 1e6:.0f})", flush=True)
+    print(f"  memory for {STREAM:,} images, 32 examples per split: {memory:.2f} GB (limit {MEMORY} GB)", flush=True)
+    base, more, write = measure_pass()
     cost = (base + more + write) / base
     print(f"  mini-flux, size 2,048: harvest and encode {base * 1e3:.2f} ms an image, collecting {more * 1e3:.2f} ms more")
     print(f"  writing the book: {write * IMAGES:.1f} s for all, {write * 1e3:.2f} ms an image of {IMAGES:,}", flush=True)
-    drawn, clock = sheets()
-    told = f"{drawn * 1e3:.0f} ms (bar {SHEET * 1e3:.0f} ms), {clock * 1e3:.0f} ms by the clock"
-    print(f"  a sheet from a book of {SIZE:,} features: {told}", flush=True)
+    drawn, clock = measure_sheets()
+    times = f"{drawn * 1e3:.0f} ms (limit {SHEET * 1e3:.0f} ms), {clock * 1e3:.0f} ms of wall time"
+    print(f"  a sheet from a book of {SIZE:,} features: {times}", flush=True)
     met = pairs >= PAIRS and memory <= MEMORY and cost <= COST and drawn <= SHEET
-    told = f"{cost - 1:.0%} over harvest and encoding (bar {COST - 1:.0%}), {pairs / 1e6:.1f} M pairs/s, {memory:.2f} GB"
-    print(f"collect: {told}, a sheet in {drawn * 1e3:.0f} ms: {'met' if met else 'MISSED'}")
+    costs = f"{cost - 1:.0%} over harvest and encoding (limit {COST - 1:.0%}), {pairs / 1e6:.1f} M pairs/s, {memory:.2f} GB"
+    print(f"collect: {costs}, a sheet in {drawn * 1e3:.0f} ms: {'met' if met else 'MISSED'}")
     return not met
 
 
