@@ -38,6 +38,12 @@ class DictionaryConfig:
     training: dict[str, Json]
     """How the dictionary was made."""
 
+    @property
+    def normalisation(self) -> str:
+        """The method of the normalisation; `none` for a kind without one."""
+        settings = self.settings.get("normalisation")
+        return str(settings.get("method", "none")) if isinstance(settings, dict) else "none"
+
 
 def write_files(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor]) -> Path:
     """Write both files and return `folder`; the config comes last, so a folder with a config is complete."""
