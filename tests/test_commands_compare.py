@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from made_study import begun, evaluated, matched, whole
+from sample_study import full_study, new_study, write_evaluation, write_matches
 
 from difflex.cli import main
 from difflex.errors import BadInput
@@ -24,14 +24,14 @@ def diary(study: Study, *commands: tuple[str, dict[str, object]]) -> None:
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Study, Study]:
     """Two studies: one dictionary equal in both, one better in the second, and one in each of them only."""
-    one, other = begun(tmp_path / "one"), begun(tmp_path / "other")
+    one, other = new_study(tmp_path / "one"), new_study(tmp_path / "other")
     for study, fvu, dead in ((one, 0.3, 100), (other, 0.2, 0)):
-        evaluated(study, "double.1/topk-512-k8", fvu=0.25)
-        evaluated(study, "double.1/topk-1024-k8", fvu=fvu, dead=dead, share=None)
-    evaluated(one, "double.1/topk-64-k8")
-    evaluated(other, "double.2/itda-508-k8")
-    matched(one, "double.1/topk-512-k8", (0.9, 0.3, 0.9, 0.1))
-    matched(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5))
+        write_evaluation(study, "double.1/topk-512-k8", fvu=0.25)
+        write_evaluation(study, "double.1/topk-1024-k8", fvu=fvu, dead=dead, share=None)
+    write_evaluation(one, "double.1/topk-64-k8")
+    write_evaluation(other, "double.2/itda-508-k8")
+    write_matches(one, "double.1/topk-512-k8", (0.9, 0.3, 0.9, 0.1))
+    write_matches(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5))
     diary(one, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8], "lr": None}), ("itda", {"size": 64}))
     diary(other, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8, 16], "lr": 0.1}), ("evaluate", {"effect": 8}))
     return one, other
@@ -80,8 +80,8 @@ def test_coverage_has_a_difference_with_an_interval_and_groups_have_their_means(
 def test_stale_missing_and_unequal_records_are_named(two: tuple[Study, Study]):
     one, other = two
     (one.folder / "dictionaries/double.1/topk-1024-k8/dictionary.safetensors").write_bytes(b"others")
-    evaluated(other, "double.1/topk-512-k8", normalisation="whiten", data="elsewhere")
-    matched(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5), {"images": "others"})
+    write_evaluation(other, "double.1/topk-512-k8", normalisation="whiten", data="elsewhere")
+    write_matches(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5), {"images": "others"})
     problems = "\n".join(compared(two).problems)
     assert "one: double.1/topk-1024-k8: the dictionary has changed since it was evaluated" in problems
     assert "double.1/topk-1024-k8: no valid evaluation in one. Run difflex evaluate." in problems
@@ -107,7 +107,7 @@ def test_the_command_prints_the_differences_and_writes_a_page(
 
 
 def test_a_measure_of_one_study_is_a_column_of_both(two: tuple[Study, Study], tmp_path: Path):
-    evaluated(two[1], "double.1/topk-512-k8", alike={"lpips": 0.0625})
+    write_evaluation(two[1], "double.1/topk-512-k8", similarity={"lpips": 0.0625})
     comparison = compare(read_facts(two[0]), read_facts(two[1]))
     lpips = {pair.dictionary: (pair.first, pair.second) for pair in comparison.metrics if pair.column.name == "lpips"}
     assert lpips["double.1/topk-512-k8"] == (None, 0.0625)
@@ -115,8 +115,8 @@ def test_a_measure_of_one_study_is_a_column_of_both(two: tuple[Study, Study], tm
 
 
 def test_studies_of_two_models_may_be_compared(two: tuple[Study, Study], tmp_path: Path):
-    third = begun(tmp_path / "third", model="OWNER/NAME", revision="abc")
-    evaluated(third, "double.1/topk-512-k8", fvu=0.9)
+    third = new_study(tmp_path / "third", model="OWNER/NAME", revision="abc")
+    write_evaluation(third, "double.1/topk-512-k8", fvu=0.9)
     comparison = compare(read_facts(two[0]), read_facts(third))
     assert [tuple(line) for line in comparison.settings[:2]] == [
         ("study", "model", "mini-flux", "OWNER/NAME"),
@@ -126,12 +126,12 @@ def test_studies_of_two_models_may_be_compared(two: tuple[Study, Study], tmp_pat
 
 
 def test_studies_of_one_name_are_named_by_more_of_their_paths(tmp_path: Path):
-    one, other = begun(tmp_path / "a" / "study"), begun(tmp_path / "b" / "study")
+    one, other = new_study(tmp_path / "a" / "study"), new_study(tmp_path / "b" / "study")
     assert compare(read_facts(one), read_facts(other)).names == ("a/study", "b/study")
 
 
 def test_studies_that_share_nothing_can_be_compared(tmp_path: Path):
-    comparison = compare(read_facts(begun(tmp_path / "one")), read_facts(begun(tmp_path / "other")))
+    comparison = compare(read_facts(new_study(tmp_path / "one")), read_facts(new_study(tmp_path / "other")))
     assert "settings: equal" in describe(comparison) and "dictionaries in both: 0" in describe(comparison)
     page = write_comparison(comparison, tmp_path / "page.html").read_text()
     assert page.count("Not measured yet") == 2
@@ -159,10 +159,10 @@ def test_a_missing_study_and_an_unusable_file_are_errors(
 
 
 def test_a_whole_study_can_be_compared_with_one_inside_it(tmp_path: Path):
-    study = whole(tmp_path / "study")
-    control = begun(study.folder / "untrained", "mini-flux", "untrained-0")
-    evaluated(control, "double.1/topk-1024-k16", fvu=0.9)
-    matched(control, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
+    study = full_study(tmp_path / "study")
+    control = new_study(study.folder / "untrained", "mini-flux", "untrained-0")
+    write_evaluation(control, "double.1/topk-1024-k16", fvu=0.9)
+    write_matches(control, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
     comparison = compare(read_facts(study), read_facts(control))
     assert comparison.names == ("study", "untrained") and len(comparison.pairs) == 1
     assert comparison.detections[0].coverage.value < 0

@@ -6,8 +6,8 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from image_views import MODEL, book, code
 from PIL import Image
-from seen import MODEL, book, code
 
 from difflex.cli import main
 from difflex.commands.drawn_world import FIRST_SEED, drawn_concepts

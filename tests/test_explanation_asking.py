@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from seen import MODEL, Endpoints, code, view
+from image_views import MODEL, Endpoints, code, view
 
 from difflex.errors import BadInput, BrokenFile, OutOfBudget
 from difflex.explanation import (

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from made_study import begun, dictionary, imaged
+from image_views import view
 from PIL import Image
-from seen import view
+from sample_study import new_study, write_book, write_dictionary
 
 from difflex.errors import BadInput
 from difflex.explanation import (
@@ -263,9 +263,9 @@ def test_only_methods_of_one_backend_and_protocol_are_compared_and_falls_are_of_
 def test_accuracy_falls_within_a_study_and_not_between_two_of_one_name(tmp_path: Path):
     found, name = [], "double.1/topk-512-k8"
     for where, told in (("a", 0.8), ("b", 0.5)):
-        study = begun(tmp_path / where / "study")
-        place = dictionary(study, name)
-        imaged(study, name, explained={3: ("red", told)})
+        study = new_study(tmp_path / where / "study")
+        place = write_dictionary(study, name)
+        write_book(study, name, explained={3: ("red", told)})
         with Book.open(study.book(*place)) as book:
             found += methods(book, study.folder)
     falls = compare(found).falls

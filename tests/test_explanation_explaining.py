@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from seen import MODEL, QUICK, Endpoints, book, code
+from image_views import MODEL, QUICK, Endpoints, book, code
 
 from difflex.errors import BadInput, OutOfBudget
 from difflex.explanation import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_study import begun, dictionary, found, matched
+from sample_study import new_study, write_dictionary, write_findings, write_matches
 from torch import Tensor
 
 from difflex.cli import main
@@ -405,14 +405,14 @@ def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, cap
 
 
 def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_well_enough(tmp_path: Path):
-    study = begun(tmp_path / "study")
+    study = new_study(tmp_path / "study")
     for name, aps in (
         ("double.1/topk-8-k2", (0.6, 0.4)),
         ("double.1/topk-16-k2", (0.9, 0.3)),
         ("double.2/topk-8-k2", (1.0, 1.0)),
     ):
-        dictionary(study, name)
-        matched(study, name, [*aps, 0.1, 0.1])
+        write_dictionary(study, name)
+        write_matches(study, name, [*aps, 0.1, 0.1])
     found = detecting_features(study, SITE, ["red", "blue"])
     assert {concept: str(place) for concept, (place, _) in found.items()} == {"red": "double.1/topk-16-k2"}
     assert detecting_features(study, Site("single.0"), ["red"]) == {}
@@ -421,19 +421,19 @@ def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_wel
 def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands_for_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    study = begun(tmp_path / "study")
-    dictionary(study, "double.1/topk-8-k2")
-    matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
+    study = new_study(tmp_path / "study")
+    write_dictionary(study, "double.1/topk-8-k2")
+    write_matches(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
     assert detecting_features(study, SITE, ["red"]) != {} and capsys.readouterr().out == ""
-    dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
+    write_dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
     assert detecting_features(study, SITE, ["red"]) == {}
     assert "double.1/topk-8-k2 has changed since" in capsys.readouterr().out
 
 
 def test_a_finding_is_made_again_when_another_feature_detects_the_concept_best(tmp_path: Path):
-    study = begun(tmp_path / "study")
-    dictionary(study, "double.1/topk-8-k2")
-    path = matched(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
+    study = new_study(tmp_path / "study")
+    write_dictionary(study, "double.1/topk-8-k2")
+    path = write_matches(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
     provenance = lambda name: _provenance(study, name, detecting_features(study, SITE, ["red"]), None)  # noqa: E731
     before = {name: provenance(name) for name in ("related", "steps", "quality")}
     path.write_text(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))
@@ -449,11 +449,11 @@ def test_a_finding_by_another_rule_or_config_is_made_again():
 
 
 def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(tmp_path: Path):
-    study = begun(tmp_path / "study")
-    dictionary(study, "double.1/topk-8-k2")
-    found(study, "double.1", names=("pairs", "related"), by={"related": "double.1/topk-8-k2"})
+    study = new_study(tmp_path / "study")
+    write_dictionary(study, "double.1/topk-8-k2")
+    write_findings(study, "double.1", names=("pairs", "related"), by={"related": "double.1/topk-8-k2"})
     assert [each.name for at in read_facts(study).findings for each in at.findings] == ["pairs", "related"]
-    dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
+    write_dictionary(study, "double.1/topk-8-k2", weights=b"trained again")
     facts = read_facts(study)
     assert [each.name for at in facts.findings for each in at.findings] == ["pairs"]
     [trouble] = facts.problems

@@ -10,7 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_study import CONCEPTS, anatomised, begun, control, dictionary, evaluated, imaged, matched, removed, steered, whole
+from sample_study import (
+    CONCEPTS,
+    control_study,
+    full_study,
+    new_study,
+    write_anatomy,
+    write_book,
+    write_dictionary,
+    write_evaluation,
+    write_matches,
+    write_removal,
+    write_steering,
+)
 
 from difflex.cli import main, parse
 from difflex.commands import VERBS
@@ -57,7 +69,7 @@ def tips(page: str, figure: str) -> list[str]:
 
 
 def test_a_whole_study_has_every_figure(tmp_path: Path):
-    page = page_of(whole(tmp_path / "study"), control(tmp_path / "control"))
+    page = page_of(full_study(tmp_path / "study"), control_study(tmp_path / "control"))
     names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
     names |= {"dictionaries", "claims", "images"} | EXPLANATIONS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == names
@@ -67,8 +79,8 @@ def test_a_whole_study_has_every_figure(tmp_path: Path):
 
 
 def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluation = evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=5, share=0.3, r2=0.777)
+    study = new_study(tmp_path)
+    evaluation = write_evaluation(study, "double.1/topk-512-k8", fvu=0.1234, dead=5, share=0.3, r2=0.777)
     page = page_of(study)
     for text in ("4,321", "0.123", "0.777", "0.900", "16.0", "25 %", "0.98 %", "0.300", "0.150", "30.0"):
         assert f">{text}</td>" in page
@@ -84,12 +96,12 @@ def heads(page: str) -> list[str]:
 
 
 def test_the_table_has_a_column_for_each_measure_that_a_dictionary_has(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8")
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8")
     usual = heads(page_of(study))
     assert usual[-1] == "SSIM" and "lpips" not in usual
-    evaluated(study, "double.1/topk-512-k16", alike={"lpips": 0.0625})
-    evaluated(study, "double.2/topk-512-k8", alike={"clip:a<b": 0.875, "lpips": 0.25})
+    write_evaluation(study, "double.1/topk-512-k16", similarity={"lpips": 0.0625})
+    write_evaluation(study, "double.2/topk-512-k8", similarity={"clip:a<b": 0.875, "lpips": 0.25})
     page = page_of(study)
     assert heads(page) == [*usual, "clip:a&lt;b", "lpips"]
     rows = {row["dictionary"]: (row["clip:a<b"], row["lpips"]) for row in rows_of(study, "dictionaries")}
@@ -108,7 +120,7 @@ def test_the_table_has_a_column_for_each_measure_that_a_dictionary_has(tmp_path:
     [("sweep", "FVU", number), ("sites", "r2", number), ("timesteps", "FVU", number), ("dead", "dead share", percent)],
 )
 def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str, write: Callable[[float], str]):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     texts = tips(page_of(study), figure)
     rows = rows_of(study, figure)
     assert rows and len(texts) % len(rows) == 0
@@ -118,7 +130,7 @@ def test_a_csv_file_holds_what_is_drawn(tmp_path: Path, figure: str, column: str
 
 
 def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     page = page_of(study)
     norms, knowledge, features = (rows_of(study, name) for name in ("norms", "knowledge", "features"))
     assert [
@@ -131,7 +143,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 
 
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
-    page = page_of(whole(tmp_path))
+    page = page_of(full_study(tmp_path))
     links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
     assert len(links) == 14 + len(EXPLANATIONS | STEERING)
     for code, name in links:
@@ -139,7 +151,7 @@ def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
 
 
 def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path):
-    page = page_of(whole(tmp_path))
+    page = page_of(full_study(tmp_path))
     assert "default-src 'none'" in page
     assert {link.split(",")[0].split(";")[0] for link in re.findall(r'(?:href|src)="([^"#]*)', page)} <= {
         "",
@@ -151,7 +163,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path):
 
 
 def test_the_same_study_gives_the_same_files_and_stale_ones_are_deleted(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     first = {path: path.read_bytes() for path in write_report(study)}
     (tmp_path / "report" / "old.csv").write_text("of a figure that no longer exists")
     assert {path: path.read_bytes() for path in write_report(study)} == first
@@ -159,19 +171,19 @@ def test_the_same_study_gives_the_same_files_and_stale_ones_are_deleted(tmp_path
 
 
 def test_the_report_of_an_empty_study_names_every_verb(tmp_path: Path):
-    page = page_of(begun(tmp_path))
+    page = page_of(new_study(tmp_path))
     for verb in ("anatomy", "harvest", "train", "itda", "evaluate", "concepts", "steer-eval", "removal", "findings"):
         assert f"difflex {verb}" in page
-    assert {own.verdict for own in judge_claims(read_facts(begun(tmp_path)))} == {"not measured"}
+    assert {own.verdict for own in judge_claims(read_facts(new_study(tmp_path)))} == {"not measured"}
     assert "<svg" not in page.replace("querySelectorAll", "")
 
 
 def test_records_of_older_weights_are_named_and_left_out(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8", fvu=0.1234)
-    matched(study, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.987))
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8", fvu=0.1234)
+    write_matches(study, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.987))
     assert "0.123" in page_of(study) and "0.987" not in (page := page_of(study)) and "mean AP" in page
-    dictionary(study, "double.1/topk-512-k8", weights=b"trained again")
+    write_dictionary(study, "double.1/topk-512-k8", weights=b"trained again")
     page = page_of(study)
     assert "0.123" not in page and "mean AP" not in page
     assert "double.1/topk-512-k8: the dictionary has changed since it was evaluated" in page
@@ -194,9 +206,9 @@ def test_records_of_older_weights_are_named_and_left_out(tmp_path: Path):
     ],
 )
 def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path, damage: Callable[[str], str], message: str):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8", fvu=0.1234, dead=3)
-    evaluated(study, "double.1/topk-512-k16", fvu=0.4321)
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8", fvu=0.1234, dead=3)
+    write_evaluation(study, "double.1/topk-512-k16", fvu=0.4321)
     path = next((tmp_path / "evaluation").glob("*/topk-512-k8.json"))
     path.write_text(damage(path.read_text()))
     page = page_of(study)
@@ -205,7 +217,7 @@ def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path, damage: Call
 
 
 def test_other_damaged_files_do_not_stop_the_report(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     for name in (
         "anatomy.json",
         "run.json",
@@ -222,9 +234,9 @@ def test_other_damaged_files_do_not_stop_the_report(tmp_path: Path):
 
 
 def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
-    study = whole(tmp_path)
-    anatomised(study, model="other-flux")
-    matched(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), inputs={"model": "other-flux"})
+    study = full_study(tmp_path)
+    write_anatomy(study, model="other-flux")
+    write_matches(study, "double.1/random-1024-k16", (0.1, 0.1, 0.1, 0.1), inputs={"model": "other-flux"})
     page = page_of(study)
     assert "anatomy.json is of other-flux" in page and "random-1024-k16.json is of other-flux" in page
     concepts = page.split('<section id="concepts"')[1].split("</section>")[0]
@@ -232,8 +244,8 @@ def test_matches_and_anatomies_of_another_model_are_left_out(tmp_path: Path):
 
 
 def test_matches_measured_on_other_images_are_left_out(tmp_path: Path):
-    study = whole(tmp_path)
-    matched(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), inputs={"config": ConceptsConfig(images=5000)})
+    study = full_study(tmp_path)
+    write_matches(study, "double.1/random-1024-k16", (0.99, 0.99, 0.99, 0.99), inputs={"config": ConceptsConfig(images=5000)})
     page = page_of(study)
     assert "double.1: random-1024-k16 was measured on other images" in page
     assert "random-1024-k16" not in {row["method"] for row in rows_of(study, "coverage")}
@@ -242,9 +254,9 @@ def test_matches_measured_on_other_images_are_left_out(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path, value: float | None):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8", fvu=value)
-    evaluated(study, "double.1/topk-512-k16", fvu=0.25)
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8", fvu=value)
+    write_evaluation(study, "double.1/topk-512-k16", fvu=0.25)
     page = page_of(study)
     assert f">{number(value)}</td>" in page and not re.search(r'\b(?:x|y|d|cx|width)="[^"]*(?:nan|inf)', page)
     assert "values are not drawn (NaN, infinity, or 0 on a logarithmic axis)" in page
@@ -254,11 +266,11 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path, va
 
 def test_names_are_escaped(tmp_path: Path):
     evil = '<script>alert("1")</script>'
-    study = begun(tmp_path / "<b>study", model=evil, revision="<i>r</i>&amp;")
-    evaluated(study, "double.1/topk-512-k8-<u>x<u>")
+    study = new_study(tmp_path / "<b>study", model=evil, revision="<i>r</i>&amp;")
+    write_evaluation(study, "double.1/topk-512-k8-<u>x<u>")
     concepts = (*CONCEPTS[:2], Concept(evil, "<em>shape"), Concept("ring", "<em>shape"))
-    matched(study, "double.1/topk-512-k8-<u>x<u>", (0.9, 0.5, 0.5, 0.5), concepts=concepts)
-    anatomised(study)
+    write_matches(study, "double.1/topk-512-k8-<u>x<u>", (0.9, 0.5, 0.5, 0.5), concepts=concepts)
+    write_anatomy(study)
     page = page_of(study)
     assert page.count("<script") == 1 and "&lt;script&gt;" in page
     for tag in ("<b>study", "<i>r", "<u>", "<em>shape", "&amp;amp;amp;"):
@@ -267,35 +279,35 @@ def test_names_are_escaped(tmp_path: Path):
 
 
 def test_the_claim_about_normalisation_follows_the_dead_shares(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-100-k8", dead=10)
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-100-k8", dead=10)
     assert claim(study, "normalisation").verdict == "not measured"
-    evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
+    write_evaluation(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
     normalisation = claim(study, "normalisation")
     assert normalisation.verdict == "holds here" and "60 % dead without, 10 % with" in normalisation.evidence[0]
-    evaluated(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
+    write_evaluation(study, "double.1/topk-100-k8-none", dead=40, normalisation="none")
     assert claim(study, "normalisation").verdict == "does not hold here"
-    evaluated(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
-    evaluated(study, "double.1/topk-100-k8", dead=31, data="other tokens")
+    write_evaluation(study, "double.1/topk-100-k8-none", dead=60, normalisation="none")
+    write_evaluation(study, "double.1/topk-100-k8", dead=31, data="other tokens")
     assert claim(study, "normalisation").verdict == "not measured"
-    evaluated(study, "double.1/topk-100-k8-seed1", dead=0)
+    write_evaluation(study, "double.1/topk-100-k8-seed1", dead=0)
     assert claim(study, "normalisation").verdict == "not measured"  # another seed is another difference
-    evaluated(study, "double.1/topk-100-k8", dead=31)
+    write_evaluation(study, "double.1/topk-100-k8", dead=31)
     assert claim(study, "normalisation").verdict == "does not hold here"
 
 
 def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8", fvu=0.3)
-    evaluated(study, "double.1/itda-512-k16", fvu=0.2)
-    evaluated(study, "double.1/itda-300-k8", fvu=0.2)
-    evaluated(study, "double.2/itda-512-k8", fvu=0.2)
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8", fvu=0.3)
+    write_evaluation(study, "double.1/itda-512-k16", fvu=0.2)
+    write_evaluation(study, "double.1/itda-300-k8", fvu=0.2)
+    write_evaluation(study, "double.2/itda-512-k8", fvu=0.2)
     assert claim(study, "itda").verdict == "not measured"
-    evaluated(study, "double.1/itda-500-k8", fvu=0.2)
+    write_evaluation(study, "double.1/itda-500-k8", fvu=0.2)
     assert claim(study, "itda").verdict == "holds here" and "1 of 1 pair" in claim(study, "itda").evidence[0]
-    evaluated(study, "double.1/topk-512-k8-seed1", fvu=0.19)
+    write_evaluation(study, "double.1/topk-512-k8-seed1", fvu=0.19)
     assert claim(study, "itda").verdict == "does not hold here"
-    evaluated(study, "double.1/topk-512-k8-seed1", fvu=float("nan"))
+    write_evaluation(study, "double.1/topk-512-k8-seed1", fvu=float("nan"))
     assert claim(study, "itda").verdict == "holds here"
 
 
@@ -308,29 +320,29 @@ def test_the_claim_about_itda_needs_an_equal_size_and_k_and_every_pair(tmp_path:
     ],
 )
 def test_claims_about_concepts_follow_the_average_precisions(tmp_path: Path, name: str, ours: str, theirs: str):
-    study = begun(tmp_path)
-    dictionary(study, ours)
-    matched(study, ours, (0.9, 0.8, 0.7, 0.6))
+    study = new_study(tmp_path)
+    write_dictionary(study, ours)
+    write_matches(study, ours, (0.9, 0.8, 0.7, 0.6))
     assert claim(study, name).verdict == "not measured"
-    matched(study, theirs.replace("-k8", "-k32"), (0.1, 0.1, 0.1, 0.1))
+    write_matches(study, theirs.replace("-k8", "-k32"), (0.1, 0.1, 0.1, 0.1))
     assert claim(study, name).verdict == "not measured"  # at another k
-    matched(study, theirs, (0.5, 0.4, 0.3, 0.1))
+    write_matches(study, theirs, (0.5, 0.4, 0.3, 0.1))
     judged = claim(study, name)
     assert judged.verdict == "holds here"
     assert all(text in judged.evidence[1] for text in ("mean AP 0.750", "mean AP 0.325", "difference +0.425"))
-    matched(study, theirs, (0.1, 0.1, 0.9, 0.9))  # lower in the mean, by no more than chance
+    write_matches(study, theirs, (0.1, 0.1, 0.9, 0.9))  # lower in the mean, by no more than chance
     assert claim(study, name).verdict == "does not hold here"
 
 
 def test_only_neurons_are_compared_with_other_sites_of_their_block(tmp_path: Path):
-    study, untrained = whole(tmp_path / "study"), control(tmp_path / "control")
+    study, untrained = full_study(tmp_path / "study"), control_study(tmp_path / "control")
     names = ("axes", "untrained", "neurons-sae")
     before = [claim(study, name, untrained) for name in names]
     assert {own.verdict for own in before} == {"holds here"}
     for label in ("pca-32-k16", "random-2048-k16"):
-        matched(study, f"double.1:neurons/{label}", (0.95, 0.9, 0.9, 0.9))
-    dictionary(untrained, "double.1:neurons/topk-1024-k16")
-    matched(untrained, "double.1:neurons/topk-1024-k16", (0.95, 0.9, 0.9, 0.9))
+        write_matches(study, f"double.1:neurons/{label}", (0.95, 0.9, 0.9, 0.9))
+    write_dictionary(untrained, "double.1:neurons/topk-1024-k16")
+    write_matches(untrained, "double.1:neurons/topk-1024-k16", (0.95, 0.9, 0.9, 0.9))
     assert [claim(study, name, untrained) for name in names] == before
     page_of(study, untrained)
     drawn, listed = ({row["method"] for row in rows_of(study, figure)} for figure in ("features", "coverage"))
@@ -340,40 +352,40 @@ def test_only_neurons_are_compared_with_other_sites_of_their_block(tmp_path: Pat
 
 
 def test_dictionaries_of_two_sites_of_a_block_are_not_compared(tmp_path: Path):
-    study = begun(tmp_path)
+    study = new_study(tmp_path)
     for name in ("double.1/topk-512-k8", "double.1:update/itda-512-k8"):
-        dictionary(study, name)
-        matched(study, name, (0.9,) * 4, each=10)
-        imaged(study, name)
+        write_dictionary(study, name)
+        write_matches(study, name, (0.9,) * 4, per_concept=10)
+        write_book(study, name)
     assert claim(study, "surfaces").verdict == claim(study, "covering").verdict == "not measured"
 
 
 def test_the_control_is_the_untrained_model(tmp_path: Path):
-    study, untrained = begun(tmp_path / "study"), control(tmp_path / "control")
-    dictionary(study, "double.1/topk-512-k16")
-    matched(study, "double.1/topk-512-k16", (0.9, 0.8, 0.7, 0.6))
+    study, untrained = new_study(tmp_path / "study"), control_study(tmp_path / "control")
+    write_dictionary(study, "double.1/topk-512-k16")
+    write_matches(study, "double.1/topk-512-k16", (0.9, 0.8, 0.7, 0.6))
     assert claim(study, "untrained").verdict == "not measured"
     assert claim(study, "untrained", untrained).verdict == "holds here"
-    matched(untrained, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
+    write_matches(untrained, "double.1/topk-1024-k16", (0.95, 0.85, 0.75, 0.65))
     assert claim(study, "untrained", untrained).verdict == "does not hold here"
     assert "of an untrained model" in page_of(study, untrained)
 
 
 def test_claims_about_the_model_follow_its_anatomy(tmp_path: Path):
-    study = begun(tmp_path)
+    study = new_study(tmp_path)
     assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"not measured"}
-    anatomised(study)
+    write_anatomy(study)
     assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"holds here"}
     even = {"double.0": {1000.0: 10.0, 500.0: 12.0}, "double.1": {1000.0: 11.0, 500.0: 13.0}}
-    anatomised(study, norms=even, variances=(1.0,) * 20)
+    write_anatomy(study, norms=even, variances=(1.0,) * 20)
     assert {claim(study, name).verdict for name in ("norms", "spectrum")} == {"does not hold here"}
     still = {"double.0": {1000.0: 10.0, 500.0: 10.0}, "double.1": {1000.0: 30.0, 500.0: 30.0}}
-    anatomised(study, norms=still)
+    write_anatomy(study, norms=still)
     assert claim(study, "norms").verdict == "does not hold here"
 
 
 def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     page = page_of(study)
     claims = judge_claims(read_facts(study))
     for verdict in {own.verdict for own in claims}:
@@ -414,7 +426,7 @@ def test_words_contain_only_flags_that_differ_from_their_defaults():
 
 
 def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     assert "has no diary" in page_of(study)
     commands = (EvaluateCommand(study=tmp_path, effect_shots=8),)
     flags = command_statuses(replace(study, commands=commands))[0].record.flags
@@ -440,15 +452,15 @@ def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
 def test_the_page_says_when_each_command_finished_and_how_long_it_took(
     tmp_path: Path, seconds: float | None, done: str | None, text: str
 ):
-    study = begun(tmp_path)
+    study = new_study(tmp_path)
     entry = {"verb": "evaluate", "flags": {"study": "."}, "outputs": [], "seconds": seconds, "finished": done}
     (tmp_path / "run.json").write_text(json.dumps({"format": 2, "recipe": "mini", "commands": [entry]}))
     assert f"<span>{text}</span>" in page_of(study)
 
 
 def test_the_report_command_finds_the_control_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    study = whole(tmp_path)
-    control(tmp_path / "untrained")
+    study = full_study(tmp_path)
+    control_study(tmp_path / "untrained")
     assert main(["report", str(tmp_path)]) == 0 and "report.html: the report" in capsys.readouterr().out
     assert claim(study, "untrained", Study.open(tmp_path / "untrained")).verdict == "holds here"
     assert "topk-1024-k16, untrained model" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -459,9 +471,9 @@ def test_the_report_command_finds_the_control_study(tmp_path: Path, capsys: pyte
 
 
 def test_the_best_and_the_worst_features_are_shown_in_images(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8")
-    imaged(study, "double.1/topk-512-k8", features=12)
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8")
+    write_book(study, "double.1/topk-512-k8", features=12)
     page = page_of(study)
     # Without explanations and known concepts features are ranked by peak: the six highest and the three lowest.
     assert [row["feature"] for row in rows_of(study, "images")] == ["11", "10", "9", "8", "7", "6", "2", "1", "0"]
@@ -470,9 +482,9 @@ def test_the_best_and_the_worst_features_are_shown_in_images(tmp_path: Path):
 
 
 def test_features_are_ranked_by_the_accuracy_of_their_explanations_which_are_escaped(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8")
-    imaged(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8")
+    write_book(study, "double.1/topk-512-k8", explained={3: ("<script>red</script>", 0.9), 5: ("stars", 0.6)})
     page = page_of(study)
     ranked = [(row["feature"], row["explanation"], row["value"]) for row in rows_of(study, "images")]
     # Not by the paper's protocol, whose scores are higher as its judge sees the explained images.
@@ -481,18 +493,18 @@ def test_features_are_ranked_by_the_accuracy_of_their_explanations_which_are_esc
 
 
 def test_a_book_of_older_weights_is_named_and_left_out(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8")
-    imaged(study, "double.1/topk-512-k8")
-    dictionary(study, "double.1/topk-512-k8", weights=b"others")
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8")
+    write_book(study, "double.1/topk-512-k8")
+    write_dictionary(study, "double.1/topk-512-k8", weights=b"others")
     page = page_of(study)
     assert "has changed since its book was written" in page and "<img" not in page
 
 
 def test_accuracies_are_shown_by_protocol_and_by_surface_words(tmp_path: Path):
-    study = begun(tmp_path)
-    evaluated(study, "double.1/topk-512-k8")
-    imaged(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
+    study = new_study(tmp_path)
+    write_evaluation(study, "double.1/topk-512-k8")
+    write_book(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("a star", 0.6), 8: ("a star", 0.4)})
     page_of(study)
     means = {row["protocol"]: float(row["accuracy"]) for row in rows_of(study, "falls")}
     assert means["heldout"] == pytest.approx(0.6) and means["paper"] == pytest.approx(0.7)
@@ -516,10 +528,10 @@ PLACES = ("double.1/topk-512-k8", "double.1/itda-300-k8")
     [(0.5, "made", "holds here"), (0.1, "made", "does not hold here"), (0.5, "other", "not measured")],
 )
 def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path: Path, itda: float, images: str, verdict: str):
-    study = begun(tmp_path)
+    study = new_study(tmp_path)
     for name, coverage, data in zip(PLACES, (0.25, itda), ("made", images), strict=True):
-        dictionary(study, name)
-        imaged(study, name, coverage=coverage, data=data)
+        write_dictionary(study, name)
+        write_book(study, name, coverage=coverage, data=data)
     covering = claim(study, "covering")
     assert covering.verdict == verdict
     assert (f"{PLACES[1]} {itda:.0%}".replace("%", " %") in covering.evidence[0]) == (images == "made")
@@ -535,11 +547,11 @@ def test_the_claim_about_coverage_follows_the_books_of_the_same_images(tmp_path:
     ],
 )
 def test_the_claim_about_surfaces_follows_the_concepts_that_explain_features(tmp_path: Path, sae: str, itda: str, verdict: str):
-    study = begun(tmp_path)
+    study = new_study(tmp_path)
     for name, text in zip(PLACES, (sae, itda), strict=True):
-        dictionary(study, name)
-        matched(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
-        imaged(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
+        write_dictionary(study, name)
+        write_matches(study, name, (0.9, 0.9), concepts=(Concept("red", "colour"), Concept("star", "shape")))
+        write_book(study, name, explained=dict.fromkeys(range(10), (text, 0.85)) | {10: ("star", 0.7), 11: ("red", 0.7)})
     surfaces = claim(study, "surfaces")
     assert surfaces.verdict == verdict
     if verdict == "not measured":
@@ -550,14 +562,14 @@ WORLD = tuple(Concept(f"{group} {i}", group) for group in ("colour", "texture", 
 
 
 def test_the_claim_about_steering_needs_features_success_specificity_and_failing_random_directions(tmp_path: Path):
-    study = begun(tmp_path)
-    dictionary(study, PLACES[0])
+    study = new_study(tmp_path)
+    write_dictionary(study, PLACES[0])
 
     def verdict(
         aps: tuple[float, ...] = (0.9, 0.9, 0.1, 0.1) * 3, success: float = 0.9, random: float = 0.0, kept: float = 0.95
     ) -> str:
-        matched(study, PLACES[0], aps, concepts=WORLD)
-        steered(study, PLACES[0], success, random, kept, WORLD)
+        write_matches(study, PLACES[0], aps, concepts=WORLD)
+        write_steering(study, PLACES[0], success, random, kept, WORLD)
         return claim(study, "steering").verdict
 
     assert claim(study, "steering").verdict == "not measured"
@@ -569,27 +581,27 @@ def test_the_claim_about_steering_needs_features_success_specificity_and_failing
 
 
 def test_concepts_that_too_few_images_show_count_as_without_a_feature(tmp_path: Path):
-    study, rare = begun(tmp_path), tuple(Concept(f"texture {i}", "texture") for i in range(4, 9))
-    dictionary(study, PLACES[0])
-    matched(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, left_out=rare[:1])
-    steered(study, PLACES[0], concepts=WORLD)
+    study, rare = new_study(tmp_path), tuple(Concept(f"texture {i}", "texture") for i in range(4, 9))
+    write_dictionary(study, PLACES[0])
+    write_matches(study, PLACES[0], (0.9, 0.9, 0.1, 0.1) * 3, concepts=WORLD, rare=rare[:1])
+    write_steering(study, PLACES[0], concepts=WORLD)
     steering = claim(study, "steering")
     assert steering.verdict == "does not hold here"
     assert any("texture: 2 of 5 have a feature (1 of the 5 is shown too rarely to tell)" in line for line in steering.evidence)
     page = page_of(study)
     assert ">2 of 5</td>" in page and ">2 of 4</td>" in page
-    matched(study, PLACES[0], (0.9,) * 8, concepts=[concept for concept in WORLD if concept.group != "texture"], left_out=rare)
+    write_matches(study, PLACES[0], (0.9,) * 8, concepts=[concept for concept in WORLD if concept.group != "texture"], rare=rare)
     assert claim(study, "steering").verdict == "not measured"
 
 
 def test_the_evidence_on_steering_begins_with_all_three_groups_together(tmp_path: Path):
-    study = begun(tmp_path)
-    dictionary(study, PLACES[0])
-    matched(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
-    steered(study, PLACES[0], concepts=WORLD, success=0.6)
-    dictionary(study, PLACES[1])  # it comes first by name, and has no feature
-    matched(study, PLACES[1], (0.1,) * 12, concepts=WORLD)
-    steered(study, PLACES[1], concepts=WORLD)
+    study = new_study(tmp_path)
+    write_dictionary(study, PLACES[0])
+    write_matches(study, PLACES[0], (0.9,) * 5 + (0.1,) * 7, concepts=WORLD)
+    write_steering(study, PLACES[0], concepts=WORLD, success=0.6)
+    write_dictionary(study, PLACES[1])  # it comes first by name, and has no feature
+    write_matches(study, PLACES[1], (0.1,) * 12, concepts=WORLD)
+    write_steering(study, PLACES[1], concepts=WORLD)
     evidence = claim(study, "steering").evidence
     assert evidence[0] == (
         f"{PLACES[0]}, colours, textures and backgrounds together: 5 of 12 have a feature; 60 % above the rate without (keeping "
@@ -602,11 +614,11 @@ def test_the_evidence_on_steering_begins_with_all_three_groups_together(tmp_path
 
 
 def test_concepts_from_a_file_are_shown_but_are_no_evidence_for_the_claim(tmp_path: Path):
-    study, groups = begun(tmp_path), ("colour", "texture", "background")
+    study, groups = new_study(tmp_path), ("colour", "texture", "background")
     for name in PLACES:
-        dictionary(study, name)
-    steered(study, PLACES[0], concepts=(Concept("a dog", "animal"),), checksum="5eed", judge="clip-large", groups=groups)
-    steered(study, PLACES[1])
+        write_dictionary(study, name)
+    write_steering(study, PLACES[0], concepts=(Concept("a dog", "animal"),), checksum="5eed", judge="clip-large", groups=groups)
+    write_steering(study, PLACES[1])
     page = page_of(study)
     assert f"{PLACES[0]}: there are results" not in page
     assert f"{PLACES[1]}: there are results of steering, but it is not known what its features detect" in page
@@ -617,14 +629,14 @@ def test_concepts_from_a_file_are_shown_but_are_no_evidence_for_the_claim(tmp_pa
     }
     assert {row["detected"] for row in rows_of(study, "points")} == {"from a file"}
     assert claim(study, "steering").verdict == "not measured"
-    matched(study, PLACES[0], (0.9,) * 12, concepts=WORLD)
-    steered(study, PLACES[0], concepts=WORLD, checksum="5eed", judge="clip-large")
+    write_matches(study, PLACES[0], (0.9,) * 12, concepts=WORLD)
+    write_steering(study, PLACES[0], concepts=WORLD, checksum="5eed", judge="clip-large")
     assert claim(study, "steering").verdict == "not measured"
 
 
 def test_baselines_are_measured_on_the_concepts_that_each_dictionary_detects(tmp_path: Path):
-    study = whole(tmp_path)
-    steered(study, "double.1/itda-1020-k16-first100", random=0.1)
+    study = full_study(tmp_path)
+    write_steering(study, "double.1/itda-1020-k16-first100", random=0.1)
     page = page_of(study)
     concepts = {(row["dictionary"], row["method"], row["concepts"]) for row in rows_of(study, "success")}
     methods = ("feature", "neuron", "contrast", "random", "prompt")
@@ -638,21 +650,21 @@ def test_baselines_are_measured_on_the_concepts_that_each_dictionary_detects(tmp
 
 
 def test_captions_follow_the_settings_of_the_records(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     peak, norm = "what its largest code adds", "as long as a mean activation"
     page = page_of(study)
     assert peak in page and norm not in page and "ablated at every step;" in page
-    steered(study, "double.1/itda-1020-k16-first100", unit="norm")
-    removed(study, "double.1/topk-1024-k16", steps=(0, 5))
+    write_steering(study, "double.1/itda-1020-k16-first100", unit="norm")
+    write_removal(study, "double.1/topk-1024-k16", steps=(0, 5))
     page = page_of(study)
     assert f"{norm} (double.1/itda-1020-k16-first100); {peak} (double.1/topk-1024-k16)" in page
     assert "ablated at steps 0 to 4;" in page and "ablated at every step" not in page
-    steered(study, "double.1/topk-1024-k16", unit="norm")
+    write_steering(study, "double.1/topk-1024-k16", unit="norm")
     assert peak not in page_of(study)
 
 
 def test_the_numbers_on_steering_are_those_of_the_records(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     page = page_of(study)
     [own] = [
         row
@@ -673,36 +685,36 @@ def test_the_numbers_on_steering_are_those_of_the_records(tmp_path: Path):
 
 
 def test_steering_results_of_older_weights_are_named_and_left_out(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     strip = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16" / "colour-feature.webp"
     strip.write_bytes(b"no image")
     page = page_of(study)
     assert "colour-feature.webp" in page.split("</aside>")[0] and "red by neurons, unedited" in page
-    dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
+    write_dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
     page = page_of(study)
     assert "double.1/topk-1024-k16: the dictionary has changed since it was steered with" in page
     assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
 
 
 def test_the_claim_about_removal_needs_half_of_the_colours_and_of_the_backgrounds(tmp_path: Path):
-    study = begun(tmp_path)
-    dictionary(study, PLACES[0])
+    study = new_study(tmp_path)
+    write_dictionary(study, PLACES[0])
     assert claim(study, "removal").verdict == "not measured"
-    removed(study, PLACES[0], groups=("colour",))
+    write_removal(study, PLACES[0], groups=("colour",))
     assert claim(study, "removal").verdict == "not measured"
-    removed(study, PLACES[0])
+    write_removal(study, PLACES[0])
     assert claim(study, "removal").verdict == "holds here"
-    removed(study, PLACES[0], cra=0.85)
+    write_removal(study, PLACES[0], cra=0.85)
     assert claim(study, "removal").verdict == "does not hold here"
-    dictionary(study, PLACES[0], weights=b"trained again")
+    write_dictionary(study, PLACES[0], weights=b"trained again")
     assert "is of older weights of its dictionaries" in page_of(study) and claim(study, "removal").verdict == "not measured"
 
 
 def test_findings_are_shown_with_verdict_and_rule_at_every_site(tmp_path: Path):
-    study = whole(tmp_path)
+    study = full_study(tmp_path)
     page = page_of(study)
     [part] = re.findall(r'id="figure-finding_out_of_distribution".*?</figure>', page, flags=re.DOTALL)
-    assert "What is said of &lt;b&gt;out-of-distribution" in part and "The gain rises." in part
+    assert "The claim about &lt;b&gt;out-of-distribution" in part and "The gain rises." in part
     assert part.count("does not hold here. It rises by 0.25.") == 2
     rows = rows_of(study, "finding_pairs")
     assert {row["site"] for row in rows} == {"double.1", "double.2"} and len(rows) == 8

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_study import anatomised, begun, control, evaluated, matched, whole
 from playwright.sync_api import Browser, Page, sync_playwright
+from sample_study import control_study, full_study, new_study, write_anatomy, write_evaluation, write_matches
 
 from difflex.evaluation.concepts import Concept
 from difflex.report import write_report
@@ -32,28 +32,28 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("usual")
-    study = whole(root / "study")
-    evaluated(
+    study = full_study(root / "study")
+    write_evaluation(
         study,
         "double.2/topk-512-k16-seed1",
         fvu=float("nan"),
-        alike={"clip:openai/clip-vit-large-patch14-336": 0.987, "lpips": 0.031},
+        similarity={"clip:openai/clip-vit-large-patch14-336": 0.987, "lpips": 0.031},
     )
     flags = {"study": ".", "dictionary": [f"double.2/topk-512-k{k}-standardise-lr0.0002-seed1" for k in (8, 16, 32)]}
     entry = {"verb": "evaluate", "flags": flags, "outputs": [], "seconds": 172_800.0, "finished": "2026-11-21T13:31:25+00:00"}
     (study.folder / "run.json").write_text(json.dumps({"format": 2, "recipe": "mini_full", "commands": [entry] * 3}))
-    return write_report(study, control(root / "control"))[0]
+    return write_report(study, control_study(root / "control"))[0]
 
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report on a large model: long names, many layers and timesteps, many dictionaries, concept groups and noise levels."""
-    study = begun(
+    study = new_study(
         tmp_path_factory.mktemp("crowded") / "study", model="a-laboratory-with-a-name/A-Large-Model-of-Text-to-Image-v1.5"
     )
     blocks = [f"transformer.single_transformer_blocks.{i}" for i in range(57)]
     norms = {site: {1000.0 - 35 * t: 1e5 / (1 + i + t) for t in range(28)} for i, site in enumerate(blocks)}
-    anatomised(
+    write_anatomy(
         study, norms=norms | {f"{site}:text": by for site, by in norms.items()}, variances=[1 / (i + 1) ** 2 for i in range(3072)]
     )
     levels, groups = (
@@ -64,19 +64,19 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, site in enumerate((blocks[9], blocks[18], "down_blocks.2.attentions.1.transformer_blocks.3:update")):
         for size in (16384, 32768, 65536):
             for k in (32, 48, 64):
-                evaluated(
+                write_evaluation(
                     study, f"{site}/topk-{size}-k{k}-paper-standardise-lr0.0002-seed1", fvu=size / 3e5 + i / k, dead=size // 9
                 )
-        evaluated(study, f"{site}/itda-61234-k64-over0.3-gradient-first100000", fvu=0.1)
-        evaluated(study, f"{site}/topk-65536-k64-paper-none-lr0.0002-seed1", fvu=0.5, dead=65000, normalisation="none")
-        matched(
+        write_evaluation(study, f"{site}/itda-61234-k64-over0.3-gradient-first100000", fvu=0.1)
+        write_evaluation(study, f"{site}/topk-65536-k64-paper-none-lr0.0002-seed1", fvu=0.5, dead=65000, normalisation="none")
+        write_matches(
             study,
             f"{site}/topk-65536-k64-paper-none-lr0.0002-seed1",
             [0.9 - j / 20 for j in range(14)],
             levels=levels,
             concepts=concepts,
         )
-        matched(study, f"{site}/pca-6144-k64", [0.5 - j / 40 for j in range(14)], levels=levels, concepts=concepts)
+        write_matches(study, f"{site}/pca-6144-k64", [0.5 - j / 40 for j in range(14)], levels=levels, concepts=concepts)
     return write_report(study)[0]
 
 

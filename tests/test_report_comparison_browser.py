@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_study import begun, evaluated, matched, whole
 from playwright.sync_api import Browser, Page
+from sample_study import full_study, new_study, write_evaluation, write_matches
 from test_report_browser import CARDS, CUT_OR_OVERLAPPING, TOO_WIDE, VIEWS, browser, open_page
 
 from difflex.evaluation.concepts import Concept
@@ -18,10 +18,10 @@ __all__ = ["browser"]  # a fixture
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("usual")
-    one, other = whole(root / "study"), whole(root / "another-study")
-    evaluated(other, "double.1/topk-1024-k16", fvu=0.4, dead=300)
-    evaluated(other, "double.2/topk-512-k16", fvu=float("nan"))
-    matched(other, "double.1/topk-1024-k16", (0.2, 0.9, 0.3, 0.6))
+    one, other = full_study(root / "study"), full_study(root / "another-study")
+    write_evaluation(other, "double.1/topk-1024-k16", fvu=0.4, dead=300)
+    write_evaluation(other, "double.2/topk-512-k16", fvu=float("nan"))
+    write_matches(other, "double.1/topk-1024-k16", (0.2, 0.9, 0.3, 0.6))
     return write_comparison(compare(read_facts(one), read_facts(other)), root / "compare.html")
 
 
@@ -31,7 +31,9 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("crowded")
     model = "a-laboratory-with-a-name/A-Large-Model-of-Text-to-Image-v1.5"
     concepts = tuple(Concept(f"concept {i}", f"a group with a rather long name, number {i}") for i in range(14))
-    studies = [begun(root / f"a study with a name that says all that was tried in it, {i}", model, f"{i}abc" * 9) for i in (1, 2)]
+    studies = [
+        new_study(root / f"a study with a name that says all that was tried in it, {i}", model, f"{i}abc" * 9) for i in (1, 2)
+    ]
     for number, study in enumerate(studies):
         for block in range(8):
             for size in (16384, 32768, 65536):
@@ -39,8 +41,10 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     name = (
                         f"transformer.single_transformer_blocks.{block}:update/topk-{size}-k{k}-paper-standardise-lr0.0002-seed1"
                     )
-                    evaluated(study, name, fvu=(size / 3e5 + number) / (block + k), dead=size // (9 + number), data=str(number))
-            matched(study, name, [0.9 - (j + number) / 20 for j in range(14)], concepts=concepts)
+                    write_evaluation(
+                        study, name, fvu=(size / 3e5 + number) / (block + k), dead=size // (9 + number), data=str(number)
+                    )
+            write_matches(study, name, [0.9 - (j + number) / 20 for j in range(14)], concepts=concepts)
     return write_comparison(compare(*map(read_facts, studies)), root / "compare.html")
 
 

@@ -1,4 +1,4 @@
-"""Views of plain images, for tests of what sees: each of one colour, with a highlight in a corner."""
+"""Views of plain images for tests of VLMs: each of one colour, with a highlight in a corner."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ MODEL = "rule"
 
 
 def code(number: int) -> str:
-    """The colour as the rule writes it."""
+    """Return the colour of an image in the rule's notation."""
     red, green, blue = plain_colour(number)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -29,20 +29,20 @@ def view(number: int) -> ImageView:
 
 
 class Endpoints:
-    """Makes askers of endpoints, which it closes at its end."""
+    """Clients of endpoints, closed together."""
 
     def __init__(self, answers: AnswerCache) -> None:
-        self.answers, self._made = answers, list[EndpointBackend]()
+        self.answers, self._backends = answers, list[EndpointBackend]()
 
     def __call__(self, url: str, key: str = "", terms: RequestPolicy | None = None, timeout: float = 5.0) -> CachedClient:
-        self._made.append(EndpointBackend(url, MODEL, ApiKey(key, "a test"), timeout=timeout))
-        return CachedClient(self._made[-1], self.answers, terms or RequestPolicy(patience=QUICK))
+        self._backends.append(EndpointBackend(url, MODEL, ApiKey(key, "a test"), timeout=timeout))
+        return CachedClient(self._backends[-1], self.answers, terms or RequestPolicy(patience=QUICK))
 
     def close(self) -> None:
-        for endpoint in self._made:
+        for endpoint in self._backends:
             endpoint.close()
 
 
 def book(folder: Path, features: int, **more: int) -> tuple[Book, ImageAlbum]:
-    """A plain book, to be edited, and its album."""
+    """Return a plain book, open for editing, and its album."""
     return Book.edit(plain_book(folder, features, **more)), ImageAlbum(folder / "images")

@@ -1,4 +1,4 @@
-"""A study made by hand: records with known numbers where its stations would have put them, without any model."""
+"""A sample study: records with known numbers in the files of its stations, without a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,14 +34,14 @@ CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star",
 TIMESTEPS = (1000.0, 500.0)
 
 
-def begun(folder: Path, model: str = "mini-flux", revision: str | None = None) -> Study:
+def new_study(folder: Path, model: str = "mini-flux", revision: str | None = None) -> Study:
     return Study.begin(folder, model, revision)
 
 
-def dictionary(
+def write_dictionary(
     study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights", data: str = ""
 ) -> DictionaryRef:
-    """A dictionary called SITE/KIND-SIZE-kK..., with bytes in the place of its tensors."""
+    """Write a dictionary named SITE/KIND-SIZE-kK..., with bytes in place of its tensors."""
     site, _, label = name.partition("/")
     kind, size, k, *_ = label.split("-")
     place = DictionaryRef(Site.parse(site), label)
@@ -55,7 +55,7 @@ def dictionary(
     return place
 
 
-def evaluated(
+def write_evaluation(
     study: Study,
     name: str,
     fvu: float | None = 0.2,
@@ -64,11 +64,13 @@ def evaluated(
     share: float | None = 0.1,
     r2: float | None = 0.8,
     data: str = "",
-    alike: Mapping[str, float] | None = None,
+    similarity: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """The evaluation of a dictionary that is made along with it; `share` is the effect as a share of mean ablation, `alike` what
-    finished images were compared by besides."""
-    place = dictionary(study, name, normalisation, data=data)
+    """Write a dictionary and its evaluation, and return the evaluation.
+
+    `share` is the effect as a share of mean ablation, `similarity` has further measures of finished images.
+    """
+    place = write_dictionary(study, name, normalisation, data=data)
     folder, size = study.dictionary(*place), int(place.label.split("-")[1])
     quality = _quality(fvu, r2)
     density = [0] * (len(Evaluation.edges) - 1)
@@ -82,26 +84,28 @@ def evaluated(
         timesteps={t: _quality(fvu and fvu * t / 1000, r2) for t in TIMESTEPS},
         dead=dead,
         density=tuple(density),
-        effect=None if share is None else _effect(share, alike or {}),
+        effect=None if share is None else _effect(share, similarity or {}),
     )
     path = study.evaluation(*place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _written(path, evaluation)
+    _write(path, evaluation)
     return evaluation
 
 
-def matched(
+def write_matches(
     study: Study,
     name: str,
     aps: Sequence[float],
     inputs: Mapping[str, object] | None = None,
     levels: Sequence[float] = (0.25, 0.5),
     concepts: Sequence[Concept] = CONCEPTS,
-    each: int = 4,
-    left_out: Sequence[Concept] = (),
+    per_concept: int = 4,
+    rare: Sequence[Concept] = (),
 ) -> Path:
-    """Matches whose best features have the average precisions `aps`; of a dictionary where there is one of that name. So many
-    features match `each` concept best."""
+    """Write matches whose best features have the average precisions `aps`, and return their path.
+
+    They are of the dictionary of that name if there is one; `per_concept` features match each concept best.
+    """
     site, _, label = name.partition("/")
     folder = study.dictionary(Site.parse(site), label)
     match_inputs = MatchInputs(
@@ -111,29 +115,29 @@ def matched(
         config=ConceptsConfig(images=9, noise=tuple(levels)),
         fingerprint=fingerprint(folder) if (folder / "config.json").is_file() else None,
     )
-    findings = tuple(_finding(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
-    found = sum(ap >= 0.8 for ap in aps) / len(aps)
-    coverage = ConfidenceInterval(found, max(found - 0.1, 0.0), min(found + 0.1, 1.0))
-    made = [
-        NoiseLevelResult(noise=noise, results=findings, coverage=coverage, coverage_of_findable=coverage)
+    results = tuple(_concept_result(concept, ap) for concept, ap in zip(concepts, aps, strict=True))
+    share = sum(ap >= 0.8 for ap in aps) / len(aps)
+    coverage = ConfidenceInterval(share, max(share - 0.1, 0.0), min(share + 0.1, 1.0))
+    level_results = [
+        NoiseLevelResult(noise=noise, results=results, coverage=coverage, coverage_of_findable=coverage)
         for noise in (None, *(levels if len(levels) > 1 else ()))
     ]
-    count = len(aps) * each
+    count = len(aps) * per_concept
     matches = ConceptMatches(
         site=Site.parse(site),
         label=label,
         size=8,
         concepts=tuple(concepts),
-        rare_concepts=tuple(left_out),
-        levels=tuple(made),
+        rare_concepts=tuple(rare),
+        levels=tuple(level_results),
         features=FeatureMatches(
             features=tuple(range(count)),
-            concepts=tuple(range(len(aps))) * each,
-            ap=tuple(aps) * each,
-            iou_concepts=tuple(range(len(aps))) * each,
-            iou=tuple(aps) * each,
+            concepts=tuple(range(len(aps))) * per_concept,
+            ap=tuple(aps) * per_concept,
+            iou_concepts=tuple(range(len(aps))) * per_concept,
+            iou=tuple(aps) * per_concept,
             unrelated=(0.0,) * count,
-            monosemanticity=tuple(aps) * each,
+            monosemanticity=tuple(aps) * per_concept,
         ),
         inputs=replace(match_inputs, **(inputs or {})),
     )
@@ -142,25 +146,25 @@ def matched(
     return path
 
 
-def anatomised(
+def write_anatomy(
     study: Study,
     norms: Mapping[str, Mapping[float, float]] | None = None,
     variances: Sequence[float] = (50.0, 10.0, 5.0, *(1.0,) * 17),
     model: str | None = None,
 ) -> Anatomy:
-    """An anatomy of two layers in both streams, whose norms double from one to the next."""
+    """Write the anatomy of two layers in both streams, and return it."""
     usual = {"double.0": {1000.0: 10.0, 500.0: 12.0}, "double.1": {1000.0: 30.0, 500.0: 40.0}}
     usual |= {f"{site}:text": {t: 5 * norm for t, norm in by.items()} for site, by in usual.items()}
     shape = ActivationShape(
         tokens=100, variances=tuple(variances), components_for_90=9, alignments=(0.5,), outliers=((1, 2.0, 3.0),), offset=1.5
     )
-    told = {Site.parse(site): dict(by) for site, by in (norms or usual).items()}
-    anatomy = Anatomy(model=model or study.model, norms=told, shapes={Site.parse("double.1"): shape})
+    by_site = {Site.parse(site): dict(by) for site, by in (norms or usual).items()}
+    anatomy = Anatomy(model=model or study.model, norms=by_site, shapes={Site.parse("double.1"): shape})
     anatomy.save(study.anatomy)
     return anatomy
 
 
-def imaged(
+def write_book(
     study: Study,
     name: str,
     features: int = 12,
@@ -168,13 +172,13 @@ def imaged(
     coverage: float = 0.25,
     data: str = "made",
 ) -> None:
-    """The book of a dictionary: each feature fires in six images of its own colour; some are explained, with an accuracy."""
+    """Write the book of a dictionary: each feature fires in six images of its colour; some have explanations with an accuracy."""
     site, _, label = name.partition("/")
     place, album = DictionaryRef(Site.parse(site), label), ImageAlbum(study.images)
-    filed = [album.add(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
+    files = [album.add(Image.new("RGB", (8, 8), (20 * feature, 90, 200)))[0] for feature in range(features)]
     shot = Shot(model=study.model, prompt="<b>a star</b>", pixels=(8, 8), steps=1, guidance=0.0, split="held-out")
     shots = [(6 * feature + i, feature, replace(shot, seed=i)) for feature in range(features) for i in range(6)]
-    about = BookInfo(
+    info = BookInfo(
         dictionary=name,
         kind=label.split("-")[0],
         size=features,
@@ -187,8 +191,8 @@ def imaged(
         shots={"held-out": 6 * features},
         images=features,
     )
-    with BookWriter.open(study.book(*place), about) as writer:
-        writer.add_images(ImageFile(number, *each) for number, each in enumerate(filed))
+    with BookWriter.open(study.book(*place), info) as writer:
+        writer.add_images(ImageFile(number, *file) for number, file in enumerate(files))
         writer.add_shots(shots)
         writer.add_features(
             FeatureStats(feature=f, firings=8, shots=8, density=0.25, peak=1.0 + f, mean=1.0, area=0.25, coverage=coverage)
@@ -209,7 +213,7 @@ def imaged(
                 book.add_explanation(explanation, scores=scores)
 
 
-def steered(
+def write_steering(
     study: Study,
     name: str,
     success: float = 0.9,
@@ -220,13 +224,15 @@ def steered(
     judge: str = "",
     **settings: object,
 ) -> None:
-    """What came of steering towards concepts with feature 1, which `matched` makes the best for all; strips of the first of each
-    group. `checksum` is that of a file of concepts; `settings` are those of the config."""
+    """Write the results of steering with feature 1, the best one for all concepts in `write_matches`.
+
+    Strips are of the first concept of each group. `checksum` is that of a file of concepts; `settings` are those of the config.
+    """
     site, _, label = name.partition("/")
     place = DictionaryRef(Site.parse(site), label)
     path, curves, strips = study.steering(*place), [], {}
     for concept in concepts:
-        for method, most in (
+        for method, highest in (
             ("feature", success),
             ("neuron", success / 2),
             ("contrast", success),
@@ -234,8 +240,8 @@ def steered(
             ("prompt", 1),
         ):
             strengths = (1.0,) if method == "prompt" else (0.5, 1.0, 2.0)
-            told = f"{name} 1" if method == "feature" else method
-            curves.append(_steered(concept, method, told, [(s, most * min(s, 1.0), kept, 1 + s / 4) for s in strengths]))
+            description = f"{name} 1" if method == "feature" else method
+            curves.append(_curve(concept, method, description, [(s, highest * min(s, 1.0), kept, 1 + s / 4) for s in strengths]))
             file = f"{concept.group}-{method}.webp"
             strip = ImageStrip(
                 method=method, concept=concept.name, group=concept.group, prompt="<i>a star</i>", strengths=strengths, file=file
@@ -256,24 +262,30 @@ def steered(
     ).save(path)
 
 
-def _steered(concept: Concept, method: str, told: str, points: Sequence[tuple[float, float, float, float]]) -> StrengthCurve:
-    made = [
+def _curve(concept: Concept, method: str, description: str, values: Sequence[tuple[float, float, float, float]]) -> StrengthCurve:
+    points = [
         StrengthPoint(strength=strength, success=success, specificity=kept, quality=loss, confidence=1.0)
-        for strength, success, kept, loss in points
+        for strength, success, kept, loss in values
     ]
     return StrengthCurve(
-        method=method, description=told, concept=concept.name, group=concept.group, trials=4, without=0.0, points=tuple(made)
+        method=method,
+        description=description,
+        concept=concept.name,
+        group=concept.group,
+        trials=4,
+        without=0.0,
+        points=tuple(points),
     )
 
 
-def removed(
+def write_removal(
     study: Study,
     name: str,
     cra: float = 0.95,
     groups: Sequence[str] = ("colour", "background"),
     steps: tuple[int, int] | None = None,
 ) -> None:
-    """What came of taking away four concepts of each group with a dictionary: two of them gone, and `cra` kept."""
+    """Write the results of removing four concepts of each group with a dictionary: two are removed, with this CRA."""
     site, _, label = name.partition("/")
     place = DictionaryRef(Site.parse(site), label)
     concepts = tuple(
@@ -299,19 +311,19 @@ def removed(
     ).save(study.removal([place]))
 
 
-def found(
+def write_findings(
     study: Study, site: str, names: Sequence[str] = ("pairs", "out-of-distribution"), by: Mapping[str, str] | None = None
 ) -> None:
-    """Findings of experiments at a site, the second of which does not hold; `by` says with which dictionary one was made."""
-    used = {each: {study.find_dictionary(name): {}} for each, name in (by or {}).items()}
+    """Write findings at a site, of which the second does not hold; `by` maps a finding to the dictionary that it used."""
+    dictionaries = {finding: {study.find_dictionary(name): {}} for finding, name in (by or {}).items()}
     lines = (
         FindingLine("all concepts", (1.0, 20.0, 200.0), (0.1, 0.3, 0.35), (0.02,) * 3, 4),
         FindingLine("colour", (1.0,), (0.2,), (0.0,), 1),
     )
-    made = [
+    findings = [
         Finding(
             name=name,
-            claim=f"What is said of <b>{name}</b>",
+            claim=f"The claim about <b>{name}</b>",
             paper="arXiv 2505.03189",
             rule="The gain rises.",
             verdict="does not hold here" if i else "holds here",
@@ -322,75 +334,75 @@ def found(
             lines=lines,
             curves=(),
             config=FindingsConfig(groups=("colour",)),
-            provenance=Provenance.of(study, used.get(name, {})),
+            provenance=Provenance.of(study, dictionaries.get(name, {})),
         )
         for i, name in enumerate(names)
     ]
-    at = Findings(model=study.model, revision=study.revision, site=site, parameters=9, findings=tuple(made))
-    at.save(study.findings(Site.parse(site)))
+    record = Findings(model=study.model, revision=study.revision, site=site, parameters=9, findings=tuple(findings))
+    record.save(study.findings(Site.parse(site)))
 
 
-def whole(folder: Path) -> Study:
-    """A study in which every station has been: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
-    study = begun(folder)
+def full_study(folder: Path) -> Study:
+    """Return a study with records of every station: two sites, two sizes and k, variants, ITDA, concepts and anatomy."""
+    study = new_study(folder)
     for site in ("double.1", "double.2"):
         for size in (512, 1024):
             for k in (8, 16):
-                evaluated(study, f"{site}/topk-{size}-k{k}", fvu=20 / size + 0.4 / k, dead=5, share=0.2 / k)
-                evaluated(study, f"{site}/itda-{size - 4}-k{k}-first100", fvu=15 / size + 0.3 / k, share=0.3 / k)
-    evaluated(study, "double.1/topk-1024-k16-none", fvu=0.3, dead=900, normalisation="none")
-    evaluated(study, "double.1/topk-1024-k16-whiten", fvu=0.5, dead=9, normalisation="whiten")
-    matched(study, "double.1/topk-1024-k16", (0.9, 0.8, 0.7, 0.6))
-    matched(study, "double.1/itda-1020-k16-first100", (0.8, 0.7, 0.6, 0.4))
-    matched(study, "double.1:neurons/neurons-k16", (0.4, 0.4, 0.3, 0.1))
-    matched(study, "double.1/pca-16-k16", (0.3, 0.2, 0.3, 0.1))
-    matched(study, "double.1/random-1024-k16", (0.1, 0.2, 0.1, 0.1))
-    anatomised(study)
-    steered(study, "double.1/topk-1024-k16")
-    steered(study, "double.1/itda-1020-k16-first100", success=0.6)
-    removed(study, "double.1/topk-1024-k16")
-    found(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
-    found(study, "double.2")
-    imaged(study, "double.1/itda-1020-k16-first100")
-    imaged(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
+                write_evaluation(study, f"{site}/topk-{size}-k{k}", fvu=20 / size + 0.4 / k, dead=5, share=0.2 / k)
+                write_evaluation(study, f"{site}/itda-{size - 4}-k{k}-first100", fvu=15 / size + 0.3 / k, share=0.3 / k)
+    write_evaluation(study, "double.1/topk-1024-k16-none", fvu=0.3, dead=900, normalisation="none")
+    write_evaluation(study, "double.1/topk-1024-k16-whiten", fvu=0.5, dead=9, normalisation="whiten")
+    write_matches(study, "double.1/topk-1024-k16", (0.9, 0.8, 0.7, 0.6))
+    write_matches(study, "double.1/itda-1020-k16-first100", (0.8, 0.7, 0.6, 0.4))
+    write_matches(study, "double.1:neurons/neurons-k16", (0.4, 0.4, 0.3, 0.1))
+    write_matches(study, "double.1/pca-16-k16", (0.3, 0.2, 0.3, 0.1))
+    write_matches(study, "double.1/random-1024-k16", (0.1, 0.2, 0.1, 0.1))
+    write_anatomy(study)
+    write_steering(study, "double.1/topk-1024-k16")
+    write_steering(study, "double.1/itda-1020-k16-first100", success=0.6)
+    write_removal(study, "double.1/topk-1024-k16")
+    write_findings(study, "double.1", by={"out-of-distribution": "double.1/topk-1024-k16"})
+    write_findings(study, "double.2")
+    write_book(study, "double.1/itda-1020-k16-first100")
+    write_book(study, "double.1/topk-1024-k16", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
     return study
 
 
-def control(folder: Path) -> Study:
-    """The study of the same model untrained."""
-    study = begun(folder, revision="untrained-0")
-    dictionary(study, "double.1/topk-1024-k16", weights=b"untrained")
-    matched(study, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
+def control_study(folder: Path) -> Study:
+    """Return a study of the same model untrained."""
+    study = new_study(folder, revision="untrained-0")
+    write_dictionary(study, "double.1/topk-1024-k16", weights=b"untrained")
+    write_matches(study, "double.1/topk-1024-k16", (0.2, 0.1, 0.1, 0.1))
     return study
 
 
 def _quality(fvu: float | None, r2: float | None) -> ReconstructionQuality:
-    figures = ReconstructionMetrics(fvu=fvu, fvu_raw=fvu, r2=r2, ev=r2, cosine=0.9)
-    return ReconstructionQuality(tokens=4321, l0=16.0, negative=0.25, model_space=figures, normalised_space=None)
+    metrics = ReconstructionMetrics(fvu=fvu, fvu_raw=fvu, r2=r2, ev=r2, cosine=0.9)
+    return ReconstructionQuality(tokens=4321, l0=16.0, negative=0.25, model_space=metrics, normalised_space=None)
 
 
-def _effect(share: float, alike: Mapping[str, float]) -> ModelEffect:
+def _effect(share: float, similarity: Mapping[str, float]) -> ModelEffect:
     replaced = ReplacementEffect(reconstruction=share, mean=1.0, zero=2.0)
-    same = ReplacementEffect(reconstruction=0.9, mean=0.2, zero=0.1)
+    ssim = ReplacementEffect(reconstruction=0.9, mean=0.2, zero=0.1)
     return ModelEffect(
         shots=4,
         prediction=replaced,
         timesteps=dict.fromkeys(TIMESTEPS, replaced),
         images=2,
         image_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
-        similarity={"ssim": same, **{name: replace(same, reconstruction=value) for name, value in alike.items()}},
+        similarity={"ssim": ssim, **{name: replace(ssim, reconstruction=value) for name, value in similarity.items()}},
     )
 
 
-def _written(path: Path, evaluation: Evaluation) -> None:
-    """Also what `save` would refuse, as a file may hold anything: NaN and infinity."""
+def _write(path: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation, also with values that `save` refuses and a file may contain: NaN and infinity."""
     try:
         evaluation.save(path)
     except ValueError:
         path.write_text(json.dumps({"format": 2, "difflex": "0", **to_json(evaluation)}))
 
 
-def _finding(concept: Concept, ap: float) -> ConceptResult:
+def _concept_result(concept: Concept, ap: float) -> ConceptResult:
     detector = ConceptDetector(features=(1,), ap=ConfidenceInterval(ap, ap - 0.05, ap + 0.05), iou=ap, precision=ap, recall=ap)
     return ConceptResult(
         concept=concept,
