@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionaries import SAEWeights
-from difflex.dictionaries.normalisation import Normalisation
+from difflex.dictionaries import Normalisation, SAEWeights
 from difflex.errors import BrokenFile, MissingExtra, StaleWork
 from difflex.files import Json, write_file
 from difflex.training.config import TrainingConfig

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from difflex.choices import NormalisationMethod
 from difflex.devices import find_device
-from difflex.dictionaries import SAE, DictionaryOrigin, SAEWeights
-from difflex.dictionaries.normalisation import Normalisation
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.errors import BadInput, NonFinite
 from difflex.files import Json
 from difflex.records import ActivationBatch
@@ -75,8 +74,7 @@ def fit(
     Every SAE is trained on every batch, so that a sweep costs one pass over the data. Work in a folder resumes, bit for bit on a
     CPU. Under `torch.distributed` all ranks call this, and rank 0 writes. The default device is a GPU, if there is one.
     """
-    target = find_device(device)
-    run = FitRun(trainings, batches, origin=origin, config=config, device=target)
+    run = FitRun(trainings, batches, origin, config, find_device(device))
     run.train()
     return run.finish()
 
@@ -86,17 +84,15 @@ NormalisationScheme = tuple[NormalisationMethod, float | None]
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class FitMember:
     """One SAE of a run."""
 
-    def __init__(self, folder: Path, learner: Learner, normalisation: Normalisation, log: TrainingLog | None) -> None:
-        """Only rank 0 has a log."""
-        self.folder, self.learner, self.normalisation, self.log = folder, learner, normalisation, log
-
-    @property
-    def label(self) -> str:
-        """The label of the SAE."""
-        return self.learner.config.label
+    folder: Path
+    learner: Learner
+    normalisation: Normalisation
+    log: TrainingLog | None
+    """Only rank 0 has a log."""
 
     @property
     def scheme(self) -> NormalisationScheme:
@@ -142,7 +138,6 @@ class FitRun:
         self,
         trainings: Mapping[Path, TrainingConfig],
         batches: Batches,
-        *,
         origin: DictionaryOrigin,
         config: FitConfig,
         device: torch.device,
@@ -252,8 +247,8 @@ class FitRun:
         if message := non_finite_message(number, rows):
             return f"{message} {checkpoint} Harvest that shot again, then resume."
         return (
-            f"The loss of {member.label} became NaN or infinite at batch {number}, whose rows are finite: the weights have "
-            f"diverged. {checkpoint} Lower the learning rate and train from the start."
+            f"The loss of {member.learner.config.label} became NaN or infinite at batch {number}, whose rows are finite: the "
+            f"weights have diverged. {checkpoint} Lower the learning rate and train from the start."
         )
 
     def _finite_members(self, skip: FitMember | None = None) -> Iterator[FitMember]:
@@ -261,8 +256,9 @@ class FitRun:
         diverged = [member for member in self.members if member is not skip and not member.is_finite]
         yield from (member for member in self.members if member is not skip and member not in diverged)
         for member in diverged:
+            learner = member.learner
             raise NonFinite(
-                f"The weights of {member.label} became NaN or infinite by update {member.learner.updates}: they have diverged. "
+                f"The weights of {learner.config.label} became NaN or infinite by update {learner.updates}: they have diverged. "
                 f"What {member.folder} holds from before is intact. Lower the learning rate and train from the start."
             )
 
