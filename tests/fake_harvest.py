@@ -1,4 +1,4 @@
-"""A harvest without a model: activations drawn from a seed that the shot fixes. As a script it records them, to be killed."""
+"""A harvest without a model: random activations with a seed made from the shot. As a script it records them, for kill tests."""
 
 import argparse
 import hashlib
@@ -18,7 +18,7 @@ SITES = (Site("double.1"), Site("single.0", "update"), Site("double.1", stream="
 
 
 def fake_shots(runs: int | None, steps: int = 1, word: str = "star") -> Iterator[Shot]:
-    """Shots of `runs` prompts, endless if None."""
+    """Yield the shots of `runs` prompts, endless if None."""
     for i in count() if runs is None else range(runs):
         prompt = f"{word} {i}"
         for step in range(steps):
@@ -35,7 +35,7 @@ def fake_shots(runs: int | None, steps: int = 1, word: str = "star") -> Iterator
 
 
 def activation(shot: Shot, site: Site, tokens: int, width: int) -> Tensor:
-    """The activations of `shot` at `site`: axes of different means and deviations."""
+    """Return the activations of `shot` at `site`: axes with different means and deviations."""
     key = hashlib.sha256(f"{shot.prompt}/{shot.seed}/{shot.timestep}/{site}".encode()).digest()
     noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(int.from_bytes(key[:7], "big")))
     axes = torch.arange(width)
@@ -44,20 +44,20 @@ def activation(shot: Shot, site: Site, tokens: int, width: int) -> Tensor:
 
 @dataclass
 class FakeHarvest:
-    """What a pipeline's `harvest` is to a store; it counts what it is asked for."""
+    """A stand-in for the `harvest` of a pipeline that counts its shots."""
 
     tokens: int = 8
     width: int = 16
     delay: float = 0.0
-    """Seconds for each batch."""
+    """Seconds per batch."""
     made: int = 0
-    """Shots that were made."""
+    """How many shots were made."""
 
     def __call__(self, shots: Iterable[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
         runs = (list(alike) for _, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)))
         while together := list(islice(runs, batch)):
             time.sleep(self.delay)
-            # As a pipeline does: all runs of a batch at one step, then at the next.
+            # Like a pipeline: all runs of a batch at one step, then at the next.
             for at_step in zip(*together, strict=True):
                 self.made += len(at_step)
                 for site in sites:
@@ -68,7 +68,7 @@ class FakeHarvest:
 
 
 def main() -> None:
-    """Record; the flags say what."""
+    """Record the fake activations."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=96)
@@ -76,11 +76,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--of", type=int, default=1)
+    parser.add_argument("--world-size", type=int, default=1)
     flags = parser.parse_args()
     torch.set_num_threads(1)
     harvest = FakeHarvest(delay=flags.delay, width=flags.width)
-    settings = RecordingConfig(dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, world_size=flags.of, progress=False)
+    settings = RecordingConfig(
+        dtype=flags.dtype, batch=4, shard_bytes=0, rank=flags.rank, world_size=flags.world_size, progress=False
+    )
     print("begins", flush=True)
     record(flags.folder, fake_shots(flags.runs), SITES, harvest, settings)
 

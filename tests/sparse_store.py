@@ -1,4 +1,4 @@
-"""A store of 100 GB that takes no disk, and as a script: what memory reading from it takes."""
+"""A store of 100 GB that takes no disk space; as a script, measure the memory that reading from it takes."""
 
 import json
 import resource
@@ -15,7 +15,7 @@ READ = 400 * 2**20
 
 
 def sparse_store(folder: Path) -> Store:
-    """Shards of the usual size whose rows are holes in their files: zeros."""
+    """Make shards of the usual size whose rows are holes in sparse files: zeros."""
     form = ShardFormat(Site("double.18"), "bf16", 256, 3072)
     head, parts = header(form, SHOTS), tensor_slots(form, SHOTS)
     for number in range(SHARDS):
@@ -31,12 +31,12 @@ def sparse_store(folder: Path) -> Store:
 
 
 def memory() -> int:
-    """What this process holds now, mapped files included, in bytes."""
+    """Return the memory of this process with its mapped files, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:
-    """Print what was read and by how much memory grew meanwhile."""
+    """Print the bytes read and the growth of the memory."""
     folder = Path(sys.argv[1])
     store = sparse_store(folder)
     before, read, most = memory(), 0, 0
@@ -44,10 +44,10 @@ def main() -> None:
         read, most = read + rows.values.nbytes, max(most, memory())
         if read > READ:
             break
-    # Two windows, as one is left while the next is entered; a batch being filled, one in the reader's hands; small change.
+    # Two windows, the last and the next one; two batches, one filled and one read; small objects.
     allowed = (2 * WINDOW + 2 * BATCH) * 2 * store.width + 30 * 2**20
     stored = sum(path.stat().st_size for path in folder.iterdir())
-    print(json.dumps({"stored": stored, "read": read, "grown": most - before, "allowed": allowed}))
+    print(json.dumps({"stored": stored, "read": read, "growth": most - before, "allowed": allowed}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The judge's geometry and the scores that come from its readings; its accuracy stands in the benchmark."""
+"""The geometry of the judge and the scores of its readings; the benchmark measures its accuracy."""
 
 import pytest
 import torch
@@ -32,50 +32,50 @@ from difflex.miniature.world import (
 
 
 def true_reading(drawn: Scenes, i: int) -> SceneReading:
-    """What a perfect judge would read."""
-    specs, things = drawn.specs, []
+    """Return the reading of a perfect judge."""
+    specs, objects = drawn.specs, []
     for slot in range(int(specs.count[i])):
         names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES, "row": ROWS, "column": COLUMNS}
-        concepts = {group: all_[getattr(specs, group)[i, slot]] for group, all_ in names.items()}
-        things.append(DetectedObject(concepts=concepts, confidence=1.0, mask=drawn.slots[i] == slot))
+        concepts = {group: group_names[getattr(specs, group)[i, slot]] for group, group_names in names.items()}
+        objects.append(DetectedObject(concepts=concepts, confidence=1.0, mask=drawn.slots[i] == slot))
     ground, style = BACKGROUNDS[specs.background[i]], STYLES[specs.style[i]]
-    return SceneReading(objects=tuple(things), background=ground, style=style, count=COUNTS[len(things) - 1], confidence=1.0)
+    return SceneReading(objects=tuple(objects), background=ground, style=style, count=COUNTS[len(objects) - 1], confidence=1.0)
 
 
-def test_connected_regions_are_told_apart():
+def test_connected_regions_have_different_labels():
     drawn = draw(torch.arange(100))
     for labels, count in zip(connected_regions(drawn.slots >= 0), drawn.specs.count, strict=True):
         assert len(labels.unique()) - 1 == count
 
 
-def test_a_true_reading_scores_everything_right():
+def test_all_attributes_of_a_true_reading_are_correct():
     drawn = draw(torch.arange(300))
     for i, caption in enumerate(drawn.captions):
-        right = correct_attributes(parse_caption(caption), true_reading(drawn, i))
-        assert all(right.values()), (caption, right)
+        correct = correct_attributes(parse_caption(caption), true_reading(drawn, i))
+        assert all(correct.values()), (caption, correct)
 
 
-def test_a_wrong_image_scores_wrong():
+def test_attributes_of_a_wrong_image_are_correct_by_chance_only():
     drawn = draw(torch.arange(300))
     verdicts = [correct_attributes(parse_caption(drawn.captions[i]), true_reading(drawn, i + 1)) for i in range(299)]
     for attribute, chance in {"shape": 0.3, "colour": 0.3, "background": 0.3, "position": 0.5}.items():
-        asked = [verdict[attribute] for verdict in verdicts if attribute in verdict]
-        assert sum(asked) / len(asked) < chance, attribute
+        stated = [verdict[attribute] for verdict in verdicts if attribute in verdict]
+        assert sum(stated) / len(stated) < chance, attribute
 
 
 def test_an_attribute_is_scored_only_where_the_caption_states_it():
     drawn = draw(torch.arange(300))
-    right = correct_attributes(parse_caption("a star"), true_reading(drawn, 0))
-    assert set(right) == {"shape", "count"}
+    correct = correct_attributes(parse_caption("a star"), true_reading(drawn, 0))
+    assert set(correct) == {"shape", "count"}
 
 
 def test_a_missing_object_makes_every_stated_attribute_wrong():
-    nothing = SceneReading(objects=(), background="sky", style="flat", count="one", confidence=1.0)
-    right = correct_attributes(parse_caption("a red star above a blue ring on sky"), nothing)
-    assert right == {"shape": False, "colour": False, "count": False, "background": True, "relation": False}
+    empty = SceneReading(objects=(), background="sky", style="flat", count="one", confidence=1.0)
+    correct = correct_attributes(parse_caption("a red star above a blue ring on sky"), empty)
+    assert correct == {"shape": False, "colour": False, "count": False, "background": True, "relation": False}
 
 
-def test_the_judge_learns_and_survives_the_disk(tmp_path):
+def test_the_judge_learns_and_is_saved_and_loaded(tmp_path):
     torch.manual_seed(0)
     judge = Judge()
     history = list(training_losses(judge, 25, batch=8))
@@ -92,22 +92,22 @@ def test_the_judge_in_the_package_reads_true_drawings():
     assert {group: share for group, share in verdicts.items() if share < 0.95} == {}
 
 
-def test_only_what_lies_in_the_region_counts():
+def test_only_objects_in_the_region_count():
     drawn = draw(torch.arange(40) + HELD_OUT_SEEDS, SceneMix(1, 0, 0))
     inside = drawn.slots >= 0
-    here = score(drawn.captions, drawn.images, load_judge(), inside)
-    elsewhere = score(drawn.captions, drawn.images, load_judge(), ~inside)
-    assert sum(s.correct["shape"] for s in here) > 36
-    assert not any(s.correct["shape"] for s in elsewhere)
+    inside_scores = score(drawn.captions, drawn.images, load_judge(), inside)
+    outside_scores = score(drawn.captions, drawn.images, load_judge(), ~inside)
+    assert sum(s.correct["shape"] for s in inside_scores) > 36
+    assert not any(s.correct["shape"] for s in outside_scores)
 
 
-def test_a_concept_fills_the_region_where_it_is_and_no_other():
+def test_a_concept_fills_the_region_only_in_images_that_show_it():
     drawn, judge = draw(torch.arange(30) + HELD_OUT_SEEDS, SceneMix(1, 0, 0)), load_judge()
     whole = torch.ones(64, 64, dtype=torch.bool)
     for concept in ("red", "star", "sky", "top", "cartoon"):
-        there = drawn.mask(concept).any(2).any(1)
+        shown = drawn.mask(concept).any(2).any(1)
         share = judge.share(drawn.images, concept, whole)
-        assert ((share > 0.5) == there).float().mean() > 0.95, concept
+        assert ((share > 0.5) == shown).float().mean() > 0.95, concept
 
 
 def test_images_of_another_size_are_refused():
@@ -115,7 +115,7 @@ def test_images_of_another_size_are_refused():
         Judge().eval().read(torch.zeros(1, 3, 32, 32))
 
 
-def test_broken_weights_are_refused_by_name(tmp_path):
+def test_damaged_weights_are_named_in_the_error(tmp_path):
     (tmp_path / "judge.safetensors").write_bytes(b"nothing")
     with pytest.raises(BrokenFile, match=r"judge\.safetensors"):
         load_judge(tmp_path / "judge.safetensors")

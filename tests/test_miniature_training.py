@@ -1,4 +1,4 @@
-"""How the embedded model is made: exact encoder, the pipeline's own flow convention, resumption after a kill."""
+"""The training of the miniature: an exact encoder, the flow convention of the pipeline, resuming after a kill."""
 
 import json
 import os
@@ -77,14 +77,14 @@ def test_unknown_words_are_spelled(pipeline):
 
 
 @torch.no_grad()
-def test_training_speaks_the_pipelines_language(pipeline):
+def test_training_uses_the_conventions_of_the_pipeline(pipeline):
     """One Euler step of the real pipeline is noise - velocity, with our ids, packing, texts and noise level."""
     captions = ["a red star", "two blue rings on grass"]
     noise = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     arguments = {"height": 64, "width": 64, "max_sequence_length": TINY.text_length, "guidance_scale": 0.0}
-    made = pipeline(captions, num_inference_steps=1, latents=noise, output_type="latent", **arguments).images
+    latents = pipeline(captions, num_inference_steps=1, latents=noise, output_type="latent", **arguments).images
     velocity = FlowModel(pipeline).velocity(noise, torch.ones(2), *CaptionTokens(pipeline)(captions))
-    assert torch.allclose(made, noise - velocity, atol=1e-5)
+    assert torch.allclose(latents, noise - velocity, atol=1e-5)
 
 
 def test_latents_are_packed_as_the_pipeline_packs_them(pipeline, components):
@@ -118,39 +118,39 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     assert factors[500:] == sorted(factors[500:], reverse=True)
 
 
-def test_the_last_part_of_the_training_is_about_the_layout(components, pipeline):
+def test_the_last_part_of_the_training_has_more_pairs_and_noise(components, pipeline):
     recipe = FlowRecipe(updates=100, batch=256, layout_from=0.5, layout_mix=(0.0, 1.0, 0.0), layout_level_mean=5.0)
     captions = {update: training_batch(update, recipe, components, CaptionTokens(pipeline)).concepts for update in (49, 50)}
     objects = {update: (shares[:, :, :10].sum(2).mean(1)).std() for update, shares in captions.items()}
-    assert objects[50] < objects[49]  # pairs alone vary less in what they cover than singles, pairs and copies do
+    assert objects[50] < objects[49]  # the area of pairs varies less than that of singles, pairs and copies together
     levels = {update: noise_levels(256, recipe, torch.Generator().manual_seed(0), update) for update in (49, 50)}
     assert levels[49].median() < 0.85 < 0.98 < levels[50].median()
 
 
-def test_guidance_pushes_by_what_a_caption_changes(pipeline, components):
+def test_the_teacher_returns_the_change_of_the_velocity_by_the_caption(pipeline, components):
     model, texts = FlowModel(pipeline), CaptionTokens(pipeline)
     guide = GuidanceTeacher(model, list(model.parameters()), texts)
     batch = make_batch(draw(torch.arange(2)), components, texts, ["", "a red star on grass"])
     noisy, level = torch.randn(batch.latents.shape), torch.full((2,), 0.9)
-    push = guide(noisy, level, batch.clip, batch.t5)
+    effect = guide(noisy, level, batch.clip, batch.t5)
     empty = (ids.expand(2, -1) for ids in texts([""]))
     with torch.no_grad():
-        changed = model.velocity(noisy, level, batch.clip, batch.t5) - model.velocity(noisy, level, *empty)
-    assert torch.allclose(push, changed, atol=1e-5)
-    assert push[0].abs().max() < 1e-5 < 1e-3 < push[1].abs().max()
+        expected = model.velocity(noisy, level, batch.clip, batch.t5) - model.velocity(noisy, level, *empty)
+    assert torch.allclose(effect, expected, atol=1e-5)
+    assert effect[0].abs().max() < 1e-5 < 1e-3 < effect[1].abs().max()
 
 
-def test_guided_targets_lie_further_along_the_push(pipeline, components):
+def test_guidance_moves_the_targets_along_the_effect(pipeline, components):
     batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
     model, recipe = FlowModel(pipeline), FlowRecipe(guidance=3.0, doubt=(-2.0, -1.0))
     loss = lambda guide: flow_losses(model, batch, recipe, torch.Generator().manual_seed(0), 0, guide).flow  # noqa: E731
     with torch.no_grad():
-        plain, none, pushed = loss(None), loss(lambda x, *_: torch.zeros_like(x)), loss(lambda x, *_: torch.full_like(x, 10.0))
-    assert torch.equal(plain, none)
-    assert abs(pushed - plain - 400) < 40  # targets moved by (3 - 1) * 10 everywhere
+        plain, zero, moved = loss(None), loss(lambda x, *_: torch.zeros_like(x)), loss(lambda x, *_: torch.full_like(x, 10.0))
+    assert torch.equal(plain, zero)
+    assert abs(moved - plain - 400) < 40  # targets moved by (3 - 1) * 10 everywhere
 
 
-def test_wrong_words_are_watched_for_every_group(pipeline, components):
+def test_the_loss_with_a_wrong_word_is_measured_for_every_group(pipeline, components):
     held_out = HeldOutLoss(components, CaptionTokens(pipeline), scenes=64)
     model = FlowModel(pipeline)
     assert set(held_out.rises(model)) == {"background", "style", "colour", "size", "texture", "shape", "row", "column"}
@@ -194,18 +194,18 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
 
 
 def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
-    workshop = TrainingFolder(folder=tmp_path)
-    FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
+    run = TrainingFolder(folder=tmp_path)
+    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     with pytest.raises(StaleWork, match="batch"):
-        train_flow(workshop, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
+        train_flow(run, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
 
 
-def test_what_changes_on_the_way_is_logged(tmp_path, pipeline):
+def test_changes_of_the_recipe_are_logged(tmp_path, pipeline):
     run = TrainingFolder(folder=tmp_path)
     FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     train_flow(run, pipeline, replace(SHORT, updates=1, level_mean=0.5), float("inf"))
-    logged = [json.loads(line) for line in run.log.read_text().splitlines()]
-    assert {"update": 0, "changed": "level_mean", "before": FlowRecipe().level_mean, "now": 0.5} in logged
+    entries = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert {"update": 0, "changed": "level_mean", "before": FlowRecipe().level_mean, "now": 0.5} in entries
 
 
 def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
@@ -217,15 +217,15 @@ def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
     state.save(run.flow)
     pack(run, packed)
     assert packed.flow.stat().st_size < 0.4 * run.flow.stat().st_size
-    again = FlowState(FlowModel(untrained_pipeline(TINY, 1)), SHORT)
-    again.restore(packed.flow)
-    assert again.update == 1
-    for x, y in zip(state.model.parameters(), again.model.parameters(), strict=True):
+    restored = FlowState(FlowModel(untrained_pipeline(TINY, 1)), SHORT)
+    restored.restore(packed.flow)
+    assert restored.update == 1
+    for x, y in zip(state.model.parameters(), restored.model.parameters(), strict=True):
         assert torch.allclose(x, y, rtol=1e-2, atol=1e-3)
-    train_update(again.model, again.average, again.optimisers, batch, SHORT, 1)
+    train_update(restored.model, restored.average, restored.optimisers, batch, SHORT, 1)
 
 
-def test_a_run_keeps_the_components_it_began_with(tmp_path):
+def test_a_run_keeps_its_components(tmp_path):
     run = TrainingFolder(folder=tmp_path)
     first = fit_components(run)
     changed = first._replace(weights=-first.weights)
@@ -233,12 +233,12 @@ def test_a_run_keeps_the_components_it_began_with(tmp_path):
     assert torch.equal(fit_components(run).weights, changed.weights)
 
 
-def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
-    workshop = TrainingFolder(folder=tmp_path / "work")
-    workshop.folder.mkdir()
-    FlowState(FlowModel(pipeline), SHORT).save(workshop.flow)
-    pipeline.vae.save_pretrained(workshop.autoencoder)
-    exported = export(workshop, tmp_path / "model", TINY)
+def test_an_exported_model_is_a_diffusers_pipeline_folder(tmp_path, pipeline):
+    run = TrainingFolder(folder=tmp_path / "work")
+    run.folder.mkdir()
+    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
+    pipeline.vae.save_pretrained(run.autoencoder)
+    exported = export(run, tmp_path / "model", TINY)
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     one, two = (generate_images(p, ["a red star on grass"], steps=2) for p in (exported, again))
@@ -246,14 +246,14 @@ def test_an_exported_model_is_a_plain_pipeline_folder(tmp_path, pipeline):
     assert one.shape == (1, 3, 64, 64)
 
 
-def test_the_examination_passes_true_drawings_and_fails_noise():
-    """Asked with a judge that has learned nothing, nothing can pass; the rows are complete."""
+def test_the_examination_has_all_rows_and_fails_noise():
+    """With an untrained judge and noise most thresholds are missed; the rows are complete."""
     judge = Judge().eval()
     rows = examine(lambda captions: torch.rand(len(captions), 3, 64, 64), judge, captions=12)
     assert set(rows) == {"one object", "two different", "copies", "all", "unseen combinations"}
     assert len(shortfalls(rows)) >= len(THRESHOLDS) // 2
 
 
-def test_the_command_says_nothing_of_packages_it_does_without():
-    done = subprocess.run([sys.executable, "-m", "difflex.miniature", "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: python -m difflex.miniature") and not done.stderr
+def test_the_command_prints_no_warning_of_missing_packages():
+    process = subprocess.run([sys.executable, "-m", "difflex.miniature", "--help"], capture_output=True, text=True, check=True)
+    assert process.stdout.startswith("usage: python -m difflex.miniature") and not process.stderr

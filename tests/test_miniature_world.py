@@ -44,14 +44,14 @@ def test_training_never_shows_a_tenth_of_the_combinations():
     grid = torch.meshgrid(torch.arange(8), torch.arange(10), torch.arange(5), indexing="ij")
     assert held_out_combination(*grid).sum() == 40
     specs = scenes(torch.arange(20_000))
-    there = torch.arange(3) < specs.count[:, None]
-    assert not held_out_combination(specs.shape, specs.colour, specs.texture)[there].any()
+    exists = torch.arange(3) < specs.count[:, None]
+    assert not held_out_combination(specs.shape, specs.colour, specs.texture)[exists].any()
 
 
-def test_held_out_scenes_show_nothing_else():
+def test_held_out_scenes_have_held_out_combinations_only():
     specs = scenes(torch.arange(2000), held_out=True)
-    there = torch.arange(3) < specs.count[:, None]
-    assert held_out_combination(specs.shape, specs.colour, specs.texture)[there].all()
+    exists = torch.arange(3) < specs.count[:, None]
+    assert held_out_combination(specs.shape, specs.colour, specs.texture)[exists].all()
 
 
 def test_two_different_objects_differ_in_shape_and_colour():
@@ -69,8 +69,8 @@ def test_the_mix_gives_its_shares_of_scene_kinds():
 
 def test_objects_never_touch():
     specs = scenes(torch.arange(3000), SceneMix(0, 1, 1))
-    apart = (specs.centre[:, 0] - specs.centre[:, 1]).norm(dim=1) - specs.radius[:, 0] - specs.radius[:, 1]
-    assert apart.min() > 1.0
+    distance = (specs.centre[:, 0] - specs.centre[:, 1]).norm(dim=1) - specs.radius[:, 0] - specs.radius[:, 1]
+    assert distance.min() > 1.0
 
 
 def test_masks_are_where_the_concepts_are():
@@ -95,7 +95,7 @@ def test_an_unknown_concept_is_named_with_its_neighbours():
         draw(SOME[:1]).mask("scquare")
 
 
-def test_images_are_images():
+def test_images_have_their_size_range_and_contrast():
     drawn = draw(SOME)
     assert drawn.images.shape == (200, 3, PIXELS, PIXELS)
     assert drawn.images.min() >= 0 and drawn.images.max() <= 1
@@ -115,18 +115,18 @@ def test_captions_hold_known_words_only_and_fit_the_text_length():
     assert len(set(captions)) > 4500
 
 
-def test_what_a_caption_says_is_true():
+def test_captions_are_true():
     specs = scenes(torch.arange(3000))
     for i, caption in enumerate(write_captions(specs)):
         request = parse_caption(caption)
         assert sum(thing.count for thing in request.objects) == int(specs.count[i]), caption
         assert request.background in (None, BACKGROUNDS[specs.background[i]])
         assert request.style in (None, STYLES[specs.style[i]])
-        assert all(_is_there(specs, i, thing) for thing in request.objects), caption
+        assert all(_shows(specs, i, thing) for thing in request.objects), caption
 
 
-def _is_there(specs, scene, thing) -> bool:
-    """Whether as many objects of the scene as the caption says are what it says."""
+def _shows(specs, scene, thing) -> bool:
+    """Return whether the scene has as many of these objects as the caption says."""
     names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES, "row": ROWS, "column": COLUMNS}
     fits = [
         all(getattr(thing, g) in (None, n[getattr(specs, g)[scene, slot]]) for g, n in names.items())
@@ -151,11 +151,11 @@ def test_relations_are_true():
 
 
 @pytest.mark.parametrize("word", ["two red stars above a blue circle on grass", "A BIG ring!", ""])
-def test_what_people_type_is_read(word):
+def test_words_of_users_are_parsed(word):
     request = parse_caption(word)
     assert len(request.objects) == (2 if "stars" in word else 1 if word else 0)
     assert request.unknown == (("big",) if "BIG" in word else ())
 
 
-def test_held_out_seeds_are_drawn_like_any_other():
+def test_scenes_of_held_out_seeds_can_be_drawn():
     assert draw(torch.arange(4) + HELD_OUT_SEEDS).images.isfinite().all()

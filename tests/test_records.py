@@ -1,4 +1,4 @@
-"""Records: frozen, and written in one notation."""
+"""Records: frozen, and sites in one notation."""
 
 from dataclasses import FrozenInstanceError
 
@@ -10,7 +10,7 @@ from difflex.records import KINDS, STREAMS, Shot, Site
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_site_reads_back_what_it_writes(kind, stream):
+def test_the_notation_of_a_site_is_parsed_back(kind, stream):
     site = Site("down.2.1", kind, stream)
     assert Site.parse(str(site)) == site
 
@@ -25,7 +25,7 @@ def test_a_site_reads_back_what_it_writes(kind, stream):
         ("transformer.transformer_blocks.18", Site("transformer.transformer_blocks.18")),
     ],
 )
-def test_the_notation_of_the_design_is_understood(text: str, site: Site):
+def test_every_notation_of_a_site_is_parsed(text: str, site: Site):
     assert Site.parse(text) == site
     assert str(site) == text
 
@@ -37,12 +37,12 @@ def test_defaults_are_left_out_of_the_notation():
 @pytest.mark.parametrize(
     "text", ["", ":text", "double.18:texts", "double.18:update:text:image", "double.18:text:text", "double.18:image:text"]
 )
-def test_what_is_not_a_site_is_refused_by_name(text: str):
+def test_a_text_that_is_not_a_site_is_refused(text: str):
     with pytest.raises(BadInput, match="is not a site"):
         Site.parse(text)
 
 
-def test_a_site_names_a_folder_without_colons():
+def test_the_folder_of_a_site_has_no_colons():
     assert Site.parse("double.18:update:text").folder == "double.18+update+text"
 
 

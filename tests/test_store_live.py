@@ -1,4 +1,4 @@
-"""Live batches: what a store would give, with nothing on disk."""
+"""Live batches: the batches of a store, with nothing on disk."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -26,7 +26,7 @@ def places(rows: ActivationBatch) -> list[tuple[int, int]]:
     return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
 
 
-def of_all(batches: Iterator[ActivationBatch]) -> list[tuple[int, int]]:
+def all_places(batches: Iterator[ActivationBatch]) -> list[tuple[int, int]]:
     return [place for rows in batches for place in places(rows)]
 
 
@@ -42,14 +42,14 @@ def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: Store
     source = live(dtype=dtype)
     assert (source.site, source.model, source.width, source.tokens) == (store.site, store.model, store.width, store.tokens)
     assert source.grid == store.grid
-    stored, running = ([*each.batches(64, split=split)] for each in (store, source))
-    assert [rows.values.shape for rows in running] == [rows.values.shape for rows in stored]
-    one, other = (by_place(each) for each in (stored, running))
+    stored, live_batches = ([*each.batches(64, split=split)] for each in (store, source))
+    assert [rows.values.shape for rows in live_batches] == [rows.values.shape for rows in stored]
+    one, other = (by_place(each) for each in (stored, live_batches))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[place], other[place]) for place in one)
 
 
-def test_live_rows_name_their_shot_and_token():
+def test_live_rows_have_their_shot_and_token():
     source = live(20)
     for rows in source.batches(50):
         for value, (shot, token) in zip(rows.values, places(rows), strict=True):
@@ -71,7 +71,7 @@ def test_a_reader_that_starts_in_the_middle_continues_exactly(start: int):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_to_start_late_costs_at_most_a_window():
+def test_starting_at_a_later_batch_costs_at_most_a_window():
     harvest = FakeHarvest()
     next(live(None, window=256, harvest=harvest).batches(64, start=100))
     assert harvest.made <= 1 + 2 * 256 // 8
@@ -80,23 +80,23 @@ def test_to_start_late_costs_at_most_a_window():
 def test_endless_prompts_are_read_as_far_as_needed():
     harvest = FakeHarvest()
     batches = live(None, window=256, harvest=harvest).batches(64)
-    assert len(of_all(islice(batches, 4))) == 256
+    assert len(all_places(islice(batches, 4))) == 256
     assert harvest.made == 1 + 256 // 8
 
 
 def test_ranks_share_the_shots_and_get_equally_many_batches():
     shares = [list(live(203).batches(32, rank=rank, world_size=3)) for rank in range(3)]
     assert len({tuple(len(rows.shots) for rows in share) for share in shares}) == 1
-    shots = [{shot for shot, _ in of_all(iter(share))} for share in shares]
+    shots = [{shot for shot, _ in all_places(iter(share))} for share in shares]
     train = {number for number, shot in enumerate(fake_shots(203)) if shot.split == "train"}
     assert sum(map(len, shots)) == len(set.union(*shots) & train) >= len(train) - 2
 
 
-def test_a_window_is_shuffled_and_a_seed_fixes_how():
-    one, again, other = (of_all(live().batches(64, seed=seed)) for seed in (1, 1, 2))
+def test_a_window_is_shuffled_by_its_seed():
+    one, again, other = (all_places(live().batches(64, seed=seed)) for seed in (1, 1, 2))
     assert one == again
     assert one != other
-    assert of_all(live().batches(64, seed=None)) == sorted(one)
+    assert all_places(live().batches(64, seed=None)) == sorted(one)
 
 
 def test_several_steps_of_a_run_are_several_shots():
@@ -108,16 +108,16 @@ def test_several_steps_of_a_run_are_several_shots():
 
 
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_batches_know_their_split(split):
+def test_batches_have_the_requested_split(split):
     assert live().batches(64, split=split).split == split
 
 
-def test_a_shot_that_comes_again_is_read_again():
+def test_a_repeated_shot_is_read_again():
     star, *others = [shot for shot in fake_shots(30) if shot.split == "train"]
     held_out = next(shot for shot in fake_shots(200) if shot.split == "held-out")
     shots = [star, held_out, star, *others[:2], star]
     source = LiveActivations(shots, SITE, FakeHarvest(), batch=4)
-    assert [shot for shot, _ in of_all(source.batches(8, seed=None))][::8] == [0, 2, 5, 3, 4]
+    assert [shot for shot, _ in all_places(source.batches(8, seed=None))][::8] == [0, 2, 5, 3, 4]
     for value, (shot, token) in by_number(source):
         assert torch.equal(value, activation(shots[shot], SITE, 8, 16)[token].bfloat16())
 
@@ -126,11 +126,11 @@ def by_number(source: LiveActivations) -> list[tuple[torch.Tensor, tuple[int, in
     return [(value, place) for rows in source.batches(10) for value, place in zip(rows.values, places(rows), strict=True)]
 
 
-def test_further_epochs_bring_the_same_rows_in_another_order():
-    once, twice = of_all(live().batches(64)), of_all(live().batches(64, epochs=2))
+def test_further_epochs_have_the_same_rows_in_another_order():
+    once, twice = all_places(live().batches(64)), all_places(live().batches(64, epochs=2))
     assert twice[: len(once)] == once
     assert twice[len(once) :] != once and sorted(twice[len(once) :]) == sorted(once)
-    assert len(of_all(islice(live(20).batches(8, epochs=None), 100))) == 800
+    assert len(all_places(islice(live(20).batches(8, epochs=None), 100))) == 800
 
 
 @pytest.mark.parametrize("start", [0, 22, 23, 24, 40, 46])
@@ -140,19 +140,19 @@ def test_a_reader_that_starts_in_a_later_epoch_continues_exactly(start: int):
     assert [places(rows) for rows in rest] == [places(rows) for rows in whole[start:]]
 
 
-def test_a_reader_may_ask_for_a_window_of_its_own():
+def test_a_reader_can_choose_its_window():
     harvest = FakeHarvest()
     next(live(None, window=4096, harvest=harvest).batches(64, window=64))
     assert harvest.made == 1 + 64 // 8
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "complaint"),
+    ("arguments", "error", "message"),
     [({"size": 0}, BadInput, "0 rows"), ({"rank": 1}, BadInput, "Rank 1 of 1"), ({"start": -1}, BadInput, "batch -1")],
 )
-def test_what_cannot_be_read_is_said(how, error, complaint: str):
-    with pytest.raises(error, match=complaint):
-        live().batches(**{"size": 8, **how})
+def test_impossible_arguments_are_refused(arguments, error, message: str):
+    with pytest.raises(error, match=message):
+        live().batches(**{"size": 8, **arguments})
 
 
 def test_a_number_beyond_the_prompts_is_an_error():

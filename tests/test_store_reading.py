@@ -1,4 +1,4 @@
-"""Reading: every row once, in an order that a seed fixes, from any batch on, shared by ranks, in bounded memory."""
+"""Reading: every row once, in an order fixed by the seed, from any batch on, shared by ranks, in bounded memory."""
 
 import json
 import random
@@ -25,7 +25,7 @@ QUICK = RecordingConfig(batch=4, shard_bytes=2000, progress=False)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """200 shots of 8 rows in 50 shards: more than are read together."""
+    """200 shots of 8 rows in 50 shards: more than are open at the same time."""
     return record(tmp_path_factory.mktemp("store"), fake_shots(200), [SITE], FakeHarvest(), QUICK)[0]
 
 
@@ -33,23 +33,23 @@ def places(rows: ActivationBatch) -> list[tuple[int, int]]:
     return list(zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True))
 
 
-def of_all(batches) -> list[tuple[int, int]]:
+def all_places(batches) -> list[tuple[int, int]]:
     return [place for rows in batches for place in places(rows)]
 
 
-def test_each_row_of_a_split_comes_once_and_holds_what_its_shot_made(store: Store):
+def test_each_row_of_a_split_is_read_once_with_the_values_of_its_shot(store: Store):
     for split in ("train", "held-out"):
-        seen = []
+        rows_read = []
         for rows in store.batches(100, split=split, window=64):
-            seen += places(rows)
+            rows_read += places(rows)
             for value, (shot, token) in zip(rows.values, places(rows), strict=True):
                 assert store.shot(shot).split == split
                 assert torch.equal(value, activation(store.shot(shot), SITE, 8, 16)[token].bfloat16())
-        assert len(set(seen)) == len(seen) == store.count(split)
+        assert len(set(rows_read)) == len(rows_read) == store.count(split)
     assert store.count() + store.count("held-out") == 200 * 8
 
 
-def test_batches_know_their_split_and_a_trainer_refuses_the_other(store: Store):
+def test_batches_have_the_requested_split_and_the_other_one_is_refused(store: Store):
     assert [store.batches(8, split=split).split for split in ("train", "held-out")] == ["train", "held-out"]
     assert places(next(require_split(store.batches(8), "train"))) == places(next(store.batches(8)))
     with pytest.raises(BadInput, match="held-out"):
@@ -73,7 +73,7 @@ def test_about_a_tenth_is_held_out(store: Store):
 
 
 def test_the_seed_fixes_the_order(store: Store):
-    first, again, other = (of_all(store.batches(64, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (all_places(store.batches(64, seed=seed)) for seed in (3, 3, 4))
     assert first == again
     assert first != other
     assert sorted(first) == sorted(other)
@@ -82,8 +82,8 @@ def test_the_seed_fixes_the_order(store: Store):
 def test_each_epoch_has_its_own_order(store: Store):
     two = list(store.batches(64, epochs=2))
     half = len(two) // 2
-    assert of_all(two[:half]) != of_all(two[half:])
-    assert sorted(of_all(two[:half])) == sorted(of_all(two[half:]))
+    assert all_places(two[:half]) != all_places(two[half:])
+    assert sorted(all_places(two[:half])) == sorted(all_places(two[half:]))
 
 
 def test_a_batch_mixes_shots_and_shards(store: Store):
@@ -92,8 +92,8 @@ def test_a_batch_mixes_shots_and_shards(store: Store):
     assert len({shot // 4 for shot in rows.shots.tolist()}) == 16
 
 
-def test_without_a_seed_rows_come_as_they_were_written(store: Store):
-    read = of_all(store.batches(64, seed=None, window=100))
+def test_without_a_seed_rows_are_read_in_the_order_of_writing(store: Store):
+    read = all_places(store.batches(64, seed=None, window=100))
     assert read == sorted(read)
     assert len(read) == store.count()
 
@@ -107,16 +107,16 @@ def test_a_reader_that_starts_in_the_middle_continues_exactly(store: Store, star
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("of", [2, 3])
-def test_ranks_share_each_batch_of_one_process(store: Store, of: int):
-    together = list(store.batches(32 * of, window=100))
-    shares = [list(store.batches(32, rank=rank, world_size=of, window=100)) for rank in range(of)]
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_each_batch_of_one_process(store: Store, world_size: int):
+    together = list(store.batches(32 * world_size, window=100))
+    shares = [list(store.batches(32, rank=rank, world_size=world_size, window=100)) for rank in range(world_size)]
     assert {len(share) for share in shares} == {len(together)}
     for i, rows in enumerate(together):
         assert sorted(places(rows)) == sorted(place for share in shares for place in places(share[i]))
 
 
-def test_endless_epochs_do_not_end(store: Store):
+def test_epochs_can_be_endless(store: Store):
     reader = store.batches(10**6, epochs=None)
     assert [len(next(reader).shots) for _ in range(3)] == [store.count()] * 3
 
@@ -124,29 +124,29 @@ def test_endless_epochs_do_not_end(store: Store):
 def test_several_readers_do_not_disturb_each_other(store: Store):
     one, other = store.batches(64, seed=1), store.batches(64, seed=2)
     mixed = [(next(one), next(other)) for _ in range(20)]
-    assert of_all(a for a, _ in mixed) == of_all(store.batches(64, seed=1))[: 20 * 64]
-    assert of_all(b for _, b in mixed) == of_all(store.batches(64, seed=2))[: 20 * 64]
+    assert all_places(a for a, _ in mixed) == all_places(store.batches(64, seed=1))[: 20 * 64]
+    assert all_places(b for _, b in mixed) == all_places(store.batches(64, seed=2))[: 20 * 64]
 
 
-def test_a_batch_that_is_kept_stays_as_it_was(store: Store):
-    kept = list(store.batches(64))
-    first = kept[0].values.clone()
+def test_a_batch_that_is_still_referenced_does_not_change(store: Store):
+    batches = list(store.batches(64))
+    first = batches[0].values.clone()
     parts = [rows.values[1:] for rows in store.batches(64)]
-    assert torch.equal(kept[0].values, first)
-    assert torch.equal(torch.cat(parts), torch.cat([rows.values[1:] for rows in kept]))
+    assert torch.equal(batches[0].values, first)
+    assert torch.equal(torch.cat(parts), torch.cat([rows.values[1:] for rows in batches]))
 
 
-def test_memory_is_used_again_only_when_nobody_holds_it():
-    slabs = BufferPool()
-    first = slabs.empty(4, 8, torch.bfloat16)
+def test_memory_is_used_again_only_without_references_to_it():
+    pool = BufferPool()
+    first = pool.empty(4, 8, torch.bfloat16)
     view, address = first[1:], first.data_ptr()
     del first
-    assert slabs.empty(4, 8, torch.bfloat16).data_ptr() != address
+    assert pool.empty(4, 8, torch.bfloat16).data_ptr() != address
     del view
-    assert slabs.empty(4, 8, torch.bfloat16).data_ptr() == address
+    assert pool.empty(4, 8, torch.bfloat16).data_ptr() == address
 
 
-def test_int8_is_near_and_other_types_are_exact(tmp_path: Path):
+def test_int8_is_close_and_other_types_are_exact(tmp_path: Path):
     for dtype, exact in (("fp16", torch.float16), ("int8", None)):
         [store] = record(tmp_path / dtype, fake_shots(40), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
         [rows] = store.batches(10**6)
@@ -160,27 +160,27 @@ def test_int8_is_near_and_other_types_are_exact(tmp_path: Path):
 
 
 def test_rows_of_zeros_survive_int8(tmp_path: Path):
-    def dark(shots, sites, batch):
+    def zeros(shots, sites, batch):
         for each in FakeHarvest()(shots, sites, batch):
             yield replace(each, values=each.values * 0)
 
-    [store] = record(tmp_path, fake_shots(8), [SITE], dark, replace(QUICK, dtype="int8"))
+    [store] = record(tmp_path, fake_shots(8), [SITE], zeros, replace(QUICK, dtype="int8"))
     assert next(store.batches(64)).values.abs().sum() == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
 def test_statistics_are_those_of_the_training_rows(tmp_path: Path, dtype):
     [store] = record(tmp_path, fake_shots(160), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
-    x, found = torch.cat([rows.values.double() for rows in store.batches(100)]), store.statistics
-    torch.testing.assert_close(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.variance, x.var(0, correction=0), rtol=1e-5, atol=1e-6)
-    assert found.count == len(x) == store.count()
-    assert found.peak_norm == pytest.approx(float(x.norm(dim=1).max()), rel=1e-5)
-    assert found.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
-    assert found.sampled == 16 * 16
+    x, statistics = torch.cat([rows.values.double() for rows in store.batches(100)]), store.statistics
+    torch.testing.assert_close(statistics.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.variance, x.var(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert statistics.count == len(x) == store.count()
+    assert statistics.peak_norm == pytest.approx(float(x.norm(dim=1).max()), rel=1e-5)
+    assert statistics.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-5)
+    assert statistics.sampled == 16 * 16
     in_order = torch.cat([rows.values.double() for rows in store.batches(100, seed=None)])
     sample = in_order[torch.arange(256) * len(x) // 256]
-    torch.testing.assert_close(found.covariance, torch.cov(sample.T, correction=0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(statistics.covariance, torch.cov(sample.T, correction=0), rtol=1e-9, atol=1e-9)
 
 
 def test_an_axis_far_from_zero_keeps_its_variance(tmp_path: Path):
@@ -193,7 +193,7 @@ def test_an_axis_far_from_zero_keeps_its_variance(tmp_path: Path):
     torch.testing.assert_close(store.statistics.variance, x.var(0, correction=0), rtol=1e-6, atol=0)
 
 
-def test_a_store_in_the_making_can_be_read(tmp_path: Path):
+def test_an_unfinished_store_can_be_read(tmp_path: Path):
     def breaking(shots, sites, batch):
         if any(shot.prompt == "star 100" for shot in shots):
             raise KeyboardInterrupt
@@ -204,10 +204,10 @@ def test_a_store_in_the_making_can_be_read(tmp_path: Path):
     store = Store.open(tmp_path / SITE.folder)
     assert not store.complete
     assert store.verify() == 2 * 25 + 1
-    assert store.statistics.count == store.count() == len(of_all(store.batches(64)))
+    assert store.statistics.count == store.count() == len(all_places(store.batches(64)))
 
 
-def test_a_flipped_bit_anywhere_is_found(tmp_path: Path):
+def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
     dice = random.Random(0)
     files = sorted(store.folder.iterdir())
@@ -222,7 +222,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path):
     assert Store.open(store.folder).verify() == len(files)
 
 
-def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
+def test_a_truncated_shard_is_named_when_it_is_read(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
     path = store.folder / "shard-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -231,7 +231,7 @@ def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "complaint"),
+    ("arguments", "error", "message"),
     [
         ({"size": 0}, BadInput, "Batches of 0 rows"),
         ({"rank": 2, "world_size": 2}, BadInput, "Rank 2 of 2"),
@@ -239,9 +239,9 @@ def test_a_shard_that_was_cut_short_is_named_when_it_is_read(tmp_path: Path):
         ({"window": 0}, BadInput, "window of 0"),
     ],
 )
-def test_what_cannot_be_read_is_said(store: Store, how, error, complaint: str):
-    with pytest.raises(error, match=complaint):
-        store.batches(**{"size": 8, **how})
+def test_impossible_arguments_are_refused(store: Store, arguments, error, message: str):
+    with pytest.raises(error, match=message):
+        store.batches(**{"size": 8, **arguments})
 
 
 def test_an_unknown_split_is_an_error(store: Store):
@@ -262,14 +262,14 @@ def test_a_number_beyond_the_store_is_an_error(store: Store):
             store.shot(number)
 
 
-def test_a_folder_that_is_no_store_is_said(tmp_path: Path):
+def test_a_folder_without_a_store_is_an_error(tmp_path: Path):
     with pytest.raises(UnknownName, match="not a store"):
         Store.open(tmp_path)
 
 
 def test_memory_does_not_grow_with_a_store_of_100_gb(tmp_path: Path):
-    done = subprocess.run([sys.executable, str(SPARSE), str(tmp_path)], capture_output=True, text=True, check=True)
-    said = json.loads(done.stdout)
-    assert said["stored"] > 100e9
-    assert said["read"] > 4 * said["allowed"]
-    assert said["grown"] < said["allowed"]
+    process = subprocess.run([sys.executable, str(SPARSE), str(tmp_path)], capture_output=True, text=True, check=True)
+    sizes = json.loads(process.stdout)
+    assert sizes["stored"] > 100e9
+    assert sizes["read"] > 4 * sizes["allowed"]
+    assert sizes["growth"] < sizes["allowed"]

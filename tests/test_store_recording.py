@@ -1,4 +1,4 @@
-"""Recording: the same bytes whatever happens on the way, and a clear word where it cannot go on."""
+"""Recording: the same bytes after kills and with any number of processes, and clear errors."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ QUICK = RecordingConfig(batch=4, shard_bytes=0, progress=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under `folder`."""
+    """Return the content of every file under `folder`."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -39,7 +39,7 @@ def script(folder: Path, *flags: str) -> list[str]:
 
 
 def killed(command: Sequence[str], after: float) -> bool:
-    """Whether the process had to be killed: `after` seconds after it began to record it had not ended."""
+    """Kill the process `after` seconds after it begins to record, and return whether it was still running."""
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"begins\n"
         time.sleep(after)
@@ -49,13 +49,13 @@ def killed(command: Sequence[str], after: float) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recording that nothing disturbed: 24 shards at each of three sites."""
+    """An undisturbed recording: 24 shards at each of three sites."""
     folder = tmp_path_factory.mktemp("whole")
     record(folder, fake_shots(96), SITES, FakeHarvest(), QUICK)
     return folder
 
 
-def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path: Path, whole: Path):
+def test_a_killed_recording_continues_to_the_same_bytes(tmp_path: Path, whole: Path):
     moments = random.Random(4)
     kills = [killed(script(tmp_path, "--delay", "0.05"), moments.uniform(0, 0.5)) for _ in range(4)]
     assert any(kills)
@@ -64,12 +64,12 @@ def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path: Path, whole: Pat
 
 
 def test_two_ranks_write_the_same_bytes_as_one_process(tmp_path: Path, whole: Path):
-    ranks = [subprocess.Popen(script(tmp_path, "--rank", str(rank), "--of", "2", "--delay", "0.01")) for rank in range(2)]
+    ranks = [subprocess.Popen(script(tmp_path, "--rank", str(rank), "--world-size", "2", "--delay", "0.01")) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_killed_rank_is_made_up_for_by_any_number_of_processes(tmp_path: Path, whole: Path):
+def test_another_number_of_processes_finishes_a_killed_recording(tmp_path: Path, whole: Path):
     record(tmp_path, fake_shots(96), SITES, FakeHarvest(), replace(QUICK, rank=1, world_size=3))
     assert not Store.open(tmp_path / SITE.folder).complete
     record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
@@ -88,20 +88,20 @@ def test_every_row_comes_from_its_shot(whole: Path):
 
 
 def test_other_libraries_can_read_a_shard(whole: Path):
-    said = load_file(whole / SITE.folder / "shard-00000.safetensors")
-    assert said["values"].shape == (4 * 8, 16)
+    tensors = load_file(whole / SITE.folder / "shard-00000.safetensors")
+    assert tensors["values"].shape == (4 * 8, 16)
     shots = json.loads((whole / SITE.folder / "shard-00000.json").read_text())["shots"]
     assert [shot["prompt"] for shot in shots] == [f"star {i}" for i in range(4)]
 
 
-def test_what_is_complete_costs_nothing_again(whole: Path):
+def test_a_complete_recording_is_not_harvested_again(whole: Path):
     before, harvest = contents(whole), FakeHarvest()
     record(whole, fake_shots(96), SITES, harvest, QUICK)
     assert harvest.made == 0
     assert contents(whole) == before
 
 
-def test_more_tokens_are_added_to_what_is_there(tmp_path: Path, whole: Path):
+def test_more_tokens_are_added_to_the_stored_ones(tmp_path: Path, whole: Path):
     record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=18 * 4))
     harvest = FakeHarvest()
     record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
@@ -109,16 +109,16 @@ def test_more_tokens_are_added_to_what_is_there(tmp_path: Path, whole: Path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_further_site_harvests_only_that(tmp_path: Path, whole: Path):
+def test_only_a_new_site_is_harvested(tmp_path: Path, whole: Path):
     record(tmp_path, fake_shots(96), SITES[1:], FakeHarvest(), QUICK)
-    asked: list[Site] = []
+    harvested: list[Site] = []
 
     def watched(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
-        asked.extend(sites)
+        harvested.extend(sites)
         return FakeHarvest()(shots, sites, batch)
 
     record(tmp_path, fake_shots(96), SITES, watched, QUICK)
-    assert set(asked) == {SITE}
+    assert set(harvested) == {SITE}
     assert contents(tmp_path) == contents(whole)
 
 
@@ -152,21 +152,21 @@ def test_a_deleted_summary_is_written_again_from_the_shards(tmp_path: Path, whol
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"dtype": "int8"}, "another dtype: 'bf16' then, 'int8' now"),
         ({"batch": 8}, "another batch: 4 then, 8 now"),
         ({"source": "other.txt"}, "The prompts have changed"),
     ],
 )
-def test_other_settings_are_refused_and_nothing_is_changed(whole: Path, change: dict[str, object], complaint: str):
+def test_other_settings_are_refused_and_nothing_is_changed(whole: Path, change: dict[str, object], message: str):
     before = contents(whole)
-    with pytest.raises(StaleWork, match=complaint):
+    with pytest.raises(StaleWork, match=message):
         record(whole, fake_shots(96), SITES, FakeHarvest(), replace(QUICK, **change))
     assert contents(whole) == before
 
 
-def test_changed_prompts_are_refused_and_both_are_named(whole: Path):
+def test_changed_prompts_are_refused_with_the_old_and_the_new_one(whole: Path):
     before = contents(whole)
     prompts = [replace(shot, prompt="a moon", split="train") if i == 9 else shot for i, shot in enumerate(fake_shots(96))]
     with pytest.raises(StaleWork, match=r"'star 9'.*made from 'a moon'"):
@@ -181,7 +181,7 @@ def test_a_harvest_of_another_width_is_refused(tmp_path: Path):
     assert Store.open(tmp_path / SITE.folder).verify() == 2 * 2 + 2
 
 
-def test_a_foreign_format_is_refused_and_left_alone(tmp_path: Path):
+def test_another_format_is_refused_and_not_changed(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
     manifest = store.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
@@ -193,8 +193,8 @@ def test_a_foreign_format_is_refused_and_left_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kilobytes", [1, 40, 80])
-def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(tmp_path: Path, kilobytes: int):
-    # A limit on the size of a file is met exactly as a full disk is: a write comes back short, the next one fails.
+def test_a_full_disk_is_a_clear_error_and_finished_shards_stay(tmp_path: Path, kilobytes: int):
+    # A limit on the size of a file acts like a full disk: one write is short, the next one fails.
     command = "ulimit -f $1; shift; exec " + '"$@"'
     flags = ("--width", "512", "--runs", "32")
     full = subprocess.run(
@@ -208,8 +208,8 @@ def test_a_full_disk_is_a_clear_error_and_what_is_finished_stays(tmp_path: Path,
     assert all(store.complete for store in record(tmp_path, fake_shots(32), SITES, FakeHarvest(width=512), QUICK))
 
 
-def test_a_disk_that_fails_while_a_file_is_still_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # The system tells of such a failure once: a flush that came after it would go well.
+def test_a_disk_error_during_an_early_flush_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # The system reports such an error once: a later flush succeeds.
     failures = [OSError(errno.EIO, os.strerror(errno.EIO))]
 
     def fsync(_: int) -> None:
@@ -225,7 +225,7 @@ def test_a_disk_that_fails_while_a_file_is_still_written_is_an_error(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_too_large_a_plan_is_refused_before_anything_is_written(tmp_path: Path):
+def test_a_recording_that_is_too_large_is_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises(OutOfSpace, match=r"the limit is 1 kB\. Not even one run fits: .*raise the limit.*or for int8"):
         record(tmp_path / "new", fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=1000, max_bytes=1000))
     with pytest.raises(OutOfSpace, match=r"the disk has [\d.]+ \w+ free"):
@@ -241,9 +241,7 @@ def of_one_length(runs: int, word: str = "star") -> list[Shot]:
 
 @pytest.mark.parametrize("limit", [60_000, 75_000, 123_456])
 @pytest.mark.parametrize("tokens", [None, 2400])
-def test_the_number_of_tokens_advised_is_accepted_and_all_files_stay_below_the_limit(
-    tmp_path: Path, limit: int, tokens: int | None
-):
+def test_the_advised_number_of_tokens_fits_and_all_files_stay_below_the_limit(tmp_path: Path, limit: int, tokens: int | None):
     settings = replace(QUICK, shard_bytes=2000, max_bytes=limit, tokens=tokens)
     with pytest.raises(OutOfSpace, match=r"Ask for [1-9]") as refused:
         record(tmp_path, of_one_length(600), SITES, FakeHarvest(), settings)
@@ -253,7 +251,7 @@ def test_the_number_of_tokens_advised_is_accepted_and_all_files_stay_below_the_l
     assert all(store.complete for store in stores) and limit / 2 < taken <= limit
 
 
-def test_prompts_that_grow_do_not_pass_the_limit(tmp_path: Path):
+def test_prompts_that_get_longer_do_not_exceed_the_limit(tmp_path: Path):
     shots = [*of_one_length(8), *of_one_length(40, word="long " * 400)]
     with pytest.raises(OutOfSpace, match=r"would exceed the limit.*What is finished is kept"):
         record(tmp_path, iter(shots), [SITE], FakeHarvest(), replace(QUICK, max_bytes=60_000, tokens=8 * 48))
@@ -263,20 +261,20 @@ def test_prompts_that_grow_do_not_pass_the_limit(tmp_path: Path):
     assert store.complete
 
 
-def test_a_site_may_be_written_as_text(tmp_path: Path):
+def test_a_site_can_be_given_as_text(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(8), "double.1", FakeHarvest(), QUICK)
     [same] = record(tmp_path, fake_shots(8), ["double.1"], FakeHarvest(), QUICK)
     assert store.site == same.site == SITE
 
 
-def test_a_file_where_a_store_should_be_is_named(tmp_path: Path):
+def test_a_file_in_the_place_of_a_store_is_an_error(tmp_path: Path):
     (tmp_path / SITE.folder).write_text("")
     with pytest.raises(BadInput, match=r"double\.1 cannot be made.*move away what is there"):
         record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
 
 
 @pytest.mark.parametrize(("name", "other"), [("precision", "bf16"), ("revision", "untrained-4")])
-def test_activations_of_other_weights_are_not_mixed_in(tmp_path: Path, name: str, other: str):
+def test_activations_of_other_weights_are_refused(tmp_path: Path, name: str, other: str):
     record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
     before = contents(tmp_path)
     with pytest.raises(StaleWork, match=f"begun with another {name}: None then, '{other}' now"):
@@ -284,16 +282,16 @@ def test_activations_of_other_weights_are_not_mixed_in(tmp_path: Path, name: str
     assert contents(tmp_path) == before
 
 
-def test_shards_whose_manifest_is_missing_are_no_store(tmp_path: Path):
+def test_shards_without_a_manifest_are_an_error(tmp_path: Path):
     record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
     (tmp_path / SITE.folder / "manifest.json").unlink()
     with pytest.raises(BrokenFile, match=r"manifest\.json is missing, but the folder holds shards"):
         Store.open(tmp_path / SITE.folder)
 
 
-def test_two_recordings_into_one_folder_are_noticed(tmp_path: Path):
+def test_two_recordings_into_one_folder_are_refused(tmp_path: Path):
     def meanwhile(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
-        if batch > 1:  # not while the shapes are looked at, when nothing is decided yet
+        if batch > 1:  # not in the probe for the shapes, before the folder is locked
             with pytest.raises(BadInput, match="Another process is writing"):
                 record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
         return FakeHarvest()(shots, sites, batch)
@@ -302,7 +300,7 @@ def test_two_recordings_into_one_folder_are_noticed(tmp_path: Path):
     assert store.complete
 
 
-def test_a_recording_that_another_one_has_overtaken_changes_nothing(tmp_path: Path):
+def test_a_recording_that_another_process_began_first_changes_nothing(tmp_path: Path):
     def overtaken(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
         record(tmp_path, fake_shots(8, word="moon"), [SITE], FakeHarvest(), QUICK)
         return FakeHarvest()(shots, sites, batch)
@@ -312,7 +310,7 @@ def test_a_recording_that_another_one_has_overtaken_changes_nothing(tmp_path: Pa
     assert Store.open(tmp_path / SITE.folder).shot(0).prompt == "moon 0"
 
 
-def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path: Path):
+def test_temporary_files_of_killed_processes_are_deleted(tmp_path: Path):
     (tmp_path / SITE.folder).mkdir()
     for rank in range(2):
         (tmp_path / SITE.folder / f".shard-00007.safetensors.{rank}.tmp").write_text("half")
@@ -333,19 +331,19 @@ def test_values_beyond_fp16_are_an_error_that_names_the_shot(tmp_path: Path):
     assert store.complete
 
 
-def leaving_out(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
+def incomplete(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
     yield from (each for each in FakeHarvest()(shots, sites, batch) if "star 4" not in {shot.prompt for shot in each.shots})
 
 
-def silent(shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> list[Activations]:
+def empty(shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> list[Activations]:
     return []
 
 
 @pytest.mark.parametrize(
-    ("work", "error", "complaint"),
+    ("work", "error", "message"),
     [
-        (lambda to: record(to, fake_shots(8), [SITE], leaving_out, QUICK), BadInput, "gave other shots"),
-        (lambda to: record(to, fake_shots(8), [SITE], silent, QUICK), BadInput, "gave nothing at the site 'double.1'"),
+        (lambda to: record(to, fake_shots(8), [SITE], incomplete, QUICK), BadInput, "gave other shots"),
+        (lambda to: record(to, fake_shots(8), [SITE], empty, QUICK), BadInput, "gave nothing at the site 'double.1'"),
         (lambda to: record(to, [], [SITE], FakeHarvest(), QUICK), BadInput, "no shot was given"),
         (lambda to: record(to, fake_shots(8), [], FakeHarvest(), QUICK), BadInput, "No site"),
         (lambda to: record(to, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, tokens=0)), BadInput, "0 tokens"),
@@ -357,8 +355,8 @@ def silent(shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> list[Act
         ),
     ],
 )
-def test_what_cannot_be_recorded_is_said(tmp_path: Path, work, error: type[DifflexError], complaint: str):
-    with pytest.raises(error, match=complaint):
+def test_impossible_recordings_are_refused(tmp_path: Path, work, error: type[DifflexError], message: str):
+    with pytest.raises(error, match=message):
         work(tmp_path)
 
 
@@ -383,7 +381,7 @@ def test_a_prompt_twice_in_a_row_is_recorded_once(tmp_path: Path):
     assert contents(tmp_path / "twice") == contents(tmp_path / "once")
 
 
-def test_prompts_that_run_out_are_warned_of(tmp_path: Path):
+def test_too_few_prompts_cause_a_warning(tmp_path: Path):
     with pytest.warns(UserWarning, match="gave 8 shots, fewer than the 125 to record"):
         [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, tokens=1000))
     assert store.complete
