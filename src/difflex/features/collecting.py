@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,15 +83,12 @@ def collect(
     saved = CollectCheckpoint(path=checkpoint, request=request)
     saved.restore(collectors, registry)
     last_save = time.monotonic()
-    for _ in _batches_added(targets, collectors, registry, source, images, progress):
+    batches = _batches_added(targets, collectors, registry, source, images, progress)
+    for _ in chain(batches, _drawn_patches(patches, registry, draw, progress)):
         if time.monotonic() - last_save > save_seconds:
             saved.save(collectors, registry)
             last_save = time.monotonic()
     saved.save(collectors, registry)
-    for _ in _drawn_patches(patches, registry, draw, progress):
-        if time.monotonic() - last_save > save_seconds:
-            saved.save(collectors, registry)
-            last_save = time.monotonic()
     books = [write_book(target, collector, registry, data) for target, collector in zip(targets, collectors, strict=True)]
     saved.remove()
     return books

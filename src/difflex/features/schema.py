@@ -23,57 +23,29 @@ LOCK_TIMEOUT = 30.0
 ADVICE = "Delete it and run difflex collect again."
 
 TABLES = """
-CREATE TABLE about (
-    name TEXT PRIMARY KEY,
-    value TEXT NOT NULL                     -- JSON
-) WITHOUT ROWID;
-
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY,
-    file TEXT NOT NULL UNIQUE,              -- in the study's folder `images`
-    width INTEGER NOT NULL,
-    height INTEGER NOT NULL
-);
-
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE images (id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE, width INTEGER NOT NULL, height INTEGER NOT NULL);
 CREATE TABLE shots (
     id INTEGER PRIMARY KEY,
     image INTEGER NOT NULL REFERENCES images (id),
     split TEXT NOT NULL CHECK (split IN ('train', 'held-out')),
-    shot TEXT NOT NULL                      -- the record Shot as JSON
+    shot TEXT NOT NULL
 );
-
 CREATE TABLE features (
-    feature INTEGER PRIMARY KEY,
-    firings INTEGER NOT NULL,               -- tokens at which it fires
-    shots INTEGER NOT NULL,                 -- shots in which it fires
-    density REAL NOT NULL,                  -- share of tokens at which it fires
-    peak REAL NOT NULL,                     -- largest value; 0 for a dead feature
-    mean REAL NOT NULL,                     -- mean value where it fires
-    negative_share REAL NOT NULL,           -- share of tokens at which its code is negative
-    negative_peak REAL NOT NULL,            -- most negative value, or 0
-    area REAL,                              -- NULL for dead features and text tokens
-    spread REAL,
-    concentration REAL,
-    border REAL,
-    position REAL,
-    coverage REAL,
-    strength REAL,                          -- default for steering, in peaks; NULL if unknown
-    histogram TEXT NOT NULL,                -- JSON: first bin, then the counts
-    activity TEXT NOT NULL                  -- JSON: density at each timestep in `about`
+    feature INTEGER PRIMARY KEY, firings INTEGER NOT NULL, shots INTEGER NOT NULL, density REAL NOT NULL,
+    peak REAL NOT NULL, mean REAL NOT NULL, negative_share REAL NOT NULL, negative_peak REAL NOT NULL,
+    area REAL, spread REAL, concentration REAL, border REAL, position REAL, coverage REAL, strength REAL,
+    histogram TEXT NOT NULL, activity TEXT NOT NULL
 );
-
 CREATE TABLE examples (
     id INTEGER PRIMARY KEY,
     feature INTEGER NOT NULL REFERENCES features (feature),
     kind TEXT NOT NULL CHECK (kind IN ('top', 'quantile', 'silent')),
     split TEXT NOT NULL CHECK (split IN ('train', 'held-out')),
-    rank INTEGER NOT NULL,                  -- from 0 within feature, kind and split
+    rank INTEGER NOT NULL,
     shot INTEGER NOT NULL REFERENCES shots (id),
-    peak REAL NOT NULL,                     -- largest value in this shot
-    quantile REAL,                          -- share of the images in which it fires that have a lower peak; NULL for other kinds
-    map BLOB NOT NULL                       -- n tokens, then n values in 65535ths of the peak; little-endian uint16
+    peak REAL NOT NULL, quantile REAL, map BLOB NOT NULL
 );
-
 CREATE TABLE neighbours (
     feature INTEGER NOT NULL REFERENCES features (feature),
     kind TEXT NOT NULL CHECK (kind IN ('firing', 'direction')),
@@ -82,57 +54,37 @@ CREATE TABLE neighbours (
     value REAL NOT NULL,
     PRIMARY KEY (feature, kind, rank)
 ) WITHOUT ROWID;
-
 CREATE TABLE patches (
     feature INTEGER PRIMARY KEY REFERENCES features (feature),
-    token INTEGER NOT NULL,
-    image INTEGER REFERENCES images (id),  -- NULL if it was not drawn
-    shot TEXT NOT NULL                      -- the record Shot as JSON
+    token INTEGER NOT NULL, image INTEGER REFERENCES images (id), shot TEXT NOT NULL
 );
-
 CREATE TABLE explanations (
     id INTEGER PRIMARY KEY,
     feature INTEGER NOT NULL REFERENCES features (feature),
-    backend TEXT NOT NULL,
-    protocol TEXT NOT NULL,
-    text TEXT NOT NULL,                     -- what the images have in common
-    descriptions TEXT NOT NULL,             -- JSON: a list, what each image shows
+    backend TEXT NOT NULL, protocol TEXT NOT NULL, text TEXT NOT NULL, descriptions TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('done', 'failed')),
-    reason TEXT NOT NULL DEFAULT '',        -- of a failure
+    reason TEXT NOT NULL DEFAULT '',
     UNIQUE (feature, backend, protocol)
 );
-
 CREATE TABLE judgements (
     id INTEGER PRIMARY KEY,
     explanation INTEGER NOT NULL REFERENCES explanations (id) ON DELETE CASCADE,
     example INTEGER NOT NULL REFERENCES examples (id),
     fires INTEGER NOT NULL CHECK (fires IN (0, 1)),
-    score REAL NOT NULL                     -- between 0 and 1
+    score REAL NOT NULL
 );
-
 CREATE TABLE scores (
     explanation INTEGER NOT NULL REFERENCES explanations (id) ON DELETE CASCADE,
-    measure TEXT NOT NULL,                  -- accuracy, auroc, intruder ...
-    value REAL NOT NULL,
-    low REAL,
-    high REAL,
-    judgements INTEGER NOT NULL,
+    measure TEXT NOT NULL, value REAL NOT NULL, low REAL, high REAL, judgements INTEGER NOT NULL,
     PRIMARY KEY (explanation, measure)
 ) WITHOUT ROWID;
-
 CREATE TABLE usage (
     id INTEGER PRIMARY KEY,
     explanation INTEGER REFERENCES explanations (id) ON DELETE SET NULL,
-    backend TEXT NOT NULL,
-    role TEXT NOT NULL,                     -- explainer or judge
-    calls INTEGER NOT NULL,
-    tokens_in INTEGER NOT NULL,
-    tokens_out INTEGER NOT NULL,
-    cost REAL,                              -- in dollars; NULL if unknown
-    seconds REAL NOT NULL
+    backend TEXT NOT NULL, role TEXT NOT NULL, calls INTEGER NOT NULL,
+    tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL, seconds REAL NOT NULL
 );
 """
-
 INDEXES = """
 CREATE UNIQUE INDEX examples_of_a_feature ON examples (feature, kind, split, rank);
 CREATE INDEX examples_of_a_shot ON examples (shot);
