@@ -17,7 +17,6 @@ from difflex.cli import main, parse
 from difflex.commands import VERBS, verb_class
 from difflex.commands.flags import ModelCommand
 from difflex.commands.models import models_table
-from difflex.devices import use_gpu_of_rank
 from difflex.errors import BadInput, BrokenFile
 from difflex.testing import tiny_folder
 
@@ -200,25 +199,6 @@ def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.M
         command.load()
     how = {"precision": "nf4", "revision": "abc", "untrained": 3, "offload": True, "offline": False}
     assert asked == [{"name": "OWNER/NAME", **how}]
-
-
-@pytest.mark.parametrize(
-    ("rank", "visible", "seen"),
-    [
-        ("1", None, "1"),
-        ("0", "4,6", "4"),
-        ("1", "4,6", "6"),
-        ("1", "4", "4"),
-        ("1", "", ""),
-        (None, "4,6", "4,6"),
-        (None, None, None),
-    ],
-)
-def test_a_process_of_torchrun_sees_a_card_of_its_own(rank: str | None, visible: str | None, seen: str | None):
-    given = {"LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": visible}
-    environment = {name: value for name, value in given.items() if value is not None}
-    use_gpu_of_rank(environment)
-    assert environment.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixture[str]):

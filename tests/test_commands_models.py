@@ -28,16 +28,16 @@ def test_sites_prints_a_line_for_each_block_and_stream(folder: Path, capsys: pyt
     ]
 
 
-def test_sites_of_a_pattern_with_a_stream_are_of_that_stream(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_pattern_with_a_stream_lists_sites_of_that_stream(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", str(folder), "--pattern", "single.*:text"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [f"single.{i}:text" for i in range(3)]
 
 
-def test_sites_of_a_module_without_a_row_are_printed_by_their_path(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_module_without_a_short_name_is_printed_by_its_path(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", str(folder), "--pattern", "transformer.x_embedder"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["transformer.x_embedder"] * 2
 
 
-def test_a_wrong_site_ends_with_a_sentence(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_site_exits_2_and_is_named(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["sites", str(folder), "--pattern", "triple.*"]) == 2
     assert "triple.*" in capsys.readouterr().err

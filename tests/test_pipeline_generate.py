@@ -26,7 +26,7 @@ def pipe(folder: Path) -> Pipeline:
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_a_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(family: str, tmp_path: Path) -> None:
+def test_an_image_depends_on_prompt_and_seed_but_not_on_the_batch(family: str, tmp_path: Path) -> None:
     pipe = difflex.load(tiny_folder(family, tmp_path / family))
     first, second = pipe.generate(["a red star", "a blue circle"], seed=4)
     alone = pipe.generate("a blue circle", seed=5)[0]
@@ -36,23 +36,23 @@ def test_a_image_depends_on_its_prompt_and_seed_and_not_on_its_batch(family: str
     assert (first.shot.seed, second.shot.seed, second.shot.prompt) == (4, 5, "a blue circle")
 
 
-def test_shots_carry_the_settings_that_made_them(pipe: Pipeline) -> None:
+def test_a_shot_holds_the_settings_of_its_image(pipe: Pipeline) -> None:
     shot = pipe.generate("a red star", steps=3, pixels=(16, 24), guidance=2.0)[0].shot
     assert (shot.steps, shot.pixels, shot.guidance, shot.timestep) == (3, (16, 24), 2.0, None)
 
 
-def test_the_card_of_a_folder_gives_the_defaults(pipe: Pipeline) -> None:
+def test_difflex_json_sets_the_defaults(pipe: Pipeline) -> None:
     generated = pipe.generate("a red star")[0]
     assert generated.image.size == (32, 32)
     assert (generated.shot.steps, generated.shot.guidance) == (2, 0.0)
 
 
-def test_a_size_that_is_not_possible_names_those_that_are(pipe: Pipeline) -> None:
+def test_the_error_for_an_impossible_size_lists_the_possible_ones(pipe: Pipeline) -> None:
     with pytest.raises(BadInput, match=r"64 x 64.*32 x 32, 16 x 24"):
         pipe.generate("a red star", pixels=(64, 64))
 
 
-def test_without_a_card_any_multiple_of_a_token_is_a_size(tmp_path: Path) -> None:
+def test_without_difflex_json_any_multiple_of_a_token_is_a_possible_size(tmp_path: Path) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "difflex.json").unlink()
     pipe = difflex.load(folder)
@@ -61,12 +61,12 @@ def test_without_a_card_any_multiple_of_a_token_is_a_size(tmp_path: Path) -> Non
         pipe.generate("a", steps=1, pixels=(9, 11))
 
 
-def test_words_never_seen_are_named_in_a_warning(pipe: Pipeline) -> None:
+def test_unknown_words_cause_a_warning_that_names_them(pipe: Pipeline) -> None:
     with pytest.warns(UserWarning, match="does not know these words: purple, elephant"):
         pipe.generate("a purple elephant")
 
 
-def test_prompts_beyond_the_text_length_are_counted_and_warned_of_once(folder: Path) -> None:
+def test_prompts_over_the_text_length_are_counted_and_cause_one_warning(folder: Path) -> None:
     pipe = difflex.load(folder)
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens"):
         pipe.generate(["a red star " * 4, "a star"])
@@ -78,30 +78,30 @@ def test_an_empty_prompt_is_allowed(pipe: Pipeline) -> None:
     assert pipe.generate("")[0].shot.prompt == ""
 
 
-def test_each_prompt_is_encoded_once_whatever_its_seeds(folder: Path) -> None:
+def test_each_prompt_is_encoded_once_for_all_its_seeds(folder: Path) -> None:
     pipe = difflex.load(folder)
     pipe.generate(["a red star"] * 3 + ["a star"])
     pipe.generate(["a red star", "a star"], seed=9)
     assert pipe.engine.encoder.encoded == 2
 
 
-def test_an_unknown_model_lists_what_is_known_and_how_to_name_a_folder() -> None:
+def test_the_error_for_an_unknown_model_says_how_to_name_a_folder() -> None:
     with pytest.raises(UnknownName, match=r"no-such-model.*Name a folder by its path"):
         difflex.load("no-such-model")
 
 
-def test_a_hub_name_that_cannot_be_reached_is_said_so() -> None:
+def test_the_error_for_an_unreachable_hub_model_names_its_revision() -> None:
     with pytest.raises(UnknownName, match=r"'somebody/some-model' at revision 0123abc .* cannot be reached"):
         difflex.load("somebody/some-model", revision="0123abc", offline=True)
 
 
-def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_pipeline_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"model_index\.json"):
         difflex.load(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [4, 400, -1])
-def test_truncated_weights_are_refused_by_name(tmp_path: Path, keep: int) -> None:
+def test_the_error_for_truncated_weights_names_the_file(tmp_path: Path, keep: int) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     weights = next((folder / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:keep])
@@ -109,28 +109,28 @@ def test_truncated_weights_are_refused_by_name(tmp_path: Path, keep: int) -> Non
         difflex.load(folder)
 
 
-def test_weights_that_are_something_else_are_refused_by_name(tmp_path: Path) -> None:
+def test_the_error_for_weights_of_another_format_names_the_file(tmp_path: Path) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes((20).to_bytes(8, "little") + b"x" * 400)
     with pytest.raises(BrokenFile, match=r"vae.*diffusion_pytorch_model"):
         difflex.load(folder)
 
 
-def test_a_missing_component_is_refused(tmp_path: Path) -> None:
+def test_a_missing_component_is_an_error(tmp_path: Path) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     next((folder / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(BrokenFile, match="transformer"):
         difflex.load(folder)
 
 
-def test_a_broken_card_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_difflex_json_names_it(tmp_path: Path) -> None:
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "difflex.json").write_text("{", encoding="utf-8")
     with pytest.raises(BrokenFile, match=r"difflex\.json"):
         difflex.load(folder)
 
 
-def test_parts_stored_in_different_precisions_are_read_in_one(tmp_path: Path) -> None:
+def test_components_stored_in_different_precisions_are_read_in_one(tmp_path: Path) -> None:
     import torch
 
     from difflex.testing import tiny_pipeline
@@ -144,7 +144,7 @@ def test_parts_stored_in_different_precisions_are_read_in_one(tmp_path: Path) ->
     assert pipe.generate("a", steps=1, pixels=(16, 16))
 
 
-def test_the_card_is_ignored_by_diffusers(folder: Path) -> None:
+def test_diffusers_ignores_difflex_json(folder: Path) -> None:
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     assert json.loads((folder / "difflex.json").read_text())["format"] == 1

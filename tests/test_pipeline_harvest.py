@@ -42,7 +42,7 @@ def by_shot(harvested: list[Activations]) -> dict[tuple[str, int, float | None],
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_harvest_yields_what_a_hook_reads(pipe: Pipeline, guidance: float):
+def test_a_harvest_yields_the_activations_that_a_hook_reads(pipe: Pipeline, guidance: float):
     site, read = middle(pipe), {}
     shots = list(pipe.shots(PROMPTS[:2], steps=2, guidance=guidance))
 
@@ -59,16 +59,16 @@ def test_a_harvest_yields_what_a_hook_reads(pipe: Pipeline, guidance: float):
         assert [shot.prompt for shot in activations.shots] == PROMPTS[:2]
 
 
-def test_one_at_a_time_or_all_together_gives_the_same(pipe: Pipeline):
+def test_the_batch_size_does_not_change_activations(pipe: Pipeline):
     shots = list(pipe.shots(PROMPTS, seeds=range(2), steps=2, keep_steps=[1]))
-    alone = by_shot(list(pipe.harvest(shots, middle(pipe), batch=1, progress=False)))
-    together = by_shot(list(pipe.harvest(shots, middle(pipe), batch=32, progress=False)))
-    assert len(alone) == 6 and alone.keys() == together.keys()
-    for shot in alone:
-        torch.testing.assert_close(alone[shot], together[shot], rtol=1e-4, atol=1e-4)
+    single = by_shot(list(pipe.harvest(shots, middle(pipe), batch=1, progress=False)))
+    batched = by_shot(list(pipe.harvest(shots, middle(pipe), batch=32, progress=False)))
+    assert len(single) == 6 and single.keys() == batched.keys()
+    for shot in single:
+        torch.testing.assert_close(single[shot], batched[shot], rtol=1e-4, atol=1e-4)
 
 
-def test_images_noised_to_nothing_are_pure_noise(pipe: Pipeline):
+def test_at_noise_level_one_the_image_does_not_matter(pipe: Pipeline):
     images = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
     white, black = (
         next(pipe.harvest_images([image], noise=1.0, sites=middle(pipe), prompts=["a star"], progress=False)).values
@@ -81,7 +81,7 @@ def test_images_noised_to_nothing_are_pure_noise(pipe: Pipeline):
     assert not torch.allclose(clean, white, atol=0.2 * float(white.std()))
 
 
-def test_pure_noise_is_where_a_flow_begins(pipe: Pipeline):
+def test_noise_level_one_equals_the_first_step_of_a_flow_model(pipe: Pipeline):
     if not pipe.engine.family.flow or pipe.engine.family.name == "flux2-klein":
         pytest.skip("the first level is not pure noise, or depends on the number of steps")
     site = middle(pipe)
@@ -107,7 +107,7 @@ def test_the_pass_stops_after_the_last_site(flux: Pipeline):
     assert called == ["transformer_blocks.1", "single_transformer_blocks.0", "transformer_blocks.1"]
 
 
-def test_many_sites_share_one_pass_and_come_in_order(flux: Pipeline):
+def test_many_sites_share_one_pass_and_are_yielded_in_order(flux: Pipeline):
     shots = list(flux.shots(PROMPTS, steps=2))
     harvested = list(flux.harvest(shots, ["double.*", "single.1:text", "double.0:neurons"], batch=2, progress=False))
     names = ["double.0", "double.1", "single.1:text", "double.0:neurons"]
@@ -126,42 +126,40 @@ def test_a_timestep_that_the_scheduler_repeats_is_kept_once(tmp_path: Path):
     assert [activations.shots[0] for activations in harvested] == shots and len(shots) == 4
 
 
-def test_a_string_is_one_prompt_one_name_or_one_image(flux: Pipeline, tmp_path: Path):
+def test_a_string_is_a_single_prompt_name_or_image(flux: Pipeline, tmp_path: Path):
     assert {shot.prompt for shot in flux.shots("a star")} == {"a star"}
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
     path, images = str(tmp_path / "black.png"), [Image.new("RGB", (32, 32))] * 2
-    [one] = flux.harvest_images(path, 0.5, "double.1", names="night", progress=False)
-    [two] = flux.harvest_images(images, 0.5, "double.1", prompts="a star", progress=False)
-    assert [shot.image for shot in one.shots] == ["night"]
-    assert [shot.prompt for shot in two.shots] == ["a star"] * 2
+    [named] = flux.harvest_images(path, 0.5, "double.1", names="night", progress=False)
+    [pair] = flux.harvest_images(images, 0.5, "double.1", prompts="a star", progress=False)
+    assert [shot.image for shot in named.shots] == ["night"]
+    assert [shot.prompt for shot in pair.shots] == ["a star"] * 2
 
 
 @pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_without_a_image_is_refused(flux: Pipeline, batch: int):
-    works = (
+def test_a_batch_of_no_images_is_an_error(flux: Pipeline, batch: int):
+    calls = (
         lambda: flux.generate("a star", batch=batch),
         lambda: flux.harvest(flux.shots("a star"), "double.1", batch),
         lambda: flux.harvest_images([Image.new("RGB", (32, 32))], 0.5, "double.1", batch=batch),
     )
-    for work in works:
+    for call in calls:
         with pytest.raises(BadInput, match=f"batch of {batch} images"):
-            work()
+            call()
 
 
-def test_the_shot_of_a_image_says_what_it_takes_to_harvest_it_again(flux: Pipeline):
-    [seen] = flux.harvest_images(Image.new("RGB", (32, 32)), 0.5, "double.1", names="night", seed=3, progress=False)
+def test_harvesting_the_shot_of_an_image_is_an_error_that_says_how_to_do_it(flux: Pipeline):
+    [activations] = flux.harvest_images(Image.new("RGB", (32, 32)), 0.5, "double.1", names="night", seed=3, progress=False)
     with pytest.raises(BadInput, match=r"'night' does not hold the image.*harvest_images, with noise=0\.5, seed=3"):
-        list(flux.harvest(seen.shots, "double.1", progress=False))
+        list(flux.harvest(activations.shots, "double.1", progress=False))
 
 
-def test_an_unknown_family_is_harvested_without_guidance_and_refused_where_rows_are_mixed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unknown_family_can_be_harvested_without_guidance_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "family_of", lambda pipeline, denoiser: Family(name="other", denoiser=denoiser))
     pipe = difflex.load(tiny_folder("sd1", tmp_path / "sd1"))
     site = "unet.mid_block.attentions.0"
-    seen = next(pipe.harvest(pipe.shots(PROMPTS, steps=1), site, progress=False))
-    assert len(seen.values) == len(seen.shots) == 3
+    activations = next(pipe.harvest(pipe.shots(PROMPTS, steps=1), site, progress=False))
+    assert len(activations.values) == len(activations.shots) == 3
     with pytest.raises(BadInput, match=r"6 rows for 3 shots.*StableDiffusionPipeline has no row.*guidance=0"):
         list(pipe.harvest(pipe.shots(PROMPTS, steps=1, guidance=4.0), site, progress=False))
     with pytest.raises(BadInput, match="no row in the table of families"):
@@ -174,7 +172,7 @@ def test_a_shot_without_a_timestep_stands_for_its_whole_run(flux: Pipeline):
     assert [activations.shots[0].timestep for activations in harvested] == list(flux.engine.timesteps(shot))
 
 
-def test_a_timestep_that_the_run_does_not_pass_is_refused(flux: Pipeline):
+def test_a_timestep_that_is_not_in_the_run_is_an_error(flux: Pipeline):
     from dataclasses import replace
 
     shot = next(flux.shots(PROMPTS, steps=2))
@@ -182,7 +180,7 @@ def test_a_timestep_that_the_run_does_not_pass_is_refused(flux: Pipeline):
         list(flux.harvest([replace(shot, timestep=123.0)], "double.1", progress=False))
 
 
-def test_endless_prompts_are_read_as_they_are_needed(flux: Pipeline):
+def test_prompts_are_read_lazily(flux: Pipeline):
     read: list[int] = []
 
     def endless():
@@ -201,7 +199,7 @@ def test_each_prompt_is_encoded_once_over_all_its_seeds(flux: Pipeline):
     assert flux.engine.encoder.encoded == 3 + 1  # and the empty prompt, to learn the timesteps
 
 
-def test_values_that_are_not_finite_name_site_shot_and_block(flux: Pipeline):
+def test_the_error_for_values_that_are_not_finite_names_site_shot_and_block(flux: Pipeline):
     flux.engine.denoiser.get_parameter("transformer_blocks.0.ff.net.2.bias").data[3] = float("inf")
     with pytest.raises(
         NonFinite, match=r"'single\.1'.*single_transformer_blocks\.1.*'a red star', seed 0.*first arise in .*blocks\.0"
@@ -209,7 +207,7 @@ def test_values_that_are_not_finite_name_site_shot_and_block(flux: Pipeline):
         list(flux.harvest(flux.shots(PROMPTS, steps=1), "single.1", progress=False))
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(flux: Pipeline, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_that_does_not_fit_is_halved_for_good(flux: Pipeline, monkeypatch: pytest.MonkeyPatch):
     batches = _with_room_for(flux, 3, monkeypatch)
     shots = list(flux.shots([f"a star {i}" for i in range(10)], steps=1))
     with pytest.warns(UserWarning, match="does not fit") as warned:
@@ -221,7 +219,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(flux: Pipeli
     assert batches[7:] == [2, 2]
 
 
-def test_a_batch_of_one_that_does_not_fit_names_the_options(flux: Pipeline, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_single_shot_that_does_not_fit_names_options(flux: Pipeline, monkeypatch: pytest.MonkeyPatch):
     shots = list(flux.shots(PROMPTS[:1], steps=1))
     _with_room_for(flux, 0, monkeypatch)
     with pytest.raises(OutOfMemory, match=r"nf4.*offload"):
@@ -229,20 +227,20 @@ def test_a_batch_of_one_that_does_not_fit_names_the_options(flux: Pipeline, monk
 
 
 def _with_room_for(pipe: Pipeline, room: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that a card met on which `room` shots fit."""
-    met: list[int] = []
+    """Simulate a GPU with memory for `room` shots; return the list to which the sizes of its batches are added."""
+    sizes: list[int] = []
     block = pipe.engine.denoiser.get_submodule("transformer_blocks.0")
 
-    def meet(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
-        met.append(len(kwargs["hidden_states"]))
-        if met[-1] > room:
+    def limit(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
+        sizes.append(len(kwargs["hidden_states"]))
+        if sizes[-1] > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    block.register_forward_pre_hook(meet, with_kwargs=True)
-    return met
+    block.register_forward_pre_hook(limit, with_kwargs=True)
+    return sizes
 
 
-def test_an_interrupted_run_does_not_upset_the_next_one(pipe: Pipeline):
+def test_an_interrupted_run_does_not_affect_the_next_one(pipe: Pipeline):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS[:1], steps=3, keep_steps=[0]))
 
     def interrupt(x: Tensor, context: HookContext) -> None:
@@ -258,7 +256,7 @@ def test_an_interrupted_run_does_not_upset_the_next_one(pipe: Pipeline):
     assert steps[::halves] == list(range(len(pipe.engine.timesteps(shots[0]))))
 
 
-def test_images_carry_their_name_level_and_seed(flux: Pipeline, tmp_path: Path):
+def test_the_shots_of_images_hold_name_noise_level_and_seed(flux: Pipeline, tmp_path: Path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     images = [tmp_path / "red.png", Image.new("RGB", (32, 32), "blue")]
     first, second = flux.harvest_images(images, noise=(0.9, 0.2), sites="double.1", seed=5, progress=False)
@@ -267,7 +265,7 @@ def test_images_carry_their_name_level_and_seed(flux: Pipeline, tmp_path: Path):
     assert first.shots[1].image is not None and first.shots[1].image.startswith("sha256:")
 
 
-def test_images_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path):
+def test_unusable_images_are_errors(flux: Pipeline, tmp_path: Path):
     with pytest.raises(BadInput, match="30 x 32"):
         next(flux.harvest_images([Image.new("RGB", (32, 30))], noise=0.5, sites="double.1", progress=False))
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -280,12 +278,12 @@ def test_images_that_cannot_be_used_are_refused(flux: Pipeline, tmp_path: Path):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_run_that_is_finished_shows_what_a_harvest_does_and_ends_in_its_image(pipe: Pipeline, guidance: float):
+def test_a_harvest_with_images_yields_the_same_activations_and_the_image_of_each_run(pipe: Pipeline, guidance: float):
     site, shots = middle(pipe), list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
     plain = by_shot([*pipe.harvest(shots, site, batch=2, progress=False)])
-    finished = [*pipe.harvest_with_images(shots, site, batch=2)]
-    seen = by_shot([activations for batch in finished for activations in batch.activations])
-    assert seen.keys() == plain.keys() and all(torch.equal(seen[key], plain[key]) for key in plain)
-    assert [len(batch.images) for batch in finished] == [2, 1]
+    batches = [*pipe.harvest_with_images(shots, site, batch=2)]
+    activations_by_shot = by_shot([activations for batch in batches for activations in batch.activations])
+    assert activations_by_shot.keys() == plain.keys() and all(torch.equal(activations_by_shot[key], plain[key]) for key in plain)
+    assert [len(batch.images) for batch in batches] == [2, 1]
     [alone] = pipe.generate(PROMPTS[2], steps=2, guidance=guidance)
-    assert finished[1].images[0].tobytes() == alone.image.tobytes()
+    assert batches[1].images[0].tobytes() == alone.image.tobytes()

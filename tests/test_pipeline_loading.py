@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import difflex
-from difflex import devices
 from difflex.choices import Precision
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
@@ -39,14 +38,14 @@ def dtypes(module: nn.Module) -> set[torch.dtype]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_give_almost_the_same_activations(folder: Path, precision: str):
-    exact, rough = difflex.load(folder), difflex.load(folder, precision=precision)
-    assert [next(pipe.shots("a star")).precision for pipe in (exact, rough)] == ["fp32", precision]
-    assert dtypes(rough.engine.denoiser) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
-    a, b = (next(pipe.harvest(pipe.shots(PROMPTS, steps=1), "single.1", progress=False)).values for pipe in (exact, rough))
+    exact, reduced = difflex.load(folder), difflex.load(folder, precision=precision)
+    assert [next(pipe.shots("a star")).precision for pipe in (exact, reduced)] == ["fp32", precision]
+    assert dtypes(reduced.engine.denoiser) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    a, b = (next(pipe.harvest(pipe.shots(PROMPTS, steps=1), "single.1", progress=False)).values for pipe in (exact, reduced))
     assert 0 < float((a - b.float()).norm() / a.norm()) < 0.05
 
 
-def test_an_unknown_precision_lists_the_known_ones(folder: Path):
+def test_the_error_for_an_unknown_precision_lists_the_known_ones(folder: Path):
     with pytest.raises(UnknownName, match=r"int3.*bf16, fp16, fp32, nf4"):
         difflex.load(folder, precision="int3")
 
@@ -54,77 +53,78 @@ def test_an_unknown_precision_lists_the_known_ones(folder: Path):
 @pytest.mark.parametrize("family", ["flux", "sdxl", "pixart"])
 def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: str, tmp_path: Path):
     folder = tiny_folder(family, tmp_path / family)
-    exact, rough = difflex.load(folder), difflex.load(folder, precision="nf4")
-    kinds = {type(module).__name__ for module in rough.engine.denoiser.modules()}
+    exact, quantised = difflex.load(folder), difflex.load(folder, precision="nf4")
+    kinds = {type(module).__name__ for module in quantised.engine.denoiser.modules()}
     assert "Linear4bit" in kinds
-    large = rough.diffusers.components.get(rough.engine.family.large_text)
+    large = quantised.diffusers.components.get(quantised.engine.family.large_text)
     assert large is None or any(type(module).__name__ == "Linear4bit" for module in large.modules())
     site = [row.site for row in exact.sites() if row.site.stream == "image"][-1]
-    assert [row.site for row in rough.sites()] == [row.site for row in exact.sites()]
+    assert [row.site for row in quantised.sites()] == [row.site for row in exact.sites()]
     a, b = (
-        next(pipe.harvest(pipe.shots(PROMPTS, steps=2, keep_steps=[0]), site, progress=False)).values for pipe in (exact, rough)
+        next(pipe.harvest(pipe.shots(PROMPTS, steps=2, keep_steps=[0]), site, progress=False)).values
+        for pipe in (exact, quantised)
     )
     assert 0.001 < float((a - b).norm() / a.norm()) < 0.5
-    assert rough.generate("a red star")[0].image.size == (32, 32)
+    assert quantised.generate("a red star")[0].image.size == (32, 32)
 
 
-def test_without_bitsandbytes_nf4_says_which_extra_brings_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_missing_bitsandbytes_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(precision_module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"difflex\[nf4\]"):
         difflex.load(folder, precision="nf4")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(folder: Path, device: str):
+def test_a_missing_device_is_an_error(folder: Path, device: str):
     with pytest.raises(BadInput, match=rf"'{device}'.*cpu"):
         difflex.load(folder, device=device)
 
 
 @pytest.mark.parametrize("name", ["folder", "mini-flux"])
-def test_a_revision_is_that_of_a_hub_model(folder: Path, name: str):
+def test_a_revision_of_a_local_model_is_an_error(folder: Path, name: str):
     with pytest.raises(BadInput, match=r"no revision main.*on the hub"):
         difflex.load(folder if name == "folder" else name, revision="main")
 
 
-def test_offload_without_a_card_is_warned_of(folder: Path):
+def test_offload_without_a_gpu_causes_a_warning(folder: Path):
     with pytest.warns(UserWarning, match="offload=True has no effect"):
         difflex.load(folder, device="cpu", offload=True)
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_an_untrained_model_has_the_geometry_and_the_seed_decides_its_weights(family: str, tmp_path: Path):
+def test_an_untrained_model_has_the_same_geometry_and_weights_from_its_seed(family: str, tmp_path: Path):
     folder = tiny_folder(family, tmp_path / family)
-    trained, first, again, other = (difflex.load(folder, untrained=seed) for seed in (None, 3, 3, 4))
+    trained, first, repeated, different = (difflex.load(folder, untrained=seed) for seed in (None, 3, 3, 4))
     shapes = [{name: p.shape for name, p in pipe.engine.denoiser.named_parameters()} for pipe in (trained, first)]
     assert shapes[0] == shapes[1]
-    weights = [next(iter(pipe.engine.denoiser.parameters())) for pipe in (first, again, other)]
+    weights = [next(iter(pipe.engine.denoiser.parameters())) for pipe in (first, repeated, different)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.generate("a red star", steps=2)[0].image.size == (32, 32)
-    assert [next(pipe.shots("a star")).revision for pipe in (trained, first, other)] == [None, "untrained-3", "untrained-4"]
+    assert [next(pipe.shots("a star")).revision for pipe in (trained, first, different)] == [None, "untrained-3", "untrained-4"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
-def test_around_an_untrained_denoiser_all_else_is_as_it_was_trained(folder: Path, precision: str):
+def test_only_the_denoiser_of_an_untrained_model_has_random_weights(folder: Path, precision: str):
     trained, control = (difflex.load(folder, precision=precision, untrained=seed) for seed in (None, 3))
-    parts = {name: part for name, part in trained.diffusers.components.items() if isinstance(part, nn.Module)}
-    for name, part in parts.items():
-        there = control.diffusers.components[name].state_dict()
-        same = all(torch.equal(weights, there[key]) for key, weights in part.state_dict().items())
+    components = {name: component for name, component in trained.diffusers.components.items() if isinstance(component, nn.Module)}
+    for name, component in components.items():
+        state = control.diffusers.components[name].state_dict()
+        same = all(torch.equal(weights, state[key]) for key, weights in component.state_dict().items())
         assert same == (name != "transformer")
     assert not any(weights.requires_grad for weights in control.engine.denoiser.parameters())
 
 
-def test_of_a_hub_model_without_its_files_every_part_is_untrained(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_all_components_of_an_untrained_hub_model_have_random_weights(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "PLANS", {"OWNER/NAME": read_plan(folder)})
-    there, here = difflex.load("OWNER/NAME", untrained=3), difflex.load(folder, untrained=3)
-    texts = [next(iter(pipe.diffusers.components["text_encoder"].parameters())) for pipe in (there, here)]
-    assert not torch.equal(*texts)
+    hub, local = difflex.load("OWNER/NAME", untrained=3), difflex.load(folder, untrained=3)
+    weights = [next(iter(pipe.diffusers.components["text_encoder"].parameters())) for pipe in (hub, local)]
+    assert not torch.equal(*weights)
 
 
 def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch):
     for name, plan in PLANS.items():
         need = estimate(plan, family_of(plan.pipeline))
-        weights = {part: need.dense[part] + need.quantised[part] for part in need.dense}
+        weights = {component: need.dense[component] + need.quantised[component] for component in need.dense}
         assert round(weights["transformer"] / 1e9, 1) == 11.9
         assert round(weights["text_encoder_2"] / 1e9, 2) == 4.76
         assert round(weights["text_encoder"] / 1e6) == 123 and round(weights["vae"] / 1e6) == 84
@@ -147,17 +147,17 @@ def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
             "axes_dims_rope": [4, 6, 6],
         },
     }
-    parts = {
+    components = {
         name: ComponentPlan(p.library, p.kind, {**p.config, **small.get(name, {})} if p.config else None)
         for name, p in plan.components.items()
     }
-    monkeypatch.setattr(loading, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(components=parts)})
+    monkeypatch.setattr(loading, "PLANS", {"black-forest-labs/FLUX.1-schnell": plan._replace(components=components)})
     pipe = difflex.load("black-forest-labs/FLUX.1-schnell", untrained=0)
     activations = next(pipe.harvest(pipe.shots(["Any prompt: 2 cats!"], steps=1, pixels=(32, 64)), "double.0", progress=False))
     assert activations.values.shape == (1, 8, 32) and activations.grid == (2, 4)
 
 
-def test_the_estimate_is_what_the_weights_take(folder: Path):
+def test_the_estimate_equals_the_memory_of_the_weights(folder: Path):
     plan, pipe = read_plan(folder), difflex.load(folder)
     sizes = estimate(plan, pipe.engine.family).bytes("fp32", torch.device("cpu"))
     for name, size in sizes.items():
@@ -165,86 +165,74 @@ def test_the_estimate_is_what_the_weights_take(folder: Path):
 
 
 @pytest.mark.parametrize("untrained", [None, 0])
-def test_the_estimate_of_four_bits_on_a_cpu_is_what_they_take(folder: Path, untrained: int | None):
-    plan, pipe, place = read_plan(folder), difflex.load(folder, precision="nf4", untrained=untrained), torch.device("cpu")
-    sizes = estimate(plan, pipe.engine.family).bytes("nf4", place)
+def test_the_estimate_for_nf4_on_a_cpu_is_close_to_the_memory_of_the_weights(folder: Path, untrained: int | None):
+    plan, pipe, device = read_plan(folder), difflex.load(folder, precision="nf4", untrained=untrained), torch.device("cpu")
+    sizes = estimate(plan, pipe.engine.family).bytes("nf4", device)
     for name in ("transformer", "text_encoder_2", "vae"):
-        held = sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
-        assert abs(sizes[name] - held) < 0.15 * held
+        size_in_memory = sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
+        assert abs(sizes[name] - size_in_memory) < 0.15 * size_in_memory
 
 
-def test_loading_in_four_bits_on_a_cpu_is_never_advised_where_a_part_does_not_fit_whole(monkeypatch: pytest.MonkeyPatch):
+def test_nf4_on_a_cpu_is_not_advised_if_a_component_does_not_fit_before_quantisation(monkeypatch: pytest.MonkeyPatch):
     plan: PipelinePlan = PLANS["black-forest-labs/FLUX.1-dev"]
-    family, place = family_of(plan.pipeline), torch.device("cpu")
+    family, device = family_of(plan.pipeline), torch.device("cpu")
 
-    def complaint(gigabytes: float, precision: Precision) -> str:
-        monkeypatch.setattr(precision_module, "free_memory", lambda place: round(gigabytes * 2**30))
+    def message(gigabytes: float, precision: Precision) -> str:
+        monkeypatch.setattr(precision_module, "free_memory", lambda device: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
-            check_fits("FLUX.1-dev", plan, family, place, WeightPlacement(precision, False, 1))
+            check_fits("FLUX.1-dev", plan, family, device, WeightPlacement(precision, False, 1))
         return str(raised.value)
 
-    assert "while it is loaded" in complaint(40, "nf4") and complaint(40, "nf4").endswith("with precision='bf16'.")
-    assert complaint(30, "fp32").endswith("No option makes it fit: use a larger machine or a smaller model.")
+    assert "while it is loaded" in message(40, "nf4") and message(40, "nf4").endswith("with precision='bf16'.")
+    assert message(30, "fp32").endswith("No option makes it fit: use a larger machine or a smaller model.")
 
 
-def test_a_model_is_quantised_part_by_part(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    done: list[str] = []
-    monkeypatch.setattr(loading, "quantise", lambda part, dtype: done.append(type(part).__name__) or part)
+def test_a_model_is_quantised_component_by_component(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+    monkeypatch.setattr(loading, "quantise", lambda component, dtype: events.append(type(component).__name__) or component)
     build = ComponentPlan.build
 
-    def building(part: ComponentPlan) -> object:
-        done.append(f"build {part.kind}")
-        return build(part)
+    def recorded_build(component: ComponentPlan) -> object:
+        events.append(f"build {component.kind}")
+        return build(component)
 
-    monkeypatch.setattr(ComponentPlan, "build", building)
+    monkeypatch.setattr(ComponentPlan, "build", recorded_build)
     monkeypatch.setattr(loading, "check_fits", lambda *_: None)
     monkeypatch.setattr(loading, "PLANS", {"OWNER/NAME": read_plan(folder)})
     difflex.load("OWNER/NAME", precision="nf4", untrained=0)
     for kind in ("T5EncoderModel", "FluxTransformer2DModel"):
-        assert done.index(kind) == done.index(f"build {kind}") + 1
+        assert events.index(kind) == events.index(f"build {kind}") + 1
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("1000000", 700_000), ("max", None)])
-def test_the_limit_of_a_container_is_what_is_free(
-    tmp_path: Path, limit: str, expected: int | None, monkeypatch: pytest.MonkeyPatch
-):
-    for name, text in (("memory.max", limit), ("memory.current", "500000"), ("memory.stat", "anon 3\ninactive_file 200000")):
-        (tmp_path / name).write_text(text + "\n")
-    without = devices.free_memory(torch.device("cpu"))
-    monkeypatch.setattr(devices, "CGROUP", tmp_path)
-    free = devices.free_memory(torch.device("cpu"))
-    assert free == expected if expected is not None else free > without / 2
-
-
-def test_a_model_that_cannot_fit_names_the_option_that_would(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_model_that_does_not_fit_names_an_option_that_would(monkeypatch: pytest.MonkeyPatch):
     plan: PipelinePlan = PLANS["black-forest-labs/FLUX.1-dev"]
-    family, card = family_of(plan.pipeline), torch.device("cuda")
+    family, gpu = family_of(plan.pipeline), torch.device("cuda")
 
-    def complaint(gigabytes: float, room: WeightPlacement) -> str:
-        monkeypatch.setattr(precision_module, "free_memory", lambda place: round(gigabytes * 2**30))
+    def message(gigabytes: float, placement: WeightPlacement) -> str:
+        monkeypatch.setattr(precision_module, "free_memory", lambda device: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
-            check_fits("FLUX.1-dev", plan, family, card, room)
+            check_fits("FLUX.1-dev", plan, family, gpu, placement)
         return str(raised.value)
 
-    assert "transformer 22.2 GiB" in (said := complaint(24, WeightPlacement("bf16", False, 1))) and said.endswith(
+    assert "transformer 22.2 GiB" in (text := message(24, WeightPlacement("bf16", False, 1))) and text.endswith(
         "with precision='nf4'."
     )
-    assert complaint(50, WeightPlacement("fp32", False, 1)).endswith("with precision='bf16'.")
-    assert complaint(8, WeightPlacement("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
-    assert complaint(20, WeightPlacement("fp16", False, 1)).endswith("with precision='nf4'.")
-    assert complaint(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
-    monkeypatch.setattr(precision_module, "free_memory", lambda place: 40 * 2**30)
-    check_fits("FLUX.1-dev", plan, family, card, WeightPlacement("bf16", False, 1))
+    assert message(50, WeightPlacement("fp32", False, 1)).endswith("with precision='bf16'.")
+    assert message(8, WeightPlacement("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
+    assert message(20, WeightPlacement("fp16", False, 1)).endswith("with precision='nf4'.")
+    assert message(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
+    monkeypatch.setattr(precision_module, "free_memory", lambda device: 40 * 2**30)
+    check_fits("FLUX.1-dev", plan, family, gpu, WeightPlacement("bf16", False, 1))
 
 
-def test_configs_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
+def test_the_error_for_a_damaged_config_names_the_component(tmp_path: Path):
     folder = tiny_folder("flux", tmp_path / "flux")
     (folder / "transformer" / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(BrokenFile, match="transformer"):
         difflex.load(folder)
 
 
-def test_ranks_share_whole_runs(folder: Path):
+def test_each_rank_gets_whole_runs(folder: Path):
     pipe = difflex.load(folder)
     shots = list(pipe.shots([f"a star {i}" for i in range(5)], steps=2))
     parts = [list(shots_of_rank(shots, Ranks(rank, 3))) for rank in range(3)]
@@ -268,18 +256,18 @@ pipe = difflex.load(folder, device="cpu", sharded=True)
 prompts = [f"a star {i}" for i in range(5)]
 sites = ["double.0", "single.1:update", "single.0:text"]
 for repeat in range(2):  # the second time after stopped passes
-    found = {
+    activations = {
         (str(a.site), shot.prompt, shot.timestep): a.values[i]
         for a in pipe.harvest(pipe.shots(prompts, steps=3, keep_steps=[0, 2]), sites, batch=1, progress=False)
         for i, shot in enumerate(a.shots)
     }
 images = pipe.generate(prompts[:2])
-torch.save((found, [list(p.image.tobytes()) for p in images]), f"{out}/{dist.get_rank()}.pt")
+torch.save((activations, [list(p.image.tobytes()) for p in images]), f"{out}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 
 
-def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tmp_path: Path):
+def test_a_denoiser_sharded_over_two_processes_computes_the_same_bits(folder: Path, tmp_path: Path):
     (tmp_path / "sharded.py").write_text(SHARDED)
     command = [
         sys.executable,
@@ -290,8 +278,10 @@ def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tm
         "2",
         str(tmp_path / "sharded.py"),
     ]
-    done = subprocess.run([*command, str(folder), str(tmp_path)], capture_output=True, text=True, env={**os.environ}, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run(
+        [*command, str(folder), str(tmp_path)], capture_output=True, text=True, env={**os.environ}, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
     pipe = difflex.load(folder)
     whole = {
         (str(a.site), a.shots[0].prompt, a.shots[0].timestep): a.values[0]
@@ -303,13 +293,13 @@ def test_a_denoiser_shared_by_two_processes_gives_the_same_bits(folder: Path, tm
         )
     }
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    shared = [found for found, _ in ranks]
-    assert not shared[0].keys() & shared[1].keys() and shared[0].keys() | shared[1].keys() == whole.keys()
-    assert all(torch.equal(whole[key], found[key]) for found in shared for key in found)
+    sharded = [activations for activations, _ in ranks]
+    assert not sharded[0].keys() & sharded[1].keys() and sharded[0].keys() | sharded[1].keys() == whole.keys()
+    assert all(torch.equal(whole[key], activations[key]) for activations in sharded for key in activations)
     assert ranks[0][1] == ranks[1][1] == [list(g.image.tobytes()) for g in pipe.generate(["a star 0", "a star 1"])]
 
 
-def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):
+def test_the_error_for_sharding_outside_of_torchrun_says_how_to_start(folder: Path):
     with pytest.raises(BadInput, match="torchrun --nproc-per-node"):
         difflex.load(folder, sharded=True)
 
@@ -318,10 +308,10 @@ def test_sharing_a_model_outside_of_torchrun_says_how_to_start(folder: Path):
     ("name", "steps", "guidance", "text_length"),
     [("FLUX.1-schnell", 4, 0.0, 256), ("FLUX.1-dev", 28, 3.5, 512)],
 )
-def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: int, guidance: float, text_length: int):
-    plan = next(plan for known, plan in PLANS.items() if known.endswith(name))
-    card = read_defaults(None, family_of(plan.pipeline), plan)
-    assert (card.steps, card.guidance, card.text_length) == (steps, guidance, text_length)
+def test_the_defaults_of_flux_depend_on_its_variant(name: str, steps: int, guidance: float, text_length: int):
+    plan = next(plan for model, plan in PLANS.items() if model.endswith(name))
+    defaults = read_defaults(None, family_of(plan.pipeline), plan)
+    assert (defaults.steps, defaults.guidance, defaults.text_length) == (steps, guidance, text_length)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +323,7 @@ def test_the_usual_settings_of_flux_are_those_of_its_variant(name: str, steps: i
         ("EulerDiscreteScheduler", {}, 50, 5.0),
     ],
 )
-def test_a_turbo_model_is_told_by_its_scheduler(scheduler: str, settings: dict[str, str], steps: int, guidance: float):
+def test_a_turbo_model_is_recognised_by_its_scheduler(scheduler: str, settings: dict[str, str], steps: int, guidance: float):
     plan = PipelinePlan("StableDiffusionXLPipeline", {"scheduler": ComponentPlan("diffusers", scheduler, settings)}, {})
-    card = read_defaults(None, family_of(plan.pipeline), plan)
-    assert (card.steps, card.guidance) == (steps, guidance)
+    defaults = read_defaults(None, family_of(plan.pipeline), plan)
+    assert (defaults.steps, defaults.guidance) == (steps, guidance)

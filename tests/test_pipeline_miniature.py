@@ -1,4 +1,4 @@
-"""What is promised of every pipeline, kept by the model inside the package."""
+"""The guarantees of every pipeline, tested with the embedded model."""
 
 from contextlib import ExitStack
 
@@ -44,19 +44,19 @@ def test_the_pass_stops_after_the_last_site(mini: Pipeline):
     assert called == ["double.0", "double.1"]
 
 
-def test_a_batch_of_one_and_of_eight_give_the_same(mini: Pipeline):
+def test_batches_of_one_and_eight_give_the_same_activations(mini: Pipeline):
     shots = list(mini.shots(PROMPTS, steps=2, keep_steps=[1]))
     sites = ["double.1", "single.0:text", "single.1:update"]
-    found = []
+    harvests = []
     for batch in (1, 8):
-        found.append(
+        harvests.append(
             {
-                (seen.site, shot): values
-                for seen in mini.harvest(shots, sites, batch, progress=False)
-                for shot, values in zip(seen.shots, seen.values, strict=True)
+                (activations.site, shot): values
+                for activations in mini.harvest(shots, sites, batch, progress=False)
+                for shot, values in zip(activations.shots, activations.values, strict=True)
             }
         )
-    alone, together = found
-    assert alone.keys() == together.keys() and len(alone) == 24
-    for key in alone:
-        torch.testing.assert_close(alone[key], together[key], rtol=1e-4, atol=1e-4)
+    single, batched = harvests
+    assert single.keys() == batched.keys() and len(single) == 24
+    for key in single:
+        torch.testing.assert_close(single[key], batched[key], rtol=1e-4, atol=1e-4)

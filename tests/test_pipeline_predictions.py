@@ -1,4 +1,4 @@
-"""What a pipeline predicts and draws while one of its sites is edited."""
+"""Predictions and images under edits, and the losses of given images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -62,29 +62,29 @@ def by_shot(outcomes: list[EditOutcomes], edit: str | None = None) -> dict[Shot,
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_an_edit_that_changes_nothing_changes_no_bit_and_another_one_does(pipe: Pipeline, guidance: float):
+def test_an_edit_that_keeps_the_activations_keeps_every_bit_of_the_prediction(pipe: Pipeline, guidance: float):
     shots = list(pipe.shots(PROMPTS, steps=2, guidance=guidance))
-    found = list(pipe.predictions(shots, middle(pipe), EDITS))
-    assert {shot for outcome in found for shot in outcome.shots} == set(shots)
-    for outcome in found:
+    outcomes = list(pipe.predictions(shots, middle(pipe), EDITS))
+    assert {shot for outcome in outcomes for shot in outcome.shots} == set(shots)
+    for outcome in outcomes:
         assert torch.equal(outcome.edited["same"], outcome.plain)
         assert torch.equal(outcome.edited["put back"], outcome.plain)
         assert not torch.allclose(outcome.edited["halved"], outcome.plain)
 
 
-def test_the_plain_prediction_is_that_of_an_undisturbed_run(pipe: Pipeline):
+def test_the_plain_prediction_equals_that_of_a_run_without_edits(pipe: Pipeline):
     shots = list(pipe.shots(PROMPTS, steps=2, guidance=4.0))
-    together = by_shot(list(pipe.predictions(shots, middle(pipe), EDITS)))
-    answers: list[Tensor] = []
-    handle = pipe.engine.denoiser.register_forward_hook(lambda module, args, output: answers.append(output[0].clone()))
+    plain = by_shot(list(pipe.predictions(shots, middle(pipe), EDITS)))
+    outputs: list[Tensor] = []
+    handle = pipe.engine.denoiser.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
     pipe.engine.run([replace(shot, timestep=None) for shot in shots[::2]], output_type="latent")
     handle.remove()
-    for shot, tensor in together.items():
-        here = (answer[-len(PROMPTS) :, : len(tensor)] for answer in answers)  # the conditional half lies last
-        assert any(torch.equal(answer[PROMPTS.index(shot.prompt)], tensor) for answer in here)
+    for shot, tensor in plain.items():
+        candidates = (step[-len(PROMPTS) :, : len(tensor)] for step in outputs)  # the conditional half is the last
+        assert any(torch.equal(step[PROMPTS.index(shot.prompt)], tensor) for step in candidates)
 
 
-def test_the_edited_prediction_is_that_of_a_run_edited_from_the_start(pipe: Pipeline):
+def test_the_edited_prediction_of_the_first_step_equals_that_of_an_edited_run(pipe: Pipeline):
     (shot,) = pipe.shots(PROMPTS[:1], steps=2, keep_steps=[0], guidance=1.0)
     (outcome,) = pipe.predictions([shot], middle(pipe), {"halved": halved})
     with pipe.at(middle(pipe), halved):
@@ -92,7 +92,7 @@ def test_the_edited_prediction_is_that_of_a_run_edited_from_the_start(pipe: Pipe
     assert torch.equal(outcome.edited["halved"], edited.plain)
 
 
-def test_images_under_an_edit_are_those_drawn_within_at(pipe: Pipeline):
+def test_images_under_an_edit_equal_those_generated_within_at(pipe: Pipeline):
     shots = list(pipe.shots(PROMPTS, steps=2, guidance=1.0))  # two of each run: one image
     (outcome,) = pipe.images(shots, middle(pipe), EDITS)
     assert outcome.plain.shape == (2, 3, 16, 24) and 0 <= outcome.plain.min() < outcome.plain.max() <= 1
@@ -107,16 +107,16 @@ def test_only_the_conditional_half_is_edited_and_compared(tmp_path: Path):
     pipe = difflex.load(tiny_folder("sdxl", tmp_path / "sdxl", defaults={"pixels": [[16, 24]]}))
     halves = []
 
-    def looking(x: Tensor, context: HookContext) -> Tensor:
+    def record(x: Tensor, context: HookContext) -> Tensor:
         halves.append(context.half)
         return x
 
     shots = list(pipe.shots(PROMPTS, steps=1, guidance=4.0))
-    (outcome,) = pipe.predictions(shots, middle(pipe), {"looking": looking})
+    (outcome,) = pipe.predictions(shots, middle(pipe), {"record": record})
     assert halves == ["conditional"] and len(outcome.plain) == len(PROMPTS)
 
 
-def test_a_run_goes_no_further_than_its_last_kept_step(flux: Pipeline):
+def test_a_run_ends_at_its_last_kept_step(flux: Pipeline):
     steps: list[int] = []
     shots = list(flux.shots(PROMPTS, steps=4, keep_steps=[1]))
     with flux.at("double.0", lambda x, context: steps.append(context.step)):
@@ -133,10 +133,12 @@ def test_a_failing_edit_leaves_no_hook_behind(flux: Pipeline):
     with pytest.raises(ZeroDivisionError):
         list(flux.predictions(shots, "double.1", {"failing": failing}))
     assert not flux.engine.denoiser._forward_hooks and not flux.engine.denoiser._forward_pre_hooks
-    assert all(torch.equal(each.plain, each.edited["same"]) for each in flux.predictions(shots, "double.1", {"same": same}))
+    assert all(
+        torch.equal(outcome.plain, outcome.edited["same"]) for outcome in flux.predictions(shots, "double.1", {"same": same})
+    )
 
 
-def test_what_cannot_be_asked_is_said(flux: Pipeline):
+def test_unusable_sites_timesteps_and_batches_are_errors(flux: Pipeline):
     shots = list(flux.shots(PROMPTS, steps=2))
     with pytest.raises(UnknownName, match=r"double\.9"):
         flux.predictions(shots, "double.9", {})
@@ -146,7 +148,7 @@ def test_what_cannot_be_asked_is_said(flux: Pipeline):
         flux.images(shots, "double.1", {}, batch=0)
 
 
-def test_mini_flux_predicts_and_draws_under_edits():
+def test_predictions_and_images_of_mini_flux_under_edits():
     pipe = difflex.load("mini-flux")
     shots = list(pipe.shots(["a red star on grass"], steps=2, pixels=pipe.engine.defaults.pixels[0]))
     for outcome in [*pipe.predictions(shots, "double.1", EDITS), *pipe.images(shots, "double.1", EDITS)]:
@@ -154,13 +156,13 @@ def test_mini_flux_predicts_and_draws_under_edits():
         assert not torch.equal(outcome.edited["halved"], outcome.plain)
 
 
-def test_the_loss_of_a_image_is_the_error_of_what_the_model_says_of_it(flux: Pipeline):
-    """By hand: at pure noise the input is the noise alone, and the target noise - image."""
+def test_the_loss_of_an_image_is_the_error_of_the_prediction(flux: Pipeline):
+    """By hand: at pure noise the input is the noise alone, and the target is noise - image."""
     colours = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    found = flux.losses(colours, [0.3, 1.0], prompts="a star", seed=4)
-    assert found.shape == (2, 2) and torch.isfinite(found).all()
-    alone = flux.losses(colours[1:], 1.0, prompts="a star", seed=5)
-    torch.testing.assert_close(alone[0, 0], found[1, 1])
+    losses = flux.losses(colours, [0.3, 1.0], prompts="a star", seed=4)
+    assert losses.shape == (2, 2) and torch.isfinite(losses).all()
+    single = flux.losses(colours[1:], 1.0, prompts="a star", seed=5)
+    torch.testing.assert_close(single[0, 0], losses[1, 1])
     vae = flux.diffusers.components["vae"]
     pixels = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     with torch.no_grad():
@@ -170,12 +172,12 @@ def test_the_loss_of_a_image_is_the_error_of_what_the_model_says_of_it(flux: Pip
     [outcome] = flux.predictions([shot], middle(flux), {})
     target = rearrange(noise[None] - latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
     assert shot.timestep == 1000.0  # the run begins with the same noise
-    torch.testing.assert_close((outcome.plain.float() - target).square().mean(), found[0, 1])
+    torch.testing.assert_close((outcome.plain.float() - target).square().mean(), losses[0, 1])
 
 
-def test_every_family_can_say_how_well_it_foretells_a_image(pipe: Pipeline):
+def test_every_family_computes_losses_of_images(pipe: Pipeline):
     images = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
-    found = pipe.losses(images, [0.2, 0.7])
-    assert found.shape == (2, 2) and (found > 0).all() and torch.isfinite(found).all()
+    losses = pipe.losses(images, [0.2, 0.7])
+    assert losses.shape == (2, 2) and (losses > 0).all() and torch.isfinite(losses).all()
     with pytest.raises(BadInput, match="between 0"):
         pipe.losses(images, 1.5)

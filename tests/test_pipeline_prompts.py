@@ -15,7 +15,7 @@ def write_jsonl(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def test_a_list_and_an_endless_stream_are_passed_on():
+def test_lists_and_endless_iterators_are_passed_on():
     def endless():
         while True:
             yield "a star"
@@ -51,20 +51,20 @@ def test_a_parquet_file_and_a_folder_of_a_dataset_are_streamed(tmp_path: Path):
         read_prompts(tmp_path, column="caption_llava")
 
 
-def test_without_datasets_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_missing_datasets_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prompts, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"difflex\[data\]"):
         read_prompts(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.csv", "empty.jsonl"])
-def test_an_empty_file_is_refused(tmp_path: Path, name: str):
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str):
     (tmp_path / name).write_text("prompt\n" if name.endswith("csv") else "\n")
     with pytest.raises(BadInput, match=f"no prompt in .*{name}"):
         read_prompts(tmp_path / name)
 
 
-def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path):
+def test_the_error_for_a_missing_column_lists_the_columns(tmp_path: Path):
     (tmp_path / "prompts.csv").write_text("id,title\n1,a star\n")
     with pytest.raises(BadInput, match=r"not given\. Its columns are: id, title"):
         read_prompts(tmp_path / "prompts.csv")
@@ -75,13 +75,13 @@ def test_a_missing_column_is_refused_with_those_that_are_there(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.csv", "prompts.jsonl"])
-def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path, name: str):
+def test_the_error_for_a_file_that_is_not_utf8_names_it(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes('"prompt"\n"größer"\n'.encode("latin-1"))
     with pytest.raises(BrokenFile, match=rf"{name}.*UTF-8"):
         list(read_prompts(tmp_path / name))
 
 
-def test_a_file_that_is_not_there_says_what_can_be_named(tmp_path: Path):
+def test_the_error_for_a_missing_file_says_how_to_name_a_data_set(tmp_path: Path):
     with pytest.raises(BadInput, match="OWNER/NAME:COLUMN"):
         read_prompts(tmp_path / "nothing.txt")
     (tmp_path / "broken.jsonl").write_text("{\n")
@@ -90,44 +90,44 @@ def test_a_file_that_is_not_there_says_what_can_be_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["prompts.CSV", "prompts.Jsonl", "prompts.json", "prompts.JSON"])
-def test_the_ending_says_how_a_file_is_read_in_any_case(tmp_path: Path, name: str):
+def test_the_suffix_determines_the_format_in_upper_and_lower_case(tmp_path: Path, name: str):
     texts = {"csv": "text\na star\n", "jsonl": '{"text": "a star"}\n', "json": '[{"text": "a star"}\n]'}
     (tmp_path / name).write_text(texts[name.lower().partition(".")[2]])
     assert list(read_prompts(tmp_path / name)) == ["a star"]
 
 
-def test_a_json_file_that_holds_no_list_is_refused(tmp_path: Path):
+def test_a_json_file_without_a_list_is_an_error(tmp_path: Path):
     (tmp_path / "prompts.json").write_text('{"text": "a star"}')
     with pytest.raises(BrokenFile, match=r"prompts\.json holds no list.*\.jsonl"):
         read_prompts(tmp_path / "prompts.json")
 
 
-def test_a_column_of_a_text_file_is_refused(tmp_path: Path):
+def test_a_column_of_a_text_file_is_an_error(tmp_path: Path):
     (tmp_path / "prompts.txt").write_text("a star\n")
     with pytest.raises(BadInput, match=r"no column 'text'.*\.csv"):
         read_prompts(tmp_path / "prompts.txt", column="text")
 
 
-def test_what_is_null_or_empty_is_left_out(tmp_path: Path):
+def test_null_and_empty_entries_are_left_out(tmp_path: Path):
     assert list(read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"text": None}, {"text": "a"}, {"text": ""}]))) == ["a"]
     (tmp_path / "a.csv").write_text("n,text\n1,a\n2,\n3\n")
     assert list(read_prompts(tmp_path / "a.csv")) == ["a"]
 
 
 @pytest.mark.parametrize("row", [3, ["a"], {"text": 3}, {"text": {"en": "a"}}])
-def test_an_entry_that_is_no_text_is_refused_by_number(tmp_path: Path, row: object):
+def test_the_error_for_an_entry_that_is_not_text_names_its_number(tmp_path: Path, row: object):
     with pytest.raises(BrokenFile, match="entry 2, holds"):
         list(read_prompts(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, row])))
 
 
-def test_a_quote_that_is_never_closed_is_told(tmp_path: Path):
+def test_a_quote_that_is_never_closed_is_an_error(tmp_path: Path):
     (tmp_path / "a.csv").write_text('text\na\n"' + "b\n" * 70_000)
     with pytest.raises(BrokenFile, match=r"a\.csv is not a table.*never closed"):
         list(read_prompts(tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1 and nothing like it PAR1", b"text\na star\n"])
-def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path: Path, content: bytes):
+def test_the_error_for_a_damaged_parquet_file_names_it(tmp_path: Path, content: bytes):
     pytest.importorskip("datasets")
     (tmp_path / "prompts.parquet").write_bytes(content)
     with pytest.raises((BrokenFile, BadInput), match=r"prompts\.parquet"):
@@ -141,18 +141,18 @@ def test_nulls_of_a_parquet_file_are_left_out(tmp_path: Path):
     assert list(read_prompts(tmp_path / "prompts.PARQUET")) == ["a", "b"]
 
 
-def test_a_folder_with_a_file_that_is_not_utf8_is_refused_by_name(tmp_path: Path):
+def test_the_error_for_a_folder_with_a_file_that_is_not_utf8_names_it(tmp_path: Path):
     pytest.importorskip("datasets")
     (tmp_path / "train.csv").write_bytes("text\ngrößer\n".encode("latin-1"))
     with pytest.raises(BadInput, match=rf"{tmp_path.name}.*UTF-8"):
         list(read_prompts(tmp_path))
 
 
-def test_a_dot_in_the_name_of_a_data_set_does_not_make_it_a_file(monkeypatch: pytest.MonkeyPatch):
-    asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(prompts, "_dataset", lambda name, column, revision: asked.append((name, column)) or iter(["a"]))
+def test_a_data_set_may_have_a_dot_in_its_name(monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(prompts, "_dataset", lambda name, column, revision: calls.append((name, column)) or iter(["a"]))
     for name in ("owner/prompts-v1.5:caption", "owner/prompts-v1.5"):
         assert list(read_prompts(name)) == ["a"]
-    assert asked == [("owner/prompts-v1.5", "caption"), ("owner/prompts-v1.5", None)]
+    assert calls == [("owner/prompts-v1.5", "caption"), ("owner/prompts-v1.5", None)]
     with pytest.raises(BadInput, match="does not exist"):
         read_prompts("owner/prompts.csv")

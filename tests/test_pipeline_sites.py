@@ -60,61 +60,61 @@ def test_writing_at_any_site_changes_the_image(pipe: Pipeline):
             assert torch.equal(latents(pipe), plain) == dead, site
 
 
-def test_the_table_says_what_is_then_seen(pipe: Pipeline):
-    rows, seen = pipe.sites(), {}
+def test_the_table_of_sites_has_the_shapes_of_activations(pipe: Pipeline):
+    rows, shapes = pipe.sites(), {}
     assert len(rows) >= 3
     with ExitStack() as stack:
         for site in all_sites(pipe):
-            stack.enter_context(pipe.at(site, lambda x, context, site=site: seen.update({site: tuple(x.shape)})))
+            stack.enter_context(pipe.at(site, lambda x, context, site=site: shapes.update({site: tuple(x.shape)})))
         latents(pipe)
     for row in rows:
         for kind in row.kinds:
             width = row.neurons if kind == "neurons" else row.width
-            assert seen[Site(row.site.path, kind, row.site.stream)] == (2, row.tokens, width)
+            assert shapes[Site(row.site.path, kind, row.site.stream)] == (2, row.tokens, width)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_steps_and_halves_are_those_of_the_run(pipe: Pipeline, guidance: float):
-    seen: list[HookContext] = []
+def test_the_context_holds_step_timestep_half_and_shots(pipe: Pipeline, guidance: float):
+    contexts: list[HookContext] = []
     site = pipe.sites()[0].site
     timesteps = pipe.engine.timesteps(next(pipe.shots([""], steps=STEPS, keep_steps=[0])))
-    with pipe.at(site, lambda x, context: seen.append(context)):
+    with pipe.at(site, lambda x, context: contexts.append(context)):
         latents(pipe, guidance)
     guided = pipe.engine.is_guided(guidance)
-    calls = len(seen) // 2 if guided else len(seen)
-    assert [context.step for context in seen[:: 2 if guided else 1]] == list(range(calls))
-    assert [context.timestep for context in seen[:: 2 if guided else 1]] == list(timesteps)
-    assert {context.half for context in seen} == ({"conditional", "unconditional"} if guided else {None})
-    assert all(context.shots is not None and [shot.prompt for shot in context.shots] == PROMPTS for context in seen)
+    calls = len(contexts) // 2 if guided else len(contexts)
+    assert [context.step for context in contexts[:: 2 if guided else 1]] == list(range(calls))
+    assert [context.timestep for context in contexts[:: 2 if guided else 1]] == list(timesteps)
+    assert {context.half for context in contexts} == ({"conditional", "unconditional"} if guided else {None})
+    assert all(context.shots is not None and [shot.prompt for shot in context.shots] == PROMPTS for context in contexts)
 
 
-def test_each_half_is_the_run_of_its_prompt(pipe: Pipeline):
+def test_the_conditional_half_equals_a_run_without_guidance(pipe: Pipeline):
     if not pipe.engine.is_guided(4.0):
         pytest.skip("guidance is folded into this model")
     site = [row.site for row in pipe.sites() if row.site.stream == "image"][-1]
-    seen: dict[str | None, Tensor] = {}
+    activations: dict[str | None, Tensor] = {}
 
     def keep(x: Tensor, context: HookContext) -> None:
         if context.step == 0:
-            seen[context.half] = x.clone()
+            activations[context.half] = x.clone()
 
     with pipe.at(site, keep):
         latents(pipe, 4.0)
         latents(pipe)
-    torch.testing.assert_close(seen["conditional"], seen[None], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(seen["unconditional"], seen[None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(activations["conditional"], activations[None], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(activations["unconditional"], activations[None], rtol=1e-4, atol=1e-5)
 
 
-def test_one_half_alone_is_edited_when_asked(pipe: Pipeline):
+def test_a_function_can_be_limited_to_one_half(pipe: Pipeline):
     if not pipe.engine.is_guided(4.0):
         pytest.skip("guidance is folded into this model")
-    met: list[str | None] = []
-    with pipe.at(pipe.sites()[0].site, lambda x, context: met.append(context.half), half="conditional"):
+    halves: list[str | None] = []
+    with pipe.at(pipe.sites()[0].site, lambda x, context: halves.append(context.half), half="conditional"):
         latents(pipe, 4.0)
-    assert set(met) == {"conditional"}
+    assert set(halves) == {"conditional"}
 
 
-def test_the_grid_is_that_of_the_tokens(pipe: Pipeline):
+def test_the_grid_matches_the_number_of_tokens(pipe: Pipeline):
     grids: dict[Site, tuple[int, int] | None] = {}
     with ExitStack() as stack:
         for row in pipe.sites():
@@ -130,20 +130,20 @@ def test_a_full_module_path_is_a_site(pipe: Pipeline):
     row, paths = pipe.sites()[0], [name for name, _ in pipe.engine.denoiser.named_modules()]
     assert pipe.site(row.path) == row.site
     inner = next(path for path in paths if path.endswith((".to_q", ".linear_in")))
-    seen: list[Tensor] = []
-    with pipe.at(inner, lambda x, context: seen.append(x.clone())):
+    activations: list[Tensor] = []
+    with pipe.at(inner, lambda x, context: activations.append(x.clone())):
         latents(pipe)
-    assert seen[0].shape[0] == 2 and pipe.site(inner).path == inner
+    assert activations[0].shape[0] == 2 and pipe.site(inner).path == inner
 
 
-def test_a_wrong_name_shows_the_nearest(flux: Pipeline):
+def test_the_error_for_an_unknown_site_shows_the_nearest(flux: Pipeline):
     with pytest.raises(UnknownName, match=r"nearest: single\.2"):
         flux.site("single.22")
     with pytest.raises(UnknownName, match=r"doubel\.\*.*double\.1"):
         list(flux.harvest([], "doubel.*"))
 
 
-def test_a_kind_that_a_block_has_not_is_refused(tmp_path_factory: pytest.TempPathFactory):
+def test_a_kind_or_stream_that_a_block_lacks_is_an_error(tmp_path_factory: pytest.TempPathFactory):
     pipe = difflex.load(tiny_folder("sdxl", tmp_path_factory.mktemp("models") / "sdxl"))
     with pytest.raises(BadInput, match=r"down\.2\.1\.0:neurons"):
         pipe.site("down.2.1:neurons")
@@ -158,7 +158,7 @@ def test_wildcards_stand_for_one_index(flux: Pipeline):
     assert names("single.[02]") == ["single.0", "single.2"]
 
 
-def test_hooks_are_gone_after_an_error(flux: Pipeline):
+def test_hooks_are_removed_after_an_error(flux: Pipeline):
     def fail(x: Tensor, context: HookContext) -> None:
         raise RuntimeError("mine")
 
@@ -171,17 +171,17 @@ def test_hooks_are_gone_after_an_error(flux: Pipeline):
     assert "cache_context" not in vars(flux.engine.denoiser)
 
 
-def test_blocks_nest_and_the_inner_sees_what_the_outer_wrote(flux: Pipeline):
-    seen: list[Tensor] = []
+def test_an_inner_block_sees_the_changes_of_an_outer_one(flux: Pipeline):
+    activations: list[Tensor] = []
     with (
         flux.at("double.1", lambda x, context: torch.zeros_like(x)),
-        flux.at("double.1", lambda x, context: seen.append(x.clone())),
+        flux.at("double.1", lambda x, context: activations.append(x.clone())),
     ):
         latents(flux)
-    assert len(seen) == STEPS and not any(x.any() for x in seen)
+    assert len(activations) == STEPS and not any(x.any() for x in activations)
 
 
-def test_a_write_of_another_shape_is_refused(flux: Pipeline):
+def test_writing_another_shape_is_an_error(flux: Pipeline):
     with (
         pytest.raises(BadInput, match=r"\(2, 3, 32\) in place of \(2, 64, 32\)"),
         flux.at("double.1", lambda x, context: x[:, :3]),
@@ -189,12 +189,12 @@ def test_a_write_of_another_shape_is_refused(flux: Pipeline):
         latents(flux)
 
 
-def test_a_text_edit_leaves_the_image_tokens_of_its_block(flux: Pipeline):
+def test_an_edit_of_text_tokens_keeps_the_image_tokens_of_the_block(flux: Pipeline):
     def image(site: str) -> Tensor:
-        kept: list[Tensor] = []
-        with flux.at(site, lambda x, context: x + 1), flux.at("single.1", lambda x, context: kept.append(x.clone())):
+        activations: list[Tensor] = []
+        with flux.at(site, lambda x, context: x + 1), flux.at("single.1", lambda x, context: activations.append(x.clone())):
             latents(flux)
-        return kept[0]
+        return activations[0]
 
     with flux.at("single.1", lambda x, context: None):
         plain = image("single.2")
@@ -202,7 +202,7 @@ def test_a_text_edit_leaves_the_image_tokens_of_its_block(flux: Pipeline):
     assert not torch.equal(image("single.1"), plain)
 
 
-def test_a_call_of_the_diffusers_pipeline_itself_is_understood(pipe: Pipeline):
+def test_steps_and_halves_are_known_in_a_call_of_the_diffusers_pipeline_itself(pipe: Pipeline):
     """Steps and halves must be told without knowing what was asked for."""
     guidance = 4.0
     shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
@@ -219,7 +219,7 @@ def test_a_call_of_the_diffusers_pipeline_itself_is_understood(pipe: Pipeline):
         assert same in ([step, timestep, half], [step, timestep, half or "conditional"]) and torch.equal(x, y)
 
 
-def test_without_a_name_for_the_call_the_prompt_embedding_tells_the_half(flux: Pipeline):
+def test_without_a_cache_context_the_prompt_embedding_determines_the_half(flux: Pipeline):
     halves: list[str | None] = []
     with flux.at("double.0", lambda x, context: halves.append(context.half)):
         # As older versions of diffusers do: they name no call.
@@ -228,7 +228,7 @@ def test_without_a_name_for_the_call_the_prompt_embedding_tells_the_half(flux: P
     assert halves == ["conditional", "unconditional"] * STEPS
 
 
-def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.TempPathFactory):
+def test_steps_with_equal_timesteps_in_bf16_are_distinguished(tmp_path_factory: pytest.TempPathFactory):
     pipe = difflex.load(tiny_folder("flux-dev", tmp_path_factory.mktemp("models") / "flux"), precision="bf16")
     shot, steps = next(pipe.shots(["a star"], steps=400, keep_steps=[0], pixels=(16, 24))), []
     rounded = torch.tensor(pipe.engine.timesteps(shot)[:60]).bfloat16()
@@ -245,45 +245,48 @@ def test_steps_that_look_alike_in_bf16_are_told_apart(tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize("site", ["double.1", "single.1:text", "double.1:update", "double.1:neurons"])
-def test_an_edit_in_place_is_written_where_it_is_returned_and_only_there(flux: Pipeline, site: str):
-    def changed(x: Tensor, context: HookContext) -> Tensor:
+def test_a_change_in_place_counts_only_if_the_tensor_is_returned(flux: Pipeline, site: str):
+    def change(x: Tensor, context: HookContext) -> Tensor:
         x += 5
         return x
 
-    def spoilt(x: Tensor, context: HookContext) -> None:
+    def change_without_return(x: Tensor, context: HookContext) -> None:
         x += 5
 
     plain = latents(flux)
     with flux.at(site, lambda x, context: x + 5):
         edited = latents(flux)
-    with flux.at(site, changed):
+    with flux.at(site, change):
         assert torch.equal(latents(flux), edited)
-    with flux.at(site, spoilt):
+    with flux.at(site, change_without_return):
         assert torch.equal(latents(flux), plain)
     assert not torch.equal(edited, plain)
 
 
-def test_what_was_handed_out_may_be_kept(flux: Pipeline):
-    kept, copied = [], []
-    with flux.at("double.1", lambda x, context: kept.append(x)), flux.at("double.1", lambda x, context: copied.append(x.clone())):
+def test_activations_may_be_kept_after_the_call(flux: Pipeline):
+    originals, copies = [], []
+    with (
+        flux.at("double.1", lambda x, context: originals.append(x)),
+        flux.at("double.1", lambda x, context: copies.append(x.clone())),
+    ):
         latents(flux)
-    assert all(torch.equal(one, other) for one, other in zip(kept, copied, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(originals, copies, strict=True))
 
 
-def test_a_half_that_there_is_not_is_refused(flux: Pipeline):
+def test_an_unknown_half_is_an_error(flux: Pipeline):
     # With shapes and types enforced, the second error comes first.
     with pytest.raises((UnknownName, TypeCheckError), match="cond"):
         flux.at("double.1", lambda x, context: None, half="cond")  # pyright: ignore[reportArgumentType]
 
 
-def test_a_module_that_has_no_row_is_a_row_of_the_table_by_its_path(flux: Pipeline):
+def test_the_table_takes_the_path_of_any_module(flux: Pipeline):
     [row] = flux.sites("transformer.x_embedder")
     assert (row.path, row.width, row.tokens, row.kinds) == ("transformer.x_embedder", 32, 64, ("residual",))
     with pytest.raises(BadInput, match=r"time_text_embed' returns no tokens"):
         flux.sites("transformer.time_text_embed")
 
 
-def test_a_stream_of_a_tuple_is_never_guessed(flux: Pipeline):
+def test_reading_a_tuple_of_unknown_streams_is_an_error(flux: Pipeline):
     with (
         pytest.raises(BadInput, match=r"blocks\.0\.attn returns 2 values.*image stream.*Use a module inside"),
         flux.at("transformer.transformer_blocks.0.attn", lambda x, context: None),
@@ -291,7 +294,7 @@ def test_a_stream_of_a_tuple_is_never_guessed(flux: Pipeline):
         latents(flux)
 
 
-def test_neurons_of_a_module_path_are_refused(flux: Pipeline):
+def test_neurons_of_a_module_path_are_an_error(flux: Pipeline):
     with pytest.raises(BadInput, match=r"blocks\.0\.ff:neurons' does not exist.*activation function itself"):
         flux.site("transformer.transformer_blocks.0.ff:neurons")
 
@@ -300,12 +303,12 @@ def test_neurons_of_a_module_path_are_refused(flux: Pipeline):
 def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, site: str, span: slice):
     """As diffusers up to 0.34 has it."""
     call = DenoiserCall(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
-    joint, seen = torch.randn(1, 9, 32), []
-    written = apply_at_site(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, context: seen.append(x) or x + 1)
-    assert torch.equal(seen[0], joint[:, span])
+    joint, activations = torch.randn(1, 9, 32), []
+    output = apply_at_site(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, context: activations.append(x) or x + 1)
+    assert torch.equal(activations[0], joint[:, span])
     expected = joint.clone()
     expected[:, span] += 1
-    assert isinstance(written, Tensor) and torch.equal(written, expected)
+    assert isinstance(output, Tensor) and torch.equal(output, expected)
 
 
 @pytest.fixture(scope="module", params=["flux", "sdxl"])
@@ -316,12 +319,12 @@ def unknown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return difflex.load(tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param))
 
 
-def test_of_an_unknown_family_the_repeated_modules_that_give_tokens_are_listed(unknown: Pipeline):
+def test_the_table_of_an_unknown_family_lists_repeated_modules_with_tokens(unknown: Pipeline):
     rows = unknown.sites()
     assert len(rows) > 5
-    seen: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     with ExitStack() as stack:
         for row in rows:
-            stack.enter_context(unknown.at(row.site, lambda x, context, path=row.path: seen.update({path: tuple(x.shape[1:])})))
+            stack.enter_context(unknown.at(row.site, lambda x, context, path=row.path: shapes.update({path: tuple(x.shape[1:])})))
         unknown.generate("a star", steps=1)
-    assert seen == {row.path: (row.tokens, row.width) for row in rows}
+    assert shapes == {row.path: (row.tokens, row.width) for row in rows}
