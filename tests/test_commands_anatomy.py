@@ -1,4 +1,4 @@
-"""The anatomy of a model as a command of its study."""
+"""`difflex anatomy` on a tiny model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,65 +26,69 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts.txt"
 
 
-def asked(model: Path, prompts: Path) -> AnatomyCommand:
+def anatomy_command(model: Path, prompts: Path) -> AnatomyCommand:
     return AnatomyCommand(model=str(model), prompts=str(prompts), spectra=("double.1",), out=prompts.parent / "study")
 
 
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every measurement."""
-    times: list[int] = []
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one with every measurement."""
+    calls: list[int] = []
     measure = station.measure_anatomy
-    monkeypatch.setattr(station, "measure_anatomy", lambda *arguments: times.append(1) or measure(*arguments))
-    return times
+    monkeypatch.setattr(station, "measure_anatomy", lambda *arguments: calls.append(1) or measure(*arguments))
+    return calls
 
 
-def test_it_puts_measurements_and_labelled_figures_into_the_study(model: Path, prompts: Path):
+def test_anatomy_and_figures_are_saved_in_the_study(model: Path, prompts: Path):
     study = prompts.parent / "study"
     flags = ["--prompts", str(prompts), "--spectra", "double.1", "--out", str(study)]
     assert main(["anatomy", str(model), *flags]) == 0
-    found = Study.open(study)
-    anatomy = Anatomy.load(found.anatomy)
-    assert (found.model, found.anatomy) == (str(model), study / "anatomy.json")
+    opened = Study.open(study)
+    anatomy = Anatomy.load(opened.anatomy)
+    assert (opened.model, opened.anatomy) == (str(model), study / "anatomy.json")
     assert len(anatomy.norms) == 10 and [str(site) for site in anatomy.shapes] == ["double.1"]
     assert all(sorted(norms) == [500.0, 1000.0] for norms in anatomy.norms.values())
-    assert sorted(path.name for path in found.anatomy_figures.iterdir()) == FIGURES
+    assert sorted(path.name for path in opened.anatomy_figures.iterdir()) == FIGURES
 
 
-def test_it_returns_what_it_made(model: Path, prompts: Path):
-    made = asked(model, prompts)()
-    assert made[0].name == "anatomy.json" and [path.name for path in made[1:]] == FIGURES
-    assert all(path.is_file() for path in made)
+def test_it_returns_the_paths_of_its_results(model: Path, prompts: Path):
+    paths = anatomy_command(model, prompts)()
+    assert paths[0].name == "anatomy.json" and [path.name for path in paths[1:]] == FIGURES
+    assert all(path.is_file() for path in paths)
 
 
-def test_what_is_up_to_date_is_not_measured_again_and_another_wish_is(
+def test_the_anatomy_is_measured_again_only_with_other_flags_or_prompts(
     model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    times = measured(monkeypatch)
-    for wish in (asked(model, prompts), asked(model, prompts), replace(asked(model, prompts), steps=1)):
-        wish()
-    assert len(times) == 2
+    calls = measurements(monkeypatch)
+    for command in (
+        anatomy_command(model, prompts),
+        anatomy_command(model, prompts),
+        replace(anatomy_command(model, prompts), steps=1),
+    ):
+        command()
+    assert len(calls) == 2
     prompts.write_text("a red star\na blue heart\n")
-    replace(asked(model, prompts), steps=1)()
-    assert len(times) == 3
+    replace(anatomy_command(model, prompts), steps=1)()
+    assert len(calls) == 3
 
 
 def test_a_damaged_anatomy_is_measured_again(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch):
-    times = measured(monkeypatch)
-    path, *_ = asked(model, prompts)()
+    calls = measurements(monkeypatch)
+    path, *_ = anatomy_command(model, prompts)()
     path.write_text(path.read_text()[:100])
-    asked(model, prompts)()
-    assert len(times) == 2 and Anatomy.load(path).norms
+    anatomy_command(model, prompts)()
+    assert len(calls) == 2 and Anatomy.load(path).norms
 
 
-def test_in_a_recipe_it_is_done_once_and_again_when_a_figure_is_gone(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch):
-    times = measured(monkeypatch)
-    study = Study(folder=prompts.parent / "study", model=str(model), commands=(asked(model, prompts),))
+def test_a_recipe_draws_missing_figures_again_without_measuring(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = measurements(monkeypatch)
+    study = Study(folder=prompts.parent / "study", model=str(model), commands=(anatomy_command(model, prompts),))
     run_study(study)
     assert [status.state for status in command_statuses(study)] == ["done"]
     study.anatomy_figures.joinpath("spectra.png").unlink()
     assert [status.state for status in command_statuses(study)] == ["to do"]
     run_study(study)
-    assert [status.state for status in command_statuses(study)] == ["done"] and len(times) == 1
+    assert [status.state for status in command_statuses(study)] == ["done"] and len(calls) == 1
 
 
 def test_a_study_of_another_model_is_refused(model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]):
@@ -94,10 +98,10 @@ def test_a_study_of_another_model_is_refused(model: Path, prompts: Path, capsys:
     assert not study.anatomy.exists()
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_before_it_measures(
+def test_a_file_in_place_of_the_study_is_refused_before_measuring(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(station, "measure_anatomy", lambda *_: pytest.fail("it measured"))
+    monkeypatch.setattr(station, "measure_anatomy", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "out").write_text("")
     assert main(["anatomy", str(model), "--prompts", "captions", "--out", str(tmp_path / "out")]) == 2
     assert "cannot be written" in capsys.readouterr().err

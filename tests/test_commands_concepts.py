@@ -1,4 +1,4 @@
-"""`difflex concepts`: from a study with dictionaries to what their features detect."""
+"""`difflex concepts` on studies with dictionaries."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SITE = Site("double.0")
 FEW = ["--images", "160", "--noise", "0.25"]
 
 
-def autoencoder(seed: int, k: int = 4, size: int = 24) -> Dictionary:
+def random_sae(seed: int, k: int = 4, size: int = 24) -> Dictionary:
     directions = torch.nn.functional.normalize(torch.randn(size, 192, generator=torch.Generator().manual_seed(seed)), dim=1)
     weights = SAEWeights(encoder=directions, decoder=directions.clone(), bias=torch.zeros(192), encoder_bias=torch.zeros(size))
     origin = DictionaryOrigin(site=SITE, model="mini-flux")
@@ -29,28 +29,26 @@ def autoencoder(seed: int, k: int = 4, size: int = 24) -> Dictionary:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    made = Study.begin(tmp_path / "study", "mini-flux")
-    autoencoder(0).save(made.dictionary(SITE, "topk-24-k4"))
-    return made
+    study = Study.begin(tmp_path / "study", "mini-flux")
+    random_sae(0).save(study.dictionary(SITE, "topk-24-k4"))
+    return study
 
 
-def test_scenes_are_images_whose_concepts_are_known():
-    [one, *_] = drawn_images(3)
-    scenes = draw([int(one.name.removeprefix("drawn:"))])
-    assert one.prompt == scenes.captions[0] and one.image.size == (64, 64)
-    shares = one.shares(8, 8)
+def test_scenes_are_labelled_images():
+    [image, *_] = drawn_images(3)
+    scenes = draw([int(image.name.removeprefix("drawn:"))])
+    assert image.prompt == scenes.captions[0] and image.image.size == (64, 64)
+    shares = image.shares(8, 8)
     for number, concept in enumerate(drawn_concepts()):
         assert torch.equal(shares[number], scenes.on_tokens(concept.name, 8)[0])
-    assert one.shares(4, 16).shape == (len(drawn_concepts()), 4, 16)
+    assert image.shares(4, 16).shape == (len(drawn_concepts()), 4, 16)
 
 
-def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_done_again(
-    study: Study, capsys: pytest.CaptureFixture[str]
-):
+def test_dictionaries_and_baselines_are_matched_once_and_again_after_a_change(study: Study, capsys: pytest.CaptureFixture[str]):
     words = ["concepts", str(study.folder), *FEW]
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in told and "a linear probe" in told and "AP by group" in told
+    output = capsys.readouterr().out
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in output and "a linear probe" in output and "AP by group" in output
     files = {path.relative_to(study.folder / "concepts").as_posix() for path in study.folder.glob("concepts/*/*.json")}
     assert files == {
         "double.0/topk-24-k4.json",
@@ -61,42 +59,42 @@ def test_dictionaries_stand_beside_axes_and_neurons_and_only_what_changed_is_don
     matches = ConceptMatches.load(study.concepts(SITE, "topk-24-k4"))
     assert matches.fingerprint and matches.site == SITE and len(matches.levels) == 1
     stamps = {path: path.stat().st_mtime_ns for path in study.folder.glob("concepts/*/*.json")}
-    autoencoder(1).save(study.dictionary(SITE, "topk-24-k4"))
+    random_sae(1).save(study.dictionary(SITE, "topk-24-k4"))
     assert main(words) == 0
-    told = capsys.readouterr().out
-    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in told and told.count("up to date") == 3
+    output = capsys.readouterr().out
+    assert f"{study.concepts(SITE, 'topk-24-k4')}: matched" in output and output.count("up to date") == 3
     changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
     assert changed == ["topk-24-k4.json"]
     assert main([*words[:-1], "0.25", "--dictionary", f"{SITE}/topk-24-k4"]) == 0
     assert capsys.readouterr().out.count("up to date") == 4
 
 
-def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_control(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_label_folder_and_an_untrained_control_are_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "mine"
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
     scenes = draw(range(200))
-    for i, one in enumerate(drawn_images(200, 0)):
-        one.image.save(folder / "images" / f"{i:03}.png")
+    for i, scene in enumerate(drawn_images(200, 0)):
+        scene.image.save(folder / "images" / f"{i:03}.png")
         Image.fromarray((1 + (scenes.slots[i] >= 0)).byte().numpy()).save(folder / "labels" / f"{i:03}.png")
     (folder / "labels.json").write_text(json.dumps({"1": "ground", "2": {"name": "thing", "group": "figure"}}))
     control = Study.begin(tmp_path / "control", "mini-flux", "untrained-0")
-    autoencoder(0).save(control.dictionary(SITE, "topk-24-k4"))
+    random_sae(0).save(control.dictionary(SITE, "topk-24-k4"))
     words = ["concepts", str(control.folder), "--folder", str(folder), "--images", "200", "--noise", "0.3", "--empty-prompts"]
     assert main([*words, "--pixels", "64"]) == 0
-    told = capsys.readouterr().out
-    assert "figure" in told
+    output = capsys.readouterr().out
+    assert "figure" in output
     matches = ConceptMatches.load(control.concepts(SITE, "topk-24-k4"))
     assert matches.inputs is not None and matches.inputs.revision == "untrained-0" and matches.inputs.config.empty_prompts
     assert matches.concepts == (Concept("ground", "object"), Concept("thing", "figure"))
     ground, thing = matches.levels[0].results
-    assert 1 > ground.chance > 0.6 > thing.chance > 0, "tokens that are all ground are many, tokens that are all thing few"
+    assert 1 > ground.chance > 0.6 > thing.chance > 0, (
+        "tokens fully covered by ground are common, tokens fully covered by a thing are rare"
+    )
 
 
 @pytest.mark.parametrize(
-    ("flags", "answer"),
+    ("flags", "message"),
     [
         (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
         (["--dictionary", f"{SITE}/topk-24-k5"], "The dictionary 'double.0/topk-24-k5' is unknown; nearest: double.0/topk-24-k4"),
@@ -106,18 +104,18 @@ def test_a_folder_of_images_and_label_maps_works_the_same_way_for_an_untrained_c
         (["--present-above", "0.2", "--absent-below", "0.3", *FEW], "absent up to a share of 0.3"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, flags: list, answer: str, capsys):
+def test_invalid_flags_are_refused(study: Study, flags: list, message: str, capsys):
     assert main(["concepts", str(study.folder), *flags]) == 2
-    assert answer in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_study_without_dictionaries_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_study_without_dictionaries_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path, "mini-flux")
     assert main(["concepts", str(tmp_path)]) == 2
     assert "has no dictionaries yet" in capsys.readouterr().err
 
 
-def test_neurons_that_are_a_dictionary_of_the_study_stand_beside_the_others_once(
+def test_neurons_that_are_a_dictionary_of_the_study_are_not_repeated_as_a_baseline(
     study: Study, capsys: pytest.CaptureFixture[str]
 ):
     inner = Site(SITE.path, "neurons")
@@ -125,5 +123,5 @@ def test_neurons_that_are_a_dictionary_of_the_study_stand_beside_the_others_once
     Neurons(width=768, k=4, origin=origin).save(study.dictionary(inner, "neurons-768-k4"))
     assert main(["concepts", str(study.folder), *FEW]) == 0
     assert [path.stem for path in study.folder.glob("concepts/*/neurons-*.json")] == ["neurons-768-k4"]
-    said = capsys.readouterr().out
-    assert "neurons-768-k4" in said and "neurons-k4" not in said
+    output = capsys.readouterr().out
+    assert "neurons-768-k4" in output and "neurons-k4" not in output

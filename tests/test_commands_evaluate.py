@@ -1,4 +1,4 @@
-"""`difflex evaluate`: from a study with dictionaries to their figures."""
+"""`difflex evaluate` on a study with dictionaries."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ LABELS = ("topk-64-k3", "topk-64-k12")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study with two dictionaries of one site, and an unfinished one."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a study with two dictionaries of one site, and an unfinished one."""
     root = tmp_path_factory.mktemp("evaluate")
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(80)))
@@ -34,22 +34,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "study"))
+def study(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "study"))
 
 
 def evaluation(study: Path, label: str) -> Path:
     return study / "evaluation" / "double.1+update" / f"{label}.json"
 
 
-def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_dictionary_is_evaluated_once(study: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["evaluate", str(study), "--effect-shots", "4"]) == 0
-    said = capsys.readouterr().out
-    assert "up to date" not in said and "growing" not in said
-    header, *lines = said.splitlines()
+    output = capsys.readouterr().out
+    assert "up to date" not in output and "growing" not in output
+    header, *lines = output.splitlines()
     assert [line.split()[0] for line in lines] == [f"{SITE}/{label}" for label in LABELS]
-    for word in ("FVU", "r2", "EV", "dead", "v / mean", "PSNR", "SSIM"):
-        assert word in header
+    for column in ("FVU", "r2", "EV", "dead", "v / mean", "PSNR", "SSIM"):
+        assert column in header
     few, many = (Evaluation.load(evaluation(study, label)) for label in LABELS)
     assert few.is_of(study / "dictionaries" / "double.1+update" / LABELS[0]) and few.dictionary == f"{SITE}/{LABELS[0]}"
     assert few.overall.l0 <= 3 < many.overall.l0 and len(few.timesteps) == 2
@@ -60,35 +60,33 @@ def test_every_dictionary_is_measured_and_then_is_up_to_date(study: Path, capsys
     before = evaluation(study, LABELS[0]).read_bytes()
     assert main(["evaluate", str(study), "--effect-shots", "4"]) == 0
     again = capsys.readouterr().out
-    assert again.count("up to date") == 2 and again.endswith(said) and evaluation(study, LABELS[0]).read_bytes() == before
+    assert again.count("up to date") == 2 and again.endswith(output) and evaluation(study, LABELS[0]).read_bytes() == before
 
 
-def test_only_what_is_asked_is_measured_and_no_model_is_loaded_without_effect(
+def test_only_selected_dictionaries_are_evaluated_and_no_model_is_loaded_without_effect(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(verb, "load_study_model", None)
     assert main(["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[1]}", "--effect-shots", "0", "--tokens", "50"]) == 0
     assert not evaluation(study, LABELS[0]).exists()
-    found = Evaluation.load(evaluation(study, LABELS[1]))
-    assert found.tokens == 50 and found.effect is None
+    saved = Evaluation.load(evaluation(study, LABELS[1]))
+    assert saved.tokens == 50 and saved.effect is None
     assert main(["evaluate", str(study), "--site", SITE, "--effect-shots", "0", "--tokens", "50"]) == 0
     assert capsys.readouterr().out.count("up to date") == 1 and evaluation(study, LABELS[0]).exists()
 
 
-def test_an_effect_is_added_to_what_was_measured_before(study: Path):
+def test_an_effect_is_added_to_an_evaluation_without_one(study: Path):
     words = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}"]
     assert main([*words, "--effect-shots", "0"]) == 0
     before = Evaluation.load(evaluation(study, LABELS[0]))
     assert main([*words, "--effect-shots", "2"]) == 0
     after = Evaluation.load(evaluation(study, LABELS[0]))
     assert after.effect is not None and after.overall == before.overall
-    assert main([*words, "--effect-shots", "0"]) == 0 == main([*words, "--effect-shots", "1"])  # what is there stays
+    assert main([*words, "--effect-shots", "0"]) == 0 == main([*words, "--effect-shots", "1"])  # the effect is kept
     assert Evaluation.load(evaluation(study, LABELS[0])) == after
 
 
-def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_image_measures_are_added_and_loaded_only_if_missing(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     clip = f"clip:{tiny_clip(tmp_path / 'clip')}"
     words, path = ["evaluate", str(study), "--dictionary", f"{SITE}/{LABELS[0]}", "--offline"], evaluation(study, LABELS[0])
     assert main([*words, "--effect-shots", "3"]) == 0
@@ -97,7 +95,7 @@ def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
     assert main([*words, "--effect-shots", "2", "--measure", clip]) == 0
     assert clip in capsys.readouterr().out.splitlines()[0]
     after = Evaluation.load(path).effect
-    # At as many shots as before, although fewer were asked for.
+    # Measured at as many shots as before, although fewer were requested.
     assert before is not None and after is not None and after.shots == before.shots == 3
     assert after.similarity["ssim"] == before.similarity["ssim"]
     assert 0 < after.similarity[clip].reconstruction <= 1 + 1e-6 and after.similarity[clip].zero < 1
@@ -106,7 +104,7 @@ def test_measures_of_images_are_added_by_name_and_loaded_only_where_they_lack(
     assert "up to date" in capsys.readouterr().out
 
 
-def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_changed_dictionary_is_evaluated_again(study: Path, capsys: pytest.CaptureFixture[str]):
     words, path = ["evaluate", str(study), "--site", SITE, "--effect-shots", "0"], evaluation(study, LABELS[0])
     assert main(words) == 0
     before, folder = Evaluation.load(path), study / "dictionaries" / "double.1+update" / LABELS[0]
@@ -119,7 +117,7 @@ def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--dictionary", f"{SITE}/topk-64-k4"], f"nearest: {SITE}/topk-64-k3"),
         (["--dictionary", SITE], "The dictionary 'double.1:update' is unknown"),
@@ -132,11 +130,9 @@ def test_a_dictionary_that_has_changed_is_measured_again(study: Path, capsys: py
         (["--measure", "lpips", "--effect-shots", "0"], "an effect at 0 shots generates none"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_answered_in_a_sentence(
-    made: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
-):
-    assert main(["evaluate", str(made), *flags]) == 2
-    assert words in capsys.readouterr().err
+def test_invalid_flags_are_refused(finished: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str):
+    assert main(["evaluate", str(finished), *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -145,27 +141,27 @@ def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_a_study_without_dictionaries_says_so(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_study_without_dictionaries_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     shutil.rmtree(study / "dictionaries")
     assert "has no dictionaries yet" in refused(study, capsys)
 
 
-def test_a_dictionary_without_its_activations_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dictionary_without_activations_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     place = study / "dictionaries"
     (place / "double.1+update").rename(place / "double.0")
-    assert "The site 'double.0' is unknown" in (said := refused(study, capsys)) and "harvest it" in said
+    assert "The site 'double.0' is unknown" in (message := refused(study, capsys)) and "harvest it" in message
 
 
-def test_a_dictionary_of_another_width_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dictionary_of_another_width_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     axes = torch.eye(8)
     weights = SAEWeights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(8))
     normalisation, origin = Normalisation.identity(8), DictionaryOrigin(site=Site.parse(SITE))
     narrow = SAE(kind="topk", k=2, origin=origin, normalisation=normalisation, weights=weights)
     narrow.save(study / "dictionaries" / "double.1+update" / narrow.label)
-    assert "topk-8-k2 is of width 8" in (said := refused(study, capsys)) and "are of width 32" in said
+    assert "topk-8-k2 is of width 8" in (message := refused(study, capsys)) and "are of width 32" in message
 
 
-def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dictionary_with_nan_is_refused_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
     folder = study / "dictionaries" / "double.1+update" / LABELS[0]
     broken = Dictionary.load(folder)
     assert isinstance(broken, SAE)
@@ -177,7 +173,7 @@ def test_a_dictionary_that_rebuilds_nan_is_named_and_nothing_is_saved(study: Pat
     )
 
 
-def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_activations_without_held_out_rows_are_refused(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     prompts = [prompt for prompt in (f"star {number}" for number in range(9)) if Shot.split_of(prompt) == "train"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     model, other = json.loads((study / "study.json").read_text())["model"], tmp_path / "other"
@@ -187,7 +183,7 @@ def test_activations_of_which_none_are_held_out_are_named(study: Path, tmp_path:
     assert "has no rows of the split 'held-out'" in refused(other, capsys)
 
 
-def test_a_damaged_evaluation_is_named(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_evaluation_of_another_format_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     path = evaluation(study, LABELS[0])
     path.parent.mkdir(parents=True)
     path.write_text('{"format": 99}')

@@ -1,7 +1,8 @@
-"""Known concepts: detection held to scikit-learn and to planted features, choices to one side of the split."""
+"""Matching to concepts: scores against scikit-learn and planted features; features are chosen on training images only."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation.concepts import Concept, FeatureMethod, LabelFolder, LabelledImage, label, match
+from difflex.evaluation.concepts import Concept, ConceptsConfig, FeatureMethod, LabelFolder, LabelledImage, label, match
 from difflex.evaluation.concepts.detection import (
     FeatureFirings,
     TokenRanking,
@@ -23,7 +24,7 @@ from difflex.evaluation.concepts.detection import (
 )
 from difflex.evaluation.concepts.labels import LabelledActivations, LabelThresholds, grid_shares
 from difflex.evaluation.concepts.matching import linear_probe, principal_axes, random_directions
-from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, matches_table
+from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, MatchInputs, matches_table
 from difflex.records import Activations, Codes, Shot, Site
 
 SITE = Site("double.1")
@@ -33,13 +34,13 @@ TOKENS, IMAGES = 4000, 200
 
 
 def firings(dense: Tensor) -> FeatureFirings:
-    """From [token, size]."""
+    """Return the firings of a dense matrix [token, size]."""
     tokens, features = (dense > 0).nonzero(as_tuple=True)
     return FeatureFirings.from_pairs(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
 
 
 def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
-    """Activations whose first coordinates are the concepts themselves, the others noise."""
+    """Return activations whose first coordinates are the concepts; the others are noise."""
     generator = torch.Generator().manual_seed(seed)
     colour, shape = torch.randint(5, (TOKENS,), generator=generator), torch.randint(6, (TOKENS,), generator=generator)
     truth = torch.stack([colour == 0, colour == 1, shape == 0, shape == 1]).to(torch.int8)
@@ -57,31 +58,31 @@ def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
     )
 
 
-def coordinates(labelled: LabelledActivations, over: float = 0.5) -> FeatureMethod:
-    """Every coordinate is a feature that fires above `over`."""
+def coordinates(labelled: LabelledActivations, threshold: float = 0.5) -> FeatureMethod:
+    """Return a method with one feature per coordinate, which fires above `threshold`."""
 
     def encode(x: Tensor) -> Codes:
-        return Codes(x * (x > over), torch.arange(x.shape[1]).expand_as(x))
+        return Codes(x * (x > threshold), torch.arange(x.shape[1]).expand_as(x))
 
     return FeatureMethod(site=labelled.site, label="coordinates-8-k8", size=labelled.values.shape[1], encode=encode)
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_average_precision_is_that_of_scikit_learn_with_ties_and_silence(ties: bool):
+def test_average_precision_equals_scikit_learn_with_ties_and_silent_tokens(ties: bool):
     generator = torch.Generator().manual_seed(1)
     dense = torch.rand(90, 6, generator=generator) * (torch.rand(90, 6, generator=generator) < torch.linspace(0.05, 0.9, 6))
     dense = (dense * 4).ceil() if ties else dense
     truth = torch.where(torch.rand(3, 90, generator=generator) < 0.3, 1, 0).to(torch.int8)
-    truth[:, :20] -= (torch.rand(3, 20, generator=generator) < 0.5).to(torch.int8)  # some are left out
+    truth[:, :20] -= (torch.rand(3, 20, generator=generator) < 0.5).to(torch.int8)  # some are ignored
     truth = truth.clamp_min(-1)
-    found = detection_scores(firings(dense), truth)
+    scores = detection_scores(firings(dense), truth)
     for feature in range(6):
         for concept in range(3):
             known = truth[concept] >= 0
             target, ranked = truth[concept, known].numpy(), dense[known, feature]
-            assert float(found.ap[feature, concept]) == pytest.approx(average_precision_score(target, ranked.numpy()), abs=1e-5)
+            assert float(scores.ap[feature, concept]) == pytest.approx(average_precision_score(target, ranked.numpy()), abs=1e-5)
             cuts = {float(cut): jaccard_score(target, (ranked >= cut).numpy()) for cut in ranked[ranked > 0].unique()}
-            assert float(found.iou[feature, concept]) == pytest.approx(max(cuts.values(), default=0), abs=1e-5)
+            assert float(scores.iou[feature, concept]) == pytest.approx(max(cuts.values(), default=0), abs=1e-5)
 
 
 def test_blocks_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch):
@@ -90,32 +91,32 @@ def test_blocks_of_any_size_give_the_same_scores(monkeypatch: pytest.MonkeyPatch
         torch.rand(200, 30, generator=generator) < torch.rand(30, generator=generator)
     )
     truth = (torch.rand(7, 200, generator=generator) < 0.3).to(torch.int8)
-    whole = detection_scores(firings(dense), truth)
+    expected = detection_scores(firings(dense), truth)
     monkeypatch.setattr("difflex.evaluation.concepts.detection.BLOCK", 500)
     for name, values in vars(detection_scores(firings(dense), truth)).items():
-        torch.testing.assert_close(values, getattr(whole, name))
+        torch.testing.assert_close(values, getattr(expected, name))
 
 
 def test_a_feature_that_is_the_concept_has_ap_1_and_a_random_one_the_base_rate():
     labelled = planted()
     dense = torch.cat([labelled.truth.T.float(), torch.rand(TOKENS, 1, generator=torch.Generator().manual_seed(3))], dim=1)
-    found = detection_scores(firings(dense), labelled.truth)
-    assert torch.equal(found.ap[:4].diagonal(), torch.ones(4)) and torch.equal(found.iou[:4].diagonal(), torch.ones(4))
-    torch.testing.assert_close(found.ap[4], labelled.truth.float().mean(1), atol=0.03, rtol=0)
+    scores = detection_scores(firings(dense), labelled.truth)
+    assert torch.equal(scores.ap[:4].diagonal(), torch.ones(4)) and torch.equal(scores.iou[:4].diagonal(), torch.ones(4))
+    torch.testing.assert_close(scores.ap[4], labelled.truth.float().mean(1), atol=0.03, rtol=0)
     silent = detection_scores(firings(torch.zeros(TOKENS, 1)), labelled.truth)
     torch.testing.assert_close(silent.ap[0], labelled.truth.float().mean(1))
 
 
-def test_a_cut_from_elsewhere_is_kept():
+def test_given_thresholds_are_used():
     dense = torch.tensor([[3.0], [2.0], [1.0], [0.0]])
     truth = torch.tensor([[1, 1, 0, 1]], dtype=torch.int8)
-    found = detection_scores(firings(dense), truth, torch.tensor([[3.0]]))
-    assert (float(found.iou), float(found.precision), float(found.recall)) == (pytest.approx(1 / 3), 1.0, pytest.approx(1 / 3))
+    scores = detection_scores(firings(dense), truth, torch.tensor([[3.0]]))
+    assert (float(scores.iou), float(scores.precision), float(scores.recall)) == (pytest.approx(1 / 3), 1.0, pytest.approx(1 / 3))
     assert float(detection_scores(firings(dense), truth, torch.tensor([[9.0]])).iou) == 0.0
     assert float(detection_scores(firings(dense), truth).iou) == pytest.approx(2 / 3)
 
 
-def test_weights_of_images_count_as_copies_of_them():
+def test_image_weights_count_as_copies():
     labelled = planted()
     tokens, values = firings(labelled.values).of_feature(5)
     weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, IMAGES)[:, :IMAGES]
@@ -127,22 +128,22 @@ def test_weights_of_images_count_as_copies_of_them():
     assert float(ranking.average_precision(weights)) == pytest.approx(copies, abs=1e-4)
 
 
-def test_features_that_are_concepts_are_found_with_narrow_intervals():
+def test_features_that_equal_concepts_are_detected_with_narrow_intervals():
     labelled = planted()
     [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=50))
-    whole = matches.levels[0]
+    overall = matches.levels[0]
     assert [level.noise for level in matches.levels] == [None, 0.25, 0.5]
-    assert [finding.best.features for finding in whole.results] == [(0,), (1,), (2,), (3,)]
-    assert all(finding.best.ap.low > 0.99 and finding.segmenting.iou > 0.99 for finding in whole.results)
-    assert all(finding.combined.features == finding.best.features for finding in whole.results)
-    assert whole.coverage == (1.0, 1.0, 1.0) == whole.coverage_of_findable
-    assert whole.monosemanticity > 0.9 and not any(
-        finding.split_features or finding.absorbing_features for finding in whole.results
+    assert [result.best.features for result in overall.results] == [(0,), (1,), (2,), (3,)]
+    assert all(result.best.ap.low > 0.99 and result.segmenting.iou > 0.99 for result in overall.results)
+    assert all(result.combined.features == result.best.features for result in overall.results)
+    assert overall.coverage == (1.0, 1.0, 1.0) == overall.coverage_of_findable
+    assert overall.monosemanticity > 0.9 and not any(
+        result.split_features or result.absorbing_features for result in overall.results
     )
     assert matches.features.concepts[:4] == (0, 1, 2, 3) and min(matches.features.ap[:4]) > 0.99
 
 
-def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
+def test_the_clearest_level_is_where_the_probe_finds_the_most_concepts():
     labelled = planted()
     noise = torch.randn(labelled.values.shape, generator=torch.Generator().manual_seed(5))
     lost = (labelled.noise == 0.5)[:, None]
@@ -154,7 +155,7 @@ def test_the_clearest_level_is_that_at_which_a_probe_finds_the_most():
     assert matches.clearest_level.noise == 0.25 and matches.levels[0].noise is None
 
 
-def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
+def test_random_and_principal_axes_have_k_active_features_and_low_coverage():
     labelled = planted()
     mixed = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(4))).Q
     labelled = LabelledActivations(**{**vars(labelled), "values": labelled.values @ mixed})
@@ -164,13 +165,13 @@ def test_random_and_principal_axes_are_as_sparse_as_asked_and_cover_nothing():
     assert codes.values.shape == (TOKENS, 2) and bool((codes.values > 0).all()) and int(codes.indices.max()) < 20
     assert not torch.equal(drawn.encode(-labelled.values).indices, codes.indices)
     for matches in match(labelled, [axes, drawn], MatchingConfig(bootstrap_samples=20)):
-        assert matches.levels[0].coverage.value < 1 and min(finding.probe.value for finding in matches.levels[0].results) > 0.95
+        assert matches.levels[0].coverage.value < 1 and min(result.probe.value for result in matches.levels[0].results) > 0.95
 
 
-def test_what_fits_training_images_alone_scores_low():
+def test_a_feature_that_fits_only_training_images_scores_low():
     labelled = planted()
-    cheat = (labelled.truth[2] == 1) & ~labelled.held_out
-    values = torch.cat([0.4 * labelled.truth[2, :, None] + cheat[:, None], labelled.values[:, 4:]], dim=1)
+    memorised = (labelled.truth[2] == 1) & ~labelled.held_out
+    values = torch.cat([0.4 * labelled.truth[2, :, None] + memorised[:, None], labelled.values[:, 4:]], dim=1)
     values[:, 0] = torch.where(labelled.held_out, torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)), values[:, 0])
     labelled = LabelledActivations(**{**vars(labelled), "values": values})
     [matches] = match(labelled, [coordinates(labelled, 0.0)], MatchingConfig(bootstrap_samples=20))
@@ -178,7 +179,7 @@ def test_what_fits_training_images_alone_scores_low():
     assert star.best.features == (0,) and star.best.ap.value < star.chance + 0.1 and star.segmenting.iou < 0.5
 
 
-def test_the_probe_finds_what_can_be_separated_and_nothing_in_noise():
+def test_the_probe_finds_separable_concepts_and_nothing_in_noise():
     labelled = planted()
     logits = linear_probe(labelled)
     held = labelled.held_out
@@ -190,44 +191,44 @@ def test_the_probe_finds_what_can_be_separated_and_nothing_in_noise():
     assert average_precision_score(labelled.truth[0, held].numpy(), blind[0, held].numpy()) < 0.35
 
 
-def shared(parts: list[list[int]], others: Callable[[Tensor], Tensor] | None = None) -> tuple[FeatureFirings, Tensor]:
-    """Features that fire at some tenths each of a concept's tokens, and the concept: every fifth token."""
+def shared(parts: list[list[int]]) -> tuple[FeatureFirings, Tensor]:
+    """Return features that each fire at some tenths of a concept's tokens, and the concept: every fifth token."""
     truth = (torch.arange(TOKENS) % 5 == 0).to(torch.int8)
     tenth = torch.arange(TOKENS) // 5 % 10
-    dense = torch.stack([sum(((tenth == part) & (truth == 1)).float() for part in each) for each in parts], dim=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    dense = torch.stack([sum(((tenth == part) & (truth == 1)).float() for part in tenths) for tenths in parts], dim=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return firings(dense), truth
 
 
-def test_a_concept_that_features_share_is_split():
+def test_a_concept_shared_by_several_features_is_split():
     fires, truth = shared([[0, 1, 2], [3, 4, 5], [6, 7, 8], [0]])
-    found = detection_scores(fires, truth[None])
-    assert split_features(fires, truth, found, 0) == (0, 1, 2)
-    assert absorbing_features(fires, truth, found, 0, 0) == ()
-    assert set(combine_features(fires, truth, found.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
+    scores = detection_scores(fires, truth[None])
+    assert split_features(fires, truth, scores, 0) == (0, 1, 2)
+    assert absorbing_features(fires, truth, scores, 0, 0) == ()
+    assert set(combine_features(fires, truth, scores.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
 
 
-def test_a_whole_feature_beside_its_parts_is_not_split():
+def test_a_concept_with_a_complete_feature_is_not_split():
     fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2], [3, 4, 5]])
-    found = detection_scores(fires, truth[None])
-    assert split_features(fires, truth, found, 0) == () and absorbing_features(fires, truth, found, 0, 0) == ()
-    assert combine_features(fires, truth, found.ap[:, 0], torch.ones(3), 4) == (0,)
+    scores = detection_scores(fires, truth[None])
+    assert split_features(fires, truth, scores, 0) == () and absorbing_features(fires, truth, scores, 0, 0) == ()
+    assert combine_features(fires, truth, scores.ap[:, 0], torch.ones(3), 4) == (0,)
 
 
-def test_a_specific_feature_that_silences_the_general_one_absorbs_it():
+def test_a_specific_feature_that_silences_the_general_one_is_absorbing():
     fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7], [8, 9], [0, 1]])
-    found = detection_scores(fires, truth[None])
-    assert absorbing_features(fires, truth, found, 0, 0) == (1,)
-    assert split_features(fires, truth, found, 0) == ()
+    scores = detection_scores(fires, truth[None])
+    assert absorbing_features(fires, truth, scores, 0, 0) == (1,)
+    assert split_features(fires, truth, scores, 0) == ()
 
 
-def test_concepts_of_one_group_are_related_where_they_overlap():
+def test_overlapping_concepts_of_one_group_are_related():
     concepts = (Concept("car", "thing"), Concept("wheel", "thing"), Concept("tree", "thing"), Concept("red", "colour"))
     truth = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.int8)
-    apart = unrelated_concepts(concepts, truth)
-    assert not apart[0, 1] and apart[0, 2] and apart[0, 3] and not apart.diagonal().any()
+    unrelated = unrelated_concepts(concepts, truth)
+    assert not unrelated[0, 1] and unrelated[0, 2] and unrelated[0, 3] and not unrelated.diagonal().any()
 
 
-def test_a_feature_of_two_meanings_is_less_monosemantic():
+def test_a_feature_with_two_meanings_is_less_monosemantic():
     labelled = planted()
     labelled.values[:, 0] = torch.maximum(labelled.values[:, 0], labelled.values[:, 2])
     [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=20))
@@ -235,7 +236,7 @@ def test_a_feature_of_two_meanings_is_less_monosemantic():
     assert red.unrelated == "star" and red.monosemanticity < 0.3 and blue.monosemanticity > 0.9
 
 
-def test_masks_become_shares_of_tokens_and_partly_covered_ones_are_left_out():
+def test_masks_become_shares_and_partly_covered_tokens_are_ignored():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :4, :4], mask[0, 4:6, 4:8] = True, True
     mask[0, 0, 4] = True
@@ -257,13 +258,13 @@ def images(count: int = 6) -> list[LabelledImage]:
 
 
 def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
-    """A harvest of two levels, two images at once."""
+    """Return a harvest at two noise levels, in batches of two images."""
 
     def harvest(images: Iterable, prompts: Iterable[str], names: Iterable[str]) -> Iterator[Activations]:
-        given = list(zip(images, prompts, names, strict=True))
-        for start in range(0, len(given), 2):
+        inputs = list(zip(images, prompts, names, strict=True))
+        for start in range(0, len(inputs), 2):
             for noise in (0.25, 0.5):
-                here = given[start : start + 2]
+                batch = inputs[start : start + 2]
                 shots = tuple(
                     Shot(
                         **{
@@ -274,9 +275,9 @@ def harvesting(grid: tuple[int, int] | None = (2, 3), bad: bool = False):
                             "split": "held-out" if "3" in name else "train",
                         }
                     )
-                    for _, prompt, name in here
+                    for _, prompt, name in batch
                 )
-                values = torch.full((len(here), 6, 4), torch.nan if bad else noise)
+                values = torch.full((len(batch), 6, 4), torch.nan if bad else noise)
                 yield Activations(site=SITE, values=values, shots=shots, grid=grid)
 
     return harvest
@@ -286,15 +287,15 @@ def test_tokens_are_labelled_with_the_masks_of_their_image():
     labelled = label(images(), harvesting(), CONCEPTS[:2])[SITE]
     assert labelled.values.shape == (72, 4) and labelled.noise_levels == [0.25, 0.5]
     for image in range(6):
-        mine = labelled.images == image
-        assert mine.sum() == 12 and set(labelled.truth[:, mine].flatten().tolist()) == {
+        tokens = labelled.images == image
+        assert tokens.sum() == 12 and set(labelled.truth[:, tokens].flatten().tolist()) == {
             0 if image == 0 else 1 if image > 2 else -1
         }
-        assert bool(labelled.held_out[mine].all()) == (image == 3)
+        assert bool(labelled.held_out[tokens].all()) == (image == 3)
     assert torch.equal(labelled.values[:, 0], labelled.noise)
 
 
-def test_activations_without_place_or_number_and_unknown_images_are_refused():
+def test_activations_without_a_grid_nan_and_repeated_names_are_refused():
     with pytest.raises(BadInput, match="has no grid"):
         label(images(), harvesting(None), CONCEPTS[:2])
     with pytest.raises(NonFinite, match="'p0' hold NaN"):
@@ -305,7 +306,7 @@ def test_activations_without_place_or_number_and_unknown_images_are_refused():
         label(images(1) * 2, harvesting(), CONCEPTS[:2])
 
 
-def test_rare_concepts_are_left_out_and_too_few_images_said():
+def test_rare_concepts_are_left_out_and_too_few_images_refused():
     labelled = planted()
     labelled.truth[3, labelled.images > 7] = 0
     [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=5))
@@ -317,14 +318,16 @@ def test_rare_concepts_are_left_out_and_too_few_images_said():
         match(labelled, [FeatureMethod(site=Site("double.2"), label="x", size=1, encode=coordinates(labelled).encode)])
 
 
-def test_matches_are_read_as_they_were_saved(tmp_path: Path):
+def test_matches_survive_saving_and_loading(tmp_path: Path):
     labelled = planted()
     [matches] = match(labelled, [coordinates(labelled)], MatchingConfig(bootstrap_samples=5))
+    config = ConceptsConfig(pixels=(64, 96), noise=(0.5,), matching=MatchingConfig(bootstrap_samples=5))
+    matches = replace(matches, inputs=MatchInputs(model="planted", revision=None, images="planted", config=config))
     matches.save(tmp_path / "concepts" / "one.json")
     assert ConceptMatches.load(tmp_path / "concepts" / "one.json") == matches
-    said = json.loads((tmp_path / "concepts" / "one.json").read_text())
-    assert next(iter(said)) == "format"
-    (tmp_path / "one.json").write_text(json.dumps({**said, "format": 9}))
+    entries = json.loads((tmp_path / "concepts" / "one.json").read_text())
+    assert next(iter(entries)) == "format"
+    (tmp_path / "one.json").write_text(json.dumps({**entries, "format": 9}))
     with pytest.raises(BrokenFile, match="is of format 9"):
         ConceptMatches.load(tmp_path / "one.json")
     (tmp_path / "one.json").write_text("{")
@@ -332,40 +335,40 @@ def test_matches_are_read_as_they_were_saved(tmp_path: Path):
         ConceptMatches.load(tmp_path / "one.json")
 
 
-def folder(tmp_path: Path, said: object, labels: Image.Image, name: str = "a") -> Path:
+def folder(tmp_path: Path, entries: object, labels: Image.Image, name: str = "a") -> Path:
     for part in ("images", "labels"):
         (tmp_path / part).mkdir(exist_ok=True)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / f"{name}.jpg")
     (tmp_path / "images" / f"{name}.txt").write_text("a red thing\n")
     labels.save(tmp_path / "labels" / f"{name}.png")
-    (tmp_path / "labels.json").write_text(json.dumps(said))
+    (tmp_path / "labels.json").write_text(json.dumps(entries))
     return tmp_path
 
 
 def quarters(values: Sequence[int | tuple[int, int, int]], mode: str, side: int = 8) -> Image.Image:
-    """A label map of four squares."""
+    """Return a label map of four squares."""
     small = Image.new(mode, (2, 2))
     for i, value in enumerate(values):
         small.putpixel((i % 2, i // 2), value)
     return small.resize((side, side), Image.Resampling.NEAREST)
 
 
-def test_label_maps_say_what_is_where(tmp_path: Path):
-    said = {"1": "star", "2": {"name": "sky", "group": "background"}, "7": "star"}
-    opened = LabelFolder.open(folder(tmp_path, said, quarters([1, 2, 0, 7], "L")))
+def test_label_maps_give_the_shares_of_concepts(tmp_path: Path):
+    entries = {"1": "star", "2": {"name": "sky", "group": "background"}, "7": "star"}
+    opened = LabelFolder.open(folder(tmp_path, entries, quarters([1, 2, 0, 7], "L")))
     assert opened.concepts == (Concept("star", "object"), Concept("sky", "background"))
-    [one] = opened.labelled_images(5)
-    assert (one.name, one.prompt) == ("a.jpg", "a red thing")
-    assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    [image] = opened.labelled_images(5)
+    assert (image.name, image.prompt) == ("a.jpg", "a red thing")
+    assert image.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
     [fitted] = opened.labelled_images(5, (16, 8))
     assert fitted.image.size == (8, 16) and fitted.shares(2, 1).shape == (2, 2, 1)
     before = opened.fingerprint
-    folder(tmp_path, said, quarters([1, 1, 1, 1], "L", 16))
+    folder(tmp_path, entries, quarters([1, 1, 1, 1], "L", 16))
     assert LabelFolder.open(tmp_path).fingerprint != before
 
 
 def test_coco_panoptic_is_read(tmp_path: Path):
-    said = {
+    entries = {
         "images": [{"id": 4, "file_name": "a.jpg"}],
         "annotations": [
             {
@@ -379,13 +382,13 @@ def test_coco_panoptic_is_read(tmp_path: Path):
             {"id": 9, "name": "sky-other", "supercategory": "sky"},
         ],
     }
-    [one] = LabelFolder.open(
-        folder(tmp_path, said, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))
+    [image] = LabelFolder.open(
+        folder(tmp_path, entries, quarters([(2, 1, 0), (0, 0, 1), (0, 0, 0), (2, 1, 0)], "RGB"))
     ).labelled_images(1)
-    assert one.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    assert image.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
 
 
-def test_folders_that_say_too_little_are_refused(tmp_path: Path):
+def test_incomplete_label_folders_are_refused(tmp_path: Path):
     with pytest.raises(BadInput, match="holds no image"):
         LabelFolder.open(tmp_path)
     folder(tmp_path, {"1": "star"}, quarters([1, 1, 1, 1], "L", 16))

@@ -185,9 +185,9 @@ def to_json(record: object) -> Any:
 
 
 def from_json(kind: type[T], entries: Mapping[str, Json]) -> T:
-    """Build the dataclass `kind` from the JSON that `to_json` made of it; numbers and text are not checked.
+    """Build the dataclass `kind` from the JSON that `to_json` made of it.
 
-    An unknown entry raises KeyError, a missing one TypeError.
+    An unknown entry raises KeyError, a missing one or one of another type TypeError.
     """
     return _parse(kind, entries)
 
@@ -197,7 +197,11 @@ _type_hints = cache(get_type_hints)
 
 def _parse(kind: Any, entry: Any) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
-    if entry is None or kind in (int, float, str, bool) or origin is Literal:
+    if kind in (int, float, str, bool):
+        if not isinstance(entry, int | float if kind is float else kind):
+            raise TypeError(f"{entry!r} is not of type {kind.__name__}")
+        return entry
+    if entry is None or origin is Literal:
         return entry
     if origin is UnionType:
         return _parse(arguments[0], entry)  # X | None

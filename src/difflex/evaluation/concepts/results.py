@@ -17,7 +17,6 @@ __all__ = [
     "ConceptDetector",
     "ConceptMatches",
     "ConceptResult",
-    "ConceptsConfig",
     "ConfidenceInterval",
     "FeatureMatches",
     "MatchInputs",
