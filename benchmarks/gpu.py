@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peers.asking import asked
+from peers.clients import start_learners
 from torch.utils.flop_counter import FlopCounterMode
 
 import difflex
@@ -109,7 +109,7 @@ def training(sizes: Sizes, device: torch.device, python: Path) -> list[str]:
     shape = {"width": sizes.width, "size": sizes.size, "k": sizes.k, "batch": sizes.batch}
     rows = []
     for name in ["ours default", *(PEERS if python.exists() else ())]:
-        with asked([name], python) as learners:
+        with start_learners([name], python) as learners:
             more = {"adam": "default"} if name == "ours default" else {}
             learners[name].begin(world={}, **shape, updates=100, cycle=2, device=str(device), **more)
             learners[name].update(count=3)

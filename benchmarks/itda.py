@@ -66,10 +66,10 @@ def world(size: int, count: int, width: int = 3072) -> tuple[Tensor, Tensor]:
     return x[:count].clone(), x[count:].clone()
 
 
-def left_of(signals: Tensor, found: PursuitPath) -> float:
+def unexplained_of(signals: Tensor, path: PursuitPath) -> float:
     """The unexplained share of all `signals` together."""
     energy = signals.square().sum(1)
-    return float((found.unexplained[: len(signals)] * energy).sum() / energy.sum())
+    return float((path.unexplained[: len(signals)] * energy).sum() / energy.sum())
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -85,16 +85,16 @@ def peer(python: Path):
     command = [str(python), str(Path(__file__).parent / "peers" / "gradient_pursuit.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        asked, told = process.stdin, process.stdout
-        assert told.readline().strip() == "ready", "the peer did not start: make peers"
+        stdin, stdout = process.stdin, process.stdout
+        assert stdout.readline().strip() == "ready", "the peer did not start: make peers"
 
         def ask(file: Path, count: int, k: int) -> tuple[float, float]:
-            print(file, count, k, file=asked, flush=True)
-            seconds, left = map(float, told.readline().split())
+            print(file, count, k, file=stdin, flush=True)
+            seconds, left = map(float, stdout.readline().split())
             return seconds, left
 
         yield ask
-        asked.close()
+        stdin.close()
 
 
 def pursuits(python: Path, rounds: int = 2) -> list[str]:
@@ -114,19 +114,19 @@ def pursuits(python: Path, rounds: int = 2) -> list[str]:
                 "matching": lambda: pursue(signals, atoms, k, "matching", gram=gram),  # noqa: B023
             }
             rates: dict[str, list[float]] = {name: [] for name in ours}
-            found: dict[str, PursuitPath] = {}
+            paths: dict[str, PursuitPath] = {}
             theirs, their_left = [], 0.0
             for _ in range(rounds):
                 seconds, their_left = ask(file, few, k)
                 theirs.append(few / seconds)
                 for name, work in ours.items():
                     began = time.process_time()
-                    found[name] = work()
+                    paths[name] = work()
                     rates[name].append(many / (time.process_time() - began) / theirs[-1])
             print(f"size {size}, k {k}: dictionary_learning {statistics.median(theirs):.1f} signals/s, FVU {their_left:.5f}")
             for name in ours:
                 ratio = statistics.median(rates[name])
-                left = left_of(signals[:few], found[name])
+                left = unexplained_of(signals[:few], paths[name])
                 print(f"  {name}: {ratio:.1f}x, FVU {left:.5f}" + (f" (bar {bar}x)" if name == "gradient" else ""))
                 if name == "gradient" and (ratio < bar or abs(left / their_left - 1) > 0.01):
                     missed.append(f"gradient pursuit {ratio:.1f}x of {bar}x at size {size}, k {k}")
@@ -145,7 +145,7 @@ def sklearn(rounds: int = 3) -> list[str]:
         theirs = few / (time.process_time() - began)
         ratios.append(many / timed(lambda: pursue(signals, atoms, 16, "orthogonal", gram=gram)) / theirs)
     their_left = float((signals[:few] - torch.tensor(weights).T.float() @ atoms).square().sum() / signals[:few].square().sum())
-    left, ratio = left_of(signals[:few], pursue(signals, atoms, 16, "orthogonal", gram=gram)), statistics.median(ratios)
+    left, ratio = unexplained_of(signals[:few], pursue(signals, atoms, 16, "orthogonal", gram=gram)), statistics.median(ratios)
     print(f"scikit-learn: {ratio:.1f}x (bar {SKLEARN}x), FVU {left:.5f} against {their_left:.5f}")
     return (
         [] if ratio >= SKLEARN and round(left, 4) == round(their_left, 4) else [f"orthogonal pursuit {ratio:.1f}x of {SKLEARN}x"]
@@ -207,8 +207,8 @@ def fits(rounds: int = 1) -> list[str]:
                 began = time.process_time()
                 atoms = our_fit(x[batch:] - mean, growth, threshold)
                 ratios[pursuit].append(theirs / (time.process_time() - began))
-                sizes[pursuit], lefts[pursuit] = len(atoms), left_of(held, pursue(held, atoms, k, pursuit))
-        their_left = left_of(held, pursue(held, plain, k, "gradient"))
+                sizes[pursuit], lefts[pursuit] = len(atoms), unexplained_of(held, pursue(held, atoms, k, pursuit))
+        their_left = unexplained_of(held, pursue(held, plain, k, "gradient"))
         print(f"fit, width {width}, batch {batch}, k {k}: plain step {len(plain)} atoms, FVU {their_left:.4f}")
         for pursuit, values in ratios.items():
             ratio = statistics.median(values)
@@ -256,7 +256,7 @@ def large() -> list[str]:
     pooled = pursue(signals, atoms, 32, "orthogonal", pool=CandidatePool())
     seconds = time.process_time() - began
     exact = pursue(signals, atoms, 32, "orthogonal")
-    ratio = left_of(signals, pooled) / left_of(signals, exact)
+    ratio = unexplained_of(signals, pooled) / unexplained_of(signals, exact)
     print(f"  {len(signals) / seconds:.1f} signals/s, FVU {ratio:.4f} of that of exact picks")
     return [] if backend.pool is not None and backend.gram is None and ratio < 1.02 else ["size 65536 without a Gram matrix"]
 
@@ -266,14 +266,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, default=PEER)
     parser.add_argument("--only", nargs="+", default=["pursuits", "sklearn", "fits", "growth", "large"])
-    wanted = parser.parse_args()
+    arguments = parser.parse_args()
     missed = []
-    for name in wanted.only:
-        if name == "pursuits" and not wanted.peer.exists():
-            print(f"pursuits: left out, as {wanted.peer} is not there (make peers)")
+    for name in arguments.only:
+        if name == "pursuits" and not arguments.peer.exists():
+            print(f"pursuits: left out, as {arguments.peer} is not there (make peers)")
             continue
         parts = {
-            "pursuits": lambda: pursuits(wanted.peer),
+            "pursuits": lambda: pursuits(arguments.peer),
             "sklearn": sklearn,
             "fits": fits,
             "growth": growth_cost,

@@ -1,9 +1,8 @@
-"""ITDA on mini-flux: which pursuit leaves least, ITDA against autoencoders at equal size and data, and whether coverage holds.
+"""ITDA on mini-flux: the error of each pursuit, ITDA against SAEs at equal size and data, and whether coverage is predicted.
 
-The residual stream of the middle double block is harvested anew (`--tokens`, 120,000 by default). `--full` takes all three
-sizes and values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than autoencoders at equal dictionary
-size, else one of each; and coverage on 4,700 images beside that on planted tokens. `--out FOLDER` keeps growth curves as
-images.
+The residual stream of the middle double block is harvested (`--tokens`, 120,000 by default). `--full` runs all three sizes and
+values of k for the claim of arXiv 2505.24360 that ITDA reconstructs better than SAEs at equal dictionary size, instead of one of
+each; and coverage on 4,700 images besides planted tokens. `--out FOLDER` saves growth curves as images.
 """
 
 import argparse
@@ -36,82 +35,82 @@ from difflex.training.itda import GrowthData, grow
 torch.set_num_threads(1)
 SITE = Site("double.1")
 SIZES, KS = (512, 2048, 4096), (8, 16, 32)
-LEARNED = 8
-"""Epochs for the autoencoders; ITDA reads the same data once in a pass."""
-KEPT_OUT = 0.25
-"""Share of the stream that growth only watches: more than by default, as the error of what is expected comes from there."""
-CLOSE = 0.10
-"""How far coverage may be from what the growth curve expects, as a share of what is found."""
+SAE_EPOCHS = 8
+"""Epochs for the SAEs; ITDA reads the same data once in a pass."""
+HOLDOUT = 0.25
+"""The held-out share: larger than the default, because the error of the prediction depends on it."""
+MAX_ERROR = 0.10
+"""The largest relative error of the predicted coverage."""
 
 
 class Result(NamedTuple):
-    """A dictionary and what it took."""
+    """A dictionary and the seconds that it took."""
 
     dictionary: Dictionary
     seconds: float
 
 
 def harvested(folder: Path, tokens: int, *flags: str) -> Store:
-    """Activations of mini-flux on captions of its world, at all four steps unless `flags` say otherwise."""
+    """Harvest mini-flux on captions of its world, by default at all four steps."""
     words = ["harvest", "mini-flux", "--prompts", "captions", "--site", str(SITE), "--out", str(folder), "--steps", "4"]
     assert command([*words, "--tokens", str(tokens), *flags]) == 0
     return Store.open(folder / "activations" / SITE.folder)
 
 
-def held_out(store: Store, most: int = 8192) -> Tensor:
-    """Tokens of prompts that no dictionary has seen."""
-    return next(store.batches(most, split="held-out")).values.float()
+def held_out(store: Store, count: int = 8192) -> Tensor:
+    """Return held-out tokens."""
+    return next(store.batches(count, split="held-out")).values.float()
 
 
 def fvu(dictionary: Dictionary, x: Tensor) -> float:
-    """What is left over what there is around the mean, in model space."""
-    back = torch.cat([dictionary.decode(dictionary.encode(part)) for part in x.split(1024)])
-    return float((x - back).square().sum() / (x - x.mean(0)).square().sum())
+    """Return the fraction of variance unexplained in model space."""
+    reconstruction = torch.cat([dictionary.decode(dictionary.encode(part)) for part in x.split(1024)])
+    return float((x - reconstruction).square().sum() / (x - x.mean(0)).square().sum())
 
 
-def source_of(store: Store, tokens: int) -> GrowthData:
+def growth_data(store: Store, tokens: int) -> GrowthData:
     return GrowthData(batches=lambda start: store.batches(2048, start=start), tokens=tokens, data="mini-flux", shot=store.shot)
 
 
 def grown(store: Store, growth: GrowthConfig, tokens: int) -> Result:
-    """An ITDA dictionary from the first `tokens` of the stream."""
+    """Grow an ITDA dictionary from the first `tokens` of the stream."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        made = grow({Path(folder): growth}, source_of(store, tokens), origin=DictionaryOrigin(site=SITE), device="cpu")
-        return Result(made[Path(folder)], time.process_time() - began)
+        dictionaries = grow({Path(folder): growth}, growth_data(store, tokens), origin=DictionaryOrigin(site=SITE), device="cpu")
+        return Result(dictionaries[Path(folder)], time.process_time() - began)
 
 
 def trained(store: Store, size: int, k: int, tokens: int) -> Result:
-    """An autoencoder, by our default, from the same tokens, each seen several times."""
+    """Train an SAE with our default preset on the same tokens, several times over."""
     per_epoch = tokens // 1024
-    config = FitConfig(tokens=LEARNED * per_epoch * 1024, progress=False, checkpoint_every=10**9)
+    config = FitConfig(tokens=SAE_EPOCHS * per_epoch * 1024, progress=False, checkpoint_every=10**9)
     batches = _replayed(store, per_epoch)
     with tempfile.TemporaryDirectory() as folder:
-        training = default(width=store.width, size=size, k=k, updates=LEARNED * per_epoch)
+        training = default(width=store.width, size=size, k=k, updates=SAE_EPOCHS * per_epoch)
         began = time.process_time()
-        made = fit({Path(folder): training}, batches, origin=DictionaryOrigin(site=SITE), config=config)
-        return Result(made[Path(folder)], time.process_time() - began)
+        dictionaries = fit({Path(folder): training}, batches, origin=DictionaryOrigin(site=SITE), config=config)
+        return Result(dictionaries[Path(folder)], time.process_time() - began)
 
 
 def _replayed(store: Store, per_epoch: int):
-    """The first `per_epoch` batches of the stream, again and again in another order."""
-    kept = [rows for rows, _ in zip(store.batches(1024), range(per_epoch), strict=False)]
-    values = torch.cat([rows.values for rows in kept])
-    shots, tokens = (torch.cat([getattr(rows, name) for rows in kept]) for name in ("shots", "tokens"))
+    """Return the first `per_epoch` batches of the stream, repeated in another order in each epoch."""
+    pieces = [rows for rows, _ in zip(store.batches(1024), range(per_epoch), strict=False)]
+    values = torch.cat([rows.values for rows in pieces])
+    shots, tokens = (torch.cat([getattr(rows, name) for rows in pieces]) for name in ("shots", "tokens"))
 
     def batches(start: int):
-        for epoch in range(start // per_epoch, LEARNED):
+        for epoch in range(start // per_epoch, SAE_EPOCHS):
             order = torch.randperm(len(values), generator=torch.Generator().manual_seed(epoch))
             for number, places in enumerate(order.split(1024)[:per_epoch]):
                 if epoch * per_epoch + number >= start:
-                    yield type(kept[0])(values[places], shots[places], tokens[places])
+                    yield ActivationBatch(values[places], shots[places], tokens[places])
 
     return batches
 
 
 def pursuits(store: Store, tokens: int) -> list[str]:
-    """What every pursuit leaves with the same atoms, with and without whitening; gradient pursuit against its plain formula."""
-    missed, x = [], held_out(store, 4096)
+    """Compare the errors of all pursuits with the same atoms, with and without whitening; check gradient pursuit."""
+    failures, x = [], held_out(store, 4096)
     for method in ("standardise", "whiten"):
         growth = GrowthConfig(k=16, size=2048, normalisation=method)
         itda = grown(store, growth, tokens).dictionary
@@ -130,12 +129,12 @@ def pursuits(store: Store, tokens: int) -> list[str]:
             energy = z.square().sum(1)
             unexplained[pursuit] = float((other.unexplained(x) * energy).sum() / energy.sum())
             print(
-                f"{method}, {itda.size} atoms, k 16: {pursuit} leaves {unexplained[pursuit]:.4f} of z, "
+                f"{method}, {itda.size} atoms, k 16: {pursuit}: unexplained {unexplained[pursuit]:.4f} of z, "
                 f"FVU {fvu(other, x):.4f} in model space"
             )
         few = itda.normalisation.apply(x[:512]).double()
         plain = (few - plain_gradient(few, itda.atoms.double(), 16)).square().sum() / few.square().sum()
-        with_ours = ITDA(
+        gradient = ITDA(
             k=16,
             origin=itda.origin,
             normalisation=itda.normalisation,
@@ -144,56 +143,57 @@ def pursuits(store: Store, tokens: int) -> list[str]:
             pursuit="gradient",
         )
         energy = few.square().sum(1).float()
-        ours = float((with_ours.unexplained(x[:512]) * energy).sum() / energy.sum())
-        print(f"{method}: gradient pursuit leaves {ours:.5f}, its plain formula {float(plain):.5f}")
-        missed += [] if abs(ours / float(plain) - 1) < 0.01 else [f"gradient pursuit {ours:.4f} against {float(plain):.4f}"]
+        unexplained_gradient = float((gradient.unexplained(x[:512]) * energy).sum() / energy.sum())
+        print(f"{method}: gradient pursuit leaves {unexplained_gradient:.5f}, its plain formula {float(plain):.5f}")
+        if abs(unexplained_gradient / float(plain) - 1) >= 0.01:
+            failures.append(f"gradient pursuit {unexplained_gradient:.4f} against {float(plain):.4f}")
         best = min(unexplained["matching"], unexplained["gradient"])
-        missed += (
+        failures += (
             []
             if unexplained["orthogonal"] <= best
             else [f"orthogonal {unexplained['orthogonal']:.4f} over {best:.4f} ({method})"]
         )
-    return missed
+    return failures
 
 
 def plain_gradient(x: Tensor, atoms: Tensor, k: int) -> Tensor:
-    """The reconstructions of the plain formula of non-negative gradient pursuit, with dense weights."""
+    """Reconstruct by the plain formula of non-negative gradient pursuit, with dense weights."""
     weights = x.new_zeros(len(x), len(atoms))
-    chosen = torch.zeros_like(weights, dtype=torch.bool)
+    picked = torch.zeros_like(weights, dtype=torch.bool)
     for _ in range(k):
         residual = x - weights @ atoms
         correlations = residual @ atoms.T
-        chosen[torch.arange(len(x)), correlations.argmax(1)] = True
-        slope = correlations * chosen
+        picked[torch.arange(len(x)), correlations.argmax(1)] = True
+        slope = correlations * picked
         c = slope @ atoms
         weights = (weights + ((c * residual).sum(1) / (c * c).sum(1))[:, None] * slope).clamp_min(0)
     return weights @ atoms
 
 
 def claim(store: Store, tokens: int, sizes: tuple[int, ...], ks: tuple[int, ...]) -> list[str]:
-    """ITDA against autoencoders at equal size, k and data, and both after a tenth of the data."""
+    """Compare ITDA with SAEs at equal size, k and data, and both after a tenth of the data."""
     x, better = held_out(store), 0
-    print("| size | k | ITDA FVU | s | autoencoder FVU | s | ITDA, a tenth | autoencoder, a tenth |")
+    print("| size | k | ITDA FVU | s | SAE FVU | s | ITDA, a tenth | SAE, a tenth |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for k in ks:
             growth = GrowthConfig(k=k, size=size)
             itda, sae = grown(store, growth, tokens), trained(store, size, k, tokens)
             small, little = grown(store, growth, tokens // 10), trained(store, size, k, tokens // 10)
-            left = [fvu(result.dictionary, x) for result in (itda, sae, small, little)]
-            better += left[0] < left[1]
+            errors = [fvu(result.dictionary, x) for result in (itda, sae, small, little)]
+            better += errors[0] < errors[1]
             print(
-                f"| {itda.dictionary.size} | {k} | {left[0]:.4f} | {itda.seconds:.0f} | {left[1]:.4f} | {sae.seconds:.0f} | "
-                f"{left[2]:.4f} | {left[3]:.4f} |",
+                f"| {itda.dictionary.size} | {k} | {errors[0]:.4f} | {itda.seconds:.0f} | {errors[1]:.4f} | {sae.seconds:.0f} | "
+                f"{errors[2]:.4f} | {errors[3]:.4f} |",
                 flush=True,
             )
-    print(f"ITDA reconstructs better than the autoencoder in {better} of {len(sizes) * len(ks)} cases.")
+    print(f"ITDA reconstructs better than the SAE in {better} of {len(sizes) * len(ks)} cases.")
     return []
 
 
 def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float = 0.1) -> list[str]:
-    """Tokens to come that are over the threshold, against what the growth curve expects: planted worlds of independent tokens."""
-    batch, expected, found, itda = 2048, [], [], None
+    """Compare the share of new tokens over the threshold with the growth curve, on planted worlds of independent tokens."""
+    batch, predicted, measured, itda = 2048, [], [], None
     for seed in range(4):
         world = PlantedDictionary(width=32, truths=128, active=4.0, seed=seed)
         source = GrowthData(
@@ -202,63 +202,65 @@ def coverage_of_tokens(out: Path | None, tokens: int = 60_000, threshold: float 
             data="planted",
         )
         with tempfile.TemporaryDirectory() as folder:
-            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=KEPT_OUT)
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=HOLDOUT)
             itda = grow({Path(folder): growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[Path(folder)]
-        expected.append(expected_of(itda))
+        predicted.append(predicted_share(itda))
         for rows in islice(world.batches(batch, start=tokens // batch), 16):
-            found.append(float((itda.unexplained(rows.values) > threshold).float().mean()))
+            measured.append(float((itda.unexplained(rows.values) > threshold).float().mean()))
     if out is not None and itda is not None:
-        draw(itda, mean(found[-16:]), out / "itda-coverage.svg")
-    return compared(f"planted tokens, {threshold}", mean(expected), mean(found), stdev(found) / len(found) ** 0.5)
+        draw(itda, mean(measured[-16:]), out / "itda-coverage.svg")
+    return compare(f"planted tokens, {threshold}", mean(predicted), mean(measured), stdev(measured) / len(measured) ** 0.5)
 
 
-def expected_of(itda: ITDA) -> float:
-    """The share of tokens to come that should be over the threshold, by the growth curve."""
-    expected = itda.origin.training["expected_over_threshold"]
-    assert isinstance(expected, float)
-    return expected
+def predicted_share(itda: ITDA) -> float:
+    """Return the predicted share of new tokens over the threshold."""
+    predicted = itda.origin.training["expected_over_threshold"]
+    assert isinstance(predicted, float)
+    return predicted
 
 
-def compared(what: str, expected: float, found: float, error: float) -> list[str]:
-    """A line on what was expected and found; what is missed."""
-    off = expected / found - 1
+def compare(subject: str, predicted: float, measured: float, error: float) -> list[str]:
+    """Print the predicted and the measured share; return the failure, if there is one."""
+    relative_error = predicted / measured - 1
     print(
-        f"coverage, {what}: {expected:.4f} expected over the threshold, {found:.4f} +- {error:.4f} found ({off:+.1%})", flush=True
+        f"coverage, {subject}: {predicted:.4f} predicted over the threshold, {measured:.4f} +- {error:.4f} measured "
+        f"({relative_error:+.1%})",
+        flush=True,
     )
-    return [] if abs(off) <= CLOSE else [f"coverage off by {off:+.1%} ({what})"]
+    return [] if abs(relative_error) <= MAX_ERROR else [f"coverage off by {relative_error:+.1%} ({subject})"]
 
 
 def coverage_of_images(out: Path | None, tokens: int) -> list[str]:
-    """The same for tokens of unseen images of mini-flux, in two orders of the same stream.
+    """Do the same for tokens of new images of mini-flux, in two orders of the same stream.
 
-    One step of many prompts is harvested, as all tokens of a prompt fare alike: so does the error of the share that is found.
+    One step of many prompts is harvested, because the tokens of a prompt, and so their errors, are correlated.
     """
-    missed = []
+    failures = []
     with tempfile.TemporaryDirectory() as folder:
-        store = harvested(Path(folder), tokens, "--keep", "2:3")
+        store = harvested(Path(folder), tokens, "--keep-steps", "2:3")
         rows = store.count("train")
-        shuffled = source_of(store, rows)
+        shuffled = growth_data(store, rows)
         orders = {"shuffled": shuffled, "image by image": replace(shuffled, batches=lambda start: in_order(store, start))}
         for threshold, (order, source) in product((0.1, 0.2), orders.items()):
             place = Path(folder) / f"{order}-{threshold}"
-            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=KEPT_OUT)
+            growth = GrowthConfig(k=4, size=65_536, threshold=threshold, holdout=HOLDOUT)
             itda = grow({place: growth}, source, origin=DictionaryOrigin(site=SITE), device="cpu")[place]
-            found, error = share_over(itda, threshold, store)
-            missed += compared(f"{order}, {threshold}, {itda.size} atoms", expected_of(itda), found, error)
+            measured, error = share_over(itda, threshold, store)
+            failures += compare(f"{order}, {threshold}, {itda.size} atoms", predicted_share(itda), measured, error)
             if out is not None and order == "shuffled":
-                draw(itda, found, out / f"itda-coverage-mini-flux-{threshold}.svg")
-    return missed
+                draw(itda, measured, out / f"itda-coverage-mini-flux-{threshold}.svg")
+    return failures
 
 
 def in_order(store: Store, start: int) -> Iterator[ActivationBatch]:
-    """The training rows in the order of writing, image by image, in batches from `start` on."""
+    """Yield the training rows in the order of writing, image by image, in batches from `start` on."""
     [whole] = store.batches(1 << 30, seed=None)
     for place in range(2048 * start, len(whole.values), 2048):
         yield ActivationBatch(*(part[place : place + 2048] for part in whole))
 
 
 def share_over(itda: ITDA, threshold: float, store: Store) -> tuple[float, float]:
-    """The share of held-out tokens over the threshold, and its standard error by shot."""
+    """Return the share of held-out tokens over the threshold, and its standard error by shot."""
     held = next(store.batches(1 << 20, split="held-out"))
     over = torch.cat([itda.unexplained(part.float()) > threshold for part in held.values.split(2048)]).float()
     shots, places = held.shots.unique(return_inverse=True)
@@ -266,11 +268,11 @@ def share_over(itda: ITDA, threshold: float, store: Store) -> tuple[float, float
     return float(over.mean()), float(by_shot.std()) / len(shots) ** 0.5
 
 
-def draw(itda: ITDA, found: float, path: Path) -> None:
-    """Write the growth curve as an image: atoms, and the share of tokens that were over the threshold, by tokens seen."""
-    curve = [tuple(map(float, moment[:3])) for moment in itda.origin.training["curve"]]  # pyright: ignore
+def draw(itda: ITDA, measured: float, path: Path) -> None:
+    """Write the growth curve as an image: atoms, and the share of tokens that were over the threshold, by tokens."""
+    curve = [tuple(map(float, interval[:3])) for interval in itda.origin.training["curve"]]  # pyright: ignore
     tokens, size = curve[-1][0], curve[-1][2]
-    starts = [0.0, *(moment[0] for moment in curve)]
+    starts = [0.0, *(interval[0] for interval in curve)]
     shares = [over / (end - start) for start, (end, over, _) in zip(starts, curve, strict=False)]
     lines = {
         "#1f6f8b": [(end / tokens, atoms / size) for end, _, atoms in curve],
@@ -280,9 +282,9 @@ def draw(itda: ITDA, found: float, path: Path) -> None:
     marks = "".join(f'<polyline fill="none" stroke="{colour}" points="{points}"/>' for colour, points in places.items())
     words = (
         f'<text x="40" y="240">{tokens:,.0f} tokens; blue: atoms, up to {size:,.0f}; red: share over the threshold; '
-        f"dot: held out, {found:.1%}</text>"
+        f"dot: held out, {measured:.1%}</text>"
     )
-    dot = f'<circle cx="540" cy="{220 - 200 * found:.1f}" r="4" fill="#c0392b"/>'
+    dot = f'<circle cx="540" cy="{220 - 200 * measured:.1f}" r="4" fill="#c0392b"/>'
     frame = '<path d="M40 20V220H540" fill="none" stroke="black"/>'
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="580" height="250" font-size="11">{frame}{marks}{dot}{words}</svg>\n'
@@ -290,29 +292,29 @@ def draw(itda: ITDA, found: float, path: Path) -> None:
 
 
 def main() -> int:
-    """0 if every bar measured is met."""
+    """Return 0 if no bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", default=["pursuits", "claim", "coverage"])
-    wanted = parser.parse_args()
-    missed = []
+    arguments = parser.parse_args()
+    failures = []
     with tempfile.TemporaryDirectory() as folder:
-        store = harvested(Path(folder), wanted.tokens) if {*wanted.only} - {"coverage"} else None
-        for name in wanted.only:
+        store = harvested(Path(folder), arguments.tokens) if {*arguments.only} - {"coverage"} else None
+        for name in arguments.only:
             if name == "coverage":
-                missed += coverage_of_tokens(wanted.out)
-                missed += coverage_of_images(wanted.out, 1_200_000) if wanted.full else []
+                failures += coverage_of_tokens(arguments.out)
+                failures += coverage_of_images(arguments.out, 1_200_000) if arguments.full else []
                 continue
             assert store is not None
             rows = store.count("train")
             if name == "pursuits":
-                missed += pursuits(store, rows)
+                failures += pursuits(store, rows)
             if name == "claim":
-                missed += claim(store, rows, SIZES if wanted.full else SIZES[1:2], KS if wanted.full else KS[1:2])
-    print("itda_quality: " + ("every bar met" if not missed else f"{len(missed)} bars missed: " + "; ".join(missed)))
-    return bool(missed)
+                failures += claim(store, rows, SIZES if arguments.full else SIZES[1:2], KS if arguments.full else KS[1:2])
+    print("itda_quality: " + ("every bar met" if not failures else f"{len(failures)} bars failures: " + "; ".join(failures)))
+    return bool(failures)
 
 
 if __name__ == "__main__":

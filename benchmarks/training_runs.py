@@ -1,6 +1,7 @@
-"""Whole runs on mini-flux: what a sweep costs beside one dictionary, harvest included, and how long training waits for a store.
+"""Whole runs on mini-flux: the cost of a sweep over that of one dictionary, harvest included, and the time waiting for data.
 
-The residual stream of the middle double block, one thread. The sweep is timed by the process's own CPU, in alternating rounds.
+The site is the residual stream of the middle double block. The sweep is timed by the CPU time of the process, on one thread, in
+alternating rounds.
 """
 
 import json
@@ -27,26 +28,33 @@ SITE = Site("double.1")
 SWEEP, WAITING = 2.5, 0.05
 TOKENS, BATCH, ROUNDS = 65_536, 1024, 3
 SIX = [default(width=192, size=size, k=k) for size in (2048, 1024) for k in (32, 16, 8)]
-"""The dearest first: that is the one that the six are compared with."""
+"""The most expensive first: the six are compared with it."""
 
 
 def seconds(trainings: list[TrainingConfig], batches: Batches) -> float:
-    """Processor time of learning from `batches`, which may be made only then."""
+    """Return the CPU time of a training, including that of `batches`."""
     config = FitConfig(tokens=TOKENS, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        fit({Path(folder) / each.label: each for each in trainings}, batches, origin=DictionaryOrigin(site=SITE), config=config)
+        fit(
+            {Path(folder) / training.label: training for training in trainings},
+            batches,
+            origin=DictionaryOrigin(site=SITE),
+            config=config,
+        )
         return time.process_time() - began
 
 
 def sweep() -> float:
-    """The time of six dictionaries in one pass over that of one, both from a running pipeline."""
+    """Return the time of six dictionaries in one pass over that of one, both from a running pipeline."""
     pipe = difflex.load("mini-flux", device="cpu")
     harvest = partial(pipe.harvest, progress=False)
 
     def batches(start: int):
         shots = pipe.shots(endless_captions(10**6))
-        return LiveActivations(shots, SITE, lambda *asked: harvest(*asked), window=16_384, batch=16).batches(BATCH, start=start)
+        return LiveActivations(shots, SITE, lambda *arguments: harvest(*arguments), window=16_384, batch=16).batches(
+            BATCH, start=start
+        )
 
     times = {count: [] for count in (1, 6)}
     for number in range(ROUNDS):
@@ -57,7 +65,7 @@ def sweep() -> float:
 
 
 def waiting(folder: Path) -> float:
-    """The share of its time that training from a store waits for data, as its own log has it."""
+    """Return the share of time that training from a store waits for data, from its log."""
     words = ["harvest", "mini-flux", "--prompts", "captions", "--site", str(SITE), "--out", str(folder / "study")]
     assert command([*words, "--tokens", str(TOKENS)]) == 0
     store = Store.open(folder / "study" / "activations" / SITE.folder)
@@ -74,13 +82,13 @@ def waiting(folder: Path) -> float:
 
 
 def main() -> int:
-    """0 if every bar is met, else 1."""
-    cost = sweep()
+    """Return 0 if both bars are met, else 1."""
+    ratio = sweep()
     with tempfile.TemporaryDirectory() as folder:
-        waited = waiting(Path(folder))
-    met = cost < SWEEP and waited < WAITING
+        share = waiting(Path(folder))
+    met = ratio < SWEEP and share < WAITING
     print(
-        f"training_runs: six dictionaries {cost:.2f}x one (bar {SWEEP}x), waiting {waited:.1%} (bar {WAITING:.0%}): "
+        f"training_runs: six dictionaries {ratio:.2f}x one (bar {SWEEP}x), waiting {share:.1%} (bar {WAITING:.0%}): "
         f"{'met' if met else 'MISSED'}"
     )
     return not met

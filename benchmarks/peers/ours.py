@@ -1,4 +1,4 @@
-"""difflex, measured as its peers are."""
+"""difflex as a learner, measured like its peers."""
 
 import torch
 from serving import Learner, serve
@@ -15,7 +15,7 @@ from difflex.training.parallel import TrainingRanks
 
 class Ours(Learner):
     def __init__(self, *, width: int, size: int, k: int, updates: int, first: torch.Tensor, adam: str = "usual") -> None:
-        """`adam`: `usual` has the moments that everyone's has; `default` is our preset."""
+        """`adam`: `usual` has the same moments as the peers; `default` is our preset."""
         training = default(width=width, size=size, k=k, updates=updates)
         if adam == "usual":
             training = TrainingConfig(size=size, k=k, optimiser=AdamConfig(learning_rate=training.optimiser.learning_rate))
@@ -32,18 +32,18 @@ class Ours(Learner):
 
     def encode(self, x: torch.Tensor) -> object:
         if self._dictionary is None:
-            self._dictionary = self._made()
+            self._dictionary = self._sae()
         return self._dictionary.encode(x)
 
     def decode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._made()
-        codes = made.encode(x)
-        return made.decode(codes), codes.indices[codes.values > 0]
+        sae = self._sae()
+        codes = sae.encode(x)
+        return sae.decode(codes), codes.indices[codes.values > 0]
 
     def decoder(self) -> torch.Tensor:
         return self._learner.parameters.weights.decoder
 
-    def _made(self) -> SAE:
+    def _sae(self) -> SAE:
         return SAE(
             kind="topk",
             k=self._training.k,

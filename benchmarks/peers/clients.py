@@ -1,4 +1,4 @@
-"""Asks a learner that lives in a process of its own (see `serving.py`)."""
+"""Clients of learners that run in their own processes (see `serving.py`)."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 PEERS = ("sparsify", "dictionary_learning", "sae_lens", "overcomplete")
 
 
-class Asked:
+class LearnerProcess:
     """A learner in another process; requests become method calls, as in `update(count=3)`."""
 
     def __init__(self, process: "subprocess.Popen[str]", name: str) -> None:
@@ -31,17 +31,17 @@ class Asked:
 
 
 @contextmanager
-def asked(names: list[str], python: Path) -> Iterator[dict[str, Asked]]:
-    """The learners of these names, `ours` among them or not; peers are run by `python`, ours by this interpreter."""
+def start_learners(names: list[str], python: Path) -> Iterator[dict[str, LearnerProcess]]:
+    """Start the learners of these names; peers run in `python`, ours in this interpreter."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(_started(name, python)) for name in names}
+        yield {name: stack.enter_context(_start(name, python)) for name in names}
 
 
 @contextmanager
-def _started(name: str, python: Path) -> Iterator[Asked]:
+def _start(name: str, python: Path) -> Iterator[LearnerProcess]:
     kind = name.split()[0]  # "ours default" is another process of ours
     words = [sys.executable, str(HERE / "ours.py")] if kind == "ours" else [str(python), str(HERE / f"{kind}_.py")]
     with subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        yield Asked(process, name)
+        yield LearnerProcess(process, name)
         assert process.stdin is not None
         process.stdin.close()
