@@ -1,6 +1,6 @@
-"""The miniature against its bars: drawing speed, generation time, and what is right in images from fresh captions.
+"""The miniature: drawing speed, generation time, and shares of correct attributes in images of new captions.
 
-`--full` asks 500 captions instead of 200, at 20 steps as well as at 4.
+`--full` takes 500 captions instead of 200, at 20 steps as well as at 4.
 """
 
 import argparse
@@ -17,42 +17,42 @@ from difflex.miniature.scoring import Examination, as_markdown, examine, examine
 SCENES_PER_SECOND = 300
 SECONDS_FOR_64 = 20
 JUDGE = 0.97
-CLOSE = 0.03
-"""How much better many steps may be than few."""
+MAX_GAIN = 0.03
+"""The largest improvement by many steps that is allowed."""
 
 
 def main() -> int:
-    """0 if every bar measured is met."""
+    """Run the benchmark and return 0 if every threshold is met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
     full = parser.parse_args().full
     missed = _drawing() + _generating()
     captions = 500 if full else 200
-    rows = _examined(captions, 4)
+    rows = _examine(captions, 4)
     missed += shortfalls(rows) + [
-        f"the judge reads {name} of {x:.1%} true drawings" for name, x in rows["judge"].items() if x < JUDGE
+        f"the judge finds {name} in {x:.1%} of true drawings" for name, x in rows["judge"].items() if x < JUDGE
     ]
     if full:
-        many = _examined(captions, 20)["all"]
+        many = _examine(captions, 20)["all"]
         missed += [
-            f"{name} is {many[name] - x:.1%} better at 20 steps" for name, x in rows["all"].items() if many[name] - x > CLOSE
+            f"{name} is {many[name] - x:.1%} better at 20 steps" for name, x in rows["all"].items() if many[name] - x > MAX_GAIN
         ]
-    print("miniature: " + ("every bar met" if not missed else f"{len(missed)} bars missed: " + "; ".join(missed)))
+    print("miniature: " + ("every threshold met" if not missed else f"{len(missed)} thresholds missed: " + "; ".join(missed)))
     return bool(missed)
 
 
 def _drawing() -> list[str]:
-    """Scenes with captions and one token grid of masks, on one core."""
+    """Measure the speed of drawing scenes with captions and one token grid of masks, on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     draw(torch.arange(64))
-    started, scenes = time.perf_counter(), 0
-    while time.perf_counter() - started < 3:
+    start, scenes = time.perf_counter(), 0
+    while time.perf_counter() - start < 3:
         drawn = draw(torch.arange(64) + scenes)
         scenes += len(drawn.captions) if drawn.on_tokens("star", 8).isfinite().all() else 0
-    rate = scenes / (time.perf_counter() - started)
+    rate = scenes / (time.perf_counter() - start)
     torch.set_num_threads(threads)
-    print(f"drawing: {rate:.0f} scenes/s on one core (bar {SCENES_PER_SECOND})")
+    print(f"drawing: {rate:.0f} scenes/s on one core (threshold {SCENES_PER_SECOND})")
     return [] if rate >= SCENES_PER_SECOND else [f"{rate:.0f} scenes/s"]
 
 
@@ -60,23 +60,23 @@ def _generating() -> list[str]:
     pipe = difflex.load("mini-flux")
     prompts = draw(torch.arange(64)).captions
     pipe.generate(prompts[:16], steps=1)
-    started = time.perf_counter()
+    start = time.perf_counter()
     first = pipe.generate(prompts, steps=4)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     again = pipe.generate(prompts, steps=4)
     same = all(a.image.tobytes() == b.image.tobytes() for a, b in zip(first, again, strict=True))
-    print(f"generating: 64 images at 4 steps in {seconds:.1f} s (bar {SECONDS_FOR_64} s); the same again: {same}")
+    print(f"generating: 64 images at 4 steps in {seconds:.1f} s (threshold {SECONDS_FOR_64} s); the same again: {same}")
     missed = [] if seconds < SECONDS_FOR_64 else [f"64 images in {seconds:.1f} s"]
     return missed if same else [*missed, "the same seeds gave other images"]
 
 
-def _examined(captions: int, steps: int) -> Examination:
+def _examine(captions: int, steps: int) -> Examination:
     pipe, judge = difflex.load("mini-flux"), load_judge()
 
-    def generate(asked: list[str]) -> torch.Tensor:
-        made = pipe.generate(asked, steps=steps)
+    def generate(captions: list[str]) -> torch.Tensor:
+        images = pipe.generate(captions, steps=steps)
         return (
-            torch.stack([torch.frombuffer(bytearray(one.image.tobytes()), dtype=torch.uint8) for one in made])
+            torch.stack([torch.frombuffer(bytearray(each.image.tobytes()), dtype=torch.uint8) for each in images])
             .view(-1, 64, 64, 3)
             .movedim(3, 1)
             / 255

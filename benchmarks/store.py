@@ -1,4 +1,4 @@
-"""The store: kills, flipped bits, writing, shuffled reading, memory, sharing, and what several sites cost a model."""
+"""The store: kills, flipped bits, writing, shuffled reading, memory, several processes, and the cost of several sites."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from difflex.store import RecordingConfig, Store, record
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from fake_harvest import SITES, FakeHarvest, fake_shots  # noqa: E402 (found by the line above)  # pyright: ignore[reportMissingImports]
+from fake_harvest import SITES, FakeHarvest, fake_shots  # noqa: E402 (on the path set above)  # pyright: ignore[reportMissingImports]
 
 KILLS, FLIPS, WARM, ROUNDS = 30, 100, 4, 7
 WIDTH, TOKENS, SHOTS = 3072, 256, 170
@@ -35,54 +35,54 @@ QUICK = RecordingConfig(batch=4, shard_bytes=0, progress=False)
 
 
 class Result(NamedTuple):
-    """A figure beside its bar."""
+    """A measured value and its threshold."""
 
     name: str
-    shown: str
-    bar: str
-    met: bool
+    value: str
+    threshold: str
+    passed: bool
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The checksum of every file under `folder`."""
+    """Return the checksum of every file under `folder`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def script(folder: Path, *flags: str) -> list[str]:
-    """The command of a process that records into `folder`."""
+    """Return the command of a process that records into `folder`."""
     return [sys.executable, str(TESTS / "fake_harvest.py"), str(folder), "--delay", "0.02", *flags]
 
 
 def kills(root: Path) -> Result:
-    """A recording killed at a random moment of its life, resumed, and compared with one that was not."""
+    """Kill recordings at random times, resume them and compare them with an undisturbed one."""
     whole = root / "whole"
     with subprocess.Popen(script(whole), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"begins\n"
         start = time.perf_counter()
         process.wait()
-    life, expected = time.perf_counter() - start, contents(whole)
+    duration, expected = time.perf_counter() - start, contents(whole)
     dice, same, killed, stages = random.Random(), 0, 0, set()
     while killed < KILLS:
         folder = root / f"kill-{killed}"
         with subprocess.Popen(script(folder), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"begins\n"
-            time.sleep(dice.uniform(0, life))
+            time.sleep(dice.uniform(0, duration))
             process.send_signal(signal.SIGKILL)
             if process.wait() != -signal.SIGKILL:
-                continue  # it had ended before the moment came: not a kill
+                continue  # it ended before the kill
         killed += 1
         stages.add(len(list(folder.rglob("shard*"))))
         record(folder, fake_shots(96), SITES, FakeHarvest(), QUICK)
         same += contents(folder) == expected
-    shown = f"{same} of {killed} byte-identical, killed at {len(stages)} different stages"
-    return Result("kill -9 and resume", shown, f"{KILLS} of {KILLS}", same == KILLS)
+    value = f"{same} of {killed} byte-identical, killed at {len(stages)} different stages"
+    return Result("kill -9 and resume", value, f"{KILLS} of {KILLS}", same == KILLS)
 
 
 def flips(root: Path) -> Result:
-    """Random bits of random shards flipped, one at a time."""
+    """Flip random bits of random shards, one at a time, and verify."""
     stores = [Store.open(folder) for folder in sorted((root / "whole").iterdir())]
-    dice, found = random.Random(), 0
+    dice, detected = random.Random(), 0
     for _ in range(FLIPS):
         store = dice.choice(stores)
         path = dice.choice(sorted(store.folder.glob("shard-*.safetensors")))
@@ -96,40 +96,41 @@ def flips(root: Path) -> Result:
             try:
                 store.verify()
             except BrokenFile as error:
-                found += path.name in str(error)
+                detected += path.name in str(error)
             file.seek(place)
             file.write(bytes([byte]))
-    return Result("flipped bits found", f"{found} of {FLIPS}", f"{FLIPS} of {FLIPS}", found == FLIPS)
+    return Result("flipped bits found", f"{detected} of {FLIPS}", f"{FLIPS} of {FLIPS}", detected == FLIPS)
 
 
 def sharing(root: Path) -> Result:
-    """Two processes at once against one."""
+    """Compare the files of two processes with those of one."""
     ranks = [
-        subprocess.Popen(script(root / "ranks", "--rank", str(rank), "--of", "2"), stdout=subprocess.DEVNULL) for rank in range(2)
+        subprocess.Popen(script(root / "ranks", "--rank", str(rank), "--world-size", "2"), stdout=subprocess.DEVNULL)
+        for rank in range(2)
     ]
-    ended = [rank.wait() for rank in ranks] == [0, 0]
-    same = ended and contents(root / "ranks") == contents(root / "whole")
+    succeeded = [rank.wait() for rank in ranks] == [0, 0]
+    same = succeeded and contents(root / "ranks") == contents(root / "whole")
     return Result("two processes against one", "the same bytes" if same else "OTHER bytes", "the same rows", same)
 
 
-class Ready:
-    """A harvest that costs nothing: the same activations for every batch."""
+class ConstantHarvest:
+    """A harvest without cost: the same activations for every batch."""
 
     def __init__(self) -> None:
         self.values = torch.randn(10, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def __call__(self, shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
         for start in range(0, len(shots), len(self.values)):
-            here = tuple(shots[start : start + len(self.values)])
-            yield Activations(site=sites[0], values=self.values[: len(here)], shots=here, grid=(16, 16))
+            batch_shots = tuple(shots[start : start + len(self.values)])
+            yield Activations(site=sites[0], values=self.values[: len(batch_shots)], shots=batch_shots, grid=(16, 16))
 
 
 def writing(root: Path) -> Result:
-    """A shard of 256 MiB recorded against the same tensor saved by safetensors, both brought to the disk.
+    """Compare the recording of a shard of 256 MiB with saving the same tensor with safetensors, both flushed to the disk.
 
-    The first rounds do not count: in them the system looks for memory to hold what is on its way to the disk.
+    The first rounds do not count: the system then still allocates memory for its write cache.
     """
-    harvest, shots = Ready(), list(fake_shots(SHOTS + 10))
+    harvest, shots = ConstantHarvest(), list(fake_shots(SHOTS + 10))
     tensor = harvest.values.flatten(0, 1).repeat(SHOTS // 10, 1)
 
     def plain() -> None:
@@ -139,49 +140,49 @@ def writing(root: Path) -> Result:
         os.close(handle)
 
     def ours() -> None:
-        # The first of two processes: the second one would write the other shard and the statistics.
+        # As the first of two processes, which does not write the second shard and the statistics.
         start = time.perf_counter()
         record(root / "ours", shots, SITES[:1], harvest, RecordingConfig(batch=10, progress=False, rank=0, world_size=2))
-        took.append(time.perf_counter() - start)
+        our_times.append(time.perf_counter() - start)
         shutil.rmtree(root / "ours")
 
-    took: list[float] = []
-    plainly: list[float] = []
+    our_times: list[float] = []
+    plain_times: list[float] = []
     for _ in range(WARM + ROUNDS):
         start = time.perf_counter()
         plain()
-        plainly.append(time.perf_counter() - start)
+        plain_times.append(time.perf_counter() - start)
         ours()
-    rates = [tensor.nbytes / statistics.median(times[WARM:]) / 1e6 for times in (plainly, took)]
+    rates = [tensor.nbytes / statistics.median(times[WARM:]) / 1e6 for times in (plain_times, our_times)]
     share = rates[1] / rates[0]
     return Result("writing", f"{rates[1]:.0f} MB/s, plain {rates[0]:.0f} MB/s: {share:.0%}", "70 %", share >= 0.7)
 
 
 def reading(root: Path) -> Result:
-    """Shuffled batches of 2048 rows of width 3072 from 16 shards that are in memory; the processor time of one core."""
+    """Measure the CPU time of shuffled batches of 2048 rows of width 3072 from 16 shards in memory."""
     settings = RecordingConfig(batch=10, shard_bytes=2**26, progress=False)
-    [store] = record(root / "read", fake_shots(16 * 40), SITES[:1], Ready(), settings)
+    [store] = record(root / "read", fake_shots(16 * 40), SITES[:1], ConstantHarvest(), settings)
     rates = []
     for epoch in range(ROUNDS + 1):
         start, clock = time.process_time(), time.perf_counter()
         rows = sum(len(batch.shots) for batch in store.batches(2048, seed=epoch))
         rates.append((rows / (time.process_time() - start) / 1e6, rows / (time.perf_counter() - clock) / 1e6))
     by_core, by_clock = (statistics.median(each) for each in zip(*rates[1:], strict=True))
-    shown = f"{by_core:.2f} M tokens/s of a core ({by_clock:.2f} by the clock)"
-    return Result("shuffled reading", shown, "1.5 M tokens/s", by_core >= 1.5)
+    value = f"{by_core:.2f} M tokens/s of a core ({by_clock:.2f} by the clock)"
+    return Result("shuffled reading", value, "1.5 M tokens/s", by_core >= 1.5)
 
 
 def memory(root: Path) -> Result:
-    """How much a reader grows on a store of 100 GB."""
+    """Measure the memory of a reader on a store of 100 GB."""
     (root / "sparse").mkdir()
     command = [sys.executable, str(TESTS / "sparse_store.py"), str(root / "sparse")]
-    said = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    shown = f"{said['grown'] / 2**20:.0f} MiB more after {said['read'] / 2**20:.0f} MiB of {said['stored'] / 1e9:.0f} GB"
-    return Result("memory", shown, f"{said['allowed'] / 2**20:.0f} MiB", said["grown"] < said["allowed"])
+    sizes = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    value = f"{sizes['growth'] / 2**20:.0f} MiB more after {sizes['read'] / 2**20:.0f} MiB of {sizes['stored'] / 1e9:.0f} GB"
+    return Result("memory", value, f"{sizes['allowed'] / 2**20:.0f} MiB", sizes["growth"] < sizes["allowed"])
 
 
 def sites(root: Path) -> Result:
-    """The model's time with several sites against that with the deepest of them alone."""
+    """Compare the time of the model with several sites and with the deepest of them alone."""
     pipe = difflex.load("mini-flux")
     rows = pipe.sites()
     names = [row.site for row in rows if row.site.stream == "image"]
@@ -191,9 +192,9 @@ def sites(root: Path) -> Result:
         replace(shot, split=Shot.split_of(shot.prompt)) for shot in pipe.shots([f"a red star {i}" for i in range(32)], steps=1)
     ]
 
-    def seconds(asked: list[Site]) -> float:
+    def seconds(sites: list[Site]) -> float:
         start = time.process_time()
-        for _ in pipe.harvest(shots, asked, 32, progress=False):
+        for _ in pipe.harvest(shots, sites, 32, progress=False):
             pass
         return time.process_time() - start
 
@@ -205,20 +206,20 @@ def sites(root: Path) -> Result:
 
 
 def main() -> int:
-    """0 if every bar is met, else 1."""
+    """Run the benchmarks and return 0 if every threshold is met, else 1."""
     torch.set_num_threads(1)
     measures: dict[str, Callable[[Path], Result]] = {
         each.__name__: each for each in (kills, flips, sharing, writing, reading, memory, sites)
     }
-    asked = sys.argv[1:] or list(measures)
+    names = sys.argv[1:] or list(measures)
     with tempfile.TemporaryDirectory() as folder:
         results = []
-        for name in asked:
+        for name in names:
             results.append(measures[name](Path(folder)))
-            print(f"store: {results[-1].name}: {results[-1].shown} (bar {results[-1].bar})", flush=True)
-    met = all(result.met for result in results)
-    print(f"store: {sum(result.met for result in results)} of {len(results)} bars: {'met' if met else 'MISSED'}")
-    return 0 if met else 1
+            print(f"store: {results[-1].name}: {results[-1].value} (threshold {results[-1].threshold})", flush=True)
+    passed = all(result.passed for result in results)
+    print(f"store: {sum(result.passed for result in results)} of {len(results)} thresholds: {'met' if passed else 'MISSED'}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
