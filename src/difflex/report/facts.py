@@ -13,7 +13,8 @@ from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
-from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig, NoiseLevelResult
+from difflex.evaluation.concepts import ConceptsConfig
+from difflex.evaluation.concepts.results import ConceptMatches, NoiseLevelResult
 from difflex.records import Site
 from difflex.study import CommandRecord, DictionaryRef, Study
 

@@ -1,9 +1,8 @@
 """Read the records of a study once; records that are damaged, of another model or of older weights are named and left out."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -28,20 +27,8 @@ __all__ = ["read_facts"]
 
 DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
-WORDS = ("dictionary", "fingerprint", "data")
-"""The entries of an evaluation that are not numbers."""
-FILES = (
-    "study.json",
-    "run.json",
-    "anatomy.json",
-    "*/*/manifest.json",
-    "*/*/*/config.json",
-    "evaluation/*/*.json",
-    "concepts/*/*.json",
-    "steering/judged/*/*.json",
-    "steering/removal/*/*.json",
-    "steering/findings/*.json",
-)
+FILES = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
+FILES += ("concepts/*/*.json", "steering/judged/*/*.json", "steering/removal/*/*.json", "steering/findings/*.json")
 """The files of a study whose times are shown."""
 T = TypeVar("T")
 
@@ -109,7 +96,7 @@ class _StudyReader:
                         kind=config.kind,
                         size=config.size,
                         k=config.k,
-                        normalisation=_normalisation(config),
+                        normalisation=config.normalisation,
                         data=str(config.training.get("data", "")),
                         variant=ref.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
                         evaluation=self._evaluation(ref, config),
@@ -124,8 +111,8 @@ class _StudyReader:
             return None
         if evaluation.fingerprint != self.fingerprint(str(ref)):
             self.problems.append(f"{ref}: the dictionary has changed since it was evaluated. Run difflex evaluate again.")
-        elif not _is_valid_evaluation(evaluation, config):
-            self.problems.append(f"{path} has values that are not numbers: it is damaged. Delete it and run difflex evaluate.")
+        elif not evaluation.size == config.size > 0 or len(evaluation.density) != len(Evaluation.edges) - 1:
+            self.problems.append(f"{path} does not fit its dictionary: it is damaged. Delete it and run difflex evaluate.")
         else:
             return evaluation
         return None
@@ -153,10 +140,8 @@ class _StudyReader:
             if matches is None:
                 continue
             inputs = matches.inputs
-            if not _are_valid_matches(matches):
-                self.problems.append(
-                    f"{name} has values that are not numbers: it is damaged. Delete it and run difflex concepts."
-                )
+            if not matches.levels:
+                self.problems.append(f"{name} has no results: it is damaged. Delete it and run difflex concepts.")
             elif inputs and (inputs.model, inputs.revision) != (self.study.model, self.study.revision):
                 self.problems.append(
                     f"{name} is of {inputs.model} {inputs.revision}, not of this study. Run difflex concepts again."
@@ -179,7 +164,7 @@ class _StudyReader:
         config = self.load(read_config, self._folders[dictionary])
         if config is None:
             return None
-        normalisation = None if config.kind == "neurons" else _normalisation(config)
+        normalisation = None if config.kind == "neurons" else config.normalisation
         return MatchFacts(matches=matches, kind=config.kind, normalisation=normalisation, untrained=self.untrained, k=config.k)
 
     def steering(self, dictionary: DictionaryFacts, matches: Iterable[MatchFacts]) -> SteeringFacts | None:
@@ -191,9 +176,6 @@ class _StudyReader:
             return None
         if results.model != self.study.model or results.provenance.fingerprints.get(name) != self.fingerprint(name):
             self.problems.append(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
-            return None
-        if not _are_valid_results(results):
-            self.problems.append(f"{path} has values that are not numbers: it is damaged. Delete it and run difflex steer-eval.")
             return None
         own = [m.matches for m in matches if not m.untrained and (m.matches.site, m.matches.label) == ref]
         coverage = _coverage_from_file(results) if "concepts" in results.provenance.files else None
@@ -304,47 +286,6 @@ def _coverage(matches: ConceptMatches, results: SteeringResults, ref: Dictionary
         rare = sum(concept.group == group for concept in matches.rare_concepts)
         coverage[group] = GroupCoverage(len(concepts) + rare, rare, frozenset(detected))
     return coverage
-
-
-def _is_valid_evaluation(evaluation: Evaluation, config: DictionaryConfig) -> bool:
-    """Return whether all its metrics are numbers or NaN, and its counts are those of this dictionary."""
-    metrics = {name: entry for name, entry in asdict(evaluation).items() if name not in WORDS}
-    fits = evaluation.size == config.size > 0 and len(evaluation.density) == len(Evaluation.edges) - 1
-    return fits and all(isinstance(value, int | float | None) for value in _leaves(metrics))
-
-
-def _are_valid_matches(matches: ConceptMatches) -> bool:
-    """Return whether all values that are shown are numbers or NaN."""
-    values = [value for level in matches.levels for result in level.results for value in (*result.best.ap, *result.probe)]
-    values += [share for level in matches.levels for share in level.coverage]
-    return bool(matches.levels) and all(isinstance(value, int | float) for value in (*values, *matches.features.ap))
-
-
-def _are_valid_results(results: SteeringResults) -> bool:
-    """Return whether all values of curves are finite numbers."""
-    values = [
-        value
-        for curve in results.curves
-        for point in curve.points
-        for value in (point.strength, point.success, point.specificity, point.quality, point.confidence)
-    ]
-    values += [curve.without for curve in results.curves]
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-
-
-def _leaves(entry: object) -> Iterator[object]:
-    children = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list | tuple) else None
-    if children is None:
-        yield entry
-        return
-    for child in children:
-        yield from _leaves(child)
-
-
-def _normalisation(config: DictionaryConfig) -> str:
-    settings = config.settings.get("normalisation")
-    method = settings.get("method") if isinstance(settings, Mapping) else None
-    return method if isinstance(method, str) else "none"
 
 
 def _k_of_label(label: str) -> int:
