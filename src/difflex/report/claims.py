@@ -21,7 +21,7 @@ from difflex.report.dictionary_claims import (
 )
 from difflex.report.drawing import element
 from difflex.report.facts import SteeringFacts, StudyFacts
-from difflex.report.figures import ReportSection, csv_figure
+from difflex.report.figures import ReportFigure, ReportSection
 from difflex.report.figures.effects import REMOVED, dictionaries_of
 from difflex.report.style import SAE_KINDS, number, percent
 from difflex.study import DictionaryRef
@@ -68,11 +68,11 @@ def claims(facts: StudyFacts) -> ReportSection:
         lead=f"Claims of arXiv 2505.24360 about FLUX.1, tested on the numbers of this study by the rule below each: {summary}.",
         body=element("ul", *map(_item, judged), class_="claims"),
         figures=(
-            csv_figure(
-                "claims",
-                "All claims with all their evidence.",
-                ("name", "claim", "verdict", "evidence"),
-                ((claim.name, claim.statement, claim.verdict, line) for claim in judged for line in claim.evidence),
+            ReportFigure(
+                name="claims",
+                caption="All claims with all their evidence.",
+                columns=("name", "claim", "verdict", "evidence"),
+                rows=[(claim.name, claim.statement, claim.verdict, line) for claim in judged for line in claim.evidence],
             ),
         ),
     )

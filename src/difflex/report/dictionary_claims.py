@@ -141,9 +141,7 @@ def better_than_untrained_model(facts: StudyFacts) -> Claim:
         "Features match known concepts better than those of an untrained model do (not in the paper: a control).",
         "the dictionaries of the untrained model at the same site, of the same kind",
         pairs=_pairs(
-            facts,
-            (*SAE_KINDS, "itda"),
-            lambda own, other: other.untrained and own.kind == other.kind and _same_site(own, other),
+            facts, (*SAE_KINDS, "itda"), lambda own, other: other.untrained and own.kind == other.kind and _same_site(own, other)
         ),
         command="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
     )

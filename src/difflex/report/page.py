@@ -45,7 +45,7 @@ def write_report(study: Study, control: Study | None = None, spell: Spell | None
     assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
     page = study.folder / "report.html"
     write_file(page, render("page.html", sections, facts=facts).encode())
-    files = {study.folder / "report" / f"{figure.name}.csv": figure.table.csv for figure in figures}
+    files = {study.folder / "report" / f"{figure.name}.csv": figure.csv for figure in figures}
     for stale in set((study.folder / "report").glob("*.csv")) - files.keys():
         stale.unlink()  # of a figure that the study no longer has
     for path, text in files.items():
@@ -77,7 +77,7 @@ def problem_list(title: str, problems: Sequence[str]) -> Markup:
 
 def _download(figure: ReportFigure) -> str:
     """Return the CSV of a figure as a data URL."""
-    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.table.csv.encode()).decode()
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(figure.csv.encode()).decode()
 
 
 def _overview(facts: StudyFacts) -> ReportSection:

@@ -9,15 +9,7 @@ from difflex.files import write_file
 from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison, compare
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, Series, SeriesStyle, row_chart
-from difflex.report.figures import (
-    FigureTable,
-    MissingFigure,
-    ReportFigure,
-    ReportSection,
-    SortableRow,
-    html_table,
-    sortable_table,
-)
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, html_table, sortable_table
 from difflex.report.page import problem_list, render
 from difflex.report.style import count, number, percent
 
@@ -130,10 +122,8 @@ def _metrics(comparison: StudyComparison) -> ReportSection:
         + (f", {ROWS} at most." if len(comparison.pairs) > ROWS else "."),
         formula="FVU = sum |x - y|² / sum |x - mean x|² in model space; dead: share of features that fired at none of the "
         "tokens; v / mean: squared error of the prediction as a share of that with the mean in place of x",
-        table=FigureTable(
-            ("dictionary", "figure", *comparison.names, "difference"),
-            tuple((pair.dictionary, pair.column.name, pair.first, pair.second, pair.difference) for pair in pairs),
-        ),
+        columns=("dictionary", "figure", *comparison.names, "difference"),
+        rows=[(pair.dictionary, pair.column.name, pair.first, pair.second, pair.difference) for pair in pairs],
         drawings=tuple(chart for name in DRAWN if (chart := _metric_chart(comparison, pairs, name)) is not None),
         legend=_series(comparison),
     )
@@ -212,7 +202,8 @@ def _coverage(comparison: StudyComparison) -> ReportFigure:
         caption="With 95 % intervals from resampling the held-out images. The interval of a difference, in the CSV, takes the two "
         "for independent: where both were measured on the same images it is wider than necessary.",
         formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
-        table=FigureTable(("method", *columns, "difference", "low", "high"), table),
+        columns=("method", *columns, "difference", "low", "high"),
+        rows=table,
         drawings=(row_chart("coverage", about, axis, list(map(row, drawn))),),
         legend=_series(comparison),
     )
@@ -243,7 +234,8 @@ def _groups(comparison: StudyComparison) -> list[ReportFigure]:
             title="By group of concepts",
             caption="For each dictionary in both, the mean average precision of the best feature of each concept of a group.",
             formula="mean over the concepts of a group of AP, all noise levels together",
-            table=FigureTable(("method", "group", *comparison.names, "difference"), table),
+            columns=("method", "group", *comparison.names, "difference"),
+            rows=table,
             drawings=tuple(map(chart, pairs)),
             legend=_series(comparison),
         )

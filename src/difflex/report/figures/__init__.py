@@ -11,38 +11,9 @@ from markupsafe import Markup
 from difflex.report.drawing import Drawing, element
 from difflex.report.drawing.charts import Series
 
-__all__ = [
-    "FigureTable",
-    "MissingFigure",
-    "ReportFigure",
-    "ReportSection",
-    "SortableRow",
-    "csv_figure",
-    "html_table",
-    "sortable_table",
-]
+__all__ = ["MissingFigure", "ReportFigure", "ReportSection", "SortableRow", "html_table", "sortable_table"]
 
 NOTHING = Markup()
-Value = str | float | None
-
-
-class FigureTable(NamedTuple):
-    """The numbers of a figure."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Value, ...], ...]
-
-    @property
-    def csv(self) -> str:
-        """The table as comma-separated values, with all digits."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.columns)
-        cells = (
-            ["" if value is None else value if isinstance(value, str) else repr(value) for value in row] for row in self.rows
-        )
-        writer.writerows(cells)
-        return file.getvalue()
 
 
 class MissingFigure(NamedTuple):
@@ -55,21 +26,32 @@ class MissingFigure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFigure:
-    """Drawings side by side, their caption and their numbers."""
+    """Drawings side by side, their caption and their numbers; without drawings a CSV file only."""
 
     name: str
     """Of its CSV file, and its anchor on the page."""
-    title: str
+    title: str = ""
     caption: str
     formula: str = ""
     """How its values are computed."""
-    table: FigureTable
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str | float | None, ...]]
+    """The numbers behind the drawings."""
     drawings: tuple[Drawing, ...] = ()
     legend: tuple[Series, ...] = ()
     ramp: Markup = NOTHING
     """The legend of a heat map."""
     paired: bool = False
     """Whether the drawings are pairs, two in a row."""
+
+    @property
+    def csv(self) -> str:
+        """The numbers as comma-separated values, with all digits."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(["" if x is None else x if isinstance(x, str) else repr(x) for x in row] for row in self.rows)
+        return file.getvalue()
 
     @property
     def left_out(self) -> int:
@@ -101,11 +83,6 @@ class SortableRow(NamedTuple):
     """Each with its text."""
     word_title: str | None = None
     """A tooltip of the second cell."""
-
-
-def csv_figure(name: str, caption: str, columns: Sequence[str], rows: Iterable[tuple[Value, ...]]) -> ReportFigure:
-    """Return a figure that is a CSV file only."""
-    return ReportFigure(name=name, title="", caption=caption, table=FigureTable(tuple(columns), tuple(rows)))
 
 
 def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, words: int) -> Markup:

@@ -10,7 +10,7 @@ from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
 from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import StudyFacts
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import number, percent
 
 __all__ = ["anatomy"]
@@ -60,7 +60,8 @@ def _norms_figure(anatomy: Anatomy) -> ReportFigure | None:
         caption="The mean norm of a token's activation after each block, by timestep: timestep 1000 is pure noise. Compare with "
         "figure 3 of arXiv 2505.24360.",
         formula="mean over tokens of |x|; colour by log10",
-        table=FigureTable(("site", "stream", "timestep", "norm"), tuple(rows)),
+        columns=("site", "stream", "timestep", "norm"),
+        rows=rows,
         drawings=tuple(_norms(stream, norms, low, high) for stream, norms in streams.items() if norms),
         ramp=ramp(number(low), number(high), "mean norm, log scale"),
     )
@@ -108,7 +109,8 @@ def _spectra_figure(anatomy: Anatomy) -> ReportFigure | None:
         caption="How the variance is divided among the principal directions: along each, on the left, and in the largest of "
         f"them together, on the right. {sizes}. Compare with figure 4 of arXiv 2505.24360.",
         formula="eigenvalues of the covariance of x over their sum",
-        table=FigureTable(("site", "rank", "share", "share of this and all larger"), tuple(rows)),
+        columns=("site", "rank", "share", "share of this and all larger"),
+        rows=rows,
         drawings=(
             _spectrum("along each direction", Axis(label=label, log=True), curves),
             _spectrum("in the largest together", Axis(label=label, low=0.0, high=1.0, percent=True), sums_of_curves),

@@ -9,7 +9,7 @@ from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import MatchFacts, StudyFacts
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import kind_series, number, percent
 
 __all__ = ["concepts", "mean_ap"]
@@ -80,7 +80,8 @@ def _features(blocks: Blocks) -> ReportFigure:
         f"are. One method of each kind, at the k where most can be compared ({ks}). It takes the place of the scores of figure 7 "
         "of arXiv 2505.24360, where a model judged explanations.",
         formula="features whose best AP over all concepts is at least this / features that fire",
-        table=FigureTable(("block", "method", "AP at least", "share of features", "features"), rows),
+        columns=("block", "method", "AP at least", "share of features", "features"),
+        rows=rows,
         drawings=tuple(_features_plot(path, matches) for path, matches in chosen.items()),
         legend=tuple(series.values()),
     )
@@ -127,9 +128,8 @@ def _coverage(blocks: Blocks) -> ReportFigure:
         "images, and the mean AP of the best features. The probe, a linear classifier for each concept on the whole activation, "
         "shows how much there is to detect.",
         formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
-        table=FigureTable(
-            ("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"), tuple(rows)
-        ),
+        columns=("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"),
+        rows=rows,
         drawings=tuple(_coverage_chart(path, matches) for path, matches in ordered.items()),
         legend=(COVERAGE, MEAN, PROBE),
     )
@@ -178,7 +178,8 @@ def _knowledge(blocks: Blocks) -> ReportFigure:
         caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): how well a linear probe finds them "
         "in the whole activation, and how well single features of the best dictionary there show them.",
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
-        table=FigureTable(("block", "method", "group", "noise", "concepts", "mean AP", "detected"), tuple(rows)),
+        columns=("block", "method", "group", "noise", "concepts", "mean AP", "detected"),
+        rows=rows,
         drawings=tuple(drawings),
         ramp=ramp("0", "1", "mean AP"),
         paired=True,

@@ -10,15 +10,7 @@ from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, row_chart
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_strips, ramp
 from difflex.report.facts import DictionaryFacts, StudyFacts
-from difflex.report.figures import (
-    FigureTable,
-    MissingFigure,
-    ReportFigure,
-    ReportSection,
-    SortableRow,
-    csv_figure,
-    sortable_table,
-)
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, sortable_table
 from difflex.report.style import kind_series, number, percent
 
 __all__ = ["TableColumn", "dictionaries", "firing", "metric_columns", "normalisation_variants"]
@@ -61,13 +53,10 @@ def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
         "on each axis (standardise), or rotated to their principal axes as well (whiten). Compare with figure 5 of arXiv "
         "2505.24360.",
         formula="features that fired at none of the held-out tokens / all features",
-        table=FigureTable(
-            ("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
-            tuple(
-                (d.name, d.normalisation, d.metrics.size, d.metrics.dead, d.metrics.dead_share, d.metrics.tokens)
-                for d in variants
-            ),
-        ),
+        columns=("dictionary", "normalisation", "features", "dead", "dead share", "tokens"),
+        rows=[
+            (d.name, d.normalisation, d.metrics.size, d.metrics.dead, d.metrics.dead_share, d.metrics.tokens) for d in variants
+        ],
         drawings=(row_chart("dead features", about, axis, [_dead_row(d) for d in variants]),),
         legend=tuple(map(kind_series, kinds)) if len(kinds) > 1 else (),
     )
@@ -94,10 +83,8 @@ def _density(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
         caption="The share of the held-out tokens at which features fire: each strip is the histogram of one dictionary, rare "
         "features on the left. Dead features are in no cell; their share is at the end of the line.",
         formula="tokens at which a feature's code is positive / tokens; cells of a quarter of a power of ten",
-        table=FigureTable(
-            ("dictionary", "log10 density from", "log10 density to", "features", "share of features"),
-            tuple((d.name, edges[i], edges[i + 1], d.metrics.density[i], _share(d, i)) for d in evaluated for i in bins),
-        ),
+        columns=("dictionary", "log10 density from", "log10 density to", "features", "share of features"),
+        rows=[(d.name, edges[i], edges[i + 1], d.metrics.density[i], _share(d, i)) for d in evaluated for i in bins],
         drawings=tuple(_strips(site, [d for d in evaluated if str(d.ref.site) == site], bins, most) for site in sites),
         ramp=ramp("0 %", percent(most), "share of a dictionary's features"),
     )
@@ -228,11 +215,13 @@ def dictionaries(facts: StudyFacts) -> ReportSection:
     missing = [MissingFigure(f"Metrics of {', '.join(waiting)}", "difflex evaluate STUDY")] if waiting else []
     if not facts.dictionaries:
         missing.append(MissingFigure("Dictionaries", "difflex train STUDY or difflex itda STUDY"))
-    file = csv_figure(
-        "dictionaries",
-        "All digits of the table above.",
-        ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns)),
-        ((d.name, d.kind, d.normalisation, d.k, d.size, *(column.value(d.metrics) for column in columns)) for d in evaluated),
+    file = ReportFigure(
+        name="dictionaries",
+        caption="All digits of the table above.",
+        columns=("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns)),
+        rows=[
+            (d.name, d.kind, d.normalisation, d.k, d.size, *(column.value(d.metrics) for column in columns)) for d in evaluated
+        ],
     )
     return ReportSection(
         name="dictionaries",

@@ -10,7 +10,7 @@ from difflex.effects.removal import RemovalResults, RemovedConcept
 from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection, csv_figure, html_table
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.style import DASHES, count, grouped, number, percent
 
 __all__ = ["REMOVED", "dictionaries_of", "findings", "removal"]
@@ -83,14 +83,12 @@ def _removal_figure(results: Sequence[RemovalResults]) -> ReportFigure:
         caption="The bar is the share of images from which the concept is gone; the points are the shares of the other concepts of "
         "its group and of everything else that stay. A concept counts as removed where all three are at least 90 %.",
         formula="UA = gone / shown before; IRA, CRA = still right / right before; on unseen prompts",
-        table=FigureTable(
-            ("dictionaries", "group", "concept", "images", "shown unedited", *rates, "features", "strength"),
-            tuple(
-                (dictionaries_of(result), c.group, c.concept, c.images, c.shown, *c.rates, c.most_features, c.strength)
-                for result in results
-                for c in result.concepts
-            ),
-        ),
+        columns=("dictionaries", "group", "concept", "images", "shown unedited", *rates, "features", "strength"),
+        rows=[
+            (dictionaries_of(result), c.group, c.concept, c.images, c.shown, *c.rates, c.most_features, c.strength)
+            for result in results
+            for c in result.concepts
+        ],
         drawings=tuple(
             row_chart(
                 f"{group}: {dictionaries_of(result)}",
@@ -109,9 +107,7 @@ def _removal_row(concept: RemovedConcept) -> ChartRow:
     rates = concept.rates
     entries = tuple(
         RowEntry(
-            series=series,
-            point=PlotPoint(x=share, tip=f"{concept.concept}\n{series.name}: {percent(share)}"),
-            bar=series is UA,
+            series=series, point=PlotPoint(x=share, tip=f"{concept.concept}\n{series.name}: {percent(share)}"), bar=series is UA
         )
         for series, share in ((UA, rates.ua), (IRA, rates.ira), (CRA, rates.cra))
     )
@@ -129,15 +125,15 @@ def findings(facts: StudyFacts) -> ReportSection:
         for finding in record.findings:
             by_name.setdefault(finding.name, []).append((record.site, finding))
     figures = [_finding_figure(name, pairs) for name, pairs in by_name.items()]
-    file = csv_figure(
-        "findings",
-        "The numbers that the rules compare.",
-        ("site", "name", "finding", "paper", "verdict", "because", "number", "value"),
-        (
+    file = ReportFigure(
+        name="findings",
+        caption="The numbers that the rules compare.",
+        columns=("site", "name", "finding", "paper", "verdict", "because", "number", "value"),
+        rows=[
             (site, finding.name, finding.claim, finding.paper, finding.verdict, finding.reason, name, value)
             for site, finding in ((record.site, finding) for record in facts.findings for finding in record.findings)
             for name, value in finding.numbers.items()
-        ),
+        ],
     )
     return ReportSection(
         name="findings",
@@ -167,7 +163,8 @@ def _finding_figure(name: str, pairs: Sequence[SiteFinding]) -> ReportFigure:
         title=first.claim,
         caption=" ".join(f"{SIGNS[finding.verdict]} {site}: {finding.verdict}. {finding.reason}" for site, finding in pairs),
         formula=f"{first.paper}. Rule: {first.rule} Error bars are two standard errors over concepts.",
-        table=FigureTable(("site", "line", first.x, first.y, "standard error", "concepts"), rows),
+        columns=("site", "line", first.x, first.y, "standard error", "concepts"),
+        rows=rows,
         drawings=tuple(_finding_plot(site, finding, series) for site, finding in pairs if finding.lines),
         legend=tuple(series.values()),
     )

@@ -16,7 +16,7 @@ from difflex.features.entries import FeatureStats
 from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection, csv_figure
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import count, kind_series, number, percent, styles_by_name
 from difflex.study import DictionaryRef, Study
 
@@ -85,7 +85,8 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
         caption="How many features reach an accuracy: figure 7 of arXiv 2505.24360 as curves. "
         + (f"Differences of means, permutation tests corrected by Holm: {differences}." if differences else ""),
         formula="accuracy: mean over judged images of s where the feature fires, 1 - s where not; s is the judge's score",
-        table=FigureTable(("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"), rows),
+        columns=("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"),
+        rows=rows,
         drawings=tuple(_distribution_plot(f"{p}, {backend}", own, series) for (backend, p), own in panels.items()),
         legend=tuple(series.values()),
     )
@@ -155,7 +156,8 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
         caption="Mean accuracy with its 95 % interval over features. "
         + (f"Its fall, for the same features, where the explainer never saw the judge's images: {falls}." if falls else ""),
         formula="chance is 0.5 by both protocols",
-        table=FigureTable(("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"), tuple(table)),
+        columns=("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"),
+        rows=table,
         drawings=(chart,),
         legend=(PAPER, HELDOUT),
     )
@@ -181,9 +183,8 @@ def _surfaces(comparison: MethodComparison) -> ReportFigure:
         title="How much of an explanation is only colour or place",
         caption="Mean accuracy with its 95 % interval, by whether none, some or all of the content words are colours or places: "
         "what a model falls back on when it finds no meaning.",
-        table=FigureTable(
-            ("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"), tuple(table)
-        ),
+        columns=("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"),
+        rows=table,
         drawings=(row_chart("mean accuracy", about, axis, rows),),
         legend=(PAPER, HELDOUT),
     )
@@ -209,12 +210,12 @@ def images(facts: StudyFacts) -> ReportSection:
         for rank, (stats, value, concept, explanation, _) in enumerate(features):
             values = (concept, explanation, stats.density, stats.peak, stats.coverage)
             rows.append((str(ref), stats.feature, rank, measure, value, *values))
-    file = csv_figure(
-        "images",
-        "The features above and what they are ranked by: the accuracy of their explanation, else the average precision for the "
+    file = ReportFigure(
+        name="images",
+        caption="The features above and what they are ranked by: the accuracy of their explanation, else the average precision for the "
         "known concept that they detect best, else their peak.",
-        ("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage"),
-        rows,
+        columns=("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage"),
+        rows=rows,
     )
     return ReportSection(
         name="images",

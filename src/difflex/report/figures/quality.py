@@ -8,7 +8,7 @@ from difflex.records import Site
 from difflex.report.drawing import Axis, AxisTick, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import DictionaryFacts, StudyFacts, similar_size, usually_normalised
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import DASHES, kind_series, number, percent
 
 __all__ = ["quality"]
@@ -78,10 +78,8 @@ def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure | None:
         caption=f"SAEs and ITDA on the same axes, {shape}, each with the normalisation that is usual for its kind in this study. "
         "Compare with figure 6 of arXiv 2505.24360.",
         formula=FORMULAS,
-        table=FigureTable(
-            ("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
-            tuple((d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members),
-        ),
+        columns=("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
+        rows=[(d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members],
         drawings=tuple(_sweep_plot(members, metric, by_size, series) for metric in (FVU, R2, DEAD)),
         legend=series,
     )
@@ -150,10 +148,8 @@ def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
         title=f"Over sites at {_shape(members)}",
         caption="How well each kind of dictionary reconstructs each site. Compare with figure 8 of arXiv 2505.24360.",
         formula=FORMULAS,
-        table=FigureTable(
-            ("dictionary", "site", "kind", "FVU", "r2"),
-            tuple((d.name, str(d.ref.site), d.kind, FVU.value(d.metrics), R2.value(d.metrics)) for d in members),
-        ),
+        columns=("dictionary", "site", "kind", "FVU", "r2"),
+        rows=[(d.name, str(d.ref.site), d.kind, FVU.value(d.metrics), R2.value(d.metrics)) for d in members],
         drawings=tuple(_sites_chart(members, metric) for metric in (FVU, R2)),
         legend=tuple(kind_series(kind, line=False) for kind in kinds),
     )
@@ -189,7 +185,8 @@ def _timesteps(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
         caption="How well the same dictionaries reconstruct the activations of each timestep, from pure noise (1000) towards the "
         "image.",
         formula="FVU among the held-out tokens of the timestep, about their own mean",
-        table=FigureTable(("dictionary", "timestep", "tokens", "FVU", "r2"), rows),
+        columns=("dictionary", "timestep", "tokens", "FVU", "r2"),
+        rows=rows,
         drawings=tuple(_timesteps_plot([d for d in members if str(d.ref.site) == site], site, axis) for site in sites),
         legend=tuple(map(kind_series, dict.fromkeys(d.kind for d in members))),
     )
@@ -239,10 +236,8 @@ def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
         caption="A dictionary can miss little of the variance and yet much of what the model uses. Each point is a dictionary "
         "whose reconstruction replaced the activation; 100 % is the effect of the mean activation in its place.",
         formula="sum |v' - v|² / sum |v|² of the denoiser's prediction v, as a share of the same with the mean in place of x",
-        table=FigureTable(
-            ("dictionary", "kind", "normalisation", "FVU", "velocity error / mean ablation", "shots"),
-            tuple((d.name, d.kind, d.normalisation, d.fvu, share, shots) for d, share, shots in shares),
-        ),
+        columns=("dictionary", "kind", "normalisation", "FVU", "velocity error / mean ablation", "shots"),
+        rows=[(d.name, d.kind, d.normalisation, d.fvu, share, shots) for d, share, shots in shares],
         drawings=(plot("velocity error against FVU", about, x, y, curves),),
         legend=series,
     )

@@ -12,7 +12,7 @@ from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
 from difflex.report.facts import SteeringFacts, StudyFacts
-from difflex.report.figures import FigureTable, MissingFigure, ReportFigure, ReportSection, csv_figure, html_table
+from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.figures.explanations import image_url
 from difflex.report.style import NONE, count, grouped, kind_series, number, percent
 
@@ -165,9 +165,8 @@ def _figure(measure: SteeringMeasure, lines: Sequence[MethodCurves]) -> ReportFi
         "contrast has the length that was measured, and the caption is replaced as a whole. Only concepts for which the dictionary "
         "has a feature.",
         formula=measure.formula,
-        table=FigureTable(
-            ("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"), tuple(rows)
-        ),
+        columns=("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"),
+        rows=rows,
         drawings=tuple(_panel(measure, name, group, own) for (name, group), own in panels.items()),
         legend=(*dict.fromkeys(line.series for line in lines), *((BAR,) if measure.bar is not None else ())),
     )
@@ -211,14 +210,14 @@ def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
         concepts = (coverage.concepts, coverage.rare, len(coverage.detected))
         rows.append((str(steering.ref), method, group, *concepts, *((None,) * 6 if summary is None else summary[1:])))
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
-    return csv_figure(
-        "steered",
-        "All digits of the table above. Medians over the concepts for which the dictionary has a feature, each at its best "
+    return ReportFigure(
+        name="steered",
+        caption="All digits of the table above. Medians over the concepts for which the dictionary has a feature, each at its best "
         "strength: that of the highest success at which 90 % of everything else stays and no image breaks. Concepts that too few "
         "images show count as without a feature. Gain is the success there less the share of unedited images that show the "
         "concept, and 0 where no strength is acceptable.",
-        ("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss", "strength"),
-        rows,
+        columns=("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss", "strength"),
+        rows=rows,
     )
 
 
@@ -260,7 +259,7 @@ def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
     concept = ("group", "concept", "detected", "images", "without")
     measures = ("strength", "success", "kept", "loss", "confidence")
     columns = ("dictionary", "method", "what is added", *concept, *measures)
-    return csv_figure("points", "Every concept at every strength.", columns, rows)
+    return ReportFigure(name="points", caption="Every concept at every strength.", columns=columns, rows=rows)
 
 
 def _examples(steering: SteeringFacts) -> Markup:
