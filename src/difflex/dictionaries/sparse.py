@@ -264,7 +264,7 @@ def _candidates(scores: Float[Tensor, "token size"], slack: Float[Tensor, " toke
 
 
 def _reached_by_k(peaks: Float[Tensor, "token block"], k: int) -> Float[Tensor, " token"]:
-    """Return for every row a number just below its k-th largest entry, found by bisection, which is faster than sorting."""
+    """Return for every row a number close below its k-th largest entry, by bisection, which is faster than sorting."""
     low, high = peaks.amin(1), peaks.amax(1)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
