@@ -1,7 +1,7 @@
-"""Evaluation against training: tokens per second of processor time on one thread, the same dictionary, in alternating rounds.
+"""Speed of evaluation compared with training: tokens per second of processor time on one thread, in alternating rounds.
 
-Training is its updates alone, without reading and logging; evaluation is all of `evaluate`, in both spaces and by timestep. Both
-take batches of 1,024 tokens, as their commands do.
+Training is the updates alone, without reading and logging; evaluation is all of `evaluate`, in both spaces and by timestep. Both
+use the same dictionary and batches of 1,024 tokens, as their commands do.
 """
 
 import statistics
@@ -28,14 +28,14 @@ from difflex.training.parallel import TrainingRanks
 
 torch.set_num_threads(1)
 BATCH = 1024
-BAR = 1.0
-"""Tokens evaluated in the time of one that is trained on, at least."""
+TARGET = 1.0
+"""Minimum number of tokens evaluated in the time that training takes for one."""
 TIMESTEPS = (1000.0, 750.0, 500.0, 250.0)
 SHOT = Shot(model="planted", pixels=(64, 64), steps=4, guidance=0.0, split="held-out")
 
 
 class Shape(NamedTuple):
-    """A size of dictionary, and how much of it is measured."""
+    """The shape of a dictionary, and the amount of work to measure."""
 
     width: int
     size: int
@@ -55,12 +55,12 @@ def shot(number: int) -> Shot:
 
 
 def held_out(batches: list[ActivationBatch]) -> Iterator[ActivationBatch]:
-    """The same rows, as of 64 tokens to a shot."""
+    """Return the same rows as a held-out split, with 64 tokens per shot."""
     return SplitBatches((rows._replace(shots=rows.shots // 64) for rows in batches), "held-out")
 
 
 def compare(name: str, shape: Shape) -> float:
-    """How many tokens are evaluated in the time that training takes for one, the median of the rounds."""
+    """Return how many tokens are evaluated in the time that training takes for one, as the median over rounds."""
     planted = PlantedDictionary(width=shape.width, truths=shape.size // 2)
     batches = list(islice(planted.batches(BATCH), shape.batches))
     moments = VectorMoments(shape.width, covariance=False)
@@ -84,27 +84,27 @@ def compare(name: str, shape: Shape) -> float:
     measure()
     for number in range(shape.rounds):
         for work in list(times)[:: 1 if number % 2 else -1]:
-            began = time.process_time()
+            start = time.process_time()
             work()
-            times[work].append(time.process_time() - began)
+            times[work].append(time.process_time() - start)
     trained, measured = (tokens / statistics.median(times[work]) for work in (train, measure))
     print(f"  {name} ({shape.width} x {shape.size}, k {shape.k}): {trained:,.0f} tokens/s trained, {measured:,.0f} evaluated")
     return statistics.median(a / b for a, b in zip(times[train], times[measure], strict=True))
 
 
 def dictionary(learner: Learner, normalisation: Normalisation, k: int) -> SAE:
-    """What the learner has learned so far."""
+    """Return the dictionary trained so far."""
     origin = DictionaryOrigin(site=Site("double.0"))
     return SAE(kind="topk", k=k, origin=origin, normalisation=normalisation, weights=trained_weights(learner))
 
 
 def main() -> int:
-    """0 if the bar is met at every shape, else 1."""
-    found = {name: compare(name, shape) for name, shape in SHAPES.items()}
-    met = all(speed >= BAR for speed in found.values())
-    shown = ", ".join(f"{speed:.2f} {name}" for name, speed in found.items())
-    print(f"evaluation: tokens evaluated for each trained on: {shown} (bar {BAR}): {'met' if met else 'MISSED'}")
-    return not met
+    """Return 0 if the target is met at every shape, else 1."""
+    speeds = {name: compare(name, shape) for name, shape in SHAPES.items()}
+    success = all(speed >= TARGET for speed in speeds.values())
+    text = ", ".join(f"{speed:.2f} {name}" for name, speed in speeds.items())
+    print(f"evaluation: tokens evaluated per token trained on: {text} (target {TARGET}): {'met' if success else 'MISSED'}")
+    return not success
 
 
 if __name__ == "__main__":
