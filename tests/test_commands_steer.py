@@ -47,7 +47,9 @@ def alive(made: Path) -> list[str]:
 
 
 def steer(study: Path, *words: str) -> int:
-    return main(["steer", str(study), *words])
+    """Run `difflex steer`; the first word is the dictionary, unless it is a flag."""
+    first, *features_and_flags = words
+    return main(["steer", str(study), *(words if first.startswith("--") else [*features_and_flags, "--dictionary", first])])
 
 
 def tiles(path: Path) -> list[bytes]:
@@ -59,7 +61,7 @@ def tiles(path: Path) -> list[bytes]:
     return [sheet.crop((x, 0, x + 40, sheet.height)).tobytes() for x in starts[-3:]]
 
 
-def test_a_sweep_is_a_grid_with_the_unedited_image_first_and_no_strength_like_it(study: Path, alive: list[str], tmp_path: Path):
+def test_a_sweep_starts_with_the_unedited_image_which_equals_strength_zero(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
     assert steer(study, SITE, *alive[:2], "--prompt", "a star", "--strength", "0:40:20", "--unit", "code", "--out", str(out)) == 0
     nothing, some, more = tiles(out)
@@ -70,7 +72,7 @@ def test_a_sweep_is_a_grid_with_the_unedited_image_first_and_no_strength_like_it
     assert plain[below_the_titles] == unedited[below_the_titles]
 
 
-def test_a_recorded_edit_is_replayed_to_the_pixel_and_refused_once_its_dictionary_has_changed(
+def test_a_recorded_edit_is_replayed_exactly_and_refused_after_its_dictionary_changed(
     study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     first, again, record = (tmp_path / name for name in ("first.png", "again.png", "edit.json"))
@@ -86,7 +88,7 @@ def test_a_recorded_edit_is_replayed_to_the_pixel_and_refused_once_its_dictionar
     assert f"{PLACE} has changed since" in capsys.readouterr().err
 
 
-def test_a_replay_is_refused_once_the_painted_region_has_changed(
+def test_a_replay_is_refused_after_its_region_image_changed(
     study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     mask, record = tmp_path / "mask.png", tmp_path / "edit.json"
@@ -99,7 +101,7 @@ def test_a_replay_is_refused_once_the_painted_region_has_changed(
     assert "mask.png has changed since" in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_transplant_of_a_image_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
+def test_a_transplant_of_an_image_into_itself_changes_nothing(study: Path, alive: list[str], tmp_path: Path):
     out = tmp_path / "grid.png"
     flags = ["--operation", "transplant", "--prompt", "a star", "--source", "a star", "--source-seed", "0", "--out", str(out)]
     assert steer(study, SITE, *alive, *flags) == 0
@@ -107,7 +109,7 @@ def test_a_transplant_of_a_image_into_itself_changes_nothing(study: Path, alive:
     assert unedited[len(unedited) // 4 :] == transplanted[len(unedited) // 4 :]
 
 
-def test_a_contrast_is_found_kept_taken_apart_and_steered_along(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_contrast_is_found_saved_decomposed_and_steered_along(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "pairs.txt").write_text("a star\ta ring\n\na red star\ta red ring\n")
     words = ["contrast", str(study), "star", "--site", SITE, "--pairs", str(tmp_path / "pairs.txt"), "--seeds", "0:3"]
     assert main([*words, "--keep-steps", "0:1", "--dictionary", SITE]) == 0
@@ -122,9 +124,9 @@ def test_a_contrast_is_found_kept_taken_apart_and_steered_along(study: Path, tmp
     assert len(set(tiles(out))) == 3
 
 
-def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "icons.png"
-    assert main(["icon", str(study), SITE, *alive[:2], "--strength", "1:2:1", "--out", str(out)]) == 0
+    assert main(["icon", str(study), *alive[:2], "--dictionary", SITE, "--strength", "1:2:1", "--out", str(out)]) == 0
     assert "2 features at 2 strengths" in capsys.readouterr().out and out.is_file()
 
 
@@ -134,7 +136,7 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
         ((SITE, "64"), "numbered 0 to 63"),
         (("double.0", "1"), "nearest: double.1"),
         ((), "There is nothing to steer with"),
-        ((SITE,), "No feature"),
+        ((SITE,), "Name features"),
         ((SITE, "1", "--region", "0,0,30,10"), "outside the image of 24 x 16 pixels"),
         ((SITE, "1", "--region", "nothing.png"), "is no file"),
         ((SITE, "1", "--edit-steps", "1:9"), "the run has 2"),
@@ -147,7 +149,7 @@ def test_icons_are_drawn_for_each_feature(study: Path, alive: list[str], tmp_pat
         ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one image"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(
+def test_impossible_edits_are_explained(
     study: Path, alive: list[str], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     words = tuple(alive[0] if word == "1" else word for word in words)
@@ -165,9 +167,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
         (("--positive", "a star", "--negative", "a star"), "do not differ"),
     ],
 )
-def test_a_contrast_that_cannot_be_is_said_in_a_sentence(
-    study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-):
+def test_impossible_contrasts_are_explained(study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
     assert main(["contrast", str(study), "x", "--site", SITE, *words]) == 2
     assert said in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Concepts told in words: what is asked of images, and what eyes that nobody trained for them make of what they see."""
+"""Concepts in words: trials and pairs, files, and the judges by CLIP embeddings and by a VLM."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,12 +33,12 @@ def by_mean(pixels: Tensor) -> Tensor:
     return F.normalize(pixels.mean((2, 3)), dim=1)
 
 
-def eyes(unedited: Tensor) -> SimilarityJudge:
+def judge(unedited: Tensor) -> SimilarityJudge:
     words = lambda texts: torch.tensor([COLOURS[text] for text in texts])  # noqa: E731
     return SimilarityJudge(by_mean, words, 10.0, SPECS, lambda trials: unedited)
 
 
-def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_seeds():
+def test_trials_alternate_prompts_and_other_concepts_with_different_seeds():
     task = RED.task(6)
     assert [trial.prompt for trial in task.trials] == [
         "a green ball",
@@ -53,40 +53,40 @@ def test_trials_take_turns_with_prompts_and_other_concepts_and_differ_in_their_s
     assert RED.rest(task.trials[3]) == "a something house on a hill"
 
 
-def test_pairs_differ_in_the_concept_alone_and_none_comes_twice():
+def test_pairs_differ_only_in_the_concept_and_are_unique():
     assert RED.pairs(100)[:2] == [("a red ball", "a green ball"), ("a red house on a hill", "a green house on a hill")]
     assert len(set(RED.pairs(100))) == len(RED.pairs(100)) == 4 and len(RED.pairs(3)) == 3
 
 
 @pytest.mark.parametrize("wrong", [{"instead": ()}, {"prompts": ("a ball",)}, {"prompts": ()}, {"concept": ""}])
-def test_a_concept_without_words_for_it_is_refused(wrong: dict[str, object]):
+def test_an_incomplete_concept_is_refused(wrong: dict[str, object]):
     words = {"concept": "red", "group": "colour", "instead": ("green",), "prompts": ("a {}",), **wrong}
     with pytest.raises(BadInput, match="is incomplete"):
         ConceptSpec(**words)
 
 
-def test_likeness_sees_a_concept_where_it_was_put_and_nowhere_else():
+def test_the_similarity_judge_finds_a_concept_only_in_its_region():
     trials = RED.task(3).trials
     unedited = torch.stack([image("green", "green"), image("green", "blue"), image("blue", "red")])
-    before = eyes(unedited)(RED.task(3), trials, unedited)
-    # The last has red on the right alone, where it was not put.
+    before = judge(unedited)(RED.task(3), trials, unedited)
+    # The last is red on the right only, outside the region.
     assert [verdict.shows for verdict in before] == [False] * 3 and all(verdict.right["the rest"] for verdict in before)
     edited = torch.stack([image("red", "green"), image("red", "green"), image("green", "red")])
-    after = eyes(unedited)(RED.task(3), trials, edited)
+    after = judge(unedited)(RED.task(3), trials, edited)
     assert [verdict.shows for verdict in after] == [True, True, False]
-    # The right half of the second is now what that of the first was.
+    # The right half of the second now looks like that of the first.
     assert [verdict.right["the rest"] for verdict in after] == [True, False, True]
     assert all(0.99 < verdict.confidence <= 1 for verdict in after)
 
 
-def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
+def test_the_vlm_judge_gets_the_image_the_region_and_the_rest_of_the_prompt():
     asked: list[PresenceQuestion] = []
 
-    def ask(several: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
-        asked.extend(several)
+    def ask(questions: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
+        asked.extend(questions)
         return [
             PresenceAnswer(shows=each.part is not None and each.part.getextrema()[0] == (255, 255), rest=False)
-            for each in several
+            for each in questions
         ]
 
     images = torch.stack([image("red", "blue"), image("green", "red")])
@@ -99,32 +99,33 @@ def test_whoever_is_asked_sees_the_whole_and_the_part_and_is_told_the_rest():
     assert asked[-1].part is None
 
 
-def test_a_part_smaller_than_a_pixel_is_one_pixel():
+def test_a_region_smaller_than_a_pixel_is_one_pixel():
     tiny = Rectangle(0.5, 0.5, 0.501, 0.501)
     parts: list[Image.Image | None] = []
 
-    def ask(several: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
-        parts.extend(each.part for each in several)
+    def ask(questions: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
+        parts.extend(question.part for question in questions)
         return [PresenceAnswer(shows=True, rest=True)]
 
     vlm_judge(ask, SPECS)(RED.task(1), [SteeringTrial("a green ball", 0, tiny)], image("red", "blue")[None])
     assert parts[0] is not None and parts[0].size == (1, 1)
 
 
-def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
+def test_concepts_are_read_from_a_file(tmp_path: Path):
     path = tmp_path / "concepts.toml"
     path.write_text(
         '[[concept]]\nname = "red"\ngroup = "colour"\ninstead = ["green", "blue"]\n'
         'prompts = ["a {} ball", "a {} house on a hill"]\nregion = [0, 0, 0.5, 1]\n'
         '[[concept]]\nname = "a dog"\ninstead = "a cat"\nprompts = "{} in the snow"\nfeature = 7\n'
     )
-    told = read_concepts(path).specs
-    assert told["red"] == RED
-    assert told["a dog"].feature == 7 and told["a dog"].group == "concept" and told["a dog"].instead == ("a cat",)
+    specs = read_concepts(path).specs
+    assert specs["red"] == RED
+    dog = specs["a dog"]
+    assert dog.feature == 7 and dog.group == "concept" and dog.instead == ("a cat",)
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("", "has no concept"),
         ("concept = 3", "has no concept"),
@@ -140,10 +141,10 @@ def test_concepts_are_read_from_a_file_as_they_are_told(tmp_path: Path):
         ('[[concept]]\nname = "red"\ngroup = "a/b"\ninstead = ["green"]\nprompts = ["a {}"]', "Leave out the '/'"),
     ],
 )
-def test_a_file_that_tells_nothing_of_use_is_answered_in_a_sentence(tmp_path: Path, text: str, complaint: str):
+def test_a_wrong_concept_file_is_explained(tmp_path: Path, text: str, message: str):
     path = tmp_path / "concepts.toml"
     path.write_text(text)
-    with pytest.raises(BadInput, match=complaint):
+    with pytest.raises(BadInput, match=message):
         read_concepts(path)
     with pytest.raises(BadInput, match="cannot be read as concepts"):
         read_concepts(tmp_path / "nowhere.toml")

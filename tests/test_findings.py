@@ -1,4 +1,4 @@
-"""Findings of papers as experiments: each verdict follows from its rule, on a world in which what is so is known."""
+"""Published findings as experiments: each verdict follows from its rule, in a simulated world whose truth is known."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -49,8 +49,8 @@ SITE = Site("double.1")
 PROVENANCE = Provenance(fingerprints={}, features={})
 
 
-def way(pairs: int) -> SteeringDirection:
-    """A direction as long as pairs there are, up to 80; from 160 on it goes nowhere new."""
+def direction(pairs: int) -> SteeringDirection:
+    """A direction whose length grows with the number of pairs, up to 80."""
     length = min(pairs, 80) / 80
     return SteeringDirection(f"{pairs} pairs", EditFeatures("it", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)}))
 
@@ -65,9 +65,10 @@ def world(
     late: float = 0.0,
     plain: Callable[[str], float] = always,
 ) -> JudgedGenerator:
-    """Images of three numbers: how far they were steered in the first five steps and after them, and the loss without that, by
-    their captions. The concept shows from where its caption needs it to be; the loss grows as steering does, and by `late` more
-    after the fifth step."""
+    """Images of three numbers: how far they were steered in the first five steps and after them, and the loss of the caption.
+
+    The concept shows from the distance that its caption `needs`; steering adds `cost` to the loss, and `late` more after the
+    fifth step."""
 
     def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=7, guidance=0.0) for t in trials)
@@ -97,7 +98,7 @@ def bench(
         config=config,
         parameters=parameters,
         generator=lambda steps: drawn,
-        contrasts=lambda concept: {count: way(count) for count in config.pairs},
+        contrasts=lambda concept: {count: direction(count) for count in config.pairs},
         feature=lambda concept: None,
         other=other,
     )
@@ -107,8 +108,8 @@ def made(name: str, drawn: JudgedGenerator, **more: Findings | int) -> Finding:
     return run_experiment(name, bench(drawn, **more), PROVENANCE)  # pyright: ignore[reportArgumentType]
 
 
-def test_there_is_a_knee_where_the_gain_rises_up_to_it_and_not_beyond():
-    # At 20 pairs the direction is a quarter as long: it gets nowhere.
+def test_there_is_a_knee_if_the_gain_rises_up_to_it_and_not_beyond():
+    # At 20 pairs the direction is a quarter as long: too short to show the concept.
     found = made("pairs", world())
     assert found.verdict == "holds here"
     assert found.numbers == {"gain of 20 pairs": 0.0, "gain of 80 pairs": 1.0, "gain of 160 pairs": 1.0}
@@ -117,7 +118,7 @@ def test_there_is_a_knee_where_the_gain_rises_up_to_it_and_not_beyond():
     assert made("pairs", world(lambda caption: 0.2)).verdict == "does not hold here"
 
 
-def test_a_contrast_that_fails_on_other_captions_is_told_from_one_that_works_everywhere():
+def test_a_contrast_that_fails_on_other_captions_differs_from_one_that_works_on_all():
     def alike(caption: str) -> float:
         request = parse_caption(caption)
         strange = request.background in BACKGROUNDS[4:] or request.style in STYLES[2:] or len(request.objects) > 1
@@ -131,13 +132,13 @@ def test_a_contrast_that_fails_on_other_captions_is_told_from_one_that_works_eve
     assert made("distribution", world(lambda caption: 9.0)).verdict == "cannot be said"
 
 
-def test_a_contrast_that_fails_on_one_other_kind_of_captions_alone_does_not_fail_outside():
+def test_failing_on_one_other_kind_of_captions_is_not_enough():
     found = made("distribution", world(lambda caption: 9.0 if len(parse_caption(caption).objects) > 1 else 1.0))
     assert found.numbers == {"gain, alike": 1.0, "gain, other scenery": 1.0, "gain, two objects": 0.0}
     assert found.verdict == "does not hold here"
 
 
-def test_captions_that_argue_against_an_edit_undo_it_or_do_not():
+def test_adversarial_captions_undo_an_edit_or_do_not():
     def without_repeats(caption: str) -> float:
         words = caption.split()
         return 9.0 if any(one == two for one, two in pairwise(words)) else 1.0
@@ -146,7 +147,7 @@ def test_captions_that_argue_against_an_edit_undo_it_or_do_not():
     assert made("adversarial", world()).verdict == "does not hold here"
 
 
-def test_quality_is_lost_at_every_strength_or_not():
+def test_quality_drops_at_every_strength_or_does_not():
     found = made("quality", world())
     assert found.verdict == "holds here"
     assert [round(y, 3) for y in found.lines[0].y] == [1.05, 1.1, 1.2, 1.3]
@@ -159,7 +160,7 @@ def findings(cost: float, parameters: int) -> Findings:
     return Findings(model="m", revision=None, site="double.1", parameters=parameters, findings=(found,))
 
 
-def test_size_is_told_by_another_study_and_cannot_be_without_one():
+def test_size_needs_the_findings_of_another_model():
     alone = made("size", world())
     assert alone.verdict == "cannot be said" and "There is one model" in alone.reason
     assert made("size", world(), other=findings(0.2, 5)).verdict == "holds here"
@@ -167,14 +168,14 @@ def test_size_is_told_by_another_study_and_cannot_be_without_one():
     assert made("size", world(), other=findings(0.2, 10)).verdict == "cannot be said"
 
 
-def test_a_prompt_without_any_object_is_not_related():
+def test_a_prompt_without_an_object_is_unrelated():
     found = made("related", world(lambda caption: 1.0 if parse_caption(caption).objects else 9.0))
     assert found.verdict == "holds here" and found.numbers == {"gain, an object": 1.0, "gain, no object": 0.0}
     assert made("related", world()).verdict == "does not hold here"
 
 
 @pytest.mark.parametrize("losses", [(0.16, 0.09), (0.09, 0.16)])
-def test_conditions_are_held_to_one_loss_whatever_their_unedited_images_have(losses: tuple[float, float]):
+def test_all_kinds_of_captions_share_one_loss_threshold(losses: tuple[float, float]):
     """Where the concept shows, the edit adds 0.07: more than half of the lower loss, less than half of the higher."""
     one, other = losses
     empty = world(cost=0.07, plain=lambda caption: one if parse_caption(caption).objects else other)
@@ -185,13 +186,13 @@ def test_conditions_are_held_to_one_loss_whatever_their_unedited_images_have(los
     assert set(made("adversarial", against).numbers.values()) == {1.0}
 
 
-def test_with_an_object_and_without_all_is_the_same_but_the_caption():
+def test_trials_with_and_without_an_object_differ_only_in_the_caption():
     said, unsaid, alike = (kind_task("cyan", kind, 6).trials for kind in ("an object", "no object", "alike"))
     assert said == alike and all(trial.region is not None for trial in said)
     assert [(trial.seed, trial.region) for trial in said] == [(trial.seed, trial.region) for trial in unsaid]
 
 
-def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_images_show_the_concept_already():
+def test_a_gain_is_a_share_of_what_could_be_gained():
     config = replace(CONFIG, trials=12)
     captions = {trial.prompt for c in config.concepts() for trial in kind_task(c, "no object", 12).trials}
     there = set(sorted(captions)[: 2 * len(captions) // 3])  # these show it from the start, the others when edited
@@ -201,7 +202,7 @@ def test_a_gain_is_the_share_of_what_could_be_gained_where_unedited_images_show_
     assert made("related", world(lambda caption: 1.0 if parse_caption(caption).objects else -1.0)).reason == "nothing was judged."
 
 
-def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
+def test_the_concept_counts_anywhere_if_the_caption_gives_no_place():
     drawn, looked_at = world(), list[Rectangle | None]()
 
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Tensor) -> Sequence[JudgeVerdict]:
@@ -214,14 +215,14 @@ def test_the_concept_counts_anywhere_where_nothing_says_where_an_object_is():
     assert set(looked_at) != {None}
 
 
-def test_the_last_steps_cost_most_or_do_not():
+def test_the_last_steps_add_most_of_the_loss_or_do_not():
     assert made("steps", world(cost=0.05, late=0.9)).verdict == "holds here"
     found = made("steps", world(cost=0.2))
     assert found.verdict == "does not hold here"
     assert found.numbers["excess loss, first 5 of 7"] == pytest.approx(found.numbers["excess loss, all steps"] * 5 / 7)
 
 
-def test_a_mean_whose_interval_holds_the_threshold_decides_nothing():
+def test_an_interval_that_contains_the_threshold_decides_nothing():
     assert (
         evaluate_conditions([RuleCondition([0.3, 0.25, 0.35])]) is True
         and evaluate_conditions([RuleCondition([-0.3, -0.25, -0.35])]) is False
@@ -236,15 +237,15 @@ def test_a_mean_whose_interval_holds_the_threshold_decides_nothing():
     )
 
 
-def test_chance_is_that_of_students_t():
-    # The quantiles that every table has, of which 5 % (or 1 %) lie outside.
+def test_tails_are_those_of_students_t():
+    # Quantiles from tables, outside of which 5 % (or 1 %) lie.
     for far, freedom, share in ((4.303, 2, 0.05), (3.182, 3, 0.05), (2.365, 7, 0.05), (9.925, 2, 0.01), (3.499, 7, 0.01)):
         assert t_tail(far, freedom) == pytest.approx(share, rel=2e-3)
     assert t_tail(0.0, 4) == 1.0 and t_tail(float("inf"), 4) == 0.0
 
 
 @pytest.mark.parametrize("concepts", [3, 4, 8])
-def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
+def test_without_a_difference_few_verdicts_are_decided(concepts: int):
     drawn = torch.Generator().manual_seed(concepts)
     normal = lambda: torch.randn(400, concepts, generator=drawn).mul(0.1).tolist()  # noqa: E731
     halves, ones, twos = normal(), normal(), normal()
@@ -255,7 +256,7 @@ def test_where_nothing_is_different_few_verdicts_are_decided(concepts: int):
     assert sum(each.verdict != "cannot be said" for each in ruled) <= 0.05 * 400 + 9
 
 
-def test_where_losses_do_not_change_quality_is_rarely_decided():
+def test_without_a_change_of_loss_quality_is_rarely_decided():
     drawn = torch.Generator().manual_seed(7)
     point = StrengthPoint(strength=1.0, success=0, specificity=1, quality=1, confidence=1)
     curve = StrengthCurve(method="m", description="", concept="red", group="colour", trials=8, without=0, points=())
@@ -301,7 +302,7 @@ def test_experiments_share_the_images_of_the_base_contrast(names: tuple[str, ...
         config=config,
         parameters=10,
         generator=counted,
-        contrasts=lambda concept: {count: way(count) for count in config.pairs},
+        contrasts=lambda concept: {count: direction(count) for count in config.pairs},
         feature=lambda concept: None,
     )
     for name in names:
@@ -316,7 +317,7 @@ def seen(values: Tensor, prompts: Sequence[str]) -> Activations:
     return Activations(site=SITE, values=values, shots=shots, grid=(1, values.shape[1]))
 
 
-def test_contrasts_of_the_first_pairs_are_those_of_the_pairs_alone_and_look_where_they_are_told():
+def test_contrasts_of_the_first_pairs_equal_those_of_these_pairs_alone_and_use_the_region():
     wanted, unwanted = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     sides = [seen(wanted, "abc")], [seen(unwanted, "def")]
     one, three = find_contrasts(*sides, [1, 3])
@@ -329,7 +330,7 @@ def test_contrasts_of_the_first_pairs_are_those_of_the_pairs_alone_and_look_wher
         find_contrasts(*sides, [4])
 
 
-def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_other():
+def test_pairs_use_one_half_of_the_scenery_and_other_captions_the_other_half():
     for wanted, unwanted in scenery_pairs("cyan", 30):
         one, other = parse_caption(wanted), parse_caption(unwanted)
         assert one.objects[0].colour == "cyan" != other.objects[0].colour and one.objects[0].row is not None
@@ -340,7 +341,7 @@ def test_pairs_and_captions_alike_have_one_half_of_the_scenery_and_others_the_ot
 
 
 @pytest.mark.parametrize("concept", ["cyan", "striped", "small", "night", "cartoon"])
-def test_captions_leave_a_concept_open_or_name_another_one_again_and_again(concept: str):
+def test_captions_omit_a_concept_or_name_another_one_three_times(concept: str):
     said, unsaid, against = (kind_task(concept, kind, 12).trials for kind in ("alike", "unsaid", "against"))
     for plain, without, often in zip(said, unsaid, against, strict=True):
         [named] = [word for word in plain.prompt.split() if group_of(word) == group_of(concept)]
@@ -353,18 +354,18 @@ def test_captions_leave_a_concept_open_or_name_another_one_again_and_again(conce
     assert all(not parse_caption(trial.prompt).objects for trial in kind_task(concept, "no object", 12).trials)
 
 
-def test_what_was_found_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+def test_findings_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
     kept = findings(0.1, 10)
     path = kept.save(tmp_path / "found" / "double.1.json")
     assert Findings.load(path) == kept
     path.write_text(path.read_text().replace("verdict", "x"))
-    with pytest.raises(BrokenFile, match="cannot be read as findings"):
+    with pytest.raises(BrokenFile, match="cannot be read as results of difflex findings"):
         Findings.load(path)
     with pytest.raises(BadInput, match="difflex findings makes it"):
         Findings.load(tmp_path / "none.json")
 
 
-def test_concepts_are_spread_over_their_group_and_other_groups_refused():
+def test_concepts_are_spread_over_their_group_and_other_groups_are_refused():
     assert concepts_of("texture", 2) == ["striped", "checkered"]
     assert len(concepts_of("colour", 10)) == len(set(concepts_of("colour", 10))) == 10
     with pytest.raises(BadInput, match="no experiment with the group 'row'"):
@@ -373,7 +374,7 @@ def test_concepts_are_spread_over_their_group_and_other_groups_refused():
         concepts_of("style", 5)
 
 
-def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_makes_missing_findings_and_keeps_current_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path / "study", "mini-flux")
     words = [
         "findings",
@@ -404,7 +405,7 @@ def test_the_command_makes_what_is_lacking_and_nothing_twice(tmp_path: Path, cap
     assert "as before" not in capsys.readouterr().out
 
 
-def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_well_enough(tmp_path: Path):
+def test_the_best_detecting_feature_is_used_if_its_precision_is_high_enough(tmp_path: Path):
     study = new_study(tmp_path / "study")
     for name, aps in (
         ("double.1/topk-8-k2", (0.6, 0.4)),
@@ -418,9 +419,7 @@ def test_the_feature_that_detects_a_concept_best_stands_for_it_if_it_does_so_wel
     assert detecting_features(study, Site("single.0"), ["red"]) == {}
 
 
-def test_a_dictionary_that_has_changed_since_it_was_held_against_concepts_stands_for_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_features_of_a_dictionary_that_has_changed_since_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = new_study(tmp_path / "study")
     write_dictionary(study, "double.1/topk-8-k2")
     write_matches(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
@@ -448,7 +447,7 @@ def test_a_finding_by_another_rule_or_config_is_made_again():
     assert not _is_current(replace(old, rule="The loss is higher."), "quality", CONFIG, PROVENANCE)
 
 
-def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(tmp_path: Path):
+def test_a_report_leaves_out_findings_of_a_dictionary_that_has_changed(tmp_path: Path):
     study = new_study(tmp_path / "study")
     write_dictionary(study, "double.1/topk-8-k2")
     write_findings(study, "double.1", names=("pairs", "related"), by={"related": "double.1/topk-8-k2"})
@@ -470,7 +469,7 @@ def test_a_report_leaves_out_what_was_found_with_a_dictionary_that_has_changed(t
         (("--site", "double.1", "--other-model", "STUDY"), "no findings"),
     ],
 )
-def test_what_cannot_be_tried_is_said(tmp_path: Path, flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
+def test_impossible_findings_are_explained(tmp_path: Path, flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
     Study.begin(tmp_path / "study", "mini-flux")
     words = [str(tmp_path / "study") if flag == "STUDY" else flag for flag in flags]
     assert main(["findings", str(tmp_path / "study"), *words]) == 2

@@ -1,4 +1,4 @@
-"""Concept removal: the right features go, what is lost is counted, and what no feature touches keeps its bits."""
+"""Concept removal: the right features are removed, losses are counted, and nothing else changes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,8 +36,8 @@ SITES = ("double.1", "single.0")
 SITE = Site("double.1", "neurons")
 WIDTH, TOKENS = 8, 6
 NAMED = ["red", "red", "blue", "blue", "green", "green"]
-SPEAKS = {"red": (2, 5), "blue": (3, 3), "green": (1, 1)}
-"""Which neuron says a concept at the first and at the second step; neuron 0 fires everywhere, neuron 7 nowhere."""
+NEURONS = {"red": (2, 5), "blue": (3, 3), "green": (1, 1)}
+"""The neuron of each concept at the first and at the second step; neuron 0 fires everywhere, neuron 7 nowhere."""
 
 
 def neurons(k: int = 2) -> Neurons:
@@ -45,11 +45,11 @@ def neurons(k: int = 2) -> Neurons:
 
 
 def activations(step: int, names: list[str]) -> Activations:
-    """One token of each image says what the prompt names; all say that something is there."""
+    """The neuron of the named concept fires at one token of each image, neuron 0 at all of them."""
     x = torch.zeros(len(names), TOKENS, WIDTH)
     x[:, :, 0] = 1.0
     for image, name in enumerate(names):
-        x[image, 2, SPEAKS[name][step]] = 3.0
+        x[image, 2, NEURONS[name][step]] = 3.0
     shot = Shot(model="m", pixels=(8, 8), steps=2, guidance=0.0, timestep=1000.0 - 500 * step)
     return Activations(site=SITE, values=x, shots=(shot,) * len(names), grid=(2, 3))
 
@@ -79,21 +79,21 @@ def verdict(shows: bool, **right: bool) -> JudgeVerdict:
     return JudgeVerdict(shows, right, 1.0)
 
 
-def test_the_features_of_a_concept_are_those_that_have_more_of_the_code_where_it_is_named_at_each_step():
-    for concept, speaks in SPEAKS.items():
+def test_the_features_of_a_concept_have_a_larger_share_of_the_codes_where_it_is_named_at_each_step():
+    for concept, speaks in NEURONS.items():
         assert choose_features(firings(), NAMED, concept, 1).features == tuple((feature,) for feature in speaks)
 
 
-def test_importance_is_the_share_of_all_code_with_the_concept_less_that_without():
+def test_importance_is_the_share_of_codes_with_the_concept_minus_that_without():
     scores = importance(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]))
     assert torch.allclose(scores, torch.tensor([0.25 - 0.5, 0.75, -0.5]))
 
 
-def test_features_that_do_not_speak_for_the_concept_are_left_out_however_many_are_asked():
+def test_features_without_importance_are_never_chosen():
     assert choose_features(firings(), NAMED, "red", 8).features == ((2,), (5,))
 
 
-def test_steps_that_are_not_named_are_left_alone():
+def test_other_steps_are_not_edited():
     cut = choose_features(firings(), NAMED, "red", 1, steps=range(1, 2))
     assert cut.features == ((), (5,))
     assert torch.equal(edited(cut, 0.0, 0), activations(0, NAMED).values)
@@ -101,15 +101,15 @@ def test_steps_that_are_not_named_are_left_alone():
 
 
 @pytest.mark.parametrize(("strength", "left"), [(0.0, 0.0), (-2.0, -6.0), (1.0, 3.0)])
-def test_codes_of_the_features_are_multiplied_and_all_else_keeps_its_bits(strength: float, left: float):
+def test_codes_of_the_features_are_multiplied_and_all_else_stays_bit_for_bit(strength: float, left: float):
     cut = choose_features(firings(), NAMED, "red", 1)
     for step in (0, 1):
         wanted = activations(step, NAMED).values
-        wanted[:2, 2, SPEAKS["red"][step]] = left
+        wanted[:2, 2, NEURONS["red"][step]] = left
         assert torch.equal(edited(cut, strength, step), wanted)
 
 
-def test_a_code_below_the_mean_over_all_images_is_left_alone():
+def test_a_code_below_the_mean_over_all_images_is_not_edited():
     cut = choose_features(firings(), NAMED, "red", 1)
     low, floor = activations(0, NAMED).values, cut.floors[0][0]
     assert floor == pytest.approx(3.0 * 2 / (len(NAMED) * TOKENS))
@@ -118,7 +118,7 @@ def test_a_code_below_the_mean_over_all_images_is_left_alone():
     assert steering.change(low, at(0)) is None
 
 
-def test_negative_codes_are_neither_counted_nor_touched():
+def test_negative_codes_are_neither_counted_nor_edited():
     below = activations(0, NAMED)
     below.values[:2] *= -1
     found = GenerationCodes(neurons())
@@ -128,21 +128,21 @@ def test_negative_codes_are_neither_counted_nor_touched():
     assert steering.change(below.values, at(0)) is None
 
 
-def test_no_features_are_no_edit():
+def test_a_cut_without_features_has_no_hook():
     none = choose_features(firings(), NAMED, "red", 1).first(0)
     assert none.steering_hooks(0.0) == [] and not none.changes(firings()).any()
 
 
-def test_the_images_that_an_edit_touches_are_told_beforehand():
+def test_changed_images_are_those_in_which_a_feature_fires():
     touched = choose_features(firings(), NAMED, "red", 1).changes(firings(["blue", "red", "green", "red"]))
     assert touched.tolist() == [False, True, False, True]
 
 
-def test_rates_count_what_is_gone_what_others_keep_and_all_else():
+def test_rates_measure_removal_and_both_retentions():
     before = [verdict(True, shape=True, size=False), verdict(True, shape=True), verdict(False), verdict(True, shape=True)]
     after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
     found = removal_rates("red", ["red", "red", "red", "blue"], before, after)
-    # The third image never was red; the size of the first never was right; red and blue count alike.
+    # The third image never was red; the size of the first never was right; red and blue have the same weight.
     assert found == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
 
 
@@ -151,11 +151,11 @@ def test_an_edit_that_does_nothing_removes_nothing_and_keeps_everything():
     assert removal_rates("red", ["red", "blue", "green"], seen, seen) == RemovalRates(0.0, 1.0, 1.0, 1.0)
 
 
-def test_what_was_never_shown_cannot_be_removed():
+def test_a_concept_that_no_image_shows_cannot_be_removed():
     assert removal_rates("red", ["red", "blue"], [verdict(False)] * 2, [verdict(False)] * 2).ua == 0.0
 
 
-def test_the_last_setting_that_is_good_enough_is_taken_and_without_one_that_whose_least_rate_is_largest():
+def test_the_best_trial_is_the_last_good_one_or_else_the_one_with_the_largest_least_rate():
     setting = lambda n, ua, own: RemovalTrial(n, -1.0, RemovalRates(ua, 0.96, 0.97, own))  # noqa: E731
     mild, strong, further = setting(1, 0.8, 1.0), setting(2, 0.96, 0.9), setting(4, 1.0, 0.5)
     assert best_trial([mild, strong, further]) == further
@@ -180,7 +180,7 @@ def removed(ua: float) -> RemovedConcept:
     return RemovedConcept(**shared, trials=tried, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
 
 
-def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+def test_removal_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
     concepts = (removed(0.95), removed(0.85))
     removal = RemovalResults(
         model="m",
@@ -204,7 +204,7 @@ def test_what_was_removed_is_read_again_and_a_damaged_file_refused(tmp_path: Pat
             RemovalResults.load(path)
 
 
-def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
+def test_every_set_of_dictionaries_has_its_own_file(tmp_path: Path):
     study, (a, b) = Study.begin(tmp_path, "m"), map(Site.parse, SITES)
     chosen = [[(a, "x")], [(a, "x"), (b, "x")], [(a, "x"), (b, "y")], [(a, "x"), (a, "y"), (b, "x")], [(a, "y"), (b, "x")]]
     files = [study.removal([DictionaryRef(*place) for place in places]) for places in chosen]
@@ -215,12 +215,12 @@ def test_every_choice_of_dictionaries_has_a_file_of_its_own(tmp_path: Path):
     ("names", "concept", "said"),
     [(NAMED, "pink", "0 of 6"), (["red"] * 6, "red", "6 of 6"), (NAMED[:4], "red", "6 images")],
 )
-def test_a_concept_needs_images_with_it_and_without(names: list[str], concept: str, said: str):
+def test_features_are_chosen_on_images_with_and_without_the_concept(names: list[str], concept: str, said: str):
     with pytest.raises(BadInput, match=said):
         choose_features(firings(), names, concept, 1)
 
 
-def test_features_are_found_by_images_of_their_own_site():
+def test_activations_of_another_site_are_refused():
     with pytest.raises(BadInput, match="the activations are of double"):
         firings().add(replace(activations(0, NAMED), site=Site("double.0")))
     with pytest.raises(BadInput, match="No image"):
@@ -228,7 +228,7 @@ def test_features_are_found_by_images_of_their_own_site():
 
 
 def imaged(drawn: list[int]) -> RemovalImages:
-    """Images that show a concept as long as its neuron speaks at the second step; what is drawn anew is noted."""
+    """Images that show a concept as long as its neuron fires at the second step; `drawn` records which are generated again."""
 
     def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         drawn.extend(numbers)
@@ -236,49 +236,49 @@ def imaged(drawn: list[int]) -> RemovalImages:
         for steering in edits:
             new = steering.change(x, at(1))
             x = x if new is None else new
-        return [verdict(bool(x[i, 2, SPEAKS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
+        return [verdict(bool(x[i, 2, NEURONS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
 
     before = tuple(verdict(True, shape=True) for _ in NAMED)
     return RemovalImages(named=tuple(NAMED), before=before, codes=(firings(),), edited=edited)
 
 
-def test_planted_features_are_found_and_taken_away_while_all_else_stays():
+def test_planted_features_are_found_and_removed_while_all_else_stays():
     drawn: list[int] = []
     shown = imaged(drawn)
-    for concept in SPEAKS:
+    for concept in NEURONS:
         assert shown.rates(concept, [choose_features(firings(), NAMED, concept, 2)], 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
-    # Only images that name the concept hold its features: no other is drawn anew.
+    # Only images that name the concept have its features: no other is generated again.
     assert drawn == [0, 1, 2, 3, 4, 5]
 
 
-def test_images_that_an_edit_does_not_touch_are_not_drawn_and_count_as_they_are():
+def test_unchanged_images_are_not_generated_again():
     drawn: list[int] = []
     nothing = [cut.first(0) for cut in [choose_features(firings(), NAMED, "red", 1)]]
     assert imaged(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
-def test_settings_are_tried_from_the_mildest_to_the_first_that_is_good_enough_and_one_step_further():
+def test_settings_are_tried_from_the_mildest_to_the_next_after_the_first_good_one():
     shown = imaged([])
     cuts = [choose_features(firings(), NAMED, "red", 2)]
     tried = list(shown.trials("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
-    # (2, 0.4) is no step further: it is milder in strength.
+    # (2, 0.4) is not stronger: it is milder in strength.
     assert [(each.features, each.strength, each.rates.ua) for each in tried] == [(1, 0.5, 0.0), (1, 0.0, 1.0), (1, -2.0, 1.0)]
 
 
-def test_what_retains_too_little_is_not_tried_more_strongly():
-    def spoilt(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
+def test_settings_no_milder_than_a_lossy_one_are_skipped():
+    def spoiled(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         return [verdict(True, shape=False) for _ in numbers]
 
-    shown = replace(imaged([]), edited=spoilt)
+    shown = replace(imaged([]), edited=spoiled)
     tried = shown.trials(
         "red", [choose_features(firings(), NAMED, "red", 2)], [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)]
     )
-    # A third of what else is right is gone at once; only what is milder in one of the two could do better.
+    # All else is lost at once; only a setting that is milder in one of the two could be better.
     assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
 
 
 @pytest.mark.parametrize(("concepts", "each"), [(3, 2), (10, 8), (8, 12), (2, 13)])
-def test_by_how_many_images_a_removal_is_judged_is_told_beforehand(concepts: int, each: int):
+def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_others(concepts: int, each: int):
     named, drawn = [str(number) for number in range(concepts) for _ in range(each)], list[int]()
     right = verdict(True, shape=True)
     everywhere = neurons(k=WIDTH)
@@ -302,14 +302,14 @@ def test_a_concept_that_no_prompt_names_cannot_be_removed():
 
 
 @pytest.mark.parametrize("group", CAPTION_GROUPS)
-def test_captions_name_each_concept_of_a_group_equally_often_and_none_comes_twice(group: str):
+def test_captions_name_each_concept_of_a_group_equally_often_and_are_unique(group: str):
     captions = captions_by_concept(group, 5)
     assert [each[0].concept for each in captions] == list(CONCEPTS[group])
     assert all(len(each) == 5 and each[0].concept in caption.split() for each in captions for _, caption in each)
     assert len({caption for each in captions for _, caption in each}) == 5 * len(captions)
 
 
-def test_the_judge_sees_in_true_drawings_the_concepts_that_their_captions_name():
+def test_the_judge_recognises_the_concepts_of_captions_in_their_drawings():
     scenes = draw(torch.arange(40) + HELD_OUT_SEEDS + 8_000_000, SceneMix(1, 0, 0))
     named = [
         ConceptCaption(BACKGROUNDS[int(ground)], text)
@@ -333,15 +333,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsys: pytest.CaptureFixture[str]):
+def test_removal_writes_results_and_reuses_them(study: Path, capsys: pytest.CaptureFixture[str]):
     flags = ["--groups", "size", "--images", "2", "--selection-images", "2", "--tuning-images", "1"]
     flags += ["--features", "1,2", "--strength", "-1", "--edit-steps", "1:3"]
-    assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
+    assert main(["removal", str(study), "--dictionary", f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     said = capsys.readouterr().out
     assert "of 2 concepts reach 90/90" in said and "UA" in said and "as before" not in said
     [path] = Study.open(study).removals()
     written = path.stat().st_mtime_ns
-    assert main(["removal", str(study), f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
+    assert main(["removal", str(study), "--dictionary", f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
     assert path == study / "steering" / "removal" / "double.1,single.0" / "topk-64-k4.json"
     removal = RemovalResults.load(path)
@@ -353,14 +353,14 @@ def test_concepts_are_removed_by_the_command_and_written_down(study: Path, capsy
             assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
 
 
-def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
+def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--images", "1", "--selection-images", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
     removals = [RemovalResults.load(path) for path in Study.open(study).removals()]
     known = {removal.dictionaries for removal in removals}
     assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
     [itda] = [removal for removal in removals if "/itda-" in removal.dictionaries[0]]
-    # With one setting there is nothing to choose, and nothing is tried.
+    # A single setting is not tried.
     assert all(each.trials == () and each.strength == 0.0 for each in itda.concepts)
 
 
@@ -372,11 +372,9 @@ def test_without_a_name_each_label_is_taken_at_all_its_sites(study: Path):
         (("--features",), "leave nothing to remove"),
         (("--strength", "0:1:0.5"), "removes nothing"),
         (("--edit-steps", "2:9"), "of a run of 4 steps"),
-        (("double.2",), "nearest: double.1"),
+        (("--dictionary", "double.2"), "nearest: double.1"),
     ],
 )
-def test_what_cannot_be_removed_is_said_in_a_sentence(
-    study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
-):
+def test_impossible_removals_are_explained(study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
     assert main(["removal", str(study), *words]) == 2
     assert said in " ".join(capsys.readouterr().err.split())

@@ -25,7 +25,7 @@ from difflex.testing import TINY, tiny_folder
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 SIZE, K, GRID = 40, 4, (4, 6)
 TOKENS = GRID[0] * GRID[1]
-MUTE = SIZE - 1
+SILENT = SIZE - 1
 """A feature that never fires."""
 OPERATIONS = ("add", "set", "scale", "ablate", "replace", "transplant")
 
@@ -33,7 +33,7 @@ OPERATIONS = ("add", "set", "scale", "ablate", "replace", "transplant")
 def dictionary_at(site: Site, width: int) -> Dictionary:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, width, generator=generator), dim=1)
-    mute = torch.where(torch.arange(SIZE) == MUTE, -1e6, 0.0)
+    mute = torch.where(torch.arange(SIZE) == SILENT, -1e6, 0.0)
     weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, thresholds=None)
     origin = DictionaryOrigin(site=site, model="m", revision=None)
     return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True)
@@ -45,16 +45,16 @@ X = torch.randn(2, TOKENS, 16, generator=torch.Generator().manual_seed(3))
 SCALES = measure_scales(
     DICTIONARY, [ActivationBatch(X.flatten(0, 1), torch.zeros(2 * TOKENS).long(), torch.zeros(2 * TOKENS).long())]
 )
-LIVELY = int(SCALES.peaks.argmax())
+ACTIVE = int(SCALES.peaks.argmax())
 
 
-def moment(step: int = 0, half: str | None = None, steps: int = 4) -> HookContext:
+def context(step: int = 0, half: str | None = None, steps: int = 4) -> HookContext:
     shot = Shot(model="m", pixels=(16, 24), steps=steps, guidance=0.0)
     return HookContext(step, 1000.0, half, (shot,), GRID)  # pyright: ignore[reportArgumentType]
 
 
 def edit(operation: str = "add", **changes: object) -> Edit:
-    return replace(Edit(operation=operation, site=SITE, dictionary="d", features=(LIVELY,)), **changes)  # pyright: ignore
+    return replace(Edit(operation=operation, site=SITE, dictionary="d", features=(ACTIVE,)), **changes)  # pyright: ignore
 
 
 def steering(
@@ -66,17 +66,17 @@ def steering(
 
 
 def edited(x: Tensor, *edits: Edit, at: HookContext | None = None) -> Tensor:
-    out = steering(*edits).change(x, at or moment())
+    out = steering(*edits).change(x, at or context())
     return x if out is None else out
 
 
-def code(x: Tensor, feature: int = LIVELY) -> Tensor:
+def code(x: Tensor, feature: int = ACTIVE) -> Tensor:
     return dictionary_features(DICTIONARY, [feature], None).codes(x.flatten(0, 1))[:, 0].view(x.shape[:2])
 
 
-def test_adding_a_peak_adds_the_largest_code_that_was_seen():
-    wanted = X + code(X).max() * DICTIONARY.decoder[LIVELY]
-    torch.testing.assert_close(edited(X, edit()), wanted)
+def test_a_strength_of_one_peak_adds_the_largest_code_of_the_sample():
+    expected = X + code(X).max() * DICTIONARY.decoder[ACTIVE]
+    torch.testing.assert_close(edited(X, edit()), expected)
 
 
 def test_adding_by_norm_moves_each_token_by_the_mean_length():
@@ -84,35 +84,35 @@ def test_adding_by_norm_moves_each_token_by_the_mean_length():
     torch.testing.assert_close(moved.norm(dim=-1), torch.full((2, TOKENS), 0.5 * SCALES.norm))
 
 
-def test_ablating_takes_away_what_the_feature_wrote_and_leaves_other_tokens_their_bits():
+def test_ablating_subtracts_the_feature_and_leaves_other_tokens_unchanged():
     fires = code(X) > 0
     out = edited(X, edit("ablate"))
     assert fires.any() and not fires.all()
-    torch.testing.assert_close(out, X - code(X)[..., None] * DICTIONARY.decoder[LIVELY])
+    torch.testing.assert_close(out, X - code(X)[..., None] * DICTIONARY.decoder[ACTIVE])
     assert torch.equal(out[~fires], X[~fires])
 
 
-def test_setting_a_code_moves_each_token_by_what_is_missing():
+def test_setting_a_code_adds_its_difference_to_the_current_code():
     out = edited(X, edit("set", strength=1.5, unit="code"))
-    torch.testing.assert_close(out, X + (1.5 - code(X))[..., None] * DICTIONARY.decoder[LIVELY])
+    torch.testing.assert_close(out, X + (1.5 - code(X))[..., None] * DICTIONARY.decoder[ACTIVE])
 
 
-def test_scaling_by_one_setting_to_what_is_there_and_adding_nothing_change_no_bit():
+def test_scaling_by_one_adding_zero_and_ablating_a_silent_feature_change_nothing():
     for nothing in (edit("scale"), edit("add", strength=0.0), edit("scale", region="fires", strength=1.0)):
-        assert steering(nothing).change(X, moment()) is None
-    assert steering(edit("ablate", features=(MUTE,), unit="code"), scales=None).change(X, moment()) is None
+        assert steering(nothing).change(X, context()) is None
+    assert steering(edit("ablate", features=(SILENT,), unit="code"), scales=None).change(X, context()) is None
 
 
-def test_replacing_leaves_only_what_the_feature_writes():
+def test_replacing_leaves_only_the_feature():
     out = edited(X, edit("replace", strength=2.0))
-    torch.testing.assert_close(out, (2 * SCALES.peaks[LIVELY] * DICTIONARY.decoder[LIVELY]).expand_as(X))
+    torch.testing.assert_close(out, (2 * SCALES.peaks[ACTIVE] * DICTIONARY.decoder[ACTIVE]).expand_as(X))
 
 
-def test_what_the_dictionary_does_not_explain_stays():
+def test_edits_keep_the_reconstruction_error():
     unexplained = X - DICTIONARY.decode(DICTIONARY.encode(X.flatten(0, 1))).view_as(X)
     out = edited(X, edit("scale", strength=3.0))
     codes = DICTIONARY.encode(X.flatten(0, 1))
-    tripled = codes._replace(values=torch.where(codes.indices == LIVELY, 3 * codes.values, codes.values))
+    tripled = codes._replace(values=torch.where(codes.indices == ACTIVE, 3 * codes.values, codes.values))
     torch.testing.assert_close(out - DICTIONARY.decode(tripled).view_as(X), unexplained)
 
 
@@ -128,18 +128,18 @@ def test_two_disjoint_regions_add_up_to_their_union_exactly(operation: str):
         assert torch.equal(together, one_after_the_other)
 
 
-def test_a_region_changes_its_tokens_alone():
+def test_an_edit_of_a_region_changes_only_its_tokens():
     out = edited(X, edit(region=Rectangle(0, 0, 0.5, 0.5)))
     changed = (out != X).any(-1)[0].view(GRID)
     assert changed[:2, :3].all() and changed.sum() == 6
 
 
-def test_where_it_fires_is_where_its_code_is_above_zero():
+def test_the_region_fires_is_where_the_code_is_above_zero():
     changed = (edited(X, edit(region="fires")) != X).any(-1)
     assert torch.equal(changed, code(X) > 0)
 
 
-def test_a_painted_region_is_where_the_image_is_light(tmp_path: Path):
+def test_an_image_as_a_region_covers_its_light_part(tmp_path: Path):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 0, 20, 10))
     mask.save(tmp_path / "mask.png")
@@ -156,48 +156,48 @@ def test_a_region_outside_the_image_is_refused(numbers: tuple[float, ...]):
         rectangle(numbers, pixels=(16, 24))
 
 
-def test_only_the_asked_steps_are_edited_and_steps_the_run_does_not_have_are_refused():
+def test_only_the_chosen_steps_are_edited_and_steps_beyond_the_run_are_refused():
     some = edit(steps=(1, 3))
-    assert [not torch.equal(edited(X, some, at=moment(step)), X) for step in range(4)] == [False, True, True, False]
+    assert [not torch.equal(edited(X, some, at=context(step)), X) for step in range(4)] == [False, True, True, False]
     with pytest.raises(BadInput, match="the run has 2"):
-        edited(X, some, at=moment(steps=2))
+        edited(X, some, at=context(steps=2))
 
 
-def test_under_guidance_the_unconditional_half_is_left_edited_alike_or_opposed():
+def test_under_guidance_the_unconditional_half_is_unedited_edited_or_edited_with_the_opposite_sign():
     plus = edited(X, edit()) - X
     for half, sign in (("conditional", 0), ("both", 1), ("opposed", -1)):
-        there = edited(X, edit(half=half), at=moment(half="unconditional"))
+        there = edited(X, edit(half=half), at=context(half="unconditional"))
         torch.testing.assert_close(there - X, sign * plus)
-        torch.testing.assert_close(edited(X, edit(half=half), at=moment(half="conditional")) - X, plus)
+        torch.testing.assert_close(edited(X, edit(half=half), at=context(half="conditional")) - X, plus)
 
 
-def test_a_transplant_brings_the_maps_of_another_generation_to_their_place():
+def test_a_transplant_copies_codes_from_the_region_of_the_source_to_that_of_the_edit():
     other = torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(8))
     source = TransplantSource(prompt="p", region=Rectangle(0, 0, 0.5, 1))
     moved = edit("transplant", source=source, region=Rectangle(0.5, 0, 1, 1), unit="code")
     maps = TransplantMaps(moved, dictionary_features(DICTIONARY, moved.features, SCALES).codes)
-    maps(other, moment())
-    out = steering(moved, maps=maps).change(X, moment())
+    maps(other, context())
+    out = steering(moved, maps=maps).change(X, context())
     assert out is not None
-    wanted = code(X).clone().view(2, *GRID)
-    wanted[:, :, 3:] = code(other).view(GRID)[:, :3]
-    delta = (wanted.view(2, TOKENS) - code(X))[..., None] * DICTIONARY.decoder[LIVELY]
+    expected = code(X).clone().view(2, *GRID)
+    expected[:, :, 3:] = code(other).view(GRID)[:, :3]
+    delta = (expected.view(2, TOKENS) - code(X))[..., None] * DICTIONARY.decoder[ACTIVE]
     torch.testing.assert_close(out, X + delta)
     with pytest.raises(BadInput, match="same steps and pixels"):
-        steering(moved, maps=maps).change(X, moment(step=2))
+        steering(moved, maps=maps).change(X, context(step=2))
 
 
 @pytest.mark.parametrize("strength", [math.nan, math.inf])
-def test_a_strength_that_is_no_number_is_refused(strength: float):
+def test_a_strength_that_is_not_finite_is_refused(strength: float):
     with pytest.raises(BadInput, match="finite"):
         steering(edit(strength=strength))
 
 
-def test_a_feature_outside_the_dictionary_is_refused_and_a_dead_one_warned_of():
+def test_an_unknown_feature_is_refused_and_a_dead_one_gives_a_warning():
     with pytest.raises(UnknownName, match="0 to 39"):
         steering(edit(features=(SIZE,)))
     with pytest.warns(UserWarning, match="dead"):
-        steering(edit(features=(MUTE,)))
+        steering(edit(features=(SILENT,)))
 
 
 @pytest.mark.parametrize(
@@ -210,20 +210,20 @@ def test_a_feature_outside_the_dictionary_is_refused_and_a_dead_one_warned_of():
         edit(steps=(2, 2)),
     ],
 )
-def test_an_edit_without_a_meaning_is_refused(impossible: Edit):
+def test_combinations_that_mean_nothing_are_refused(impossible: Edit):
     with pytest.raises(BadInput):
         steering(impossible)
 
 
 def test_the_default_strength_is_the_largest_that_keeps_most_tokens_under_the_ceiling():
-    features = torch.tensor([LIVELY])
+    features = torch.tensor([ACTIVE])
     strength = float(SCALES.default_strengths(DICTIONARY.decoder_rows(features), features)[0])
-    step = SCALES.peaks[LIVELY] * DICTIONARY.decoder[LIVELY]
+    step = SCALES.peaks[ACTIVE] * DICTIONARY.decoder[ACTIVE]
     under = lambda p: float(((SCALES.sample + p * step).norm(dim=1) <= SCALES.ceiling).float().mean())  # noqa: E731
     assert 0 < strength < 2 and under(strength) >= 0.95 > under(strength + 0.01)
 
 
-def test_scales_are_those_of_the_plain_formula_and_survive_the_disk(tmp_path: Path):
+def test_scales_equal_the_plain_formula_and_are_loaded_as_saved(tmp_path: Path):
     dense = torch.stack([code(X, feature).flatten() for feature in range(SIZE)])
     torch.testing.assert_close(SCALES.peaks, dense.amax(1))
     torch.testing.assert_close(SCALES.means, dense.sum(1) / (dense > 0).sum(1).clamp(min=1))
@@ -241,7 +241,7 @@ def test_scales_are_those_of_the_plain_formula_and_survive_the_disk(tmp_path: Pa
 
 @pytest.fixture(scope="module", params=TINY)
 def pipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, card={"pixels": [[16, 24]]})
+    folder = tiny_folder(request.param, tmp_path_factory.mktemp("models") / request.param, defaults={"pixels": [[16, 24]]})
     return difflex.load(folder)
 
 
@@ -256,7 +256,7 @@ def drawn(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_same_image(
+def test_for_every_family_an_edit_of_nothing_changes_nothing_and_a_recorded_edit_makes_the_same_image(
     pipe: Pipeline, operation: str, tmp_path: Path
 ):
     site, width = site_of(pipe)
@@ -281,7 +281,7 @@ def test_with_every_family_a_no_op_changes_no_bit_and_a_recorded_edit_makes_the_
     again = EditRecord.load(EditRecord(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
     assert again.edits == (change,) and again.shot == shot
     assert drawn(pipe, steered(*again.edits)) == changed
-    nothing = replace(change, features=(MUTE,), strength={"scale": 1.0}.get(operation, 0.0))
+    nothing = replace(change, features=(SILENT,), strength={"scale": 1.0}.get(operation, 0.0))
     assert operation == "replace" or drawn(pipe, steered(nothing)) == plain
 
 
@@ -297,7 +297,7 @@ def activations(values: Tensor, prompts: list[str], timestep: float = 500.0):
 
 
 @pytest.mark.parametrize("method", ["mean", "principal"])
-def test_a_contrast_finds_the_direction_that_was_planted(method: str):
+def test_a_contrast_finds_a_planted_direction(method: str):
     generator = torch.Generator().manual_seed(0)
     planted = 3 * F.normalize(torch.randn(16, generator=generator), dim=0)
     base = torch.randn(12, TOKENS, 16, generator=generator)
@@ -311,7 +311,7 @@ def test_a_contrast_finds_the_direction_that_was_planted(method: str):
     assert abs(float(found.direction.norm()) - 3) < 0.05 and found.pairs == 12
 
 
-def test_a_contrast_is_read_again_as_it_was_written(tmp_path: Path):
+def test_a_contrast_is_loaded_as_saved(tmp_path: Path):
     made = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
     again = Contrast.load(made.save(tmp_path / "red.safetensors"))
     assert torch.equal(again.direction, made.direction)
@@ -321,7 +321,7 @@ def test_a_contrast_is_read_again_as_it_was_written(tmp_path: Path):
         Contrast.load(tmp_path / "rad.safetensors")
 
 
-def test_a_contrast_of_unlike_sides_is_refused():
+def test_a_contrast_of_sides_that_do_not_match_is_refused():
     one = [activations(X, ["a", "b"])]
     with pytest.raises(BadInput, match="pairs"):
         find_contrast(one, [activations(X[:1], ["c"])])
@@ -331,26 +331,26 @@ def test_a_contrast_of_unlike_sides_is_refused():
         find_contrast(one, [activations(X, ["c", "d"])])
 
 
-def test_adding_a_contrast_of_strength_one_adds_the_difference_and_ablating_it_takes_its_share_away():
+def test_adding_a_contrast_adds_the_mean_difference_and_ablating_it_removes_the_projection():
     made = find_contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
     features = contrast_features(made)
     change = lambda operation: steering_hooks(  # noqa: E731
         [Edit(operation=operation, site=SITE, contrast="red")], lambda _: features
-    )[0].change(X, moment())
+    )[0].change(X, context())
     torch.testing.assert_close(change("add"), X + torch.arange(16.0))
     ablated = change("ablate")
     assert ablated is not None
     torch.testing.assert_close(ablated @ made.direction, torch.zeros(2, TOKENS), atol=1e-3, rtol=0)
 
 
-def test_a_direction_is_taken_apart_into_the_features_it_was_made_of():
+def test_a_direction_is_decomposed_into_the_features_it_was_made_of():
     decoder = DICTIONARY.decoder
     parts = decompose(2.0 * decoder[7] + 0.5 * decoder[21], DICTIONARY, parts=2)
     assert [part.feature for part in parts] == [7, 21]
     assert abs(parts[0].code - 2) < 1e-3 and abs(parts[1].code - 0.5) < 1e-3 and parts[-1].explained > 0.999
 
 
-def test_an_edit_file_that_is_damaged_or_of_another_format_is_refused(tmp_path: Path):
+def test_a_damaged_edit_file_or_one_of_another_format_is_refused(tmp_path: Path):
     shot = Shot(model="m", pixels=(16, 24), steps=4, guidance=0.0)
     path = EditRecord(shot=shot, edits=(edit(),), checksums={}).save(tmp_path / "edit.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))

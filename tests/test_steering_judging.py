@@ -1,4 +1,4 @@
-"""Judging edits: what is counted is what the images show, whatever the model, the judge and the method."""
+"""Judging edits: curves of success, specificity and quality, the drawn world, and the steer-eval command."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def shown(strength: float) -> SteeringHook:
 
 
 def fake(spoils: float) -> JudgedGenerator:
-    """Images of one number, the strength: red from 1 on; from `spoils` on the ground is wrong; the loss grows with it."""
+    """Images of one number, the strength: red from 1 on, with a wrong background from `spoils` on; the loss grows with it."""
 
     def images(trials: Sequence[SteeringTrial], steering: SteeringHook | None) -> Tensor:
         plain = torch.zeros(len(trials), 1, 1)
@@ -52,19 +52,19 @@ def fake(spoils: float) -> JudgedGenerator:
     return JudgedGenerator(images, verdicts, lambda drawn: 1 + drawn.flatten())
 
 
-def test_a_curve_counts_what_appears_what_else_is_lost_and_what_it_costs():
+def test_a_curve_measures_success_specificity_and_quality():
     [curve] = judge_methods(
         TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
     )
     assert (curve.without, curve.trials, curve.description) == (0.0, 4, "it")
     assert [point.success for point in curve.points] == [0.0, 1.0, 1.0]
-    # The shape was never right, so nothing of it can be lost.
+    # The shape is never right, so it cannot be lost.
     assert [point.specificity for point in curve.points] == [1.0, 1.0, 0.0]
     assert [round(point.quality, 3) for point in curve.points] == [1.2, 2.0, 3.0]
     assert curve.breaks == 1.0
 
 
-def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_image():
+def test_the_best_strength_keeps_all_else_and_breaks_no_image():
     [curve] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
     best = curve.best()
     assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
@@ -72,7 +72,7 @@ def test_the_best_strength_keeps_what_else_is_right_and_breaks_no_image():
     assert spoilt.best() is None and spoilt.gain() == 0.0
 
 
-def test_each_image_of_a_batch_gets_its_own_edit():
+def test_each_image_of_a_batch_gets_its_own_hook():
     both = batch_hook(TRIALS[:3], [shown(1.0), None, shown(5.0)])
     assert both is not None
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
@@ -83,7 +83,7 @@ def test_each_image_of_a_batch_gets_its_own_edit():
         batch_hook(TRIALS[:2], [shown(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
 
 
-def test_what_was_judged_is_read_again_and_a_damaged_file_refused(tmp_path: Path):
+def test_steering_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
     curves = tuple(
         judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0))
     )
@@ -108,14 +108,14 @@ def test_trials_name_another_concept_of_the_group_and_say_where_the_object_is(co
         assert (trial.region is None) == (task.group in ("background", "style"))
 
 
-def test_pairs_differ_in_the_concept_alone():
+def test_pairs_differ_only_in_the_concept():
     for wanted, unwanted in caption_pairs("cyan", 10):
         one, other = parse_caption(wanted), parse_caption(unwanted)
         assert one.objects[0].colour == "cyan" != other.objects[0].colour
         assert one.objects[0].shape == other.objects[0].shape and one.background == other.background
 
 
-def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewhere():
+def test_the_judge_recognises_drawn_concepts_in_their_region_and_not_elsewhere():
     scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, SceneMix(1, 0, 0))
     drawn = DrawnJudge(load_judge())
     task = caption_task("cyan", 1)
@@ -134,12 +134,12 @@ def test_the_judge_sees_true_drawings_of_a_concept_in_their_place_and_not_elsewh
 
 
 @pytest.mark.parametrize("trials", [1, 3])
-def test_there_are_as_many_trials_as_asked_for_and_fewer_are_the_first_of_more(trials: int):
+def test_fewer_trials_are_the_first_of_more_trials(trials: int):
     for concept in ("small", "cyan", "night"):
         assert caption_task(concept, trials).trials == caption_task(concept, 5).trials[:trials]
 
 
-def test_contrasts_are_found_by_noise_that_no_trial_has():
+def test_contrasts_use_seeds_that_no_trial_has():
     pipe = difflex.load("mini-flux")
     shots = list(pipe.shots("", keep_steps=range(1)))
     sides = pair_activations(lambda shots: pipe.harvest(shots, "double.1"), shots, [("a red star", "a blue star")] * 2)
@@ -161,7 +161,7 @@ def _has_all_curves(results: SteeringResults) -> bool:
     return concepts > 0 and sum(len(curve.points) for curve in curves) == concepts * (3 * 2 + 1)
 
 
-def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = str(tmp_path / "study")
     assert (
         main(
@@ -183,11 +183,11 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     )
     assert main(["train", study, "--site", "double.1", "--k", "8", "--size", "256", "--tokens", "20000"]) == 0
     assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
-    assert main(["steer-eval", study, "double.1"]) == 2
+    assert main(["steer-eval", study, "--dictionary", "double.1"]) == 2
     assert "Run difflex concepts" in capsys.readouterr().err
     assert main(["concepts", study, "--site", "double.1", "--images", "120", "--noise", "0.25"]) == 0
-    beside = tmp_path / "study" / "concepts" / "double.1+neurons" / "neurons-k8.json"
-    assert beside.is_file(), "the neurons of the block stand beside its dictionaries"
+    neurons = tmp_path / "study" / "concepts" / "double.1+neurons" / "neurons-k8.json"
+    assert neurons.is_file(), "the neurons of the block get a file of their own"
     capsys.readouterr()
     flags = [
         "--groups",
@@ -203,7 +203,7 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
         "--edit-steps",
         "0:3",
     ]
-    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
     said = capsys.readouterr().out
     judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert _has_all_curves(judged)
@@ -219,23 +219,23 @@ def test_steering_is_judged_by_the_command_with_all_that_it_must_beat(tmp_path: 
     assert {path.name for path in images.iterdir()} == {strip.file for strip in judged.strips}
     unedited = {strip.method: _tiles(images / strip.file)[0] for strip in judged.strips}
     assert len(set(unedited.values())) == 1 and len({*_tiles(images / "size-prompt.webp")}) == 2
-    # Asked again in the same words, nothing is drawn again.
+    # The same command again reuses the results.
     path = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json"
     written = path.stat().st_mtime_ns
-    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
     assert "as before" in capsys.readouterr().out and path.stat().st_mtime_ns == written
-    # A strip that is gone is drawn again.
+    # A missing strip is made again.
     (images / "size-prompt.webp").unlink()
-    assert main(["steer-eval", study, "double.1", *flags]) == 0
+    assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
     assert "as before" not in capsys.readouterr().out and (images / "size-prompt.webp").is_file()
-    # Neurons that were held against concepts as dictionaries of their own are known by that.
-    beside.rename(beside.with_name("neurons-768-k8.json"))
+    # Neurons that were matched as dictionaries of their own are found, too.
+    neurons.rename(neurons.with_name("neurons-768-k8.json"))
     few = ["--groups", "size", "--min-ap", "0.01", "--trials", "2", "--pairs", "1", "--strength", "1"]
-    assert main(["steer-eval", study, "double.1", *few]) == 0
+    assert main(["steer-eval", study, "--dictionary", "double.1", *few]) == 0
     judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert judged.of("neuron")
-    # What was found out about other weights is not held for true of these.
+    # Matches of other weights are refused.
     weights = tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8" / "dictionary.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert main(["steer-eval", study, "double.1", *few]) == 2
+    assert main(["steer-eval", study, "--dictionary", "double.1", *few]) == 2
     assert "has changed since" in capsys.readouterr().err

@@ -237,9 +237,10 @@ class DrawnJudge:
         self, group: str, captions: Sequence[ConceptCaption], images: Float[Tensor, "image channel row column"]
     ) -> list[JudgeVerdict]:
         """Return the verdicts on images: whether each shows the concept of the group that its caption names, and all else."""
-        trials = [SteeringTrial(each.caption, 0, None) for each in captions]
-        tasks = [SteeringTask(concept=each.concept, group=group, trials=()) for each in captions]
-        return [self._verdict(*pair, scene) for *pair, scene in zip(tasks, trials, self._read(images), strict=True)]
+        return [
+            self._verdict(SteeringTask(concept=concept, group=group, trials=()), SteeringTrial(caption, 0, None), scene)
+            for (concept, caption), scene in zip(captions, self._read(images), strict=True)
+        ]
 
     def _read(self, images: Float[Tensor, "image channel row column"]) -> list[SceneReading]:
         return [scene for chunk in images.split(64) for scene in self._judge.read(chunk)]

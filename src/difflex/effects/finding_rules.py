@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 from difflex.effects.drawn_world import CAPTION_GROUPS
-from difflex.effects.inputs import Provenance
+from difflex.effects.inputs import EffectRecord, Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
 from difflex.miniature.world import CONCEPTS
 
 __all__ = [
@@ -31,8 +28,6 @@ __all__ = [
     "t_tail",
 ]
 
-FORMAT = 2
-ADVICE = "Delete it and run difflex findings again."
 KEPT = 0.8
 """A gain is the best that keeps this share of all else; less than is asked of a single edit."""
 MIN_GAIN = 0.1
@@ -127,8 +122,11 @@ class Finding:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Findings:
+class Findings(EffectRecord):
     """The findings at one site of a model."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "findings"
 
     model: str
     revision: str | None
@@ -140,22 +138,6 @@ class Findings:
     def of(self, name: str) -> Finding | None:
         """Return the finding of an experiment; None if it was not made."""
         return next((finding for finding in self.findings if finding.name == name), None)
-
-    def save(self, path: Path) -> Path:
-        """Write the findings to `path` as JSON and return the path."""
-        try:
-            return write_json(path, FORMAT, to_json(self))
-        except OSError as error:
-            raise BadInput(f"Findings cannot be written to {path}: {error}. Name a study that you may write to.") from error
-
-    @classmethod
-    def load(cls, path: Path) -> Findings:
-        """Return the findings in `path`."""
-        if not path.is_file():
-            raise BadInput(f"There is no {path}. difflex findings makes it.")
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "findings", ADVICE):
-            return from_json(cls, entries)
 
 
 class RuleCondition(NamedTuple):

@@ -8,24 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from difflex.effects import finding_rules as rules
 from difflex.effects.drawn_world import CaptionKind
 from difflex.effects.experiment_bench import ExperimentBench, by_group, detecting_features, make_bench
-from difflex.effects.finding_rules import (
-    CERTAINTY,
-    KEPT,
-    Finding,
-    FindingLine,
-    Findings,
-    FindingsConfig,
-    RuleCondition,
-    Ruling,
-    evaluate_conditions,
-    line_of_columns,
-    line_of_curves,
-    rule,
-    rule_half,
-    rule_rising,
-)
+from difflex.effects.finding_rules import Finding, FindingLine, Findings, FindingsConfig, RuleCondition, Ruling
 from difflex.effects.inputs import ModelFunctions, Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
@@ -66,11 +52,11 @@ def _pairs(bench: ExperimentBench) -> ExperimentOutcome:
         most = replace(bench.alike(concept), method=f"{max(counts)} pairs")
         by_concept.append([*bench.curves(concept, "alike", fewer), most])
     curves = [curve for several in by_concept for curve in several]
-    of_count = lambda count, several: [curve.gain(KEPT) for curve in several if curve.method == f"{count} pairs"]  # noqa: E731
+    of_count = lambda count, several: [curve.gain(rules.KEPT) for curve in several if curve.method == f"{count} pairs"]  # noqa: E731
     gains = {count: of_count(count, curves) for count in counts}
-    lines = [line_of_columns("all concepts", counts, [*gains.values()])]
+    lines = [rules.line_of_columns("all concepts", counts, [*gains.values()])]
     for group, own in by_group(curves).items():
-        lines.append(line_of_columns(group, counts, [of_count(count, own) for count in counts]))
+        lines.append(rules.line_of_columns(group, counts, [of_count(count, own) for count in counts]))
     numbers = {f"gain of {count} pairs": fmean(values) for count, values in gains.items()}
     return ExperimentOutcome(_rule_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
 
@@ -86,7 +72,7 @@ def _rule_knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
     means = {count: fmean(values) for count, values in gains.items()}
     enough = min(count for count, value in means.items() if value >= means[most] - FLAT)
     numbers = ", ".join(f"{value:.2f} by {count}" for count, value in means.items())
-    return rule(evaluate_conditions([rises, flat]), f"gain {numbers} pairs; {enough} come within {FLAT} of {most}")
+    return rules.rule(rules.evaluate_conditions([rises, flat]), f"gain {numbers} pairs; {enough} come within {FLAT} of {most}")
 
 
 def _distribution(bench: ExperimentBench) -> ExperimentOutcome:
@@ -108,16 +94,16 @@ def _adversarial(bench: ExperimentBench) -> ExperimentOutcome:
 def _quality(bench: ExperimentBench) -> ExperimentOutcome:
     """The loss by strength."""
     curves = [bench.base(concept) for concept in bench.config.concepts()]
-    lines = [line_of_curves("all concepts", curves, _loss)]
-    lines += [line_of_curves(group, several, _loss) for group, several in by_group(curves).items()]
+    lines = [rules.line_of_curves("all concepts", curves, _loss)]
+    lines += [rules.line_of_curves(group, several, _loss) for group, several in by_group(curves).items()]
     numbers = {f"loss at {x:g}": y for x, y in zip(lines[0].x, lines[0].y, strict=True)}
-    return ExperimentOutcome(rule_rising(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
+    return ExperimentOutcome(rules.rule_rising(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
 
 
 def _size(bench: ExperimentBench) -> ExperimentOutcome:
     """The loss in a larger and in a smaller model."""
     own = [bench.base(concept) for concept in bench.config.concepts()]
-    lines = [line_of_curves(_millions(bench.parameters), own, _loss)]
+    lines = [rules.line_of_curves(_millions(bench.parameters), own, _loss)]
     quality = bench.other.of("quality") if bench.other is not None else None
     theirs = {curve.concept: curve for curve in quality.curves} if quality is not None else {}
     shared = [
@@ -134,10 +120,10 @@ def _size(bench: ExperimentBench) -> ExperimentOutcome:
     names = _millions(bench.parameters), _millions(bench.other.parameters)
     numbers = {f"loss, {name}": fmean([pair[i] for pair in excess]) for i, name in enumerate(names)}
     means = ", ".join(f"{value:.2f} of {name}" for name, value in zip(names, numbers.values(), strict=True))
-    is_less = evaluate_conditions([RuleCondition([small - large for small, large in smaller_first])])
-    lines.append(line_of_curves(names[1], list(quality.curves), _loss))
+    is_less = rules.evaluate_conditions([RuleCondition([small - large for small, large in smaller_first])])
+    lines.append(rules.line_of_curves(names[1], list(quality.curves), _loss))
     curves = tuple(curve for pair in shared for curve in pair)
-    return ExperimentOutcome(rule(is_less, f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), curves)
+    return ExperimentOutcome(rules.rule(is_less, f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), curves)
 
 
 def _related(bench: ExperimentBench) -> ExperimentOutcome:
@@ -159,16 +145,20 @@ def _steps(bench: ExperimentBench) -> ExperimentOutcome:
     curves = {name: [several[i] for several in by_concept] for i, name in enumerate(names)}
     excess = {name: [_mean_loss(curve) - 1 for curve in several] for name, several in curves.items()}
     text = "loss above that of unedited images with all steps"
-    ruling = rule_half(text, excess[names[0]], {f"with the {names[1]}": excess[names[1]]})
-    lines = tuple(line_of_curves(name, several, _loss) for name, several in curves.items())
+    ruling = rules.rule_half(text, excess[names[0]], {f"with the {names[1]}": excess[names[1]]})
+    lines = tuple(rules.line_of_curves(name, several, _loss) for name, several in curves.items())
     numbers = {f"excess loss, {name}": fmean(values) for name, values in excess.items()}
-    numbers |= {f"gain, {name}": fmean([curve.gain(KEPT) for curve in several]) for name, several in curves.items()}
+    numbers |= {f"gain, {name}": fmean([curve.gain(rules.KEPT) for curve in several]) for name, several in curves.items()}
     flat = tuple(curve for several in curves.values() for curve in several)
     return ExperimentOutcome(ruling, numbers, STRENGTH, LOSS, lines, flat)
 
 
 def _compared(
-    kinds: Sequence[str], by_concept: Sequence[Sequence[StrengthCurve]], first: str, others: Mapping[str, str], kept: float = KEPT
+    kinds: Sequence[str],
+    by_concept: Sequence[Sequence[StrengthCurve]],
+    first: str,
+    others: Mapping[str, str],
+    kept: float = rules.KEPT,
 ) -> ExperimentOutcome:
     """Rule whether the gain on captions of other kinds is under half of that on the first; `first` and `others` describe them.
 
@@ -178,8 +168,8 @@ def _compared(
     open_concepts = [several for several in by_concept if all(curve.without < 1 for curve in several)]
     curves = {kind: [several[i] for several in open_concepts] for i, kind in enumerate(kinds)}
     gains = {kind: [curve.gain(kept) / (1 - curve.without) for curve in several] for kind, several in curves.items()}
-    ruling = rule_half(first, gains[kinds[0]], {text: gains[kind] for kind, text in others.items()})
-    lines = tuple(line_of_curves(kind, several, _added) for kind, several in curves.items())
+    ruling = rules.rule_half(first, gains[kinds[0]], {text: gains[kind] for kind, text in others.items()})
+    lines = tuple(rules.line_of_curves(kind, several, _added) for kind, several in curves.items())
     numbers = {f"gain, {kind}": fmean(values) for kind, values in gains.items() if values}
     flat = tuple(curve for several in curves.values() for curve in several)
     return ExperimentOutcome(ruling, numbers, STRENGTH, ADDED, lines, flat)
@@ -218,7 +208,7 @@ class Experiment(NamedTuple):
     @property
     def rule(self) -> str:
         """When the claim holds, and how certain that is."""
-        return f"{self.condition} {CERTAINTY}"
+        return f"{self.condition} {rules.CERTAINTY}"
 
 
 SHARES = (
@@ -236,7 +226,7 @@ EXPERIMENTS = {
     "distribution": Experiment(
         "A contrast works on prompts like those it was found on, and fails on others.",
         CONTRASTS,
-        "Both with other grounds and styles and with two objects the gain is under half of that on captions like the pairs. "
+        "Both with other backgrounds and styles and with two objects the gain is under half of that on captions like the pairs. "
         + SHARES,
         _distribution,
     ),
@@ -262,8 +252,8 @@ EXPERIMENTS = {
     "related": Experiment(
         "A feature has an effect only where the prompt is related to it.",
         FEATURES,
-        "On captions that name a ground and a style and no object the gain is under half of that on the same captions with an "
-        "object; concepts of objects alone. Both are edited alike, where the one says that the object is; the concept "
+        "On captions that name a background and a style and no object the gain is under half of that on the same captions with "
+        "an object; concepts of objects alone. Both are edited alike, where the one says that the object is; the concept "
         "counts wherever it is seen, and what else is kept does not count. " + SHARES,
         _related,
     ),

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 from PIL import Image
 
 from difflex.dictionaries import Dictionary
 from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
-from difflex.effects.inputs import ModelFunctions, Provenance, to_tensor
+from difflex.effects.inputs import EffectRecord, ModelFunctions, Provenance, to_tensor
 from difflex.effects.judging import JudgeVerdict
 from difflex.effects.removal_features import (
     BAR,
@@ -26,8 +26,6 @@ from difflex.effects.removal_features import (
     choose_features,
 )
 from difflex.errors import BadInput, UnknownName
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
 from difflex.miniature import load_judge
 from difflex.records import Shot, Site
 from difflex.steering import SteeringHook, StudyEditor, check_origin
@@ -44,8 +42,6 @@ __all__ = [
     "remove_concepts",
 ]
 
-FORMAT = 2
-ADVICE = "Delete it and run difflex removal again."
 SEED_DISTANCE = 10**6
 """Between the first seeds of two sets of images."""
 Places = tuple[DictionaryRef, ...]
@@ -123,8 +119,11 @@ class RemovedConcept:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RemovalResults:
+class RemovalResults(EffectRecord):
     """The removal of concepts with the same dictionaries."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "removal"
 
     model: str
     dictionaries: tuple[str, ...]
@@ -136,17 +135,6 @@ class RemovalResults:
     def reaching(self, bar: float = BAR) -> list[RemovedConcept]:
         """Return the concepts whose removal and retentions reach `bar`."""
         return [concept for concept in self.concepts if concept.rates.reach(bar)]
-
-    def save(self, path: Path) -> Path:
-        """Write the results to `path` as JSON and return the path."""
-        return write_json(path, FORMAT, to_json(self))
-
-    @classmethod
-    def load(cls, path: Path) -> RemovalResults:
-        """Return the results in `path`."""
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "removal results", ADVICE):
-            return from_json(cls, entries)
 
 
 class RemovalOutcome(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 from jaxtyping import Float
 from PIL import Image
@@ -15,20 +15,23 @@ from torch import Tensor
 from difflex.choices import Unit
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
 from difflex.effects.drawn_world import drawn_generator, group_of
-from difflex.effects.inputs import ModelFunctions, NeuronBaseline, Provenance, concept_matches, neuron_baseline, to_images
+from difflex.effects.inputs import (
+    EffectRecord,
+    ModelFunctions,
+    NeuronBaseline,
+    Provenance,
+    concept_matches,
+    neuron_baseline,
+    to_images,
+)
 from difflex.effects.judging import JudgedGenerator, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
 from difflex.errors import BadInput
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
 from difflex.records import Edit
 from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["ImageStrip", "SteeringConfig", "SteeringEvaluation", "SteeringResults", "run_steering_evaluation", "steering_table"]
-
-FORMAT = 3
-ADVICE = "Delete it and run difflex steer-eval again."
 
 
 @final
@@ -72,8 +75,11 @@ class ImageStrip:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteeringResults:
+class SteeringResults(EffectRecord):
     """The effects of several methods on several tasks."""
+
+    FORMAT: ClassVar[int] = 3
+    COMMAND: ClassVar[str] = "steer-eval"
 
     model: str
     site: str
@@ -85,17 +91,6 @@ class SteeringResults:
     def of(self, method: str) -> list[StrengthCurve]:
         """Return the curves of a method."""
         return [curve for curve in self.curves if curve.method == method]
-
-    def save(self, path: Path) -> Path:
-        """Write the results to `path` as JSON and return the path."""
-        return write_json(path, FORMAT, to_json(self))
-
-    @classmethod
-    def load(cls, path: Path) -> SteeringResults:
-        """Return the results in `path`."""
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "steering results", ADVICE):
-            return from_json(cls, entries)
 
 
 class SteeringEvaluation(NamedTuple):
@@ -195,31 +190,27 @@ def _provenance(
 
 
 @final
+@dataclass(frozen=True)
 class _SteeringRun:
     """The evaluation of one dictionary with a model."""
 
-    def __init__(
-        self,
-        editor: StudyEditor,
-        place: DictionaryRef,
-        config: SteeringConfig,
-        model: ModelFunctions,
-        world: JudgedWorld,
-        neurons: NeuronBaseline | None,
-    ) -> None:
-        self._editor, self._place, self._config, self._model = editor, place, config, model
-        self._world, self._neurons = world, neurons
+    editor: StudyEditor
+    place: DictionaryRef
+    config: SteeringConfig
+    model: ModelFunctions
+    world: JudgedWorld
+    neurons: NeuronBaseline | None
 
     def judge(
         self, concepts: Sequence[_TargetConcept], log: Callable[[str], None]
     ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
         """Return all curves, and for each group the strips of the concept with the largest gain."""
-        recorder = _StripRecorder(self._world.judged(drawn_generator(self._model)))
+        recorder = _StripRecorder(self.world.judged(drawn_generator(self.model)))
         curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
         for number, target in enumerate(concepts, 1):
             ap = "" if target.ap is None else f" (AP {target.ap:.2f})"
-            log(f"{self._place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
-            task = self._world.task(target.concept, self._config.trials)
+            log(f"{self.place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
+            task = self.world.task(target.concept, self.config.trials)
             own = list(judge_methods(task, self._methods(target), recorder.generator))
             gain, strips = own[0].gain(), dict(recorder.strips(task, own))
             if task.group not in best or gain > best[task.group][0]:
@@ -229,7 +220,7 @@ class _SteeringRun:
 
     def _methods(self, target: _TargetConcept) -> Mapping[str, SteeringMethod]:
         """Return the methods by name: the feature, and the baselines."""
-        place, config, concept = self._place, self._config, target.concept
+        place, config, concept = self.place, self.config, target.concept
         edit = Edit(
             operation="add",
             site=place.site,
@@ -238,10 +229,10 @@ class _SteeringRun:
             unit=config.unit,
             steps=config.edit_steps,
         )
-        features, strengths = self._editor.features(edit), config.strengths
-        pairs = self._world.pairs(concept, config.pairs)
+        features, strengths = self.editor.features(edit), config.strengths
+        pairs = self.world.pairs(concept, config.pairs)
         steps = None if config.edit_steps is None else range(*config.edit_steps)
-        [contrast] = self._model.contrasts(place.site, pairs, steps=steps, region=lambda shot: self._world.region(shot, concept))
+        [contrast] = self.model.contrasts(place.site, pairs, steps=steps, region=lambda shot: self.world.region(shot, concept))
         random = random_features(features, target.feature)
         methods = {
             "feature": SteeringMethod.adding(f"{place} {target.feature}", edit, features, strengths),
@@ -250,14 +241,14 @@ class _SteeringRun:
             ),
             "random": SteeringMethod.adding(f"seed {target.feature}", edit, random, strengths),
             "prompt": SteeringMethod(
-                "the caption names it", lambda trial, strength: (self._world.with_concept(trial, concept), None), (1.0,)
+                "the caption names it", lambda trial, strength: (self.world.with_concept(trial, concept), None), (1.0,)
             ),
         }
-        neuron = None if self._neurons is None else self._neurons.best.get(concept)
-        if self._neurons is not None and neuron is not None:
-            other = self._neurons.place
+        neuron = None if self.neurons is None else self.neurons.best.get(concept)
+        if self.neurons is not None and neuron is not None:
+            other = self.neurons.place
             own = replace(edit, site=other.site, dictionary=other.label, features=(neuron,))
-            methods["neuron"] = SteeringMethod.adding(f"{other} {neuron}", own, self._editor.features(own), strengths)
+            methods["neuron"] = SteeringMethod.adding(f"{other} {neuron}", own, self.editor.features(own), strengths)
         return methods
 
 

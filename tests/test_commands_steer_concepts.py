@@ -1,4 +1,4 @@
-"""`difflex steer-eval --concepts`: edits judged on a model whose world nobody drew, by a CLIP and, over HTTP, by a VLM."""
+"""`difflex steer-eval --concepts`: edits of any model, judged by a CLIP and, over HTTP, by a VLM."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from difflex.cli import main
 from difflex.effects import SteeringResults
 from difflex.testing import RuleServer, tiny_clip, tiny_folder
 
-TOLD = """
+CONCEPTS = """
 [[concept]]
 name = "red"
 group = "colour"
@@ -22,15 +22,15 @@ FLAGS = ["--trials", "3", "--pairs", "2", "--strength", "1:2:1"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the study of a tiny random FLUX, which has one dictionary, and concepts told in a file."""
-    root = tmp_path_factory.mktemp("told")
+    """A folder with the study of a tiny random FLUX, which has one dictionary, and a file of concepts."""
+    root = tmp_path_factory.mktemp("concepts")
     model = tiny_folder("flux", root / "tiny-flux")
     (root / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(60)))
     words = ["harvest", str(model), "--prompts", str(root / "prompts.txt"), "--out", str(root / "study"), "--batch", "8"]
     sites = ["double.1", "double.1:text"]
     assert main([*words, "--site", *sites]) == 0
     assert main(["train", str(root / "study"), "--site", *sites, "--k", "12", "--size", "32", "--tokens", "2000"]) == 0
-    (root / "concepts.toml").write_text(TOLD)
+    (root / "concepts.toml").write_text(CONCEPTS)
     return root
 
 
@@ -39,10 +39,19 @@ def judged(root: Path) -> SteeringResults:
 
 
 def words(root: Path, *more: str, stream: str = "") -> list[str]:
-    return ["steer-eval", str(root / "study"), f"double.1{stream}", "--concepts", str(root / "concepts.toml"), *FLAGS, *more]
+    return [
+        "steer-eval",
+        str(root / "study"),
+        "--dictionary",
+        f"double.1{stream}",
+        "--concepts",
+        str(root / "concepts.toml"),
+        *FLAGS,
+        *more,
+    ]
 
 
-def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_clip_judges_the_named_feature_and_the_baselines(root: Path, capsys: pytest.CaptureFixture[str]):
     clip = str(tiny_clip(root / "clip"))
     assert main(words(root, "--clip", clip, "--offline")) == 0
     said, found = capsys.readouterr().out, judged(root)
@@ -52,30 +61,30 @@ def test_a_clip_judges_all_methods_beside_the_feature_named(root: Path, capsys: 
     assert found.provenance.judge == clip and found.provenance.files["concepts"]
 
 
-def test_tokens_of_text_are_steered_wherever_the_concept_is_put(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_text_tokens_are_steered_without_a_region(root: Path, capsys: pytest.CaptureFixture[str]):
     assert main(words(root, "--clip", str(tiny_clip(root / "clip")), "--offline", stream=":text")) == 0
     assert "red by feature 5, 1 of 1" in capsys.readouterr().out
 
 
-def test_a_model_that_answers_is_asked_once_for_each_image_whatever_its_mood(root: Path, capsys: pytest.CaptureFixture[str]):
-    def rule(images, told: str, form: str) -> dict[str, bool]:
-        assert form == "presence" and len(images) == 2 and '"red"' in told and '"something ' in told
+def test_a_vlm_is_asked_once_for_each_image_in_spite_of_bad_answers(root: Path, capsys: pytest.CaptureFixture[str]):
+    def rule(images, instruction: str, form: str) -> dict[str, bool]:
+        assert form == "presence" and len(images) == 2 and '"red"' in instruction and '"something ' in instruction
         return {"shows": images[1].width < images[1].height, "rest": True}  # the left half is shown, too
 
     with RuleServer({"malformed": 0.2, "limited": 0.1}, rule=rule) as server:
         asked = ["--vlm", server.url, "--model", "rule", "--connections", "4"]
         assert main(words(root, *asked)) == 0
-        told, calls = capsys.readouterr().out, len(server.served)
+        output, calls = capsys.readouterr().out, len(server.served)
         before = judged(root)
-        assert f"{calls} calls" in told and len({each.request for each in server.served if each.behaviour == "good"}) <= 3 * 8
+        assert f"{calls} calls" in output and len({each.request for each in server.served if each.behaviour == "good"}) <= 3 * 8
         assert main(words(root, *asked)) == 0
-        # What was answered is not asked again.
+        # Cached answers are not requested again.
         assert len(server.served) == calls and judged(root) == before
     assert all(curve.without == 1 and point.success == 1 for curve in before.curves for point in curve.points)
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"),
+    ("flags", "message"),
     [
         ([], "name one of --clip and --vlm"),
         (["--clip", "a", "--vlm", "b"], "name one of --clip and --vlm"),
@@ -83,20 +92,18 @@ def test_a_model_that_answers_is_asked_once_for_each_image_whatever_its_mood(roo
         (["--vlm", "http://127.0.0.1:9/v1"], "--model NAME"),
     ],
 )
-def test_eyes_that_cannot_be_had_are_answered_in_a_sentence(
-    root: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
-):
+def test_judges_that_cannot_be_used_are_explained(root: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str):
     assert main(words(root, *flags)) == 2
-    assert complaint in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_drawn_world_needs_no_other_eyes(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_drawn_world_takes_no_other_judge(root: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["steer-eval", str(root / "study"), "--clip", "a"]) == 2
     assert "has its own judge" in capsys.readouterr().err
 
 
-def test_a_concept_without_a_feature_must_be_known(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "concepts.toml").write_text(TOLD.replace("feature = 5", ""))
+def test_a_concept_without_a_feature_needs_difflex_concepts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "concepts.toml").write_text(CONCEPTS.replace("feature = 5", ""))
     asked = ["steer-eval", str(root / "study"), "--concepts", str(tmp_path / "concepts.toml"), "--clip", "a"]
     assert main(asked) == 2
     assert "Run difflex concepts" in capsys.readouterr().err
