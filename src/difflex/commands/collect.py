@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Precision
-from difflex.commands.flags import NoiseLevels, Pixels, Range
+from difflex.commands.flags import NoiseLevels, Pixels, Range, Seeds
 from difflex.commands.inputs import load_study_model, read_prompts
 from difflex.errors import BadInput
 from difflex.features import Book
@@ -37,7 +37,7 @@ class CollectCommand(Command):
     """Number of images; about a tenth of them is held out, with examples of its own."""
     prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: the shots of the harvest)")] = None
     """Generate images from these prompts: a file, a folder, a data set or `captions`, as for difflex harvest."""
-    seeds: Range = range(1)
+    seeds: Seeds = range(1)
     """Seeds for each of the --prompts; END is excluded."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
     """Number of denoising steps, with --prompts."""
@@ -115,14 +115,15 @@ class CollectCommand(Command):
         if self.drawn_world or self.folder is not None:
             return self._noised(harvest_images, harvest(None), batch)
         if self.prompts is None:
-            stored = stored_shots(study, refs)
+            stored = stored_shots(study, refs, self.images)
             precision = stored.shots[0].precision if stored.shots else None
             return runs_source(f"{stored.description}, {batch}", stored.shots, self.images, harvest(precision))
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
         shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
-        description = f"{prompts.source}, seeds {self.seeds.start}:{self.seeds.stop}, {batch}"
-        return runs_source(description, shots, self.images, harvest(None))
+        names = ("seeds", "steps", "keep_steps", "pixels", "guidance", "precision")
+        settings = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+        return runs_source(f"{prompts.source}, {settings}, {batch}", shots, self.images, harvest(None))
 
     def _noised(self, harvest_images, harvest, batch: str) -> "ImageSource":
         """Return images of a folder or of the drawn world, which the model is shown with noise."""

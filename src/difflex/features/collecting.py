@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,23 +168,17 @@ class ImageSource(NamedTuple):
 
 
 def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: HarvestRuns) -> ImageSource:
-    """Return the images that the first `limit` runs of `shots` end in; a run has a shot for each kept step."""
-    groups: dict[Shot, list[Shot]] = {}
-    # A harvest stores the shots of a batch of runs step by step, so they are not consecutive.
-    for shot in shots:
-        run = replace(shot, timestep=None)
-        if run in groups or len(groups) < limit:
-            groups.setdefault(run, []).append(shot)
-    runs = list(groups.values())
+    """Return the images that the first `limit` runs of `shots` end in; a run has consecutive shots, one for each kept step."""
+    groups = groupby(shots, key=lambda shot: replace(shot, timestep=None))
+    runs = [list(group) for _, group in islice(groups, limit)]
     if not runs:
         raise BadInput(f"There are no shots to collect from ({description}). Give a file with a prompt in each line.")
-    first = [replace(shot, prompt="") for shot in runs[0]]
 
     def batches(sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
         remaining = [shot for run in runs[start:] for shot in run]
         return (CollectBatch(*batch) for batch in harvest(remaining, sites))
 
-    return ImageSource(f"{description}, {first}", len(runs), batches, harvest)
+    return ImageSource(description, len(runs), batches, harvest)
 
 
 def noised_source(
@@ -210,21 +204,27 @@ def noised_source(
 
 
 class StoredShots(NamedTuple):
-    """The shots of a harvest, in its order."""
+    """The shots of a harvest, run by run."""
 
     description: str
     shots: list[Shot]
 
 
-def stored_shots(study: Study, refs: Sequence[DictionaryRef]) -> StoredShots:
-    """Return the shots of the harvest of a site of `refs`, or else of any site."""
+def stored_shots(study: Study, refs: Sequence[DictionaryRef], limit: int) -> StoredShots:
+    """Return the shots of the first `limit` runs of the harvest of a site of `refs`, or else of any site."""
     stores = study.stores()
     site = next((ref.site for ref in refs if ref.site in stores), next(iter(stores), None))
     if site is None:
         raise UnknownName(f"{study.folder} has no stored activations, so no shots to repeat. Use --prompts or --drawn-world.")
     store = Store.open(stores[site])
-    count = (store.count() + store.count("held-out")) // store.tokens
-    return StoredShots(f"harvest of {site} {store.fingerprint}", [store.shot(number) for number in range(count)])
+    runs: dict[Shot, list[Shot]] = {}
+    # A harvest stores the shots of a batch of runs step by step.
+    for number in range((store.count() + store.count("held-out")) // store.tokens):
+        shot = store.shot(number)
+        run = replace(shot, timestep=None)
+        if run in runs or len(runs) < limit:
+            runs.setdefault(run, []).append(shot)
+    return StoredShots(f"harvest of {site} {store.fingerprint}", [shot for shots in runs.values() for shot in shots])
 
 
 class ImageFolder(NamedTuple):
