@@ -214,7 +214,7 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
     lines = [_outcome(s, group, (group,)) for s in measured for group in STEERED]
     return Claim.judged(
         "steering",
-        "Features of colours, textures and backgrounds, added at a chosen place, put them into the image there and leave the rest "
+        "Features of colours, textures and backgrounds, added at a place, put them into the image there and leave the rest "
         "unchanged (not a claim of the paper, which shows single examples).",
         "In one dictionary at least, for the colours, for the textures and for the backgrounds alike: half of them or more "
         "have a feature of AP ≥ 0.8 (concepts that too few images show count as without one), and among these the median over "

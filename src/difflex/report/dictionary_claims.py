@@ -89,8 +89,8 @@ def itda_reconstructs_better(facts: StudyFacts) -> Claim:
     return Claim.judged(
         "itda",
         "ITDA reconstructs activations better than an SAE of equal size.",
-        "Every ITDA has a lower FVU in model space than the best SAE at the same site, of the same k and a size within 10 %; only "
-        "dictionaries that normalise their data.",
+        "Every ITDA has a lower FVU in model space than the best SAE at the same site, with the same k and a size within 10 %; "
+        "only dictionaries that normalise their data.",
         holds=better == len(pairs) if pairs else None,
         evidence=[f"ITDA is better in {better} of {count(len(pairs), 'pair')}.", *lines] if pairs else (),
         command="difflex train and difflex itda at one k and size, then difflex evaluate STUDY",

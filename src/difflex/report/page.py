@@ -135,7 +135,7 @@ def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
     """Return the section about how to run the study again."""
     if facts.diary:
         line = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
-        lead = "One command runs the recipe: it skips finished commands and repeats those that a change has made stale. Its commands:"
+        lead = "One command runs the recipe: it skips finished commands and repeats stale ones. Its commands:"
         items = [_command(entry, spell) for entry in facts.diary if entry.verb != "report"]
         commands = element("ol", *items, class_="commands")
     else:

@@ -255,7 +255,7 @@ def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[Matc
         usual, _ = settings.most_common(1)[0]
         comparable += [match for match in candidates if match.settings == usual]
         problems += [
-            f"{path}: {match.name} was measured on other images, or in another way, than the other methods there, and is left out "
+            f"{path}: {match.name} was measured on other images, or in another way, than the others there, and is left out "
             "of the figures. Run difflex concepts for all of them together."
             for match in candidates
             if match.settings != usual

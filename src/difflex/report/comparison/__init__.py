@@ -199,7 +199,7 @@ def _coverage(comparison: StudyComparison) -> ReportFigure:
     return ReportFigure(
         name="coverage",
         title="Concepts that one feature detects",
-        caption="With 95 % intervals from resampling the held-out images. The interval of a difference, in the CSV, takes the two "
+        caption="With 95 % intervals from resampling held-out images. The interval of a difference, in the CSV, takes the two "
         "for independent: where both were measured on the same images it is wider than necessary.",
         formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
         columns=("method", *columns, "difference", "low", "high"),

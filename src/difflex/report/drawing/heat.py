@@ -13,7 +13,7 @@ from difflex.report.drawing import WIDTH, Drawing, element, shortened, svg, text
 __all__ = ["HeatCell", "HeatStrip", "heat_map", "heat_strips", "ramp"]
 
 FAINT = 0.1
-"""The opacity of the smallest value; that of the largest is 1. One hue over the background of the page reads alike to all eyes."""
+"""The opacity of the smallest value; that of the largest is 1. One hue over the background is the same to all eyes."""
 OVER = {"over": 0.68, "half": 0.55}
 """Above these opacities numbers are in the colour of the background: on light pages, and on dark ones."""
 TOP, FOOT, LINE, GAP = 28.0, 42.0, 26.0, 1.5

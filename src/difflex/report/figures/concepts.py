@@ -175,8 +175,8 @@ def _knowledge(blocks: Blocks) -> ReportFigure:
     return ReportFigure(
         name="knowledge",
         title="What each layer represents, by noise level",
-        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): how well a linear probe finds them "
-        "in the whole activation, and how well single features of the best dictionary there show them.",
+        caption="Groups of concepts by how noisy the image was (0 is the image, 1 pure noise): how well a linear probe finds "
+        "them in the whole activation, and how well single features of the best dictionary there show them.",
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
         columns=("block", "method", "group", "noise", "concepts", "mean AP", "detected"),
         rows=rows,

@@ -226,7 +226,7 @@ def dictionaries(facts: StudyFacts) -> ReportSection:
     return ReportSection(
         name="dictionaries",
         title="All dictionaries",
-        lead="Click on a column to sort by it, and again to reverse the order. x is an activation and y its reconstruction; model "
+        lead="Click a column to sort by it, again to reverse the order. x is an activation and y its reconstruction; model "
         "space is that of the activations, z the space of normalised activations, in which the dictionary was trained. Without "
         "normalisation the two are the same.",
         figures=(file,) if evaluated else (),

@@ -80,8 +80,8 @@ def _removal_figure(results: Sequence[RemovalResults]) -> ReportFigure:
     return ReportFigure(
         name="removal",
         title="What is removed and what stays, by concept",
-        caption="The bar is the share of images from which the concept is gone; the points are the shares of the other concepts of "
-        "its group and of everything else that stay. A concept counts as removed where all three are at least 90 %.",
+        caption="The bar is the share of images from which the concept is gone; the points are the shares of the other concepts "
+        "of its group and of everything else that stay. A concept counts as removed where all three are at least 90 %.",
         formula="UA = gone / shown before; IRA, CRA = still right / right before; on unseen prompts",
         columns=("dictionaries", "group", "concept", "images", "shown unedited", *rates, "features", "strength"),
         rows=[

@@ -212,7 +212,7 @@ def images(facts: StudyFacts) -> ReportSection:
             rows.append((str(ref), stats.feature, rank, measure, value, *values))
     file = ReportFigure(
         name="images",
-        caption="The features above and what they are ranked by: the accuracy of their explanation, else the average precision for the "
+        caption="The features above and what they are ranked by: the accuracy of their explanation, else the AP for the "
         "known concept that they detect best, else their peak.",
         columns=("dictionary", "feature", "rank", "measure", "value", "concept", "explanation", "density", "peak", "coverage"),
         rows=rows,
@@ -220,7 +220,7 @@ def images(facts: StudyFacts) -> ReportSection:
     return ReportSection(
         name="images",
         title="Features in images",
-        lead="The best and the worst features of each dictionary, with the held-out images in which they are strongest; the bluer "
+        lead="The best and worst features of each dictionary, with the held-out images in which they are strongest; the bluer "
         "a token, the stronger.",
         body=Markup("").join(parts),
         figures=(file,) if facts.books else (),

@@ -47,7 +47,7 @@ def quality(facts: StudyFacts) -> ReportSection:
     return ReportSection(
         name="reconstruction",
         title="How well activations are reconstructed",
-        lead="y is the reconstruction of an activation x from its few active features, measured on tokens that were held out from "
+        lead="y is the reconstruction of an activation x from its few active features, measured on tokens held out from "
         "training.",
         figures=tuple(figure for figure in figures if figure is not None),
         missing=tuple(missing),

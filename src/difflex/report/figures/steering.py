@@ -70,7 +70,7 @@ MEASURES = (
     SteeringMeasure(
         "kept",
         "What else stays",
-        "Of everything else that the captions state and that was right in the unedited images, the share that is still right; the "
+        "Of everything else that the captions state and that was right without the edit, the share that is still right; the "
         "bar is 90 %.",
         "statements still right / statements right without the edit, median over concepts",
         lambda point: point.specificity,
@@ -162,7 +162,7 @@ def _figure(measure: SteeringMeasure, lines: Sequence[MethodCurves]) -> ReportFi
         name=measure.name,
         title=f"{measure.title}, by strength",
         caption=f"{measure.caption} A strength of 1 is, for a feature, {grouped(units)}; random directions are equally long; a "
-        "contrast has the length that was measured, and the caption is replaced as a whole. Only concepts for which the dictionary "
+        "contrast has the length that was measured, and the caption is replaced as a whole. Only concepts for which it "
         "has a feature.",
         formula=measure.formula,
         columns=("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"),
@@ -212,7 +212,7 @@ def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
     return ReportFigure(
         name="steered",
-        caption="All digits of the table above. Medians over the concepts for which the dictionary has a feature, each at its best "
+        caption="All digits of the table above. Medians over the concepts for which there is a feature, each at its best "
         "strength: that of the highest success at which 90 % of everything else stays and no image breaks. Concepts that too few "
         "images show count as without a feature. Gain is the success there less the share of unedited images that show the "
         "concept, and 0 where no strength is acceptable.",
