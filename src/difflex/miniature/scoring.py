@@ -13,18 +13,6 @@ from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.judge import DetectedObject, Judge, SceneReading
 from difflex.miniature.world import COLUMNS, HELD_OUT_SEEDS, ROWS, SceneMix
 
-__all__ = [
-    "CaptionScore",
-    "Examination",
-    "as_markdown",
-    "correct_attributes",
-    "examine",
-    "examine_drawings",
-    "score",
-    "shares_correct",
-    "shortfalls",
-]
-
 ATTRIBUTES = ("colour", "shape", "background", "style", "position", "texture", "size", "count", "relation")
 Generate = Callable[[list[str]], Float[Tensor, "caption 3 height width"]]
 """Captions -> images in [0, 1]."""

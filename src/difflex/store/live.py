@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
@@ -19,20 +19,6 @@ from difflex.store.shard import check_dtype, pack, unpack
 from difflex.store.store import WINDOW
 
 __all__ = ["LiveActivations"]
-
-
-class LiveWindow(NamedTuple):
-    """A part of the stream, in memory that the next window will use."""
-
-    values: Float[Tensor, "row width"]
-    shots: Int[Tensor, " row"]
-    tokens: Int[Tensor, " row"]
-    order: Int[Tensor, " row"]
-    """The order in which its rows are read."""
-
-    def rows(self, places: Int[Tensor, " token"]) -> ActivationBatch:
-        """Return a copy of the rows at `places`."""
-        return ActivationBatch(self.values[places.to(self.values.device)], self.shots[places], self.tokens[places])
 
 
 @final
@@ -142,13 +128,16 @@ class LiveActivations:
         windows, rest = divmod(shots, length * shares.world_size)
         return min(most, -(-(windows * length + rest // shares.world_size) * self.tokens // shares.size))
 
-    def _batches(self, shares: BatchShares, windows: Iterator[LiveWindow], first: int) -> Iterator[ActivationBatch]:
+    def _batches(
+        self, shares: BatchShares, windows: Iterator[tuple[ActivationBatch, Tensor]], first: int
+    ) -> Iterator[ActivationBatch]:
         """Cut the windows into batches, from row `first` on; the last rows of a window go before those of the next one."""
         parts: list[ActivationBatch] = []
-        for window in windows:
+        for window, order in windows:
             missing = shares.size - sum(len(rows.shots) for rows in parts)
-            for places in [window.order[first:][:missing], *window.order[first:][missing:].split(shares.size)]:
-                parts.append(window.rows(places))
+            for rows in [order[first:][:missing], *order[first:][missing:].split(shares.size)]:
+                values = window.values[rows.to(window.values.device)]
+                parts.append(ActivationBatch(values, window.shots[rows], window.tokens[rows]))
                 if sum(len(rows.shots) for rows in parts) == shares.size:
                     yield _concatenate(parts)
                     parts = []
@@ -156,8 +145,13 @@ class LiveActivations:
         if any(len(rows.shots) for rows in parts):
             yield _concatenate(parts)
 
-    def _windows(self, shares: BatchShares, split: Split, length: int, skipped: int, key: str | None) -> Iterator[LiveWindow]:
-        """Yield this rank's windows of `length` shots after the first `skipped`. All use the same memory."""
+    def _windows(
+        self, shares: BatchShares, split: Split, length: int, skipped: int, key: str | None
+    ) -> Iterator[tuple[ActivationBatch, Tensor]]:
+        """Yield this rank's windows of `length` shots after the first `skipped`, with the order of their rows.
+
+        All windows use the same memory.
+        """
         numbers, memory = self._numbers(split), None
         for place in count():
             window = list(islice(numbers, length * shares.world_size))
@@ -176,7 +170,8 @@ class LiveActivations:
                 shots[filled:end] = number.repeat_interleave(self.tokens)
                 filled = end
             assert memory is not None and filled == len(shots), "a harvest gives every shot once"
-            yield LiveWindow(memory[:filled], shots, torch.arange(filled) % self.tokens, permutation(filled, key, place))
+            rows = ActivationBatch(memory[:filled], shots, torch.arange(filled) % self.tokens)
+            yield rows, permutation(filled, key, place)
 
     def _passes(self, numbers: list[int]) -> Iterator[tuple[Float[Tensor, "shot token width"], Int[Tensor, " shot"]]]:
         """Harvest the shots of these numbers and yield their activations as a store would return them."""

@@ -82,13 +82,11 @@ class BatchShares(NamedTuple):
             yield range(start + count * self.rank // self.world_size, start + count * (self.rank + 1) // self.world_size)
 
 
-class ReadWindow(NamedTuple):
-    """Neighbouring rows in the order of reading."""
+class RowPlaces(NamedTuple):
+    """Where rows are stored."""
 
-    shards: tuple[int, ...]
-    """The shards that hold the rows."""
     shard: Int[Tensor, " row"]
-    """The shard of each row, as its index in `shards`."""
+    """The shard of each row, as its index among the open shards."""
     shots: Int[Tensor, " row"]
     """The index of each row's shot within its shard."""
     tokens: Int[Tensor, " row"]
@@ -117,18 +115,18 @@ class ReadOrder:
         """How many rows an epoch has."""
         return self.tokens * sum(map(len, self.shots.values()))
 
-    def windows(self, start: int = 0) -> Iterator[ReadWindow]:
-        """Yield all rows from place `start` of the order on."""
+    def windows(self, start: int = 0) -> Iterator[tuple[tuple[int, ...], RowPlaces]]:
+        """Yield all rows from place `start` of the order on, in windows, with the shards to open for them."""
         shards = list(self.shots)
         shuffled = [shards[i] for i in permutation(len(shards), self.key, "shards").tolist()]
         for first in range(0, len(shuffled), OPEN_SHARDS):
             group = tuple(shuffled[first : first + OPEN_SHARDS])
             rows = self.tokens * sum(len(self.shots[shard]) for shard in group)
             if start < rows:
-                yield from self._windows_of(group, f"{self.key}/{first}", start)
+                yield from ((group, window) for window in self._windows_of(group, f"{self.key}/{first}", start))
             start = max(0, start - rows)
 
-    def _windows_of(self, group: tuple[int, ...], key: str, start: int) -> Iterator[ReadWindow]:
+    def _windows_of(self, group: tuple[int, ...], key: str, start: int) -> Iterator[RowPlaces]:
         block = _block_rows(self.tokens, self.row_bytes)
         per_shot = self.tokens // block
         bounds = torch.tensor(list(accumulate((len(self.shots[shard]) * per_shot for shard in group), initial=0)))
@@ -143,7 +141,7 @@ class ReadOrder:
             rows = permutation(len(window) * block, self.key and key, place)[max(0, start - place * block) :]
             row_blocks = rows // block
             tokens = local[row_blocks] % per_shot * block + rows % block
-            yield ReadWindow(group, shard[row_blocks], block_shots[row_blocks], tokens)
+            yield RowPlaces(shard[row_blocks], block_shots[row_blocks], tokens)
 
 
 def permutation(count: int, key: str | None, *parts: object) -> Int[Tensor, " count"]:
@@ -185,18 +183,6 @@ class BufferPool:
         return self._buffers[-1]
 
 
-class RowPlaces(NamedTuple):
-    """Where rows are stored."""
-
-    shard: Int[Tensor, " row"]
-    """The index of their shard among the open ones."""
-    rows: Int[Tensor, " row"]
-    """Their index in it."""
-    shots: Int[Tensor, " row"]
-    """The numbers of their shots."""
-    tokens: Int[Tensor, " row"]
-
-
 @final
 class ShardReader:
     """Reads rows at ascending places of an order; only the shards in use are open."""
@@ -210,8 +196,8 @@ class ShardReader:
         self._open_shard = open_shard
         self._buffers = BufferPool()
         self._open: dict[int, MappedShard] = {}
-        self._windows: Iterator[ReadWindow] | None = None
-        self._places = RowPlaces(*[EMPTY] * 4)
+        self._windows: Iterator[tuple[tuple[int, ...], RowPlaces]] | None = None
+        self._places = RowPlaces(EMPTY, EMPTY, EMPTY)
         self._start = 0
         """The place of the current window in the order."""
 
@@ -224,7 +210,7 @@ class ShardReader:
             part = self._part(share.start + filled, len(share) - filled)
             end = filled + len(part.shard)
             self._gather(part, values[filled:end], None if scales is None else scales[filled:end])
-            shots.append(part.shots)
+            shots.append(torch.tensor(list(self._open))[part.shard.long()] * self._shots_per_shard + part.shots)
             tokens.append(part.tokens)
             filled = end
         return ActivationBatch(unpack(PackedRows(values, scales)), torch.cat(shots), torch.cat(tokens))
@@ -235,29 +221,25 @@ class ShardReader:
             self._windows, self._start = self._order.windows(start), start
         while start >= self._start + len(self._places.shard):
             self._start += len(self._places.shard)
-            self._enter(next(self._windows))
+            self._enter(*next(self._windows))
         part = slice(start - self._start, start - self._start + count)
         # For keys of 8 bits numpy counts instead of sorting: several times faster than torch.
         by_shard = torch.from_numpy(self._places.shard[part].numpy().argsort(kind="stable")) + part.start
         return RowPlaces(*(column[by_shard] for column in self._places))
 
-    def _enter(self, window: ReadWindow) -> None:
+    def _enter(self, shards: tuple[int, ...], window: RowPlaces) -> None:
         for mapped in self._open.values():
             mapped.release_pages()
-        self._open = {shard: self._open.get(shard) or self._open_shard(shard) for shard in window.shards}
-        self._places = RowPlaces(
-            shard=window.shard.to(torch.uint8),
-            rows=window.shots * self._form.tokens + window.tokens,
-            shots=torch.tensor(window.shards)[window.shard] * self._shots_per_shard + window.shots,
-            tokens=window.tokens,
-        )
+        self._open = {shard: self._open.get(shard) or self._open_shard(shard) for shard in shards}
+        self._places = window._replace(shard=window.shard.to(torch.uint8))
 
     def _gather(self, part: RowPlaces, values: Tensor, scales: Tensor | None) -> None:
         """Copy the values and scales of `part` from the open shards."""
         counts = torch.bincount(part.shard, minlength=len(self._open)).tolist()
-        for mapped, rows, target in zip(self._open.values(), part.rows.split(counts), values.split(counts), strict=True):
+        places = (part.shots * self._form.tokens + part.tokens).split(counts)
+        for mapped, rows, target in zip(self._open.values(), places, values.split(counts), strict=True):
             torch.index_select(mapped.values, 0, rows, out=target)
         if scales is not None:
-            for mapped, rows, target in zip(self._open.values(), part.rows.split(counts), scales.split(counts), strict=True):
+            for mapped, rows, target in zip(self._open.values(), places, scales.split(counts), strict=True):
                 assert mapped.scales is not None, "shards of int8 have scales"
                 torch.index_select(mapped.scales, 0, rows, out=target)
