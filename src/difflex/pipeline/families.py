@@ -89,10 +89,13 @@ def _double(name: str, path: str, image: str, text: str) -> BlockPattern:
     return BlockPattern(name=name, path=path, outputs=BOTH, neurons=MappingProxyType({"image": image, "text": text}))
 
 
+def _image_only(name: str, path: str) -> BlockPattern:
+    return BlockPattern(name=name, path=path, neurons=MappingProxyType({"image": "ff.net.0"}))
+
+
 def _attention(name: str, path: str) -> tuple[BlockPattern, BlockPattern]:
     """The rows of an attention stack of a U-Net and of the layers inside it."""
-    inner = BlockPattern(name=f"{name}.*", path=f"{path}.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"}))
-    return BlockPattern(name=name, path=path), inner
+    return BlockPattern(name=name, path=path), _image_only(f"{name}.*", f"{path}.transformer_blocks.*")
 
 
 UNET = (
@@ -203,18 +206,9 @@ FAMILIES = (
     Family(
         name="pixart",
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        blocks=(
-            BlockPattern(
-                name="block.*", path="transformer.transformer_blocks.*", neurons=MappingProxyType({"image": "ff.net.0"})
-            ),
-        ),
+        blocks=(_image_only("block.*", "transformer.transformer_blocks.*"),),
         guidance="doubled",
-        embeds=(
-            "prompt_embeds",
-            "prompt_attention_mask",
-            "negative_prompt_embeds",
-            "negative_prompt_attention_mask",
-        ),
+        embeds=("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"),
         encode=MappingProxyType({"clean_caption": False}),
         text_length=120,
         large_text="text_encoder",

@@ -17,16 +17,7 @@ from difflex.pipeline.engine import Engine, Run, map_runs
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
 from difflex.records import Activations, EditOutcomes, HookContext, Shot, Site
 
-__all__ = [
-    "ImageBatch",
-    "activations_of",
-    "edited_images",
-    "harvest",
-    "harvest_with_images",
-    "prediction",
-    "predictions",
-    "recording",
-]
+__all__ = ["ImageBatch", "activations_of", "edited_images", "harvest", "harvest_with_images", "predictions", "recording"]
 
 Edits = Mapping[str, SiteFunction]
 
@@ -111,11 +102,11 @@ def recording(engine: Engine, run: Run, sites: Sequence[SiteModule], stop: bool)
         return record
 
     with ExitStack() as hooks:
-        for site in sites:
-            hooks.enter_context(hook_site(engine.tracker, site, recorder(site.site)))
+        for target in sites:
+            hooks.enter_context(hook_site(engine.tracker, target, recorder(target.site)))
         with suppress(StopForward):
             yield outputs
-    missing = [site for site in sites for timestep in run.timesteps if (timestep, site.site) not in outputs]
+    missing = [target for target in sites for timestep in run.timesteps if (timestep, target.site) not in outputs]
     if missing:
         raise DifflexError(f"The site '{missing[0].site}' has no activations: {missing[0].path} is not called at a kept step.")
 
@@ -124,13 +115,13 @@ def activations_of(
     engine: Engine, shots: Sequence[Shot], outputs: SiteOutputs, sites: Sequence[SiteModule]
 ) -> Iterator[Activations]:
     """Take the recorded `outputs` in the order of steps and sites; raise an error if values are not finite."""
-    modules = {site.site: site for site in sites}
-    order = list(modules)
+    targets = {target.site: target for target in sites}
+    order = list(targets)
     for timestep, site in sorted(outputs, key=lambda key: (-key[0], order.index(key[1]))):
         output = outputs.pop((timestep, site))
         here = tuple(replace(shot, timestep=timestep) for shot in shots)
         if not _is_finite(output.values):
-            raise NonFinite(_non_finite_message(engine, output.values, here, modules[site]))
+            raise NonFinite(_non_finite_message(engine, output.values, here, targets[site]))
         yield Activations(site=site, values=output.values, shots=here, grid=output.grid)
 
 
@@ -147,11 +138,11 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-def _non_finite_message(engine: Engine, values: Tensor, shots: Sequence[Shot], site: SiteModule) -> str:
+def _non_finite_message(engine: Engine, values: Tensor, shots: Sequence[Shot], target: SiteModule) -> str:
     shot = shots[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])]
     source = shot.image if shot.image is not None else repr(shot.prompt)
     return (
-        f"Activations that are not finite at the site '{site.site}' (block {site.path}), shot {source}, seed {shot.seed}, "
+        f"Activations that are not finite at the site '{target.site}' (block {target.path}), shot {source}, seed {shot.seed}, "
         f"timestep {shot.timestep:g}. {_origin(engine, shot)}Try another precision: fp16 overflows where bf16 does not."
     )
 
@@ -171,8 +162,8 @@ def _origin(engine: Engine, shot: Shot) -> str:
         return detect
 
     with ExitStack() as hooks, suppress(StopForward):
-        for site in map(engine.sites.locate, engine.sites.blocks):
-            hooks.enter_context(hook_site(engine.tracker, site, detector(site.path)))
+        for target in map(engine.sites.locate, engine.sites.blocks):
+            hooks.enter_context(hook_site(engine.tracker, target, detector(target.path)))
         engine.run([replace(shot, timestep=None)])
     return f"They first arise in {paths[0]}. " if paths else ""
 

@@ -1,7 +1,6 @@
 """`load`: from the name of a model to a `Pipeline`."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -17,16 +16,7 @@ from difflex.pipeline.components import PLANS, PipelinePlan, build_components, b
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.precision import (
-    DTYPES,
-    WeightPlacement,
-    check_fits,
-    dense_dtype,
-    gpu_quantisation,
-    quantise,
-    read_denoiser,
-    read_text_encoder,
-)
+from difflex.pipeline.precision import DTYPES, WeightPlacement, check_fits, dense_dtype, quantise, read_quantised
 from difflex.pipeline.sources import ModelSource, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
 
 __all__ = ["load"]
@@ -105,19 +95,10 @@ def _read(
     assert source.folder is not None
     if precision != "nf4":
         return read_pipeline(source.folder, DTYPES[precision], **components)
-    dtype = dense_dtype(device)
     large = [name for name in (family.denoiser, family.large_text) if name in plan.components and name not in components]
-    if device.type == "cuda":
-        return read_pipeline(source.folder, dtype, quantization_config=gpu_quantisation(large, dtype), **components)
     check_weights(source.folder)
-    # The denoiser first and alone: before it is quantised, nothing else is in memory.
-    quantised: Mapping[str, object] = {
-        name: (read_denoiser if name == family.denoiser else read_text_encoder)(
-            source.folder / name, plan.components[name].kind, dtype
-        )
-        for name in large
-    }
-    return read_pipeline(source.folder, dtype, **components, **quantised)
+    quantised = read_quantised(source.folder, plan, large, device)
+    return read_pipeline(source.folder, dense_dtype(device), **components, **quantised)
 
 
 def _build(

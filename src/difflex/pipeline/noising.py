@@ -24,7 +24,7 @@ from difflex.pipeline.harvesting import activations_of, check_sites, prediction,
 from difflex.pipeline.sites import SiteModule
 from difflex.records import Activations, Shot
 
-__all__ = ["ImageInput", "harvest_images", "losses", "open_image"]
+__all__ = ["ImageInput", "harvest_images", "losses", "noise_levels", "noised_images", "open_image"]
 
 ImageInput = Image.Image | Path | str
 
@@ -38,27 +38,19 @@ class NoisedImage(NamedTuple):
 
 def harvest_images(
     engine: Engine,
-    settings: Shot,
-    images: Iterable[ImageInput],
-    noise: float | Sequence[float],
+    inputs: Iterable[NoisedImage],
+    levels: Sequence[float],
     sites: Sequence[SiteModule],
-    prompts: Iterable[str],
-    names: Iterable[str | None],
-    seed: int,
     batch: int,
     progress: bool,
 ) -> Iterator[Activations]:
-    """Yield the activations of `sites` at `images`: for each batch of one size, each level of noise, each site."""
+    """Yield the activations of `sites` at images: for each batch of one size, each level of noise, each site."""
     check_sites(sites)
     if not engine.family.blocks:
         raise BadInput(
             f"{type(engine.diffusers).__name__} has no row in the table of families: difflex does not know how it takes in an "
             "image. Harvest it from prompts."
         )
-    levels = _levels(noise)
-    # Two halves would be two passes for one image.
-    settings = replace(settings, guidance=1.0) if engine.is_guided(settings.guidance) else settings
-    inputs = _inputs(engine, settings, images, prompts, names, seed)
     with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
         for group in _by_size(inputs, batch):
             latents = _encode_in_batches(engine, group, batch)
@@ -87,17 +79,10 @@ def _harvest_level(
 
 
 def losses(
-    engine: Engine,
-    settings: Shot,
-    images: Iterable[ImageInput],
-    noise: float | Sequence[float],
-    prompts: Iterable[str],
-    seed: int,
-    batch: int,
+    engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float], batch: int
 ) -> Iterator[Float[Tensor, "image level"]]:
     """Yield the mean squared error of the denoiser's prediction for each image and level, batch by batch of one size."""
-    levels = _levels(noise)
-    for group in _by_size(_inputs(engine, replace(settings, guidance=1.0), images, prompts, repeat(None), seed), batch):
+    for group in _by_size(inputs, batch):
         latents = _encode_in_batches(engine, group, batch)
         yield torch.stack([_losses_at(engine, group, latents, level, batch) for level in levels], dim=1)
 
@@ -158,7 +143,8 @@ def _add_noise(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> 
     return signal**0.5 * latents + (1 - signal) ** 0.5 * noise, float(timestep)
 
 
-def _levels(noise: float | Sequence[float]) -> list[float]:
+def noise_levels(noise: float | Sequence[float]) -> list[float]:
+    """Return the levels of noise as a list; raise an error for those that are not between 0 and 1."""
     levels = [float(noise)] if isinstance(noise, (int, float)) else [float(level) for level in noise]
     for level in levels:
         if not 0 <= level <= 1:
@@ -172,14 +158,17 @@ def _noise(group: Sequence[NoisedImage], latents: Tensor) -> Tensor:
     return torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
 
 
-def _inputs(
+def noised_images(
     engine: Engine,
     settings: Shot,
     images: Iterable[ImageInput],
-    prompts: Iterable[str],
-    names: Iterable[str | None],
+    prompts: str | Iterable[str],
+    names: Iterable[str | None] | None,
     seed: int,
 ) -> Iterator[NoisedImage]:
+    """Open `images` lazily and yield them with their shots; image i is noised by the seed `seed + i`."""
+    prompts = repeat(prompts) if isinstance(prompts, str) else prompts
+    names = repeat(None) if names is None else names
     prompts, names = iter(prompts), iter(names)
     for i, source in enumerate(images):
         prompt, name = next(prompts, None), next(names, None)

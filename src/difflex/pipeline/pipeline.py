@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -18,7 +17,7 @@ from difflex.errors import BadInput
 from difflex.pipeline.calls import check_half
 from difflex.pipeline.engine import Engine, map_batches
 from difflex.pipeline.harvesting import ImageBatch, edited_images, harvest, harvest_with_images, predictions
-from difflex.pipeline.noising import ImageInput, harvest_images, losses
+from difflex.pipeline.noising import ImageInput, harvest_images, losses, noise_levels, noised_images
 from difflex.pipeline.profile import SiteRow, site_rows
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
 from difflex.pipeline.sources import ModelSource
@@ -167,11 +166,12 @@ class Pipeline:
         """
         _check_batch(batch)
         settings = self._settings(1, None, None, check=False)
+        # Two halves would be two passes for one image.
+        settings = replace(settings, guidance=1.0) if self.engine.is_guided(settings.guidance) else settings
         images = [images] if isinstance(images, (str, Path, Image.Image)) else images
-        prompts = repeat(prompts or "") if prompts is None or isinstance(prompts, str) else prompts
-        labels = [names] if isinstance(names, str) else names or repeat(None)
-        modules = self._modules(sites)
-        return harvest_images(self.engine, settings, images, noise, modules, prompts, labels, seed, batch, progress)
+        names = [names] if isinstance(names, str) else names
+        inputs = noised_images(self.engine, settings, images, "" if prompts is None else prompts, names, seed)
+        return harvest_images(self.engine, inputs, noise_levels(noise), self._modules(sites), batch, progress)
 
     def losses(
         self,
@@ -186,9 +186,9 @@ class Pipeline:
         It is the smaller, the more an image resembles the training data. The noise of image i has the seed `seed + i`.
         """
         _check_batch(batch)
-        prompts = repeat(prompts) if isinstance(prompts, str) else prompts
-        settings = self._settings(1, None, None, check=False)
-        return torch.cat(list(losses(self.engine, settings, images, noise, prompts, seed, batch)))
+        settings = self._settings(1, None, 1.0, check=False)
+        inputs = noised_images(self.engine, settings, images, prompts, None, seed)
+        return torch.cat(list(losses(self.engine, inputs, noise_levels(noise), batch)))
 
     def predictions(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, SiteFunction], batch: int = 16

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +21,7 @@ from difflex.pipeline.components import PipelinePlan
 from difflex.pipeline.families import Family
 from difflex.quiet import quiet
 
-__all__ = [
-    "DTYPES",
-    "MemoryNeed",
-    "WeightPlacement",
-    "check_fits",
-    "dense_dtype",
-    "estimate",
-    "gpu_quantisation",
-    "quantise",
-    "read_denoiser",
-    "read_text_encoder",
-]
+__all__ = ["DTYPES", "WeightPlacement", "check_fits", "dense_dtype", "estimate", "quantise", "read_quantised"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IN_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
@@ -46,30 +36,30 @@ def dense_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def gpu_quantisation(components: list[str], dtype: torch.dtype) -> PipelineQuantizationConfig:
-    """Return the config that makes diffusers read `components` in nf4 on a GPU and compute in `dtype`."""
-    _bitsandbytes()
+def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which diffusers reads a pipeline whose components `names` are in nf4.
+
+    On a GPU diffusers quantises by itself. On a CPU the components are read here, the denoiser first and alone.
+    """
+    library, dtype = _bitsandbytes(), dense_dtype(device)
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return PipelineQuantizationConfig("bitsandbytes_4bit", settings, components_to_quantize=components)
-
-
-def read_text_encoder(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
-    """Read the text encoder in `folder` in nf4, computing in `dtype`; transformers can do this on a CPU too."""
-    library = _bitsandbytes()
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = getattr(transformers, kind).from_pretrained(os.fspath(folder), quantization_config=config, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, library.nn.Linear4bit):
-            _disable_packing_if_odd(module)
-    return model
-
-
-def read_denoiser(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
-    """Read the denoiser in `folder` in nf4, computing in `dtype`; diffusers itself cannot do this on a CPU."""
-    _bitsandbytes()
-    with quiet("diffusers"):
-        model = getattr(diffusers, kind).from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True)
-    return quantise(model, dtype)
+    if device.type == "cuda":
+        config = PipelineQuantizationConfig("bitsandbytes_4bit", settings, components_to_quantize=list(names))
+        return {"quantization_config": config}
+    components: dict[str, Any] = {}
+    for name in names:
+        kind, path = plan.components[name].kind, os.fspath(folder / name)
+        if plan.components[name].library == "diffusers":
+            with quiet("diffusers"):
+                model = getattr(diffusers, kind).from_pretrained(path, dtype=dtype, local_files_only=True)
+            components[name] = quantise(model, dtype)
+        else:
+            config = transformers.BitsAndBytesConfig(**settings)
+            components[name] = getattr(transformers, kind).from_pretrained(path, quantization_config=config, dtype=dtype)
+            for module in components[name].modules():
+                if isinstance(module, library.nn.Linear4bit):
+                    _disable_packing_if_odd(module)
+    return components
 
 
 def _four_bit_layers(model: nn.Module) -> dict[str, nn.Linear]:

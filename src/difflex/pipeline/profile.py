@@ -95,24 +95,24 @@ def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Modul
 
 @torch.no_grad()
 def _shapes(
-    copy: nn.Module, sites: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
+    copy: nn.Module, targets: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> dict[Site, torch.Size]:
     """Return the shape at each site, except for those whose block returns nothing for their stream."""
     shapes: dict[Site, torch.Size] = {}
 
-    def watch(site: SiteModule) -> None:
+    def watch(target: SiteModule) -> None:
         def keep(x: Tensor, context: HookContext) -> None:
-            shapes[site.site] = x.shape
+            shapes[target.site] = x.shape
 
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            if has_tokens(site, output):
-                apply_at_site(site, call, args, kwargs, output, keep)
+            if has_tokens(target, output):
+                apply_at_site(target, call, args, kwargs, output, keep)
 
-        stack.enter_context(site.module.register_forward_hook(hook, with_kwargs=True))
+        hooks.enter_context(target.module.register_forward_hook(hook, with_kwargs=True))
 
-    with ExitStack() as stack:
-        for site in sites:
-            watch(site)
+    with ExitStack() as hooks:
+        for target in targets:
+            watch(target)
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         copy(*args, **kwargs)
     return shapes
@@ -152,7 +152,13 @@ def profile_model(
         known = ", ".join(family.name for family in FAMILIES)
         raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
     profiler = _Profiler(plan, family, read_defaults(source.folder if source else None, family, plan))
-    shot = profiler.settings(name, revision, steps, pixels, guidance)
+    shot = Shot(
+        model=name,
+        revision=revision,
+        pixels=pixels or profiler.default_pixels,
+        steps=steps or profiler.defaults.steps,
+        guidance=float(profiler.defaults.guidance if guidance is None else guidance),
+    )
     denoiser = profiler.denoiser(shot, sites)
     halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
     return ModelProfile(
@@ -184,16 +190,9 @@ class _Profiler(NamedTuple):
         """Return an entry of the denoiser's config, or else of the pipeline's."""
         return self.plan.config(f"{self.family.denoiser}.{entry}") or self.plan.settings.get(entry)
 
-    def settings(
-        self, name: str, revision: str | None, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None
-    ) -> Shot:
-        return Shot(
-            model=name,
-            revision=revision,
-            pixels=pixels or self.defaults.default_pixels(self.config("sample_size"), self._vae_scale),
-            steps=steps or self.defaults.steps,
-            guidance=float(self.defaults.guidance if guidance is None else guidance),
-        )
+    @property
+    def default_pixels(self) -> tuple[int, int]:
+        return self.defaults.default_pixels(self.config("sample_size"), self._vae_scale)
 
     @torch.no_grad()
     def denoiser(self, shot: Shot, names: Sequence[str]) -> DenoiserProfile:
@@ -202,20 +201,19 @@ class _Profiler(NamedTuple):
         assert copy is not None, "a denoiser has weights"
         copy.eval()
         kwargs, call = self._arguments(copy, shot)
-        map_of_sites = SiteMap(copy, self.family)
-        every = [Site(name, "residual", stream) for name in map_of_sites.blocks for stream in map_of_sites.streams(name)]
-        sites = map_of_sites.expand(names or every)
+        sites = SiteMap(copy, self.family)
+        targets = sites.expand(names or [Site(name, stream=stream) for name in sites.blocks for stream in sites.streams(name)])
         counts = [0]
-        with FlopCounterMode(display=False) as counter, ExitStack() as stack:
-            for site in sites:
-                hook = site.module.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
-                stack.enter_context(hook)
-            shapes = _shapes(copy, sites, call, (), kwargs)
-        missing = [str(site.site) for site in sites if site.site not in shapes]
+        with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+            for target in targets:
+                hook = target.module.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
+                hooks.enter_context(hook)
+            shapes = _shapes(copy, targets, call, (), kwargs)
+        missing = [str(target.site) for target in targets if target.site not in shapes]
         if missing and names:
             raise BadInput(f"The site '{missing[0]}' returns no tokens. Use another one; difflex sites lists them.")
-        tokens_and_widths = {site.site: (shapes[site.site][1], shapes[site.site][2]) for site in sites if site.site in shapes}
-        return DenoiserProfile(tokens_and_widths, max(counts), counter.get_total_flops())
+        in_order = ((target.site, shapes[target.site]) for target in targets if target.site in shapes)
+        return DenoiserProfile({site: (shape[1], shape[2]) for site, shape in in_order}, max(counts), counter.get_total_flops())
 
     def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""

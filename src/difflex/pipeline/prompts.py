@@ -55,7 +55,7 @@ def _prompts(source: str | Path | Iterable[str], column: str | None, revision: s
             raise BadInput(
                 f"The file {path} has no column '{column}': it is read as text. Columns are in {', '.join(READERS)} files."
             )
-        read = READERS.get(path.suffix.lower(), _text)
+        read = READERS.get(path.suffix.lower(), _lines)
         return filter(None, read(path, column))
     name, _, name_column = str(source).partition(":")
     if path.is_dir() or (HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES):
@@ -65,11 +65,7 @@ def _prompts(source: str | Path | Iterable[str], column: str | None, revision: s
     )
 
 
-def _text(path: Path, column: str | None) -> Iterator[str]:
-    return _lines(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, column: str | None = None) -> Iterator[str]:
     """Yield each line that is not empty."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -97,9 +93,7 @@ def _raw_lines(path: Path) -> Iterator[str]:
         try:
             yield from file
         except UnicodeDecodeError as error:
-            raise BrokenFile(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save the file as UTF-8."
-            ) from error
+            raise BrokenFile(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[str]:

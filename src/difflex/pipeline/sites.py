@@ -134,13 +134,13 @@ def _segment(pattern: str) -> str:
 
 
 @contextmanager
-def hook_site(tracker: CallTracker, site: SiteModule, function: SiteFunction, half: Half | None = None) -> Iterator[None]:
+def hook_site(tracker: CallTracker, target: SiteModule, function: SiteFunction, half: Half | None = None) -> Iterator[None]:
     """Call `function` with the activations of `site` at each call of the denoiser within the block."""
 
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
-        return apply_at_site(site, tracker.call, args, kwargs, output, function, half)
+        return apply_at_site(target, tracker.call, args, kwargs, output, function, half)
 
-    with tracker.tracking(), site.module.register_forward_hook(hook, with_kwargs=True):
+    with tracker.tracking(), target.module.register_forward_hook(hook, with_kwargs=True):
         yield
 
 
@@ -154,7 +154,7 @@ def on_copies(function: SiteFunction) -> SiteFunction:
 
 
 def apply_at_site(
-    site: SiteModule,
+    target: SiteModule,
     call: DenoiserCall,
     args: tuple[object, ...],
     kwargs: dict[str, object],
@@ -163,15 +163,15 @@ def apply_at_site(
     half: Half | None = None,
 ) -> object:
     """Return the output of the module with the activations that `function` returns, or None if it changes nothing."""
-    whole, index = _stream_tensor(site, output)
-    span = _span(site, call, whole.shape)
+    whole, index = _stream_tensor(target, output)
+    span = _span(target, call, whole.shape)
     tokens = _tokens(whole)[:, span]
     block_input = None
-    if site.site.kind == "update":
-        block_input = _block_input(site, call, args, kwargs, whole)
+    if target.site.kind == "update":
+        block_input = _block_input(target, call, args, kwargs, whole)
         assert block_input.shape == tokens.shape
     x = tokens if block_input is None else tokens - block_input
-    new = _apply_by_half(x, call, _grid(site, call, whole), function, half)
+    new = _apply_by_half(x, call, _grid(target, call, whole), function, half)
     if new is None:
         return None
     if block_input is not None:
@@ -180,57 +180,57 @@ def apply_at_site(
     return _replace(output, index, whole, span, new)
 
 
-def has_tokens(site: SiteModule, output: object) -> bool:
+def has_tokens(target: SiteModule, output: object) -> bool:
     """Whether `output` holds tokens of the stream: the last joint block of SD3 returns no text."""
     if isinstance(output, (tuple, list)):
-        output = output[_index(site, len(output))] if _has_known_streams(site, len(output)) else None
+        output = output[_index(target, len(output))] if _has_known_streams(target, len(output)) else None
     return isinstance(output, Tensor) and output.ndim in (3, 4)
 
 
-def _stream_tensor(site: SiteModule, output: object) -> tuple[Tensor, int | None]:
+def _stream_tensor(target: SiteModule, output: object) -> tuple[Tensor, int | None]:
     """Return the tensor that holds the stream, and its index if it is an element of a tuple."""
     if isinstance(output, Tensor):
         return output, None
     if not isinstance(output, (tuple, list)):
         kind = type(output).__name__
-        raise BadInput(f"The site '{site.site}' cannot be read: {site.path} returns a {kind}, not a tensor.")
-    if not _has_known_streams(site, len(output)):
+        raise BadInput(f"The site '{target.site}' cannot be read: {target.path} returns a {kind}, not a tensor.")
+    if not _has_known_streams(target, len(output)):
         raise BadInput(
-            f"The site '{site.site}' cannot be read: {site.path} returns {len(output)} values, and which of them is the "
-            f"{site.site.stream} stream is known only for blocks that have a short name. Use a module inside it."
+            f"The site '{target.site}' cannot be read: {target.path} returns {len(output)} values, and which of them is the "
+            f"{target.site.stream} stream is known only for blocks that have a short name. Use a module inside it."
         )
-    index = _index(site, len(output))
+    index = _index(target, len(output))
     tensor = output[index]
     if not isinstance(tensor, Tensor):
-        raise BadInput(f"The site '{site.site}' cannot be read: {site.path} returns no {site.site.stream} stream.")
+        raise BadInput(f"The site '{target.site}' cannot be read: {target.path} returns no {target.site.stream} stream.")
     return tensor, index
 
 
-def _has_known_streams(site: SiteModule, elements: int) -> bool:
-    return elements == 1 or site.block is not None
+def _has_known_streams(target: SiteModule, elements: int) -> bool:
+    return elements == 1 or target.block is not None
 
 
-def _index(site: SiteModule, elements: int) -> int:
+def _index(target: SiteModule, elements: int) -> int:
     """Return the index of the stream in a returned tuple."""
-    return site.block.outputs.get(site.site.stream, 0) if site.block is not None and elements > 1 else 0
+    return target.block.outputs.get(target.site.stream, 0) if target.block is not None and elements > 1 else 0
 
 
-def _span(site: SiteModule, call: DenoiserCall, shape: torch.Size) -> slice:
+def _span(target: SiteModule, call: DenoiserCall, shape: torch.Size) -> slice:
     """Return the tokens of the stream: all of them, or one part of a tensor that holds text and then image tokens."""
-    if len(shape) != 3 or not _is_joint(site, call, shape[1]):
+    if len(shape) != 3 or not _is_joint(target, call, shape[1]):
         return slice(None)
-    return slice(call.text_tokens, None) if site.site.stream == "image" else slice(0, call.text_tokens)
+    return slice(call.text_tokens, None) if target.site.stream == "image" else slice(0, call.text_tokens)
 
 
-def _is_joint(site: SiteModule, call: DenoiserCall, tokens: int) -> bool:
+def _is_joint(target: SiteModule, call: DenoiserCall, tokens: int) -> bool:
     """Whether a tensor of so many tokens holds both streams."""
     if call.grid is None:
         return False
     joint = tokens == call.text_tokens + call.grid[0] * call.grid[1]
-    if site.block is None:
+    if target.block is None:
         return joint
-    modules = list(site.block.neurons.values())
-    shared = len(modules) > len(set(modules)) if site.site.kind == "neurons" else len(site.block.outputs) > 1
+    modules = list(target.block.neurons.values())
+    shared = len(modules) > len(set(modules)) if target.site.kind == "neurons" else len(target.block.outputs) > 1
     return shared and joint
 
 
@@ -246,27 +246,27 @@ def _tokens(x: Tensor) -> Float[Tensor, "batch token width"]:
 
 
 def _block_input(
-    site: SiteModule, call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object], whole: Tensor
+    target: SiteModule, call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object], whole: Tensor
 ) -> Tensor:
     """Return the input of the block that corresponds to its output `whole`."""
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     joint = isinstance(hidden, Tensor) and hidden.shape == whole.shape
-    tensor = kwargs.get("encoder_hidden_states") if site.site.stream == "text" and not joint else hidden
+    tensor = kwargs.get("encoder_hidden_states") if target.site.stream == "text" and not joint else hidden
     if not isinstance(tensor, Tensor) or (tensor.shape != whole.shape and _tokens(tensor).shape[1] == whole.shape[1]):
-        raise BadInput(f"The site '{site.site}' has no update: the input and the output of {site.path} differ in shape.")
-    return _tokens(tensor)[:, _span(site, call, tensor.shape)]
+        raise BadInput(f"The site '{target.site}' has no update: the input and the output of {target.path} differ in shape.")
+    return _tokens(tensor)[:, _span(target, call, tensor.shape)]
 
 
-def _grid(site: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, int] | None:
+def _grid(target: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, int] | None:
     """Return rows and columns of the tokens; the lower levels of a U-Net halve the image, rounding up."""
-    if site.site.stream == "text":
+    if target.site.stream == "text":
         return None
     if whole.ndim == 4:
         return whole.shape[2], whole.shape[3]
     if call.grid is None:
         return None
     rows, columns = call.grid
-    tokens = whole.shape[1] - call.text_tokens if _is_joint(site, call, whole.shape[1]) else whole.shape[1]
+    tokens = whole.shape[1] - call.text_tokens if _is_joint(target, call, whole.shape[1]) else whole.shape[1]
     while rows * columns > max(tokens, 1):
         rows, columns = -(-rows // 2), -(-columns // 2)
     return (rows, columns) if rows * columns == tokens else None

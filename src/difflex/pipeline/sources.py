@@ -20,17 +20,7 @@ from difflex.pipeline.components import PipelinePlan, read_plan
 from difflex.pipeline.families import Family
 from difflex.quiet import hide_progress_bars, quiet
 
-__all__ = [
-    "ModelDefaults",
-    "ModelSource",
-    "check_weights",
-    "embedded",
-    "fetch",
-    "find",
-    "plan_of",
-    "read_defaults",
-    "read_pipeline",
-]
+__all__ = ["ModelDefaults", "ModelSource", "embedded", "fetch", "find", "plan_of", "read_defaults", "read_pipeline"]
 
 SMALL_MODEL = 2**30
 """Bytes below which a model loads without progress bars."""
