@@ -1,8 +1,8 @@
 """Share of the concepts found by a linear probe that single features of a dictionary detect, at a middle site of mini-flux.
 
 Images of the drawn world are noised and harvested at each site; a dictionary is trained on the tokens of the training images,
-without labels; features are chosen on these images and measured on held-out ones. Baselines with the same number of active features
-are principal axes and random directions. The target is for the best site.
+without labels; features are chosen on these images and measured on held-out ones. Baselines with the same number of active
+features are principal axes and random directions. The target is for the best site.
 """
 
 import argparse

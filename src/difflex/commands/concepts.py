@@ -19,8 +19,7 @@ __all__ = ["ConceptsCommand"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class ConceptsCommand(Command):
-    """Match features to known concepts: what each feature detects, how well, and what a linear probe detects; what is up to date
-    is kept."""
+    """Match features to known concepts: what each feature detects, and how well compared with a linear probe."""
 
     studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
     """Studies with dictionaries; several are compared in one table, such as a trained model and an untrained control."""

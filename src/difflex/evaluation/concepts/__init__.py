@@ -1,4 +1,4 @@
-"""Match features to known concepts: what the features of a dictionary detect of what labelled images show."""
+"""Match features to known concepts: which concepts in labelled images the features of a dictionary detect."""
 
 from difflex.evaluation.concepts.labels import Concept, LabelFolder, LabelledImage, LabelledImages, label, to_image
 from difflex.evaluation.concepts.matching import FeatureMethod, match

@@ -90,11 +90,11 @@ class FeatureFirings:
 
     def select(self, mask: Bool[Tensor, " token"]) -> FeatureFirings:
         """Return the firings at the tokens in `mask`, renumbered."""
-        kept = mask[self.tokens]
-        features = torch.repeat_interleave(torch.arange(self.size), self.counts)[kept]
+        pairs = mask[self.tokens]
+        features = torch.repeat_interleave(torch.arange(self.size), self.counts)[pairs]
         numbers = mask.cumsum(0) - 1
         counts = torch.bincount(features, minlength=self.size)
-        return FeatureFirings(numbers[self.tokens[kept]], self.values[kept], counts, int(mask.sum()))
+        return FeatureFirings(numbers[self.tokens[pairs]], self.values[pairs], counts, int(mask.sum()))
 
     def blocks(self, concepts: int) -> Iterator[FiringBlock]:
         """Yield the firings of all features that fire as rectangles: features of similar counts together, shorter ones padded."""
@@ -136,7 +136,7 @@ class DetectionScores:
     iou: Float[Tensor, "size concept"]
     """Intersection over union of the tokens that show the concept and those at which the feature reaches the threshold."""
     threshold: Float[Tensor, "size concept"]
-    """The value of the feature that gives the best IoU, unless thresholds were given."""
+    """The value of the feature with the best IoU, or the threshold passed in."""
     precision: Float[Tensor, "size concept"]
     """At the threshold."""
     recall: Float[Tensor, "size concept"]
@@ -172,9 +172,9 @@ def _block_scores(
     if (ends := block.ends()) is not None:  # tied values share the rank of the last of them
         ends = ends.expand_as(labels)
         hits, fired = hits.gather(2, ends), fired.gather(2, ends)
-    total, known = positives[:, None].float(), labelled[:, None].float()
+    total, of_labelled = positives[:, None].float(), labelled[:, None].float()
     retrieved = (is_positive * (hits / fired.clamp_min(1))).sum(2)
-    silent = (total - hits[..., -1]) * total / known.clamp_min(1)
+    silent = (total - hits[..., -1]) * total / of_labelled.clamp_min(1)
     iou = hits / (fired + total[..., None] - hits).clamp_min(1)
     best = iou.argmax(2, keepdim=True) if cuts is None else _last_above(block, cuts)
     at_best = lambda each: each.gather(2, best.clamp_min(0))[..., 0] * (best[..., 0] >= 0)  # noqa: E731
@@ -238,9 +238,9 @@ def unrelated_concepts(concepts: tuple[Concept, ...], truth: Int8[Tensor, "conce
 
     Concepts of one group overlap if one is part of the other, as a wheel of a car; one feature may detect both.
     """
-    shown = (truth == 1).float()
-    rarer = torch.minimum(shown.sum(1)[:, None], shown.sum(1)).clamp_min(1)
-    overlap = shown @ shown.T > PART * rarer
+    positive = (truth == 1).float()
+    rarer = torch.minimum(positive.sum(1)[:, None], positive.sum(1)).clamp_min(1)
+    overlap = positive @ positive.T > PART * rarer
     same_group = torch.tensor([[first.group == second.group for second in concepts] for first in concepts])
     return ~(overlap & same_group) & ~torch.eye(len(concepts), dtype=torch.bool)
 
@@ -279,11 +279,11 @@ def absorbing_features(
         return ()
     recall = scores.recall[:, concept]
     candidates = ((scores.precision[:, concept] >= CLEAN) & (recall >= PART) & (recall < recall[main])).nonzero()[:, 0]
-    shown, main_fires = truth == 1, firings.fires(main, torch.tensor(0.0))
+    positive, main_fires = truth == 1, firings.fires(main, torch.tensor(0.0))
     absorbing = []
     for feature in candidates.tolist():
-        here = firings.fires(feature, scores.threshold[feature, concept]) & shown
-        if float(main_fires[here].float().mean()) <= 1 - CLEAN and float(main_fires[shown & ~here].float().mean()) >= HALF:
+        here = firings.fires(feature, scores.threshold[feature, concept]) & positive
+        if float(main_fires[here].float().mean()) <= 1 - CLEAN and float(main_fires[positive & ~here].float().mean()) >= HALF:
             absorbing.append(feature)
     return tuple(absorbing)
 

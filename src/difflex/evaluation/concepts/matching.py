@@ -253,8 +253,8 @@ class _Matcher:
         self._peaks = torch.zeros(firings.size)
         alive = self._train.counts > 0
         self._peaks[alive] = self._train.values[self._train.starts[alive]]
-        self._shown = (data.test.truth == 1).sum(1)
-        self._chance = self._shown / (data.test.truth >= 0).sum(1).clamp_min(1)
+        self._positives = (data.test.truth == 1).sum(1)
+        self._chance = self._positives / (data.test.truth >= 0).sum(1).clamp_min(1)
 
     def level(self) -> NoiseLevelResult:
         """Return the results for every concept."""
@@ -277,7 +277,7 @@ class _Matcher:
         unrelated, monosemanticity = self._monosemanticity(torch.tensor([best]), torch.tensor([concept]))
         result = ConceptResult(
             concept=data.concepts[concept],
-            tokens=int(self._shown[concept]),
+            tokens=int(self._positives[concept]),
             chance=float(self._chance[concept]),
             probe=_interval(data.probe[concept]),
             best=self._detector(best, concept, draws),

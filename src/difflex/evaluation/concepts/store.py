@@ -82,15 +82,20 @@ def _match_study(
     return stored
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _MatchTask:
-    """One dictionary or baseline, and the file of its matches."""
+    """One dictionary or baseline to match."""
 
+    study: Study
     site: Site
     label: str
-    path: Path
     inputs: MatchInputs
     method: Callable[[LabelledActivations], FeatureMethod] = field(compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The file of the matches."""
+        return self.study.concepts(self.site, self.label)
 
     @property
     def is_done(self) -> bool:
@@ -113,24 +118,18 @@ def _compute(tasks: Sequence[_MatchTask], labelled_at: Callable[[Site], Labelled
     return list(tasks)
 
 
-def _task(
-    study: Study, site: Site, label: str, inputs: MatchInputs, method: Callable[[LabelledActivations], FeatureMethod]
-) -> _MatchTask:
-    return _MatchTask(site=site, label=label, path=study.concepts(site, label), inputs=inputs, method=method)
-
-
 def _own_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
     """Return the dictionaries, then axes with as many active features; random ones as many as the largest dictionary has."""
     tasks = []
     for folder in folders:
         own_inputs = replace(inputs, fingerprint=fingerprint(folder))
-        tasks.append(_task(study, site, folder.name, own_inputs, partial(_load_dictionary, folder)))
+        tasks.append(_MatchTask(study, site, folder.name, own_inputs, partial(_dictionary, folder)))
     for k, (size, width) in _shapes(folders).items():
         if k <= width:
-            tasks.append(_task(study, site, f"pca-{2 * width}-k{k}", inputs, partial(principal_axes, k=k)))
+            tasks.append(_MatchTask(study, site, f"pca-{2 * width}-k{k}", inputs, partial(principal_axes, k=k)))
         if k <= size // 2:
             name = f"random-{size // 2 * 2}-k{k}"
-            tasks.append(_task(study, site, name, inputs, partial(random_directions, size=size, k=k)))
+            tasks.append(_MatchTask(study, site, name, inputs, partial(random_directions, size=size, k=k)))
     return tasks
 
 
@@ -142,7 +141,7 @@ def _neuron_tasks(
     if site.kind == "neurons":
         return []
     missing = _shapes(folders).keys() - _shapes(others.get(inner, ())).keys()
-    return [_task(study, inner, f"neurons-k{k}", inputs, partial(_neurons, k)) for k in sorted(missing)]
+    return [_MatchTask(study, inner, f"neurons-k{k}", inputs, partial(_neurons, k)) for k in sorted(missing)]
 
 
 def _shapes(folders: Iterable[Path]) -> dict[int, tuple[int, int]]:
@@ -153,7 +152,7 @@ def _shapes(folders: Iterable[Path]) -> dict[int, tuple[int, int]]:
     return shapes
 
 
-def _load_dictionary(folder: Path, _: LabelledActivations) -> FeatureMethod:
+def _dictionary(folder: Path, _: LabelledActivations) -> FeatureMethod:
     return FeatureMethod.of(Dictionary.load(folder))
 
 
