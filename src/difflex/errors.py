@@ -25,13 +25,13 @@ class UnknownName(DifflexError, LookupError):
     """A name that does not exist."""
 
     @classmethod
-    def among(cls, what: str, name: str, known: Iterable[str], advice: str = "") -> "UnknownName":
-        """Make the error for `name`, with its nearest neighbours among `known` and advice what to do."""
-        names = list(known)
+    def among(cls, kind: str, name: str, choices: Iterable[str], advice: str = "") -> "UnknownName":
+        """Make the error for `name`, with its nearest neighbours among `choices` and advice what to do."""
+        names = list(choices)
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         listed = ", ".join(near or names[:12]) + ("" if near or len(names) <= 12 else ", ...")
         hint = f"nearest: {listed}" if near else f"known: {listed}" if names else "none are known"
-        return cls(f"{what} '{name}' is unknown; {hint}." + (f" {advice}" if advice else ""))
+        return cls(f"{kind} '{name}' is unknown; {hint}." + (f" {advice}" if advice else ""))
 
 
 class BadInput(DifflexError, ValueError):

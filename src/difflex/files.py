@@ -16,7 +16,7 @@ from difflex.errors import BadInput, BrokenFile, OutOfSpace
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes that write in one folder are not noticed there
+except ImportError:  # Windows: two processes that write in one folder are not detected
     fcntl = None
 
 __all__ = [
@@ -112,7 +112,7 @@ class AtomicFile:
         self.path = path
         self._temporary = _temporary(path, owner)
         self._checksum = hashlib.sha256()
-        # Hashing and copying take a core each, and the disk its time: each goes on at its own pace.
+        # Hashing, copying and flushing each have a thread, so that none waits for the others.
         self._hasher, self._copier, self._flusher = (ThreadPoolExecutor(1, thread_name_prefix="writer") for _ in range(3))
         self._pending: deque[Future[None]] = deque()
         self._flushes: list[Future[None]] = []

@@ -43,7 +43,7 @@ NAMES = {
 SCALE = torch.float32
 BLOCK = 2**19
 """Entries that are summed in float32 before float64 takes over: few enough to stay in the cache of the CPU."""
-# Pages that a reader has passed are given back to the system; where it cannot be asked, it takes them when it needs memory.
+# Gives pages that have been read back to the system; without it the system takes them when it needs memory.
 GIVE_BACK = getattr(mmap, "MADV_DONTNEED", None)
 REMEDY = "Delete the two files of the shard and run the command that wrote it again: it makes this shard again and no other."
 

@@ -1,4 +1,4 @@
-"""The study: a folder with everything that is known about one model, the commands to run in it, and their runner."""
+"""The study: a folder with everything about one model, the commands to run in it, and their runner."""
 
 from difflex.study.run import CommandRecord, CommandStatus, command_statuses, read_log, recipe_name, run_study
 from difflex.study.study import Command, DictionaryRef, Study

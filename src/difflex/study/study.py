@@ -143,15 +143,17 @@ class Study:
         finished = [name for name in names if not name.label.startswith(GROWING)]
         return sorted(finished, key=lambda name: [part.zfill(12) for part in re.split(r"(\d+)", str(name))])
 
-    def find_dictionary(self, name: str) -> DictionaryRef:
-        """Return the dictionary SITE/LABEL, or that of a site with a single one."""
+    def find_dictionary(self, name: str | None = None) -> DictionaryRef:
+        """Return the dictionary SITE/LABEL, that of a site with a single one, or without a name the only one of the study."""
         dictionaries = self.dictionaries()
-        matches = [ref for ref in dictionaries if name in (str(ref), str(ref.site))]
+        matches = [ref for ref in dictionaries if name is None or name in (str(ref), str(ref.site))]
         if len(matches) == 1:
             return matches[0]
         if matches:
-            names = ", ".join(map(str, matches))
-            raise BadInput(f"{matches[0].site} has {len(matches)} dictionaries. Name one of them: {names}.")
+            where, names = matches[0].site if name else self.folder, ", ".join(map(str, matches))
+            raise BadInput(f"{where} has {len(matches)} dictionaries. Name one of them with --dictionary: {names}.")
+        if name is None:
+            raise UnknownName(f"{self.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
         advice = "difflex train and difflex itda make dictionaries."
         raise UnknownName.among("The dictionary", name, map(str, dictionaries), advice)
 
@@ -162,10 +164,13 @@ class Study:
             raise UnknownName(f"{self.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
         sites = [str(Site.parse(site)) for site in sites]
         known_sites = dict.fromkeys(str(ref.site) for ref in dictionaries)
-        for kind, chosen, known in (("The site", sites, known_sites), ("The dictionary", names, [*map(str, dictionaries)])):
-            for name in chosen:
-                if name not in known:
-                    raise UnknownName.among(kind, name, known, "difflex train and difflex itda make dictionaries.")
+        for kind, requested, available in (
+            ("The site", sites, known_sites),
+            ("The dictionary", names, [*map(str, dictionaries)]),
+        ):
+            for name in requested:
+                if name not in available:
+                    raise UnknownName.among(kind, name, available, "difflex train and difflex itda make dictionaries.")
         return [ref for ref in dictionaries if not (sites or names) or str(ref.site) in sites or str(ref) in names]
 
     def evaluation(self, site: Site, label: str) -> Path:
