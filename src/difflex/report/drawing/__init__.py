@@ -1,9 +1,9 @@
 """Figures as SVG and HTML, drawn from plain data and complete in themselves.
 
-`charts` draws plots, row charts and legends, `heat` heat maps; this module has their elements and axes. A page with drawings includes
-`drawing.css` (the colours, light and dark) and `drawing.js` (tooltips, and legends that hide series). A figure is an element of class
-`figure` with its drawings and its legend. All drawings are `WIDTH` units wide, about the width of a phone, so that their letters have
-one size; place several side by side where there is room.
+`charts` draws plots, row charts and legends, `heat` heat maps; this module has their elements and axes. A page with drawings
+includes `drawing.css` (the colours, light and dark) and `drawing.js` (tooltips, and legends that hide series). A figure is an
+element of class `figure` with its drawings and its legend. All drawings are `WIDTH` units wide, about the width of a phone, so
+that their letters have one size; place several side by side where there is room.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ CHANCE = 0.5
 PAPER = Series("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
 HELDOUT = Series("heldout", "judged on held-out images", SeriesStyle(colour=0, marker="circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
+ACCURACY = Axis(label="mean accuracy", low=0.0, high=1.0)
 BEST, WORST = 6, 3
 """How many of the best and of the worst features of a dictionary are shown."""
 EXAMPLES = 5
@@ -131,11 +132,10 @@ def _protocol_series(method: ExplainedMethod) -> Series:
 
 
 def _falls(comparison: MethodComparison) -> ReportFigure:
-    """Return the mean accuracy by both protocols, over the features that were judged by both."""
-    table, entries = [], dict[str, list[RowEntry]]()
+    rows, entries = [], dict[str, list[RowEntry]]()
     for method in comparison.methods:
         mean = method.accuracy
-        table.append((method.dictionary, method.backend, method.protocol, mean.of, mean.value, mean.low, mean.high))
+        rows.append((method.dictionary, method.backend, method.protocol, mean.of, mean.value, mean.low, mean.high))
         tip = f"{method.dictionary}, {method.protocol}\n{number(mean.value)} ({number(mean.low)} to {number(mean.high)})"
         point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
         entry = RowEntry(series=_protocol_series(method), point=point)
@@ -144,12 +144,8 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
         f"{fall.paper.dictionary} {fall.fall.value:.3f} ({fall.fall.low:.3f} to {fall.fall.high:.3f})"
         for fall in comparison.falls
     )
-    chart = row_chart(
-        "mean accuracy",
-        f"{count(len(entries), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols.",
-        Axis(label="mean accuracy", low=0.0, high=1.0),
-        [ChartRow(name=name, entries=tuple(own)) for name, own in entries.items()],
-    )
+    about = f"{count(len(entries), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols."
+    chart = [ChartRow(name=name, entries=tuple(own)) for name, own in entries.items()]
     return ReportFigure(
         name="falls",
         title="What held-out images change",
@@ -157,26 +153,21 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
         + (f"Its fall, for the same features, where the explainer never saw the judge's images: {falls}." if falls else ""),
         formula="chance is 0.5 by both protocols",
         columns=("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"),
-        rows=table,
-        drawings=(chart,),
+        rows=rows,
+        drawings=(row_chart("mean accuracy", about, ACCURACY, chart),),
         legend=(PAPER, HELDOUT),
     )
 
 
 def _surfaces(comparison: MethodComparison) -> ReportFigure:
-    """Return the accuracy by how much of an explanation is about colour or place only."""
-    table, rows = [], []
-    for method in comparison.methods:
-        for bias in method.biases:
-            mean, amount = bias.accuracy, SURFACES[bias.surface]
-            table.append(
-                (method.dictionary, method.backend, method.protocol, bias.surface, mean.of, mean.value, mean.low, mean.high)
-            )
-            tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.of, 'feature')}"
-            point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
-            entry = RowEntry(series=_protocol_series(method), point=point)
-            rows.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.of, "feature"), entries=(entry,)))
-    axis = Axis(label="mean accuracy", low=0.0, high=1.0)
+    rows, chart = [], []
+    for method, bias in ((own, bias) for own in comparison.methods for bias in own.biases):
+        mean, amount = bias.accuracy, SURFACES[bias.surface]
+        rows.append((method.dictionary, method.backend, method.protocol, bias.surface, mean.of, mean.value, mean.low, mean.high))
+        tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.of, 'feature')}"
+        point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
+        entry = RowEntry(series=_protocol_series(method), point=point)
+        chart.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.of, "feature"), entries=(entry,)))
     about = "Rows by dictionary and by how many words of the explanations are colours or places."
     return ReportFigure(
         name="surfaces",
@@ -184,8 +175,8 @@ def _surfaces(comparison: MethodComparison) -> ReportFigure:
         caption="Mean accuracy with its 95 % interval, by whether none, some or all of the content words are colours or places: "
         "what a model falls back on when it finds no meaning.",
         columns=("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"),
-        rows=table,
-        drawings=(row_chart("mean accuracy", about, axis, rows),),
+        rows=rows,
+        drawings=(row_chart("mean accuracy", about, ACCURACY, chart),),
         legend=(PAPER, HELDOUT),
     )
 

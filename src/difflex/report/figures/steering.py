@@ -1,6 +1,7 @@
 """The effect of steering: whether the concept appears, what else stays, and what it costs, by method and strength."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from statistics import quantiles
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from PIL import Image
 from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
-from difflex.report.facts import SteeringFacts, StudyFacts
+from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.figures.explanations import image_url
 from difflex.report.style import NONE, count, grouped, kind_series, number, percent
@@ -21,12 +22,8 @@ __all__ = ["steering"]
 WORLD_JUDGE = "a judge of the miniature world"
 DETECTED, FROM_FILE = "it detects it with AP ≥ 0.8", "the file of concepts names it"
 """Why a feature stands for a concept."""
-UNITS = {
-    "peak": "what its largest code adds",
-    "mean": "what its mean code adds",
-    "norm": "as long as a mean activation",
-    "code": "what a code of 1 adds",
-}
+UNITS = {"peak": "what its largest code adds", "mean": "what its mean code adds", "code": "what a code of 1 adds"}
+UNITS |= {"norm": "as long as a mean activation"}
 """What a strength of 1 is for a feature."""
 BASELINES = {
     "neuron": kind_series("neurons"),
@@ -35,13 +32,7 @@ BASELINES = {
     "prompt": Series("prompt", "edited caption", SeriesStyle(colour=8, marker="wedge"), line=False),
 }
 """The methods that features are compared with."""
-METHODS = {
-    "feature": "features",
-    "neuron": "neurons",
-    "contrast": "contrast",
-    "random": "random directions",
-    "prompt": "edited caption",
-}
+METHODS = {"feature": "features"} | {method: series.name for method, series in BASELINES.items()}
 BAR = Series("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
 TILES = 7
 """Images in a row, at most."""
@@ -121,19 +112,16 @@ def steering(facts: StudyFacts) -> ReportSection:
         for group in steering.groups
         for method in steering.methods
     ]
-    figures = (
-        _summary_file(facts.steering),
-        *(_figure(measure, lines) for measure in MEASURES if lines),
-        _points(facts.steering),
-    )
+    results = facts.steering
+    figures = (_summary_file(results), *(_figure(measure, lines) for measure in MEASURES if lines), _points(results))
     missing = MissingFigure("The effect of steering towards known concepts", "difflex steer-eval STUDY")
     return ReportSection(
         name="steering",
         title="Steering",
-        lead=_lead(facts.steering),
-        body=Markup("").join(map(_examples, facts.steering)) + _summary_table(facts.steering) if facts.steering else Markup(""),
-        figures=figures if facts.steering else (),
-        missing=() if facts.steering else (missing,),
+        lead=_lead(results),
+        body=Markup("").join(map(_examples, results)) + _summary_table(results) if results else Markup(""),
+        figures=figures if results else (),
+        missing=() if results else (missing,),
     )
 
 
@@ -181,7 +169,7 @@ def _panel(measure: SteeringMeasure, dictionary: str, group: str, lines: Sequenc
         for strength in line.strengths:
             concepts, low, middle, high = line.quartiles(strength, measure.value)
             value = f"{measure.name} {write(middle)} ({write(low)} to {write(high)})"
-            tip = f"{METHODS.get(line.method, line.method)}\nstrength {strength:g}\n{value}\n{count(concepts, 'concept')}"
+            tip = f"{METHODS[line.method]}\nstrength {strength:g}\n{value}\n{count(concepts, 'concept')}"
             points.append(PlotPoint(x=strength, y=middle, tip=tip))
         curves.append(PlotCurve(series=line.series, points=tuple(points), line=len(points) > 1))
     strengths = [strength for line in lines for strength in line.strengths]
@@ -194,21 +182,21 @@ def _panel(measure: SteeringMeasure, dictionary: str, group: str, lines: Sequenc
     return plot(f"{group}, {dictionary}", about, Axis(label="strength"), y, curves)
 
 
-def _summarised(results: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str]]:
-    """Yield each dictionary, method and group; a group without any feature once only."""
+def _summaries(results: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str, SteeringSummary | None]]:
+    """Yield each dictionary, method and group with its summary; a group without any feature once only."""
     for steering in results:
         for method in steering.methods or ["feature"]:
             for group, coverage in steering.coverage.items():
                 if coverage.detected or method == "feature":
-                    yield steering, method, group
+                    yield steering, method, group, steering.summary(method, group)
 
 
 def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
     rows = []
-    for steering, method, group in _summarised(results):
-        coverage, summary = steering.coverage[group], steering.summary(method, group)
-        concepts = (coverage.concepts, coverage.rare, len(coverage.detected))
-        rows.append((str(steering.ref), method, group, *concepts, *((None,) * 6 if summary is None else summary[1:])))
+    for steering, method, group, summary in _summaries(results):
+        concepts, rare, detected = steering.coverage[group]
+        values = (None,) * 6 if summary is None else summary[1:]
+        rows.append((str(steering.ref), method, group, concepts, rare, len(detected), *values))
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
     return ReportFigure(
         name="steered",
@@ -225,12 +213,11 @@ def _summary_table(results: Sequence[SteeringFacts]) -> Markup:
     heads = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
     writers = (percent, percent, percent, percent, number, number)
     rows = []
-    for steering, method, group in _summarised(results):
-        coverage, summary = steering.coverage[group], steering.summary(method, group)
-        share = f"{len(coverage.detected)} of {coverage.concepts}"
-        share = f"{coverage.concepts} from a file" if steering.is_from_file else share
+    for steering, method, group, summary in _summaries(results):
+        concepts, _, detected = steering.coverage[group]
+        share = f"{concepts} from a file" if steering.is_from_file else f"{len(detected)} of {concepts}"
         values = [NONE] * 6 if summary is None else [write(x) for write, x in zip(writers, summary[1:], strict=True)]
-        rows.append((str(steering.ref), METHODS.get(method, method), group, share, *values))
+        rows.append((str(steering.ref), METHODS[method], group, share, *values))
     return html_table(heads, rows, "The effect of steering", words=3)
 
 
@@ -241,21 +228,8 @@ def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
         for curve in steering.results.curves:
             detected = "yes" if curve.concept in steering.coverage[curve.group].detected else "no"
             detected = "from a file" if steering.is_from_file else detected
-            concept = (curve.group, curve.concept, detected, curve.trials, curve.without)
-            rows += [
-                (
-                    str(steering.ref),
-                    curve.method,
-                    curve.description,
-                    *concept,
-                    p.strength,
-                    p.success,
-                    p.specificity,
-                    p.quality,
-                    p.confidence,
-                )
-                for p in curve.points
-            ]
+            values = (str(steering.ref), curve.method, curve.description, curve.group, curve.concept, detected)
+            rows += [(*values, curve.trials, curve.without, *astuple(point)) for point in curve.points]
     concept = ("group", "concept", "detected", "images", "without")
     measures = ("strength", "success", "kept", "loss", "confidence")
     columns = ("dictionary", "method", "what is added", *concept, *measures)
@@ -274,7 +248,7 @@ def _examples(steering: SteeringFacts) -> Markup:
         return Markup("")
     title = Markup("<h3>{} <small>{}</small></h3>").format(str(steering.ref), kind_series(steering.kind).name)
     lead = Markup(
-        '<p class="lead">Of each group the concept at which features succeed best, in the first image of its trials.</p>'
+        '<p class="lead">The concept of each group at which features succeed best, in the first image of its trials.</p>'
     )
     return title + lead + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
 
@@ -284,7 +258,7 @@ def _tiles(strip: ImageStrip, path: Path) -> Markup:
     with Image.open(path) as file:
         whole = file.convert("RGB")
     labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]
-    width, method = whole.width // len(labels), METHODS.get(strip.method, strip.method)
+    width, method = whole.width // len(labels), METHODS[strip.method]
     tiles = []
     for i, label in enumerate(labels):
         url = image_url(whole.crop((i * width, 0, (i + 1) * width, whole.height)))
