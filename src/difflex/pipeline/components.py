@@ -1,11 +1,13 @@
 """The components of a pipeline: read from configs, built on the meta device without weights, or with random weights."""
 
+import json
 import os
 import string
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.resources import files
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -104,34 +106,16 @@ def _read_component(library: str, kind: str, source: str, name: str, options: Ma
 
 
 def _flux(guidance_embeds: bool, shift: float) -> PipelinePlan:
-    """The geometry of FLUX.1."""
-    scheduler = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": guidance_embeds}
-    vae = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
+    """Return the plan of a variant of FLUX.1; the configs of its components are in `flux1.json`."""
+    own: dict[str, dict[str, object]] = {
+        "scheduler": {"shift": shift, "use_dynamic_shifting": guidance_embeds},
+        "transformer": {"guidance_embeds": guidance_embeds},
     }
-    clip = {"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
-    clip |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
-    clip |= {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-    t5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    components = {
-        "scheduler": ComponentPlan("diffusers", "FlowMatchEulerDiscreteScheduler", scheduler),
-        "vae": ComponentPlan("diffusers", "AutoencoderKL", vae),
-        "text_encoder": ComponentPlan("transformers", "CLIPTextModel", clip),
-        "tokenizer": ComponentPlan("transformers", "CLIPTokenizer", None),
-        "text_encoder_2": ComponentPlan("transformers", "T5EncoderModel", {**t5, "feed_forward_proj": "gated-gelu"}),
-        "tokenizer_2": ComponentPlan("transformers", "T5TokenizerFast", None),
-        # Its defaults are the geometry of FLUX.1 [schnell].
-        "transformer": ComponentPlan("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guidance_embeds}),
-    }
+    entries = json.loads(files("difflex.pipeline").joinpath("flux1.json").read_text(encoding="utf-8"))
+    components = {}
+    for name, entry in entries.items():
+        config = None if entry["config"] is None else {**entry["config"], **own.get(name, {})}
+        components[name] = ComponentPlan(entry["library"], entry["class"], config)
     return PipelinePlan("FluxPipeline", components, {})
 
 
