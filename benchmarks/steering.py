@@ -1,6 +1,6 @@
-"""What steering costs: images drawn with one feature added at every step, in processor time beside the same images unedited.
+"""The cost of steering: processor time of images with one feature added at every step, relative to the same images unedited.
 
-Beside it, without a bar: an edit that must look at the activation first (`set`), and so encodes it.
+Also measured, without a bar: an edit that reads the activation first (`set`), and so encodes it.
 """
 
 import statistics
@@ -19,19 +19,21 @@ torch.set_num_threads(1)
 IMAGES, ROUNDS, SIZE, K = 32, 7, 2048, 32
 SITE = Site("double.1")
 BAR = 0.05
-"""More time than unedited images take, at most."""
+"""The largest extra time, as a share of that of unedited images."""
 
 
 def dictionary(width: int) -> SAE:
-    """A random one: what an edit costs does not depend on what its feature means."""
+    """Return a random dictionary: the cost of an edit does not depend on the meaning of its feature."""
     decoder = F.normalize(torch.randn(SIZE, width, generator=torch.Generator().manual_seed(0)), dim=1)
-    weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), thresholds=None)
+    weights = SAEWeights(
+        encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=torch.zeros(SIZE), thresholds=None
+    )
     origin = DictionaryOrigin(site=SITE, model="mini-flux")
     return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights)
 
 
 def main() -> int:
-    """0 if the bar is met, else 1."""
+    """Run the benchmark; return 0 if the bar is met, else 1."""
     pipe = difflex.load("mini-flux")
     width = next(row.width for row in pipe.sites("double.1"))
     features = dictionary_features(dictionary(width), [7], None)
@@ -42,11 +44,11 @@ def main() -> int:
     runs: dict[str, list[SteeringHook]] = {"unedited": [], **edits}
     prompts = [f"a red star on {ground}" for ground in ("grass", "sand", "paper", "sky")] * (IMAGES // 4)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for each in range(ROUNDS + 1):
+    for number in range(ROUNDS + 1):
         for name, steering in runs.items():
             began = time.process_time()
             pipe.generate(prompts, batch=IMAGES, edits=steering)
-            if each:  # the first round finds memory
+            if number:  # the first round allocates memory
                 times[name].append(time.process_time() - began)
     extra = {
         name: statistics.median(edited / plain for edited, plain in zip(times[name], times["unedited"], strict=True)) - 1

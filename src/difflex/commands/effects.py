@@ -37,7 +37,7 @@ class SteerEvalCommand(VLMCommand):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with the results of `difflex concepts`, unless --concepts names features."""
-    dictionary: Annotated[Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: all)")] = ()
+    dictionary: Annotated[tuple[str, ...], arg(metavar="SITE/LABEL...", help_behavior_hint="(default: all)")] = ()
     """SITE/LABEL, or the site alone if it has one dictionary."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
     """Groups of concepts."""
@@ -129,7 +129,7 @@ class RemovalCommand(Command):
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study of a model of the drawn world."""
     dictionary: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="DICTIONARY...", help_behavior_hint="(default: each label at all its sites)")
+        tuple[str, ...], arg(metavar="SITE/LABEL...", help_behavior_hint="(default: each label at all its sites)")
     ] = ()
     """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
@@ -213,8 +213,8 @@ class FindingsCommand(Command):
         site = None if self.site is None else pipe.site(self.site)
         log = partial(print, flush=True)
         path, results = findings.run_findings(study, site, config, model_functions(pipe), self.finding, self.other_model, log)
-        for each in results.findings:
-            print(f"{each.verdict:<19}{each.claim}\n{'':<19}{each.reason}")
+        for finding in results.findings:
+            print(f"{finding.verdict:<19}{finding.claim}\n{'':<19}{finding.reason}")
         return [path]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import Range, Strengths
+from difflex.commands.flags import Range, Seeds, Strengths
 from difflex.commands.inputs import load_study_model, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, contact_sheet, write_image
@@ -35,10 +35,10 @@ class SteerCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
-    dictionary: Annotated[Positional[str | None], arg(metavar="DICTIONARY", help_behavior_hint="(or --contrast)")] = None
-    """SITE/LABEL, or the site alone if it has one dictionary: double.18."""
     features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")] = ()
     """Numbers of the features to edit, all in the same way."""
+    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    """The dictionary of the features; the site alone if it has one dictionary."""
     prompt: Annotated[tuple[str, ...], arg(metavar="PROMPT...")] = ("",)
     """Prompts; a row each."""
     contrast: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(instead of a dictionary)")] = None
@@ -61,7 +61,7 @@ class SteerCommand(Command):
     """Seed of that image."""
     source_region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
     """Region of that image; it is centred on the region of the edit."""
-    seeds: Range = range(1)
+    seeds: Seeds = range(1)
     """Seeds of the noise; END is not included."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
     """Number of denoising steps."""
@@ -108,9 +108,10 @@ class SteerCommand(Command):
     def _edits(self, editor: "StudyEditor", pipe: "Pipeline") -> list[Edit]:
         """Return an edit for each strength."""
         pixels = next(pipe.shots("")).pixels
-        place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
-        if place is None and self.contrast is None:
-            raise BadInput("There is nothing to steer with. Name a dictionary and a feature, or --contrast NAME.")
+        if not self.features and self.contrast is None:
+            raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
+        by_contrast = self.contrast is not None and self.dictionary is None
+        place = None if by_contrast else editor.study.find_dictionary(self.dictionary)
         source = None
         if self.source is not None:
             region = _parse_region(self.source_region, pixels)
@@ -162,10 +163,10 @@ class IconCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary."""
-    dictionary: Annotated[Positional[str], arg(metavar="DICTIONARY")]
-    """SITE/LABEL, or the site alone if it has one dictionary: double.18."""
     features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")]
     """Numbers of the features."""
+    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    """The dictionary of the features; the site alone if it has one dictionary."""
     strength: Strengths = (0.5, 1.0, 2.0)
     """Strengths in peaks; a column each."""
     edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
@@ -197,7 +198,7 @@ class IconCommand(Command):
         rows = []
         for feature in self.features:
             edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
-            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([each]))[0].image for each in edits])
+            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([edited]))[0].image for edited in edits])
         columns = [f"{strength:g} peak" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in self.features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
@@ -224,7 +225,7 @@ class ContrastCommand(Command):
     """A text file with a pair on each line: the positive prompt, a tab, the negative one."""
     method: ContrastMethod = "mean"
     """The mean of the differences, or their first principal component."""
-    seeds: Range = range(1)
+    seeds: Seeds = range(1)
     """Seeds for each pair, whose prompts start from the same noise; END is not included."""
     keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps whose activations are compared; END is not included."""

@@ -189,7 +189,7 @@ def make_bench(
     def contrasts(concept: str) -> Mapping[int, SteeringDirection]:
         region = lambda shot: caption_region(shot.prompt, group_of(concept))  # noqa: E731
         several = model.contrasts(site, scenery_pairs(concept, max(config.pairs)), config.pairs, batch=32, region=region)
-        return {each.pairs: SteeringDirection(f"{each.pairs} pairs", contrast_features(each)) for each in several}
+        return {item.pairs: SteeringDirection(f"{item.pairs} pairs", contrast_features(item)) for item in several}
 
     def feature(concept: str) -> SteeringDirection | None:
         if concept not in features:

@@ -311,7 +311,7 @@ def run_findings(
         log(f"{site}: {name}, {number} of {len(names)}{', as before' if is_current else ''}")
         if not is_current:
             by_name = {finding.name: finding for finding in (*findings.findings, run_experiment(name, bench, provenance))}
-            findings = replace(findings, findings=tuple(by_name[each] for each in EXPERIMENTS if each in by_name))
+            findings = replace(findings, findings=tuple(by_name[key] for key in EXPERIMENTS if key in by_name))
             findings.save(path)
     return path, findings
 

@@ -152,9 +152,7 @@ def neuron_baseline(editor: StudyEditor, place: DictionaryRef) -> NeuronBaseline
     The concepts are in a file of the neurons, or in one that `difflex concepts` wrote with those of the dictionary.
     """
     study, site, k = editor.study, replace(place.site, kind="neurons"), editor.dictionary(place).k
-    neurons = sorted(
-        (each for each in study.dictionaries() if each.site == site), key=lambda each: editor.dictionary(each).k != k
-    )
+    neurons = sorted((ref for ref in study.dictionaries() if ref.site == site), key=lambda ref: editor.dictionary(ref).k != k)
     for candidate in (*neurons, DictionaryRef(site, f"neurons-k{k}")) if neurons else ():
         matches = concept_matches(study, candidate)
         if matches is not None:

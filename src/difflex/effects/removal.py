@@ -260,7 +260,7 @@ class _RemovalGenerator:
 
     def _unedited(self, group: str, captions: Sequence[ConceptCaption], first_seed: int) -> Callable[[Places], RemovalImages]:
         codes = {place: GenerationCodes(dictionary) for place, dictionary in self._dictionaries.items()}
-        shots = [replace(self._shot, prompt=each.caption, seed=seed) for seed, each in enumerate(captions, first_seed)]
+        shots = [replace(self._shot, prompt=item.caption, seed=seed) for seed, item in enumerate(captions, first_seed)]
         before = self._verdicts(group, captions, shots, [place.site for place in codes], [], codes)
 
         def edited(numbers: Sequence[int], hooks: Sequence[SteeringHook]) -> list[JudgeVerdict]:

@@ -8,9 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import ClassVar, NamedTuple, final
 
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
 from difflex.choices import Unit
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
@@ -24,7 +22,7 @@ from difflex.effects.inputs import (
     neuron_baseline,
     to_images,
 )
-from difflex.effects.judging import JudgedGenerator, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
+from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
 from difflex.errors import BadInput
 from difflex.records import Edit
 from difflex.steering import SteeringHook, StudyEditor, random_features
@@ -175,11 +173,7 @@ def _target_concepts(study: Study, place: DictionaryRef, config: SteeringConfig,
 
 
 def _provenance(
-    study: Study,
-    place: DictionaryRef,
-    concepts: Sequence[_TargetConcept],
-    neurons: NeuronBaseline | None,
-    world: JudgedWorld,
+    study: Study, place: DictionaryRef, concepts: Sequence[_TargetConcept], neurons: NeuronBaseline | None, world: JudgedWorld
 ) -> Provenance:
     features = {place: {target.concept: target.feature for target in concepts}}
     if neurons is not None:
@@ -205,16 +199,23 @@ class _SteeringRun:
         self, concepts: Sequence[_TargetConcept], log: Callable[[str], None]
     ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
         """Return all curves, and for each group the strips of the concept with the largest gain."""
-        recorder = _StripRecorder(self.world.judged(drawn_generator(self.model)))
+        generator, first = self.world.judged(drawn_generator(self.model)), list[Image.Image]()
+
+        def record_first(trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Images:
+            images = generator.images(trials, hook)
+            first.extend(to_images(images[:1]))
+            return images
+
+        recorded = generator._replace(images=record_first)
         curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
         for number, target in enumerate(concepts, 1):
             ap = "" if target.ap is None else f" (AP {target.ap:.2f})"
             log(f"{self.place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
             task = self.world.task(target.concept, self.config.trials)
-            own = list(judge_methods(task, self._methods(target), recorder.generator))
-            gain, strips = own[0].gain(), dict(recorder.strips(task, own))
-            if task.group not in best or gain > best[task.group][0]:
-                best[task.group] = gain, strips
+            first.clear()
+            own = list(judge_methods(task, self._methods(target), recorded))
+            if task.group not in best or own[0].gain() > best[task.group][0]:
+                best[task.group] = own[0].gain(), dict(_strips(task, own, first))
             curves += own
         return curves, {strip: image for _, strips in best.values() for strip, image in strips.items()}
 
@@ -252,35 +253,21 @@ class _SteeringRun:
         return methods
 
 
-@final
-class _StripRecorder:
-    """A generator that records the first image of every batch."""
-
-    def __init__(self, generator: JudgedGenerator) -> None:
-        self._first: list[Image.Image] = []
-        self._images = generator.images
-        self.generator = generator._replace(images=self._recorded)
-
-    def _recorded(self, trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Float[Tensor, "image channel row column"]:
-        images = self._images(trials, hook)
-        self._first += to_images(images[:1])
-        return images
-
-    def strips(self, task: SteeringTask, curves: Sequence[StrengthCurve]) -> Iterator[tuple[ImageStrip, Image.Image]]:
-        """Yield a strip for each of `curves`, which were judged one after another since the last call."""
-        unedited, *edited = self._first
-        self._first.clear()
-        for curve in curves:
-            tiles = [unedited, *(edited.pop(0) for _ in curve.points)]
-            strip = ImageStrip(
-                method=curve.method,
-                concept=curve.concept,
-                group=curve.group,
-                prompt=task.trials[0].prompt,
-                strengths=tuple(point.strength for point in curve.points),
-                file=f"{curve.group}-{curve.method}.webp",
-            )
-            yield strip, _side_by_side(tiles)
+def _strips(
+    task: SteeringTask, curves: Sequence[StrengthCurve], images: Sequence[Image.Image]
+) -> Iterator[tuple[ImageStrip, Image.Image]]:
+    """Yield a strip for each of `curves`; `images` are the unedited one, then those of the points in order."""
+    unedited, edited = images[0], iter(images[1:])
+    for curve in curves:
+        strip = ImageStrip(
+            method=curve.method,
+            concept=curve.concept,
+            group=curve.group,
+            prompt=task.trials[0].prompt,
+            strengths=tuple(point.strength for point in curve.points),
+            file=f"{curve.group}-{curve.method}.webp",
+        )
+        yield strip, _side_by_side([unedited, *(next(edited) for _ in curve.points)])
 
 
 def _side_by_side(tiles: Sequence[Image.Image]) -> Image.Image:

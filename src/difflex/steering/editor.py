@@ -14,11 +14,10 @@ from difflex.dictionaries import Dictionary, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256, parsing, read_json, write_json
 from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
-from difflex.store import require_split
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
 from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
-from difflex.store import Store
+from difflex.store import Store, require_split
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["EditRecord", "StudyEditor", "steer"]

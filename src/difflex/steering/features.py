@@ -106,7 +106,7 @@ class FeatureScales:
     SHARE: ClassVar[float] = 0.95
 
     def default_strengths(self, decoder: Float[Tensor, "feature width"], features: Int[Tensor, " feature"]) -> Tensor:
-        """Return the default strengths of `features`, in peaks: the largest, at most 2, that keep 95 % of tokens under the ceiling.
+        """Return the default strengths of `features`, in peaks: at most 2, with 95 % of tokens under the ceiling.
 
         The norm of x + p v rises with p beyond its minimum; bisection finds where it reaches the ceiling.
         """

@@ -49,7 +49,7 @@ def steering_hooks(
             _PreparedEdit.of(edit, features(edit), maps(edit) if maps is not None and edit.operation == "transplant" else None)
             for edit in group
         ]
-        if len(prepared) > 1 and any(each.edit.operation == "replace" for each in prepared):
+        if len(prepared) > 1 and any(item.edit.operation == "replace" for item in prepared):
             raise BadInput(f"A replace at {site} cannot be combined with another edit there. Run the other edit on its own.")
         hooks.append(SteeringHook(site, partial(_change, prepared)))
     return hooks
