@@ -141,7 +141,7 @@ def test_flags_of_generate_become_values(flags: list[str], field: str, value: ob
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--seeds", "4"],
+        ["--seeds", "-4"],
         ["--seeds", "4:4"],
         ["--seeds", "a:b"],
         ["--pixels", "0"],

@@ -94,7 +94,17 @@ def test_steering_takes_the_default_strength_from_the_book(study: Study, capsys:
     assert main(["features", str(study.folder), "--dictionary", str(SAE_REF), "--sort", "strength"]) == 0
     assert "strength" in capsys.readouterr().out
     record, image = study.folder / "edit.json", study.folder / "x.png"
-    words = ["steer", str(study.folder), str(SAE_REF), str(row.feature), "--prompt", "a red star", "--out", str(image)]
+    words = [
+        "steer",
+        str(study.folder),
+        str(row.feature),
+        "--dictionary",
+        str(SAE_REF),
+        "--prompt",
+        "a red star",
+        "--out",
+        str(image),
+    ]
     for stored, used in ((0.125, 0.125), (None, computed[row.feature])):
         set_strength(study, row.feature, stored)
         assert main([*words, "--record", str(record)]) == 0
@@ -197,13 +207,13 @@ def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsy
     for style in ("blue", "outline", "plain"):
         out = tmp_path / f"{style}.png"
         words = ["--style", style, "--columns", "4", "--side", "64", "--out", str(out)]
-        assert main(["show", str(study.folder), str(SAE_REF), "7", *words]) == 0
+        assert main(["show", str(study.folder), "7", "--dictionary", str(SAE_REF), *words]) == 0
         assert capsys.readouterr().out.strip() == str(out)
         with Image.open(out) as image:
             sizes.add(image.size)
     assert len(sizes) == 1
     assert len({(tmp_path / f"{style}.png").read_bytes() for style in ("blue", "outline", "plain")}) == 3
-    assert main(["show", str(study.folder), f"{SITE}/itda-6-k3", "0", "--out", str(tmp_path / "atom.png")]) == 0
+    assert main(["show", str(study.folder), "0", "--dictionary", f"{SITE}/itda-6-k3", "--out", str(tmp_path / "atom.png")]) == 0
     with Book.open(study.book(*SAE_REF)) as book:
         image = overview(book, ImageAlbum(study.images), [1, 7, 9], labels={7: "round"})
         assert image.height > 3 * 96
@@ -220,9 +230,9 @@ def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsy
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
         (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "Run difflex concepts first"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--top", "0"], "--top 0 must be at least 1"),
-        (["show", "STUDY", "double.0/topk-24-k4", "24"], "has no feature 24: they are numbered from 0 to 23"),
-        (["show", "STUDY", "double.0/topk-24-k4", "1", "--out", "x.txt"], "does not name an image file"),
-        (["show", "STUDY", "double.0", "1"], "has 2 dictionaries"),
+        (["show", "STUDY", "24", "--dictionary", "double.0/topk-24-k4"], "has no feature 24: they are numbered from 0 to 23"),
+        (["show", "STUDY", "1", "--dictionary", "double.0/topk-24-k4", "--out", "x.txt"], "does not name an image file"),
+        (["show", "STUDY", "1", "--dictionary", "double.0"], "has 2 dictionaries"),
     ],
     ids=lambda words: " ".join(words[:1] + words[2:]) if isinstance(words, list) else "",
 )
@@ -237,7 +247,7 @@ def test_the_book_of_a_changed_dictionary_is_refused(study: Study, tmp_path: Pat
     random_sae(9).save(folder)
     try:
         os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
-        assert main(["show", str(study.folder), str(SAE_REF), "1", "--out", str(tmp_path / "x.png")]) == 2
+        assert main(["show", str(study.folder), "1", "--dictionary", str(SAE_REF), "--out", str(tmp_path / "x.png")]) == 2
         assert "has changed since" in capsys.readouterr().err
     finally:
         for path, (content, stat) in before.items():

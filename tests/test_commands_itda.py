@@ -76,7 +76,7 @@ def test_a_repeated_command_grows_nothing_twice(study: Path, capsys: pytest.Capt
 
 
 def test_paper_sets_the_settings_of_the_paper_and_other_flags_override_them(study: Path):
-    words = ["itda", str(study), "--site", str(SITE), "--paper"]
+    words = ["itda", str(study), "--site", str(SITE), "--preset", "paper"]
     assert main([*words, "--size", "50"]) == 0
     assert main([*words, "--k", "4", "--threshold", "0.3", "--pursuit", "matching"]) == 0
     mine, plain = sorted(dictionaries(study), key=lambda itda: itda.k)

@@ -52,7 +52,8 @@ def flags_of(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
         main([verb, "--help"])
     shown = capsys.readouterr().out
     # The border of the box is drawn in ASCII where the terminal asks for it; wrapped words of help are indented further.
-    return set(re.findall(r"^\W{1,2}(--[\w-]+|[A-Z]+)\b", shown, flags=re.MULTILINE))
+    lines = re.findall(r"^\W{1,2}((?:--[\w-]+|[A-Z]+)\b.*)", shown, flags=re.MULTILINE)
+    return {name for line in lines for name in (re.findall(r"(?<![\w-])--[\w-]+", line) or [re.split(r"\W", line)[0]])}
 
 
 def test_every_verb_and_flag_is_documented(capsys: pytest.CaptureFixture[str]):

@@ -114,20 +114,17 @@ def _trained_bytes(command: TrainCommand, shape: DictionaryForecast) -> int:
 
 
 def _itda(forecast: Forecast, command: ItdaCommand) -> CostEstimate:
-    site = Site.parse(command.site)
-    store = forecast.store(command.study, site)
-    tokens = min(command.tokens or store.rows, round(0.9 * store.rows))
-    shape = DictionaryForecast(
-        command.size or (64_000 if command.paper else 16_384), command.k or (64 if command.paper else 32), store.width
-    )
-    shapes = [shape] * max(1, len(command.threshold))
-    forecast.add(command.study, site, shapes)
-    return CostEstimate(
-        sites=(command.site,),
-        tokens=tokens,
-        bytes=len(shapes) * (shape.size * (4 * shape.width + 100) + 35_000),
-        seconds=forecast.seconds(growing=len(shapes) * _growing(shape, tokens)),
-    )
+    usual_size, usual_k = (64_000, 64) if command.preset == "paper" else (16_384, 32)
+    total, size, work = 0, 0, 0.0
+    for site in map(Site.parse, command.site):
+        store = forecast.store(command.study, site)
+        tokens = min(command.tokens or store.rows, round(0.9 * store.rows))
+        shape = DictionaryForecast(command.size or usual_size, command.k or usual_k, store.width)
+        shapes = [shape] * max(1, len(command.threshold))
+        forecast.add(command.study, site, shapes)
+        total, work = total + tokens, work + len(shapes) * _growing(shape, tokens)
+        size += len(shapes) * (shape.size * (4 * shape.width + 100) + 35_000)
+    return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=forecast.seconds(growing=work))
 
 
 def _neurons(forecast: Forecast, command: NeuronsCommand) -> CostEstimate:

@@ -47,7 +47,7 @@ class FeaturesCommand(Command):
         if self.top < 1:
             raise BadInput(f"--top {self.top} must be at least 1.")
         study = Study.open(self.study)
-        ref = self._ref(study)
+        ref = _find_book(study, self.dictionary)
         concepts = _best_concepts(study, ref)
         with open_book(study, ref) as book:
             rows = select_features(
@@ -57,14 +57,16 @@ class FeaturesCommand(Command):
             print(f"{ref}: {len(rows):,} of {book.about.size:,} features, showing {len(shown)}")
             print(_table(book, shown, concepts, self.measure))
 
-    def _ref(self, study: Study) -> DictionaryRef:
-        if self.dictionary is not None:
-            return study.find_dictionary(self.dictionary)
-        refs = [ref for ref in study.dictionaries() if study.book(*ref).is_file()]
-        if len(refs) != 1:
-            names = ", ".join(map(str, refs)) or "none; run difflex collect"
-            raise BadInput(f"{study.folder} has {len(refs)} books. Name one with --dictionary: {names}.")
-        return refs[0]
+
+def _find_book(study: Study, name: str | None) -> DictionaryRef:
+    """Return the dictionary called `name`, or without a name the only one that has a book."""
+    if name is not None:
+        return study.find_dictionary(name)
+    refs = [ref for ref in study.dictionaries() if study.book(*ref).is_file()]
+    if len(refs) != 1:
+        names = ", ".join(map(str, refs)) or "none; run difflex collect"
+        raise BadInput(f"{study.folder} has {len(refs)} books. Name one with --dictionary: {names}.")
+    return refs[0]
 
 
 @final
@@ -74,10 +76,10 @@ class ShowCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with books."""
-    dictionary: Annotated[Positional[str], arg(metavar="NAME")]
-    """The dictionary: SITE/LABEL, or the site alone if it has one dictionary."""
     feature: Annotated[Positional[int], arg(metavar="FEATURE")]
     """Number of the feature."""
+    dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
+    """The dictionary of the feature; the site alone if it has one dictionary."""
     style: HighlightStyle = "blue"
     """Overlay. blue: the more opaque, the higher the value; outline: a black and white line, visible without colour vision."""
     columns: Annotated[int, arg(metavar="N")] = 8
@@ -93,7 +95,7 @@ class ShowCommand(Command):
         out = self.out or Path(f"feature-{self.feature}.png")
         check_image_path(out)
         study = Study.open(self.study)
-        ref = study.find_dictionary(self.dictionary)
+        ref = _find_book(study, self.dictionary)
         best = _best_concepts(study, ref).get(self.feature)
         concept = "" if best is None else f"{best.concept} (AP {best.ap:.2f})"
         album = ImageAlbum(study.images)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from difflex.explanation import RequestPolicy, VLMBackend
     from difflex.pipeline import Pipeline
 
-__all__ = ["Bytes", "ModelCommand", "NoiseLevels", "Numbers", "Pixels", "Prices", "Range", "Strengths", "VLMCommand"]
+__all__ = ["Bytes", "ModelCommand", "NoiseLevels", "Numbers", "Pixels", "Prices", "Range", "Seeds", "Strengths", "VLMCommand"]
 
 SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -101,6 +101,8 @@ def _with_commas(values: tuple[float, ...]) -> str:
 
 Range = Annotated[range, _flag(_range, "START:END", range, lambda value: f"{value.start}:{value.stop}")]
 """Whole numbers from START up to but not END, as in Python; one number is that number alone."""
+Seeds = Annotated[Range, arg(aliases=["--seed"])]
+"""Seeds, also as `--seed N` for a single one."""
 Pixels = Annotated[tuple[int, int], _flag(_pixels, "HEIGHTxWIDTH", tuple, lambda value: f"{value[0]}x{value[1]}")]
 """Height and width of an image."""
 Numbers = Annotated[tuple[int, ...], _flag(_numbers, "N,...", tuple, _with_commas, many=True)]

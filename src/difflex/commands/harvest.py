@@ -8,7 +8,7 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.choices import StoredDtype
-from difflex.commands.flags import Bytes, ModelCommand, Pixels, Range
+from difflex.commands.flags import Bytes, ModelCommand, Pixels, Range, Seeds
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.study import Command, Study
 
@@ -34,7 +34,7 @@ class HarvestCommand(ModelCommand):
     """The column of a .csv, .json, .jsonl or .parquet file with the prompts."""
     prompts_revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a data set on the hub."""
-    seeds: Range = range(1)
+    seeds: Seeds = range(1)
     """Seeds for each prompt."""
     shuffle: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: in the order of the file)")] = None
     """Shuffle the prompts with this seed."""

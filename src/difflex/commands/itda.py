@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
 from tyro.conf import Positional, arg
 
@@ -30,8 +30,8 @@ class ItdaCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A folder with activations from `difflex harvest`."""
-    site: Annotated[str, arg(metavar="SITE")]
-    """The site: double.18, single.9:update."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """The sites, one after another: double.18, single.9:update."""
     k: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32)")] = None
     """Atoms per token."""
     threshold: Annotated[tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: found for the size)")] = ()
@@ -42,8 +42,8 @@ class ItdaCommand(Command):
     """How codes are found."""
     normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint="(default: standardise)")] = None
     """How activations are normalised."""
-    paper: bool = False
-    """Use the settings of arXiv 2505.24360 for other flags: k 64, threshold 0.6, size 64000, gradient pursuit."""
+    preset: Literal["default", "paper"] = "default"
+    """Defaults of the other flags; `paper` is arXiv 2505.24360: k 64, threshold 0.6, size 64000, gradient pursuit."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all training tokens, once)")] = None
     """Tokens to read in a pass."""
     seed: Annotated[int, arg(metavar="SEED")] = 0
@@ -58,11 +58,16 @@ class ItdaCommand(Command):
             k=self.k,
             pursuit=self.pursuit,
             normalisation=self.normalisation,
-            paper=self.paper,
+            paper=self.preset == "paper",
             tokens=self.tokens,
             seed=self.seed,
         )
-        return grow_sweep(Study.open(self.study), self.site, config, on_progress=ProgressPrinter(), on_grown=_print_itda)
+        study = Study.open(self.study)
+        return [
+            folder
+            for site in self.site
+            for folder in grow_sweep(study, site, config, on_progress=ProgressPrinter(), on_grown=_print_itda)
+        ]
 
 
 @final

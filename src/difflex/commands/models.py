@@ -9,7 +9,7 @@ from typing import Annotated, Any, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.flags import ModelCommand, Pixels, Range
+from difflex.commands.flags import ModelCommand, Pixels, Seeds
 from difflex.errors import BadInput
 from difflex.files import parsing
 from difflex.images import check_image_path, contact_sheet, write_image
@@ -61,7 +61,7 @@ class GenerateCommand(ModelCommand):
 
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT...", help_behavior_hint="(one or more)")] = ()
     """Prompts; an empty one is allowed."""
-    seeds: Range = range(1)
+    seeds: Seeds = range(1)
     """Seeds of the initial noise; END is not included."""
     steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DEFAULT)] = None
     """Number of denoising steps."""

@@ -8,8 +8,8 @@ from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
-from difflex.study import CommandRecord
 from difflex.files import Json
+from difflex.study import CommandRecord
 
 __all__ = ["words"]
 
