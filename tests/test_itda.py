@@ -1,10 +1,7 @@
-"""ITDA: atoms are data, nothing is added without need, and nothing is lost on the way."""
+"""ITDA: atoms are data, no atom is added without need, and no growth is lost by a kill."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -466,32 +464,23 @@ def test_paper_config_has_the_settings_of_the_paper():
     assert (paper_config().pursuit, paper_config().k, paper_config().normalisation) == ("gradient", 64, "standardise")
 
 
-RUN = """
-import sys, time, torch
-torch.set_num_threads(1)
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_itda as t
-from difflex.training.itda import grow
-if {count} > 1:
-    import torch.distributed as dist
-    dist.init_process_group("gloo")
-rank = int({count} > 1 and dist.get_rank())
-def share(start):
-    for number, batch in enumerate(t.stream(start), start):
-        time.sleep({pause})
-        yield type(batch)(*(part[rank::{count}] for part in batch))
-work = t.source(batches=share)
-settings = t.growth(batch=t.BATCH // {count}, threshold={threshold}, size={size})
-grow({{Path({folder!r}): settings}}, work, origin=t.ORIGIN, checkpoint_every=2)
-if {count} > 1:
+def grow_share(folder: Path, *, rank: int = 0, count: int = 1, pause: float = 0, threshold: float | None = 0.25, size: int = 400):
+    """Grow from the share of one of `count` ranks, with a pause before each batch."""
+
+    def share(start: int) -> Iterator[ActivationBatch]:
+        for batch in stream(start):
+            time.sleep(pause)
+            yield ActivationBatch(*(part[rank::count] for part in batch))
+
+    settings = growth(batch=BATCH // count, threshold=threshold, size=size)
+    grow({folder: settings}, source(batches=share), origin=ORIGIN, checkpoint_every=2)
+
+
+def grow_rank(rank: int, count: int, meeting: Path, folder: Path) -> None:
+    """Grow as one rank of a process group."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
+    grow_share(folder, rank=rank, count=count)
     dist.destroy_process_group()
-"""
-
-
-def script(folder: Path, *, count: int = 1, pause: float = 0.0, threshold: float | None = 0.25, size: int = 400) -> str:
-    tests = str(Path(__file__).parent)
-    return RUN.format(tests=tests, count=count, folder=str(folder), pause=pause, threshold=threshold, size=size)
 
 
 @pytest.mark.parametrize(("threshold", "size"), [(0.25, 400), (None, 60)])
@@ -499,15 +488,17 @@ def test_growth_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path, thresho
     whole = grown(tmp_path / "whole", threshold=threshold, size=size)
     folder, kills = tmp_path / "killed", 0
     for wait in (0.2, 0.5, 0.1):
-        process = subprocess.Popen([sys.executable, "-c", script(folder, pause=0.05, threshold=threshold, size=size)])
+        arguments = {"pause": 0.05, "threshold": threshold, "size": size}
+        process = multiprocessing.get_context("fork").Process(target=grow_share, args=(folder,), kwargs=arguments)
+        process.start()
         state = folder / "training" / "state.json"
         before = state.read_bytes() if state.exists() else b""
-        while process.poll() is None and (state.read_bytes() if state.exists() else b"") == before:
+        while process.is_alive() and (state.read_bytes() if state.exists() else b"") == before:
             time.sleep(0.01)
         time.sleep(wait)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        if process.is_alive():
+            process.kill()
+            process.join()
             kills += not (folder / "config.json").exists()
     assert kills >= 1, "no run was killed on its way"
     resumed = grown(folder, threshold=threshold, size=size)
@@ -517,11 +508,13 @@ def test_growth_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path, thresho
 
 
 def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Path):
-    program = tmp_path / "run.py"
-    program.write_text(script(tmp_path / "two", count=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
-    done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr
+    context, places = multiprocessing.get_context("fork"), (tmp_path / "meeting", tmp_path / "two")
+    processes = [context.Process(target=grow_rank, args=(rank, 2, *places)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
     two, one = Dictionary.load(tmp_path / "two"), grown(tmp_path / "one")
     assert isinstance(two, ITDA)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["training"]["tokens"] == TOKENS

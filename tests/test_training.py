@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
@@ -189,6 +189,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     state = tmp_path / "training" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(BrokenFile, match="damaged"):
+        trained(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(tmp_path: Path):
+    trained(tmp_path)
+    state = tmp_path / "training" / "state.safetensors"
+    save_file(load_file(state), state, metadata={"state": json.dumps({"format": 1})})
+    with pytest.raises(BrokenFile, match="is a training state of format 1; this version reads format 2"):
         trained(tmp_path)
 
 
