@@ -55,9 +55,9 @@ def words(study: Study, server: RuleServer, *more: str) -> list[str]:
 
 def test_features_are_explained_and_the_figures_are_printed_and_kept(study: Study, capsys: pytest.CaptureFixture[str]):
     with RuleServer() as server:
-        assert main(words(study, server, "--features", "5")) == 0
+        assert main(words(study, server, "--random-features", "5")) == 0
         told, calls = capsys.readouterr().out, len(server.served)
-        assert main(words(study, server, "--features", "5")) == 0
+        assert main(words(study, server, "--random-features", "5")) == 0
         assert len(server.served) == calls and "0 explained, 5 were before" in capsys.readouterr().out
     assert "study/double.1/topk: 5 explained" in told and f"{calls} calls" in told and "0.900 (0.900 to 0.900)" in told
     with Book.open(study.book(SITE, "topk")) as made:
@@ -73,8 +73,8 @@ def test_two_protocols_and_two_dictionaries_are_compared(study: Study, tmp_path:
     studied(tmp_path / "other")
     placed(study, "itda", tmp_path / "other" / "scratch")
     with RuleServer() as server:
-        assert main(words(study, server, "--features", "4", "--protocol", "paper")) == 0
-        assert main(words(study, server, "--features", "4")) == 0
+        assert main(words(study, server, "--random-features", "4", "--protocol", "paper")) == 0
+        assert main(words(study, server, "--random-features", "4")) == 0
     told = capsys.readouterr().out
     assert "double.1/itda against study/double.1/topk (heldout): accuracy +0.000, p 1" in told
     assert "study/double.1/topk: accuracy falls by 0.100 (0.100 to 0.100)" in told
@@ -84,11 +84,11 @@ def test_two_protocols_and_two_dictionaries_are_compared(study: Study, tmp_path:
 
 def test_a_dry_run_sends_nothing_and_tells_calls_tokens_and_money(study: Study, capsys: pytest.CaptureFixture[str]):
     with RuleServer() as server:
-        assert main(words(study, server, "--features", "10", "--dry-run", "--price", "10,0", "--image-tokens", "1000")) == 0
+        assert main(words(study, server, "--random-features", "10", "--dry-run", "--price", "10,0", "--image-tokens", "1000")) == 0
         told = capsys.readouterr().out
         assert not server.served and "120 calls" in told and "0 answers are there already" in told
         assert "cost about 2." in told, "20 images of 1000 tokens for each feature, and some words"
-        assert main(words(study, server, "--features", "10", "--dry-run")) == 0
+        assert main(words(study, server, "--random-features", "10", "--dry-run")) == 0
         assert "for the cost, give --price" in capsys.readouterr().out
     with Book.open(study.book(SITE, "topk")) as made:
         assert made.explanations() == []
@@ -109,9 +109,9 @@ def test_a_key_is_in_no_output_and_no_file(
     (tmp_path / "key").write_text(SECRET)
     monkeypatch.setenv("OTHER", f"{SECRET}x")
     with RuleServer(key=SECRET) as server:
-        assert main(words(study, server, "--features", "2", "--key-file", str(tmp_path / "key"))) == 0
+        assert main(words(study, server, "--random-features", "2", "--key-file", str(tmp_path / "key"))) == 0
         done = capfd.readouterr()
-        assert main(words(study, server, "--features", "2", "--protocol", "paper", "--key-variable", "OTHER")) == 2
+        assert main(words(study, server, "--random-features", "2", "--protocol", "paper", "--key-variable", "OTHER")) == 2
         turned = capfd.readouterr()
     assert "2 explained" in done.out
     assert "Key(from $OTHER)" in turned.err and "wrong key: Bearer [key]" in turned.err
@@ -185,10 +185,10 @@ def test_known_concepts_need_images_that_are_known(study: Study, capsys: pytest.
         (["--dictionary", "double.1/topq"], "nearest: double.1/topk"),
         (["--vlm", "http://127.0.0.1:9/v1"], "--model NAME"),
         (["--vlm", "http://127.0.0.1:9/v1", "--model", "x", "--budget", "1"], "Give --price IN,OUT"),
-        (["--features", "0"], "explains nothing"),
-        (["--judged", "5"], "judge an even number"),
+        (["--random-features", "0"], "explains nothing"),
+        (["--judged-images", "5"], "judge an even number"),
         (["--vlm", "./nowhere", "--offline"], "cannot be opened as a model that sees"),
-        (["--judged", "98"], "No feature of double.1/topk fires in 54 shots"),
+        (["--judged-images", "98"], "No feature of double.1/topk fires in 54 shots"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_answered_in_a_sentence(study: Study, flags: list[str], answer: str, capsys):
@@ -205,7 +205,7 @@ def test_a_study_without_books_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_untrained_model_is_explained_beside_the_trained_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     trained, control = tmp_path / "study", tmp_path / "study" / "untrained"
     for study, flags in ((trained, []), (control, ["--untrained", "0"])):
-        small = ["--prompts", "captions", "--sites", "double.1", "--tokens", "3000", "--steps", "1", "--out", str(study)]
+        small = ["--prompts", "captions", "--site", "double.1", "--tokens", "3000", "--steps", "1", "--out", str(study)]
         assert main(["harvest", "mini-flux", *small, *flags]) == 0
         assert main(["train", str(study), "--site", "double.1", "--k", "4", "--size", "32", "--tokens", "2000"]) == 0
         assert main(["collect", str(study), "--drawn-world", "--images", "80", "--noise", "0.25"]) == 0
@@ -213,7 +213,7 @@ def test_an_untrained_model_is_explained_beside_the_trained_one(tmp_path: Path, 
     shutil.copytree(trained / "dictionaries" / "double.1" / "topk-32-k4", trained / "dictionaries" / "double.1" / "copy")
     shutil.copy(trained / "books" / "double.1" / "topk-32-k4.sqlite", trained / "books" / "double.1" / "copy.sqlite")
     capsys.readouterr()
-    asked = ["--dictionary", "double.1/topk-32-k4", "double.1/copy", "--features", "3", "--judged", "4"]
+    asked = ["--dictionary", "double.1/topk-32-k4", "double.1/copy", "--random-features", "3", "--judged-images", "4"]
     assert main(["explain", str(trained), str(control), *asked]) == 0
     told = capsys.readouterr().out
     assert "study/double.1/topk-32-k4" in told and "untrained/double.1/topk-32-k4: 3 explained" in told
