@@ -1,7 +1,7 @@
-"""What reading the inside costs: hooks against none, the early stop, peak memory, and nnsight at the same site.
+"""The cost of harvesting: hooks compared with none, the early stop, peak memory, and nnsight at the same site.
 
-Times are of the process's own CPU (`time.process_time`) on one thread, medians of interleaved rounds, so that whatever else runs
-on the machine counts little. `--peer PYTHON` names the interpreter that has nnsight, `.venv-peers/bin/python` by default.
+Times are CPU times of the process (`time.process_time`) on one thread, medians of interleaved rounds, so that other processes on
+the machine matter little. `--peer PYTHON` names the interpreter that has nnsight, `.venv-peers/bin/python` by default.
 """
 
 import json
@@ -53,9 +53,9 @@ def shrunk_flux() -> Pipeline:
         for name, part in PLANS[FLUX].components.items()
     }
     plan, family = PLANS[FLUX]._replace(components=parts), family_of("FluxPipeline")
-    made = build_untrained(plan, 0, torch.float32, torch.device("cpu"))
-    made.set_progress_bar_config(disable=True)
-    return Pipeline(Engine(made, family, read_defaults(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
+    pipeline = build_untrained(plan, 0, torch.float32, torch.device("cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    return Pipeline(Engine(pipeline, family, read_defaults(None, family, plan)), ModelSource(FLUX, None, None), "fp32")
 
 
 def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) -> list[Shot]:
@@ -63,7 +63,7 @@ def shots_of(pipe: Pipeline, count: int, pixels: tuple[int, int] | None = None) 
 
 
 class Stopwatch:
-    """CPU seconds from the call of the denoiser on."""
+    """CPU seconds since the call of the denoiser."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         denoiser.register_forward_pre_hook(self._start)
@@ -78,7 +78,7 @@ class Stopwatch:
 
 
 def interleaved(watch: Stopwatch, works: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each work in each round, in turn and in alternating order; a round more goes first."""
+    """Measure the seconds of each function in each round, in alternating order, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name in list(works)[:: 1 if number % 2 else -1]:
@@ -89,15 +89,15 @@ def interleaved(watch: Stopwatch, works: dict[str, Callable[[], object]], rounds
 
 
 def reading(pipe: Pipeline, site: str, count: int, pixels: tuple[int, int] | None, rounds: int) -> float:
-    """The time of a forward pass that reads `site`, over that of one without any hook."""
+    """Return the time of a forward pass that reads `site` relative to one without hooks."""
     shots = shots_of(pipe, count, pixels)
 
     def plain() -> None:
         pipe.engine.run(shots, output_type="latent")
 
     def read() -> None:
-        kept: list[Tensor] = []
-        with pipe.at(site, lambda x, moment: kept.append(x.clone())):
+        activations: list[Tensor] = []
+        with pipe.at(site, lambda x, context: activations.append(x.clone())):
             plain()
 
     times = interleaved(Stopwatch(pipe.engine.denoiser), {"plain": plain, "read": read}, rounds)
@@ -105,7 +105,7 @@ def reading(pipe: Pipeline, site: str, count: int, pixels: tuple[int, int] | Non
 
 
 def stopping(pipe: Pipeline, sites: list[str], count: int, pixels: tuple[int, int] | None, rounds: int) -> dict[str, float]:
-    """The share of the denoiser's time that a harvest of each site saves."""
+    """Return the share of the denoiser's time that stopping after each site saves."""
     shots = shots_of(pipe, count, pixels)
     works: dict[str, Callable[[], object]] = {"": lambda: pipe.engine.run(shots, output_type="latent")}
     for site in sites:
@@ -115,7 +115,7 @@ def stopping(pipe: Pipeline, sites: list[str], count: int, pixels: tuple[int, in
 
 
 class Living(TorchDispatchMode):
-    """Bytes of all tensors made and still alive, and the most there were."""
+    """Bytes of all tensors created and still alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,21 +123,21 @@ class Living(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
-        return made
+                self._add(tensor.untyped_storage())
+        return output
 
-    def _meet(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self.now += size
             self.most = max(self.most, self.now)
-            weakref.finalize(storage, self._lose, key, size)
+            weakref.finalize(storage, self._remove, key, size)
 
-    def _lose(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 
@@ -149,7 +149,7 @@ def most_alive(work: Callable[[], object]) -> int:
 
 
 def memory(pipe: Pipeline, sites: list[str], count: int) -> tuple[int, int]:
-    """Bytes at the peak of a harvest beyond those of the plain pass, and bytes of one batch of the sites."""
+    """Return the peak bytes of a harvest above those of a plain pass, and the bytes of one batch of the sites."""
     shots = shots_of(pipe, count)
     harvested = list(pipe.harvest(shots, sites, batch=count, progress=False))
     size = sum(activations.values.nbytes for activations in harvested)
@@ -190,13 +190,13 @@ for number, _ in enumerate(sys.stdin):
 
 
 def against_nnsight(peer: str, folder: Path, rounds: int = 40) -> dict[str, float]:
-    """Tokens per second of CPU, in turn: each does a batch of 16 fresh prompts and stops after the same block."""
+    """Measure tokens per CPU second: each takes a batch of 16 new prompts in turn and stops after the same block."""
     prompts = [f"{prompt} {number}" for number in range(2 * rounds + 4) for prompt in PROMPTS]
     rates: dict[str, list[float]] = {"ours": [], "nnsight": []}
     with tempfile.TemporaryDirectory() as scripts, ExitStack() as stack:
         running: dict[str, subprocess.Popen[str]] = {}
         for name, python, code in (("ours", sys.executable, OURS), ("nnsight", peer, NNSIGHT)):
-            # In processes of their own: importing nnsight changes torch. In files: it reads the source of what it runs.
+            # In separate processes, as importing nnsight changes torch; in files, as it reads the source of its caller.
             script = Path(scripts) / f"harvest_by_{name}.py"
             script.write_text(BEFORE + code + AFTER)
             words = [python, str(script), str(folder), json.dumps(prompts)]
@@ -205,16 +205,16 @@ def against_nnsight(peer: str, folder: Path, rounds: int = 40) -> dict[str, floa
             )
         for number in range(rounds + 2):
             for name in list(running)[:: 1 if number % 2 else -1]:
-                rate = _asked(running[name])
+                rate = _next_rate(running[name])
                 rates[name] += [rate] if number > 1 else []
         for process in running.values():
             process.communicate()
     # The mean time, not the median: ours encodes the prompts of several batches in one of them.
-    return {name: statistics.harmonic_mean(each) for name, each in rates.items()}
+    return {name: statistics.harmonic_mean(values) for name, values in rates.items()}
 
 
-def _asked(process: "subprocess.Popen[str]") -> float:
-    """The rate of one batch more."""
+def _next_rate(process: "subprocess.Popen[str]") -> float:
+    """Return the rate of the next batch."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write("go\n")
     process.stdin.flush()
@@ -232,7 +232,7 @@ def section(name: str) -> Iterator[None]:
 
 
 def main() -> int:
-    """0 if every bar is met, else 1."""
+    """Print all measurements; return 0 if every bar is met, else 1."""
     lines: list[tuple[str, float, float, bool]] = []
     peer = sys.argv[sys.argv.index("--peer") + 1] if "--peer" in sys.argv else ".venv-peers/bin/python"
     mini = difflex.load("mini-flux", device="cpu")
@@ -243,7 +243,7 @@ def main() -> int:
         lines.append((f"mini-flux, reading {middle}: time over no hook", cost, BARS["reading"], cost <= BARS["reading"]))
         saved = stopping(mini, [middle], 8, None, ROUNDS)[middle]
         lines.append((f"mini-flux, stopping after {middle}: saved", saved, BARS["middle"], saved >= BARS["middle"]))
-        # The last block among them, so that nothing is saved by stopping early.
+        # With the last block, so that the harvest does not stop early.
         extra, size = memory(mini, [middle, names[-1]], 8)
         lines.append(("mini-flux, peak memory over plain / one batch of two sites", extra / size, 1.0, extra <= size))
     with section("FLUX.1's proportions at width 128"):
@@ -259,7 +259,7 @@ def main() -> int:
             ratio = rates["ours"] / rates["nnsight"]
             lines.append(("tokens per second over nnsight's", ratio, BARS["nnsight"], ratio >= BARS["nnsight"]))
     else:
-        print(f"  nnsight is left out: there is no {peer} (make peers)")
+        print(f"  nnsight is not compared: {peer} does not exist (make peers)")
     for name, value, bar, met in lines:
         print(f"  {name}: {value:.3f} (bar {bar}) {'met' if met else 'MISSED'}")
     met = all(met for *_, met in lines)
