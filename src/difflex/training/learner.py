@@ -201,8 +201,6 @@ class Learner:
     def _top_k_of_dead(self, dead: Int[Tensor, " dead"], z: Float[Tensor, "token width"], k: int) -> CooCodes:
         """Return the k largest scores among the dead features for every token."""
         scores = self.parameters.scores
-        if len(dead) == 0 and self.ranks.shards == 1:
-            return CooCodes(dead, dead, z.new_zeros(0))
         search = EncoderSearch(scores.rows[dead], None if scores.bias is None else scores.bias[dead])
         pairs = _top_k(search, z, k, self.config.relu, self.ranks)
         return pairs._replace(features=dead[pairs.features])
