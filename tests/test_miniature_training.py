@@ -44,7 +44,7 @@ SHORT = FlowRecipe(updates=12, batch=4, guided_from=0.25)
 
 @pytest.fixture(scope="module")
 def components(tmp_path_factory):
-    return fit_components(TrainingFolder(folder=tmp_path_factory.mktemp("run")))
+    return fit_components(TrainingFolder(tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ from difflex.miniature.flow import FlowRecipe
 training.CHECKPOINT_SECONDS = 0.0
 tiny = MiniatureConfig(double_blocks=1, single_blocks=1, heads=1, head_width=16, rotary_axes=(4, 6, 6), text_width=16)
 recipe = FlowRecipe(updates=12, batch=4, guided_from=0.25)
-training.train_flow(training.TrainingFolder(folder=Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
+training.train_flow(training.TrainingFolder(Path(sys.argv[1])), untrained_pipeline(tiny, 0), recipe, float("inf"))
 """
 
 
@@ -178,7 +178,7 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path):
         folder.mkdir()
     kill_after_a_checkpoint([sys.executable, "-c", SCRIPT, str(killed)], killed / "flow.safetensors")
     for folder in (whole, killed):
-        train_flow(TrainingFolder(folder=folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
+        train_flow(TrainingFolder(folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
     first, second = (load_file(folder / "flow.safetensors") for folder in (whole, killed))
     assert first.keys() == second.keys()
     assert all(torch.equal(x, second[name]) for name, x in first.items())
@@ -194,14 +194,14 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
 
 
 def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
-    run = TrainingFolder(folder=tmp_path)
+    run = TrainingFolder(tmp_path)
     FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     with pytest.raises(StaleWork, match="batch"):
         train_flow(run, pipeline, FlowRecipe(updates=12, batch=8), float("inf"))
 
 
 def test_changes_of_the_recipe_are_logged(tmp_path, pipeline):
-    run = TrainingFolder(folder=tmp_path)
+    run = TrainingFolder(tmp_path)
     FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     train_flow(run, pipeline, replace(SHORT, updates=1, level_mean=0.5), float("inf"))
     entries = [json.loads(line) for line in run.log.read_text().splitlines()]
@@ -209,7 +209,7 @@ def test_changes_of_the_recipe_are_logged(tmp_path, pipeline):
 
 
 def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
-    run, packed = TrainingFolder(folder=tmp_path), TrainingFolder(folder=tmp_path / "packed")
+    run, packed = TrainingFolder(tmp_path), TrainingFolder(tmp_path / "packed")
     state = FlowState(FlowModel(pipeline), SHORT)
     batch = make_batch(draw(torch.arange(4)), components, CaptionTokens(pipeline), [""] * 4)
     train_update(state.model, state.average, state.optimisers, batch, SHORT, 0)
@@ -226,7 +226,7 @@ def test_a_packed_run_is_small_and_continues(tmp_path, pipeline, components):
 
 
 def test_a_run_keeps_its_components(tmp_path):
-    run = TrainingFolder(folder=tmp_path)
+    run = TrainingFolder(tmp_path)
     first = fit_components(run)
     changed = first._replace(weights=-first.weights)
     write_tensors(run.components, changed._asdict(), {})
@@ -234,7 +234,7 @@ def test_a_run_keeps_its_components(tmp_path):
 
 
 def test_an_exported_model_is_a_diffusers_pipeline_folder(tmp_path, pipeline):
-    run = TrainingFolder(folder=tmp_path / "work")
+    run = TrainingFolder(tmp_path / "work")
     run.folder.mkdir()
     FlowState(FlowModel(pipeline), SHORT).save(run.flow)
     pipeline.vae.save_pretrained(run.autoencoder)

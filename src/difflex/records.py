@@ -51,10 +51,7 @@ class Site:
     def parse(cls, text: str) -> Site:
         """Parse a site from its notation."""
         path, *rest = text.split(":")
-        kind, stream = (
-            max(KINDS, key=rest.count),
-            max(STREAMS, key=rest.count),
-        )  # the first, which is the default, if none is named
+        kind, stream = max(KINDS, key=rest.count), max(STREAMS, key=rest.count)  # by default the first
         if not path or len(set(rest)) < len(rest) or not set(rest) <= {kind, stream}:
             raise BadInput(f"'{text}' is not a site. Write PATH[:KIND][:STREAM], KIND one of {KINDS}, STREAM one of {STREAMS}.")
         return cls(path, kind, stream)

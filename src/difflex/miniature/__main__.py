@@ -47,7 +47,7 @@ def _training_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verb = verbs.add_parser("pack", help="copy a run in a small form, from which train continues")
     verb.add_argument("folder", type=Path)
     verb.add_argument("target", type=Path, help="the folder to write")
-    verb.set_defaults(run=lambda flags: pack(TrainingFolder(folder=flags.folder), TrainingFolder(folder=flags.target)))
+    verb.set_defaults(run=lambda flags: pack(TrainingFolder(flags.folder), TrainingFolder(flags.target)))
 
 
 def _model_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -75,13 +75,13 @@ def _train(flags: argparse.Namespace) -> None:
 
 
 def _export(flags: argparse.Namespace) -> None:
-    export(TrainingFolder(folder=flags.folder), flags.target, MiniatureConfig())
+    export(TrainingFolder(flags.folder), flags.target, MiniatureConfig())
     print(f"Wrote {flags.target}.")
 
 
 def _card(flags: argparse.Namespace) -> None:
     examinations = {steps: _examine_model(flags.target, None, 500, steps, 0) for steps in (STEPS, 20)}
-    write_card(TrainingFolder(folder=flags.folder), flags.target, examinations, MiniatureConfig())
+    write_card(TrainingFolder(flags.folder), flags.target, examinations, MiniatureConfig())
     print(f"Wrote {flags.target / 'README.md'}.")
 
 

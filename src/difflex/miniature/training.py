@@ -4,9 +4,9 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, final
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
@@ -50,38 +50,24 @@ SWAP_LEVEL = 0.95
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@final
 class TrainingFolder:
     """The files of one training run."""
 
-    folder: Path
-
-    @property
-    def judge(self) -> Path:
-        return self.folder / "judge.safetensors"
-
-    @property
-    def components(self) -> Path:
-        return self.folder / "components.safetensors"
-
-    @property
-    def autoencoder(self) -> Path:
-        return self.folder / "vae"
-
-    @property
-    def flow(self) -> Path:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.judge = folder / "judge.safetensors"
+        self.components = folder / "components.safetensors"
+        self.autoencoder = folder / "vae"
+        self.flow = folder / "flow.safetensors"
         """The state of the flow training: parameters, average, optimisers, number of updates."""
-        return self.folder / "flow.safetensors"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.jsonl"
+        self.log = folder / "log.jsonl"
 
 
 def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minutes: float | None = None) -> None:
     """Train the stages that are not finished, for at most `minutes`; another call continues where it stopped."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    run = TrainingFolder(folder=folder)
+    run = TrainingFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = untrained_pipeline(architecture, recipe.seed)
     if not run.judge.exists():
