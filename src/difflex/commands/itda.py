@@ -100,5 +100,5 @@ def _print_itda(folder: Path, itda: "ITDA", is_new: bool) -> None:
     new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
     print(
         f"{folder}: {'' if is_new else 'exists already, '}{itda.size:,} atoms over threshold {training['threshold']:.4g} from "
-        f"{training['tokens']:,} tokens{new_images}. Pursuits with {training['backend']}."
+        f"{training['tokens']:,} tokens{new_images}. Pursuit backend: {training['backend']}."
     )
