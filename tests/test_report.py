@@ -619,8 +619,8 @@ def test_concepts_from_a_file_are_shown_but_are_no_evidence_for_the_claim(tmp_pa
     write_steering(study, PLACES[0], concepts=(Concept("a dog", "animal"),), checksum="5eed", judge="clip-large", groups=groups)
     write_steering(study, PLACES[1])
     page = page_of(study)
-    assert f"{PLACES[0]}: there are results" not in page
-    assert f"{PLACES[1]}: there are results of steering, but it is not known what its features detect" in page
+    assert f"{PLACES[0]}: results of steering" not in page
+    assert f"{PLACES[1]}: results of steering need the matches of its features" in page
     assert "a dog by features, unedited" in page and ">1 from a file</td>" in page
     assert "clip-large says whether" in page and "a judge of the miniature world" not in page
     assert {(row["dictionary"], row["group"], row["concepts"]) for row in rows_of(study, "success")} == {

@@ -24,7 +24,7 @@ from difflex.report.drawing.charts import (
     row_chart,
 )
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_map, heat_strips
-from difflex.report.style import NONE, STYLES, number, percent
+from difflex.report.style import STYLES, number, percent
 
 BLUE = Series("s", "s", SeriesStyle(colour=0))
 
@@ -168,7 +168,7 @@ def test_numbers_have_three_digits_and_shares_are_per_cent():
         "0",
         "16.0",
     ]
-    assert [number(value) for value in (None, math.nan, math.inf, -math.inf)] == [NONE, "NaN", "∞", "-∞"]
+    assert [number(value) for value in (None, math.nan, math.inf, -math.inf)] == ["\N{EN DASH}", "NaN", "∞", "-∞"]
     assert [percent(value) for value in (0.5, 0.0123, 0.0, 0.9981, 1.0, math.nan, None)] == [
         "50 %",
         "1.2 %",
@@ -176,5 +176,5 @@ def test_numbers_have_three_digits_and_shares_are_per_cent():
         "99.8 %",
         "100 %",
         "NaN",
-        NONE,
+        "\N{EN DASH}",
     ]

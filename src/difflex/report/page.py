@@ -81,7 +81,6 @@ def _download(figure: ReportFigure) -> str:
 
 
 def _overview(facts: StudyFacts) -> ReportSection:
-    """Return the section about the study: the model, and how far each station is."""
     seconds = sum(entry.seconds or 0 for entry in facts.diary)
     values = {
         "Model": facts.study.model,
@@ -132,7 +131,6 @@ def _stations(facts: StudyFacts) -> Markup:
 
 
 def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
-    """Return the section about how to run the study again."""
     if facts.diary:
         line = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
         lead = "One command runs the recipe: it skips finished commands and repeats stale ones. Its commands:"

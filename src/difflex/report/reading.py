@@ -1,7 +1,7 @@
 """Read the records of a study once; records that are damaged, of another model or of older weights are named and left out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,8 +74,19 @@ class _StudyReader:
         try:
             return read(path)
         except (DifflexError, OSError) as error:
-            self.problems.append(str(error))
-            return None
+            return self._reject(str(error))
+
+    def _load_existing(self, read: Callable[[Path], T], path: Path) -> T | None:
+        """Return the record at `path`; None where there is none."""
+        return self.load(read, path) if path.exists() else None
+
+    def _load_all(self, read: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[tuple[Path, T]]:
+        """Yield the files of `paths` that can be read, with their records."""
+        records = ((path, self.load(read, path)) for path in paths)
+        return ((path, record) for path, record in records if record is not None)
+
+    def _reject(self, problem: str) -> None:
+        self.problems.append(problem)
 
     def fingerprint(self, name: str) -> str | None:
         """Return the fingerprint of the dictionary SITE/LABEL; None where it does not exist or cannot be read."""
@@ -84,83 +95,69 @@ class _StudyReader:
             self._fingerprints[name] = None if folder is None else self.load(fingerprint, folder)
         return self._fingerprints[name]
 
+    def _changed(self, provenance: Provenance) -> list[str]:
+        """Return the dictionaries that have changed since."""
+        return [name for name, checksum in provenance.fingerprints.items() if checksum != self.fingerprint(name)]
+
     def dictionaries(self) -> tuple[DictionaryFacts, ...]:
         """Return every dictionary whose config can be read, with its evaluation if that is of its present weights."""
-        facts = []
-        for ref in self.study.dictionaries():
-            config = self.load(read_config, self.study.dictionary(*ref))
-            if config is not None:
-                facts.append(
-                    DictionaryFacts(
-                        ref=ref,
-                        kind=config.kind,
-                        size=config.size,
-                        k=config.k,
-                        normalisation=config.normalisation,
-                        data=str(config.training.get("data", "")),
-                        variant=ref.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
-                        evaluation=self._evaluation(ref, config),
-                    )
-                )
-        return tuple(facts)
+        configs = [(ref, self.load(read_config, self.study.dictionary(*ref))) for ref in self.study.dictionaries()]
+        return tuple(
+            DictionaryFacts(
+                ref=ref,
+                kind=config.kind,
+                size=config.size,
+                k=config.k,
+                normalisation=config.normalisation,
+                data=str(config.training.get("data", "")),
+                variant=ref.label.removeprefix(f"{config.kind}-{config.size}-k{config.k}").lstrip("-"),
+                evaluation=self._evaluation(ref, config),
+            )
+            for ref, config in configs
+            if config is not None
+        )
 
     def _evaluation(self, ref: DictionaryRef, config: DictionaryConfig) -> Evaluation | None:
         path = self.study.evaluation(*ref)
-        evaluation = self.load(Evaluation.load, path) if path.exists() else None
+        evaluation = self._load_existing(Evaluation.load, path)
         if evaluation is None:
             return None
         if evaluation.fingerprint != self.fingerprint(str(ref)):
-            self.problems.append(f"{ref}: the dictionary has changed since it was evaluated. Run difflex evaluate again.")
-        elif not evaluation.size == config.size > 0 or len(evaluation.density) != len(Evaluation.edges) - 1:
-            self.problems.append(f"{path} does not fit its dictionary: it is damaged. Delete it and run difflex evaluate.")
-        else:
-            return evaluation
-        return None
+            return self._reject(f"{ref}: the dictionary has changed since it was evaluated. Run difflex evaluate again.")
+        if not evaluation.size == config.size > 0 or len(evaluation.density) != len(Evaluation.edges) - 1:
+            return self._reject(f"{path} does not fit its dictionary: it is damaged. Delete it and run difflex evaluate.")
+        return evaluation
 
     def books(self) -> tuple[DictionaryRef, ...]:
         """Return the dictionaries that have a book of their present weights."""
         refs = []
         for ref in self.study.dictionaries():
-            path = self.study.book(*ref)
-            info = self.load(_book_info, path) if path.exists() else None
-            if info is None:
-                continue
-            if info.fingerprint == self.fingerprint(str(ref)):
+            info = self._load_existing(_book_info, self.study.book(*ref))
+            if info is not None and info.fingerprint == self.fingerprint(str(ref)):
                 refs.append(ref)
-            else:
-                self.problems.append(f"{ref}: the dictionary has changed since its book was written. Run difflex collect again.")
+            elif info is not None:
+                self._reject(f"{ref}: the dictionary has changed since its book was written. Run difflex collect again.")
         return tuple(refs)
 
     def matches(self) -> list[MatchFacts]:
         """Return the concept matches that are of the study's model and of the present weights of its dictionaries."""
-        facts = []
-        for path in sorted(self.study.folder.glob("concepts/*/*.json")):
-            matches = self.load(ConceptMatches.load, path)
-            name = f"concepts/{path.parent.name}/{path.name}"
-            if matches is None:
-                continue
-            inputs = matches.inputs
-            if not matches.levels:
-                self.problems.append(f"{name} has no results: it is damaged. Delete it and run difflex concepts.")
-            elif inputs and (inputs.model, inputs.revision) != (self.study.model, self.study.revision):
-                self.problems.append(
-                    f"{name} is of {inputs.model} {inputs.revision}, not of this study. Run difflex concepts again."
-                )
-            elif (match := self._match(matches, name)) is not None:
-                facts.append(match)
-        return facts
+        records = self._load_all(ConceptMatches.load, sorted(self.study.folder.glob("concepts/*/*.json")))
+        facts = [self._match(matches, f"concepts/{path.parent.name}/{path.name}") for path, matches in records]
+        return [match for match in facts if match is not None]
 
     def _match(self, matches: ConceptMatches, name: str) -> MatchFacts | None:
-        dictionary = str(DictionaryRef(matches.site, matches.label))
+        inputs, dictionary = matches.inputs, str(DictionaryRef(matches.site, matches.label))
+        if not matches.levels:
+            return self._reject(f"{name} has no results: it is damaged. Delete it and run difflex concepts.")
+        if inputs and (inputs.model, inputs.revision) != (self.study.model, self.study.revision):
+            return self._reject(f"{name} is of {inputs.model} {inputs.revision}, not of this study. Run difflex concepts again.")
         if matches.fingerprint is None:
             kind, k = matches.label.split("-")[0], _k_of_label(matches.label)
             return None if self.untrained else MatchFacts(matches=matches, kind=kind, normalisation=None, untrained=False, k=k)
         if dictionary not in self._folders:
-            self.problems.append(f"{name} is of a dictionary that no longer exists. Delete it.")
-            return None
+            return self._reject(f"{name} is of a dictionary that no longer exists. Delete it.")
         if matches.fingerprint != self.fingerprint(dictionary):
-            self.problems.append(f"{name}: the dictionary has changed since. Run difflex concepts again.")
-            return None
+            return self._reject(f"{name}: the dictionary has changed since. Run difflex concepts again.")
         config = self.load(read_config, self._folders[dictionary])
         if config is None:
             return None
@@ -171,21 +168,18 @@ class _StudyReader:
         """Return the results of steering with a dictionary's features, if they are of its present weights."""
         ref, name = dictionary.ref, dictionary.name
         path = self.study.steering(*ref)
-        results = self.load(SteeringResults.load, path) if path.exists() else None
+        results = self._load_existing(SteeringResults.load, path)
         if results is None:
             return None
         if results.model != self.study.model or results.provenance.fingerprints.get(name) != self.fingerprint(name):
-            self.problems.append(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
-            return None
+            return self._reject(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
         own = [m.matches for m in matches if not m.untrained and (m.matches.site, m.matches.label) == ref]
-        coverage = _coverage_from_file(results) if "concepts" in results.provenance.files else None
-        if coverage is None and own:
+        if "concepts" in results.provenance.files:
+            coverage = _coverage_from_file(results)
+        elif own:
             coverage = _coverage(own[0], results, ref)
-        if coverage is None:
-            self.problems.append(
-                f"{name}: there are results of steering, but it is not known what its features detect. Run difflex concepts."
-            )
-            return None
+        else:
+            return self._reject(f"{name}: results of steering need the matches of its features. Run difflex concepts.")
         files = [(strip, path.with_suffix("") / strip.file) for strip in results.strips]
         strips = tuple((strip, file) for strip, file in files if self.load(_check_image, file))
         return SteeringFacts(ref=ref, kind=dictionary.kind, results=results, coverage=coverage, strips=strips)
@@ -193,53 +187,36 @@ class _StudyReader:
     def removals(self) -> tuple[RemovalResults, ...]:
         """Return the results of removing concepts that are of the present weights of their dictionaries."""
         current = []
-        for path in self.study.removals():
-            results = self.load(RemovalResults.load, path)
-            if results is None:
-                continue
-            same = all(results.provenance.fingerprints.get(name) == self.fingerprint(name) for name in results.dictionaries)
-            if results.model == self.study.model and same:
-                current.append(results)
+        for path, results in self._load_all(RemovalResults.load, self.study.removals()):
+            if results.model != self.study.model or self._changed(results.provenance):
+                self._reject(f"{path} is of older weights of its dictionaries. Run difflex removal again.")
             else:
-                self.problems.append(f"{path} is of older weights of its dictionaries. Run difflex removal again.")
+                current.append(results)
         return tuple(current)
 
     def findings(self) -> tuple[Findings, ...]:
         """Return the findings of the study's model, without those whose dictionaries have changed."""
         current = []
-        for path in sorted((self.study.folder / "steering" / "findings").glob("*.json")):
-            findings = self.load(Findings.load, path)
-            if findings is None:
+        for path, record in self._load_all(Findings.load, sorted(self.study.folder.glob("steering/findings/*.json"))):
+            if (record.model, record.revision) != (self.study.model, self.study.revision):
+                self._reject(f"{path} is of {record.model} {record.revision}, not of this study. Run difflex findings again.")
                 continue
-            if (findings.model, findings.revision) != (self.study.model, self.study.revision):
-                self.problems.append(
-                    f"{path} is of {findings.model} {findings.revision}, not of this study. Run difflex findings again."
-                )
-                continue
-            stale = {finding.name: self._changed(finding.provenance) for finding in findings.findings}
-            self.problems.extend(
-                f"{path}: '{name}' is of older weights of {', '.join(changed)}. Run difflex findings again."
-                for name, changed in stale.items()
-                if changed
-            )
-            current.append(replace(findings, findings=tuple(each for each in findings.findings if not stale[each.name])))
+            changed = {finding.name: self._changed(finding.provenance) for finding in record.findings}
+            for name, dictionaries in changed.items():
+                if dictionaries:
+                    old = ", ".join(dictionaries)
+                    self._reject(f"{path}: '{name}' is of older weights of {old}. Run difflex findings again.")
+            current.append(replace(record, findings=tuple(own for own in record.findings if not changed[own.name])))
         return tuple(current)
-
-    def _changed(self, provenance: Provenance) -> list[str]:
-        """Return the dictionaries that have changed since."""
-        return [name for name, checksum in provenance.fingerprints.items() if checksum != self.fingerprint(name)]
 
     def anatomy(self) -> Anatomy | None:
         """Return the anatomy of the study if it is of its model."""
         path = self.study.anatomy
-        anatomy = self.load(Anatomy.load, path) if path.exists() else None
-        if anatomy is None:
-            return None
-        revision = anatomy.inputs.revision if anatomy.inputs else self.study.revision
-        if (anatomy.model, revision) != (self.study.model, self.study.revision):
-            self.problems.append(f"{path.name} is of {anatomy.model} {revision}, not of this study. Run difflex anatomy again.")
-            return None
-        return anatomy
+        anatomy = self._load_existing(Anatomy.load, path)
+        revision = anatomy.inputs.revision if anatomy and anatomy.inputs else self.study.revision
+        if anatomy is None or (anatomy.model, revision) == (self.study.model, self.study.revision):
+            return anatomy
+        return self._reject(f"{path.name} is of {anatomy.model} {revision}, not of this study. Run difflex anatomy again.")
 
 
 def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[MatchFacts]:

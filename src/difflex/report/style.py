@@ -5,10 +5,19 @@ from collections.abc import Mapping
 
 from difflex.report.drawing.charts import Series, SeriesStyle
 
-__all__ = ["DASHES", "NONE", "SAE_KINDS", "STYLES", "count", "grouped", "kind_series", "number", "percent", "styles_by_name"]
+__all__ = [
+    "DASHES",
+    "SAE_KINDS",
+    "STYLES",
+    "count",
+    "grouped",
+    "kind_series",
+    "number",
+    "numbered_style",
+    "percent",
+    "styles_by_name",
+]
 
-NONE = "\N{EN DASH}"
-"""In place of a missing number."""
 NAMES = {
     "topk": "TopK SAE",
     "batchtopk": "BatchTopK SAE",
@@ -32,12 +41,13 @@ STYLES = {
     "untrained": SeriesStyle(colour=5, marker="wedge", dash="12 3 2 3"),
 }
 DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
+MARKERS = ("circle", "diamond", "square", "triangle", "cross", "wedge", "ring")
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return `value` with so many significant digits; NaN and infinity by name."""
     if value is None:
-        return NONE
+        return "\N{EN DASH}"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
     if value and not 1e-4 <= abs(value) < 1e6:
@@ -65,6 +75,11 @@ def grouped(texts: Mapping[str, str]) -> str:
     """Return the distinct texts of several names, each with the names it is true of unless it is true of all."""
     names = {text: [name for name, own in texts.items() if own == text] for text in texts.values()}
     return "; ".join(text if len(names) == 1 else f"{text} ({', '.join(of)})" for text, of in names.items())
+
+
+def numbered_style(i: int) -> SeriesStyle:
+    """Return the style of series `i` of a figure whose series have no kind."""
+    return SeriesStyle(colour=i % 9, marker=MARKERS[i % len(MARKERS)], dash=DASHES[i % len(DASHES)])
 
 
 def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series:

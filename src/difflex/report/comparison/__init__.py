@@ -243,7 +243,6 @@ def _groups(comparison: StudyComparison) -> list[ReportFigure]:
 
 
 def _metrics_table(comparison: StudyComparison, pairs: Iterable[MetricPair]) -> Markup:
-    """Return all metrics of all dictionaries in both as a sortable table."""
     rows = []
     for pair in pairs:
         values = [(value, pair.column.write(value)) for value in (pair.first, pair.second)]

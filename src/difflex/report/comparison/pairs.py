@@ -173,7 +173,6 @@ def compare(first: StudyFacts, second: StudyFacts) -> StudyComparison:
 
 
 def _study_settings(first: StudyFacts, second: StudyFacts) -> list[SettingDifference]:
-    """Return the settings of the whole studies that differ."""
     values = {
         "model": (first.study.model, second.study.model),
         "revision": (first.study.revision, second.study.revision),
@@ -207,5 +206,4 @@ def _flags(entry: CommandRecord) -> str:
 
 
 def _text(value: object) -> str:
-    """Return the value of a flag, or of a study, as text."""
     return "not set" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)

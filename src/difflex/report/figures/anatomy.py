@@ -7,11 +7,11 @@ from itertools import accumulate
 from difflex.evaluation.anatomy import Anatomy
 from difflex.records import Site
 from difflex.report.drawing import Axis, Drawing
-from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
+from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, plot
 from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.style import number, percent
+from difflex.report.style import number, numbered_style, percent
 
 __all__ = ["anatomy"]
 
@@ -21,10 +21,6 @@ SpectrumRow = tuple[str, int, float, float]
 """A site, a rank, its share of the variance, and that of it and all larger ones."""
 RANKS = 48
 """At how many ranks a spectrum is drawn: at all of the first, then ever fewer."""
-STYLES = tuple(
-    SeriesStyle(colour=colour, marker="circle", dash=dash)
-    for colour, dash in ((0, ""), (1, "7 3"), (5, "2 4"), (3, "9 3 2 3"), (4, "12 4"), (6, "4 2"), (7, "1 3"), (2, "6 2 1 2"))
-)
 
 
 def anatomy(facts: StudyFacts) -> ReportSection:
@@ -44,7 +40,6 @@ def anatomy(facts: StudyFacts) -> ReportSection:
 
 
 def _norms_figure(anatomy: Anatomy) -> ReportFigure | None:
-    """Return heat maps of the mean norms of the residual streams, image and text on one scale."""
     residuals = {site: norms for site, norms in anatomy.norms.items() if site.kind == "residual"}
     streams = {s: {site: by for site, by in residuals.items() if site.stream == s} for s in ("image", "text")}
     rows = [
@@ -89,7 +84,6 @@ def _norms(stream: str, norms: Norms, low: float, high: float) -> Drawing:
 
 
 def _spectra_figure(anatomy: Anatomy) -> ReportFigure | None:
-    """Return the share of the variance along each principal direction, and in the largest together."""
     shapes = {site: shape for site, shape in anatomy.shapes.items() if sum(shape.variances) > 0}
     if not shapes:
         return None
@@ -97,7 +91,7 @@ def _spectra_figure(anatomy: Anatomy) -> ReportFigure | None:
     for site, shape in shapes.items():
         whole, sums = sum(shape.variances), list(accumulate(shape.variances))
         rows += [(str(site), rank, shape.variances[rank - 1] / whole, sums[rank - 1] / whole) for rank in _ranks(len(sums))]
-    series = tuple(Series(str(site), str(site), STYLES[i % len(STYLES)]) for i, site in enumerate(shapes))
+    series = tuple(Series(str(site), str(site), numbered_style(i)) for i, site in enumerate(shapes))
     sizes = "; ".join(f"{site}: 90 % in {shape.components_for_90} of {len(shape.variances)}" for site, shape in shapes.items())
     # Shares that are rounding errors of 0 are left out on the log axis.
     curves = [_curve([row for row in rows if row[2] > 1e-12], entry, lambda row: row[2]) for entry in series]

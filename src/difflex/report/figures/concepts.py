@@ -63,7 +63,6 @@ def _one_k(matches: Sequence[MatchFacts]) -> list[MatchFacts]:
 
 
 def _features(blocks: Blocks) -> ReportFigure:
-    """Return the distribution over features of the AP for the concept that each detects best."""
     chosen = {path: _one_k(matches) for path, matches in blocks.items()}
     rows = tuple(
         (path, match.name, ap, share, features)
@@ -113,7 +112,6 @@ def _features_plot(path: str, matches: Sequence[MatchFacts]) -> Drawing:
 
 
 def _coverage(blocks: Blocks) -> ReportFigure:
-    """Return how many concepts one feature detects, by method, with the mean AP of the best features and of a probe."""
     ordered = {path: sorted(own, key=lambda match: -(mean_ap(match.overall.results) or 0.0)) for path, own in blocks.items()}
     rows = []
     for path, matches in ordered.items():
@@ -159,7 +157,6 @@ def _coverage_row(match: MatchFacts) -> ChartRow:
 
 
 def _knowledge(blocks: Blocks) -> ReportFigure:
-    """Return the mean AP by group of concepts and noise level, of a probe and of the features of the best dictionary."""
     drawings, rows = [], []
     for path, matches in blocks.items():
         trained = [match for match in matches if match.is_trained] or list(matches)

@@ -41,7 +41,6 @@ def normalisation_variants(evaluated: Iterable[DictionaryFacts]) -> list[list[Di
 
 
 def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
-    """Return the share of dead features by normalisation."""
     variants = [d for group in groups for d in sorted(group, key=lambda d: d.normalisation)]
     kinds = dict.fromkeys(d.kind for d in variants)
     axis = Axis(label="share of features that never fired", low=0.0, high=1.0, percent=True)
@@ -71,7 +70,6 @@ def _dead_row(dictionary: DictionaryFacts) -> ChartRow:
 
 
 def _density(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
-    """Return a histogram for each dictionary, drawn as a strip of colours."""
     edges = Evaluation.edges
     used = [i for i in range(len(edges) - 1) if any(i < len(d.metrics.density) and d.metrics.density[i] for d in evaluated)]
     bins = range(min(used), max(used) + 1) if used else range(len(edges) - 2, len(edges) - 1)

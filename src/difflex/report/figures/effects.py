@@ -11,7 +11,7 @@ from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
-from difflex.report.style import DASHES, count, grouped, number, percent
+from difflex.report.style import count, grouped, number, numbered_style, percent
 
 __all__ = ["REMOVED", "dictionaries_of", "findings", "removal"]
 
@@ -21,7 +21,6 @@ UA = Series("ua", "removed (UA)", SeriesStyle(colour=0, marker="square"), line=F
 IRA = Series("ira", "others of the group kept (IRA)", SeriesStyle(colour=1, marker="diamond"), line=False)
 CRA = Series("cra", "all else kept (CRA)", SeriesStyle(colour=5, marker="ring"), line=False)
 SIGNS = {"holds here": "✓", "does not hold here": "✗", "cannot be said": "○"}
-MARKERS = ("circle", "diamond", "square", "triangle", "cross", "wedge", "ring")
 LOG_RATIO = 30
 """The ratio of the largest to the smallest value from which on an axis is logarithmic."""
 
@@ -148,10 +147,7 @@ def findings(facts: StudyFacts) -> ReportSection:
 def _finding_figure(name: str, pairs: Sequence[SiteFinding]) -> ReportFigure:
     first = pairs[0][1]
     names = dict.fromkeys(line.name for _, finding in pairs for line in finding.lines)
-    series = {
-        line: Series(line, line, SeriesStyle(colour=i % 9, marker=MARKERS[i % len(MARKERS)], dash=DASHES[i % len(DASHES)]))
-        for i, line in enumerate(names)
-    }
+    series = {line: Series(line, line, numbered_style(i)) for i, line in enumerate(names)}
     rows = tuple(
         (site, line.name, x, y, error, line.concepts)
         for site, finding in pairs

@@ -65,7 +65,6 @@ def _methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMetho
 
 
 def _distributions(comparison: MethodComparison) -> ReportFigure:
-    """Return the distribution of accuracy over features for every method, by backend and protocol."""
     panels: dict[tuple[str, str], list[ExplainedMethod]] = {}
     for method in comparison.methods:
         panels.setdefault((method.backend, method.protocol), []).append(method)

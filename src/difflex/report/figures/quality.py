@@ -55,7 +55,6 @@ def quality(facts: StudyFacts) -> ReportSection:
 
 
 def _summary(dictionary: DictionaryFacts) -> str:
-    """Return the lines of a tooltip."""
     overall = dictionary.metrics.overall
     metrics = f"FVU {number(dictionary.fvu)}\nr2 {number(overall.model_space.r2)}"
     return f"{dictionary.name}\n{metrics}\ndead {percent(dictionary.metrics.dead_share)}\nL0 {number(overall.l0)}"
@@ -139,7 +138,6 @@ def _shape(members: Sequence[DictionaryFacts]) -> str:
 
 
 def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
-    """Return FVU and r2 at each site."""
     if not members:
         return None
     kinds = dict.fromkeys(d.kind for d in members)
@@ -171,7 +169,6 @@ def _sites_chart(members: Sequence[DictionaryFacts], metric: EvaluationMetric) -
 
 
 def _timesteps(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
-    """Return the FVU at each timestep, a panel for each site."""
     members = [d for d in members if len(d.metrics.timesteps) > 1]
     if not members:
         return None
@@ -212,7 +209,6 @@ def _by_timestep(dictionary: DictionaryFacts) -> list[tuple[float, Reconstructio
 
 
 def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
-    """Return the error of the model's prediction with the reconstruction, against FVU."""
     effects = [(d, d.metrics.effect) for d in evaluated if d.metrics.effect is not None]
     if not effects:
         return None

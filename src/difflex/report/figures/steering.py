@@ -15,7 +15,7 @@ from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesSt
 from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.figures.explanations import image_url
-from difflex.report.style import NONE, count, grouped, kind_series, number, percent
+from difflex.report.style import count, grouped, kind_series, number, percent
 
 __all__ = ["steering"]
 
@@ -216,13 +216,12 @@ def _summary_table(results: Sequence[SteeringFacts]) -> Markup:
     for steering, method, group, summary in _summaries(results):
         concepts, _, detected = steering.coverage[group]
         share = f"{concepts} from a file" if steering.is_from_file else f"{len(detected)} of {concepts}"
-        values = [NONE] * 6 if summary is None else [write(x) for write, x in zip(writers, summary[1:], strict=True)]
+        values = [number(None)] * 6 if summary is None else [write(x) for write, x in zip(writers, summary[1:], strict=True)]
         rows.append((str(steering.ref), METHODS[method], group, share, *values))
     return html_table(heads, rows, "The effect of steering", words=3)
 
 
 def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
-    """Return everything that was measured, as a file."""
     rows = []
     for steering in results:
         for curve in steering.results.curves:
