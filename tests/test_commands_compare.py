@@ -15,7 +15,7 @@ from difflex.report.comparison import StudyComparison, compare, describe, write_
 from difflex.study import Study
 
 
-def diary(study: Study, *commands: tuple[str, dict[str, object]]) -> None:
+def write_log(study: Study, *commands: tuple[str, dict[str, object]]) -> None:
     """Write the log of `study`."""
     entries = [{"verb": verb, "flags": flags, "outputs": [], "seconds": 1.0} for verb, flags in commands]
     (study.folder / "run.json").write_text(json.dumps({"format": 2, "commands": entries}))
@@ -32,8 +32,8 @@ def two(tmp_path: Path) -> tuple[Study, Study]:
     write_evaluation(other, "double.2/itda-508-k8")
     write_matches(one, "double.1/topk-512-k8", (0.9, 0.3, 0.9, 0.1))
     write_matches(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5))
-    diary(one, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8], "lr": None}), ("itda", {"size": 64}))
-    diary(other, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8, 16], "lr": 0.1}), ("evaluate", {"effect": 8}))
+    write_log(one, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8], "lr": None}), ("itda", {"size": 64}))
+    write_log(other, ("harvest", {"tokens": 1000, "out": "."}), ("train", {"k": [8, 16], "lr": 0.1}), ("evaluate", {"effect": 8}))
     return one, other
 
 

@@ -426,7 +426,7 @@ def test_words_contain_only_flags_that_differ_from_their_defaults():
 
 def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):
     study = full_study(tmp_path)
-    assert "has no diary" in page_of(study)
+    assert "has no log" in page_of(study)
     commands = (EvaluateCommand(study=tmp_path, effect_shots=8),)
     flags = command_statuses(replace(study, commands=commands))[0].record.flags
     done = {"verb": "evaluate", "flags": flags, "outputs": ["study.json"], "seconds": 61.0}

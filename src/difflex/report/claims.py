@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from difflex.effects.removal import RemovedConcept
-from difflex.explanation import methods
+from difflex.explanation.comparison import read_methods
 from difflex.features import Book, CoverageSummary
 from difflex.report.dictionary_claims import (
     Claim,
@@ -58,21 +58,21 @@ def judge_claims(facts: StudyFacts) -> list[Claim]:
 
 def claims(facts: StudyFacts) -> ReportSection:
     """Return the section of claims."""
-    judged = judge_claims(facts)
-    counts = Counter(claim.verdict for claim in judged)
+    all_claims = judge_claims(facts)
+    counts = Counter(claim.verdict for claim in all_claims)
     verdicts = {"holds here": "hold here", "does not hold here": "do not hold", "not measured": "not measured"}
     summary = ", ".join(f"{counts[verdict]} {words}" for verdict, words in verdicts.items() if counts[verdict])
     return ReportSection(
         name="claims",
         title="Claims of the paper",
         lead=f"Claims of arXiv 2505.24360 about FLUX.1, tested on the numbers of this study by the rule below each: {summary}.",
-        body=element("ul", *map(_item, judged), class_="claims"),
+        body=element("ul", *map(_item, all_claims), class_="claims"),
         figures=(
             ReportFigure(
                 name="claims",
                 caption="All claims with all their evidence.",
                 columns=("name", "claim", "verdict", "evidence"),
-                rows=[(claim.name, claim.statement, claim.verdict, line) for claim in judged for line in claim.evidence],
+                rows=[(claim.name, claim.statement, claim.verdict, line) for claim in all_claims for line in claim.evidence],
             ),
         ),
     )
@@ -123,7 +123,7 @@ def itda_covers_more(facts: StudyFacts) -> Claim:
     more = sum(itda.summary.quartiles[1] > sae.summary.quartiles[1] for itda, sae in pairs)
     blocks = {itda.block for itda, _ in pairs}
     neurons = [f"for comparison {row}" for row in rows if row.kind == "neurons" and row.block in blocks]
-    return Claim.judged(
+    return Claim.judge(
         "covering",
         "ITDA features cover more of the images in which they are strongest than SAE features do.",
         "At every site and k where both have a book of the same images, the median over features of the share of tokens "
@@ -180,7 +180,7 @@ def itda_matches_surfaces(facts: StudyFacts) -> Claim:
         for row in dict.fromkeys(row for pair in candidates for row in pair)
         if len(row.groups) < ENOUGH
     ]
-    return Claim.judged(
+    return Claim.judge(
         "surfaces",
         "ITDA features match colour, texture and region, SAE features match objects.",
         "At every site and k where both have a book of the same images, among features that the name of one known concept "
@@ -199,7 +199,7 @@ def _explained_groups(facts: StudyFacts, ref: DictionaryRef) -> ExplainedGroups 
     if not all({*groups.values()}.intersection(among) for among in (SURFACES, OBJECTS)):
         return None
     with Book.open(facts.study.book(*ref)) as book:
-        info, explained = book.about, methods(book, facts.study.folder)
+        info, explained = book.about, read_methods(book, facts.study.folder)
     heldout = [method for method in explained if method.protocol.startswith("heldout")]
     pairs = [pair for method in heldout for pair in zip(method.explanations, method.accuracies, strict=True)]
     right = tuple(groups[text] for text, accuracy in pairs if accuracy >= RIGHT and text in groups)
@@ -212,7 +212,7 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
     measured.sort(key=lambda steering: -_features(steering, STEERED))
     together = [_outcome(s, "colours, textures and backgrounds together", STEERED) for s in measured]
     lines = [_outcome(s, group, (group,)) for s in measured for group in STEERED]
-    return Claim.judged(
+    return Claim.judge(
         "steering",
         "Features of colours, textures and backgrounds, added at a place, put them into the image there and leave the rest "
         "unchanged (not a claim of the paper, which shows single examples).",
@@ -228,8 +228,8 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
 
 def _has_all_groups(steering: SteeringFacts) -> bool:
     """Return whether steering was measured in all three groups of the miniature world's concepts."""
-    known = [steering.coverage[group] for group in STEERED if group in steering.coverage and not steering.is_from_file]
-    return len(known) == len(STEERED) and all(group.concepts > group.rare for group in known)
+    coverage = [steering.coverage[group] for group in STEERED if group in steering.coverage and not steering.is_from_file]
+    return len(coverage) == len(STEERED) and all(group.concepts > group.rare for group in coverage)
 
 
 def _features(steering: SteeringFacts, groups: Iterable[str]) -> int:
@@ -252,8 +252,8 @@ def _outcome(steering: SteeringFacts, name: str, groups: Sequence[str]) -> str:
     own, random = steering.summary("feature", *groups), steering.summary("random", *groups)
     if own is None or random is None:
         return text
-    kept = f"keeping {percent(own.kept)}, at strength {number(own.strength)}"
-    at = "no strength is acceptable" if own.strength is None else kept
+    best = f"keeping {percent(own.kept)}, at strength {number(own.strength)}"
+    at = "no strength is acceptable" if own.strength is None else best
     return f"{text}; {percent(own.gain)} above the rate without ({at}); random directions {percent(random.gain)}"
 
 
@@ -264,7 +264,7 @@ def removes_concepts(facts: StudyFacts) -> Claim:
         by_group = {group: [c for c in results.concepts if c.group == group] for group in REMOVAL_GROUPS}
         if all(by_group.values()):
             outcomes.append((dictionaries_of(results), by_group))
-    return Claim.judged(
+    return Claim.judge(
         "removal",
         "Colours and backgrounds can be removed by their features without loss (not a claim of the paper; measured as in arXiv "
         "2501.18052).",

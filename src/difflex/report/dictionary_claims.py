@@ -42,9 +42,7 @@ class Claim:
     """The numbers, or the command that is missing."""
 
     @classmethod
-    def judged(
-        cls, name: str, statement: str, rule: str, *, holds: bool | None, evidence: Sequence[str], command: str
-    ) -> "Claim":
+    def judge(cls, name: str, statement: str, rule: str, *, holds: bool | None, evidence: Sequence[str], command: str) -> "Claim":
         """Return a claim that holds or not, or that is not measured where `holds` is None; `command` measures it."""
         return cls(
             name=name,
@@ -64,7 +62,7 @@ def dead_without_normalisation(facts: StudyFacts) -> Claim:
         for bare, other in product(group, group)
         if bare.normalisation == "none" and other.normalisation in ("standardise", "whiten")
     ]
-    return Claim.judged(
+    return Claim.judge(
         "normalisation",
         "Without normalisation most features of an SAE are dead, with standardising or whitening few are.",
         "At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
@@ -86,7 +84,7 @@ def itda_reconstructs_better(facts: StudyFacts) -> Claim:
     pairs = [(itda, best) for itda in itdas if (best := _best_sae(itda, normalised)) is not None]
     better = sum((itda.fvu or 0.0) < (best.fvu or 0.0) for itda, best in pairs)
     lines = [f"{itda.name}: FVU {number(itda.fvu)}; {best.ref.label}: {number(best.fvu)}" for itda, best in pairs]
-    return Claim.judged(
+    return Claim.judge(
         "itda",
         "ITDA reconstructs activations better than an SAE of equal size.",
         "Every ITDA has a lower FVU in model space than the best SAE at the same site, with the same k and a size within 10 %; "
@@ -169,7 +167,7 @@ def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[Ma
         f"{own.path}, {_scores(own)}; {_scores(other)}; difference {mean:+.3f} ({low:+.3f} to {high:+.3f})"
         for own, other, (mean, low, high) in gains
     ]
-    return Claim.judged(
+    return Claim.judge(
         name,
         statement,
         f"In every comparison with {baselines}, at the same k, the best features' AP is higher in the mean over concepts: the "
@@ -207,7 +205,7 @@ def norms_differ(facts: StudyFacts) -> Claim:
         rows = [by for site, by in norms.items() if site.stream == stream and site.kind == "residual" and len(by) > 1]
         if len(rows) > 1:
             ratios[stream] = (_layer_ratio(rows), max(max(by.values()) / min(by.values()) for by in rows))
-    return Claim.judged(
+    return Claim.judge(
         "norms",
         "The norms of activations differ between layers and between timesteps.",
         "In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
@@ -243,7 +241,7 @@ def spectrum_is_concentrated(facts: StudyFacts) -> Claim:
             shares.append(share)
             within = f"90 % in {shape.components_for_90}"
             lines.append(f"{site}: {percent(share)} of the variance in {few} of {directions} directions; {within}")
-    return Claim.judged(
+    return Claim.judge(
         "spectrum",
         "The spectrum is concentrated: few principal directions hold most of the variance.",
         "At every site measured, a tenth of the principal directions holds more than half of the variance (with equal variances "

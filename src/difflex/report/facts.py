@@ -189,9 +189,9 @@ class StudyFacts:
     """When study.json was written."""
     latest: datetime | None
     """When the youngest of the files that the report reads was written."""
-    diary: tuple[CommandRecord, ...]
+    log: tuple[CommandRecord, ...]
     recipe: str | None
-    """The recipe's name, if the diary has one."""
+    """The recipe's name, if the log has one."""
     stores: tuple[StoreFacts, ...]
     dictionaries: tuple[DictionaryFacts, ...]
     matches: tuple[MatchFacts, ...]

@@ -30,7 +30,7 @@ from difflex.study import CommandRecord, Study
 __all__ = ["problem_list", "render", "write_report"]
 
 Spell = Callable[[CommandRecord], Sequence[str]]
-"""From an entry of the diary to the words of its command line."""
+"""From a record of the log to the words of its command line."""
 HERE = Path(__file__).parent
 
 
@@ -81,7 +81,7 @@ def _download(figure: ReportFigure) -> str:
 
 
 def _overview(facts: StudyFacts) -> ReportSection:
-    seconds = sum(entry.seconds or 0 for entry in facts.diary)
+    seconds = sum(entry.seconds or 0 for entry in facts.log)
     values = {
         "Model": facts.study.model,
         "Revision": facts.study.revision or "not set",
@@ -131,15 +131,15 @@ def _stations(facts: StudyFacts) -> Markup:
 
 
 def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
-    if facts.diary:
+    if facts.log:
         line = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
         lead = "One command runs the recipe: it skips finished commands and repeats stale ones. Its commands:"
-        items = [_command(entry, spell) for entry in facts.diary if entry.verb != "report"]
+        items = [_command(entry, spell) for entry in facts.log if entry.verb != "report"]
         commands = element("ol", *items, class_="commands")
     else:
         line, commands = ["difflex", "report", "STUDY"], Markup("")
         lead = (
-            "This study has no diary, as its commands were not run by a recipe. The settings of each dictionary are in its "
+            "This study has no log, as its commands were not run by a recipe. The settings of each dictionary are in its "
             "config.json."
         )
     code = element("pre", element("code", shlex.join(line)), tabindex="0")

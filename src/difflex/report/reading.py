@@ -45,7 +45,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         study=study,
         started=_latest_time([study.folder / "study.json"]),
         latest=_latest_time(path for pattern in FILES for path in study.folder.glob(pattern)),
-        diary=(entries := tuple(reader.load(read_log, study.folder) or ())),
+        log=(entries := tuple(reader.load(read_log, study.folder) or ())),
         recipe=recipe_name(study.folder) if entries else None,
         stores=tuple(store for folder in study.stores().values() if (store := reader.load(_store, folder)) is not None),
         dictionaries=dictionaries,

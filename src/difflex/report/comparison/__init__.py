@@ -90,7 +90,7 @@ def _settings(comparison: StudyComparison) -> ReportSection:
     return ReportSection(
         name="settings",
         title="Settings",
-        lead=lead if lines else "The settings of both studies are the same, as far as their diaries record them.",
+        lead=lead if lines else "The settings of both studies are the same, as far as their logs record them.",
         body=(html_table(heads, lines, "Differences of settings", words=len(heads)) if lines else Markup(""))
         + problem_list("Compare with care", comparison.problems),
     )

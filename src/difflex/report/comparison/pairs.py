@@ -162,7 +162,7 @@ def compare(first: StudyFacts, second: StudyFacts) -> StudyComparison:
         first=first,
         second=second,
         names=("/".join(folders[0].parts[-depth:]), "/".join(folders[1].parts[-depth:])),
-        settings=(*_study_settings(first, second), *_command_settings(first.diary, second.diary)),
+        settings=(*_study_settings(first, second), *_command_settings(first.log, second.log)),
         pairs=tuple(DictionaryPair(ours[name], theirs[name]) for name in ours if name in theirs),
         only=(
             tuple(d for name, d in ours.items() if name not in theirs),
@@ -185,7 +185,7 @@ def _study_settings(first: StudyFacts, second: StudyFacts) -> list[SettingDiffer
 def _command_settings(first: Sequence[CommandRecord], second: Sequence[CommandRecord]) -> list[SettingDifference]:
     """Return the commands that only one study has, and the flags that differ in commands of one verb, in their order."""
     same = [(entry.verb, entry.flags) for entry in first if any((entry.verb, entry.flags) == (e.verb, e.flags) for e in second)]
-    ours, theirs = ([entry for entry in diary if (entry.verb, entry.flags) not in same] for diary in (first, second))
+    ours, theirs = ([entry for entry in log if (entry.verb, entry.flags) not in same] for log in (first, second))
     differences = []
     for entry in ours:
         twin = next((other for other in theirs if other.verb == entry.verb), None)

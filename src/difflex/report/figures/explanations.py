@@ -10,7 +10,13 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.explanation import ExplainedMethod, MethodComparison, MethodDifference, compare, methods
+from difflex.explanation.comparison import (
+    ExplainedMethod,
+    MethodComparison,
+    MethodDifference,
+    compare_methods,
+    read_methods,
+)
 from difflex.features import Book, ImageAlbum, overlaid
 from difflex.features.entries import FeatureStats
 from difflex.report.drawing import Axis, Drawing
@@ -44,7 +50,7 @@ def explanations(facts: StudyFacts) -> ReportSection:
     if facts.control is not None:
         control = _methods(facts.control, facts.control_books)
         explained += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in control]
-    comparison = compare(explained)
+    comparison = compare_methods(explained)
     return ReportSection(
         name="explanations",
         title="How accurate explanations are",
@@ -60,7 +66,7 @@ def _methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMetho
     explained = []
     for ref in refs:
         with Book.open(study.book(*ref)) as book:
-            explained += [method for method in methods(book, study.folder) if method.accuracies]
+            explained += [method for method in read_methods(book, study.folder) if method.accuracies]
     return explained
 
 
@@ -76,7 +82,7 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
         for accuracy, share in _distribution(method)
     )
     differences = "; ".join(
-        f"{pair.one.dictionary} against {pair.other.dictionary} ({pair.one.protocol}) {pair.difference:+.3f}, p {pair.p:.2g}"
+        f"{pair.first.dictionary} against {pair.second.dictionary} ({pair.first.protocol}) {pair.difference:+.3f}, p {pair.p:.2g}"
         for pair in sorted(comparison.differences, key=_is_with_control, reverse=True)[:3]
     )
     return ReportFigure(
@@ -99,7 +105,7 @@ def _kind(method: ExplainedMethod) -> str:
 
 def _is_with_control(pair: MethodDifference) -> bool:
     """Return whether a dictionary is compared with its equal of the untrained model: these pairs come first."""
-    return pair.other.dictionary == f"{pair.one.dictionary}{UNTRAINED}"
+    return pair.second.dictionary == f"{pair.first.dictionary}{UNTRAINED}"
 
 
 def _distribution(method: ExplainedMethod) -> list[tuple[float, float]]:
@@ -134,7 +140,7 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
     rows, entries = [], dict[str, list[RowEntry]]()
     for method in comparison.methods:
         mean = method.accuracy
-        rows.append((method.dictionary, method.backend, method.protocol, mean.of, mean.value, mean.low, mean.high))
+        rows.append((method.dictionary, method.backend, method.protocol, mean.size, mean.value, mean.low, mean.high))
         tip = f"{method.dictionary}, {method.protocol}\n{number(mean.value)} ({number(mean.low)} to {number(mean.high)})"
         point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
         entry = RowEntry(series=_protocol_series(method), point=point)
@@ -162,11 +168,13 @@ def _surfaces(comparison: MethodComparison) -> ReportFigure:
     rows, chart = [], []
     for method, bias in ((own, bias) for own in comparison.methods for bias in own.biases):
         mean, amount = bias.accuracy, SURFACES[bias.surface]
-        rows.append((method.dictionary, method.backend, method.protocol, bias.surface, mean.of, mean.value, mean.low, mean.high))
-        tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.of, 'feature')}"
+        rows.append(
+            (method.dictionary, method.backend, method.protocol, bias.surface, mean.size, mean.value, mean.low, mean.high)
+        )
+        tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.size, 'feature')}"
         point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
         entry = RowEntry(series=_protocol_series(method), point=point)
-        chart.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.of, "feature"), entries=(entry,)))
+        chart.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.size, "feature"), entries=(entry,)))
     about = "Rows by dictionary and by how many words of the explanations are colours or places."
     return ReportFigure(
         name="surfaces",
@@ -240,8 +248,8 @@ def _ranked(facts: StudyFacts, book: Book, ref: DictionaryRef) -> tuple[str, lis
 
 def _explained(facts: StudyFacts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
     """Return the explanations of one backend and protocol, held-out if possible, and their accuracies."""
-    judged = [method for method in methods(book, facts.study.folder) if method.accuracies]
-    best = min(judged, key=lambda method: not method.protocol.startswith("heldout"), default=None)
+    scored = [method for method in read_methods(book, facts.study.folder) if method.accuracies]
+    best = min(scored, key=lambda method: not method.protocol.startswith("heldout"), default=None)
     if best is None:
         return {}, {}
     return dict(zip(best.features, best.explanations, strict=True)), dict(zip(best.features, best.accuracies, strict=True))
