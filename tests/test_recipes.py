@@ -13,9 +13,7 @@ from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalC
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.itda import ItdaCommand
-from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.train import TrainCommand
+from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, UnknownName
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy

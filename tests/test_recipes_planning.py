@@ -20,15 +20,13 @@ from difflex.commands.forecast import (
     PlannedCommand,
     StoreForecast,
     duration,
-    machine_rate,
     plan,
     plan_table,
 )
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.itda import ItdaCommand
-from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.report import ReportCommand
-from difflex.commands.train import TrainCommand
+from difflex.commands.study import ReportCommand
+from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
+from difflex.devices import machine_rate
 from difflex.recipes import RECIPES
 from difflex.records import Shot, Site
 from difflex.study import Command, Study, run_study

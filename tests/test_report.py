@@ -28,8 +28,8 @@ from difflex.cli import main, parse
 from difflex.commands import VERBS
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.train import TrainCommand
-from difflex.commands.words import words
+from difflex.commands.training import TrainCommand
+from difflex.commands.study import words
 from difflex.errors import UnknownName
 from difflex.evaluation.concepts import Concept, ConceptsConfig
 from difflex.recipes import RECIPES

@@ -19,12 +19,11 @@ from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalC
 from difflex.commands.estimates import estimate
 from difflex.commands.evaluate import EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.forecast import machine_rate, plan, plan_table
+from difflex.commands.forecast import plan, plan_table
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.itda import ItdaCommand
-from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.report import ReportCommand
-from difflex.commands.train import TrainCommand
+from difflex.commands.study import ReportCommand
+from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
+from difflex.devices import machine_rate
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study, run_study
 

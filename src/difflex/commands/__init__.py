@@ -31,10 +31,12 @@ VERBS = {
         "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.anatomy"
     ),
     "harvest": VerbEntry("Train dictionaries", "store a model's activations in a study", "difflex.commands.harvest"),
-    "train": VerbEntry("Train dictionaries", "train sparse autoencoders (SAEs) on stored activations", "difflex.commands.train"),
-    "itda": VerbEntry("Train dictionaries", "grow ITDA dictionaries, whose atoms are activations", "difflex.commands.itda"),
+    "train": VerbEntry(
+        "Train dictionaries", "train sparse autoencoders (SAEs) on stored activations", "difflex.commands.training"
+    ),
+    "itda": VerbEntry("Train dictionaries", "grow ITDA dictionaries, whose atoms are activations", "difflex.commands.training"),
     "neurons": VerbEntry(
-        "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.neurons"
+        "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.training"
     ),
     "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.harvest"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluate"),
@@ -54,9 +56,9 @@ VERBS = {
     "removal": VerbEntry("Steer", "remove concepts by their features, and judge the images", "difflex.commands.effects"),
     "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),
     "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
-    "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.status"),
-    "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.report"),
-    "compare": VerbEntry("Run studies", "compare two studies", "difflex.commands.compare"),
+    "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.study"),
+    "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.study"),
+    "compare": VerbEntry("Run studies", "compare two studies", "difflex.commands.study"),
 }
 
 

@@ -23,10 +23,8 @@ from difflex.commands.forecast import (
 )
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
-from difflex.commands.itda import ItdaCommand
-from difflex.commands.neurons import NeuronsCommand
-from difflex.commands.report import ReportCommand
-from difflex.commands.train import TrainCommand
+from difflex.commands.study import ReportCommand
+from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import DifflexError
 from difflex.miniature.world import CONCEPTS
 from difflex.pipeline import ModelProfile

@@ -285,6 +285,8 @@ def add_neurons(study: Study, sites: Sequence[str], ks: Sequence[int]) -> dict[P
 
 def _open_stores(study: Study, sites: Sequence[str]) -> list[Store]:
     """Return the stores of these sites."""
+    if not sites:
+        raise BadInput("Name at least one --site.")
     folders = study.stores()
     for name in sites:
         if Site.parse(name) not in folders:

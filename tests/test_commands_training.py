@@ -1,28 +1,36 @@
-"""`difflex itda`: from a study's activations to dictionaries in the same study."""
+"""`difflex train`, `itda` and `neurons`: from a harvested study to dictionaries in it."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from difflex.cli import main
-from difflex.dictionaries import ITDA, Dictionary
+from difflex.commands.training import NeuronsCommand
+from difflex.dictionaries import ITDA, SAE, Dictionary
+from difflex.errors import StaleWork
+from difflex.evaluation import Evaluation
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
 from difflex.testing import tiny_folder
 
 SITE = Site("double.1")
+UPDATE = Path("dictionaries") / "double.1+update"
 
 
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("itda")
+    """A study with about 1,000 rows of width 32 of a block, of its update and of its neurons."""
+    folder = tmp_path_factory.mktemp("training")
     model = tiny_folder("flux", folder / "tiny-flux")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(f"star {i} over {i * 7 % 13}" for i in range(60)) + "\n")
-    words = ["harvest", str(model), "--prompts", str(prompts), "--site", str(SITE), "--out", str(folder / "study")]
-    assert main([*words, "--pixels", "16x24", "--steps", "2"]) == 0
+    (folder / "prompts.txt").write_text("\n".join(f"star {i} over {i * 7 % 13}" for i in range(60)))
+    words = ["harvest", str(model), "--prompts", str(folder / "prompts.txt"), "--out", str(folder / "study"), "--steps", "2"]
+    assert (
+        main([*words, "--pixels", "16x24", "--batch", "8", "--site", *(f"{SITE}{part}" for part in ("", ":update", ":neurons"))])
+        == 0
+    )
     return folder / "study"
 
 
@@ -33,6 +41,62 @@ def study(harvested: Path, tmp_path: Path) -> Path:
     (tmp_path / "study" / "activations").symlink_to(harvested / "activations")
     (tmp_path / "study" / "study.json").write_bytes((harvested / "study.json").read_bytes())
     return tmp_path / "study"
+
+
+def train(study: Path, *flags: str) -> int:
+    words = ["train", str(study), "--site", "double.1:update", "--k", "3,4", "--size", "64", "--batch", "64", "--tokens", "2000"]
+    return main([*words, *flags])
+
+
+def test_every_size_is_trained_with_every_k(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(study, "--size", "64,96") == 0
+    output = capsys.readouterr().out
+    for label in ("topk-64-k3", "topk-64-k4", "topk-96-k3", "topk-96-k4"):
+        dictionary = Dictionary.load(study / UPDATE / label)
+        assert dictionary.name == f"double.1:update/{label}" and label in output
+    assert train(study, "--size", "64,96") == 0  # trained already: the same output again
+    assert capsys.readouterr().out == output
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
+@pytest.mark.parametrize("preset", ["default", "paper", "paper-auxk", "unbox"])
+def test_every_preset_and_kind_has_its_own_label(study: Path, preset: str, kind: str):
+    assert (
+        train(study, "--preset", preset, "--kind", kind, "--learning-rate", "0.001", "--seed", "5", "--normalisation", "whiten")
+        == 0
+    )
+    label = f"{kind}-64-k3{'' if preset == 'default' else f'-{preset}'}-whiten-lr0.001-seed5"
+    config = json.loads((study / UPDATE / label / "config.json").read_text())["training"]["config"]
+    assert (
+        config["initialisation"]["seed"] == 5
+        and config["optimiser"]["learning_rate"] == 0.001
+        and config["normalisation"] == "whiten"
+    )
+    sae = Dictionary.load(study / UPDATE / label)
+    assert isinstance(sae, SAE) and sae.label == label
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--site", "double.7"], "The site 'double.7' is unknown"),
+        (["--tokens", "0"], "learns nothing"),
+        (["--tokens", "-5"], "learns nothing"),
+        (["--learning-rate", "-1"], "learning rate"),
+        (["--learning-rate", "nan"], "learning rate"),
+        (["--k", "65"], "k 65 does not fit"),
+    ],
+)
+def test_impossible_trainings_are_explained(study: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str):
+    assert train(study, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_list_of_numbers_may_have_commas_or_spaces(study: Path):
+    with pytest.raises(SystemExit):
+        train(study, "--k", "3,x")
+    assert train(study, "--k", "3", "4", "--seed", "9", "--size", "72") == 0
+    assert (study / UPDATE / "topk-72-k4-seed9" / "config.json").exists()
 
 
 def dictionaries(study: Path) -> list[ITDA]:
@@ -126,6 +190,44 @@ def test_a_taken_label_loses_no_growth(study: Path, capsys: pytest.CaptureFixtur
         (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "k is 0"),
     ],
 )
-def test_impossible_requests_are_explained(study: Path, flags: list, answer: str, capsys):
+def test_impossible_growths_are_explained(study: Path, flags: list, answer: str, capsys):
     assert main(["itda", str(study), *flags]) == 2
     assert answer in capsys.readouterr().err
+
+
+def test_neurons_are_a_dictionary_like_any_other(study: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["neurons", str(study), "--site", "double.1:neurons", "--k", "8,128"]) == 0
+    assert "128 neurons, 8 per token" in capsys.readouterr().out
+    places = Study.open(study).dictionaries()
+    assert [str(place) for place in places] == [
+        "double.1:neurons/neurons-128-k8",
+        "double.1:neurons/neurons-128-k128",
+    ]
+    assert main(["evaluate", str(study), "--effect-shots", "0"]) == 0
+    few, all_of_them = (Evaluation.load(Study.open(study).evaluation(*place)) for place in places)
+    assert few.overall.l0 <= 8 and (few.overall.model_space.fvu or 0) > 0
+    assert all_of_them.overall.model_space.fvu == 0
+
+
+def test_a_repeated_command_keeps_the_neurons(study: Path):
+    command = NeuronsCommand(study=study, site=("double.1:neurons",), k=(4,))
+    (folder,) = command()
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert command() == [folder] and (folder / "config.json").stat().st_mtime_ns == before
+
+
+def test_neurons_of_another_model_are_an_error(study: Path):
+    command = NeuronsCommand(study=study, site=("double.1:neurons",), k=(5,))
+    (folder,) = command()
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("tiny-flux", "other-flux"))
+    with pytest.raises(StaleWork, match="of another model") as raised:
+        command()
+    assert raised.value.path == folder
+
+
+@pytest.mark.parametrize(
+    ("site", "words"), [("double.0:neurons", "Harvest it first"), ("double.1", "has no neurons"), ("", "at least one --site")]
+)
+def test_sites_without_neurons_are_explained(study: Path, site: str, words: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["neurons", str(study), "--site", *([site] if site else [])]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""`difflex train`, `itda` and `neurons`: dictionaries from stored activations."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, final
+
+from tyro.conf import Positional, arg
+
+from difflex.choices import NormalisationMethod, PursuitName, SAEKind
+from difflex.commands.flags import Numbers
+from difflex.study import Command, Study
+
+if TYPE_CHECKING:
+    from difflex.dictionaries import ITDA, SAE
+    from difflex.training.itda import GrowthProgress
+
+__all__ = ["ItdaCommand", "NeuronsCommand", "TrainCommand"]
+
+PRESET = "(default: the preset's)"
+ALL_TOKENS = "(default: all training tokens, once)"
+PRINT_EVERY = 10.0
+"""Seconds between two lines about the progress."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(Command):
+    """Train sparse autoencoders (SAEs) of every size with every k in one pass over stored activations.
+
+    Given again, the command resumes, bit for bit on a CPU. Under torchrun processes train together; their number may change when
+    a training resumes.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A folder with activations from `difflex harvest`."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """The sites to train at, one after another: double.18, single.9:update."""
+    k: Annotated[Numbers, arg(help_behavior_hint=PRESET)] = ()
+    """Features per token; 32 in the default preset."""
+    size: Annotated[Numbers, arg(help_behavior_hint=PRESET)] = ()
+    """Features of the dictionary; 8,192 in the default preset. Every size is trained with every k."""
+    preset: Literal["default", "paper", "paper-auxk", "unbox"] = "default"
+    """Ours, or as published: `paper` is arXiv 2505.24360 (FLUX), `paper-auxk` is its code, `unbox` is arXiv 2410.22366 (SDXL)."""
+    kind: SAEKind = "topk"
+    """The activation function."""
+    normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint=PRESET)] = None
+    """How activations are normalised."""
+    learning_rate: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=PRESET)] = None
+    """The peak learning rate."""
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint=ALL_TOKENS)] = None
+    """Tokens to train on; if there are fewer, they are repeated in another order."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint=PRESET)] = None
+    """Tokens per update, of all processes together; 1,024 in the default preset."""
+    seed: Annotated[int, arg(metavar="SEED")] = 0
+    """The seed of the initial weights and of the order of the tokens."""
+    split: Literal["data", "features"] = "data"
+    """What several processes divide: the tokens of a batch, or the features of dictionaries that are too large for one GPU."""
+    log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
+    """Where metrics are logged besides log.jsonl."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.training.study import SweepConfig, train_sweep
+
+        config = SweepConfig(
+            size=self.size,
+            k=self.k,
+            preset=self.preset,
+            kind=self.kind,
+            normalisation=self.normalisation,
+            learning_rate=self.learning_rate,
+            tokens=self.tokens,
+            batch=self.batch,
+            seed=self.seed,
+            split=self.split,
+            loggers=self.log,
+        )
+        return train_sweep(Study.open(self.study), self.site, config, on_trained=_print_sae)
+
+
+def _print_sae(folder: Path, sae: "SAE") -> None:
+    training = sae.origin.training
+    metrics = training["metrics"]
+    assert isinstance(metrics, dict)
+    print(
+        f"{folder}: {training['tokens']:,} tokens, FVU {metrics['fvu']:.4f} in normalised space, "
+        f"{metrics['l0']:.1f} features per token, {metrics['dead']:.1%} dead."
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ItdaCommand(Command):
+    """Grow ITDA dictionaries, whose atoms are stored activations.
+
+    Given again, the command resumes. Under torchrun processes grow a dictionary together.
+    """
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A folder with activations from `difflex harvest`."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """The sites, one after another: double.18, single.9:update."""
+    k: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32)")] = None
+    """Atoms per token."""
+    threshold: Annotated[tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: found for the size)")] = ()
+    """A token becomes an atom if more than this share of it is unexplained; several grow in one pass over the data."""
+    size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16384 with a threshold)")] = None
+    """The largest number of atoms; without a threshold, the size that the data should fill."""
+    pursuit: Annotated[PursuitName | None, arg(help_behavior_hint="(default: orthogonal, with the smallest error)")] = None
+    """How codes are found."""
+    normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint="(default: standardise)")] = None
+    """How activations are normalised."""
+    preset: Literal["default", "paper"] = "default"
+    """Defaults of the other flags; `paper` is arXiv 2505.24360: k 64, threshold 0.6, size 64000, gradient pursuit."""
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint=ALL_TOKENS)] = None
+    """Tokens to read in a pass."""
+    seed: Annotated[int, arg(metavar="SEED")] = 0
+    """The seed of the order of the tokens."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.training.study import GrowthSweepConfig, grow_sweep
+
+        config = GrowthSweepConfig(
+            thresholds=self.threshold,
+            size=self.size,
+            k=self.k,
+            pursuit=self.pursuit,
+            normalisation=self.normalisation,
+            paper=self.preset == "paper",
+            tokens=self.tokens,
+            seed=self.seed,
+        )
+        study = Study.open(self.study)
+        return [
+            folder
+            for site in self.site
+            for folder in grow_sweep(study, site, config, on_progress=ProgressPrinter(), on_grown=_print_itda)
+        ]
+
+
+@final
+class ProgressPrinter:
+    """Prints the progress of a growth every few seconds."""
+
+    def __init__(self) -> None:
+        self._began = self._printed = time.monotonic()
+
+    def __call__(self, progress: "GrowthProgress") -> None:
+        """Print a line if the last one is old enough."""
+        now = time.monotonic()
+        if now - self._printed < PRINT_EVERY:
+            return
+        self._printed = now
+        interval = progress.interval
+        speed = interval.tokens / (now - self._began)
+        seconds = max(0.0, progress.tokens - interval.tokens) / max(speed, 1e-9)
+        search = f"pass {progress.passes + 1}, " if progress.passes else ""
+        print(
+            f"threshold {progress.threshold:.3g}: {search}{interval.tokens:,} of {progress.tokens:,} tokens, "
+            f"{interval.size:,} atoms, {speed:,.0f} tokens/s, {seconds / 60:.1f} minutes left",
+            flush=True,
+        )
+
+
+def _print_itda(folder: Path, itda: "ITDA", is_new: bool) -> None:
+    training = itda.origin.training
+    expected = training["expected_over_threshold"]
+    new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
+    print(
+        f"{folder}: {'' if is_new else 'exists already, '}{itda.size:,} atoms over threshold {training['threshold']:.4g} from "
+        f"{training['tokens']:,} tokens{new_images}. Pursuit backend: {training['backend']}."
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NeuronsCommand(Command):
+    """Add the MLP neurons of blocks to a study as dictionaries: the baseline for trained ones."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A folder with activations from `difflex harvest`."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
+    """The sites of neurons: double.18:neurons, single.9:neurons."""
+    k: Numbers = (32,)
+    """Neurons per token: those with the largest absolute values."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.training.study import add_neurons
+
+        dictionaries = add_neurons(Study.open(self.study), self.site, self.k)
+        for folder, neurons in dictionaries.items():
+            print(f"{folder}: {neurons.size:,} neurons, {neurons.k} per token")
+        return list(dictionaries)
