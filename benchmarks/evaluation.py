@@ -22,9 +22,9 @@ from difflex.store.reading import SplitBatches
 from difflex.testing import PlantedDictionary
 from difflex.training import default
 from difflex.training.checkpoint import trained_weights
+from difflex.training.data import TrainingRanks
 from difflex.training.fitting import learning_rate
 from difflex.training.learner import Learner, initial_weights
-from difflex.training.parallel import TrainingRanks
 
 torch.set_num_threads(1)
 BATCH = 1024

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, Non
 from difflex.records import ActivationBatch, Site
 from difflex.store.reading import SplitBatches
 from difflex.testing import PlantedDictionary
-from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit, shuffled
+from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit
 from difflex.training.fitting import learning_rate
 
 WORLD = PlantedDictionary(width=16, truths=48, active=3, stretched=2)
@@ -249,30 +249,6 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_impossible_trainings_are_refused(wrong: dict):
     with pytest.raises(BadInput):
         replace(SMALL, **wrong)
-
-
-def rows_from(row: int) -> Iterator[ActivationBatch]:
-    """A stream of numbered rows in uneven pieces, from the given row on."""
-    while row < 100:
-        count = min(7, 100 - row)
-        number = torch.arange(row, row + count)
-        yield ActivationBatch(number[:, None].float(), number, number)
-        row += count
-
-
-def test_a_window_shuffles_every_row_once_and_resumes_at_any_batch():
-    stream = shuffled(rows_from, window=30, batch=10, seed=1)
-    whole = [rows.shots.tolist() for rows in stream(0)]
-    assert sorted(chain(*whole)) == list(range(100))
-    assert sorted(chain(*whole[:3])) == list(range(30)) and whole[0] != list(range(10))
-    for start in range(11):
-        assert [rows.shots.tolist() for rows in stream(start)] == whole[start:]
-    assert [rows.shots.tolist() for rows in shuffled(rows_from, window=30, batch=10, seed=2)(0)] != whole
-
-
-def test_a_window_of_no_whole_batches_is_refused():
-    with pytest.raises(BadInput, match="multiple"):
-        shuffled(rows_from, window=35, batch=10, seed=0)
 
 
 def test_seeds_differ_and_repeat(tmp_path: Path):

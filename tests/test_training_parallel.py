@@ -17,7 +17,7 @@ from difflex.distributed import process_group
 from difflex.errors import BadInput, DifflexError
 from difflex.records import ActivationBatch
 from difflex.training import FitConfig, TrainingConfig, fit
-from difflex.training.parallel import TrainingRanks
+from difflex.training.data import TrainingRanks
 
 SHORT = replace(CONFIG, tokens=64 * 14, checkpoint_every=5, log_every=2)
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}

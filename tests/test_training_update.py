@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from difflex.dictionaries import SAEWeights
 from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, JumpReLUConfig, TrainingConfig
+from difflex.training.data import TrainingRanks
 from difflex.training.learner import Learner, UpdateMetrics, geometric_median, initial_weights
-from difflex.training.parallel import TrainingRanks
 
 WIDTH, SIZE, K, BATCH = 24, 96, 5, 64
 PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", auxk=None, optimiser=AdamConfig(learning_rate=3e-3))

@@ -10,7 +10,7 @@ from difflex.training.checkpoint import trained_weights
 from difflex.training.fitting import learning_rate
 from difflex.training.learner import Learner as Trained
 from difflex.training.learner import initial_weights
-from difflex.training.parallel import TrainingRanks
+from difflex.training.data import TrainingRanks
 
 
 class Ours(Learner):

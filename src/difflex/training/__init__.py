@@ -1,7 +1,6 @@
 """Train SAEs on a stream of activations, one or many at once, in one or many processes."""
 
 from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, TrainingConfig, default, paper, unbox
-from difflex.training.data import shuffled
 from difflex.training.fitting import FitConfig, fit
 
 __all__ = [
@@ -13,6 +12,5 @@ __all__ = [
     "default",
     "fit",
     "paper",
-    "shuffled",
     "unbox",
 ]

@@ -18,8 +18,8 @@ from difflex.dictionaries import Normalisation, SAEWeights
 from difflex.errors import BrokenFile, MissingExtra, StaleWork
 from difflex.files import Json, write_file
 from difflex.training.config import TrainingConfig
+from difflex.training.data import TrainingRanks
 from difflex.training.learner import Learner, UpdateMetrics
-from difflex.training.parallel import TrainingRanks
 
 __all__ = ["LoggerName", "TrainingLog", "load_state", "save_state", "trained_weights"]
 

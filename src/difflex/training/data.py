@@ -1,4 +1,10 @@
-"""The data of a training: batches of activations, their shuffling, and statistics of the first ones."""
+"""What a training learns from: batches of activations, their division among processes, and statistics of the first ones.
+
+Processes divide one of two things. `data`: every rank holds all features and encodes its share of a batch. The ranks gather the
+pairs that they found and make the same update from them, so that their weights stay equal bit for bit without exchanging
+gradients. `features`: every rank holds size / N features and sees the whole batch. The k largest scores are chosen among the k
+largest of all ranks, so the choice is exact.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +12,21 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from difflex.dictionaries.normalisation import VECTORS_PER_AXIS, VectorMoments
+from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite
 from difflex.records import ActivationBatch
 from difflex.store import require_split
-from difflex.training.parallel import TrainingRanks
 
-__all__ = ["BatchFeed", "Batches", "DataPreview", "non_finite_message", "shuffled"]
+__all__ = ["BatchFeed", "Batches", "DataPreview", "Split", "TrainingRanks", "non_finite_message"]
 
+Split = Literal["data", "features"]
 Batches = Callable[[int], Iterator[ActivationBatch]]
 """The batches of a run from a given number on. The batch of a number is always the same."""
 MAX_PREVIEW = 32_768
@@ -30,42 +37,65 @@ LARGE_STRETCH = 30.0
 """Largest over median variance of an axis, likewise."""
 
 
-def shuffled(rows_from: Callable[[int], Iterator[ActivationBatch]], *, window: int, batch: int, seed: int) -> Batches:
-    """Return batches of `batch` rows, shuffled within windows of a stream that `rows_from` yields from a given row on.
+@final
+class TrainingRanks(Ranks):
+    """The ranks that train together. Alone, every method returns what it is given."""
 
-    A live stream can so be trained on without being stored. One window of `window` rows is in memory; a run that resumes
-    harvests no more than one window again.
-    """
-    if window % batch:
-        raise BadInput(f"A window of {window} rows is not made of whole batches of {batch}: choose a multiple.")
+    def __init__(self, split: Split = "data") -> None:
+        """All ranks of the process group."""
+        super().__init__()
+        self.split = split
 
-    def batches(start: int) -> Iterator[ActivationBatch]:
-        number, skipped = divmod(start, window // batch)
-        for rows in _windows(require_split(rows_from(number * window), "train"), window):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            order = torch.randperm(len(rows.values), generator=generator).to(rows.values.device)
-            for first in range(skipped * batch, len(rows.values) - batch + 1, batch):
-                yield ActivationBatch(*(column[order[first : first + batch]] for column in rows))
-            number, skipped = number + 1, 0
+    @property
+    def shards(self) -> int:
+        """The number of parts that the features are split into."""
+        return self.world_size if self.split == "features" else 1
 
-    return batches
+    def features(self, size: int) -> slice:
+        """Return the features that this rank holds."""
+        if size % self.shards:
+            raise BadInput(f"Size {size} cannot be split evenly over {self.shards} ranks: choose a multiple of {self.shards}.")
+        part = size // self.shards
+        return slice(part * self.rank, part * (self.rank + 1)) if self.shards > 1 else slice(0, size)
 
+    def batch_share(self, tokens: int) -> slice:
+        """Return the tokens of a whole batch that this rank loads."""
+        return slice(tokens * self.rank // self.world_size, tokens * (self.rank + 1) // self.world_size)
 
-def _windows(stream: Iterator[ActivationBatch], window: int) -> Iterator[ActivationBatch]:
-    """Yield the rows of the stream in pieces of `window`; the last one may be shorter."""
-    pending: list[ActivationBatch] = []
-    for rows in stream:
-        pending.append(rows)
-        while sum(len(piece.values) for piece in pending) >= window:
-            joined = _join(pending)
-            yield ActivationBatch(*(column[:window] for column in joined))
-            pending = [ActivationBatch(*(column[window:] for column in joined))]
-    if pending and len(pending[0].values):
-        yield _join(pending)
+    def encoded_tokens(self, share: Tensor) -> Tensor:
+        """Return the tokens that this rank encodes: its share of the batch, or the whole batch."""
+        return self.gather(share) if self.split == "features" else share
 
+    def first_token(self, count: int) -> int:
+        """Return the place in the whole batch of the first of the `count` tokens that this rank encodes."""
+        if self.world_size == 1 or self.split == "features":
+            return 0
+        return sum(self.gather_counts(count)[: self.rank])
 
-def _join(pieces: list[ActivationBatch]) -> ActivationBatch:
-    return pieces[0] if len(pieces) == 1 else ActivationBatch(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    def gather_tokens(self, tensor: Tensor) -> Tensor:
+        """Concatenate the results of the ranks for the tokens that each encoded."""
+        return self.gather(tensor) if self.split == "data" else tensor
+
+    def gather_features(self, tensor: Tensor) -> Tensor:
+        """Concatenate the rows of the ranks for the features that each holds."""
+        return self.gather(tensor) if self.shards > 1 else tensor
+
+    def sum_over_features(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks what each computed from the features that it holds."""
+        return self.sum(tensor) if self.split == "features" else tensor
+
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks what each computed from the tokens that it encoded."""
+        return self.sum(tensor) if self.split == "data" else tensor
+
+    def among_largest(self, values: Float[Tensor, "token k"], k: int) -> Bool[Tensor, "token k"]:
+        """Return which of the largest values of this rank's features are among the k largest of all features."""
+        if self.shards == 1:
+            return torch.ones_like(values, dtype=torch.bool)
+        winners = self.gather_columns(values).topk(k, dim=1).indices - self.rank * values.shape[1]
+        own = (winners >= 0) & (winners < values.shape[1])
+        mask = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.bool, device=values.device)
+        return mask.scatter_(1, torch.where(own, winners, values.shape[1]), True)[:, :-1]
 
 
 class DataPreview(NamedTuple):

@@ -23,9 +23,8 @@ from difflex.files import Json
 from difflex.records import ActivationBatch
 from difflex.training.checkpoint import LoggerName, TrainingLog, load_state, save_state, trained_weights
 from difflex.training.config import AdamConfig, TrainingConfig
-from difflex.training.data import Batches, BatchFeed, DataPreview, non_finite_message
+from difflex.training.data import Batches, BatchFeed, DataPreview, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
-from difflex.training.parallel import Split, TrainingRanks
 
 __all__ = ["FitConfig", "fit"]
 

@@ -15,7 +15,7 @@ from difflex.dictionaries import SAEWeights
 from difflex.dictionaries.sparse import CooCodes, EncoderSearch, segment_sums
 from difflex.errors import NonFinite
 from difflex.training.config import TrainingConfig
-from difflex.training.parallel import TrainingRanks
+from difflex.training.data import TrainingRanks
 from difflex.training.update import JumpGradients, SAEParameters, UpdateInputs
 
 __all__ = ["Learner", "UpdateMetrics", "geometric_median", "initial_weights"]

@@ -20,9 +20,9 @@ from difflex.store import Store
 from difflex.study import Study
 from difflex.training.checkpoint import LoggerName
 from difflex.training.config import TrainingConfig, default, paper, unbox
+from difflex.training.data import Split, TrainingRanks
 from difflex.training.fitting import FitConfig, fit
 from difflex.training.itda import GrowthData, GrowthProgress, grow
-from difflex.training.parallel import Split, TrainingRanks
 
 __all__ = ["PRESETS", "GrowthSweepConfig", "SweepConfig", "add_neurons", "grow_sweep", "train_sweep"]
 
