@@ -23,7 +23,7 @@ from difflex.report.drawing import element
 from difflex.report.facts import SteeringFacts, StudyFacts
 from difflex.report.figures import ReportFigure, ReportSection
 from difflex.report.figures.effects import REMOVED, dictionaries_of
-from difflex.report.style import SAE_KINDS, number, percent
+from difflex.report.style import SAE_KINDS, count, number, percent
 from difflex.study import DictionaryRef
 
 __all__ = ["claims", "judge_claims"]
@@ -60,12 +60,12 @@ def claims(facts: StudyFacts) -> ReportSection:
     """Return the section of claims."""
     all_claims = judge_claims(facts)
     counts = Counter(claim.verdict for claim in all_claims)
-    verdicts = {"holds here": "hold here", "does not hold here": "do not hold", "not measured": "not measured"}
-    summary = ", ".join(f"{counts[verdict]} {words}" for verdict, words in verdicts.items() if counts[verdict])
+    verdicts = ("holds here", "does not hold here", "not measured")
+    summary = ", ".join(f"{verdict}: {counts[verdict]}" for verdict in verdicts if counts[verdict])
     return ReportSection(
         name="claims",
         title="Claims of the paper",
-        lead=f"Claims of arXiv 2505.24360 about FLUX.1, tested on the numbers of this study by the rule below each: {summary}.",
+        lead=f"Claims of arXiv 2505.24360 about FLUX.1, tested on the numbers of this study by the rule below each ({summary}).",
         body=element("ul", *map(_item, all_claims), class_="claims"),
         figures=(
             ReportFigure(
@@ -176,7 +176,7 @@ def itda_matches_surfaces(facts: StudyFacts) -> Claim:
     ]
     pairs = [pair for pair in candidates if all(len(row.groups) >= ENOUGH for row in pair)]
     lacking = [
-        f"{row.ref}: a known concept explains {len(row.groups)} features, {ENOUGH} are needed"
+        f"{row.ref}: a known concept explains {count(len(row.groups), 'feature')}, {ENOUGH} are needed"
         for row in dict.fromkeys(row for pair in candidates for row in pair)
         if len(row.groups) < ENOUGH
     ]

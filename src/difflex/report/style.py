@@ -1,4 +1,4 @@
-"""How numbers are written, and how kinds of dictionaries are called and look, in every figure."""
+"""How figures write numbers, and the names and styles of the kinds of dictionaries."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ __all__ = [
     "count",
     "grouped",
     "kind_series",
+    "kind_styles",
     "number",
     "numbered_style",
     "percent",
-    "styles_by_name",
 ]
 
 NAMES = {
@@ -90,7 +90,7 @@ def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series
     return Series(kind, name, STYLES.get(kind, SeriesStyle(colour=8, marker="ring")), line)
 
 
-def styles_by_name(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:
+def kind_styles(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:
     """Return the style of each name, whose kind is known; names of one kind differ in their dashes."""
     styles = {}
     for name, kind in kinds.items():

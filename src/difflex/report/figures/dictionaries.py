@@ -124,14 +124,15 @@ class TableColumn(NamedTuple):
     write: Callable[[float | None], str] = number
 
 
-def _of_space(entry: str, normalised: bool) -> Callable[[Evaluation], float | None]:
-    """Return a function that reads a metric in model space or in the space of normalised activations."""
+def _space_columns(name: str, entry: str, meaning: str) -> tuple[TableColumn, TableColumn]:
+    """Return the columns of a metric in model space and in the space of normalised activations."""
 
-    def value(evaluation: Evaluation) -> float | None:
+    def normalised(evaluation: Evaluation) -> float | None:
         quality = evaluation.overall
-        return getattr((quality.normalised_space if normalised else None) or quality.model_space, entry)
+        return getattr(quality.normalised_space or quality.model_space, entry)
 
-    return value
+    model_space = TableColumn(name, meaning, lambda evaluation: getattr(evaluation.overall.model_space, entry))
+    return model_space, TableColumn(f"{name} in z", "the same in the space of normalised activations", normalised)
 
 
 def _whole(value: float | None) -> str:
@@ -145,29 +146,25 @@ def _similarity(evaluation: Evaluation, measure: str) -> float | None:
 
 SSIM = "ssim"
 """Its name in the record; it is always measured."""
-SAME_IN_Z = "the same in the space of normalised activations"
-COLUMNS = (
-    TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _whole),
-    TableColumn("FVU", "sum |x - y|² / sum |x - mean x|², in model space", _of_space("fvu", False)),
-    TableColumn("FVU in z", SAME_IN_Z, _of_space("fvu", True)),
-    TableColumn("FVU raw", "sum |x - y|² / sum |x|²: the mean counts as explained; in model space", _of_space("fvu_raw", False)),
-    TableColumn("FVU raw in z", SAME_IN_Z, _of_space("fvu_raw", True)),
-    TableColumn(
+METRICS = {
+    "FVU": ("fvu", "sum |x - y|² / sum |x - mean x|², in model space"),
+    "FVU raw": ("fvu_raw", "sum |x - y|² / sum |x|²: the mean counts as explained; in model space"),
+    "r2": (
         "r2",
         'squared correlation of x and y on each axis, mean over axes, in model space: "variance explained" of arXiv 2505.24360, '
         "blind to scale and offset",
-        _of_space("r2", False),
     ),
-    TableColumn("r2 in z", SAME_IN_Z, _of_space("r2", True)),
-    TableColumn(
-        "EV",
+    "EV": (
+        "ev",
         "1 - var(x - y) / var(x) on each axis, mean over axes, in model space: explained variance of arXiv 2410.22366, blind "
         "to offset",
-        _of_space("ev", False),
     ),
-    TableColumn("EV in z", SAME_IN_Z, _of_space("ev", True)),
-    TableColumn("cosine", "of x and y, mean over tokens, in model space", _of_space("cosine", False)),
-    TableColumn("cosine in z", SAME_IN_Z, _of_space("cosine", True)),
+    "cosine": ("cosine", "of x and y, mean over tokens, in model space"),
+}
+"""The metrics of both spaces: their entries in a record, and their meanings."""
+COLUMNS = (
+    TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _whole),
+    *(column for name, metric in METRICS.items() for column in _space_columns(name, *metric)),
     TableColumn("L0", "codes other than 0 per token", lambda e: e.overall.l0),
     TableColumn(
         "negative", "share of these that are negative; they do not count as firing", lambda e: e.overall.negative, percent

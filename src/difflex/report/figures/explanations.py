@@ -10,20 +10,14 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.explanation.comparison import (
-    ExplainedMethod,
-    MethodComparison,
-    MethodDifference,
-    compare_methods,
-    read_methods,
-)
+from difflex.explanation.comparison import ExplainedMethod, MethodComparison, MethodDifference, compare_methods, read_methods
 from difflex.features import Book, ImageAlbum, overlaid
 from difflex.features.entries import FeatureStats
 from difflex.report.drawing import Axis, Drawing
 from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
 from difflex.report.facts import StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
-from difflex.report.style import count, kind_series, number, percent, styles_by_name
+from difflex.report.style import count, kind_series, kind_styles, number, percent
 from difflex.study import DictionaryRef, Study
 
 __all__ = ["explanations", "image_url", "images"]
@@ -74,7 +68,7 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
     panels: dict[tuple[str, str], list[ExplainedMethod]] = {}
     for method in comparison.methods:
         panels.setdefault((method.backend, method.protocol), []).append(method)
-    styles = styles_by_name({method.dictionary: _kind(method) for method in comparison.methods})
+    styles = kind_styles({method.dictionary: _kind(method) for method in comparison.methods})
     series = {name: Series(name, name, style) for name, style in styles.items()}
     rows = tuple(
         (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
