@@ -77,18 +77,14 @@ class PipelinePlan(NamedTuple):
 
 def read_plan(source: str | Path, revision: str | None = None, offline: bool = False) -> PipelinePlan:
     """Read the plan of a folder or of a hub model, of which only the small config files are downloaded."""
-    options = {"revision": revision, "local_files_only": offline or Path(source).is_dir()}
+    source, options = os.fspath(source), {"revision": revision, "local_files_only": offline or Path(source).is_dir()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers passes the hub an argument that it no longer has
-        return _read_plan(os.fspath(source), options)
-
-
-def _read_plan(source: str, options: Mapping[str, Any]) -> PipelinePlan:
-    index = cast(dict[str, Any], DiffusionPipeline.load_config(source, **options))
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
-    present = {name: entry for name, entry in entries.items() if entry[0] is not None}
-    settings = {name: entry for name, entry in index.items() if isinstance(entry, (bool, int, float, str)) and name[0] != "_"}
-    components = {name: _read_component(entry[0], entry[1], source, name, options) for name, entry in present.items()}
+        index = cast(dict[str, Any], DiffusionPipeline.load_config(source, **options))
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, (list, tuple)) and len(entry) == 2}
+        present = {name: entry for name, entry in entries.items() if entry[0] is not None}
+        settings = {name: entry for name, entry in index.items() if isinstance(entry, (bool, int, float, str)) and name[0] != "_"}
+        components = {name: _read_component(entry[0], entry[1], source, name, options) for name, entry in present.items()}
     return PipelinePlan(str(index["_class_name"]), components, settings, tuple(entries.keys() - present.keys()))
 
 

@@ -79,21 +79,15 @@ def _lines(path: Path, column: str | None = None) -> Iterator[str]:
 
 def _csv(path: Path, column: str | None) -> Iterator[str]:
     try:
-        rows = csv.DictReader(_raw_lines(path))
-        column = _column(path, column, rows.fieldnames or ())
-        for row in rows:
-            yield row[column] or ""
+        with path.open(encoding="utf-8-sig", newline="") as file:  # line breaks may be part of a cell
+            rows = csv.DictReader(file)
+            column = _column(path, column, rows.fieldnames or ())
+            for row in rows:
+                yield row[column] or ""
     except csv.Error as error:
         raise BrokenFile(f"{path} is not a table in CSV ({error}). Look for a quote that is opened and never closed.") from error
-
-
-def _raw_lines(path: Path) -> Iterator[str]:
-    """Yield lines with their line breaks, which may be part of a cell."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            raise BrokenFile(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
+    except UnicodeDecodeError as error:
+        raise BrokenFile(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save the file as UTF-8.") from error
 
 
 def _jsonl(path: Path, column: str | None) -> Iterator[str]:
