@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from difflex.explanation import AnswerCache, ApiKey, CachedClient, EndpointBackend, ImageView, RequestPolicy, RetryPolicy
+from difflex.explanation import CachedClient, RequestPolicy
+from difflex.explanation.endpoint import ApiKey, EndpointBackend
+from difflex.explanation.questions import ImageView
+from difflex.explanation.requests import AnswerCache
 from difflex.features import Book, ImageAlbum
 from difflex.records import Shot
 from difflex.testing import plain_book, plain_colour
 
-QUICK = RetryPolicy(first=0.005, longest=0.02)
+QUICK = RequestPolicy(first_wait=0.005, longest_wait=0.02)
 MODEL = "rule"
 
 
@@ -34,9 +37,9 @@ class Endpoints:
     def __init__(self, answers: AnswerCache) -> None:
         self.answers, self._backends = answers, list[EndpointBackend]()
 
-    def __call__(self, url: str, key: str = "", terms: RequestPolicy | None = None, timeout: float = 5.0) -> CachedClient:
+    def __call__(self, url: str, key: str = "", policy: RequestPolicy | None = None, timeout: float = 5.0) -> CachedClient:
         self._backends.append(EndpointBackend(url, MODEL, ApiKey(key, "a test"), timeout=timeout))
-        return CachedClient(self._backends[-1], self.answers, terms or RequestPolicy(patience=QUICK))
+        return CachedClient(self._backends[-1], self.answers, policy or QUICK)
 
     def close(self) -> None:
         for endpoint in self._backends:

@@ -17,10 +17,11 @@ SOURCE = ROOT / "src" / "difflex"
 GROUND = {"records", "choices", "errors", "files", "distributed", "devices"}
 # Station -> the other stations it may import. `difflex` stands for the public names of the package itself.
 ARROWS: dict[str, set[str]] = {
+    "_version": set(),
     "errors": set(),
     "choices": set(),
     "quiet": set(),
-    "records": {"errors", "choices"},
+    "records": {"errors", "choices", "files"},
     "files": {"errors"},
     "distributed": {"errors"},
     "devices": {"errors"},
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {*GROUND, "dictionaries", "store", "study"},
     "evaluation": {*GROUND, "dictionaries", "store", "study"},
     "features": {*GROUND, "dictionaries", "store", "study"},
-    "explanation": {*GROUND, "features"},
+    "explanation": {*GROUND, "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "store", "study"},
     "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "miniature", "steering", "store", "study"},
     "report": {
@@ -75,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
         "study",
         "training",
     },
-    "recipes": {"errors", "study", "commands"},
+    "recipes": {"errors", "devices", "study", "commands"},
     "cli": {"errors", "study", "commands"},
     "testing": {*GROUND, "pipeline", "features", "quiet"},
     "__main__": {"cli"},
@@ -83,6 +84,15 @@ ARROWS: dict[str, set[str]] = {
 
 # Doors inside of stations: what others may import from besides the stations themselves.
 INNER_DOORS = {
+    "commands.effects",
+    "commands.estimates",
+    "commands.evaluation",
+    "commands.explain",
+    "commands.features",
+    "commands.forecast",
+    "commands.harvest",
+    "commands.study",
+    "commands.training",
     "dictionaries.files",
     "dictionaries.itda",
     "dictionaries.normalisation",
@@ -94,7 +104,9 @@ INNER_DOORS = {
     "evaluation.anatomy",
     "evaluation.concepts",
     "evaluation.concepts.results",
-    "evaluation.record",
+    "explanation.backends",
+    "explanation.comparison",
+    "explanation.endpoint",
     "features.collecting",
     "features.entries",
     "features.explanations",
@@ -108,7 +120,20 @@ INNER_DOORS = {
 }
 
 # Tensors are the language of all stations but these, which stay light: they are imported before anybody asks for a tensor.
-LIGHT = {"difflex", "__main__", "choices", "cli", "commands", "errors", "files", "images", "quiet", "recipes", "study"}
+LIGHT = {
+    "_version",
+    "difflex",
+    "__main__",
+    "choices",
+    "cli",
+    "commands",
+    "errors",
+    "files",
+    "images",
+    "quiet",
+    "recipes",
+    "study",
+}
 
 # Outside package -> the stations where it is at home.
 HOMES: dict[str, set[str]] = {

@@ -15,7 +15,8 @@ from difflex.errors import BadInput
 from difflex.study import Command
 
 if TYPE_CHECKING:
-    from difflex.explanation import RequestPolicy, VLMBackend
+    from difflex.explanation import RequestPolicy
+    from difflex.explanation.backends import VLMBackend
     from difflex.pipeline import Pipeline
 
 __all__ = ["Bytes", "ModelCommand", "NoiseLevels", "Numbers", "Pixels", "Prices", "Range", "Seeds", "Strengths", "VLMCommand"]
@@ -188,22 +189,23 @@ class VLMCommand(Command):
 
     def backend(self, vlm: str) -> "VLMBackend":
         """Return the model of the endpoint at the address `vlm`, or the local model in the folder or of the hub name `vlm`."""
-        from difflex.explanation import ApiKey, EndpointBackend, LocalBackend
+        from difflex.explanation.backends import LocalBackend
+        from difflex.explanation.endpoint import ApiKey, EndpointBackend
 
         if "://" not in vlm:
             return LocalBackend(vlm, offline=self.offline)
         if self.model is None:
             raise BadInput(f"{vlm} serves more than one model. Name the one to use: --model NAME.")
-        key = ApiKey.found(self.key_file, self.key_variable)
+        key = ApiKey.read(self.key_file, self.key_variable)
         return EndpointBackend(vlm, self.model, key, timeout=self.timeout, connections=self.connections)
 
     def request_policy(self) -> "RequestPolicy":
         """Return the limits on requests, their price and the budget."""
-        from difflex.explanation import RequestPolicy, TokenPrice
+        from difflex.explanation import RequestPolicy
 
         return RequestPolicy(
             per_minute=self.requests_per_minute,
-            price=TokenPrice() if self.price is None else TokenPrice(tokens_in=self.price[0], tokens_out=self.price[1]),
+            price=self.price or (0.0, 0.0),
             budget=self.budget,
             image_tokens=self.image_tokens,
         )

@@ -18,7 +18,7 @@ from difflex.effects.inputs import to_images
 from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.errors import BadInput
 from difflex.evaluation import ClipModel
-from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, look
+from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, ask_presence
 from difflex.files import file_sha256
 from difflex.records import Rectangle, Shot
 from difflex.steering import rectangle
@@ -192,7 +192,7 @@ def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel]) 
 
 def vlm_world(concepts: ConceptFile, name: str, client: CachedClient, connections: int) -> JudgedWorld:
     """Return the world of concepts in words whose judge is a VLM called `name`, asked over so many connections at once."""
-    verdicts = vlm_judge(lambda questions: look(client, questions, connections=connections), concepts.specs)
+    verdicts = vlm_judge(lambda questions: ask_presence(client, questions, connections=connections), concepts.specs)
     return _world(concepts, name, lambda generator: generator._replace(verdicts=verdicts))
 
 

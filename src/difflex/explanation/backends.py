@@ -1,11 +1,11 @@
-"""VLM backends: the interface, a local model, and known concepts as a ceiling for both."""
+"""VLM backends: the interface, a local model, and the known concepts of the drawn world as an upper bound."""
 
 from __future__ import annotations
 
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple, final
@@ -19,6 +19,7 @@ from difflex.devices import find_device
 from difflex.errors import BadInput
 from difflex.explanation.questions import (
     ExplanationAnswer,
+    FailedCall,
     ImageView,
     Instruction,
     JudgementAnswer,
@@ -26,183 +27,201 @@ from difflex.explanation.questions import (
     TokenUsage,
     VLMAnswer,
 )
+from difflex.miniature import draw
+from difflex.miniature.world import CONCEPTS
+from difflex.records import Shot
+
+__all__ = [
+    "BackendReply",
+    "KnownConceptsBackend",
+    "LocalBackend",
+    "RefusedAnswer",
+    "RejectedRequest",
+    "TransportFault",
+    "VLMBackend",
+]
 
 
 class BackendReply(NamedTuple):
-    """What a backend said, and what it took."""
+    """The reply of a backend."""
 
     text: str
-    """JSON, if the backend did as told."""
+    """JSON, if the backend follows the instruction."""
     usage: TokenUsage | None
-    """None if nobody said."""
+    """None if the backend does not report it."""
 
 
-class TransportFault(Exception):
-    """A call that came to nothing on its way: no connection, no time, a busy or broken endpoint. It may be sent again."""
+class TransportFault(FailedCall):
+    """No connection, a timeout, or a busy or broken endpoint; the call may be sent again."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        """`wait`: the seconds that the endpoint asks to be left alone."""
-        super().__init__(reason)
-        self.wait = wait
+    outcome = "fault"
 
 
-class RefusedAnswer(Exception):
-    """A call that was answered by a refusal. It may be asked again."""
+class RefusedAnswer(FailedCall):
+    """A refusal; the question may be asked again."""
 
-    def __init__(self, reason: str, usage: TokenUsage | None = None) -> None:
-        super().__init__(reason)
-        self.usage = usage
+    outcome = "refused"
 
 
-class RejectedRequest(Exception):
-    """A call that the endpoint does not take, such as one with an image of a kind that it does not read."""
+class RejectedRequest(FailedCall):
+    """A request that the backend does not accept, such as one with an image of an unsupported type."""
+
+    outcome = "rejected"
 
 
 class VLMBackend(ABC):
-    """Something that sees: it looks at images, is told what to do, and answers in a given form."""
+    """A vision-language model: it takes images and an instruction, and replies in a given form."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What its answers are kept under: two backends of one name are held to answer alike."""
-
-    @property
-    def is_costly(self) -> bool:
-        """Whether answers are worth keeping."""
-        return True
+    name: str
+    """The name under which answers are cached; backends of the same name are assumed to answer alike."""
+    is_costly: bool = True
+    """Whether answers are worth caching."""
 
     @abstractmethod
-    def see(
-        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
-    ) -> BackendReply:
-        """What it answers; raises a `TransportFault`, `RefusedAnswer` or `RejectedRequest`. `objection` says what was wrong with its last answer."""
+    def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
+        """Return the reply, or raise a `FailedCall`; `objection` says what was wrong with the last answer."""
+
+    def check_shots(self, shots: Iterable[Shot]) -> None:
+        """Raise an error if the backend cannot answer about images of these shots."""
+        return
 
     def close(self) -> None:
-        """Nothing; what it holds open is closed."""
+        """Close connections."""
         return
 
 
 @final
 class LocalBackend(VLMBackend):
-    """A model in memory; it answers one question after another."""
+    """A model of transformers in memory; it answers one question at a time."""
 
-    def __init__(self, model: str, *, device: str | None = None, offline: bool = False, longest: int = 512) -> None:
-        """`model`: a folder or a hub name; `longest`: tokens that an answer may have."""
+    def __init__(self, model: str, *, device: str | None = None, offline: bool = False, max_tokens: int = 512) -> None:
+        """Load `model`, a folder or a hub name; answers have at most `max_tokens`."""
         import transformers
 
-        self._name, self._longest, self._lock = model, longest, Lock()
+        self.name, self._max_tokens, self._lock = model, max_tokens, Lock()
         target = find_device(device)
         try:
-            # The annotations of transformers name its bare classes, not what these make of a folder.
+            # The annotations of transformers name base classes, not the ones that it loads.
             self._processor: Any = transformers.AutoProcessor.from_pretrained(model, local_files_only=offline)
             loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=offline)
         except (OSError, ValueError) as error:
             raise BadInput(
-                f"'{model}' cannot be opened as a model that sees and speaks: {error}. Name a folder or hub name of an "
-                "image-text-to-text model of transformers."
+                f"'{model}' cannot be loaded as a VLM: {error}. Name a folder or hub name of an image-text-to-text model of "
+                "transformers."
             ) from error
         if not getattr(self._processor, "chat_template", None):
-            raise BadInput(f"'{model}' has no chat template: it was not made to be told what to do. Name one that was.")
+            raise BadInput(f"'{model}' has no chat template, so it does not follow instructions. Name a model with one.")
         self._model = loaded.to(target).eval()
 
-    @property
-    def name(self) -> str:
-        """Its folder or hub name."""
-        return self._name
-
-    def see(
-        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
-    ) -> BackendReply:
-        """What the model answers, the likeliest word each time."""
+    def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
+        """Generate a reply greedily."""
         images = [{"type": "image", "image": Image.open(io.BytesIO(view.png)).convert("RGB")} for view in views]
-        told = f"{instruction.text}\n{objection}".rstrip()
-        messages = [{"role": "user", "content": [*images, {"type": "text", "text": told}]}]
+        text = {"type": "text", "text": f"{instruction.text}\n{objection}".rstrip()}
         with self._lock, torch.inference_mode():
             inputs = self._processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                [{"role": "user", "content": [*images, text]}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             ).to(self._model.device, dtype=self._model.dtype)
-            words = self._model.generate(**inputs, max_new_tokens=self._longest, do_sample=False)
-        asked = inputs["input_ids"].shape[1]
-        text = self._processor.decode(words[0, asked:], skip_special_tokens=True)
-        return BackendReply(text, TokenUsage(asked, words.shape[1] - asked, 0.0))
+            tokens = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        reply = self._processor.decode(tokens[0, length:], skip_special_tokens=True)
+        return BackendReply(reply, TokenUsage(length, tokens.shape[1] - length, 0.0))
 
 
+DRAWN = "drawn:"
+"""Prefix of the names of drawn images; their seed follows."""
+SCENES = 400
+"""Drawn scenes that measure how common each concept is."""
 SHOWN = 0.5
-"""From this share of its area on a token shows a concept; at 0 it does not; tokens between the two are left out."""
+"""A token shows a concept if at least this share of its area does, and does not if none does; others are left out."""
 Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
-"""From the name of an image, rows and columns: the share of each token's area that each concept covers."""
+"""Returns, for an image and a grid of rows and columns, the share of each token's area that each concept covers."""
 
 
 @final
 class KnownConceptsBackend(VLMBackend):
-    """The ceiling for models that see: it needs shots of images whose concepts are known by mask, and costs nothing."""
+    """An upper bound for VLMs: it answers from masks of concepts instead of looking at images, and costs nothing."""
+
+    name = "known concepts"
+    is_costly = False
 
     def __init__(self, concepts: Sequence[str], shares: Shares, common: Float[Tensor, " concept"]) -> None:
-        """`common`: the share of all images' area that each concept covers."""
+        """`common`: the share of the area of all images that each concept covers."""
         self._concepts, self._common = tuple(concepts), common
         self._shares = lru_cache(4096)(shares)
 
-    @property
-    def name(self) -> str:
-        """Always the same."""
-        return "known concepts"
+    @classmethod
+    def of_drawn_world(cls) -> KnownConceptsBackend:
+        """Return the backend that knows the concepts of drawn images; it draws the masks again from the seed in their names."""
+        return cls(
+            [name for names in CONCEPTS.values() for name in names],
+            lambda name, rows, columns: draw([int(name.removeprefix(DRAWN))]).shares(rows, columns)[0],
+            draw(range(SCENES)).shares(8, 8).mean((0, 2, 3)),
+        )
 
-    @property
-    def is_costly(self) -> bool:
-        """No."""
-        return False
+    def check_shots(self, shots: Iterable[Shot]) -> None:
+        """Raise an error if an image is not a drawn one."""
+        for shot in shots:
+            if not (shot.image or "").startswith(DRAWN):
+                raise BadInput(
+                    f"Known concepts can only explain drawn images, and the book has others ('{shot.image or shot.prompt}'). "
+                    "Collect from drawn images, difflex collect STUDY --drawn-world, or name a VLM with --vlm."
+                )
 
-    def see(
-        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
-    ) -> BackendReply:
-        """The best concept, its share of the highlights, or the image whose highlights show something else."""
-        if schema is ExplanationAnswer:
+    def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
+        """Return the best concept, its share of the highlights, or the image whose highlights show something else."""
+        if instruction.schema is ExplanationAnswer:
             fits = torch.stack([self._fits(view) for view in views])
-            each, common = fits.argmax(1).tolist(), int(fits.mean(0).argmax())
-            names = [self._concepts[best] for best in each]
-            answer = ExplanationAnswer(pattern_descriptions=names, common_pattern=self._concepts[common])
-        elif schema is JudgementAnswer:
-            answer = JudgementAnswer(score=self._share(views[0], self._named(instruction.explanation)))
-        elif schema is OddOneOutAnswer:
-            answer = OddOneOutAnswer(image=1 + self._stranger(views))
+            names = [self._concepts[best] for best in fits.argmax(1).tolist()]
+            answer = ExplanationAnswer(pattern_descriptions=names, common_pattern=self._concepts[int(fits.mean(0).argmax())])
+        elif instruction.schema is JudgementAnswer:
+            answer = JudgementAnswer(score=self._highlighted_share(views[0], self._concepts_in(instruction.explanation)))
+        elif instruction.schema is OddOneOutAnswer:
+            answer = OddOneOutAnswer(image=1 + self._odd_one_out(views))
         else:
-            raise RejectedRequest(f"known concepts do not answer {schema.__name__}")
+            raise RejectedRequest(f"known concepts do not answer {instruction.schema.__name__}")
         return BackendReply(answer.model_dump_json(), TokenUsage(0, 0, 0.0))
 
-    def _truth(self, view: ImageView) -> Float[Tensor, "concept row column"]:
+    def _masks(self, view: ImageView) -> Float[Tensor, "concept row column"]:
         if view.shot.image is None:
-            raise RejectedRequest(f"nobody knows what is where in the image of '{view.shot.prompt}'")
+            raise RejectedRequest(f"the concepts in the image of '{view.shot.prompt}' are not known")
         return self._shares(view.shot.image, *view.highlight.shape)
 
     def _fits(self, view: ImageView) -> Float[Tensor, " concept"]:
-        """How well each concept tells what is highlighted from what is not: 0 for no better than chance, 1 for wholly.
+        """Return how well each concept separates highlighted from other tokens: 0 at chance, 1 for a perfect match.
 
-        The harmonic mean of two shares: of the highlights how much shows it, beyond its share in all images; and of what shows
-        it in this one, how much is highlighted. By the first alone what covers a whole image, as a style does, fits whatever is
-        highlighted there.
+        The harmonic mean of two shares: how much of the highlights shows the concept, beyond its share of all images; and how
+        much of the concept in this image is highlighted. With the first share alone, a concept that covers a whole image, such
+        as a style, would fit any highlights.
         """
-        truth = self._truth(view)
-        shown = (truth * view.highlight).sum((1, 2))
-        highlighted = shown / view.highlight.sum().clamp_min(1e-12)
-        beyond = ((highlighted - self._common) / (1 - self._common).clamp_min(1e-6)).clamp_min(0)
-        covered = shown / truth.sum((1, 2)).clamp_min(1e-12)
-        return 2 * beyond * covered / (beyond + covered).clamp_min(1e-12)
+        masks = self._masks(view)
+        overlap = (masks * view.highlight).sum((1, 2))
+        precision = overlap / view.highlight.sum().clamp_min(1e-12)
+        beyond = ((precision - self._common) / (1 - self._common).clamp_min(1e-6)).clamp_min(0)
+        recall = overlap / masks.sum((1, 2)).clamp_min(1e-12)
+        return 2 * beyond * recall / (beyond + recall).clamp_min(1e-12)
 
-    def _named(self, explanation: str) -> list[int]:
-        """The concepts that an explanation names."""
-        named = [i for i, name in enumerate(self._concepts) if re.search(rf"\b{re.escape(name)}s?\b", explanation, re.IGNORECASE)]
-        if not named:
+    def _concepts_in(self, explanation: str) -> list[int]:
+        """Return the numbers of the concepts that an explanation names."""
+        pattern = r"\b{}s?\b"
+        numbers = [
+            i for i, name in enumerate(self._concepts) if re.search(pattern.format(re.escape(name)), explanation, re.IGNORECASE)
+        ]
+        if not numbers:
             raise RejectedRequest("the explanation names no known concept")
-        return named
+        return numbers
 
-    def _share(self, view: ImageView, named: Sequence[int]) -> float:
-        """The share of the highlighted tokens, by how strongly they are, that show all `named` concepts."""
-        truth = self._truth(view)[list(named)].amin(0)
-        shown, known = truth >= SHOWN, (truth >= SHOWN) | (truth <= 0)
-        weight = (view.highlight * known).sum()
-        return float((view.highlight * shown).sum() / weight) if weight > 0 else float(truth[view.highlight > 0].mean())
+    def _highlighted_share(self, view: ImageView, concepts: Sequence[int]) -> float:
+        """Return the share of the highlighted tokens, weighted by their strength, that show all `concepts`."""
+        mask = self._masks(view)[list(concepts)].amin(0)
+        shown, clear = mask >= SHOWN, (mask >= SHOWN) | (mask <= 0)
+        weight = (view.highlight * clear).sum()
+        return float((view.highlight * shown).sum() / weight) if weight > 0 else float(mask[view.highlight > 0].mean())
 
-    def _stranger(self, views: Sequence[ImageView]) -> int:
-        """The place of the view whose concepts agree least with those of the others."""
+    def _odd_one_out(self, views: Sequence[ImageView]) -> int:
+        """Return the position of the view whose concepts agree least with those of the others."""
         fits = torch.nn.functional.normalize(torch.stack([self._fits(view) for view in views]), dim=1)
         return int((fits @ fits.T).sum(1).argmin())

@@ -1,214 +1,224 @@
-"""`CachedClient`: questions to a backend under one policy: from what was answered before, within pace and budget, and with patience."""
+"""A client that asks a backend under a policy: with cached answers, retries, a rate limit and a budget."""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, TypeVar, final
 
+import torch
+from PIL import Image
+
 from difflex.errors import BadInput
 from difflex.explanation.backends import RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
-from difflex.explanation.questions import ImageView, Instruction, MalformedAnswer, TokenUsage, VLMAnswer, content_key, read
-from difflex.explanation.requests import AnswerCache, CallBudget, RateLimiter, RetryPolicy, Spending, TokenPrice, expected
+from difflex.explanation.questions import (
+    FailedCall,
+    ImageView,
+    Instruction,
+    MalformedAnswer,
+    PresenceAnswer,
+    VLMAnswer,
+    content_key,
+    parse_answer,
+    presence_instruction,
+)
+from difflex.explanation.requests import AnswerCache, CallBudget, RateLimiter, RequestPolicy, Spending
+from difflex.files import folder_lock
+from difflex.records import Shot
 
-__all__ = ["AnswerBatch", "CachedClient", "DryRunClient", "NoAnswer", "RequestPolicy", "VLMClient"]
+__all__ = ["CachedClient", "NoAnswer", "PresenceQuestion", "ask_presence", "open_client"]
 
-HOPELESS = 8
-"""Questions in a row, over all threads, that may come to nothing before the endpoint is held to be the reason."""
+MAX_FAILURES = 8
+"""Questions in a row, over all threads, that may fail before the endpoint is blamed."""
+MIN_SIDE = 256
+"""Small images are enlarged until their shorter side has this many pixels."""
 A = TypeVar("A", bound=VLMAnswer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequestPolicy:
-    """On what terms a backend is asked."""
-
-    per_minute: float | None = None
-    """Calls; None for no limit."""
-    price: TokenPrice = field(default_factory=TokenPrice)
-    """For endpoints that do not say what a call cost."""
-    budget: float | None = None
-    """What all calls to this backend may cost together, those of earlier runs that the same file of answers tells of included, so
-    that a run that is killed does not begin with a fresh one; None for no limit."""
-    image_tokens: int = 300
-    """That an image is taken for, where an endpoint does not count, and before it does."""
-    answer_tokens: int = 150
-    """That an answer is taken for."""
-    patience: RetryPolicy = field(default_factory=RetryPolicy)
-
-
 class NoAnswer(Exception):
-    """A question to which no valid answer came; its text says why."""
-
-
-class AnswerBatch(NamedTuple):
-    """What was asked, all questions together."""
-
-    answers: int = 0
-    """Valid ones."""
-    found: int = 0
-    """Of these, how many had been answered before."""
-    spent: Spending = Spending()
-    """By the calls of now."""
-
-
-class VLMClient(ABC):
-    """Who is asked."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Whose the answers are."""
-
-    @abstractmethod
-    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
-        """The answer; `NoAnswer` where none came. What was asked is noted in `keys`, by its hash."""
+    """A question without a valid answer; its text is the reason."""
 
 
 @final
-class CachedClient(VLMClient):
-    """Who asks a backend; threads share one."""
+class CachedClient:
+    """A client that asks a backend and caches its answers; threads share it."""
 
-    def __init__(self, backend: VLMBackend, answers: AnswerCache, terms: RequestPolicy = RequestPolicy()) -> None:
-        """`answers` are kept only of a backend that is worth it."""
-        self._backend, self._terms = backend, terms
-        self._answers = answers if backend.is_costly else None
-        self._pace, self._budget = (
-            RateLimiter(terms.per_minute, terms.patience),
-            CallBudget(terms.budget, self._answers.cost(backend.name) if self._answers else 0.0),
-        )
-        self._lock, self._busy = Lock(), dict[str, Lock]()
-        self._in_vain, self._has_answered = 0, False
-        self.asked = AnswerBatch()
-
-    @property
-    def name(self) -> str:
-        """The backend's."""
-        return self._backend.name
+    def __init__(
+        self,
+        backend: VLMBackend,
+        answers: AnswerCache,
+        policy: RequestPolicy = RequestPolicy(),  # noqa: B008 (a constant)
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        """A client with `dry_run` sends nothing: it counts calls and returns examples for answers that are not cached."""
+        self.name = backend.name
+        self._backend, self._policy, self._dry_run = backend, policy, dry_run
+        # In a dry run images are drawn, which takes time, only if their answers may be cached.
+        self._answers = answers if backend.is_costly and not (dry_run and answers.is_empty) else None
+        self._limiter = RateLimiter(policy)
+        self._budget = CallBudget(policy.budget, self._answers.cost(backend.name) if self._answers else 0.0)
+        self._lock, self._key_locks = Lock(), dict[str, Lock]()
+        self._failures, self._has_answered = 0, False
+        self.answered = 0
+        """Number of valid answers, cached ones included."""
+        self.cached = 0
+        """Number of answers that came from the cache."""
+        self.spending = Spending()
+        """What the calls of this client took, or would take in a dry run."""
 
     def stop(self) -> None:
-        """Nothing; calls under way end, nobody waits, no further one is sent."""
-        self._pace.stop()
+        """Send no further call; threads that wait raise an exception, calls on their way finish."""
+        self._limiter.stop()
 
-    def spent(self, keys: Sequence[str]) -> Spending:
-        """What the calls for `keys` took that is not booked yet."""
-        return self._answers.spent(keys, unbooked=True) if self._answers else Spending()
+    def unrecorded(self, keys: Sequence[str]) -> Spending:
+        """Return what the calls for `keys` took that is not recorded in a book yet."""
+        return self._answers.unrecorded(keys) if self._answers else Spending()
 
-    def book(self, keys: Sequence[str]) -> None:
-        """Nothing; what the calls for `keys` took is told in a book."""
+    def mark_recorded(self, keys: Sequence[str]) -> None:
+        """Mark the calls for `keys` as recorded in a book."""
         if self._answers:
-            self._answers.book(keys)
+            self._answers.mark_recorded(keys)
 
-    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
-        """The answer. What has a valid answer is not sent again, not even when two ask for the same at once."""
+    def ask(self, views: Sequence[ImageView], instruction: Instruction[A], keys: list[str] | None = None) -> A:
+        """Return the answer, or raise `NoAnswer`; append the question's content key to `keys`.
+
+        A question with a valid answer is not sent again, even if several threads ask it at once.
+        """
         if self._answers is None:
-            return self._answer("", views, instruction, schema)
-        key = content_key(self.name, views, instruction, schema)
-        keys.append(key)
-        with self._alone(key):
-            found = self._answers.get(key)
-            if found is None:
-                return self._answer(key, views, instruction, schema)
-            self._count(answers=1, found=1)
-            return schema.model_validate_json(found)
-
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
+            return self._request("", views, instruction)
+        key = content_key(self.name, views, instruction)
+        if keys is not None:
+            keys.append(key)
         with self._lock:
-            busy = self._busy.setdefault(key, Lock())
-        with busy:
-            yield
+            key_lock = self._key_locks.setdefault(key, Lock())
+        with key_lock:
+            answer = self._answers.get(key)
+            if answer is None:
+                return self._request(key, views, instruction)
+            self._count(answered=1, cached=1)
+            return instruction.schema.model_validate_json(answer)
 
-    def _answer(self, key: str, views: Sequence[ImageView], instruction: Instruction, schema: type[A]) -> A:
-        """An answer, asked again with what was wrong as long as it is none."""
-        objection, wrong = "", ""
-        for _ in range(1 + self._terms.patience.asked_again):
+    def _request(self, key: str, views: Sequence[ImageView], instruction: Instruction[A]) -> A:
+        """Ask until the answer is valid, each time with what was wrong with the last one."""
+        if self._dry_run:
+            usage = self._policy.estimate(len(views), instruction)
+            spending = Spending(1, usage.tokens_in, usage.tokens_out, self._policy.cost(usage))
+            self._count(answered=1, spending=spending)
+            return instruction.schema.model_validate_json(instruction.schema.EXAMPLE)
+        objection = reason = ""
+        for _ in range(1 + self._policy.answer_retries):
             try:
-                return self._attempt(key, views, instruction, schema, objection)
+                return self._send(key, views, instruction, objection)
             except (MalformedAnswer, RefusedAnswer) as error:
-                wrong = f"{'refused' if isinstance(error, RefusedAnswer) else 'malformed'}: {error}"
-            objection = f"Your last answer could not be used ({wrong}). Answer again, in JSON of the form asked for."
-        raise NoAnswer(wrong)
+                reason = f"{error.outcome}: {error}"
+            objection = f"Your last answer could not be used ({reason}). Answer again, as JSON of the requested form."
+        raise NoAnswer(reason)
 
-    def _attempt(self, key: str, views: Sequence[ImageView], instruction: Instruction, schema: type[A], objection: str) -> A:
-        """An answer, sent again as long as nothing comes back."""
-        about = expected(views, instruction, self._terms.image_tokens, self._terms.answer_tokens)
-        wrong, tries = "", 1 + self._terms.patience.sent_again
-        for failures in range(1, tries + 1):
-            self._pace.wait()
+    def _send(self, key: str, views: Sequence[ImageView], instruction: Instruction[A], objection: str) -> A:
+        """Send a call again until there is a reply."""
+        reason, attempts = "", 1 + self._policy.send_retries
+        for failures in range(1, attempts + 1):
+            self._limiter.wait()
             try:
-                return self._call(key, about, views, instruction, schema, objection)
+                return self._call(key, views, instruction, objection)
             except RejectedRequest as error:
-                raise self._vain(f"rejected: {error}", HOPELESS) from None
+                raise self._failure(f"rejected: {error}", MAX_FAILURES) from None
             except TransportFault as error:
-                wrong = str(error)
-                if failures < tries:
-                    self._pace.after(wrong, failures, error.wait)
-        raise self._vain(f"{wrong} ({tries} times)", HOPELESS if self._has_answered else 1)
+                reason = str(error)
+                if failures < attempts:
+                    self._limiter.back_off(reason, failures, error.retry_after)
+        raise self._failure(f"{reason} ({attempts} times)", MAX_FAILURES if self._has_answered else 1)
 
-    def _call(
-        self, key: str, about: TokenUsage, views: Sequence[ImageView], instruction: Instruction, schema: type[A], objection: str
-    ) -> A:
-        """An answer to one call, which is charged and written down whatever comes of it."""
-        reserved, began = self._terms.price.of(about), time.monotonic()
+    def _call(self, key: str, views: Sequence[ImageView], instruction: Instruction[A], objection: str) -> A:
+        """Send one call; charge and record it, whatever its outcome."""
+        estimate = self._policy.estimate(len(views), instruction)
+        reserved, start = self._policy.cost(estimate), time.monotonic()
         self._budget.reserve(reserved)
-        usage, outcome, told = None, "broken off", None
+        usage, outcome, text = None, "interrupted", None
         try:
-            reply = self._backend.see(views, instruction, schema, objection)
-            usage, self._in_vain, self._has_answered = reply.usage or about, 0, True
-            answer = read(reply.text, schema)
-            outcome, told = "valid", answer.model_dump_json()
+            reply = self._backend.reply(views, instruction, objection)
+            usage, self._failures, self._has_answered = reply.usage or estimate, 0, True
+            answer = parse_answer(reply.text, instruction.schema)
+            outcome, text = "valid", answer.model_dump_json()
             return answer
-        except RefusedAnswer as error:
-            usage, outcome, self._in_vain, self._has_answered = error.usage or about, f"refused: {error}", 0, True
-            raise
-        except (MalformedAnswer, RejectedRequest, TransportFault) as error:
-            outcome = f"{type(error).__name__.lower()}: {error}"
+        except FailedCall as error:
+            outcome = f"{error.outcome}: {error}"
+            if isinstance(error, RefusedAnswer):
+                usage, self._failures, self._has_answered = error.usage or estimate, 0, True
             raise
         finally:
-            cost = self._terms.price.of(usage) if usage else 0.0
+            cost = self._policy.cost(usage) if usage else 0.0
             self._budget.settle(reserved, cost)
             tokens = (usage.tokens_in, usage.tokens_out) if usage else (0, 0)
-            spent = Spending(1, *tokens, cost, time.monotonic() - began)
+            spending = Spending(1, *tokens, cost, time.monotonic() - start)
             if self._answers is not None:
-                self._answers.keep(key, self.name, outcome, spent, told)
-            self._count(answers=int(told is not None), spent=spent)
+                self._answers.add(key, self.name, outcome, spending, text)
+            self._count(answered=int(text is not None), spending=spending)
 
-    def _vain(self, reason: str, most: int) -> Exception:
-        """What a question that came to nothing ends in: the whole work, if it is the last of `most` in a row."""
-        self._in_vain += 1
-        if self._in_vain < most:
+    def _failure(self, reason: str, limit: int) -> Exception:
+        """Return the exception for a failed question; the one after `limit` failures in a row ends the whole work."""
+        self._failures += 1
+        if self._failures < limit:
             return NoAnswer(reason)
-        return BadInput(f"'{self.name}' answers nothing: {reason}. Mend that and give the same command again to go on.")
+        return BadInput(f"'{self.name}' does not answer: {reason}. Fix that and run the same command again to continue.")
 
-    def _count(self, answers: int = 0, found: int = 0, spent: Spending = Spending()) -> None:  # noqa: B008 (a constant)
+    def _count(self, answered: int = 0, cached: int = 0, spending: Spending = Spending()) -> None:  # noqa: B008 (a constant)
         with self._lock:
-            self.asked = AnswerBatch(self.asked.answers + answers, self.asked.found + found, self.asked.spent.plus(spent))
+            self.answered, self.cached = self.answered + answered, self.cached + cached
+            self.spending += spending
 
 
-@final
-class DryRunClient(VLMClient):
-    """Counts what would be asked, and sends nothing: what was answered before is answered, all else is imagined."""
+@contextmanager
+def open_client(
+    backend: VLMBackend,
+    folder: Path,
+    policy: RequestPolicy = RequestPolicy(),  # noqa: B008 (a constant)
+    *,
+    dry_run: bool = False,
+) -> Iterator[CachedClient]:
+    """Open a client whose answers are cached in `folder`; other processes cannot write there meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder), closing(AnswerCache(folder / "answers.sqlite")) as answers:
+        yield CachedClient(backend, answers, policy, dry_run=dry_run)
 
-    def __init__(self, backend: VLMBackend, answers: AnswerCache, terms: RequestPolicy = RequestPolicy()) -> None:
-        self._name, self._terms, self._lock = backend.name, terms, Lock()
-        # Images are drawn only where their hash may be known.
-        self._answers = None if answers.is_empty else answers
-        self.asked = AnswerBatch()
 
-    @property
-    def name(self) -> str:
-        """The backend's."""
-        return self._name
+class PresenceQuestion(NamedTuple):
+    """Whether an image shows a concept."""
 
-    def see(self, views: Sequence[ImageView], instruction: Instruction, schema: type[A], keys: list[str]) -> A:
-        """An answer that was given before, or none that means anything."""
-        found = self._answers and self._answers.get(content_key(self.name, views, instruction, schema))
-        about = expected(views, instruction, self._terms.image_tokens, self._terms.answer_tokens)
-        with self._lock:
-            spent = Spending() if found else Spending(1, about.tokens_in, about.tokens_out, self._terms.price.of(about))
-            self.asked = AnswerBatch(self.asked.answers + 1, self.asked.found + bool(found), self.asked.spent.plus(spent))
-        return schema.model_validate_json(found or schema.imagined().model_dump_json())
+    image: Image.Image
+    part: Image.Image | None
+    """The part of the image that should show the concept; None for the whole image."""
+    concept: str
+    rest: str
+    """What the image shows apart from the concept."""
+
+
+def ask_presence(client: CachedClient, questions: Sequence[PresenceQuestion], *, connections: int = 16) -> list[PresenceAnswer]:
+    """Ask about several images at once; raise an error if a question gets no answer."""
+
+    def ask(number: int) -> PresenceAnswer:
+        question = questions[number]
+        images = [image for image in (question.image, question.part) if image is not None]
+        instruction = presence_instruction(question.concept, question.rest, question.part is not None)
+        try:
+            return client.ask([_plain_view(image) for image in images], instruction)
+        except NoAnswer as error:
+            raise BadInput(
+                f"The VLM did not answer whether image {number + 1} of {len(questions)} shows '{question.concept}': {error}. "
+                "Run the same command again; answers are cached."
+            ) from None
+
+    with ThreadPoolExecutor(connections) as threads:
+        return list(threads.map(ask, range(len(questions))))
+
+
+def _plain_view(image: Image.Image) -> ImageView:
+    times = max(1, -(-MIN_SIDE // min(image.size)))
+    enlarged = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    shot = Shot(model="", pixels=(image.height, image.width), steps=1, guidance=0.0)
+    return ImageView(draw=lambda: enlarged, shot=shot, highlight=torch.ones(1, 1))

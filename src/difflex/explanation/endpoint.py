@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint as a backend: Gemini, OpenAI, OpenRouter, vLLM, Ollama and others offer one."""
+"""OpenAI-compatible endpoints as a backend: Gemini, OpenAI, OpenRouter, vLLM, Ollama and others."""
 
 from __future__ import annotations
 
@@ -17,61 +17,60 @@ from pydantic import BaseModel, ValidationError
 
 from difflex.errors import BadInput, MissingExtra
 from difflex.explanation.backends import BackendReply, RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
-from difflex.explanation.questions import ImageView, Instruction, TokenUsage, VLMAnswer, cleaned, form
-
-
-@final
-class ApiKey:
-    """A secret: it shows itself to nobody who does not ask for it by name."""
-
-    def __init__(self, secret: str, told: str) -> None:
-        """`told` says where it is from."""
-        self._secret, self._told = secret, told
-
-    @classmethod
-    def found(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
-        """The key in `file`, or else in the environment's `variable`; an empty one where there is none, as for local servers."""
-        if file is None:
-            return cls(environment.get(variable, "").strip(), f"${variable}")
-        try:
-            lines = file.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"The key file {file} cannot be read ({type(error).__name__}). Name a text file of one line."
-            ) from None
-        if len(lines) != 1:
-            raise BadInput(f"The key file {file} holds {len(lines)} words. Write the key into it and nothing else.")
-        return cls(lines[0], str(file))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is none."""
-        return not self._secret
-
-    def reveal(self) -> str:
-        """The secret itself."""
-        return self._secret
-
-    def hidden(self, text: str) -> str:
-        """`text`, in which the secret is blotted out: an endpoint may well repeat what it was sent."""
-        return text.replace(self._secret, "[key]") if self._secret else text
-
-    def __repr__(self) -> str:
-        return f"Key(from {self._told})"
-
+from difflex.explanation.questions import ImageView, Instruction, TokenUsage, VLMAnswer, answer_schema, clean_text
 
 if TYPE_CHECKING:
     import httpx2
     import openai
 
+__all__ = ["ApiKey", "EndpointBackend"]
 
-LARGEST = 2**20
-"""Bytes of an answer; who sends more is not answering."""
-REASON = 300
-"""Characters of a stranger's error that are told on."""
+MAX_BYTES = 2**20
+"""Longest body of an answer."""
+MAX_REASON = 300
+"""Characters of an endpoint's error that are shown."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-CONNECT = 15.0
-"""Seconds to reach an endpoint; the rest of the time is for its answer."""
+CONNECT_TIMEOUT = 15.0
+"""Seconds to connect to an endpoint; the rest of the timeout is for its answer."""
+
+
+@final
+class ApiKey:
+    """An API key; its `repr` does not contain the secret."""
+
+    def __init__(self, secret: str, source: str) -> None:
+        self._secret, self._source = secret, source
+
+    @classmethod
+    def read(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
+        """Read the key from `file`, or else from an environment variable; it may be empty there, as for local servers."""
+        if file is None:
+            return cls(environment.get(variable, "").strip(), f"${variable}")
+        try:
+            words = file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"The key file {file} cannot be read ({type(error).__name__}). Name a text file of one line."
+            ) from None
+        if len(words) != 1:
+            raise BadInput(f"The key file {file} has {len(words)} words. Write only the key into it.")
+        return cls(words[0], str(file))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no key."""
+        return not self._secret
+
+    def reveal(self) -> str:
+        """Return the secret itself."""
+        return self._secret
+
+    def redact(self, text: str) -> str:
+        """Return `text` without the secret, as endpoints may repeat it in errors."""
+        return text.replace(self._secret, "[key]") if self._secret else text
+
+    def __repr__(self) -> str:
+        return f"ApiKey(from {self._source})"
 
 
 class _ChatMessage(BaseModel):
@@ -97,157 +96,150 @@ class _ChatCompletion(BaseModel):
 
 @final
 class EndpointBackend(VLMBackend):
-    """A model behind an OpenAI-compatible address; threads share one."""
+    """A model behind an OpenAI-compatible address; threads share it."""
 
     def __init__(
-        self, url: str, model: str, key: ApiKey, *, timeout: float = 120.0, longest: int = 2048, connections: int = 16
+        self, url: str, model: str, key: ApiKey, *, timeout: float = 120.0, max_tokens: int = 2048, connections: int = 16
     ) -> None:
-        """`timeout`: seconds that a whole call may take; `longest`: tokens that an answer may have, thoughts included."""
-        self._model, self._key, self._timeout, self._lock = model, key, timeout, Lock()
-        self._client = _client(_checked(url, key), key, connections, timeout)
-        # What not every endpoint takes: left out for good once it complains.
-        self._wishes: dict[str, object] = {"response_format": None, "temperature": 0, "max_tokens": longest}
+        """`timeout`: seconds for a whole call; `max_tokens`: longest answer, reasoning included."""
+        _check_address(url, key)
+        self.name = model  # the same at every address: a server that moves does not cost its answers again
+        self._key, self._timeout, self._lock = key, timeout, Lock()
+        self._client = _open_client(url, key, connections, timeout)
+        # Not every endpoint knows these parameters: one that it complains about is not sent again.
+        self._parameters: dict[str, object] = {"response_format": None, "temperature": 0, "max_tokens": max_tokens}
 
-    @property
-    def name(self) -> str:
-        """The model, whoever serves it: a server that has moved is not paid again."""
-        return self._model
-
-    def see(
-        self, views: Sequence[ImageView], instruction: Instruction, schema: type[VLMAnswer], objection: str = ""
-    ) -> BackendReply:
-        """What the model answers."""
+    def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
+        """Return the model's reply."""
         import openai
 
         content = _content(views, instruction, objection)
         while True:
-            wishes = self._wishes
+            parameters = self._parameters
+            body = {"messages": [{"role": "user", "content": content}], **_with_schema(parameters, instruction.schema)}
             try:
-                return self._reply(self._sent(content, _wished(wishes, schema)))
+                return self._parse(self._send(body))
             except openai.APIStatusError as error:
-                if error.status_code == 400 and self._forgone(wishes, str(error)):
+                if error.status_code == 400 and self._drop_parameter(parameters, str(error)):
                     continue
-                raise self._judged(error) from None
+                raise self._failure(error) from None
 
     def close(self) -> None:
-        """Nothing; its connections are closed."""
+        """Close the connections."""
         self._client.close()
 
-    def _sent(self, content: list[dict[str, object]], wishes: dict[str, object]) -> bytes:
-        """The body of the answer, complete and within time and size."""
+    def _send(self, request: dict[str, object]) -> bytes:
+        """Send a request and return the body of the answer, complete and within the limits of time and size."""
         import httpx2
         import openai
 
-        until = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout
         send, body = self._client.chat.completions.with_streaming_response.create, bytearray()
         try:
-            # As a part of the body that the client leaves alone: it looks at every item of what it is given by name.
-            body_too = {"messages": [{"role": "user", "content": content}], **wishes}
-            with send(model=self._model, messages=[], extra_body=body_too) as response:
+            # As extra_body, because the client inspects every item of its named arguments, which is slow for images.
+            with send(model=self.name, messages=[], extra_body=request) as response:
                 for part in response.iter_bytes():
                     body += part
-                    if time.monotonic() > until:  # some send blanks while they think: each in time, the whole for ever
-                        raise TransportFault(f"no whole answer within {self._timeout:g} s")
-                    if len(body) > LARGEST:
-                        raise TransportFault(f"an answer of more than {LARGEST} bytes")
+                    if time.monotonic() > deadline:  # some endpoints send blanks while they wait, so no single read times out
+                        raise TransportFault(f"no complete answer within {self._timeout:g} s")
+                    if len(body) > MAX_BYTES:
+                        raise TransportFault(f"an answer of more than {MAX_BYTES} bytes")
         except (openai.APITimeoutError, httpx2.TimeoutException):
             raise TransportFault(f"no answer within {self._timeout:g} s") from None
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            raise TransportFault(self._told(f"the connection failed: {error.__cause__ or error}")) from None
+            raise TransportFault(self._redact(f"the connection failed: {error.__cause__ or error}")) from None
         return bytes(body)
 
-    def _reply(self, body: bytes) -> BackendReply:
+    def _parse(self, body: bytes) -> BackendReply:
         try:
             completion = _ChatCompletion.model_validate_json(body)
         except ValidationError:
-            raise TransportFault(self._told(f"the body is no completion: {body.decode(errors='replace')}")) from None
-        usage = completion.usage and TokenUsage(
-            max(0, completion.usage.prompt_tokens), max(0, completion.usage.completion_tokens), _cost(completion.usage)
-        )
+            raise TransportFault(self._redact(f"not a completion: {body.decode(errors='replace')}")) from None
         if not completion.choices:
-            raise TransportFault(self._told(f"no choice in the body: {body.decode(errors='replace')}"))
+            raise TransportFault(self._redact(f"a completion without choices: {body.decode(errors='replace')}"))
+        usage = completion.usage and _token_usage(completion.usage)
         choice = completion.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise RefusedAnswer(self._told(choice.message.refusal or "the content filter stopped the answer"), usage)
+            raise RefusedAnswer(self._redact(choice.message.refusal or "the content filter stopped the answer"), usage=usage)
         return BackendReply(choice.message.content or "", usage)
 
-    def _forgone(self, wishes: dict[str, object], complaint: str) -> bool:
-        """Whether a wish that `complaint` speaks of is given up."""
-        blamed = next((name for name in wishes if name in complaint), None)
-        if blamed is None:
+    def _drop_parameter(self, parameters: dict[str, object], complaint: str) -> bool:
+        """Drop the parameter that a complaint names; return whether it names one."""
+        unsupported = next((name for name in parameters if name in complaint), None)
+        if unsupported is None:
             return False
         with self._lock:
-            left = {name: value for name, value in self._wishes.items() if name != blamed}
-            if blamed == "max_tokens":  # as those that think before they answer call it
-                left["max_completion_tokens"] = wishes[blamed]
-            self._wishes = left
+            remaining = {name: value for name, value in self._parameters.items() if name != unsupported}
+            if unsupported == "max_tokens":  # reasoning models of OpenAI use another name
+                remaining["max_completion_tokens"] = parameters["max_tokens"]
+            self._parameters = remaining
         return True
 
-    def _judged(self, error: openai.APIStatusError) -> Exception:
-        """What an error status means for the call."""
-        status, told = error.status_code, self._told(str(error))
-        if status in (401, 402, 404) or "insufficient_quota" in told:
-            return BadInput(f"The endpoint does not serve '{self._model}' to {self._key}: {told}. Mend that and run again.")
+    def _failure(self, error: openai.APIStatusError) -> Exception:
+        """Return the exception for an error status."""
+        status, reason = error.status_code, self._redact(str(error))
+        if status in (401, 402, 404) or "insufficient_quota" in reason:
+            return BadInput(f"The endpoint does not serve '{self.name}' to {self._key}: {reason}. Fix that and run again.")
         if status in (408, 409, 425, 429) or status >= 500:
-            return TransportFault(told, _wait(error.response.headers))
-        return RejectedRequest(told)
+            return TransportFault(reason, retry_after=_retry_after(error.response.headers))
+        return RejectedRequest(reason)
 
-    def _told(self, reason: str) -> str:
-        return self._key.hidden(cleaned(self._key.hidden(reason), REASON))
+    def _redact(self, reason: str) -> str:
+        return self._key.redact(clean_text(self._key.redact(reason), MAX_REASON))
 
 
-def _checked(url: str, key: ApiKey) -> str:
-    """`url`, which a key may be sent to."""
+def _check_address(url: str, key: ApiKey) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadInput(f"'{parts.scheme}:...' is no address of an endpoint. Write it as in https://openrouter.ai/api/v1.")
+        raise BadInput(f"'{parts.scheme}:...' is not the address of an endpoint. Write it as in https://openrouter.ai/api/v1.")
     if parts.username or parts.password or parts.query:
         raise BadInput(
-            f"The address of {parts.hostname} carries a name, a password or a query, which would be seen in many places. Put the "
-            "key into the environment or a key file."
+            f"The address of {parts.hostname} contains a user name, a password or a query, which logs and errors would show. "
+            "Put the key into the environment or a key file."
         )
     if parts.scheme == "http" and parts.hostname not in LOOPBACK and not key.is_empty:
         warnings.warn(f"The key goes to {parts.hostname} unencrypted, as its address begins with http.", stacklevel=3)
-    return url
 
 
-def _client(url: str, key: ApiKey, connections: int, timeout: float) -> openai.OpenAI:
+def _open_client(url: str, key: ApiKey, connections: int, timeout: float) -> openai.OpenAI:
     try:
         import httpx2
         import openai
     except ImportError as error:
-        raise MissingExtra.of("openai", "vlm", "Asking a model behind an address") from error
-    times = httpx2.Timeout(timeout, connect=min(CONNECT, timeout))
+        raise MissingExtra.of("openai", "vlm", "A VLM endpoint") from error
+    times = httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout))
     http = openai.DefaultHttpxClient(
         timeout=times, limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     )
-    # Its own repeats are off: ours are one policy, which waits as it is told, keeps count, and spends no more than it may.
+    # The retries of this client are off: CachedClient retries by one policy that obeys Retry-After and the budget.
     return openai.OpenAI(base_url=url, api_key=key.reveal() or "none", max_retries=0, timeout=times, http_client=http)
 
 
-def _content(views: Sequence[ImageView], instruction: Instruction, objection: str) -> list[dict[str, object]]:
+def _content(views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str) -> list[dict[str, object]]:
     content: list[dict[str, object]] = [{"type": "text", "text": instruction.text}]
     for number, view in enumerate(views, 1):
-        address = f"data:image/png;base64,{base64.b64encode(view.png).decode()}"
-        content += [{"type": "text", "text": f"Image {number}:"}, {"type": "image_url", "image_url": {"url": address}}]
+        url = f"data:image/png;base64,{base64.b64encode(view.png).decode()}"
+        content += [{"type": "text", "text": f"Image {number}:"}, {"type": "image_url", "image_url": {"url": url}}]
     if objection:
         content.append({"type": "text", "text": objection})
     return content
 
 
-def _wished(wishes: dict[str, object], schema: type[VLMAnswer]) -> dict[str, object]:
-    said = {"type": "json_schema", "json_schema": {"name": schema.__name__.lower(), "strict": True, "schema": form(schema)}}
-    return {name: said if name == "response_format" else value for name, value in wishes.items()}
+def _with_schema(parameters: dict[str, object], schema: type[VLMAnswer]) -> dict[str, object]:
+    description = {"name": schema.__name__.lower(), "strict": True, "schema": answer_schema(schema)}
+    form = {"type": "json_schema", "json_schema": description}
+    return {name: form if name == "response_format" else value for name, value in parameters.items()}
 
 
-def _cost(usage: _ChatUsage) -> float | None:
-    return usage.cost if usage.cost is not None and usage.cost >= 0 else None
+def _token_usage(usage: _ChatUsage) -> TokenUsage:
+    cost = usage.cost if usage.cost is not None and usage.cost >= 0 else None
+    return TokenUsage(max(0, usage.prompt_tokens), max(0, usage.completion_tokens), cost)
 
 
-def _wait(headers: httpx2.Headers) -> float | None:
-    """The seconds that an endpoint asks to be left alone: a number, or until a date."""
-    said = headers.get("retry-after", "")
-    if said.replace(".", "", 1).isdecimal():
-        return float(said)
-    date = email.utils.parsedate_tz(said)
+def _retry_after(headers: httpx2.Headers) -> float | None:
+    """Return the seconds to wait in a Retry-After header, which is a number or a date."""
+    value = headers.get("retry-after", "")
+    if value.replace(".", "", 1).isdecimal():
+        return float(value)
+    date = email.utils.parsedate_tz(value)
     return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None

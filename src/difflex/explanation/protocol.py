@@ -1,51 +1,49 @@
-"""Protocols: which images of a feature are shown to whom, and which others beside them."""
+"""Protocols of explanation: which images of a feature the explainer and the judge are shown, with which negatives."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import NamedTuple, final
 
-from difflex.choices import HighlightStyle
+from difflex.choices import HighlightStyle, ProtocolName
 from difflex.errors import BadInput
 from difflex.features import Book
 from difflex.features.entries import COVER_THRESHOLD, Example
-from difflex.records import Shot
 
-__all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan"]
+__all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan_feature"]
 
-Name = Literal["heldout", "paper"]
-APART = 0.5
-"""Up to this share of what another feature highlights may lie where this one fires; beyond, it is no miss but the same."""
+MAX_OVERLAP = 0.5
+"""In a near miss at most this share of the other feature's highlights lies where this feature fires."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplanationProtocol:
     """How features are explained and judged."""
 
-    name: Name = "heldout"
-    """`paper`: that of arXiv 2505.24360, which judges the very images that were explained. `heldout`: judges images that the
-    explainer never saw, and hard negatives."""
+    name: ProtocolName = "heldout"
+    """`paper`: as in arXiv 2505.24360, which judges the images that were explained. `heldout`: judges images that the explainer
+    never saw, and hard negatives."""
     shown: int = 5
     """Images that the explainer sees."""
     judged: int = 10
     """Images that are judged, half of them of other features."""
     lineup: int = 5
-    """Images of which one does not belong; 0 leaves that test out. `paper` knows none."""
+    """Images in the intruder test, one of which does not belong; 0 for no test. `paper` has none."""
     style: HighlightStyle = "blue"
-    """How what a feature marks is drawn over an image: as published, or outlined, which leaves its colours to be seen."""
+    """How images show where a feature fires: a blue overlay, as published, or an outline, which leaves colours visible."""
     seed: int = 0
 
     @property
     def label(self) -> str:
-        """What explanations are filed under: those of other settings are others."""
-        changed = [f"{each.name} {value}" for each in fields(self) if (value := getattr(self, each.name)) != each.default]
-        return " ".join([self.name, *changed[self.name != "heldout" :]])
+        """The name in books, which contains every setting that is not the default."""
+        settings = [(field.name, getattr(self, field.name), field.default) for field in fields(self)[1:]]
+        return " ".join([self.name, *(f"{name} {value}" for name, value, default in settings if value != default)])
 
     @property
-    def needs(self) -> int:
-        """Shots in which a feature must fire."""
+    def needed_shots(self) -> int:
+        """Number of shots in which a feature must fire."""
         half = self.judged // 2
         return max(self.shown, half) if self.name == "paper" else self.shown + half
 
@@ -53,29 +51,28 @@ class ExplanationProtocol:
         if self.shown < 1 or self.judged < 2 or self.judged % 2 or self.lineup in (1, 2) or self.lineup < 0:
             raise BadInput(
                 f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} images. Show 1 or more, "
-                "judge an even number, line up 3 or more, or 0 for no such test."
+                "judge an even number, and line up 3 or more, or 0 for no such test."
             )
 
 
 class JudgementTrial(NamedTuple):
-    """An example to be judged."""
+    """An example to judge."""
 
     example: Example
-    """Of the feature itself, or of the one whose highlights are to be told from its own."""
-    wanted: bool
-    """Whether it is the feature's own."""
+    is_own: bool
+    """Whether it is the feature's own example; otherwise it is a negative."""
 
 
 class Lineup(NamedTuple):
-    """Examples of which one does not belong."""
+    """Examples of a feature and one of another."""
 
     examples: tuple[Example, ...]
     odd: int
-    """Its place, from 0."""
+    """Index of the one that does not belong."""
 
 
 class FeaturePlan(NamedTuple):
-    """What is shown for one feature."""
+    """The images to show for one feature."""
 
     feature: int
     shown: tuple[Example, ...]
@@ -89,142 +86,134 @@ class FeaturePlan(NamedTuple):
 
 
 class UnsuitableFeature(Exception):
-    """A feature that cannot be explained by a protocol; its text says why."""
+    """A feature that a protocol cannot explain; its text is the reason."""
 
 
-def plan(book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> FeaturePlan:
-    """What is shown for `feature`, with negatives of `others`; by chance that the seed and the feature decide."""
-    chance = random.Random(f"{protocol.seed} {feature}")
-    own = [example for example in book.examples(feature) if _is_seen(book, example)]
-    return (_paper if protocol.name == "paper" else _heldout)(book, feature, own, others, protocol, chance)
+def plan_feature(book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> FeaturePlan:
+    """Choose the images to show for `feature`, with negatives of `others`; random choices depend on the seed and the feature."""
+    planner = _FeaturePlanner(book, feature, others, protocol)
+    return planner.paper() if protocol.name == "paper" else planner.heldout()
 
 
-def _paper(
-    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: ExplanationProtocol, chance: random.Random
-) -> FeaturePlan:
-    half = protocol.judged // 2
-    strongest = sorted((example for example in own if example.kind == "top"), key=lambda example: -example.peak)
-    top = _distinct(book, strongest, max(protocol.shown, half))
-    if len(top) < max(protocol.shown, half):
-        raise UnsuitableFeature(f"it has {len(top)} top images, {max(protocol.shown, half)} are needed")
-    negatives = _tops(book, {feature}, others, half, chance)
-    trials = [
-        *(JudgementTrial(example, True) for example in top[:half]),
-        *(JudgementTrial(example, False) for example in negatives),
-    ]
-    return FeaturePlan(feature, tuple(top[: protocol.shown]), tuple(trials), None)
+@final
+class _FeaturePlanner:
+    """The choice of images for one feature."""
+
+    def __init__(self, book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> None:
+        self._book, self._feature, self._others, self._protocol = book, feature, others, protocol
+        self._random = random.Random(f"{protocol.seed} {feature}")
+        self._own = [example for example in book.examples(feature) if self._is_visible(example)]
+        self._half = protocol.judged // 2
+
+    def paper(self) -> FeaturePlan:
+        """Judge the images that were explained, and other features' top images."""
+        needed = max(self._protocol.shown, self._half)
+        top = self._distinct(_strongest_first(self._own), needed)
+        if len(top) < needed:
+            raise UnsuitableFeature(f"it has {len(top)} top images, {needed} are needed")
+        trials = _trials(top[: self._half], self._top_examples({self._feature}, self._half))
+        return FeaturePlan(self._feature, tuple(top[: self._protocol.shown]), trials, None)
+
+    def heldout(self) -> FeaturePlan:
+        """Judge images that the explainer does not see, other features' top images and near misses."""
+        needed = self._protocol.shown
+        top = _strongest_first(example for example in self._own if example.split == "train")
+        shown = self._distinct(top, needed)
+        if len(shown) < needed:
+            raise UnsuitableFeature(f"it has {len(shown)} top images of the split 'train', {needed} are needed")
+        unseen = self._unseen(shown)
+        if len(unseen) < self._half:
+            raise UnsuitableFeature(
+                f"it has {len(unseen)} images that the explainer does not see, {self._half} are needed to judge"
+            )
+        last = len(unseen) - 1
+        positives = [unseen[round(i * last / max(1, self._half - 1))] for i in range(self._half)]
+        trials = _trials(positives, self._negatives(positives))
+        return FeaturePlan(self._feature, tuple(shown), trials, self._lineup(unseen))
+
+    def _is_visible(self, example: Example) -> bool:
+        """Return whether the highlights of an example are visible: the same threshold for all, in units of the feature's peak."""
+        return example.kind != "silent" and example.peak >= COVER_THRESHOLD * self._book.feature(example.feature).peak
+
+    def _contents(self, examples: Iterable[Example]) -> list[str]:
+        """Return what makes examples alike: the image, or the prompt, because seeds of a prompt resemble one another."""
+        numbers = [example.shot for example in examples]
+        shots = self._book.shots(numbers)
+        return [shots[number].shot.image or shots[number].shot.prompt for number in numbers]
+
+    def _distinct(self, examples: Iterable[Example], count: int, excluded: Collection[str] = ()) -> list[Example]:
+        """Return the first `count` examples of different prompts and images, without those `excluded`."""
+        candidates, distinct = [*examples], dict[str, Example]()
+        for example, content in zip(candidates, self._contents(candidates), strict=True):
+            if content not in excluded:
+                distinct.setdefault(content, example)
+        return [*distinct.values()][:count]
+
+    def _unseen(self, shown: Sequence[Example]) -> list[Example]:
+        """Return examples that the explainer does not see, weakest first: held-out ones, and others if those are too few."""
+        seen = self._contents(shown)
+        examples = self._distinct((example for example in self._own if example.split == "held-out"), len(self._own), seen)
+        if len(examples) < self._half:
+            examples = self._distinct(sorted(self._own, key=lambda example: example.split == "train"), self._half, seen)
+        return sorted(examples, key=lambda example: (example.peak, example.id))
+
+    def _top_examples(self, excluded: Collection[int], count: int) -> list[Example]:
+        """Return the strongest examples of `count` random other features."""
+        examples: list[Example] = []
+        for other in self._random.sample(self._others, len(self._others)):
+            if len(examples) == count:
+                return examples
+            if other not in excluded and (best := self._strongest(other)):
+                examples.append(best)
+        if len(examples) < count:
+            raise UnsuitableFeature(f"{len(examples)} other features have images, {count} are needed as negatives")
+        return examples
+
+    def _strongest(self, feature: int) -> Example | None:
+        return max(self._book.examples(feature, "top"), key=lambda example: example.peak, default=None)
+
+    def _negatives(self, positives: Sequence[Example]) -> list[Example]:
+        """Return the strongest examples of other features and up to two near misses."""
+        candidates = (self._of_nearest_decoder(), self._in_same_shot(positives))
+        near = [example for example in candidates if example is not None][: self._half // 2]
+        excluded = {self._feature, *(example.feature for example in near)}
+        return [*self._top_examples(excluded, self._half - len(near)), *near]
+
+    def _of_nearest_decoder(self) -> Example | None:
+        """Return the strongest example of the feature with the nearest decoder direction."""
+        neighbours = (row.feature for row in self._book.neighbours(self._feature) if row.kind == "direction")
+        return next(filter(None, map(self._strongest, neighbours)), None)
+
+    def _in_same_shot(self, positives: Sequence[Example]) -> Example | None:
+        """Return another feature's example in a shot of `positives` that highlights something else there."""
+        for own in self._random.sample(positives, len(positives)):
+            candidates = self._book.examples_at(own.shot)
+            for other in self._random.sample(candidates, len(candidates)):
+                if other.feature != own.feature and _overlap(own, other) <= MAX_OVERLAP and self._is_visible(other):
+                    return other
+        return None
+
+    def _lineup(self, unseen: Sequence[Example]) -> Lineup | None:
+        """Return images of the feature and one of another; None if there are too few."""
+        count = self._protocol.lineup
+        if not count or len(unseen) < count - 1:
+            return None
+        odd = self._random.randrange(count)
+        examples = self._random.sample(unseen, count - 1)
+        return Lineup((*examples[:odd], *self._top_examples({self._feature}, 1), *examples[odd:]), odd)
 
 
-def _heldout(
-    book: Book, feature: int, own: Sequence[Example], others: Sequence[int], protocol: ExplanationProtocol, chance: random.Random
-) -> FeaturePlan:
-    top = [example for example in own if example.kind == "top" and example.split == "train"]
-    shown = _distinct(book, sorted(top, key=lambda example: -example.peak), protocol.shown)
-    if len(shown) < protocol.shown:
-        raise UnsuitableFeature(f"it has {len(shown)} top images of the split 'train', {protocol.shown} are needed")
-    half = protocol.judged // 2
-    unseen = _unseen(book, own, shown, half)
-    if len(unseen) < half:
-        raise UnsuitableFeature(f"it has {len(unseen)} images that the explainer does not see, {half} are needed to judge")
-    positives = _spread(unseen, half)
-    negatives = _negatives(book, feature, positives, others, half, chance)
-    trials = [
-        *(JudgementTrial(example, True) for example in positives),
-        *(JudgementTrial(example, False) for example in negatives),
-    ]
-    return FeaturePlan(feature, tuple(shown), tuple(trials), _lineup(book, feature, unseen, others, protocol.lineup, chance))
+def _strongest_first(examples: Iterable[Example]) -> list[Example]:
+    return sorted((example for example in examples if example.kind == "top"), key=lambda example: -example.peak)
 
 
-def _distinct(book: Book, examples: Iterable[Example], count: int, but: Collection[str] = ()) -> list[Example]:
-    """The first `count` of `examples` that are of different prompts and images, and none of `but`."""
-    listed = list(examples)
-    shots = book.shots(example.shot for example in listed)
-    taken: dict[str, Example] = {}
-    for example in listed:
-        content = _content_of(shots[example.shot].shot)
-        if content not in but:
-            taken.setdefault(content, example)
-    return [*taken.values()][:count]
-
-
-def _is_seen(book: Book, example: Example) -> bool:
-    """Whether what the feature marks there is clear enough to be looked at: by one threshold, in units of its own peak."""
-    return example.kind != "silent" and example.peak >= COVER_THRESHOLD * book.feature(example.feature).peak
-
-
-def _content_of(shot: Shot) -> str:
-    """What makes shots alike: an image, or a prompt, whose seeds resemble one another."""
-    return shot.image or shot.prompt
-
-
-def _unseen(book: Book, own: Sequence[Example], shown: Sequence[Example], least: int) -> list[Example]:
-    """The feature's examples that the explainer did not see, weakest first: held-out ones, and others where these are too few."""
-    seen = {_content_of(row.shot) for row in book.shots(example.shot for example in shown).values()}
-    chosen = _distinct(book, (example for example in own if example.split == "held-out"), len(own), seen)
-    if len(chosen) < least:
-        chosen = _distinct(book, sorted(own, key=lambda example: example.split == "train"), least, seen)
-    return sorted(chosen, key=lambda example: (example.peak, example.id))
-
-
-def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` of `examples`, at equal distances from the first to the last."""
-    return [examples[round(i * (len(examples) - 1) / max(1, count - 1))] for i in range(count)]
-
-
-def _tops(book: Book, taken: Collection[int], others: Sequence[int], count: int, chance: random.Random) -> list[Example]:
-    """The strongest examples of `count` features by chance, none of them `taken`."""
-    found: list[Example] = []
-    for other in chance.sample(others, len(others)):
-        if len(found) == count:
-            return found
-        if other not in taken and (best := book.examples(other, "top")):
-            found.append(max(best, key=lambda example: example.peak))
-    if len(found) < count:
-        raise UnsuitableFeature(f"{len(found)} other features have images, {count} are needed to tell it from")
-    return found
-
-
-def _negatives(
-    book: Book, feature: int, positives: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
-) -> list[Example]:
-    """Half other features' strongest examples, half near misses: as far as there are some."""
-    near = [each for each in (_nearest(book, feature), _beside(book, positives, chance)) if each is not None][: count // 2]
-    taken = {feature, *(each.feature for each in near)}
-    return [*_tops(book, taken, others, count - len(near), chance), *near]
-
-
-def _nearest(book: Book, feature: int) -> Example | None:
-    """The strongest example of the feature whose decoder is nearest."""
-    for neighbour in book.neighbours(feature):
-        best = book.examples(neighbour.feature, "top") if neighbour.kind == "direction" else []
-        if best:
-            return max(best, key=lambda example: example.peak)
-    return None
-
-
-def _beside(book: Book, positives: Sequence[Example], chance: random.Random) -> Example | None:
-    """Another feature's example in one of the very shots of `positives`, which highlights something else there."""
-    for own in chance.sample(positives, len(positives)):
-        there = book.examples_at(own.shot)
-        for other in chance.sample(there, len(there)):
-            if other.feature != own.feature and _overlap(own, other) <= APART and _is_seen(book, other):
-                return other
-    return None
+def _trials(own: Iterable[Example], negatives: Iterable[Example]) -> tuple[JudgementTrial, ...]:
+    own_trials = (JudgementTrial(example, True) for example in own)
+    return (*own_trials, *(JudgementTrial(example, False) for example in negatives))
 
 
 def _overlap(own: Example, other: Example) -> float:
-    """The share of what `other` highlights that lies where `own` fires."""
-    fires = set(own.map.tokens)
-    shared = sum(value for token, value in zip(*other.map, strict=True) if token in fires)
+    """Return the share of the highlights of `other` that lies where `own` fires."""
+    tokens = set(own.map.tokens)
+    shared = sum(value for token, value in zip(*other.map, strict=True) if token in tokens)
     return shared / (sum(other.map.values) or 1.0)
-
-
-def _lineup(
-    book: Book, feature: int, unseen: Sequence[Example], others: Sequence[int], count: int, chance: random.Random
-) -> Lineup | None:
-    """Images of the feature and one of another; None where there are too few."""
-    if not count or len(unseen) < count - 1:
-        return None
-    odd = chance.randrange(count)
-    examples = chance.sample(unseen, count - 1)
-    return Lineup((*examples[:odd], *_tops(book, {feature}, others, 1, chance), *examples[odd:]), odd)

@@ -1,4 +1,4 @@
-"""Requests: the cache of answers on disk, prices and budget, rate limits and retries."""
+"""Requests to a VLM: their policy, the rate limit and the budget that threads share, and the cache of answers on disk."""
 
 from __future__ import annotations
 
@@ -7,141 +7,155 @@ import math
 import random
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
-from typing import NamedTuple, final
+from typing import final
 
 from difflex.errors import BadInput, BrokenFile, OutOfBudget
-from difflex.explanation.questions import ImageView, Instruction, TokenUsage
+from difflex.explanation.questions import Instruction, TokenUsage, VLMAnswer
+
+__all__ = ["AnswerCache", "CallBudget", "RateLimiter", "RequestPolicy", "RequestsStopped", "Spending"]
+
+LETTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """How often and after how long what came to nothing is tried again."""
+class RequestPolicy:
+    """Limits on requests to a VLM, their price, and retries."""
 
-    asked_again: int = 4
-    """How often an answer that is malformed or a refusal is asked again, with what was wrong."""
-    sent_again: int = 8
-    """How often a call that came to nothing on its way is sent again."""
-    first: float = 1.0
-    """Seconds until the first time; each further one waits twice as long, at random between half of that and all of it."""
-    longest: float = 60.0
-    """Seconds at most, unless the endpoint asks for more."""
-    most_asked: float = 900.0
-    """Seconds that an endpoint may ask to be left alone; who asks for more has closed for the day."""
+    per_minute: float | None = None
+    """Requests per minute; None for no limit."""
+    price: tuple[float, float] = (0.0, 0.0)
+    """Price of a million tokens, in and out, for endpoints that do not report the cost of a call."""
+    budget: float | None = None
+    """What all calls to this backend may cost together, those of earlier runs in the same cache included; None for no limit."""
+    image_tokens: int = 300
+    """Estimated tokens of an image, for endpoints that do not report them and before a call is sent."""
+    answer_tokens: int = 150
+    """Estimated tokens of an answer."""
+    answer_retries: int = 4
+    """How often a question is repeated after a malformed answer or a refusal, with the reason."""
+    send_retries: int = 8
+    """How often a call is sent again after a failure of the connection or the endpoint."""
+    first_wait: float = 1.0
+    """Seconds until the first retry; each further wait doubles, and half of it is random."""
+    longest_wait: float = 60.0
+    """Longest wait in seconds, unless the endpoint asks for more."""
+    longest_retry_after: float = 900.0
+    """Longest wait in seconds that an endpoint may ask for; if it asks for more, the work stops."""
 
     def __post_init__(self) -> None:
-        if min(self.asked_again, self.sent_again, self.first, self.longest) < 0:
-            raise BadInput(f"{self} cannot be: nothing of it may be below 0.")
+        if self.per_minute is not None and self.per_minute <= 0:
+            raise BadInput(f"{self.per_minute:g} requests per minute allow no request. Give a number above 0.")
+        if not all(math.isfinite(price) and price >= 0 for price in self.price):
+            raise BadInput(f"The price {self.price} of a million tokens, in and out, is not valid. Give two numbers from 0 up.")
+        if min(self.answer_retries, self.send_retries, self.first_wait, self.longest_wait) < 0:
+            raise BadInput(f"Retries and waits cannot be below 0: {self}.")
+
+    def cost(self, usage: TokenUsage) -> float:
+        """Return the cost of a call: as reported by the endpoint, or else by the price of its tokens."""
+        if usage.cost is not None:
+            return usage.cost
+        return (self.price[0] * usage.tokens_in + self.price[1] * usage.tokens_out) / 1e6
+
+    def estimate(self, images: int, instruction: Instruction[VLMAnswer]) -> TokenUsage:
+        """Estimate the tokens of a call."""
+        return TokenUsage(len(instruction.text) // LETTERS_PER_TOKEN + self.image_tokens * images, self.answer_tokens)
 
 
 class RequestsStopped(Exception):
-    """The work was called off."""
+    """Requests were stopped because the work ends."""
 
 
 @final
 class RateLimiter:
-    """The one clock of all threads that ask the same endpoint."""
+    """The waits of all threads that ask the same endpoint."""
 
-    def __init__(self, per_minute: float | None, patience: RetryPolicy) -> None:
-        """`per_minute`: calls; None for no limit."""
-        if per_minute is not None and per_minute <= 0:
-            raise BadInput(f"{per_minute:g} calls a minute are none. Allow more.")
-        self._apart = 60 / per_minute if per_minute else 0.0
-        self._patience, self._lock, self._stop = patience, Lock(), Event()
+    def __init__(self, policy: RequestPolicy) -> None:
+        self._policy, self._lock, self._stop = policy, Lock(), Event()
+        self._interval = 60 / policy.per_minute if policy.per_minute else 0.0
         self._next = 0.0
-        """When the next call may be sent."""
-        self._random = random.Random()  # so that many who were turned away together do not come back together
+        """Time at which the next call may be sent."""
+        self._random = random.Random()  # so that threads that were turned away together do not come back together
 
     def stop(self) -> None:
-        """Nothing; whoever waits, or would, stops instead."""
+        """Raise `RequestsStopped` in all threads that wait, now or later."""
         self._stop.set()
 
     def wait(self) -> None:
-        """Nothing; a call may be sent now."""
+        """Wait until a call may be sent."""
         while True:
             with self._lock:
                 now = time.monotonic()
-                left = self._next - now
-                if left <= 0:
-                    self._next = now + self._apart if self._apart else self._next
-            if left <= 0 and not self._stop.is_set():
+                remaining = self._next - now
+                if remaining <= 0 and self._interval:
+                    self._next = now + self._interval
+            if remaining <= 0 and not self._stop.is_set():
                 return
-            self._sleep(left)
+            self._sleep(remaining)
 
-    def after(self, reason: str, failures: int, asked: float | None) -> None:
-        """Nothing, after the wait that follows so many `failures` in a row; what an endpoint has `asked` for holds for all."""
-        if asked is None:
-            doubled = self._patience.first * 2 ** (failures - 1)
-            self._sleep(min(self._patience.longest, doubled) * self._random.uniform(0.5, 1))
+    def back_off(self, reason: str, failures: int, retry_after: float | None) -> None:
+        """Wait after a number of failures in a row; a `retry_after` of the endpoint delays all threads instead."""
+        if retry_after is None:
+            seconds = self._policy.first_wait * 2 ** (failures - 1)
+            self._sleep(min(self._policy.longest_wait, seconds) * self._random.uniform(0.5, 1))
             return
-        if asked > self._patience.most_asked:
-            raise BadInput(f"The endpoint asks to be left alone for {asked:.0f} s ({reason}). Give the same command again then.")
+        if retry_after > self._policy.longest_retry_after:
+            raise BadInput(f"The endpoint asks to wait for {retry_after:.0f} s ({reason}). Run the same command again then.")
         with self._lock:
-            self._next = max(self._next, time.monotonic() + asked)
+            self._next = max(self._next, time.monotonic() + retry_after)
 
     def _sleep(self, seconds: float) -> None:
         if self._stop.wait(max(0.0, seconds)):
             raise RequestsStopped
 
 
-LETTERS = 4
-"""Of a token, about."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenPrice:
-    """What a million tokens cost."""
-
-    tokens_in: float = 0.0
-    tokens_out: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not all(math.isfinite(each) and each >= 0 for each in (self.tokens_in, self.tokens_out)):
-            raise BadInput(
-                f"A price of {self.tokens_in:g} and {self.tokens_out:g} for a million tokens cannot be. Give it in numbers."
-            )
-
-    def of(self, usage: TokenUsage) -> float:
-        """The cost of a call: what the endpoint says, or what its tokens cost."""
-        if usage.cost is not None:
-            return usage.cost
-        return (self.tokens_in * usage.tokens_in + self.tokens_out * usage.tokens_out) / 1e6
-
-
-def expected(views: Sequence[ImageView], instruction: Instruction, image_tokens: int, answer_tokens: int) -> TokenUsage:
-    """What a call will take, about: counted where the endpoint does not say, and before anything is sent."""
-    return TokenUsage(len(instruction.text) // LETTERS + image_tokens * len(views), answer_tokens)
-
-
 @final
 class CallBudget:
-    """What may be spent; threads share one."""
+    """A budget that threads share."""
 
-    def __init__(self, most: float | None, spent: float = 0.0) -> None:
-        """`most`: None for no limit; `spent`: what is gone already."""
-        self._most, self._lock = most, Lock()
-        self.spent = spent
-        self._reserved = 0.0
+    def __init__(self, limit: float | None, spent: float) -> None:
+        """Start with what is `spent` already; no `limit` if None."""
+        self._limit, self._spent, self._reserved, self._lock = limit, spent, 0.0, Lock()
 
     def reserve(self, cost: float) -> None:
-        """Nothing; a call of about `cost` may be sent, or else `OutOfBudget`."""
+        """Reserve the estimated cost of a call; raise `OutOfBudget` if it exceeds the limit."""
         with self._lock:
-            if self._most is not None and self.spent + self._reserved + cost > self._most:
+            if self._limit is not None and self._spent + self._reserved + cost > self._limit:
                 raise OutOfBudget(
-                    f"The budget of {self._most:g} is used up: {self.spent:.4g} is spent, the next call may cost {cost:.2g}. "
-                    "Every answer is kept; give the same command with a larger --budget to go on."
+                    f"The budget of {self._limit:g} is used up: {self._spent:.4g} is spent, the next call may cost {cost:.2g}. "
+                    "All answers are cached; run the same command with a larger --budget to continue."
                 )
             self._reserved += cost
 
     def settle(self, reserved: float, cost: float) -> None:
-        """Nothing; a call for which `reserved` was put aside did cost `cost`."""
+        """Replace what was reserved for a call by its cost."""
         with self._lock:
             self._reserved -= reserved
-            self.spent += cost
+            self._spent += cost
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What calls took together."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Spending) -> Spending:
+        return Spending(
+            self.calls + other.calls,
+            self.tokens_in + other.tokens_in,
+            self.tokens_out + other.tokens_out,
+            self.cost + other.cost,
+            self.seconds + other.seconds,
+        )
 
 
 FORMAT = 1
@@ -154,116 +168,92 @@ CREATE TABLE calls (
 );
 CREATE INDEX calls_by_key ON calls (key);
 """
-
-
-class Spending(NamedTuple):
-    """What calls took."""
-
-    calls: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    cost: float = 0.0
-    seconds: float = 0.0
-
-    def plus(self, other: Spending) -> Spending:
-        """Both together."""
-        return Spending(
-            self.calls + other.calls,
-            self.tokens_in + other.tokens_in,
-            self.tokens_out + other.tokens_out,
-            self.cost + other.cost,
-            self.seconds + other.seconds,
-        )
+"""`booked` is 1 for calls whose usage is recorded in a book."""
 
 
 @final
 class AnswerCache:
-    """The answers in one file; threads may share it. What is in it survives a kill at any moment."""
+    """Answers and calls in an SQLite file; threads may share it, and a kill at any moment loses no answer."""
 
     def __init__(self, path: Path) -> None:
-        """The answers in the file `path`, which is begun if it is not there."""
+        """Open the file `path`, or create it."""
         self.path, self._lock = path, Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._begin()
+            self._prepare()
         except sqlite3.DatabaseError as error:
-            self._file.close()
+            self._connection.close()
             raise BrokenFile(
-                f"{path} is no file of answers ({error}): it is damaged. Delete it; what it held is asked anew."
+                f"{path} is damaged or not a cache of answers ({error}). Delete it; its questions are asked again."
             ) from error
 
-    def _begin(self) -> None:
-        self._file.execute("PRAGMA journal_mode = WAL")
-        # A kill loses nothing that was committed. A loss of power may lose the last answers, but waits for no disk at each.
-        self._file.execute("PRAGMA synchronous = NORMAL")
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        # A kill loses nothing that was committed. A loss of power may lose the last answers, but no call waits for the disk.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
         with self._transaction():
-            [found] = self._file.execute("PRAGMA user_version").fetchone()
-            if found == 0:
+            [version] = self._connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
                 for statement in TABLES.split(";")[:-1]:
-                    self._file.execute(statement)
-                self._file.execute(f"PRAGMA user_version = {FORMAT}")
-        if found not in (0, FORMAT):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA user_version = {FORMAT}")
+        if version not in (0, FORMAT):
             raise BrokenFile(
-                f"{self.path} is of format {found}; this difflex reads format {FORMAT}. Use the difflex that wrote it."
+                f"{self.path} has format {version}; this difflex reads format {FORMAT}. Use the version that wrote it."
             )
 
     def get(self, key: str) -> str | None:
-        """The valid answer to what has the hash `key`, as JSON; None if there is none yet."""
+        """Return the valid answer of a content key as JSON; None if there is none yet."""
         with self._lock:
-            found = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return found and found[0]
+            row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        return row and row[0]
 
-    def spent(self, keys: Iterable[str], unbooked: bool = False) -> Spending:
-        """What the calls for `keys` took, those included that came to nothing; with `unbooked`, only what is not yet booked."""
+    def unrecorded(self, keys: Iterable[str]) -> Spending:
+        """Return what the calls for `keys` took, failed ones included, that is not recorded in a book yet."""
         sums = ", ".join(f"coalesce(sum({name}), 0)" for name in ("tokens_in", "tokens_out", "cost", "seconds"))
-        among = "key IN (SELECT value FROM json_each(?)) AND booked <= ?"
+        query = f"SELECT count(*), {sums} FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND NOT booked"
         with self._lock:
-            row = self._file.execute(
-                f"SELECT count(*), {sums} FROM calls WHERE {among}", (json.dumps([*keys]), 0 if unbooked else 1)
-            ).fetchone()
-        return Spending(*row)
+            return Spending(*self._connection.execute(query, (json.dumps([*keys]),)).fetchone())
+
+    def mark_recorded(self, keys: Iterable[str]) -> None:
+        """Mark the calls for `keys` as recorded in a book."""
+        update = "UPDATE calls SET booked = 1 WHERE key IN (SELECT value FROM json_each(?))"
+        with self._lock, self._transaction():
+            self._connection.execute(update, (json.dumps([*keys]),))
 
     def cost(self, model: str) -> float:
-        """What all calls to a model cost."""
+        """Return what all calls to a model cost."""
         with self._lock:
-            [cost] = self._file.execute("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", (model,)).fetchone()
+            [cost] = self._connection.execute("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", (model,)).fetchone()
         return float(cost)
 
-    def book(self, keys: Iterable[str]) -> None:
-        """Nothing; what the calls for `keys` took is told elsewhere by now."""
+    def add(self, key: str, model: str, outcome: str, spending: Spending, answer: str | None) -> None:
+        """Write a call and, if it is valid, its answer, in one transaction."""
+        insertion = "INSERT INTO calls (key, model, outcome, tokens_in, tokens_out, cost, seconds) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        usage = (spending.tokens_in, spending.tokens_out, spending.cost, spending.seconds)
         with self._lock, self._transaction():
-            self._file.execute(
-                "UPDATE calls SET booked = 1 WHERE key IN (SELECT value FROM json_each(?))", (json.dumps([*keys]),)
-            )
-
-    def keep(self, key: str, model: str, outcome: str, spent: Spending, answer: str | None = None) -> None:
-        """Nothing; what a call took is on disk and, if it was valid, its answer, both or neither."""
-        with self._lock, self._transaction():
-            self._file.execute(
-                "INSERT INTO calls (key, model, outcome, tokens_in, tokens_out, cost, seconds) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (key, model, outcome, spent.tokens_in, spent.tokens_out, spent.cost, spent.seconds),
-            )
+            self._connection.execute(insertion, (key, model, outcome, *usage))
             if answer is not None:
-                self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, model, answer))
+                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, model, answer))
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever answered."""
+        """Whether there is no answer."""
         with self._lock:
-            return self._file.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
+            return self._connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
 
     def close(self) -> None:
-        """Nothing; the file is closed."""
+        """Close the file."""
         with self._lock:
-            self._file.close()
+            self._connection.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._file.execute("BEGIN IMMEDIATE")
+        self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._file.execute("ROLLBACK")
+            self._connection.execute("ROLLBACK")
             raise
-        self._file.execute("COMMIT")
+        self._connection.execute("COMMIT")
