@@ -23,11 +23,11 @@ from difflex.evaluation.concepts.results import (
     MatchInputs,
     NoiseLevelResult,
 )
-from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect, to_json
+from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
-from difflex.records import Shot, Site
+from difflex.records import Shot, Site, _to_json
 from difflex.study import DictionaryRef, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
@@ -399,7 +399,7 @@ def _write(path: Path, evaluation: Evaluation) -> None:
     try:
         evaluation.save(path)
     except ValueError:
-        path.write_text(json.dumps({"format": 2, "difflex": "0", **to_json(evaluation)}))
+        path.write_text(json.dumps({"format": 2, "difflex": "0", **_to_json(evaluation)}))
 
 
 def _concept_result(concept: Concept, ap: float) -> ConceptResult:

@@ -344,10 +344,10 @@ def test_evaluations_survive_saving_and_loading(tmp_path: Path):
     ("change", "complaint"),
     [
         ({"format": 1}, "format 1; this version of difflex reads format 2"),
-        ({"colour": "red"}, "cannot be read as an evaluation"),
-        ({"overall": {"tokens": 3}}, "cannot be read as an evaluation"),
-        ({"timesteps": [1]}, "cannot be read as an evaluation"),
-        ({"effect": {"shots": 1}}, "cannot be read as an evaluation"),
+        ({"colour": "red"}, "cannot be read as results of difflex evaluate"),
+        ({"overall": {"tokens": 3}}, "cannot be read as results of difflex evaluate"),
+        ({"timesteps": [1]}, "cannot be read as results of difflex evaluate"),
+        ({"effect": {"shots": 1}}, "cannot be read as results of difflex evaluate"),
     ],
 )
 def test_files_that_are_not_evaluations_are_refused(tmp_path: Path, change: Mapping[str, object], complaint: str):
@@ -362,7 +362,7 @@ def test_truncated_and_missing_files_are_refused(tmp_path: Path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(BrokenFile, match="not JSON"):
         Evaluation.load(path)
-    with pytest.raises(BadInput, match="has not been evaluated"):
+    with pytest.raises(BadInput, match="difflex evaluate makes it"):
         Evaluation.load(tmp_path / "other.json")
 
 

@@ -26,7 +26,7 @@ from sample_study import (
 
 from difflex.cli import main, parse
 from difflex.commands import VERBS
-from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.evaluation import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.training import TrainCommand
 from difflex.commands.study import words
@@ -197,11 +197,11 @@ def test_records_of_older_weights_are_named_and_left_out(tmp_path: Path):
         (lambda text: text[: len(text) // 2], "damaged"),
         (
             lambda text: text.replace('"dead": 3', '"dead": "three"'),
-            "cannot be read as an evaluation",
+            "cannot be read as results of difflex evaluate",
         ),
         (lambda text: text.replace('"density": [', '"density": [0,'), "does not fit its dictionary"),
         (lambda text: text.replace('"size": 512', '"size": 0'), "does not fit its dictionary"),
-        (lambda text: text.replace('"size": 512', '"sise": 512'), "cannot be read as an evaluation"),
+        (lambda text: text.replace('"size": 512', '"sise": 512'), "cannot be read as results of difflex evaluate"),
     ],
 )
 def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path, damage: Callable[[str], str], message: str):

@@ -1,14 +1,21 @@
-"""Records that stations exchange: sites, shots, activations, codes and edits. Importing them does not import torch."""
+"""Records that stations exchange: sites, shots, activations, codes, edits, and the base of records in JSON files.
+
+Importing them does not import torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import EllipsisType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from difflex.choices import Operation, Unit
 from difflex.errors import BadInput
+from difflex.files import parsing, read_json, write_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -21,10 +28,10 @@ __all__ = [
     "Edit",
     "EditOutcomes",
     "HookContext",
+    "JsonRecord",
     "Rectangle",
     "Shot",
     "Site",
-    "TransplantSource",
 ]
 
 # The types of fields below.
@@ -198,3 +205,72 @@ class Edit:
     """Under guidance: the conditional half alone, both alike, or the unconditional one with the opposite sign."""
     source: TransplantSource | None = None
     """For a transplant."""
+
+
+class JsonRecord:
+    """A base of dataclasses that are stored as JSON files."""
+
+    FORMAT: ClassVar[int]
+    COMMAND: ClassVar[str]
+    """The command that writes the file."""
+    INDENT: ClassVar[int | None] = 1
+
+    def save(self, path: Path | str) -> Path:
+        """Write the record to `path` and return the path."""
+        try:
+            return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error}. Name a place that you may write to.") from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Return the record in `path`."""
+        path = Path(path)
+        if not path.is_file():
+            raise BadInput(f"There is no {path}. difflex {cls.COMMAND} makes it.")
+        advice = f"Delete it and run difflex {cls.COMMAND} again."
+        entries = read_json(path, cls.FORMAT, advice)
+        with parsing(path, f"results of difflex {cls.COMMAND}", advice):
+            return _from_json(cls, entries)
+
+
+def _to_json(value: object) -> Any:
+    """Return `value` as JSON: dataclasses become objects, tuples become lists, sites become text."""
+    if isinstance(value, Site):
+        return str(value)
+    if is_dataclass(value):
+        return {field.name: _to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+_type_hints = cache(get_type_hints)
+
+
+def _from_json(kind: Any, entry: Any) -> Any:
+    """Return the value of the type `kind` that `_to_json` made `entry` of.
+
+    An unknown entry of an object raises TypeError or KeyError, a missing one or one of another type TypeError.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind in (int, float, str, bool):
+        if not isinstance(entry, int | float if kind is float else kind):
+            raise TypeError(f"{entry!r} is not of type {kind.__name__}")
+        return entry
+    if entry is None or origin is Literal:
+        return entry
+    if origin is UnionType:  # X | None, or X | str | None
+        return entry if isinstance(entry, str) and str in arguments else _from_json(arguments[0], entry)
+    if kind is Site:
+        return Site.parse(entry)
+    if origin is dict:
+        to_key = Site.parse if arguments[0] is Site else arguments[0]
+        return {to_key(key): _from_json(arguments[1], item) for key, item in entry.items()}
+    if origin is tuple:
+        kinds = arguments[:1] * len(entry) if isinstance(arguments[-1], EllipsisType) else arguments
+        return tuple(_from_json(*pair) for pair in zip(kinds, entry, strict=True))
+    hints = _type_hints(kind)
+    if is_dataclass(kind):
+        return kind(**{name: _from_json(hints[name], item) for name, item in entry.items()})  # pyright: ignore[reportCallIssue]
+    return kind(*(_from_json(*pair) for pair in zip(hints.values(), entry, strict=True)))  # a NamedTuple

@@ -10,10 +10,11 @@ from statistics import fmean, stdev
 from typing import ClassVar, Literal, NamedTuple, final
 
 from difflex.effects.drawn_world import CAPTION_GROUPS
-from difflex.effects.inputs import EffectRecord, Provenance
+from difflex.effects.inputs import Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
 from difflex.miniature.world import CONCEPTS
+from difflex.records import JsonRecord
 
 __all__ = [
     "Finding",
@@ -122,7 +123,7 @@ class Finding:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Findings(EffectRecord):
+class Findings(JsonRecord):
     """The findings at one site of a model."""
 
     FORMAT: ClassVar[int] = 2

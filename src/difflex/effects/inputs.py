@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import ClassVar, NamedTuple, Self, final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -13,17 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from difflex.dictionaries import fingerprint
-from difflex.errors import BadInput, StaleWork
+from difflex.errors import StaleWork
 from difflex.evaluation.concepts.results import ConceptMatches
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering import SteeringHook, StudyEditor
 from difflex.steering.contrast import Contrast, find_contrasts, pair_activations
 from difflex.study import DictionaryRef, Study
 
 __all__ = [
-    "EffectRecord",
     "ModelFunctions",
     "NeuronBaseline",
     "Provenance",
@@ -68,31 +64,6 @@ class ModelFunctions:
         """Return the contrasts of the first so many `pairs` of prompts for each of `counts` (None: all)."""
         sides = pair_activations(lambda shots: self.harvest(shots, site, batch), self.shots(steps), pairs)
         return find_contrasts(*sides, counts, region=region)
-
-
-class EffectRecord:
-    """A record of effects as a JSON file; a base of dataclasses."""
-
-    FORMAT: ClassVar[int]
-    COMMAND: ClassVar[str]
-    """The command that writes it."""
-
-    def save(self, path: Path) -> Path:
-        """Write the record to `path` and return the path."""
-        try:
-            return write_json(path, self.FORMAT, to_json(self))
-        except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error}. Name a study that you may write to.") from error
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Return the record in `path`."""
-        if not path.is_file():
-            raise BadInput(f"There is no {path}. difflex {cls.COMMAND} makes it.")
-        advice = f"Delete it and run difflex {cls.COMMAND} again."
-        entries = read_json(path, cls.FORMAT, advice)
-        with parsing(path, f"results of difflex {cls.COMMAND}", advice):
-            return from_json(cls, entries)
 
 
 @final

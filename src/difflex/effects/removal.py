@@ -13,7 +13,7 @@ from PIL import Image
 
 from difflex.dictionaries import Dictionary
 from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
-from difflex.effects.inputs import EffectRecord, ModelFunctions, Provenance, to_tensor
+from difflex.effects.inputs import ModelFunctions, Provenance, to_tensor
 from difflex.effects.judging import JudgeVerdict
 from difflex.effects.removal_features import (
     BAR,
@@ -27,7 +27,7 @@ from difflex.effects.removal_features import (
 )
 from difflex.errors import BadInput, UnknownName
 from difflex.miniature import load_judge
-from difflex.records import Shot, Site
+from difflex.records import JsonRecord, Shot, Site
 from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
 
@@ -119,7 +119,7 @@ class RemovedConcept:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RemovalResults(EffectRecord):
+class RemovalResults(JsonRecord):
     """The removal of concepts with the same dictionaries."""
 
     FORMAT: ClassVar[int] = 2

@@ -14,7 +14,6 @@ from difflex.choices import Unit
 from difflex.effects.concept_specs import DRAWN_WORLD, JudgedWorld
 from difflex.effects.drawn_world import drawn_generator, group_of
 from difflex.effects.inputs import (
-    EffectRecord,
     ModelFunctions,
     NeuronBaseline,
     Provenance,
@@ -24,7 +23,7 @@ from difflex.effects.inputs import (
 )
 from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
 from difflex.errors import BadInput
-from difflex.records import Edit
+from difflex.records import Edit, JsonRecord
 from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
@@ -73,7 +72,7 @@ class ImageStrip:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteeringResults(EffectRecord):
+class SteeringResults(JsonRecord):
     """The effects of several methods on several tasks."""
 
     FORMAT: ClassVar[int] = 3

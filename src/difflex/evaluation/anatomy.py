@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
-from difflex.records import Activations, Site, Stream
+from difflex.records import Activations, JsonRecord, Site, Stream
 from difflex.study import Study
 
 __all__ = [
@@ -30,8 +28,6 @@ __all__ = [
     "update_anatomy",
 ]
 
-FORMAT = 2
-ADVICE = "Run difflex anatomy again."
 TOP = 10
 """Number of directions and coordinates to report."""
 
@@ -84,8 +80,11 @@ class AnatomyInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Anatomy:
+class Anatomy(JsonRecord):
     """Norms and distributions of activations by site."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "anatomy"
 
     model: str
     norms: dict[Site, dict[float, float]]
@@ -93,17 +92,6 @@ class Anatomy:
     shapes: dict[Site, ActivationShape]
     """Only of the sites whose spectrum was measured."""
     inputs: AnatomyInputs | None = None
-
-    def save(self, path: Path) -> None:
-        """Write the anatomy to the JSON file `path`."""
-        write_json(path, FORMAT, to_json(self))
-
-    @classmethod
-    def load(cls, path: Path) -> Anatomy:
-        """Read the anatomy in the JSON file `path`."""
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "an anatomy", ADVICE):
-            return from_json(cls, entries)
 
 
 class AnatomyResult(NamedTuple):

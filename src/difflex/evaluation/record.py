@@ -1,33 +1,16 @@
-"""The record of an evaluation, and the conversion of records to and from JSON."""
+"""The record of an evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from types import EllipsisType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import ClassVar
 
 from difflex.dictionaries import fingerprint
-from difflex.errors import BadInput
-from difflex.files import Json, parsing, read_json, write_json
-from difflex.records import Site
+from difflex.records import JsonRecord
 
-__all__ = [
-    "Evaluation",
-    "ModelEffect",
-    "ReconstructionMetrics",
-    "ReconstructionQuality",
-    "ReplacementEffect",
-    "from_json",
-    "to_json",
-]
-
-FORMAT = 2
-ADVICE = "Delete it and run difflex evaluate again."
-T = TypeVar("T")
+__all__ = ["Evaluation", "ModelEffect", "ReconstructionMetrics", "ReconstructionQuality", "ReplacementEffect"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +93,11 @@ class ModelEffect:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(JsonRecord):
     """The evaluation of a dictionary on held-out tokens."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "evaluate"
 
     dictionary: str
     """`SITE/LABEL`."""
@@ -148,72 +134,12 @@ class Evaluation:
         """Whether the dictionary in `folder` is unchanged since this evaluation."""
         return self.fingerprint == fingerprint(folder)
 
-    def save(self, path: Path | str) -> Path:
-        """Write the evaluation to the JSON file `path`."""
-        return write_json(Path(path), FORMAT, to_json(self))
-
     @classmethod
     def load_current(cls, path: Path, folder: Path, data: str) -> Evaluation | None:
         """Return the evaluation in `path` if it is of the dictionary now in `folder` on `data`, else None."""
         evaluation = cls.load(path) if path.exists() else None
         return evaluation if evaluation and evaluation.data == data and evaluation.is_of(folder) else None
 
-    @classmethod
-    def load(cls, path: Path | str) -> Evaluation:
-        """Read the evaluation in the JSON file `path`."""
-        path = Path(path)
-        if not path.exists():
-            raise BadInput(f"There is no {path}: the dictionary has not been evaluated. Run difflex evaluate.")
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "an evaluation", ADVICE):
-            return from_json(cls, entries)
-
 
 def _psnr(error: float) -> float:
     return -10 * math.log10(error) if error else math.inf
-
-
-def to_json(record: object) -> Any:
-    """Convert a record to JSON: dataclasses become objects, tuples become lists, sites become text."""
-    if isinstance(record, Site):
-        return str(record)
-    if is_dataclass(record):
-        return {field.name: to_json(getattr(record, field.name)) for field in fields(record)}
-    if isinstance(record, Mapping):
-        return {str(key): to_json(value) for key, value in record.items()}
-    return [to_json(value) for value in record] if isinstance(record, tuple | list) else record
-
-
-def from_json(kind: type[T], entries: Mapping[str, Json]) -> T:
-    """Build the dataclass `kind` from the JSON that `to_json` made of it.
-
-    An unknown entry raises KeyError, a missing one or one of another type TypeError.
-    """
-    return _parse(kind, entries)
-
-
-_type_hints = cache(get_type_hints)
-
-
-def _parse(kind: Any, entry: Any) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind in (int, float, str, bool):
-        if not isinstance(entry, int | float if kind is float else kind):
-            raise TypeError(f"{entry!r} is not of type {kind.__name__}")
-        return entry
-    if entry is None or origin is Literal:
-        return entry
-    if origin is UnionType:
-        return _parse(arguments[0], entry)  # X | None
-    if kind is Site:
-        return Site.parse(entry)
-    if origin is dict:
-        to_key = Site.parse if arguments[0] is Site else arguments[0]
-        return {to_key(key): _parse(arguments[1], value) for key, value in entry.items()}
-    if origin is tuple:
-        kinds = arguments[:1] * len(entry) if isinstance(arguments[-1], EllipsisType) else arguments
-        return tuple(_parse(*pair) for pair in zip(kinds, entry, strict=True))
-    hints = _type_hints(kind)
-    if is_dataclass(kind):
-        return kind(**{name: _parse(hints[name], value) for name, value in entry.items()})  # pyright: ignore[reportCallIssue]
-    return kind(*(_parse(*pair) for pair in zip(hints.values(), entry, strict=True)))  # a NamedTuple

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, final
+from typing import ClassVar, final
 
 import torch
 
 from difflex.dictionaries import Dictionary, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.files import file_sha256, parsing, read_json, write_json
-from difflex.records import Edit, Rectangle, Shot, Site, TransplantSource
+from difflex.files import file_sha256
+from difflex.records import Edit, JsonRecord, Shot, Site, TransplantSource
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
 from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
@@ -22,7 +22,6 @@ from difflex.study import DictionaryRef, Study
 
 __all__ = ["EditRecord", "StudyEditor", "steer"]
 
-FORMAT = 2
 BATCH = 2048
 CHUNK = 1024
 """Features whose default strengths are computed at once."""
@@ -138,31 +137,16 @@ class StudyEditor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditRecord:
+class EditRecord(JsonRecord):
     """Edits and the image that they were made for: enough to make it again."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "steer --record"
 
     shot: Shot
     edits: tuple[Edit, ...]
     checksums: dict[str, str]
     """Of the dictionaries, contrasts and region images, by name."""
-
-    def save(self, path: Path) -> Path:
-        """Write the record to `path` as JSON and return the path."""
-        edits = [{**asdict(edit), "site": str(edit.site)} for edit in self.edits]
-        try:
-            return write_json(path, FORMAT, {"shot": asdict(self.shot), "edits": edits, "checksums": self.checksums})
-        except OSError as error:
-            raise BadInput(f"The edit cannot be written to {path}: {error}. Name a file that you may write.") from error
-
-    @classmethod
-    def load(cls, path: Path) -> EditRecord:
-        """Return the record in `path`."""
-        if not path.is_file():
-            raise BadInput(f"There is no {path}. difflex steer --record writes one.")
-        entries = read_json(path, FORMAT, "Record the edit again.")
-        with parsing(path, "an edit", "Record the edit again."):
-            shot = Shot(**{**entries["shot"], "pixels": tuple(entries["shot"]["pixels"])})
-            return cls(shot=shot, edits=tuple(map(_parse_edit, entries["edits"])), checksums=entries["checksums"])
 
     def check(self, editor: StudyEditor) -> None:
         """Refuse dictionaries, contrasts and region images that have changed since."""
@@ -170,14 +154,3 @@ class EditRecord:
         changed = [name for name, checksum in self.checksums.items() if current.get(name) != checksum]
         if changed:
             raise StaleWork(f"{changed[0]} has changed since the edit was recorded. Record the edit again.")
-
-
-def _parse_edit(entries: dict[str, Any]) -> Edit:
-    source = entries["source"] and TransplantSource(**{**entries["source"], "region": _parse_region(entries["source"]["region"])})
-    steps = entries["steps"] and tuple(entries["steps"])
-    parsed = {"site": Site.parse(entries["site"]), "features": tuple(entries["features"])}
-    return Edit(**{**entries, **parsed, "region": _parse_region(entries["region"]), "steps": steps, "source": source})
-
-
-def _parse_region(entry: str | Sequence[float] | None) -> Rectangle | str | None:
-    return entry if entry is None or isinstance(entry, str) else Rectangle(*entry)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from difflex.errors import BadInput
 from difflex.evaluation.concepts.labels import Concept, LabelThresholds
-from difflex.evaluation.record import from_json, to_json
-from difflex.files import parsing, read_json, write_json
-from difflex.records import Site
+from difflex.records import JsonRecord, Site
 
 __all__ = [
     "ConceptDetector",
@@ -26,8 +23,6 @@ __all__ = [
     "matches_table",
 ]
 
-FORMAT = 2
-ADVICE = "Delete it and run difflex concepts again."
 DETECTED = 0.8
 """Average precision from which a feature detects a concept."""
 FINDABLE = 0.9
@@ -206,8 +201,12 @@ def count_detected(results: Collection[ConceptResult], findable: bool = False) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptMatches:
+class ConceptMatches(JsonRecord):
     """The matches of the features of one method to concepts."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "concepts"
+    INDENT: ClassVar[int | None] = None
 
     site: Site
     label: str
@@ -230,17 +229,6 @@ class ConceptMatches:
     def fingerprint(self) -> str | None:
         """Fingerprint of the dictionary; None for a baseline."""
         return self.inputs.fingerprint if self.inputs else None
-
-    def save(self, path: Path) -> None:
-        """Write the matches to the JSON file `path`."""
-        write_json(path, FORMAT, to_json(self), indent=None)
-
-    @classmethod
-    def load(cls, path: Path) -> ConceptMatches:
-        """Read the matches in the JSON file `path`."""
-        entries = read_json(path, FORMAT, ADVICE)
-        with parsing(path, "matches", ADVICE):
-            return from_json(cls, entries)
 
 
 def matches_table(matches: Sequence[ConceptMatches]) -> str:
