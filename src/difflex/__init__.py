@@ -1,4 +1,4 @@
-"""difflex: a lexicon of what a text-to-image diffusion model knows."""
+"""difflex: sparse dictionaries of the activations of text-to-image diffusion models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ HOMES = {
     "fit": "difflex.training",
     "load": "difflex.pipeline",
     "record": "difflex.store",
-    "run_study": "difflex.study.run",
+    "run_study": "difflex.study",
     "steer": "difflex.steering",
 }
 

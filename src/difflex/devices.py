@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from difflex.errors import BadInput
 
-__all__ = ["find_device", "free_memory", "use_gpu_of_rank"]
+__all__ = ["find_device", "free_memory", "machine_rate", "use_gpu_of_rank"]
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux reports the memory limit of a container."""
@@ -56,3 +57,25 @@ def _free_in_container() -> float:
     except OSError:  # no cgroup, or one without a limit
         return math.inf
     return math.inf if limit == "max" else max(0, int(limit) - int(used) + int(file_cache))
+
+
+def machine_rate() -> float:
+    """Measure the floating-point operations per second of a large matrix product, on the GPU or on all threads of the CPU.
+
+    The best of several, each on one thread: what other processes do meanwhile is not part of the rate.
+    """
+    device, side = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 512)
+    threads = torch.get_num_threads()
+    x = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    best, end = float("inf"), time.perf_counter() + 0.2
+    try:
+        torch.set_num_threads(1)
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            torch.mm(x, x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * side**3 / best * (1 if device == "cuda" else threads)

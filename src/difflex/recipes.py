@@ -12,12 +12,10 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
-from difflex.commands.concepts import ConceptsCommand
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.estimates import estimate
-from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.forecast import plan, plan_table
 from difflex.commands.harvest import HarvestCommand

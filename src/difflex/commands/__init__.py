@@ -28,7 +28,7 @@ VERBS = {
     "generate": VerbEntry("Explore a model", "generate images from prompts, as one labelled grid", "difflex.commands.models"),
     "sites": VerbEntry("Explore a model", "list where a model can be read and edited", "difflex.commands.models"),
     "anatomy": VerbEntry(
-        "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.anatomy"
+        "Explore a model", "measure activation norms, spectra and outlier coordinates", "difflex.commands.evaluation"
     ),
     "harvest": VerbEntry("Train dictionaries", "store a model's activations in a study", "difflex.commands.harvest"),
     "train": VerbEntry(
@@ -39,8 +39,8 @@ VERBS = {
         "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.training"
     ),
     "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.harvest"),
-    "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluate"),
-    "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.concepts"),
+    "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
+    "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
     "collect": VerbEntry(
         "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.collect"
     ),

@@ -127,7 +127,7 @@ class CollectCommand(Command):
 
     def _noised(self, harvest_images, harvest, batch: str) -> "ImageSource":
         """Return images of a folder or of the drawn world, which the model is shown with noise."""
-        from difflex.commands.drawn_world import FIRST_SEED, drawn_images
+        from difflex.commands.evaluation import FIRST_SEED, drawn_images
         from difflex.features.collecting import ImageFolder, PromptedImage, noised_source
         from difflex.pipeline import open_image
 

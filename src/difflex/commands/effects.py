@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
 from difflex.commands.flags import Numbers, Range, Strengths, VLMCommand
-from difflex.commands.inputs import load_study_model, open_answer_cache
+from difflex.commands.inputs import load_study_model
 from difflex.errors import BadInput
 from difflex.study import Command, Study
 
@@ -102,13 +102,15 @@ class SteerEvalCommand(VLMCommand):
 
             yield clip_world(concepts, self.clip, partial(ClipModel, self.clip, offline=self.offline))
         elif self.vlm is not None and self.clip is None:
-            from difflex.explanation import CachedClient
+            from difflex.explanation import open_client
 
             self.check_endpoint(self.vlm)
-            with closing(self.backend(self.vlm)) as backend, open_answer_cache(study) as answers:
-                client = CachedClient(backend, answers, self.request_policy())
+            with (
+                closing(self.backend(self.vlm)) as backend,
+                open_client(backend, study.explanations, self.request_policy()) as client,
+            ):
                 yield vlm_world(concepts, self.model or self.vlm, client, self.connections)
-                spent = client.asked.spent
+                spent = client.spending
                 print(
                     f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out, "
                     f"cost {spent.cost:.4g}"

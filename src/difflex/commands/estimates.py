@@ -6,11 +6,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from difflex.commands.anatomy import AnatomyCommand
 from difflex.commands.collect import CollectCommand
-from difflex.commands.concepts import ConceptsCommand
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
-from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.forecast import (
     START,

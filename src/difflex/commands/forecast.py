@@ -5,13 +5,10 @@ no matrix product explains were fitted to runs on mini-flux on two cores: within
 """
 
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from difflex.commands.inputs import UNTRAINED
 from difflex.errors import DifflexError
@@ -28,7 +25,6 @@ __all__ = [
     "StoreForecast",
     "Unknown",
     "duration",
-    "machine_rate",
     "plan",
     "plan_table",
 ]
@@ -164,28 +160,6 @@ def plan(study: Study, rate: float, estimate: Estimator) -> list[PlannedCommand]
             cost = replace(cost, bytes=size, seconds=status.record.seconds, unknown="")
         planned.append(PlannedCommand(status, cost))
     return planned
-
-
-def machine_rate() -> float:
-    """Measure the floating-point operations per second of a large matrix product, on the GPU or on all threads of the CPU.
-
-    The best of several, each on one thread: what other processes do meanwhile is not part of the rate.
-    """
-    device, side = ("cuda", 4096) if torch.cuda.is_available() else ("cpu", 512)
-    threads = torch.get_num_threads()
-    x = torch.ones(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    best, end = float("inf"), time.perf_counter() + 0.2
-    try:
-        torch.set_num_threads(1)
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            torch.mm(x, x)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
-    return 2 * side**3 / best * (1 if device == "cuda" else threads)
 
 
 def plan_table(planned: Sequence[PlannedCommand]) -> str:

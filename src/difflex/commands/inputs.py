@@ -1,18 +1,16 @@
-"""What commands open: prompts, the model of a study, a book, the cached answers of a VLM."""
+"""What commands open: prompts, the model of a study, a book."""
 
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.features import Book
-from difflex.files import file_sha256, folder_lock
+from difflex.files import file_sha256
 from difflex.study import DictionaryRef, Study
 
 if TYPE_CHECKING:
-    from difflex.explanation import AnswerCache
     from difflex.pipeline import Pipeline
 
 __all__ = [
@@ -20,7 +18,6 @@ __all__ = [
     "UNTRAINED",
     "PromptSource",
     "load_study_model",
-    "open_answer_cache",
     "open_book",
     "read_prompts",
     "stored_strength",
@@ -103,14 +100,3 @@ def stored_strength(study: Study, ref: DictionaryRef, features: Iterable[int]) -
         return None
     known = [strength for strength in strengths if strength is not None]
     return min(known) if known and len(known) == len(strengths) else None
-
-
-@contextmanager
-def open_answer_cache(study: Study) -> Iterator["AnswerCache"]:
-    """Open the cached VLM answers of a study, and keep other processes from writing there meanwhile."""
-    from difflex.explanation import AnswerCache
-
-    folder = study.explanations
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder), closing(AnswerCache(folder / "answers.sqlite")) as answers:
-        yield answers

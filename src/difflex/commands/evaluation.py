@@ -1,0 +1,238 @@
+"""`difflex evaluate`, `concepts` and `anatomy`: what dictionaries are worth, what their features detect, and the model itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, final
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+import difflex
+from difflex.choices import Precision
+from difflex.commands.flags import ModelCommand, NoiseLevels, Pixels
+from difflex.commands.inputs import load_study_model, read_prompts
+from difflex.errors import BadInput
+from difflex.evaluation.concepts import Concept, LabelledImage, LabelledImages, to_image
+from difflex.miniature import draw
+from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
+from difflex.records import Activations, Shot, Site
+from difflex.study import Command, Study
+
+BATCH = 50
+"""Scenes drawn at once."""
+FIRST_SEED = HELD_OUT_SEEDS + 10**6
+"""The seed of the first scene; mini-flux was trained on no scene from `HELD_OUT_SEEDS` on."""
+
+
+def drawn_concepts() -> tuple[Concept, ...]:
+    """Return the concepts of the drawn world."""
+    return tuple(Concept(name, group) for group, names in CONCEPTS.items() for name in names)
+
+
+def drawn_images(count: int, first_seed: int = FIRST_SEED) -> Iterator[LabelledImage]:
+    """Yield `count` scenes of the drawn world; with the default seed none of them was trained on."""
+    for start in range(first_seed, first_seed + count, BATCH):
+        seeds = range(start, min(start + BATCH, first_seed + count))
+        scenes = draw(seeds)
+        shares = cache(scenes.shares)
+        for i, seed in enumerate(seeds):
+            yield LabelledImage(
+                to_image(scenes.images[i]), f"drawn:{seed}", scenes.captions[i], lambda *grid, i=i, of=shares: of(*grid)[i]
+            )
+
+
+def drawn_source(count: int) -> LabelledImages:
+    """Return the first `count` scenes as a source of labelled images; they are small but slow to draw, so they are drawn once."""
+    return LabelledImages(f"drawn world from {FIRST_SEED}", drawn_concepts(), cache(lambda: list(drawn_images(count))))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(Command):
+    """Evaluate dictionaries on held-out activations, and their effect on the model; what is up to date is kept."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A folder with the results of `difflex harvest`, `difflex train` and `difflex itda`."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: all of the study)")] = ()
+    """Evaluate all dictionaries of these sites: double.18, single.9:update."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
+    """Evaluate these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    tokens: Annotated[int, arg(metavar="N")] = 1_000_000
+    """Number of held-out tokens; all if there are fewer."""
+    effect_shots: Annotated[int, arg(metavar="N")] = 32
+    """Number of held-out shots at which to measure the effect on the model; 0 skips it and loads no model."""
+    measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
+    """Image measures in addition to PSNR and SSIM: `lpips`, or `clip:` and the folder or hub name of a CLIP."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the GPU only the part of the model that is running."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Load models of the hub from the local cache only."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.evaluation import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
+
+        config = EvaluationConfig(
+            sites=self.site,
+            dictionaries=self.dictionary,
+            tokens=self.tokens,
+            shots=self.effect_shots,
+            measures=self.measure,
+            offline=self.offline,
+        )
+        study = Study.open(self.study)
+        load = cache(lambda precision: load_study_model(study, precision, self.offload, self.offline))
+
+        def edited_model(site: Site, shots: Sequence[Shot]) -> EditedModel:
+            pipe = load(shots[0].precision)
+            return EditedModel(partial(pipe.predictions, shots, site), partial(pipe.images, shots, site))
+
+        results = evaluate_study(study, config, edited_model)
+        for dictionary, result in results.items():
+            if result.up_to_date:
+                print(f"{dictionary}: up to date")
+        print(evaluation_table(results, self.measure))
+        return [study.evaluation(*dictionary) for dictionary in results]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ConceptsCommand(Command):
+    """Match features to known concepts: what each feature detects, and how well compared with a linear probe."""
+
+    studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
+    """Studies with dictionaries; several are compared in one table, such as a trained model and an untrained control."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: all of the study)")] = ()
+    """Match all dictionaries of these sites: double.18, single.9:update."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
+    """Match these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    images: Annotated[int, arg(metavar="N")] = 1000
+    """Number of labelled images; a tenth of them is held out for the measurements."""
+    noise: NoiseLevels = (0.25, 0.5, 0.75)
+    """Noise levels of the images at the model's input."""
+    folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
+    """Your own images with label maps: FOLDER/images, FOLDER/labels and FOLDER/labels.json."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: as they are)")] = None
+    """Resize and crop the images of a folder to this size."""
+    empty_prompts: FlagCreatePairsOff[bool] = False
+    """Use empty prompts instead of those of the images."""
+    present_above: Annotated[float, arg(metavar="SHARE")] = 0.5
+    """A token shows a concept if at least this share of its area does."""
+    absent_below: Annotated[float, arg(metavar="SHARE")] = 0.0
+    """A token does not show a concept if at most this share of its area does; between the two it is ignored."""
+    batch: Annotated[int, arg(metavar="N")] = 32
+    """Images per forward pass."""
+    precision: Annotated[Precision | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a GPU)")] = None
+    """Precision of the model's weights."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the GPU only the part of the model that is running."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Load models of the hub from the local cache only."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.commands.evaluation import drawn_source
+        from difflex.evaluation.concepts import ConceptsConfig, LabelFolder, match_studies
+        from difflex.evaluation.concepts.results import matches_table
+
+        config = ConceptsConfig(
+            images=self.images,
+            noise=self.noise,
+            pixels=self.pixels,
+            empty_prompts=self.empty_prompts,
+            present_above=self.present_above,
+            absent_below=self.absent_below,
+        )
+        studies = [Study.open(folder) for folder in self.studies]
+
+        def open_model(study: Study):
+            pipe = cache(lambda: load_study_model(study, self.precision, self.offload, self.offline))
+
+            def harvest_at(site: Site):
+                if site.kind == "neurons" and "neurons" not in pipe().kinds(site):
+                    return None
+                return lambda images, prompts, names: pipe().harvest_images(
+                    images, self.noise, site, prompts, names, batch=self.batch
+                )
+
+            return harvest_at
+
+        folder = LabelFolder.open(self.folder) if self.folder else None
+        images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images)
+        stored = match_studies(studies, images, open_model, config, self.site, self.dictionary)
+        for matches in stored:
+            print(f"{matches.path}: {'up to date' if matches.up_to_date else 'matched'}")
+        print(matches_table([each.matches for each in stored]))
+        return [matches.path for matches in stored]
+
+
+MODEL_DEFAULT = "(default: the model's own)"
+SPECTRA = 6
+"""Number of spectra by default."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AnatomyCommand(ModelCommand):
+    """Measure norms by site and timestep, spectra, outliers and offsets; what is up to date is kept."""
+
+    prompts: Annotated[str, arg(metavar="FILE")]
+    """A text file with one prompt per line, or `captions`: those of the drawn world."""
+    out: Annotated[Path, arg(metavar="STUDY")]
+    """The folder of the study; created if it does not exist."""
+    max_prompts: Annotated[int, arg(metavar="N")] = 64
+    """Number of prompts to use."""
+    site: Annotated[
+        tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: every block's residual, both streams)")
+    ] = ()
+    """Measure norms at these sites; a star stands for one index."""
+    spectra: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: up to six, evenly spaced)")] = ()
+    """Measure the spectrum at these sites, which takes a width x width matrix each."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Number of denoising steps; all of them are measured."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Image size; one number for a square."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
+    """Guidance scale."""
+    batch: Annotated[int, arg(metavar="N")] = 16
+    """Images per forward pass."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.evaluation.anatomy import AnatomyInputs, update_anatomy
+
+        if self.max_prompts < 1:
+            raise BadInput(f"--max-prompts {self.max_prompts} leaves no prompt. Ask for 1 or more.")
+        prompts = read_prompts(self.prompts, None)
+        pipe = self.load()
+        study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
+        study.prepare()
+        sites, spectra = self._sites(pipe)
+        shot = next(pipe.shots("", steps=self.steps, pixels=self.pixels, guidance=self.guidance))
+        inputs = AnatomyInputs(
+            model=shot.model,
+            revision=shot.revision,
+            precision=shot.precision,
+            pixels=shot.pixels,
+            steps=shot.steps,
+            guidance=shot.guidance,
+            prompts=prompts.source,
+            max_prompts=self.max_prompts,
+            sites=tuple(sites),
+            spectra=tuple(spectra),
+        )
+
+        def harvest() -> Iterator[Activations]:
+            texts = islice(prompts.texts, self.max_prompts)
+            shots = pipe.shots(texts, steps=self.steps, pixels=self.pixels, guidance=self.guidance)
+            return pipe.harvest(shots, [*dict.fromkeys([*sites, *spectra])], self.batch)
+
+        result = update_anatomy(study, inputs, harvest)
+        state = "up to date" if result.up_to_date else f"{len(sites)} sites, spectra of {len(spectra)}"
+        print(f"{study.anatomy}: {state}", *result.paths[1:], sep="\n")
+        return result.paths
+
+    def _sites(self, pipe: "difflex.Pipeline") -> tuple[list[Site], list[Site]]:
+        """Return the sites of the norms, and those of the spectra."""
+        sites = pipe.expand(self.site) or [row.site for row in pipe.sites()]
+        image_sites = [site for site in sites if site.stream == "image"] or sites
+        return sites, pipe.expand(self.spectra) or image_sites[:: -(-len(image_sites) // SPECTRA)]

@@ -1,0 +1,155 @@
+"""`difflex status`, `report` and `compare`: a study as text and as pages; logged commands as the words of a shell."""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, final, get_args, get_type_hints
+
+from tyro.conf import Positional, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from difflex.commands import verb_class
+from difflex.errors import BadInput
+from difflex.files import Json
+from difflex.study import Command, CommandRecord, Study, read_log
+
+COLUMNS = ("", "state", "finished (UTC)", "seconds", "verb", "flags")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StatusCommand(Command):
+    """Show the activations and dictionaries of a study, and which commands of its recipe are done."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of the study."""
+
+    def __call__(self) -> None:
+        from difflex.store import Store
+
+        study = Study.open(self.study)
+        print(f"{study.folder}: a study of {study.model}")
+        for site, folder in study.stores().items():
+            store = Store.open(folder)
+            rows = store.count() + store.count("held-out")
+            print(f"  {site}: {rows:,} tokens of width {store.width}{'' if store.complete else ', not finished'}")
+        for ref in study.dictionaries():
+            print(f"  {ref}")
+        if records := read_log(study.folder):
+            lines = [COLUMNS, *(_line(number, record) for number, record in enumerate(records, 1))]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
+
+
+def _line(number: int, record: CommandRecord) -> tuple[str, ...]:
+    flags = {name: value for name, value in record.flags.items() if value not in (None, False, [], {})}
+    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in flags.items()]
+    finished = record.finished[:16].replace("T", " ") if record.finished else ""
+    seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
+    return str(number), "begun" if record.seconds is None else "done", finished, seconds, record.verb, " ".join(words)
+
+
+CONTROL = "untrained"
+"""The folder in a study where recipes put that of an untrained model."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(Command):
+    """Write the report of a study: one page with tables, figures and claims, and a CSV file for every figure."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of the study."""
+    control: Annotated[
+        Path | None, arg(metavar="STUDY", help_behavior_hint="(default: STUDY/untrained, where recipes put it)")
+    ] = None
+    """A study of the same model untrained, whose features are compared with those of this one."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.report import write_report
+
+        study = Study.open(self.study)
+        inside = self.study / CONTROL
+        control = self.control or (inside if (inside / "study.json").is_file() else None)
+        paths = write_report(study, control and Study.open(control), words)
+        print(f"{paths[0]}: the report, with {len(paths) - 1} CSV files in {paths[0].parent / 'report'}")
+        return paths
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(Command):
+    """Compare two studies: their settings, their dictionaries, and every metric of the dictionaries that both have."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """The folder of a study."""
+    other: Annotated[Positional[Path], arg(metavar="OTHER")]
+    """The folder of a second study, of the same model or not; differences are its values less those of the first."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("compare.html")
+    """The file of the page."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.report import read_facts
+        from difflex.report.comparison import compare, describe, write_comparison
+
+        comparison = compare(*(read_facts(Study.open(folder)) for folder in (self.study, self.other)))
+        if self.out.is_dir():
+            raise BadInput(f"--out {self.out} is a folder. Name a file, as in {self.out / 'compare.html'}.")
+        print(describe(comparison))
+        try:
+            write_comparison(comparison, self.out)
+        except OSError as error:
+            raise BadInput(f"--out {self.out} cannot be written: {error}. Name a file that you may write.") from error
+        print(f"{self.out}: the page")
+        return [self.out]
+
+
+FIRST = get_args(Positional[int])[1:]
+"""What marks a field that is given without its name."""
+
+
+def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
+    """The verb of `entry` and its flags, as a shell is told them; what is as by default is left out, the folder is `study`."""
+    command: type[Any] = verb_class(entry.verb)
+    hints = get_type_hints(command, include_extras=True)
+    known = {field.name: field for field in fields(command) if field.name in entry.flags}
+    placed, named = [], []
+    for name, field in known.items():
+        value, hint = entry.flags[name], hints[name]
+        if any(mark in FIRST for mark in _marks(hint)):
+            placed += _spelt(value, hint, study)
+        elif not _is_default(value, field):
+            flag = f"--{name.replace('_', '-')}"
+            named += [flag] if value is True else [flag, *_spelt(value, hint, study)]
+    return [entry.verb, *placed, *named]
+
+
+def _marks(hint: object) -> Iterator[object]:
+    """All that annotations say of a field, however deep they stand."""
+    yield from getattr(hint, "__metadata__", ())
+    for inner in (getattr(hint, "__origin__", None), *get_args(hint)):
+        if inner is not None and inner is not hint and not isinstance(inner, str):
+            yield from _marks(inner)
+
+
+def _spelt(value: Json, hint: object, study: str) -> list[str]:
+    """A value as the words that its flag reads: by the rule of its type, where that has one."""
+    rule = next((mark for mark in _marks(hint) if isinstance(mark, PrimitiveConstructorSpec)), None)
+    if rule is not None and not isinstance(value, str):
+        return rule.str_from_instance(tuple(value) if isinstance(value, list) else value)
+    several = value if isinstance(value, list) else [value]
+    return [_word(each, study) for each in several]
+
+
+def _word(value: Json, study: str) -> str:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return study if text == "." else f"{study}/{text[2:]}" if text.startswith("./") else text
+
+
+def _is_default(value: Json, field: "Field[Any]") -> bool:
+    if field.default is MISSING:
+        return False
+    usual = field.default
+    if isinstance(usual, range):
+        return value == f"{usual.start}:{usual.stop}"
+    return value == (list(usual) if isinstance(usual, tuple) else usual)
