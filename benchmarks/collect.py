@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.commands.drawn_world import drawn_images
+from difflex.commands.evaluation import drawn_images
 from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum, sheet
 from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.features.collector import FeatureCollector
 from difflex.features.entries import FeatureStats, ImageFile, TokenMap
 from difflex.features.firing import BatchImages
-from difflex.features.writer import PackedExample
+from difflex.features.tables import PackedExample
 from difflex.records import Activations, Codes, Shot, Site
 
 torch.set_num_threads(1)

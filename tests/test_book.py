@@ -67,7 +67,8 @@ def write_book(path: Path, about: BookInfo = ABOUT) -> Path:
         writer.add_neighbours(
             0, [FeatureNeighbour(1, "firing", 0.5), FeatureNeighbour(2, "direction", 0.9), FeatureNeighbour(1, "direction", 0.8)]
         )
-        writer.add_patches([AtomImage(1, 2, IMAGES[0], SHOTS[0]), AtomImage(2, 0, None, SHOTS[1])])
+        writer.add_patch(AtomImage(1, 2, IMAGES[0], SHOTS[0]))
+        writer.add_patch(AtomImage(2, 0, None, SHOTS[1]))
     return path
 
 
@@ -197,7 +198,7 @@ def test_a_new_book_replaces_an_open_one_and_its_log(path: Path):
 
 
 def test_a_book_is_not_replaced_while_another_process_writes_in_it(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.features.writer.REPLACE_TIMEOUT", 0.05)
+    monkeypatch.setattr("difflex.features.tables.REPLACE_TIMEOUT", 0.05)
     with Book.edit(path) as writer:
         writer._connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(BadInput, match="Another process is writing"):

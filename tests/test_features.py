@@ -29,9 +29,9 @@ from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.features import Book, ImageAlbum
-from difflex.features.collecting import AtomLocation, CollectBatch, collect
+from difflex.features.collecting import AtomLocation, CollectBatch, CollectConfig, collect
+from difflex.features.collector import FeatureMaps
 from difflex.features.entries import COVER_THRESHOLD, LEVELS, Example
-from difflex.features.examples import FeatureMaps
 from difflex.features.firing import image_key, random_numbers
 from difflex.features.results import direction_neighbours, firing_neighbours, map_shapes
 from difflex.records import Shot
@@ -250,8 +250,8 @@ def test_an_image_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
 
 
 def test_merging_more_often_gives_the_same_books(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("difflex.features.examples.PENDING_MAPS", 0)
-    monkeypatch.setattr("difflex.features.examples.COPIED_MAPS", 7)
+    monkeypatch.setattr("difflex.features.collector.PENDING_MAPS", 0)
+    monkeypatch.setattr("difflex.features.collector.COPIED_MAPS", 7)
     monkeypatch.setattr("difflex.features.firing.ENCODED_TOKENS", 9)
     collect_fakes(tmp_path, [*range(COUNT)], TIMESTEPS)
     assert all(contents(folder / f"{site.folder}.sqlite") == contents(tmp_path / f"{site.folder}.sqlite") for site in SITES)
@@ -266,6 +266,13 @@ def test_the_album_keeps_exactly_the_images_of_examples(folder: Path, tmp_path: 
     older = ImageAlbum(tmp_path / "images").add(fake_image(10_000))[0].file
     collect_fakes(tmp_path, [*range(20)], TIMESTEPS)
     assert (tmp_path / "images" / older).exists(), "images that were there before are not removed"
+
+
+def test_a_book_can_have_fewer_examples_than_one_feature_may_have(tmp_path: Path):
+    source, album = fake_source([1, 2]), ImageAlbum(tmp_path / "images")
+    collect(targets(tmp_path), source, album, data="x", checkpoint=tmp_path / "s", config=CollectConfig(), progress=False)
+    with open_book(tmp_path) as book:
+        assert 0 < sum(len(book.examples(feature, "top")) for feature in range(SIZE)) < CollectConfig().top_examples
 
 
 def test_a_killed_and_resumed_pass_makes_the_same_books(tmp_path: Path):

@@ -5,8 +5,7 @@
 
 from difflex.features.book import BestConcept, Book, CoverageSummary, FeatureFilter, select_features
 from difflex.features.images import ImageAlbum, overlaid, sheet
-from difflex.features.schema import BookInfo
-from difflex.features.writer import BookWriter
+from difflex.features.tables import BookInfo, BookWriter
 
 __all__ = [
     "BestConcept",

@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, final
 
@@ -21,30 +22,14 @@ from difflex.features.entries import (
     ShotRow,
     TokenMap,
 )
-from difflex.features.explanations import (
-    EXPLANATION_COLUMNS,
-    USAGE_COLUMNS,
-    Explanation,
-    ExplanationScore,
-    Judgement,
-    RecordedUsage,
-    explanation_from,
-    insert_explanation,
-    insert_usage,
-    usage_from,
-)
-from difflex.features.schema import BookInfo, connect, read_info, sqlite_errors, transaction
+from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
+from difflex.features.tables import BookInfo, connect, read_info, sqlite_errors, transaction
 from difflex.records import Shot, Split
 
 __all__ = ["BestConcept", "Book", "CoverageSummary", "FeatureFilter", "select_features"]
 
-FEATURE_COLUMNS = (
-    "feature, firings, shots, density, peak, mean, negative_share, negative_peak, area, spread, concentration, border, position, "
-    "coverage, strength, histogram, activity"
-)
-SORT_COLUMNS = tuple(FEATURE_COLUMNS.split(", ")[:-2])
+SORT_COLUMNS = tuple(field.name for field in fields(FeatureStats) if field.name not in ("histogram", "activity"))
 """Numeric columns, by which features can be sorted and filtered."""
-EXAMPLE_COLUMNS = "id, feature, kind, split, rank, shot, peak, quantile, map"
 IMAGE_COLUMNS = "images.id, file, width, height"
 BEST_SCORE = (
     "(SELECT max(value) FROM scores JOIN explanations ON explanations.id = explanation "
@@ -114,11 +99,10 @@ class Book:
 
     def feature(self, feature: int) -> FeatureStats:
         """Return the statistics of one feature."""
-        rows = self._query(f"SELECT {FEATURE_COLUMNS} FROM features WHERE feature = ?", feature)
+        rows = self._query("SELECT * FROM features WHERE feature = ?", feature)
         if not rows:
-            raise UnknownName(
-                f"{self.about.dictionary} has no feature {feature}: they are numbered from 0 to {self.about.size - 1}."
-            )
+            numbers = f"they are numbered from 0 to {self.about.size - 1}"
+            raise UnknownName(f"{self.about.dictionary} has no feature {feature}: {numbers}.")
         return _feature(rows[0])
 
     def features(
@@ -138,10 +122,10 @@ class Book:
             raise UnknownName.among("The column", sort, ("score", *SORT_COLUMNS))
         filters = list(where)
         conditions = " AND ".join(f"{column} {sign} ?" for column, sign, _ in filters)
-        selection = f"SELECT {FEATURE_COLUMNS} FROM features" + (f" WHERE {conditions}" if conditions else "")
+        selection = f"SELECT * FROM features WHERE {conditions or 'true'}"
         key = BEST_SCORE if sort == "score" else sort
         order = f"ORDER BY {key} {'DESC' if descending else 'ASC'} NULLS LAST, feature LIMIT ?"
-        values = [each.value for each in filters] + [measure] * (sort == "score") + [-1 if limit is None else limit]
+        values = [condition.value for condition in filters] + [measure] * (sort == "score") + [-1 if limit is None else limit]
         return [_feature(row) for row in self._query(f"{selection} {order}", *values)]
 
     def coverage_summary(self, min_shots: int = 8) -> CoverageSummary | None:
@@ -163,26 +147,25 @@ class Book:
         """Return the examples of a feature, sorted by kind, split and rank."""
         condition = "feature = ? AND kind = ifnull(?, kind) AND split = ifnull(?, split)"
         order = "CASE kind WHEN 'top' THEN 0 WHEN 'quantile' THEN 1 ELSE 2 END, split = 'held-out', rank"
-        query = f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE {condition} ORDER BY {order}"
+        query = f"SELECT * FROM examples WHERE {condition} ORDER BY {order}"
         return [_example(row) for row in self._query(query, feature, kind, split)]
 
     def example(self, example: int) -> Example:
         """Return an example by its number."""
-        rows = self._query(f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE id = ?", example)
+        rows = self._query("SELECT * FROM examples WHERE id = ?", example)
         if not rows:
             raise UnknownName(f"{self.path} has no example {example}.")
         return _example(rows[0])
 
     def examples_at(self, shot: int) -> list[Example]:
         """Return the examples of all features that fire in a shot."""
-        query = f"SELECT {EXAMPLE_COLUMNS} FROM examples WHERE shot = ? AND kind != 'silent'"
-        return [_example(row) for row in self._query(query, shot)]
+        return [_example(row) for row in self._query("SELECT * FROM examples WHERE shot = ? AND kind != 'silent'", shot)]
 
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""
         table = "shots JOIN images ON images.id = image WHERE shots.id IN (SELECT value FROM json_each(?))"
         rows = self._query(f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}", json.dumps(sorted(set(numbers))))
-        return {number: ShotRow(number, ImageFile(*image), shot_from(text)) for number, text, *image in rows}
+        return {number: ShotRow(number, ImageFile(*image), _shot(text)) for number, text, *image in rows}
 
     def images(self) -> list[ImageFile]:
         """Return all images of the book."""
@@ -200,12 +183,12 @@ class Book:
         if not rows:
             return None
         number, token, text, *image = rows[0]
-        return AtomImage(number, token, None if image[0] is None else ImageFile(*image), shot_from(text))
+        return AtomImage(number, token, None if image[0] is None else ImageFile(*image), _shot(text))
 
     def explanations(self, feature: int | None = None) -> list[Explanation]:
         """Return the explanations of a feature, or of all."""
-        query = f"SELECT id, {EXPLANATION_COLUMNS} FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id"
-        return [explanation_from(row) for row in self._query(query, feature)]
+        rows = self._query("SELECT * FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id", feature)
+        return [Explanation(**{**row, "descriptions": tuple(json.loads(row["descriptions"]))}) for row in rows]
 
     def judgements(self, explanation: int) -> list[Judgement]:
         """Return the judgements of an explanation in their order."""
@@ -220,11 +203,13 @@ class Book:
     def best_scores(self, measure: str = "accuracy") -> dict[int, float]:
         """Return the best score of each feature that has one."""
         table = "scores JOIN explanations ON explanations.id = explanation WHERE state = 'done' AND measure = ?"
-        return dict(self._query(f"SELECT feature, max(value) FROM {table} GROUP BY feature", measure))
+        rows = self._query(f"SELECT feature, max(value) FROM {table} GROUP BY feature", measure)
+        return {feature: value for feature, value in rows}
 
     def usage(self) -> Iterator[RecordedUsage]:
         """Yield all records of usage in the order of writing."""
-        yield from (usage_from(row) for row in self._query(f"SELECT {USAGE_COLUMNS} FROM usage ORDER BY id"))
+        columns = ", ".join(field.name for field in fields(RecordedUsage))
+        yield from (RecordedUsage(**row) for row in self._query(f"SELECT {columns} FROM usage ORDER BY id"))
 
     def add_explanation(
         self,
@@ -237,17 +222,25 @@ class Book:
 
         It replaces an older one of the same feature, backend and protocol, whose usage is kept.
         """
+        key = (explanation.feature, explanation.backend, explanation.protocol)
+        content = (explanation.text, json.dumps(explanation.descriptions), explanation.state, explanation.reason)
         with transaction(self.path, self._connection) as connection:
-            number = insert_explanation(connection, explanation, judgements, scores)
-            insert_usage(connection, usage, number)
+            connection.execute("DELETE FROM explanations WHERE (feature, backend, protocol) = (?, ?, ?)", key)
+            insertion = "INSERT INTO explanations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)"
+            number = connection.execute(insertion, (*key, *content)).lastrowid
+            assert number is not None
+            insertion = "INSERT INTO judgements VALUES (NULL, ?, ?, ?, ?)"
+            connection.executemany(insertion, [(number, *judgement) for judgement in judgements])
+            connection.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", [(number, *score) for score in scores])
+            _insert_usage(connection, [replace(entry, explanation=number) for entry in usage])
         return number
 
     def add_usage(self, usage: Iterable[RecordedUsage]) -> None:
         """Add records of usage."""
         with transaction(self.path, self._connection) as connection:
-            insert_usage(connection, usage)
+            _insert_usage(connection, usage)
 
-    def _query(self, query: str, *values: object) -> list[tuple]:
+    def _query(self, query: str, *values: object) -> list[sqlite3.Row]:
         with sqlite_errors(self.path):
             return self._connection.execute(query, values).fetchall()
 
@@ -273,18 +266,17 @@ def select_features(
 
     `sort` is a column of `Book.features` or `concept`, the average precision of the best of the known `concepts`.
     """
-    if sort not in (known := ("concept", "score", *SORT_COLUMNS)):
-        raise UnknownName.among("The column", sort, known)
-    is_concept = [text.replace(" ", "").startswith("concept=") for text in conditions]
-    if (sort == "concept" or any(is_concept)) and not concepts:
+    if sort not in (columns := ("concept", "score", *SORT_COLUMNS)):
+        raise UnknownName.among("The column", sort, columns)
+    names = [match[1] for text in conditions if (match := re.fullmatch(r"\s*concept\s*=\s*(.*?)\s*", text))]
+    if (sort == "concept" or names) and not concepts:
         raise UnknownName(f"{book.about.dictionary} was not matched to concepts. Run difflex concepts first.")
-    filters = [FeatureFilter.parse(text) for text, named in zip(conditions, is_concept, strict=True) if not named]
+    filters = [FeatureFilter.parse(text) for text in conditions if not re.match(r"\s*concept\s*=", text)]
     column = "feature" if sort == "concept" else sort
     rows = book.features(column, descending=not ascending, where=filters, measure=measure)
-    for text in (text for text, named in zip(conditions, is_concept, strict=True) if named):
-        name = text.split("=", 1)[1].strip()
-        if name not in (names := sorted({each.concept for each in concepts.values()})):
-            raise UnknownName.among("The concept", name, names)
+    for name in names:
+        if name not in (choices := sorted({best.concept for best in concepts.values()})):
+            raise UnknownName.among("The concept", name, choices)
         rows = [row for row in rows if row.feature in concepts and concepts[row.feature].concept == name]
     if sort != "concept":
         return rows
@@ -292,19 +284,22 @@ def select_features(
     return rows if ascending else rows[::-1]
 
 
-def shot_from(text: str) -> Shot:
+def _shot(text: str) -> Shot:
     """Return the shot written as JSON in `text`."""
     entries = json.loads(text)
     return Shot(**{**entries, "pixels": tuple(entries["pixels"])})
 
 
-def _feature(row: tuple) -> FeatureStats:
-    *numbers, histogram, activity = row
-    first, *counts = json.loads(histogram)
-    columns = dict(zip(SORT_COLUMNS, numbers, strict=True))
-    return FeatureStats(**columns, histogram=Histogram(first, tuple(counts)), activity=tuple(json.loads(activity)))
+def _feature(row: sqlite3.Row) -> FeatureStats:
+    first, *counts = json.loads(row["histogram"])
+    return FeatureStats(**{**row, "histogram": Histogram(first, tuple(counts)), "activity": tuple(json.loads(row["activity"]))})
 
 
-def _example(row: tuple) -> Example:
-    entries = dict(zip(EXAMPLE_COLUMNS.split(", "), row, strict=True))
-    return Example(**{**entries, "map": TokenMap.unpacked(entries["map"], entries["peak"])})
+def _example(row: sqlite3.Row) -> Example:
+    return Example(**{**row, "map": TokenMap.unpacked(row["map"], row["peak"])})
+
+
+def _insert_usage(connection: sqlite3.Connection, usage: Iterable[RecordedUsage]) -> None:
+    names = [field.name for field in fields(RecordedUsage)]
+    insertion = f"INSERT INTO usage ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
+    connection.executemany(insertion, [asdict(entry) for entry in usage])

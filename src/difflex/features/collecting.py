@@ -71,60 +71,47 @@ def collect(
 
     The state is saved to `checkpoint` every `save_seconds`; a killed pass continues from there and makes the same books. `data`
     describes the images: a checkpoint of other data is ignored. `draw` makes the images of ITDA atoms that the source does not
-    contain. Dictionaries run on `device`, by default a GPU if there is one.
+    contain. `images` is the number of images that the progress bar shows. Dictionaries run on `device`, by default a GPU if
+    there is one.
     """
-    targets = _moved(targets, device)
-    locations = [location for target in targets for location in target.patches.values()]
-    patches = {image_key(location.shot): location.shot for location in locations if location.shot.image is None}
+    device = find_device(device)
+    if device.type != "cpu":
+        targets = [replace(target, dictionary=target.dictionary.to(device)) for target in targets]
+    shots = [location.shot for target in targets for location in target.patches.values()]
+    patches = {image_key(shot): shot for shot in shots if shot.image is None}
     collectors = [FeatureCollector(target.dictionary, config) for target in targets]
     registry = ShotRegistry(album, patches)
     fingerprints = {target.name: target.fingerprint for target in targets}
-    request = {"dictionaries": fingerprints, "config": asdict(config), "data": data}
-    saved = CollectCheckpoint(path=checkpoint, request=request)
-    saved.restore(collectors, registry)
+    state = CollectCheckpoint(checkpoint, {"dictionaries": fingerprints, "config": asdict(config), "data": data})
+    state.restore(collectors, registry)
     last_save = time.monotonic()
-    batches = _batches_added(targets, collectors, registry, source, images, progress)
-    for _ in chain(batches, _drawn_patches(patches, registry, draw, progress)):
+    for _ in chain(_add_all(collectors, registry, source, images, progress), _draw_patches(patches, registry, draw, progress)):
         if time.monotonic() - last_save > save_seconds:
-            saved.save(collectors, registry)
+            state.save(collectors, registry)
             last_save = time.monotonic()
-    saved.save(collectors, registry)
+    state.save(collectors, registry)
     books = [write_book(target, collector, registry, data) for target, collector in zip(targets, collectors, strict=True)]
-    saved.remove()
+    checkpoint.unlink(missing_ok=True)
     return books
 
 
-def _moved(targets: Sequence[CollectTarget], device: torch.device | str | None) -> Sequence[CollectTarget]:
-    device = find_device(device)
-    if device.type == "cpu":
-        return targets
-    return [replace(target, dictionary=target.dictionary.to(device)) for target in targets]
-
-
-def _batches_added(
-    targets: Sequence[CollectTarget],
-    collectors: Sequence[FeatureCollector],
-    registry: ShotRegistry,
-    source: BatchSource,
-    images: int | None,
-    progress: bool,
+def _add_all(
+    collectors: Sequence[FeatureCollector], registry: ShotRegistry, source: BatchSource, images: int | None, progress: bool
 ) -> Iterator[None]:
-    """Add all batches of the source that the registry does not know yet; yield after each."""
+    """Add all batches of the source that are not in the registry yet; yield after each batch."""
     disable = None if progress else True
     with tqdm(total=images, initial=registry.images, unit=" images", desc="collect", disable=disable) as bar:
         for batch in source(registry.images):
-            _add_batch(batch, targets, collectors, registry)
+            _add(batch, collectors, registry)
             bar.update(len(batch.images))
             yield
 
 
-def _add_batch(
-    batch: CollectBatch, targets: Sequence[CollectTarget], collectors: Sequence[FeatureCollector], registry: ShotRegistry
-) -> None:
+def _add(batch: CollectBatch, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
     images = registry.add(batch)
     used: set[int] = set()
-    for target, collector in zip(targets, collectors, strict=True):
-        site = target.dictionary.site
+    for collector in collectors:
+        site = collector.dictionary.site
         activations = [part for part in batch.activations if part.site == site]
         if len(activations) != images.shots.shape[1] or any(len(part.shots) != len(batch.images) for part in activations):
             raise BadInput(f"The site {site} lacks activations of some of {len(batch.images)} images, at some timestep.")
@@ -132,15 +119,13 @@ def _add_batch(
     registry.register(batch, images, used)
 
 
-def _drawn_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawImages | None, progress: bool) -> Iterator[None]:
+def _draw_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawImages | None, progress: bool) -> Iterator[None]:
     """Draw the images of ITDA atoms that the source did not contain; yield after each batch."""
-    if draw is None:
-        return
-    missing = [key for key in patches if key not in registry.patches]
-    disable = None if progress and missing else True
-    with tqdm(total=len(missing), unit=" images", desc="patches", disable=disable) as bar:
+    missing = [key for key in patches if key not in registry.patches] if draw is not None else []
+    with tqdm(total=len(missing), unit=" images", desc="patches", disable=None if progress and missing else True) as bar:
         for first in range(0, len(missing), DRAWN_AT_ONCE):
             keys = missing[first : first + DRAWN_AT_ONCE]
+            assert draw is not None
             for key, image in zip(keys, draw([patches[key] for key in keys]), strict=True):
                 registry.patches[key] = registry.store(image)
             bar.update(len(keys))
@@ -183,7 +168,7 @@ def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: Ha
 
 def noised_source(
     description: str,
-    images: int,
+    count: int,
     load: Callable[[int], Iterator[PromptedImage]],
     harvest_images: HarvestImages,
     harvest: HarvestRuns,
@@ -194,13 +179,13 @@ def noised_source(
     def batches(sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
         prompted = load(start)
         while group := list(islice(prompted, batch)):
-            if len(sizes := {each.image.size for each in group}) > 1:
+            images, prompts, names = (list(column) for column in zip(*group, strict=True))
+            if len(sizes := {image.size for image in images}) > 1:
                 raise BadInput(f"The images have several sizes: {sorted(sizes)}. Resize and crop them with --pixels.")
-            loaded, prompts, names = (list(column) for column in zip(*group, strict=True))
-            yield CollectBatch(loaded, list(harvest_images(loaded, prompts, names, sites, start)))
+            yield CollectBatch(images, list(harvest_images(images, prompts, names, sites, start)))
             start += len(group)
 
-    return ImageSource(description, images, batches, harvest)
+    return ImageSource(description, count, batches, harvest)
 
 
 class StoredShots(NamedTuple):

@@ -1,24 +1,40 @@
-"""`FeatureCollector`: statistics and examples of one dictionary's features, updated batch by batch."""
+"""`FeatureCollector`: statistics and examples of the features of one dictionary, updated batch by batch in constant memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput
-from difflex.features.examples import FeatureMaps, SilentPool, TopMaps
-from difflex.features.firing import BatchImages, FeatureShots, FeatureTotals, FiringBatch, firing_batch, random_numbers
+from difflex.features.entries import LEVELS
+from difflex.features.firing import (
+    BatchImages,
+    FeatureShots,
+    FeatureTotals,
+    FiringBatch,
+    firing_batch,
+    random_numbers,
+    ranges,
+    strongest_of_each,
+)
 from difflex.records import Activations
 
-__all__ = ["CollectConfig", "FeatureCollector"]
+__all__ = ["CollectConfig", "FeatureCollector", "FeatureMaps"]
 
 MAX_TOKENS = 1 << 16
+COPIED_MAPS = 1 << 18
+"""Maps copied at once."""
+PENDING_MAPS, PENDING_ENTRIES = 1 << 18, 1 << 22
+"""Numbers of pending maps and entries from which on they are merged."""
+LAST = torch.iinfo(torch.int64).max
+COMPARED_FEATURES = 4096
+"""Features whose silent shots are chosen at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +65,21 @@ class FeatureCollector:
 
     def __init__(self, dictionary: Dictionary, config: CollectConfig) -> None:
         self.dictionary, self.config = dictionary, config
-        self.grid: tuple[int, int] | None = None
         groups = 2 * dictionary.size
         self.top = TopMaps(groups, config.top_examples, "peak")
         self.random = TopMaps(groups, config.random_examples, "draw", config.coactive)
         self.pool = SilentPool(dictionary.size, config.silent_pool, config.seed)
-        self.totals: FeatureTotals | None = None
+        self.totals = FeatureTotals(dictionary.size)
+        self.grid: tuple[int, int] | None = None
         self.tokens = 0
-        """Number of tokens of a shot."""
+        """Number of tokens of a shot; 0 before the first batch."""
 
     def add(self, activations: Sequence[Activations], images: BatchImages) -> list[int]:
         """Add a batch, with `activations` at each timestep, and return the images that may become examples."""
-        if self.totals is None:
-            self._start(activations[0])
-        assert self.totals is not None
+        if not self.tokens:
+            self.grid, self.tokens = activations[0].grid, activations[0].values.shape[1]
+        if self.tokens > MAX_TOKENS:
+            raise BadInput(f"A book holds maps of at most {MAX_TOKENS} tokens; these have {self.tokens}. Use smaller images.")
         for part in activations:
             if part.grid != self.grid or part.values.shape[1] != self.tokens:
                 raise BadInput(
@@ -71,19 +88,15 @@ class FeatureCollector:
                 )
         batch = firing_batch(self.dictionary.encode, [part.values for part in activations])
         timesteps = [float(part.shots[0].timestep or 0.0) for part in activations]
-        self.totals.add(batch, timesteps, len(images.keys))
+        self.totals.add(batch, timesteps, len(images.keys), self.grid)
         return sorted({*self.pool.add(batch, images), *self._add_examples(batch, images)})
-
-    def _start(self, activations: Activations) -> None:
-        self.grid, self.tokens = activations.grid, activations.values.shape[1]
-        if self.tokens > MAX_TOKENS:
-            raise BadInput(f"A book holds maps of at most {MAX_TOKENS} tokens; these have {self.tokens}. Use smaller images.")
-        self.totals = FeatureTotals(self.dictionary.size, self.grid)
 
     def _add_examples(self, batch: FiringBatch, images: BatchImages) -> set[int]:
         """Add the maps that may become examples and return their images."""
-        timesteps = images.shots.shape[1]
-        runs = batch.feature_shots if timesteps == 1 else _strongest_timesteps(batch.feature_shots, timesteps)
+        timesteps, runs = images.shots.shape[1], batch.feature_shots
+        if timesteps > 1:  # of each feature and image the strongest run
+            strongest = strongest_of_each(runs.peaks, runs.shots // timesteps, runs.features)
+            runs = FeatureShots(*(column[strongest] for column in runs))
         places = runs.shots // timesteps
         groups = 2 * runs.features + images.held_out[places]
         draws = random_numbers(images.keys[places], runs.features, self.config.seed)
@@ -107,9 +120,8 @@ class FeatureCollector:
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by name."""
         parts = {"top": self.top.merged()._asdict(), "random": self.random.merged()._asdict(), "pool": self.pool.tensors()}
-        if self.totals is not None:
-            parts["totals"] = self.totals.tensors()
-            parts["shape"] = {"": torch.tensor([self.tokens, *(self.grid or ())])}
+        if self.tokens:
+            parts |= {"totals": self.totals.tensors(), "shape": {"": torch.tensor([self.tokens, *(self.grid or ())])}}
         return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -124,17 +136,219 @@ class FeatureCollector:
         if "shape" in parts:
             self.tokens, *grid = parts["shape"][""].tolist()
             self.grid = (grid[0], grid[1]) if grid else None
-            self.totals = FeatureTotals(self.dictionary.size, self.grid)
             self.totals.restore(parts["totals"])
 
 
-def _strongest_timesteps(runs: FeatureShots, timesteps: int) -> FeatureShots:
-    """Return for each feature and image the run of the highest peak, the first among equals."""
-    images = runs.shots // timesteps
-    order = torch.argsort(runs.peaks, descending=True, stable=True)
-    order = order[torch.argsort(images[order], stable=True)]
-    order = order[torch.argsort(runs.features[order], stable=True)]
-    is_first = torch.ones(len(order), dtype=torch.bool)
-    features, images = runs.features[order], images[order]
-    is_first[1:] = (features[1:] != features[:-1]) | (images[1:] != images[:-1])
-    return FeatureShots(*(column[order[is_first]] for column in runs))
+class FeatureMaps(NamedTuple):
+    """Maps of features in shots; the entries of all maps follow one another."""
+
+    groups: Int[Tensor, " map"]
+    """Twice the feature, plus 1 if the shot is held out."""
+    shots: Int[Tensor, " map"]
+    peaks: Float[Tensor, " map"]
+    draws: Int[Tensor, " map"]
+    """Random numbers that depend on feature and image alone."""
+    counts: Int[Tensor, " map"]
+    """Number of entries."""
+    coactive: Int[Tensor, "map feature"]
+    """Features that fire at the token of the peak; filled up with -1."""
+    tokens: Int16[Tensor, " entry"]
+    """Modulo 2^16."""
+    levels: Int16[Tensor, " entry"]
+    """Values in 65535ths of the peak, modulo 2^16."""
+
+    @classmethod
+    def empty(cls, coactive: int) -> FeatureMaps:
+        """Return no maps, with columns for `coactive` features."""
+        none, entries = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int16)
+        features = torch.zeros(0, coactive, dtype=torch.int32)
+        return cls(none, none, torch.zeros(0), none.long(), none, features, entries, entries)
+
+    @classmethod
+    def joined(cls, parts: list[FeatureMaps]) -> FeatureMaps:
+        """Concatenate `parts` and empty the list, to hold little of it twice."""
+        columns = [list(column) for column in zip(*parts, strict=True)]
+        parts.clear()
+        return cls(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
+
+    @classmethod
+    def of(
+        cls, batch: FiringBatch, runs: FeatureShots, groups: Tensor, shots: Tensor, draws: Tensor, coactive: int
+    ) -> FeatureMaps:
+        """Return the maps of `runs` of a batch, with `coactive` features each."""
+        places = ranges(runs.starts, runs.counts)
+        shares = batch.pairs.values[places] / torch.repeat_interleave(runs.peaks, runs.counts)
+        return cls(
+            groups=groups.int(),
+            shots=shots.int(),
+            peaks=runs.peaks,
+            draws=draws,
+            counts=runs.counts.int(),
+            coactive=_coactive(batch, runs, shares, places, coactive),
+            tokens=batch.pairs.tokens[places].to(torch.int16),
+            levels=(shares * LEVELS).round_().clamp_(min=1).int().to(torch.int16),
+        )
+
+    def take(self, chosen: Int[Tensor, " chosen"]) -> FeatureMaps:
+        """Return the `chosen` maps in this order."""
+        starts, counts = (self.counts.cumsum(0) - self.counts)[chosen], self.counts[chosen]
+        tokens, levels = (torch.empty(int(counts.sum()), dtype=torch.int16) for _ in range(2))
+        copied = 0
+        for first, length in zip(starts.split(COPIED_MAPS), counts.split(COPIED_MAPS), strict=True):
+            places = ranges(first.long(), length.long())
+            for source, target in ((self.tokens, tokens), (self.levels, levels)):
+                torch.index_select(source, 0, places, out=target[copied : copied + len(places)])
+            copied += len(places)
+        groups, shots, peaks, draws = (column[chosen] for column in (self.groups, self.shots, self.peaks, self.draws))
+        return FeatureMaps(groups, shots, peaks, draws, counts, self.coactive[chosen], tokens, levels)
+
+
+def _coactive(batch: FiringBatch, runs: FeatureShots, shares: Tensor, places: Tensor, count: int) -> Int[Tensor, "run feature"]:
+    """Return the other features that fire most strongly at the token of each run's peak."""
+    coactive = torch.full((len(runs.features), count), -1, dtype=torch.int32)
+    if not count:
+        return coactive
+    starts = runs.counts.cumsum(0) - runs.counts
+    peaks = (shares == 1).nonzero()[:, 0]
+    tokens = batch.pairs.tokens[places[peaks[torch.searchsorted(peaks, starts)]]]
+    timesteps = len(batch.codes)
+    rows, timestep = runs.shots // timesteps * batch.tokens + tokens, runs.shots % timesteps
+    for number, codes in enumerate(batch.codes):
+        chosen = (timestep == number).nonzero()[:, 0]
+        # Codes come strongest first; the feature's own is among them and is left out.
+        values, features = (column[:, : count + 1][rows[chosen]] for column in codes)
+        features = torch.where((values > 0) & (features != runs.features[chosen, None]), features, -1).int()
+        order = (features < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        coactive[chosen, : order.shape[1]] = features.gather(1, order)
+    return coactive
+
+
+@final
+class TopMaps:
+    """The first `limit` maps of each group by an order; of each image only the strongest one.
+
+    `peak`: highest peaks, ties broken by the lower draw. `draw`: lowest draws, that is, a random choice of images.
+    The result does not depend on the order in which maps are added.
+    """
+
+    def __init__(self, groups: int, limit: int, order: Literal["peak", "draw"], coactive: int = 0) -> None:
+        self.limit, self.order = limit, order
+        self._maps = FeatureMaps.empty(coactive)
+        self._groups = groups
+        self._pending: list[FeatureMaps] = []
+        self._threshold = self._no_threshold()
+        self._may_repeat = False
+
+    def candidates(self, groups: Tensor, peaks: Tensor, draws: Tensor) -> Bool[Tensor, " run"]:
+        """Return which maps may be among the first of their group; the others never are."""
+        return peaks >= self._threshold[groups] if self.order == "peak" else draws <= self._threshold[groups]
+
+    def add(self, maps: FeatureMaps, may_repeat: bool) -> None:
+        """Add maps; `may_repeat` says whether some of their images may have come before."""
+        self._pending.append(maps)
+        self._may_repeat |= may_repeat
+        pending = sum(len(part.groups) for part in self._pending)
+        entries = sum(len(part.tokens) for part in self._pending)
+        if pending > max(PENDING_MAPS, len(self._maps.groups) // 4) or entries > PENDING_ENTRIES:
+            self.merged()
+
+    def merged(self) -> FeatureMaps:
+        """Merge the pending maps and return the selection, by group and in order."""
+        if self._pending:
+            self._pending.insert(0, self._maps)
+            self._maps = FeatureMaps.empty(self._maps.coactive.shape[1])
+            maps = FeatureMaps.joined(self._pending)
+            self._maps = maps.take(self._selection(maps))
+            self._raise_threshold()
+        return self._maps
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the selection from `tensors`."""
+        self._pending.clear()
+        self._maps = FeatureMaps(**tensors)
+        self._may_repeat = True
+        self._raise_threshold()
+
+    def _selection(self, maps: FeatureMaps) -> Int[Tensor, " chosen"]:
+        """Return the places of the maps to keep, by group and in order."""
+        chosen = self._first(maps, torch.arange(len(maps.groups)))
+        if self._may_repeat:
+            draws = torch.sort(maps.draws[chosen]).values
+            if bool((draws[1:] == draws[:-1]).any()):
+                return self._first(maps, strongest_of_each(maps.peaks, maps.draws, maps.groups))
+        return chosen
+
+    def _first(self, maps: FeatureMaps, among: Int[Tensor, " map"]) -> Int[Tensor, " chosen"]:
+        # One sort of integers: the group in the upper bits, then the order, then what breaks ties.
+        groups, bits = maps.groups[among], max(1, (self._groups - 1).bit_length())
+        peaks, draws = maps.peaks[among].view(torch.int32).long(), maps.draws[among]
+        keys = (((1 << 31) - 1 - peaks) << (32 - bits)) | (draws >> (31 + bits)) if self.order == "peak" else draws >> bits
+        order = torch.argsort((groups.long() << (63 - bits)) | keys, stable=True)
+        ordered = groups[order]
+        is_first = torch.ones(len(order), dtype=torch.bool)
+        is_first[self.limit :] = ordered[self.limit :] != ordered[: -self.limit]
+        return among[order[is_first]]
+
+    def _raise_threshold(self) -> None:
+        groups, distance = self._maps.groups, self.limit - 1
+        is_last = torch.zeros(len(groups), dtype=torch.bool)
+        is_last[distance:] = groups[distance:] == groups[: max(0, len(groups) - distance)]
+        self._threshold = self._no_threshold()
+        self._threshold[groups[is_last]] = (self._maps.peaks if self.order == "peak" else self._maps.draws)[is_last]
+
+    def _no_threshold(self) -> Tensor:
+        return torch.full((self._groups,), -torch.inf) if self.order == "peak" else torch.full((self._groups,), LAST)
+
+
+@final
+class SilentPool:
+    """Random images of each split, those of the lowest draws, and the features that fire in them at any timestep."""
+
+    def __init__(self, size: int, images: int, seed: int) -> None:
+        self._seed, self._images = seed, images
+        self.draws = torch.full((2 * images,), LAST)
+        self.keys = torch.zeros(2 * images, dtype=torch.int64)
+        self.shots = torch.full((2 * images,), -1, dtype=torch.int64)
+        self.fires = torch.zeros(2 * images, size, dtype=torch.bool)
+
+    def add(self, batch: FiringBatch, images: BatchImages) -> list[int]:
+        """Add images of a batch whose draws are low enough and return their places in the batch."""
+        draws = random_numbers(images.keys, torch.full_like(images.keys, -1), self._seed)
+        added, places = [], batch.feature_shots.shots // images.shots.shape[1]
+        for image, draw in enumerate(draws.tolist()):
+            part = self._part(bool(images.held_out[image]))
+            row = part.start + int(self.draws[part].argmax())
+            if draw >= int(self.draws[row]) or bool((self.draws[part] == draw).any()):
+                continue
+            self.draws[row], self.keys[row] = draw, images.keys[image]
+            self.shots[row] = images.shots[image, 0]
+            self.fires[row] = False
+            self.fires[row, batch.feature_shots.features[places == image]] = True
+            added.append(image)
+        return added
+
+    def silent(self, held_out: bool, limit: int) -> Int[Tensor, "feature rank"]:
+        """Choose for every feature up to `limit` shots of a split in which it is silent; the rest is -1."""
+        part = self._part(held_out)
+        filled = self.shots[part] >= 0
+        keys, shots, fires = self.keys[part][filled], self.shots[part][filled], self.fires[part][filled]
+        size, limit = fires.shape[1], min(limit, len(shots))
+        chosen = torch.full((size, limit), -1)
+        for features in torch.arange(size).split(COMPARED_FEATURES) if limit else ():
+            draws = random_numbers(keys.expand(len(features), -1), features[:, None].expand(-1, len(keys)), self._seed)
+            draws[fires[:, features].T] = LAST
+            lowest = draws.topk(limit, dim=1, largest=False, sorted=True)
+            chosen[features] = torch.where(lowest.values < LAST, shots[lowest.indices], -1)
+        return chosen
+
+    def _part(self, held_out: bool) -> slice:
+        return slice(self._images * held_out, self._images * (held_out + 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the pool by name."""
+        return {name: getattr(self, name) for name in ("draws", "keys", "shots", "fires")}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the pool from `tensors`."""
+        for name, values in tensors.items():
+            getattr(self, name).copy_(values)

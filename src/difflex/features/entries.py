@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from array import array
+import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -110,14 +109,14 @@ class TokenMap(NamedTuple):
         """Return the map as little-endian uint16: all tokens, then all values in 65535ths of the largest."""
         peak = max(self.values, default=0.0)
         levels = [max(1, round(value / peak * LEVELS)) for value in self.values]
-        return _little_endian(array("H", self.tokens)).tobytes() + _little_endian(array("H", levels)).tobytes()
+        return struct.pack(f"<{len(self.tokens) + len(levels)}H", *self.tokens, *levels)
 
     @classmethod
-    def unpacked(cls, blob: bytes, peak: float) -> TokenMap:
+    def unpacked(cls, packed: bytes, peak: float) -> TokenMap:
         """Read a map written by `packed`, whose largest value is `peak`."""
-        numbers = _little_endian(array("H", blob))
+        numbers = struct.unpack(f"<{len(packed) // 2}H", packed)
         count = len(numbers) // 2
-        return cls(tuple(numbers[:count]), tuple(level / LEVELS * peak for level in numbers[count:]))
+        return cls(numbers[:count], tuple(level / LEVELS * peak for level in numbers[count:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +157,3 @@ class AtomImage(NamedTuple):
     token: int
     image: ImageFile | None
     shot: Shot
-
-
-def _little_endian(numbers: array[int]) -> array[int]:
-    """Swap the bytes of `numbers` in place on a big-endian machine."""
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers

@@ -1,17 +1,11 @@
-"""Explanations in a book: records of what a VLM answered, how it was scored and what it cost, and their SQL."""
+"""Records of explanations in a book: the answer of a VLM, judgements, scores and cost; importing them does not import torch."""
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 __all__ = ["Explanation", "ExplanationScore", "Judgement", "RecordedUsage"]
-
-EXPLANATION_COLUMNS = "feature, backend, protocol, text, descriptions, state, reason"
-USAGE_COLUMNS = "explanation, backend, role, calls, tokens_in, tokens_out, cost, seconds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,41 +62,3 @@ class RecordedUsage:
     """In dollars; None if unknown."""
     seconds: float = 0.0
     explanation: int | None = None
-
-
-def explanation_from(row: tuple) -> Explanation:
-    """Return the explanation in a row of `id` and `EXPLANATION_COLUMNS`."""
-    number, *columns = row
-    entries = dict(zip(EXPLANATION_COLUMNS.split(", "), columns, strict=True))
-    return Explanation(**{**entries, "id": number, "descriptions": tuple(json.loads(entries["descriptions"]))})
-
-
-def usage_from(row: tuple) -> RecordedUsage:
-    """Return the usage in a row of `USAGE_COLUMNS`."""
-    return RecordedUsage(**dict(zip(USAGE_COLUMNS.split(", "), row, strict=True)))
-
-
-def insert_explanation(
-    connection: sqlite3.Connection,
-    explanation: Explanation,
-    judgements: Sequence[Judgement],
-    scores: Sequence[ExplanationScore],
-) -> int:
-    """Write an explanation in place of an older one of the same feature, backend and protocol; return its number."""
-    key = (explanation.feature, explanation.backend, explanation.protocol)
-    content = (explanation.text, json.dumps(explanation.descriptions), explanation.state, explanation.reason)
-    connection.execute("DELETE FROM explanations WHERE (feature, backend, protocol) = (?, ?, ?)", key)
-    insertion = f"INSERT INTO explanations ({EXPLANATION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)"
-    number = connection.execute(insertion, (*key, *content)).lastrowid
-    assert number is not None
-    insertion = "INSERT INTO judgements (explanation, example, fires, score) VALUES (?, ?, ?, ?)"
-    connection.executemany(insertion, [(number, *judgement) for judgement in judgements])
-    connection.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", [(number, *score) for score in scores])
-    return number
-
-
-def insert_usage(connection: sqlite3.Connection, usage: Iterable[RecordedUsage], explanation: int | None = None) -> None:
-    """Write records of usage, for `explanation` if given, otherwise for the one each record names."""
-    names = USAGE_COLUMNS.split(", ")[1:]
-    rows = [(explanation or entry.explanation, *(getattr(entry, name) for name in names)) for entry in usage]
-    connection.executemany(f"INSERT INTO usage ({USAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

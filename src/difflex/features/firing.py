@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from typing import NamedTuple, final
 
 import torch
@@ -15,14 +16,25 @@ from torch.nn import functional
 
 from difflex.records import Codes, Shot
 
-__all__ = ["BatchImages", "FeatureShots", "FeatureTotals", "FiringBatch", "firing_batch", "image_key", "random_numbers", "ranges"]
+__all__ = [
+    "BatchImages",
+    "FeatureShots",
+    "FeatureTotals",
+    "FiringBatch",
+    "firing_batch",
+    "image_key",
+    "random_numbers",
+    "ranges",
+    "strongest_first",
+    "strongest_of_each",
+]
 
 ENCODED_TOKENS = 8192
 """Tokens encoded at once."""
 Encode = Callable[[Float[Tensor, "token width"]], Codes]
 
 # The constants of SplitMix64 (Steele et al. 2014), as signed numbers.
-ADDED, FIRST, SECOND = (each - (1 << 64) for each in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+ADDED, FIRST, SECOND = (constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 POSITIVE = torch.iinfo(torch.int64).max
 
 BINS, FIRST_BIN = 128, -64
@@ -68,13 +80,6 @@ class BatchImages(NamedTuple):
     """Whether some of the images may have come before."""
 
 
-class NegativeCodes(NamedTuple):
-    """Codes below 0, which do not count as firing."""
-
-    features: Int[Tensor, " code"]
-    values: Float[Tensor, " code"]
-
-
 class FiringPairs(NamedTuple):
     """Pairs of a token and a feature that fires there, sorted by feature, shot and token."""
 
@@ -103,7 +108,6 @@ class FiringBatch(NamedTuple):
     """Where features fire in a batch of images."""
 
     pairs: FiringPairs
-    negative: NegativeCodes
     feature_shots: FeatureShots
     codes: tuple[Codes, ...]
     """Codes at each timestep."""
@@ -120,13 +124,36 @@ def firing_batch(encode: Encode, activations: Sequence[Float[Tensor, "image toke
     # Torch sorts int32 three times faster than int64.
     features, order = torch.sort(joined.features, stable=True)
     pairs = FiringPairs(features, joined.shots[order], joined.tokens[order], joined.values[order])
-    return FiringBatch(pairs, _negative(codes), _feature_shots(pairs), codes, tokens)
+    return FiringBatch(pairs, _feature_shots(pairs), codes, tokens)
 
 
 def ranges(starts: Int[Tensor, " range"], counts: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
     """Return the places of all ranges, one range after another."""
     ends = counts.cumsum(0)
     return torch.arange(int(ends[-1]) if len(ends) else 0) + torch.repeat_interleave(starts - (ends - counts), counts)
+
+
+def strongest_first(values: Float[Tensor, " row"], *keys: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """Return the places of rows sorted by `keys`, the last one first, and within equal keys by falling value."""
+    order = torch.argsort(values, descending=True, stable=True)
+    for key in keys:
+        order = order[torch.argsort(key[order], stable=True)]
+    return order
+
+
+def strongest_of_each(values: Float[Tensor, " row"], *keys: Int[Tensor, " row"]) -> Int[Tensor, " group"]:
+    """Return the place of the row of the highest value, the first among equals, for each combination of keys."""
+    order = strongest_first(values, *keys)
+    return order[_begins(*(key[order] for key in keys))]
+
+
+def _begins(*keys: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
+    """Return which rows differ from the row before in one of the keys."""
+    begins = torch.zeros(len(keys[0]), dtype=torch.bool)
+    begins[:1] = True
+    for key in keys:
+        begins[1:] |= key[1:] != key[:-1]
+    return begins
 
 
 def _encoded(encode: Encode, values: Float[Tensor, "token width"]) -> Codes:
@@ -150,16 +177,9 @@ def _pairs(codes: Codes, place: int, timesteps: int, tokens: int) -> FiringPairs
     return FiringPairs(features[chosen], shots[chosen], positions[chosen], values[chosen])
 
 
-def _negative(codes: Sequence[Codes]) -> NegativeCodes:
-    features = torch.cat([part.indices[part.values < 0] for part in codes])
-    return NegativeCodes(features.long(), torch.cat([part.values[part.values < 0] for part in codes]))
-
-
 def _feature_shots(pairs: FiringPairs) -> FeatureShots:
-    is_first = torch.ones(len(pairs.values), dtype=torch.bool)
-    is_first[1:] = (pairs.features[1:] != pairs.features[:-1]) | (pairs.shots[1:] != pairs.shots[:-1])
-    starts = is_first.nonzero()[:, 0]
-    counts = torch.diff(starts, append=torch.tensor([len(is_first)]))
+    starts = _begins(pairs.features, pairs.shots).nonzero()[:, 0]
+    counts = torch.diff(starts, append=torch.tensor([len(pairs.values)]))
     peaks = torch.segment_reduce(pairs.values, "max", lengths=counts) if len(starts) else pairs.values[:0]
     return FeatureShots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)
 
@@ -168,7 +188,7 @@ def _feature_shots(pairs: FiringPairs) -> FeatureShots:
 class FeatureTotals:
     """Sums over all tokens for each of `size` features: how often it fires, how strongly, when and where."""
 
-    def __init__(self, size: int, grid: tuple[int, int] | None) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
         self.firings, self.shots, self.negatives = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
         self.sums, self.border_sums = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
@@ -177,31 +197,26 @@ class FeatureTotals:
         self.part_sums = torch.zeros(size, PARTS * PARTS, dtype=torch.float64)
         self.timestep_firings: dict[float, Int[Tensor, " size"]] = {}
         self.timestep_tokens: dict[float, int] = {}
-        self._layout = None if grid is None else _layout(*grid)
 
-    def add(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
-        """Add a batch of `images` at these timesteps."""
-        features, values, runs = batch.pairs.features, batch.pairs.values, batch.feature_shots
+    def add(self, batch: FiringBatch, timesteps: Sequence[float], images: int, grid: tuple[int, int] | None) -> None:
+        """Add a batch of `images` at these timesteps, whose tokens form a `grid`."""
+        (features, _, tokens, values), runs = batch.pairs, batch.feature_shots
         self.firings += torch.bincount(features, minlength=self.size)
         self.shots += torch.bincount(runs.features, minlength=self.size)
         if len(runs.starts):
             self.sums.index_add_(0, runs.features, torch.segment_reduce(values, "sum", lengths=runs.counts).double())
         self.peaks.scatter_reduce_(0, runs.features, runs.peaks, "amax")
         self.histogram.view(-1).index_add_(0, features * BINS + _bins(values), torch.ones(len(values), dtype=torch.int32))
-        self._add_places(batch)
+        if grid is not None:
+            part, border = _layout(*grid)
+            self.part_sums.view(-1).index_add_(0, features * PARTS**2 + part[tokens], values.double())
+            self.border_sums.index_add_(0, features, (values * border[tokens]).double())
         self._add_timesteps(batch, timesteps, images)
-        negative = batch.negative
-        if len(negative.features):
-            self.negatives += torch.bincount(negative.features, minlength=self.size)
-            self.lowest.scatter_reduce_(0, negative.features, negative.values, "amin")
-
-    def _add_places(self, batch: FiringBatch) -> None:
-        if self._layout is None:
-            return
-        part, border = self._layout
-        features, tokens, values = batch.pairs.features, batch.pairs.tokens, batch.pairs.values
-        self.part_sums.view(-1).index_add_(0, features * PARTS**2 + part[tokens], values.double())
-        self.border_sums.index_add_(0, features, (values * border[tokens]).double())
+        for codes in batch.codes:
+            is_negative = codes.values < 0
+            negative = codes.indices[is_negative].long()
+            self.negatives += torch.bincount(negative, minlength=self.size)
+            self.lowest.scatter_reduce_(0, negative, codes.values[is_negative], "amin")
 
     def _add_timesteps(self, batch: FiringBatch, timesteps: Sequence[float], images: int) -> None:
         places = batch.pairs.shots % len(timesteps) if len(timesteps) > 1 else None
@@ -216,19 +231,16 @@ class FeatureTotals:
         """Number of tokens in all batches."""
         return sum(self.timestep_tokens.values())
 
-    @property
-    def position(self) -> Float[Tensor, " size"]:
-        """`FeatureStats.position` of all features."""
-        assert self._layout is not None
-        even = torch.bincount(self._layout[0], minlength=PARTS**2) / len(self._layout[0])
+    def position(self, grid: tuple[int, int]) -> Float[Tensor, " size"]:
+        """Return `FeatureStats.position` of all features."""
+        part, _ = _layout(*grid)
+        even = torch.bincount(part, minlength=PARTS**2) / len(part)
         shares = self.part_sums / self.part_sums.sum(1, keepdim=True).clamp_min(1e-300)
         return (shares - even).clamp_min(0).sum(1)
 
-    @property
-    def border(self) -> Float[Tensor, " size"]:
-        """`FeatureStats.border` of all features."""
-        assert self._layout is not None
-        return self.border_sums / self.sums.clamp_min(1e-300) / self._layout[1].mean()
+    def border(self, grid: tuple[int, int]) -> Float[Tensor, " size"]:
+        """Return `FeatureStats.border` of all features."""
+        return self.border_sums / self.sums.clamp_min(1e-300) / _layout(*grid)[1].mean()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums by name."""
@@ -258,6 +270,7 @@ def _bins(values: Float[Tensor, " pair"]) -> Int[Tensor, " pair"]:
     return (quarters - FIRST_BIN).clamp_(0, BINS - 1)
 
 
+@cache
 def _layout(rows: int, columns: int) -> tuple[Int[Tensor, " token"], Float[Tensor, " token"]]:
     """Return the part of the image that each token is in, and 1 for tokens at the border."""
     row, column = torch.arange(rows)[:, None].expand(rows, columns), torch.arange(columns).expand(rows, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, final, get_args
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from difflex.choices import HighlightStyle
 from difflex.errors import BadInput, BrokenFile, OutOfSpace, UnknownName
 from difflex.features.book import Book
-from difflex.features.entries import COVER_THRESHOLD, Example, FeatureStats, ShotRow, TokenMap
+from difflex.features.entries import COVER_THRESHOLD, Example, ExampleKind, FeatureStats, TokenMap
 from difflex.files import replacing
 
 __all__ = ["ImageAlbum", "StoredImage", "enlarged", "overlaid", "overview", "sheet"]
@@ -32,7 +33,7 @@ LEFT = 150
 PLOT = (240, 64)
 NEIGHBOURS = 5
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-ROW_LABELS = {
+ROW_LABELS: dict[ExampleKind, tuple[str, str]] = {
     "top": ("strongest", "shots"),
     "quantile": ("random, where it", "fires"),
     "silent": ("random, where it", "is silent"),
@@ -62,10 +63,10 @@ class ImageAlbum:
         path = self.folder / stored.file
         if path.exists():
             return stored, False
-        lossless = image.width * image.height <= LOSSLESS_PIXELS
+        is_small = image.width * image.height <= LOSSLESS_PIXELS
         try:
             with replacing(path) as temporary:
-                image.save(temporary, "WEBP", lossless=lossless, quality=20 if lossless else QUALITY, method=1 if lossless else 4)
+                image.save(temporary, "WEBP", lossless=is_small, quality=20 if is_small else QUALITY, method=1 if is_small else 4)
         except OSError as error:
             raise OutOfSpace(f"{path} cannot be written ({error}). Free some space and run the command again.") from error
         return stored, True
@@ -77,13 +78,11 @@ class ImageAlbum:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except FileNotFoundError as error:
-            raise UnknownName(
-                f"The image {path} is missing. Copy the study's images, or delete the book and run difflex collect again."
-            ) from error
+            advice = "Copy the study's images, or delete the book and run difflex collect again."
+            raise UnknownName(f"The image {path} is missing. {advice}") from error
         except (OSError, UnidentifiedImageError) as error:
-            raise BrokenFile(
-                f"The image {path} is damaged ({error}). Delete it and the book, and run difflex collect again."
-            ) from error
+            advice = "Delete it and the book, and run difflex collect again."
+            raise BrokenFile(f"The image {path} is damaged ({error}). {advice}") from error
 
     def remove(self, file: str) -> None:
         """Delete an image."""
@@ -185,20 +184,16 @@ def sheet(
     For an ITDA atom, also its image patch. `concept` is the known concept that it detects. The caption of an image is the
     example's peak as a share of the feature's, and the timestep.
     """
-    row, examples = book.feature(feature), book.examples(feature)
-    keys = [(kind, split) for kind in ROW_LABELS for split in ("train", "held-out")]
-    groups = {key: [each for each in examples if (each.kind, each.split) == key][:columns] for key in keys}
-    renderer = _SheetRenderer(book, album, book.shots(each.shot for group in groups.values() for each in group), style, side)
-    rows = [
-        _SheetRow([*ROW_LABELS[kind], split], [renderer.tile(example, row.peak) for example in group])
-        for (kind, split), group in groups.items()
-        if group
-    ]
+    row, rows = book.feature(feature), []
     if patch := book.patch(feature):
         prompt = patch.shot.prompt
         label = ["the patch that", "the atom is", prompt if len(prompt) < 22 else prompt[:20] + "…"]
-        image = None if patch.image is None else album.open(patch.image.file)
-        rows.insert(0, _SheetRow(label, [] if image is None else [renderer.patch(image, patch.token)]))
+        image = None if patch.image is None else _resized(album.open(patch.image.file), side)
+        rows.append(_SheetRow(label, [] if image is None else [_patch_tile(image, patch.token, book.about.grid)]))
+    for kind, label in ROW_LABELS.items():
+        for split in ("train", "held-out"):
+            if examples := book.examples(feature, kind, split)[:columns]:
+                rows.append(_SheetRow([*label, split], _example_tiles(book, album, examples, row.peak, style, side)))
     return _assembled([*_statistics(book, row), *_descriptions(book, feature, concept)], row, rows, columns, side)
 
 
@@ -218,42 +213,37 @@ def overview(
     rows = []
     for feature in features:
         examples = sorted(book.examples(feature, "top"), key=lambda example: -example.peak)[:columns]
-        renderer = _SheetRenderer(book, album, book.shots(example.shot for example in examples), style, side)
         row = book.feature(feature)
         label = [f"feature {feature}", *_wrapped((labels or {}).get(feature, ""), 22)[:3], f"at {row.density:.2%} of tokens"]
-        rows.append(_SheetRow(label, [renderer.tile(example, row.peak) for example in examples]))
+        rows.append(_SheetRow(label, _example_tiles(book, album, examples, row.peak, style, side)))
     return _assembled([book.about.dictionary], None, rows, columns, side)
 
 
-class _SheetRenderer(NamedTuple):
-    """Draws examples of one book."""
+def _example_tiles(
+    book: Book, album: ImageAlbum, examples: Sequence[Example], peak: float, style: HighlightStyle, side: int
+) -> list[_SheetTile]:
+    """Draw examples of a feature with their overlays; `peak` is that of the feature."""
+    shots, tiles = book.shots(example.shot for example in examples), []
+    for example in examples:
+        row = shots[example.shot]
+        image = _resized(album.open(row.image.file), side)
+        caption = f"{example.peak / peak:.2f}" if peak and example.peak else "silent"
+        caption += "" if row.shot.timestep is None else f"  t {row.shot.timestep:.0f}"
+        tiles.append(_SheetTile(overlaid(image, example.map, book.about.grid, peak or 1.0, style=style), caption))
+    return tiles
 
-    book: Book
-    album: ImageAlbum
-    shots: Mapping[int, ShotRow]
-    style: HighlightStyle
-    side: int
 
-    def tile(self, example: Example, peak: float) -> _SheetTile:
-        """Draw an example with its overlay."""
-        row = self.shots[example.shot]
-        image = self._resized(self.album.open(row.image.file))
-        image = overlaid(image, example.map, self.book.about.grid, peak or 1.0, style=self.style)
-        timestep = row.shot.timestep
-        share = f"{example.peak / peak:.2f}" if peak and example.peak else "silent"
-        return _SheetTile(image, share if timestep is None else f"{share}  t {timestep:.0f}")
+def _patch_tile(image: Image.Image, token: int, grid: tuple[int, int] | None) -> _SheetTile:
+    """Draw an image with one token outlined."""
+    return _SheetTile(overlaid(image, TokenMap((token,), (1.0,)), grid, 1.0, style="outline"), f"token {token}")
 
-    def patch(self, image: Image.Image, token: int) -> _SheetTile:
-        """Draw an image with one token outlined."""
-        outlined = overlaid(self._resized(image), TokenMap((token,), (1.0,)), self.book.about.grid, 1.0, style="outline")
-        return _SheetTile(outlined, f"token {token}")
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        if max(image.size) > self.side:
-            image = image.reduce(max(1, max(image.size) // self.side))  # by a whole factor first: ten times faster
-            image.thumbnail((self.side, self.side))
-            return image
-        return enlarged(image, self.side)
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    if max(image.size) <= side:
+        return enlarged(image, side)
+    image = image.reduce(max(1, max(image.size) // side))  # by a whole factor first: ten times faster
+    image.thumbnail((side, side))
+    return image
 
 
 def _statistics(book: Book, row: FeatureStats) -> list[str]:
@@ -271,21 +261,21 @@ def _statistics(book: Book, row: FeatureStats) -> list[str]:
 
 
 def _descriptions(book: Book, feature: int, concept: str) -> list[str]:
-    """Return what is known about the meaning of a feature, a line each."""
-    lines = [f"detects {concept}"] * bool(concept)
+    """Return lines about the meaning of a feature: its concept, neighbours and explanations."""
+    lines = [f"detects {concept}"] if concept else []
     neighbours = book.neighbours(feature)
     for kind, phrase in (("firing", "fires together with"), ("direction", "has a direction close to")):
-        names = [f"{each.feature} ({each.value:.2f})" for each in neighbours if each.kind == kind][:NEIGHBOURS]
-        lines += [f"{phrase} {', '.join(names)}"] * bool(names)
-    return lines + [each.text for each in book.explanations(feature) if each.state == "done" and each.text]
+        if names := [f"{entry.feature} ({entry.value:.2f})" for entry in neighbours if entry.kind == kind][:NEIGHBOURS]:
+            lines.append(f"{phrase} {', '.join(names)}")
+    return lines + [entry.text for entry in book.explanations(feature) if entry.state == "done" and entry.text]
 
 
 def _assembled(texts: Sequence[str], row: FeatureStats | None, rows: Sequence[_SheetRow], columns: int, side: int) -> Image.Image:
     """Draw the texts, the plots of `row` and the rows of images on one image."""
     font, small = ImageFont.load_default(LETTERS), ImageFont.load_default(LETTERS - 2)
     lines = [line for text in texts for line in _wrapped(text, 110)[:3]]
-    tile_height = max([tile.image.height for each in rows for tile in each.tiles], default=side)
-    tile_width = max([tile.image.width for each in rows for tile in each.tiles], default=side)
+    sizes = [tile.image.size for _, tiles in rows for tile in tiles] or [(side, side)]
+    tile_width, tile_height = map(max, zip(*sizes, strict=True))
     plots = PLOT[1] + LINE + GAP if row is not None and row.histogram.counts else 0
     top = GAP + len(lines) * LINE + GAP + plots
     width = max(LEFT + columns * (tile_width + GAP) + GAP, LEFT + 2 * PLOT[0] + 4 * GAP)
@@ -329,11 +319,4 @@ def _draw_bars(pen: ImageDraw.ImageDraw, values: Sequence[float], corner: tuple[
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Break `text` into lines of at most `width` letters."""
-    lines = [""] if text else []
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
+    return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)

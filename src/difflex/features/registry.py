@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -62,11 +62,10 @@ class ShotRegistry:
         self._patch_keys = frozenset(patch_keys)
 
     def add(self, batch: CollectBatch) -> BatchImages:
-        """Number the shots of a batch."""
+        """Number and count the shots of a batch."""
         first = batch.activations[0]
         timesteps = sum(part.site == first.site for part in batch.activations)
-        start = sum(self.shots.values())
-        count = len(batch.images)
+        start, count = sum(self.shots.values()), len(batch.images)
         self.images += count
         for shot in first.shots:
             self.shots[shot.split] += timesteps
@@ -88,18 +87,18 @@ class ShotRegistry:
         return may_repeat
 
     def register(self, batch: CollectBatch, images: BatchImages, used: Collection[int]) -> None:
-        """Store the images `used` by examples, and those of ITDA atoms, and keep their shots."""
+        """Store the images `used` by examples, and those of ITDA atoms, and keep the shots of the former."""
         site = batch.activations[0].site
         timesteps = [part.shots for part in batch.activations if part.site == site]
-        keys = images.keys.tolist()
-        for place in sorted({*used, *(place for place, key in enumerate(keys) if key in self._patch_keys)}):
+        for place, key in enumerate(images.keys.tolist()):
+            if place not in used and key not in self._patch_keys:
+                continue
             stored = self.store(batch.images[place])
-            if keys[place] in self._patch_keys:
-                self.patches[keys[place]] = stored
+            if key in self._patch_keys:
+                self.patches[key] = stored
             if place in used:
-                numbers = images.shots[place].tolist()
-                shots = [column[place] for column in timesteps]
-                self.entries |= {number: RegisteredShot(shot, stored) for number, shot in zip(numbers, shots, strict=True)}
+                for number, shots in zip(images.shots[place].tolist(), timesteps, strict=True):
+                    self.entries[number] = RegisteredShot(shots[place], stored)
 
     def store(self, image: Image.Image) -> StoredImage:
         """Store an image in the album."""
@@ -136,13 +135,13 @@ class ShotRegistry:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
 class CollectCheckpoint:
     """The file that holds the state of a pass, replaced atomically."""
 
-    path: Path
-    request: Mapping[str, object]
-    """Plain JSON that identifies the pass; the state of another pass is ignored."""
+    def __init__(self, path: Path, request: Mapping[str, object]) -> None:
+        """`request` is plain JSON that identifies the pass; the state of another pass is ignored."""
+        self.path = path
+        self._request = json.dumps({"format": FORMAT, "difflex": __version__, **request}, sort_keys=True)
 
     def save(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
         """Prune the registry and write the state."""
@@ -154,31 +153,18 @@ class CollectCheckpoint:
         }
         tensors["registry"] = torch.frombuffer(bytearray(registry.dumped()), dtype=torch.uint8)
         with replacing(self.path) as temporary:
-            save_file(tensors, temporary, {"request": self._request_text})
+            save_file(tensors, temporary, {"request": self._request})
 
     def restore(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
-        """Restore the state of this pass, if there is one."""
-        tensors = self._read()
-        if tensors is None:
-            return
-        for number, collector in enumerate(collectors):
-            prefix = f"{number}/"
-            collector.restore({name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)})
-        registry.restore(tensors["registry"].numpy().tobytes())
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self.path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Tensor] | None:
+        """Restore the state of this pass, if the file holds it."""
         try:
             with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("request") != self._request_text:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                if (file.metadata() or {}).get("request") != self._request:
+                    return
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (FileNotFoundError, SafetensorError):
-            return None
-
-    @property
-    def _request_text(self) -> str:
-        return json.dumps({"format": FORMAT, "difflex": __version__, **self.request}, sort_keys=True)
+            return
+        registry.restore(tensors.pop("registry").numpy().tobytes())
+        for number, collector in enumerate(collectors):
+            prefix = f"{number}/"
+            collector.restore({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})

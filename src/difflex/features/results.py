@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,23 +16,11 @@ from torch import Tensor
 from difflex._version import __version__
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput
-from difflex.features.collector import FeatureCollector
-from difflex.features.entries import (
-    COVER_THRESHOLD,
-    LEVELS,
-    AtomImage,
-    ExampleKind,
-    FeatureNeighbour,
-    FeatureStats,
-    Histogram,
-    ImageFile,
-)
-from difflex.features.examples import FeatureMaps
-from difflex.features.firing import FIRST_BIN, FeatureTotals, image_key, ranges
-from difflex.features.images import StoredImage
+from difflex.features.collector import FeatureCollector, FeatureMaps
+from difflex.features.entries import COVER_THRESHOLD, LEVELS, AtomImage, FeatureNeighbour, FeatureStats, Histogram, ImageFile
+from difflex.features.firing import FIRST_BIN, image_key, ranges, strongest_first
 from difflex.features.registry import ShotRegistry
-from difflex.features.schema import BookInfo
-from difflex.features.writer import BookWriter, PackedExample
+from difflex.features.tables import BookInfo, BookWriter, PackedExample
 from difflex.records import Shot, Split
 
 __all__ = ["AtomLocation", "CollectTarget", "write_book"]
@@ -70,12 +59,12 @@ class CollectTarget:
 
 def write_book(target: CollectTarget, collector: FeatureCollector, registry: ShotRegistry, data: str) -> Path:
     """Write the book of a dictionary and return its path."""
-    if collector.totals is None:
+    if not collector.tokens:
         raise BadInput(f"There were no images to collect examples of {target.name} from. Give at least one.")
     numbers = collector.shots().tolist()
     files = dict.fromkeys(registry.entries[number].image for number in numbers)
-    patches = [registry.patches.get(image_key(location.shot)) for location in target.patches.values()]
-    files |= dict.fromkeys(stored for stored in patches if stored)
+    patches = {feature: registry.patches.get(image_key(shot)) for feature, (shot, _) in target.patches.items()}
+    files |= dict.fromkeys(filter(None, patches.values()))
     images = {stored: ImageFile(number, *stored) for number, stored in enumerate(files)}
     with BookWriter.open(target.book, _info(target, collector, registry, data)) as writer:
         writer.add_images(images.values())
@@ -83,7 +72,9 @@ def write_book(target: CollectTarget, collector: FeatureCollector, registry: Sho
         writer.add_shots((number, images[entry.image].id, entry.shot) for number, entry in entries)
         writer.add_features(_features(collector, target.strengths))
         writer.add_examples(_examples(collector))
-        writer.add_patches(_patches(target, registry, images))
+        for feature, stored in sorted(patches.items()):
+            shot, token = target.patches[feature]
+            writer.add_patch(AtomImage(feature, token, stored and images[stored], shot))
         firing = firing_neighbours(collector.random.merged(), collector.totals.firings / collector.totals.tokens)
         for feature, neighbours in enumerate(direction_neighbours(target.dictionary.directions)):
             writer.add_neighbours(feature, [*firing.get(feature, ()), *neighbours])
@@ -92,7 +83,6 @@ def write_book(target: CollectTarget, collector: FeatureCollector, registry: Sho
 
 def _info(target: CollectTarget, collector: FeatureCollector, registry: ShotRegistry, data: str) -> BookInfo:
     dictionary, totals = target.dictionary, collector.totals
-    assert totals is not None
     shot = next(iter(registry.entries.values())).shot
     return BookInfo(
         dictionary=target.name,
@@ -115,7 +105,6 @@ def _info(target: CollectTarget, collector: FeatureCollector, registry: ShotRegi
 def _features(collector: FeatureCollector, strengths: Sequence[float]) -> Iterator[FeatureStats]:
     """Yield the statistics of all features."""
     totals = collector.totals
-    assert totals is not None
     columns = {
         "firings": totals.firings,
         "shots": totals.shots,
@@ -125,10 +114,11 @@ def _features(collector: FeatureCollector, strengths: Sequence[float]) -> Iterat
         "negative_share": totals.negatives / totals.tokens,
         "negative_peak": totals.lowest,
     }
-    spatial = {} if collector.grid is None else _spatial_statistics(collector, totals, collector.grid)
+    spatial = {} if collector.grid is None else _spatial_statistics(collector, collector.grid)
     rows = {name: column.tolist() for name, column in (columns | spatial).items()}
     timesteps = sorted(totals.timestep_tokens, reverse=True)
-    activity = torch.stack([totals.timestep_firings[each] / totals.timestep_tokens[each] for each in timesteps], dim=1).tolist()
+    shares = [totals.timestep_firings[timestep] / totals.timestep_tokens[timestep] for timestep in timesteps]
+    activity = torch.stack(shares, dim=1).tolist()
     for feature in range(totals.size):
         row = {name: column[feature] for name, column in rows.items()}
         for name in spatial:
@@ -142,14 +132,15 @@ def _features(collector: FeatureCollector, strengths: Sequence[float]) -> Iterat
         )
 
 
-def _spatial_statistics(collector: FeatureCollector, totals: FeatureTotals, grid: tuple[int, int]) -> dict[str, Tensor]:
+def _spatial_statistics(collector: FeatureCollector, grid: tuple[int, int]) -> dict[str, Tensor]:
+    totals = collector.totals
     shape = map_shapes(collector.random.merged(), totals.size, grid)
     return {
         "area": totals.firings / totals.shots.clamp_min(1) / collector.tokens,
         "spread": shape.spread,
         "concentration": shape.concentration,
-        "border": totals.border,
-        "position": totals.position,
+        "border": totals.border(grid),
+        "position": totals.position(grid),
         "coverage": mean_coverage(collector.top.merged(), totals.peaks, collector.tokens),
     }
 
@@ -162,72 +153,39 @@ def _histogram(counts: Tensor) -> Histogram:
     return Histogram(FIRST_BIN + first, tuple(counts[first : last + 1].tolist()))
 
 
-class _ExampleColumn(NamedTuple):
-    """The maps of one kind of examples, as plain lists."""
+class _PackedMap(NamedTuple):
+    shot: int
+    peak: float
+    draw: int
+    map: bytes
 
-    starts: list[int]
-    """First map of each group, and the end."""
-    shots: list[int]
-    peaks: list[float]
-    draws: list[int]
-    entries: list[int]
-    """First entry of each map, and the end."""
-    tokens: bytes
-    levels: bytes
 
-    @classmethod
-    def of(cls, maps: FeatureMaps, groups: int) -> _ExampleColumn:
-        starts = torch.searchsorted(maps.groups.long(), torch.arange(groups + 1))
-        entries = torch.cat([torch.zeros(1, dtype=torch.int64), maps.counts.long().cumsum(0)])
-        return cls(
-            starts=starts.tolist(),
-            shots=maps.shots.tolist(),
-            peaks=maps.peaks.tolist(),
-            draws=maps.draws.tolist(),
-            entries=entries.tolist(),
-            tokens=maps.tokens.numpy().tobytes(),
-            levels=maps.levels.numpy().tobytes(),
-        )
-
-    def group(self, group: int) -> range:
-        """The places of the maps of a group."""
-        return range(self.starts[group], self.starts[group + 1])
-
-    def example(self, group: int, kind: ExampleKind, rank: int, place: int, quantile: float | None = None) -> PackedExample:
-        """The example with the map at this place."""
-        part = slice(2 * self.entries[place], 2 * self.entries[place + 1])
-        packed = self.tokens[part] + self.levels[part]
-        feature, split = group // 2, SPLITS[group % 2]
-        return PackedExample(feature, kind, split, rank, self.shots[place], self.peaks[place], quantile, packed)
+def _packed_maps(maps: FeatureMaps, groups: int) -> Iterator[list[_PackedMap]]:
+    """Yield the maps of each group, packed as in a book."""
+    tokens, levels = (column.numpy().tobytes() for column in (maps.tokens, maps.levels))
+    ends = pairwise([0, *(2 * maps.counts.long().cumsum(0)).tolist()])
+    columns = (maps.shots.tolist(), maps.peaks.tolist(), maps.draws.tolist(), (slice(*end) for end in ends))
+    rows = zip(*columns, strict=True)
+    for count in torch.bincount(maps.groups, minlength=groups).tolist():
+        yield [_PackedMap(shot, peak, draw, tokens[part] + levels[part]) for shot, peak, draw, part in islice(rows, count)]
 
 
 def _examples(collector: FeatureCollector) -> Iterator[PackedExample]:
     """Yield the examples of all features, feature by feature."""
     size, limit = collector.dictionary.size, collector.config.silent_examples
-    top, random = (_ExampleColumn.of(examples.merged(), 2 * size) for examples in (collector.top, collector.random))
+    top, random = (_packed_maps(maps.merged(), 2 * size) for maps in (collector.top, collector.random))
     silent = [collector.pool.silent(held_out, limit).tolist() for held_out in (False, True)]
-    for group in range(2 * size):
+    for group, (strongest, sampled) in enumerate(zip(top, random, strict=True)):
         feature, split = group // 2, SPLITS[group % 2]
-        yield from (top.example(group, "top", rank, place) for rank, place in enumerate(top.group(group)))
-        yield from _random_examples(random, group, {top.draws[place] for place in top.group(group)})
-        shots = [shot for shot in silent[group % 2][feature] if shot >= 0]
+        for rank, (shot, peak, _, packed) in enumerate(strongest):
+            yield PackedExample(feature, "top", split, rank, shot, peak, None, packed)
+        sampled.sort(key=lambda entry: (-entry.peak, entry.draw))
+        quantiles = {entry.draw: 1 - (number + 0.5) / len(sampled) for number, entry in enumerate(sampled)}
+        others = quantiles.keys() - {entry.draw for entry in strongest}
+        for rank, (shot, peak, draw, packed) in enumerate(entry for entry in sampled if entry.draw in others):
+            yield PackedExample(feature, "quantile", split, rank, shot, peak, quantiles[draw], packed)
+        shots = (shot for shot in silent[group % 2][feature] if shot >= 0)
         yield from (PackedExample(feature, "silent", split, rank, shot, 0.0, None, b"") for rank, shot in enumerate(shots))
-
-
-def _random_examples(random: _ExampleColumn, group: int, top_draws: set[int]) -> Iterator[PackedExample]:
-    """Yield the random examples of a group, strongest first, without those that are top examples."""
-    places = sorted(random.group(group), key=lambda place: (-random.peaks[place], random.draws[place]))
-    rank = 0
-    for number, place in enumerate(places):
-        if random.draws[place] not in top_draws:
-            yield random.example(group, "quantile", rank, place, quantile=1 - (number + 0.5) / len(places))
-            rank += 1
-
-
-def _patches(target: CollectTarget, registry: ShotRegistry, images: Mapping[StoredImage, ImageFile]) -> Iterator[AtomImage]:
-    for feature, (shot, token) in sorted(target.patches.items()):
-        stored = registry.patches.get(image_key(shot))
-        yield AtomImage(feature, token, None if stored is None else images[stored], shot)
 
 
 class MapShape(NamedTuple):
@@ -241,10 +199,9 @@ def map_shapes(maps: FeatureMaps, size: int, grid: tuple[int, int]) -> MapShape:
     """Return the mean spread and concentration of the maps of every feature."""
     sums, counts = torch.zeros(2, size, dtype=torch.float64), torch.zeros(size)
     for part in _map_entries(maps):
-        features = maps.groups[part.maps].long() // 2
-        sums[0].index_add_(0, features, _spread(part, len(features), grid))
-        sums[1].index_add_(0, features, _concentration(part, len(features)))
-        counts += torch.bincount(features, minlength=size)
+        sums[0].index_add_(0, part.features, _spread(part, grid))
+        sums[1].index_add_(0, part.features, _concentration(part))
+        counts += torch.bincount(part.features, minlength=size)
     return MapShape(*(sums / counts).float())
 
 
@@ -252,11 +209,10 @@ def mean_coverage(maps: FeatureMaps, peaks: Float[Tensor, " size"], tokens: int)
     """Return the mean share of tokens that every feature covers in its maps; NaN where it has none."""
     sums, counts = torch.zeros(len(peaks)), torch.zeros(len(peaks))
     for part in _map_entries(maps):
-        features = maps.groups[part.maps].long() // 2
-        values = part.shares * maps.peaks[part.maps][part.owners]
-        covered = (values >= COVER_THRESHOLD * peaks[features][part.owners]).float()
-        sums.index_add_(0, features[part.owners], covered / tokens)
-        counts += torch.bincount(features, minlength=len(peaks))
+        features = part.features[part.owners]
+        covered = (part.shares * part.peaks[part.owners] >= COVER_THRESHOLD * peaks[features]).float()
+        sums.index_add_(0, features, covered / tokens)
+        counts += torch.bincount(part.features, minlength=len(peaks))
     return sums / counts
 
 
@@ -271,13 +227,12 @@ def firing_neighbours(maps: FeatureMaps, density: Float[Tensor, " size"]) -> dic
     shares = counts / totals[owners]
     chosen = (counts > 1) & (shares > CHANCE_FACTOR * density[features])
     owners, features, shares = owners[chosen], features[chosen], shares[chosen]
-    order = torch.argsort(shares, descending=True, stable=True)
-    order = order[torch.argsort(owners[order], stable=True)]
+    order = strongest_first(shares, owners)
     neighbours: dict[int, list[FeatureNeighbour]] = {}
-    for owner, feature, share in zip(owners[order].tolist(), features[order].tolist(), shares[order].tolist(), strict=True):
-        own = neighbours.setdefault(owner, [])
-        if len(own) < NEIGHBOURS:
-            own.append(FeatureNeighbour(feature, "firing", share))
+    for owner, feature, share in zip(*(column[order].tolist() for column in (owners, features, shares)), strict=True):
+        entries = neighbours.setdefault(owner, [])
+        if len(entries) < NEIGHBOURS:
+            entries.append(FeatureNeighbour(feature, "firing", share))
     return neighbours
 
 
@@ -295,14 +250,19 @@ def direction_neighbours(directions: Float[Tensor, "size width"]) -> Iterator[li
 
 
 class MapEntries(NamedTuple):
-    """The entries of some maps."""
+    """Some maps and their entries."""
 
+    features: Int[Tensor, " map"]
+    peaks: Float[Tensor, " map"]
     owners: Int[Tensor, " entry"]
     """Place of each entry's map among these maps."""
     tokens: Int[Tensor, " entry"]
     shares: Float[Tensor, " entry"]
     """Values as shares of the map's peak."""
-    maps: slice
+
+    def sums(self, values: Tensor) -> Float[Tensor, " map"]:
+        """Return the sum of `values` of the entries of each map."""
+        return torch.zeros(len(self.features), dtype=torch.float64).index_add_(0, self.owners, values.double())
 
 
 def _map_entries(maps: FeatureMaps) -> Iterator[MapEntries]:
@@ -314,30 +274,25 @@ def _map_entries(maps: FeatureMaps) -> Iterator[MapEntries]:
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
         # Unsigned numbers, stored as int16.
         tokens, levels = maps.tokens[places].int() & 0xFFFF, maps.levels[places].int() & 0xFFFF
-        yield MapEntries(owners, tokens.long(), levels.float() / LEVELS, part)
+        yield MapEntries(maps.groups[part].long() // 2, maps.peaks[part], owners, tokens.long(), levels.float() / LEVELS)
 
 
-def _spread(entries: MapEntries, count: int, grid: tuple[int, int]) -> Float[Tensor, " map"]:
+def _spread(maps: MapEntries, grid: tuple[int, int]) -> Float[Tensor, " map"]:
     """Return the weighted mean distance of each map's entries from their centre, over the grid's diagonal."""
-    positions = torch.stack([entries.tokens // grid[1], entries.tokens % grid[1]]).double()
-    weights = entries.shares.double()
-    totals = _sums(weights, entries.owners, count)
-    centre = torch.stack([_sums(axis * weights, entries.owners, count) / totals for axis in positions])
-    distance = (positions - centre[:, entries.owners]).square().sum(0).sqrt()
+    positions = torch.stack([maps.tokens // grid[1], maps.tokens % grid[1]]).double()
+    weights = maps.shares.double()
+    totals = maps.sums(weights)
+    centre = torch.stack([maps.sums(axis * weights) / totals for axis in positions])
+    distance = (positions - centre[:, maps.owners]).square().sum(0).sqrt()
     diagonal = max(1.0, ((grid[0] - 1) ** 2 + (grid[1] - 1) ** 2) ** 0.5)
-    return _sums(distance * weights, entries.owners, count) / totals / diagonal
+    return maps.sums(distance * weights) / totals / diagonal
 
 
-def _concentration(entries: MapEntries, count: int) -> Float[Tensor, " map"]:
+def _concentration(maps: MapEntries) -> Float[Tensor, " map"]:
     """Return the share of each map's sum that lies in the strongest quarter of its entries."""
-    order = torch.argsort(entries.shares, descending=True, stable=True)
-    order = order[torch.argsort(entries.owners[order], stable=True)]
-    owners, weights = entries.owners[order], entries.shares[order].double()
-    counts = torch.bincount(owners, minlength=count)
-    ranks = torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
-    strongest = ranks < (counts[owners] + 3) // 4
-    return _sums(weights * strongest, owners, count) / _sums(weights, owners, count)
-
-
-def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.float64).index_add_(0, owners, values.double())
+    order = strongest_first(maps.shares, maps.owners)
+    maps = maps._replace(owners=maps.owners[order], shares=maps.shares[order])
+    weights, counts = maps.shares.double(), torch.bincount(maps.owners)
+    ranks = torch.arange(len(order)) - (counts.cumsum(0) - counts)[maps.owners]
+    is_strong = ranks < (counts[maps.owners] + 3) // 4
+    return maps.sums(weights * is_strong) / maps.sums(weights)

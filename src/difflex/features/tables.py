@@ -1,18 +1,21 @@
-"""The SQLite schema of a book, and connections to books; docs/books.md describes the tables."""
+"""The SQLite tables of a book (see docs/books.md), connections to it, and `BookWriter`, which writes a new one."""
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple, final
 
 from difflex.errors import BadInput, BrokenFile, OutOfSpace, UnknownName
-from difflex.records import Split
+from difflex.features.entries import AtomImage, Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile
+from difflex.records import Shot, Split
 
-__all__ = ["BookInfo"]
+__all__ = ["BookInfo", "BookWriter", "PackedExample", "connect", "read_info", "sqlite_errors", "transaction"]
 
 FORMAT = 3
 """Stored as `PRAGMA user_version`. Format 1 had no default strengths; format 2 had other column names."""
@@ -20,6 +23,8 @@ APPLICATION = 0x64666C78
 """Stored as `PRAGMA application_id`: the letters dflx."""
 LOCK_TIMEOUT = 30.0
 """Seconds that a writer waits for another one."""
+REPLACE_TIMEOUT = 5.0
+"""Seconds to wait for readers and a writer of a book that is replaced."""
 ADVICE = "Delete it and run difflex collect again."
 
 TABLES = """
@@ -136,6 +141,7 @@ def connect(path: Path, writable: bool) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
+    connection.row_factory = sqlite3.Row
     return connection
 
 
@@ -160,8 +166,7 @@ def _open_uri(path: Path, mode: str) -> sqlite3.Connection:
 
 def _check_format(path: Path, connection: sqlite3.Connection) -> None:
     """Raise an error unless the file is a finished book of the current format."""
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if application != APPLICATION:
         raise BrokenFile(f"{path} is not a finished book: its application id is {application:#x}. {ADVICE}")
     if version < FORMAT:
@@ -202,21 +207,149 @@ def transaction(path: Path, connection: sqlite3.Connection) -> Iterator[sqlite3.
         connection.execute("COMMIT")
 
 
-def write_info(connection: sqlite3.Connection, info: BookInfo) -> None:
-    """Write the table `about`."""
-    rows = [(name, json.dumps(value)) for name, value in asdict(info).items()]
-    connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
-
-
 def read_info(path: Path, connection: sqlite3.Connection) -> BookInfo:
     """Read the table `about`."""
     with sqlite_errors(path):
         entries = {name: json.loads(value) for name, value in connection.execute("SELECT name, value FROM about")}
-    names = {field.name for field in fields(BookInfo)}
-    if entries.keys() != names:
-        raise BrokenFile(
-            f"{path}: the table about lacks, or should not have, {', '.join(sorted(entries.keys() ^ names))}. {ADVICE}"
+    if difference := entries.keys() ^ {field.name for field in fields(BookInfo)}:
+        raise BrokenFile(f"{path}: the table about lacks, or should not have, {', '.join(sorted(difference))}. {ADVICE}")
+    grid = None if entries["grid"] is None else tuple(entries["grid"])
+    return BookInfo(**{**entries, "grid": grid, "timesteps": tuple(entries["timesteps"])})
+
+
+class PackedExample(NamedTuple):
+    """A row of the table of examples, without its number."""
+
+    feature: int
+    kind: ExampleKind
+    split: Split
+    rank: int
+    shot: int
+    peak: float
+    quantile: float | None
+    map: bytes
+
+    @classmethod
+    def of(cls, example: Example) -> PackedExample:
+        """Pack an example."""
+        return cls(**{**{name: getattr(example, name) for name in cls._fields}, "map": example.map.packed()})
+
+
+@final
+class BookWriter:
+    """Writes the tables of a new book."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path | str, about: BookInfo) -> Iterator[BookWriter]:
+        """Yield a writer; at the end of the block its book replaces the one at `path`, unless there was an error."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        _delete(temporary)
+        try:
+            with closing(sqlite3.connect(temporary, isolation_level=None)) as connection, sqlite_errors(path):
+                # A killed writer starts again, so nothing needs to survive it.
+                connection.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {TABLES} BEGIN;")
+                rows = [(name, json.dumps(value)) for name, value in asdict(about).items()]
+                connection.executemany("INSERT INTO about VALUES (?, ?)", rows)
+                yield cls(connection)
+                connection.execute("COMMIT")
+                connection.executescript(INDEXES)
+                connection.executescript(f"PRAGMA user_version = {FORMAT}; PRAGMA application_id = {APPLICATION};")
+                connection.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            _delete(temporary)
+            raise
+        _replace(temporary, path)
+
+    def add_images(self, images: Iterable[ImageFile]) -> None:
+        """Add images."""
+        self._connection.executemany("INSERT INTO images VALUES (?, ?, ?, ?)", images)
+
+    def add_shots(self, shots: Iterable[tuple[int, int, Shot]]) -> None:
+        """Add shots, each with its number and the number of its image."""
+        rows = ((number, image, shot.split, json.dumps(asdict(shot))) for number, image, shot in shots)
+        self._connection.executemany("INSERT INTO shots VALUES (?, ?, ?, ?)", rows)
+
+    def add_features(self, features: Iterable[FeatureStats]) -> None:
+        """Add the statistics of features."""
+        values = ", ".join(f":{field.name}" for field in fields(FeatureStats))
+        rows = (
+            {
+                **vars(row),
+                "histogram": json.dumps([row.histogram.first, *row.histogram.counts]),
+                "activity": json.dumps(row.activity),
+            }
+            for row in features
         )
-    entries["grid"] = None if entries["grid"] is None else tuple(entries["grid"])
-    entries["timesteps"] = tuple(entries["timesteps"])
-    return BookInfo(**entries)
+        self._connection.executemany(f"INSERT INTO features VALUES ({values})", rows)
+
+    def add_examples(self, examples: Iterable[Example | PackedExample]) -> None:
+        """Add examples, numbered in their order."""
+        rows = (example if isinstance(example, PackedExample) else PackedExample.of(example) for example in examples)
+        self._connection.executemany("INSERT INTO examples VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def add_neighbours(self, feature: int, neighbours: Iterable[FeatureNeighbour]) -> None:
+        """Add the neighbours of a feature, those of each kind nearest first."""
+        ranks: dict[str, int] = {}
+        for neighbour, kind, value in neighbours:
+            rank = ranks[kind] = ranks.get(kind, -1) + 1
+            self._connection.execute("INSERT INTO neighbours VALUES (?, ?, ?, ?, ?)", (feature, kind, rank, neighbour, value))
+
+    def add_patch(self, patch: AtomImage) -> None:
+        """Add the image patch of an ITDA atom."""
+        row = (patch.feature, patch.token, patch.image and patch.image.id, json.dumps(asdict(patch.shot)))
+        self._connection.execute("INSERT INTO patches VALUES (?, ?, ?, ?)", row)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Flush the finished book to the disk and give it its name."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    _delete_logs(temporary)
+    with _exclusive(path):
+        os.replace(temporary, path)
+        _delete_logs(path)
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Keep other writers out of the older book at `path`, if any, and empty its log.
+
+    SQLite would take a remaining log for that of the new book.
+    """
+    if not path.is_file():
+        _delete_logs(path)
+        yield
+        return
+    with closing(sqlite3.connect(path, timeout=REPLACE_TIMEOUT, isolation_level=None)) as connection:
+        _lock(path, connection)
+        yield
+
+
+def _lock(path: Path, connection: sqlite3.Connection) -> None:
+    try:
+        busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        raise BadInput(f"Another process is writing in {path}, which is to be replaced. Wait for it to end.") from error
+    except sqlite3.DatabaseError:
+        return  # a damaged book is simply replaced
+    log = path.with_name(f"{path.name}-wal")
+    if busy or (log.is_file() and log.stat().st_size):
+        raise BadInput(f"Another process is using {path}, which is to be replaced. Wait for it to end.")
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _delete_logs(path)
+
+
+def _delete_logs(path: Path) -> None:
+    """Delete the files that SQLite keeps next to a book."""
+    for ending in ("-wal", "-shm", "-journal"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
