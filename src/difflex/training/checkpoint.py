@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, final
@@ -25,26 +25,10 @@ __all__ = ["LoggerName", "TrainingLog", "load_state", "save_state", "trained_wei
 
 FORMAT = 2
 RESTART = "Remove it to train from the start."
-SHARED_WEIGHTS = ("bias",)
-"""Weights that all ranks hold; the others have a row for each feature of the rank."""
+COUNTS = ("updates", "tokens", "batch_threshold", "inference_threshold")
+"""The numbers of a learner that are saved beside its tensors."""
 
 LoggerName = Literal["wandb", "tensorboard"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointHeader:
-    """The metadata of the file with the tensors."""
-
-    format: int
-    training: dict[str, Json]
-    data: str
-    """A name for the data; a training does not resume with other data."""
-    normalisation: dict[str, Json]
-    updates: int
-    tokens: int
-    batch_threshold: float | None
-    inference_threshold: float | None
-    metrics: dict[str, Any] | None
 
 
 def save_state(path: Path, learner: Learner, normalisation: Normalisation, data: str) -> None:
@@ -52,19 +36,16 @@ def save_state(path: Path, learner: Learner, normalisation: Normalisation, data:
     tensors = {name: _gather(name, tensor, learner.ranks) for name, tensor in _tensors(learner).items()}
     if learner.ranks.rank:
         return
-    header = CheckpointHeader(
-        format=FORMAT,
-        training=learner.config.as_json(),
-        data=data,
-        normalisation=dict(normalisation.settings()),
-        updates=learner.updates,
-        tokens=learner.tokens,
-        batch_threshold=learner.batch_threshold,
-        inference_threshold=learner.inference_threshold,
-        metrics=None if learner.metrics is None else asdict(learner.metrics),
-    )
+    header = {
+        "format": FORMAT,
+        "training": learner.config.as_json(),
+        "data": data,
+        "normalisation": normalisation.settings(),
+        **{name: getattr(learner, name) for name in COUNTS},
+        "metrics": None if learner.metrics is None else asdict(learner.metrics),
+    }
     contents = {name: tensor.cpu().contiguous() for name, tensor in {**tensors, **normalisation.tensors()}.items()}
-    write_file(path, save(contents, metadata={"state": json.dumps(asdict(header))}))
+    write_file(path, save(contents, metadata={"state": json.dumps(header)}))
 
 
 def load_state(
@@ -76,8 +57,8 @@ def load_state(
     try:
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
             header = _header(path, (file.metadata() or {}).get("state"))
-            _check_same(path, "data", header.data, data)
-            _check_same(path, "training", header.training, config.as_json())
+            _check_same(path, "data", header["data"], data)
+            _check_same(path, "training", header["training"], config.as_json())
             rows = ranks.features(config.size)
             # Cloned, because products of tensors that start at odd addresses may differ in their last bit.
             names = list(file.keys())
@@ -90,11 +71,10 @@ def load_state(
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise BrokenFile(f"The training state {path} has no tensor {name} of the right shape. {RESTART}")
         tensor.copy_(tensors[name])
-    learner.updates, learner.tokens = header.updates, header.tokens
-    learner.batch_threshold = header.batch_threshold
-    learner.inference_threshold = header.inference_threshold
-    learner.metrics = None if header.metrics is None else UpdateMetrics(**header.metrics)
-    return learner, Normalisation.from_saved(header.normalisation, tensors)
+    for name in COUNTS:
+        setattr(learner, name, header[name])
+    learner.metrics = None if header["metrics"] is None else UpdateMetrics(**header["metrics"])
+    return learner, Normalisation.from_saved(header["normalisation"], tensors)
 
 
 def trained_weights(learner: Learner) -> SAEWeights:
@@ -119,23 +99,22 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
 
 
 def _is_by_feature(name: str) -> bool:
-    """Whether the tensor has a row for each feature."""
-    return name.split(".")[0] not in (*SHARED_WEIGHTS, "normalisation")
+    """Return whether the tensor has a row for each feature of a rank; all ranks hold the others."""
+    return name.split(".")[0] not in ("bias", "normalisation")
 
 
 def _gather(name: str, tensor: Tensor, ranks: TrainingRanks) -> Tensor:
     return ranks.gather_features(tensor) if _is_by_feature(name) else tensor
 
 
-def _header(path: Path, text: str | None) -> CheckpointHeader:
+def _header(path: Path, text: str | None) -> dict[str, Any]:
     try:
-        entries = json.loads(text or "{}")
+        header = json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise BrokenFile(f"The header of {path} is damaged: {error}. {RESTART}") from error
-    if entries.get("format") != FORMAT or set(entries) != {field.name for field in fields(CheckpointHeader)}:
-        found = entries.get("format")
-        raise BrokenFile(f"{path} is a training state of format {found}; this version reads format {FORMAT}. {RESTART}")
-    return CheckpointHeader(**entries)
+    if (number := header.get("format")) != FORMAT:
+        raise BrokenFile(f"{path} is a training state of format {number}; this version reads format {FORMAT}. {RESTART}")
+    return header
 
 
 def _check_same(path: Path, subject: str, saved: Json, requested: Json) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,8 +56,8 @@ class FitConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name, count in (("tokens", self.tokens), ("checkpoint_every", self.checkpoint_every), ("log_every", self.log_every)):
-            if count <= 0:
+        for name in ("tokens", "checkpoint_every", "log_every"):
+            if (count := getattr(self, name)) <= 0:
                 raise BadInput(f"A training with {name}={count} learns nothing: choose a number above 0.")
 
 
@@ -104,10 +105,6 @@ class FitMember:
         wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.tensors().values()]
         return not bool(self.learner.ranks.sum(torch.stack(wrong)).any())
 
-    def save_state(self, data: str) -> None:
-        """Save a checkpoint."""
-        save_state(self.folder / STATE, self.learner, self.normalisation, data)
-
     def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
         """Return the SAE with the features of all ranks."""
         learner, config = self.learner, self.learner.config
@@ -144,66 +141,61 @@ class FitRun:
         """Load the checkpoints in the folders, and initialise the other members."""
         if not trainings:
             raise BadInput("`fit` needs at least one training: choose a kind, a size and k.")
-        self.origin, self.config = origin, config
-        self.ranks = TrainingRanks(config.split)
-        self.feed = BatchFeed(batches, self.ranks, device, sharded=config.sharded)
+        self._origin, self._config = origin, config
+        self._ranks = TrainingRanks(config.split)
+        self._feed = BatchFeed(batches, self._ranks, device, sharded=config.sharded)
         self._normalisations: dict[NormalisationScheme, Normalisation] = {}
-        states = {
-            folder: load_state(folder / STATE, training, config.data, self.ranks, device)
-            for folder, training in trainings.items()
-        }
-        for folder, state in states.items():
-            if state is not None:
-                self._normalisations.setdefault((trainings[folder].normalisation, trainings[folder].clip), state[1])
-        preview = None
-        if new := [training for folder, training in trainings.items() if states[folder] is None]:
-            covariance = any(training.normalisation == "whiten" for training in new)
-            preview = self.feed.preview(covariance=covariance, max_vectors=config.epoch)
-        self.members = []
+        learners: dict[Path, Learner] = {}
         for folder, training in trainings.items():
-            state = states[folder]
-            learner = state[0] if state is not None else self._new_learner(training, preview)
-            self.members.append(self._member(folder, learner, preview))
+            if state := load_state(folder / STATE, training, config.data, self._ranks, device):
+                learners[folder], normalisation = state
+                self._normalisations.setdefault((training.normalisation, training.clip), normalisation)
+        preview = None
+        if new := [training for folder, training in trainings.items() if folder not in learners]:
+            covariance = any(training.normalisation == "whiten" for training in new)
+            preview = self._feed.preview(covariance=covariance, max_vectors=config.epoch)
+            learners |= {
+                folder: self._new_learner(training, preview) for folder, training in trainings.items() if folder not in learners
+            }
+        self._members = [self._member(folder, learners[folder], preview) for folder in trainings]
 
-    def _new_learner(self, training: TrainingConfig, preview: DataPreview | None) -> Learner:
-        assert preview is not None
+    def _new_learner(self, training: TrainingConfig, preview: DataPreview) -> Learner:
         scheme = (training.normalisation, training.clip)
         if scheme not in self._normalisations:
             preview.warn_of_dead_features(training.normalisation)
             self._normalisations[scheme] = preview.moments.normalisation(*scheme)
         weights = initial_weights(training, self._normalisations[scheme].apply(preview.vectors))
-        rows = self.ranks.features(training.size)
+        rows = self._ranks.features(training.size)
         own = {name: tensor if name == "bias" else tensor[rows].clone() for name, tensor in weights.tensors().items()}
-        return Learner(training, SAEWeights.from_tensors(own), self.ranks)
+        return Learner(training, SAEWeights.from_tensors(own), self._ranks)
 
     def _member(self, folder: Path, learner: Learner, preview: DataPreview | None) -> FitMember:
-        training = learner.config
-        log = None
-        if self.ranks.rank == 0:
-            name = f"{self.origin.site}/{training.label}"
-            log = TrainingLog(folder / "training", name, learner.updates, self.config.loggers)
+        training, log = learner.config, None
+        if self._ranks.rank == 0:
+            name = f"{self._origin.site}/{training.label}"
+            log = TrainingLog(folder / "training", name, learner.updates, self._config.loggers)
             if learner.updates == 0 and preview is not None:
                 log.write(0, {"event": "start", "mean_over_spread": preview.mean_over_spread, "config": training.as_json()})
         return FitMember(folder, learner, self._normalisations[training.normalisation, training.clip], log)
 
     def train(self) -> None:
         """Train all members on all tokens; members that are ahead after a kill wait for the others."""
-        total, resumed_at = self.config.tokens, self._tokens()
-        start = min(member.learner.updates for member in self.members)
-        disable = None if self.config.progress and self.ranks.rank == 0 else True
+        total, resumed_at = self._config.tokens, self._tokens()
+        start = min(member.learner.updates for member in self._members)
+        disable = None if self._config.progress and self._ranks.rank == 0 else True
         began = time.perf_counter()
         with tqdm(total=total, initial=resumed_at, unit="tok", unit_scale=True, disable=disable, desc="training") as bar:
-            for number, rows in enumerate(self.feed.batches(start) if resumed_at < total else (), start):
-                before = self._tokens()
+            for number, rows in enumerate(self._feed.batches(start) if resumed_at < total else (), start):
                 self._update(number, rows)
-                bar.update(self._tokens() - before)
-                is_last = self._tokens() >= total
-                if (number + 1) % self.config.log_every == 0 or is_last:
+                tokens = self._tokens()
+                bar.update(tokens - bar.n)
+                is_last = tokens >= total
+                if (number + 1) % self._config.log_every == 0 or is_last:
                     seconds = time.perf_counter() - began
-                    bar.set_postfix_str(self._log((self._tokens() - resumed_at) / seconds, self.feed.seconds_waited / seconds))
+                    bar.set_postfix_str(self._log((tokens - resumed_at) / seconds, self._feed.seconds_waited / seconds))
                 if is_last:
                     break
-                if (number + 1) % self.config.checkpoint_every == 0:
+                if (number + 1) % self._config.checkpoint_every == 0:
                     self._checkpoint()
         if self._tokens() < total:
             warnings.warn(f"The stream ended after {self._tokens()} of {total} tokens: training ends there.", stacklevel=3)
@@ -211,28 +203,27 @@ class FitRun:
     def finish(self) -> dict[Path, SAE]:
         """Save the last checkpoints and the dictionaries."""
         dictionaries = {}
-        for member in self._finite_members():
-            member.save_state(self.config.data)
-            dictionaries[member.folder] = member.dictionary(self.origin, self.config.data)
-            if self.ranks.rank == 0:
+        for member in self._save_states():
+            dictionaries[member.folder] = member.dictionary(self._origin, self._config.data)
+            if self._ranks.rank == 0:
                 dictionaries[member.folder].save(member.folder)
         return dictionaries
 
     def _tokens(self) -> int:
         """Return the number of tokens that every member was trained on."""
-        return min(member.learner.tokens for member in self.members)
+        return min(member.learner.tokens for member in self._members)
 
     def _update(self, number: int, rows: ActivationBatch) -> None:
         """Train the members that have not had batch `number`."""
-        measure_gradient = (number + 1) % self.config.log_every == 0
+        measure_gradient = (number + 1) % self._config.log_every == 0
         normalised: dict[NormalisationScheme, Float[Tensor, "token width"]] = {}
-        for member in self.members:
+        for member in self._members:
             learner = member.learner
-            if learner.updates != number or learner.tokens >= self.config.tokens:
+            if learner.updates != number or learner.tokens >= self._config.tokens:
                 continue
             if member.scheme not in normalised:
-                normalised[member.scheme] = self._normalisations[member.scheme].apply(rows.values)
-            rate = learning_rate(learner.config.optimiser, number, learner.tokens / self.config.tokens)
+                normalised[member.scheme] = member.normalisation.apply(rows.values)
+            rate = learning_rate(learner.config.optimiser, number, learner.tokens / self._config.tokens)
             try:
                 learner.update(normalised[member.scheme], rate, measure_gradient=measure_gradient)
             except NonFinite as error:
@@ -250,41 +241,35 @@ class FitRun:
             f"weights have diverged. {checkpoint} Lower the learning rate and train from the start."
         )
 
-    def _finite_members(self, skip: FitMember | None = None) -> Iterator[FitMember]:
-        """Yield the members whose weights are finite; then raise an error about the first of the others."""
-        diverged = [member for member in self.members if member is not skip and not member.is_finite]
-        yield from (member for member in self.members if member is not skip and member not in diverged)
-        for member in diverged:
-            learner = member.learner
+    def _save_states(self, skip: FitMember | None = None) -> Iterator[FitMember]:
+        """Save and yield the members whose weights are finite; then raise an error about the first of the others."""
+        members = [member for member in self._members if member is not skip]
+        diverged = [member for member in members if not member.is_finite]
+        for member in members:
+            if member not in diverged:
+                save_state(member.folder / STATE, member.learner, member.normalisation, self._config.data)
+                yield member
+        if diverged:
+            learner = diverged[0].learner
             raise NonFinite(
                 f"The weights of {learner.config.label} became NaN or infinite by update {learner.updates}: they have diverged. "
-                f"What {member.folder} holds from before is intact. Lower the learning rate and train from the start."
+                f"What {diverged[0].folder} holds from before is intact. Lower the learning rate and train from the start."
             )
 
     def _log(self, tokens_per_second: float, waiting: float) -> str:
         """Write an entry for every member; return the text for the progress bar."""
-        metrics = []
-        for member in self.members:
-            if member.learner.metrics is None:
-                continue
-            if member.log is not None:
-                entry = {
-                    "tokens": member.learner.tokens,
-                    **asdict(member.learner.metrics),
-                    "tokens_per_second": round(tokens_per_second),
-                    "waiting": round(waiting, 4),
-                }
-                member.log.write(member.learner.updates, entry)
-            metrics.append(member.learner.metrics)
-        if not metrics:
-            return ""
+        metrics = [member.learner.metrics for member in self._members if member.learner.metrics is not None]
+        speed = {"tokens_per_second": round(tokens_per_second), "waiting": round(waiting, 4)}
+        for member in self._members:
+            learner = member.learner
+            if member.log is not None and learner.metrics is not None:
+                member.log.write(learner.updates, {"tokens": learner.tokens, **asdict(learner.metrics), **speed})
         loss, fvu, dead = (sum(getattr(entry, name) for entry in metrics) / len(metrics) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
     def _checkpoint(self, skip: FitMember | None = None) -> None:
         """Save the state of every member but `skip`."""
-        for member in self._finite_members(skip):
-            member.save_state(self.config.data)
+        for member in self._save_states(skip):
             density = density_histogram(member.learner)
             if member.log is not None:
                 member.log.write(member.learner.updates, {"event": "checkpoint", "density": density})
@@ -299,8 +284,6 @@ def learning_rate(config: AdamConfig, update: int, progress: float) -> float:
 
 def density_histogram(learner: Learner) -> dict[str, Json]:
     """Count features by how often they fire: `-3` counts those that fire at between 1 in 10,000 and 1 in 1,000 tokens."""
-    counts: dict[str, int] = {}
-    for count in learner.ranks.gather_features(learner.firings).tolist():
-        place = "never" if count == 0 else str(math.ceil(math.log10(count / max(1, learner.tokens))))
-        counts[place] = counts.get(place, 0) + 1
-    return {place: counts[place] for place in sorted(counts)}
+    firings = learner.ranks.gather_features(learner.firings).tolist()
+    decades = Counter("never" if n == 0 else str(math.ceil(math.log10(n / max(1, learner.tokens)))) for n in firings)
+    return dict(sorted(decades.items()))

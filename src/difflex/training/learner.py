@@ -242,11 +242,8 @@ class Learner:
         self.updates, self.tokens = self.updates + 1, self.tokens + count
         if (threshold := selection.threshold) is not None:
             self.batch_threshold = threshold
-            self.inference_threshold = (
-                threshold
-                if self.inference_threshold is None
-                else self.inference_threshold + THRESHOLD_UPDATE * (threshold - self.inference_threshold)
-            )
+            average = threshold if self.inference_threshold is None else self.inference_threshold
+            self.inference_threshold = average + THRESHOLD_UPDATE * (threshold - average)
         return float(self.ranks.sum_over_features(fired.sum()))
 
     def _dead(self) -> Bool[Tensor, " size"]:
@@ -295,9 +292,7 @@ def _initial_directions(config: TrainingConfig, width: int) -> Float[Tensor, "si
     generator = torch.Generator().manual_seed(config.initialisation.seed)
     rows = torch.randn(config.size, width, generator=generator)
     if config.initialisation.directions == "orthogonal":
-        tall = rows if config.size >= width else rows.T
-        orthonormal = torch.linalg.qr(tall).Q
-        rows = orthonormal if config.size >= width else orthonormal.T
+        rows = torch.linalg.qr(rows).Q if config.size >= width else torch.linalg.qr(rows.T).Q.T
     return F.normalize(rows, dim=1).contiguous()
 
 

@@ -20,7 +20,7 @@ from difflex.store import Store
 from difflex.study import Study
 from difflex.training.checkpoint import LoggerName
 from difflex.training.config import TrainingConfig, default, paper, unbox
-from difflex.training.data import Split, TrainingRanks
+from difflex.training.data import Split
 from difflex.training.fitting import FitConfig, fit
 from difflex.training.itda import GrowthData, GrowthProgress, grow
 
@@ -75,13 +75,13 @@ class SweepConfig:
         """The end of the labels, which names what differs from the default."""
         rate = None if self.learning_rate is None else f"lr{self.learning_rate:g}"
         preset = None if self.preset == "default" else self.preset
-        parts = (preset, self.normalisation, rate, f"seed{self.seed}" if self.seed else None)
-        return "".join(f"-{part}" for part in parts if part)
+        seed = f"seed{self.seed}" if self.seed else None
+        return "".join(f"-{part}" for part in (preset, self.normalisation, rate, seed) if part)
 
-    def trainings(self, width: int, tokens: int, batch: int) -> list[TrainingConfig]:
+    def trainings(self, width: int, updates: int) -> list[TrainingConfig]:
         """Return the config of every SAE."""
         shape = PRESETS[self.preset]
-        return [self._training(width, n, k, tokens // batch) for n in self.size or (shape.size,) for k in self.k or (shape.k,)]
+        return [self._training(width, n, k, updates) for n in self.size or (shape.size,) for k in self.k or (shape.k,)]
 
     def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
         match self.preset:
@@ -117,7 +117,7 @@ def train_sweep(
 
 
 def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Callable[[Path, SAE], None]) -> list[Path]:
-    ranks = TrainingRanks()
+    ranks = Ranks()
     batch = PRESETS[config.preset].batch if config.batch is None else config.batch
     if batch <= 0 or batch % ranks.world_size:
         raise BadInput(f"A batch of {batch} tokens cannot be shared by {ranks.world_size} processes: choose a multiple.")
@@ -127,11 +127,9 @@ def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Cal
         f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {config.seed}, {store.fingerprint}"
     )
     share, rank, world_size = batch // ranks.world_size, ranks.rank, ranks.world_size
+    trainings = config.trainings(store.width, tokens // batch)
     trained = fit(
-        {
-            study.dictionary(store.site, training.label + config.variant): training
-            for training in config.trainings(store.width, tokens, batch)
-        },
+        {study.dictionary(store.site, training.label + config.variant): training for training in trainings},
         lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None),
         origin=_origin(study, store, {"variant": config.variant}),
         config=FitConfig(tokens=tokens, epoch=rows, data=data, loggers=config.loggers, split=config.split, sharded=True),
@@ -229,42 +227,31 @@ def _growth_data(store: Store, config: GrowthSweepConfig, ranks: Ranks) -> Growt
 def _find_grown(study: Study, site: Site, growth: GrowthConfig, data: GrowthData) -> Path | None:
     """Return the folder of the dictionary that was grown with these settings from these data, by any number of processes."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
-        training = _read_training(path)
-        config = training.get("config")
-        is_same = isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json()
-        if is_same and training.get("data") == data.data:
-            return path.parent
+        try:
+            training = json.loads(path.read_bytes())["training"]
+            if {**training["config"], "batch": growth.batch} == growth.as_json() and training["data"] == data.data:
+                return path.parent
+        except (ValueError, KeyError, TypeError):  # a damaged file, or a dictionary that was not grown, stops no growth
+            continue
     return None
-
-
-def _read_training(path: Path) -> Mapping[str, Json]:
-    """Return how a dictionary was made. A damaged file counts as another dictionary, which does not stop a growth."""
-    try:
-        entries = json.loads(path.read_bytes())
-    except ValueError:
-        return {}
-    training = entries.get("training") if isinstance(entries, dict) else None
-    return training if isinstance(training, dict) else {}
 
 
 def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable[[Path, ITDA, bool], None]) -> list[Path]:
     """Move dictionaries to their labels and return their folders; one whose label is taken stays where it is."""
     folders: list[Path] = []
-    blocked: dict[Path, Path] = {}
+    conflicts: list[Path] = []
+    message = ""
     for folder, itda in grown.items():
         target = study.dictionary(itda.site, itda.label)
         if target.exists():
-            blocked[target] = folder
-            continue
-        folders.append(folder.rename(target))
-        on_grown(target, itda, True)
-    if blocked:
-        text = " ".join(
-            f"{target} exists, with other data or settings; the new dictionary is in {folder}."
-            for target, folder in blocked.items()
-        )
+            conflicts.append(target)
+            message += f"{target} exists, with other data or settings; the new dictionary is in {folder}. "
+        else:
+            folders.append(folder.rename(target))
+            on_grown(target, itda, True)
+    if conflicts:
         advice = "Move the old one away, then give the same command again: nothing is grown twice."
-        raise StaleWork(f"{text} {advice}", next(iter(blocked)))
+        raise StaleWork(message + advice, conflicts[0])
     return folders
 
 

@@ -28,7 +28,6 @@ CACHED_BYTES = 1 << 20
 """Of a block of rows: about eight such blocks take part in its update."""
 DENSE_SHARE = 0.5
 """Share of rows with a gradient above which a whole block is updated, although its other rows do not move."""
-ROWWISE = ("encoder", "decoder", "encoder_bias", "thresholds")
 
 RowIndex = slice | Int[Tensor, " row"]
 """A range of rows, or a list of them."""
@@ -54,9 +53,7 @@ class AdamWeight:
 
     def read(self, rows: RowIndex) -> AdamWeight:
         """Return some rows: a view of a range, a copy of a list."""
-        first = None if self.first is None else self.first[rows]
-        average = None if self.average is None else self.average[rows]
-        return AdamWeight(weight=self.weight[rows], first=first, second=self.second[rows], average=average)
+        return replace(self, **{name: tensor[rows] for name, tensor in self.named().items()})
 
     def write(self, rows: RowIndex, part: AdamWeight) -> None:
         """Write back what `read` returned."""
@@ -65,21 +62,34 @@ class AdamWeight:
                 tensor[rows] = part.named()[name]
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by name, without those that are None."""
+        """Return the tensors by name, without those that are None."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
+    def update_average(self, config: AdamConfig) -> None:
+        """Add the updated weight to its moving average."""
+        if self.average is not None and config.ema is not None:
+            self.average.lerp_(self.weight, 1 - config.ema)
 
-@final
-class Adam:
-    """The arithmetic of one update, the same for all weights."""
+    def apply_skipped(self, config: AdamConfig, skipped: Int[Tensor, " row"]) -> None:
+        """Apply the decay of `skipped` updates, in which the rows had no gradient."""
+        powers = skipped.to(self.weight.dtype).unsqueeze(-1) if self.weight.ndim == 2 else skipped.to(self.weight.dtype)
+        self.second.mul_(config.beta2**powers)
+        if self.average is not None and config.ema is not None:
+            self.average.lerp_(self.weight, 1 - config.ema**powers)
 
-    def __init__(self, config: AdamConfig, *, update: int, learning_rate: float, scale: float = 1.0) -> None:
-        """`update` counts from 1; all gradients are multiplied by `scale`."""
-        self.config, self.update, self.learning_rate, self.scale = config, update, learning_rate, scale
-        self._count = torch.tensor(float(update))
+
+class Adam(NamedTuple):
+    """One update, the same for all weights."""
+
+    config: AdamConfig
+    number: int
+    """Counts from 1."""
+    learning_rate: float
+    scale: float
+    """The factor that clips the gradients."""
 
     def apply(self, matrix: AdamWeight, gradient: Tensor) -> None:
-        """Update the weight in place; `gradient` is overwritten."""
+        """Update the weight in place, but not its average; `gradient` is overwritten."""
         if self.scale != 1.0:
             gradient.mul_(self.scale)
         torch._fused_adam_(
@@ -88,7 +98,7 @@ class Adam:
             [torch.empty_like(gradient).zero_() if matrix.first is None else matrix.first],
             [matrix.second],
             [],
-            [self._count.to(gradient.device)],
+            [torch.tensor(float(self.number), device=gradient.device)],
             lr=self.learning_rate,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
@@ -97,18 +107,6 @@ class Adam:
             amsgrad=False,
             maximize=False,
         )
-
-    def update_average(self, matrix: AdamWeight) -> None:
-        """Add the updated weight to its moving average."""
-        if matrix.average is not None and self.config.ema is not None:
-            matrix.average.lerp_(matrix.weight, 1 - self.config.ema)
-
-    def apply_skipped(self, matrix: AdamWeight, skipped: Int[Tensor, " row"]) -> None:
-        """Apply the decay of `skipped` updates, in which the rows had no gradient."""
-        powers = skipped.to(matrix.weight.dtype).unsqueeze(-1) if matrix.weight.ndim == 2 else skipped.to(matrix.weight.dtype)
-        matrix.second.mul_(self.config.beta2**powers)
-        if matrix.average is not None and self.config.ema is not None:
-            matrix.average.lerp_(matrix.weight, 1 - self.config.ema**powers)
 
 
 class JumpGradients(NamedTuple):
@@ -166,7 +164,7 @@ class UpdateInputs:
 class RowBlock(NamedTuple):
     """Some rows of the parameters in an update."""
 
-    rows: slice | Tensor
+    rows: RowIndex
     matrices: dict[str, AdamWeight]
     gradients: dict[str, Tensor]
     score_bias: Float[Tensor, " width"]
@@ -181,16 +179,12 @@ class RowBlock(NamedTuple):
 class SAEParameters:
     """The weights of one SAE with their optimiser state."""
 
-    def __init__(
-        self,
-        weights: SAEWeights,
-        config: AdamConfig,
-        sum_over_features: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ) -> None:
+    def __init__(self, weights: SAEWeights, config: AdamConfig, sum_over_features: Callable[[Tensor], Tensor]) -> None:
         """`weights` are updated in place; `sum_over_features` sums over ranks that hold other features."""
         assert all(tensor.is_contiguous() for tensor in weights.tensors().values()), "fused Adam misreads other layouts"
         self.weights, self.config, self._sum_over_features = weights, config, sum_over_features
         self.matrices = {name: AdamWeight.initial(tensor, config) for name, tensor in weights.tensors().items()}
+        self._rowwise = [name for name in self.matrices if name != "bias"]
         self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
         self.last_update = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
         """The last update in which each row took part: with beta1 = 0, rows without a gradient are skipped."""
@@ -204,23 +198,17 @@ class SAEParameters:
 
     def update(self, inputs: UpdateInputs, *, number: int, learning_rate: float, measure_gradient: bool = True) -> float | None:
         """Update all weights, for the `number`-th time from 1; return the gradient's norm before clipping if it is measured."""
-        adam = Adam(self.config, update=number, learning_rate=learning_rate, scale=self._clip_scale(inputs))
-        square, score_bias = 0.0, torch.zeros_like(inputs.bias)
-        for block in self._blocks(inputs):
-            square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
-            self._apply(block, adam)
-        square, gradient = self._whole_gradient(square, score_bias, inputs)
+        adam = Adam(self.config, number, learning_rate, self._clip_scale(inputs))
+        square, gradient = self._pass(inputs, measure_gradient, adam)
         adam.apply(self.matrices["bias"], gradient)
-        adam.update_average(self.matrices["bias"])
+        self.matrices["bias"].update_average(self.config)
         return square**0.5 if measure_gradient else None
 
     def apply_skipped(self, number: int) -> None:
         """Bring the rows that were skipped up to update `number`, so that their averages can be read."""
         if self._skips_rows:
-            for name in ROWWISE:
-                if name in self.matrices:
-                    adam = Adam(self.config, update=number, learning_rate=0)
-                    adam.apply_skipped(self.matrices[name], number - self.last_update)
+            for name in self._rowwise:
+                self.matrices[name].apply_skipped(self.config, number - self.last_update)
             self.last_update.fill_(number)
 
     def _blocks(self, inputs: UpdateInputs) -> Iterator[RowBlock]:
@@ -237,13 +225,15 @@ class SAEParameters:
             return 1.0
         if inputs.gradient_bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
             return 1.0
+        return min(1.0, clip / max(self._pass(inputs, True, None)[0] ** 0.5, 1e-30))
+
+    def _pass(self, inputs: UpdateInputs, measure_gradient: bool, adam: Adam | None) -> tuple[float, Tensor]:
+        """Return the squared norm of the gradient if it is measured, and the bias's gradient; with `adam`, update all rows."""
         square, score_bias = 0.0, torch.zeros_like(inputs.bias)
         for block in self._blocks(inputs):
-            square, score_bias = square + block.square(), score_bias + block.score_bias
-        return min(1.0, clip / max(self._whole_gradient(square, score_bias, inputs)[0] ** 0.5, 1e-30))
-
-    def _whole_gradient(self, square: float, score_bias: Tensor, inputs: UpdateInputs) -> tuple[float, Tensor]:
-        """Return the squared norm of the whole gradient, and the gradient of the bias."""
+            square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
+            if adam is not None:
+                self._apply(block, adam)
         sums_over_ranks = self._sum_over_features(torch.cat([score_bias, score_bias.new_tensor([square])]))
         gradient = inputs.bias - sums_over_ranks[:-1]
         return float(sums_over_ranks[-1] + gradient.square().sum()), gradient
@@ -255,7 +245,7 @@ class SAEParameters:
             firing, inverse = torch.unique_consecutive(places, return_inverse=True)
             if len(firing) < DENSE_SHARE * count:
                 rows, places, count = firing + start, inverse, len(firing)
-        matrices = {name: self.matrices[name].read(rows) for name in ROWWISE if name in self.matrices}
+        matrices = {name: self.matrices[name].read(rows) for name in self._rowwise}
         encoder, decoder = matrices["encoder"].weight, matrices["decoder"].weight
         value_gradients = dot_products(decoder, places, inputs.errors, inputs.rows)
         score_gradients = value_gradients if inputs.jump is None else value_gradients * inputs.jump.active
@@ -276,16 +266,15 @@ class SAEParameters:
         return RowBlock(rows, matrices, gradients, encoder_bias @ encoder)
 
     def _apply(self, block: RowBlock, adam: Adam) -> None:
-        skipped = adam.update - 1 - self.last_update[block.rows]
-        self.last_update[block.rows] = adam.update
+        skipped = adam.number - 1 - self.last_update[block.rows]
+        self.last_update[block.rows] = adam.number
         any_skipped = self._skips_rows and bool(skipped.any())
         for name, matrix in block.matrices.items():
             if any_skipped:
-                adam.apply_skipped(matrix, skipped)
-            if name in block.gradients:
-                adam.apply(matrix, block.gradients[name])
+                matrix.apply_skipped(self.config, skipped)
+            adam.apply(matrix, block.gradients[name])
             if name == "decoder":
                 matrix.weight.div_(torch.linalg.vector_norm(matrix.weight, dim=1, keepdim=True))
-            adam.update_average(matrix)
+            matrix.update_average(self.config)
             self.matrices[name].write(block.rows, matrix)
         self.scores.refresh(block.rows)
