@@ -18,8 +18,6 @@ from difflex.store.recording import Harvest, distinct, probe
 from difflex.store.shard import check_dtype, pack, unpack
 from difflex.store.store import WINDOW
 
-__all__ = ["LiveActivations"]
-
 
 @final
 class LiveActivations:

@@ -1,14 +1,18 @@
-"""The manifest of a store, and the file beside each shard that lists the shots of its rows."""
+"""The files that describe a store: the manifest, the list of the shots of each shard, and the statistics of all rows."""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Float64, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from difflex._version import __version__
@@ -16,26 +20,20 @@ from difflex.choices import StoredDtype
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256, parsing, read_json, write_file
 from difflex.records import Shot, Site, Split
-from difflex.store.shard import REMEDY, MappedShard, ShardFormat
-
-__all__ = [
-    "MANIFEST",
-    "STATISTICS",
-    "Manifest",
-    "ShardEntry",
-    "StoreHeader",
-    "check_split",
-    "finished_shards",
-    "map_shard",
-    "read_shots",
-    "shard_paths",
-]
+from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, unpack
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 REWRITE = "run the command that wrote the store again: it writes the manifest from the shards, which it keeps."
+RECOMPUTE = "Delete it and run the command that wrote the store again: it is computed from the shards."
+SAMPLE = 16
+"""Rows in the sample for the covariance, as a multiple of the width."""
+LARGEST_WIDTH = 8192
+"""Of a store with a covariance."""
+STRIP = 256
+CHUNK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +62,6 @@ class StoreHeader:
 
     @property
     def form(self) -> ShardFormat:
-        """The format of its shards."""
         return ShardFormat(self.site, self.dtype, self.tokens, self.width)
 
 
@@ -82,33 +79,28 @@ class ShardEntry:
     @classmethod
     def read(cls, folder: Path, number: int) -> "ShardEntry":
         """Read the entry of a shard from its list of shots, as after a kill or from another rank."""
-        path = shard_paths(folder, number)[1]
-        entries = read_json(path, FORMAT, REMEDY)
-        with parsing(path, "a list of shots", REMEDY):
-            return cls.of(_shots(entries), entries["sha256"], file_sha256(path))
+        shots, sha256 = read_shots(folder, number)
+        return cls.of(shots, sha256, file_sha256(shard_paths(folder, number)[1]))
 
     @classmethod
     def write(cls, folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str, rank: int) -> "ShardEntry":
         """Finish a shard: list its shots in the file beside it, one per line, and return its entry."""
         lines = ",\n".join(json.dumps(asdict(shot)) for shot in shots)
         head = json.dumps({"format": FORMAT, "site": str(site), "shard": number, "sha256": sha256})
-        content = f'{head[:-1]}, "shots": [\n{lines}\n]}}\n'.encode()
-        return cls.of(shots, sha256, write_file(shard_paths(folder, number)[1], content, rank))
+        content = f'{head[:-1]}, "shots": [\n{lines}\n]}}\n'
+        return cls.of(shots, sha256, write_file(shard_paths(folder, number)[1], content.encode(), rank))
 
     @classmethod
     def of(cls, shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> "ShardEntry":
-        """The entry of a shard that holds `shots`."""
+        """Return the entry of a shard that holds `shots`."""
         held_out = tuple(i for i, shot in enumerate(shots) if shot.split == "held-out")
         return cls(shots=len(shots), held_out=held_out, sha256=sha256, shots_sha256=shots_sha256)
 
     def shots_of(self, split: Split) -> Int[Tensor, " shot"]:
         """Return the numbers of its shots of `split`."""
-        held_out = torch.tensor(self.held_out, dtype=torch.int64)
-        if split == "held-out":
-            return held_out
-        train = torch.ones(self.shots, dtype=torch.bool)
-        train[held_out] = False
-        return train.nonzero().squeeze(1)
+        in_split = torch.full((self.shots,), split == "train")
+        in_split[torch.tensor(self.held_out, dtype=torch.int64)] = split == "held-out"
+        return in_split.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +113,6 @@ class Manifest:
     """The checksum of the statistics, which are written when all shards are finished; None before."""
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write the manifest to `folder`."""
         shards = {str(number): asdict(self.shards[number]) for number in sorted(self.shards)}
         head = {**asdict(self.head), "site": str(self.head.site)}
         entries = {"format": FORMAT, **head, "statistics": self.statistics, "shards": shards}
@@ -129,25 +120,18 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest in `folder` and check its checksum."""
         path = folder / MANIFEST
-        if not path.is_file() and finished_shards(folder):
-            raise BrokenFile(f"{path} is missing, but the folder holds shards. To repair it, {REWRITE}")
         if not path.is_file():
+            if finished_shards(folder):
+                raise BrokenFile(f"{path} is missing, but the folder holds shards. To repair it, {REWRITE}")
             raise UnknownName(f"{folder} is not a store of activations: it has no {MANIFEST}. difflex harvest makes one.")
         entries = read_json(path, FORMAT, f"Delete it and {REWRITE}", header=True)
         if entries.pop("checksum", None) != _checksum(entries):
             raise BrokenFile(f"{path} is damaged: its checksum is not that of its content. Delete it and {REWRITE}")
+        shards = {int(n): ShardEntry(**{**shard, "held_out": tuple(shard["held_out"])}) for n, shard in entries["shards"].items()}
         head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
-        grid = None if head["grid"] is None else (head["grid"][0], head["grid"][1])
-        return cls(
-            head=StoreHeader(**{**head, "site": Site.parse(head["site"]), "grid": grid}),
-            shards={
-                int(number): ShardEntry(**{**entry, "held_out": tuple(entry["held_out"])})
-                for number, entry in entries["shards"].items()
-            },
-            statistics=entries["statistics"],
-        )
+        head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
+        return cls(head=StoreHeader(**head), shards=shards, statistics=entries["statistics"])
 
 
 def _text(entries: dict[str, Any], indent: str = "") -> str:
@@ -177,19 +161,15 @@ def finished_shards(folder: Path) -> list[int]:
 
 
 def map_shard(folder: Path, manifest: Manifest, number: int) -> MappedShard:
-    """Open a shard of the store in `folder`."""
     return MappedShard(shard_paths(folder, number)[0], manifest.head.form, manifest.shards[number].shots)
 
 
-def read_shots(folder: Path, number: int) -> tuple[Shot, ...]:
-    """Return the shots of a shard, in the order of its rows."""
+def read_shots(folder: Path, number: int) -> tuple[tuple[Shot, ...], str]:
+    """Return the shots of a shard, in the order of its rows, and the checksum of the shard."""
     path = shard_paths(folder, number)[1]
+    entries = read_json(path, FORMAT, REMEDY)
     with parsing(path, "a list of shots", REMEDY):
-        return _shots(read_json(path, FORMAT, REMEDY))
-
-
-def _shots(entries: dict[str, Any]) -> tuple[Shot, ...]:
-    return tuple(Shot(**{**shot, "pixels": tuple(shot["pixels"])}) for shot in entries["shots"])
+        return tuple(Shot(**{**shot, "pixels": tuple(shot["pixels"])}) for shot in entries["shots"]), entries["sha256"]
 
 
 def check_split(shot: Shot) -> None:
@@ -201,3 +181,98 @@ def check_split(shot: Shot) -> None:
             f"The shot of {shot.prompt!r} has the split '{shot.split}', but the hash of its prompt gives "
             f"'{Shot.split_of(shot.prompt)}'. Make shots with Pipeline.shots, or set split=Shot.split_of(prompt)."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStatistics:
+    """Moments of all `train` rows."""
+
+    count: int
+    mean: Float64[Tensor, " width"]
+    variance: Float64[Tensor, " width"]
+    """Of the population: divided by the count."""
+    mean_norm: float
+    peak_norm: float
+    """The largest Euclidean norm of a row."""
+    covariance: Float64[Tensor, "width width"] | None
+    """Of an even sample of at most 16 x width rows, about the sample's own mean; None for a width over 8192."""
+    sampled: int
+    """Rows in that sample."""
+
+
+def statistics_bytes(width: int) -> int:
+    """Return the bytes of the tensors of a statistics file."""
+    return (2 * width + (width**2 if width <= LARGEST_WIDTH else 0)) * torch.float64.itemsize
+
+
+def summarise(folder: Path, manifest: Manifest) -> StoreStatistics:
+    """Compute the statistics of all `train` rows in `folder`; which rank wrote which shard makes no difference."""
+    width = manifest.head.width
+    zeros = torch.zeros(width, dtype=torch.float64)
+    moments = (map_shard(folder, manifest, shard).moments() for shard in sorted(manifest.shards))
+    mean, squares, totals = reduce(RowMoments.merge, moments, RowMoments(zeros, zeros, torch.zeros(3, dtype=torch.float64)))
+    count, norms, peak = totals.tolist()
+    sampled = min(int(count), SAMPLE * width) if width <= LARGEST_WIDTH else 0
+    return StoreStatistics(
+        count=int(count),
+        mean=mean,
+        variance=squares / max(count, 1),
+        mean_norm=norms / max(count, 1),
+        peak_norm=peak,
+        covariance=_covariance(_sample(folder, manifest, int(count), sampled), mean) if sampled else None,
+        sampled=sampled,
+    )
+
+
+def _sample(folder: Path, manifest: Manifest, count: int, sampled: int) -> Iterator[Float[Tensor, "row width"]]:
+    """Yield `sampled` evenly spaced rows out of the `count` rows of split `train`, in chunks."""
+    tokens, first = manifest.head.tokens, 0
+    places = torch.arange(sampled) * count // sampled
+    for shard in sorted(manifest.shards):
+        shots = manifest.shards[shard].shots_of("train")
+        local = places[(places >= first) & (places < first + len(shots) * tokens)] - first
+        rows: Int[Tensor, " row"] = shots[local // tokens] * tokens + local % tokens
+        mapped = map_shard(folder, manifest, shard)
+        for chunk in rows.split(CHUNK) if len(rows) else ():
+            yield unpack(PackedRows(mapped.values[chunk], None if mapped.scales is None else mapped.scales[chunk]))
+        first += len(shots) * tokens
+
+
+def _covariance(chunks: Iterable[Float[Tensor, "row width"]], mean: Float64[Tensor, " width"]) -> Float64[Tensor, "width width"]:
+    """Return the covariance of all rows in `chunks` about their own mean, which is near `mean`."""
+    products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    total, count = torch.zeros_like(mean), 0
+    for chunk in chunks:
+        x = chunk.double() - mean
+        for start in range(0, len(mean), STRIP):
+            # The entries below the diagonal mirror those above it.
+            products[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].T, x[:, start:])
+        total += x.sum(0)
+        count += len(x)
+    total /= count
+    return (products.triu() + products.triu(1).T) / count - torch.outer(total, total)
+
+
+def write_statistics(folder: Path, statistics: StoreStatistics, rank: int) -> str:
+    """Write `statistics` to their file in `folder` and return its SHA-256."""
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, value in vars(statistics).items()
+        if value is not None
+    }
+    return write_file(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
+
+
+def read_statistics(folder: Path) -> StoreStatistics:
+    """Read the statistics that `write_statistics` wrote."""
+    path = folder / STATISTICS
+    try:
+        tensors = load_file(path)
+        counts = {name: int(tensors[name]) for name in ("count", "sampled")}
+        norms = {name: float(tensors[name]) for name in ("mean_norm", "peak_norm")}
+        moments = {"mean": tensors["mean"], "variance": tensors["variance"], "covariance": tensors.get("covariance")}
+        return StoreStatistics(**counts, **norms, **moments)
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{path} is missing. {RECOMPUTE}") from error
+    except (SafetensorError, KeyError, OSError) as error:
+        raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {RECOMPUTE}") from error

@@ -15,8 +15,6 @@ from difflex.errors import BadInput
 from difflex.records import ActivationBatch, Split
 from difflex.store.shard import DTYPES, MappedShard, PackedRows, ShardFormat, unpack
 
-__all__ = ["BatchShares", "ReadOrder", "ShardReader", "SplitBatches", "permutation", "require_split"]
-
 OPEN_SHARDS = 16
 """Shards that are read at the same time: 700,000 rows of width 3072."""
 BLOCK_BYTES = 2**18
@@ -46,6 +44,11 @@ def require_split(batches: Iterator[ActivationBatch], split: Split) -> Iterator[
     return batches
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise BadInput(f"Rank {rank} of {world_size} does not exist. Ranks count from 0 to {world_size - 1}.")
+
+
 class BatchShares(NamedTuple):
     """The division of an epoch into batches, and of each batch among the ranks."""
 
@@ -59,8 +62,7 @@ class BatchShares(NamedTuple):
         """The division, after a check of the arguments of `batches`."""
         if size < 1:
             raise BadInput(f"Batches of {size} rows are not possible. Ask for 1 or more.")
-        if not 0 <= rank < world_size:
-            raise BadInput(f"Rank {rank} of {world_size} does not exist. Ranks count from 0 to {world_size - 1}.")
+        check_rank(rank, world_size)
         if start < 0:
             raise BadInput(f"There is no batch {start} to start at. Batches count from 0.")
         if window < 1:

@@ -6,6 +6,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -21,11 +22,11 @@ from difflex.store.manifest import (
     finished_shards,
     read_shots,
     shard_paths,
+    statistics_bytes,
+    summarise,
+    write_statistics,
 )
 from difflex.store.shard import MappedShard, ShardFormat, ShardWriter, shard_size
-from difflex.store.statistics import statistics_bytes, summarise, write_statistics
-
-__all__ = ["DiskBudget", "SiteRecorder", "format_size", "store_bytes", "text_bytes"]
 
 HEADER_BYTES = 2048
 """Of a manifest and of a statistics file, at most."""
@@ -49,19 +50,17 @@ class SiteRecorder:
         self._rank = rank
         self._world_size = world_size
         self._writers: set[ShardWriter] = set()
-        self._entries = {number: ShardEntry.read(folder, number) for number in finished_shards(folder)}
-        self._head = Manifest.read(folder).head if (folder / MANIFEST).is_file() else None
-        if not self._entries:  # without a shard nothing is fixed yet
-            self._head = None
+        self._entries: dict[int, ShardEntry] = {}
+        head = Manifest.read(folder).head if (folder / MANIFEST).is_file() else None
+        self._head = head if self._finished() else None  # without a shard nothing is fixed yet
 
     @property
     def begun(self) -> bool:
-        """Whether rows are stored, so that the header is fixed."""
+        """Whether the header is fixed."""
         return self._head is not None
 
     @property
     def head(self) -> StoreHeader:
-        """The header of the store."""
         assert self._head is not None, "a recorder has a header after `begin` or where the store is begun"
         return self._head
 
@@ -109,7 +108,7 @@ class SiteRecorder:
         """Return whether the shard of this number is complete; raise an error if it was made from other shots."""
         if number not in self._entries:
             return False
-        stored = read_shots(self.folder, number)
+        stored, _ = read_shots(self.folder, number)
         stored_set, shot_set = set(stored), set(shots)
         if stored_set <= shot_set or stored_set > shot_set:
             return len(stored) >= len(shots)
@@ -143,20 +142,19 @@ class SiteRecorder:
 
     def complete(self, shards: int) -> None:
         """Write the statistics, which make the store complete, if all `shards` are finished, whichever rank wrote them."""
-        numbers = finished_shards(self.folder)
-        if len(numbers) < shards or self._is_complete(numbers):
+        if len(finished_shards(self.folder)) < shards or self._is_complete():
             return
         manifest = self._write_manifest()
         checksum = write_statistics(self.folder, summarise(self.folder, manifest), self._rank)
         replace(manifest, statistics=checksum).write(self.folder, self._rank)
 
-    def _is_complete(self, numbers: Sequence[int]) -> bool:
+    def _is_complete(self) -> bool:
         try:
             manifest = Manifest.read(self.folder)
         except BrokenFile:
             return False
-        listed = {number: self._entry(number) for number in numbers} == manifest.shards
-        return listed and manifest.statistics is not None and (self.folder / STATISTICS).is_file()
+        has_statistics = manifest.statistics is not None and (self.folder / STATISTICS).is_file()
+        return has_statistics and manifest.shards == self._finished()
 
     def _write_manifest(self) -> Manifest:
         """Write the manifest with the finished shards of all ranks and return it.
@@ -164,16 +162,16 @@ class SiteRecorder:
         Of ranks that write it at the same time the last one wins; it checks again, so that no shard of the others is left out.
         """
         while True:
-            numbers = finished_shards(self.folder)
-            manifest = Manifest(head=self.head, shards={number: self._entry(number) for number in numbers}, statistics=None)
+            manifest = Manifest(head=self.head, shards=self._finished(), statistics=None)
             manifest.write(self.folder, self._rank)
-            if finished_shards(self.folder) == numbers:
+            if finished_shards(self.folder) == [*manifest.shards]:
                 return manifest
 
-    def _entry(self, number: int) -> ShardEntry:
-        if number not in self._entries:
-            self._entries[number] = ShardEntry.read(self.folder, number)
-        return self._entries[number]
+    def _finished(self) -> dict[int, ShardEntry]:
+        """Return the finished shards of all ranks."""
+        numbers = finished_shards(self.folder)
+        self._entries |= {number: ShardEntry.read(self.folder, number) for number in numbers if number not in self._entries}
+        return {number: self._entries[number] for number in numbers}
 
 
 def _describe(shot: Shot) -> str:
@@ -182,59 +180,53 @@ def _describe(shot: Shot) -> str:
     return f"{content} (seed {shot.seed}, timestep {shot.timestep}, {size}, {shot.steps} steps, guidance {shot.guidance:g})"
 
 
-@final
-class DiskBudget:
-    """The free disk space of a recording, or a smaller limit."""
+def check_disk(
+    recorders: Sequence[SiteRecorder], max_bytes: int | None, total: int, run: Sequence[Shot], examples: Sequence[Shot]
+) -> None:
+    """Raise an error if `total` shots do not fit on the disk or into `max_bytes`; it says how many would.
 
-    def __init__(self, recorders: Sequence[SiteRecorder], max_bytes: int | None) -> None:
-        self._recorders = recorders
-        self._max_bytes = max_bytes
+    Shots come in runs like `run`; the length of their descriptions is estimated from `examples`.
+    """
+    heads, folder = [recorder.head for recorder in recorders], recorders[0].folder
+    text = max(text_bytes(run), text_bytes(examples))
+    needed = partial(store_bytes, [head.form for head in heads], heads[0].shots_per_shard, text)
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = sum(recorder.bytes for recorder in recorders) + shutil.disk_usage(disk).free
+    allowed = free if max_bytes is None else min(free, max_bytes)
+    if needed(total) <= allowed:
+        return
+    runs = bisect_right(range(total // len(run) + 1), allowed, key=lambda runs: needed(runs * len(run))) - 1
+    tokens = runs * len(run) * min(head.tokens for head in heads)
+    advice = f"Ask for {tokens:,} tokens or fewer" if runs > 0 else "Not even one run fits: free some space or raise the limit"
+    smaller = "" if heads[0].dtype == "int8" else " or for int8"
+    limit = f"the disk has {format_size(free)} free" if allowed == free else f"the limit is {format_size(allowed)}"
+    raise OutOfSpace(
+        f"{total} shots at {len(heads)} sites take {format_size(needed(total))}; {limit}. "
+        f"{advice}, or ask for fewer sites{smaller}."
+    )
 
-    def check(self, total: int, run: Sequence[Shot], examples: Sequence[Shot]) -> None:
-        """Raise an error if `total` shots do not fit on the disk or within the limit; it says how many would.
 
-        Shots come in runs like `run`; the length of their descriptions is estimated from `examples`.
-        """
-        text = max(text_bytes(run), text_bytes(examples))
-        folder = self._recorders[0].folder
-        disk = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-        free = sum(recorder.bytes for recorder in self._recorders) + shutil.disk_usage(disk).free
-        allowed = free if self._max_bytes is None else min(free, self._max_bytes)
-        if self._store_bytes(total, text) <= allowed:
-            return
-        numbers = range(total // len(run) + 1)
-        runs = bisect_right(numbers, allowed, key=lambda runs: self._store_bytes(runs * len(run), text)) - 1
-        tokens = runs * len(run) * min(recorder.head.tokens for recorder in self._recorders)
-        advice = (
-            f"Ask for {tokens:,} tokens or fewer" if runs > 0 else "Not even one run fits: free some space or raise the limit"
-        )
-        smaller = "" if self._recorders[0].head.dtype == "int8" else " or for int8"
-        limit = f"the disk has {format_size(free)} free" if allowed == free else f"the limit is {format_size(allowed)}"
+def check_next_shard(
+    recorders: Sequence[SiteRecorder], max_bytes: int, shots: Sequence[Shot], missing: Sequence[SiteRecorder]
+) -> None:
+    """Raise an error if a shard of `shots` for each of the `missing` sites would exceed `max_bytes`."""
+    stored = sum(recorder.bytes + HEADER_BYTES + statistics_bytes(recorder.head.width) for recorder in recorders)
+    text = math.ceil(len(shots) * text_bytes(shots))
+    if stored + sum(_shard_bytes(recorder.head.form, len(shots)) + text for recorder in missing) > max_bytes:
         raise OutOfSpace(
-            f"{total} shots at {len(self._recorders)} sites take {format_size(self._store_bytes(total, text))}; "
-            f"{limit}. {advice}, or ask for fewer sites{smaller}."
+            f"The next shard would exceed the limit of {format_size(max_bytes)}: later prompts are longer than the "
+            "first ones. What is finished is kept; raise the limit, or ask for fewer tokens, and run the same command again."
         )
 
-    def check_shard(self, shots: Sequence[Shot], recorders: Sequence[SiteRecorder]) -> None:
-        """Raise an error if a shard of `shots` for each of `recorders` would exceed the limit."""
-        assert self._max_bytes is not None, "without a limit the disk itself reports when it is full"
-        stored = sum(each.bytes + HEADER_BYTES + statistics_bytes(each.head.width) for each in self._recorders)
-        text = math.ceil(len(shots) * text_bytes(shots))
-        if stored + sum(_shard_bytes(each.head.form, len(shots)) + text for each in recorders) > self._max_bytes:
-            raise OutOfSpace(
-                f"The next shard would exceed the limit of {format_size(self._max_bytes)}: later prompts are longer than the "
-                "first ones. What is finished is kept; raise the limit, or ask for fewer tokens, and run the same command again."
-            )
 
-    def _store_bytes(self, total: int, text: float) -> int:
-        return sum(store_bytes(each.head.form, each.head.shots_per_shard, total, text) for each in self._recorders)
-
-
-def store_bytes(form: ShardFormat, shots_per_shard: int, total: int, text: float) -> int:
-    """Return the bytes of a store of `total` shots, each of which takes `text` bytes to describe."""
+def store_bytes(forms: Sequence[ShardFormat], shots_per_shard: int, text: float, total: int) -> int:
+    """Return the bytes of stores of these formats with `total` shots, each of which takes `text` bytes to describe."""
     shards, rest = divmod(total, shots_per_shard)
-    rows = shards * _shard_bytes(form, shots_per_shard) + (_shard_bytes(form, rest) if rest else 0)
-    return rows + math.ceil(total * text) + statistics_bytes(form.width) + 2 * HEADER_BYTES
+    size = 0
+    for form in forms:
+        rows = shards * _shard_bytes(form, shots_per_shard) + (_shard_bytes(form, rest) if rest else 0)
+        size += rows + math.ceil(total * text) + statistics_bytes(form.width) + 2 * HEADER_BYTES
+    return size
 
 
 def _shard_bytes(form: ShardFormat, shots: int) -> int:

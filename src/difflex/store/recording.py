@@ -4,11 +4,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import final
 
 from tqdm import tqdm
 
@@ -17,11 +17,10 @@ from difflex.errors import BadInput, StaleWork
 from difflex.files import folder_lock
 from difflex.records import Activations, Shot, Site
 from difflex.store.manifest import StoreHeader, check_split, finished_shards
-from difflex.store.recorder import DiskBudget, SiteRecorder, format_size, store_bytes, text_bytes
-from difflex.store.shard import ShardFormat, ShardWriter, check_dtype, pack
+from difflex.store.reading import check_rank
+from difflex.store.recorder import SiteRecorder, check_disk, check_next_shard, format_size, store_bytes, text_bytes
+from difflex.store.shard import ShardFormat, check_dtype, pack
 from difflex.store.store import Store
-
-__all__ = ["Harvest", "RecordingConfig", "distinct", "probe", "record", "recorded_bytes", "shots_for"]
 
 QUEUE = 2
 """Batches that may wait to be written while the model makes the next one."""
@@ -70,30 +69,27 @@ def record(
     there is room for the rows, before anything is written.
     """
     config, folder = config or RecordingConfig(), Path(folder)
-    folders = {site: folder / site.folder for site in _parse_sites(sites)}
+    several = [sites] if isinstance(sites, (Site, str)) else sites
+    parsed = [Site.parse(site) if isinstance(site, str) else site for site in several]
+    folders = {site: folder / site.folder for site in parsed}
     _check(folders, config)
     with ExitStack() as stack:
         existing = [place for place in folders.values() if place.exists()]
         for place in existing:
             _lock(stack, place, config)
         recorders = [SiteRecorder(place, site, config.rank, config.world_size) for site, place in folders.items()]
-        plan = _plan(recorders, shots, harvest, config)
+        shots, total = _plan(recorders, shots, harvest, config)
         before_writing()
         for recorder in recorders:
             if recorder.folder not in existing:
                 _lock(stack, recorder.folder, config, new=True)
             recorder.open()
         if config.progress:
-            tqdm.write(plan.describe(recorders))
-        shards = _write_shards(plan, recorders, harvest, config)
+            tqdm.write(_describe(recorders, total))
+        shards = _write_shards(shots, total, recorders, harvest, config)
         for recorder in recorders:
             recorder.complete(shards)
     return [Store.open(recorder.folder) for recorder in recorders]
-
-
-def _parse_sites(sites: Iterable[Site | str] | Site | str) -> list[Site]:
-    several = [sites] if isinstance(sites, (Site, str)) else sites
-    return [Site.parse(site) if isinstance(site, str) else site for site in several]
 
 
 def _check(sites: Collection[Site], config: RecordingConfig) -> None:
@@ -104,10 +100,7 @@ def _check(sites: Collection[Site], config: RecordingConfig) -> None:
         raise BadInput(f"Batches of {config.batch} runs are not possible. Ask for 1 or more.")
     if config.tokens is not None and config.tokens < 1:
         raise BadInput(f"{config.tokens} tokens cannot be recorded. Ask for 1 or more.")
-    if not 0 <= config.rank < config.world_size:
-        raise BadInput(
-            f"Rank {config.rank} of {config.world_size} does not exist. Ranks count from 0 to {config.world_size - 1}."
-        )
+    check_rank(config.rank, config.world_size)
 
 
 def _lock(stack: ExitStack, folder: Path, config: RecordingConfig, new: bool = False) -> None:
@@ -121,30 +114,13 @@ def _lock(stack: ExitStack, folder: Path, config: RecordingConfig, new: bool = F
         raise BadInput(f"Another process has written in {folder} meanwhile. Run the same command again to continue from there.")
 
 
-class RecordingPlan(NamedTuple):
-    """The shots of a recording and how they are divided into shards."""
+def _plan(
+    recorders: Sequence[SiteRecorder], shots: Iterable[Shot], harvest: Harvest, config: RecordingConfig
+) -> tuple[Iterator[Shot], int]:
+    """Fix the headers of new stores and return the shots with the number of them to record; nothing is written.
 
-    shots: Iterator[Shot]
-    """More than needed, perhaps endlessly many."""
-    total: int
-    """How many of them to record; there may be fewer."""
-    shots_per_shard: int
-    budget: DiskBudget
-
-    def describe(self, recorders: Sequence[SiteRecorder]) -> str:
-        """Describe what each site will take on disk."""
-        shards = -(-self.total // self.shots_per_shard)
-        files = f"{shards} shard{'s' * (shards > 1)}"
-        rows = [self.total * recorder.head.tokens for recorder in recorders]
-        return "\n".join(
-            f"{recorder.site}: {count:,} rows of width {recorder.head.width} in {recorder.head.dtype}, "
-            f"{format_size(count * recorder.head.form.row_bytes)} in {files}; {recorder.rows:,} rows are stored already"
-            for recorder, count in zip(recorders, rows, strict=True)
-        )
-
-
-def _plan(recorders: Sequence[SiteRecorder], shots: Iterable[Shot], harvest: Harvest, config: RecordingConfig) -> RecordingPlan:
-    """Plan the recording and fix the headers of new stores; nothing is written."""
+    There may be endlessly many shots, or fewer than the number.
+    """
     shots = distinct(shots)
     if config.tokens is None:
         shots = list(shots)
@@ -160,9 +136,21 @@ def _plan(recorders: Sequence[SiteRecorder], shots: Iterable[Shot], harvest: Har
         total = len(shots)
     else:
         total = shots_for(config.tokens or 0, [recorder.head.form for recorder in recorders], len(run))
-    budget = DiskBudget(recorders, config.max_bytes)
-    budget.check(total, run, shots if isinstance(shots, list) else run)
-    return RecordingPlan(chain(run, rest), total, recorders[0].head.shots_per_shard, budget)
+    check_disk(recorders, config.max_bytes, total, run, shots if isinstance(shots, list) else run)
+    return chain(run, rest), total
+
+
+def _describe(recorders: Sequence[SiteRecorder], total: int) -> str:
+    """Describe what `total` shots take on disk at each site."""
+    shards = -(-total // recorders[0].head.shots_per_shard)
+    lines = []
+    for recorder in recorders:
+        head, rows = recorder.head, total * recorder.head.tokens
+        lines.append(
+            f"{recorder.site}: {rows:,} rows of width {head.width} in {head.dtype}, {format_size(rows * head.form.row_bytes)} in "
+            f"{shards} shard{'s' * (shards > 1)}; {recorder.rows:,} rows are stored already"
+        )
+    return "\n".join(lines)
 
 
 def distinct(shots: Iterable[Shot]) -> Iterator[Shot]:
@@ -239,45 +227,38 @@ def _shots_per_shard(forms: Sequence[ShardFormat], run: int, config: RecordingCo
 
 def recorded_bytes(forms: Sequence[ShardFormat], examples: Sequence[Shot], run: int, total: int, config: RecordingConfig) -> int:
     """Return the bytes that new stores of these formats take for `total` shots like `examples`."""
-    length = _shots_per_shard(forms, run, config)
-    return sum(store_bytes(form, length, total, text_bytes(examples)) for form in forms)
+    return store_bytes(forms, _shots_per_shard(forms, run, config), text_bytes(examples), total)
 
 
-def _write_shards(plan: RecordingPlan, recorders: Sequence[SiteRecorder], harvest: Harvest, config: RecordingConfig) -> int:
+def _write_shards(
+    shots: Iterator[Shot], total: int, recorders: Sequence[SiteRecorder], harvest: Harvest, config: RecordingConfig
+) -> int:
     """Write the missing shards of this rank and return the number of shards of all ranks."""
-    stream, number, count = islice(plan.shots, plan.total), 0, 0
-    rows = sum(plan.total * recorder.head.tokens for recorder in recorders) // config.world_size
+    stream, number, count = islice(shots, total), 0, 0
+    rows = sum(total * recorder.head.tokens for recorder in recorders) // config.world_size
     disable = None if config.progress else True
     try:
         with (
             tqdm(total=rows, unit=" tokens", unit_scale=True, desc="harvest", disable=disable) as bar,
             BackgroundWriter() as writer,
         ):
-            while shots := list(islice(stream, plan.shots_per_shard)):
+            while part := list(islice(stream, recorders[0].head.shots_per_shard)):
                 if number % config.world_size == config.rank:
-                    missing = [recorder for recorder in recorders if not recorder.has(number, shots)]
-                    bar.update(sum(len(shots) * recorder.head.tokens for recorder in recorders if recorder not in missing))
+                    missing = [recorder for recorder in recorders if not recorder.has(number, part)]
+                    bar.update(sum(len(part) * recorder.head.tokens for recorder in recorders if recorder not in missing))
+                    if missing and config.max_bytes is not None:
+                        writer.wait()  # before that the bytes on disk are not known
+                        check_next_shard(recorders, config.max_bytes, part, missing)
                     if missing:
-                        if config.max_bytes is not None:
-                            writer.wait()  # before that the bytes on disk are not known
-                            plan.budget.check_shard(shots, missing)
-                        _write_shard(number, shots, missing, harvest, config, writer, bar)
-                number, count = number + 1, count + len(shots)
+                        _write_shard(number, part, missing, harvest, config, writer, bar)
+                number, count = number + 1, count + len(part)
     except BaseException:
         for recorder in recorders:
             recorder.discard_unfinished()
         raise
-    if count < plan.total:
-        warnings.warn(f"The prompts gave {count} shots, fewer than the {plan.total} to record.", stacklevel=3)
+    if count < total:
+        warnings.warn(f"The prompts gave {count} shots, fewer than the {total} to record.", stacklevel=3)
     return number
-
-
-class OpenShard(NamedTuple):
-    """A shard of one site while its rows arrive."""
-
-    recorder: SiteRecorder
-    writer: ShardWriter
-    shots: list[Shot]
 
 
 def _write_shard(
@@ -292,24 +273,23 @@ def _write_shard(
     """Write one shard of each site from one call of the harvest; files are written in the background."""
     for shot in shots:
         check_split(shot)
-    open_shards = {recorder.site: OpenShard(recorder, recorder.writer(number, len(shots)), []) for recorder in recorders}
-    for activations in harvest(shots, list(open_shards), config.batch):
-        shard = open_shards[activations.site]
-        shard.recorder.check_shape(activations)
+    by_site = {recorder.site: recorder for recorder in recorders}
+    shards = {site: recorder.writer(number, len(shots)) for site, recorder in by_site.items()}
+    shots_of: dict[Site, list[Shot]] = {site: [] for site in by_site}
+    for activations in harvest(shots, list(by_site), config.batch):
+        by_site[activations.site].check_shape(activations)
         packed = pack(activations.values, config.dtype).cpu()
-        shard.shots.extend(activations.shots)
-        writer.submit(shard.writer.append, packed, activations.shots)
+        shots_of[activations.site].extend(activations.shots)
+        writer.submit(shards[activations.site].append, packed, activations.shots)
         bar.update(activations.values.shape[:2].numel())
-    for site, shard in open_shards.items():
-        if len(shard.shots) != len(shots) or set(shard.shots) != set(shots):
-            raise BadInput(
-                f"The harvest gave other shots at the site '{site}' than it was called with. Their shard was discarded."
-            )
-        writer.submit(shard.recorder.add, number, shard.writer, shard.shots)
+    for site, recorder in by_site.items():
+        if len(shots_of[site]) != len(shots) or set(shots_of[site]) != set(shots):
+            raise BadInput(f"The harvest gave other shots at the site '{site}' than requested. Their shard was discarded.")
+        writer.submit(recorder.add, number, shards[site], shots_of[site])
 
 
 @final
-class BackgroundWriter:
+class BackgroundWriter(AbstractContextManager["BackgroundWriter"]):
     """A thread that runs tasks one after the other. After an error it runs no further ones, and the next call raises it."""
 
     def __init__(self) -> None:
@@ -335,9 +315,6 @@ class BackgroundWriter:
         except BaseException:
             self._failed = True
             raise
-
-    def __enter__(self) -> "BackgroundWriter":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)

@@ -18,19 +18,6 @@ from difflex.errors import BrokenFile, NonFinite, UnknownName
 from difflex.files import AtomicFile
 from difflex.records import Shot, Site
 
-__all__ = [
-    "DTYPES",
-    "MappedShard",
-    "PackedRows",
-    "RowMoments",
-    "ShardFormat",
-    "ShardWriter",
-    "check_dtype",
-    "pack",
-    "shard_size",
-    "unpack",
-]
-
 DTYPES: dict[StoredDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 NAMES = {
     torch.bfloat16: "BF16",

@@ -13,13 +13,21 @@ from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256
-from difflex.records import ActivationBatch, Shot, Site, Split
-from difflex.store.manifest import MANIFEST, SPLITS, STATISTICS, Manifest, map_shard, read_shots, shard_paths
+from difflex.records import ActivationBatch, Shot, Split
+from difflex.store.manifest import (
+    MANIFEST,
+    SPLITS,
+    STATISTICS,
+    Manifest,
+    StoreStatistics,
+    map_shard,
+    read_shots,
+    read_statistics,
+    shard_paths,
+    summarise,
+)
 from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches
 from difflex.store.shard import REMEDY, MappedShard
-from difflex.store.statistics import StoreStatistics, read_statistics, summarise
-
-__all__ = ["WINDOW", "Store"]
 
 WINDOW = 2**15
 """Rows that are shuffled one by one: 200 MB at width 3072 in 16 bits."""
@@ -30,9 +38,13 @@ class Store:
     """Activations of one site on disk, with the shot and token of every row."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        head = manifest.head
+        self.site, self.model, self.width, self.tokens = head.site, head.model, head.width, head.tokens
+        self.grid = head.grid
+        """Rows and columns of the tokens, in row-major order; None for text."""
         self.folder = folder
         self._manifest = manifest
-        self._shots_of = lru_cache(maxsize=4)(lambda shard: read_shots(folder, shard))
+        self._shots_of = lru_cache(maxsize=4)(lambda shard: read_shots(folder, shard)[0])
 
     @classmethod
     def open(cls, folder: Path | str) -> "Store":
@@ -46,34 +58,9 @@ class Store:
         return store
 
     @property
-    def site(self) -> Site:
-        """The site that the activations are of."""
-        return self._manifest.head.site
-
-    @property
-    def model(self) -> str:
-        """The model that the activations are of."""
-        return self._manifest.head.model
-
-    @property
     def fingerprint(self) -> str:
         """Sixteen digits that change with the rows and with the settings of the harvest."""
         return file_sha256(self.folder / MANIFEST)[:16]
-
-    @property
-    def width(self) -> int:
-        """The width of a row."""
-        return self._manifest.head.width
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per shot."""
-        return self._manifest.head.tokens
-
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the tokens, in row-major order; None for text."""
-        return self._manifest.head.grid
 
     @property
     def complete(self) -> bool:
