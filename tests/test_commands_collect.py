@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.collect import CollectCommand
-from difflex.commands.drawn_world import drawn_concepts
 from difflex.commands.estimates import estimate
+from difflex.commands.evaluation import drawn_concepts
+from difflex.commands.features import CollectCommand
 from difflex.commands.forecast import DictionaryForecast, Forecast
 from difflex.commands.inputs import stored_strength
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.commands.anatomy import AnatomyCommand
-from difflex.commands.collect import CollectCommand
-from difflex.commands.concepts import ConceptsCommand
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
-from difflex.commands.evaluate import EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
+from difflex.commands.features import CollectCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, UnknownName

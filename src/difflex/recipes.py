@@ -1,7 +1,6 @@
-"""Recipes: whole studies as Python functions from a folder to what is done in it.
+"""Recipes: functions from a folder to a `Study` with its commands.
 
-A recipe of your own is such a function in a file of yours: `difflex run my_recipe.py:study`. Derive it from another one by
-calling that and replacing what differs.
+Write one in a file of your own and run it: `difflex run my_recipe.py:study`. To vary a recipe, call it and replace what differs.
 """
 
 import runpy
@@ -12,16 +11,13 @@ from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.commands.collect import CollectCommand
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
-from difflex.commands.estimates import estimate
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
-from difflex.commands.forecast import plan, plan_table
+from difflex.commands.features import CollectCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
-from difflex.devices import machine_rate
 from difflex.errors import BadInput, UnknownName
 from difflex.study import Command, Study, run_study
 
@@ -29,17 +25,17 @@ __all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini"
 
 Recipe = Callable[[Path], Study]
 CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
-"""What the autoencoders of arXiv 2505.24360 were trained on."""
+"""The prompts of arXiv 2505.24360."""
 AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
-"""What those of arXiv 2410.22366 were trained on."""
+"""The prompts of arXiv 2410.22366."""
 LATE = 0.5
-"""The noise at the last of mini-flux's four steps, where there is most to be seen."""
+"""The noise level of the last of mini-flux's four steps, at which most concepts are detected."""
 EFFECT = 16
-"""Shots at which the many dictionaries of mini-flux are put into the model."""
+"""Shots at which the effect of dictionaries on mini-flux is measured."""
 
 
 def mini(folder: Path) -> Study:
-    """The demo: one site of mini-flux in minutes."""
+    """Return the demo: one site of mini-flux, in minutes."""
     site = "double.2"
     return Study(
         folder=folder,
@@ -106,13 +102,13 @@ def mini_full(folder: Path) -> Study:
 
 
 def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
-    """The neurons of a block as dictionaries, of as many tokens as it takes to evaluate what nobody trains."""
+    """Return the commands that harvest the neurons of a block and add them as dictionaries; few tokens, because nothing is trained."""
     inner = (f"{site}:neurons",)
     return replace(harvest, site=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
 
 
 def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tuple[Command, ...]:
-    """What `train` learns, at its site, of a denoiser that was never trained."""
+    """Return the commands that repeat `train` on a denoiser with random weights."""
     return (
         replace(harvest, site=train.site, untrained=0, out=folder),
         replace(train, study=folder),
@@ -121,15 +117,15 @@ def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tupl
 
 
 def flux_schnell(folder: Path) -> Study:
-    """arXiv 2505.24360 on FLUX.1 schnell: four sites, autoencoders over k and size at the middle one, ITDA, neurons.
+    """Return arXiv 2505.24360 on FLUX.1 schnell: SAEs at four sites, a sweep over k and size at the middle one, ITDA, neurons.
 
-    The activations of its 30.7 M tokens take about 390 GB, as they are stored in int8.
+    The activations of 30.7 M tokens take about 390 GB in int8.
     """
     return _flux(folder, "black-forest-labs/FLUX.1-schnell", steps=1, guidance=0.0)
 
 
 def flux_dev(folder: Path) -> Study:
-    """The same on FLUX.1 dev, at all of its 28 steps and its own guidance."""
+    """Return the same study of FLUX.1 dev, at all of its 28 steps and with its default guidance."""
     return _flux(folder, "black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5)
 
 
@@ -194,11 +190,13 @@ def sdxl_turbo(folder: Path) -> Study:
     )
 
 
-RECIPES: Mapping[str, Recipe] = {each.__name__: each for each in (mini, mini_full, flux_schnell, flux_dev, sdxl_turbo)}
+RECIPES: Mapping[str, Recipe] = {
+    function.__name__: function for function in (mini, mini_full, flux_schnell, flux_dev, sdxl_turbo)
+}
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`: one of the package, or FILE.py:FUNCTION."""
+    """Return the recipe `name`: one of the package, or FILE.py:FUNCTION."""
     file, _, function = name.rpartition(":")
     if not file:
         if name not in RECIPES:
@@ -206,32 +204,36 @@ def recipe(name: str) -> Recipe:
         return RECIPES[name]
     if not Path(file).is_file():
         raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
-    found = runpy.run_path(file)
-    if not callable(found.get(function)):
-        known = [each for each, value in found.items() if callable(value) and not each.startswith("_")]
-        raise UnknownName.among(f"In {file} the function", function, known)
-    return found[function]
+    names = runpy.run_path(file)
+    if not callable(names.get(function)):
+        functions = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
+        raise UnknownName.among(f"In {file} the function", function, functions)
+    return names[function]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(Command):
-    """Run a recipe: its commands in order; given again it goes on, and does again only what a change has made useless."""
+    """Run the commands of a recipe in order. Run again, it continues, and repeats only what a change of the recipe affects."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """mini, mini_full, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, a function from a folder to a Study."""
     out: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: a folder of the recipe's name)")] = None
-    """The folder of the study; begun if it is not there."""
+    """The folder of the study; created if it does not exist."""
     until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
-    """Stop after the last command of this verb: harvest, train, ..."""
+    """Stop after the last command with this verb: harvest, train, ..."""
     dry_run: FlagCreatePairsOff[bool] = False
-    """Say what would be done and what it would take, and do nothing."""
+    """Print the commands with their state, disk and time, and run nothing."""
 
     def __call__(self) -> None:
         study = recipe(self.recipe)(self.out or Path(self.recipe.rpartition(":")[2]))
         if not isinstance(study, Study):
-            raise BadInput(f"The recipe {self.recipe} gave {type(study).__name__}, not a difflex.Study.")
+            raise BadInput(f"The recipe {self.recipe} returned a {type(study).__name__}; return a difflex.Study.")
         if self.dry_run:
+            from difflex.commands.estimates import estimate
+            from difflex.commands.forecast import plan, plan_table
+            from difflex.devices import machine_rate
+
             print(plan_table(plan(study, machine_rate(), estimate)))
             return
         run_study(study, until=self.until, recipe=self.recipe)

@@ -1,6 +1,7 @@
-"""The verbs of the command line, one file each: frozen dataclasses whose fields are the flags; calling one does the work.
+"""The commands: frozen dataclasses whose fields are flags; calling one runs it.
 
-Here is only the table of verbs, so that `difflex --help` imports neither torch nor tyro.
+Here is only the table of verbs. Command modules import at their top only what is light; what needs torch is imported when a command
+runs, so that `difflex VERB --help` is quick.
 """
 
 from importlib import import_module
@@ -42,7 +43,7 @@ VERBS = {
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
     "collect": VerbEntry(
-        "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.collect"
+        "Look at features", "find where each feature fires, into one book per dictionary", "difflex.commands.features"
     ),
     "features": VerbEntry("Look at features", "list features, sorted and filtered", "difflex.commands.features"),
     "show": VerbEntry("Look at features", "draw the sheet of one feature", "difflex.commands.features"),

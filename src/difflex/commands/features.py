@@ -1,26 +1,166 @@
-"""`difflex features` and `difflex show`: list the features of a book, and draw the sheet of one."""
+"""`difflex collect`, `features` and `show`: make the books of dictionaries, list their features, draw the sheet of one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, final
+from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import HighlightStyle
-from difflex.commands.inputs import open_book
+from difflex.choices import HighlightStyle, Precision
+from difflex.commands.flags import NoiseLevels, Pixels, Range, Seeds
+from difflex.commands.inputs import load_study_model, open_book, read_prompts
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 
-__all__ = ["FeaturesCommand", "ShowCommand"]
+if TYPE_CHECKING:
+    from difflex.features.collecting import ImageSource, PromptedImage
+
+__all__ = ["CollectCommand", "FeaturesCommand", "ShowCommand"]
 
 MAX_TEXT = 48
 """Letters of an explanation in the table."""
 COLUMNS = ("feature", "density", "peak", "mean", "shots", "area", "covers", "strength", "concept", "AP", "explanation")
 TEXT_COLUMNS = ("concept", "explanation")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CollectCommand(Command):
+    """Make the book of each dictionary: statistics, images and maps of its features; continues after a kill."""
+
+    study: Annotated[Positional[Path], arg(metavar="STUDY")]
+    """A study with dictionaries."""
+    site: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: all of the study)")] = ()
+    """Collect for all dictionaries of these sites, in one pass: double.18, single.9:update."""
+    dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
+    """Collect for these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
+    images: Annotated[int, arg(metavar="N")] = 1000
+    """Number of images; about a tenth of them is held out, with examples of its own."""
+    prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: the shots of the harvest)")] = None
+    """Generate images from these prompts: a file, a folder, a data set or `captions`, as for difflex harvest."""
+    seeds: Seeds = range(1)
+    """Seeds for each of the --prompts; END is excluded."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
+    """Number of denoising steps, with --prompts."""
+    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    """Steps to take activations from, with --prompts; END is excluded."""
+    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
+    """Image size, with --prompts; with --folder, images are resized and cropped to it."""
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
+    """Guidance scale, with --prompts."""
+    folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
+    """Use the images in this folder, noised; NAME.txt holds the prompt of NAME.jpg."""
+    drawn_world: FlagCreatePairsOff[bool] = False
+    """Use scenes of the drawn world with their captions, noised."""
+    noise: NoiseLevels = (0.25, 0.5, 0.75)
+    """Noise levels, with --folder and --drawn-world."""
+    top_examples: Annotated[int, arg(metavar="N")] = 32
+    """Top examples for each feature and split: the images in which it fires most strongly."""
+    random_examples: Annotated[int, arg(metavar="N")] = 16
+    """Random images in which it fires."""
+    silent_examples: Annotated[int, arg(metavar="N")] = 8
+    """Random images in which it does not fire."""
+    no_patches: FlagCreatePairsOff[bool] = False
+    """Do not generate the images that ITDA atoms were taken from."""
+    batch: Annotated[int, arg(metavar="N")] = 16
+    """Images per forward pass."""
+    precision: Annotated[Precision | None, arg(help_behavior_hint="(default: that of the harvest)")] = None
+    """Precision of the model's weights."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep on the GPU only the part of the model that is running."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Load models of the hub from the local cache only."""
+
+    def __call__(self) -> list[Path]:
+        from difflex.features.collecting import CollectConfig, collect_study
+        from difflex.steering import StudyEditor
+
+        if self.images < 1 or self.batch < 1:
+            raise BadInput(f"--images {self.images} --batch {self.batch}: both must be at least 1.")
+        if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
+            raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Use one of them.")
+        study = Study.open(self.study)
+        refs = study.select_dictionaries(self.site, self.dictionary)
+        counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
+        editor, stores = StudyEditor(study), study.stores()
+        books = collect_study(
+            study,
+            refs,
+            self._source(study, refs),
+            CollectConfig(**counts),
+            load=editor.dictionary,
+            strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
+            draw_patches=not self.no_patches,
+        )
+        for book in books:
+            print(f"{book.path}: {'up to date' if book.up_to_date else 'collected'}")
+        paths = [book.path for book in books]
+        print(_books_table(paths))
+        return paths
+
+    def _source(self, study: Study, refs: Sequence[DictionaryRef]) -> "ImageSource":
+        """Return the images to collect from; the model is loaded when it is needed."""
+        from difflex.features.collecting import noised_source, runs_source, stored_shots
+
+        pipe = cache(lambda precision: load_study_model(study, self.precision or precision, self.offload, self.offline))
+
+        def harvest(precision: str | None):
+            return lambda shots, sites: pipe(precision).harvest_with_images(shots, sites, batch=self.batch)
+
+        def harvest_images(images, prompts, names, sites, seed):
+            arguments = {"seed": seed, "batch": self.batch, "progress": False}
+            return pipe(None).harvest_images(images, self.noise, sites, prompts, names, **arguments)
+
+        batch = f"{self.batch} at once"
+        if self.drawn_world or self.folder is not None:
+            images, load = self._existing_images()
+            noise = ",".join(f"{level:g}" for level in self.noise)
+            description = f"{images}, noise {noise}, pixels {self.pixels}, {batch}"
+            return noised_source(description, self.images, load, harvest_images, harvest(None), self.batch)
+        if self.prompts is None:
+            stored = stored_shots(study, refs, self.images)
+            precision = stored.shots[0].precision if stored.shots else None
+            return runs_source(f"{stored.description}, {batch}", stored.shots, self.images, harvest(precision))
+        prompts = read_prompts(self.prompts, None)
+        texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
+        shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
+        names = ("seeds", "steps", "keep_steps", "pixels", "guidance", "precision")
+        settings = ", ".join(f"{name} {getattr(self, name)}" for name in names)
+        return runs_source(f"{prompts.source}, {settings}, {batch}", shots, self.images, harvest(None))
+
+    def _existing_images(self) -> "tuple[str, Callable[[int], Iterator[PromptedImage]]]":
+        """Return a description of the images of the folder or the drawn world, and a function that loads them from a place on."""
+        from difflex.commands.evaluation import FIRST_SEED, drawn_images
+        from difflex.features.collecting import ImageFolder, PromptedImage
+        from difflex.pipeline import open_image
+
+        if self.folder is not None:
+            folder = ImageFolder.open(self.folder, self.pixels, open_image)
+            names = [path.name for path in folder.paths]
+            return f"folder of {names}", lambda start: folder.images(start, self.images)
+
+        def draw(start: int) -> Iterator[PromptedImage]:
+            scenes = drawn_images(self.images - start, FIRST_SEED + start)
+            return (PromptedImage(scene.image, scene.prompt, scene.name) for scene in scenes)
+
+        return f"drawn world from {FIRST_SEED}", draw
+
+
+def _books_table(books: Sequence[Path]) -> str:
+    """Return how many features fire and how much of their top images they cover, a line for each book."""
+    lines = [f"{'':<40}{'features':>10}{'that fire':>11}{'tokens':>12}{'covered':>9}{'median':>8}"]
+    for path in books:
+        with Book.open(path) as book:
+            summary, firing, about = book.coverage_summary(), book.count_firing(), book.about
+        mean, median = ("-", "-") if summary is None else (f"{summary.mean:.1%}", f"{summary.quartiles[1]:.1%}")
+        lines.append(f"{about.dictionary:<40}{about.size:>10,}{firing:>11,}{about.tokens:>12,}{mean:>9}{median:>8}")
+    return "\n".join(lines)
 
 
 @final
@@ -53,20 +193,9 @@ class FeaturesCommand(Command):
             rows = select_features(
                 book, self.filter, sort=self.sort, ascending=self.ascending, measure=self.measure, concepts=concepts
             )
-            shown = rows[: self.top]
-            print(f"{ref}: {len(rows):,} of {book.about.size:,} features, showing {len(shown)}")
-            print(_table(book, shown, concepts, self.measure))
-
-
-def _find_book(study: Study, name: str | None) -> DictionaryRef:
-    """Return the dictionary called `name`, or without a name the only one that has a book."""
-    if name is not None:
-        return study.find_dictionary(name)
-    refs = [ref for ref in study.dictionaries() if study.book(*ref).is_file()]
-    if len(refs) != 1:
-        names = ", ".join(map(str, refs)) or "none; run difflex collect"
-        raise BadInput(f"{study.folder} has {len(refs)} books. Name one with --dictionary: {names}.")
-    return refs[0]
+            listed = rows[: self.top]
+            print(f"{ref}: {len(rows):,} of {book.about.size:,} features, showing {len(listed)}")
+            print(_features_table(book, listed, concepts, self.measure))
 
 
 @final
@@ -105,6 +234,17 @@ class ShowCommand(Command):
         print(out)
 
 
+def _find_book(study: Study, name: str | None) -> DictionaryRef:
+    """Return the dictionary called `name`, or without a name the only one that has a book."""
+    if name is not None:
+        return study.find_dictionary(name)
+    refs = [ref for ref in study.dictionaries() if study.book(*ref).is_file()]
+    if len(refs) != 1:
+        names = ", ".join(map(str, refs)) or "none; run difflex collect"
+        raise BadInput(f"{study.folder} has {len(refs)} books. Name one with --dictionary: {names}.")
+    return refs[0]
+
+
 def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
     """Return the concept that each feature detects best; empty if the dictionary was not matched to concepts."""
     path = study.concepts(*ref)
@@ -117,20 +257,17 @@ def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
     return {feature: BestConcept(matches.concepts[concept].name, ap) for feature, concept, ap in columns}
 
 
-def _table(book: Book, rows: list[FeatureStats], concepts: Mapping[int, BestConcept], measure: str) -> str:
+def _features_table(book: Book, rows: list[FeatureStats], concepts: Mapping[int, BestConcept], measure: str) -> str:
     """Return a line for each feature under a line of column names."""
     scores = book.best_scores(measure)
-    columns = [*COLUMNS[:-1], measure, COLUMNS[-1]]
-    lines = [columns, *(_line(book, row, concepts.get(row.feature), scores.get(row.feature)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cells = [
-        [
-            cell.ljust(width) if name in TEXT_COLUMNS else cell.rjust(width)
-            for name, cell, width in zip(columns, line, widths, strict=True)
-        ]
-        for line in lines
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in cells)
+    names = [*COLUMNS[:-1], measure, COLUMNS[-1]]
+    lines = [names, *(_line(book, row, concepts.get(row.feature), scores.get(row.feature)) for row in rows)]
+    columns = []
+    for name, *cells in zip(*lines, strict=True):
+        width = max(map(len, [name, *cells]))
+        align = str.ljust if name in TEXT_COLUMNS else str.rjust
+        columns.append([align(cell, width) for cell in [name, *cells]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def _line(book: Book, row: FeatureStats, concept: BestConcept | None, score: float | None) -> list[str]:
