@@ -68,9 +68,7 @@ class TrainingRanks(Ranks):
 
     def first_token(self, count: int) -> int:
         """Return the place in the whole batch of the first of the `count` tokens that this rank encodes."""
-        if self.world_size == 1 or self.split == "features":
-            return 0
-        return sum(self.gather_counts(count)[: self.rank])
+        return 0 if self.split == "features" else sum(self.gather_counts(count)[: self.rank])
 
     def gather_tokens(self, tensor: Tensor) -> Tensor:
         """Concatenate the results of the ranks for the tokens that each encoded."""

@@ -246,7 +246,9 @@ class AtomGrower:
         kept = self._select(batch, own, candidates.places, would_pick, limit).nonzero()[:, 0]
         # The candidates before the first that is dropped are in their places already.
         fixed = int((kept == torch.arange(len(kept), device=kept.device)).sum())
-        self._truncate(size + fixed)
+        self.size = size + fixed
+        if self._gram is not None:
+            self._gram.truncate(self.size)
         batch.keep_atoms(size, kept, count)
         end = size + len(kept)
         self.shots[size:end], self.tokens[size:end] = candidates.shots[kept].cpu(), candidates.tokens[kept].cpu()
@@ -311,12 +313,6 @@ class AtomGrower:
         if self._gram is not None:
             self._gram.append(cross, among)
         self.size += len(new)
-
-    def _truncate(self, size: int) -> None:
-        """Remove the atoms after the first `size`."""
-        self.size = size
-        if self._gram is not None:
-            self._gram.truncate(size)
 
     def atoms_from(self, start: int) -> dict[str, Tensor]:
         """Return the atoms from number `start` on, as tensors for a file."""

@@ -56,7 +56,6 @@ class GrowthData:
 class GrowthProgress(NamedTuple):
     """The progress of a dictionary after a batch."""
 
-    folder: Path
     threshold: float
     passes: int
     """Finished passes before this one."""
@@ -85,7 +84,7 @@ def grow(
     if data.tokens < 1:
         raise BadInput(f"A pass over {data.tokens} tokens grows nothing: use 1 or more.")
     ranks = Ranks()
-    run = GrowthRun(data, ranks, find_device(device), checkpoint_every, on_progress if ranks.rank == 0 else None, len(growths))
+    run = GrowthRun(data, ranks, find_device(device), checkpoint_every, on_progress, len(growths))
     members = [GrowthMember(folder, growth, origin, run) for folder, growth in growths.items()]
     run.run_pass([member for member in members if member.growth.threshold is not None])
     for member in members:
@@ -104,33 +103,27 @@ class GrowthRun:
         ranks: Ranks,
         device: torch.device,
         checkpoint_every: int,
-        on_progress: Callable[[GrowthProgress], None] | None,
+        on_progress: Callable[[GrowthProgress], None],
         members: int,
     ) -> None:
         self.data, self.ranks, self.device = data, ranks, device
         self._checkpoint_every, self._on_progress = checkpoint_every, on_progress
         self._holdout = HoldOut(data.shot)
         sharing = members * (ranks.world_size if device.type == "cpu" else 1)  # ranks on a CPU share its memory
-        self._free = ranks.broadcast(torch.tensor([free_memory(device) // sharing], device=device))
-        self._normalisations: dict[tuple[NormalisationMethod, float | None], Normalisation] = {}
+        self.free_bytes = int(ranks.broadcast(torch.tensor([free_memory(device) // sharing], device=device)))
+        """For each dictionary, the same on all ranks, so that they choose the same backends."""
+        self.normalisations: dict[tuple[NormalisationMethod, float | None], Normalisation] = {}
+        """By method and clip."""
 
     def normalisation(self, growth: GrowthConfig) -> Normalisation:
         """Return the normalisation that rank 0 estimates from its first batches."""
         scheme = (growth.normalisation, growth.clip)
-        if scheme not in self._normalisations:
+        if scheme not in self.normalisations:
             values = (rows.values.to(self.device) for rows in require_split(self.data.batches(0), "train"))
             estimate = estimate_normalisation(values, *scheme)
             tensors: dict[str, Tensor] = {name: self.ranks.broadcast(tensor) for name, tensor in estimate.tensors().items()}
-            self._normalisations[scheme] = Normalisation.from_saved(estimate.settings(), tensors)
-        return self._normalisations[scheme]
-
-    def reuse_normalisation(self, growth: GrowthConfig, normalisation: Normalisation) -> None:
-        """Use the normalisation of a growth that is resumed for the others, too."""
-        self._normalisations[growth.normalisation, growth.clip] = normalisation
-
-    def backend(self, growth: GrowthConfig) -> PursuitBackend:
-        """Return the pursuit backend for `growth`, the same on all ranks."""
-        return choose_backend(growth.pursuit, growth.size, self.normalisation(growth).width, growth.k, int(self._free))
+            self.normalisations[scheme] = Normalisation.from_saved(estimate.settings(), tensors)
+        return self.normalisations[scheme]
 
     def run_pass(self, members: list[GrowthMember]) -> None:
         """Run one pass over the stream for `members`, each from its own batch on."""
@@ -170,10 +163,9 @@ class GrowthRun:
             piece = slice(start, start + size)
             member.grower.add_batch(ActivationBatch(z[piece], shots[piece], tokens[piece]), holdout[piece])
         member.state.batches += 1
-        if self._on_progress is not None:
-            interval = member.grower.curve[-1]
-            threshold, passes = member.grower.threshold, len(member.state.trials)
-            self._on_progress(GrowthProgress(member.folder, threshold, passes, interval, self.data.tokens))
+        if self.ranks.rank == 0:
+            grower, passes = member.grower, len(member.state.trials)
+            self._on_progress(GrowthProgress(grower.threshold, passes, grower.curve[-1], self.data.tokens))
 
 
 @final
@@ -187,14 +179,16 @@ class GrowthMember:
         self._dictionary: ITDA | None = None
         state = files.read_state(self._work, growth, run.data.data)
         if state is None:
-            self.normalisation, self._backend = run.normalisation(growth), run.backend(growth)
+            self.normalisation = run.normalisation(growth)
+            width = self.normalisation.width
+            self._backend = choose_backend(growth.pursuit, growth.size, width, growth.k, run.free_bytes)
             threshold = growth.threshold or next_threshold([], growth.size)
             backend = self._backend.as_json()
             self.state = GrowthState(growth=growth.as_json(), data=run.data.data, backend=backend, threshold=threshold)
         else:
             self.state = state
             self.normalisation = files.read_normalisation(self._work, state.normalisation, run.device)
-            run.reuse_normalisation(growth, self.normalisation)
+            run.normalisations[growth.normalisation, growth.clip] = self.normalisation
             with parsing(self._work / files.STATE, "the backend of a growth", files.ADVICE):
                 self._backend = PursuitBackend.from_json(state.backend)
         if not self.state.finished:
@@ -252,8 +246,6 @@ class GrowthMember:
             state.begin_pass(next_threshold(state.trials, self.growth.size))
             self.grower = self._new_grower()
         self.save()
-        if self._run.ranks.rank == 0:
-            files.remove_parts(self._work)
 
     def result(self) -> ITDA:
         """Return the dictionary; one that was finished earlier is loaded."""

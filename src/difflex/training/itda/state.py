@@ -129,24 +129,21 @@ def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | N
 
 
 def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], dict[str, Tensor]], size: int) -> None:
-    """Write the atoms that are not in `state.parts` yet, then `state.json`."""
+    """Write the atoms that are not in `state.parts` yet, then `state.json`; remove the atoms of passes that have ended."""
     folder.mkdir(parents=True, exist_ok=True)
     start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
     if size > start and not state.finished:
         name = f"atoms-{len(state.trials)}-{size}.safetensors"
         state.parts[name] = write_file(folder / name, save(atoms_from(start)))
     write_json(folder / STATE, FORMAT, asdict(state))
+    for path in folder.glob("atoms-*.safetensors"):
+        if state.finished or path.name not in state.parts:
+            path.unlink()
 
 
 def read_parts(folder: Path, state: GrowthState) -> list[dict[str, Tensor]]:
     """Return the atoms that `state` names, in order."""
     return [_read_part(folder / name, digest) for name, digest in state.parts.items()]
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove the atoms of a pass that has ended."""
-    for path in folder.glob("atoms-*.safetensors"):
-        path.unlink()
 
 
 def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str, Json]:
@@ -198,35 +195,28 @@ def expected_over_threshold(curve: Sequence[GrowthInterval]) -> float | None:
     sizes = [0, *(interval.size for interval in curve)]
     final_size = sizes[-1]
     points = [
-        CurvePoint(math.log(max(size, 1) / max(final_size, 1)), interval.holdout_tokens, interval.holdout_over)
+        (math.log(max(size, 1) / max(final_size, 1)), interval.holdout_tokens, interval.holdout_over)
         for size, interval in zip(sizes, curve, strict=False)
         if interval.holdout_tokens and 2 * size >= final_size
     ]
     return _fit_share(points) if points else None
 
 
-class CurvePoint(NamedTuple):
-    """A share that was measured at a size."""
+def _fit_share(points: Sequence[tuple[float, int, int]]) -> float:
+    """Fit the share `exp(a + b x)`, b <= 0, by maximum Poisson likelihood with Newton's method; return its value at x = 0.
 
-    x: float
-    """The logarithm of the size over the final size."""
-    tokens: int
-    hits: int
-
-
-def _fit_share(points: Sequence[CurvePoint]) -> float:
-    """Fit `exp(a + b x)`, b <= 0, by maximum Poisson likelihood with Newton's method; return its value at x = 0."""
-    count, hits = sum(point.tokens for point in points), sum(point.hits for point in points)
+    A point holds x, which is the logarithm of a size over the final size, a number of tokens, and how many of them are hits.
+    """
+    count, hits = sum(tokens for _, tokens, _ in points), sum(over for _, _, over in points)
     if not hits:
         return 0.0
     constant = a = math.log(hits / count)
     b = 0.0
     for _ in range(30):
-        means = [point.tokens * math.exp(a + b * point.x) for point in points]
-        m, mx = sum(means), sum(mean * point.x for mean, point in zip(means, points, strict=True))
-        mxx = sum(mean * point.x**2 for mean, point in zip(means, points, strict=True))
+        means = [(x, tokens * math.exp(a + b * x)) for x, tokens, _ in points]
+        m, mx, mxx = (sum(mean * x**power for x, mean in means) for power in range(3))
         error = hits - m
-        error_x = sum((point.hits - mean) * point.x for mean, point in zip(means, points, strict=True))
+        error_x = sum((over - mean) * x for (_, mean), (x, _, over) in zip(means, points, strict=True))
         determinant = m * mxx - mx * mx
         if determinant <= 1e-9 * m * m:
             break
