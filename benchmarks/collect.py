@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.commands.evaluation import drawn_images
+from difflex.commands.drawn_world import drawn_images
 from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum, sheet
 from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect

@@ -99,3 +99,28 @@ def test_a_planted_name_is_found_wherever_it_is_missing():
     assert disagreements(INIT.replace("import Pipeline, load", "import Pipeline"), EXPECTED)
     assert disagreements(INIT.replace('    "load",\n', ""), EXPECTED)
     assert undocumented(["load", "steer"], "`difflex.load` loads, `steer` does not stand for itself") == ["steer"]
+
+
+def test_the_help_of_no_command_imports_torch():
+    code = (
+        "import sys, contextlib, io\n"
+        "from difflex.cli import main\n"
+        "from difflex.commands import VERBS\n"
+        "for verb in VERBS:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        main([verb, '--help'])\n"
+        "    heavy = {'torch', 'diffusers', 'transformers'} & sys.modules.keys()\n"
+        "    assert not heavy, (verb, heavy)\n"
+        "print('all light')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ["all light"], result.stderr
+
+
+def test_help_of_a_command_is_also_asked_for_by_help_first():
+    words = [sys.executable, "-m", "difflex"]
+    shown = [
+        subprocess.run([*words, *ask], capture_output=True, text=True).stdout
+        for ask in (["help", "verify"], ["verify", "--help"])
+    ]
+    assert shown[0] == shown[1] and "STUDY" in shown[0]

@@ -1,7 +1,6 @@
-"""The command line: one verb per station.
+"""The command line: finds the command of a verb, runs it and reports errors.
 
-Here is only the table of verbs, so that `difflex --help` imports neither torch nor tyro; the module of a verb is
-imported when that verb is asked for.
+The module of a verb is imported when it is needed, so that `difflex --help` imports neither torch nor tyro.
 """
 
 import os
@@ -18,11 +17,13 @@ from difflex.study import Command
 
 __all__ = ["main", "parse"]
 
-USAGE = "usage: difflex VERB [OPTIONS]\n\nA lexicon of what a text-to-image diffusion model knows."
+USAGE = (
+    "usage: difflex VERB [OPTIONS]\n\nSparse dictionaries for text-to-image diffusion models: train, evaluate, explain, steer."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 2 something the user can mend (said without a traceback), 130 interrupted."""
+    """Run a command and return the exit code: 0 success, 2 an error the user can fix (without a traceback), 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _plain_warnings():
@@ -36,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ndifflex: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has seen enough, as in `difflex models | head -1`; what Python still wants to flush at its end goes nowhere.
+        # The reader closed the pipe, as in `difflex models | head -1`; what Python flushes at its end goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The command written as `words`, a verb and its flags; a wrong flag ends the process with code 2, as tyro does."""
+    """Return the command for `words`, a verb and its flags; a wrong flag ends the process with code 2, as tyro does."""
     verb, *flags = words
     command = verb_class(verb)
     import tyro  # here, so that `difflex --help` does without it
@@ -51,7 +52,9 @@ def parse(words: Sequence[str]) -> Command:
 
 
 def _run(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help", "help"):
+    if len(words) > 1 and words[0] == "help":
+        parse([*words[1:], "--help"])
+    elif not words or words[0] in ("-h", "--help", "help"):
         print(_help())
     elif words[0] == "--version":
         print(f"difflex {__version__}")
@@ -72,7 +75,7 @@ def _help() -> str:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings are shown as one line for a person, without the place in the code."""
+    """Show warnings as one line, without their place in the code."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"difflex: warning: {message}", file=sys.stderr)
         yield

@@ -102,7 +102,7 @@ def mini_full(folder: Path) -> Study:
 
 
 def _neurons(harvest: HarvestCommand, site: str, ks: tuple[int, ...], tokens: int) -> tuple[Command, ...]:
-    """Return the commands that harvest the neurons of a block and add them as dictionaries; few tokens, because nothing is trained."""
+    """Return the commands that harvest the neurons of a block, few tokens, and add them as dictionaries."""
     inner = (f"{site}:neurons",)
     return replace(harvest, site=inner, tokens=tokens), NeuronsCommand(study=harvest.out, site=inner, k=ks)
 

@@ -1,6 +1,6 @@
 """The commands: frozen dataclasses whose fields are flags; calling one runs it.
 
-Here is only the table of verbs. Command modules import at their top only what is light; what needs torch is imported when a command
+Here is only the table of verbs. Command modules import only light modules at their top; what needs torch is imported when a command
 runs, so that `difflex VERB --help` is quick.
 """
 
