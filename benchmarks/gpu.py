@@ -1,9 +1,9 @@
-"""What one card does at the real sizes: reading full FLUX.1 (12 B parameters, random weights) and training a large dictionary.
+"""Speed of one GPU at real sizes: harvesting FLUX.1 (12 B parameters, random weights) and training a large SAE.
 
-Reading: tokens per second at `double.18`, 256 pixels, one step, bf16 and nf4, for each batch size; peak memory; the share of the
-card's own matrix-product rate that is reached. Training: width 3072, size 65536, k 64, batch 4096, sparsify and
-dictionary_learning beside it. `--write` puts the figures with date and card into docs/performance.md. Without a card everything
-runs at a tiny size on the CPU, which shows that it works and measures nothing.
+Harvest: tokens per second at `double.18`, 256 pixels, one step, in bf16 and nf4, by batch size; peak memory; the share of the GPU's
+measured matrix-product rate. Training: width 3072, size 65536, k 64, batch 4096, compared with sparsify and dictionary_learning.
+`--write` appends the figures with date and GPU to docs/performance.md. Without a GPU everything runs at a tiny size on the CPU, which
+tests the script and measures nothing.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PEERS = ("sparsify", "dictionary_learning")
 
 
 class Sizes(NamedTuple):
-    """What is measured."""
+    """The sizes of a run."""
 
     model: str
     untrained: int | None
@@ -38,21 +38,21 @@ class Sizes(NamedTuple):
     pixels: tuple[int, int]
     batches: tuple[int, ...]
     matrix: int
-    """Side of the matrices whose product gives the ceiling."""
+    """Side of the square matrices whose product gives the ceiling."""
     width: int
     size: int
     k: int
     batch: int
 
 
-CARD = Sizes(
+GPU = Sizes(
     "black-forest-labs/FLUX.1-schnell", 0, "double.18", (256, 256), (1, 2, 4, 8, 16, 32, 64), 8192, 3072, 65_536, 64, 4096
 )
 TINY = Sizes("mini-flux", None, "double.2", (64, 64), (1,), 256, 64, 1024, 8, 128)
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int = 3) -> float:
-    """The median wall time of `work`, all of it finished, after one to warm up."""
+    """Return the median wall time of `work`, synchronised, after a warm-up round."""
     times = []
     for _ in range(rounds + 1):
         _wait(device)
@@ -69,7 +69,7 @@ def _wait(device: torch.device) -> None:
 
 
 def ceiling(sizes: Sizes, device: torch.device) -> float:
-    """Operations per second of a plain bf16 product."""
+    """Return the operations per second of a plain bf16 product."""
     left, right = (torch.randn(sizes.matrix, sizes.matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * sizes.matrix**3 / seconds(lambda: left @ right, device)
 
@@ -79,15 +79,15 @@ def shots_of(pipe: Pipeline, sizes: Sizes, count: int) -> list[Shot]:
     return list(pipe.shots(prompts, steps=1, pixels=sizes.pixels, guidance=0.0))
 
 
-def reading(sizes: Sizes, device: torch.device, precision: str, most: float) -> list[str]:
-    """A row for each batch size, until the card is full."""
+def harvesting(sizes: Sizes, device: torch.device, precision: str, most: float) -> list[str]:
+    """Return a row for each batch size, until the GPU is full."""
     pipe, rows = difflex.load(sizes.model, precision=precision, device=device, untrained=sizes.untrained), []
     for batch in sizes.batches:
         shots = shots_of(pipe, sizes, batch)
 
         def work(shots: list[Shot] = shots, batch: int = batch) -> int:
-            found = pipe.harvest(shots, sizes.site, batch=batch, progress=False)
-            return sum(seen.values.shape[:2].numel() for seen in found)
+            harvest = pipe.harvest(shots, sizes.site, batch=batch, progress=False)
+            return sum(activations.values.shape[:2].numel() for activations in harvest)
 
         try:
             if device.type == "cuda":
@@ -105,7 +105,7 @@ def reading(sizes: Sizes, device: torch.device, precision: str, most: float) -> 
 
 
 def training(sizes: Sizes, device: torch.device, python: Path) -> list[str]:
-    """A row for each learner."""
+    """Return a row for each trainer."""
     shape = {"width": sizes.width, "size": sizes.size, "k": sizes.k, "batch": sizes.batch}
     rows = []
     for name in ["ours default", *(PEERS if python.exists() else ())]:
@@ -119,14 +119,14 @@ def training(sizes: Sizes, device: torch.device, python: Path) -> list[str]:
     return rows
 
 
-def report(sizes: Sizes, card: str, most: float, read: list[str], trained: list[str]) -> str:
-    """The figures as a section of a document."""
+def report(sizes: Sizes, gpu: str, most: float, harvested: list[str], trained: list[str]) -> str:
+    """Return the figures as a Markdown section."""
     lines = [
-        f"\n## {card}, {datetime.now(UTC):%Y-%m-%d}\n",
+        f"\n## {gpu}, {datetime.now(UTC):%Y-%m-%d}\n",
         f"A bf16 product of {sizes.matrix} x {sizes.matrix} reaches {most / 1e12:.0f} TFLOP/s.\n",
-        f"Reading {sizes.site} of {sizes.model}, {sizes.pixels[0]} pixels, 1 step:\n",
+        f"Harvest at {sizes.site} of {sizes.model}, {sizes.pixels[0]} pixels, 1 step:\n",
         "| precision | batch | tokens/s | peak GiB | of the ceiling |\n|---|---|---|---|---|",
-        *read,
+        *harvested,
         f"\nTraining, width {sizes.width}, size {sizes.size}, k {sizes.k}, batch {sizes.batch}:\n",
         "| trainer | ms an update | tokens/s |\n|---|---|---|",
         *trained,
@@ -135,21 +135,21 @@ def report(sizes: Sizes, card: str, most: float, read: list[str], trained: list[
 
 
 def main() -> int:
-    """0; the figures have no bar of their own on another card."""
+    """Run the benchmark; there are no bars, because GPUs differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, default=PYTHON)
     parser.add_argument("--write", action="store_true")
-    wanted = parser.parse_args()
+    arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes, card = (CARD, torch.cuda.get_device_name()) if device.type == "cuda" else (TINY, "no card: tiny sizes on the CPU")
+    sizes, gpu = (GPU, torch.cuda.get_device_name()) if device.type == "cuda" else (TINY, "no GPU: tiny sizes on the CPU")
     most = ceiling(sizes, device)
-    print(f"{card}; ceiling {most / 1e12:.1f} TFLOP/s in bf16")
-    read = [row for precision in ("bf16", "nf4") for row in reading(sizes, device, precision, most)]
-    trained = training(sizes, device, wanted.peer)
-    if wanted.write and device.type == "cuda":
+    print(f"{gpu}; ceiling {most / 1e12:.1f} TFLOP/s in bf16")
+    harvested = [row for precision in ("bf16", "nf4") for row in harvesting(sizes, device, precision, most)]
+    trained = training(sizes, device, arguments.peer)
+    if arguments.write and device.type == "cuda":
         with (ROOT / "docs" / "performance.md").open("a") as file:
-            file.write(report(sizes, card, most, read, trained))
-    print(f"gpu: {len(read)} readings and {len(trained)} trainers ran ({card})")
+            file.write(report(sizes, gpu, most, harvested, trained))
+    print(f"gpu: {len(harvested)} harvests and {len(trained)} trainers ran ({gpu})")
     return 0
 
 
