@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.effects.concept_specs import ConceptSpec, SimilarityJudge, read_concepts, vlm_judge
+from difflex.effects.concept_specs import ConceptSpec, Verdicts, read_concepts, similarity_judge, vlm_judge
 from difflex.effects.judging import SteeringTrial
 from difflex.errors import BadInput
 from difflex.explanation import PresenceAnswer, PresenceQuestion
@@ -33,9 +33,9 @@ def by_mean(pixels: Tensor) -> Tensor:
     return F.normalize(pixels.mean((2, 3)), dim=1)
 
 
-def judge(unedited: Tensor) -> SimilarityJudge:
+def judge(unedited: Tensor) -> Verdicts:
     words = lambda texts: torch.tensor([COLOURS[text] for text in texts])  # noqa: E731
-    return SimilarityJudge(by_mean, words, 10.0, SPECS, lambda trials: unedited)
+    return similarity_judge(by_mean, words, 10.0, SPECS, lambda trials: unedited)
 
 
 def test_trials_alternate_prompts_and_other_concepts_with_different_seeds():

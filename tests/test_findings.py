@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.cli import main
 from difflex.effects import Provenance, StrengthCurve, StrengthPoint
 from difflex.effects.drawn_world import group_of, kind_task, scenery_pairs
-from difflex.effects.experiment_bench import ExperimentBench, SteeringDirection, detecting_features
+from difflex.effects.experiment_bench import ExperimentBench, detecting_features
 from difflex.effects.finding_rules import (
     RuleCondition,
     concepts_of,
@@ -49,10 +49,10 @@ SITE = Site("double.1")
 PROVENANCE = Provenance(fingerprints={}, features={})
 
 
-def direction(pairs: int) -> SteeringDirection:
+def direction(pairs: int) -> EditFeatures:
     """A direction whose length grows with the number of pairs, up to 80."""
     length = min(pairs, 80) / 80
-    return SteeringDirection(f"{pairs} pairs", EditFeatures("it", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)}))
+    return EditFeatures(f"{pairs} pairs", lambda x: x, torch.tensor([[length]]), {"norm": torch.ones(1)})
 
 
 def always(caption: str) -> float:

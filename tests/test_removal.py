@@ -34,6 +34,7 @@ from difflex.study import DictionaryRef, Study
 
 SITES = ("double.1", "single.0")
 SITE = Site("double.1", "neurons")
+PLACE = DictionaryRef(SITE, "neurons-8-k2")
 WIDTH, TOKENS = 8, 6
 NAMED = ["red", "red", "blue", "blue", "green", "green"]
 NEURONS = {"red": (2, 5), "blue": (3, 3), "green": (1, 1)}
@@ -239,27 +240,29 @@ def imaged(drawn: list[int]) -> RemovalImages:
         return [verdict(bool(x[i, 2, NEURONS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
 
     before = tuple(verdict(True, shape=True) for _ in NAMED)
-    return RemovalImages(named=tuple(NAMED), before=before, codes=(firings(),), edited=edited)
+    return RemovalImages(named=tuple(NAMED), before=before, codes={PLACE: firings()}, edited=edited)
 
 
 def test_planted_features_are_found_and_removed_while_all_else_stays():
     drawn: list[int] = []
     shown = imaged(drawn)
     for concept in NEURONS:
-        assert shown.rates(concept, [choose_features(firings(), NAMED, concept, 2)], 0.0) == RemovalRates(1.0, 1.0, 1.0, 1.0)
+        assert shown.rates(concept, {PLACE: choose_features(firings(), NAMED, concept, 2)}, 0.0) == RemovalRates(
+            1.0, 1.0, 1.0, 1.0
+        )
     # Only images that name the concept have its features: no other is generated again.
     assert drawn == [0, 1, 2, 3, 4, 5]
 
 
 def test_unchanged_images_are_not_generated_again():
     drawn: list[int] = []
-    nothing = [cut.first(0) for cut in [choose_features(firings(), NAMED, "red", 1)]]
+    nothing = {PLACE: choose_features(firings(), NAMED, "red", 1).first(0)}
     assert imaged(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
 
 
 def test_settings_are_tried_from_the_mildest_to_the_next_after_the_first_good_one():
     shown = imaged([])
-    cuts = [choose_features(firings(), NAMED, "red", 2)]
+    cuts = {PLACE: choose_features(firings(), NAMED, "red", 2)}
     tried = list(shown.trials("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
     # (2, 0.4) is not stronger: it is milder in strength.
     assert [(each.features, each.strength, each.rates.ua) for each in tried] == [(1, 0.5, 0.0), (1, 0.0, 1.0), (1, -2.0, 1.0)]
@@ -271,7 +274,7 @@ def test_settings_no_milder_than_a_lossy_one_are_skipped():
 
     shown = replace(imaged([]), edited=spoiled)
     tried = shown.trials(
-        "red", [choose_features(firings(), NAMED, "red", 2)], [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)]
+        "red", {PLACE: choose_features(firings(), NAMED, "red", 2)}, [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)]
     )
     # All else is lost at once; only a setting that is milder in one of the two could be better.
     assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
@@ -290,15 +293,15 @@ def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_oth
         drawn.extend(numbers)
         return [right] * len(numbers)
 
-    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), codes=(firing,), edited=edited)
+    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), codes={PLACE: firing}, edited=edited)
     every = FeatureCut(everywhere, ((0,),), ((0.0,),))
-    shown.rates(named[0], [every], 0.0)
+    shown.rates(named[0], {PLACE: every}, 0.0)
     assert len(drawn) == each + (concepts - 1) * -(-each // 6)
 
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():
     with pytest.raises(BadInput, match="No prompt names 'pink'"):
-        imaged([]).rates("pink", [choose_features(firings(), NAMED, "red", 1)], 0.0)
+        imaged([]).rates("pink", {PLACE: choose_features(firings(), NAMED, "red", 1)}, 0.0)
 
 
 @pytest.mark.parametrize("group", CAPTION_GROUPS)

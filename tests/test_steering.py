@@ -363,6 +363,6 @@ def test_a_damaged_edit_file_or_one_of_another_format_is_refused(tmp_path: Path)
 
 def test_a_dictionary_of_another_site_or_model_is_refused():
     with pytest.raises(StaleWork, match=r"double\.1.*single\.0"):
-        check_origin(DICTIONARY, Site("single.0"), "m", None)
+        check_origin("d", DICTIONARY.origin, Site("single.0"), "m", None)
     with pytest.raises(StaleWork, match=r"m@None.*other"):
-        check_origin(DICTIONARY, SITE, "other", None)
+        check_origin("d", DICTIONARY.origin, SITE, "other", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difflex.effects.drawn_world import caption_pairs, caption_region, caption_task, group_of, with_concept
 from difflex.effects.inputs import to_images
-from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
+from difflex.effects.judging import Images, JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.errors import BadInput
 from difflex.evaluation import ClipModel
 from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, ask_presence
@@ -28,9 +28,9 @@ __all__ = [
     "ConceptFile",
     "ConceptSpec",
     "JudgedWorld",
-    "SimilarityJudge",
     "clip_world",
     "read_concepts",
+    "similarity_judge",
     "vlm_judge",
     "vlm_world",
 ]
@@ -40,7 +40,6 @@ BLANK = "{}"
 KEYS = ("name", "group", "instead", "prompts", "region", "feature")
 CACHED = 2
 """Batches of unedited images that are cached: of a task's trials, and of its edited prompts."""
-Images = Float[Tensor, "image channel row column"]
 Verdicts = Callable[[SteeringTask, Sequence[SteeringTrial], Images], list[JudgeVerdict]]
 
 
@@ -183,7 +182,7 @@ def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel]) 
         clip = load()
         cached = lru_cache(CACHED)(lambda trials: generator.images(trials, None))
         unedited = lambda trials: cached(tuple(trials))  # noqa: E731 (compared with every edit)
-        judge = SimilarityJudge(clip.embed_images, clip.embed_texts, clip.logit_scale, concepts.specs, unedited)
+        judge = similarity_judge(clip.embed_images, clip.embed_texts, clip.logit_scale, concepts.specs, unedited)
         images = lambda trials, hook: unedited(trials) if hook is None else generator.images(trials, hook)  # noqa: E731
         return generator._replace(images=images, verdicts=judge)
 
@@ -196,38 +195,31 @@ def vlm_world(concepts: ConceptFile, name: str, client: CachedClient, connection
     return _world(concepts, name, lambda generator: generator._replace(verdicts=verdicts))
 
 
-@final
-class SimilarityJudge:
-    """A judge that compares embeddings of images and texts, as CLIP makes them."""
+def similarity_judge(
+    embed_images: Callable[[Images], Float[Tensor, "image width"]],
+    embed_texts: Callable[[Sequence[str]], Float[Tensor, "text width"]],
+    logit_scale: float,
+    specs: Mapping[str, ConceptSpec],
+    unedited: Callable[[Sequence[SteeringTrial]], Images],
+) -> Verdicts:
+    """Return the judge that compares embeddings of norm 1, as CLIP makes them; `unedited` returns images without an edit.
 
-    def __init__(
-        self,
-        embed_images: Callable[[Images], Float[Tensor, "image width"]],
-        embed_texts: Callable[[Sequence[str]], Float[Tensor, "text width"]],
-        logit_scale: float,
-        specs: Mapping[str, ConceptSpec],
-        unedited: Callable[[Sequence[SteeringTrial]], Images],
-    ) -> None:
-        """Take embeddings of norm 1, and a function that returns the images of trials without an edit."""
-        self._embed_images, self._embed_texts, self._logit_scale = embed_images, embed_texts, logit_scale
-        self._specs, self._unedited = specs, unedited
+    An image shows the concept if its region is more similar to it than to the others of the group; the rest is right if the
+    image outside of the region is most similar to its own unedited image, not to that of another trial.
+    """
 
-    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
-        """Return the verdicts on the images of trials.
-
-        An image shows the concept if its region is more similar to it than to the others of the group; the rest is right if the
-        image outside of the region is most similar to its own unedited image, not to that of another trial.
-        """
-        texts = self._embed_texts([task.concept, *self._specs[task.concept].instead])
-        region = trials[0].region
-        shares = torch.softmax(self._logit_scale * self._embed_images(_cut_out(images, region)) @ texts.T, dim=1)
-        after, before = (self._embed_images(_greyed(batch, region)) for batch in (images, self._unedited(trials)))
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
+        texts, region = embed_texts([task.concept, *specs[task.concept].instead]), trials[0].region
+        shares = torch.softmax(logit_scale * embed_images(_cut_out(images, region)) @ texts.T, dim=1)
+        after, before = (embed_images(_greyed(batch, region)) for batch in (images, unedited(trials)))
         similarity = after @ before.T
         is_kept = similarity.diagonal() >= similarity.amax(1) - 1e-6
         return [
             JudgeVerdict(int(row.argmax()) == 0, {"the rest": bool(kept)}, float(row.max()))
             for row, kept in zip(shares, is_kept, strict=True)
         ]
+
+    return verdicts
 
 
 def vlm_judge(

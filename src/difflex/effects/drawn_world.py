@@ -10,11 +10,11 @@ from itertools import count as numbers_from
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from difflex.effects.inputs import ModelFunctions, to_images, to_tensor
-from difflex.effects.judging import JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
+from difflex.effects.judging import Images, JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
 from difflex.miniature import correct_attributes, load_judge
 from difflex.miniature.captions import CaptionRequest, parse_caption, write_captions
 from difflex.miniature.judge import Judge, SceneReading
@@ -227,22 +227,18 @@ class DrawnJudge:
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
 
-    def __call__(
-        self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Float[Tensor, "image channel row column"]
-    ) -> list[JudgeVerdict]:
+    def __call__(self, task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         """Return the verdicts on the images of trials."""
         return [self._verdict(task, trial, scene) for trial, scene in zip(trials, self._read(images), strict=True)]
 
-    def of_captions(
-        self, group: str, captions: Sequence[ConceptCaption], images: Float[Tensor, "image channel row column"]
-    ) -> list[JudgeVerdict]:
+    def of_captions(self, group: str, captions: Sequence[ConceptCaption], images: Images) -> list[JudgeVerdict]:
         """Return the verdicts on images: whether each shows the concept of the group that its caption names, and all else."""
         return [
             self._verdict(SteeringTask(concept=concept, group=group, trials=()), SteeringTrial(caption, 0, None), scene)
             for (concept, caption), scene in zip(captions, self._read(images), strict=True)
         ]
 
-    def _read(self, images: Float[Tensor, "image channel row column"]) -> list[SceneReading]:
+    def _read(self, images: Images) -> list[SceneReading]:
         return [scene for chunk in images.split(64) for scene in self._judge.read(chunk)]
 
     def _verdict(self, task: SteeringTask, trial: SteeringTrial, scene: SceneReading) -> JudgeVerdict:
@@ -268,7 +264,7 @@ def _region_pixels(region: Rectangle | None) -> Bool[Tensor, "row column"]:
 def drawn_generator(model: ModelFunctions, steps: int | None = None) -> JudgedGenerator:
     """Return the model, in runs of `steps` (None: its own number), with the judge of the drawn world."""
 
-    def images(trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Float[Tensor, "image channel row column"]:
+    def images(trials: Sequence[SteeringTrial], hook: SteeringHook | None) -> Images:
         prompts, seeds = [trial.prompt for trial in trials], [trial.seed for trial in trials]
         assert seeds == list(range(seeds[0], seeds[0] + len(seeds))), "the seeds of a task's trials follow one another"
         return to_tensor(model.generate(prompts, seeds[0], steps, [hook] if hook else []))

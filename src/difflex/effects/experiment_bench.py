@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +15,7 @@ from difflex.effects.drawn_world import CaptionKind, caption_region, drawn_gener
 from difflex.effects.finding_rules import Findings, FindingsConfig
 from difflex.effects.inputs import ModelFunctions, concept_matches
 from difflex.effects.judging import (
+    Images,
     JudgedGenerator,
     JudgeVerdict,
     SteeringMethod,
@@ -29,19 +30,12 @@ from difflex.steering import EditFeatures, StudyEditor
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["ExperimentBench", "SteeringDirection", "by_group", "detecting_features", "make_bench"]
+__all__ = ["ExperimentBench", "by_group", "detecting_features", "make_bench"]
 
 MIN_AP = 0.5
 """A feature of this average precision or more is used for a concept; else its contrast is."""
 ANYWHERE = ("an object", "no object")
 """Kinds of captions whose images are judged as a whole: nothing says where the model draws an object that was not asked for."""
-
-
-class SteeringDirection(NamedTuple):
-    """A direction that steers towards a concept."""
-
-    description: str
-    features: EditFeatures
 
 
 def by_group(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]:
@@ -61,8 +55,8 @@ class ExperimentBench:
         config: FindingsConfig,
         parameters: int,
         generator: Callable[[int | None], JudgedGenerator],
-        contrasts: Callable[[str], Mapping[int, SteeringDirection]],
-        feature: Callable[[str], SteeringDirection | None],
+        contrasts: Callable[[str], Mapping[int, EditFeatures]],
+        feature: Callable[[str], EditFeatures | None],
         other: Findings | None = None,
     ) -> None:
         """Take a generator by the steps of a run, the directions of a concept, and the findings of another model."""
@@ -71,11 +65,11 @@ class ExperimentBench:
         self.base = cache(self._base)
         self._unedited = dict[tuple[str, CaptionKind, int | None], float]()
 
-    def contrast(self, concept: str) -> SteeringDirection:
+    def contrast(self, concept: str) -> EditFeatures:
         """Return the contrast on the largest number of pairs."""
         return self.contrasts(concept)[max(self.config.pairs)]
 
-    def best_direction(self, concept: str) -> SteeringDirection:
+    def best_direction(self, concept: str) -> EditFeatures:
         """Return the feature that detects a concept, or else its contrast."""
         return self.feature(concept) or self.contrast(concept)
 
@@ -88,7 +82,7 @@ class ExperimentBench:
         base = self.base(concept)
         return replace(base, points=tuple(point for point in base.points if point.strength in self.config.inner))
 
-    def compare_kinds(self, concept: str, kinds: Sequence[CaptionKind], direction: SteeringDirection) -> list[StrengthCurve]:
+    def compare_kinds(self, concept: str, kinds: Sequence[CaptionKind], direction: EditFeatures) -> list[StrengthCurve]:
         """Return a curve for each kind of captions, with comparable losses.
 
         Unedited images of captions that ask for less have less loss, so that images of one kind would count as broken at a
@@ -106,7 +100,7 @@ class ExperimentBench:
         self,
         concept: str,
         kind: CaptionKind,
-        directions: Mapping[str, SteeringDirection],
+        directions: Mapping[str, EditFeatures],
         strengths: Sequence[float] | None = None,
         run: int | None = None,
         edit_steps: Mapping[str, tuple[int, int]] | None = None,
@@ -118,16 +112,13 @@ class ExperimentBench:
         edit = Edit(operation="add", site=self.site, unit="norm")
         methods = {
             name: SteeringMethod.adding(
-                direction.description,
-                replace(edit, steps=(edit_steps or {}).get(name)),
-                direction.features,
-                tuple(strengths or self.config.inner),
+                replace(edit, steps=(edit_steps or {}).get(name)), direction, strengths or self.config.inner
             )
             for name, direction in directions.items()
         }
         generator, means = self.generator(run), list[float]()
 
-        def losses(images: Float[Tensor, "image channel row column"]) -> Float[Tensor, " image"]:
+        def losses(images: Images) -> Float[Tensor, " image"]:
             values = generator.losses(images)
             means.append(float(values.mean()))
             return values
@@ -142,9 +133,7 @@ class ExperimentBench:
 def _judge_anywhere(generator: JudgedGenerator) -> JudgedGenerator:
     """Return the generator with a judge that looks for the concept in the whole image."""
 
-    def verdicts(
-        task: SteeringTask, trials: Sequence[SteeringTrial], images: Float[Tensor, "image channel row column"]
-    ) -> Sequence[JudgeVerdict]:
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> Sequence[JudgeVerdict]:
         return generator.verdicts(task, [trial._replace(region=None) for trial in trials], images)
 
     return generator._replace(verdicts=verdicts)
@@ -186,17 +175,17 @@ def make_bench(
     """Return the bench of a study with features by concept; `other` is the file of another model's findings."""
     editor = StudyEditor(study)
 
-    def contrasts(concept: str) -> Mapping[int, SteeringDirection]:
+    def contrasts(concept: str) -> Mapping[int, EditFeatures]:
         region = lambda shot: caption_region(shot.prompt, group_of(concept))  # noqa: E731
         several = model.contrasts(site, scenery_pairs(concept, max(config.pairs)), config.pairs, batch=32, region=region)
-        return {item.pairs: SteeringDirection(f"{item.pairs} pairs", contrast_features(item)) for item in several}
+        return {item.pairs: contrast_features(item)._replace(description=f"{item.pairs} pairs") for item in several}
 
-    def feature(concept: str) -> SteeringDirection | None:
+    def feature(concept: str) -> EditFeatures | None:
         if concept not in features:
             return None
         place, number = features[concept]
         edit = Edit(operation="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
-        return SteeringDirection(f"{place} {number}", editor.features(edit))
+        return editor.features(edit)._replace(description=f"{place} {number}")
 
     return ExperimentBench(
         site=site,

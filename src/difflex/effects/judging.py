@@ -16,6 +16,7 @@ from difflex.records import Edit, HookContext, Rectangle
 from difflex.steering import EditFeatures, SteeringHook, steering_hooks
 
 __all__ = [
+    "Images",
     "JudgeVerdict",
     "JudgedGenerator",
     "SteeringMethod",
@@ -128,14 +129,14 @@ class SteeringMethod(NamedTuple):
     strengths: Sequence[float]
 
     @classmethod
-    def adding(cls, description: str, edit: Edit, features: EditFeatures, strengths: Sequence[float]) -> SteeringMethod:
+    def adding(cls, edit: Edit, features: EditFeatures, strengths: Sequence[float]) -> SteeringMethod:
         """Return the method that makes `edit` with `features` in the region of a trial."""
 
         def apply(trial: SteeringTrial, strength: float) -> tuple[SteeringTrial, SteeringHook | None]:
             region = None if edit.site.stream == "text" else trial.region  # text tokens have no place in the image
             return trial, steering_hooks([replace(edit, strength=strength, region=region)], lambda _: features)[0]
 
-        return cls(description, apply, strengths)
+        return cls(features.description, apply, strengths)
 
 
 def judge_methods(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -21,15 +21,15 @@ from difflex.effects.removal_features import (
     RemovalImages,
     RemovalRates,
     RemovalTrial,
-    Setting,
     best_trial,
     choose_features,
 )
 from difflex.errors import BadInput, UnknownName
 from difflex.miniature import load_judge
-from difflex.records import JsonRecord, Shot, Site
+from difflex.records import JsonRecord, Site
 from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
+from difflex.tables import text_table
 
 __all__ = [
     "RemovalConfig",
@@ -85,11 +85,6 @@ class RemovalConfig:
     def steps(self) -> range | None:
         """The denoising steps to edit; None for all."""
         return None if self.edit_steps is None else range(*self.edit_steps)
-
-    @property
-    def settings(self) -> list[Setting]:
-        """All combinations of a number of features and a strength."""
-        return [(count, strength) for count in self.features for strength in self.strengths]
 
 
 @final
@@ -192,7 +187,8 @@ def _dictionary_sets(editor: StudyEditor, names: Sequence[str]) -> list[Places]:
     if not sets:
         raise BadInput(f"{study.folder} holds no dictionary. difflex train and difflex itda make them.")
     for place in dict.fromkeys(place for places in sets for place in places):
-        check_origin(editor.dictionary(place), place.site, study.model, study.revision)
+        dictionary = editor.dictionary(place)
+        check_origin(dictionary.name, dictionary.origin, place.site, study.model, study.revision)
     return list(dict.fromkeys(sets))
 
 
@@ -202,17 +198,15 @@ def _removed_sets(
     """Remove the concepts of all groups with each set of dictionaries."""
     model.shots(config.steps)  # refuses steps that the run does not have
     dictionaries = {place: editor.dictionary(place) for places in sets for place in places}
-    generator = _RemovalGenerator(model, dictionaries)
     removed: dict[Places, list[RemovedConcept]] = {places: [] for places in sets}
     for group in config.groups:
         counts = (config.selection_images, config.tuning_images, config.images)
-        parts = generator.image_sets(group, counts)
+        selection, tuning, unseen = _image_sets(model, dictionaries, group, counts)
         for places in sets:
             log(f"{', '.join(map(str, places))}: {group}")
-            selection, tuning, unseen = (part(places) for part in parts)
             for concept in dict.fromkeys(selection.named):
                 removed[places].append(_removed(concept, group, places, config, selection, tuning, unseen))
-                log(_table_row(removed[places][-1]))
+                log("  ".join(_table_row(removed[places][-1])))
     return removed
 
 
@@ -226,78 +220,75 @@ def _removed(
     unseen: RemovalImages,
 ) -> RemovedConcept:
     """Remove a concept with what is best on the first two sets of images, and judge it on the third."""
-    cuts = [choose_features(codes, selection.named, concept, max(config.features), config.steps) for codes in selection.codes]
-    settings = config.settings
+    cuts = {
+        place: choose_features(selection.codes[place], selection.named, concept, max(config.features), config.steps)
+        for place in places
+    }
+    settings = [(count, strength) for count in config.features for strength in config.strengths]
     trials = tuple(tuning.trials(concept, cuts, settings)) if len(settings) > 1 else ()
     count, strength = best_trial(trials)[:2] if trials else settings[0]
-    cuts = [cut.first(count) for cut in cuts]
-    shown = [verdict.shows for name, verdict in zip(unseen.named, unseen.before, strict=True) if name == concept]
+    cuts = {place: cut.first(count) for place, cut in cuts.items()}
+    shows = [verdict.shows for name, verdict in zip(unseen.named, unseen.before, strict=True) if name == concept]
     return RemovedConcept(
         concept=concept,
         group=group,
-        features={str(place): cut.features for place, cut in zip(places, cuts, strict=True)},
+        features={str(place): cut.features for place, cut in cuts.items()},
         strength=strength,
         trials=trials,
-        images=len(shown),
-        shown=fmean(shown),
+        images=len(shows),
+        shown=fmean(shows),
         rates=unseen.rates(concept, cuts, strength),
     )
 
 
-@final
-class _RemovalGenerator:
-    """Generates and judges images of captions, and collects the codes of dictionaries."""
+def _image_sets(
+    model: ModelFunctions, dictionaries: Mapping[DictionaryRef, Dictionary], group: str, counts: Sequence[int]
+) -> Iterator[RemovalImages]:
+    """Yield sets of images of captions, with so many for each concept; they share no caption and no seed."""
+    by_concept, ends, judge = captions_by_concept(group, sum(counts)), [0, *accumulate(counts)], DrawnJudge(load_judge())
+    for number, (start, end) in enumerate(pairwise(ends)):
+        captions = [caption for several in by_concept for caption in several[start:end]]
+        yield _judged_images(model, dictionaries, judge, group, captions, number * SEED_DISTANCE)
 
-    def __init__(self, model: ModelFunctions, dictionaries: Mapping[DictionaryRef, Dictionary]) -> None:
-        self._model, self._dictionaries, self._judge = model, dictionaries, DrawnJudge(load_judge())
-        self._shot = replace(model.shots(range(1))[0], timestep=None)
 
-    def image_sets(self, group: str, counts: Sequence[int]) -> list[Callable[[Places], RemovalImages]]:
-        """Return sets of images, for any dictionaries, with so many for each concept; they share no caption and no seed."""
-        captions, ends = captions_by_concept(group, sum(counts)), [0, *accumulate(counts)]
-        parts = [[caption for several in captions for caption in several[start:end]] for start, end in pairwise(ends)]
-        return [self._unedited(group, part, number * SEED_DISTANCE) for number, part in enumerate(parts)]
+def _judged_images(
+    model: ModelFunctions,
+    dictionaries: Mapping[DictionaryRef, Dictionary],
+    judge: DrawnJudge,
+    group: str,
+    captions: Sequence[ConceptCaption],
+    first_seed: int,
+) -> RemovalImages:
+    """Generate and judge the images of captions, and collect the codes of dictionaries."""
+    shot = replace(model.shots(range(1))[0], timestep=None)
+    shots = [replace(shot, prompt=item.caption, seed=seed) for seed, item in enumerate(captions, first_seed)]
+    codes = {place: GenerationCodes(dictionary) for place, dictionary in dictionaries.items()}
 
-    def _unedited(self, group: str, captions: Sequence[ConceptCaption], first_seed: int) -> Callable[[Places], RemovalImages]:
-        codes = {place: GenerationCodes(dictionary) for place, dictionary in self._dictionaries.items()}
-        shots = [replace(self._shot, prompt=item.caption, seed=seed) for seed, item in enumerate(captions, first_seed)]
-        before = self._verdicts(group, captions, shots, [place.site for place in codes], [], codes)
-
-        def edited(numbers: Sequence[int], hooks: Sequence[SteeringHook]) -> list[JudgeVerdict]:
-            chosen = [captions[i] for i in numbers]
-            return self._verdicts(group, chosen, [shots[i] for i in numbers], [hooks[0].site], hooks, {})
-
-        named = tuple(caption.concept for caption in captions)
-        return lambda places: RemovalImages(
-            named=named, before=tuple(before), codes=tuple(codes[place] for place in places), edited=edited
-        )
-
-    def _verdicts(
-        self,
-        group: str,
-        captions: Sequence[ConceptCaption],
-        shots: Sequence[Shot],
-        sites: Sequence[Site],
-        hooks: Sequence[SteeringHook],
-        codes: Mapping[DictionaryRef, GenerationCodes],
-    ) -> list[JudgeVerdict]:
-        """Return the verdicts on the images of `shots`; codes on the way are added to `codes`."""
+    def verdicts(numbers: Sequence[int], sites: Iterable[Site], hooks: Sequence[SteeringHook] = ()) -> list[JudgeVerdict]:
+        """Return the verdicts on the images of these numbers; without hooks their codes are collected."""
         generated: list[Image.Image] = []
-        for images, activations in self._model.finish(shots, list(dict.fromkeys(sites)), hooks):
+        for images, activations in model.finish([shots[i] for i in numbers], list(dict.fromkeys(sites)), hooks):
             generated += images
-            for batch in activations:
+            for batch in activations if not hooks else ():
                 for place in [place for place in codes if place.site == batch.site]:
                     codes[place].add(batch)
-        return self._judge.of_captions(group, captions, to_tensor(generated))
+        return judge.of_captions(group, [captions[i] for i in numbers], to_tensor(generated))
+
+    return RemovalImages(
+        named=tuple(caption.concept for caption in captions),
+        before=tuple(verdicts(range(len(shots)), (place.site for place in codes))),
+        codes=codes,
+        edited=lambda numbers, hooks: verdicts(numbers, [hooks[0].site], hooks),
+    )
 
 
 def removal_table(results: RemovalResults) -> str:
     """Return a text table with a row for each concept, and how many reach the bar."""
-    head = f"{'concept':<12}{'features':>8}{'strength':>10}{'UA':>7}{'IRA':>7}{'CRA':>7}{'own':>7}"
+    rows = [("concept", "features", "strength", "UA", "IRA", "CRA", "own"), *map(_table_row, results.concepts)]
     summary = f"{len(results.reaching())} of {len(results.concepts)} concepts reach 90/90"
-    return "\n".join([head, *map(_table_row, results.concepts), summary])
+    return f"{text_table(rows, right_align=range(1, 7))}\n{summary}"
 
 
-def _table_row(removed: RemovedConcept) -> str:
-    rates = "".join(f"{100 * rate:>7.0f}" for rate in removed.rates)
-    return f"{removed.concept:<12}{removed.most_features:>8}{removed.strength:>10g}{rates}"
+def _table_row(removed: RemovedConcept) -> tuple[str, ...]:
+    rates = (f"{100 * rate:.0f}" for rate in removed.rates)
+    return removed.concept, str(removed.most_features), f"{removed.strength:g}", *rates

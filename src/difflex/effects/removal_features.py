@@ -17,6 +17,7 @@ from difflex.effects.judging import JudgeVerdict
 from difflex.errors import BadInput
 from difflex.records import Activations, Edit
 from difflex.steering import EditFeatures, SteeringHook, dictionary_features, steering_hooks
+from difflex.study import DictionaryRef
 
 __all__ = [
     "FeatureCut",
@@ -233,24 +234,26 @@ class RemovalImages:
     named: tuple[str, ...]
     """The concepts, by image."""
     before: tuple[JudgeVerdict, ...]
-    codes: tuple[GenerationCodes, ...]
+    codes: Mapping[DictionaryRef, GenerationCodes]
     """Of each dictionary, on all images."""
     edited: Callable[[Sequence[int], Sequence[SteeringHook]], Sequence[JudgeVerdict]]
     """Generates the images of these numbers with hooks and returns the verdicts."""
 
-    def rates(self, concept: str, cuts: Sequence[FeatureCut], strength: float) -> RemovalRates:
+    def rates(self, concept: str, cuts: Mapping[DictionaryRef, FeatureCut], strength: float) -> RemovalRates:
         """Return the rates of `cuts`. Images in which none of their features fires do not change and are not generated again."""
         numbers = self._numbers(concept)
-        changed = torch.stack([cut.changes(codes) for cut, codes in zip(cuts, self.codes, strict=True)]).any(0)
+        changed = torch.stack([cut.changes(self.codes[place]) for place, cut in cuts.items()]).any(0)
         again, after = [number for number in numbers if changed[number]], list(self.before)
         if again:
-            hooks = [hook for cut in cuts for hook in cut.steering_hooks(strength)]
+            hooks = [hook for cut in cuts.values() for hook in cut.steering_hooks(strength)]
             for number, verdict in zip(again, self.edited(again, hooks), strict=True):
                 after[number] = verdict
         named = [self.named[number] for number in numbers]
         return removal_rates(concept, named, [self.before[number] for number in numbers], [after[number] for number in numbers])
 
-    def trials(self, concept: str, cuts: Sequence[FeatureCut], settings: Iterable[Setting]) -> Iterator[RemovalTrial]:
+    def trials(
+        self, concept: str, cuts: Mapping[DictionaryRef, FeatureCut], settings: Iterable[Setting]
+    ) -> Iterator[RemovalTrial]:
         """Yield trials of `settings` from the mildest to the first that is good enough, and the next stronger one.
 
         The stronger one is tried because what is just enough for these few images may be too little for others. Settings that
@@ -262,7 +265,8 @@ class RemovalImages:
             if any(_no_milder(setting, other) for other in lossy) or (enough is not None and not _no_milder(setting, enough)):
                 continue
             count, strength = setting
-            trial = RemovalTrial(count, strength, self.rates(concept, [cut.first(count) for cut in cuts], strength))
+            first = {place: cut.first(count) for place, cut in cuts.items()}
+            trial = RemovalTrial(count, strength, self.rates(concept, first, strength))
             yield trial
             if enough is not None:
                 return

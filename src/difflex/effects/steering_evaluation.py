@@ -27,6 +27,7 @@ from difflex.records import Edit, JsonRecord
 from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
+from difflex.tables import text_table
 
 __all__ = ["ImageStrip", "SteeringConfig", "SteeringEvaluation", "SteeringResults", "run_steering_evaluation", "steering_table"]
 
@@ -229,17 +230,15 @@ class _SteeringRun:
             unit=config.unit,
             steps=config.edit_steps,
         )
-        features, strengths = self.editor.features(edit), config.strengths
+        features, strengths = self.editor.features(edit)._replace(description=f"{place} {target.feature}"), config.strengths
         pairs = self.world.pairs(concept, config.pairs)
         steps = None if config.edit_steps is None else range(*config.edit_steps)
         [contrast] = self.model.contrasts(place.site, pairs, steps=steps, region=lambda shot: self.world.region(shot, concept))
-        random = random_features(features, target.feature)
+        by_contrast = contrast_features(contrast)._replace(description=f"{len(pairs)} pairs")
         methods = {
-            "feature": SteeringMethod.adding(f"{place} {target.feature}", edit, features, strengths),
-            "contrast": SteeringMethod.adding(
-                f"{len(pairs)} pairs", replace(edit, unit="code"), contrast_features(contrast), strengths
-            ),
-            "random": SteeringMethod.adding(f"seed {target.feature}", edit, random, strengths),
+            "feature": SteeringMethod.adding(edit, features, strengths),
+            "contrast": SteeringMethod.adding(replace(edit, unit="code"), by_contrast, strengths),
+            "random": SteeringMethod.adding(edit, random_features(features, target.feature), strengths),
             "prompt": SteeringMethod(
                 "the caption names it", lambda trial, strength: (self.world.with_concept(trial, concept), None), (1.0,)
             ),
@@ -248,7 +247,8 @@ class _SteeringRun:
         if self.neurons is not None and neuron is not None:
             other = self.neurons.place
             own = replace(edit, site=other.site, dictionary=other.label, features=(neuron,))
-            methods["neuron"] = SteeringMethod.adding(f"{other} {neuron}", own, self.editor.features(own), strengths)
+            by_neuron = self.editor.features(own)._replace(description=f"{other} {neuron}")
+            methods["neuron"] = SteeringMethod.adding(own, by_neuron, strengths)
         return methods
 
 
@@ -292,15 +292,18 @@ def _save_strips(folder: Path, strips: Mapping[ImageStrip, Image.Image]) -> None
 
 def steering_table(results: SteeringResults) -> str:
     """Return a text table with a row for each method: medians over concepts, each at its best strength."""
-    lines = [f"{'method':<10}{'concepts':>9}{'gain':>8}{'success':>9}{'without':>9}{'kept':>7}{'loss':>7}{'strength':>10}"]
+    rows = [("method", "concepts", "gain", "success", "without", "kept", "loss", "strength")]
     middle = lambda values: f"{median(values):.2f}" if values else "-"  # noqa: E731
     for method in dict.fromkeys(curve.method for curve in results.curves):
         curves = results.of(method)
         best = [point for curve in curves if (point := curve.best()) is not None]
-        lines.append(
-            f"{method:<10}{len(curves):>9}{middle([curve.gain() for curve in curves]):>8}"
-            f"{middle([point.success for point in best]):>9}{middle([curve.without for curve in curves]):>9}"
-            f"{middle([point.specificity for point in best]):>7}{middle([point.quality for point in best]):>7}"
-            f"{middle([point.strength for point in best]):>10}"
+        medians = (
+            middle([curve.gain() for curve in curves]),
+            middle([point.success for point in best]),
+            middle([curve.without for curve in curves]),
+            middle([point.specificity for point in best]),
+            middle([point.quality for point in best]),
+            middle([point.strength for point in best]),
         )
-    return "\n".join(lines)
+        rows.append((method, str(len(curves)), *medians))
+    return text_table(rows, right_align=range(1, 8))

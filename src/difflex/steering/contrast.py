@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from difflex.choices import ContrastMethod
 from difflex.dictionaries import Dictionary
-from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import write_file
+from difflex.errors import BadInput, UnknownName
+from difflex.files import parsing
 from difflex.records import Activations, Rectangle, Shot, Site
-from difflex.steering.features import EditFeatures
+from difflex.steering.features import EditFeatures, load_tensors, save_tensors
 from difflex.steering.hooks import region_tokens
 
 __all__ = [
@@ -34,6 +32,7 @@ __all__ = [
 ]
 
 FORMAT = 2
+ADVICE = "Run difflex contrast again."
 FIRST_SEED = 10**6
 """The seed of the first pair of prompts."""
 Region = Callable[[Shot], Rectangle | None]
@@ -74,11 +73,8 @@ class Contrast:
 
     def save(self, path: Path) -> Path:
         """Write the contrast to `path` and return the path."""
-        entries = {name: value for name, value in asdict(replace(self, direction=torch.empty(0))).items() if name != "direction"}
-        metadata = {"format": str(FORMAT), "contrast": json.dumps({**entries, "site": str(self.site)})}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({"direction": self.direction.contiguous()}, metadata))
-        return path
+        entries = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "direction"}
+        return save_tensors(path, FORMAT, {"direction": self.direction}, contrast=json.dumps({**entries, "site": str(self.site)}))
 
     @classmethod
     def load(cls, path: Path) -> Contrast:
@@ -86,16 +82,11 @@ class Contrast:
         if not path.is_file():
             known = sorted(file.stem for file in path.parent.glob("*.safetensors"))
             raise UnknownName.among("The contrast", path.stem, known, "difflex contrast makes one.")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, direction = file.metadata() or {}, file.get_tensor("direction")
-            if metadata.get("format") != str(FORMAT):
-                raise BrokenFile(f"{path} is of format {metadata.get('format')}; this difflex reads format {FORMAT}.")
+        metadata, tensors = load_tensors(path, FORMAT, ADVICE)
+        with parsing(path, "a contrast", ADVICE):
             entries = json.loads(metadata["contrast"])
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
-            return cls(**{**values, "site": Site.parse(entries["site"])}, direction=direction)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise BrokenFile(f"{path} is not a contrast ({error}): it is damaged. Make it again.") from error
+            return cls(**{**values, "site": Site.parse(entries["site"])}, direction=tensors["direction"])
 
 
 def find_contrast(

@@ -10,7 +10,7 @@ from typing import ClassVar, final
 
 import torch
 
-from difflex.dictionaries import Dictionary, fingerprint
+from difflex.dictionaries import Dictionary, DictionaryOrigin, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256
 from difflex.records import Edit, JsonRecord, Shot, Site, TransplantSource
@@ -53,10 +53,13 @@ class StudyEditor:
         if (edit.dictionary is None) == (edit.contrast is None):
             raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
         if edit.contrast is not None:
-            return contrast_features(self._checked_contrast(edit.contrast, edit.site))
+            contrast = self.contrast(edit.contrast)
+            origin = DictionaryOrigin(site=contrast.site, model=contrast.model, revision=contrast.revision)
+            check_origin(f"The contrast '{edit.contrast}'", origin, edit.site, self.study.model, self.study.revision)
+            return contrast_features(contrast)
         place = DictionaryRef(edit.site, edit.dictionary or "")
         dictionary = self.dictionary(place)
-        check_origin(dictionary, edit.site, self.study.model, self.study.revision)
+        check_origin(dictionary.name, dictionary.origin, edit.site, self.study.model, self.study.revision)
         return dictionary_features(dictionary, edit.features, self.scales(place))
 
     def with_default_strength(self, edit: Edit, stored: float | None = None) -> Edit:
@@ -116,15 +119,6 @@ class StudyEditor:
         scales = measure_scales(self.dictionary(place), require_split(batches, "train"))
         scales.save(path, current)
         return scales
-
-    def _checked_contrast(self, name: str, site: Site) -> Contrast:
-        contrast, model = self.contrast(name), (self.study.model, self.study.revision)
-        if contrast.site != site:
-            raise StaleWork(f"The contrast '{name}' is at {contrast.site}, but the edit is at {site}. Edit {contrast.site}.")
-        if (contrast.model, contrast.revision) != model:
-            made_for, used = f"{contrast.model}@{contrast.revision}", f"{model[0]}@{model[1]}"
-            raise StaleWork(f"The contrast '{name}' was made for {made_for}, but the model is {used}. Make it again.")
-        return contrast
 
     def _maps(self, edit: Edit, source_run: SourceRun | None) -> TransplantMaps:
         """Return the maps of a transplant, recorded while its source image is generated."""

@@ -15,14 +15,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from difflex.dictionaries import Dictionary
+from difflex.dictionaries import Dictionary, DictionaryOrigin
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import write_file
+from difflex.files import parsing, write_file
 from difflex.records import ActivationBatch, Site
 
-__all__ = ["EditFeatures", "FeatureScales", "check_origin", "dictionary_features", "measure_scales", "random_features"]
+__all__ = [
+    "EditFeatures",
+    "FeatureScales",
+    "check_origin",
+    "dictionary_features",
+    "load_tensors",
+    "measure_scales",
+    "random_features",
+    "save_tensors",
+]
 
 FORMAT = 1
+ADVICE = "Delete it; it is made again."
 TOKENS, SAMPLE = 65_536, 2048
 """Tokens that are encoded, and how many of them are stored to compute default strengths with."""
 MAX_STRENGTH = 2.0
@@ -74,17 +84,35 @@ def random_features(features: EditFeatures, seed: int = 0) -> EditFeatures:
     """Return `features` with random decoder directions of the same lengths, as a baseline."""
     drawn = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
     lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
-    return features._replace(description="random directions", decoder=drawn * lengths)
+    return features._replace(description=f"seed {seed}", decoder=drawn * lengths)
 
 
-def check_origin(dictionary: Dictionary, site: Site, model: str, revision: str | None) -> None:
-    """Refuse a dictionary that was made for another site or model."""
-    origin = dictionary.origin
+def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, revision: str | None) -> None:
+    """Refuse the dictionary or contrast called `name` if it was made for another site or model."""
     if origin.site != site:
-        raise StaleWork(f"{dictionary.name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
+        raise StaleWork(f"{name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
     if origin.model is not None and (origin.model, origin.revision) != (model, revision):
         made_for, used = f"{origin.model}@{origin.revision}", f"{model}@{revision}"
-        raise StaleWork(f"{dictionary.name} was made for {made_for}, but the model is {used}. Use {made_for}.")
+        raise StaleWork(f"{name} was made for {made_for}, but the model is {used}. Use {made_for}.")
+
+
+def save_tensors(path: Path, format: int, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
+    """Write a safetensors file with metadata and return its path."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_file(path, save(contiguous, {"format": str(format), **metadata}))
+    return path
+
+
+def load_tensors(path: Path, format: int, advice: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file; `advice` says what to do about a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
+    if metadata.get("format") != str(format):
+        raise BrokenFile(f"{path} is of format {metadata.get('format')}; this difflex reads format {format}. {advice}")
+    return metadata, tensors
 
 
 @final
@@ -127,27 +155,17 @@ class FeatureScales:
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the scales to `path` with the fingerprint of their dictionary."""
         tensors = {"peaks": self.peaks, "means": self.means, "sample": self.sample}
-        metadata = {"format": str(FORMAT), "checksum": fingerprint, "sizes": json.dumps([self.norm, self.ceiling])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+        save_tensors(path, FORMAT, tensors, checksum=fingerprint, sizes=json.dumps([self.norm, self.ceiling]))
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> FeatureScales | None:
         """Return the scales in `path`; None without the file, or if its dictionary is not the one of `fingerprint`."""
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != str(FORMAT):
-                    raise BrokenFile(f"{path} is not of format {FORMAT}, which this difflex reads. Delete it; it is made again.")
-                if metadata["checksum"] != fingerprint:
-                    return None
-                norm, ceiling = json.loads(metadata["sizes"])
-                tensors = {name: file.get_tensor(name) for name in ("peaks", "means", "sample")}
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. Delete it; it is made again.") from error
-        return cls(norm=norm, ceiling=ceiling, **tensors)
+        metadata, tensors = load_tensors(path, FORMAT, ADVICE)
+        with parsing(path, "scales", ADVICE):
+            norm, ceiling = json.loads(metadata["sizes"])
+            return cls(norm=norm, ceiling=ceiling, **tensors) if metadata["checksum"] == fingerprint else None
 
 
 def measure_scales(dictionary: Dictionary, batches: Iterable[ActivationBatch], tokens: int = TOKENS) -> FeatureScales:
