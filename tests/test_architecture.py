@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "difflex"
 
 # Every station may import these, which import nothing of ours above them.
-GROUND = {"records", "choices", "errors", "files", "distributed", "devices"}
+GROUND = {"records", "choices", "errors", "files", "distributed", "devices", "tables"}
 # Station -> the other stations it may import. `difflex` stands for the public names of the package itself.
 ARROWS: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "choices": set(),
     "quiet": set(),
+    "tables": set(),
     "records": {"errors", "choices", "files"},
     "files": {"errors"},
     "distributed": {"errors"},
@@ -107,6 +108,7 @@ INNER_DOORS = {
     "explanation.backends",
     "explanation.comparison",
     "explanation.endpoint",
+    "explanation.questions",
     "features.collecting",
     "features.entries",
     "features.explanations",
@@ -133,6 +135,7 @@ LIGHT = {
     "quiet",
     "recipes",
     "study",
+    "tables",
 }
 
 # Outside package -> the stations where it is at home.

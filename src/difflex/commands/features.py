@@ -17,6 +17,7 @@ from difflex.features import BestConcept, Book, ImageAlbum, select_features, she
 from difflex.features.entries import FeatureStats
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
+from difflex.tables import text_table
 
 if TYPE_CHECKING:
     from difflex.features.collecting import ImageSource, PromptedImage
@@ -136,7 +137,7 @@ class CollectCommand(Command):
 
     def _existing_images(self) -> "tuple[str, Callable[[int], Iterator[PromptedImage]]]":
         """Return a description of the images of the folder or the drawn world, and a function that loads them from a place on."""
-        from difflex.commands.evaluation import FIRST_SEED, drawn_images
+        from difflex.commands.drawn_world import FIRST_SEED, drawn_images
         from difflex.features.collecting import ImageFolder, PromptedImage
         from difflex.pipeline import open_image
 
@@ -154,13 +155,13 @@ class CollectCommand(Command):
 
 def _books_table(books: Sequence[Path]) -> str:
     """Return how many features fire and how much of their top images they cover, a line for each book."""
-    lines = [f"{'':<40}{'features':>10}{'that fire':>11}{'tokens':>12}{'covered':>9}{'median':>8}"]
+    rows = [("", "features", "that fire", "tokens", "covered", "median")]
     for path in books:
         with Book.open(path) as book:
             summary, firing, about = book.coverage_summary(), book.count_firing(), book.about
         mean, median = ("-", "-") if summary is None else (f"{summary.mean:.1%}", f"{summary.quartiles[1]:.1%}")
-        lines.append(f"{about.dictionary:<40}{about.size:>10,}{firing:>11,}{about.tokens:>12,}{mean:>9}{median:>8}")
-    return "\n".join(lines)
+        rows.append((about.dictionary, f"{about.size:,}", f"{firing:,}", f"{about.tokens:,}", mean, median))
+    return text_table(rows, right_align=range(1, 6))
 
 
 @final
@@ -262,12 +263,7 @@ def _features_table(book: Book, rows: list[FeatureStats], concepts: Mapping[int,
     scores = book.best_scores(measure)
     names = [*COLUMNS[:-1], measure, COLUMNS[-1]]
     lines = [names, *(_line(book, row, concepts.get(row.feature), scores.get(row.feature)) for row in rows)]
-    columns = []
-    for name, *cells in zip(*lines, strict=True):
-        width = max(map(len, [name, *cells]))
-        align = str.ljust if name in TEXT_COLUMNS else str.rjust
-        columns.append([align(cell, width) for cell in [name, *cells]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    return text_table(lines, right_align=[number for number, name in enumerate(names) if name not in TEXT_COLUMNS])
 
 
 def _line(book: Book, row: FeatureStats, concept: BestConcept | None, score: float | None) -> list[str]:

@@ -16,6 +16,7 @@ from difflex.pipeline import ModelProfile, profile_model
 from difflex.records import Shot, Site
 from difflex.store import Store, format_size
 from difflex.study import Command, CommandStatus, Study, command_statuses
+from difflex.tables import text_table
 
 __all__ = [
     "CostEstimate",
@@ -168,10 +169,8 @@ def plan_table(planned: Sequence[PlannedCommand]) -> str:
     sums = [_sum("remaining", remaining)] if len(remaining) < len(planned) else []
     sums.append(_sum("total", [each.estimate for each in planned]))
     lines = [COLUMNS, *(_line(number, each) for number, each in enumerate(planned, 1)), *sums]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     unknown = [f"{number}: unknown: {each.estimate.unknown}" for number, each in enumerate(planned, 1) if each.estimate.unknown]
-    return "\n".join([text, *unknown])
+    return "\n".join([text_table(lines), *unknown])
 
 
 def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:

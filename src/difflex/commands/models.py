@@ -1,7 +1,6 @@
 """`difflex models`, `difflex generate` and `difflex sites`: explore a model."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +13,7 @@ from difflex.errors import BadInput
 from difflex.files import parsing
 from difflex.images import check_image_path, contact_sheet, write_image
 from difflex.study import Command
+from difflex.tables import text_table
 
 __all__ = ["GenerateCommand", "ModelsCommand", "SitesCommand", "models_table"]
 
@@ -34,7 +34,7 @@ def models_table(root: Path) -> str:
     rows = [_model_row(index.parent) for index in sorted(root.glob("*/model_index.json"))]
     if not rows:
         return f"No model is inside the package ({root})."
-    return _table([("model", "pixels", "steps", "guidance", "words", "MB"), *rows])
+    return text_table([("model", "pixels", "steps", "guidance", "words", "MB"), *rows])
 
 
 def _model_row(folder: Path) -> tuple[str, ...]:
@@ -106,10 +106,4 @@ class SitesCommand(ModelCommand):
         for row in self.load().sites(self.pattern, self.pixels):
             kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
             rows.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))
-        print(_table(rows))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Align the columns of `rows`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("   ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        print(text_table(rows))

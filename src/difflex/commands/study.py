@@ -12,6 +12,7 @@ from difflex.commands import verb_class
 from difflex.errors import BadInput
 from difflex.files import Json
 from difflex.study import Command, CommandRecord, Study, read_log
+from difflex.tables import text_table
 
 COLUMNS = ("", "state", "finished (UTC)", "seconds", "verb", "flags")
 
@@ -36,9 +37,7 @@ class StatusCommand(Command):
         for ref in study.dictionaries():
             print(f"  {ref}")
         if records := read_log(study.folder):
-            lines = [COLUMNS, *(_line(number, record) for number, record in enumerate(records, 1))]
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            print("\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
+            print(text_table([COLUMNS, *(_line(number, record) for number, record in enumerate(records, 1))]))
 
 
 def _line(number: int, record: CommandRecord) -> tuple[str, ...]:

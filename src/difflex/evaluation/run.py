@@ -22,6 +22,7 @@ from difflex.evaluation.record import Evaluation, ModelEffect
 from difflex.records import ActivationBatch, EditOutcomes, Shot, Site
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study
+from difflex.tables import text_table
 
 __all__ = [
     "EditedModel",
@@ -138,11 +139,7 @@ def evaluation_table(results: Mapping[DictionaryRef, EvaluationResult], measures
     """Return a text table with one line per dictionary; `measures` names the image measures to show."""
     lines = {str(dictionary): _cells(result.evaluation, measures) for dictionary, result in results.items()}
     rows = [["", *next(iter(lines.values()))], *([name, *cells.values()] for name, cells in lines.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
-        for name, *cells in rows
-    )
+    return text_table(rows, right_align=range(1, len(rows[0])))
 
 
 def _cells(evaluation: Evaluation, measures: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 from difflex.errors import BadInput
 from difflex.evaluation.concepts.labels import Concept, LabelThresholds
 from difflex.records import JsonRecord, Site
+from difflex.tables import text_table
 
 __all__ = [
     "ConceptDetector",
@@ -268,7 +269,7 @@ def _summary(matches: Sequence[ConceptMatches]) -> str:
                 str(sum(bool(result.absorbing_features) for result in results)),
             ]
         )
-    return _align(rows)
+    return "\n" + text_table(rows)
 
 
 def _shares(share: ConfidenceInterval | None, count: DetectedCount) -> str:
@@ -281,7 +282,7 @@ def _by_group(matches: Sequence[ConceptMatches]) -> str:
     rows = [["AP by group", *groups]]
     rows.append([PROBE, *(_mean_ap(matches[0].levels[0].of(group), probe=True) for group in groups)])
     rows += [[each.label, *(_mean_ap(each.levels[0].of(group)) for group in groups)] for each in matches]
-    return _align(rows)
+    return "\n" + text_table(rows)
 
 
 def _by_level(matches: Sequence[ConceptMatches]) -> str:
@@ -292,7 +293,7 @@ def _by_level(matches: Sequence[ConceptMatches]) -> str:
     rows = [["AP by noise", *(f"{level.noise:g}" for level in levels)]]
     rows.append([PROBE, *(_mean_ap(level.results, probe=True) for level in levels)])
     rows += [[each.label, *(_mean_ap(level.results) for level in each.levels[1:])] for each in matches]
-    return _align(rows)
+    return "\n" + text_table(rows)
 
 
 def _mean_ap(results: Iterable[ConceptResult], probe: bool = False) -> str:
@@ -302,9 +303,3 @@ def _mean_ap(results: Iterable[ConceptResult], probe: bool = False) -> str:
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return sum(numbers) / max(1, len(numbers))
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n" + "\n".join(lines)

@@ -12,6 +12,7 @@ from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, Series,
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, html_table, sortable_table
 from difflex.report.page import problem_list, render
 from difflex.report.style import count, number, percent
+from difflex.tables import text_table
 
 __all__ = ["StudyComparison", "compare", "describe", "write_comparison"]
 
@@ -76,8 +77,7 @@ def _interval(interval: Iterable[float]) -> str:
 
 
 def _aligned(name: str, lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join([f"{name}:", *("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
+    return f"{name}:\n{text_table(lines, indent='  ')}"
 
 
 def _settings(comparison: StudyComparison) -> ReportSection:
