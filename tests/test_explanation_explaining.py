@@ -55,22 +55,22 @@ def test_heldout_judges_no_image_that_the_explainer_saw(sample: tuple[Book, Imag
     plan = plan_feature(book, 3, range(12), ExplanationProtocol())
     shots = book.shots(example.shot for example in plan.examples)
     seen = {shots[example.shot].shot.prompt for example in plan.shown}
-    judged = {shots[trial.example.shot].shot.prompt for trial in plan.trials}
+    judged = {shots[example.shot].shot.prompt for example in [*plan.positives, *plan.negatives]}
     assert len(plan.shown) == 5 and all(example.feature == 3 for example in plan.shown)
     assert not seen & judged
-    own = [trial.example for trial in plan.trials if trial.is_own]
+    own = plan.positives
     assert {example.split for example in own} == {"held-out"} and len(own) == 5
     peaks = [example.peak for example in own]
     assert peaks == sorted(peaks) and peaks[0] == min(example.peak for example in book.examples(3, split="held-out"))
-    assert plan.lineup and [example.feature == 3 for example in plan.lineup.examples].index(False) == plan.lineup.odd
+    assert [example.feature == 3 for example in plan.lineup].index(False) == plan.odd
 
 
 def test_half_of_the_judged_images_are_of_other_features_and_some_of_them_near_misses(sample: tuple[Book, ImageAlbum]):
     book, _ = sample
     plan = plan_feature(book, 3, range(12), ExplanationProtocol())
-    others = [trial.example for trial in plan.trials if not trial.is_own]
+    others = plan.negatives
     assert len(others) == 5 and all(example.feature != 3 for example in others)
-    own = {trial.example.shot for trial in plan.trials if trial.is_own}
+    own = {example.shot for example in plan.positives}
     assert [example.feature for example in others[3:]] == [5, 4], "the nearest decoder, and another feature in the same image"
     assert others[4].shot in own
     assert (
@@ -87,18 +87,16 @@ def test_highlights_in_the_same_place_are_no_near_miss(tmp_path: Path):
     with sqlite3.connect(path) as file:  # now all features fire at the first token
         file.execute("UPDATE examples SET map = ?", (b"\0\0\xff\xff",))
     with Book.open(path) as changed:
-        others = [
-            trial.example for trial in plan_feature(changed, 3, range(12), ExplanationProtocol()).trials if not trial.is_own
-        ]
+        others = plan_feature(changed, 3, range(12), ExplanationProtocol()).negatives
     assert len(others) == 5 and others[4].feature == 5, "four random ones and one neighbour"
 
 
 def test_the_published_protocol_judges_the_images_that_were_explained(sample: tuple[Book, ImageAlbum]):
     plan = plan_feature(sample[0], 3, range(12), ExplanationProtocol(name="paper"))
-    assert [trial.example for trial in plan.trials if trial.is_own] == list(plan.shown)
-    others = [trial.example for trial in plan.trials if not trial.is_own]
+    assert plan.positives == plan.shown
+    others = plan.negatives
     assert len({example.feature for example in others}) == 5 and all(example.rank == 0 for example in others)
-    assert plan.lineup is None
+    assert not plan.lineup
 
 
 def test_a_feature_with_too_few_images_is_unsuitable(tmp_path: Path):
@@ -317,4 +315,4 @@ def test_examples_with_invisible_highlights_are_not_shown(tmp_path: Path):
     with Book.open(path) as changed:
         plan = plan_feature(changed, 3, range(12), ExplanationProtocol())
     assert all(example.peak >= 4 for example in plan.examples), "a fifth of the peak of 20"
-    assert [trial.example.feature for trial in plan.trials].count(4) <= 1
+    assert [example.feature for example in plan.negatives].count(4) <= 1

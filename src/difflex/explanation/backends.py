@@ -31,15 +31,7 @@ from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS
 from difflex.records import Shot
 
-__all__ = [
-    "BackendReply",
-    "KnownConceptsBackend",
-    "LocalBackend",
-    "RefusedAnswer",
-    "RejectedRequest",
-    "TransportFault",
-    "VLMBackend",
-]
+__all__ = ["BackendReply", "KnownConceptsBackend", "LocalBackend", "VLMBackend"]
 
 
 class BackendReply(NamedTuple):

@@ -18,18 +18,9 @@ from difflex.errors import BadInput
 from difflex.features import Book
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement
 from difflex.files import write_json
+from difflex.tables import text_table
 
-__all__ = [
-    "BiasGroup",
-    "ExplainedMethod",
-    "MeanEstimate",
-    "MethodComparison",
-    "MethodDifference",
-    "ProtocolGap",
-    "compare_methods",
-    "read_methods",
-    "score_judgements",
-]
+__all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "compare_methods", "read_methods"]
 
 DRAWS = 2000
 """Bootstrap resamples of an interval."""
@@ -232,9 +223,7 @@ class MethodComparison(NamedTuple):
     def table(self) -> str:
         """A table of all methods for the terminal, then their differences."""
         columns = ("method", "backend", "protocol", "features", "failed", "accuracy", "AUROC", "intruder", "accuracy from 0 to 1")
-        rows = [columns, *(_row(method) for method in self.methods)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [text_table([columns, *(_row(method) for method in self.methods)])]
         lines += [
             f"{first.name} against {second.name} ({first.protocol}): accuracy {difference:+.3f}, p {p:.2g}"
             for first, second, difference, p in self.differences

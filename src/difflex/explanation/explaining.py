@@ -160,30 +160,29 @@ class _FeatureExplainer:
         """Explain and judge a feature; content keys of the requests are appended to `keys`."""
         if isinstance(prepared, _FeatureResult):
             return prepared
-        (feature, shown, trials, _), style = prepared.plan, self._protocol.style
+        plan, style = prepared.plan, self._protocol.style
         text, descriptions = "", list[str]()
         try:
-            answer = self._client.ask(prepared.view(shown), explain_instruction(len(shown), style), keys["explainer"])
+            answer = self._client.ask(prepared.view(plan.shown), explain_instruction(len(plan.shown), style), keys["explainer"])
             text, descriptions = answer.common_pattern, answer.pattern_descriptions
             instruction = judge_instruction(text, style)
             judgements = [
-                Judgement(trial.example.id, trial.is_own, self._client.ask(views, instruction, keys["judge"]).score)
-                for trial in trials
-                for views in [prepared.view([trial.example])]
+                Judgement(example.id, is_own, self._client.ask(prepared.view([example]), instruction, keys["judge"]).score)
+                for is_own, examples in ((True, plan.positives), (False, plan.negatives))
+                for example in examples
             ]
             scores = [*score_judgements(judgements, self._protocol.seed), *self._intruder_score(prepared, keys)]
         except NoAnswer as error:
-            return _FeatureResult(self._explanation(feature, text, descriptions, str(error)))
-        return _FeatureResult(self._explanation(feature, text, descriptions), tuple(judgements), tuple(scores))
+            return _FeatureResult(self._explanation(plan.feature, text, descriptions, str(error)))
+        return _FeatureResult(self._explanation(plan.feature, text, descriptions), tuple(judgements), tuple(scores))
 
     def _intruder_score(self, prepared: _PreparedFeature, keys: _RequestKeys) -> list[ExplanationScore]:
         """Return 1 if the judge finds the image that does not belong, else 0; nothing if the plan has no such test."""
-        lineup = prepared.plan.lineup
-        if lineup is None:
+        views = prepared.view(prepared.plan.lineup)
+        if not views:
             return []
-        views = prepared.view(lineup.examples)
         answer = self._client.ask(views, odd_one_out_instruction(len(views), self._protocol.style), keys["judge"])
-        return [ExplanationScore("intruder", float(answer.image == 1 + lineup.odd), None, None, 1)]
+        return [ExplanationScore("intruder", float(answer.image == 1 + prepared.plan.odd), None, None, 1)]
 
 
 @final

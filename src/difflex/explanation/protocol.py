@@ -12,7 +12,7 @@ from difflex.errors import BadInput
 from difflex.features import Book
 from difflex.features.entries import COVER_THRESHOLD, Example
 
-__all__ = ["ExplanationProtocol", "FeaturePlan", "JudgementTrial", "Lineup", "UnsuitableFeature", "plan_feature"]
+__all__ = ["ExplanationProtocol", "FeaturePlan", "UnsuitableFeature", "plan_feature"]
 
 MAX_OVERLAP = 0.5
 """In a near miss at most this share of the other feature's highlights lies where this feature fires."""
@@ -55,34 +55,25 @@ class ExplanationProtocol:
             )
 
 
-class JudgementTrial(NamedTuple):
-    """An example to judge."""
-
-    example: Example
-    is_own: bool
-    """Whether it is the feature's own example; otherwise it is a negative."""
-
-
-class Lineup(NamedTuple):
-    """Examples of a feature and one of another."""
-
-    examples: tuple[Example, ...]
-    odd: int
-    """Index of the one that does not belong."""
-
-
 class FeaturePlan(NamedTuple):
     """The images to show for one feature."""
 
     feature: int
-    shown: tuple[Example, ...]
-    trials: tuple[JudgementTrial, ...]
-    lineup: Lineup | None
+    shown: Sequence[Example]
+    """To the explainer."""
+    positives: Sequence[Example]
+    """The feature's own examples to judge."""
+    negatives: Sequence[Example]
+    """Examples of other features to judge."""
+    lineup: Sequence[Example] = ()
+    """Examples of the feature and one of another; empty for no intruder test."""
+    odd: int = 0
+    """Index of the one in `lineup` that does not belong."""
 
     @property
     def examples(self) -> list[Example]:
         """All examples that are needed."""
-        return [*self.shown, *(trial.example for trial in self.trials), *(self.lineup.examples if self.lineup else ())]
+        return [*self.shown, *self.positives, *self.negatives, *self.lineup]
 
 
 class UnsuitableFeature(Exception):
@@ -111,8 +102,8 @@ class _FeaturePlanner:
         top = self._distinct(_strongest_first(self._own), needed)
         if len(top) < needed:
             raise UnsuitableFeature(f"it has {len(top)} top images, {needed} are needed")
-        trials = _trials(top[: self._half], self._top_examples({self._feature}, self._half))
-        return FeaturePlan(self._feature, tuple(top[: self._protocol.shown]), trials, None)
+        negatives = self._top_examples({self._feature}, self._half)
+        return FeaturePlan(self._feature, top[: self._protocol.shown], top[: self._half], negatives)
 
     def heldout(self) -> FeaturePlan:
         """Judge images that the explainer does not see, other features' top images and near misses."""
@@ -128,8 +119,8 @@ class _FeaturePlanner:
             )
         last = len(unseen) - 1
         positives = [unseen[round(i * last / max(1, self._half - 1))] for i in range(self._half)]
-        trials = _trials(positives, self._negatives(positives))
-        return FeaturePlan(self._feature, tuple(shown), trials, self._lineup(unseen))
+        negatives = self._negatives(positives)
+        return FeaturePlan(self._feature, shown, positives, negatives, *self._lineup(unseen))
 
     def _is_visible(self, example: Example) -> bool:
         """Return whether the highlights of an example are visible: the same threshold for all, in units of the feature's peak."""
@@ -193,23 +184,18 @@ class _FeaturePlanner:
                     return other
         return None
 
-    def _lineup(self, unseen: Sequence[Example]) -> Lineup | None:
-        """Return images of the feature and one of another; None if there are too few."""
+    def _lineup(self, unseen: Sequence[Example]) -> tuple[list[Example], int]:
+        """Return images of the feature and one of another, and the index of the latter; nothing if there are too few."""
         count = self._protocol.lineup
         if not count or len(unseen) < count - 1:
-            return None
+            return [], 0
         odd = self._random.randrange(count)
         examples = self._random.sample(unseen, count - 1)
-        return Lineup((*examples[:odd], *self._top_examples({self._feature}, 1), *examples[odd:]), odd)
+        return [*examples[:odd], *self._top_examples({self._feature}, 1), *examples[odd:]], odd
 
 
 def _strongest_first(examples: Iterable[Example]) -> list[Example]:
     return sorted((example for example in examples if example.kind == "top"), key=lambda example: -example.peak)
-
-
-def _trials(own: Iterable[Example], negatives: Iterable[Example]) -> tuple[JudgementTrial, ...]:
-    own_trials = (JudgementTrial(example, True) for example in own)
-    return (*own_trials, *(JudgementTrial(example, False) for example in negatives))
 
 
 def _overlap(own: Example, other: Example) -> float:

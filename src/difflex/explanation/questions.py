@@ -20,18 +20,7 @@ from torch import Tensor
 from difflex.choices import HighlightStyle
 from difflex.records import Shot
 
-__all__ = [
-    "ExplanationAnswer",
-    "ImageView",
-    "Instruction",
-    "JudgementAnswer",
-    "OddOneOutAnswer",
-    "PresenceAnswer",
-    "explain_instruction",
-    "judge_instruction",
-    "odd_one_out_instruction",
-    "presence_instruction",
-]
+__all__ = ["ImageView", "Instruction", "PresenceAnswer", "VLMAnswer", "explain_instruction"]
 
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])|\x9b[0-?]*[ -/]*[@-~]")
 """Terminal escapes: colours, cursor moves, titles, links."""
@@ -80,16 +69,14 @@ def _line(limit: int) -> AfterValidator:
     return AfterValidator(clean)
 
 
-def _check_share(score: float) -> float:
-    if not 0 <= score <= 1:
-        raise ValueError("not between 0 and 1")
-    return score
+def _between(low: float, high: float) -> AfterValidator:
+    # As a validator, because not all endpoints support bounds in a JSON schema.
+    def check(number: float) -> float:
+        if not low <= number <= high:
+            raise ValueError(f"not between {low:g} and {high:g}")
+        return number
 
-
-def _check_number(number: int) -> int:
-    if number < 1:
-        raise ValueError("images are counted from 1")
-    return number
+    return AfterValidator(check)
 
 
 class VLMAnswer(BaseModel):
@@ -112,14 +99,14 @@ class JudgementAnswer(VLMAnswer):
     """How well an image's highlights fit an explanation."""
 
     EXAMPLE = '{"score": 0.5}'
-    score: Annotated[float, AfterValidator(_check_share), Field(description="between 0 (not at all) and 1 (exactly)")]
+    score: Annotated[float, _between(0, 1), Field(description="between 0 (not at all) and 1 (exactly)")]
 
 
 class OddOneOutAnswer(VLMAnswer):
     """Which of several images does not belong."""
 
     EXAMPLE = '{"image": 1}'
-    image: Annotated[int, AfterValidator(_check_number), Field(description="its number, counted from 1")]
+    image: Annotated[int, _between(1, 1000), Field(description="its number, counted from 1")]
 
 
 class PresenceAnswer(VLMAnswer):

@@ -7,8 +7,7 @@ import math
 import random
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -179,7 +178,7 @@ class AnswerCache:
         """Open the file `path`, or create it."""
         self.path, self._lock = path, Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False)
         try:
             self._prepare()
         except sqlite3.DatabaseError as error:
@@ -192,7 +191,8 @@ class AnswerCache:
         self._connection.execute("PRAGMA journal_mode = WAL")
         # A kill loses nothing that was committed. A loss of power may lose the last answers, but no call waits for the disk.
         self._connection.execute("PRAGMA synchronous = NORMAL")
-        with self._transaction():
+        with self._connection:  # commits, or rolls back after an exception
+            self._connection.execute("BEGIN IMMEDIATE")
             [version] = self._connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 for statement in TABLES.split(";")[:-1]:
@@ -219,7 +219,7 @@ class AnswerCache:
     def mark_recorded(self, keys: Iterable[str]) -> None:
         """Mark the calls for `keys` as recorded in a book."""
         update = "UPDATE calls SET booked = 1 WHERE key IN (SELECT value FROM json_each(?))"
-        with self._lock, self._transaction():
+        with self._lock, self._connection:
             self._connection.execute(update, (json.dumps([*keys]),))
 
     def cost(self, model: str) -> float:
@@ -232,7 +232,7 @@ class AnswerCache:
         """Write a call and, if it is valid, its answer, in one transaction."""
         insertion = "INSERT INTO calls (key, model, outcome, tokens_in, tokens_out, cost, seconds) VALUES (?, ?, ?, ?, ?, ?, ?)"
         usage = (spending.tokens_in, spending.tokens_out, spending.cost, spending.seconds)
-        with self._lock, self._transaction():
+        with self._lock, self._connection:
             self._connection.execute(insertion, (key, model, outcome, *usage))
             if answer is not None:
                 self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, model, answer))
@@ -247,13 +247,3 @@ class AnswerCache:
         """Close the file."""
         with self._lock:
             self._connection.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")

@@ -54,7 +54,7 @@ def explain_studies(
     log: Log,
 ) -> MethodComparison:
     """Explain features, write them into the books of the studies, and compare the dictionaries; `log` takes progress lines."""
-    selection = _select_dictionaries(studies, config)
+    selection, methods = _select_dictionaries(studies, config), []
     with closing(open_backend()) as backend:
         for study, refs in zip(studies, selection, strict=True):
             with open_client(backend, study.explanations, policy) as client:
@@ -62,16 +62,12 @@ def explain_studies(
                     with Book.edit(study.book(*ref)) as book:
                         features, album = _features(book, backend, config), ImageAlbum(study.images)
                         result = explain(book, features, client, album, config.protocol, connections=config.connections)
+                        methods += read_methods(book, study.folder)
                     log(f"{study.folder.name}/{ref}: {_summary(result)}")
             spent = client.spending
             if spent.calls:
                 cost = f", cost {spent.cost:.4g}" if spent.cost else ""
                 log(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{cost}")
-    methods = []
-    for study, refs in zip(studies, selection, strict=True):
-        for ref in refs:
-            with Book.open(study.book(*ref)) as book:
-                methods += read_methods(book, study.folder)
     return compare_methods(methods)
 
 
