@@ -237,7 +237,8 @@ def growth_cost() -> list[str]:
     grower.threshold = float(batch.unexplained.sort().values[-65])
     encoding = timed(lambda: PursuitBatch(signals, grower.atoms, grower.growth, grower.threshold, 256))
     new = signals[:64]
-    cross, own = batch.point_products(torch.arange(64), before), new @ new.T
+    _, cross = batch.new_atoms(torch.arange(64), grower.atoms, "point")
+    own = new @ new.T
     adding = timed(lambda: gram.append(cross, own))
     gram.truncate(before)
     whole = timed(lambda: grower.add_batch(ActivationBatch(signals, nowhere[:256], nowhere[:256]))) - encoding

@@ -104,7 +104,7 @@ def _is_by_feature(name: str) -> bool:
 
 
 def _gather(name: str, tensor: Tensor, ranks: TrainingRanks) -> Tensor:
-    return ranks.gather_features(tensor) if _is_by_feature(name) else tensor
+    return ranks.by_feature.gather(tensor) if _is_by_feature(name) else tensor
 
 
 def _header(path: Path, text: str | None) -> dict[str, Any]:

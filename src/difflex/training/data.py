@@ -39,56 +39,31 @@ LARGE_STRETCH = 30.0
 
 @final
 class TrainingRanks(Ranks):
-    """The ranks that train together. Alone, every method returns what it is given."""
+    """The ranks that train together."""
 
     def __init__(self, split: Split = "data") -> None:
         """All ranks of the process group."""
         super().__init__()
-        self.split = split
-
-    @property
-    def shards(self) -> int:
-        """The number of parts that the features are split into."""
-        return self.world_size if self.split == "features" else 1
+        alone = Ranks(0, 1)
+        self.by_token: Ranks = self if split == "data" else alone
+        """The ranks that encode other tokens of a batch: all of them, or this one alone."""
+        self.by_feature: Ranks = self if split == "features" else alone
+        """The ranks that hold other features: all of them, or this one alone."""
 
     def features(self, size: int) -> slice:
         """Return the features that this rank holds."""
-        if size % self.shards:
-            raise BadInput(f"Size {size} cannot be split evenly over {self.shards} ranks: choose a multiple of {self.shards}.")
-        part = size // self.shards
-        return slice(part * self.rank, part * (self.rank + 1)) if self.shards > 1 else slice(0, size)
+        count, rank = self.by_feature.world_size, self.by_feature.rank
+        if size % count:
+            raise BadInput(f"Size {size} cannot be split evenly over {count} ranks: choose a multiple of {count}.")
+        return slice(size // count * rank, size // count * (rank + 1))
 
     def batch_share(self, tokens: int) -> slice:
         """Return the tokens of a whole batch that this rank loads."""
         return slice(tokens * self.rank // self.world_size, tokens * (self.rank + 1) // self.world_size)
 
-    def encoded_tokens(self, share: Tensor) -> Tensor:
-        """Return the tokens that this rank encodes: its share of the batch, or the whole batch."""
-        return self.gather(share) if self.split == "features" else share
-
-    def first_token(self, count: int) -> int:
-        """Return the place in the whole batch of the first of the `count` tokens that this rank encodes."""
-        return 0 if self.split == "features" else sum(self.gather_counts(count)[: self.rank])
-
-    def gather_tokens(self, tensor: Tensor) -> Tensor:
-        """Concatenate the results of the ranks for the tokens that each encoded."""
-        return self.gather(tensor) if self.split == "data" else tensor
-
-    def gather_features(self, tensor: Tensor) -> Tensor:
-        """Concatenate the rows of the ranks for the features that each holds."""
-        return self.gather(tensor) if self.shards > 1 else tensor
-
-    def sum_over_features(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks what each computed from the features that it holds."""
-        return self.sum(tensor) if self.split == "features" else tensor
-
-    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks what each computed from the tokens that it encoded."""
-        return self.sum(tensor) if self.split == "data" else tensor
-
     def among_largest(self, values: Float[Tensor, "token k"], k: int) -> Bool[Tensor, "token k"]:
         """Return which of the largest values of this rank's features are among the k largest of all features."""
-        if self.shards == 1:
+        if self.by_feature.world_size == 1:
             return torch.ones_like(values, dtype=torch.bool)
         winners = self.gather_columns(values).topk(k, dim=1).indices - self.rank * values.shape[1]
         own = (winners >= 0) & (winners < values.shape[1])

@@ -284,6 +284,6 @@ def learning_rate(config: AdamConfig, update: int, progress: float) -> float:
 
 def density_histogram(learner: Learner) -> dict[str, Json]:
     """Count features by how often they fire: `-3` counts those that fire at between 1 in 10,000 and 1 in 1,000 tokens."""
-    firings = learner.ranks.gather_features(learner.firings).tolist()
+    firings = learner.ranks.by_feature.gather(learner.firings).tolist()
     decades = Counter("never" if n == 0 else str(math.ceil(math.log10(n / max(1, learner.tokens)))) for n in firings)
     return dict(sorted(decades.items()))

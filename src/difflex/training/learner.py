@@ -71,7 +71,7 @@ class Learner:
     def __init__(self, config: TrainingConfig, weights: SAEWeights, ranks: TrainingRanks) -> None:
         """`weights` are those of this rank's features; they are updated in place."""
         self.config, self.ranks = config, ranks
-        self.parameters = SAEParameters(weights, config.optimiser, ranks.sum_over_features)
+        self.parameters = SAEParameters(weights, config.optimiser, ranks.by_feature)
         size, device = len(weights.encoder), weights.encoder.device
         self.updates = self.tokens = 0
         self.silence = torch.zeros(size, dtype=torch.long, device=device)
@@ -88,13 +88,13 @@ class Learner:
 
     def update(self, z: Float[Tensor, "token width"], learning_rate: float, *, measure_gradient: bool = True) -> UpdateMetrics:
         """Train on a batch, of which `z` is this rank's share; return the metrics of the whole batch."""
-        z = self.ranks.encoded_tokens(z)
-        sums_of_z = self.ranks.sum_over_tokens(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
+        z = self.ranks.by_feature.gather(z)
+        sums_of_z = self.ranks.by_token.sum(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
         count, variance = int(sums_of_z[0]), float(sums_of_z[1] - _square(sums_of_z[2:]) / sums_of_z[0])
         centred = z - self.parameters.weights.bias
         selection = self._select(centred)
         errors, auxk = self._errors(selection.pairs, centred, count)
-        square = float(self.ranks.sum_over_tokens(errors.square))
+        square = float(self.ranks.by_token.sum(errors.square))
         if not math.isfinite(square):
             raise NonFinite(f"The loss became {square}; the weights were not updated.")
         gradient = self.parameters.update(
@@ -108,7 +108,7 @@ class Learner:
             loss=square / count / z.shape[1],
             fvu=square / max(variance, 1e-30),
             l0=fired / count,
-            dead=float(self.ranks.sum_over_features(self._dead().sum())) / self.config.size,
+            dead=float(self.ranks.by_feature.sum(self._dead().sum())) / self.config.size,
             gradient=gradient,
         )
         return self.metrics
@@ -125,7 +125,7 @@ class Learner:
     def _top_k_of_batch(self, z: Float[Tensor, "token width"]) -> ActivePairs:
         """Return the largest positive scores of the batch, as many as there are tokens times k."""
         scores, ranks, k = self.parameters.scores, self.ranks, self.config.k
-        count = int(ranks.sum(torch.tensor([len(z) * k], device=z.device))) // ranks.shards
+        count = int(ranks.by_token.sum(torch.tensor(len(z) * k, device=z.device)))
         threshold = self.batch_threshold
         if threshold is None:
             first = scores.top_k(z, min(FIRST_CANDIDATES * k, len(scores.rows))).values.flatten()
@@ -150,7 +150,7 @@ class Learner:
         active, near = excess > 0, (excess < options.bandwidth / 2).float() / options.bandwidth
         counts = torch.tensor([float(active.sum()), float(len(z))], device=z.device)
         count, tokens = self.ranks.sum(counts).tolist()
-        tokens /= self.ranks.shards
+        tokens /= self.ranks.by_feature.world_size
         # d/d threshold of coefficient * (features per token / k - 1)^2, and of the jump in value = score * [score > threshold]
         loss = -options.coefficient * 2 * (count / tokens / k - 1) / k / tokens
         return ActivePairs(
@@ -164,7 +164,7 @@ class Learner:
         y, layers = torch.zeros_like(centred), []
         for layer in range(len(self._prefixes) + 1):
             inside = CooCodes(*(column[layer_of == layer] for column in pairs)) if len(self._prefixes) else pairs
-            y += self.ranks.sum_over_features(_decode(inside, decoder, len(centred)))
+            y += self.ranks.by_feature.sum(_decode(inside, decoder, len(centred)))
             layers.append(y - centred)
         square = _square(layers[-1])
         auxk, auxk_error = self._auxk(centred, y, layers[-1], square, count)
@@ -188,14 +188,14 @@ class Learner:
         """Return the pairs of dead features and the derivative of the AuxK loss; None if no feature is dead."""
         auxk, ranks = self.config.auxk, self.ranks
         dead = self._dead().nonzero()[:, 0]
-        if auxk is None or int(total := ranks.sum_over_features(torch.tensor(len(dead), device=dead.device))) == 0:
+        if auxk is None or int(total := ranks.by_feature.sum(torch.tensor(len(dead), device=dead.device))) == 0:
             return None, None
         pairs = self._top_k_of_dead(dead, centred, min(auxk.k, int(total)))
-        output = ranks.sum_over_features(_decode(pairs, self.parameters.weights.decoder, len(centred)))
+        output = ranks.by_feature.sum(_decode(pairs, self.parameters.weights.decoder, len(centred)))
         if auxk.target == "reconstruction":
             return pairs, (output - y).mul_(auxk.coefficient * 2 / (count * centred.shape[1]))
         # (output - residual)^2 / residual^2, and the residual is minus the error
-        residual_square = float(ranks.sum_over_tokens(square))
+        residual_square = float(ranks.by_token.sum(square))
         return pairs, (output + error).mul_(auxk.coefficient * 2 / max(residual_square, 1e-30))
 
     def _top_k_of_dead(self, dead: Int[Tensor, " dead"], z: Float[Tensor, "token width"], k: int) -> CooCodes:
@@ -217,8 +217,9 @@ class Learner:
                 zeros = torch.zeros_like(auxk.values)
                 auxk_jump = JumpGradients(zeros == 0, zeros, zeros)
                 jump = JumpGradients(*(torch.cat(columns) for columns in zip(jump, auxk_jump, strict=True)))
-        gather = self.ranks.gather_tokens
-        tokens = gather(pairs.tokens + self.ranks.first_token(len(centred)))
+        ranks = self.ranks.by_token
+        gather, first_token = ranks.gather, sum(ranks.gather_counts(len(centred))[: ranks.rank])
+        tokens = gather(pairs.tokens + first_token)
         features, order = torch.sort(gather(pairs.features), stable=True)
         stacked = errors.layers[0] if len(errors.layers) == 1 else torch.stack(errors.layers, dim=1).flatten(0, 1)
         return UpdateInputs(
@@ -229,14 +230,13 @@ class Learner:
             jump=None if jump is None else JumpGradients(*(gather(column)[order] for column in jump)),
             z=gather(centred),
             errors=gather(stacked),
-            bias=self.ranks.sum_over_tokens(errors.bias),
+            bias=ranks.sum(errors.bias),
         )
 
     def _count_firings(self, selection: ActivePairs, count: int) -> float:
         """Count the update and the features that fired; return the number of pairs that fired."""
         pairs = selection.pairs
-        fired = torch.bincount(pairs.features[pairs.values > 0], minlength=len(self.silence))
-        fired = self.ranks.sum_over_tokens(fired)
+        fired = self.ranks.by_token.sum(torch.bincount(pairs.features[pairs.values > 0], minlength=len(self.silence)))
         self.silence = torch.where(fired > 0, 0, self.silence + count)
         self.firings += fired
         self.updates, self.tokens = self.updates + 1, self.tokens + count
@@ -244,7 +244,7 @@ class Learner:
             self.batch_threshold = threshold
             average = threshold if self.inference_threshold is None else self.inference_threshold
             self.inference_threshold = average + THRESHOLD_UPDATE * (threshold - average)
-        return float(self.ranks.sum_over_features(fired.sum()))
+        return float(self.ranks.by_feature.sum(fired.sum()))
 
     def _dead(self) -> Bool[Tensor, " size"]:
         """Return which features of this rank are dead."""
@@ -311,7 +311,7 @@ def _top_k(scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, relu:
     size = len(scores.rows)
     top = scores.top_k(z, min(k, size))
     values, features = top.values, top.indices
-    if ranks.shards > 1 and values.shape[1] < k:  # all ranks bring k slots; an empty slot is never selected
+    if ranks.by_feature.world_size > 1 and values.shape[1] < k:  # all ranks bring k slots; an empty slot is never selected
         missing = k - values.shape[1]
         values = F.pad(values, (0, missing), value=-torch.inf)
         features = F.pad(features, (0, missing))

@@ -10,7 +10,7 @@ and the skipped decay is applied, exactly, when they fire again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from difflex.dictionaries import SAEWeights
 from difflex.dictionaries.sparse import EncoderSearch, dot_products, segment_sums
+from difflex.distributed import Ranks
 from difflex.training.config import AdamConfig
 
 __all__ = ["JumpGradients", "SAEParameters", "UpdateInputs"]
@@ -179,10 +180,10 @@ class RowBlock(NamedTuple):
 class SAEParameters:
     """The weights of one SAE with their optimiser state."""
 
-    def __init__(self, weights: SAEWeights, config: AdamConfig, sum_over_features: Callable[[Tensor], Tensor]) -> None:
-        """`weights` are updated in place; `sum_over_features` sums over ranks that hold other features."""
+    def __init__(self, weights: SAEWeights, config: AdamConfig, ranks: Ranks) -> None:
+        """`weights` are updated in place; `ranks` hold other features."""
         assert all(tensor.is_contiguous() for tensor in weights.tensors().values()), "fused Adam misreads other layouts"
-        self.weights, self.config, self._sum_over_features = weights, config, sum_over_features
+        self.weights, self.config, self._ranks = weights, config, ranks
         self.matrices = {name: AdamWeight.initial(tensor, config) for name, tensor in weights.tensors().items()}
         self._rowwise = [name for name in self.matrices if name != "bias"]
         self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
@@ -234,7 +235,7 @@ class SAEParameters:
             square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
             if adam is not None:
                 self._apply(block, adam)
-        sums_over_ranks = self._sum_over_features(torch.cat([score_bias, score_bias.new_tensor([square])]))
+        sums_over_ranks = self._ranks.sum(torch.cat([score_bias, score_bias.new_tensor([square])]))
         gradient = inputs.bias - sums_over_ranks[:-1]
         return float(sums_over_ranks[-1] + gradient.square().sum()), gradient
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,20 +58,17 @@ class PursuitBatch:
         """The unexplained share of each token's squared norm; 0 for tokens that are excluded."""
         return torch.where(self.excluded, 0, self._path.unexplained)
 
-    def points(self, tokens: Int[Tensor, " new"]) -> Float[Tensor, "new width"]:
-        """Return these tokens at norm 1."""
-        return F.normalize(self._z[tokens], dim=1)
-
-    def point_products(self, tokens: Int[Tensor, " new"], size: int) -> Float[Tensor, "new size"]:
-        """Return the products of `points` with all atoms, from the correlations in memory."""
-        return self._scores[tokens, :size] / self._path.energy[tokens].sqrt()[:, None]
-
-    def residuals(self, tokens: Int[Tensor, " new"], atoms: AtomSet) -> Float[Tensor, "new width"]:
-        """Return the residuals of these tokens at norm 1."""
-        if not atoms.size:
-            return self.points(tokens)
-        path = PursuitPath(*(part[tokens] for part in self._path))
-        return F.normalize(self._z[tokens] - sparse_matmul(path.codes, atoms.rows), dim=1)
+    def new_atoms(
+        self, tokens: Int[Tensor, " new"], atoms: AtomSet, add: Literal["point", "residual"]
+    ) -> tuple[Float[Tensor, "new width"], Float[Tensor, "new size"]]:
+        """Return these tokens or their residuals at norm 1, and the products with all atoms."""
+        z = self._z[tokens]
+        if add == "point":  # the products are those of the correlations in memory
+            return F.normalize(z, dim=1), self._scores[tokens, : atoms.size] / self._path.energy[tokens].sqrt()[:, None]
+        if atoms.size:
+            z = z - sparse_matmul(PursuitPath(*(part[tokens] for part in self._path)).codes, atoms.rows)
+        residuals = F.normalize(z, dim=1)
+        return residuals, product(residuals, atoms.rows)
 
     def would_pick(
         self, tokens: Int[Tensor, " token"], new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], slack: float
@@ -289,12 +286,7 @@ class AtomGrower:
     def _candidates(self, batch: PursuitBatch, rows: ActivationBatch, own: Int[Tensor, " own"]) -> AtomCandidates:
         """Gather the candidates of all ranks."""
         unexplained = batch.unexplained[own]
-        if self.growth.add == "point":
-            new, cross = batch.points(own), batch.point_products(own, self.size)
-        else:
-            new = batch.residuals(own, self.atoms)
-            cross = product(new, self._rows[: self.size])
-        parts = (new, cross, unexplained, rows.shots[own], rows.tokens[own])
+        parts = (*batch.new_atoms(own, self.atoms, self.growth.add), unexplained, rows.shots[own], rows.tokens[own])
         first = sum(self._ranks.gather_counts(len(own))[: self._ranks.rank])
         places = torch.arange(first, first + len(own), device=unexplained.device)
         candidates = AtomCandidates(places, *map(self._ranks.gather, parts))
