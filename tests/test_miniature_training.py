@@ -15,8 +15,7 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
 from difflex.errors import StaleWork
-from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
-from difflex.miniature.autoencoder import decoder_losses, write_encoder
+from difflex.miniature.architecture import MiniatureConfig, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
 from difflex.miniature.exporting import export, generate_images

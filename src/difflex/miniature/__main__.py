@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,65 +28,61 @@ def main() -> None:
     """Run one of the verbs."""
     parser = argparse.ArgumentParser(prog="python -m difflex.miniature", description=__doc__)
     verbs = parser.add_subparsers(required=True)
-    _training_verbs(verbs)
-    _model_verbs(verbs)
-    flags = parser.parse_args()
-    flags.run(flags)
 
+    def add(run: Callable[[argparse.Namespace], None], **folders: str) -> argparse.ArgumentParser:
+        """Add the verb that `run` is called after, with the docstring of `run` as its help."""
+        verb = verbs.add_parser(run.__name__.strip("_"), help=run.__doc__)
+        for name, description in folders.items():
+            verb.add_argument(name, type=Path, help=description)
+        verb.set_defaults(run=run)
+        return verb
 
-def _training_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser("train", help="train the stages that are not finished; run again to continue after a kill")
-    verb.add_argument("folder", type=Path, help="the folder of the run")
+    verb = add(_train, folder="the folder of the run")
     verb.add_argument("--updates", type=int, default=FlowRecipe().updates, help="updates of 32 scenes")
-    verb.add_argument(
-        "--decay-from", type=float, default=FlowRecipe().decay_from, help="share of updates after which the learning rate falls"
-    )
+    share = "share of updates after which the learning rate falls"
+    verb.add_argument("--decay-from", type=float, default=FlowRecipe().decay_from, help=share)
     verb.add_argument("--minutes", type=float, help="stop after this time")
     verb.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     verb.add_argument("--seed", type=int, default=0)
-    verb.set_defaults(run=_train)
-    verb = verbs.add_parser("pack", help="copy a run in a small form, from which train continues")
-    verb.add_argument("folder", type=Path)
-    verb.add_argument("target", type=Path, help="the folder to write")
-    verb.set_defaults(run=lambda flags: pack(TrainingFolder(flags.folder), TrainingFolder(flags.target)))
-
-
-def _model_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    verb = verbs.add_parser("export", help="write a trained run as a pipeline folder")
-    verb.add_argument("folder", type=Path, help="the run")
-    verb.add_argument("target", type=Path, help="the pipeline folder to write")
-    verb.set_defaults(run=_export)
-    verb = verbs.add_parser("card", help="examine an exported model at 4 and 20 steps and write its model card")
-    verb.add_argument("folder", type=Path, help="the run")
-    verb.add_argument("target", type=Path, help="the pipeline folder")
-    verb.set_defaults(run=_card)
-    verb = verbs.add_parser("examine", help="generate images of new captions and print the shares that are correct")
-    verb.add_argument("model", type=Path, help="a pipeline folder")
+    add(_pack, folder="the folder of the run", target="the folder to write")
+    add(_export, folder="the folder of the run", target="the pipeline folder to write")
+    add(_card, folder="the folder of the run", target="the pipeline folder")
+    verb = add(_examine, model="a pipeline folder")
     verb.add_argument("--judge", type=Path, help="weights of the judge, by default those of the package")
     verb.add_argument("--captions", type=int, default=500)
     verb.add_argument("--steps", type=int, default=STEPS)
     verb.add_argument("--seed", type=int, default=0)
-    verb.set_defaults(run=_examine)
+    flags = parser.parse_args()
+    flags.run(flags)
 
 
 def _train(flags: argparse.Namespace) -> None:
+    """Train the stages that are not finished; run again to continue after a kill."""
     torch.set_num_threads(flags.threads)
     recipe = replace(FlowRecipe(), updates=flags.updates, decay_from=flags.decay_from, seed=flags.seed)
     train(flags.folder, recipe, MiniatureConfig(), flags.minutes)
 
 
+def _pack(flags: argparse.Namespace) -> None:
+    """Copy a run in a small form, from which train continues."""
+    pack(TrainingFolder(flags.folder), TrainingFolder(flags.target))
+
+
 def _export(flags: argparse.Namespace) -> None:
+    """Write a trained run as a pipeline folder."""
     export(TrainingFolder(flags.folder), flags.target, MiniatureConfig())
     print(f"Wrote {flags.target}.")
 
 
 def _card(flags: argparse.Namespace) -> None:
+    """Examine an exported model at 4 and 20 steps and write its model card."""
     examinations = {steps: _examine_model(flags.target, None, 500, steps, 0) for steps in (STEPS, 20)}
     write_card(TrainingFolder(flags.folder), flags.target, examinations, MiniatureConfig())
     print(f"Wrote {flags.target / 'README.md'}.")
 
 
 def _examine(flags: argparse.Namespace) -> None:
+    """Generate images of new captions and print the shares that are correct."""
     rows = _examine_model(flags.model, flags.judge, flags.captions, flags.steps, flags.seed)
     print(as_markdown(rows))
     print(json.dumps({"steps": flags.steps, "captions": flags.captions, "missed": shortfalls(rows)}))
@@ -96,14 +93,14 @@ def _examine_model(model: Path, judge_file: Path | None, captions: int, steps: i
     pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     judge = load_judge(judge_file)
-    bar = tqdm(desc=f"images at {steps} steps", total=captions + captions // 2, unit="image")
 
-    def generate(prompts: list[str]) -> Float[Tensor, "caption 3 height width"]:
-        images = generate_images(pipeline, prompts, steps, seed)
-        bar.update(len(prompts))
-        return images
+    with tqdm(desc=f"images at {steps} steps", total=captions + captions // 2, unit="image") as bar:
 
-    with bar:
+        def generate(prompts: list[str]) -> Float[Tensor, "caption 3 height width"]:
+            images = generate_images(pipeline, prompts, steps, seed)
+            bar.update(len(prompts))
+            return images
+
         return examine(generate, judge, captions) | {"true drawings": examine_drawings(judge, captions)}
 
 

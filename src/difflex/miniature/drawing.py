@@ -67,7 +67,9 @@ class Scenes:
             per_slot = F.pad(getattr(self.specs, group), (1, 0), value=-1)
             return per_slot.gather(1, (self.slots + 1).flatten(1)).view_as(self.slots)
         whole = (self.specs.count - 1 if group == "count" else getattr(self.specs, group))[:, None, None]
-        return torch.where(self._extent(group), whole, -1)
+        if group == "style":
+            return whole.expand_as(self.slots)
+        return torch.where(self.slots < 0 if group == "background" else self.slots >= 0, whole, -1)
 
     def mask(self, concept: str) -> Bool[Tensor, "scene height width"]:
         """Return the pixels of a concept in each scene."""
@@ -83,11 +85,6 @@ class Scenes:
         masks = [self.labels(group)[:, None] == torch.arange(len(names))[:, None, None] for group, names in CONCEPTS.items()]
         return F.adaptive_avg_pool2d(torch.cat(masks, dim=1).float(), (rows, columns))
 
-    def _extent(self, group: str) -> Tensor:
-        if group == "style":
-            return torch.ones_like(self.slots, dtype=torch.bool)
-        return self.slots < 0 if group == "background" else self.slots >= 0
-
 
 def concept_index(concept: str) -> tuple[str, int]:
     """Return the group of a concept and its index in it."""
@@ -99,12 +96,7 @@ def concept_index(concept: str) -> tuple[str, int]:
 
 def draw(seeds: Iterable[int] | Int[Tensor, " scene"], mix: SceneMix = SceneMix(), held_out: bool = False) -> Scenes:  # noqa: B008 (a constant)
     """Draw the scenes of these seeds."""
-    return draw_specs(scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out))
-
-
-def draw_specs(specs: SceneSpecs) -> Scenes:
-    """Draw scenes."""
-    count = len(specs.seed)
+    specs = scenes(seeds if isinstance(seeds, Tensor) else torch.tensor(list(seeds)), mix, held_out)
     exists = torch.arange(SLOTS, device=specs.seed.device) < specs.count[:, None]
     scene, slot = exists.nonzero(as_tuple=True)
     style = specs.style[scene]
@@ -118,7 +110,7 @@ def draw_specs(specs: SceneSpecs) -> Scenes:
     coarse = specs.style == STYLES.index("pixelated")
     image[coarse] = _blocks(image[coarse], BLOCKS[0])
 
-    slots = torch.full((count, PIXELS, PIXELS), -1, device=image.device)
+    slots = torch.full((len(image), PIXELS, PIXELS), -1, device=image.device)
     for number in range(SLOTS):
         objects = slot == number
         target = scene[objects]
@@ -147,29 +139,12 @@ def _local_frame(specs: SceneSpecs, scene: Tensor, slot: Tensor) -> Float[Tensor
 
 def _distances(shape: Tensor, local: Tensor) -> Tensor:
     """Return the signed distance to each object's edge in units of its radius, negative inside."""
-    formulas = (_circle, _square, _triangle, _diamond, _star, _heart, _cross, _ring)
     distance = torch.empty_like(local[0])
-    for number, formula in enumerate(formulas):
+    for number, formula in enumerate(FORMULAS):
         objects = shape == number
         if objects.any():
             distance[objects] = formula(local[0, objects], local[1, objects])
     return distance
-
-
-def _circle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.hypot(x, y) - 0.92
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs(), y.abs()) - 0.82
-
-
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs() * 0.894 - (y + 0.95) * 0.447, y - 0.80)
-
-
-def _diamond(x: Tensor, y: Tensor) -> Tensor:
-    return (x.abs() * 1.25 + y.abs()) * 0.625 - 0.625
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
@@ -194,13 +169,17 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(discs, wedge)
 
 
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    long, short = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
-    return torch.maximum(long - 0.94, short - 0.34)
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (torch.hypot(x, y) - 0.68).abs() - 0.29
+FORMULAS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda x, y: torch.hypot(x, y) - 0.92,  # circle
+    lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,  # square
+    lambda x, y: torch.maximum(x.abs() * 0.894 - (y + 0.95) * 0.447, y - 0.80),  # triangle
+    lambda x, y: (x.abs() * 1.25 + y.abs()) * 0.625 - 0.625,  # diamond
+    _star,
+    _heart,
+    lambda x, y: torch.maximum(torch.maximum(x.abs(), y.abs()) - 0.94, torch.minimum(x.abs(), y.abs()) - 0.34),  # cross
+    lambda x, y: (torch.hypot(x, y) - 0.68).abs() - 0.29,  # ring
+)
+"""The signed distance to the edge of each shape, in the order of `SHAPES`."""
 
 
 def _paint(specs: SceneSpecs, scene: Tensor, slot: Tensor, style: Tensor, local: Tensor, distance: Tensor) -> Tensor:
@@ -258,7 +237,6 @@ def _blotches(phase: Tensor) -> Tensor:
 
 
 def _background(specs: SceneSpecs) -> Tensor:
-    """Draw the backgrounds."""
     amount = _ground_pattern(specs)[:, None]
     style = specs.style[:, None, None, None]
     amount = torch.where(style == 1, (amount * 1.7).clamp(0, 1), amount)

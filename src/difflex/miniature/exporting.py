@@ -18,8 +18,6 @@ from difflex.miniature.scoring import Examination, as_markdown, shortfalls
 from difflex.miniature.training import TrainingFolder, load_average
 from difflex.miniature.world import PIXELS
 
-__all__ = ["STEPS", "export", "generate_images", "model_settings", "write_card"]
-
 STEPS = 4
 CARD = """---
 license: apache-2.0
@@ -30,19 +28,19 @@ pipeline_tag: text-to-image
 
 A text-to-image model with the architecture of FLUX.1, small enough to be part of a Python package: a diffusers `FluxPipeline`
 with a `FluxTransformer2DModel` of {double} double and {single} single blocks ({width} wide, {heads} heads), a CLIP and a T5 text
-encoder of two layers each, and an `AutoencoderKL`. {pixels} x {pixels} pixels are {grid} x {grid} image tokens. It was trained
+encoder of two layers each, and an `AutoencoderKL`. {pixels} x {pixels} pixels are 8 x 8 image tokens. It was trained
 from scratch on the drawn world of `difflex.miniature`, whose concepts are known at every pixel, so that interpretability tools
 can be checked against the truth.
 
 ## Training
-- Data: {seen:,} scenes drawn on the fly, none twice: one object ({single_share:.0%}), two different objects
-  ({pair_share:.0%}), two or three equal ones ({copy_share:.0%}). A fixed tenth of the (shape, colour, texture) combinations
+- Data: {seen:,} scenes drawn on the fly, none twice: one object ({flow.mix[0]:.0%}), two different objects
+  ({flow.mix[1]:.0%}), two or three equal ones ({flow.mix[2]:.0%}). A fixed tenth of the (shape, colour, texture) combinations
   never appears.
 - Autoencoder: the encoder is the principal components of 4 x 4 patches, in closed form; the decoder was trained on its latents.
-- Flow: rectified flow, {updates:,} updates of {batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
-  times. The last {layout_part:.0%} of the updates have more pairs ({layout_pairs:.0%}) and higher noise levels (around
+- Flow: rectified flow, {updates:,} updates of {flow.batch} scenes, Muon and AdamW, tokens on objects weighted up to {weight:.0f}
+  times. The last {layout_part:.0%} of the updates have more pairs ({flow.layout_mix[1]:.0%}) and higher noise levels (around
   {layout_level:.2f}), at which the positions of several objects are decided.
-- Guidance of {guidance} is distilled into the weights in the last {guided_part:.0%}: generate with `guidance_scale=0`.
+- Guidance of {flow.guidance} is distilled into the weights in the last {guided_part:.0%}: generate with `guidance_scale=0`.
 - **A head on the image stream after the last double block predicted shape, colour and texture of each token** during the first
   part of the training (weight {head_weight}, then faded out). It is not part of the model, but matters to anyone who probes
   that block.
@@ -75,22 +73,11 @@ def export(run: TrainingFolder, target: Path, architecture: MiniatureConfig) -> 
     vae = AutoencoderKL.from_pretrained(run.autoencoder)
     pipeline.register_modules(vae=vae, transformer=pipeline.transformer.to(torch.bfloat16))
     pipeline.save_pretrained(target)
-    _remove_paths(target)
-    (target / "difflex.json").write_text(json.dumps(model_settings(architecture), indent=1) + "\n")
-    return FluxPipeline.from_pretrained(target, dtype=torch.float32)
-
-
-def _remove_paths(folder: Path) -> None:
-    """Remove the paths of this machine from the configs."""
-    for path in folder.glob("*/config.json"):
+    for path in target.glob("*/config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
+        if config.pop("_name_or_path", None) is not None:  # a path of this machine
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def model_settings(architecture: MiniatureConfig) -> dict[str, object]:
-    """Return the content of `difflex.json`: the defaults of the model for a loader."""
-    return {
+    defaults = {
         "format": 1,
         "name": "mini-flux",
         "family": "flux",
@@ -100,6 +87,8 @@ def model_settings(architecture: MiniatureConfig) -> dict[str, object]:
         "text_length": architecture.text_length,
         "words": list(WORDS),
     }
+    (target / "difflex.json").write_text(json.dumps(defaults, indent=1) + "\n")
+    return FluxPipeline.from_pretrained(target, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -132,37 +121,30 @@ def write_card(run: TrainingFolder, target: Path, examinations: dict[int, Examin
     recipe = FlowRecipe()
     updates = max(entry["update"] for entry in log)
     seconds = [entry["seconds"] for entry in log if "seconds" in entry]
-    single, pairs, copies = recipe.mix
     default, examination = next(iter(examinations.items()))
-    facts = {
-        "double": architecture.double_blocks,
-        "single": architecture.single_blocks,
-        "width": architecture.heads * architecture.head_width,
-        "heads": architecture.heads,
-        "pixels": PIXELS,
-        "grid": 8,
-        "length": architecture.text_length,
-        "seen": updates * recipe.batch,
-        "single_share": single,
-        "pair_share": pairs,
-        "copy_share": copies,
-        "updates": updates,
-        "batch": recipe.batch,
-        "layout_part": 1 - recipe.layout_from,
-        "layout_pairs": recipe.layout_mix[1],
-        "layout_level": 1 / (1 + math.exp(-recipe.layout_level_mean)),
-        "guidance": recipe.guidance,
-        "guided_part": 1 - recipe.guided_from,
-        "weight": 1 + recipe.object_weight,
-        "head_weight": recipe.concept_weight,
-        "hours": updates * sum(seconds) / len(seconds) / 3600,
-        "machine": f"one core ({platform.machine()})",
-        "changes": _changes(log),
-        "history": _history([entry for entry in log if "held_out" in entry], recipe.batch),
-        "tables": "\n\n".join(f"{steps} steps:\n\n{as_markdown(rows)}" for steps, rows in examinations.items()),
-        "missed": "\n".join(f"- At {default} steps, {line}." for line in shortfalls(examination)),
-    }
-    (target / "README.md").write_text(CARD.format(**facts))
+    card = CARD.format(
+        double=architecture.double_blocks,
+        single=architecture.single_blocks,
+        heads=architecture.heads,
+        length=architecture.text_length,
+        flow=recipe,
+        width=architecture.heads * architecture.head_width,
+        pixels=PIXELS,
+        seen=updates * recipe.batch,
+        updates=updates,
+        layout_part=1 - recipe.layout_from,
+        layout_level=1 / (1 + math.exp(-recipe.layout_level_mean)),
+        guided_part=1 - recipe.guided_from,
+        weight=1 + recipe.object_weight,
+        head_weight=recipe.concept_weight,
+        hours=updates * sum(seconds) / len(seconds) / 3600,
+        machine=f"one core ({platform.machine()})",
+        changes=_changes(log),
+        history=_history([entry for entry in log if "held_out" in entry], recipe.batch),
+        tables="\n\n".join(f"{steps} steps:\n\n{as_markdown(rows)}" for steps, rows in examinations.items()),
+        missed="\n".join(f"- At {default} steps, {line}." for line in shortfalls(examination)),
+    )
+    (target / "README.md").write_text(card)
 
 
 def _changes(log: list[dict[str, Any]]) -> str:

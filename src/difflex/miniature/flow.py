@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from difflex.miniature.autoencoder import PatchComponents
+from difflex.miniature.architecture import PatchComponents
 from difflex.miniature.drawing import Scenes, draw
 from difflex.miniature.world import COLOURS, SHAPES, TEXTURES, SceneMix
 
@@ -70,10 +70,6 @@ class FlowRecipe:
     def trains_layout(self, update: int) -> bool:
         """Return whether this update has the settings for the layout."""
         return update >= self.layout_from * self.updates
-
-    def guides(self, update: int) -> bool:
-        """Return whether this update distils guidance."""
-        return update >= self.guided_from * self.updates
 
 
 class FlowBatch(NamedTuple):

@@ -3,8 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, final
 
@@ -14,13 +15,12 @@ from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from difflex.errors import StaleWork
 from difflex.files import replacing
-from difflex.miniature.architecture import MiniatureConfig, untrained_pipeline
-from difflex.miniature.autoencoder import PatchComponents, decoder_losses, write_encoder
+from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.drawing import draw
 from difflex.miniature.flow import (
     CaptionTokens,
@@ -35,8 +35,6 @@ from difflex.miniature.flow import (
 )
 from difflex.miniature.judge import Judge, save_judge, training_losses
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
-
-__all__ = ["FlowState", "HeldOutLoss", "TrainingFolder", "fit_components", "load_average", "pack", "train", "train_flow"]
 
 DECODER_UPDATES = 2200
 JUDGE_UPDATES = 4000
@@ -71,18 +69,13 @@ def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minut
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = untrained_pipeline(architecture, recipe.seed)
     if not run.judge.exists():
-        train_judge(run, JUDGE_UPDATES)
+        judge = Judge()
+        for _ in _progress(training_losses(judge, JUDGE_UPDATES), "judge", JUDGE_UPDATES):
+            pass
+        save_judge(judge, run.judge)
     if not run.autoencoder.exists():
-        train_autoencoder(run, pipeline.vae, DECODER_UPDATES)
+        _train_autoencoder(run, pipeline.vae)
     train_flow(run, pipeline, recipe, deadline)
-
-
-def train_judge(run: TrainingFolder, updates: int) -> None:
-    """Train and save the judge."""
-    judge = Judge()
-    for _ in _progress(training_losses(judge, updates), "judge", updates):
-        pass
-    save_judge(judge, run.judge)
 
 
 def fit_components(run: TrainingFolder) -> PatchComponents:
@@ -93,12 +86,12 @@ def fit_components(run: TrainingFolder) -> PatchComponents:
     return PatchComponents(**load_file(run.components))
 
 
-def train_autoencoder(run: TrainingFolder, vae: AutoencoderKL, updates: int) -> None:
+def _train_autoencoder(run: TrainingFolder, vae: AutoencoderKL) -> None:
     """Write the encoder, train the decoder, save both."""
     components = fit_components(run)
     write_encoder(vae, components)
-    batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(updates))
-    for _ in _progress(decoder_losses(vae, components, batches, updates), "autoencoder", updates):
+    batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(DECODER_UPDATES))
+    for _ in _progress(decoder_losses(vae, components, batches, DECODER_UPDATES), "autoencoder", DECODER_UPDATES):
         pass
     vae.save_pretrained(run.autoencoder)
 
@@ -111,19 +104,17 @@ def train_flow(run: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, 
         _log(run, update=state.update, changed=name, before=before, now=now)
     held_out: HeldOutLoss | None = None
     saved = time.monotonic()
-    batches = _prefetch(state.update, recipe, components, tokenize)
-    for batch in _progress(batches, "flow", recipe.updates, state.update):
+    make: Callable[..., FlowBatch] = partial(training_batch, recipe=recipe, components=components, tokenize=tokenize)
+    updates = range(state.update, recipe.updates)
+    # A worker process draws the scenes. The data set may be any sequence.
+    batches = DataLoader(updates, batch_size=None, collate_fn=make, num_workers=1, prefetch_factor=8)  # pyright: ignore[reportArgumentType]
+    for batch in _progress(iter(batches), "flow", recipe.updates, state.update):
         start = time.monotonic()
         losses = train_update(state.model, state.average, state.optimisers, batch, recipe, state.update, state.guide(tokenize))
         state.update += 1
         if state.update % 50 == 0:
-            _log(
-                run,
-                update=state.update,
-                flow=losses.flow.item(),
-                concepts=losses.concepts.item(),
-                seconds=time.monotonic() - start,
-            )
+            seconds = time.monotonic() - start
+            _log(run, update=state.update, flow=losses.flow.item(), concepts=losses.concepts.item(), seconds=seconds)
         if state.update % REPORT_EVERY == 0:
             held_out = held_out or HeldOutLoss(components, tokenize)
             _log(run, update=state.update, held_out=held_out.loss(state.model), rises=held_out.rises(state.model))
@@ -147,7 +138,7 @@ class FlowState:
 
     def guide(self, tokenize: CaptionTokens) -> GuidanceTeacher | None:
         """Return the teacher of this update, which has the average weights from when guidance began; None before."""
-        if not self.recipe.guides(self.update):
+        if self.update < self.recipe.guided_from * self.recipe.updates:
             return None
         if self._guide is None:
             self._guide_weights = self._guide_weights or [x.clone() for x in self.average]
@@ -279,22 +270,6 @@ def _swap_word(caption: str, group: str) -> str:
     if index is not None:
         words[index] = names[(names.index(words[index]) + 1 + len(caption) % (len(names) - 1)) % len(names)]
     return " ".join(words)
-
-
-class _FlowBatches(IterableDataset[FlowBatch]):
-    """Training batches from one update on, drawn in a worker process."""
-
-    def __init__(self, first: int, recipe: FlowRecipe, components: PatchComponents, tokenize: CaptionTokens) -> None:
-        self._first, self._recipe, self._components, self._tokenize = first, recipe, components, tokenize
-
-    def __iter__(self) -> Iterator[FlowBatch]:
-        torch.set_num_threads(1)
-        for update in range(self._first, self._recipe.updates):
-            yield training_batch(update, self._recipe, self._components, self._tokenize)
-
-
-def _prefetch(first: int, recipe: FlowRecipe, components: PatchComponents, tokenize: CaptionTokens) -> Iterator[FlowBatch]:
-    yield from DataLoader(_FlowBatches(first, recipe, components, tokenize), batch_size=None, num_workers=1, prefetch_factor=8)
 
 
 def _progress(items: Iterator[T], name: str, total: int, initial: int = 0) -> Iterator[T]:
