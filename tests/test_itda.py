@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from difflex.choices import PursuitName
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Normalisation
 from difflex.dictionaries.itda import ITDA, AtomProvenance, GrowthConfig, cluster_atoms, paper_config, remove_similar
+from difflex.dictionaries.normalisation import estimate_normalisation
 from difflex.dictionaries.pursuit import RULES, AtomSet, run_pursuit
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
@@ -30,7 +31,7 @@ from difflex.training.itda.state import HoldOut
 WIDTH, BATCH, TOKENS = 16, 64, 1024
 ORIGIN = DictionaryOrigin(site=Site("double.18"), model="mini-flux")
 CPU = torch.device("cpu")
-WAYS = pytest.mark.parametrize("way", RULES)
+PURSUITS = pytest.mark.parametrize("pursuit", RULES)
 
 
 def cloud(count: int, seed: int = 0) -> Tensor:
@@ -71,45 +72,43 @@ def grown(folder: Path, **changes: object) -> ITDA:
 
 
 def normalised() -> Normalisation:
-    from difflex.dictionaries.normalisation import estimate_normalisation
-
     return estimate_normalisation((batch.values for batch in stream(0)), "standardise")
 
 
-def left(z: Tensor, atoms: Tensor, way: PursuitName, k: int = 4) -> Tensor:
+def unexplained_share(z: Tensor, atoms: Tensor, pursuit: PursuitName, k: int = 4) -> Tensor:
     """The unexplained share of every row of `z`, by products alone."""
-    return run_pursuit(AtomSet(atoms), RULES[way], z, k).residual_energy / z.square().sum(1)
+    return run_pursuit(AtomSet(atoms), RULES[pursuit], z, k).residual_energy / z.square().sum(1)
 
 
 def all_rows() -> Tensor:
     return torch.cat([batch.values for batch in stream(0)])
 
 
-@WAYS
+@PURSUITS
 @pytest.mark.parametrize("by_gram", [True, False])
 def test_every_token_is_under_the_threshold_once_its_batch_was_added(
-    way: PursuitName, by_gram: bool, monkeypatch: pytest.MonkeyPatch
+    pursuit: PursuitName, by_gram: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if by_gram:
         monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
-    grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
-    assert (grower.backend.gram is not None) == by_gram or way in ("matching", "positive-matching")
+    grower = AtomGrower(growth(pursuit=pursuit), 0.25, WIDTH, CPU, Ranks())
+    assert (grower.backend.gram is not None) == by_gram or pursuit in ("matching", "positive-matching")
     normalisation = normalised()
     for batch in stream(0):
         z = normalisation.apply(batch.values)
         grower.add_batch(batch._replace(values=z))
-        assert float(left(z, grower.atoms.rows, way).max()) <= 0.25 * (1 + 1e-4)
+        assert float(unexplained_share(z, grower.atoms.rows, pursuit).max()) <= 0.25 * (1 + 1e-4)
     assert 20 < grower.size < TOKENS // 2
 
 
-@WAYS
-def test_every_atom_was_over_the_threshold_when_it_was_added(way: PursuitName):
-    grower = AtomGrower(growth(pursuit=way), 0.25, WIDTH, CPU, Ranks())
+@PURSUITS
+def test_every_atom_was_over_the_threshold_when_it_was_added(pursuit: PursuitName):
+    grower = AtomGrower(growth(pursuit=pursuit), 0.25, WIDTH, CPU, Ranks())
     for batch in stream(0):
         grower.add_batch(batch._replace(values=normalised().apply(batch.values)))
     atoms = grower.atoms.rows
     for place in range(grower.size):
-        assert float(left(atoms[place : place + 1], atoms[:place], way)) > 0.25 * (1 - 1e-4)
+        assert float(unexplained_share(atoms[place : place + 1], atoms[:place], pursuit)) > 0.25 * (1 - 1e-4)
 
 
 def test_an_atom_is_a_row_of_the_data_and_knows_its_shot_and_token(tmp_path: Path):
@@ -171,12 +170,11 @@ def test_restricted_growth_adds_only_the_worst_explained_tokens():
     normalisation = normalised()
     for batch in stream(0):
         z, before = normalisation.apply(batch.values), grower.atoms.rows
-        worst = int(left(z, before, "orthogonal").argmax())
+        worst = int(unexplained_share(z, before, "orthogonal").argmax())
         grower.add_batch(batch._replace(values=z))
         added = grower.shots[len(before) : grower.size] * 8 + grower.tokens[len(before) : grower.size]
         assert len(added) <= 3
         assert not len(before) or int(added[0]) % BATCH == worst
-    assert not growth(max_per_batch=3).guarantees_threshold
 
 
 def test_the_residual_can_be_added_instead_of_the_point():
@@ -246,11 +244,11 @@ def test_the_search_finds_the_threshold_that_fills_the_size(tmp_path: Path):
 
 
 def test_a_label_contains_the_requested_size_even_if_there_are_fewer_atoms(tmp_path: Path):
-    made = {size: grown(tmp_path / str(size), threshold=None, size=size) for size in (60, 91, 150)}
-    assert any(itda.size < size for size, itda in made.items())
-    assert all(itda.label == f"itda-{size}-k4-out0" for size, itda in made.items())
-    found = grown(tmp_path / "threshold", size=4000)
-    assert found.size < 4000 and found.label == f"itda-{found.size}-k4-over0.25-out0"
+    dictionaries = {size: grown(tmp_path / str(size), threshold=None, size=size) for size in (60, 91, 150)}
+    assert any(itda.size < size for size, itda in dictionaries.items())
+    assert all(itda.label == f"itda-{size}-k4-out0" for size, itda in dictionaries.items())
+    small = grown(tmp_path / "threshold", size=4000)
+    assert small.size < 4000 and small.label == f"itda-{small.size}-k4-over0.25-out0"
 
 
 def test_saving_and_loading_keeps_codes_and_patches(tmp_path: Path):
@@ -363,8 +361,8 @@ def test_the_dictionaries_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatc
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
     monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: 1_200_000)
     sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
-    means = [itda.origin.training["backend"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
-    assert all("float16" in str(each) for each in means)
+    backends = [itda.origin.training["backend"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
+    assert all("float16" in str(backend) for backend in backends)
     assert "float32" in str(grown(tmp_path / "alone").origin.training["backend"])
 
 
@@ -527,4 +525,4 @@ def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Pat
     for number in range(TOKENS // BATCH):
         earlier = two.atoms[shots < (number + 1) * BATCH]
         batch = z[number * BATCH : (number + 1) * BATCH]
-        assert float(left(batch, earlier, "orthogonal").max()) <= 0.25 * (1 + 1e-4)
+        assert float(unexplained_share(batch, earlier, "orthogonal").max()) <= 0.25 * (1 + 1e-4)

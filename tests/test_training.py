@@ -166,9 +166,9 @@ def test_a_batch_with_nan_is_named_and_the_last_checkpoint_stays(tmp_path: Path)
 
 
 def test_divergence_is_explained(tmp_path: Path):
-    wild = replace(SMALL, optimiser=AdamConfig(learning_rate=1e30, warmup=0))
+    diverging = replace(SMALL, optimiser=AdamConfig(learning_rate=1e30, warmup=0))
     with pytest.raises(NonFinite, match=r"have diverged\. No checkpoint was saved\. Lower the learning rate"):
-        trained(tmp_path, wild)
+        trained(tmp_path, diverging)
 
 
 def test_held_out_rows_are_refused(tmp_path: Path):
@@ -286,23 +286,31 @@ def test_statistics_count_a_repeated_stream_once(tmp_path: Path):
 
 
 def test_weights_that_diverge_in_the_last_update_are_not_saved(tmp_path: Path):
-    mad = replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0, decay=0.0))
+    diverging = replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0, decay=0.0))
     with pytest.raises(NonFinite), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit({tmp_path: mad}, batches, origin=ORIGIN, config=replace(CONFIG, tokens=64))
+        fit({tmp_path: diverging}, batches, origin=ORIGIN, config=replace(CONFIG, tokens=64))
     assert not (tmp_path / "config.json").exists()
 
 
 def test_when_one_sae_of_a_sweep_diverges_the_others_keep_their_checkpoint(tmp_path: Path):
-    sweep = {tmp_path / "sane": SMALL, tmp_path / "mad": replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0))}
+    sweep = {
+        tmp_path / "stable": SMALL,
+        tmp_path / "diverging": replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0)),
+    }
     with pytest.raises(NonFinite, match="diverged"):
         fit(sweep, batches, origin=ORIGIN, config=CONFIG)
-    assert (tmp_path / "sane" / "training" / "state.safetensors").exists()
+    assert (tmp_path / "stable" / "training" / "state.safetensors").exists()
 
 
 def test_when_one_sae_diverges_at_the_end_the_others_are_saved(tmp_path: Path):
-    mad = replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0, decay=0.0))
+    diverging = replace(SMALL, optimiser=AdamConfig(learning_rate=1e38, warmup=0, decay=0.0))
     with pytest.raises(NonFinite, match="diverged"):
-        fit({tmp_path / "mad": mad, tmp_path / "sane": SMALL}, batches, origin=ORIGIN, config=replace(CONFIG, tokens=64))
-    assert Dictionary.load(tmp_path / "sane").size == SMALL.size
-    assert not (tmp_path / "mad" / "config.json").exists()
+        fit(
+            {tmp_path / "diverging": diverging, tmp_path / "stable": SMALL},
+            batches,
+            origin=ORIGIN,
+            config=replace(CONFIG, tokens=64),
+        )
+    assert Dictionary.load(tmp_path / "stable").size == SMALL.size
+    assert not (tmp_path / "diverging" / "config.json").exists()

@@ -87,16 +87,16 @@ class Reference:
             return values, config.jumprelu.coefficient * (steps.sum(1).mean() / config.k - 1).square()
         if config.kind == "topk":
             top = scores.topk(config.k)
-            kept = torch.zeros_like(scores).scatter(1, top.indices, top.values)
-            return (kept.relu() if config.relu else kept), none
+            selected = torch.zeros_like(scores).scatter(1, top.indices, top.values)
+            return (selected.relu() if config.relu else selected), none
         smallest = scores.flatten().topk(config.k * len(scores)).values[-1]
         return scores * (scores >= smallest.clamp_min(1e-30)), none
 
     def _auxk(self, scores: Tensor, values: Tensor, z: Tensor, dead: Tensor, auxk: AuxKLoss) -> Tensor:
         of_dead = scores[:, dead]
         top = of_dead.topk(min(auxk.k, of_dead.shape[1]))
-        kept = torch.zeros_like(of_dead).scatter(1, top.indices, top.values)
-        output = (kept.relu() if self.config.relu else kept) @ self.weights["decoder"][dead]
+        selected = torch.zeros_like(of_dead).scatter(1, top.indices, top.values)
+        output = (selected.relu() if self.config.relu else selected) @ self.weights["decoder"][dead]
         y = values @ self.weights["decoder"]
         if auxk.target == "reconstruction":
             return auxk.coefficient * (output - y).square().mean()

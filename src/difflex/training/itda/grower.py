@@ -97,12 +97,13 @@ class PursuitBatch:
         """Compute the correlations with `new` atoms, which come after the first `size`."""
         self._scores[:, size : size + len(new)] = product(self._z, new)
 
-    def keep_atoms(self, size: int, kept: Int[Tensor, " kept"], count: int) -> None:
-        """Of the `count` atoms after the first `size`, forget those that are not `kept`; the others move up."""
-        self._scores[:, size : size + len(kept)] = self._scores[:, size + kept]
-        places = torch.zeros(size + count, dtype=torch.long, device=kept.device)
-        places[:size] = torch.arange(size, device=kept.device)
-        places[size + kept] = size + torch.arange(len(kept), device=kept.device)
+    def keep_atoms(self, size: int, winners: Int[Tensor, " winner"], count: int) -> None:
+        """Of the `count` atoms after the first `size`, forget all but the `winners`, which move up."""
+        end, device = size + len(winners), winners.device
+        self._scores[:, size:end] = self._scores[:, size + winners]
+        places = torch.zeros(size + count, dtype=torch.long, device=device)
+        places[:size] = torch.arange(size, device=device)
+        places[size + winners] = torch.arange(size, end, device=device)
         self._path.support.copy_(places[self._path.support])
 
     def picked_any(self, tokens: Int[Tensor, " token"], atoms: Bool[Tensor, " size"]) -> Bool[Tensor, " token"]:
@@ -207,9 +208,9 @@ class AtomGrower:
         before = self.size
         counts = self._ranks.gather_counts(len(rows.values))
         batch = PursuitBatch(rows.values, self.atoms, self.growth, self.threshold, sum(counts))
+        holdout = torch.zeros_like(batch.excluded) if holdout is None else holdout
         interval = self._interval(batch, holdout)
-        if holdout is not None:
-            batch.excluded |= holdout
+        batch.excluded |= holdout
         room = self.growth.size - self.size
         if self.growth.max_per_batch is not None:
             room = min(room, self.growth.max_per_batch)
@@ -218,13 +219,12 @@ class AtomGrower:
         self.idle_tokens = 0 if self.size > before else self.idle_tokens + sum(counts)
         self.curve.append(interval._replace(size=self.size))
 
-    def _interval(self, batch: PursuitBatch, holdout: Bool[Tensor, " token"] | None) -> GrowthInterval:
+    def _interval(self, batch: PursuitBatch, holdout: Bool[Tensor, " token"]) -> GrowthInterval:
         """Count the tokens of all ranks before any of them becomes an atom."""
         over = batch.unexplained > self.threshold
-        held_out = torch.zeros_like(over) if holdout is None else holdout
-        counts = torch.stack([torch.ones_like(over), over, held_out, over & held_out]).sum(1)
-        count, *others = self._ranks.sum(counts).tolist()
-        return GrowthInterval(self.token_count + count, others[0], self.size, *others[1:])
+        counts = torch.stack([torch.ones_like(over), over, holdout, over & holdout]).sum(1)
+        count, over_threshold, *holdout_counts = self._ranks.sum(counts).tolist()
+        return GrowthInterval(self.token_count + count, over_threshold, self.size, *holdout_counts)
 
     def _add_atoms(self, batch: PursuitBatch, rows: ActivationBatch, limit: int) -> int:
         """Add at most `limit` atoms from tokens over the threshold, and update the pursuits; return how many were added.
@@ -240,22 +240,24 @@ class AtomGrower:
         self._append(candidates.rows, candidates.cross, among)
         batch.add_atoms(candidates.rows, size)
         would_pick = batch.would_pick(own, candidates.rows, candidates.cross, self._slack)
-        kept = self._select(batch, own, candidates.places, would_pick, limit).nonzero()[:, 0]
+        winners = self._select(batch, own, candidates.places, would_pick, limit).nonzero()[:, 0]
         # The candidates before the first that is dropped are in their places already.
-        fixed = int((kept == torch.arange(len(kept), device=kept.device)).sum())
+        fixed = int((winners == torch.arange(len(winners), device=winners.device)).sum())
         self.size = size + fixed
         if self._gram is not None:
             self._gram.truncate(self.size)
-        batch.keep_atoms(size, kept, count)
-        end = size + len(kept)
-        self.shots[size:end], self.tokens[size:end] = candidates.shots[kept].cpu(), candidates.tokens[kept].cpu()
-        cross, among = candidates.cross[kept], among[kept][:, kept]
-        self._append(candidates.rows[kept[fixed:]], torch.cat([cross[fixed:], among[fixed:, :fixed]], 1), among[fixed:, fixed:])
-        batch.excluded[own[torch.isin(candidates.places, kept)]] = True
-        others = (~batch.excluded).nonzero()[:, 0]
-        changed = batch.would_pick(others, candidates.rows[kept], torch.cat([cross, among], 1), self._slack).any(1)
-        batch.rerun(others[changed], self.atoms)
-        return len(kept)
+        batch.keep_atoms(size, winners, count)
+        end = size + len(winners)
+        self.shots[size:end], self.tokens[size:end] = candidates.shots[winners].cpu(), candidates.tokens[winners].cpu()
+        cross, among = candidates.cross[winners], among[winners][:, winners]
+        self._append(
+            candidates.rows[winners[fixed:]], torch.cat([cross[fixed:], among[fixed:, :fixed]], 1), among[fixed:, fixed:]
+        )
+        batch.excluded[own[torch.isin(candidates.places, winners)]] = True
+        remaining = (~batch.excluded).nonzero()[:, 0]
+        changed = batch.would_pick(remaining, candidates.rows[winners], torch.cat([cross, among], 1), self._slack).any(1)
+        batch.rerun(remaining[changed], self.atoms)
+        return len(winners)
 
     def _select(
         self, batch: PursuitBatch, own: Tensor, places: Tensor, would_pick: Bool[Tensor, "own new"], limit: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -128,10 +127,10 @@ class GrowthRun:
     def run_pass(self, members: list[GrowthMember]) -> None:
         """Run one pass over the stream for `members`, each from its own batch on."""
         growing = [member for member in members if not member.state.finished]
-        first = min((member.state.batches for member in growing), default=0)
-        stream = require_split(self.data.batches(first), "train") if growing else iter(())
-        for number in count(first):
-            rows = next(stream, None) if growing else None
+        number = min((member.state.batches for member in growing), default=0)
+        stream = require_split(self.data.batches(number), "train") if growing else iter(())
+        while growing:
+            rows = next(stream, None)
             counts = self.ranks.gather_counts(0 if rows is None else len(rows.values))
             if not sum(counts):
                 break
@@ -141,8 +140,7 @@ class GrowthRun:
                     if (number + 1) % self._checkpoint_every == 0 and not member.pass_is_done:
                         member.save()
             growing = [member for member in growing if not member.pass_is_done]
-            if not growing:
-                break
+            number += 1
         for member in members:
             member.end_pass()
 
@@ -202,8 +200,8 @@ class GrowthMember:
 
     def _restore(self) -> None:
         grower, state = self.grower, self.state
-        for part in files.read_parts(self._work, state):
-            grower.restore(part)
+        for name, sha256 in state.parts.items():
+            grower.restore(files.read_tensors(self._work / name, sha256))
         grower.curve, grower.idle_tokens = state.curve, state.idle_tokens
         if not grower.curve or grower.size != grower.curve[-1].size:
             path = self._work / files.STATE
@@ -258,7 +256,7 @@ class GrowthMember:
     def _make_dictionary(self) -> ITDA:
         grower, data, size = self.grower, self._run.data, self.grower.size
         shots = grower.shots[:size].clone()
-        known = {} if data.shot is None else {number: data.shot(number) for number in shots.unique().tolist()}
+        metadata = {} if data.shot is None else {number: data.shot(number) for number in shots.unique().tolist()}
         record: dict[str, Json] = {
             "config": self.growth.as_json(),
             "data": data.data,
@@ -274,6 +272,6 @@ class GrowthMember:
             origin=replace(self._origin, training={**self._origin.training, **record}),
             normalisation=self.normalisation,
             atoms=grower.atoms.rows.clone(),
-            provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), known=known),
+            provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), known=metadata),
             pursuit=self.growth.pursuit,
         )

@@ -141,11 +141,6 @@ def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], di
             path.unlink()
 
 
-def read_parts(folder: Path, state: GrowthState) -> list[dict[str, Tensor]]:
-    """Return the atoms that `state` names, in order."""
-    return [_read_part(folder / name, digest) for name, digest in state.parts.items()]
-
-
 def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str, Json]:
     """Write the tensors of `normalisation` to `folder`; return what `read_normalisation` needs besides."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,17 +150,17 @@ def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str,
 
 def read_normalisation(folder: Path, settings: Mapping[str, Json], device: torch.device) -> Normalisation:
     """Read a normalisation from `folder`."""
-    tensors = _read_part(folder / NORMALISATION, str(settings.get("sha256")))
+    tensors = read_tensors(folder / NORMALISATION, str(settings.get("sha256")))
     return Normalisation.from_saved(settings, tensors).to(device)
 
 
-def _read_part(path: Path, digest: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     """Return the tensors of the file with this SHA-256."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise BrokenFile(f"{path}, a part of an unfinished growth, cannot be read: {error}. {ADVICE}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise BrokenFile(f"{path}, a part of an unfinished growth, was changed or damaged. {ADVICE}")
     return load(content)
 
