@@ -240,7 +240,7 @@ def imaged(drawn: list[int]) -> RemovalImages:
         return [verdict(bool(x[i, 2, NEURONS[NAMED[i]][1]] > 0), shape=bool(x[i, :, 0].min() > 0)) for i in numbers]
 
     before = tuple(verdict(True, shape=True) for _ in NAMED)
-    return RemovalImages(named=tuple(NAMED), before=before, codes={PLACE: firings()}, edited=edited)
+    return RemovalImages(concepts=tuple(NAMED), before=before, codes={PLACE: firings()}, edited=edited)
 
 
 def test_planted_features_are_found_and_removed_while_all_else_stays():
@@ -293,7 +293,7 @@ def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_oth
         drawn.extend(numbers)
         return [right] * len(numbers)
 
-    shown = RemovalImages(named=tuple(named), before=(right,) * len(named), codes={PLACE: firing}, edited=edited)
+    shown = RemovalImages(concepts=tuple(named), before=(right,) * len(named), codes={PLACE: firing}, edited=edited)
     every = FeatureCut(everywhere, ((0,),), ((0.0,),))
     shown.rates(named[0], {PLACE: every}, 0.0)
     assert len(drawn) == each + (concepts - 1) * -(-each // 6)

@@ -185,7 +185,7 @@ def make_bench(
             return None
         place, number = features[concept]
         edit = Edit(operation="add", site=place.site, dictionary=place.label, features=(number,), unit="norm")
-        return editor.features(edit)._replace(description=f"{place} {number}")
+        return editor.features(edit)
 
     return ExperimentBench(
         site=site,

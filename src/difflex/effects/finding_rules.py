@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 KEPT = 0.8
-"""A gain is the best that keeps this share of all else; less than is asked of a single edit."""
+"""A gain is the best that keeps this share of all else, less than a single edit should keep."""
 MIN_GAIN = 0.1
 """A mean gain below this is no effect."""
 MIN_CONCEPTS = 3
-"""Concepts that a mean is taken over, at least."""
+"""A mean is over this number of concepts at least."""
 LEVEL = 0.05
 """How often a rule may decide by chance where its means lie at their thresholds."""
 CERTAINTY = (
@@ -57,7 +57,7 @@ def concepts_of(group: str, count: int) -> list[str]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class FindingsConfig:
-    """How much the experiments generate."""
+    """The concepts, images and strengths of the experiments."""
 
     groups: tuple[str, ...] = ("colour", "texture", "background", "style")
     concepts_per_group: int = 2
@@ -184,10 +184,11 @@ def t_tail(t: float, freedom: int) -> float:
     return max(0.0, 1 - inside)
 
 
-def rule(answer: bool | None, numbers: str) -> Ruling:
-    """Return the verdict of an answer, with `numbers` as the reason."""
+def rule(conditions: Sequence[RuleCondition], numbers: str) -> Ruling:
+    """Rule by conditions, with `numbers` as the reason."""
+    answer = evaluate_conditions(conditions)
     if answer is None:
-        reason = f"{numbers}: a 95 % interval holds the threshold, or there are fewer than {MIN_CONCEPTS} concepts."
+        reason = f"{numbers}: a 95 % interval contains the threshold, or there are fewer than {MIN_CONCEPTS} concepts."
         return Ruling("cannot be said", reason)
     return Ruling("holds here" if answer else "does not hold here", f"{numbers}.")
 
@@ -201,7 +202,7 @@ def rule_half(name: str, full: Sequence[float], others: Mapping[str, Sequence[fl
     if fmean(full) < MIN_GAIN:
         return Ruling("cannot be said", f"{numbers}: half of an effect under {MIN_GAIN} cannot be measured.")
     conditions = [RuleCondition([a / 2 - b for a, b in zip(full, values, strict=True)]) for values in others.values()]
-    return rule(evaluate_conditions(conditions), numbers)
+    return rule(conditions, numbers)
 
 
 def rule_rising(curves: Sequence[StrengthCurve]) -> Ruling:
@@ -211,7 +212,7 @@ def rule_rising(curves: Sequence[StrengthCurve]) -> Ruling:
     rising = [RuleCondition([b - a for a, b in zip(*pair, strict=True)]) for pair in pairwise(columns)]
     strengths = [point.strength for point in curves[0].points]
     means = [f"{fmean(column):.2f} at {strength:g}" for strength, column in zip(strengths, columns, strict=True)]
-    return rule(evaluate_conditions(above + rising), f"loss over that of unedited images {', '.join(means)}")
+    return rule(above + rising, f"loss over that of unedited images {', '.join(means)}")
 
 
 def line_of_curves(

@@ -72,7 +72,7 @@ def _rule_knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
     means = {count: fmean(values) for count, values in gains.items()}
     enough = min(count for count, value in means.items() if value >= means[most] - FLAT)
     numbers = ", ".join(f"{value:.2f} by {count}" for count, value in means.items())
-    return rules.rule(rules.evaluate_conditions([rises, flat]), f"gain {numbers} pairs; {enough} come within {FLAT} of {most}")
+    return rules.rule([rises, flat], f"gain {numbers} pairs; {enough} come within {FLAT} of {most}")
 
 
 def _distribution(bench: ExperimentBench) -> ExperimentOutcome:
@@ -120,10 +120,10 @@ def _size(bench: ExperimentBench) -> ExperimentOutcome:
     names = _millions(bench.parameters), _millions(bench.other.parameters)
     numbers = {f"loss, {name}": fmean([pair[i] for pair in excess]) for i, name in enumerate(names)}
     means = ", ".join(f"{value:.2f} of {name}" for name, value in zip(names, numbers.values(), strict=True))
-    is_less = rules.evaluate_conditions([RuleCondition([small - large for small, large in smaller_first])])
+    is_less = RuleCondition([small - large for small, large in smaller_first])
     lines.append(rules.line_of_curves(names[1], list(quality.curves), _loss))
     curves = tuple(curve for pair in shared for curve in pair)
-    return ExperimentOutcome(rules.rule(is_less, f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), curves)
+    return ExperimentOutcome(rules.rule([is_less], f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), curves)
 
 
 def _related(bench: ExperimentBench) -> ExperimentOutcome:

@@ -1,4 +1,4 @@
-"""What judging edits takes as input: the model as functions, features with known concepts, and the provenance of results."""
+"""The input of judging edits: the model as functions, features with known concepts, and the provenance of results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Images = Float[Tensor, "image channel row column"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelFunctions:
-    """What judging edits needs of the pipeline, as functions."""
+    """The functions of a pipeline that judging edits needs."""
 
     shots: Callable[[range | None], Sequence[Shot]]
     """The shots of an empty prompt at steps of a run; None for all steps."""
@@ -69,7 +69,7 @@ class ModelFunctions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What results depend on besides a config; they are up to date while both are unchanged."""
+    """The inputs that results depend on besides a config; results are up to date while both are unchanged."""
 
     fingerprints: dict[str, str]
     """Of the dictionaries, by SITE/LABEL."""
@@ -98,7 +98,7 @@ class Provenance:
 
 
 def concept_matches(study: Study, place: DictionaryRef) -> ConceptMatches | None:
-    """Return what `difflex concepts` found for a dictionary; None if it was not run."""
+    """Return the results of `difflex concepts` for a dictionary; None if it was not run."""
     path, folder = study.concepts(*place), study.dictionary(*place)
     if not path.is_file():
         return None

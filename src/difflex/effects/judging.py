@@ -1,4 +1,4 @@
-"""Whether an edit does what it should: the concept appears in its region, all else stays, and no image breaks."""
+"""Judging edits: whether the concept appears in its region, whether all else stays, and whether images break."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SteeringTrial(NamedTuple):
 
 
 class JudgeVerdict(NamedTuple):
-    """What a judge sees in an image."""
+    """The verdict of a judge on an image."""
 
     shows: bool
     """Whether the concept is in the trial's region."""
@@ -86,7 +86,7 @@ class StrengthCurve:
 
     method: str
     description: str
-    """What the method adds: which feature, which direction."""
+    """The feature or the direction that is added."""
     concept: str
     group: str
     trials: int
@@ -171,11 +171,11 @@ def _point(
     edited = generator.images(trials, batch_hook(trials, hooks))
     # Judged by the original prompts: a prompt that was edited states the concept, not what it replaced.
     after = generator.verdicts(task, task.trials, edited)
-    kept = [new.right[name] for old, new in zip(before, after, strict=True) for name, right in old.right.items() if right]
+    still_right = [new.right[name] for old, new in zip(before, after, strict=True) for name, right in old.right.items() if right]
     return StrengthPoint(
         strength=float(strength),
         success=_mean([verdict.shows for verdict in after]),
-        specificity=_mean(kept) if kept else 1.0,
+        specificity=_mean(still_right) if still_right else 1.0,
         quality=float(generator.losses(edited).mean() / losses.mean()),
         confidence=_mean([new.confidence for new in after]) / max(1e-9, _mean([old.confidence for old in before])),
     )

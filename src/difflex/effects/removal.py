@@ -133,7 +133,7 @@ class RemovalResults(JsonRecord):
 
 
 class RemovalOutcome(NamedTuple):
-    """The file of removal results, and whether they were there already."""
+    """The file of removal results, the results, and whether they were reused."""
 
     path: Path
     results: RemovalResults
@@ -163,7 +163,7 @@ def remove_concepts(
         if (results.config, results.provenance) == (config, provenances[places])
     }
     stale = [places for places in sets if places not in current]
-    for places, concepts in (_removed_sets(editor, stale, config, model(), log) if stale else {}).items():
+    for places, concepts in (_remove_with_sets(editor, stale, config, model(), log) if stale else {}).items():
         results = RemovalResults(
             model=study.model,
             dictionaries=tuple(map(str, places)),
@@ -192,7 +192,7 @@ def _dictionary_sets(editor: StudyEditor, names: Sequence[str]) -> list[Places]:
     return list(dict.fromkeys(sets))
 
 
-def _removed_sets(
+def _remove_with_sets(
     editor: StudyEditor, sets: Sequence[Places], config: RemovalConfig, model: ModelFunctions, log: Callable[[str], None]
 ) -> dict[Places, list[RemovedConcept]]:
     """Remove the concepts of all groups with each set of dictionaries."""
@@ -204,13 +204,13 @@ def _removed_sets(
         selection, tuning, unseen = _image_sets(model, dictionaries, group, counts)
         for places in sets:
             log(f"{', '.join(map(str, places))}: {group}")
-            for concept in dict.fromkeys(selection.named):
-                removed[places].append(_removed(concept, group, places, config, selection, tuning, unseen))
+            for concept in dict.fromkeys(selection.concepts):
+                removed[places].append(_remove_concept(concept, group, places, config, selection, tuning, unseen))
                 log("  ".join(_table_row(removed[places][-1])))
     return removed
 
 
-def _removed(
+def _remove_concept(
     concept: str,
     group: str,
     places: Places,
@@ -221,14 +221,14 @@ def _removed(
 ) -> RemovedConcept:
     """Remove a concept with what is best on the first two sets of images, and judge it on the third."""
     cuts = {
-        place: choose_features(selection.codes[place], selection.named, concept, max(config.features), config.steps)
+        place: choose_features(selection.codes[place], selection.concepts, concept, max(config.features), config.steps)
         for place in places
     }
     settings = [(count, strength) for count in config.features for strength in config.strengths]
     trials = tuple(tuning.trials(concept, cuts, settings)) if len(settings) > 1 else ()
     count, strength = best_trial(trials)[:2] if trials else settings[0]
     cuts = {place: cut.first(count) for place, cut in cuts.items()}
-    shows = [verdict.shows for name, verdict in zip(unseen.named, unseen.before, strict=True) if name == concept]
+    shows = [verdict.shows for name, verdict in zip(unseen.concepts, unseen.before, strict=True) if name == concept]
     return RemovedConcept(
         concept=concept,
         group=group,
@@ -275,7 +275,7 @@ def _judged_images(
         return judge.of_captions(group, [captions[i] for i in numbers], to_tensor(generated))
 
     return RemovalImages(
-        named=tuple(caption.concept for caption in captions),
+        concepts=tuple(caption.concept for caption in captions),
         before=tuple(verdicts(range(len(shots)), (place.site for place in codes))),
         codes=codes,
         edited=lambda numbers, hooks: verdicts(numbers, [hooks[0].site], hooks),

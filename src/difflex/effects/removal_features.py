@@ -133,13 +133,13 @@ def _above(features: EditFeatures, floors: Float[Tensor, " feature"]) -> EditFea
 
 
 def choose_features(
-    codes: GenerationCodes, named: Sequence[str], concept: str, count: int, steps: range | None = None
+    codes: GenerationCodes, concepts: Sequence[str], concept: str, count: int, steps: range | None = None
 ) -> FeatureCut:
     """Return the `count` features with the highest importance for `concept` at each of `steps` (None: at all).
 
-    `named` are the concepts that the prompts of the images name. Features without a positive importance are left out.
+    `concepts` are those that the prompts of the images name. Features without a positive importance are left out.
     """
-    is_named = torch.tensor([name == concept for name in named])
+    is_named = torch.tensor([name == concept for name in concepts])
     means = codes.means()
     if len(is_named) != means.shape[1] or not bool(is_named.any()) or bool(is_named.all()):
         raise BadInput(
@@ -190,22 +190,21 @@ class RemovalTrial(NamedTuple):
 
 
 def removal_rates(
-    concept: str, named: Sequence[str], before: Sequence[JudgeVerdict], after: Sequence[JudgeVerdict]
+    concept: str, concepts: Sequence[str], before: Sequence[JudgeVerdict], after: Sequence[JudgeVerdict]
 ) -> RemovalRates:
-    """Return the rates of an edit that removes `concept`; `named` are the concepts that the prompts of the images name.
+    """Return the rates of an edit that removes `concept`; `concepts` are those that the prompts of the images name.
 
     Verdicts tell whether an image shows the concept that its prompt names.
     """
-    still, kept = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
-    for name, old, new in zip(named, before, after, strict=True):
-        still[name] += [new.shows] if old.shows else []
-        kept[name] += [new.right[statement] for statement, right in old.right.items() if right]
-    others = [name for name in still if name != concept]
+    shows, right = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
+    for name, old, new in zip(concepts, before, after, strict=True):
+        shows[name] += [new.shows] if old.shows else []
+        right[name] += [new.right[statement] for statement, was_right in old.right.items() if was_right]
     return RemovalRates(
-        ua=1 - _share([still[concept]]),
-        ira=_share([still[name] for name in others]),
-        cra=_share(kept.values()),
-        own=_share([kept[concept]]),
+        ua=1 - _share([shows[concept]]),
+        ira=_share([answers for name, answers in shows.items() if name != concept]),
+        cra=_share(right.values()),
+        own=_share([right[concept]]),
     )
 
 
@@ -231,8 +230,8 @@ def best_trial(trials: Sequence[RemovalTrial]) -> RemovalTrial:
 class RemovalImages:
     """Images whose prompts each name a concept of one group, judged without an edit, and a function that judges them with one."""
 
-    named: tuple[str, ...]
-    """The concepts, by image."""
+    concepts: tuple[str, ...]
+    """The concept that its prompt names, of each image."""
     before: tuple[JudgeVerdict, ...]
     codes: Mapping[DictionaryRef, GenerationCodes]
     """Of each dictionary, on all images."""
@@ -243,13 +242,12 @@ class RemovalImages:
         """Return the rates of `cuts`. Images in which none of their features fires do not change and are not generated again."""
         numbers = self._numbers(concept)
         changed = torch.stack([cut.changes(self.codes[place]) for place, cut in cuts.items()]).any(0)
-        again, after = [number for number in numbers if changed[number]], list(self.before)
-        if again:
+        stale, before = [number for number in numbers if changed[number]], [self.before[number] for number in numbers]
+        after = dict(zip(numbers, before, strict=True))
+        if stale:
             hooks = [hook for cut in cuts.values() for hook in cut.steering_hooks(strength)]
-            for number, verdict in zip(again, self.edited(again, hooks), strict=True):
-                after[number] = verdict
-        named = [self.named[number] for number in numbers]
-        return removal_rates(concept, named, [self.before[number] for number in numbers], [after[number] for number in numbers])
+            after |= zip(stale, self.edited(stale, hooks), strict=True)
+        return removal_rates(concept, [self.concepts[number] for number in numbers], before, list(after.values()))
 
     def trials(
         self, concept: str, cuts: Mapping[DictionaryRef, FeatureCut], settings: Iterable[Setting]
@@ -277,7 +275,7 @@ class RemovalImages:
 
     def _numbers(self, concept: str) -> list[int]:
         """Return the images that a removal is judged on: all that name `concept`, and a part of those of each other concept."""
-        by_name = {name: [i for i, other in enumerate(self.named) if other == name] for name in dict.fromkeys(self.named)}
+        by_name = {name: [i for i, other in enumerate(self.concepts) if other == name] for name in dict.fromkeys(self.concepts)}
         if concept not in by_name:
             raise BadInput(f"No prompt names '{concept}'. Named are: {', '.join(by_name)}.")
         parts = [numbers if name == concept else numbers[: -(-len(numbers) // PART)] for name, numbers in by_name.items()]

@@ -92,7 +92,7 @@ class SteeringResults(JsonRecord):
 
 
 class SteeringEvaluation(NamedTuple):
-    """The evaluation of a dictionary: the file of its results, and whether they were there already."""
+    """The results of a dictionary, their file, the number of concepts, and whether the results were reused."""
 
     place: DictionaryRef
     path: Path
@@ -177,8 +177,8 @@ def _provenance(
 ) -> Provenance:
     features = {place: {target.concept: target.feature for target in concepts}}
     if neurons is not None:
-        best = {target.concept: neurons.best.get(target.concept) for target in concepts}
-        features[neurons.place] = {concept: neuron for concept, neuron in best.items() if neuron is not None}
+        names = [target.concept for target in concepts if target.concept in neurons.best]
+        features[neurons.place] = {name: neurons.best[name] for name in names}
     files = {"concepts": world.concepts.checksum} if world.concepts.specs else {}
     return Provenance.of(study, features, world.judge, files)
 
@@ -213,42 +213,34 @@ class _SteeringRun:
             log(f"{self.place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
             task = self.world.task(target.concept, self.config.trials)
             first.clear()
-            own = list(judge_methods(task, self._methods(target), recorded))
-            if task.group not in best or own[0].gain() > best[task.group][0]:
-                best[task.group] = own[0].gain(), dict(_strips(task, own, first))
-            curves += own
+            of_task = list(judge_methods(task, self._methods(target), recorded))
+            if task.group not in best or of_task[0].gain() > best[task.group][0]:
+                best[task.group] = of_task[0].gain(), dict(_strips(task, of_task, first))
+            curves += of_task
         return curves, {strip: image for _, strips in best.values() for strip, image in strips.items()}
 
     def _methods(self, target: _TargetConcept) -> Mapping[str, SteeringMethod]:
         """Return the methods by name: the feature, and the baselines."""
-        place, config, concept = self.place, self.config, target.concept
-        edit = Edit(
-            operation="add",
-            site=place.site,
-            dictionary=place.label,
-            features=(target.feature,),
-            unit=config.unit,
-            steps=config.edit_steps,
+        site, label = self.place
+        concept, strengths, steps = target.concept, self.config.strengths, self.config.edit_steps
+        edit = Edit(operation="add", site=site, dictionary=label, features=(target.feature,), unit=self.config.unit, steps=steps)
+        features, pairs = self.editor.features(edit), self.world.pairs(concept, self.config.pairs)
+        [contrast] = self.model.contrasts(
+            site, pairs, steps=steps and range(*steps), region=lambda shot: self.world.region(shot, concept)
         )
-        features, strengths = self.editor.features(edit)._replace(description=f"{place} {target.feature}"), config.strengths
-        pairs = self.world.pairs(concept, config.pairs)
-        steps = None if config.edit_steps is None else range(*config.edit_steps)
-        [contrast] = self.model.contrasts(place.site, pairs, steps=steps, region=lambda shot: self.world.region(shot, concept))
-        by_contrast = contrast_features(contrast)._replace(description=f"{len(pairs)} pairs")
+        direction = contrast_features(contrast)._replace(description=f"{len(pairs)} pairs")
         methods = {
             "feature": SteeringMethod.adding(edit, features, strengths),
-            "contrast": SteeringMethod.adding(replace(edit, unit="code"), by_contrast, strengths),
+            "contrast": SteeringMethod.adding(replace(edit, unit="code"), direction, strengths),
             "random": SteeringMethod.adding(edit, random_features(features, target.feature), strengths),
             "prompt": SteeringMethod(
                 "the caption names it", lambda trial, strength: (self.world.with_concept(trial, concept), None), (1.0,)
             ),
         }
-        neuron = None if self.neurons is None else self.neurons.best.get(concept)
-        if self.neurons is not None and neuron is not None:
-            other = self.neurons.place
-            own = replace(edit, site=other.site, dictionary=other.label, features=(neuron,))
-            by_neuron = self.editor.features(own)._replace(description=f"{other} {neuron}")
-            methods["neuron"] = SteeringMethod.adding(own, by_neuron, strengths)
+        if self.neurons is not None and concept in self.neurons.best:
+            site, label = self.neurons.place
+            edit = replace(edit, site=site, dictionary=label, features=(self.neurons.best[concept],))
+            methods["neuron"] = SteeringMethod.adding(edit, self.editor.features(edit), strengths)
         return methods
 
 

@@ -40,11 +40,11 @@ Region = Callable[[Shot], Rectangle | None]
 
 
 class FeatureContribution(NamedTuple):
-    """The part of a feature in a direction."""
+    """How much a feature contributes to a direction."""
 
     feature: int
     code: float
-    """Its code in the best fit of the direction by all features found."""
+    """Its code in the best fit of the direction by all contributing features."""
     cosine: float
     """Of the direction and the feature's decoder row."""
     explained: float
@@ -80,8 +80,8 @@ class Contrast:
     def load(cls, path: Path) -> Contrast:
         """Return the contrast in `path`."""
         if not path.is_file():
-            known = sorted(file.stem for file in path.parent.glob("*.safetensors"))
-            raise UnknownName.among("The contrast", path.stem, known, "difflex contrast makes one.")
+            names = sorted(file.stem for file in path.parent.glob("*.safetensors"))
+            raise UnknownName.among("The contrast", path.stem, names, "difflex contrast makes one.")
         metadata, tensors = load_tensors(path, FORMAT, ADVICE)
         with parsing(path, "a contrast", ADVICE):
             entries = json.loads(metadata["contrast"])
@@ -112,32 +112,34 @@ def find_contrasts(
     mean over a shot's tokens in `region`; a pair's difference is the mean over its timesteps. `mean`: the mean of the
     differences. `principal`: their first principal component about zero, with the sign and the norm of that mean.
     """
-    ours, theirs = _ContrastSide(positive, region), _ContrastSide(negative, region)
-    if not ours.means or len(ours.means) != len(theirs.means):
-        raise BadInput(f"A contrast takes pairs of prompts: {len(ours.means)} are positive, {len(theirs.means)} negative.")
-    if ours.site != theirs.site or ours.timesteps != theirs.timesteps:
-        one, other = (f"{side.site} at timesteps {sorted(side.timesteps)}" for side in (ours, theirs))
-        raise BadInput(f"The two sides of a contrast differ in more than prompts: {one} and {other}.")
-    return [_contrast_of_pairs(ours, theirs, len(ours.means) if count is None else count, method) for count in counts]
+    sides = _ContrastSide(positive, region), _ContrastSide(negative, region)
+    pairs, others = (len(side.means) for side in sides)
+    if not pairs or pairs != others:
+        raise BadInput(f"A contrast takes pairs of prompts: {pairs} are positive, {others} negative.")
+    if sides[0].site != sides[1].site or sides[0].timesteps != sides[1].timesteps:
+        texts = [f"{side.site} at timesteps {sorted(side.timesteps)}" for side in sides]
+        raise BadInput(f"The two sides of a contrast differ in more than prompts: {texts[0]} and {texts[1]}.")
+    return [_contrast_of_pairs(*sides, pairs if count is None else count, method) for count in counts]
 
 
-def _contrast_of_pairs(ours: _ContrastSide, theirs: _ContrastSide, count: int, method: ContrastMethod) -> Contrast:
-    if not 0 < count <= len(ours.means):
-        raise BadInput(f"A contrast cannot be found on {count} pairs of {len(ours.means)}. Ask for 1 to {len(ours.means)}.")
-    differences = torch.stack([*ours.means.values()][:count]) - torch.stack([*theirs.means.values()][:count])
+def _contrast_of_pairs(positive: _ContrastSide, negative: _ContrastSide, count: int, method: ContrastMethod) -> Contrast:
+    if not 0 < count <= len(positive.means):
+        pairs = len(positive.means)
+        raise BadInput(f"A contrast cannot be found on {count} pairs of {pairs}. Ask for 1 to {pairs}.")
+    differences = torch.stack([*positive.means.values()][:count]) - torch.stack([*negative.means.values()][:count])
     mean = differences.mean(0)
     if not bool(mean.any()):
-        raise BadInput(f"The two sides of the contrast do not differ at {ours.site}. Name other prompts.")
+        raise BadInput(f"The two sides of the contrast do not differ at {positive.site}. Name other prompts.")
     return Contrast(
-        site=ours.site,
-        model=ours.model,
-        revision=ours.revision,
+        site=positive.site,
+        model=positive.model,
+        revision=positive.revision,
         method=method,
         pairs=count,
-        timesteps=tuple(sorted(ours.timesteps, reverse=True)),
-        positive=tuple(dict.fromkeys(prompt for prompt, _ in [*ours.means][:count])),
-        negative=tuple(dict.fromkeys(prompt for prompt, _ in [*theirs.means][:count])),
-        norm=(ours.norm + theirs.norm) / 2,
+        timesteps=tuple(sorted(positive.timesteps, reverse=True)),
+        positive=tuple(dict.fromkeys(prompt for prompt, _ in [*positive.means][:count])),
+        negative=tuple(dict.fromkeys(prompt for prompt, _ in [*negative.means][:count])),
+        norm=(positive.norm + negative.norm) / 2,
         direction=(mean if method == "mean" else _principal(differences, mean)).float(),
     )
 
@@ -172,8 +174,8 @@ def _principal(differences: Float[Tensor, "pair width"], mean: Float[Tensor, " w
 
 def contrast_features(contrast: Contrast) -> EditFeatures:
     """Return a contrast direction as a single feature, whose code is a token's projection in lengths of the direction."""
-    direction = contrast.direction.float()
-    one, length = torch.ones(1), direction.norm()
+    direction, one = contrast.direction.float(), torch.ones(1)
+    length = direction.norm()
 
     def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
         return (x @ direction.to(x.device) / length.square().to(x.device))[:, None]

@@ -1,4 +1,4 @@
-"""`steer`: hooks for edits that name what a study holds; and records of edits, to make the same image again."""
+"""`steer`: hooks for edits that name dictionaries and contrasts of a study; and records of edits, to make an image again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class StudyEditor:
         place = DictionaryRef(edit.site, edit.dictionary or "")
         dictionary = self.dictionary(place)
         check_origin(dictionary.name, dictionary.origin, edit.site, self.study.model, self.study.revision)
-        return dictionary_features(dictionary, edit.features, self.scales(place))
+        features = dictionary_features(dictionary, edit.features, self.scales(place))
+        return features._replace(description=f"{place} {', '.join(map(str, edit.features))}")
 
     def with_default_strength(self, edit: Edit, stored: float | None = None) -> Edit:
         """Return `edit` at its default strength in peaks: `stored`, from a book, or the smallest default of its features."""
@@ -98,11 +99,10 @@ class StudyEditor:
         return checksums | {f"the region {path}": file_sha256(Path(path)) for path in sorted(images) if Path(path).is_file()}
 
     def _dictionary(self, place: DictionaryRef) -> Dictionary:
-        known = self.study.dictionaries()
-        if place not in known:
-            raise UnknownName.among(
-                "The dictionary", str(place), map(str, known), "difflex train and difflex itda make dictionaries."
-            )
+        places = self.study.dictionaries()
+        if place not in places:
+            advice = "difflex train and difflex itda make dictionaries."
+            raise UnknownName.among("The dictionary", str(place), map(str, places), advice)
         return Dictionary.load(self.study.dictionary(*place))
 
     def _scales(self, place: DictionaryRef) -> FeatureScales:
@@ -112,9 +112,8 @@ class StudyEditor:
         if stored is not None:
             return stored
         if place.site not in stores:
-            raise UnknownName.among(
-                "The activations of", str(place.site), map(str, stores), "Units are measured on them: harvest the site."
-            )
+            advice = "Units are measured on them: harvest the site."
+            raise UnknownName.among("The activations of", str(place.site), map(str, stores), advice)
         batches = Store.open(stores[place.site]).batches(BATCH, seed=0, split="train")
         scales = measure_scales(self.dictionary(place), require_split(batches, "train"))
         scales.save(path, current)

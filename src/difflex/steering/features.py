@@ -1,4 +1,4 @@
-"""The features that an edit changes, and their scales: what a strength of 1 is in each unit, measured on a sample of tokens."""
+"""The features that an edit changes, and their scales: the size of a strength of 1 in each unit, measured on sampled tokens."""
 
 from __future__ import annotations
 
@@ -73,18 +73,16 @@ def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales:
     if scales is not None:
         units |= {"peak": scales.peaks[chosen], "mean": scales.means[chosen]}
         units["norm"] = scales.norm / decoder.cpu().norm(dim=1).clamp(min=1e-30)
-        for feature in chosen[scales.peaks[chosen] == 0].tolist():
-            warnings.warn(
-                f"Feature {feature} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2
-            )
+        for dead in chosen[scales.peaks[chosen] == 0].tolist():
+            warnings.warn(f"Feature {dead} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2)
     return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units)
 
 
 def random_features(features: EditFeatures, seed: int = 0) -> EditFeatures:
     """Return `features` with random decoder directions of the same lengths, as a baseline."""
-    drawn = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
-    lengths = features.decoder.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
-    return features._replace(description=f"seed {seed}", decoder=drawn * lengths)
+    random = torch.randn(features.decoder.shape, generator=torch.Generator().manual_seed(seed)).to(features.decoder)
+    lengths = features.decoder.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+    return features._replace(description=f"seed {seed}", decoder=random * lengths)
 
 
 def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, revision: str | None) -> None:
@@ -118,7 +116,7 @@ def load_tensors(path: Path, format: int, advice: str) -> tuple[dict[str, str], 
 @final
 @dataclass(frozen=True, kw_only=True)
 class FeatureScales:
-    """How large the codes of a dictionary's features, and the activations of its site, are."""
+    """The sizes of the codes of a dictionary's features, and of the activations of its site."""
 
     peaks: Float[Tensor, " feature"]
     """The largest code of each feature; 0 for a feature that never fired."""

@@ -83,8 +83,8 @@ class _PreparedEdit:
     @classmethod
     def of(cls, edit: Edit, features: EditFeatures, maps: TransplantMaps | None) -> _PreparedEdit:
         if edit.operation != "scale" and edit.unit not in features.units:
-            known = ", ".join(features.units)
-            raise BadInput(f"The unit {edit.unit} needs the scales of {features.description}. Units without them: {known}.")
+            units = ", ".join(features.units)
+            raise BadInput(f"The unit {edit.unit} needs the scales of {features.description}. Units without them: {units}.")
         unit = torch.ones(len(features.decoder)) if edit.operation == "scale" else features.units[edit.unit]
         return cls(edit, features, edit.strength * unit, maps)
 
@@ -106,9 +106,9 @@ class _PreparedEdit:
         sign = -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
         tokens = self._tokens(x, context)
         if self.edit.operation in ("add", "replace") and self.edit.region != "fires":
-            written = sign * (self.amounts.to(x.device) @ self.features.decoder.to(x.device))
-            if self.edit.operation == "replace" or bool(written.any()):
-                yield slice(None), tokens, written
+            value = sign * (self.amounts.to(x.device) @ self.features.decoder.to(x.device))
+            if self.edit.operation == "replace" or bool(value.any()):
+                yield slice(None), tokens, value
             return
         inside = torch.arange(x.shape[1], device=x.device)[tokens]
         for number, row in enumerate(x):
@@ -143,7 +143,7 @@ class _PreparedEdit:
 
 
 def _check(edit: Edit) -> None:
-    """Refuse a combination of settings that means nothing."""
+    """Refuse impossible combinations of settings."""
     if not math.isfinite(edit.strength):
         raise BadInput(f"A strength of {edit.strength} is not possible. Give a finite number.")
     if edit.operation == "set" and edit.unit == "norm":
@@ -181,8 +181,8 @@ class TransplantMaps:
         """
         if context.step not in self._by_step or self._grid is None or context.grid != self._grid:
             raise BadInput(
-                f"The source of the transplant has no map for step {context.step} on a grid of {context.grid}; it was drawn on "
-                f"{self._grid} with {len(self._by_step)} steps. Draw both with the same steps and pixels."
+                f"The source of the transplant has no map for step {context.step} on a grid of {context.grid}; it was generated "
+                f"on {self._grid} with {len(self._by_step)} steps. Generate both with the same steps and pixels."
             )
         assert self._edit.source is not None
         columns = self._grid[1]
