@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import difflex
-from difflex.commands.drawn_world import drawn_images
 from difflex.dictionaries import SAE, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.evaluation.concepts import drawn_images
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum, sheet
 from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarget, collect
 from difflex.features.collector import FeatureCollector
@@ -60,7 +60,7 @@ def measure_merging() -> tuple[float, float]:
         keys = torch.randint(2**62, (BATCH,), generator=generator)
         held_out = torch.rand(BATCH, generator=generator) < 0.1
         start = time.process_time()
-        collector.add([activations], BatchImages(torch.arange(first, first + BATCH)[:, None], keys, held_out, False))
+        collector.add([activations], BatchImages(torch.arange(first, first + BATCH)[:, None], keys, held_out))
         seconds += time.process_time() - start
     start = time.process_time()
     collector.shots()

@@ -106,8 +106,7 @@ class FeatureCollector:
             if len(chosen):
                 candidates = FeatureShots(*(column[chosen] for column in runs))
                 shots = images.shots.flatten()[candidates.shots]
-                maps = FeatureMaps.of(batch, candidates, groups[chosen], shots, draws[chosen], coactive)
-                examples.add(maps, images.may_repeat)
+                examples.add(FeatureMaps.of(batch, candidates, groups[chosen], shots, draws[chosen], coactive))
                 used.update(places[chosen].unique().tolist())
         return used
 
@@ -237,16 +236,14 @@ class TopMaps:
         self._groups = groups
         self._pending: list[FeatureMaps] = []
         self._threshold = self._no_threshold()
-        self._may_repeat = False
 
     def candidates(self, groups: Tensor, peaks: Tensor, draws: Tensor) -> Bool[Tensor, " run"]:
         """Return which maps may be among the first of their group; the others never are."""
         return peaks >= self._threshold[groups] if self.order == "peak" else draws <= self._threshold[groups]
 
-    def add(self, maps: FeatureMaps, may_repeat: bool) -> None:
-        """Add maps; `may_repeat` says whether some of their images may have come before."""
+    def add(self, maps: FeatureMaps) -> None:
+        """Add maps."""
         self._pending.append(maps)
-        self._may_repeat |= may_repeat
         pending = sum(len(part.groups) for part in self._pending)
         entries = sum(len(part.tokens) for part in self._pending)
         if pending > max(PENDING_MAPS, len(self._maps.groups) // 4) or entries > PENDING_ENTRIES:
@@ -266,17 +263,16 @@ class TopMaps:
         """Restore the selection from `tensors`."""
         self._pending.clear()
         self._maps = FeatureMaps(**tensors)
-        self._may_repeat = True
         self._raise_threshold()
 
     def _selection(self, maps: FeatureMaps) -> Int[Tensor, " chosen"]:
         """Return the places of the maps to keep, by group and in order."""
         chosen = self._first(maps, torch.arange(len(maps.groups)))
-        if self._may_repeat:
-            draws = torch.sort(maps.draws[chosen]).values
-            if bool((draws[1:] == draws[:-1]).any()):
-                return self._first(maps, strongest_of_each(maps.peaks, maps.draws, maps.groups))
-        return chosen
+        draws = torch.sort(maps.draws[chosen]).values
+        if not bool((draws[1:] == draws[:-1]).any()):
+            return chosen
+        # An image came twice: a draw belongs to one feature and one image.
+        return self._first(maps, strongest_of_each(maps.peaks, maps.draws, maps.groups))
 
     def _first(self, maps: FeatureMaps, among: Int[Tensor, " map"]) -> Int[Tensor, " chosen"]:
         # One sort of integers: the group in the upper bits, then the order, then what breaks ties.

@@ -76,8 +76,6 @@ class BatchImages(NamedTuple):
     keys: Int[Tensor, " image"]
     """`image_key` of each."""
     held_out: Bool[Tensor, " image"]
-    may_repeat: bool
-    """Whether some of the images may have come before."""
 
 
 class FiringPairs(NamedTuple):

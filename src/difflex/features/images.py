@@ -188,8 +188,11 @@ def sheet(
     if patch := book.patch(feature):
         prompt = patch.shot.prompt
         label = ["the patch that", "the atom is", prompt if len(prompt) < 22 else prompt[:20] + "…"]
-        image = None if patch.image is None else _resized(album.open(patch.image.file), side)
-        rows.append(_SheetRow(label, [] if image is None else [_patch_tile(image, patch.token, book.about.grid)]))
+        tiles = []
+        if patch.image is not None:
+            image, place = _resized(album.open(patch.image.file), side), TokenMap((patch.token,), (1.0,))
+            tiles.append(_SheetTile(overlaid(image, place, book.about.grid, 1.0, style="outline"), f"token {patch.token}"))
+        rows.append(_SheetRow(label, tiles))
     for kind, label in ROW_LABELS.items():
         for split in ("train", "held-out"):
             if examples := book.examples(feature, kind, split)[:columns]:
@@ -231,11 +234,6 @@ def _example_tiles(
         caption += "" if row.shot.timestep is None else f"  t {row.shot.timestep:.0f}"
         tiles.append(_SheetTile(overlaid(image, example.map, book.about.grid, peak or 1.0, style=style), caption))
     return tiles
-
-
-def _patch_tile(image: Image.Image, token: int, grid: tuple[int, int] | None) -> _SheetTile:
-    """Draw an image with one token outlined."""
-    return _SheetTile(overlaid(image, TokenMap((token,), (1.0,)), grid, 1.0, style="outline"), f"token {token}")
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Int
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from difflex._version import __version__
 from difflex.features.collector import FeatureCollector
@@ -24,9 +22,8 @@ from difflex.records import Activations, Shot, Split
 
 __all__ = ["CollectBatch", "CollectCheckpoint", "RegisteredShot", "ShotRegistry"]
 
-FILTER_BITS = 25
-"""Size of the Bloom filter that recognises repeated images: precise for half a million of them."""
 FORMAT = 2
+"""Format of the checkpoint."""
 
 
 class CollectBatch(NamedTuple):
@@ -58,7 +55,6 @@ class ShotRegistry:
         self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
         """Number of shots in all batches."""
         self._new_files: set[str] = set()
-        self._filter = torch.zeros(1 << FILTER_BITS, dtype=torch.bool)
         self._patch_keys = frozenset(patch_keys)
 
     def add(self, batch: CollectBatch) -> BatchImages:
@@ -69,22 +65,11 @@ class ShotRegistry:
         self.images += count
         for shot in first.shots:
             self.shots[shot.split] += timesteps
-        keys = torch.tensor([image_key(shot) for shot in first.shots])
         return BatchImages(
             shots=torch.arange(start, start + count * timesteps).view(count, timesteps),
-            keys=keys,
+            keys=torch.tensor([image_key(shot) for shot in first.shots]),
             held_out=torch.tensor([shot.split == "held-out" for shot in first.shots]),
-            may_repeat=self._may_repeat(keys),
         )
-
-    def _may_repeat(self, keys: Int[Tensor, " image"]) -> bool:
-        """Return whether one of the images may have come before, and add them to the Bloom filter."""
-        may_repeat = False
-        for key in keys.tolist():
-            bits = torch.tensor([key >> shift & ((1 << FILTER_BITS) - 1) for shift in (0, 12, 25, 37)])
-            may_repeat |= bool(self._filter[bits].all())
-            self._filter[bits] = True
-        return may_repeat
 
     def register(self, batch: CollectBatch, images: BatchImages, used: Collection[int]) -> None:
         """Store the images `used` by examples, and those of ITDA atoms, and keep the shots of the former."""

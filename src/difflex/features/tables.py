@@ -135,33 +135,27 @@ def connect(path: Path, writable: bool) -> sqlite3.Connection:
     if not path.is_file():
         raise UnknownName(f"There is no book {path}. Run difflex collect to make it.")
     with sqlite_errors(path):
-        connection = _connection(path, writable)
         try:
-            _check_format(path, connection)
-        except BaseException:
-            connection.close()
-            raise
+            return _connection(path, "rw" if writable else "ro")
+        except sqlite3.OperationalError:
+            if writable:
+                raise
+            # In WAL mode a reader creates a file next to the book, which fails in a read-only folder.
+            return _connection(path, "ro&immutable=1")
+
+
+def _connection(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
-    return connection
-
-
-def _connection(path: Path, writable: bool) -> sqlite3.Connection:
-    connection = _open_uri(path, "rw" if writable else "ro")
     try:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    except sqlite3.OperationalError:
+        _check_format(path, connection)
+    except BaseException:
         connection.close()
-        if writable:
-            raise
-        # In WAL mode a reader creates a file next to the book, which fails in a read-only folder.
-        connection = _open_uri(path, "ro&immutable=1")
+        raise
     return connection
-
-
-def _open_uri(path: Path, mode: str) -> sqlite3.Connection:
-    uri = f"{path.resolve().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
 
 
 def _check_format(path: Path, connection: sqlite3.Connection) -> None:
@@ -197,14 +191,9 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def transaction(path: Path, connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Write everything in the block or nothing; one writer at a time."""
-    with sqlite_errors(path):
+    with sqlite_errors(path), connection:
         connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-        except BaseException:
-            connection.execute("ROLLBACK")
-            raise
-        connection.execute("COMMIT")
+        yield connection
 
 
 def read_info(path: Path, connection: sqlite3.Connection) -> BookInfo:
