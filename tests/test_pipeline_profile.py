@@ -97,5 +97,5 @@ def test_a_profile_of_an_unknown_family_is_an_error(folder: Path, tmp_path: Path
 
 
 def test_a_profile_of_a_site_without_tokens_is_an_error(folder: Path):
-    with pytest.raises(BadInput, match="returns no tokens"):
+    with pytest.raises(BadInput, match="returns no tokens or has no update"):
         profile_model(str(folder), ("transformer.time_text_embed.timestep_embedder",))

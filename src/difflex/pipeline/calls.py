@@ -10,11 +10,11 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
-from difflex.errors import DifflexError, UnknownName
+from difflex.errors import DifflexError
 from difflex.pipeline.families import Family
 from difflex.records import Half, Shot
 
-__all__ = ["CallTracker", "DenoiserCall", "RunContext", "StopForward", "check_half"]
+__all__ = ["CallTracker", "DenoiserCall", "RunContext", "StopForward"]
 
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
@@ -47,23 +47,19 @@ class DenoiserCall(NamedTuple):
     """Rows and columns of the denoiser's input: latents of a U-Net, image tokens of a transformer."""
 
 
-def check_half(half: str | None) -> None:
-    """Raise an error if `half` is not the name of a half."""
-    if half is not None and half not in HALVES.values():
-        raise UnknownName.among("The half", half, HALVES.values())
-
-
 @final
 class CallTracker:
     """The current call of the denoiser, tracked by a hook as long as at least one `tracking` block is open."""
 
     def __init__(self, pipeline: DiffusionPipeline, family: Family) -> None:
         self._pipeline = pipeline
+        self._denoiser: nn.Module = pipeline.components[family.denoiser]
         self._family = family
         self._blocks = 0
         self._call: DenoiserCall | None = None
         self._cache_context: str | None = None
-        self._run: RunContext | None = None
+        self.run: RunContext | None = None
+        """The run that is being computed, if difflex started it."""
 
     @property
     def call(self) -> DenoiserCall:
@@ -73,19 +69,6 @@ class CallTracker:
                 "A block was called outside of the denoiser, so its step is unknown. Call the pipeline, not the block."
             )
         return self._call
-
-    @property
-    def denoiser(self) -> nn.Module:
-        return self._pipeline.components[self._family.denoiser]
-
-    @contextmanager
-    def running(self, run: RunContext) -> Iterator[None]:
-        """Use the shots and guidance of `run` for the calls within the block."""
-        before, self._run = self._run, run
-        try:
-            yield
-        finally:
-            self._run = before
 
     @contextmanager
     def tracking(self) -> Iterator[None]:
@@ -98,13 +81,14 @@ class CallTracker:
         finally:
             self._blocks -= 1
             if self._blocks == 0:
-                self._unregister()
+                self._handle.remove()
+                self._denoiser.__dict__.pop("cache_context", None)
+                self._call = self._cache_context = None
 
     def _register(self) -> None:
-        denoiser = self.denoiser
-        self._signature = inspect.signature(type(denoiser).forward)
-        self._handle = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
-        original = getattr(denoiser, "cache_context", None)  # not all models of diffusers have it
+        self._signature = inspect.signature(type(self._denoiser).forward)
+        self._handle = self._denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        original = getattr(self._denoiser, "cache_context", None)  # not all models of diffusers have it
         if original is not None:
 
             @contextmanager
@@ -116,23 +100,19 @@ class CallTracker:
                 finally:
                     self._cache_context = None
 
-            denoiser.__dict__["cache_context"] = cache_context
-
-    def _unregister(self) -> None:
-        self._handle.remove()
-        self.denoiser.__dict__.pop("cache_context", None)
-        self._call = self._cache_context = None
+            self._denoiser.__dict__["cache_context"] = cache_context
 
     def _before_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         arguments = self._signature.bind_partial(module, *args, **kwargs).arguments
         sample = _tensor(arguments, "hidden_states", "sample")
         text = _tensor(arguments, "encoder_hidden_states")
+        assert sample is not None
         step, timestep = self._time(_tensor(arguments, "timestep"))
         self._call = DenoiserCall(
             step=step,
             timestep=timestep,
             halves=self._halves(sample, text),
-            shots=self._run.shots if self._run else None,
+            shots=self.run.shots if self.run else None,
             text_tokens=0 if text is None else text.shape[1],
             grid=_grid(sample, arguments, int(getattr(module, "config", {}).get("patch_size") or 1)),
         )
@@ -141,8 +121,8 @@ class CallTracker:
         """Return the step whose timestep is nearest to `value` in its dtype; among equal ones, the scheduler's index."""
         scheduler = self._pipeline.components["scheduler"]
         timesteps = scheduler.timesteps
-        if self._run is not None and self._run.timestep is not None:
-            return 0, self._run.timestep
+        if self.run is not None and self.run.timestep is not None:
+            return 0, self.run.timestep
         assert value is not None
         timestep, scale = float(value.reshape(-1)[0]), self._family.timestep_scale
         # The arithmetic of the diffusers pipeline: first the dtype, then the division.
@@ -156,8 +136,7 @@ class CallTracker:
             step = index if index in steps else step
         return step, float(timesteps[step])
 
-    def _halves(self, sample: Tensor | None, text: Tensor | None) -> tuple[Half | None, ...]:
-        assert sample is not None
+    def _halves(self, sample: Tensor, text: Tensor | None) -> tuple[Half | None, ...]:
         if self._family.guidance == "separate":
             return (self._separate_half(text),)
         doubled = self._family.guidance == "doubled" and self._is_doubled(sample, text)
@@ -165,17 +144,17 @@ class CallTracker:
 
     def _separate_half(self, text: Tensor | None) -> Half | None:
         """Return the half by the name that diffusers gives the call, or else by its prompt embedding."""
-        run = self._run
-        if run is not None and not run.guided:
-            return None
-        if self._cache_context is None and run is not None and run.unconditional is not None and text is not None:
-            return "unconditional" if torch.equal(text, run.unconditional) else "conditional"
+        if self.run is not None:
+            if not self.run.guided:
+                return None
+            if self._cache_context is None and self.run.unconditional is not None and text is not None:
+                return "unconditional" if torch.equal(text, self.run.unconditional) else "conditional"
         return HALVES.get(self._cache_context)
 
     def _is_doubled(self, sample: Tensor, text: Tensor | None) -> bool:
         """Compare the batch with the number of shots; if that is unknown, its two halves, which share their noise."""
-        if self._run is not None:
-            return sample.shape[0] == 2 * len(self._run.shots)
+        if self.run is not None:
+            return sample.shape[0] == 2 * len(self.run.shots)
         if sample.shape[0] % 2 or not getattr(self._pipeline, "do_classifier_free_guidance", True):
             return False
         first, second = sample.chunk(2)
@@ -186,10 +165,10 @@ def _tensor(arguments: Mapping[str, object], *names: str) -> Tensor | None:
     return next((value for name in names if isinstance(value := arguments.get(name), Tensor)), None)
 
 
-def _grid(sample: Tensor | None, arguments: Mapping[str, object], patch: int) -> tuple[int, int] | None:
+def _grid(sample: Tensor, arguments: Mapping[str, object], patch: int) -> tuple[int, int] | None:
     """Return rows and columns from the latents and the patch size, from the position ids, or from a square token count."""
-    if sample is None or sample.ndim == 4:
-        return None if sample is None else (sample.shape[2] // patch, sample.shape[3] // patch)
+    if sample.ndim == 4:
+        return sample.shape[2] // patch, sample.shape[3] // patch
     ids = arguments.get("img_ids")
     if isinstance(ids, Tensor):
         last = ids.reshape(-1, ids.shape[-1])[-1]

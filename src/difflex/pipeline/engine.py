@@ -86,12 +86,15 @@ class Engine:
         context = RunContext(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
         pipeline = cast(Callable[..., tuple[list[Image.Image] | Tensor]], self.diffusers)
-        with self.tracker.running(context), torch.no_grad():
-            try:
+        outer, self.tracker.run = self.tracker.run, context
+        try:
+            with torch.no_grad():
                 return pipeline(**prompts, **self._settings(shots, guided), **arguments, return_dict=False)[0]
-            except BaseException:
-                self._release()
-                raise
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            self.tracker.run = outer
 
     def images(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Generate the images of `shots`, which differ in prompt and seed only."""
@@ -166,6 +169,11 @@ class Run(NamedTuple):
     """Without timesteps."""
     timesteps: tuple[float, ...]
     """In the order of the shots that ask for them."""
+
+    @property
+    def noised(self) -> float | None:
+        """For images noised to a level, its timestep, which replaces the scheduler's."""
+        return None if self.shots[0].image is None else self.timesteps[0]
 
 
 def map_runs(

@@ -1,9 +1,10 @@
 """What runs yield: activations at sites, final images, and predictions of the denoiser under edits."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -14,23 +15,28 @@ from tqdm import tqdm
 from difflex.errors import BadInput, DifflexError, NonFinite
 from difflex.pipeline.calls import DenoiserCall, StopForward
 from difflex.pipeline.engine import Engine, Run, map_runs
-from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
+from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
 from difflex.records import Activations, EditOutcomes, HookContext, Shot, Site
 
-__all__ = ["ImageBatch", "activations_of", "edited_images", "harvest", "harvest_with_images", "predictions", "recording"]
+__all__ = [
+    "ImageBatch",
+    "edited_images",
+    "harvest",
+    "harvest_with_images",
+    "in_order",
+    "predict",
+    "predictions",
+    "progress_bar",
+    "record",
+]
 
 Edits = Mapping[str, SiteFunction]
+Hooks = Mapping[str, Callable[[], AbstractContextManager[None]]]
+"""For each edit, a context manager that makes it within its block."""
 
 
-class SiteOutput(NamedTuple):
-    """The activations of a site at one step."""
-
-    values: Float[Tensor, "shot token width"]
-    grid: tuple[int, int] | None
-
-
-SiteOutputs = dict[tuple[float, Site], SiteOutput]
-"""By timestep and site."""
+Recorded = dict[tuple[float, Site], Activations]
+"""Activations by timestep and site."""
 
 
 class ImageBatch(NamedTuple):
@@ -45,84 +51,78 @@ def harvest(
     engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int, progress: bool
 ) -> Iterator[Activations]:
     """Yield the activations of `sites` at `shots`: for each batch of runs, each kept step, each site."""
-    check_sites(sites)
+    with progress_bar(progress) as bar:
+        for _, recorded in map_runs(engine, shots, batch, lambda run: record(engine, run, sites)):
+            bar.update(sum(x.values.shape[:2].numel() for (_, site), x in recorded.items() if site == sites[0].site))
+            yield from in_order(engine, recorded, sites)
 
-    def record(run: Run) -> SiteOutputs:
-        with recording(engine, run, sites, stop=True) as outputs:
-            engine.run(run.shots)
-        return outputs
 
-    with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
-        for run, outputs in map_runs(engine, shots, batch, record):
-            bar.update(sum(output.values.shape[:2].numel() for (_, site), output in outputs.items() if site == sites[0].site))
-            yield from activations_of(engine, run.shots, outputs, sites)
+def progress_bar(show: bool) -> "tqdm[NoReturn]":
+    """Return a bar that counts tokens."""
+    return tqdm(unit=" tokens", unit_scale=True, disable=None if show else True, desc="harvest")
 
 
 def harvest_with_images(engine: Engine, shots: Iterable[Shot], sites: Sequence[SiteModule], batch: int) -> Iterator[ImageBatch]:
     """Yield the images of `shots` and the activations of `sites` at the kept steps, batch by batch."""
-    check_sites(sites)
 
-    def record(run: Run) -> tuple[SiteOutputs, list[Image.Image]]:
-        with recording(engine, run, sites, stop=False) as outputs:
+    def generate(run: Run) -> tuple[Recorded, list[Image.Image]]:
+        with _recording(engine, run, sites, stop=False) as recorded:
             images = engine.images(run.shots)
-        return outputs, images
+        return recorded, images
 
-    for run, (outputs, images) in map_runs(engine, shots, batch, record):
-        yield ImageBatch(tuple(images), tuple(activations_of(engine, run.shots, outputs, sites)))
+    for _, (recorded, images) in map_runs(engine, shots, batch, generate):
+        yield ImageBatch(tuple(images), tuple(in_order(engine, recorded, sites)))
 
 
-def check_sites(sites: Sequence[SiteModule]) -> None:
-    """Raise an error if there are no sites."""
-    if not sites:
-        raise BadInput("No site is given to harvest. Give at least one; `sites` lists them.")
+def record(engine: Engine, run: Run, sites: Sequence[SiteModule]) -> Recorded:
+    """Return the activations of `sites` in a run that ends when all are recorded."""
+    with _recording(engine, run, sites, stop=True) as recorded:
+        engine.run(run.shots, run.noised)
+    return recorded
 
 
 @contextmanager
-def recording(engine: Engine, run: Run, sites: Sequence[SiteModule], stop: bool) -> Iterator[SiteOutputs]:
-    """Record the outputs of `sites` at the timesteps of `run` within the block.
+def _recording(engine: Engine, run: Run, sites: Sequence[SiteModule], stop: bool) -> Iterator[Recorded]:
+    """Record the activations of `sites` at the timesteps of `run` within the block.
 
     `stop`: end the run, and the block, as soon as everything is recorded.
     """
-    outputs: SiteOutputs = {}
+    recorded: Recorded = {}
     size = len(run.timesteps) * len(sites)
 
-    def recorder(site: Site) -> SiteFunction:
-        def record(x: Float[Tensor, "batch token width"], context: HookContext) -> None:
-            if len(x) != len(run.shots):
-                raise BadInput(_mixed_rows(engine, site, len(x), len(run.shots)))
-            key = (context.timestep, site)
-            # A scheduler may repeat a timestep; the first call at it counts.
-            if context.timestep not in run.timesteps or context.half == "unconditional" or key in outputs:
-                return
-            # A copy: the model may go on to write into its own tensor, and a view would keep the other stream alive.
-            outputs[key] = SiteOutput(x.clone(memory_format=torch.contiguous_format), context.grid)
-            if stop and len(outputs) == size:
-                raise StopForward
-
-        return record
+    def record(x: Float[Tensor, "batch token width"], context: HookContext, site: Site) -> None:
+        if len(x) != len(run.shots):
+            raise BadInput(_mixed_rows(engine, site, len(x), len(run.shots)))
+        key = (context.timestep, site)
+        # A scheduler may repeat a timestep; the first call at it counts.
+        if context.timestep not in run.timesteps or context.half == "unconditional" or key in recorded:
+            return
+        recorded[key] = Activations(site=site, values=x, shots=_at(run.shots, context.timestep), grid=context.grid)
+        if stop and len(recorded) == size:
+            raise StopForward
 
     with ExitStack() as hooks:
         for target in sites:
-            hooks.enter_context(hook_site(engine.tracker, target, recorder(target.site)))
+            hooks.enter_context(hook_site(engine.tracker, target, partial(record, site=target.site)))
         with suppress(StopForward):
-            yield outputs
-    missing = [target for target in sites for timestep in run.timesteps if (timestep, target.site) not in outputs]
+            yield recorded
+    missing = [target for target in sites for timestep in run.timesteps if (timestep, target.site) not in recorded]
     if missing:
         raise DifflexError(f"The site '{missing[0].site}' has no activations: {missing[0].path} is not called at a kept step.")
 
 
-def activations_of(
-    engine: Engine, shots: Sequence[Shot], outputs: SiteOutputs, sites: Sequence[SiteModule]
-) -> Iterator[Activations]:
-    """Take the recorded `outputs` in the order of steps and sites; raise an error if values are not finite."""
-    targets = {target.site: target for target in sites}
-    order = list(targets)
-    for timestep, site in sorted(outputs, key=lambda key: (-key[0], order.index(key[1]))):
-        output = outputs.pop((timestep, site))
-        here = tuple(replace(shot, timestep=timestep) for shot in shots)
-        if not _is_finite(output.values):
-            raise NonFinite(_non_finite_message(engine, output.values, here, targets[site]))
-        yield Activations(site=site, values=output.values, shots=here, grid=output.grid)
+def _at(shots: Iterable[Shot], timestep: float) -> tuple[Shot, ...]:
+    return tuple(replace(shot, timestep=timestep) for shot in shots)
+
+
+def in_order(engine: Engine, recorded: Recorded, sites: Sequence[SiteModule]) -> Iterator[Activations]:
+    """Empty `recorded` in the order of steps and sites; raise an error if values are not finite."""
+    order = [target.site for target in sites]
+    for timestep, site in sorted(recorded, key=lambda key: (-key[0], order.index(key[1]))):
+        activations = recorded.pop((timestep, site))
+        if not _is_finite(activations.values):
+            raise NonFinite(_non_finite_message(engine, activations, sites[order.index(site)].path))
+        yield activations
 
 
 def _mixed_rows(engine: Engine, site: Site, rows: int, shots: int) -> str:
@@ -138,11 +138,11 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-def _non_finite_message(engine: Engine, values: Tensor, shots: Sequence[Shot], target: SiteModule) -> str:
-    shot = shots[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])]
+def _non_finite_message(engine: Engine, activations: Activations, path: str) -> str:
+    shot = activations.shots[int((~torch.isfinite(activations.values)).flatten(1).any(1).nonzero()[0])]
     source = shot.image if shot.image is not None else repr(shot.prompt)
     return (
-        f"Activations that are not finite at the site '{target.site}' (block {target.path}), shot {source}, seed {shot.seed}, "
+        f"Activations that are not finite at the site '{activations.site}' (block {path}), shot {source}, seed {shot.seed}, "
         f"timestep {shot.timestep:g}. {_origin(engine, shot)}Try another precision: fp16 overflows where bf16 does not."
     )
 
@@ -153,25 +153,26 @@ def _origin(engine: Engine, shot: Shot) -> str:
         return ""
     paths: list[str] = []
 
-    def detector(path: str) -> SiteFunction:
-        def detect(x: Float[Tensor, "batch token width"], context: HookContext) -> None:
-            if not _is_finite(x):
-                paths.append(path)
-                raise StopForward
-
-        return detect
+    def detect(x: Float[Tensor, "batch token width"], context: HookContext, path: str) -> None:
+        if not _is_finite(x):
+            paths.append(path)
+            raise StopForward
 
     with ExitStack() as hooks, suppress(StopForward):
         for target in map(engine.sites.locate, engine.sites.blocks):
-            hooks.enter_context(hook_site(engine.tracker, target, detector(target.path)))
+            hooks.enter_context(hook_site(engine.tracker, target, partial(detect, path=target.path)))
         engine.run([replace(shot, timestep=None)])
     return f"They first arise in {paths[0]}. " if paths else ""
 
 
 def predictions(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
     """Yield the predictions of the denoiser at `shots`, plain and under each edit: for each batch of runs, each kept step."""
-    for _, outcomes in map_runs(engine, shots, batch, lambda run: _predict(engine, run, site, edits)):
+    for _, outcomes in map_runs(engine, shots, batch, lambda run: predict(engine, run, _hooks(engine, site, edits))):
         yield from outcomes
+
+
+def _hooks(engine: Engine, site: SiteModule, edits: Edits) -> Hooks:
+    return {name: partial(hook_site, engine.tracker, site, edit, "conditional") for name, edit in edits.items()}
 
 
 def edited_images(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits: Edits, batch: int) -> Iterator[EditOutcomes]:
@@ -179,8 +180,8 @@ def edited_images(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits
 
     def generate(run: Run) -> EditOutcomes:
         edited = {}
-        for name, edit in edits.items():
-            with hook_site(engine.tracker, site, on_copies(edit), "conditional"):
+        for name, hook in _hooks(engine, site, edits).items():
+            with hook():
                 edited[name] = _pixels(engine, run)
         return EditOutcomes(run.shots, _pixels(engine, run), edited)
 
@@ -196,7 +197,7 @@ def _pixels(engine: Engine, run: Run) -> Float[Tensor, "image channel row column
     return pixels
 
 
-def _predict(engine: Engine, run: Run, site: SiteModule, edits: Edits) -> list[EditOutcomes]:
+def predict(engine: Engine, run: Run, hooks: Hooks) -> list[EditOutcomes]:
     """Return the predictions at each kept timestep of a run, which ends after the last of them.
 
     After the denoiser's call at a kept step, it is called again with the very same arguments under each edit: all predictions
@@ -213,22 +214,17 @@ def _predict(engine: Engine, run: Run, site: SiteModule, edits: Edits) -> list[E
             return
         repeating, edited = True, {}
         try:
-            for name, edit in edits.items():
-                with hook_site(engine.tracker, site, on_copies(edit), "conditional"):
-                    edited[name] = prediction(engine, call, module(*args, **kwargs))
+            for name, hook in hooks.items():
+                with hook():
+                    edited[name] = _prediction(engine, call, module(*args, **kwargs))
         finally:
             repeating = False
-        here = tuple(replace(shot, timestep=call.timestep) for shot in run.shots)
-        outcomes[call.timestep] = EditOutcomes(here, prediction(engine, call, output), edited)
+        outcomes[call.timestep] = EditOutcomes(_at(run.shots, call.timestep), _prediction(engine, call, output), edited)
         if len(outcomes) == len(run.timesteps):
             raise StopForward
 
-    with (
-        engine.tracker.tracking(),
-        engine.denoiser.register_forward_hook(repeat, with_kwargs=True),
-        suppress(StopForward),
-    ):
-        engine.run(run.shots)
+    with engine.tracker.tracking(), engine.denoiser.register_forward_hook(repeat, with_kwargs=True), suppress(StopForward):
+        engine.run(run.shots, run.noised)
     if missing := [timestep for timestep in run.timesteps if timestep not in outcomes]:
         raise DifflexError(
             f"The pipeline never calls its denoiser at timestep {missing[0]:g}: there is no prediction to compare."
@@ -236,7 +232,7 @@ def _predict(engine: Engine, run: Run, site: SiteModule, edits: Edits) -> list[E
     return [outcomes[timestep] for timestep in sorted(outcomes, reverse=True)]
 
 
-def prediction(engine: Engine, call: DenoiserCall, output: object) -> Float[Tensor, "shot ..."]:
+def _prediction(engine: Engine, call: DenoiserCall, output: object) -> Float[Tensor, "shot ..."]:
     """Return the prediction of the conditional half, without the variances that some denoisers predict too."""
     whole = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
     assert isinstance(whole, Tensor)

@@ -1,12 +1,12 @@
 """Given images, noised to chosen levels: the activations they cause, and the denoiser's loss on them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -15,18 +15,17 @@ from einops import rearrange
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from difflex.errors import BadInput
-from difflex.pipeline.calls import StopForward
 from difflex.pipeline.engine import Engine, Run, map_batches
-from difflex.pipeline.harvesting import activations_of, check_sites, prediction, recording
+from difflex.pipeline.harvesting import in_order, predict, progress_bar, record
 from difflex.pipeline.sites import SiteModule
 from difflex.records import Activations, Shot
 
 __all__ = ["ImageInput", "harvest_images", "losses", "noise_levels", "noised_images", "open_image"]
 
 ImageInput = Image.Image | Path | str
+Result = TypeVar("Result")
 
 
 class NoisedImage(NamedTuple):
@@ -34,6 +33,18 @@ class NoisedImage(NamedTuple):
 
     image: Image.Image
     shot: Shot
+
+
+class NoisedBatch(NamedTuple):
+    """Images of one size at one level of noise."""
+
+    shots: tuple[Shot, ...]
+    latents: Float[Tensor, "image channel row column"]
+    """With the noise, mixed as in training."""
+    timestep: float
+    """The scheduler's timestep of the level."""
+    target: Float[Tensor, "image channel row column"]
+    """What the denoiser is trained to predict."""
 
 
 def harvest_images(
@@ -45,102 +56,65 @@ def harvest_images(
     progress: bool,
 ) -> Iterator[Activations]:
     """Yield the activations of `sites` at images: for each batch of one size, each level of noise, each site."""
-    check_sites(sites)
     if not engine.family.blocks:
         raise BadInput(
             f"{type(engine.diffusers).__name__} has no row in the table of families: difflex does not know how it takes in an "
             "image. Harvest it from prompts."
         )
-    with tqdm(unit=" tokens", unit_scale=True, disable=None if progress else True, desc="harvest") as bar:
-        for group in _by_size(inputs, batch):
-            latents = _encode_in_batches(engine, group, batch)
-            for level in levels:
-                for activations in _harvest_level(engine, group, latents, level, sites, batch):
+    with progress_bar(progress) as bar:
+        for noised in _noised_batches(engine, inputs, levels, batch):
+            for recorded in _map_rows(engine, noised, batch, lambda run: record(engine, run, sites)):
+                for activations in in_order(engine, recorded, sites):
                     bar.update(activations.values.shape[:2].numel() * (activations.site == sites[0].site))
                     yield activations
 
 
-def _harvest_level(
-    engine: Engine, group: Sequence[NoisedImage], latents: Tensor, level: float, sites: Sequence[SiteModule], batch: int
-) -> Iterator[Activations]:
-    noised, timestep = _add_noise(engine, latents, _noise(group, latents), level)
-
-    def record(rows: Sequence[int]):
-        run = Run(tuple(replace(group[row].shot, noise=level) for row in rows), (timestep,))
-        with (
-            _denoiser_input(engine, _layout(engine, noised[list(rows)]), timestep),
-            recording(engine, run, sites, stop=True) as outputs,
-        ):
-            engine.run(run.shots, timestep)
-        return run.shots, outputs
-
-    for _, (shots, outputs) in map_batches(engine, record, range(len(group)), batch, split=True):
-        yield from activations_of(engine, shots, outputs, sites)
+def losses(engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float], batch: int) -> Float[Tensor, "image level"]:
+    """Return the mean squared error of the denoiser's prediction for each image and level."""
+    columns: list[Tensor] = []
+    for noised in _noised_batches(engine, inputs, levels, batch):
+        results = _map_rows(engine, noised, batch, lambda run: predict(engine, run, {}))
+        predicted = torch.cat([outcome.plain for outcomes in results for outcome in outcomes])
+        target = _layout(engine, noised.target)
+        columns.append((predicted.float() - target.float()).square().flatten(1).mean(1).cpu())
+    starts = range(0, len(columns), len(levels))
+    return torch.cat([torch.stack(columns[start : start + len(levels)], dim=1) for start in starts])
 
 
-def losses(
-    engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float], batch: int
-) -> Iterator[Float[Tensor, "image level"]]:
-    """Yield the mean squared error of the denoiser's prediction for each image and level, batch by batch of one size."""
+def _noised_batches(engine: Engine, inputs: Iterable[NoisedImage], levels: Sequence[float], batch: int) -> Iterator[NoisedBatch]:
+    """Encode neighbours of one size, at most `batch`, and yield them at each level."""
     for group in _by_size(inputs, batch):
-        latents = _encode_in_batches(engine, group, batch)
-        yield torch.stack([_losses_at(engine, group, latents, level, batch) for level in levels], dim=1)
+        parts = map_batches(engine, lambda part: _encode(engine, part), group, batch)
+        latents = torch.cat([part_latents for _, part_latents in parts])
+        # The noise of each shot depends on its seed alone.
+        generators = [torch.Generator("cpu").manual_seed(image.shot.seed) for image in group]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
+        for level in levels:
+            shots = tuple(replace(image.shot, noise=level) for image in group)
+            yield NoisedBatch(shots, *_add_noise(engine, latents, noise, level))
 
 
-def _losses_at(
-    engine: Engine, group: Sequence[NoisedImage], latents: Tensor, level: float, batch: int
-) -> Float[Tensor, " image"]:
-    noise = _noise(group, latents)
-    noised, timestep = _add_noise(engine, latents, noise, level)
-
-    def predict(rows: Sequence[int]) -> Tensor:
-        return _predict(engine, [group[row].shot for row in rows], noised[list(rows)], timestep)
-
-    predicted = torch.cat([part for _, part in map_batches(engine, predict, range(len(group)), batch, split=True)])
-    target = _layout(engine, _target(engine, latents, noise, level))
-    return (predicted.float() - target.float()).square().flatten(1).mean(1).cpu()
-
-
-def _predict(engine: Engine, shots: Sequence[Shot], noised: Tensor, timestep: float) -> Float[Tensor, "shot ..."]:
-    """Return the denoiser's prediction for noised latents."""
-    predicted: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        predicted.append(prediction(engine, engine.tracker.call, output))
-        raise StopForward
-
-    with (
-        _denoiser_input(engine, _layout(engine, noised), timestep),
-        engine.tracker.tracking(),
-        engine.denoiser.register_forward_hook(keep),
-        suppress(StopForward),
-    ):
-        engine.run(shots, timestep)
-    return predicted[0]
-
-
-def _target(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> Tensor:
-    """Return the training target of the denoiser."""
+def _add_noise(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> tuple[Tensor, float, Tensor]:
+    """Return the noised latents, the timestep and the target of a `NoisedBatch`."""
     if engine.family.flow:
-        return noise - latents
+        return (1 - level) * latents + level * noise, 1000.0 * level, noise - latents
     scheduler = engine.diffusers.components["scheduler"]
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "sample":
-        return latents
-    signal = float(scheduler.alphas_cumprod[round(level * (len(scheduler.alphas_cumprod) - 1))])
-    return signal**0.5 * noise - (1 - signal) ** 0.5 * latents
+    timestep = round(level * (len(scheduler.alphas_cumprod) - 1))
+    signal = float(scheduler.alphas_cumprod[timestep])
+    noised = signal**0.5 * latents + (1 - signal) ** 0.5 * noise
+    velocity = signal**0.5 * noise - (1 - signal) ** 0.5 * latents
+    targets: dict[str, Tensor] = {"epsilon": noise, "sample": latents, "v_prediction": velocity}
+    return noised, float(timestep), targets[scheduler.config.prediction_type]
 
 
-def _add_noise(engine: Engine, latents: Tensor, noise: Tensor, level: float) -> tuple[Tensor, float]:
-    """Return latents at a level of noise, mixed as in training, and the scheduler's timestep of it."""
-    if engine.family.flow:
-        return (1 - level) * latents + level * noise, 1000.0 * level
-    alphas = engine.diffusers.components["scheduler"].alphas_cumprod
-    timestep = round(level * (len(alphas) - 1))
-    signal = float(alphas[timestep])
-    return signal**0.5 * latents + (1 - signal) ** 0.5 * noise, float(timestep)
+def _map_rows(engine: Engine, noised: NoisedBatch, batch: int, function: Callable[[Run], Result]) -> Iterator[Result]:
+    """Yield the results of `function` for runs in which the denoiser gets rows of `noised`, at most `batch` at once."""
+
+    def call(rows: Sequence[int]) -> Result:
+        with _denoiser_input(engine, _layout(engine, noised.latents[list(rows)]), noised.timestep):
+            return function(Run(tuple(noised.shots[row] for row in rows), (noised.timestep,)))
+
+    return (result for _, result in map_batches(engine, call, range(len(noised.shots)), batch, split=True))
 
 
 def noise_levels(noise: float | Sequence[float]) -> list[float]:
@@ -150,12 +124,6 @@ def noise_levels(noise: float | Sequence[float]) -> list[float]:
         if not 0 <= level <= 1:
             raise BadInput(f"Noise of {level:g} is not possible. Give a level between 0 (the image) and 1 (pure noise).")
     return levels
-
-
-def _noise(group: Sequence[NoisedImage], latents: Tensor) -> Tensor:
-    """Draw the noise of each shot from its seed."""
-    generators = [torch.Generator("cpu").manual_seed(image.shot.seed) for image in group]
-    return torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators]).to(latents)
 
 
 def noised_images(
@@ -203,10 +171,6 @@ def _by_size(images: Iterable[NoisedImage], batch: int) -> Iterator[list[NoisedI
             group = []
         if image is not None:
             group.append(image)
-
-
-def _encode_in_batches(engine: Engine, group: Sequence[NoisedImage], batch: int) -> Float[Tensor, "image channel row column"]:
-    return torch.cat([latents for _, latents in map_batches(engine, lambda part: _encode(engine, part), group, batch)])
 
 
 @torch.no_grad()

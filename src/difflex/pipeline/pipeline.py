@@ -4,22 +4,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple, final, get_args
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
 from difflex.choices import Precision
-from difflex.errors import BadInput
-from difflex.pipeline.calls import check_half
+from difflex.errors import BadInput, UnknownName
 from difflex.pipeline.engine import Engine, map_batches
 from difflex.pipeline.harvesting import ImageBatch, edited_images, harvest, harvest_with_images, predictions
 from difflex.pipeline.noising import ImageInput, harvest_images, losses, noise_levels, noised_images
 from difflex.pipeline.profile import SiteRow, site_rows
-from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site, on_copies
+from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
 from difflex.pipeline.sources import ModelSource
 from difflex.records import Activations, EditOutcomes, Half, Kind, Shot, Site
 
@@ -87,7 +85,7 @@ class Pipeline:
 
     def expand(self, sites: Sites) -> list[Site]:
         """Return the sites that names and patterns such as `double.*:text` stand for, in canonical notation."""
-        return [module.site for module in self._modules(sites)]
+        return [module.site for module in self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)]
 
     def kinds(self, site: Site) -> tuple[Kind, ...]:
         """Return the kinds of site that the block of `site` has in its stream."""
@@ -104,8 +102,9 @@ class Pipeline:
         change in place. Under guidance it is called for each half, or only for `half`. Blocks nest: an inner one sees the
         changes of an outer one.
         """
-        check_half(half)
-        return hook_site(self.engine.tracker, self.engine.sites.locate(site), on_copies(function), half)
+        if half is not None and half not in get_args(Half):
+            raise UnknownName.among("The half", half, get_args(Half))
+        return hook_site(self.engine.tracker, self.engine.sites.locate(site), function, half)
 
     def shots(
         self,
@@ -188,7 +187,7 @@ class Pipeline:
         _check_batch(batch)
         settings = self._settings(1, None, 1.0, check=False)
         inputs = noised_images(self.engine, settings, images, prompts, None, seed)
-        return torch.cat(list(losses(self.engine, inputs, noise_levels(noise), batch)))
+        return losses(self.engine, inputs, noise_levels(noise), batch)
 
     def predictions(
         self, shots: Iterable[Shot], site: Site | str, edits: Mapping[str, SiteFunction], batch: int = 16
@@ -211,7 +210,11 @@ class Pipeline:
         return edited_images(self.engine, shots, self.engine.sites.locate(site), edits, batch)
 
     def _modules(self, sites: Sites) -> list[SiteModule]:
-        return self.engine.sites.expand([sites] if isinstance(sites, (Site, str)) else sites)
+        """Return the modules of `sites`, of which there must be one."""
+        modules = [self.engine.sites.locate(site) for site in self.expand(sites)]
+        if not modules:
+            raise BadInput("No site is given to harvest. Give at least one; `sites` lists them.")
+        return modules
 
     def _settings(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:
         """Return the checked settings of a run as a shot without prompt and seed."""

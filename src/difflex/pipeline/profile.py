@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import cache
+from contextlib import ExitStack, suppress
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +17,7 @@ from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.components import PLANS, PipelinePlan
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
-from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site, has_tokens
+from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site
 from difflex.pipeline.sources import ModelDefaults, find, plan_of, read_defaults
 from difflex.quiet import quiet
 from difflex.records import STREAMS, HookContext, Kind, Shot, Site
@@ -61,7 +61,19 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
         if kind != "update"
     ]
     shapes = _shapes(copy, [sites.locate(site) for site in candidates], call, args, kwargs)
-    rows = [_row(sites, site, shapes) for site in candidates if site.kind == "residual" and site in shapes]
+    neurons = {(site.path, site.stream): shape[2] for site, shape in shapes.items() if site.kind == "neurons"}
+    rows = [
+        SiteRow(
+            site=site,
+            path=sites.locate(site).path,
+            width=shapes[site][2],
+            tokens=shapes[site][1],
+            kinds=sites.kinds(site.path, site.stream),
+            neurons=neurons.get((site.path, site.stream)),
+        )
+        for site in candidates
+        if site.kind == "residual" and site in shapes
+    ]
     if not rows:
         raise BadInput(
             f"'{pattern}' returns no tokens: one tensor of [batch, token, width], or an image, is needed. Use another module."
@@ -69,18 +81,6 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
     if engine.sites.blocks or matches:
         return rows
     return [row for row in rows if not any(row.path.startswith(f"{other.path}.") for other in rows)]
-
-
-def _row(sites: SiteMap, site: Site, shapes: Mapping[Site, torch.Size]) -> SiteRow:
-    neurons = Site(site.path, "neurons", site.stream)
-    return SiteRow(
-        site=site,
-        path=sites.locate(site).path,
-        width=shapes[site][2],
-        tokens=shapes[site][1],
-        kinds=sites.kinds(site.path, site.stream),
-        neurons=shapes[neurons][2] if neurons in shapes else None,
-    )
 
 
 def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Module:
@@ -97,22 +97,19 @@ def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Modul
 def _shapes(
     copy: nn.Module, targets: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> dict[Site, torch.Size]:
-    """Return the shape at each site, except for those whose block returns nothing for their stream."""
+    """Return the shape at each site, except for those without tokens: the last joint block of SD3 returns no text."""
     shapes: dict[Site, torch.Size] = {}
 
-    def watch(target: SiteModule) -> None:
-        def keep(x: Tensor, context: HookContext) -> None:
-            shapes[target.site] = x.shape
+    def keep(x: Tensor, context: HookContext, site: Site) -> None:
+        shapes[site] = x.shape
 
-        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            if has_tokens(target, output):
-                apply_at_site(target, call, args, kwargs, output, keep)
-
-        hooks.enter_context(target.module.register_forward_hook(hook, with_kwargs=True))
+    def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object, target: SiteModule) -> None:
+        with suppress(BadInput):
+            apply_at_site(target, call, args, kwargs, output, partial(keep, site=target.site))
 
     with ExitStack() as hooks:
         for target in targets:
-            watch(target)
+            hooks.enter_context(target.module.register_forward_hook(partial(hook, target=target), with_kwargs=True))
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         copy(*args, **kwargs)
     return shapes
@@ -159,24 +156,16 @@ def profile_model(
         steps=steps or profiler.defaults.steps,
         guidance=float(profiler.defaults.guidance if guidance is None else guidance),
     )
-    denoiser = profiler.denoiser(shot, sites)
+    shapes, partial_call, call = profiler.denoiser(shot, sites)
     halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
     return ModelProfile(
         shot=shot,
-        shapes=denoiser.shapes,
-        partial_step=(1 if family.guidance == "separate" else halves) * denoiser.partial_call,
-        step=halves * denoiser.call,
+        shapes=shapes,
+        partial_step=(1 if family.guidance == "separate" else halves) * partial_call,
+        step=halves * call,
         prompt=profiler.prompt(),
         decode=profiler.decode(shot),
     )
-
-
-class DenoiserProfile(NamedTuple):
-    """Shapes and costs of one call of the denoiser."""
-
-    shapes: Mapping[Site, tuple[int, int]]
-    partial_call: float
-    call: float
 
 
 class _Profiler(NamedTuple):
@@ -195,8 +184,8 @@ class _Profiler(NamedTuple):
         return self.defaults.default_pixels(self.config("sample_size"), self._vae_scale)
 
     @torch.no_grad()
-    def denoiser(self, shot: Shot, names: Sequence[str]) -> DenoiserProfile:
-        """Call the denoiser without weights, and count its operations up to the last site and altogether."""
+    def denoiser(self, shot: Shot, names: Sequence[str]) -> tuple[dict[Site, tuple[int, int]], float, float]:
+        """Return the shapes in a call of the denoiser, and its operations up to the last site and altogether."""
         copy = self.plan.components[self.family.denoiser].without_weights()
         assert copy is not None, "a denoiser has weights"
         copy.eval()
@@ -211,9 +200,11 @@ class _Profiler(NamedTuple):
             shapes = _shapes(copy, targets, call, (), kwargs)
         missing = [str(target.site) for target in targets if target.site not in shapes]
         if missing and names:
-            raise BadInput(f"The site '{missing[0]}' returns no tokens. Use another one; difflex sites lists them.")
-        in_order = ((target.site, shapes[target.site]) for target in targets if target.site in shapes)
-        return DenoiserProfile({site: (shape[1], shape[2]) for site, shape in in_order}, max(counts), counter.get_total_flops())
+            raise BadInput(
+                f"The site '{missing[0]}' returns no tokens or has no update. Use another one; difflex sites lists them."
+            )
+        sizes = {target.site: (shapes[target.site][1], shapes[target.site][2]) for target in targets if target.site in shapes}
+        return sizes, max(counts), counter.get_total_flops()
 
     def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""

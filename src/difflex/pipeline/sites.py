@@ -15,7 +15,7 @@ from difflex.pipeline.calls import CallTracker, DenoiserCall
 from difflex.pipeline.families import BlockPattern, Family
 from difflex.records import STREAMS, Half, HookContext, Kind, Site, Stream
 
-__all__ = ["SiteFunction", "SiteMap", "SiteModule", "apply_at_site", "has_tokens", "hook_site", "on_copies"]
+__all__ = ["SiteFunction", "SiteMap", "SiteModule", "apply_at_site", "hook_site"]
 
 ADVICE = "`sites` lists them; a full module path works too."
 
@@ -50,7 +50,7 @@ class SiteMap:
         for path in self._modules:
             for pattern, block in patterns:
                 if match := pattern.fullmatch(path):
-                    self.blocks[_fill(block.name, match.groups())] = (path, block)
+                    self.blocks[block.name.replace("*", "{}").format(*match.groups())] = (path, block)
         self._short_names = {path: name for name, (path, _) in self.blocks.items()}
 
     def locate(self, site: Site | str) -> SiteModule:
@@ -122,12 +122,6 @@ class SiteMap:
         return ("residual", "update", "neurons") if neurons and f"{path}.{neurons}" in self._modules else ("residual", "update")
 
 
-def _fill(pattern: str, indices: Iterable[str]) -> str:
-    for index in indices:
-        pattern = pattern.replace("*", index, 1)
-    return pattern
-
-
 def _segment(pattern: str) -> str:
     """Return the regular expression of a wildcard that does not cross a dot."""
     return translate(pattern).removesuffix(r"\Z").replace(".*", "[^.]*")
@@ -142,15 +136,6 @@ def hook_site(tracker: CallTracker, target: SiteModule, function: SiteFunction, 
 
     with tracker.tracking(), target.module.register_forward_hook(hook, with_kwargs=True):
         yield
-
-
-def on_copies(function: SiteFunction) -> SiteFunction:
-    """Let `function` work on copies, which it may change in place or keep."""
-
-    def with_copy(x: Float[Tensor, "batch token width"], context: HookContext) -> Tensor | None:
-        return function(x.clone(memory_format=torch.contiguous_format), context)
-
-    return with_copy
 
 
 def apply_at_site(
@@ -180,13 +165,6 @@ def apply_at_site(
     return _replace(output, index, whole, span, new)
 
 
-def has_tokens(target: SiteModule, output: object) -> bool:
-    """Whether `output` holds tokens of the stream: the last joint block of SD3 returns no text."""
-    if isinstance(output, (tuple, list)):
-        output = output[_index(target, len(output))] if _has_known_streams(target, len(output)) else None
-    return isinstance(output, Tensor) and output.ndim in (3, 4)
-
-
 def _stream_tensor(target: SiteModule, output: object) -> tuple[Tensor, int | None]:
     """Return the tensor that holds the stream, and its index if it is an element of a tuple."""
     if isinstance(output, Tensor):
@@ -194,25 +172,16 @@ def _stream_tensor(target: SiteModule, output: object) -> tuple[Tensor, int | No
     if not isinstance(output, (tuple, list)):
         kind = type(output).__name__
         raise BadInput(f"The site '{target.site}' cannot be read: {target.path} returns a {kind}, not a tensor.")
-    if not _has_known_streams(target, len(output)):
+    if target.block is None and len(output) > 1:
         raise BadInput(
             f"The site '{target.site}' cannot be read: {target.path} returns {len(output)} values, and which of them is the "
             f"{target.site.stream} stream is known only for blocks that have a short name. Use a module inside it."
         )
-    index = _index(target, len(output))
+    index = target.block.outputs.get(target.site.stream, 0) if target.block is not None and len(output) > 1 else 0
     tensor = output[index]
     if not isinstance(tensor, Tensor):
         raise BadInput(f"The site '{target.site}' cannot be read: {target.path} returns no {target.site.stream} stream.")
     return tensor, index
-
-
-def _has_known_streams(target: SiteModule, elements: int) -> bool:
-    return elements == 1 or target.block is not None
-
-
-def _index(target: SiteModule, elements: int) -> int:
-    """Return the index of the stream in a returned tuple."""
-    return target.block.outputs.get(target.site.stream, 0) if target.block is not None and elements > 1 else 0
 
 
 def _span(target: SiteModule, call: DenoiserCall, shape: torch.Size) -> slice:
@@ -275,10 +244,13 @@ def _grid(target: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, i
 def _apply_by_half(
     x: Tensor, call: DenoiserCall, grid: tuple[int, int] | None, function: SiteFunction, half: Half | None
 ) -> Tensor | None:
-    """Apply `function` to each half of the batch, or to `half` only; None if it returns no tensor."""
+    """Apply `function` to each half of the batch, or to `half` only; None if it returns no tensor.
+
+    It gets copies, which it may change or keep: the model may write into its own tensor, a view would keep other streams alive.
+    """
     parts = x.chunk(len(call.halves))
     results = [
-        function(part, HookContext(call.step, call.timestep, name, call.shots, grid))
+        function(part.clone(memory_format=torch.contiguous_format), HookContext(call.step, call.timestep, name, call.shots, grid))
         if half is None or name in (half, None)
         else None
         for part, name in zip(parts, call.halves, strict=True)
