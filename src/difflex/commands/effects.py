@@ -1,4 +1,4 @@
-"""`difflex steer-eval`, `removal` and `findings`: what edits change, measured on judged images."""
+"""`difflex steer-eval`, `removal` and `findings`: the effects of edits, measured on judged images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
 from difflex.commands.flags import Numbers, Range, Strengths, VLMCommand
-from difflex.commands.inputs import load_study_model
+from difflex.commands.inputs import first_and_end, load_study_model
 from difflex.errors import BadInput
 from difflex.study import Command, Study
 
@@ -72,16 +72,15 @@ class SteerEvalCommand(VLMCommand):
             pairs=self.pairs,
             strengths=self.strength,
             unit=self.unit,
-            edit_steps=_steps(self.edit_steps),
+            edit_steps=first_and_end(self.edit_steps),
         )
         study, paths = Study.open(self.study), []
-        model = cache(lambda: model_functions(load_study_model(study, None, self.offload, self.offline)))
+        model = cache(lambda: _model_functions(load_study_model(study, None, self.offload, self.offline)))
         with self._world(study) as world:
             log = partial(print, flush=True)
-            for place, path, results, concepts, is_reused in effects.run_steering_evaluation(
-                study, self.dictionary, config, model, world, log
-            ):
-                threshold = "" if self.concepts else f" with a feature of AP {self.min_ap:g} or more"
+            evaluations = effects.run_steering_evaluation(study, self.dictionary, config, model, world, log)
+            threshold = "" if self.concepts else f" with a feature of AP {self.min_ap:g} or more"
+            for place, path, results, concepts, is_reused in evaluations:
                 print(f"{place}: {concepts} concepts{threshold}{', as before' if is_reused else ''}")
                 print(effects.steering_table(results))
                 paths.append(path)
@@ -111,10 +110,8 @@ class SteerEvalCommand(VLMCommand):
             ):
                 yield vlm_world(concepts, self.model or self.vlm, client, self.connections)
                 spent = client.spending
-                print(
-                    f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out, "
-                    f"cost {spent.cost:.4g}"
-                )
+                tokens = f"{spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out"
+                print(f"{spent.calls:,} calls, {tokens}, cost {spent.cost:.4g}")
         else:
             raise BadInput("Concepts in words need a judge of the images: name one of --clip and --vlm.")
 
@@ -161,10 +158,10 @@ class RemovalCommand(Command):
             tuning_images=self.tuning_images,
             features=self.features,
             strengths=self.strength,
-            edit_steps=_steps(self.edit_steps),
+            edit_steps=first_and_end(self.edit_steps),
         )
         study = Study.open(self.study)
-        model = cache(lambda: model_functions(load_study_model(study, None, self.offload, offline=False)))
+        model = cache(lambda: _model_functions(load_study_model(study, None, self.offload, offline=False)))
         outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
         for _, results, is_reused in outcomes:
             print(f"{', '.join(results.dictionaries)}{': as before' if is_reused else ''}\n{removal.removal_table(results)}")
@@ -214,17 +211,13 @@ class FindingsCommand(Command):
         pipe = load_study_model(study, None, self.offload, offline=False)
         site = None if self.site is None else pipe.site(self.site)
         log = partial(print, flush=True)
-        path, results = findings.run_findings(study, site, config, model_functions(pipe), self.finding, self.other_model, log)
+        path, results = findings.run_findings(study, site, config, _model_functions(pipe), self.finding, self.other_model, log)
         for finding in results.findings:
             print(f"{finding.verdict:<19}{finding.claim}\n{'':<19}{finding.reason}")
         return [path]
 
 
-def _steps(steps: range | None) -> tuple[int, int] | None:
-    return None if steps is None else (steps.start, steps.stop)
-
-
-def model_functions(pipe: "Pipeline") -> "ModelFunctions":
+def _model_functions(pipe: "Pipeline") -> "ModelFunctions":
     """Return a pipeline as the functions that judging edits needs."""
     from difflex.effects import ModelFunctions
 

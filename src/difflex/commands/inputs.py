@@ -17,6 +17,7 @@ __all__ = [
     "CAPTIONS",
     "UNTRAINED",
     "PromptSource",
+    "first_and_end",
     "load_study_model",
     "open_book",
     "read_prompts",
@@ -100,3 +101,8 @@ def stored_strength(study: Study, ref: DictionaryRef, features: Iterable[int]) -
         return None
     known = [strength for strength in strengths if strength is not None]
     return min(known) if known and len(known) == len(strengths) else None
+
+
+def first_and_end(steps: range | None) -> tuple[int, int] | None:
+    """Return the first step and the one after the last, as edits and configs hold them; None for all steps."""
+    return None if steps is None else (steps.start, steps.stop)

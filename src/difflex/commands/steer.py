@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
 from difflex.commands.flags import Range, Seeds, Strengths
-from difflex.commands.inputs import load_study_model, stored_strength
+from difflex.commands.inputs import first_and_end, load_study_model, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, contact_sheet, write_image
 from difflex.records import Edit, Rectangle, Shot, TransplantSource
@@ -85,12 +85,12 @@ class SteerCommand(Command):
 
         check_image_path(self.out)
         editor = StudyEditor(Study.open(self.study))
-        recorded = None if self.replay is None else EditRecord.load(self.replay)
-        if recorded is not None:
-            recorded.check(editor)
+        replay = None if self.replay is None else EditRecord.load(self.replay)
+        if replay is not None:
+            replay.check(editor)
         pipe = load_study_model(editor.study, None, self.offload, self.offline)
-        columns = [recorded.edits] if recorded else [(edit,) for edit in self._edits(editor, pipe)]
-        shots = [recorded.shot] if recorded else self._shots(pipe)
+        columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe)]
+        shots = [replay.shot] if replay else self._shots(pipe)
         if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
                 f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
@@ -99,8 +99,7 @@ class SteerCommand(Command):
         write_image(self._sheet(shots, columns, images), self.out)
         paths = [self.out]
         if self.record is not None:
-            edits = tuple(columns[0])
-            record = EditRecord(shot=shots[0], edits=edits, checksums=editor.checksums(edits))
+            record = EditRecord(shot=shots[0], edits=columns[0], checksums=editor.checksums(columns[0]))
             paths.append(record.save(self.record))
         print(f"{', '.join(str(path.resolve()) for path in paths)}: {len(shots) * len(images)} images")
         return paths
@@ -112,10 +111,7 @@ class SteerCommand(Command):
             raise BadInput("There is nothing to steer with. Name features, or --contrast NAME.")
         by_contrast = self.contrast is not None and self.dictionary is None
         place = None if by_contrast else editor.study.find_dictionary(self.dictionary)
-        source = None
-        if self.source is not None:
-            region = _parse_region(self.source_region, pixels)
-            source = TransplantSource(prompt=self.source, seed=self.source_seed, region=region)
+        source_region = _parse_region(self.source_region, pixels)
         edit = Edit(
             operation=self.operation,
             site=place.site if place is not None else editor.contrast(self.contrast or "").site,
@@ -124,9 +120,11 @@ class SteerCommand(Command):
             contrast=self.contrast,
             unit=self.unit,
             region=_parse_region(self.region, pixels),
-            steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
+            steps=first_and_end(self.edit_steps),
             half=self.half,
-            source=source,
+            source=None
+            if self.source is None
+            else TransplantSource(prompt=self.source, seed=self.source_seed, region=source_region),
         )
         if self.strength is not None:
             return [replace(edit, strength=strength) for strength in self.strength]
@@ -193,12 +191,13 @@ class IconCommand(Command):
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
-            steps=None if self.edit_steps is None else (self.edit_steps.start, self.edit_steps.stop),
+            steps=first_and_end(self.edit_steps),
         )
         rows = []
         for feature in self.features:
             edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
-            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([edited]))[0].image for edited in edits])
+            hooks = [editor.steering_hooks([edit]) for edit in edits]
+            rows.append([pipe.generate("", seed=self.seed, edits=several)[0].image for several in hooks])
         columns = [f"{strength:g} peak" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in self.features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple, final
 
 import torch
@@ -25,7 +26,6 @@ from difflex.steering import rectangle
 
 __all__ = [
     "DRAWN_WORLD",
-    "ConceptFile",
     "ConceptSpec",
     "JudgedWorld",
     "clip_world",
@@ -210,7 +210,7 @@ def similarity_judge(
 
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         texts, region = embed_texts([task.concept, *specs[task.concept].instead]), trials[0].region
-        shares = torch.softmax(logit_scale * embed_images(_cut_out(images, region)) @ texts.T, dim=1)
+        shares = torch.softmax(logit_scale * embed_images(images[_region_of(images, region)]) @ texts.T, dim=1)
         after, before = (embed_images(_greyed(batch, region)) for batch in (images, unedited(trials)))
         similarity = after @ before.T
         is_kept = similarity.diagonal() >= similarity.amax(1) - 1e-6
@@ -229,7 +229,9 @@ def vlm_judge(
 
     def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], images: Images) -> list[JudgeVerdict]:
         rest = specs[task.concept].rest
-        parts = [_cut_out(image, trial.region) if trial.region else None for image, trial in zip(images, trials, strict=True)]
+        parts = [
+            image[_region_of(image, trial.region)] if trial.region else None for image, trial in zip(images, trials, strict=True)
+        ]
         questions = [
             PresenceQuestion(image, None if part is None else next(to_images(part[None])), task.concept, rest(trial))
             for image, part, trial in zip(to_images(images), parts, trials, strict=True)
@@ -239,28 +241,21 @@ def vlm_judge(
     return verdicts
 
 
-def _slices(region: Rectangle, images: Float[Tensor, "*some row column"]) -> tuple[slice, slice]:
-    """Return the rows and columns of a region, at least one of each."""
+def _region_of(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> tuple[EllipsisType, slice, slice]:
+    """Return the index of a region, of one pixel or more."""
+    rows, columns = images.shape[-2:]
 
     def along(start: float, end: float, count: int) -> slice:
         first = min(round(start * count), count - 1)
         return slice(first, max(round(end * count), first + 1))
 
-    return along(region.top, region.bottom, images.shape[-2]), along(region.left, region.right, images.shape[-1])
-
-
-def _cut_out(images: Float[Tensor, "*some row column"], region: Rectangle | None) -> Float[Tensor, "*some part_row part_column"]:
-    if region is None:
-        return images
-    rows, columns = _slices(region, images)
-    return images[..., rows, columns]
+    left, top, right, bottom = region or (0.0, 0.0, 1.0, 1.0)
+    return ..., along(top, bottom, rows), along(left, right, columns)
 
 
 def _greyed(images: Images, region: Rectangle | None) -> Images:
     """Return the images with a grey region; unchanged, if the region is the whole image."""
-    if region is None:
-        return images
-    rows, columns = _slices(region, images)
     greyed = images.clone()
-    greyed[..., rows, columns] = 0.5
+    if region is not None:
+        greyed[_region_of(images, region)] = 0.5
     return greyed

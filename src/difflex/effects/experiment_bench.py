@@ -30,18 +30,12 @@ from difflex.steering import EditFeatures, StudyEditor
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["ExperimentBench", "by_group", "detecting_features", "make_bench"]
+__all__ = ["ExperimentBench", "detecting_features", "make_bench"]
 
 MIN_AP = 0.5
 """A feature of this average precision or more is used for a concept; else its contrast is."""
 ANYWHERE = ("an object", "no object")
 """Kinds of captions whose images are judged as a whole: nothing says where the model draws an object that was not asked for."""
-
-
-def by_group(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]:
-    """Return curves by the group of their concept."""
-    groups = dict.fromkeys(curve.group for curve in curves)
-    return {group: [curve for curve in curves if curve.group == group] for group in groups}
 
 
 @final

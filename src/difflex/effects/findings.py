@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from difflex.effects import finding_rules as rules
 from difflex.effects.drawn_world import CaptionKind
-from difflex.effects.experiment_bench import ExperimentBench, by_group, detecting_features, make_bench
+from difflex.effects.experiment_bench import ExperimentBench, detecting_features, make_bench
 from difflex.effects.finding_rules import Finding, FindingLine, Findings, FindingsConfig, RuleCondition, Ruling
 from difflex.effects.inputs import ModelFunctions, Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint
@@ -45,20 +45,27 @@ class ExperimentOutcome(NamedTuple):
 
 def _pairs(bench: ExperimentBench) -> ExperimentOutcome:
     """Contrasts on more and more pairs."""
-    counts = bench.config.pairs
-    by_concept: list[list[StrengthCurve]] = []
+    counts, curves = bench.config.pairs, list[StrengthCurve]()
     for concept in bench.config.concepts():
-        fewer = {f"{count} pairs": way for count, way in bench.contrasts(concept).items() if count != max(counts)}
-        most = replace(bench.alike(concept), method=f"{max(counts)} pairs")
-        by_concept.append([*bench.curves(concept, "alike", fewer), most])
-    curves = [curve for several in by_concept for curve in several]
-    of_count = lambda count, several: [curve.gain(rules.KEPT) for curve in several if curve.method == f"{count} pairs"]  # noqa: E731
-    gains = {count: of_count(count, curves) for count in counts}
-    lines = [rules.line_of_columns("all concepts", counts, [*gains.values()])]
-    for group, own in by_group(curves).items():
-        lines.append(rules.line_of_columns(group, counts, [of_count(count, own) for count in counts]))
+        fewer = {f"{count} pairs": features for count, features in bench.contrasts(concept).items() if count != max(counts)}
+        curves += bench.curves(concept, "alike", fewer)
+        curves.append(replace(bench.alike(concept), method=f"{max(counts)} pairs"))
+    by_count = lambda several: [  # noqa: E731
+        [curve.gain(rules.KEPT) for curve in several if curve.method == f"{count} pairs"] for count in counts
+    ]
+    gains = dict(zip(counts, by_count(curves), strict=True))
+    lines = [
+        rules.line_of_columns(name, counts, by_count(several))
+        for name, several in {"all concepts": curves, **_by_group(curves)}.items()
+    ]
     numbers = {f"gain of {count} pairs": fmean(values) for count, values in gains.items()}
     return ExperimentOutcome(_rule_knee(gains), numbers, "pairs", "gain", tuple(lines), tuple(curves))
+
+
+def _by_group(curves: Sequence[StrengthCurve]) -> dict[str, list[StrengthCurve]]:
+    """Return curves by the group of their concept."""
+    groups = dict.fromkeys(curve.group for curve in curves)
+    return {group: [curve for curve in curves if curve.group == group] for group in groups}
 
 
 def _rule_knee(gains: Mapping[int, Sequence[float]]) -> Ruling:
@@ -94,27 +101,24 @@ def _adversarial(bench: ExperimentBench) -> ExperimentOutcome:
 def _quality(bench: ExperimentBench) -> ExperimentOutcome:
     """The loss by strength."""
     curves = [bench.base(concept) for concept in bench.config.concepts()]
-    lines = [rules.line_of_curves("all concepts", curves, _loss)]
-    lines += [rules.line_of_curves(group, several, _loss) for group, several in by_group(curves).items()]
+    by_name = {"all concepts": curves, **_by_group(curves)}
+    lines = [rules.line_of_curves(name, several, _loss) for name, several in by_name.items()]
     numbers = {f"loss at {x:g}": y for x, y in zip(lines[0].x, lines[0].y, strict=True)}
     return ExperimentOutcome(rules.rule_rising(curves), numbers, STRENGTH, LOSS, tuple(lines), tuple(curves))
 
 
 def _size(bench: ExperimentBench) -> ExperimentOutcome:
     """The loss in a larger and in a smaller model."""
-    own = [bench.base(concept) for concept in bench.config.concepts()]
-    lines = [rules.line_of_curves(_millions(bench.parameters), own, _loss)]
+    curves = [bench.base(concept) for concept in bench.config.concepts()]
+    lines = [rules.line_of_curves(_millions(bench.parameters), curves, _loss)]
     quality = bench.other.of("quality") if bench.other is not None else None
-    theirs = {curve.concept: curve for curve in quality.curves} if quality is not None else {}
-    shared = [
-        (curve, theirs[curve.concept])
-        for curve in own
-        if curve.concept in theirs and _shared_strengths(curve, theirs[curve.concept])
-    ]
+    others = {curve.concept: curve for curve in quality.curves} if quality is not None else {}
+    pairs = [(curve, others[curve.concept]) for curve in curves if curve.concept in others]
+    shared = [pair for pair in pairs if _shared_strengths(*pair)]
     if bench.other is None or quality is None or not shared or bench.other.parameters == bench.parameters:
         problem = "There is one model" if bench.other is None else "The other model has the same size, or nothing in common"
         reason = f"{problem}. --other-model names a study of another size with findings of the same concepts."
-        return ExperimentOutcome(Ruling("cannot be said", reason), {}, STRENGTH, LOSS, tuple(lines), tuple(own))
+        return ExperimentOutcome(Ruling("cannot be said", reason), {}, STRENGTH, LOSS, tuple(lines), tuple(curves))
     excess = [(_mean_loss(a, b), _mean_loss(b, a)) for a, b in shared]
     smaller_first = [pair if bench.parameters < bench.other.parameters else pair[::-1] for pair in excess]
     names = _millions(bench.parameters), _millions(bench.other.parameters)
@@ -122,8 +126,8 @@ def _size(bench: ExperimentBench) -> ExperimentOutcome:
     means = ", ".join(f"{value:.2f} of {name}" for name, value in zip(names, numbers.values(), strict=True))
     is_less = RuleCondition([small - large for small, large in smaller_first])
     lines.append(rules.line_of_curves(names[1], list(quality.curves), _loss))
-    curves = tuple(curve for pair in shared for curve in pair)
-    return ExperimentOutcome(rules.rule([is_less], f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), curves)
+    both = tuple(curve for pair in shared for curve in pair)
+    return ExperimentOutcome(rules.rule([is_less], f"mean loss {means}"), numbers, STRENGTH, LOSS, tuple(lines), both)
 
 
 def _related(bench: ExperimentBench) -> ExperimentOutcome:

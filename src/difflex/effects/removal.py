@@ -31,16 +31,7 @@ from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 
-__all__ = [
-    "RemovalConfig",
-    "RemovalOutcome",
-    "RemovalRates",
-    "RemovalResults",
-    "RemovalTrial",
-    "RemovedConcept",
-    "removal_table",
-    "remove_concepts",
-]
+__all__ = ["RemovalConfig", "RemovalRates", "RemovalResults", "RemovedConcept", "removal_table", "remove_concepts"]
 
 SEED_DISTANCE = 10**6
 """Between the first seeds of two sets of images."""
@@ -152,17 +143,14 @@ def remove_concepts(
     Each of `names` is a dictionary, or several joined by commas whose features are removed together; without names, the
     dictionaries of each label at all its sites. Results that are up to date are reused; the model is only loaded for others.
     """
-    editor = StudyEditor(study)
-    sets = _dictionary_sets(editor, names)
-    paths = {places: study.removal(places) for places in sets}
-    provenances = {places: Provenance.of(study, {place: {} for place in places}) for places in sets}
-    stored = {places: RemovalResults.load(path) for places, path in paths.items() if path.is_file()}
-    current = {
-        places: results
-        for places, results in stored.items()
-        if (results.config, results.provenance) == (config, provenances[places])
-    }
-    stale = [places for places in sets if places not in current]
+    editor, current = StudyEditor(study), dict[Places, RemovalResults]()
+    paths = {places: study.removal(places) for places in _dictionary_sets(editor, names)}
+    provenances = {places: Provenance.of(study, {place: {} for place in places}) for places in paths}
+    for places, path in paths.items():
+        results = RemovalResults.load(path) if path.is_file() else None
+        if results is not None and (results.config, results.provenance) == (config, provenances[places]):
+            current[places] = results
+    stale = [places for places in paths if places not in current]
     for places, concepts in (_remove_with_sets(editor, stale, config, model(), log) if stale else {}).items():
         results = RemovalResults(
             model=study.model,
@@ -173,7 +161,7 @@ def remove_concepts(
         )
         results.save(paths[places])
         current[places] = results
-    return [RemovalOutcome(paths[places], current[places], places not in stale) for places in sets]
+    return [RemovalOutcome(paths[places], current[places], places not in stale) for places in paths]
 
 
 def _dictionary_sets(editor: StudyEditor, names: Sequence[str]) -> list[Places]:
