@@ -222,8 +222,8 @@ def test_a_key_goes_to_the_endpoint_and_nowhere_else(
 def test_a_key_is_read_from_a_file_or_the_environment(tmp_path: Path):
     file = tmp_path / "key"
     file.write_text(f"{SECRET}\n")
-    assert ApiKey.read(file, "NAME", {}).reveal() == SECRET == ApiKey.read(None, "NAME", {"NAME": SECRET}).reveal()
-    assert ApiKey.read(None, "NAME", {}).is_empty
+    assert ApiKey.read(file, "NAME", {}).secret == SECRET == ApiKey.read(None, "NAME", {"NAME": SECRET}).secret
+    assert not ApiKey.read(None, "NAME", {}).secret
     file.write_text(f"export KEY={SECRET} more")
     with pytest.raises(BadInput, match="has 3 words") as caught:
         ApiKey.read(file, "NAME", {})

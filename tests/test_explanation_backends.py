@@ -241,7 +241,7 @@ def test_words_of_colour_and_position_are_counted():
     assert surface_share("red areas at the top left") == 1 and surface_share("wheels of cars") == 0
     assert surface_share("the red wheels") == 0.5 and surface_share("the area") == 0
     groups = group_by_surface(["blue", "dark sky", "wheels", "doors"], [0.9, 0.6, 0.5, 0.7])
-    assert [(group.surface, group.accuracy.value, group.accuracy.size) for group in groups] == [
+    assert [(share, mean.value, mean.size) for share, mean in groups.items()] == [
         ("none", pytest.approx(0.6), 2),
         ("some", 0.6, 1),
         ("all", 0.9, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -117,26 +118,19 @@ SURFACE_WORDS, STOP_WORDS = frozenset(f"{COLOURS} {POSITIONS}".split()), frozens
 Share = Literal["none", "some", "all"]
 
 
-class BiasGroup(NamedTuple):
-    """The accuracy of explanations of which none, some or all words describe colour or position."""
-
-    surface: Share
-    accuracy: MeanEstimate
-
-
 def surface_share(explanation: str) -> float:
     """Return the share of the content words that describe colour or position; 0 without content words."""
     words = [word for word in re.findall(r"[a-z]+", explanation.lower()) if word not in STOP_WORDS]
     return sum(word in SURFACE_WORDS for word in words) / max(1, len(words))
 
 
-def group_by_surface(explanations: Sequence[str], accuracies: Sequence[float]) -> list[BiasGroup]:
-    """Return the accuracy of explanations by how much of them is colour or position, without empty groups."""
+def group_by_surface(explanations: Sequence[str], accuracies: Sequence[float]) -> dict[Share, MeanEstimate]:
+    """Return the accuracy of explanations by how many of their words describe colour or position, without empty groups."""
     groups: dict[Share, list[float]] = {"none": [], "some": [], "all": []}
     for text, value in zip(explanations, accuracies, strict=True):
         share = surface_share(text)
         groups["all" if share == 1 else "some" if share else "none"].append(value)
-    return [BiasGroup(share, estimate_mean(values)) for share, values in groups.items() if values]
+    return {share: estimate_mean(values) for share, values in groups.items() if values}
 
 
 FORMAT = 2
@@ -175,19 +169,14 @@ class ExplainedMethod:
         """Mean over features."""
         return estimate_mean(self.accuracies)
 
-    @cached_property
-    def auroc(self) -> MeanEstimate:
-        """Mean over features."""
-        return estimate_mean(self.aurocs)
-
-    @cached_property
+    @property
     def intruder(self) -> MeanEstimate | None:
-        """Share of intruders that were found; None without such tests."""
+        """Share of features whose intruder was found; None without such tests."""
         return estimate_mean(self.intruders) if self.intruders else None
 
-    @cached_property
-    def biases(self) -> list[BiasGroup]:
-        """Accuracy by how much of an explanation is colour or position."""
+    @property
+    def biases(self) -> dict[Share, MeanEstimate]:
+        """Accuracy of explanations of which none, some or all words describe colour or position."""
         return group_by_surface(self.explanations, self.accuracies)
 
 
@@ -278,8 +267,11 @@ def read_methods(book: Book, study: Path) -> list[ExplainedMethod]:
 
 
 def _differences(methods: Sequence[ExplainedMethod]) -> list[MethodDifference]:
-    alike = lambda first, second: (first.backend, first.protocol) == (second.backend, second.protocol)  # noqa: E731
-    pairs = [pair for pair in combinations(methods, 2) if alike(*pair)]
+    pairs = [
+        (first, second)
+        for first, second in combinations(methods, 2)
+        if (first.backend, first.protocol) == (second.backend, second.protocol)
+    ]
     p_values = _holm([permutation_p_value(first.accuracies, second.accuracies) for first, second in pairs])
     return [
         MethodDifference(first, second, first.accuracy.value - second.accuracy.value, p)
@@ -311,16 +303,14 @@ def _falls(methods: Sequence[ExplainedMethod]) -> list[ProtocolGap]:
 
 def _histogram(accuracies: Iterable[float]) -> list[int]:
     """Count accuracies in `BINS` equal bins from 0 to 1; 1 itself is in the last."""
-    counts = [0] * BINS
-    for value in accuracies:
-        counts[min(BINS - 1, int(value * BINS + 1e-9))] += 1
-    return counts
+    counts = Counter(min(BINS - 1, int(value * BINS + 1e-9)) for value in accuracies)
+    return [counts[i] for i in range(BINS)]
 
 
 def _row(method: ExplainedMethod) -> tuple[str, ...]:
     counts = _histogram(method.accuracies)
     bars = "".join(BARS[-(-count * (len(BARS) - 1) // max(counts))] for count in counts)
-    numbers = (len(method.features), method.failed, method.accuracy, method.auroc, method.intruder or "-")
+    numbers = (len(method.features), method.failed, method.accuracy, estimate_mean(method.aurocs), method.intruder or "-")
     return (method.name, method.backend, method.protocol, *map(str, numbers), f"|{bars}|")
 
 
@@ -328,8 +318,8 @@ def _entries(method: ExplainedMethod) -> dict[str, object]:
     return asdict(method) | {
         "study": method.study.name,
         "accuracy": method.accuracy._asdict(),
-        "auroc": method.auroc._asdict(),
+        "auroc": estimate_mean(method.aurocs)._asdict(),
         "intruder": method.intruder and method.intruder._asdict(),
         "histogram": _histogram(method.accuracies),
-        "biases": [{"surface": group.surface, **group.accuracy._asdict()} for group in method.biases],
+        "biases": [{"surface": share, **mean._asdict()} for share, mean in method.biases.items()],
     }

@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, final
@@ -35,11 +36,13 @@ CONNECT_TIMEOUT = 15.0
 
 
 @final
+@dataclass(frozen=True, repr=False)
 class ApiKey:
     """An API key; its `repr` does not contain the secret."""
 
-    def __init__(self, secret: str, source: str) -> None:
-        self._secret, self._source = secret, source
+    secret: str
+    """Empty for no key."""
+    source: str
 
     @classmethod
     def read(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
@@ -56,21 +59,12 @@ class ApiKey:
             raise BadInput(f"The key file {file} has {len(words)} words. Write only the key into it.")
         return cls(words[0], str(file))
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no key."""
-        return not self._secret
-
-    def reveal(self) -> str:
-        """Return the secret itself."""
-        return self._secret
-
     def redact(self, text: str) -> str:
         """Return `text` without the secret, as endpoints may repeat it in errors."""
-        return text.replace(self._secret, "[key]") if self._secret else text
+        return text.replace(self.secret, "[key]") if self.secret else text
 
     def __repr__(self) -> str:
-        return f"ApiKey(from {self._source})"
+        return f"ApiKey(from {self.source})"
 
 
 class _ChatMessage(BaseModel):
@@ -197,7 +191,7 @@ def _check_address(url: str, key: ApiKey) -> None:
             f"The address of {parts.hostname} contains a user name, a password or a query, which logs and errors would show. "
             "Put the key into the environment or a key file."
         )
-    if parts.scheme == "http" and parts.hostname not in LOOPBACK and not key.is_empty:
+    if parts.scheme == "http" and parts.hostname not in LOOPBACK and key.secret:
         warnings.warn(f"The key goes to {parts.hostname} unencrypted, as its address begins with http.", stacklevel=3)
 
 
@@ -212,7 +206,7 @@ def _open_client(url: str, key: ApiKey, connections: int, timeout: float) -> ope
         timeout=times, limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     )
     # The retries of this client are off: CachedClient retries by one policy that obeys Retry-After and the budget.
-    return openai.OpenAI(base_url=url, api_key=key.reveal() or "none", max_retries=0, timeout=times, http_client=http)
+    return openai.OpenAI(base_url=url, api_key=key.secret or "none", max_retries=0, timeout=times, http_client=http)
 
 
 def _content(views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str) -> list[dict[str, object]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
-from typing import Literal, NamedTuple, final
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from PIL import Image
@@ -26,8 +27,8 @@ MIN_SIDE = 256
 """Images are enlarged until their longer side has at least this many pixels."""
 PLANS_AHEAD = 2
 """Plans prepared ahead for each connection."""
-_RequestKeys = dict[Literal["explainer", "judge"], list[str]]
-"""The content keys of the requests for one feature."""
+_RequestKeys = defaultdict[Literal["explainer", "judge"], list[str]]
+"""The content keys of the requests for one feature, by the role of the VLM."""
 
 
 class ExplainResult(NamedTuple):
@@ -57,18 +58,9 @@ def explain(
     """
     explainer = _FeatureExplainer(book, client, album, protocol)
     pending = explainer.pending(features)
-    skipped = tuple(feature for feature in features if feature not in {*pending})
-    failed: dict[int, str] = {}
-    with (
-        tqdm(total=len(pending), desc="explaining", unit=" features", disable=None if progress else True) as bar,
-        _ExplainThreads(explainer, book, client, connections) as threads,
-    ):
-        for explanation in threads.run(map(explainer.prepare, pending)):
-            if explanation.state == "failed":
-                failed[explanation.feature] = explanation.reason
-            bar.update()
+    failed = explainer.explain_all(pending, connections, progress)
     explained = tuple(feature for feature in pending if feature not in failed)
-    return ExplainResult(explained, skipped, failed)
+    return ExplainResult(explained, tuple(feature for feature in features if feature not in {*pending}), failed)
 
 
 def dry_run(
@@ -81,11 +73,7 @@ def dry_run(
     """Ask everything that `explain` would ask, with a client in a dry run, and write nothing."""
     explainer = _FeatureExplainer(book, client, album, protocol)
     for feature in explainer.pending(features):
-        explainer.explain(explainer.prepare(feature), _no_keys())
-
-
-def _no_keys() -> _RequestKeys:
-    return {"explainer": [], "judge": []}
+        explainer.explain(explainer.prepare(feature), defaultdict(list))
 
 
 class _FeatureResult(NamedTuple):
@@ -184,59 +172,46 @@ class _FeatureExplainer:
         answer = self._client.ask(views, odd_one_out_instruction(len(views), self._protocol.style), keys["judge"])
         return [ExplanationScore("intruder", float(answer.image == 1 + prepared.plan.odd), None, None, 1)]
 
+    def explain_all(self, features: Sequence[int], connections: int, progress: bool) -> dict[int, str]:
+        """Explain features in threads and write each into the book; return the failed ones with their reasons.
 
-@final
-class _ExplainThreads:
-    """Threads that explain a feature each, while the thread that made them writes the book."""
-
-    def __init__(self, explainer: _FeatureExplainer, book: Book, client: CachedClient, connections: int) -> None:
-        self._explainer, self._book, self._client, self._connections = explainer, book, client, connections
-        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="explaining")
-        self._running: dict[Future[_FeatureResult], _RequestKeys] = {}
-
-    def __enter__(self) -> _ExplainThreads:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for calls on their way, which are paid for, and record them, whatever ended the work."""
-        if kind is not None:
+        Calls on their way, which are paid for, finish and are recorded, whatever ends the work.
+        """
+        failed, running = dict[int, str](), dict[Future[_FeatureResult], _RequestKeys]()
+        pool, prepared = ThreadPoolExecutor(connections, thread_name_prefix="explaining"), map(self.prepare, features)
+        bar = tqdm(total=len(features), desc="explaining", unit=" features", disable=None if progress else True)
+        try:
+            while True:
+                for feature in islice(prepared, PLANS_AHEAD * connections - len(running)):
+                    keys: _RequestKeys = defaultdict(list)
+                    running[pool.submit(self.explain, feature, keys)] = keys
+                if not running:
+                    return failed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    self._write(result, running.pop(future))
+                    if result.explanation.state == "failed":
+                        failed[result.explanation.feature] = result.explanation.reason
+                    bar.update()
+        except BaseException:
             self._client.stop()
-        self._pool.shutdown(cancel_futures=True)
-        for future, keys in self._running.items():
-            if future.cancelled() or future.exception() is not None:
-                self._book.add_usage(self._usage(keys))
-                self._client.mark_recorded(keys["explainer"] + keys["judge"])
-            else:
-                self._write(future.result(), keys)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for future, keys in running.items():
+                is_complete = not future.cancelled() and future.exception() is None
+                self._write(future.result() if is_complete else None, keys)
+            bar.close()
 
-    def run(self, features: Iterator[_PreparedFeature | _FeatureResult]) -> Iterator[Explanation]:
-        """Yield the explanations, each after it is written into the book."""
-        while True:
-            for prepared in islice(features, PLANS_AHEAD * self._connections - len(self._running)):
-                keys = _no_keys()
-                self._running[self._pool.submit(self._explainer.explain, prepared, keys)] = keys
-            if not self._running:
-                return
-            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
-                result = future.result()
-                yield self._write(result, self._running.pop(future))
-
-    def _write(self, result: _FeatureResult, keys: _RequestKeys) -> Explanation:
-        self._book.add_explanation(result.explanation, result.judgements, result.scores, self._usage(keys))
-        self._client.mark_recorded(keys["explainer"] + keys["judge"])
-        return result.explanation
-
-    def _usage(self, keys: _RequestKeys) -> list[RecordedUsage]:
-        return [
-            RecordedUsage(
-                backend=self._client.name,
-                role=role,
-                calls=spending.calls,
-                tokens_in=spending.tokens_in,
-                tokens_out=spending.tokens_out,
-                cost=spending.cost or None,
-                seconds=spending.seconds,
-            )
+    def _write(self, result: _FeatureResult | None, keys: _RequestKeys) -> None:
+        """Write a result, or None for an interrupted feature, and the usage of its requests into the book."""
+        usage = [
+            RecordedUsage(backend=self._client.name, role=role, **dict[str, Any](vars(spending), cost=spending.cost or None))
             for role, role_keys in keys.items()
             if (spending := self._client.unrecorded(role_keys)).calls
         ]
+        if result is None:
+            self._book.add_usage(usage)
+        else:
+            self._book.add_explanation(result.explanation, result.judgements, result.scores, usage)
+        self._client.mark_recorded([*chain(*keys.values())])

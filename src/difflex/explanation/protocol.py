@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import NamedTuple, final
 
 from difflex.choices import HighlightStyle, ProtocolName
@@ -98,29 +99,21 @@ class _FeaturePlanner:
 
     def paper(self) -> FeaturePlan:
         """Judge the images that were explained, and other features' top images."""
-        needed = max(self._protocol.shown, self._half)
-        top = self._distinct(_strongest_first(self._own), needed)
-        if len(top) < needed:
-            raise UnsuitableFeature(f"it has {len(top)} top images, {needed} are needed")
+        top = self._distinct(_strongest_first(self._own), self._protocol.needed_shots)
+        _check_count(top, self._protocol.needed_shots, "top images")
         negatives = self._top_examples({self._feature}, self._half)
         return FeaturePlan(self._feature, top[: self._protocol.shown], top[: self._half], negatives)
 
     def heldout(self) -> FeaturePlan:
         """Judge images that the explainer does not see, other features' top images and near misses."""
-        needed = self._protocol.shown
         top = _strongest_first(example for example in self._own if example.split == "train")
-        shown = self._distinct(top, needed)
-        if len(shown) < needed:
-            raise UnsuitableFeature(f"it has {len(shown)} top images of the split 'train', {needed} are needed")
+        shown = self._distinct(top, self._protocol.shown)
+        _check_count(shown, self._protocol.shown, "top images of the split 'train'")
         unseen = self._unseen(shown)
-        if len(unseen) < self._half:
-            raise UnsuitableFeature(
-                f"it has {len(unseen)} images that the explainer does not see, {self._half} are needed to judge"
-            )
+        _check_count(unseen, self._half, "images to judge that the explainer does not see")
         last = len(unseen) - 1
         positives = [unseen[round(i * last / max(1, self._half - 1))] for i in range(self._half)]
-        negatives = self._negatives(positives)
-        return FeaturePlan(self._feature, shown, positives, negatives, *self._lineup(unseen))
+        return FeaturePlan(self._feature, shown, positives, self._negatives(positives), *self._lineup(unseen))
 
     def _is_visible(self, example: Example) -> bool:
         """Return whether the highlights of an example are visible: the same threshold for all, in units of the feature's peak."""
@@ -150,12 +143,8 @@ class _FeaturePlanner:
 
     def _top_examples(self, excluded: Collection[int], count: int) -> list[Example]:
         """Return the strongest examples of `count` random other features."""
-        examples: list[Example] = []
-        for other in self._random.sample(self._others, len(self._others)):
-            if len(examples) == count:
-                return examples
-            if other not in excluded and (best := self._strongest(other)):
-                examples.append(best)
+        others = (other for other in self._random.sample(self._others, len(self._others)) if other not in excluded)
+        examples = [*islice(filter(None, map(self._strongest, others)), count)]
         if len(examples) < count:
             raise UnsuitableFeature(f"{len(examples)} other features have images, {count} are needed as negatives")
         return examples
@@ -192,6 +181,11 @@ class _FeaturePlanner:
         odd = self._random.randrange(count)
         examples = self._random.sample(unseen, count - 1)
         return [*examples[:odd], *self._top_examples({self._feature}, 1), *examples[odd:]], odd
+
+
+def _check_count(examples: Sequence[Example], needed: int, kind: str) -> None:
+    if len(examples) < needed:
+        raise UnsuitableFeature(f"it has {len(examples)} {kind}, {needed} are needed")
 
 
 def _strongest_first(examples: Iterable[Example]) -> list[Example]:

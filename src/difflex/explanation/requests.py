@@ -8,7 +8,8 @@ import random
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from pathlib import Path
 from threading import Event, Lock
 from typing import final
@@ -148,13 +149,7 @@ class Spending:
     seconds: float = 0.0
 
     def __add__(self, other: Spending) -> Spending:
-        return Spending(
-            self.calls + other.calls,
-            self.tokens_in + other.tokens_in,
-            self.tokens_out + other.tokens_out,
-            self.cost + other.cost,
-            self.seconds + other.seconds,
-        )
+        return Spending(*map(add, astuple(self), astuple(other)))
 
 
 FORMAT = 1
