@@ -36,8 +36,8 @@ PURSUITS = pytest.mark.parametrize("pursuit", RULES)
 
 def cloud(count: int, seed: int = 0) -> Tensor:
     """Sparse mixtures of 40 directions, far from the origin, with axes of different spread."""
-    truth = torch.Generator().manual_seed(99)
-    directions = F.normalize(torch.randn(40, WIDTH, generator=truth), dim=1)
+    fixed = torch.Generator().manual_seed(99)
+    directions = F.normalize(torch.randn(40, WIDTH, generator=fixed), dim=1)
     generator = torch.Generator().manual_seed(seed)
     fires = torch.rand(count, 40, generator=generator) < 0.08
     amounts = fires * (0.5 + torch.rand(count, 40, generator=generator))
@@ -397,9 +397,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path: Path, name: str):
 
 
 def test_zero_vectors_grow_no_dictionary(tmp_path: Path):
-    nothing = source(batches=lambda start: (rows(n)._replace(values=torch.zeros(BATCH, WIDTH)) for n in range(start, 4)))
+    zeros = source(batches=lambda start: (rows(n)._replace(values=torch.zeros(BATCH, WIDTH)) for n in range(start, 4)))
     with pytest.raises(BadInput, match="zero vector"):
-        grow({tmp_path: growth(normalisation="none")}, nothing, origin=ORIGIN)
+        grow({tmp_path: growth(normalisation="none")}, zeros, origin=ORIGIN)
 
 
 def test_invalid_atoms_are_refused(tmp_path: Path):
@@ -513,16 +513,16 @@ def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Pat
     for process in processes:
         process.join(timeout=120)
         assert process.exitcode == 0
-    two, one = Dictionary.load(tmp_path / "two"), grown(tmp_path / "one")
-    assert isinstance(two, ITDA)
+    shared, alone = Dictionary.load(tmp_path / "two"), grown(tmp_path / "one")
+    assert isinstance(shared, ITDA)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["training"]["tokens"] == TOKENS
     # Sequentially checked: what each batch of both ranks had become part of by its end explains the batch.
-    shots = two.provenance.shots * 8 + two.provenance.tokens
-    assert shots.unique().numel() == two.size
-    assert two.size == pytest.approx(one.size, rel=0.15)
-    z = two.normalisation.apply(all_rows())
-    torch.testing.assert_close(two.atoms, F.normalize(z[shots], dim=1))
+    shots = shared.provenance.shots * 8 + shared.provenance.tokens
+    assert shots.unique().numel() == shared.size
+    assert shared.size == pytest.approx(alone.size, rel=0.15)
+    z = shared.normalisation.apply(all_rows())
+    torch.testing.assert_close(shared.atoms, F.normalize(z[shots], dim=1))
     for number in range(TOKENS // BATCH):
-        earlier = two.atoms[shots < (number + 1) * BATCH]
+        earlier = shared.atoms[shots < (number + 1) * BATCH]
         batch = z[number * BATCH : (number + 1) * BATCH]
         assert float(unexplained_share(batch, earlier, "orthogonal").max()) <= 0.25 * (1 + 1e-4)

@@ -102,7 +102,9 @@ class ItdaCommand(Command):
     """The sites, one after another: double.18, single.9:update."""
     k: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32)")] = None
     """Atoms per token."""
-    threshold: Annotated[tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: found for the size)")] = ()
+    threshold: Annotated[
+        tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: searched to fill the size)")
+    ] = ()
     """A token becomes an atom if more than this share of it is unexplained; several grow in one pass over the data."""
     size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16384 with a threshold)")] = None
     """The largest number of atoms; without a threshold, the size that the data should fill."""

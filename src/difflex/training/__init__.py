@@ -3,14 +3,4 @@
 from difflex.training.config import AdamConfig, AuxKLoss, InitConfig, TrainingConfig, default, paper, unbox
 from difflex.training.fitting import FitConfig, fit
 
-__all__ = [
-    "AdamConfig",
-    "AuxKLoss",
-    "FitConfig",
-    "InitConfig",
-    "TrainingConfig",
-    "default",
-    "fit",
-    "paper",
-    "unbox",
-]
+__all__ = ["AdamConfig", "AuxKLoss", "FitConfig", "InitConfig", "TrainingConfig", "default", "fit", "paper", "unbox"]

@@ -154,8 +154,7 @@ class Learner:
         # d/d threshold of coefficient * (features per token / k - 1)^2, and of the jump in value = score * [score > threshold]
         loss = -options.coefficient * 2 * (count / tokens / k - 1) / k / tokens
         return ActivePairs(
-            pairs._replace(values=pairs.values * active),
-            JumpGradients(active, -thresholds[pairs.features] * near, loss * near),
+            pairs._replace(values=pairs.values * active), JumpGradients(active, -thresholds[pairs.features] * near, loss * near)
         )
 
     def _errors(self, pairs: CooCodes, centred: Float[Tensor, "token width"], count: int) -> tuple[BatchErrors, CooCodes | None]:
@@ -268,8 +267,7 @@ def initial_weights(config: TrainingConfig, z: Float[Tensor, "token width"]) -> 
     if config.kind == "jumprelu":
         # The threshold at which k features fire on average with these weights.
         largest = EncoderSearch(encoder).top_k(z - bias, min(2 * config.k, config.size)).values.flatten()
-        smallest = largest.kthvalue(max(1, len(largest) - len(z) * config.k + 1)).values
-        thresholds = torch.full_like(zeros, float(smallest.clamp_min(0)))
+        thresholds = torch.full_like(zeros, max(0.0, _smallest_of_largest(largest, len(z) * config.k)))
     return SAEWeights(
         encoder=encoder, decoder=decoder, bias=bias, encoder_bias=zeros if config.encoder_bias else None, thresholds=thresholds
     )
@@ -297,13 +295,9 @@ def _initial_directions(config: TrainingConfig, width: int) -> Float[Tensor, "si
 
 
 def _initial_bias(config: TrainingConfig, z: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
-    match config.initialisation.bias:
-        case "zero":
-            return torch.zeros_like(z[0])
-        case "mean":
-            return z.mean(0)
-        case "median":
-            return geometric_median(z)
+    if config.initialisation.bias == "median":
+        return geometric_median(z)
+    return z.mean(0) if config.initialisation.bias == "mean" else torch.zeros_like(z[0])
 
 
 def _top_k(scores: EncoderSearch, z: Float[Tensor, "token width"], k: int, relu: bool, ranks: TrainingRanks) -> CooCodes:

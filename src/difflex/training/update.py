@@ -26,7 +26,7 @@ from difflex.training.config import AdamConfig
 __all__ = ["JumpGradients", "SAEParameters", "UpdateInputs"]
 
 CACHED_BYTES = 1 << 20
-"""Of a block of rows: about eight such blocks take part in its update."""
+"""Bytes of a block of rows; the update of a block touches about eight arrays of this size."""
 DENSE_SHARE = 0.5
 """Share of rows with a gradient above which a whole block is updated, although its other rows do not move."""
 

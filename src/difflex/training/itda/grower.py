@@ -29,7 +29,7 @@ from difflex.training.itda.state import GrowthInterval
 __all__ = ["AtomGrower", "PursuitBatch"]
 
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
-"""How close to the picked atom a new atom counts as picked instead: more than rounding errors."""
+"""A new atom whose correlation is within this share of the picked atom's counts as picked; larger than rounding errors."""
 ENOUGH_HOLDOUT = 1000
 """Held-out tokens after which the estimate for a full dictionary is precise enough."""
 MAX_COMPARISONS = 1 << 24

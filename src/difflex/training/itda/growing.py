@@ -49,7 +49,7 @@ class GrowthData:
     data: str = ""
     """A name for the data; growth does not resume with other data."""
     shot: Callable[[int], Shot] | None = None
-    """Returns the shot of a number; without it, atoms only know the numbers."""
+    """Returns the shot of a number; without it, only the numbers are saved with the atoms."""
 
 
 class GrowthProgress(NamedTuple):
@@ -272,6 +272,6 @@ class GrowthMember:
             origin=replace(self._origin, training={**self._origin.training, **record}),
             normalisation=self.normalisation,
             atoms=grower.atoms.rows.clone(),
-            provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), known=metadata),
+            provenance=AtomProvenance(shots=shots, tokens=grower.tokens[:size].clone(), details=metadata),
             pursuit=self.growth.pursuit,
         )

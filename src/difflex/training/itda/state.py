@@ -43,9 +43,9 @@ ADVICE = "Remove the folder to grow from the start."
 
 FIRST_THRESHOLD = 0.3
 FILLED_LATE = 0.9
-"""A dictionary that is full after this share of the stream or later has the threshold that was searched,"""
+"""The search for a threshold ends when the dictionary becomes full after at least this share of the stream."""
 NEARLY_FULL = 0.98
-"""and so has one that the whole stream fills to this share."""
+"""It also ends when the whole stream fills the dictionary to at least this share."""
 MAX_TRIALS = 12
 SIZE_EXPONENT = 0.6
 """Sizes grow about as this power of the number of tokens: used to extrapolate a pass that was cut short."""
@@ -184,8 +184,8 @@ def thin_curve(curve: Sequence[GrowthInterval], max_intervals: int = 256) -> lis
 def expected_over_threshold(curve: Sequence[GrowthInterval]) -> float | None:
     """Estimate which share of the tokens of new images is over the threshold at the end of `curve`; None without a hold-out.
 
-    Only held-out shots tell, because other tokens mostly belong to images that the dictionary has atoms of. The share falls as a
-    power of the dictionary's size, which is fitted to the second half of its growth.
+    Only held-out shots count: other tokens mostly belong to images that already have atoms in the dictionary. The share falls as
+    a power of the dictionary's size, which is fitted to the second half of its growth.
     """
     sizes = [0, *(interval.size for interval in curve)]
     final_size = sizes[-1]
