@@ -18,12 +18,11 @@ import torch
 
 import difflex
 from difflex.choices import SAEKind
-from difflex.commands.drawn_world import drawn_concepts, drawn_images
 from difflex.dictionaries import DictionaryOrigin
-from difflex.evaluation.concepts import FeatureMethod, label, match
+from difflex.evaluation.concepts import drawn_concepts, drawn_images, label, match
 from difflex.evaluation.concepts.detection import FeatureFirings, detection_scores
 from difflex.evaluation.concepts.labels import LabelledActivations
-from difflex.evaluation.concepts.matching import principal_axes, random_directions
+from difflex.evaluation.concepts.matching import FeatureMethod, principal_axes, random_directions
 from difflex.evaluation.concepts.results import ConceptMatches, count_detected, matches_table
 from difflex.records import ActivationBatch, Site
 from difflex.training import FitConfig, default, fit

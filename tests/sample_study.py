@@ -23,7 +23,8 @@ from difflex.evaluation.concepts.results import (
     MatchInputs,
     NoiseLevelResult,
 )
-from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReconstructionQuality, ReplacementEffect
+from difflex.evaluation.effect import ModelEffect, ReplacementEffect
+from difflex.evaluation.reconstruction import ReconstructionMetrics, ReconstructionQuality
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore

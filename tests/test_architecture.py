@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "dictionaries": GROUND,
     "study": GROUND,
     "training": {*GROUND, "dictionaries", "store", "study"},
-    "evaluation": {*GROUND, "dictionaries", "store", "study"},
+    "evaluation": {*GROUND, "dictionaries", "miniature", "store", "study"},
     "features": {*GROUND, "dictionaries", "store", "study"},
     "explanation": {*GROUND, "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "store", "study"},

@@ -10,12 +10,12 @@ from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.estimates import estimate
-from difflex.commands.evaluation import drawn_concepts
 from difflex.commands.features import CollectCommand
 from difflex.commands.forecast import DictionaryForecast, Forecast
 from difflex.commands.inputs import stored_strength
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionaries.itda import AtomProvenance
+from difflex.evaluation.concepts import drawn_concepts
 from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches
 from difflex.features import Book, ImageAlbum
 from difflex.features.explanations import Explanation, ExplanationScore
@@ -39,7 +39,7 @@ def random_sae(seed: int) -> Dictionary:
 
 def random_itda(shots: list[Shot]) -> Dictionary:
     atoms = torch.nn.functional.normalize(torch.randn(6, 192, generator=torch.Generator().manual_seed(3)), dim=1)
-    provenance = AtomProvenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, known=dict(enumerate(shots)))
+    provenance = AtomProvenance(shots=torch.arange(6) % 2, tokens=torch.arange(6) * 10, details=dict(enumerate(shots)))
     origin, plain = DictionaryOrigin(site=SITE, model="mini-flux"), Normalisation.identity(192)
     return ITDA(k=3, origin=origin, normalisation=plain, atoms=atoms, provenance=provenance)
 

@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.drawn_world import drawn_concepts, drawn_images
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
-from difflex.evaluation.concepts import Concept
+from difflex.evaluation.concepts import Concept, drawn_concepts, drawn_images
 from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.miniature import draw
 from difflex.records import Site

@@ -10,7 +10,7 @@ from image_views import MODEL, book, code
 from PIL import Image
 
 from difflex.cli import main
-from difflex.commands.evaluation import FIRST_SEED, drawn_concepts
+from difflex.evaluation.concepts import FIRST_SEED, drawn_concepts
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.miniature import draw

@@ -12,19 +12,20 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation.concepts import Concept, ConceptsConfig, FeatureMethod, LabelFolder, LabelledImage, label, match
+from difflex.evaluation.concepts import Concept, ConceptsConfig, LabelFolder, label, match
 from difflex.evaluation.concepts.detection import (
     FeatureFirings,
-    TokenRanking,
     absorbing_features,
+    average_precision,
     combine_features,
     detection_scores,
     split_features,
     unrelated_concepts,
 )
-from difflex.evaluation.concepts.labels import LabelledActivations, LabelThresholds, grid_shares
-from difflex.evaluation.concepts.matching import linear_probe, principal_axes, random_directions
+from difflex.evaluation.concepts.labels import LabelledActivations, LabelledImage, token_labels
+from difflex.evaluation.concepts.matching import FeatureMethod, linear_probe, principal_axes, random_directions
 from difflex.evaluation.concepts.results import ConceptMatches, MatchingConfig, MatchInputs, matches_table
+from difflex.evaluation.concepts.sources import grid_shares
 from difflex.records import Activations, Codes, Shot, Site
 
 SITE = Site("double.1")
@@ -35,8 +36,7 @@ TOKENS, IMAGES = 4000, 200
 
 def firings(dense: Tensor) -> FeatureFirings:
     """Return the firings of a dense matrix [token, size]."""
-    tokens, features = (dense > 0).nonzero(as_tuple=True)
-    return FeatureFirings.from_pairs(tokens, features, dense[tokens, features], dense.shape[1], len(dense))
+    return FeatureFirings.from_dense(dense.T)
 
 
 def planted(seed: int = 0, held_out_share: int = 4) -> LabelledActivations:
@@ -120,12 +120,12 @@ def test_image_weights_count_as_copies():
     labelled = planted()
     tokens, values = firings(labelled.values).of_feature(5)
     weights = torch.tensor([[0.0, 1.0, 3.0]]).repeat(1, IMAGES)[:, :IMAGES]
-    ranking = TokenRanking(tokens, values, labelled.truth[1], labelled.images, IMAGES)
+    ap = average_precision(tokens, values, labelled.truth[1], labelled.images, weights)
     times = weights[0, labelled.images].long()
     copies = average_precision_score(
         labelled.truth[1].repeat_interleave(times).numpy(), labelled.values[:, 5].repeat_interleave(times).numpy()
     )
-    assert float(ranking.average_precision(weights)) == pytest.approx(copies, abs=1e-4)
+    assert float(ap) == pytest.approx(copies, abs=1e-4)
 
 
 def test_features_that_equal_concepts_are_detected_with_narrow_intervals():
@@ -242,10 +242,10 @@ def test_masks_become_shares_and_partly_covered_tokens_are_ignored():
     mask[0, 0, 4] = True
     shares = grid_shares(mask, 2, 2)
     assert shares.flatten().tolist() == [1.0, 0.0625, 0.0, 0.5]
-    assert LabelThresholds().truth(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
-    assert LabelThresholds(absent_below=0.5).truth(shares.flatten(1)).tolist() == [[1, 0, 0, 1]]
+    assert token_labels(shares.flatten(1)).tolist() == [[1, -1, 0, 1]]
+    assert token_labels(shares.flatten(1), absent_below=0.5).tolist() == [[1, 0, 0, 1]]
     with pytest.raises(BadInput, match=r"absent up to a share of 0\.6"):
-        LabelThresholds(absent_below=0.6)
+        ConceptsConfig(absent_below=0.6)
 
 
 def images(count: int = 6) -> list[LabelledImage]:

@@ -2,27 +2,30 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
+from fake_harvest import FakeHarvest, fake_shots
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, fingerprint
 from difflex.dictionaries.normalisation import VectorMoments
 from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.evaluation import EditedModel, Evaluation, evaluate
-from difflex.evaluation.effect import Edits, measure_effects, sample_shots
-from difflex.evaluation.reconstruction import JointMoments
-from difflex.evaluation.record import ModelEffect, ReconstructionMetrics, ReplacementEffect
-from difflex.evaluation.run import HeldOutData, evaluate_all
+from difflex.evaluation import EditedModel, Evaluation, EvaluationConfig, evaluate, evaluate_study
+from difflex.evaluation.effect import Edits, ModelEffect, ReplacementEffect, measure_effects, sample_shots
+from difflex.evaluation.reconstruction import JointMoments, ReconstructionMetrics
 from difflex.records import ActivationBatch, EditOutcomes, Shot, Site, Split
+from difflex.store import RecordingConfig, Store, record
 from difflex.store.reading import SplitBatches
+from difflex.study import DictionaryRef, Study
 
+SITE = Site("double.1")
 WIDTH, TIMESTEPS = 8, (1000.0, 500.0, 250.0)
 SHOT = Shot(model="planted", pixels=(8, 8), steps=3, guidance=0.0, split="held-out")
 
@@ -50,7 +53,7 @@ def planted_sae(normalisation: Normalisation | None = None, k: int = 3, dead: in
     return SAE(
         kind="topk",
         k=k,
-        origin=DictionaryOrigin(site=Site("double.1")),
+        origin=DictionaryOrigin(site=SITE),
         normalisation=normalisation or Normalisation.identity(WIDTH),
         weights=SAEWeights(encoder=axes, decoder=axes.clone(), bias=torch.zeros(WIDTH), encoder_bias=bias),
     )
@@ -388,49 +391,65 @@ def test_a_saved_dictionary_has_the_same_evaluation(tmp_path: Path):
     assert evaluate(again, batches(gaussian()), shot) == evaluate(dictionary, batches(gaussian()), shot)
 
 
-def held_out(data: str = "tokens of a Gaussian") -> HeldOutData:
-    rows = 2000
-    return HeldOutData(
-        data=data, batches=lambda: batches(gaussian(rows)), shot=shot, tokens=rows, shots=286, mean=torch.zeros(WIDTH)
-    )
+def harvest(study: Study, shots: Iterable[Shot]) -> None:
+    record(study.activations, shots, [SITE], FakeHarvest(width=WIDTH), RecordingConfig(progress=False))
 
 
-def test_only_missing_and_outdated_evaluations_are_measured(tmp_path: Path):
-    two = {planted_sae(k=k).save(tmp_path / f"k{k}"): tmp_path / f"k{k}.json" for k in (2, 4)}
-    first, second = two
-    x, calls = gaussian(4 * 6).view(4, 6, WIDTH).float(), []
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Return a study with activations and two dictionaries."""
+    study = Study.begin(tmp_path / "study", "fake")
+    harvest(study, fake_shots(200))
+    for k in (2, 4):
+        planted_sae(k=k).save(study.dictionary(SITE, f"topk-16-k{k}"))
+    return study
 
-    def model(shots: Sequence[Shot]) -> EditedModel:
+
+def summing_model(calls: list[int]) -> Callable[[Site, Sequence[Shot]], EditedModel]:
+    """Return a model on fixed shots, which adds the number of requested shots to `calls`."""
+    x = gaussian(4 * 6).view(4, 6, WIDTH).float()
+
+    def model(_: Site, shots: Sequence[Shot]) -> EditedModel:
         calls.append(len(shots))
         return EditedModel(lambda edits: outcomes(edits, x), None)
 
-    def up_to_date(source: HeldOutData | None = None, shots: int = 4) -> list[bool]:
-        return [each.up_to_date for each in evaluate_all(two, source or held_out(), model, shots=shots, progress=False).values()]
+    return model
+
+
+def test_only_missing_and_outdated_evaluations_are_measured(study: Study):
+    calls: list[int] = []
+
+    def up_to_date(shots: int = 4) -> list[bool]:
+        results = evaluate_study(study, EvaluationConfig(shots=shots), summing_model(calls), progress=False)
+        return [result.up_to_date for result in results.values()]
 
     assert up_to_date() == [False, False] and calls == [4]  # one call for both dictionaries
     assert up_to_date() == up_to_date(shots=0) == up_to_date(shots=3) == [True, True] and calls == [4]
-    two[first].unlink()
+    study.evaluation(SITE, "topk-16-k2").unlink()
     assert up_to_date() == [False, True] and calls == [4, 4]
-    planted_sae(k=3).save(second)
+    planted_sae(k=3).save(study.dictionary(SITE, "topk-16-k4"))
     assert up_to_date() == [True, False] and calls == [4, 4, 4]
-    assert up_to_date(held_out("tokens of another Gaussian")) == [False, False]
-    assert Evaluation.load(two[first]).data == "2000 of tokens of another Gaussian"
+    shutil.rmtree(study.activations)
+    harvest(study, fake_shots(200, word="heart"))
+    assert up_to_date() == [False, False]
+    tokens = Store.open(study.stores()[SITE]).count("held-out")
+    data = Evaluation.load(study.evaluation(SITE, "topk-16-k2")).data
+    assert data.startswith(f"{tokens} of {tokens} held-out tokens of double.1 of fake, seed 0, ")
 
 
-def test_a_missing_effect_is_measured_later_and_the_rest_is_kept(tmp_path: Path):
-    folder, path = planted_sae().save(tmp_path / "dictionary"), tmp_path / "evaluation.json"
-    x = gaussian(4 * 6).view(4, 6, WIDTH).float()
-    before = evaluate_all({folder: path}, held_out(), progress=False)[folder].evaluation
-    after = evaluate_all(
-        {folder: path}, held_out(), lambda _: EditedModel(lambda edits: outcomes(edits, x), None), progress=False
-    )[folder]
-    assert before.effect is None and after.evaluation.effect is not None
-    assert replace(after.evaluation, effect=None) == before and Evaluation.load(path) == after.evaluation
+def test_a_missing_effect_is_measured_later_and_the_rest_is_kept(study: Study):
+    ref = DictionaryRef(SITE, "topk-16-k2")
+    before, after = (
+        evaluate_study(study, EvaluationConfig(shots=shots), summing_model([]), progress=False)[ref].evaluation
+        for shots in (0, 32)
+    )
+    assert before.effect is None and after.effect is not None
+    assert replace(after, effect=None) == before and Evaluation.load(study.evaluation(*ref)) == after
 
 
-def test_effects_are_skipped_with_a_warning_if_shots_are_of_given_images(tmp_path: Path):
-    folder = planted_sae().save(tmp_path / "dictionary")
-    source = replace(held_out(), shot=lambda number: replace(shot(number), image="a.png", noise=0.5))
+def test_effects_are_skipped_with_a_warning_if_shots_are_of_given_images(study: Study):
+    shutil.rmtree(study.activations)
+    harvest(study, (replace(shot, image="a.png", noise=0.5) for shot in fake_shots(200)))
     with pytest.warns(UserWarning, match="of given images"):
-        results = evaluate_all({folder: tmp_path / "one.json"}, source, lambda _: EditedModel(lambda _: (), None), progress=False)
-    assert results[folder].evaluation.effect is None
+        results = evaluate_study(study, EvaluationConfig(), summing_model([]), progress=False)
+    assert all(result.evaluation.effect is None for result in results.values())

@@ -101,8 +101,7 @@ class ConceptsCommand(Command):
     """Load models of the hub from the local cache only."""
 
     def __call__(self) -> list[Path]:
-        from difflex.commands.drawn_world import drawn_source
-        from difflex.evaluation.concepts import ConceptsConfig, LabelFolder, match_studies
+        from difflex.evaluation.concepts import ConceptsConfig, LabelFolder, drawn_source, match_studies
         from difflex.evaluation.concepts.results import matches_table
 
         config = ConceptsConfig(

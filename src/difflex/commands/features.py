@@ -137,7 +137,7 @@ class CollectCommand(Command):
 
     def _existing_images(self) -> "tuple[str, Callable[[int], Iterator[PromptedImage]]]":
         """Return a description of the images of the folder or the drawn world, and a function that loads them from a place on."""
-        from difflex.commands.drawn_world import FIRST_SEED, drawn_images
+        from difflex.evaluation.concepts import FIRST_SEED, drawn_images
         from difflex.features.collecting import ImageFolder, PromptedImage
         from difflex.pipeline import open_image
 

@@ -1,8 +1,7 @@
 """Evaluate dictionaries on held-out tokens: reconstruction, sparsity, and the effect on the model's output."""
 
 from difflex.evaluation.image_similarity import ClipModel
-from difflex.evaluation.reconstruction import evaluate
-from difflex.evaluation.record import Evaluation, ReconstructionQuality
+from difflex.evaluation.reconstruction import Evaluation, ReconstructionQuality, evaluate
 from difflex.evaluation.run import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
 
 __all__ = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
@@ -13,15 +15,61 @@ from difflex.devices import find_device
 from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.image_similarity import ImageMeasure, ssim
-from difflex.evaluation.record import ModelEffect, ReplacementEffect
 from difflex.records import ActivationBatch, EditOutcomes, Shot
 
-__all__ = ["Edits", "measure_effects", "sample_shots"]
+__all__ = ["Edits", "ModelEffect", "ReplacementEffect", "measure_effects", "sample_shots"]
 
 Edits = Mapping[str, Callable[[Float[Tensor, "batch token width"], object], Float[Tensor, "batch token width"]]]
 """Functions that replace a site's activations, by name; the second argument, the hook context, is not used."""
 
 SQUARED_ERROR = "squared error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacementEffect:
+    """How much one measure changes when a site's activations are replaced."""
+
+    reconstruction: float
+    """Change when they are replaced by the dictionary's reconstruction."""
+    mean: float
+    """Change under mean ablation: every activation becomes the mean of the training tokens."""
+    zero: float
+    """Change under zero ablation."""
+
+    @property
+    def of_mean(self) -> float:
+        """The change by the reconstruction relative to mean ablation; NaN if mean ablation changes nothing."""
+        return self.reconstruction / self.mean if self.mean else math.nan
+
+    @property
+    def of_zero(self) -> float:
+        """The change by the reconstruction relative to zero ablation; NaN if zero ablation changes nothing."""
+        return self.reconstruction / self.zero if self.zero else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEffect:
+    """The effect of replacing a site's activations on the model's output; under guidance in the conditional half."""
+
+    shots: int
+    """Number of shots at which the denoiser's predictions were compared."""
+    prediction: ReplacementEffect
+    """sum |v' - v|^2 / sum |v|^2 for the denoiser's prediction v and its prediction v' after the replacement."""
+    timesteps: dict[float, ReplacementEffect]
+    """The same for the shots of each timestep."""
+    images: int
+    """Number of generated images that were compared; the site is replaced at every denoising step."""
+    image_error: ReplacementEffect | None
+    """Mean squared difference of pixels between 0 and 1; None without images."""
+    similarity: dict[str, ReplacementEffect]
+    """`ssim` and every other image measure by name, averaged over images."""
+
+    @property
+    def psnr(self) -> ReplacementEffect | None:
+        """Peak signal-to-noise ratio in decibels over all images; infinite if no pixel changes."""
+        errors = vars(self.image_error) if self.image_error else {}
+        ratios = {name: -10 * math.log10(error) if error else math.inf for name, error in errors.items()}
+        return ReplacementEffect(**ratios) if ratios else None
 
 
 def measure_effects(
@@ -31,18 +79,16 @@ def measure_effects(
     images: Callable[[Edits], Iterable[EditOutcomes]] | None = None,
     *,
     measures: Mapping[str, ImageMeasure] | None = None,
-    device: torch.device | str | None = None,
 ) -> list[ModelEffect]:
     """Measure the effect of each of `dictionaries` of one site on the model, with mean and zero ablation as baselines.
 
     `predictions` and `images` run the model on fixed shots under edits of that site, as the methods of a pipeline do; without
     `images` only predictions are compared. `measures` compare images in addition to SSIM. The unedited model and the baselines
-    run once for all dictionaries. `device` defaults to the GPU if there is one.
+    run once for all dictionaries.
     """
-    device = find_device(device)
-    edits = _edits([dictionary.to(device) for dictionary in dictionaries], mean)
+    edits = _edits([dictionary.to(find_device()) for dictionary in dictionaries], mean)
     changes, timesteps = _prediction_changes(predictions(edits), list(edits))
-    if not timesteps:
+    if not len(timesteps):
         raise BadInput(f"There are no shots to measure the effect of {dictionaries[0].name} at. Harvest more prompts.")
     comparisons = _compare_images([] if images is None else images(edits), list(edits), {"ssim": ssim, **(measures or {})})
     for output, values in (("predictions", changes[:, 1:]), ("images", comparisons[SQUARED_ERROR])):
@@ -51,8 +97,7 @@ def measure_effects(
                 raise NonFinite(
                     f"With {name} in the place of {dictionaries[0].site} the {output} of the model hold NaN or infinity."
                 )
-    at = torch.tensor(timesteps, dtype=torch.float64)
-    return [_effect(changes, at, comparisons, number) for number in range(len(dictionaries))]
+    return [_effect(changes, timesteps, comparisons, number) for number in range(len(dictionaries))]
 
 
 def _edits(dictionaries: Sequence[Dictionary], mean: Float[Tensor, " width"]) -> Edits:
@@ -61,13 +106,13 @@ def _edits(dictionaries: Sequence[Dictionary], mean: Float[Tensor, " width"]) ->
     def reconstruction(dictionary: Dictionary):
         return lambda x, _: dictionary.decode(dictionary.encode(x.flatten(0, 1))).view(x.shape)
 
-    rebuilt = {f"reconstruction {number} by {each.name}": reconstruction(each) for number, each in enumerate(dictionaries)}
-    return {**rebuilt, "mean": lambda x, _: mean.to(x).expand_as(x), "zero": lambda x, _: torch.zeros_like(x)}
+    edits = {f"reconstruction {i} by {dictionary.name}": reconstruction(dictionary) for i, dictionary in enumerate(dictionaries)}
+    return {**edits, "mean": lambda x, _: mean.to(x).expand_as(x), "zero": lambda x, _: torch.zeros_like(x)}
 
 
 def _prediction_changes(
     outcomes: Iterable[EditOutcomes], edits: Sequence[str]
-) -> tuple[Float64[Tensor, "shot column"], list[float]]:
+) -> tuple[Float64[Tensor, "shot column"], Float64[Tensor, " shot"]]:
     """Return squared lengths for each shot (the unedited prediction, then the change by each edit), and its timestep."""
     rows, timesteps = [torch.empty(0, 1 + len(edits), dtype=torch.float64)], []
     for outcome in outcomes:
@@ -75,7 +120,7 @@ def _prediction_changes(
         changes = (outcome.edited[name].double().flatten(1) - plain for name in edits)
         rows.append(torch.stack([vectors.square().sum(1) for vectors in (plain, *changes)], dim=1).cpu())
         timesteps += [shot.timestep or 0.0 for shot in outcome.shots]
-    return torch.cat(rows), timesteps
+    return torch.cat(rows), torch.tensor(timesteps, dtype=torch.float64)
 
 
 def _compare_images(
@@ -107,15 +152,15 @@ def _effect(
         sums = rows.sum(0)
         return replacement(sums[1:] / sums[0])
 
-    errors = comparisons[SQUARED_ERROR]
-    similarity = {name: values for name, values in comparisons.items() if name != SQUARED_ERROR and len(values)}
+    images = len(comparisons[SQUARED_ERROR])
+    similarity = {name: replacement(values.mean(0)) for name, values in comparisons.items()} if images else {}
     return ModelEffect(
         shots=len(timesteps),
         prediction=relative_change(changes),
         timesteps={at: relative_change(changes[timesteps == at]) for at in sorted(set(timesteps.tolist()), reverse=True)},
-        images=len(errors),
-        image_error=replacement(errors.mean(0)) if len(errors) else None,
-        similarity={name: replacement(values.mean(0)) for name, values in similarity.items()},
+        images=images,
+        image_error=similarity.pop(SQUARED_ERROR, None),
+        similarity=similarity,
     )
 
 
@@ -131,4 +176,4 @@ def sample_shots(batches: Iterable[ActivationBatch], shot: Callable[[int], Shot]
             break
     sample = random.Random(seed).sample(sorted(numbers), min(count, len(numbers)))
     shots = [candidate for candidate in map(shot, sorted(sample)) if candidate.image is None]
-    return sorted(shots, key=lambda each: -(each.timestep or 0.0))
+    return sorted(shots, key=lambda candidate: -(candidate.timestep or 0.0))

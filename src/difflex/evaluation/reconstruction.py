@@ -1,10 +1,12 @@
-"""Reconstruction quality and sparsity of a dictionary on held-out tokens, in one pass over them."""
+"""The evaluation of a dictionary on held-out tokens: reconstruction quality and sparsity, in one pass over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import reduce
-from typing import NamedTuple, final
+from dataclasses import dataclass
+from functools import cache, reduce
+from pathlib import Path
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -13,19 +15,93 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from difflex.devices import find_device
-from difflex.dictionaries import Dictionary, NormalisedDictionary
+from difflex.dictionaries import Dictionary, NormalisedDictionary, fingerprint
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, NonFinite
-from difflex.evaluation.record import Evaluation, ReconstructionMetrics, ReconstructionQuality
-from difflex.records import ActivationBatch, Codes, Shot
+from difflex.evaluation.effect import ModelEffect
+from difflex.records import ActivationBatch, Codes, JsonRecord, Shot
 from difflex.store import require_split
 
-__all__ = ["TOKENS", "JointMoments", "evaluate"]
+__all__ = ["TOKENS", "Evaluation", "JointMoments", "ReconstructionMetrics", "ReconstructionQuality", "evaluate"]
 
 TOKENS = 1_000_000
 """With fewer tokens, rare features look dead."""
 CONSTANT = 1e-12
 """An axis whose standard deviation is below this share of its mean is constant up to float64 rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionMetrics:
+    """How close reconstructions y are to activations x, in one space; a metric that is undefined there is None."""
+
+    fvu: float | None
+    """Fraction of variance unexplained: sum |x - y|^2 / sum |x - mean x|^2. None if x is constant."""
+    fvu_raw: float | None
+    """sum |x - y|^2 / sum |x|^2, where the mean counts as explained."""
+    r2: float | None
+    """Squared correlation of x and y on each axis, averaged over axes: "variance explained" of arXiv 2505.24360. It ignores scale
+    and offset: y = x / 10 + 5 gives 1."""
+    ev: float | None
+    """1 - var(x - y) / var(x) on each axis, averaged over axes: explained variance of arXiv 2410.22366. It ignores offset."""
+    cosine: float
+    """Cosine similarity of x and y, averaged over tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionQuality:
+    """Reconstruction metrics and sparsity over a number of tokens."""
+
+    tokens: int
+    l0: float
+    """Mean number of non-zero codes per token."""
+    negative: float
+    """Share of the non-zero codes that are negative; a negative code does not count as firing."""
+    model_space: ReconstructionMetrics
+    normalised_space: ReconstructionMetrics | None
+    """Metrics in the space that the dictionary was trained in; None if that is model space."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(JsonRecord):
+    """The evaluation of a dictionary on held-out tokens."""
+
+    FORMAT: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "evaluate"
+
+    dictionary: str
+    """`SITE/LABEL`."""
+    fingerprint: str
+    """Fingerprint of the dictionary when it was evaluated."""
+    data: str
+    """Description of the held-out tokens."""
+    size: int
+    """Number of features."""
+    overall: ReconstructionQuality
+    timesteps: dict[float, ReconstructionQuality]
+    """The same for the tokens of each timestep."""
+    dead: int
+    """Number of features that fired at none of the tokens."""
+    density: tuple[int, ...]
+    """Histogram of log10 firing frequencies: number of features in each bin of `edges`; dead features are in no bin."""
+    effect: ModelEffect | None = None
+    """None if it was not measured."""
+
+    edges: ClassVar[tuple[float, ...]] = tuple(step / 4 for step in range(-32, 1))
+    """Bin edges of `density`; the first bin also holds everything rarer."""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens evaluated."""
+        return self.overall.tokens
+
+    @property
+    def dead_share(self) -> float:
+        """Share of features that fired at none of the tokens; it falls with the number of tokens."""
+        return self.dead / self.size
+
+    def is_of(self, folder: Path | str) -> bool:
+        """Whether the dictionary in `folder` is unchanged since this evaluation."""
+        return self.fingerprint == fingerprint(folder)
 
 
 def evaluate(
@@ -117,7 +193,7 @@ class JointMoments(NamedTuple):
         r2 = torch.where(y_varies, self.xy.square() / (self.xx * self.yy), 0.0)[x_varies]
         ev = 1 - self.ee[x_varies] / self.xx[x_varies]
         return ReconstructionMetrics(
-            fvu=error / variance if bool(x_varies.any()) else None,
+            fvu=error / variance if len(ev) else None,
             fvu_raw=error / length if length else None,
             r2=float(r2.mean()) if len(r2) else None,
             ev=float(ev.mean()) if len(ev) else None,
@@ -153,15 +229,6 @@ class _TokenStatistics(NamedTuple):
         )
 
 
-class _TimestepOrder(NamedTuple):
-    """An order of the rows of a batch that groups them by timestep."""
-
-    rows: Int[Tensor, " token"]
-    timesteps: list[float]
-    counts: list[int]
-    """Number of rows of each timestep."""
-
-
 @final
 class _EvaluationTally:
     """Sums over batches: a few numbers for each axis, timestep and feature."""
@@ -169,18 +236,17 @@ class _EvaluationTally:
     def __init__(self, dictionary: Dictionary, shot: Callable[[int], Shot]) -> None:
         self.timesteps: dict[float, _TokenStatistics] = {}
         self._dictionary = dictionary
-        self._shot = shot
-        self._timestep_of: dict[int, float] = {}
-        """Timestep by shot number."""
+        self._timestep = cache(lambda number: shot(number).timestep or 0.0)
         self._firing_counts = torch.zeros(dictionary.size, dtype=torch.int64, device=dictionary.constant.device)
 
     def add(self, rows: ActivationBatch) -> None:
-        order = self._by_timestep(rows.shots)
-        x = rows.values[order.rows].to(self._firing_counts.device, torch.float32)
+        by_row, order = self._timesteps(rows.shots).sort(descending=True, stable=True)
+        x = rows.values[order].to(self._firing_counts.device, torch.float32)
         codes = self._dictionary.encode(x)
         self._firing_counts += torch.bincount(codes.indices[codes.values > 0], minlength=self._dictionary.size)
         spaces, start = _spaces(self._dictionary, x, codes), 0
-        for timestep, count in zip(order.timesteps, order.counts, strict=True):
+        timesteps, counts = by_row.unique_consecutive(return_counts=True)
+        for timestep, count in zip(timesteps.tolist(), counts.tolist(), strict=True):
             part = slice(start, start := start + count)
             values = codes.values[part]
             moments = tuple(JointMoments.of(original[part], rebuilt[part]) for original, rebuilt in spaces)
@@ -188,15 +254,9 @@ class _EvaluationTally:
             before = self.timesteps.get(timestep)
             self.timesteps[timestep] = before.merge(statistics) if before else statistics
 
-    def _by_timestep(self, shots: Int[Tensor, " token"]) -> _TimestepOrder:
+    def _timesteps(self, shots: Int[Tensor, " token"]) -> Float64[Tensor, " token"]:
         numbers, positions = shots.unique(return_inverse=True)
-        for number in numbers.tolist():
-            if number not in self._timestep_of:
-                self._timestep_of[number] = self._shot(number).timestep or 0.0
-        by_shot = [self._timestep_of[number] for number in numbers.tolist()]
-        timesteps = sorted(set(by_shot), reverse=True)
-        by_row = torch.tensor([timesteps.index(timestep) for timestep in by_shot])[positions]
-        return _TimestepOrder(by_row.argsort(stable=True), timesteps, by_row.bincount().tolist())
+        return torch.tensor([self._timestep(number) for number in numbers.tolist()], dtype=torch.float64)[positions]
 
     def evaluation(self, fingerprint: str, data: str) -> Evaluation:
         total = reduce(_TokenStatistics.merge, self.timesteps.values())
@@ -222,11 +282,10 @@ def _spaces(
     dictionary: Dictionary, x: Float[Tensor, "token width"], codes: Codes
 ) -> list[tuple[Float[Tensor, "token width"], Float[Tensor, "token width"]]]:
     """Return pairs of activations and reconstructions: in model space, then in the normalised space if there is one."""
-    if not isinstance(dictionary, NormalisedDictionary):
-        return [(x, dictionary.decode(codes))]
-    normalisation = dictionary.normalisation
-    if normalisation.method == "none" and normalisation.clip is None:
+    if not isinstance(dictionary, NormalisedDictionary) or (
+        dictionary.normalisation.method == "none" and dictionary.normalisation.clip is None
+    ):
         return [(x, dictionary.decode(codes))]
     # The two halves of `decode`, so that the sum over features is computed once.
     z = sparse_matmul(codes, dictionary.atoms) + dictionary.bias
-    return [(x, normalisation.restore(z)), (normalisation.apply(x), z)]
+    return [(x, dictionary.normalisation.restore(z)), (dictionary.normalisation.apply(x), z)]

@@ -1,19 +1,20 @@
 """Match features to known concepts: which concepts in labelled images the features of a dictionary detect."""
 
-from difflex.evaluation.concepts.labels import Concept, LabelFolder, LabelledImage, LabelledImages, label, to_image
-from difflex.evaluation.concepts.matching import FeatureMethod, match
+from difflex.evaluation.concepts.labels import Concept, label
+from difflex.evaluation.concepts.matching import match
 from difflex.evaluation.concepts.results import ConceptsConfig
-from difflex.evaluation.concepts.store import match_studies
+from difflex.evaluation.concepts.run import match_studies
+from difflex.evaluation.concepts.sources import FIRST_SEED, LabelFolder, drawn_concepts, drawn_images, drawn_source
 
 __all__ = [
+    "FIRST_SEED",
     "Concept",
     "ConceptsConfig",
-    "FeatureMethod",
     "LabelFolder",
-    "LabelledImage",
-    "LabelledImages",
+    "drawn_concepts",
+    "drawn_images",
+    "drawn_source",
     "label",
     "match",
     "match_studies",
-    "to_image",
 ]

@@ -20,9 +20,9 @@ from difflex.records import Codes
 __all__ = [
     "DetectionScores",
     "FeatureFirings",
-    "TokenRanking",
     "above_chance",
     "absorbing_features",
+    "average_precision",
     "combine_features",
     "detection_scores",
     "relative_strengths",
@@ -72,6 +72,12 @@ class FeatureFirings:
         order = values.argsort(descending=True)
         order = order[features[order].argsort(stable=True)]
         return cls(tokens[order], values[order], torch.bincount(features, minlength=size), token_count)
+
+    @classmethod
+    def from_dense(cls, strengths: Float[Tensor, "feature token"]) -> FeatureFirings:
+        """Build the firings from the strength of each feature at every token; 0 is no firing."""
+        features, tokens = strengths.nonzero(as_tuple=True)
+        return cls.from_pairs(tokens, features, strengths[features, tokens], *strengths.shape)
 
     @property
     def size(self) -> int:
@@ -176,56 +182,45 @@ def _block_scores(
     retrieved = (is_positive * (hits / fired.clamp_min(1))).sum(2)
     silent = (total - hits[..., -1]) * total / of_labelled.clamp_min(1)
     iou = hits / (fired + total[..., None] - hits).clamp_min(1)
-    best = iou.argmax(2, keepdim=True) if cuts is None else _last_above(block, cuts)
-    at_best = lambda each: each.gather(2, best.clamp_min(0))[..., 0] * (best[..., 0] >= 0)  # noqa: E731
-    hit, fire = at_best(hits), at_best(fired)
+    if cuts is None:
+        best = iou.argmax(2, keepdim=True)
+    else:  # the last firing at the threshold or above; -1 if there is none
+        best = ((block.values >= cuts[..., None]) & (block.values > 0)).sum(2, keepdim=True) - 1
+    at_best = lambda table: table.gather(2, best.clamp_min(0))[..., 0] * (best[..., 0] >= 0)  # noqa: E731
+    best_hits = at_best(hits)
     return {
         "ap": (retrieved + silent) / total.clamp_min(1),
         "iou": at_best(iou),
         "threshold": at_best(block.values.expand_as(iou)),
-        "precision": hit / fire.clamp_min(1),
-        "recall": hit / total.clamp_min(1),
+        "precision": best_hits / at_best(fired).clamp_min(1),
+        "recall": best_hits / total.clamp_min(1),
     }
 
 
-def _last_above(block: FiringBlock, cuts: Float[Tensor, "concept feature"]) -> Int[Tensor, "concept feature 1"]:
-    """Return the position of each feature's last firing at its threshold or above; -1 if there is none."""
-    above = (block.values >= cuts[..., None]) & (block.values > 0)
-    return above.sum(2, keepdim=True) - 1
+def average_precision(
+    tokens: Int[Tensor, " firing"],
+    values: Float[Tensor, " firing"],
+    truth: Int8[Tensor, " token"],
+    images: Int[Tensor, " token"],
+    weights: Float[Tensor, "draw image"],
+) -> Float[Tensor, " draw"]:
+    """Return the average precision of one ranking of tokens for a concept, for each row of weights of the images.
 
-
-@final
-class TokenRanking:
-    """One ranking of tokens for a concept; tokens that are not in it come last, tied."""
-
-    def __init__(
-        self,
-        tokens: Int[Tensor, " firing"],
-        values: Float[Tensor, " firing"],
-        truth: Int8[Tensor, " token"],
-        images: Int[Tensor, " token"],
-        image_count: int,
-    ) -> None:
-        """Rank `tokens`, which come in any order, by `values`; `images` holds the number of each token's image."""
-        order = values.argsort(descending=True)
-        tokens, self._images = tokens[order], images[tokens[order]]
-        self._ends = FiringBlock(tokens[:0], tokens[None], values[order][None]).ends()
-        self._is_positive, self._is_labelled = (truth[tokens] == 1).float(), (truth[tokens] >= 0).float()
-        self._positives = torch.bincount(images, (truth == 1).float(), image_count)
-        self._labelled = torch.bincount(images, (truth >= 0).float(), image_count)
-
-    def average_precision(self, weights: Float[Tensor, "draw image"] | None = None) -> Float[Tensor, " draw"]:
-        """Return the average precision for each row of image weights; NaN if no image with a weight shows the concept."""
-        weights = torch.ones(1, len(self._positives)) if weights is None else weights
-        by_token = weights[:, self._images]
-        positive = by_token * self._is_positive
-        hits, fired = positive.cumsum(1), (by_token * self._is_labelled).cumsum(1)
-        last = hits[:, -1] if hits.shape[1] else hits.new_zeros(len(hits))
-        if self._ends is not None:
-            hits, fired = hits[:, self._ends[0]], fired[:, self._ends[0]]
-        retrieved = (positive * (hits / fired.clamp_min(1e-9))).sum(1)
-        total, labelled = weights @ self._positives, weights @ self._labelled
-        return (retrieved + (total - last) * total / labelled) / total
+    `tokens` are ranked by `values`; all others come last, tied. `images` holds the number of each token's image. The result is
+    NaN if no image with a weight shows the concept.
+    """
+    order = values.argsort(descending=True)
+    tokens, values = tokens[order], values[order]
+    ends = FiringBlock(tokens[:0], tokens[None], values[None]).ends()
+    by_token = weights[:, images[tokens]]
+    positive = by_token * (truth[tokens] == 1).float()
+    hits, fired = positive.cumsum(1), (by_token * (truth[tokens] >= 0).float()).cumsum(1)
+    last = hits[:, -1] if hits.shape[1] else hits.new_zeros(len(hits))
+    if ends is not None:
+        hits, fired = hits[:, ends[0]], fired[:, ends[0]]
+    retrieved = (positive * (hits / fired.clamp_min(1e-9))).sum(1)
+    total, labelled = (weights @ torch.bincount(images, mask.float(), weights.shape[1]) for mask in (truth == 1, truth >= 0))
+    return (retrieved + (total - last) * total / labelled) / total
 
 
 def above_chance(ap: Tensor, chance: Tensor) -> Tensor:
@@ -282,8 +277,8 @@ def absorbing_features(
     positive, main_fires = truth == 1, firings.fires(main, torch.tensor(0.0))
     absorbing = []
     for feature in candidates.tolist():
-        here = firings.fires(feature, scores.threshold[feature, concept]) & positive
-        if float(main_fires[here].float().mean()) <= 1 - CLEAN and float(main_fires[positive & ~here].float().mean()) >= HALF:
+        hits = firings.fires(feature, scores.threshold[feature, concept]) & positive
+        if float(main_fires[hits].float().mean()) <= 1 - CLEAN and float(main_fires[positive & ~hits].float().mean()) >= HALF:
             absorbing.append(feature)
     return tuple(absorbing)
 
@@ -316,9 +311,7 @@ def combine_features(
     chosen, current, best_ap = [0], strengths[0], float(ap[candidates[0]])
     while len(chosen) < max_features:
         joined = torch.maximum(strengths, current)
-        rows, tokens = joined.nonzero(as_tuple=True)
-        trial = FeatureFirings.from_pairs(tokens, rows, joined[rows, tokens], len(candidates), firings.token_count)
-        trial_ap = detection_scores(trial, truth[None]).ap[:, 0]
+        trial_ap = detection_scores(FeatureFirings.from_dense(joined), truth[None]).ap[:, 0]
         best = int(trial_ap.argmax())
         if float(trial_ap[best]) < best_ap + 0.005:
             break

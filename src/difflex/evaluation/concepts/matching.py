@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,9 +16,9 @@ from difflex.errors import BadInput
 from difflex.evaluation.concepts.detection import (
     DetectionScores,
     FeatureFirings,
-    TokenRanking,
     above_chance,
     absorbing_features,
+    average_precision,
     combine_features,
     detection_scores,
     relative_strengths,
@@ -144,7 +144,7 @@ def match(
     """
     frequent = _frequent_concepts(labelled, config.min_images)
     rare = tuple(concept for i, concept in enumerate(labelled.concepts) if i not in frequent)
-    labelled = labelled.with_concepts(frequent)
+    labelled = replace(labelled, concepts=tuple(labelled.concepts[i] for i in frequent), truth=labelled.truth[frequent])
     levels = labelled.noise_levels
     data = [_LevelData(labelled, noise, config) for noise in (None, *(levels if len(levels) > 1 else ()))]
     matches = []
@@ -169,9 +169,8 @@ def match(
 
 def _frequent_concepts(labelled: LabelledActivations, min_images: int) -> list[int]:
     """Return the concepts that enough images show on both sides of the split, at every noise level."""
-    sides = [labelled.held_out, ~labelled.held_out]
-    masks = [side & (labelled.noise == level) for side in sides for level in labelled.noise_levels]
-    counts = torch.stack([_image_counts(labelled, mask) for mask in masks])
+    sides = [side & (labelled.noise == level) for side in _sides(labelled) for level in labelled.noise_levels]
+    counts = torch.tensor([[len(labelled.images[side & shown].unique()) for shown in labelled.truth == 1] for side in sides])
     is_frequent = counts.amin(0) >= min_images
     if not bool(is_frequent.any()):
         held_out, total = len(labelled.images[labelled.held_out].unique()), len(labelled.images.unique())
@@ -182,10 +181,8 @@ def _frequent_concepts(labelled: LabelledActivations, min_images: int) -> list[i
     return is_frequent.nonzero()[:, 0].tolist()
 
 
-def _image_counts(labelled: LabelledActivations, mask: Bool[Tensor, " token"]) -> Int[Tensor, " concept"]:
-    """Return the number of images that show each concept at the tokens in `mask`."""
-    images = labelled.images[mask]
-    return torch.tensor([len(images[truth == 1].unique()) for truth in labelled.truth[:, mask]])
+def _sides(labelled: LabelledActivations) -> tuple[Bool[Tensor, " token"], Bool[Tensor, " token"]]:
+    return ~labelled.held_out, labelled.held_out
 
 
 class _SplitSide(NamedTuple):
@@ -206,7 +203,7 @@ class _LevelData:
         self.noise, self.concepts = noise, labelled.concepts
         self.train, self.test = (
             _SplitSide(at_level & side, labelled.truth[:, at_level & side], labelled.images[at_level & side])
-            for side in (~labelled.held_out, labelled.held_out)
+            for side in _sides(labelled)
         )
         self.weights = _bootstrap_weights(self.test.images, int(labelled.images.max()) + 1, config.bootstrap_samples, config.seed)
         selected = labelled if noise is None else labelled.select(at_level)
@@ -217,8 +214,7 @@ class _LevelData:
 
     def average_precision(self, tokens: Tensor, values: Tensor, concept: int) -> Float[Tensor, " draw"]:
         """Return the average precision of a ranking on held-out tokens, then its value in each bootstrap sample."""
-        ranking = TokenRanking(tokens, values, self.test.truth[concept], self.test.images, self.weights.shape[1])
-        return ranking.average_precision(self.weights)
+        return average_precision(tokens, values, self.test.truth[concept], self.test.images, self.weights)
 
 
 def _bootstrap_weights(images: Tensor, count: int, samples: int, seed: int) -> Float[Tensor, "draw image"]:
@@ -280,8 +276,8 @@ class _Matcher:
             tokens=int(self._positives[concept]),
             chance=float(self._chance[concept]),
             probe=_interval(data.probe[concept]),
-            best=self._detector(best, concept, draws),
-            segmenting=self._detector(segmenting, concept, self._draws(segmenting, concept)),
+            best=_detector((best,), self._test_scores, (best, concept), draws),
+            segmenting=_detector((segmenting,), self._test_scores, (segmenting, concept), self._draws(segmenting, concept)),
             combined=self._combined_detector(combined, concept),
             unrelated=data.concepts[int(unrelated)].name if bool(data.unrelated[concept].any()) else None,
             monosemanticity=float(monosemanticity),
@@ -293,22 +289,16 @@ class _Matcher:
     def _draws(self, feature: int, concept: int) -> Tensor:
         return self._data.average_precision(*self._test.of_feature(feature), concept)
 
-    def _detector(self, feature: int, concept: int, draws: Tensor) -> ConceptDetector:
-        scores = self._test_scores
-        iou, precision, recall = (float(table[feature, concept]) for table in (scores.iou, scores.precision, scores.recall))
-        return ConceptDetector(features=(feature,), ap=_interval(draws), iou=iou, precision=precision, recall=recall)
-
     def _combined_detector(self, features: tuple[int, ...], concept: int) -> ConceptDetector:
         """Measure features as if they were one, which fires as strongly as the strongest of them relative to its peak."""
         data, indices = self._data, torch.tensor(features)
         train, test = (
-            _dense_firings(relative_strengths(firings, indices, self._peaks).amax(0)) for firings in (self._train, self._test)
+            FeatureFirings.from_dense(relative_strengths(firings, indices, self._peaks).amax(0, keepdim=True))
+            for firings in (self._train, self._test)
         )
         threshold = detection_scores(train, data.train.truth[concept, None]).threshold
         scores = detection_scores(test, data.test.truth[concept, None], threshold)
-        draws = data.average_precision(*test.of_feature(0), concept)
-        iou, precision, recall = float(scores.iou), float(scores.precision), float(scores.recall)
-        return ConceptDetector(features=features, ap=_interval(draws), iou=iou, precision=precision, recall=recall)
+        return _detector(features, scores, (0, 0), data.average_precision(*test.of_feature(0), concept))
 
     def _monosemanticity(self, features: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
         """Return for features and their concepts the best unrelated concept, and the monosemanticity."""
@@ -337,7 +327,9 @@ class _Matcher:
         )
 
 
-def _dense_firings(strengths: Float[Tensor, " token"]) -> FeatureFirings:
-    """Return the firings of one feature from its strength at every token."""
-    tokens = strengths.nonzero()[:, 0]
-    return FeatureFirings.from_pairs(tokens, torch.zeros_like(tokens), strengths[tokens], 1, len(strengths))
+def _detector(
+    features: tuple[int, ...], scores: DetectionScores, place: tuple[int, int], draws: Float[Tensor, " draw"]
+) -> ConceptDetector:
+    """Return the detector whose scores are at `place` (feature, concept)."""
+    iou, precision, recall = (float(table[place]) for table in (scores.iou, scores.precision, scores.recall))
+    return ConceptDetector(features=features, ap=_interval(draws), iou=iou, precision=precision, recall=recall)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from difflex.errors import BadInput
-from difflex.evaluation.concepts.labels import Concept, LabelThresholds
+from difflex.evaluation.concepts.labels import Concept
 from difflex.records import JsonRecord, Site
 from difflex.tables import text_table
 
@@ -29,6 +29,7 @@ DETECTED = 0.8
 FINDABLE = 0.9
 """Average precision of a linear probe from which a concept is findable."""
 PROBE = "a linear probe"
+SUMMARY = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "combined", "monosemantic", "split", "absorbed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,11 @@ class ConceptsConfig:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise BadInput(f"{self.images} images show no concept. Ask for 1 or more; a tenth is held out.")
-        _ = self.thresholds
-
-    @property
-    def thresholds(self) -> LabelThresholds:
-        """The thresholds on the covered share of a token's area."""
-        return LabelThresholds(present_above=self.present_above, absent_below=self.absent_below)
+        if not 0 <= self.absent_below <= self.present_above <= 1 or not self.present_above:
+            raise BadInput(
+                f"A concept cannot be absent up to a share of {self.absent_below:g} and present from {self.present_above:g} on. "
+                "Choose 0 <= absent_below <= present_above <= 1, present_above above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,71 +235,58 @@ class ConceptMatches(JsonRecord):
 def matches_table(matches: Sequence[ConceptMatches]) -> str:
     """Return a text table of what each method detects: in total, by group of concepts, and by noise level; one per site."""
     sites: dict[tuple[Site, str | None], list[ConceptMatches]] = {}
-    for each in matches:
-        sites.setdefault((each.site, each.inputs.revision if each.inputs else None), []).append(each)
-    return "\n\n".join(_site_table(site, revision, group) for (site, revision), group in sites.items())
+    for method in matches:
+        sites.setdefault((method.site, method.inputs.revision if method.inputs else None), []).append(method)
+    return "\n\n".join(_site_table(site, revision, methods) for (site, revision), methods in sites.items())
 
 
 def _site_table(site: Site, revision: str | None, matches: Sequence[ConceptMatches]) -> str:
-    results = matches[0].levels[0].results
+    overall, *levels = matches[0].levels
     rare = ", ".join(concept.name for concept in matches[0].rare_concepts)
     title = (
-        f"{site}{f' {revision}' if revision else ''}: {PROBE} finds {count_detected(results, findable=True).total} of "
-        f"{len(results)} concepts (AP >= 0.9){f'; too rare: {rare}' if rare else ''}"
+        f"{site}{f' {revision}' if revision else ''}: {PROBE} finds {count_detected(overall.results, findable=True).total} of "
+        f"{len(overall.results)} concepts (AP >= 0.9){f'; too rare: {rare}' if rare else ''}"
     )
-    parts = [_summary(matches), _by_group(matches), _by_level(matches)]
-    return "\n".join([title, *(part for part in parts if part)])
+    groups = dict.fromkeys(result.concept.group for result in overall.results)
+    tables = [
+        [SUMMARY, *map(_summary, matches)],
+        _mean_aps("AP by group", matches, {group: lambda each, group=group: each.levels[0].of(group) for group in groups}),
+    ]
+    if levels:
+        by_level = {f"{level.noise:g}": lambda each, i=i: each.levels[i].results for i, level in enumerate(levels, 1)}
+        tables.append(_mean_aps("AP by noise", matches, by_level))
+    return "\n\n".join([title, *map(text_table, tables)])
 
 
-def _summary(matches: Sequence[ConceptMatches]) -> str:
-    head = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "combined", "monosemantic", "split", "absorbed"]
-    rows = [head]
-    for each in matches:
-        level = each.levels[0]
-        results = level.results
-        rows.append(
-            [
-                each.label,
-                _shares(level.coverage, count_detected(results)),
-                _shares(level.coverage_of_findable, count_detected(results, findable=True)),
-                f"{_mean(result.best.ap.value for result in results):.2f}",
-                f"{_mean(result.combined.ap.value for result in results):.2f}",
-                f"{level.monosemanticity:.2f}",
-                str(sum(bool(result.split_features) for result in results)),
-                str(sum(bool(result.absorbing_features) for result in results)),
-            ]
-        )
-    return "\n" + text_table(rows)
+def _summary(matches: ConceptMatches) -> list[str]:
+    """Return the row of one method in the table with the columns `SUMMARY`."""
+    level = matches.levels[0]
+    results = level.results
+    return [
+        matches.label,
+        _shares(level.coverage, count_detected(results)),
+        _shares(level.coverage_of_findable, count_detected(results, findable=True)),
+        _mean(result.best.ap for result in results),
+        _mean(result.combined.ap for result in results),
+        f"{level.monosemanticity:.2f}",
+        str(sum(bool(result.split_features) for result in results)),
+        str(sum(bool(result.absorbing_features) for result in results)),
+    ]
 
 
 def _shares(share: ConfidenceInterval | None, count: DetectedCount) -> str:
     return f"{count.detected}/{count.total} [{share.low:.0%}, {share.high:.0%}]" if share else "-"
 
 
-def _by_group(matches: Sequence[ConceptMatches]) -> str:
-    """Return the mean average precision of the probe and of the best features, by group of concepts."""
-    groups = list(dict.fromkeys(result.concept.group for result in matches[0].levels[0].results))
-    rows = [["AP by group", *groups]]
-    rows.append([PROBE, *(_mean_ap(matches[0].levels[0].of(group), probe=True) for group in groups)])
-    rows += [[each.label, *(_mean_ap(each.levels[0].of(group)) for group in groups)] for each in matches]
-    return "\n" + text_table(rows)
+def _mean_aps(
+    title: str, matches: Sequence[ConceptMatches], columns: Mapping[str, Callable[[ConceptMatches], Sequence[ConceptResult]]]
+) -> list[list[str]]:
+    """Return the mean average precision of the probe and of the best features; each column is of some of the results."""
+    probe = [_mean(result.probe for result in select(matches[0])) for select in columns.values()]
+    best = [[_mean(result.best.ap for result in select(each)) for select in columns.values()] for each in matches]
+    return [[title, *columns], [PROBE, *probe], *([each.label, *row] for each, row in zip(matches, best, strict=True))]
 
 
-def _by_level(matches: Sequence[ConceptMatches]) -> str:
-    """Return the mean average precision of the probe and of the best features, by noise level."""
-    levels = matches[0].levels[1:]
-    if not levels:
-        return ""
-    rows = [["AP by noise", *(f"{level.noise:g}" for level in levels)]]
-    rows.append([PROBE, *(_mean_ap(level.results, probe=True) for level in levels)])
-    rows += [[each.label, *(_mean_ap(level.results) for level in each.levels[1:])] for each in matches]
-    return "\n" + text_table(rows)
-
-
-def _mean_ap(results: Iterable[ConceptResult], probe: bool = False) -> str:
-    return f"{_mean((result.probe if probe else result.best.ap).value for result in results):.2f}"
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / max(1, len(numbers))
+def _mean(intervals: Iterable[ConfidenceInterval]) -> str:
+    values = [interval.value for interval in intervals]
+    return f"{sum(values) / max(1, len(values)):.2f}"

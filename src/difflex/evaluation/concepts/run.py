@@ -11,9 +11,10 @@ from typing import NamedTuple
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
 from difflex.dictionaries.files import read_config
 from difflex.errors import BrokenFile
-from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, LabelledImages, label
+from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, label
 from difflex.evaluation.concepts.matching import FeatureMethod, match, principal_axes, random_directions
 from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig, MatchInputs
+from difflex.evaluation.concepts.sources import LabelledImages
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
@@ -48,24 +49,26 @@ def match_studies(
     stored = []
     for study, selection in zip(studies, selections, strict=True):
         inputs = MatchInputs(model=study.model, revision=study.revision, images=images.name, config=config)
-        stored += _match_study(study, selection, images, open_model(study), inputs)
+        stored += _match_study(study, selection, inputs, partial(_labelled_at, images, open_model(study), config))
     return stored
+
+
+def _labelled_at(
+    images: LabelledImages, harvest_at: Callable[[Site], Harvest | None], config: ConceptsConfig, site: Site
+) -> LabelledActivations | None:
+    harvest = harvest_at(site)
+    if harvest is None:
+        return None
+    loaded = (image._replace(prompt="") if config.empty_prompts else image for image in images.load())
+    return label(loaded, harvest, images.concepts, config.present_above, config.absent_below)[site]
 
 
 def _match_study(
     study: Study,
     selection: Sequence[DictionaryRef],
-    images: LabelledImages,
-    harvest_at: Callable[[Site], Harvest | None],
     inputs: MatchInputs,
+    labelled_at: Callable[[Site], LabelledActivations | None],
 ) -> list[StoredMatches]:
-    def labelled_at(site: Site) -> LabelledActivations | None:
-        harvest = harvest_at(site)
-        if harvest is None:
-            return None
-        loaded = (image._replace(prompt="") if inputs.config.empty_prompts else image for image in images.load())
-        return label(loaded, harvest, images.concepts, inputs.config.thresholds)[site]
-
     folders: dict[Site, list[Path]] = {}
     for place in selection:
         folders.setdefault(place.site, []).append(study.dictionary(*place))
@@ -106,24 +109,23 @@ class _MatchTask:
             return False
 
 
-def _compute(tasks: Sequence[_MatchTask], labelled_at: Callable[[Site], LabelledActivations | None]) -> list[_MatchTask]:
+def _compute(tasks: list[_MatchTask], labelled_at: Callable[[Site], LabelledActivations | None]) -> list[_MatchTask]:
     """Match the methods of `tasks`, all of one site, and save the results; return none if the model lacks the site."""
     labelled = labelled_at(tasks[0].site) if tasks else None
     if labelled is None:
         return []
-    for task, matches in zip(
-        tasks, match(labelled, (task.method(labelled) for task in tasks), tasks[0].inputs.config.matching), strict=True
-    ):
+    results = match(labelled, (task.method(labelled) for task in tasks), tasks[0].inputs.config.matching)
+    for task, matches in zip(tasks, results, strict=True):
         replace(matches, label=task.label, inputs=task.inputs).save(task.path)
-    return list(tasks)
+    return tasks
 
 
 def _own_tasks(study: Study, site: Site, folders: Sequence[Path], inputs: MatchInputs) -> list[_MatchTask]:
     """Return the dictionaries, then axes with as many active features; random ones as many as the largest dictionary has."""
     tasks = []
     for folder in folders:
-        own_inputs = replace(inputs, fingerprint=fingerprint(folder))
-        tasks.append(_MatchTask(study, site, folder.name, own_inputs, partial(_dictionary, folder)))
+        method = lambda _, folder=folder: FeatureMethod.of(Dictionary.load(folder))  # noqa: E731
+        tasks.append(_MatchTask(study, site, folder.name, replace(inputs, fingerprint=fingerprint(folder)), method))
     for k, (size, width) in _shapes(folders).items():
         if k <= width:
             tasks.append(_MatchTask(study, site, f"pca-{2 * width}-k{k}", inputs, partial(principal_axes, k=k)))
@@ -137,11 +139,13 @@ def _neuron_tasks(
     study: Study, site: Site, folders: Sequence[Path], others: Mapping[Site, Sequence[Path]], inputs: MatchInputs
 ) -> list[_MatchTask]:
     """Return the neurons of the same block and stream, except for those that are dictionaries of the study themselves."""
+
+    def method(labelled: LabelledActivations, k: int) -> FeatureMethod:
+        return FeatureMethod.of(Neurons(width=labelled.values.shape[1], k=k, origin=DictionaryOrigin(site=labelled.site)))
+
     inner = Site(site.path, "neurons", site.stream)
-    if site.kind == "neurons":
-        return []
-    missing = _shapes(folders).keys() - _shapes(others.get(inner, ())).keys()
-    return [_MatchTask(study, inner, f"neurons-k{k}", inputs, partial(_neurons, k)) for k in sorted(missing)]
+    missing = [] if site == inner else sorted(_shapes(folders).keys() - _shapes(others.get(inner, ())).keys())
+    return [_MatchTask(study, inner, f"neurons-k{k}", inputs, partial(method, k=k)) for k in missing]
 
 
 def _shapes(folders: Iterable[Path]) -> dict[int, tuple[int, int]]:
@@ -150,11 +154,3 @@ def _shapes(folders: Iterable[Path]) -> dict[int, tuple[int, int]]:
     for config in map(read_config, folders):
         shapes[config.k] = max(shapes.get(config.k, (0, 0)), (config.size, config.width))
     return shapes
-
-
-def _dictionary(folder: Path, _: LabelledActivations) -> FeatureMethod:
-    return FeatureMethod.of(Dictionary.load(folder))
-
-
-def _neurons(k: int, labelled: LabelledActivations) -> FeatureMethod:
-    return FeatureMethod.of(Neurons(width=labelled.values.shape[1], k=k, origin=DictionaryOrigin(site=labelled.site)))
