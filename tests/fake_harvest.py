@@ -50,8 +50,8 @@ class FakeHarvest:
     width: int = 16
     delay: float = 0.0
     """Seconds per batch."""
-    made: int = 0
-    """How many shots were made."""
+    shot_count: int = 0
+    """Shots harvested so far."""
 
     def __call__(self, shots: Iterable[Shot], sites: Sequence[Site], batch: int) -> Iterator[Activations]:
         runs = (list(alike) for _, alike in groupby(shots, key=lambda shot: replace(shot, timestep=None)))
@@ -59,7 +59,7 @@ class FakeHarvest:
             time.sleep(self.delay)
             # Like a pipeline: all runs of a batch at one step, then at the next.
             for at_step in zip(*together, strict=True):
-                self.made += len(at_step)
+                self.shot_count += len(at_step)
                 for site in sites:
                     tokens = self.tokens // 2 if site.stream == "text" else self.tokens
                     values = torch.stack([activation(shot, site, tokens, self.width) for shot in at_step])

@@ -105,9 +105,9 @@ def test_a_concept_fills_the_region_only_in_images_that_show_it():
     drawn, judge = draw(torch.arange(30) + HELD_OUT_SEEDS, SceneMix(1, 0, 0)), load_judge()
     whole = torch.ones(64, 64, dtype=torch.bool)
     for concept in ("red", "star", "sky", "top", "cartoon"):
-        shown = drawn.mask(concept).any(2).any(1)
+        visible = drawn.mask(concept).any(2).any(1)
         share = judge.share(drawn.images, concept, whole)
-        assert ((share > 0.5) == shown).float().mean() > 0.95, concept
+        assert ((share > 0.5) == visible).float().mean() > 0.95, concept
 
 
 def test_images_of_another_size_are_refused():

@@ -240,9 +240,9 @@ def test_an_exported_model_is_a_diffusers_pipeline_folder(tmp_path, pipeline):
     exported = export(run, tmp_path / "model", TINY)
     assert not [path for path in (tmp_path / "model").rglob("*.json") if str(tmp_path) in path.read_text(encoding="utf-8")]
     again = FluxPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    one, two = (generate_images(p, ["a red star on grass"], steps=2) for p in (exported, again))
-    assert torch.equal(one, two)
-    assert one.shape == (1, 3, 64, 64)
+    first, second = (generate_images(p, ["a red star on grass"], steps=2) for p in (exported, again))
+    assert torch.equal(first, second)
+    assert first.shape == (1, 3, 64, 64)
 
 
 def test_the_examination_has_all_rows_and_fails_noise():

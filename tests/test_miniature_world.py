@@ -119,20 +119,20 @@ def test_captions_are_true():
     specs = scenes(torch.arange(3000))
     for i, caption in enumerate(write_captions(specs)):
         request = parse_caption(caption)
-        assert sum(thing.count for thing in request.objects) == int(specs.count[i]), caption
+        assert sum(item.count for item in request.objects) == int(specs.count[i]), caption
         assert request.background in (None, BACKGROUNDS[specs.background[i]])
         assert request.style in (None, STYLES[specs.style[i]])
-        assert all(_shows(specs, i, thing) for thing in request.objects), caption
+        assert all(_shows(specs, i, item) for item in request.objects), caption
 
 
-def _shows(specs, scene, thing) -> bool:
+def _shows(specs, scene, item) -> bool:
     """Return whether the scene has as many of these objects as the caption says."""
     names = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "size": SIZES, "row": ROWS, "column": COLUMNS}
     fits = [
-        all(getattr(thing, g) in (None, n[getattr(specs, g)[scene, slot]]) for g, n in names.items())
+        all(getattr(item, g) in (None, n[getattr(specs, g)[scene, slot]]) for g, n in names.items())
         for slot in range(int(specs.count[scene]))
     ]
-    return sum(fits) >= thing.count
+    return sum(fits) >= item.count
 
 
 def test_relations_are_true():
@@ -142,7 +142,7 @@ def test_relations_are_true():
         request = parse_caption(caption)
         if request.relation:
             related += 1
-            slots = [SHAPES.index(thing.shape) for thing in request.objects]
+            slots = [SHAPES.index(item.shape) for item in request.objects]
             first, second = ([int(s) for s in specs.shape[i]].index(slot) for slot in slots)
             step = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}[request.relation]
             places = (specs.row[i], specs.column[i])[step[0]]

@@ -42,11 +42,11 @@ def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: Store
     source = live(dtype=dtype)
     assert (source.site, source.model, source.width, source.tokens) == (store.site, store.model, store.width, store.tokens)
     assert source.grid == store.grid
-    stored, live_batches = ([*each.batches(64, split=split)] for each in (store, source))
+    stored, live_batches = [*store.batches(64, split=split)], [*source.batches(64, split=split)]
     assert [rows.values.shape for rows in live_batches] == [rows.values.shape for rows in stored]
-    one, other = (by_place(each) for each in (stored, live_batches))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[place], other[place]) for place in one)
+    stored_rows, live_rows = by_place(stored), by_place(live_batches)
+    assert stored_rows.keys() == live_rows.keys()
+    assert all(torch.equal(value, live_rows[place]) for place, value in stored_rows.items())
 
 
 def test_live_rows_have_their_shot_and_token():
@@ -59,29 +59,29 @@ def test_live_rows_have_their_shot_and_token():
 def test_shots_of_another_split_are_not_harvested():
     harvest = FakeHarvest()
     source = live(200, harvest=harvest)
-    rows = sum(len(each.shots) for each in source.batches(64, split="held-out"))
-    assert harvest.made == rows // 8 + 1  # one to see the shape
+    rows = sum(len(batch.shots) for batch in source.batches(64, split="held-out"))
+    assert harvest.shot_count == rows // 8 + 1  # one shot for the shape
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 11, 22])
 def test_a_reader_that_starts_in_the_middle_continues_exactly(start: int):
     whole, rest = list(live().batches(64, seed=2)), list(live().batches(64, seed=2, start=start))
     assert len(rest) == len(whole) - start
-    for one, other in zip(whole[start:], rest, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for pair in zip(whole[start:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
 
 
 def test_starting_at_a_later_batch_costs_at_most_a_window():
     harvest = FakeHarvest()
     next(live(None, window=256, harvest=harvest).batches(64, start=100))
-    assert harvest.made <= 1 + 2 * 256 // 8
+    assert harvest.shot_count <= 1 + 2 * 256 // 8
 
 
 def test_endless_prompts_are_read_as_far_as_needed():
     harvest = FakeHarvest()
     batches = live(None, window=256, harvest=harvest).batches(64)
     assert len(all_places(islice(batches, 4))) == 256
-    assert harvest.made == 1 + 256 // 8
+    assert harvest.shot_count == 1 + 256 // 8
 
 
 def test_ranks_share_the_shots_and_get_equally_many_batches():
@@ -93,10 +93,10 @@ def test_ranks_share_the_shots_and_get_equally_many_batches():
 
 
 def test_a_window_is_shuffled_by_its_seed():
-    one, again, other = (all_places(live().batches(64, seed=seed)) for seed in (1, 1, 2))
-    assert one == again
-    assert one != other
-    assert all_places(live().batches(64, seed=None)) == sorted(one)
+    first, again, reseeded = (all_places(live().batches(64, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != reseeded
+    assert all_places(live().batches(64, seed=None)) == sorted(first)
 
 
 def test_several_steps_of_a_run_are_several_shots():
@@ -143,7 +143,7 @@ def test_a_reader_that_starts_in_a_later_epoch_continues_exactly(start: int):
 def test_a_reader_can_choose_its_window():
     harvest = FakeHarvest()
     next(live(None, window=4096, harvest=harvest).batches(64, window=64))
-    assert harvest.made == 1 + 64 // 8
+    assert harvest.shot_count == 1 + 64 // 8
 
 
 @pytest.mark.parametrize(

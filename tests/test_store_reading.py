@@ -73,17 +73,18 @@ def test_about_a_tenth_is_held_out(store: Store):
 
 
 def test_the_seed_fixes_the_order(store: Store):
-    first, again, other = (all_places(store.batches(64, seed=seed)) for seed in (3, 3, 4))
+    first, again, reseeded = (all_places(store.batches(64, seed=seed)) for seed in (3, 3, 4))
     assert first == again
-    assert first != other
-    assert sorted(first) == sorted(other)
+    assert first != reseeded
+    assert sorted(first) == sorted(reseeded)
 
 
 def test_each_epoch_has_its_own_order(store: Store):
-    two = list(store.batches(64, epochs=2))
-    half = len(two) // 2
-    assert all_places(two[:half]) != all_places(two[half:])
-    assert sorted(all_places(two[:half])) == sorted(all_places(two[half:]))
+    batches = list(store.batches(64, epochs=2))
+    half = len(batches) // 2
+    first, second = all_places(batches[:half]), all_places(batches[half:])
+    assert first != second
+    assert sorted(first) == sorted(second)
 
 
 def test_a_batch_mixes_shots_and_shards(store: Store):
@@ -103,8 +104,8 @@ def test_a_reader_that_starts_in_the_middle_continues_exactly(store: Store, star
     read = partial(store.batches, 64, seed=1, window=100, epochs=2)
     whole, rest = list(read()), list(read(start=start))
     assert len(rest) == max(0, len(whole) - start)
-    for one, other in zip(whole[start:], rest, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for pair in zip(whole[start:], rest, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -122,8 +123,8 @@ def test_epochs_can_be_endless(store: Store):
 
 
 def test_several_readers_do_not_disturb_each_other(store: Store):
-    one, other = store.batches(64, seed=1), store.batches(64, seed=2)
-    mixed = [(next(one), next(other)) for _ in range(20)]
+    first, second = store.batches(64, seed=1), store.batches(64, seed=2)
+    mixed = [(next(first), next(second)) for _ in range(20)]
     assert all_places(a for a, _ in mixed) == all_places(store.batches(64, seed=1))[: 20 * 64]
     assert all_places(b for _, b in mixed) == all_places(store.batches(64, seed=2))[: 20 * 64]
 
@@ -150,19 +151,19 @@ def test_int8_is_close_and_other_types_are_exact(tmp_path: Path):
     for dtype, exact in (("fp16", torch.float16), ("int8", None)):
         [store] = record(tmp_path / dtype, fake_shots(40), [SITE], FakeHarvest(), replace(QUICK, dtype=dtype))
         [rows] = store.batches(10**6)
-        made = torch.stack([activation(store.shot(shot), SITE, 8, 16)[token] for shot, token in places(rows)])
+        activations = torch.stack([activation(store.shot(shot), SITE, 8, 16)[token] for shot, token in places(rows)])
         if exact:
-            assert torch.equal(rows.values, made.to(exact))
+            assert torch.equal(rows.values, activations.to(exact))
         else:
             assert rows.values.dtype == torch.float32
-            step = made.abs().amax(1, keepdim=True) / 127
-            assert bool(((rows.values - made).abs() <= step * 0.501).all())
+            step = activations.abs().amax(1, keepdim=True) / 127
+            assert bool(((rows.values - activations).abs() <= step * 0.501).all())
 
 
 def test_rows_of_zeros_survive_int8(tmp_path: Path):
     def zeros(shots, sites, batch):
-        for each in FakeHarvest()(shots, sites, batch):
-            yield replace(each, values=each.values * 0)
+        for activations in FakeHarvest()(shots, sites, batch):
+            yield replace(activations, values=activations.values * 0)
 
     [store] = record(tmp_path, fake_shots(8), [SITE], zeros, replace(QUICK, dtype="int8"))
     assert next(store.batches(64)).values.abs().sum() == 0
@@ -185,8 +186,8 @@ def test_statistics_are_those_of_the_training_rows(tmp_path: Path, dtype):
 
 def test_an_axis_far_from_zero_keeps_its_variance(tmp_path: Path):
     def shifted(shots, sites, batch):
-        for each in FakeHarvest()(shots, sites, batch):
-            yield replace(each, values=(each.values[..., :1] / 16).round() / 16 + torch.tensor([0.0, 1000.0]))
+        for activations in FakeHarvest()(shots, sites, batch):
+            yield replace(activations, values=(activations.values[..., :1] / 16).round() / 16 + torch.tensor([0.0, 1000.0]))
 
     [store] = record(tmp_path, fake_shots(160), [SITE], shifted, replace(QUICK, dtype="fp16"))
     x = torch.cat([rows.values.double() for rows in store.batches(100)])

@@ -80,11 +80,11 @@ def test_every_row_comes_from_its_shot(whole: Path):
     for site in SITES:
         store = Store.open(whole / site.folder)
         [rows] = store.batches(10**6, seed=None)
-        made = [
+        expected = [
             activation(store.shot(shot), site, store.tokens, 16)[token]
             for shot, token in zip(rows.shots.tolist(), rows.tokens.tolist(), strict=True)
         ]
-        assert torch.equal(rows.values, torch.stack(made).bfloat16())
+        assert torch.equal(rows.values, torch.stack(expected).bfloat16())
 
 
 def test_other_libraries_can_read_a_shard(whole: Path):
@@ -97,7 +97,7 @@ def test_other_libraries_can_read_a_shard(whole: Path):
 def test_a_complete_recording_is_not_harvested_again(whole: Path):
     before, harvest = contents(whole), FakeHarvest()
     record(whole, fake_shots(96), SITES, harvest, QUICK)
-    assert harvest.made == 0
+    assert harvest.shot_count == 0
     assert contents(whole) == before
 
 
@@ -105,7 +105,7 @@ def test_more_tokens_are_added_to_the_stored_ones(tmp_path: Path, whole: Path):
     record(tmp_path, fake_shots(None), SITES, FakeHarvest(), replace(QUICK, tokens=18 * 4))
     harvest = FakeHarvest()
     record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
-    assert harvest.made == 96 - 16
+    assert harvest.shot_count == 96 - 16
     assert contents(tmp_path) == contents(whole)
 
 
@@ -139,7 +139,7 @@ def test_a_deleted_shard_is_made_again_and_no_other(tmp_path: Path, whole: Path,
         Store.open(tmp_path / SITE.folder)
     harvest = FakeHarvest()
     record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
-    assert harvest.made == 4
+    assert harvest.shot_count == 4
     assert contents(tmp_path) == contents(whole)
 
 
@@ -322,8 +322,8 @@ def test_temporary_files_of_killed_processes_are_deleted(tmp_path: Path):
 
 def test_values_beyond_fp16_are_an_error_that_names_the_shot(tmp_path: Path):
     def hot(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
-        for each in FakeHarvest()(shots, sites, batch):
-            yield replace(each, values=each.values * 1e5)
+        for activations in FakeHarvest()(shots, sites, batch):
+            yield replace(activations, values=activations.values * 1e5)
 
     with pytest.raises(NonFinite, match=r"'star 0' \(seed 0\) at the site 'double.1'.*bf16"):
         record(tmp_path, fake_shots(8), [SITE], hot, replace(QUICK, dtype="fp16"))
@@ -332,7 +332,7 @@ def test_values_beyond_fp16_are_an_error_that_names_the_shot(tmp_path: Path):
 
 
 def incomplete(shots: Sequence[Shot], sites: Sequence[Site], batch: int):
-    yield from (each for each in FakeHarvest()(shots, sites, batch) if "star 4" not in {shot.prompt for shot in each.shots})
+    yield from (part for part in FakeHarvest()(shots, sites, batch) if "star 4" not in {shot.prompt for shot in part.shots})
 
 
 def empty(shots: Sequence[Shot], sites: Sequence[Site], batch: int) -> list[Activations]:
@@ -376,8 +376,8 @@ def test_a_prompt_twice_in_a_row_is_recorded_once(tmp_path: Path):
     shots = list(fake_shots(6, steps=2))
     twice = [*shots[:4], *shots[2:4], *shots[2:]]
     assert [shot.prompt for shot in twice[2:8]] == ["star 1"] * 6
-    for name, given in (("once", shots), ("twice", twice)):
-        record(tmp_path / name, given, [SITE], FakeHarvest(), QUICK)
+    for name, repeated in (("once", shots), ("twice", twice)):
+        record(tmp_path / name, repeated, [SITE], FakeHarvest(), QUICK)
     assert contents(tmp_path / "twice") == contents(tmp_path / "once")
 
 

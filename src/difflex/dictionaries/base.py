@@ -20,8 +20,6 @@ from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
 from difflex.files import Json
 from difflex.records import Codes, Site
 
-__all__ = ["Dictionary", "DictionaryOrigin", "DictionaryState", "Neurons", "NormalisedDictionary"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryOrigin:
@@ -45,6 +43,12 @@ class DictionaryState:
     settings: Mapping[str, Json]
     """The settings that only this kind has, as plain JSON."""
     tensors: Mapping[str, Tensor]
+
+    @property
+    def normalisation(self) -> Mapping[str, Json]:
+        """The settings of the normalisation; empty if there are none."""
+        settings = self.settings.get("normalisation")
+        return settings if isinstance(settings, dict) else {}
 
 
 class Dictionary(ABC):
@@ -164,7 +168,7 @@ class Dictionary(ABC):
         try:
             dictionary = Dictionary._classes[config.kind].from_state(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error}). Train or copy it again.") from error
+            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error!r}). Train or copy it again.") from error
         if (dictionary.width, dictionary.size) != (config.width, config.size):
             raise BrokenFile(
                 f"{folder}/config.json says width {config.width} and size {config.size}, but the tensors have "

@@ -25,8 +25,6 @@ from difflex.errors import BadInput, BrokenFile
 from difflex.files import Json
 from difflex.records import Site
 
-__all__ = ["read_itda"]
-
 ROUNDING = 2e-2
 """How far rows that were saved in 16 bits may be from norm one, or from each other."""
 
@@ -46,7 +44,10 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
 
     Their code removes an atom whose weight is cut from the support; ours keeps it, as Blumensath and Davies do.
     """
-    config = _read_json(folder / "cfg.json")
+    with _reading(folder / "cfg.json", "JSON"):
+        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise BrokenFile(f"{folder}/cfg.json is not a configuration. Copy it again.")
     path = folder / "sae.safetensors"
     with _reading(path, "safetensors"):
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
@@ -118,14 +119,6 @@ def _reading(path: Path, content: str) -> Iterator[None]:
         raise BrokenFile(f"{path} cannot be read as {content}: {error}. Copy it again.") from error
 
 
-def _read_json(path: Path) -> dict[str, Json]:
-    with _reading(path, "JSON"):
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, dict):
-        raise BrokenFile(f"{path} is not a configuration. Copy it again.")
-    return entries
-
-
 def _read_flat_yaml(path: Path) -> dict[str, Json]:
     """Return the entries of a YAML file of plain `name: value` lines; this format writes no others."""
     entries: dict[str, Json] = {}
@@ -142,10 +135,8 @@ def _read_flat_yaml(path: Path) -> dict[str, Json]:
 
 
 def _scalar(text: str) -> Json:
-    if text in ("", "~"):
-        return None
     try:
-        return json.loads(text)  # numbers, booleans, null
+        return None if text in ("", "~") else json.loads(text)  # numbers, booleans, null
     except ValueError:
         return text.strip("'\"")
 

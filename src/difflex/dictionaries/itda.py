@@ -28,7 +28,8 @@ from difflex.dictionaries.pursuit import (
     product,
     run_pursuit,
 )
-from difflex.errors import BadInput, BrokenFile
+from difflex.dictionaries.pursuit.correlations import check_norms
+from difflex.errors import BadInput
 from difflex.files import Json
 from difflex.records import Codes, Shot
 
@@ -89,11 +90,6 @@ class GrowthConfig:
         """Return these settings as plain JSON."""
         return json.loads(json.dumps(asdict(self)))
 
-    @property
-    def guarantees_threshold(self) -> bool:
-        """Whether every token outside the holdout is below the threshold after its batch, unless the dictionary is full."""
-        return self.max_per_batch is None and self.add == "point"
-
 
 def paper_config() -> GrowthConfig:
     """Return the settings of arXiv 2505.24360: gradient pursuit, k 64, inputs centred and divided by their standard deviation.
@@ -146,13 +142,13 @@ class AtomProvenance:
     shots: Int[Tensor, " size"]
     """Numbers of shots; -1 if unknown."""
     tokens: Int[Tensor, " size"]
-    known: Mapping[int, Shot] = field(default_factory=dict)
-    """The known shots by number."""
+    details: Mapping[int, Shot] = field(default_factory=dict)
+    """The shots by number, as far as they are known."""
 
     def patch(self, feature: int) -> AtomPatch | None:
         """Return the patch that `feature` is; None if unknown."""
         number = int(self.shots[feature])
-        return None if number < 0 else AtomPatch(number, int(self.tokens[feature]), self.known.get(number))
+        return None if number < 0 else AtomPatch(number, int(self.tokens[feature]), self.details.get(number))
 
     @classmethod
     def unknown(cls, size: int) -> AtomProvenance:
@@ -164,27 +160,22 @@ class AtomProvenance:
         """Return the provenance of these features alone."""
         shots = self.shots[features]
         numbers = set(shots.tolist())
-        known = {number: shot for number, shot in self.known.items() if number in numbers}
-        return type(self)(shots=shots, tokens=self.tokens[features], known=known)
+        details = {number: shot for number, shot in self.details.items() if number in numbers}
+        return type(self)(shots=shots, tokens=self.tokens[features], details=details)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save; shots are lines of JSON, as bytes."""
-        lines = "\n".join(json.dumps([number, asdict(shot)]) for number, shot in sorted(self.known.items()))
+        lines = "\n".join(json.dumps([number, asdict(shot)]) for number, shot in sorted(self.details.items()))
         packed = torch.frombuffer(bytearray(lines.encode() or b"\n"), dtype=torch.uint8)
         return {"provenance.shots": self.shots, "provenance.tokens": self.tokens, "provenance.known": packed}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AtomProvenance:
         """Return the provenance that was saved as `tensors`."""
-        try:
-            lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
-            entries = [json.loads(line) for line in lines if line]
-            known = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
-            return cls(shots=tensors["provenance.shots"].cpu(), tokens=tensors["provenance.tokens"].cpu(), known=known)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BrokenFile(
-                f"The shots and tokens of an ITDA's atoms cannot be read ({error}). Copy the dictionary again."
-            ) from error
+        lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
+        entries = [json.loads(line) for line in lines if line]
+        details = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
+        return cls(shots=tensors["provenance.shots"].cpu(), tokens=tensors["provenance.tokens"].cpu(), details=details)
 
 
 @final
@@ -260,22 +251,14 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
 
     @classmethod
     def from_state(cls, state: DictionaryState) -> ITDA:
-        normalisation = state.settings.get("normalisation")
-        if not isinstance(normalisation, dict) or "atoms" not in state.tensors:
-            raise BrokenFile("The files of an ITDA lack its normalisation or its atoms. Grow or copy it again.")
-        pursuit = parse_choice("The pursuit", state.settings.get("pursuit"), get_args(PursuitName))
-        provenance = AtomProvenance.from_tensors(state.tensors)
-        try:
-            return cls(
-                k=state.k,
-                origin=state.origin,
-                normalisation=Normalisation.from_saved(normalisation, state.tensors),
-                atoms=state.tensors["atoms"],
-                provenance=provenance,
-                pursuit=pursuit,
-            )
-        except BadInput as error:
-            raise BrokenFile(f"The files of an ITDA do not fit together: {error} Grow or copy it again.") from error
+        return cls(
+            k=state.k,
+            origin=state.origin,
+            normalisation=Normalisation.from_saved(state.normalisation, state.tensors),
+            atoms=state.tensors["atoms"],
+            provenance=AtomProvenance.from_tensors(state.tensors),
+            pursuit=parse_choice("The pursuit", state.settings.get("pursuit"), get_args(PursuitName)),
+        )
 
 
 def _check(k: int, atoms: Tensor, provenance: AtomProvenance, normalisation: Normalisation) -> None:
@@ -289,11 +272,7 @@ def _check(k: int, atoms: Tensor, provenance: AtomProvenance, normalisation: Nor
             f"{size} atoms of width {width} do not fit a normalisation of width {normalisation.width} and a provenance of "
             f"{len(provenance.shots)} shots and {len(provenance.tokens)} tokens."
         )
-    norms = torch.linalg.vector_norm(atoms, dim=1)
-    wrong = ~((norms - 1).abs() <= 1e-3)
-    if wrong.any():
-        first = int(wrong.nonzero()[0, 0])
-        raise BadInput(f"Atoms must have norm one; atom {first} has {float(norms[first]):.4g}. Normalise the rows.")
+    check_norms(atoms)
 
 
 def remove_similar(itda: ITDA, cosine: float = 0.8) -> ITDA:

@@ -79,20 +79,16 @@ class Normalisation:
     @classmethod
     def from_saved(cls, settings: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "Normalisation":
         """Return the normalisation that was saved as `settings` and `tensors`."""
-        parts = {
-            name: tensors[f"normalisation.{name}"] for name in ("mean", "scale", "basis") if f"normalisation.{name}" in tensors
-        }
-        if missing := {"mean", "scale"} - parts.keys():
-            raise BrokenFile(f"A dictionary's normalisation lacks its {', '.join(sorted(missing))}. Train or copy it again.")
-        method = parse_choice("The normalisation", settings.get("method"), METHODS)
-        clip = settings.get("clip")
-        if (method == "whiten") != ("basis" in parts):
-            unexpected = "has no basis" if method == "whiten" else "has a basis"
-            raise BrokenFile(f"A dictionary's normalisation '{method}' {unexpected}. Train or copy it again.")
-        width = len(parts["mean"])
-        shapes = {"mean": (width,), "scale": (width,), "basis": (width, width)}
-        if wrong := [name for name, tensor in parts.items() if tensor.shape != shapes[name]]:
-            raise BrokenFile(f"The {', '.join(wrong)} of a dictionary's normalisation has another width. Train or copy it again.")
+        method, clip = parse_choice("The normalisation", settings.get("method"), METHODS), settings.get("clip")
+        names = ["mean", "scale", *(["basis"] if method == "whiten" else [])]
+        parts = {name.removeprefix("normalisation."): x for name, x in tensors.items() if name.startswith("normalisation.")}
+        shapes = {name: [*tensor.shape] for name, tensor in parts.items()}
+        width = len(parts.get("mean", ()))
+        if shapes != {name: [width, width] if name == "basis" else [width] for name in names}:
+            raise BrokenFile(
+                f"A dictionary's normalisation '{method}' needs {', '.join(names)} of one width; its file has {shapes}. "
+                "Train or copy it again."
+            )
         return cls(method=method, **parts, clip=float(clip) if isinstance(clip, int | float) else None)
 
 

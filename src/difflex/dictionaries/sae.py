@@ -18,8 +18,6 @@ from difflex.dictionaries.sparse import EncoderSearch
 from difflex.errors import BadInput, BrokenFile
 from difflex.records import Codes
 
-__all__ = ["SAE", "SAEWeights"]
-
 KINDS = get_args(SAEKind)
 
 
@@ -77,7 +75,7 @@ class SAE(NormalisedDictionary, kinds=KINDS):
 
     @property
     def label(self) -> str:
-        """`<kind>-<size>-k<k>`, followed by what was changed in its training."""
+        """`<kind>-<size>-k<k>`, followed by the variant of its training."""
         return f"{super().label}{self.origin.training.get('variant', '')}"
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
@@ -122,12 +120,11 @@ class SAE(NormalisedDictionary, kinds=KINDS):
 
     @classmethod
     def from_state(cls, state: DictionaryState) -> SAE:
-        normalisation = state.settings.get("normalisation")
         return cls(
             kind=parse_choice("The kind of SAE", state.kind, KINDS),
             k=state.k,
             origin=state.origin,
-            normalisation=Normalisation.from_saved(normalisation if isinstance(normalisation, dict) else {}, state.tensors),
+            normalisation=Normalisation.from_saved(state.normalisation, state.tensors),
             weights=SAEWeights.from_tensors(state.tensors),
             relu=state.settings.get("relu") is not False,
         )

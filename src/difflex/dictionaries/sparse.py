@@ -128,11 +128,8 @@ class EncoderSearch:
         self._quantised: QuantisedRows | None = None
         self._buffers: tuple[Tensor, Tensor] | None = None
         if size % BLOCK == 0 and size >= 32 * BLOCK and _integers_are_faster(width, rows.device):
-            scales, norms = (torch.empty(size, device=rows.device) for _ in range(2))
-            integers = torch.empty(size, width, dtype=torch.int8, device=rows.device)
-            self._quantised = QuantisedRows(integers, scales, norms, torch.empty(size, dtype=torch.bool, device=rows.device))
-            for start in range(0, size, 1024):
-                self.refresh(slice(start, start + 1024))
+            parts = [QuantisedRows.of(part) for part in rows.split(1024)]
+            self._quantised = QuantisedRows(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def refresh(self, rows: slice | Int[Tensor, " row"]) -> None:
         """Update the 8-bit copies of `rows`, whose values have changed."""

@@ -122,7 +122,7 @@ def _shared_position(items: list[tuple[int, ...]], u: float) -> str:
 
 def _pair(items: list[tuple[int, ...]], u: list[float]) -> str:
     first, second = (items[1], items[0]) if u[24] < 0.5 else (items[0], items[1])
-    one, two = _noun_phrase(first, u[:8], "a"), _noun_phrase(second, u[10:18], "a")
+    phrases = _noun_phrase(first, u[:8], "a"), _noun_phrase(second, u[10:18], "a")
     relations = [
         name for name, (dx, dy) in RELATIONS.items() if _sign(first[5] - second[5]) == dx and _sign(first[4] - second[4]) == dy
     ] or [
@@ -131,10 +131,10 @@ def _pair(items: list[tuple[int, ...]], u: list[float]) -> str:
         if (dx and dx == _sign(first[5] - second[5])) or (dy and dy == _sign(first[4] - second[4]))
     ]
     if u[25] < 0.45:
-        return f"{one} {relations[int(u[26] * len(relations))]} {two}"
+        return f" {relations[int(u[26] * len(relations))]} ".join(phrases)
     if u[25] < 0.75:
-        return f"{one}{_position(first, u[27])} and {two}{_position(second, u[28])}"
-    return f"{one} and {two}"
+        phrases = phrases[0] + _position(first, u[27]), phrases[1] + _position(second, u[28])
+    return " and ".join(phrases)
 
 
 def _add_style(text: str, style: str, u: float) -> str:

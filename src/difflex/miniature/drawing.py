@@ -232,16 +232,18 @@ def _pigment(body: Tensor, phase: Tensor, distance: Tensor) -> Tensor:
 def _blotches(phase: Tensor) -> Tensor:
     x, y = _grid(phase.device)
     turn = phase * math.tau
-    one, two = (torch.sin(x * fx + y * fy + turn[:, i, None, None]) for i, (fx, fy) in enumerate(((0.21, 0.13), (-0.12, 0.24))))
-    return one * two
+    first, second = (
+        torch.sin(x * fx + y * fy + turn[:, i, None, None]) for i, (fx, fy) in enumerate(((0.21, 0.13), (-0.12, 0.24)))
+    )
+    return first * second
 
 
 def _background(specs: SceneSpecs) -> Tensor:
     amount = _ground_pattern(specs)[:, None]
     style = specs.style[:, None, None, None]
     amount = torch.where(style == 1, (amount * 1.7).clamp(0, 1), amount)
-    base, other = GROUNDS.to(specs.seed.device)[specs.background].unbind(1)
-    ground = torch.lerp(base[:, :, None, None], other[:, :, None, None], amount)
+    first, second = GROUNDS.to(specs.seed.device)[specs.background].unbind(1)
+    ground = torch.lerp(first[:, :, None, None], second[:, :, None, None], amount)
     wash = (ground * 0.62 + 0.34) + _blotches(specs.phase[:, 2:])[:, None] * 0.13
     return torch.where(style == 2, wash, ground)
 

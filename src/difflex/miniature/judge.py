@@ -143,7 +143,7 @@ def _read_scene(answers: dict[str, Tensor], regions: Tensor) -> SceneReading:
     objects = tuple(_detect(answers, mask) for mask in masks if mask.sum() >= MIN_PIXELS)
     ground = answers["background"].softmax(0)[:, regions == 0].mean(1)
     style, count = answers["style"].softmax(0), answers["count"].softmax(0)
-    confidences = [float(p.max()) for p in (ground, style, count)] + [each.confidence for each in objects]
+    confidences = [float(p.max()) for p in (ground, style, count)] + [item.confidence for item in objects]
     return SceneReading(
         objects=objects,
         background=CONCEPTS["background"][int(ground.argmax())],

@@ -62,29 +62,29 @@ def score(
 
 
 def _restrict(reading: SceneReading, region: Bool[Tensor, "height width"]) -> SceneReading:
-    objects = tuple(each for each in reading.objects if (each.mask & region).sum() > 0.5 * each.mask.sum())
+    objects = tuple(item for item in reading.objects if (item.mask & region).sum() > 0.5 * item.mask.sum())
     return replace(reading, objects=objects)
 
 
 def shares_correct(scores: list[CaptionScore]) -> dict[str, float]:
     """Return for each attribute the share of images in which it is correct, among those whose caption states it."""
-    rows = {attribute: [each.correct[attribute] for each in scores if attribute in each.correct] for attribute in ATTRIBUTES}
+    rows = {attribute: [s.correct[attribute] for s in scores if attribute in s.correct] for attribute in ATTRIBUTES}
     return {attribute: sum(row) / len(row) for attribute, row in rows.items() if row}
 
 
 def correct_attributes(request: CaptionRequest, reading: SceneReading) -> dict[str, bool]:
     """Return for each attribute that the caption states whether the image has it."""
-    requests = [each for each in request.objects for _ in range(each.count)]
+    requests = [item for item in request.objects for _ in range(item.count)]
     objects = _match(requests, reading.objects)
     pairs = list(zip(requests, objects, strict=True))
     correct: dict[str, bool] = {}
     for group in ("shape", "colour", "texture", "size"):
-        stated = [(getattr(each, group), detected) for each, detected in pairs if getattr(each, group)]
+        stated = [(getattr(item, group), detected) for item, detected in pairs if getattr(item, group)]
         if stated:
             correct[group] = all(detected is not None and detected.concepts[group] == value for value, detected in stated)
-    positioned = [(each, detected) for each, detected in pairs if each.row or each.column]
+    positioned = [(item, detected) for item, detected in pairs if item.row or item.column]
     if positioned:
-        correct["position"] = all(detected is not None and _has_position(each, detected) for each, detected in positioned)
+        correct["position"] = all(detected is not None and _has_position(item, detected) for item, detected in positioned)
     if requests:
         correct["count"] = len(reading.objects) == len(requests)
     if request.background:
@@ -101,7 +101,7 @@ def _match(requests: list[ObjectRequest], objects: tuple[DetectedObject, ...]) -
     candidates: list[DetectedObject | None] = [*objects, *[None] * len(requests)]
     best = max(
         permutations(range(len(candidates)), len(requests)),
-        key=lambda order: sum(_agreement(each, candidates[i]) for each, i in zip(requests, order, strict=True)),
+        key=lambda order: sum(_agreement(item, candidates[i]) for item, i in zip(requests, order, strict=True)),
     )
     return [candidates[i] for i in best]
 
@@ -175,5 +175,5 @@ def _score_generated(generate: Generate, judge: Judge, scenes: Scenes) -> list[C
 
 def _share_of_both(scores: list[CaptionScore]) -> float:
     """Return the share of images with shape and colour both correct, among those whose caption states both."""
-    stated = [each.correct for each in scores if {"shape", "colour"} <= each.correct.keys()]
+    stated = [s.correct for s in scores if {"shape", "colour"} <= s.correct.keys()]
     return sum(correct["shape"] and correct["colour"] for correct in stated) / len(stated)

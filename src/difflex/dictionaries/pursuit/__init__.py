@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difflex.choices import PursuitName
 from difflex.dictionaries.pursuit.algorithms import RULES, PursuitPath, run_pursuit
-from difflex.dictionaries.pursuit.correlations import AtomSet, CandidatePool, GramMatrix, product
+from difflex.dictionaries.pursuit.correlations import AtomSet, CandidatePool, GramMatrix, check_norms, product
 from difflex.errors import BadInput
 from difflex.files import Json
 
@@ -73,11 +73,7 @@ def _check(signals: Tensor, atoms: Tensor, k: int, gram: GramMatrix | None) -> N
         raise BadInput(f"The Gram matrix is of {gram.size} atoms, but there are {len(atoms)}. Make it with GramMatrix.of(atoms).")
     if not signals.dtype == atoms.dtype == (atoms.dtype if gram is None or gram.dtype == torch.float16 else gram.dtype):
         raise BadInput(f"The dtypes of signals ({signals.dtype}), atoms ({atoms.dtype}) and Gram matrix differ: use one.")
-    norms = torch.linalg.vector_norm(atoms, dim=1)
-    wrong = ~((norms - 1).abs() <= 1e-3) & (norms != 0)
-    if wrong.any():
-        first = int(wrong.nonzero()[0, 0])
-        raise BadInput(f"Atoms must have norm one (or zero); atom {first} has {float(norms[first]):.4g}. Normalise the rows.")
+    check_norms(atoms, zero_allowed=True)
 
 
 class PursuitBackend(NamedTuple):

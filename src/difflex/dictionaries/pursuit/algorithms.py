@@ -23,8 +23,6 @@ from difflex.dictionaries.pursuit.correlations import AtomSet, BestAtoms, Correl
 from difflex.errors import NonFinite
 from difflex.records import Codes
 
-__all__ = ["RULES", "PursuitPath", "PursuitRule", "PursuitState", "run_pursuit"]
-
 SCORES_IN_CHUNK = 1 << 22
 """Correlations in memory at a time (signals times atoms): larger chunks do not fit the cache."""
 MIN_CHUNK, MAX_CHUNK = 64, 1024

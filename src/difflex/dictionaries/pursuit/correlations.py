@@ -16,8 +16,6 @@ from difflex.dictionaries.sparse import dot_products, sparse_matmul
 from difflex.errors import BadInput
 from difflex.records import Codes
 
-__all__ = ["AtomSet", "BestAtoms", "CandidatePool", "Correlations", "ExcludedAtoms", "GramMatrix", "product"]
-
 PANEL = 512
 """Columns of a Gram matrix that are stored together: a dictionary that grows fills panel after panel and moves nothing."""
 BLOCK = 128
@@ -32,6 +30,16 @@ def product(signals: Float[Tensor, "token width"], rows: Float[Tensor, "size wid
         return signals @ rows.T
     with _matmul_precision("medium"):
         return signals @ rows.T
+
+
+def check_norms(atoms: Float[Tensor, "size width"], zero_allowed: bool = False) -> None:
+    """Raise an error for the first of the `atoms` that has not norm one."""
+    norms = torch.linalg.vector_norm(atoms, dim=1)
+    wrong = ~((norms - 1).abs() <= 1e-3) & ~((norms == 0) & zero_allowed)
+    if wrong.any():
+        first = int(wrong.nonzero()[0, 0])
+        expected = "one or zero" if zero_allowed else "one"
+        raise BadInput(f"Atoms must have norm {expected}; atom {first} has {float(norms[first]):.4g}. Normalise the rows.")
 
 
 @cache
