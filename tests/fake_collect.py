@@ -1,9 +1,7 @@
-"""Images without a model: activations at two sites with known codes. As a script it collects from them, to be killed."""
+"""Images without a model: activations at two sites with known codes, and books collected from them."""
 
-import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,13 +84,12 @@ def collect_fakes(
     timesteps: tuple[float, ...] = (1000.0,),
     delay: float = 0.0,
     save_seconds: float = 60.0,
-    **other,
+    batch: int = BATCH,
 ) -> list[Path]:
     """Make the books of both sites."""
-    source = fake_source(order, timesteps, other.pop("batch", BATCH), delay)
     return collect(
-        [replace(target, **other) for target in targets(folder)],
-        source,
+        targets(folder),
+        fake_source(order, timesteps, batch, delay),
         ImageAlbum(folder / "images"),
         data="planted",
         checkpoint=folder / "state.safetensors",
@@ -100,19 +97,3 @@ def collect_fakes(
         save_seconds=save_seconds,
         progress=False,
     )
-
-
-def main() -> None:
-    """Collect from fake images."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=120)
-    parser.add_argument("--delay", type=float, default=0.15)
-    flags = parser.parse_args()
-    torch.set_num_threads(1)
-    print("begins", flush=True)
-    collect_fakes(flags.folder, [*range(flags.images)], (1000.0, 500.0), flags.delay, save_seconds=0.0)
-
-
-if __name__ == "__main__":
-    main()

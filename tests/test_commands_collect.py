@@ -71,7 +71,7 @@ def test_every_dictionary_gets_a_book_of_the_harvested_images(study: Study):
             assert (book.about.images, book.about.tokens) == (20, 20 * 2 * 64) and len(book.about.timesteps) == 2
             assert all((study.images / image.file).is_file() for image in book.images())
             top = book.examples(max(book.features(), key=lambda row: row.firings).feature, "top")
-            assert 0 < len(top) <= 8 and {each.split for each in top} == {"train", "held-out"}
+            assert 0 < len(top) <= 8 and {example.split for example in top} == {"train", "held-out"}
     assert not [*study.folder.glob("books/*.safetensors")]
 
 
@@ -119,9 +119,9 @@ def test_the_cost_of_collecting_is_predicted(study: Study):
     both = estimate(forecast, CollectCommand(study=study.folder, images=100))
     assert (both.sites, both.tokens, both.unknown) == ((str(SITE),), 100 * 3 * 64, "")
     drawn = estimate(forecast, CollectCommand(study=study.folder, images=100, drawn_world=True, noise=(0.25,)))
-    one = estimate(forecast, CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)))
-    assert drawn.tokens == 100 * 64 and one.bytes is not None and both.bytes == one.bytes + 6 * 4000
-    assert both.seconds and one.seconds and one.seconds < both.seconds
+    single = estimate(forecast, CollectCommand(study=study.folder, images=100, dictionary=(str(SAE_REF),)))
+    assert drawn.tokens == 100 * 64 and single.bytes is not None and both.bytes == single.bytes + 6 * 4000
+    assert both.seconds and single.seconds and single.seconds < both.seconds
     assert "not known" in estimate(Forecast(1e11), CollectCommand(study=study.folder)).unknown
 
 

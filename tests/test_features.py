@@ -1,10 +1,9 @@
-"""Collecting: examples and statistics of a stream of images equal those computed from all codes at once."""
+"""Collecting: examples and statistics from batches of images equal those computed from all codes at once."""
 
+import multiprocessing
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import islice
@@ -87,11 +86,12 @@ def test_top_examples_are_the_images_with_the_highest_peaks(folder: Path, place:
         for feature in range(SIZE):
             for split in ("train", "held-out"):
                 images = [image for image in range(COUNT) if is_held_out(image) == (split == "held-out")]
-                ranked = sorted((p for p in images if peaks[p, feature] > 0), key=lambda p: -float(peaks[p, feature]))
+                firing = [image for image in images if peaks[image, feature] > 0]
+                ranked = sorted(firing, key=lambda image: -float(peaks[image, feature]))
                 examples = book.examples(feature, "top", split)
                 numbers = [shot_image(book, example) for example in examples]
                 assert numbers == ranked[: FEW.top_examples]
-                assert [example.peak for example in examples] == pytest.approx([float(peaks[p, feature]) for p in numbers])
+                assert [example.peak for example in examples] == pytest.approx(peaks[numbers, feature].tolist())
                 assert [example.rank for example in examples] == [*range(len(numbers))]
 
 
@@ -189,7 +189,7 @@ def test_spatial_statistics_follow_their_definitions(folder: Path):
             shares = values.sum(0).flatten() / values.sum()
             assert row.position == pytest.approx(float((shares - 1 / 16).clamp_min(0).sum()), abs=1e-6)
             maps = [example.map for example in book.examples(row.feature, "top")]
-            covered = [sum(value >= COVER_THRESHOLD * row.peak for value in each.values) / 16 for each in maps]
+            covered = [sum(value >= COVER_THRESHOLD * row.peak for value in values) / 16 for _, values in maps]
             assert row.coverage == pytest.approx(sum(covered) / len(covered), abs=0.02)
             assert row.spread is not None and row.concentration is not None
             assert 0 <= row.spread < 1 and 0.25 <= row.concentration <= 1
@@ -217,7 +217,7 @@ def test_firing_neighbours_fire_together_more_often_than_by_chance():
     groups = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
     maps = FeatureMaps.empty(2)._replace(groups=groups, coactive=coactive)
     neighbours = firing_neighbours(maps, torch.tensor([0.1, 0.01, 0.3]))
-    assert [(each.feature, each.value) for each in neighbours[0]] == [(1, 0.75)], "feature 2 fires everywhere"
+    assert [(neighbour.feature, neighbour.value) for neighbour in neighbours[0]] == [(1, 0.75)], "feature 2 fires everywhere"
 
 
 def test_direction_neighbours_have_the_highest_cosine():
@@ -225,8 +225,8 @@ def test_direction_neighbours_have_the_highest_cosine():
     cosines = directions @ directions.T - 3 * torch.eye(20)
     for feature, neighbours in enumerate(direction_neighbours(directions)):
         values, order = cosines[feature].sort(descending=True)
-        assert [each.feature for each in neighbours] == order[: len(neighbours)].tolist()
-        assert [each.value for each in neighbours] == pytest.approx(values[: len(neighbours)].tolist())
+        assert [neighbour.feature for neighbour in neighbours] == order[: len(neighbours)].tolist()
+        assert [neighbour.value for neighbour in neighbours] == pytest.approx(values[: len(neighbours)].tolist())
 
 
 def test_the_order_and_the_batches_of_images_do_not_matter(folder: Path, tmp_path: Path):
@@ -245,8 +245,8 @@ def test_an_image_that_comes_twice_is_one_example(folder: Path, tmp_path: Path):
     collect_fakes(tmp_path, [*range(COUNT), *range(20)], TIMESTEPS)
     with open_book(folder) as once, open_book(tmp_path) as twice:
         for feature in range(SIZE):
-            keys = [[(each.kind, each.split, each.rank, each.peak) for each in book.examples(feature)] for book in (once, twice)]
-            assert keys[0] == keys[1]
+            for a, b in zip(once.examples(feature), twice.examples(feature), strict=True):
+                assert (a.kind, a.split, a.rank, a.peak) == (b.kind, b.split, b.rank, b.peak)
 
 
 def test_merging_more_often_gives_the_same_books(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -276,23 +276,24 @@ def test_a_book_can_have_fewer_examples_than_one_feature_may_have(tmp_path: Path
 
 
 def test_a_killed_and_resumed_pass_makes_the_same_books(tmp_path: Path):
-    script = Path(__file__).parent / "fake_collect.py"
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    collect_fakes(whole, [*range(120)], TIMESTEPS)
+    whole, resumed, images = tmp_path / "whole", tmp_path / "resumed", [*range(120)]
+    collect_fakes(whole, images, TIMESTEPS)
     state, stamp = resumed / "state.safetensors", 0
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, script, resumed], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "begins\n"
+        arguments = {"delay": 0.05, "save_seconds": 0.0}
+        context = multiprocessing.get_context("fork")  # starts at once, unlike a new interpreter
+        process = context.Process(target=collect_fakes, args=(resumed, images, TIMESTEPS), kwargs=arguments)
+        process.start()
         while not state.exists() or state.stat().st_mtime_ns == stamp:
-            assert process.poll() is None, "the process ended before it was killed"
+            assert process.is_alive(), "the process ended before it was killed"
             time.sleep(0.01)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        time.sleep(0.1)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         stamp = state.stat().st_mtime_ns
-    subprocess.run([sys.executable, script, resumed, "--delay", "0"], check=True, capture_output=True)
-    assert not (resumed / "state.safetensors").exists()
+    collect_fakes(resumed, images, TIMESTEPS)
+    assert not state.exists()
     for site in SITES:
         assert contents(whole / f"{site.folder}.sqlite") == contents(resumed / f"{site.folder}.sqlite")
 

@@ -147,19 +147,18 @@ class Book:
         """Return the examples of a feature, sorted by kind, split and rank."""
         condition = "feature = ? AND kind = ifnull(?, kind) AND split = ifnull(?, split)"
         order = "CASE kind WHEN 'top' THEN 0 WHEN 'quantile' THEN 1 ELSE 2 END, split = 'held-out', rank"
-        query = f"SELECT * FROM examples WHERE {condition} ORDER BY {order}"
-        return [_example(row) for row in self._query(query, feature, kind, split)]
+        return self._examples(f"{condition} ORDER BY {order}", feature, kind, split)
 
     def example(self, example: int) -> Example:
         """Return an example by its number."""
-        rows = self._query("SELECT * FROM examples WHERE id = ?", example)
-        if not rows:
+        examples = self._examples("id = ?", example)
+        if not examples:
             raise UnknownName(f"{self.path} has no example {example}.")
-        return _example(rows[0])
+        return examples[0]
 
     def examples_at(self, shot: int) -> list[Example]:
         """Return the examples of all features that fire in a shot."""
-        return [_example(row) for row in self._query("SELECT * FROM examples WHERE shot = ? AND kind != 'silent'", shot)]
+        return self._examples("shot = ? AND kind != 'silent'", shot)
 
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""
@@ -240,6 +239,10 @@ class Book:
         with transaction(self.path, self._connection) as connection:
             _insert_usage(connection, usage)
 
+    def _examples(self, condition: str, *values: object) -> list[Example]:
+        rows = self._query(f"SELECT * FROM examples WHERE {condition}", *values)
+        return [Example(**{**row, "map": TokenMap.unpacked(row["map"], row["peak"])}) for row in rows]
+
     def _query(self, query: str, *values: object) -> list[sqlite3.Row]:
         with sqlite_errors(self.path):
             return self._connection.execute(query, values).fetchall()
@@ -293,10 +296,6 @@ def _shot(text: str) -> Shot:
 def _feature(row: sqlite3.Row) -> FeatureStats:
     first, *counts = json.loads(row["histogram"])
     return FeatureStats(**{**row, "histogram": Histogram(first, tuple(counts)), "activity": tuple(json.loads(row["activity"]))})
-
-
-def _example(row: sqlite3.Row) -> Example:
-    return Example(**{**row, "map": TokenMap.unpacked(row["map"], row["peak"])})
 
 
 def _insert_usage(connection: sqlite3.Connection, usage: Iterable[RecordedUsage]) -> None:

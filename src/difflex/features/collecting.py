@@ -133,7 +133,7 @@ def _draw_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawIm
 
 
 class PromptedImage(NamedTuple):
-    """An image to be noised, and the prompt that the model gets with it."""
+    """An image to which noise is added, and the prompt that the model gets with it."""
 
     image: Image.Image
     prompt: str
@@ -141,11 +141,12 @@ class PromptedImage(NamedTuple):
 
 
 class ImageSource(NamedTuple):
-    """Images to collect examples from, and how the model obtains activations at some sites with them."""
+    """Images to collect examples from, with functions that return their activations and generate further images."""
 
     description: str
     """Identifies the images and how they are made."""
     images: int
+    """Number of images."""
     batches: Callable[[Sequence[Site], int], Iterator[CollectBatch]]
     """Takes sites and a number of images to skip."""
     harvest: HarvestRuns
@@ -153,7 +154,7 @@ class ImageSource(NamedTuple):
 
 
 def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: HarvestRuns) -> ImageSource:
-    """Return the images that the first `limit` runs of `shots` end in; a run has consecutive shots, one for each kept step."""
+    """Return the final images of the first `limit` runs of `shots`; a run is consecutive shots, one for each kept step."""
     groups = groupby(shots, key=lambda shot: replace(shot, timestep=None))
     runs = [list(group) for _, group in islice(groups, limit)]
     if not runs:
@@ -174,7 +175,7 @@ def noised_source(
     harvest: HarvestRuns,
     batch: int,
 ) -> ImageSource:
-    """Return existing images that the model is shown with noise; `load` takes a number of images to skip."""
+    """Return `count` existing images, to which noise is added for the model; `load` takes a number of images to skip."""
 
     def batches(sites: Sequence[Site], start: int) -> Iterator[CollectBatch]:
         prompted = load(start)

@@ -25,7 +25,7 @@ from difflex.features.firing import (
 )
 from difflex.records import Activations
 
-__all__ = ["CollectConfig", "FeatureCollector", "FeatureMaps"]
+__all__ = ["CollectConfig", "FeatureCollector", "FeatureMaps", "with_prefix"]
 
 MAX_TOKENS = 1 << 16
 COPIED_MAPS = 1 << 18
@@ -125,17 +125,18 @@ class FeatureCollector:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state from `tensors`."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = value
-        self.top.restore(parts["top"])
-        self.random.restore(parts["random"])
-        self.pool.restore(parts["pool"])
-        if "shape" in parts:
-            self.tokens, *grid = parts["shape"][""].tolist()
+        self.top.restore(with_prefix(tensors, "top."))
+        self.random.restore(with_prefix(tensors, "random."))
+        self.pool.restore(with_prefix(tensors, "pool."))
+        if "shape." in tensors:
+            self.tokens, *grid = tensors["shape."].tolist()
             self.grid = (grid[0], grid[1]) if grid else None
-            self.totals.restore(parts["totals"])
+            self.totals.restore(with_prefix(tensors, "totals."))
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class FeatureMaps(NamedTuple):
@@ -150,7 +151,7 @@ class FeatureMaps(NamedTuple):
     counts: Int[Tensor, " map"]
     """Number of entries."""
     coactive: Int[Tensor, "map feature"]
-    """Features that fire at the token of the peak; filled up with -1."""
+    """Other features that fire at the token of the peak; filled up with -1."""
     tokens: Int16[Tensor, " entry"]
     """Modulo 2^16."""
     levels: Int16[Tensor, " entry"]
@@ -158,14 +159,14 @@ class FeatureMaps(NamedTuple):
 
     @classmethod
     def empty(cls, coactive: int) -> FeatureMaps:
-        """Return no maps, with columns for `coactive` features."""
+        """Return no maps, with places for `coactive` co-active features."""
         none, entries = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int16)
         features = torch.zeros(0, coactive, dtype=torch.int32)
         return cls(none, none, torch.zeros(0), none.long(), none, features, entries, entries)
 
     @classmethod
     def joined(cls, parts: list[FeatureMaps]) -> FeatureMaps:
-        """Concatenate `parts` and empty the list, to hold little of it twice."""
+        """Concatenate `parts` and empty the list, so that little of it is in memory twice."""
         columns = [list(column) for column in zip(*parts, strict=True)]
         parts.clear()
         return cls(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
@@ -174,7 +175,7 @@ class FeatureMaps(NamedTuple):
     def of(
         cls, batch: FiringBatch, runs: FeatureShots, groups: Tensor, shots: Tensor, draws: Tensor, coactive: int
     ) -> FeatureMaps:
-        """Return the maps of `runs` of a batch, with `coactive` features each."""
+        """Return the maps of `runs` of a batch, with `coactive` co-active features each."""
         places = ranges(runs.starts, runs.counts)
         shares = batch.pairs.values[places] / torch.repeat_interleave(runs.peaks, runs.counts)
         return cls(
@@ -190,7 +191,8 @@ class FeatureMaps(NamedTuple):
 
     def take(self, chosen: Int[Tensor, " chosen"]) -> FeatureMaps:
         """Return the `chosen` maps in this order."""
-        starts, counts = (self.counts.cumsum(0) - self.counts)[chosen], self.counts[chosen]
+        groups, shots, peaks, draws, counts, coactive = (column[chosen] for column in self[:6])
+        starts = (self.counts.cumsum(0) - self.counts)[chosen]
         tokens, levels = (torch.empty(int(counts.sum()), dtype=torch.int16) for _ in range(2))
         copied = 0
         for first, length in zip(starts.split(COPIED_MAPS), counts.split(COPIED_MAPS), strict=True):
@@ -198,8 +200,7 @@ class FeatureMaps(NamedTuple):
             for source, target in ((self.tokens, tokens), (self.levels, levels)):
                 torch.index_select(source, 0, places, out=target[copied : copied + len(places)])
             copied += len(places)
-        groups, shots, peaks, draws = (column[chosen] for column in (self.groups, self.shots, self.peaks, self.draws))
-        return FeatureMaps(groups, shots, peaks, draws, counts, self.coactive[chosen], tokens, levels)
+        return FeatureMaps(groups, shots, peaks, draws, counts, coactive, tokens, levels)
 
 
 def _coactive(batch: FiringBatch, runs: FeatureShots, shares: Tensor, places: Tensor, count: int) -> Int[Tensor, "run feature"]:
@@ -238,7 +239,7 @@ class TopMaps:
         self._threshold = self._no_threshold()
 
     def candidates(self, groups: Tensor, peaks: Tensor, draws: Tensor) -> Bool[Tensor, " run"]:
-        """Return which maps may be among the first of their group; the others never are."""
+        """Return which maps may be among the first of their group; the others cannot be."""
         return peaks >= self._threshold[groups] if self.order == "peak" else draws <= self._threshold[groups]
 
     def add(self, maps: FeatureMaps) -> None:
@@ -275,7 +276,8 @@ class TopMaps:
         return self._first(maps, strongest_of_each(maps.peaks, maps.draws, maps.groups))
 
     def _first(self, maps: FeatureMaps, among: Int[Tensor, " map"]) -> Int[Tensor, " chosen"]:
-        # One sort of integers: the group in the upper bits, then the order, then what breaks ties.
+        """Return the places of the first maps of each group among some places, by group and in order."""
+        # One sort of integers: the group in the upper bits, then the order, then the draw to break ties.
         groups, bits = maps.groups[among], max(1, (self._groups - 1).bit_length())
         peaks, draws = maps.peaks[among].view(torch.int32).long(), maps.draws[among]
         keys = (((1 << 31) - 1 - peaks) << (32 - bits)) | (draws >> (31 + bits)) if self.order == "peak" else draws >> bits
@@ -286,6 +288,7 @@ class TopMaps:
         return among[order[is_first]]
 
     def _raise_threshold(self) -> None:
+        """Set the threshold of each group that has `limit` maps to the last of them."""
         groups, distance = self._maps.groups, self.limit - 1
         is_last = torch.zeros(len(groups), dtype=torch.bool)
         is_last[distance:] = groups[distance:] == groups[: max(0, len(groups) - distance)]

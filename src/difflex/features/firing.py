@@ -44,20 +44,20 @@ PARTS = 4
 
 
 def image_key(shot: Shot) -> int:
-    """Return a number for the image that a shot belongs to: the same at all its timesteps and noise levels."""
+    """Return a number that identifies the image of a shot, the same at all timesteps and noise levels."""
     entries = asdict(replace(shot, timestep=None, noise=None))
     entries["picture"] = entries.pop("image")  # the name under which it is hashed: renaming it would change random choices
     return int.from_bytes(hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).digest()[:8], "big") & POSITIVE
 
 
 def random_numbers(keys: Int[Tensor, "*pair"], features: Int[Tensor, "*pair"], seed: int) -> Int[Tensor, "*pair"]:
-    """Return a non-negative random number for each image key and feature, whatever the order and batches of images."""
+    """Return a non-negative random number for each pair of image key and feature; it depends on these and the seed alone."""
     offset = torch.tensor(seed, dtype=torch.int64) * ADDED
     return _mixed(_mixed(keys + offset) + features * ADDED) & POSITIVE
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """Return numbers whose every bit depends on every bit of `numbers`; products wrap."""
+    """Hash 64-bit `numbers`; products wrap."""
     numbers = (numbers ^ _shifted(numbers, 30)) * FIRST
     numbers = (numbers ^ _shifted(numbers, 27)) * SECOND
     return numbers ^ _shifted(numbers, 31)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from difflex._version import __version__
-from difflex.features.collector import FeatureCollector
+from difflex.features.collector import FeatureCollector, with_prefix
 from difflex.features.firing import BatchImages, image_key
 from difflex.features.images import ImageAlbum, StoredImage
 from difflex.files import replacing
@@ -31,7 +31,7 @@ class CollectBatch(NamedTuple):
 
     images: Sequence[Image.Image]
     activations: Sequence[Activations]
-    """Each of all the images, in their order, at one site and timestep; the timesteps are the same at each site."""
+    """An entry for each site and timestep, with all images in their order; every site has the same timesteps."""
 
 
 class RegisteredShot(NamedTuple):
@@ -45,8 +45,8 @@ class RegisteredShot(NamedTuple):
 class ShotRegistry:
     """Numbers all shots of a pass, and keeps those that examples use, with their images."""
 
-    def __init__(self, album: ImageAlbum, patch_keys: Collection[int] = ()) -> None:
-        """`patch_keys` are the keys of images that are kept because ITDA atoms come from them."""
+    def __init__(self, album: ImageAlbum, patch_keys: Collection[int]) -> None:
+        """`patch_keys` are the keys of the images that ITDA atoms come from: they are stored even if no example uses them."""
         self.album = album
         self.entries: dict[int, RegisteredShot] = {}
         self.patches: dict[int, StoredImage] = {}
@@ -93,14 +93,14 @@ class ShotRegistry:
         return stored
 
     def prune(self, shots: Collection[int]) -> None:
-        """Keep only the `shots` of these numbers, and remove images that nothing uses any more."""
+        """Keep only the `shots` of these numbers, and remove new images that are no longer used."""
         self.entries = {number: self.entries[number] for number in sorted(shots)}
         used = {entry.image.file for entry in self.entries.values()} | {stored.file for stored in self.patches.values()}
         for file in self._new_files - used:
             self.album.remove(file)
         self._new_files &= used
 
-    def dumped(self) -> bytes:
+    def dump(self) -> bytes:
         """Return the registry as lines of JSON."""
         counts = {"images": self.images, "shots": self.shots, "files": sorted(self._new_files), "patches": len(self.patches)}
         patches = ([key, *stored] for key, stored in self.patches.items())
@@ -108,7 +108,7 @@ class ShotRegistry:
         return "\n".join(json.dumps(line) for line in [counts, *patches, *entries]).encode()
 
     def restore(self, dump: bytes) -> None:
-        """Restore the registry from what `dumped` returned."""
+        """Restore the registry from the result of `dump`."""
         counts, *lines = [json.loads(line) for line in dump.decode().split("\n")]
         self.images, self.shots, self._new_files = counts["images"], counts["shots"], set(counts["files"])
         patches, entries = lines[: counts["patches"]], lines[counts["patches"] :]
@@ -136,7 +136,7 @@ class CollectCheckpoint:
             for number, collector in enumerate(collectors)
             for name, tensor in collector.tensors().items()
         }
-        tensors["registry"] = torch.frombuffer(bytearray(registry.dumped()), dtype=torch.uint8)
+        tensors["registry"] = torch.frombuffer(bytearray(registry.dump()), dtype=torch.uint8)
         with replacing(self.path) as temporary:
             save_file(tensors, temporary, {"request": self._request})
 
@@ -151,5 +151,4 @@ class CollectCheckpoint:
             return
         registry.restore(tensors.pop("registry").numpy().tobytes())
         for number, collector in enumerate(collectors):
-            prefix = f"{number}/"
-            collector.restore({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+            collector.restore(with_prefix(tensors, f"{number}/"))

@@ -1,4 +1,4 @@
-"""The end of a pass: statistics of maps, neighbours and examples, written into a book."""
+"""The results of a pass: statistics, examples and neighbours of all features, written as a book."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def mean_coverage(maps: FeatureMaps, peaks: Float[Tensor, " size"], tokens: int)
 
 
 def firing_neighbours(maps: FeatureMaps, density: Float[Tensor, " size"]) -> dict[int, list[FeatureNeighbour]]:
-    """Return the features that fire at the peak tokens of each more often than by chance, most frequent first."""
+    """Return for every feature those that fire at its peak tokens more often than by chance, most frequent first."""
     size = len(density)
     owners = (maps.groups // 2).long()
     totals = torch.bincount(owners, minlength=size)

@@ -296,31 +296,22 @@ class BookWriter:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Flush the finished book to the disk and give it its name."""
+    """Flush the finished book to the disk and give it its name, while no other process writes in the older book at `path`."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     _delete_logs(temporary)
-    with _exclusive(path):
+    if not path.is_file():
+        _delete_logs(path)  # SQLite would take a remaining log for that of the new book
+        os.replace(temporary, path)
+        return
+    with closing(sqlite3.connect(path, timeout=REPLACE_TIMEOUT, isolation_level=None)) as connection:
+        _lock(path, connection)
         os.replace(temporary, path)
         _delete_logs(path)
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Keep other writers out of the older book at `path`, if any, and empty its log.
-
-    SQLite would take a remaining log for that of the new book.
-    """
-    if not path.is_file():
-        _delete_logs(path)
-        yield
-        return
-    with closing(sqlite3.connect(path, timeout=REPLACE_TIMEOUT, isolation_level=None)) as connection:
-        _lock(path, connection)
-        yield
-
-
 def _lock(path: Path, connection: sqlite3.Connection) -> None:
+    """Empty the log of a book and keep other writers out."""
     try:
         busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         connection.execute("BEGIN IMMEDIATE")
