@@ -55,19 +55,14 @@ class Engine:
         return self.diffusers.components[self.family.denoiser]
 
     @property
-    def vae_scale(self) -> int:
-        """Pixels of an image along each side of one latent."""
-        return int(cast(int, self.diffusers.vae_scale_factor))
-
-    @property
     def token_pixels(self) -> int:
         """Pixels of an image along each side of one token of the denoiser's input."""
         patch = 2 if self.family.latents != "plain" else int(cast(int, self.config("patch_size") or 1))
-        return self.vae_scale * patch
+        return self.diffusers.vae_scale_factor * patch
 
     @property
     def default_pixels(self) -> tuple[int, int]:
-        return self.defaults.default_pixels(self.config("sample_size"), self.vae_scale)
+        return self.defaults.default_pixels(self.config("sample_size"), self.diffusers.vae_scale_factor)
 
     def config(self, entry: str) -> object:
         """Return an entry of the denoiser's config, or else of the pipeline's; None if neither has it."""
@@ -180,7 +175,7 @@ def map_runs(
     engine: Engine, shots: Iterable[Shot], batch: int, function: Callable[[Run], Result]
 ) -> Iterator[tuple[Run, Result]]:
     """Yield the runs that `shots` describe, at most `batch` shots each, with the result of `function` for each."""
-    for _, alike in groupby(_single_runs(engine, shots), key=_settings):
+    for _, alike in groupby(_single_runs(engine, shots), key=_batch_key):
         runs = _encode_ahead(engine, alike, batch)
         for part, result in map_batches(engine, lambda part: function(_merge(part)), runs, batch, split=True):
             yield _merge(part), result
@@ -234,16 +229,17 @@ def _single_runs(engine: Engine, shots: Iterable[Shot]) -> Iterator[Run]:
                 f"The shot of the image '{shot.image}' does not hold the image itself. Pass that to harvest_images, "
                 f"with noise={shot.noise}, seed={shot.seed} and prompts={shot.prompt!r}."
             )
-        timesteps = engine.timesteps(shot)
-        kept = [timesteps if each.timestep is None else (_nearest(each.timestep, timesteps),) for each in group]
-        yield Run((shot,), tuple(dict.fromkeys(timestep for part in kept for timestep in part)))
+        timesteps, kept_timesteps = engine.timesteps(shot), []
+        for member in group:
+            kept_timesteps += timesteps if member.timestep is None else [_nearest(member.timestep, timesteps)]
+        yield Run((shot,), tuple(dict.fromkeys(kept_timesteps)))
 
 
 def _merge(runs: Sequence[Run]) -> Run:
     return Run(tuple(run.shots[0] for run in runs), runs[0].timesteps)
 
 
-def _settings(run: Run) -> tuple[object, ...]:
+def _batch_key(run: Run) -> tuple[object, ...]:
     """Return what runs must share to be one batch."""
     shot = run.shots[0]
     return shot.pixels, shot.steps, shot.guidance, run.timesteps

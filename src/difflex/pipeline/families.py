@@ -1,7 +1,7 @@
 """The families of diffusers pipelines, a row each: where their blocks are, what these return, how the pipeline is called."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -98,15 +98,10 @@ def _attention(name: str, path: str) -> tuple[BlockPattern, BlockPattern]:
     return BlockPattern(name=name, path=path), _image_only(f"{name}.*", f"{path}.transformer_blocks.*")
 
 
-UNET = (
+UNET_BLOCKS = (
     *_attention("down.*.*", "unet.down_blocks.*.attentions.*"),
     *_attention("mid.*", "unet.mid_block.attentions.*"),
     *_attention("up.*.*", "unet.up_blocks.*.attentions.*"),
-)
-
-FLUX2 = (
-    _double("double.*", "transformer.transformer_blocks.*", "ff.act_fn", "ff_context.act_fn"),
-    _double("single.*", "transformer.single_transformer_blocks.*", "attn.mlp_act_fn", "attn.mlp_act_fn"),
 )
 
 # SDXL Turbo, SD Turbo and similar models start at the last timestep; many-step models that do so too predict velocities.
@@ -115,6 +110,35 @@ TURBO = FewStepDefaults(
 )
 
 CLIP_PAIR = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+FLUX2 = Family(
+    name="flux2",
+    pipelines=("Flux2Pipeline",),
+    blocks=(
+        _double("double.*", "transformer.transformer_blocks.*", "ff.act_fn", "ff_context.act_fn"),
+        _double("single.*", "transformer.single_transformer_blocks.*", "attn.mlp_act_fn", "attn.mlp_act_fn"),
+    ),
+    timestep_scale=1000.0,
+    embeds=("prompt_embeds", None),
+    text_length=512,
+    large_text="text_encoder",
+    steps=50,
+    default_guidance=4.0,
+    latents="patchified",
+    flow=True,
+)
+
+SDXL = Family(
+    name="sdxl",
+    pipelines=("StableDiffusionXLPipeline",),
+    denoiser="unet",
+    blocks=UNET_BLOCKS,
+    guidance="doubled",
+    folded="time_cond_proj_dim",
+    embeds=CLIP_PAIR,
+    default_guidance=5.0,
+    few=TURBO,
+)
 
 FAMILIES = (
     Family(
@@ -139,33 +163,15 @@ FAMILIES = (
         latents="packed",
         flow=True,
     ),
-    Family(
-        name="flux2",
-        pipelines=("Flux2Pipeline",),
-        blocks=FLUX2,
-        timestep_scale=1000.0,
-        embeds=("prompt_embeds", None),
-        text_length=512,
-        large_text="text_encoder",
-        steps=50,
-        default_guidance=4.0,
-        latents="patchified",
-        flow=True,
-    ),
-    Family(
+    FLUX2,
+    replace(
+        FLUX2,
         name="flux2-klein",
         pipelines=("Flux2KleinPipeline",),
-        blocks=FLUX2,
-        timestep_scale=1000.0,
         guidance="separate",
         folded="is_distilled",
-        embeds=("prompt_embeds", None),
-        text_length=512,
-        large_text="text_encoder",
         steps=4,
         default_guidance=1.0,
-        latents="patchified",
-        flow=True,
     ),
     Family(
         name="sd3",
@@ -181,27 +187,13 @@ FAMILIES = (
         default_guidance=7.0,
         flow=True,
     ),
-    Family(
-        name="sdxl",
-        pipelines=("StableDiffusionXLPipeline",),
-        denoiser="unet",
-        blocks=UNET,
-        guidance="doubled",
-        folded="time_cond_proj_dim",
-        embeds=CLIP_PAIR,
-        default_guidance=5.0,
-        few=TURBO,
-    ),
-    Family(
+    SDXL,
+    replace(
+        SDXL,
         name="sd1",
         pipelines=("StableDiffusionPipeline",),
-        denoiser="unet",
-        blocks=UNET,
-        guidance="doubled",
-        folded="time_cond_proj_dim",
         embeds=("prompt_embeds", "negative_prompt_embeds"),
         default_guidance=7.5,
-        few=TURBO,
     ),
     Family(
         name="pixart",
@@ -222,5 +214,5 @@ FAMILIES = (
 
 def family_of(pipeline: str, denoiser: str = "transformer") -> Family:
     """Return the row of the diffusers class `pipeline`, or an empty row whose sites are full module paths."""
-    known = (family for family in FAMILIES if pipeline in family.pipelines)
-    return next(known, Family(name="other", denoiser=denoiser))
+    matches = (family for family in FAMILIES if pipeline in family.pipelines)
+    return next(matches, Family(name="other", denoiser=denoiser))

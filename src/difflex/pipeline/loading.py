@@ -1,6 +1,7 @@
 """`load`: from the name of a model to a `Pipeline`."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -14,9 +15,9 @@ from difflex.distributed import Ranks, join_process_group
 from difflex.errors import UnknownName
 from difflex.pipeline.components import PLANS, PipelinePlan, build_components, build_untrained
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.families import Family, family_of
+from difflex.pipeline.families import family_of
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.precision import DTYPES, WeightPlacement, check_fits, dense_dtype, quantise, read_quantised
+from difflex.pipeline.precision import WeightPlacement, check_fits, compute_dtype, quantise, read_quantised
 from difflex.pipeline.sources import ModelSource, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
 
 __all__ = ["load"]
@@ -49,11 +50,13 @@ def load(
     source, plan = _find(name, revision, offline, untrained is not None)
     family = family_of(plan.pipeline, plan.denoiser)
     check_fits(source.name, plan, family, device, WeightPlacement(precision, offload, Ranks().world_size if sharded else 1))
+    dtype, large = compute_dtype(precision, device), (family.denoiser, family.large_text) if precision == "nf4" else ()
     if untrained is None:
         source = fetch(source, offline)
-        pipeline = _read(source, plan, precision, family, device)
+        assert source.folder is not None
+        pipeline = _read(source.folder, plan, dtype, device, large)
     else:
-        pipeline = _build(source, plan, precision, family, device, untrained)
+        pipeline = _build(source.folder, plan, dtype, device, large, family.denoiser, untrained)
         source = source._replace(revision=f"untrained-{untrained}")
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
@@ -84,34 +87,30 @@ def _find(name: str | Path, revision: str | None, offline: bool, untrained: bool
 
 
 def _read(
-    source: ModelSource,
-    plan: PipelinePlan,
-    precision: Precision,
-    family: Family,
-    device: torch.device,
-    **components: nn.Module,
+    folder: Path, plan: PipelinePlan, dtype: torch.dtype, device: torch.device, large: Sequence[str], **components: nn.Module
 ) -> DiffusionPipeline:
-    """Read the pipeline with its trained weights, except for the `components` given."""
-    assert source.folder is not None
-    if precision != "nf4":
-        return read_pipeline(source.folder, DTYPES[precision], **components)
-    large = [name for name in (family.denoiser, family.large_text) if name in plan.components and name not in components]
-    check_weights(source.folder)
-    quantised = read_quantised(source.folder, plan, large, device)
-    return read_pipeline(source.folder, dense_dtype(device), **components, **quantised)
+    """Read the pipeline with its trained weights, those of `large` components in nf4, except for the `components` given."""
+    names = [name for name in large if name in plan.components and name not in components]
+    check_weights(folder)
+    quantised = read_quantised(folder, plan, names, device) if names else {}
+    return read_pipeline(folder, dtype, **components, **quantised)
 
 
 def _build(
-    source: ModelSource, plan: PipelinePlan, precision: Precision, family: Family, device: torch.device, seed: int
+    folder: Path | None,
+    plan: PipelinePlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    large: Sequence[str],
+    denoiser: str,
+    seed: int,
 ) -> DiffusionPipeline:
     """Build the pipeline around a denoiser with random weights; without files, all its components have random weights."""
-    dtype = dense_dtype(device) if precision == "nf4" else DTYPES[precision]
 
     def quantise_large(name: str, component: nn.Module) -> nn.Module:
-        large = precision == "nf4" and name in (family.denoiser, family.large_text)
-        return quantise(component, dtype) if large else component
+        return quantise(component, dtype) if name in large else component
 
-    if source.folder is None:
+    if folder is None:
         return build_untrained(plan, seed, dtype, device, quantise_large)
-    denoiser = build_components({family.denoiser: plan.components[family.denoiser]}, seed, dtype, device, quantise_large)
-    return _read(source, plan, precision, family, device, **denoiser)
+    components = build_components({denoiser: plan.components[denoiser]}, seed, dtype, device, quantise_large)
+    return _read(folder, plan, dtype, device, large, **components)

@@ -21,7 +21,7 @@ from difflex.pipeline.components import PipelinePlan
 from difflex.pipeline.families import Family
 from difflex.quiet import quiet
 
-__all__ = ["DTYPES", "WeightPlacement", "check_fits", "dense_dtype", "estimate", "quantise", "read_quantised"]
+__all__ = ["WeightPlacement", "check_fits", "compute_dtype", "estimate", "quantise", "read_quantised"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IN_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
@@ -31,9 +31,9 @@ HEADROOM = 1.1
 """Room for activations, buffers and the allocator, as a factor on the weights."""
 
 
-def dense_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in when the weights are in nf4."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: that of all weights, or with nf4 that of all others."""
+    return DTYPES.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], device: torch.device) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], devic
 
     On a GPU diffusers quantises by itself. On a CPU the components are read here, the denoiser first and alone.
     """
-    library, dtype = _bitsandbytes(), dense_dtype(device)
+    library, dtype = _bitsandbytes(), compute_dtype("nf4", device)
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     if device.type == "cuda":
         config = PipelineQuantizationConfig("bitsandbytes_4bit", settings, components_to_quantize=list(names))
@@ -116,10 +116,9 @@ class MemoryNeed(NamedTuple):
 
     def bytes(self, precision: Precision, device: torch.device) -> dict[str, int]:
         """Return the bytes of the weights on `device`, by component."""
-        if precision == "nf4":
-            size = dense_dtype(device).itemsize
-            return {name: round(self.quantised[name] * NF4_BYTES) + self.dense[name] * size for name in self.dense}
-        return {name: (self.quantised[name] + self.dense[name]) * DTYPES[precision].itemsize for name in self.dense}
+        size = compute_dtype(precision, device).itemsize
+        quantised = NF4_BYTES if precision == "nf4" else size
+        return {name: round(self.quantised[name] * quantised) + self.dense[name] * size for name in self.dense}
 
     def peak(self, precision: Precision, device: torch.device) -> int:
         """Return the most bytes while loading: on a CPU a component is in memory as a whole before it is quantised."""
@@ -141,14 +140,13 @@ class WeightPlacement(NamedTuple):
 
 def estimate(plan: PipelinePlan, family: Family) -> MemoryNeed:
     """Count the weights of each component on the meta device, where nothing is allocated."""
-    models = {name: model for name, part in plan.components.items() if (model := part.without_weights()) is not None}
-    large = (family.denoiser, family.large_text)
-    quantised = {
-        name: sum(layer.weight.numel() for layer in _four_bit_layers(model).values()) if name in large else 0
-        for name, model in models.items()
-    }
-    total = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
-    return MemoryNeed(quantised, {name: total[name] - quantised[name] for name in models})
+    quantised, dense = {}, {}
+    for name, component in plan.components.items():
+        if (model := component.without_weights()) is not None:
+            layers = _four_bit_layers(model).values() if name in (family.denoiser, family.large_text) else ()
+            quantised[name] = sum(layer.weight.numel() for layer in layers)
+            dense[name] = sum(parameter.numel() for parameter in model.parameters()) - quantised[name]
+    return MemoryNeed(quantised, dense)
 
 
 def check_fits(name: str, plan: PipelinePlan, family: Family, device: torch.device, placement: WeightPlacement) -> None:
@@ -156,12 +154,12 @@ def check_fits(name: str, plan: PipelinePlan, family: Family, device: torch.devi
     free, need = free_memory(device), estimate(plan, family)
     if _needed_bytes(need, family, device, placement) <= free:
         return
-    sizes = need.bytes(placement.precision, device)
+    sizes, peak = need.bytes(placement.precision, device), need.peak(placement.precision, device)
+    total = sum(sizes.values())
     listed = ", ".join(f"{part} {_format(size)}" for part, size in sorted(sizes.items(), key=lambda entry: -entry[1]))
-    peak = need.peak(placement.precision, device)
-    while_loading = f", {_format(peak)} while it is loaded" if peak > sum(sizes.values()) else ""
+    while_loading = f", {_format(peak)} while it is loaded" if peak > total else ""
     raise OutOfMemory(
-        f"The model '{name}' needs {_format(sum(sizes.values()))} in {placement.precision} ({listed}){while_loading}, "
+        f"The model '{name}' needs {_format(total)} in {placement.precision} ({listed}){while_loading}, "
         f"and {device} has {_format(free)} free. {_advice(need, family, device, placement, free)}"
     )
 

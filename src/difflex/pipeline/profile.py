@@ -61,13 +61,13 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
         if kind != "update"
     ]
     shapes = _shapes(copy, [sites.locate(site) for site in candidates], call, args, kwargs)
-    neurons = {(site.path, site.stream): shape[2] for site, shape in shapes.items() if site.kind == "neurons"}
+    neurons = {(site.path, site.stream): width for site, (_, width) in shapes.items() if site.kind == "neurons"}
     rows = [
         SiteRow(
             site=site,
             path=sites.locate(site).path,
-            width=shapes[site][2],
-            tokens=shapes[site][1],
+            width=shapes[site][1],
+            tokens=shapes[site][0],
             kinds=sites.kinds(site.path, site.stream),
             neurons=neurons.get((site.path, site.stream)),
         )
@@ -96,12 +96,12 @@ def _without_weights(denoiser: nn.Module, kwargs: dict[str, object]) -> nn.Modul
 @torch.no_grad()
 def _shapes(
     copy: nn.Module, targets: Sequence[SiteModule], call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
-) -> dict[Site, torch.Size]:
-    """Return the shape at each site, except for those without tokens: the last joint block of SD3 returns no text."""
-    shapes: dict[Site, torch.Size] = {}
+) -> dict[Site, tuple[int, int]]:
+    """Return tokens and width at each site, except for those without tokens: the last joint block of SD3 returns no text."""
+    shapes: dict[Site, tuple[int, int]] = {}
 
     def keep(x: Tensor, context: HookContext, site: Site) -> None:
-        shapes[site] = x.shape
+        shapes[site] = (x.shape[1], x.shape[2])
 
     def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object, target: SiteModule) -> None:
         with suppress(BadInput):
@@ -203,8 +203,8 @@ class _Profiler(NamedTuple):
             raise BadInput(
                 f"The site '{missing[0]}' returns no tokens or has no update. Use another one; difflex sites lists them."
             )
-        sizes = {target.site: (shapes[target.site][1], shapes[target.site][2]) for target in targets if target.site in shapes}
-        return sizes, max(counts), counter.get_total_flops()
+        ordered = {target.site: shapes[target.site] for target in targets if target.site in shapes}
+        return ordered, max(counts), counter.get_total_flops()
 
     def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""

@@ -5,8 +5,8 @@ import json
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, UnknownName
 from difflex.pipeline.families import Family
-from difflex.quiet import mute
+from difflex.quiet import quiet
 
 __all__ = ["PromptEncoder", "read_prompts"]
 
@@ -129,25 +129,24 @@ def _prompt(value: object, place: str) -> str:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
-    if path.read_bytes()[:4] != b"PAR1":
-        raise BrokenFile(f"{path} is not a Parquet file: its first bytes are not PAR1. Copy or download it again.")
-    return _rows(partial(_datasets().load_dataset, "parquet", data_files=str(path)), path, column)
+    return _rows(path, column, "parquet", data_files=str(path))
 
 
 def _dataset(name: str, column: str | None, revision: str | None) -> Iterator[str]:
-    return _rows(partial(_datasets().load_dataset, name, revision=revision), name, column)
+    return _rows(name, column, name, revision=revision)
 
 
-def _rows(load: Callable[..., Any], source: str | Path, column: str | None) -> Iterator[str]:
-    """Yield a column of a streamed data set."""
+def _rows(source: str | Path, column: str | None, kind: str, **options: str | None) -> Iterator[str]:
+    """Yield a column of a data set, streamed by the package datasets."""
+    datasets = _datasets()
     try:
-        rows = load(split="train", streaming=True)
+        rows = datasets.load_dataset(kind, split="train", streaming=True, **options)
         first = next(iter(rows), None)
         column = None if first is None else _column(source, column, rows.column_names or first)
         for number, row in enumerate(rows if column else (), 1):
             yield _prompt(row[column], f"{source}, row {number}")
     # The errors of datasets have one base class; the readers of the file formats raise the others.
-    except (OSError, ValueError, RuntimeError, _datasets().exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DifflexError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -248,7 +247,7 @@ class PromptEncoder:
         if family.guidance == "doubled":
             # The pipeline's own rule for the unconditional half (SDXL: zeros), which does not depend on the prompt.
             arguments["do_classifier_free_guidance"] = negative
-        with mute(type(self._pipeline).__module__, "transformers.tokenization_utils_base"):
+        with quiet(type(self._pipeline).__module__, "transformers.tokenization_utils_base"):
             outputs = self._pipeline.encode_prompt(**arguments)
         named = {name: rows for name, rows in zip(family.embeds, outputs, strict=True) if name is not None and rows is not None}
         if family.guidance != "doubled":
@@ -266,7 +265,7 @@ class PromptEncoder:
         longest = self._text_length or tokenizer.model_max_length
         # A token stands for at least one byte: most prompts need no tokenizer to be short enough.
         candidates = [prompt for prompt in prompts if len(prompt.encode()) > longest - SPECIAL_TOKENS]
-        with mute("transformers.tokenization_utils_base"):
+        with quiet("transformers.tokenization_utils_base") if candidates else nullcontext():
             count = sum(len(ids) > longest for ids in tokenizer(candidates).input_ids) if candidates else 0
         if count and not self.truncated:
             warnings.warn(

@@ -165,7 +165,8 @@ def _family_defaults(family: Family, plan: PipelinePlan) -> ModelDefaults:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise an error that names the file if a weights file in `folder` is truncated, damaged in its header or missing."""
+    """Raise an error that names the file if a file in `folder` is truncated, damaged in its header or missing."""
+    _read_index(folder / INDEX)
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
@@ -185,8 +186,6 @@ def _read_index(path: Path) -> Mapping[str, Any]:
 
 def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> DiffusionPipeline:
     """Read the pipeline in `folder`, except for the `components` given, in one precision whatever it is stored in."""
-    _read_index(folder / INDEX)
-    check_weights(folder)
     small = sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) < SMALL_MODEL
     try:
         with quiet("transformers", "diffusers"), hide_progress_bars() if small else nullcontext():

@@ -24,7 +24,8 @@ __all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
 WIDTH = 32
 LETTERS = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
 TEXT_LENGTH = 24
-BLOCKS = {"num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2}
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+BLOCKS = {"num_layers": 2, "num_single_layers": 3, **HEADS}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -90,20 +91,11 @@ def _fill_zeros(pipeline: DiffusionPipeline) -> None:
 
 
 def _clip(projected: bool = False) -> Any:
-    config = _transformers(
-        "CLIPTextConfig",
-        vocab_size=2 + 2 * len(LETTERS),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        projection_dim=WIDTH,
-        bos_token_id=0,
-        # With 2, transformers would take it for a config of an old file and pool differently.
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "projection_dim": WIDTH, "max_position_embeddings": 77}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    # With an end token 2, transformers would take it for a config of an old file and pool differently.
+    tokens = {"vocab_size": 2 + 2 * len(LETTERS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = _transformers("CLIPTextConfig", **sizes, **layers, **tokens)
     return _transformers("CLIPTextModelWithProjection" if projected else "CLIPTextModel", config)
 
 
@@ -128,32 +120,22 @@ def _vae(shift: float | None = 0.1) -> Any:
     return _diffusers("AutoencoderKL", **VAE, **scale, mid_block_add_attention=False)
 
 
-def _flux(guidance_embeds: bool = False) -> DiffusionPipeline:
-    scheduler = _diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=False)
+def _flow(shift: float, dynamic: bool = False) -> Any:
+    return _diffusers("FlowMatchEulerDiscreteScheduler", shift=shift, use_dynamic_shifting=dynamic)
+
+
+def _flux(dev: bool = False) -> DiffusionPipeline:
+    sizes = {"in_channels": 16, "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 6, 6)}
     return _diffusers(
         "FluxPipeline",
-        scheduler=scheduler,
+        scheduler=_flow(3.0 if dev else 1.0, dynamic=dev),
         vae=_vae(),
         text_encoder=_clip(),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_t5_tokenizer(),
-        transformer=_diffusers(
-            "FluxTransformer2DModel",
-            **BLOCKS,
-            in_channels=16,
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(4, 6, 6),
-        ),
+        transformer=_diffusers("FluxTransformer2DModel", **BLOCKS, **sizes, guidance_embeds=dev),
     )
-
-
-def _flux_dev() -> DiffusionPipeline:
-    pipeline = _flux(guidance_embeds=True)
-    pipeline.register_modules(scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0, use_dynamic_shifting=True))
-    return pipeline
 
 
 def _flux2() -> DiffusionPipeline:
@@ -165,46 +147,27 @@ def _flux2() -> DiffusionPipeline:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 27, "max_position_embeddings": 512}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     encoder = _transformers("Qwen3ForCausalLM", _transformers("Qwen3Config", vocab_size=len(pieces), **sizes, **heads))
+    width = {"in_channels": 16, "joint_attention_dim": 48, "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
     return _diffusers(
         "Flux2KleinPipeline",
-        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=1.0, use_dynamic_shifting=True),
+        scheduler=_flow(1.0, dynamic=True),
         vae=_diffusers("AutoencoderKLFlux2", **VAE, latent_channels=4),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        transformer=_diffusers(
-            "Flux2Transformer2DModel",
-            **BLOCKS,
-            in_channels=16,
-            joint_attention_dim=48,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
+        transformer=_diffusers("Flux2Transformer2DModel", **BLOCKS, **width, guidance_embeds=False),
         is_distilled=False,
     )
 
 
 def _sd3() -> DiffusionPipeline:
+    # Dual attention in the first block, as in SD 3.5 medium.
+    blocks = {"num_layers": 3, **HEADS, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}
+    latents = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 32}
+    text = {"joint_attention_dim": 2 * WIDTH, "caption_projection_dim": WIDTH, "pooled_projection_dim": 2 * WIDTH}
     return _diffusers(
         "StableDiffusion3Pipeline",
-        transformer=_diffusers(
-            "SD3Transformer2DModel",
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            # As in the first blocks of SD 3.5 medium.
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
-            joint_attention_dim=2 * WIDTH,
-            caption_projection_dim=WIDTH,
-            pooled_projection_dim=2 * WIDTH,
-            pos_embed_max_size=32,
-        ),
-        scheduler=_diffusers("FlowMatchEulerDiscreteScheduler", shift=3.0),
+        transformer=_diffusers("SD3Transformer2DModel", **blocks, **latents, **text),
+        scheduler=_flow(3.0),
         vae=_vae(),
         text_encoder=_clip(projected=True),
         tokenizer=_clip_tokenizer(),
@@ -233,6 +196,8 @@ def _unet(cross: int, **changes: object) -> Any:
 
 
 def _sdxl() -> DiffusionPipeline:
+    blocks = {"use_linear_projection": True, "transformer_layers_per_block": (1, 1, 2)}
+    size = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + WIDTH}
     return _diffusers(
         "StableDiffusionXLPipeline",
         vae=_vae(shift=None),
@@ -240,14 +205,7 @@ def _sdxl() -> DiffusionPipeline:
         text_encoder_2=_clip(projected=True),
         tokenizer=_clip_tokenizer(),
         tokenizer_2=_clip_tokenizer(),
-        unet=_unet(
-            2 * WIDTH,
-            use_linear_projection=True,
-            transformer_layers_per_block=(1, 1, 2),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-        ),
+        unet=_unet(2 * WIDTH, **blocks, addition_embed_type="text_time", **size),
         scheduler=_diffusers("EulerDiscreteScheduler", **BETAS),
         add_watermarker=False,
     )
@@ -269,24 +227,14 @@ def _sd1() -> DiffusionPipeline:
 
 
 def _pixart(kind: str = "PixArtAlphaPipeline") -> DiffusionPipeline:
+    latents = {"in_channels": 4, "out_channels": 8, "sample_size": 16, "patch_size": 2}
+    text = {"cross_attention_dim": WIDTH, "caption_channels": WIDTH, "use_additional_conditions": False}
     return _diffusers(
         kind,
         tokenizer=_t5_tokenizer(),
         text_encoder=_t5(),
         vae=_vae(shift=None),
-        transformer=_diffusers(
-            "PixArtTransformer2DModel",
-            num_attention_heads=2,
-            attention_head_dim=16,
-            in_channels=4,
-            out_channels=8,
-            num_layers=3,
-            cross_attention_dim=WIDTH,
-            sample_size=16,
-            patch_size=2,
-            caption_channels=WIDTH,
-            use_additional_conditions=False,
-        ),
+        transformer=_diffusers("PixArtTransformer2DModel", num_layers=3, **HEADS, **latents, **text),
         scheduler=_diffusers("DPMSolverMultistepScheduler"),
     )
 
@@ -294,7 +242,7 @@ def _pixart(kind: str = "PixArtAlphaPipeline") -> DiffusionPipeline:
 TINY: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
     {
         "flux": _flux,
-        "flux-dev": _flux_dev,
+        "flux-dev": partial(_flux, dev=True),
         "flux2": _flux2,
         "sd3": _sd3,
         "sdxl": _sdxl,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -98,15 +98,6 @@ class PlantedDictionary:
         return torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + number)
 
 
-class _ExampleTemplate(NamedTuple):
-    """An example that every feature has."""
-
-    kind: ExampleKind
-    split: Split
-    rank: int
-    peak: float
-
-
 def plain_colour(number: int) -> tuple[int, int, int]:
     """Return a colour (red, green, blue) that differs for each of the first 60,000 numbers."""
     return number * 37 % 256, number // 256 % 256, number * 91 % 256
@@ -119,56 +110,57 @@ def plain_book(folder: Path, features: int, tops: int = 6, sampled: int = 8, sha
     which it also fires faintly at a second token; in the first `shared` of these the next feature fires at another token. The
     nearest decoder is that of the feature after the next. The images are in `folder/images`.
     """
-    album = ImageAlbum(folder / "images")
+    album, path = ImageAlbum(folder / "images"), folder / "book.sqlite"
     files = [album.add(Image.new("RGB", (16, 16), plain_colour(feature)))[0] for feature in range(features)]
-    templates = [*_templates(tops, sampled)]
-    shots = len(templates)
-    path, examples = folder / "book.sqlite", [*_examples(features, templates, shared)]
+    examples = [*_examples(features, tops, sampled)]
+    shots = len(examples) // features
+    weaker = [
+        replace(
+            example,
+            feature=(example.feature + 1) % features,
+            split="train",
+            peak=PEAK / 2,
+            map=_map((example.feature + 5) % 16, PEAK / 2),
+        )
+        for example in examples
+        if example.kind == "quantile" and example.rank < shared
+    ]
     with BookWriter.open(path, _book_info(features)) as writer:
         writer.add_images(ImageFile(number, *file) for number, file in enumerate(files))
-        writer.add_shots(
-            (number, number // shots, _shot(number, templates[number % shots].split)) for number in range(features * shots)
-        )
+        writer.add_shots((example.shot, example.feature, _shot(example)) for example in examples)
         writer.add_features(
             FeatureStats(feature=feature, firings=shots, shots=shots, density=0.01, peak=PEAK, mean=5.0)
             for feature in range(features)
         )
-        writer.add_examples(examples)
+        writer.add_examples(sorted([*examples, *weaker], key=lambda example: example.shot))
         for feature in range(features):
             writer.add_neighbours(feature, [FeatureNeighbour((feature + 2) % features, "direction", 0.5)])
     return path
 
 
-def _templates(tops: int, sampled: int) -> Iterator[_ExampleTemplate]:
-    yield from (_ExampleTemplate("top", "train", rank, PEAK - 0.5 - rank) for rank in range(tops))
-    yield from (_ExampleTemplate("top", "held-out", rank, PEAK - rank) for rank in range(tops))
-    yield from (_ExampleTemplate("quantile", "held-out", rank, PEAK - 6 - rank) for rank in range(sampled))
+def _examples(features: int, tops: int, sampled: int) -> Iterator[Example]:
+    """Yield the examples of each feature; their shots are numbered in this order."""
+    kinds: list[tuple[ExampleKind, Split, float, int]] = [
+        ("top", "train", PEAK - 0.5, tops),
+        ("top", "held-out", PEAK, tops),
+        ("quantile", "held-out", PEAK - 6, sampled),
+    ]
+    shots = count()
+    for feature in range(features):
+        for kind, split, highest, number in kinds:
+            for rank in range(number):
+                peak, shot = highest - rank, next(shots)
+                codes = _map(feature % 16, peak)
+                yield Example(feature=feature, kind=kind, split=split, rank=rank, shot=shot, peak=peak, map=codes)
 
 
-def _examples(features: int, templates: list[_ExampleTemplate], shared: int) -> Iterator[Example]:
-    for number in range(features * len(templates)):
-        feature, template = number // len(templates), templates[number % len(templates)]
-        yield _example(feature, template, number, feature % 16)
-        if template.kind == "quantile" and template.rank < shared:
-            weaker = template._replace(split="train", peak=PEAK / 2)
-            yield _example((feature + 1) % features, weaker, number, (feature + 5) % 16)
+def _map(token: int, peak: float) -> TokenMap:
+    return TokenMap((token, (token + 8) % 16), (peak, PEAK / 10))
 
 
-def _example(feature: int, template: _ExampleTemplate, shot: int, token: int) -> Example:
-    codes = TokenMap((token, (token + 8) % 16), (template.peak, PEAK / 10))
-    return Example(
-        feature=feature,
-        kind=template.kind,
-        split=template.split,
-        rank=template.rank,
-        shot=shot,
-        peak=template.peak,
-        map=codes,
-    )
-
-
-def _shot(number: int, split: Split) -> Shot:
-    return Shot(model="plain", prompt=f"image {number}", pixels=(16, 16), steps=1, guidance=0.0, split=split)
+def _shot(example: Example) -> Shot:
+    prompt = f"image {example.shot}"
+    return Shot(model="plain", prompt=prompt, pixels=(16, 16), steps=1, guidance=0.0, split=example.split)
 
 
 def _book_info(features: int) -> BookInfo:

@@ -161,7 +161,7 @@ class RuleServer:
     def _completion(
         self, behaviour: str, digest: str, model: str, texts: Sequence[str], images: Sequence[bytes]
     ) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
+        message: dict[str, str | None] = {"role": "assistant", "content": None, "refusal": None}
         if behaviour == "refusal":
             message["refusal"] = "I cannot help with that."
         elif behaviour == "malformed":
