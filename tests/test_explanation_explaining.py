@@ -1,4 +1,4 @@
-"""Explaining features by protocols: which images are shown, what is book, and that no question is paid twice."""
+"""Explaining features by protocols: which images a VLM sees, what the book records, and that no question is paid twice."""
 
 import json
 import signal
@@ -54,10 +54,10 @@ def test_heldout_judges_no_image_that_the_explainer_saw(sample: tuple[Book, Imag
     book, _ = sample
     plan = plan_feature(book, 3, range(12), ExplanationProtocol())
     shots = book.shots(example.shot for example in plan.examples)
-    seen = {shots[example.shot].shot.prompt for example in plan.shown}
-    judged = {shots[example.shot].shot.prompt for example in [*plan.positives, *plan.negatives]}
+    explained_prompts = {shots[example.shot].shot.prompt for example in plan.shown}
+    judged_prompts = {shots[example.shot].shot.prompt for example in [*plan.positives, *plan.negatives]}
     assert len(plan.shown) == 5 and all(example.feature == 3 for example in plan.shown)
-    assert not seen & judged
+    assert not explained_prompts & judged_prompts
     own = plan.positives
     assert {example.split for example in own} == {"held-out"} and len(own) == 5
     peaks = [example.peak for example in own]
@@ -262,21 +262,21 @@ def test_after_a_kill_at_any_moment_no_cached_question_is_paid_again(tmp_path: P
     plain_features(tmp_path, 60)[0].close()
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     with RuleServer(latency=0.005) as server:
-        in_cache: set[str] = set()
-        for least in (100, 400):
+        cached_keys: set[str] = set()
+        for minimum in (100, 400):
             previous = len(server.served)
             child = subprocess.Popen([*command, server.url])
-            while len(server.served) < least and child.poll() is None:
+            while len(server.served) < minimum and child.poll() is None:
                 time.sleep(0.002)
             child.send_signal(signal.SIGKILL)
             child.wait()
-            assert not in_cache & {call.request for call in server.served[previous:]}
+            assert not cached_keys & {call.request for call in server.served[previous:]}
             with sqlite3.connect(tmp_path / "answers.sqlite") as file:
-                in_cache = {key for [key] in file.execute("SELECT key FROM answers")}
-            assert len(in_cache) >= least - 25
+                cached_keys = {key for [key] in file.execute("SELECT key FROM answers")}
+            assert len(cached_keys) >= minimum - 25
         previous = len(server.served)
         subprocess.run([*command, server.url], check=True)
-        assert not in_cache & {call.request for call in server.served[previous:]}
+        assert not cached_keys & {call.request for call in server.served[previous:]}
         assert len(server.served) <= 60 * 12 + 2 * 4, "at most one call of each connection was lost with each kill"
     with Book.open(tmp_path / "book.sqlite") as after:
         rows = after.explanations()

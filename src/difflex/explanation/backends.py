@@ -95,7 +95,7 @@ class LocalBackend(VLMBackend):
         try:
             # The annotations of transformers name base classes, not the ones that it loads.
             self._processor: Any = transformers.AutoProcessor.from_pretrained(model, local_files_only=offline)
-            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=offline)
+            network: Any = transformers.AutoModelForImageTextToText.from_pretrained(model, dtype="auto", local_files_only=offline)
         except (OSError, ValueError) as error:
             raise BadInput(
                 f"'{model}' cannot be loaded as a VLM: {error}. Name a folder or hub name of an image-text-to-text model of "
@@ -103,7 +103,7 @@ class LocalBackend(VLMBackend):
             ) from error
         if not getattr(self._processor, "chat_template", None):
             raise BadInput(f"'{model}' has no chat template, so it does not follow instructions. Name a model with one.")
-        self._model = loaded.to(target).eval()
+        self._model = network.to(target).eval()
 
     def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
         """Generate a reply greedily."""
@@ -127,8 +127,8 @@ DRAWN = "drawn:"
 """Prefix of the names of drawn images; their seed follows."""
 SCENES = 400
 """Drawn scenes that measure how common each concept is."""
-SHOWN = 0.5
-"""A token shows a concept if at least this share of its area does, and does not if none does; others are left out."""
+CLEAR_SHARE = 0.5
+"""A token shows a concept if the concept covers at least this share of its area. Tokens with a smaller share are not judged."""
 Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
 """Returns, for an image and a grid of rows and columns, the share of each token's area that each concept covers."""
 
@@ -198,10 +198,8 @@ class KnownConceptsBackend(VLMBackend):
 
     def _concepts_in(self, explanation: str) -> list[int]:
         """Return the numbers of the concepts that an explanation names."""
-        pattern = r"\b{}s?\b"
-        numbers = [
-            i for i, name in enumerate(self._concepts) if re.search(pattern.format(re.escape(name)), explanation, re.IGNORECASE)
-        ]
+        patterns = [rf"\b{re.escape(name)}s?\b" for name in self._concepts]
+        numbers = [i for i, pattern in enumerate(patterns) if re.search(pattern, explanation, re.IGNORECASE)]
         if not numbers:
             raise RejectedRequest("the explanation names no known concept")
         return numbers
@@ -209,9 +207,9 @@ class KnownConceptsBackend(VLMBackend):
     def _highlighted_share(self, view: ImageView, concepts: Sequence[int]) -> float:
         """Return the share of the highlighted tokens, weighted by their strength, that show all `concepts`."""
         mask = self._masks(view)[list(concepts)].amin(0)
-        shown, clear = mask >= SHOWN, (mask >= SHOWN) | (mask <= 0)
-        weight = (view.highlight * clear).sum()
-        return float((view.highlight * shown).sum() / weight) if weight > 0 else float(mask[view.highlight > 0].mean())
+        shows = mask >= CLEAR_SHARE
+        weight = (view.highlight * (shows | (mask <= 0))).sum()
+        return float((view.highlight * shows).sum() / weight) if weight > 0 else float(mask[view.highlight > 0].mean())
 
     def _odd_one_out(self, views: Sequence[ImageView]) -> int:
         """Return the position of the view whose concepts agree least with those of the others."""

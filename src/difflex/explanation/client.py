@@ -21,6 +21,7 @@ from difflex.explanation.questions import (
     Instruction,
     MalformedAnswer,
     PresenceAnswer,
+    TokenUsage,
     VLMAnswer,
     content_key,
     parse_answer,
@@ -64,8 +65,6 @@ class CachedClient:
         self._budget = CallBudget(policy.budget, self._answers.cost(backend.name) if self._answers else 0.0)
         self._lock, self._key_locks = Lock(), dict[str, Lock]()
         self._failures, self._has_answered = 0, False
-        self.answered = 0
-        """Number of valid answers, cached ones included."""
         self.cached = 0
         """Number of answers that came from the cache."""
         self.spending = Spending()
@@ -100,15 +99,15 @@ class CachedClient:
             answer = self._answers.get(key)
             if answer is None:
                 return self._request(key, views, instruction)
-            self._count(answered=1, cached=1)
+            with self._lock:
+                self.cached += 1
             return instruction.schema.model_validate_json(answer)
 
     def _request(self, key: str, views: Sequence[ImageView], instruction: Instruction[A]) -> A:
         """Ask until the answer is valid, each time with what was wrong with the last one."""
         if self._dry_run:
             usage = self._policy.estimate(len(views), instruction)
-            spending = Spending(1, usage.tokens_in, usage.tokens_out, self._policy.cost(usage))
-            self._count(answered=1, spending=spending)
+            self._spend(Spending(1, usage.tokens_in, usage.tokens_out, self._policy.cost(usage)))
             return instruction.schema.model_validate_json(instruction.schema.EXAMPLE)
         objection = reason = ""
         for _ in range(1 + self._policy.answer_retries):
@@ -139,7 +138,7 @@ class CachedClient:
         estimate = self._policy.estimate(len(views), instruction)
         reserved, start = self._policy.cost(estimate), time.monotonic()
         self._budget.reserve(reserved)
-        usage, outcome, text = None, "interrupted", None
+        usage, outcome, text = TokenUsage(0, 0, 0.0), "interrupted", None
         try:
             reply = self._backend.reply(views, instruction, objection)
             usage, self._failures, self._has_answered = reply.usage or estimate, 0, True
@@ -152,13 +151,12 @@ class CachedClient:
                 usage, self._failures, self._has_answered = error.usage or estimate, 0, True
             raise
         finally:
-            cost = self._policy.cost(usage) if usage else 0.0
+            cost = self._policy.cost(usage)
             self._budget.settle(reserved, cost)
-            tokens = (usage.tokens_in, usage.tokens_out) if usage else (0, 0)
-            spending = Spending(1, *tokens, cost, time.monotonic() - start)
+            spending = Spending(1, usage.tokens_in, usage.tokens_out, cost, time.monotonic() - start)
             if self._answers is not None:
                 self._answers.add(key, self.name, outcome, spending, text)
-            self._count(answered=int(text is not None), spending=spending)
+            self._spend(spending)
 
     def _failure(self, reason: str, limit: int) -> Exception:
         """Return the exception for a failed question; the one after `limit` failures in a row ends the whole work."""
@@ -167,9 +165,8 @@ class CachedClient:
             return NoAnswer(reason)
         return BadInput(f"'{self.name}' does not answer: {reason}. Fix that and run the same command again to continue.")
 
-    def _count(self, answered: int = 0, cached: int = 0, spending: Spending = Spending()) -> None:  # noqa: B008 (a constant)
+    def _spend(self, spending: Spending) -> None:
         with self._lock:
-            self.answered, self.cached = self.answered + answered, self.cached + cached
             self.spending += spending
 
 

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 from operator import add
 from pathlib import Path
 from threading import Event, Lock
-from typing import final
+from typing import Any, final
 
 from difflex.errors import BadInput, BrokenFile, OutOfBudget
 from difflex.explanation.questions import Instruction, TokenUsage, VLMAnswer
@@ -200,16 +200,14 @@ class AnswerCache:
 
     def get(self, key: str) -> str | None:
         """Return the valid answer of a content key as JSON; None if there is none yet."""
-        with self._lock:
-            row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        row = self._row("SELECT answer FROM answers WHERE key = ?", key)
         return row and row[0]
 
     def unrecorded(self, keys: Iterable[str]) -> Spending:
         """Return what the calls for `keys` took, failed ones included, that is not recorded in a book yet."""
         sums = ", ".join(f"coalesce(sum({name}), 0)" for name in ("tokens_in", "tokens_out", "cost", "seconds"))
         query = f"SELECT count(*), {sums} FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND NOT booked"
-        with self._lock:
-            return Spending(*self._connection.execute(query, (json.dumps([*keys]),)).fetchone())
+        return Spending(*self._row(query, json.dumps([*keys])))
 
     def mark_recorded(self, keys: Iterable[str]) -> None:
         """Mark the calls for `keys` as recorded in a book."""
@@ -219,9 +217,7 @@ class AnswerCache:
 
     def cost(self, model: str) -> float:
         """Return what all calls to a model cost."""
-        with self._lock:
-            [cost] = self._connection.execute("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", (model,)).fetchone()
-        return float(cost)
+        return float(self._row("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", model)[0])
 
     def add(self, key: str, model: str, outcome: str, spending: Spending, answer: str | None) -> None:
         """Write a call and, if it is valid, its answer, in one transaction."""
@@ -235,8 +231,11 @@ class AnswerCache:
     @property
     def is_empty(self) -> bool:
         """Whether there is no answer."""
+        return self._row("SELECT 1 FROM answers LIMIT 1") is None
+
+    def _row(self, query: str, *values: str) -> Any:
         with self._lock:
-            return self._connection.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is None
+            return self._connection.execute(query, values).fetchone()
 
     def close(self) -> None:
         """Close the file."""

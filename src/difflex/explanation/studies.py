@@ -47,11 +47,7 @@ class ExplainConfig:
 
 
 def explain_studies(
-    studies: Sequence[Study],
-    config: ExplainConfig,
-    open_backend: Callable[[], VLMBackend],
-    policy: RequestPolicy,
-    log: Log,
+    studies: Sequence[Study], config: ExplainConfig, open_backend: Callable[[], VLMBackend], policy: RequestPolicy, log: Log
 ) -> MethodComparison:
     """Explain features, write them into the books of the studies, and compare the dictionaries; `log` takes progress lines."""
     selection, methods = _select_dictionaries(studies, config), []
@@ -72,11 +68,7 @@ def explain_studies(
 
 
 def dry_run_studies(
-    studies: Sequence[Study],
-    config: ExplainConfig,
-    open_backend: Callable[[], VLMBackend],
-    policy: RequestPolicy,
-    log: Log,
+    studies: Sequence[Study], config: ExplainConfig, open_backend: Callable[[], VLMBackend], policy: RequestPolicy, log: Log
 ) -> None:
     """Log how many calls and tokens `explain_studies` would need for each study, and what they would cost; send nothing."""
     selection = _select_dictionaries(studies, config)
@@ -101,13 +93,13 @@ def _select_dictionaries(studies: Sequence[Study], config: ExplainConfig) -> lis
         if not refs:
             raise UnknownName(f"{study.folder} has no books. difflex collect makes them.")
     sites, available = [str(Site.parse(site)) for site in config.sites], [ref for refs in with_books for ref in refs]
-    for kind, names, known in (
+    for kind, names, choices in (
         ("The site", sites, dict.fromkeys(str(ref.site) for ref in available)),
         ("The dictionary", config.dictionaries, dict.fromkeys(map(str, available))),
     ):
         for name in names:
-            if name not in known:
-                raise UnknownName.among(kind, name, known, "difflex collect makes the books of dictionaries.")
+            if name not in choices:
+                raise UnknownName.among(kind, name, choices, "difflex collect makes the books of dictionaries.")
     if not sites and not config.dictionaries:
         return with_books
     return [[ref for ref in refs if str(ref.site) in sites or str(ref) in config.dictionaries] for refs in with_books]
