@@ -160,10 +160,10 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
 
 def _surfaces(comparison: MethodComparison) -> ReportFigure:
     rows, chart = [], []
-    for method, bias in ((own, bias) for own in comparison.methods for bias in own.biases):
-        mean, amount = bias.accuracy, SURFACES[bias.surface]
+    for method, (surface, mean) in ((own, bias) for own in comparison.methods for bias in own.biases.items()):
+        amount = SURFACES[surface]
         rows.append(
-            (method.dictionary, method.backend, method.protocol, bias.surface, mean.size, mean.value, mean.low, mean.high)
+            (method.dictionary, method.backend, method.protocol, surface, mean.size, mean.value, mean.low, mean.high)
         )
         tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.size, 'feature')}"
         point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
