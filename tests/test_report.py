@@ -28,8 +28,8 @@ from difflex.cli import main, parse
 from difflex.commands import VERBS
 from difflex.commands.evaluation import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.training import TrainCommand
 from difflex.commands.study import words
+from difflex.commands.training import TrainCommand
 from difflex.errors import UnknownName
 from difflex.evaluation.concepts import Concept, ConceptsConfig
 from difflex.recipes import RECIPES
@@ -692,6 +692,15 @@ def test_steering_results_of_older_weights_are_named_and_left_out(tmp_path: Path
     write_dictionary(study, "double.1/topk-1024-k16", weights=b"trained again")
     page = page_of(study)
     assert "double.1/topk-1024-k16: the dictionary has changed since it was steered with" in page
+    assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_steering_results_that_are_not_finite_are_named_and_left_out(tmp_path: Path, value: str):
+    study = full_study(tmp_path)
+    path = tmp_path / "steering" / "judged" / "double.1" / "topk-1024-k16.json"
+    path.write_text(path.read_text().replace('"success": 0.9', f'"success": {value}', 1))
+    assert f"{path} has values that are not finite" in page_of(study)
     assert {row["dictionary"] for row in rows_of(study, "points")} == {"double.1/itda-1020-k16-first100"}
 
 

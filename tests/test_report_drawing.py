@@ -16,7 +16,6 @@ from difflex.report.drawing.charts import (
     ChartRow,
     PlotCurve,
     PlotPoint,
-    RowEntry,
     Series,
     SeriesStyle,
     legend,
@@ -26,13 +25,13 @@ from difflex.report.drawing.charts import (
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_map, heat_strips
 from difflex.report.style import STYLES, number, percent
 
-BLUE = Series("s", "s", SeriesStyle(colour=0))
+BLUE = Series("s", "s", SeriesStyle(0))
 
 
 def plotted(xs: list[float], ys: list[float], x: Axis, y: Axis) -> tuple[list[tuple[float, float]], int]:
     """Return the places of the points of a plot, and the number of those left out."""
-    points = tuple(PlotPoint(x=a, y=b, tip=f"{a} {b}") for a, b in zip(xs, ys, strict=True))
-    result = plot("t", "d", x, y, [PlotCurve(series=BLUE, points=points)])
+    points = [PlotPoint(a, b, f"{a} {b}") for a, b in zip(xs, ys, strict=True)]
+    result = plot("t", "d", x, y, [PlotCurve(BLUE, points)])
     places = re.findall(r"translate\(([\d.-]+) ([\d.-]+)\)[^>]*data-tip", result.svg)
     return [(float(a), float(b)) for a, b in places], result.left_out
 
@@ -54,10 +53,10 @@ def test_points_are_placed_at_their_values(log: bool):
 def test_values_without_a_place_are_counted_and_not_drawn():
     places, left_out = plotted([1, 2, 3, 4], [0.1, 0.0, math.nan, math.inf], Axis(label="x"), Axis(label="y", log=True))
     assert len(places) == 1 and left_out == 3
-    entries = tuple(RowEntry(series=BLUE, point=PlotPoint(x=x, tip="t")) for x in (0.5, math.nan, None))
-    chart = row_chart("t", "d", Axis(label="x"), [ChartRow(name="r", entries=entries)])
+    row = ChartRow("r", [(BLUE, PlotPoint(x, tip="t")) for x in (0.5, math.nan, None)])
+    chart = row_chart("t", "d", Axis(label="x"), [row])
     assert chart.left_out == 2 and chart.svg.count("data-tip") == 1
-    cells = [[HeatCell(share=0.5, label="1", tip="t"), HeatCell(share=math.nan, label="2", tip="t"), None]]
+    cells = [[HeatCell(0.5, "1", "t"), HeatCell(math.nan, "2", "t"), None]]
     heat = heat_map("t", "d", rows=["r"], columns=["a", "b", "c"], cells=cells, label="x")
     assert heat.left_out == 1 and heat.svg.count('class="heat"') == 1
 
@@ -95,22 +94,22 @@ def test_a_reversed_axis_starts_with_its_large_values():
 
 
 def test_a_bar_starts_at_0_and_ends_at_its_value():
-    entry = RowEntry(series=BLUE, point=PlotPoint(x=0.25, tip="t"), bar=True)
-    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [ChartRow(name="r", entries=(entry,))])
+    row = ChartRow("r", [(BLUE._replace(bar=True), PlotPoint(0.25, tip="t"))])
+    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [row])
     [(start, width)] = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"', chart.svg)
     assert float(start) == 12 and float(width) == pytest.approx((400 - 24) / 4)
 
 
 def test_intervals_are_drawn_from_their_low_to_their_high_end():
-    entry = RowEntry(series=BLUE, point=PlotPoint(x=0.5, tip="t", low=0.25, high=1.0))
-    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [ChartRow(name="r", entries=(entry,))])
+    row = ChartRow("r", [(BLUE, PlotPoint(0.5, tip="t", low=0.25, high=1.0))])
+    chart = row_chart("t", "d", Axis(label="x", low=0.0, high=1.0), [row])
     [(start, end)] = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"[^>]*whisker', chart.svg)
     assert float(start) == pytest.approx(12 + 376 / 4) and float(end) == 388
 
 
 def test_strips_fill_the_whole_width():
-    cells = tuple(HeatCell(share=i / 4, label="", tip=f"{i}") for i in range(4))
-    strips = heat_strips("t", "d", [HeatStrip(name="n", note="", cells=cells)], ticks=[(0.0, "1 %")], label="x")
+    cells = [HeatCell(i / 4, "", f"{i}") for i in range(4)]
+    strips = heat_strips("t", "d", [HeatStrip("n", "", cells)], ticks=[(0.0, "1 %")], label="x")
     places = [float(x) for x in re.findall(r'<rect class="heat"[^>]* x="([\d.]+)"', strips.svg)]
     assert places == [0, 100, 200, 300]
 
@@ -118,7 +117,7 @@ def test_strips_fill_the_whole_width():
 def test_every_drawing_has_a_title_and_escapes_its_texts():
     evil = '<b onload="x">&'
     series = Series(evil, evil, SeriesStyle())
-    curve = PlotCurve(series=series, points=(PlotPoint(x=1, y=1, tip=evil),))
+    curve = PlotCurve(series, [PlotPoint(1, 1, evil)])
     svg = plot(evil, evil, Axis(label=evil), Axis(label=evil), [curve]).svg
     root = ET.fromstring(svg)
     assert root.find("title") is not None and root.findtext("title") == evil == root.get("aria-label")

@@ -4,11 +4,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from difflex.effects.removal import RemovedConcept
+from difflex.effects.removal import RemovalResults
 from difflex.explanation.comparison import read_methods
-from difflex.features import Book, CoverageSummary
+from difflex.features import Book, BookInfo, CoverageSummary
 from difflex.report.dictionary_claims import (
     Claim,
     better_than_neurons,
@@ -28,6 +28,7 @@ from difflex.study import DictionaryRef
 
 __all__ = ["claims", "judge_claims"]
 
+SIGNS = {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}
 LINES = 7
 """Of the evidence on the page; the CSV file has all of it."""
 SURFACES, OBJECTS = ("colour", "texture", "background", "row", "column"), ("shape",)
@@ -60,26 +61,25 @@ def claims(facts: StudyFacts) -> ReportSection:
     """Return the section of claims."""
     all_claims = judge_claims(facts)
     counts = Counter(claim.verdict for claim in all_claims)
-    verdicts = ("holds here", "does not hold here", "not measured")
-    summary = ", ".join(f"{verdict}: {counts[verdict]}" for verdict in verdicts if counts[verdict])
+    summary = ", ".join(f"{verdict}: {counts[verdict]}" for verdict in SIGNS if counts[verdict])
     return ReportSection(
         name="claims",
         title="Claims of the paper",
         lead=f"Claims of arXiv 2505.24360 about FLUX.1, tested on the numbers of this study by the rule below each ({summary}).",
         body=element("ul", *map(_item, all_claims), class_="claims"),
-        figures=(
+        parts=[
             ReportFigure(
                 name="claims",
                 caption="All claims with all their evidence.",
                 columns=("name", "claim", "verdict", "evidence"),
                 rows=[(claim.name, claim.statement, claim.verdict, line) for claim in all_claims for line in claim.evidence],
-            ),
-        ),
+            )
+        ],
     )
 
 
 def _item(claim: Claim) -> str:
-    sign = element("span", {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}[claim.verdict], aria_hidden="true")
+    sign = element("span", SIGNS[claim.verdict], aria_hidden="true")
     more = len(claim.evidence) - LINES
     evidence = [*claim.evidence[:LINES], *([f"and {more} more in claims.csv"] if more > 0 else [])]
     return element(
@@ -97,57 +97,24 @@ class ImageCoverage(NamedTuple):
     """How much of their top images the features of a dictionary cover."""
 
     ref: DictionaryRef
-    kind: str
-    k: int
-    data: str
+    info: BookInfo
     summary: CoverageSummary
 
     @property
     def block(self) -> tuple[object, ...]:
-        """What is equal for dictionaries that compare; neurons are of another site of the block."""
-        return self.ref.site.path, self.ref.site.stream, self.k, self.data
+        """What is equal for dictionaries and neurons that compare; neurons are another site of the block."""
+        return self.ref.site.path, self.ref.site.stream, self.info.k, self.info.data
 
     def __str__(self) -> str:
-        low, middle, high = self.summary.quartiles
-        return f"{self.ref} {percent(middle)} ({percent(low)} to {percent(high)})"
-
-
-def itda_covers_more(facts: StudyFacts) -> Claim:
-    """Judge that ITDA features cover more of their top images than SAE features."""
-    rows = [row for ref in facts.books if (row := _image_coverage(facts, ref)) is not None]
-    pairs = [
-        (itda, sae)
-        for itda, sae in product(rows, rows)
-        if itda.kind == "itda" and sae.kind in SAE_KINDS and itda.block == sae.block and itda.ref.site == sae.ref.site
-    ]
-    more = sum(itda.summary.quartiles[1] > sae.summary.quartiles[1] for itda, sae in pairs)
-    blocks = {itda.block for itda, _ in pairs}
-    neurons = [f"for comparison {row}" for row in rows if row.kind == "neurons" and row.block in blocks]
-    return Claim.judge(
-        "covering",
-        "ITDA features cover more of the images in which they are strongest than SAE features do.",
-        "At every site and k where both have a book of the same images, the median over features of the share of tokens "
-        "covered in top images (at least a fifth of the feature's own peak) is higher for the ITDA. Features that fire in "
-        "fewer than 8 shots do not count; quartiles are in brackets; neurons are shown for comparison.",
-        holds=more == len(pairs) if pairs else None,
-        evidence=[*(f"{itda}, {sae}" for itda, sae in pairs), *neurons],
-        command="difflex collect STUDY, of an ITDA and an SAE of one site and k",
-    )
-
-
-def _image_coverage(facts: StudyFacts, ref: DictionaryRef) -> ImageCoverage | None:
-    with Book.open(facts.study.book(*ref)) as book:
-        summary, info = book.coverage_summary(), book.about
-    return None if summary is None else ImageCoverage(ref, info.kind, info.k, info.data, summary)
+        low, middle, high = map(percent, self.summary.quartiles)
+        return f"{self.ref} {middle} ({low} to {high})"
 
 
 class ExplainedGroups(NamedTuple):
     """The features of a dictionary that the name of a known concept explains."""
 
     ref: DictionaryRef
-    kind: str
-    k: int
-    data: str
+    info: BookInfo
     groups: tuple[str, ...]
     """The group of each feature's concept."""
 
@@ -166,21 +133,54 @@ class ExplainedGroups(NamedTuple):
         return f"{self.ref}: {shares}, of {len(self.groups):,} features"
 
 
-def itda_matches_surfaces(facts: StudyFacts) -> Claim:
-    """Judge that ITDA features match colours, textures and regions, and SAE features objects."""
-    rows = [row for ref in facts.books if (row := _explained_groups(facts, ref)) is not None]
-    candidates = [
+BookRow = TypeVar("BookRow", ImageCoverage, ExplainedGroups)
+
+
+def _itda_and_sae(rows: Sequence[BookRow]) -> list[tuple[BookRow, BookRow]]:
+    """Return the pairs of an ITDA and an SAE of the same site and k whose books are of the same images."""
+    return [
         (itda, sae)
         for itda, sae in product(rows, rows)
-        if itda.kind == "itda" and sae.kind in SAE_KINDS and (itda.ref.site, itda.k, itda.data) == (sae.ref.site, sae.k, sae.data)
+        if itda.info.kind == "itda"
+        and sae.info.kind in SAE_KINDS
+        and (itda.ref.site, itda.info.k, itda.info.data) == (sae.ref.site, sae.info.k, sae.info.data)
     ]
+
+
+def itda_covers_more(facts: StudyFacts) -> Claim:
+    """Judge that ITDA features cover more of their top images than SAE features."""
+    rows = []
+    for ref in facts.books:
+        with Book.open(facts.study.book(*ref)) as book:
+            if (summary := book.coverage_summary()) is not None:
+                rows.append(ImageCoverage(ref, book.about, summary))
+    pairs = _itda_and_sae(rows)
+    blocks = {itda.block for itda, _ in pairs}
+    neurons = [f"for comparison {row}" for row in rows if row.info.kind == "neurons" and row.block in blocks]
+    return Claim(
+        "covering",
+        "ITDA features cover more of the images in which they are strongest than SAE features do.",
+        "At every site and k where both have a book of the same images, the median over features of the share of tokens "
+        "covered in top images (at least a fifth of the feature's own peak) is higher for the ITDA. Features that fire in "
+        "fewer than 8 shots do not count; quartiles are in brackets; neurons are shown for comparison.",
+        holds=all(itda.summary.quartiles[1] > sae.summary.quartiles[1] for itda, sae in pairs) if pairs else None,
+        numbers=[*(f"{itda}, {sae}" for itda, sae in pairs), *neurons],
+        command="difflex collect STUDY, of an ITDA and an SAE of one site and k",
+    )
+
+
+def itda_matches_surfaces(facts: StudyFacts) -> Claim:
+    """Judge that ITDA features match colours, textures and regions, and SAE features objects."""
+    groups = {concept.name: concept.group for match in facts.matches for concept in match.matches.concepts}
+    has_both = all({*groups.values()}.intersection(among) for among in (SURFACES, OBJECTS))
+    candidates = _itda_and_sae([_explained_groups(facts, ref, groups) for ref in facts.books] if has_both else [])
     pairs = [pair for pair in candidates if all(len(row.groups) >= ENOUGH for row in pair)]
     lacking = [
         f"{row.ref}: a known concept explains {count(len(row.groups), 'feature')}, {ENOUGH} are needed"
-        for row in dict.fromkeys(row for pair in candidates for row in pair)
+        for row in {str(row.ref): row for pair in candidates for row in pair}.values()
         if len(row.groups) < ENOUGH
     ]
-    return Claim.judge(
+    return Claim(
         "surfaces",
         "ITDA features match colour, texture and region, SAE features match objects.",
         "At every site and k where both have a book of the same images, among features that the name of one known concept "
@@ -188,22 +188,18 @@ def itda_matches_surfaces(facts: StudyFacts) -> Claim:
         "place is higher for the ITDA, and the share explained by a shape is higher for the SAE, each by more than chance (the "
         "95 % interval of the difference, 1.96 standard errors, lies above 0). Only dictionaries with 10 such features.",
         holds=all(itda.exceeds(sae, SURFACES) and sae.exceeds(itda, OBJECTS) for itda, sae in pairs) if pairs else None,
-        evidence=[f"{itda}; {sae}" for itda, sae in pairs] or lacking,
+        numbers=[f"{itda}; {sae}" for itda, sae in pairs] or lacking,
         command="difflex concepts STUDY and difflex explain STUDY, of an ITDA and an SAE of one site and k",
     )
 
 
-def _explained_groups(facts: StudyFacts, ref: DictionaryRef) -> ExplainedGroups | None:
-    """Return the groups of the concepts that explain features; None where the study compares with no such concepts."""
-    groups = {concept.name: concept.group for match in facts.matches for concept in match.matches.concepts}
-    if not all({*groups.values()}.intersection(among) for among in (SURFACES, OBJECTS)):
-        return None
+def _explained_groups(facts: StudyFacts, ref: DictionaryRef, groups: dict[str, str]) -> ExplainedGroups:
+    """Return the features of a dictionary that the name of a concept explains; `groups` are by concept."""
     with Book.open(facts.study.book(*ref)) as book:
         info, explained = book.about, read_methods(book, facts.study.folder)
     heldout = [method for method in explained if method.protocol.startswith("heldout")]
     pairs = [pair for method in heldout for pair in zip(method.explanations, method.accuracies, strict=True)]
-    right = tuple(groups[text] for text, accuracy in pairs if accuracy >= RIGHT and text in groups)
-    return ExplainedGroups(ref, info.kind, info.k, info.data, right)
+    return ExplainedGroups(ref, info, tuple(groups[text] for text, accuracy in pairs if accuracy >= RIGHT and text in groups))
 
 
 def steers_towards_concepts(facts: StudyFacts) -> Claim:
@@ -212,7 +208,7 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
     measured.sort(key=lambda steering: -_features(steering, STEERED))
     together = [_outcome(s, "colours, textures and backgrounds together", STEERED) for s in measured]
     lines = [_outcome(s, group, (group,)) for s in measured for group in STEERED]
-    return Claim.judge(
+    return Claim(
         "steering",
         "Features of colours, textures and backgrounds, added at a place, put them into the image there and leave the rest "
         "unchanged (not a claim of the paper, which shows single examples).",
@@ -221,7 +217,7 @@ def steers_towards_concepts(facts: StudyFacts) -> Claim:
         "concepts of the success less the rate without the edit is at least 70 %, at a strength at which at least 90 % of all "
         "else that was right stays so and no image breaks; random directions of equal length get less than 10 %.",
         holds=any(all(_steers(s, group) for group in STEERED) for s in measured) if measured else None,
-        evidence=[*together, *lines],
+        numbers=[*together, *lines],
         command="difflex steer-eval STUDY, towards colours, textures and backgrounds",
     )
 
@@ -259,29 +255,26 @@ def _outcome(steering: SteeringFacts, name: str, groups: Sequence[str]) -> str:
 
 def removes_concepts(facts: StudyFacts) -> Claim:
     """Judge that colours and backgrounds can be removed by their features."""
-    outcomes: list[tuple[str, dict[str, list[RemovedConcept]]]] = []
-    for results in facts.removals:
-        by_group = {group: [c for c in results.concepts if c.group == group] for group in REMOVAL_GROUPS}
-        if all(by_group.values()):
-            outcomes.append((dictionaries_of(results), by_group))
-    return Claim.judge(
+    counts = [(dictionaries_of(results), [_removed(results, group) for group in REMOVAL_GROUPS]) for results in facts.removals]
+    measured = [(dictionaries, groups) for dictionaries, groups in counts if all(total for _, total in groups)]
+    return Claim(
         "removal",
         "Colours and backgrounds can be removed by their features without loss (not a claim of the paper; measured as in arXiv "
         "2501.18052).",
         "With one dictionary at least, or several together, half or more of the colours and half or more of the backgrounds "
         "are each removed from at least 90 % of unseen images, while at least 90 % of the others of the group and of all else "
         "stays.",
-        holds=any(all(_removed(of) >= SHARE * len(of) for of in by_group.values()) for _, by_group in outcomes)
-        if outcomes
-        else None,
-        evidence=[
-            f"{dictionaries}, {group}: {_removed(of)} of {len(of)} concepts"
-            for dictionaries, by_group in outcomes
-            for group, of in by_group.items()
+        holds=any(all(removed >= SHARE * total for removed, total in groups) for _, groups in measured) if measured else None,
+        numbers=[
+            f"{dictionaries}, {group}: {removed} of {total} concepts"
+            for dictionaries, groups in measured
+            for group, (removed, total) in zip(REMOVAL_GROUPS, groups, strict=True)
         ],
         command="difflex removal STUDY",
     )
 
 
-def _removed(concepts: Iterable[RemovedConcept]) -> int:
-    return sum(concept.rates.reach(REMOVED) for concept in concepts)
+def _removed(results: RemovalResults, group: str) -> tuple[int, int]:
+    """Return how many concepts of a group are removed, and how many there are."""
+    concepts = [concept for concept in results.concepts if concept.group == group]
+    return sum(concept.rates.reach(REMOVED) for concept in concepts), len(concepts)

@@ -23,13 +23,12 @@ __all__ = [
     "spectrum_is_concentrated",
 ]
 
-Verdict = Literal["holds here", "does not hold here", "not measured"]
 MatchPair = tuple[MatchFacts, MatchFacts]
 MOST, FEW = 0.5, 0.3
 """More than half are most; fewer than 30 % are few, as in the paper."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
     """A claim with its rule, its verdict and the numbers."""
 
@@ -37,20 +36,22 @@ class Claim:
     statement: str
     rule: str
     """When it holds."""
-    verdict: Verdict
-    evidence: tuple[str, ...]
-    """The numbers, or the command that is missing."""
+    holds: bool | None
+    """None if it is not measured."""
+    numbers: Sequence[str]
+    """A line for each comparison."""
+    command: str
+    """Measures it."""
 
-    @classmethod
-    def judge(cls, name: str, statement: str, rule: str, *, holds: bool | None, evidence: Sequence[str], command: str) -> "Claim":
-        """Return a claim that holds or not, or that is not measured where `holds` is None; `command` measures it."""
-        return cls(
-            name=name,
-            statement=statement,
-            rule=rule,
-            verdict="not measured" if holds is None else "holds here" if holds else "does not hold here",
-            evidence=tuple(evidence) or (f"Missing: {command}.",),
-        )
+    @property
+    def verdict(self) -> Literal["holds here", "does not hold here", "not measured"]:
+        """Whether it holds in this study."""
+        return "not measured" if self.holds is None else "holds here" if self.holds else "does not hold here"
+
+    @property
+    def evidence(self) -> tuple[str, ...]:
+        """The numbers, or the command that is missing."""
+        return tuple(self.numbers) or (f"Missing: {self.command}.",)
 
 
 def dead_without_normalisation(facts: StudyFacts) -> Claim:
@@ -62,13 +63,13 @@ def dead_without_normalisation(facts: StudyFacts) -> Claim:
         for bare, other in product(group, group)
         if bare.normalisation == "none" and other.normalisation in ("standardise", "whiten")
     ]
-    return Claim.judge(
+    return Claim(
         "normalisation",
         "Without normalisation most features of an SAE are dead, with standardising or whitening few are.",
         "At every site, kind, k and size trained both ways, more than half of the features are dead without normalisation "
         "and fewer than 30 % with it (the paper: over 99 % and under 30 %). Dead: fired at none of the held-out tokens.",
         holds=all(bare.metrics.dead_share > MOST and other.metrics.dead_share < FEW for bare, other in pairs) if pairs else None,
-        evidence=[
+        numbers=[
             f"{bare.name}: {percent(bare.metrics.dead_share)} dead without, {percent(other.metrics.dead_share)} with "
             f"normalisation ({other.normalisation})"
             for bare, other in pairs
@@ -79,35 +80,30 @@ def dead_without_normalisation(facts: StudyFacts) -> Claim:
 
 def itda_reconstructs_better(facts: StudyFacts) -> Claim:
     """Judge that an ITDA has a lower FVU than the best SAE of equal size and k."""
-    normalised = [d for d in facts.evaluated if d.normalisation != "none"]
-    itdas = [d for d in normalised if d.kind == "itda" and _finite_fvu(d) is not None]
-    pairs = [(itda, best) for itda in itdas if (best := _best_sae(itda, normalised)) is not None]
-    better = sum((itda.fvu or 0.0) < (best.fvu or 0.0) for itda, best in pairs)
-    lines = [f"{itda.name}: FVU {number(itda.fvu)}; {best.ref.label}: {number(best.fvu)}" for itda, best in pairs]
-    return Claim.judge(
+    normalised = [
+        (d, d.fvu) for d in facts.evaluated if d.normalisation != "none" and d.fvu is not None and math.isfinite(d.fvu)
+    ]  # an FVU of NaN is no evidence either way
+    lines, better = [], 0
+    for itda, fvu in normalised:
+        saes = [(best, sae) for sae, best in normalised if _is_equal_sae(itda, sae)] if itda.kind == "itda" else []
+        if saes:
+            best, sae = min(saes, key=lambda pair: pair[0])
+            better += fvu < best
+            lines.append(f"{itda.name}: FVU {number(fvu)}; {sae.ref.label}: {number(best)}")
+    return Claim(
         "itda",
         "ITDA reconstructs activations better than an SAE of equal size.",
         "Every ITDA has a lower FVU in model space than the best SAE at the same site, with the same k and a size within 10 %; "
         "only dictionaries that normalise their data.",
-        holds=better == len(pairs) if pairs else None,
-        evidence=[f"ITDA is better in {better} of {count(len(pairs), 'pair')}.", *lines] if pairs else (),
+        holds=better == len(lines) if lines else None,
+        numbers=[f"ITDA is better in {better} of {count(len(lines), 'pair')}.", *lines] if lines else (),
         command="difflex train and difflex itda at one k and size, then difflex evaluate STUDY",
     )
 
 
-def _best_sae(itda: DictionaryFacts, candidates: Sequence[DictionaryFacts]) -> DictionaryFacts | None:
-    equal = [
-        d
-        for d in candidates
-        if d.kind in SAE_KINDS and (d.ref.site, d.k) == (itda.ref.site, itda.k) and similar_size(d.size, itda.size)
-    ]
-    return min((d for d in equal if _finite_fvu(d) is not None), key=lambda d: d.fvu or 0.0, default=None)
-
-
-def _finite_fvu(dictionary: DictionaryFacts) -> float | None:
-    """Return the FVU; None for NaN, which is no evidence either way."""
-    fvu = dictionary.fvu
-    return fvu if fvu is not None and math.isfinite(fvu) else None
+def _is_equal_sae(itda: DictionaryFacts, sae: DictionaryFacts) -> bool:
+    """Return whether it is an SAE of the same site and k and of a similar size."""
+    return sae.kind in SAE_KINDS and (sae.ref.site, sae.k) == (itda.ref.site, itda.k) and similar_size(sae.size, itda.size)
 
 
 def better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
@@ -167,14 +163,14 @@ def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[Ma
         f"{own.path}, {_scores(own)}; {_scores(other)}; difference {mean:+.3f} ({low:+.3f} to {high:+.3f})"
         for own, other, (mean, low, high) in gains
     ]
-    return Claim.judge(
+    return Claim(
         name,
         statement,
         f"In every comparison with {baselines}, at the same k, the best features' AP is higher in the mean over concepts: the "
         "95 % interval of the difference (1.96 standard errors over concepts, paired) lies above 0. Only dictionaries that "
         "normalise their data.",
         holds=better == len(gains) if gains else None,
-        evidence=[f"Better in {better} of {count(len(gains), 'comparison')}.", *lines] if gains else (),
+        numbers=[f"Better in {better} of {count(len(gains), 'comparison')}.", *lines] if gains else (),
         command=command,
     )
 
@@ -182,8 +178,7 @@ def _comparison(name: str, statement: str, baselines: str, *, pairs: Sequence[Ma
 def _gain(own: MatchFacts, other: MatchFacts) -> tuple[float, float, float] | None:
     """Return the mean difference of the best features' AP over the concepts of both, and its 95 % interval."""
     ours, theirs = ({r.concept: r.best.ap.value for r in match.matches.clearest_level.results} for match in (own, other))
-    gains = [ours[concept] - theirs[concept] for concept in ours if concept in theirs]
-    gains = [gain for gain in gains if math.isfinite(gain)]
+    gains = [gain for concept in ours if concept in theirs and math.isfinite(gain := ours[concept] - theirs[concept])]
     if len(gains) < 2:
         return None
     mean, half = fmean(gains), 1.96 * stdev(gains) / math.sqrt(len(gains))
@@ -192,26 +187,27 @@ def _gain(own: MatchFacts, other: MatchFacts) -> tuple[float, float, float] | No
 
 def _scores(match: MatchFacts) -> str:
     level = match.matches.clearest_level
-    share = level.coverage
-    detected = f"{percent(share.value)} detected ({percent(share.low)} to {percent(share.high)})"
-    return f"{match.name}: mean AP {number(mean_ap(level.results))}, {detected}"
+    share, low, high = map(percent, level.coverage)
+    return f"{match.name}: mean AP {number(mean_ap(level.results))}, {share} detected ({low} to {high})"
 
 
 def norms_differ(facts: StudyFacts) -> Claim:
     """Judge that norms differ between layers and between timesteps."""
-    norms = {site: _positive(by) for site, by in facts.anatomy.norms.items()} if facts.anatomy else {}
     ratios = {}
     for stream in ("image", "text"):
-        rows = [by for site, by in norms.items() if site.stream == stream and site.kind == "residual" and len(by) > 1]
-        if len(rows) > 1:
-            ratios[stream] = (_layer_ratio(rows), max(max(by.values()) / min(by.values()) for by in rows))
-    return Claim.judge(
+        norms = facts.anatomy.norms.items() if facts.anatomy else ()
+        own = [by for site, by in norms if site.stream == stream and site.kind == "residual"]
+        positive = [{timestep: norm for timestep, norm in by.items() if math.isfinite(norm) and norm > 0} for by in own]
+        layers = [by for by in positive if len(by) > 1]
+        if len(layers) > 1:
+            ratios[stream] = (_layer_ratio(layers), max(max(by.values()) / min(by.values()) for by in layers))
+    return Claim(
         "norms",
         "The norms of activations differ between layers and between timesteps.",
         "In each stream, at some timestep the longest layer's mean norm is at least twice the shortest's, and in some "
         "layer the longest timestep's at least 1.1 times the shortest's.",
         holds=all(layers >= 2 and timesteps >= 1.1 for layers, timesteps in ratios.values()) if ratios else None,
-        evidence=[
+        numbers=[
             f"{stream}: the largest over the smallest norm is {layers:.3g} over layers and up to {timesteps:.3g} over timesteps"
             for stream, (layers, timesteps) in ratios.items()
         ],
@@ -219,14 +215,10 @@ def norms_differ(facts: StudyFacts) -> Claim:
     )
 
 
-def _positive(norms: dict[float, float]) -> dict[float, float]:
-    return {timestep: norm for timestep, norm in norms.items() if math.isfinite(norm) and norm > 0}
-
-
-def _layer_ratio(rows: Sequence[dict[float, float]]) -> float:
+def _layer_ratio(layers: Sequence[dict[float, float]]) -> float:
     """Return the largest ratio of norms between layers at one timestep."""
-    timesteps = {timestep for by in rows for timestep in by}
-    columns = [[by[timestep] for by in rows if timestep in by] for timestep in timesteps]
+    timesteps = {timestep for by in layers for timestep in by}
+    columns = [[by[timestep] for by in layers if timestep in by] for timestep in timesteps]
     return max(max(column) / min(column) for column in columns)
 
 
@@ -241,12 +233,12 @@ def spectrum_is_concentrated(facts: StudyFacts) -> Claim:
             shares.append(share)
             within = f"90 % in {shape.components_for_90}"
             lines.append(f"{site}: {percent(share)} of the variance in {few} of {directions} directions; {within}")
-    return Claim.judge(
+    return Claim(
         "spectrum",
         "The spectrum is concentrated: few principal directions hold most of the variance.",
         "At every site measured, a tenth of the principal directions holds more than half of the variance (with equal variances "
         "it would hold a tenth).",
         holds=all(share > MOST for share in shares) if shares else None,
-        evidence=lines,
+        numbers=lines,
         command=f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY",
     )

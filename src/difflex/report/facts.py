@@ -1,7 +1,6 @@
-"""What is known of a study: the facts that every section of its report is made from."""
+"""The facts of a study, from which every section of its report is made."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,9 +25,8 @@ __all__ = [
     "SteeringSummary",
     "StoreFacts",
     "StudyFacts",
+    "group_by",
     "similar_size",
-    "summarise",
-    "usually_normalised",
 ]
 
 
@@ -55,7 +53,7 @@ class DictionaryFacts:
     data: str
     """The training data, as its config describes them."""
     evaluation: Evaluation | None
-    """None where there is none of its present weights."""
+    """None without an evaluation of its present weights."""
 
     @property
     def name(self) -> str:
@@ -122,15 +120,14 @@ class GroupCoverage(NamedTuple):
     rare: int
     """Concepts that too few images show to say which feature detects them; they count as without a feature."""
     detected: frozenset[str]
-    """The concepts whose steered feature detects them; of concepts from a file all."""
+    """The concepts whose steered feature detects them; all concepts that come from a file."""
 
 
 class SteeringSummary(NamedTuple):
-    """Medians over concepts, each at its best strength; None where no strength is acceptable for any concept."""
+    """Medians over concepts, each at its best strength; None if no strength is acceptable for any concept."""
 
-    features: int
     gain: float
-    """Success less that without the edit; 0 where no strength is acceptable."""
+    """Success less that without the edit; 0 for a concept at which no strength is acceptable."""
     without: float
     success: float | None
     kept: float | None
@@ -174,16 +171,20 @@ class SteeringFacts:
         ]
 
     def summary(self, method: str, *groups: str) -> SteeringSummary | None:
-        """Return the summary of these curves."""
-        return summarise(self.curves(method, *groups))
+        """Return medians over the concepts of `groups` that have a feature; None if there are none."""
+        curves = self.curves(method, *groups)
+        if not curves:
+            return None
+        points = [point for curve in curves if (point := curve.best()) is not None]
+        best = [(point.success, point.specificity, point.quality, point.strength) for point in points]
+        gain, without = median(curve.gain() for curve in curves), median(curve.without for curve in curves)
+        return SteeringSummary(gain, without, *(map(median, zip(*best, strict=True)) if best else (None,) * 4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFacts:
-    """Everything that is known of a study."""
+    """All facts of a study."""
 
-    name: str
-    """Of its folder."""
     study: Study
     started: datetime | None
     """When study.json was written."""
@@ -216,39 +217,21 @@ class StudyFacts:
     @property
     def blocks(self) -> dict[str, list[MatchFacts]]:
         """The matches by block."""
-        paths = dict.fromkeys(match.path for match in self.matches)
-        return {path: [match for match in self.matches if match.path == path] for path in paths}
+        return group_by(self.matches, lambda match: match.path)
 
 
-T = TypeVar("T", bound=DictionaryFacts | MatchFacts)
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return the items by their key, both in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def similar_size(size: int, other: int) -> bool:
     """Return whether two sizes count as equal, 10 % apart at most: an ITDA stops where its data end."""
     return abs(size - other) <= 0.1 * max(size, other)
-
-
-def usually_normalised(items: Sequence[T]) -> list[T]:
-    """Return the dictionaries with the most frequent normalisation of their kind; the others are variants."""
-    methods: dict[str, Counter[str | None]] = {}
-    for item in items:
-        methods.setdefault(item.kind, Counter())[item.normalisation] += 1
-    usual = {kind: counts.most_common(1)[0][0] for kind, counts in methods.items()}
-    return [item for item in items if item.normalisation == usual[item.kind]]
-
-
-def summarise(curves: Iterable[StrengthCurve]) -> SteeringSummary | None:
-    """Return medians over concepts, each at its best strength; None for no concept."""
-    listed = list(curves)
-    if not listed:
-        return None
-    best = [point for curve in listed if (point := curve.best()) is not None]
-    return SteeringSummary(
-        features=len(listed),
-        gain=median([curve.gain() for curve in listed]),
-        without=median([curve.without for curve in listed]),
-        success=median([point.success for point in best]) if best else None,
-        kept=median([point.specificity for point in best]) if best else None,
-        loss=median([point.quality for point in best]) if best else None,
-        strength=median([point.strength for point in best]) if best else None,
-    )

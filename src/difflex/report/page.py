@@ -41,11 +41,11 @@ def write_report(study: Study, control: Study | None = None, spell: Spell | None
     """
     facts = read_facts(study, control)
     sections = [*(section(facts) for section in SECTIONS), _commands(facts, spell or _plain_words)]
-    figures = [figure for section in sections for figure in section.figures]
-    assert len({figure.name for figure in figures}) == len(figures), "two figures of one name would share a file"
     page = study.folder / "report.html"
     write_file(page, render("page.html", sections, facts=facts).encode())
+    figures = [figure for section in sections for figure in section.figures]
     files = {study.folder / "report" / f"{figure.name}.csv": figure.csv for figure in figures}
+    assert len(files) == len(figures), "two figures of one name would share a file"
     for stale in set((study.folder / "report").glob("*.csv")) - files.keys():
         stale.unlink()  # of a figure that the study no longer has
     for path, text in files.items():
@@ -59,7 +59,7 @@ def render(template: str, sections: Sequence[ReportSection], **values: object) -
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     style, script = (
-        Markup("").join(Markup((HERE / name).read_text(encoding="utf-8")) for name in (f"drawing/drawing.{kind}", f"page.{kind}"))
+        Markup().join(Markup((HERE / name).read_text(encoding="utf-8")) for name in (f"drawing/drawing.{kind}", f"page.{kind}"))
         for kind in ("css", "js")
     )
     return environment.get_template(template).render(
@@ -68,11 +68,9 @@ def render(template: str, sections: Sequence[ReportSection], **values: object) -
 
 
 def problem_list(title: str, problems: Sequence[str]) -> Markup:
-    """Return a box that lists problems, or nothing if there are none."""
-    if not problems:
-        return Markup("")
+    """Return a box that lists problems; nothing without problems."""
     items = [element("li", problem) for problem in problems]
-    return element("aside", element("h3", title), element("ul", *items), class_="problems")
+    return element("aside", element("h3", title), element("ul", *items), class_="problems") if items else Markup()
 
 
 def _download(figure: ReportFigure) -> str:
@@ -85,20 +83,14 @@ def _overview(facts: StudyFacts) -> ReportSection:
     values = {
         "Model": facts.study.model,
         "Revision": facts.study.revision or "not set",
-        "Study": facts.name,
+        "Study": facts.study.folder.resolve().name,
         "Started": f"{_date(facts.started)}, with difflex {facts.study.difflex}",
         "Latest file": _date(facts.latest),
         **({"Time of its commands": _duration(seconds)} if seconds else {}),
     }
     entries = [element("div", element("dt", name), element("dd", value)) for name, value in values.items()]
-    return ReportSection(
-        name="study",
-        title="The study",
-        lead="",
-        body=element("dl", *entries, class_="summary")
-        + _stations(facts)
-        + problem_list("Left out of this report", facts.problems),
-    )
+    body = element("dl", *entries, class_="summary") + _stations(facts) + problem_list("Left out of this report", facts.problems)
+    return ReportSection(name="study", title="The study", body=body)
 
 
 def _stations(facts: StudyFacts) -> Markup:
@@ -137,7 +129,7 @@ def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
         items = [_command(entry, spell) for entry in facts.log if entry.verb != "report"]
         commands = element("ol", *items, class_="commands")
     else:
-        line, commands = ["difflex", "report", "STUDY"], Markup("")
+        line, commands = ["difflex", "report", "STUDY"], Markup()
         lead = (
             "This study has no log, as its commands were not run by a recipe. The settings of each dictionary are in its "
             "config.json."

@@ -1,8 +1,9 @@
 """Read the records of a study once; records that are damaged, of another model or of older weights are named and left out."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.features import Book, BookInfo
-from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts
+from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts, group_by
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study, read_log, recipe_name
 
@@ -29,7 +30,7 @@ DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
 FILES = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")
 FILES += ("concepts/*/*.json", "steering/judged/*/*.json", "steering/removal/*/*.json", "steering/findings/*.json")
-"""The files of a study whose times are shown."""
+"""The files of a study of which the report shows the latest time."""
 T = TypeVar("T")
 
 
@@ -41,7 +42,6 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
     dictionaries = reader.dictionaries()
     matches = [*reader.matches(), *(control_reader.matches() if control_reader else ())]
     return StudyFacts(
-        name=study.folder.resolve().name,
         study=study,
         started=_latest_time([study.folder / "study.json"]),
         latest=_latest_time(path for pattern in FILES for path in study.folder.glob(pattern)),
@@ -62,7 +62,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
 
 
 class _StudyReader:
-    """Reads the records of one study; those that cannot be used are added to `problems`."""
+    """Reads the records of one study; adds a sentence to `problems` for each that cannot be used."""
 
     def __init__(self, study: Study, problems: list[str], untrained: bool = False) -> None:
         self.study, self.problems, self.untrained = study, problems, untrained
@@ -77,7 +77,7 @@ class _StudyReader:
             return self._reject(str(error))
 
     def _load_existing(self, read: Callable[[Path], T], path: Path) -> T | None:
-        """Return the record at `path`; None where there is none."""
+        """Return the record at `path`; None, without a problem, where there is no file."""
         return self.load(read, path) if path.exists() else None
 
     def _load_all(self, read: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[tuple[Path, T]]:
@@ -101,7 +101,7 @@ class _StudyReader:
 
     def dictionaries(self) -> tuple[DictionaryFacts, ...]:
         """Return every dictionary whose config can be read, with its evaluation if that is of its present weights."""
-        configs = [(ref, self.load(read_config, self.study.dictionary(*ref))) for ref in self.study.dictionaries()]
+        configs = [(ref, self.load(read_config, self._folders[str(ref)])) for ref in self.study.dictionaries()]
         return tuple(
             DictionaryFacts(
                 ref=ref,
@@ -173,6 +173,9 @@ class _StudyReader:
             return None
         if results.model != self.study.model or results.provenance.fingerprints.get(name) != self.fingerprint(name):
             return self._reject(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
+        points = [astuple(point) for curve in results.curves for point in curve.points]
+        if not all(map(math.isfinite, [*(curve.without for curve in results.curves), *(value for p in points for value in p)])):
+            return self._reject(f"{path} has values that are not finite: it is damaged. Delete it and run difflex steer-eval.")
         own = [m.matches for m in matches if not m.untrained and (m.matches.site, m.matches.label) == ref]
         if "concepts" in results.provenance.files:
             coverage = _coverage_from_file(results)
@@ -201,11 +204,10 @@ class _StudyReader:
             if (record.model, record.revision) != (self.study.model, self.study.revision):
                 self._reject(f"{path} is of {record.model} {record.revision}, not of this study. Run difflex findings again.")
                 continue
-            changed = {finding.name: self._changed(finding.provenance) for finding in record.findings}
+            changed = {finding.name: ", ".join(self._changed(finding.provenance)) for finding in record.findings}
             for name, dictionaries in changed.items():
                 if dictionaries:
-                    old = ", ".join(dictionaries)
-                    self._reject(f"{path}: '{name}' is of older weights of {old}. Run difflex findings again.")
+                    self._reject(f"{path}: '{name}' is of older weights of {dictionaries}. Run difflex findings again.")
             current.append(replace(record, findings=tuple(own for own in record.findings if not changed[own.name])))
         return tuple(current)
 
@@ -222,10 +224,7 @@ class _StudyReader:
 def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[MatchFacts]:
     """Return the matches of each block that were measured on the same images in the same way as most of them."""
     comparable: list[MatchFacts] = []
-    by_path: dict[str, list[MatchFacts]] = {}
-    for match in matches:
-        by_path.setdefault(match.path, []).append(match)
-    for path, candidates in by_path.items():
+    for path, candidates in group_by(matches, lambda match: match.path).items():
         settings = Counter(match.settings for match in candidates if not match.untrained)
         if not settings:
             continue  # matches of a control alone compare with nothing
@@ -242,11 +241,9 @@ def _comparable(matches: Iterable[MatchFacts], problems: list[str]) -> list[Matc
 
 def _coverage_from_file(results: SteeringResults) -> dict[str, GroupCoverage]:
     """Return the coverage of concepts from a file: each was steered with the feature that the file names."""
-    names: dict[str, list[str]] = {}
-    for curve in results.curves:
-        names.setdefault(curve.group, []).append(curve.concept)
-    concepts = {group: frozenset(of) for group, of in names.items()}
-    return {group: GroupCoverage(len(of), 0, of) for group, of in concepts.items()}
+    groups = group_by(results.curves, lambda curve: curve.group)
+    concepts = {group: frozenset(curve.concept for curve in curves) for group, curves in groups.items()}
+    return {group: GroupCoverage(len(names), 0, names) for group, names in concepts.items()}
 
 
 def _coverage(matches: ConceptMatches, results: SteeringResults, ref: DictionaryRef) -> dict[str, GroupCoverage]:
@@ -254,7 +251,7 @@ def _coverage(matches: ConceptMatches, results: SteeringResults, ref: Dictionary
     steered = {curve.concept: curve.description for curve in results.of("feature")}
     coverage = {}
     for group in dict.fromkeys([*results.config.groups, *(curve.group for curve in results.curves)]):
-        concepts = [result for result in matches.clearest_level.results if result.concept.group == group]
+        concepts = matches.clearest_level.of(group)
         detected = [
             result.concept.name
             for result in concepts

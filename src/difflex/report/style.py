@@ -30,15 +30,15 @@ NAMES = {
 }
 SAE_KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
 STYLES = {
-    "topk": SeriesStyle(colour=0, marker="circle"),
-    "itda": SeriesStyle(colour=1, marker="diamond", dash="7 3"),
-    "neurons": SeriesStyle(colour=2, marker="square", dash="1 4"),
-    "pca": SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3"),
-    "random": SeriesStyle(colour=4, marker="cross", dash="3 3"),
-    "batchtopk": SeriesStyle(colour=6, marker="ring", dash="12 3"),
-    "jumprelu": SeriesStyle(colour=7, marker="square", dash="5 2"),
-    "matryoshka": SeriesStyle(colour=8, marker="triangle", dash="2 2"),
-    "untrained": SeriesStyle(colour=5, marker="wedge", dash="12 3 2 3"),
+    "topk": SeriesStyle(0, "circle"),
+    "itda": SeriesStyle(1, "diamond", "7 3"),
+    "neurons": SeriesStyle(2, "square", "1 4"),
+    "pca": SeriesStyle(3, "triangle", "9 3 2 3"),
+    "random": SeriesStyle(4, "cross", "3 3"),
+    "batchtopk": SeriesStyle(6, "ring", "12 3"),
+    "jumprelu": SeriesStyle(7, "square", "5 2"),
+    "matryoshka": SeriesStyle(8, "triangle", "2 2"),
+    "untrained": SeriesStyle(5, "wedge", "12 3 2 3"),
 }
 DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
 MARKERS = ("circle", "diamond", "square", "triangle", "cross", "wedge", "ring")
@@ -79,7 +79,7 @@ def grouped(texts: Mapping[str, str]) -> str:
 
 def numbered_style(i: int) -> SeriesStyle:
     """Return the style of series `i` of a figure whose series have no kind."""
-    return SeriesStyle(colour=i % 9, marker=MARKERS[i % len(MARKERS)], dash=DASHES[i % len(DASHES)])
+    return SeriesStyle(i % 9, MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
 
 
 def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series:
@@ -87,14 +87,13 @@ def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series
     name = NAMES.get(kind, kind)
     if untrained:
         return Series(f"{kind} untrained", f"{name} of an untrained model", STYLES["untrained"], line)
-    return Series(kind, name, STYLES.get(kind, SeriesStyle(colour=8, marker="ring")), line)
+    return Series(kind, name, STYLES.get(kind, SeriesStyle(8, "ring")), line)
 
 
 def kind_styles(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:
-    """Return the style of each name, whose kind is known; names of one kind differ in their dashes."""
+    """Return the style of each name by its kind; names of one kind differ in their dashes."""
     styles = {}
     for name, kind in kinds.items():
         same, style = [own for own in kinds if kinds[own] == kind], kind_series(kind).style
-        dash = style.dash if len(same) == 1 else DASHES[same.index(name) % len(DASHES)]
-        styles[name] = SeriesStyle(colour=style.colour, marker=style.marker, dash=dash)
+        styles[name] = style if len(same) == 1 else style._replace(dash=DASHES[same.index(name) % len(DASHES)])
     return styles

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from difflex.files import write_file
 from difflex.report.comparison.pairs import DetectionPair, MetricPair, StudyComparison, compare
 from difflex.report.drawing import Axis, Drawing, element
-from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, Series, SeriesStyle, row_chart
+from difflex.report.drawing.charts import ChartRow, PlotPoint, Series, SeriesStyle, row_chart
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, html_table, sortable_table
 from difflex.report.page import problem_list, render
 from difflex.report.style import count, number, percent
@@ -16,7 +16,7 @@ from difflex.tables import text_table
 
 __all__ = ["StudyComparison", "compare", "describe", "write_comparison"]
 
-STYLES = {"first": SeriesStyle(colour=0, marker="circle"), "second": SeriesStyle(colour=1, marker="ring")}
+STYLES = {"first": SeriesStyle(0, "circle"), "second": SeriesStyle(1, "ring")}
 """The ring is visible around the circle where both have the same value."""
 DRAWN = {"FVU": number, "dead": percent, "v / mean": percent}
 """The metrics that are drawn and how they are written; the table has all."""
@@ -27,7 +27,7 @@ ROWS = 40
 
 
 def write_comparison(comparison: StudyComparison, path: Path) -> Path:
-    """Write the page about two studies, complete in itself, and return its path."""
+    """Write a self-contained page about two studies and return its path."""
     sections = [_settings(comparison), _dictionaries(comparison), _metrics(comparison), _concepts(comparison)]
     write_file(path, render("comparison.html", sections, names=comparison.names).encode())
     return path
@@ -38,7 +38,7 @@ def describe(comparison: StudyComparison) -> str:
     first, second = comparison.names
     parts = [f"{first} ({comparison.first.study.model}) and {second} ({comparison.second.study.model})"]
     settings = [(line.verb, line.flag, line.first or "-", line.second or "-") for line in comparison.settings]
-    parts.append(_aligned("settings", [("", "", first, second), *settings]) if settings else "settings: equal")
+    parts += _table("settings", ("", "", first, second), settings) or ["settings: equal"]
     parts.append(f"dictionaries in both: {len(comparison.pairs)}")
     for name, only in zip(comparison.names, comparison.only, strict=True):
         parts += [f"only in {name}: {', '.join(d.name for d in only)}"] if only else []
@@ -50,24 +50,21 @@ def describe(comparison: StudyComparison) -> str:
         for pair in metrics
         if pair.difference != 0
     ]
-    if lines:
-        parts.append(_aligned("metrics", [("", "", first, second, "difference"), *lines]))
+    parts += _table("metrics", ("", "", first, second, "difference"), lines)
     if len(lines) < len(metrics):
         parts.append(f"metrics that are equal: {len(metrics) - len(lines)}")
     coverage = [
         (pair.name, *(percent(level.coverage.value) for level in pair.levels), _interval(pair.coverage))
         for pair in comparison.detections
     ]
-    if coverage:
-        parts.append(_aligned("concepts that one feature detects", [("", first, second, "difference"), *coverage]))
+    parts += _table("concepts that one feature detects", ("", first, second, "difference"), coverage)
     groups = [
         (pair.name, group, number(a), number(b), number(b - a))
         for pair in comparison.detections
         if pair.first.normalisation is not None
         for group, (a, b) in pair.groups.items()
     ]
-    if groups:
-        parts.append(_aligned("mean AP by group of concepts", [("", "", first, second, "difference"), *groups]))
+    parts += _table("mean AP by group of concepts", ("", "", first, second, "difference"), groups)
     return "\n".join([*parts, *(f"note: {problem}" for problem in comparison.problems)])
 
 
@@ -76,23 +73,24 @@ def _interval(interval: Iterable[float]) -> str:
     return f"{value:+.0f} ({low:+.0f} to {high:+.0f}) points"
 
 
-def _aligned(name: str, lines: Sequence[Sequence[str]]) -> str:
-    return f"{name}:\n{text_table(lines, indent='  ')}"
+def _table(name: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table under its name; nothing for a table without lines."""
+    return [f"{name}:\n{text_table([heads, *lines], indent='  ')}"] if lines else []
 
 
 def _settings(comparison: StudyComparison) -> ReportSection:
     lines = comparison.settings
-    heads = ("command", "flag", *comparison.names)
     lead = (
         "Settings of the whole studies, and flags of their commands, that differ. A command without a flag exists in one study "
         "only."
     )
+    heads = ("command", "flag", *comparison.names)
+    table = html_table(heads, lines, "Differences of settings", words=len(heads)) if lines else Markup()
     return ReportSection(
         name="settings",
         title="Settings",
         lead=lead if lines else "The settings of both studies are the same, as far as their logs record them.",
-        body=(html_table(heads, lines, "Differences of settings", words=len(heads)) if lines else Markup(""))
-        + problem_list("Compare with care", comparison.problems),
+        body=table + problem_list("Compare with care", comparison.problems),
     )
 
 
@@ -124,41 +122,38 @@ def _metrics(comparison: StudyComparison) -> ReportSection:
         "tokens; v / mean: squared error of the prediction as a share of that with the mean in place of x",
         columns=("dictionary", "figure", *comparison.names, "difference"),
         rows=[(pair.dictionary, pair.column.name, pair.first, pair.second, pair.difference) for pair in pairs],
-        drawings=tuple(chart for name in DRAWN if (chart := _metric_chart(comparison, pairs, name)) is not None),
+        drawings=[chart for name in DRAWN if (chart := _metric_chart(comparison, pairs, name)) is not None],
         legend=_series(comparison),
     )
     return ReportSection(
         name="figures",
         title="How well activations are reconstructed",
         lead="Differences are the second study less the first.",
-        figures=(figure,) if pairs else (),
-        missing=() if pairs else (MissingFigure("Metrics of dictionaries that both studies have", "difflex evaluate STUDY"),),
-        body=_metrics_table(comparison, pairs) if pairs else Markup(""),
+        body=_metrics_table(comparison, pairs) if pairs else Markup(),
+        parts=[figure if pairs else MissingFigure("Metrics of dictionaries that both studies have", "difflex evaluate STUDY")],
     )
 
 
 def _concepts(comparison: StudyComparison) -> ReportSection:
-    detections = comparison.detections
     missing = MissingFigure("Methods compared with concepts in both studies", "difflex concepts STUDY")
     return ReportSection(
         name="concepts",
         title="What features stand for",
         lead="The share of known concepts that one feature detects (average precision 0.8 or more), and the mean average "
         "precision of the best features by group of concepts.",
-        figures=(_coverage(comparison), *_groups(comparison)) if detections else (),
-        missing=() if detections else (missing,),
+        parts=[_coverage(comparison), *_groups(comparison)] if comparison.detections else [missing],
     )
 
 
-def _series(comparison: StudyComparison) -> tuple[Series, ...]:
-    return tuple(Series(id, name, style, False) for (id, style), name in zip(STYLES.items(), comparison.names, strict=True))
+def _series(comparison: StudyComparison) -> list[Series]:
+    return [Series(id, name, style, line=False) for (id, style), name in zip(STYLES.items(), comparison.names, strict=True)]
 
 
-def _row(comparison: StudyComparison, name: str, note: str, points: Sequence[PlotPoint]) -> ChartRow:
-    """Return a row with a point of each study."""
-    series = _series(comparison)
-    entries = tuple(RowEntry(series=own, point=point) for own, point in zip(series, points, strict=True))
-    return ChartRow(name=name, note=note, entries=entries)
+def _row(comparison: StudyComparison, name: str, difference: str, *points: PlotPoint) -> ChartRow:
+    """Return a row with a point of each study, whose names are added to the tooltips."""
+    pairs = zip(_series(comparison), points, strict=True)
+    own = [(series, point._replace(tip=f"{name}\n{series.name}: {point.tip}")) for series, point in pairs]
+    return ChartRow(name, own, difference)
 
 
 def _metric_chart(comparison: StudyComparison, pairs: Iterable[MetricPair], name: str) -> Drawing | None:
@@ -170,11 +165,8 @@ def _metric_chart(comparison: StudyComparison, pairs: Iterable[MetricPair], name
     write, is_share = DRAWN[name], DRAWN[name] is percent
     rows = []
     for pair in drawn:
-        points = [
-            PlotPoint(x=value, tip=f"{pair.dictionary}\n{study}: {name} {write(value)}")
-            for study, value in zip(comparison.names, (pair.first, pair.second), strict=True)
-        ]
-        rows.append(_row(comparison, pair.dictionary, _signed(pair.difference, is_share), points))
+        points = [PlotPoint(value, tip=f"{name} {write(value)}") for value in (pair.first, pair.second)]
+        rows.append(_row(comparison, pair.dictionary, _signed(pair.difference, is_share), *points))
     about = f"{len(drawn)} dictionaries with two values each, the largest difference first."
     return row_chart(name, about, Axis(label=name, low=0.0, percent=is_share), rows)
 
@@ -182,17 +174,12 @@ def _metric_chart(comparison: StudyComparison, pairs: Iterable[MetricPair], name
 def _coverage(comparison: StudyComparison) -> ReportFigure:
     def row(pair: DetectionPair) -> ChartRow:
         points = []
-        for study, level in zip(comparison.names, pair.levels, strict=True):
+        for level in pair.levels:
             value, low, high = level.coverage
-            tip = f"{pair.name}\n{study}: {percent(value)} ({percent(low)} to {percent(high)})"
-            points.append(PlotPoint(x=value, tip=tip, low=low, high=high))
-        return _row(comparison, pair.name, _signed(pair.coverage.value, share=True), points)
+            points.append(PlotPoint(value, tip=f"{percent(value)} ({percent(low)} to {percent(high)})", low=low, high=high))
+        return _row(comparison, pair.name, _signed(pair.coverage.value, share=True), *points)
 
-    table = tuple(
-        (pair.name, *(bound for level in pair.levels for bound in level.coverage), *pair.coverage)
-        for pair in comparison.detections
-    )
-    columns = tuple(f"{name}{bound}" for name in comparison.names for bound in ("", ", low", ", high"))
+    columns = [f"{name}{bound}" for name in comparison.names for bound in ("", ", low", ", high")]
     drawn = sorted(comparison.detections, key=lambda pair: -abs(pair.coverage.value))[:ROWS]
     about = f"{len(drawn)} methods with two shares each, the largest difference first."
     axis = Axis(label="share of concepts", low=0.0, high=1.0, percent=True)
@@ -203,8 +190,11 @@ def _coverage(comparison: StudyComparison) -> ReportFigure:
         "for independent: where both were measured on the same images it is wider than necessary.",
         formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
         columns=("method", *columns, "difference", "low", "high"),
-        rows=table,
-        drawings=(row_chart("coverage", about, axis, list(map(row, drawn))),),
+        rows=[
+            (pair.name, *(bound for level in pair.levels for bound in level.coverage), *pair.coverage)
+            for pair in comparison.detections
+        ],
+        drawings=[row_chart("coverage", about, axis, [row(pair) for pair in drawn])],
         legend=_series(comparison),
     )
 
@@ -218,28 +208,23 @@ def _groups(comparison: StudyComparison) -> list[ReportFigure]:
 
     def chart(pair: DetectionPair) -> Drawing:
         rows = []
-        for group, values in pair.groups.items():
-            points = [
-                PlotPoint(x=value, tip=f"{group}\n{study}: mean AP {number(value)}")
-                for study, value in zip(comparison.names, values, strict=True)
-            ]
-            rows.append(_row(comparison, group, _signed(values[1] - values[0]), points))
+        for group, (first, second) in pair.groups.items():
+            points = [PlotPoint(value, tip=f"mean AP {number(value)}") for value in (first, second)]
+            rows.append(_row(comparison, group, _signed(second - first), *points))
         axis = Axis(label="mean AP of the best features", low=0.0, high=1.0)
         return row_chart(pair.name, f"{len(rows)} groups of concepts.", axis, rows)
 
-    table = tuple((pair.name, group, a, b, b - a) for pair in pairs for group, (a, b) in pair.groups.items())
-    return [
-        ReportFigure(
-            name="groups",
-            title="By group of concepts",
-            caption="For each dictionary in both, the mean average precision of the best feature of each concept of a group.",
-            formula="mean over the concepts of a group of AP, all noise levels together",
-            columns=("method", "group", *comparison.names, "difference"),
-            rows=table,
-            drawings=tuple(map(chart, pairs)),
-            legend=_series(comparison),
-        )
-    ]
+    figure = ReportFigure(
+        name="groups",
+        title="By group of concepts",
+        caption="For each dictionary in both, the mean average precision of the best feature of each concept of a group.",
+        formula="mean over the concepts of a group of AP, all noise levels together",
+        columns=("method", "group", *comparison.names, "difference"),
+        rows=[(pair.name, group, a, b, b - a) for pair in pairs for group, (a, b) in pair.groups.items()],
+        drawings=[chart(pair) for pair in pairs],
+        legend=_series(comparison),
+    )
+    return [figure]
 
 
 def _metrics_table(comparison: StudyComparison, pairs: Iterable[MetricPair]) -> Markup:

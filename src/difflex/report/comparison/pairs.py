@@ -1,7 +1,5 @@
 """What two studies have in common and how they differ, from the facts of both."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import NamedTuple
 from difflex.errors import BadInput
 from difflex.evaluation import Evaluation
 from difflex.evaluation.concepts.results import ConfidenceInterval, NoiseLevelResult
-from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts
+from difflex.report.facts import DictionaryFacts, MatchFacts, StudyFacts, group_by
 from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.dictionaries import TableColumn, metric_columns
 from difflex.study import CommandRecord
@@ -43,12 +41,12 @@ class DictionaryPair(NamedTuple):
     @property
     def warnings(self) -> list[str]:
         """Why its metrics compare only with care."""
-        warnings = []
+        both, warnings = self.evaluations, []
         if self.first.normalisation != self.second.normalisation:
             warnings.append(f"{self.first.normalisation} against {self.second.normalisation}")
         if self.first.data != self.second.data:
             warnings.append("trained on different data")
-        if self.evaluations and self.evaluations[0].data != self.evaluations[1].data:
+        if both and both[0].data != both[1].data:
             warnings.append("evaluated on different data")
         return warnings
 
@@ -117,7 +115,7 @@ class StudyComparison:
     """The ends of their paths, as short as they differ."""
     settings: tuple[SettingDifference, ...]
     pairs: tuple[DictionaryPair, ...]
-    only: tuple[tuple[DictionaryFacts, ...], tuple[DictionaryFacts, ...]]
+    only: tuple[list[DictionaryFacts], list[DictionaryFacts]]
     """The dictionaries that only the first, and only the second, has."""
     detections: tuple[DetectionPair, ...]
 
@@ -126,28 +124,22 @@ class StudyComparison:
         """Every metric of every dictionary that both have evaluated."""
         evaluated = [(pair.name, both) for pair in self.pairs if (both := pair.evaluations) is not None]
         columns = metric_columns(evaluation for _, both in evaluated for evaluation in both)
-        return [
-            MetricPair(name, column, column.value(first), column.value(second))
-            for name, (first, second) in evaluated
-            for column in columns
-        ]
+        return [MetricPair(name, column, *map(column.value, both)) for name, both in evaluated for column in columns]
 
     @property
     def problems(self) -> list[str]:
         """What cannot be compared, or only with care, and why."""
         studies = zip(self.names, (self.first, self.second), strict=True)
         problems = [f"{name}: {problem}" for name, facts in studies for problem in facts.problems]
-        warnings: dict[str, list[str]] = {}
         for pair in self.pairs:
             lacking = [name for name, facts in zip(self.names, pair, strict=True) if facts.evaluation is None]
             if lacking:
                 problems.append(f"{pair.name}: no valid evaluation in {' and '.join(lacking)}. Run difflex evaluate.")
-            for warning in pair.warnings:
-                warnings.setdefault(warning, []).append(pair.name)
-        warnings["concepts measured on different images, or in different ways"] = [
-            pair.name for pair in self.detections if pair.first.settings != pair.second.settings
-        ]
-        return [*problems, *(f"{text.capitalize()}: {', '.join(names)}." for text, names in warnings.items() if names)]
+        warnings = [(warning, pair.name) for pair in self.pairs for warning in pair.warnings]
+        images = "concepts measured on different images, or in different ways"
+        warnings += [(images, pair.name) for pair in self.detections if pair.first.settings != pair.second.settings]
+        by_text = group_by(warnings, lambda warning: warning[0]).items()
+        return [*problems, *(f"{text.capitalize()}: {', '.join(name for _, name in own)}." for text, own in by_text)]
 
 
 def compare(first: StudyFacts, second: StudyFacts) -> StudyComparison:
@@ -164,10 +156,7 @@ def compare(first: StudyFacts, second: StudyFacts) -> StudyComparison:
         names=("/".join(folders[0].parts[-depth:]), "/".join(folders[1].parts[-depth:])),
         settings=(*_study_settings(first, second), *_command_settings(first.log, second.log)),
         pairs=tuple(DictionaryPair(ours[name], theirs[name]) for name in ours if name in theirs),
-        only=(
-            tuple(d for name, d in ours.items() if name not in theirs),
-            tuple(d for name, d in theirs.items() if name not in ours),
-        ),
+        only=([ours[name] for name in ours if name not in theirs], [theirs[name] for name in theirs if name not in ours]),
         detections=tuple(DetectionPair(matches[name], others[name]) for name in matches if name in others),
     )
 

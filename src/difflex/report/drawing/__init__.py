@@ -1,9 +1,9 @@
-"""Figures as SVG and HTML, drawn from plain data and complete in themselves.
+"""Figures as self-contained SVG and HTML, drawn from plain data.
 
-`charts` draws plots, row charts and legends, `heat` heat maps; this module has their elements and axes. A page with drawings
-includes `drawing.css` (the colours, light and dark) and `drawing.js` (tooltips, and legends that hide series). A figure is an
-element of class `figure` with its drawings and its legend. All drawings are `WIDTH` units wide, about the width of a phone, so
-that their letters have one size; place several side by side where there is room.
+This module has the elements and axes of drawings; `charts` draws plots, row charts and legends, `heat` heat maps. A page with
+drawings includes `drawing.css` (the colours, light and dark) and `drawing.js` (tooltips, and legends that hide series). A figure
+is an element of class `figure` with its drawings and its legend. All drawings are `WIDTH` units wide, about the width of a phone,
+so that their letters have one size; place several side by side where there is room.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NARROW, BROAD = set("iljtfrI.,:;|!'()[]/ -"), set("mwMW@%+<>=\N{EN DASH}\N{MULTI
 
 
 class Drawing(NamedTuple):
-    """An SVG element, and the number of values that have no place in it: NaN, infinity, 0 on a log axis."""
+    """An SVG element, and the number of values that it cannot show: NaN, infinity, 0 on a log axis."""
 
     svg: Markup
     left_out: int = 0
@@ -42,7 +42,7 @@ def element(name: str, *inside: str, **attributes: str | float | None) -> Markup
 
 
 def svg(height: float, title: str, description: str, *inside: str) -> Markup:
-    """Return a scalable drawing with its heading; `title` and `description` are read out by screen readers."""
+    """Return a scalable drawing with its heading; screen readers read out `title` and `description`."""
     labels = (element("title", title), element("desc", f"{description} The arrow keys step through its values."))
     # Bold letters are a little wider than others.
     heading = text(0, LETTERS, shortened(title, WIDTH, LETTERS * 1.08), kind="heading")
@@ -51,7 +51,7 @@ def svg(height: float, title: str, description: str, *inside: str) -> Markup:
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", kind: str | None = None) -> Markup:
-    """Return a line of text whose base starts, ends or is centred at a point."""
+    """Return a line of text whose baseline starts, ends or is centred at (x, y)."""
     return element("text", words, x=x, y=y, text_anchor=anchor, class_=kind)
 
 
@@ -63,7 +63,7 @@ def text_width(words: str, letters: float = LETTERS) -> float:
 
 
 def shortened(words: str, room: float, letters: float = LETTERS) -> str:
-    """Return `words`, without as much of their middle as does not fit into `room`: names differ at their ends."""
+    """Return `words` without as much of their middle as does not fit into `room`; the ends tell names apart."""
     if text_width(words, letters) <= room:
         return words
     length = len(words) - 1
@@ -79,12 +79,12 @@ def _cut(words: str, length: int) -> str:
 def _attribute(value: str | float) -> str:
     if isinstance(value, str):
         return value
-    assert math.isfinite(value), "values without a place are left out before"
+    assert math.isfinite(value), "callers leave such values out"
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 class AxisTick(NamedTuple):
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     value: float
     label: str
@@ -99,14 +99,14 @@ class Axis:
     low: float | None = None
     high: float | None = None
     ticks: tuple[AxisTick, ...] = ()
-    """In place of round numbers, such as the sizes that were trained."""
+    """Replace round numbers, for example by the sizes that were trained."""
     percent: bool = False
     """Whether labels are shares in per cent."""
     reversed: bool = False
     """Whether large values come first."""
 
     def has(self, value: float | None) -> bool:
-        """Return whether `value` has a place on this axis."""
+        """Return whether `value` can be drawn on this axis."""
         return value is not None and math.isfinite(value) and (value > 0 or not self.log)
 
     def scale(self, values: Sequence[float | None], start: float, end: float) -> AxisScale:
@@ -118,12 +118,12 @@ class Axis:
             low, high = (low / 1.5, high * 1.5) if high / low < 1.5 else (low, high)
             low = low if self.low is not None else low / (high / low) ** 0.06
             high = high if self.high is not None else high * (high / low) ** 0.06
-            return AxisScale(axis=self, low=low, high=high, start=start, end=end)
-        if high <= low:
-            low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
-        step = _tick_distance(high - low)
-        low = self.low if self.low is not None else math.floor(low / step) * step
-        high = self.high if self.high is not None else math.ceil(high / step) * step
+        else:
+            if high <= low:
+                low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+            step = _tick_distance(high - low)
+            low = self.low if self.low is not None else math.floor(low / step) * step
+            high = self.high if self.high is not None else math.ceil(high / step) * step
         return AxisScale(axis=self, low=low, high=high, start=start, end=end)
 
 
@@ -138,14 +138,14 @@ class AxisScale:
     end: float
 
     def __call__(self, value: float | None) -> float:
-        """Return the place of `value`; values outside of the bounds are placed at the border."""
-        assert value is not None, "values without a place are left out before"
+        """Return the position of `value`; values outside the bounds are drawn at the border."""
+        assert value is not None, "callers leave such values out"
         low, high, at = map(math.log10, (self.low, self.high, value)) if self.axis.log else (self.low, self.high, value)
         share = min(max((at - low) / (high - low), 0.0), 1.0)
         return self.start + (1 - share if self.axis.reversed else share) * (self.end - self.start)
 
     def ticks(self, across: bool) -> list[AxisTick]:
-        """Return the ticks that have room; `across` for a horizontal axis, whose labels are side by side."""
+        """Return the ticks whose labels fit; `across` for a horizontal axis, whose labels are side by side."""
         candidates = [tick for tick in self.axis.ticks if self.low <= tick.value <= self.high] or self._round_ticks()
         ticks: list[AxisTick] = []
         reach = -math.inf

@@ -1,16 +1,13 @@
 """Plots of curves over two axes, row charts with one axis, and their legends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from markupsafe import Markup
 
 from difflex.report.drawing import WIDTH, Axis, AxisScale, Drawing, element, shortened, svg, text, text_width
 
-__all__ = ["MARKERS", "ChartRow", "PlotCurve", "PlotPoint", "RowEntry", "Series", "SeriesStyle", "legend", "plot", "row_chart"]
+__all__ = ["MARKERS", "ChartRow", "PlotCurve", "PlotPoint", "Series", "SeriesStyle", "legend", "plot", "row_chart"]
 
 HEIGHT, TOP, RIGHT, BOTTOM = 250.0, 30.0, 14.0, 46.0
 """Of a plot and its margins."""
@@ -30,8 +27,7 @@ MARKERS: dict[Marker, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeriesStyle:
+class SeriesStyle(NamedTuple):
     """The colour, marker and dashes of a series; each of them is enough to tell it apart."""
 
     colour: int = 0
@@ -49,56 +45,45 @@ class Series(NamedTuple):
     style: SeriesStyle
     line: bool = True
     """Whether the legend shows a line, or a marker alone."""
+    bar: bool = False
+    """Whether row charts draw its values as bars from 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlotPoint:
+class PlotPoint(NamedTuple):
     """A point with a tooltip; a value that is None or not finite is not drawn."""
 
     x: float | None
     y: float | None = 0.0
     """Unused in row charts."""
-    tip: str
+    tip: str = ""
     """The tooltip: a name, then a line for each number."""
     low: float | None = None
     """Start of its interval, along y in plots and along x in row charts."""
     high: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlotCurve:
+class PlotCurve(NamedTuple):
     """The points of one series."""
 
     series: Series
-    points: tuple[PlotPoint, ...]
+    points: Sequence[PlotPoint]
     line: bool = True
     """Whether the points are joined, in their order."""
     dots: bool = True
     """Whether the points are visible; they have tooltips either way."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowEntry:
-    """A point or bar of a row."""
-
-    series: Series
-    point: PlotPoint
-    bar: bool = False
-    """Whether it is a bar from 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChartRow:
-    """A row with its name above it."""
+class ChartRow(NamedTuple):
+    """A row with its name above it, and its points or bars by series."""
 
     name: str
-    entries: tuple[RowEntry, ...]
+    points: Sequence[tuple[Series, PlotPoint]]
     note: str = ""
     """A few words or a number at the right end of the name's line."""
 
 
 def plot(title: str, description: str, x: Axis, y: Axis, curves: Sequence[PlotCurve]) -> Drawing:
-    """Draw curves over two axes; points without a place on the axes are left out and counted."""
+    """Draw curves over two axes; points that the axes cannot show are left out and counted."""
     points = [point for curve in curves for point in curve.points]
     drawable = [point for point in points if x.has(point.x) and y.has(point.y)]
     bounds = [bound for point in drawable for bound in (point.y, point.low, point.high) if bound is not None]
@@ -111,12 +96,12 @@ def plot(title: str, description: str, x: Axis, y: Axis, curves: Sequence[PlotCu
 
 def row_chart(title: str, description: str, x: Axis, rows: Sequence[ChartRow]) -> Drawing:
     """Draw rows over one axis, each name above its own line, so that long names have room."""
-    points = [entry.point for row in rows for entry in row.entries]
+    points = [point for row in rows for _, point in row.points]
     drawable = [point for point in points if x.has(point.x)]
     bounds = [bound for point in drawable for bound in (point.x, point.low, point.high) if bound is not None]
     height = ROWS_TOP + ROW * len(rows) + FOOT
     scale = x.scale(bounds, EDGE, WIDTH - EDGE)
-    parts = _row_axis(scale, height)
+    parts = [*_x_ticks(scale, height - FOOT), text(WIDTH / 2, height - 8, x.label, "middle", "axis")]
     for i, row in enumerate(rows):
         parts += _row(row, scale, ROWS_TOP + ROW * i)
     return Drawing(svg(height, title, description, *parts), len(points) - len(drawable))
@@ -139,10 +124,14 @@ def _marker(style: SeriesStyle, x: float, y: float, size: float = 4.6, **attribu
     return element("path", d=MARKERS[style.marker], transform=move, class_="dot", **attributes)
 
 
-def _centred(at: float, words: str) -> float:
-    """Return `at`, moved so that `words` centred there stay in the drawing."""
-    half = text_width(words) / 2
-    return min(max(at, half), WIDTH - half)
+def _x_ticks(x: AxisScale, top: float) -> list[Markup]:
+    """Return the ticks of a horizontal axis, from `top` downwards; their labels stay inside the drawing."""
+    parts = []
+    for tick in x.ticks(across=True):
+        at, half = x(tick.value), text_width(tick.label) / 2
+        parts.append(element("line", x1=at, x2=at, y1=top, y2=top + 4, class_="grid"))
+        parts.append(text(min(max(at, half), WIDTH - half), top + 17, tick.label, "middle", "tick"))
+    return parts
 
 
 def _frame(title: str, x: AxisScale, y: AxisScale) -> list[Markup]:
@@ -152,10 +141,7 @@ def _frame(title: str, x: AxisScale, y: AxisScale) -> list[Markup]:
         at = y(tick.value)
         parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
         parts.append(text(x.start - 6, at + 4, tick.label, "end", "tick"))
-    for tick in x.ticks(across=True):
-        at = x(tick.value)
-        parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="grid"))
-        parts.append(text(_centred(at, tick.label), y.start + 17, tick.label, "middle", "tick"))
+    parts += _x_ticks(x, y.start)
     parts.append(element("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="base"))
     parts.append(text((x.start + x.end) / 2, HEIGHT - 8, x.axis.label, "middle", "axis"))
     return parts
@@ -163,30 +149,19 @@ def _frame(title: str, x: AxisScale, y: AxisScale) -> list[Markup]:
 
 def _curve(curve: PlotCurve, x: AxisScale, y: AxisScale) -> Markup:
     style = curve.series.style
-    points = [point for point in curve.points if x.axis.has(point.x) and y.axis.has(point.y)]
-    places = [(x(point.x), y(point.y)) for point in points]
+    points = [(p, x(p.x), y(p.y)) for p in curve.points if x.axis.has(p.x) and y.axis.has(p.y)]
     parts = [
         element("line", x1=at, x2=at, y1=y(point.low), y2=y(point.high), class_="whisker")
-        for point, (at, _) in zip(points, places, strict=True)
+        for point, at, _ in points
         if y.axis.has(point.low) and y.axis.has(point.high)
     ]
-    if curve.line and len(places) > 1:
-        path = "M" + "L".join(f"{at:.2f} {up:.2f}" for at, up in places)
+    if curve.line and len(points) > 1:
+        path = "M" + "L".join(f"{at:.2f} {up:.2f}" for _, at, up in points)
         parts.append(element("path", d=path, class_="line", stroke_dasharray=style.dash or None))
-    visible = style if curve.dots else SeriesStyle(colour=style.colour, marker="circle")
+    visible = style if curve.dots else SeriesStyle(style.colour)
     opacity = None if curve.dots else "0"
-    for point, (at, up) in zip(points, places, strict=True):
-        parts.append(_marker(visible, at, up, data_tip=point.tip, opacity=opacity))
+    parts += [_marker(visible, at, up, data_tip=point.tip, opacity=opacity) for point, at, up in points]
     return element("g", *parts, class_=f"series c{style.colour}", data_series=curve.series.id)
-
-
-def _row_axis(x: AxisScale, height: float) -> list[Markup]:
-    bottom, parts = height - FOOT + 4, []
-    for tick in x.ticks(across=True):
-        at = x(tick.value)
-        parts.append(element("line", x1=at, x2=at, y1=bottom - 4, y2=bottom, class_="grid"))
-        parts.append(text(_centred(at, tick.label), bottom + 13, tick.label, "middle", "tick"))
-    return [*parts, text(WIDTH / 2, height - 8, x.axis.label, "middle", "axis")]
 
 
 def _row(row: ChartRow, x: AxisScale, top: float) -> list[Markup]:
@@ -197,15 +172,15 @@ def _row(row: ChartRow, x: AxisScale, top: float) -> list[Markup]:
         text(WIDTH, top + 12, row.note, "end", "tick"),
         element("line", x1=x.start, x2=x.end, y1=line, y2=line, class_="grid"),
     ]
-    return [*parts, *(_entry(entry, x, line) for entry in row.entries if x.axis.has(entry.point.x))]
+    return [*parts, *(_row_point(series, point, x, line) for series, point in row.points if x.axis.has(point.x))]
 
 
-def _entry(entry: RowEntry, x: AxisScale, line: float) -> Markup:
-    point, style, parts = entry.point, entry.series.style, []
+def _row_point(series: Series, point: PlotPoint, x: AxisScale, line: float) -> Markup:
+    parts = []
     if x.axis.has(point.low) and x.axis.has(point.high):
         parts.append(element("line", x1=x(point.low), x2=x(point.high), y1=line, y2=line, class_="whisker"))
-    shape = _bar(point, x, line) if entry.bar else _marker(style, x(point.x), line, 5.2, data_tip=point.tip)
-    return element("g", *parts, shape, class_=f"series c{style.colour}", data_series=entry.series.id)
+    shape = _bar(point, x, line) if series.bar else _marker(series.style, x(point.x), line, 5.2, data_tip=point.tip)
+    return element("g", *parts, shape, class_=f"series c{series.style.colour}", data_series=series.id)
 
 
 def _bar(point: PlotPoint, x: AxisScale, line: float) -> Markup:

@@ -1,10 +1,8 @@
 """Heat maps: a colour for each cell, with its number where there is room."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -13,7 +11,7 @@ from difflex.report.drawing import WIDTH, Drawing, element, shortened, svg, text
 __all__ = ["HeatCell", "HeatStrip", "heat_map", "heat_strips", "ramp"]
 
 FAINT = 0.1
-"""The opacity of the smallest value; that of the largest is 1. One hue over the background is the same to all eyes."""
+"""The opacity of the smallest value; that of the largest is 1. One hue looks the same to colour-blind eyes."""
 OVER = {"over": 0.68, "half": 0.55}
 """Above these opacities numbers are in the colour of the background: on light pages, and on dark ones."""
 TOP, FOOT, LINE, GAP = 28.0, 42.0, 26.0, 1.5
@@ -21,8 +19,7 @@ STRIP = 34.0
 """The height of a strip with its name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeatCell:
+class HeatCell(NamedTuple):
     """A value as a colour."""
 
     share: float
@@ -32,14 +29,16 @@ class HeatCell:
     """The tooltip."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeatStrip:
+HeatRows = Sequence[Sequence[HeatCell | None]]
+
+
+class HeatStrip(NamedTuple):
     """A histogram as a row of narrow cells under its name."""
 
     name: str
     note: str
     """A few words at the right end of the name's line."""
-    cells: tuple[HeatCell | None, ...]
+    cells: Sequence[HeatCell | None]
 
 
 def ramp(low: str, high: str, label: str) -> Markup:
@@ -48,15 +47,8 @@ def ramp(low: str, high: str, label: str) -> Markup:
     return element("p", element("span", label), element("span", low), bar, element("span", high), class_="ramp")
 
 
-def heat_map(
-    title: str,
-    description: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    cells: Sequence[Sequence[HeatCell | None]],
-    label: str,
-) -> Drawing:
-    """Draw `cells` row by row with the names of rows beside them; None is an empty cell, `label` says what the columns are."""
+def heat_map(title: str, description: str, rows: Sequence[str], columns: Sequence[str], cells: HeatRows, label: str) -> Drawing:
+    """Draw `cells` row by row beside the names of the rows; None is an empty cell, `label` says what the columns are."""
     left = min(max(map(text_width, rows), default=0) + 8, WIDTH * 0.45)
     step = (WIDTH - left) / max(len(columns), 1)
     line = min(LINE, max(step, 14.0))
@@ -88,7 +80,7 @@ def heat_strips(
     return Drawing(svg(height, title, description, *parts), _left_out(cells))
 
 
-def _left_out(cells: Sequence[Sequence[HeatCell | None]]) -> int:
+def _left_out(cells: HeatRows) -> int:
     return sum(cell is not None and not math.isfinite(cell.share) for row in cells for cell in row)
 
 

@@ -13,13 +13,13 @@ from difflex.report.drawing.charts import Series
 
 __all__ = ["MissingFigure", "ReportFigure", "ReportSection", "SortableRow", "html_table", "sortable_table"]
 
-NOTHING = Markup()
+EMPTY = Markup()
 
 
 class MissingFigure(NamedTuple):
     """A figure whose records do not exist yet."""
 
-    what: str
+    name: str
     command: str
     """The command that writes the records."""
 
@@ -37,9 +37,9 @@ class ReportFigure:
     columns: tuple[str, ...]
     rows: Sequence[tuple[str | float | None, ...]]
     """The numbers behind the drawings."""
-    drawings: tuple[Drawing, ...] = ()
-    legend: tuple[Series, ...] = ()
-    ramp: Markup = NOTHING
+    drawings: Sequence[Drawing] = ()
+    legend: Sequence[Series] = ()
+    ramp: Markup = EMPTY
     """The legend of a heat map."""
     paired: bool = False
     """Whether the drawings are pairs, two in a row."""
@@ -48,14 +48,12 @@ class ReportFigure:
     def csv(self) -> str:
         """The numbers as comma-separated values, with all digits."""
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(["" if x is None else x if isinstance(x, str) else repr(x) for x in row] for row in self.rows)
+        csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
         return file.getvalue()
 
     @property
     def left_out(self) -> int:
-        """The number of values that have no place in the drawings; the CSV has them."""
+        """The number of values that the drawings cannot show; the CSV has them."""
         return sum(drawing.left_out for drawing in self.drawings)
 
 
@@ -66,12 +64,22 @@ class ReportSection:
     name: str
     """Its anchor."""
     title: str
-    lead: str
+    lead: str = ""
     """An introduction in a sentence or two."""
-    figures: tuple[ReportFigure, ...] = ()
-    missing: tuple[MissingFigure, ...] = ()
-    body: Markup = NOTHING
-    """Everything else, such as a table or a list of claims."""
+    body: Markup = EMPTY
+    """What comes before the figures, such as a table or a list of claims."""
+    parts: Sequence[ReportFigure | MissingFigure] = ()
+    """The figures in their order; missing ones are listed at the end."""
+
+    @property
+    def figures(self) -> list[ReportFigure]:
+        """The figures that are not missing."""
+        return [part for part in self.parts if isinstance(part, ReportFigure)]
+
+    @property
+    def missing(self) -> list[MissingFigure]:
+        """The figures that are missing."""
+        return [part for part in self.parts if isinstance(part, MissingFigure)]
 
 
 class SortableRow(NamedTuple):
@@ -89,14 +97,10 @@ def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], label: str, 
     """Return a table that scrolls in its own box; its first `words` columns are text, the others numbers."""
     kinds = ["word" if i < words else None for i in range(len(heads))]
     head = [element("th", name, scope="col", class_=kind) for name, kind in zip(heads, kinds, strict=True)]
-    body = [
-        element(
-            "tr",
-            element("th", row[0], scope="row"),
-            *(element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)),
-        )
-        for row in rows
-    ]
+    body = []
+    for row in rows:
+        cells = [element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True)]
+        body.append(element("tr", element("th", row[0], scope="row"), *cells))
     return _box(element("table", element("thead", element("tr", *head)), element("tbody", *body)), label)
 
 

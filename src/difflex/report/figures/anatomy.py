@@ -26,16 +26,12 @@ RANKS = 48
 def anatomy(facts: StudyFacts) -> ReportSection:
     """Return the section about the model itself."""
     command = f"difflex anatomy {facts.study.model} --prompts FILE --out STUDY"
-    figures = {
-        "Norms by layer and timestep": _norms_figure(facts.anatomy) if facts.anatomy else None,
-        "Spectra": _spectra_figure(facts.anatomy) if facts.anatomy else None,
-    }
+    norms, spectra = (_norms_figure(facts.anatomy), _spectra_figure(facts.anatomy)) if facts.anatomy else (None, None)
     return ReportSection(
         name="anatomy",
         title="The model",
         lead="The norms of its activations from layer to layer and timestep to timestep, and how many directions they fill.",
-        figures=tuple(figure for figure in figures.values() if figure is not None),
-        missing=tuple(MissingFigure(name, command) for name, figure in figures.items() if figure is None),
+        parts=[norms or MissingFigure("Norms by layer and timestep", command), spectra or MissingFigure("Spectra", command)],
     )
 
 
@@ -57,7 +53,7 @@ def _norms_figure(anatomy: Anatomy) -> ReportFigure | None:
         formula="mean over tokens of |x|; colour by log10",
         columns=("site", "stream", "timestep", "norm"),
         rows=rows,
-        drawings=tuple(_norms(stream, norms, low, high) for stream, norms in streams.items() if norms),
+        drawings=[_norms(stream, norms, low, high) for stream, norms in streams.items() if norms],
         ramp=ramp(number(low), number(high), "mean norm, log scale"),
     )
 
@@ -71,7 +67,7 @@ def _norms(stream: str, norms: Norms, low: float, high: float) -> Drawing:
         if norm is None:
             return None
         share = (math.log10(norm) - math.log10(low)) / decades if _is_drawable(norm) else math.nan
-        return HeatCell(share=share, label=number(norm), tip=f"{site}\ntimestep {timestep:g}\nmean norm {number(norm, 4)}")
+        return HeatCell(share, number(norm), f"{site}\ntimestep {timestep:g}\nmean norm {number(norm, 4)}")
 
     return heat_map(
         f"{stream} stream",
@@ -89,9 +85,9 @@ def _spectra_figure(anatomy: Anatomy) -> ReportFigure | None:
         return None
     rows: list[SpectrumRow] = []
     for site, shape in shapes.items():
-        whole, sums = sum(shape.variances), list(accumulate(shape.variances))
-        rows += [(str(site), rank, shape.variances[rank - 1] / whole, sums[rank - 1] / whole) for rank in _ranks(len(sums))]
-    series = tuple(Series(str(site), str(site), numbered_style(i)) for i, site in enumerate(shapes))
+        total, sums = sum(shape.variances), list(accumulate(shape.variances))
+        rows += [(str(site), rank, shape.variances[rank - 1] / total, sums[rank - 1] / total) for rank in _ranks(len(sums))]
+    series = [Series(str(site), str(site), numbered_style(i)) for i, site in enumerate(shapes)]
     sizes = "; ".join(f"{site}: 90 % in {shape.components_for_90} of {len(shape.variances)}" for site, shape in shapes.items())
     # Shares that are rounding errors of 0 are left out on the log axis.
     curves = [_curve([row for row in rows if row[2] > 1e-12], entry, lambda row: row[2]) for entry in series]
@@ -105,21 +101,21 @@ def _spectra_figure(anatomy: Anatomy) -> ReportFigure | None:
         formula="eigenvalues of the covariance of x over their sum",
         columns=("site", "rank", "share", "share of this and all larger"),
         rows=rows,
-        drawings=(
+        drawings=[
             _spectrum("along each direction", Axis(label=label, log=True), curves),
             _spectrum("in the largest together", Axis(label=label, low=0.0, high=1.0, percent=True), sums_of_curves),
-        ),
+        ],
         legend=series,
     )
 
 
 def _curve(rows: Sequence[SpectrumRow], series: Series, share: Callable[[SpectrumRow], float]) -> PlotCurve:
-    points = tuple(
-        PlotPoint(x=row[1], y=share(row), tip=f"{row[0]}\ndirection {row[1]}: {percent(row[2])}\nup to it: {percent(row[3])}")
+    points = [
+        PlotPoint(row[1], share(row), f"{row[0]}\ndirection {row[1]}: {percent(row[2])}\nup to it: {percent(row[3])}")
         for row in rows
         if row[0] == series.id
-    )
-    return PlotCurve(series=series, points=points, dots=False)
+    ]
+    return PlotCurve(series, points, dots=False)
 
 
 def _spectrum(title: str, y: Axis, curves: Sequence[PlotCurve]) -> Drawing:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from difflex.evaluation.concepts.results import ConceptResult, NoiseLevelResult, count_detected
 from difflex.report.drawing import Axis, Drawing
-from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, SeriesStyle, plot, row_chart
 from difflex.report.drawing.heat import HeatCell, heat_map, ramp
 from difflex.report.facts import MatchFacts, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
@@ -18,15 +18,14 @@ Blocks = Mapping[str, Sequence[MatchFacts]]
 GRID = tuple(i / 50 for i in range(51))
 """The average precisions at which a distribution is drawn."""
 PROBE_NAME = "a linear probe"
-COVERAGE = Series("coverage", "concepts detected (AP ≥ 0.8)", SeriesStyle(colour=8, marker="circle"), line=False)
-MEAN = Series("mean", "mean AP of the best features", SeriesStyle(colour=8, marker="ring"), line=False)
-PROBE = Series("probe", PROBE_NAME, SeriesStyle(colour=8, marker="square"), line=False)
+COVERAGE = Series("coverage", "concepts detected (AP ≥ 0.8)", SeriesStyle(8, "circle"), line=False)
+MEAN = Series("mean", "mean AP of the best features", SeriesStyle(8, "ring"), line=False)
+PROBE = Series("probe", PROBE_NAME, SeriesStyle(8, "square"), line=False)
 
 
 def concepts(facts: StudyFacts) -> ReportSection:
     """Return the section about known concepts."""
     blocks = facts.blocks
-    figures = (_features(blocks), _coverage(blocks), _knowledge(blocks)) if blocks else ()
     missing = MissingFigure("Features compared with known concepts, by layer and noise level", "difflex concepts STUDY")
     return ReportSection(
         name="concepts",
@@ -34,15 +33,18 @@ def concepts(facts: StudyFacts) -> ReportSection:
         lead="Every feature is compared with concepts whose place in images is known. The best feature of a concept is chosen on "
         "training images and measured on held-out ones; AP is average precision over tokens, 1 for a feature that fires where "
         "the concept is and nowhere else.",
-        figures=figures,
-        missing=() if blocks else (missing,),
+        parts=[_features(blocks), _coverage(blocks), _knowledge(blocks)] if blocks else [missing],
     )
 
 
 def mean_ap(results: Sequence[ConceptResult], probe: bool = False) -> float | None:
     """Return the mean over concepts of the AP of their best features, or of a linear probe."""
-    values = [(result.probe if probe else result.best.ap).value for result in results]
+    values = _aps(results, probe)
     return sum(values) / len(values) if values else None
+
+
+def _aps(results: Sequence[ConceptResult], probe: bool) -> list[float]:
+    return [(result.probe if probe else result.best.ap).value for result in results]
 
 
 def _series(match: MatchFacts) -> Series:
@@ -63,15 +65,8 @@ def _one_k(matches: Sequence[MatchFacts]) -> list[MatchFacts]:
 
 
 def _features(blocks: Blocks) -> ReportFigure:
-    chosen = {path: _one_k(matches) for path, matches in blocks.items()}
-    rows = tuple(
-        (path, match.name, ap, share, features)
-        for path, matches in chosen.items()
-        for match in matches
-        for ap, share, features in _distribution(match)
-    )
-    series = {_series(match).id: _series(match) for matches in chosen.values() for match in matches}
-    ks = "; ".join(f"{path}: k {matches[0].k}" for path, matches in chosen.items())
+    methods = {path: _one_k(matches) for path, matches in blocks.items()}
+    ks = "; ".join(f"{path}: k {matches[0].k}" for path, matches in methods.items())
     return ReportFigure(
         name="features",
         title="Features by the concept they detect best",
@@ -80,9 +75,9 @@ def _features(blocks: Blocks) -> ReportFigure:
         "of arXiv 2505.24360, where a model judged explanations.",
         formula="features whose best AP over all concepts is at least this / features that fire",
         columns=("block", "method", "AP at least", "share of features", "features"),
-        rows=rows,
-        drawings=tuple(_features_plot(path, matches) for path, matches in chosen.items()),
-        legend=tuple(series.values()),
+        rows=[(path, m.name, *reached) for path, matches in methods.items() for m in matches for reached in _distribution(m)],
+        drawings=[_features_plot(path, matches) for path, matches in methods.items()],
+        legend=list({_series(match).id: _series(match) for matches in methods.values() for match in matches}.values()),
     )
 
 
@@ -94,17 +89,13 @@ def _distribution(match: MatchFacts) -> list[tuple[float, float, int]]:
 
 
 def _features_plot(path: str, matches: Sequence[MatchFacts]) -> Drawing:
-    curves = [
-        PlotCurve(
-            series=_series(match),
-            points=tuple(
-                PlotPoint(x=ap, y=share, tip=f"{match.name}\nAP ≥ {ap:g}: {features:,} features, {percent(share)}")
-                for ap, share, features in _distribution(match)
-            ),
-            dots=False,
-        )
-        for match in matches
-    ]
+    curves = []
+    for match in matches:
+        points = [
+            PlotPoint(ap, share, f"{match.name}\nAP ≥ {ap:g}: {features:,} features, {percent(share)}")
+            for ap, share, features in _distribution(match)
+        ]
+        curves.append(PlotCurve(_series(match), points, dots=False))
     x = Axis(label="average precision, at least", low=0.0, high=1.0)
     y = Axis(label="share of features", log=True, percent=True, high=1.0)
     about = f"Curves of {len(matches)} methods, falling from all features at AP 0 to the few best on the right."
@@ -128,18 +119,17 @@ def _coverage(blocks: Blocks) -> ReportFigure:
         formula="detected: AP ≥ 0.8 of one feature; all noise levels together",
         columns=("block", "method", "concepts", "detected", "share", "low", "high", "mean AP", "mean AP of probe"),
         rows=rows,
-        drawings=tuple(_coverage_chart(path, matches) for path, matches in ordered.items()),
+        drawings=[_coverage_chart(path, matches) for path, matches in ordered.items()],
         legend=(COVERAGE, MEAN, PROBE),
     )
 
 
 def _coverage_chart(path: str, matches: Sequence[MatchFacts]) -> Drawing:
     ceiling = mean_ap(matches[0].overall.results, probe=True)
-    point = PlotPoint(x=ceiling, tip=f"{PROBE_NAME} on the whole activation\nmean AP {number(ceiling)}")
-    probe = ChartRow(name=PROBE_NAME, entries=(RowEntry(series=PROBE, point=point),))
+    point = PlotPoint(ceiling, tip=f"{PROBE_NAME} on the whole activation\nmean AP {number(ceiling)}")
     about = f"{len(matches)} methods by mean average precision, the highest first, and a linear probe above them."
     axis = Axis(label="share of concepts, and mean AP", low=0.0, high=1.0)
-    return row_chart(path, about, axis, [probe, *map(_coverage_row, matches)])
+    return row_chart(path, about, axis, [ChartRow(PROBE_NAME, [(PROBE, point)]), *map(_coverage_row, matches)])
 
 
 def _coverage_row(match: MatchFacts) -> ChartRow:
@@ -147,13 +137,12 @@ def _coverage_row(match: MatchFacts) -> ChartRow:
     detected, total = count_detected(level.results)
     mean, (value, low, high) = mean_ap(level.results), level.coverage
     tip = f"{match.name}\n{detected} of {total} concepts: {percent(value)} ({percent(low)} to {percent(high)})"
-    share = PlotPoint(x=value, tip=tip, low=low, high=high)
-    ap = PlotPoint(x=mean, tip=f"{match.name}\nmean AP of the best features {number(mean)}")
-    entries = tuple(
-        RowEntry(series=series._replace(style=SeriesStyle(colour=colour, marker=series.style.marker)), point=point)
-        for series, point in ((MEAN, ap), (COVERAGE, share))
-    )
-    return ChartRow(name=match.name, note=f"{detected} of {total}", entries=entries)
+    share = PlotPoint(value, tip=tip, low=low, high=high)
+    ap = PlotPoint(mean, tip=f"{match.name}\nmean AP of the best features {number(mean)}")
+    own = [
+        (series._replace(style=series.style._replace(colour=colour)), point) for series, point in ((MEAN, ap), (COVERAGE, share))
+    ]
+    return ChartRow(match.name, own, f"{detected} of {total}")
 
 
 def _knowledge(blocks: Blocks) -> ReportFigure:
@@ -177,7 +166,7 @@ def _knowledge(blocks: Blocks) -> ReportFigure:
         formula="mean over the concepts of a group of AP; in the CSV also the number detected (AP ≥ 0.8)",
         columns=("block", "method", "group", "noise", "concepts", "mean AP", "detected"),
         rows=rows,
-        drawings=tuple(drawings),
+        drawings=drawings,
         ramp=ramp("0", "1", "mean AP"),
         paired=True,
     )
@@ -194,8 +183,7 @@ def _knowledge_map(path: str, name: str, match: MatchFacts, probe: bool) -> Draw
         if mean is None:
             return None
         detected = f"{_detected(results, probe)} of {len(results)} concepts detected"
-        tip = f"{group}, noise {_noise(match, level)}\nmean AP {number(mean)}\n{detected}\n{name}"
-        return HeatCell(share=mean, label=f"{mean:.2f}", tip=tip)
+        return HeatCell(mean, f"{mean:.2f}", f"{group}, noise {_noise(match, level)}\nmean AP {number(mean)}\n{detected}\n{name}")
 
     return heat_map(
         f"{path}: {name}",
@@ -208,7 +196,7 @@ def _knowledge_map(path: str, name: str, match: MatchFacts, probe: bool) -> Draw
 
 
 def _detected(results: Sequence[ConceptResult], probe: bool) -> int:
-    return sum((result.probe if probe else result.best.ap).value >= 0.8 for result in results)
+    return sum(ap >= 0.8 for ap in _aps(results, probe))
 
 
 def _groups(match: MatchFacts) -> list[str]:
@@ -216,7 +204,7 @@ def _groups(match: MatchFacts) -> list[str]:
 
 
 def _noise(match: MatchFacts, level: NoiseLevelResult) -> str:
-    """Return a noise level; for all together, the only one there was or `all`."""
+    """Return a noise level; for all together `all`, or the noise if it is the only one."""
     if level.noise is not None:
         return f"{level.noise:g}"
     inputs, alone = match.matches.inputs, len(match.matches.levels) == 1

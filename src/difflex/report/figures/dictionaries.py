@@ -7,9 +7,9 @@ from markupsafe import Markup
 
 from difflex.evaluation import Evaluation
 from difflex.report.drawing import Axis, Drawing, element
-from difflex.report.drawing.charts import ChartRow, PlotPoint, RowEntry, row_chart
+from difflex.report.drawing.charts import ChartRow, PlotPoint, row_chart
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_strips, ramp
-from difflex.report.facts import DictionaryFacts, StudyFacts
+from difflex.report.facts import DictionaryFacts, StudyFacts, group_by
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, sortable_table
 from difflex.report.style import kind_series, number, percent
 
@@ -18,26 +18,25 @@ __all__ = ["TableColumn", "dictionaries", "firing", "metric_columns", "normalisa
 
 def firing(facts: StudyFacts) -> ReportSection:
     """Return the section about how often features fire."""
-    groups = normalisation_variants(facts.evaluated)
-    missing = [] if groups else [MissingFigure("Dead features by normalisation", "difflex train STUDY --normalisation none")]
-    if not facts.evaluated:
-        missing.append(MissingFigure("Density of features", "difflex evaluate STUDY"))
+    evaluated, groups = facts.evaluated, normalisation_variants(facts.evaluated)
+    dead = MissingFigure("Dead features by normalisation", "difflex train STUDY --normalisation none")
+    density = MissingFigure("Density of features", "difflex evaluate STUDY")
     return ReportSection(
         name="firing",
         title="How often features fire",
         lead="A feature that never fires explains nothing. Normalisation of the activations decides how many of them there are.",
-        figures=(*([_dead(groups)] if groups else []), *([_density(facts.evaluated)] if facts.evaluated else [])),
-        missing=tuple(missing),
+        parts=[_dead(groups) if groups else dead, _density(evaluated) if evaluated else density],
     )
 
 
 def normalisation_variants(evaluated: Iterable[DictionaryFacts]) -> list[list[DictionaryFacts]]:
     """Return the groups of dictionaries that differ in nothing but their normalisation."""
-    groups: dict[tuple[object, ...], list[DictionaryFacts]] = {}
-    for d in evaluated:
-        rest = tuple(word for word in d.variant.split("-") if word not in ("", d.normalisation))
-        groups.setdefault((d.ref.site, d.kind, d.size, d.k, rest, d.data), []).append(d)
-    return [group for group in groups.values() if len({d.normalisation for d in group}) > 1]
+
+    def rest(d: DictionaryFacts) -> tuple[object, ...]:
+        words = tuple(word for word in d.variant.split("-") if word not in ("", d.normalisation))
+        return d.ref.site, d.kind, d.size, d.k, words, d.data
+
+    return [group for group in group_by(evaluated, rest).values() if len({d.normalisation for d in group}) > 1]
 
 
 def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
@@ -56,25 +55,25 @@ def _dead(groups: Iterable[Iterable[DictionaryFacts]]) -> ReportFigure:
         rows=[
             (d.name, d.normalisation, d.metrics.size, d.metrics.dead, d.metrics.dead_share, d.metrics.tokens) for d in variants
         ],
-        drawings=(row_chart("dead features", about, axis, [_dead_row(d) for d in variants]),),
-        legend=tuple(map(kind_series, kinds)) if len(kinds) > 1 else (),
+        drawings=[row_chart("dead features", about, axis, [_dead_row(d) for d in variants])],
+        legend=[kind_series(kind) for kind in kinds] if len(kinds) > 1 else (),
     )
 
 
 def _dead_row(dictionary: DictionaryFacts) -> ChartRow:
     name, normalisation, metrics = dictionary.name, dictionary.normalisation, dictionary.metrics
-    dead = f"{metrics.dead:,} of {metrics.size:,} never fired ({percent(metrics.dead_share)})\nat {metrics.tokens:,} tokens"
-    point = PlotPoint(x=metrics.dead_share, tip=f"{name}\nnormalisation: {normalisation}\n{dead}")
-    entry = RowEntry(series=kind_series(dictionary.kind), point=point, bar=True)
-    return ChartRow(name=f"{normalisation}: {name}", note=percent(metrics.dead_share), entries=(entry,))
+    share = percent(metrics.dead_share)
+    dead = f"{metrics.dead:,} of {metrics.size:,} never fired ({share})\nat {metrics.tokens:,} tokens"
+    point = PlotPoint(metrics.dead_share, tip=f"{name}\nnormalisation: {normalisation}\n{dead}")
+    return ChartRow(f"{normalisation}: {name}", [(kind_series(dictionary.kind)._replace(bar=True), point)], share)
 
 
 def _density(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
     edges = Evaluation.edges
-    used = [i for i in range(len(edges) - 1) if any(i < len(d.metrics.density) and d.metrics.density[i] for d in evaluated)]
+    used = [i for i in range(len(edges) - 1) if any(d.metrics.density[i] for d in evaluated)]
     bins = range(min(used), max(used) + 1) if used else range(len(edges) - 2, len(edges) - 1)
-    most = max((_share(d, i) for d in evaluated for i in bins), default=0.0) or 1.0
-    sites = dict.fromkeys(str(d.ref.site) for d in evaluated)
+    most = max(_share(d, i) for d in evaluated for i in bins) or 1.0
+    sites = group_by(evaluated, lambda d: str(d.ref.site))
     return ReportFigure(
         name="density",
         title="Density of features",
@@ -83,7 +82,7 @@ def _density(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
         formula="tokens at which a feature's code is positive / tokens; cells of a quarter of a power of ten",
         columns=("dictionary", "log10 density from", "log10 density to", "features", "share of features"),
         rows=[(d.name, edges[i], edges[i + 1], d.metrics.density[i], _share(d, i)) for d in evaluated for i in bins],
-        drawings=tuple(_strips(site, [d for d in evaluated if str(d.ref.site) == site], bins, most) for site in sites),
+        drawings=[_strips(site, members, bins, most) for site, members in sites.items()],
         ramp=ramp("0 %", percent(most), "share of a dictionary's features"),
     )
 
@@ -92,20 +91,15 @@ def _strips(site: str, members: Sequence[DictionaryFacts], bins: range, most: fl
     powers = {i: percent(10.0**edge) for i, edge in enumerate(Evaluation.edges)}
 
     def cell(dictionary: DictionaryFacts, i: int) -> HeatCell | None:
-        features = dictionary.metrics.density[i]
-        if not features:
-            return None
-        amount = f"{features:,} features, {percent(_share(dictionary, i))}"
-        tip = f"{dictionary.name}\nfire at {powers[i]} to {powers[i + 1]} of the tokens:\n{amount}"
-        return HeatCell(share=_share(dictionary, i) / most, label="", tip=tip)
+        features, share = dictionary.metrics.density[i], _share(dictionary, i)
+        where = f"fire at {powers[i]} to {powers[i + 1]} of the tokens"
+        tip = f"{dictionary.name}\n{where}:\n{features:,} features, {percent(share)}"
+        return HeatCell(share / most, "", tip) if features else None
 
     return heat_strips(
         site,
         f"Histograms of how often the features of {len(members)} dictionaries fire.",
-        [
-            HeatStrip(name=d.ref.label, note=f"dead {percent(d.metrics.dead_share)}", cells=tuple(cell(d, i) for i in bins))
-            for d in members
-        ],
+        [HeatStrip(d.ref.label, f"dead {percent(d.metrics.dead_share)}", [cell(d, i) for i in bins]) for d in members],
         ticks=[(i - bins[0], powers[i]) for i in range(bins[0], bins[-1] + 2) if Evaluation.edges[i] % 1 == 0],
         label="share of the tokens at which a feature fires",
     )
@@ -135,7 +129,7 @@ def _space_columns(name: str, entry: str, meaning: str) -> tuple[TableColumn, Ta
     return model_space, TableColumn(f"{name} in z", "the same in the space of normalised activations", normalised)
 
 
-def _whole(value: float | None) -> str:
+def _integer(value: float | None) -> str:
     return number(value) if value is None or value != value else f"{value:,.0f}"
 
 
@@ -163,7 +157,7 @@ METRICS = {
 }
 """The metrics of both spaces: their entries in a record, and their meanings."""
 COLUMNS = (
-    TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _whole),
+    TableColumn("tokens", "held-out tokens that were measured", lambda e: e.tokens, _integer),
     *(column for name, metric in METRICS.items() for column in _space_columns(name, *metric)),
     TableColumn("L0", "codes other than 0 per token", lambda e: e.overall.l0),
     TableColumn(
@@ -206,27 +200,23 @@ def dictionaries(facts: StudyFacts) -> ReportSection:
     """Return the section with the table of all dictionaries."""
     evaluated = facts.evaluated
     columns = metric_columns(d.metrics for d in evaluated)
-    waiting = [d.name for d in facts.dictionaries if d.evaluation is None]
-    missing = [MissingFigure(f"Metrics of {', '.join(waiting)}", "difflex evaluate STUDY")] if waiting else []
+    parts: list[ReportFigure | MissingFigure] = []
+    if evaluated:
+        heads = ("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns))
+        rows = [(d.name, d.kind, d.normalisation, d.k, d.size, *(c.value(d.metrics) for c in columns)) for d in evaluated]
+        parts.append(ReportFigure(name="dictionaries", caption="All digits of the table above.", columns=heads, rows=rows))
+    if waiting := [d.name for d in facts.dictionaries if d.evaluation is None]:
+        parts.append(MissingFigure(f"Metrics of {', '.join(waiting)}", "difflex evaluate STUDY"))
     if not facts.dictionaries:
-        missing.append(MissingFigure("Dictionaries", "difflex train STUDY or difflex itda STUDY"))
-    file = ReportFigure(
-        name="dictionaries",
-        caption="All digits of the table above.",
-        columns=("dictionary", "kind", "normalisation", "k", "size", *(column.name for column in columns)),
-        rows=[
-            (d.name, d.kind, d.normalisation, d.k, d.size, *(column.value(d.metrics) for column in columns)) for d in evaluated
-        ],
-    )
+        parts.append(MissingFigure("Dictionaries", "difflex train STUDY or difflex itda STUDY"))
     return ReportSection(
         name="dictionaries",
         title="All dictionaries",
         lead="Click a column to sort by it, again to reverse the order. x is an activation and y its reconstruction; model "
         "space is that of the activations, z the space of normalised activations, in which the dictionary was trained. Without "
         "normalisation the two are the same.",
-        figures=(file,) if evaluated else (),
-        missing=tuple(missing),
-        body=_table(evaluated, columns) if evaluated else Markup(""),
+        body=_table(evaluated, columns) if evaluated else Markup(),
+        parts=parts,
     )
 
 
@@ -236,8 +226,8 @@ def _table(evaluated: Iterable[DictionaryFacts], columns: Sequence[TableColumn])
     rows = []
     for d in evaluated:
         values = [column.value(d.metrics) for column in columns]
-        texts = [column.write(value) for column, value in zip(columns, values, strict=True)]
-        rows.append(SortableRow(d.name, d.normalisation, list(zip(values, texts, strict=True))))
+        numbers = [(value, column.write(value)) for column, value in zip(columns, values, strict=True)]
+        rows.append(SortableRow(d.name, d.normalisation, numbers))
     meanings = [part for column in columns for part in (element("dt", column.name), element("dd", column.meaning))]
     legend = element("details", element("summary", "The meaning of the columns"), element("dl", *meanings, class_="meanings"))
     return sortable_table(heads, rows, "Metrics of all dictionaries") + legend

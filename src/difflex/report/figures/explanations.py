@@ -14,8 +14,8 @@ from difflex.explanation.comparison import ExplainedMethod, MethodComparison, Me
 from difflex.features import Book, ImageAlbum, overlaid
 from difflex.features.entries import FeatureStats
 from difflex.report.drawing import Axis, Drawing
-from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
-from difflex.report.facts import StudyFacts
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, SeriesStyle, plot, row_chart
+from difflex.report.facts import StudyFacts, group_by
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import count, kind_series, kind_styles, number, percent
 from difflex.study import DictionaryRef, Study
@@ -27,8 +27,8 @@ UNTRAINED = ", untrained model"
 """The suffix of the names of the control's dictionaries."""
 CHANCE = 0.5
 """The accuracy of a judge that knows nothing."""
-PAPER = Series("paper", "judged on what the explainer saw (paper)", SeriesStyle(colour=1, marker="diamond"), line=False)
-HELDOUT = Series("heldout", "judged on held-out images", SeriesStyle(colour=0, marker="circle"), line=False)
+PAPER = Series("paper", "judged on what the explainer saw (paper)", SeriesStyle(1, "diamond"), line=False)
+HELDOUT = Series("heldout", "judged on held-out images", SeriesStyle(0, "circle"), line=False)
 SURFACES = {"none": "none of it", "some": "some of it", "all": "all of it"}
 ACCURACY = Axis(label="mean accuracy", low=0.0, high=1.0)
 BEST, WORST = 6, 3
@@ -44,14 +44,13 @@ def explanations(facts: StudyFacts) -> ReportSection:
     if facts.control is not None:
         control = _methods(facts.control, facts.control_books)
         explained += [replace(method, dictionary=f"{method.dictionary}{UNTRAINED}") for method in control]
-    comparison = compare_methods(explained)
+    comparison, missing = compare_methods(explained), MissingFigure("Explanations and their scores", "difflex explain STUDY")
     return ReportSection(
         name="explanations",
         title="How accurate explanations are",
         lead="A vision-language model says what the images of a feature share; a judge that knows only this explanation says of "
         f"other images whether the feature fires there. Accuracy {CHANCE} is chance.",
-        figures=(_distributions(comparison), _falls(comparison), _surfaces(comparison)) if explained else (),
-        missing=() if explained else (MissingFigure("Explanations and their scores", "difflex explain STUDY"),),
+        parts=[_distributions(comparison), _falls(comparison), _surfaces(comparison)] if explained else [missing],
     )
 
 
@@ -65,16 +64,9 @@ def _methods(study: Study, refs: Iterable[DictionaryRef]) -> list[ExplainedMetho
 
 
 def _distributions(comparison: MethodComparison) -> ReportFigure:
-    panels: dict[tuple[str, str], list[ExplainedMethod]] = {}
-    for method in comparison.methods:
-        panels.setdefault((method.backend, method.protocol), []).append(method)
+    panels = group_by(comparison.methods, lambda method: (method.backend, method.protocol))
     styles = kind_styles({method.dictionary: _kind(method) for method in comparison.methods})
     series = {name: Series(name, name, style) for name, style in styles.items()}
-    rows = tuple(
-        (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
-        for method in comparison.methods
-        for accuracy, share in _distribution(method)
-    )
     differences = "; ".join(
         f"{pair.first.dictionary} against {pair.second.dictionary} ({pair.first.protocol}) {pair.difference:+.3f}, p {pair.p:.2g}"
         for pair in sorted(comparison.differences, key=_is_with_control, reverse=True)[:3]
@@ -86,9 +78,13 @@ def _distributions(comparison: MethodComparison) -> ReportFigure:
         + (f"Differences of means, permutation tests corrected by Holm: {differences}." if differences else ""),
         formula="accuracy: mean over judged images of s where the feature fires, 1 - s where not; s is the judge's score",
         columns=("backend", "protocol", "dictionary", "accuracy at least", "share of features", "mean accuracy"),
-        rows=rows,
-        drawings=tuple(_distribution_plot(f"{p}, {backend}", own, series) for (backend, p), own in panels.items()),
-        legend=tuple(series.values()),
+        rows=[
+            (method.backend, method.protocol, method.dictionary, accuracy, share, method.accuracy.value)
+            for method in comparison.methods
+            for accuracy, share in _distribution(method)
+        ],
+        drawings=[_distribution_plot(f"{p}, {backend}", own, series) for (backend, p), own in panels.items()],
+        legend=list(series.values()),
     )
 
 
@@ -110,41 +106,34 @@ def _distribution(method: ExplainedMethod) -> list[tuple[float, float]]:
 
 
 def _distribution_plot(title: str, explained: Sequence[ExplainedMethod], series: Mapping[str, Series]) -> Drawing:
-    curves = [
-        PlotCurve(
-            series=series[method.dictionary],
-            points=tuple(
-                PlotPoint(x=accuracy, y=share, tip=f"{method.dictionary}\naccuracy ≥ {accuracy:g}: {percent(share)} of features")
-                for accuracy, share in _distribution(method)
-            ),
-            dots=False,
-        )
-        for method in explained
-    ]
+    curves = []
+    for method in explained:
+        points = [
+            PlotPoint(accuracy, share, f"{method.dictionary}\naccuracy ≥ {accuracy:g}: {percent(share)} of features")
+            for accuracy, share in _distribution(method)
+        ]
+        curves.append(PlotCurve(series[method.dictionary], points, dots=False))
     about = f"Curves of {count(len(curves), 'dictionary', 'dictionaries')}, falling from all features to the few best explained."
     x, y = Axis(label="accuracy, at least", low=0.0, high=1.0), Axis(label="share of features", percent=True, low=0.0, high=1.0)
     return plot(title, about, x, y, curves)
 
 
-def _protocol_series(method: ExplainedMethod) -> Series:
-    return PAPER if method.protocol.startswith("paper") else HELDOUT
+def _mean_point(method: ExplainedMethod, mean: tuple[float, float, float, int], tip: str) -> tuple[Series, PlotPoint]:
+    """Return a mean accuracy with its interval as a point of the series of its protocol."""
+    value, low, high, _ = mean
+    return PAPER if method.protocol.startswith("paper") else HELDOUT, PlotPoint(value, tip=tip, low=low, high=high)
 
 
 def _falls(comparison: MethodComparison) -> ReportFigure:
-    rows, entries = [], dict[str, list[RowEntry]]()
+    rows, points = [], []
     for method in comparison.methods:
         mean = method.accuracy
-        rows.append((method.dictionary, method.backend, method.protocol, mean.size, mean.value, mean.low, mean.high))
+        rows.append((method.dictionary, method.backend, method.protocol, mean.size, *mean[:3]))
         tip = f"{method.dictionary}, {method.protocol}\n{number(mean.value)} ({number(mean.low)} to {number(mean.high)})"
-        point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
-        entry = RowEntry(series=_protocol_series(method), point=point)
-        entries.setdefault(f"{method.dictionary}, {method.backend}", []).append(entry)
-    falls = "; ".join(
-        f"{fall.paper.dictionary} {fall.fall.value:.3f} ({fall.fall.low:.3f} to {fall.fall.high:.3f})"
-        for fall in comparison.falls
-    )
-    about = f"{count(len(entries), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols."
-    chart = [ChartRow(name=name, entries=tuple(own)) for name, own in entries.items()]
+        points.append((f"{method.dictionary}, {method.backend}", _mean_point(method, mean, tip)))
+    falls = "; ".join(f"{gap.paper.dictionary} {gap.fall}" for gap in comparison.falls)
+    chart = [ChartRow(name, [point for _, point in own]) for name, own in group_by(points, lambda point: point[0]).items()]
+    about = f"{count(len(chart), 'dictionary', 'dictionaries')}, each with its mean accuracy by one or both protocols."
     return ReportFigure(
         name="falls",
         title="What held-out images change",
@@ -153,7 +142,7 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
         formula="chance is 0.5 by both protocols",
         columns=("dictionary", "backend", "protocol", "features", "accuracy", "low", "high"),
         rows=rows,
-        drawings=(row_chart("mean accuracy", about, ACCURACY, chart),),
+        drawings=[row_chart("mean accuracy", about, ACCURACY, chart)],
         legend=(PAPER, HELDOUT),
     )
 
@@ -161,14 +150,10 @@ def _falls(comparison: MethodComparison) -> ReportFigure:
 def _surfaces(comparison: MethodComparison) -> ReportFigure:
     rows, chart = [], []
     for method, (surface, mean) in ((own, bias) for own in comparison.methods for bias in own.biases.items()):
-        amount = SURFACES[surface]
-        rows.append(
-            (method.dictionary, method.backend, method.protocol, surface, mean.size, mean.value, mean.low, mean.high)
-        )
-        tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {count(mean.size, 'feature')}"
-        point = PlotPoint(x=mean.value, tip=tip, low=mean.low, high=mean.high)
-        entry = RowEntry(series=_protocol_series(method), point=point)
-        chart.append(ChartRow(name=f"{method.dictionary}: {amount}", note=count(mean.size, "feature"), entries=(entry,)))
+        amount, features = SURFACES[surface], count(mean.size, "feature")
+        rows.append((method.dictionary, method.backend, method.protocol, surface, mean.size, *mean[:3]))
+        tip = f"{method.dictionary}, {method.protocol}, {amount}\n{number(mean.value)}, {features}"
+        chart.append(ChartRow(f"{method.dictionary}: {amount}", [_mean_point(method, mean, tip)], features))
     about = "Rows by dictionary and by how many words of the explanations are colours or places."
     return ReportFigure(
         name="surfaces",
@@ -177,7 +162,7 @@ def _surfaces(comparison: MethodComparison) -> ReportFigure:
         "what a model falls back on when it finds no meaning.",
         columns=("dictionary", "backend", "protocol", "colour or place", "features", "accuracy", "low", "high"),
         rows=rows,
-        drawings=(row_chart("mean accuracy", about, ACCURACY, chart),),
+        drawings=[row_chart("mean accuracy", about, ACCURACY, chart)],
         legend=(PAPER, HELDOUT),
     )
 
@@ -194,11 +179,11 @@ class RankedFeature(NamedTuple):
 
 def images(facts: StudyFacts) -> ReportSection:
     """Return the section with the best and worst features in images, as in appendix B of arXiv 2505.24360."""
-    parts, rows = [], []
+    sections, rows = [], []
     for ref in facts.books:
         with Book.open(facts.study.book(*ref)) as book:
             measure, features = _ranked(facts, book, ref)
-            parts.append(_dictionary(facts, book, ref, measure, features))
+            sections.append(_dictionary(facts, book, ref, measure, features))
         for rank, (stats, value, concept, explanation, _) in enumerate(features):
             values = (concept, explanation, stats.density, stats.peak, stats.coverage)
             rows.append((str(ref), stats.feature, rank, measure, value, *values))
@@ -214,9 +199,8 @@ def images(facts: StudyFacts) -> ReportSection:
         title="Features in images",
         lead="The best and worst features of each dictionary, with the held-out images in which they are strongest; the bluer "
         "a token, the stronger.",
-        body=Markup("").join(parts),
-        figures=(file,) if facts.books else (),
-        missing=() if facts.books else (MissingFigure("Features in images", "difflex collect STUDY"),),
+        body=Markup().join(sections),
+        parts=[file if facts.books else MissingFigure("Features in images", "difflex collect STUDY")],
     )
 
 
@@ -233,10 +217,8 @@ def _ranked(facts: StudyFacts, book: Book, ref: DictionaryRef) -> tuple[str, lis
         measure, values = "peak", {feature: row.peak for feature, row in stats.items()}
     order = sorted((feature for feature in values if feature in stats), key=lambda feature: (-values[feature], feature))
     best, worst = order[:BEST], order[BEST:][-WORST:]
-    names = {feature: name for feature, (name, _) in concepts.items()}
     return measure, [
-        RankedFeature(stats[feature], values[feature], names.get(feature, ""), texts.get(feature, ""), feature in best)
-        for feature in (*best, *worst)
+        RankedFeature(stats[f], values[f], concepts.get(f, ("", 0.0))[0], texts.get(f, ""), f in best) for f in (*best, *worst)
     ]
 
 
@@ -261,13 +243,11 @@ def _detected_concepts(facts: StudyFacts, ref: DictionaryRef) -> Mapping[int, tu
 
 def _dictionary(facts: StudyFacts, book: Book, ref: DictionaryRef, measure: str, features: Sequence[RankedFeature]) -> Markup:
     """Return the best and the worst features of a dictionary as cards."""
-    album, parts = ImageAlbum(facts.study.images), []
+    album, parts = ImageAlbum(facts.study.images), Markup()
     for title, is_best in (("Best", True), ("Worst", False)):
-        cards = Markup("").join(_card(book, album, measure, feature) for feature in features if feature.is_best is is_best)
-        if cards:
-            parts.append(Markup('<h4>{} by {}</h4><ul class="cards">{}</ul>').format(title, measure, cards))
-    kind = kind_series(book.about.kind).name
-    return Markup("<h3>{} <small>{}</small></h3>{}").format(str(ref), kind, Markup("").join(parts))
+        cards = Markup().join(_card(book, album, measure, feature) for feature in features if feature.is_best is is_best)
+        parts += Markup('<h4>{} by {}</h4><ul class="cards">{}</ul>').format(title, measure, cards) if cards else ""
+    return Markup("<h3>{} <small>{}</small></h3>{}").format(str(ref), kind_series(book.about.kind).name, parts)
 
 
 def _card(book: Book, album: ImageAlbum, measure: str, feature: RankedFeature) -> Markup:
@@ -275,7 +255,7 @@ def _card(book: Book, album: ImageAlbum, measure: str, feature: RankedFeature) -
     name = feature.explanation or feature.concept or "no explanation"
     cover = "" if stats.coverage is None else f", covers {percent(stats.coverage)} of an image"
     text = f"{measure} {number(feature.value)}; fires at {percent(stats.density)} of tokens{cover}"
-    strip = Markup("").join(_example_images(book, album, stats))
+    strip = Markup().join(_example_images(book, album, stats))
     head = Markup("<p><b>{}</b> {}</p>").format(stats.feature, name)
     return Markup('<li>{}<div class="strip">{}</div><p class="fine">{}</p></li>').format(head, strip, text)
 

@@ -1,13 +1,14 @@
 """How well dictionaries reconstruct activations: over k and size, sites, timesteps, and in the model (figures 6 and 8)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from difflex.evaluation import Evaluation, ReconstructionQuality
 from difflex.records import Site
 from difflex.report.drawing import Axis, AxisTick, Drawing
-from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, RowEntry, Series, SeriesStyle, plot, row_chart
-from difflex.report.facts import DictionaryFacts, StudyFacts, similar_size, usually_normalised
+from difflex.report.drawing.charts import ChartRow, PlotCurve, PlotPoint, Series, plot, row_chart
+from difflex.report.facts import DictionaryFacts, StudyFacts, group_by, similar_size
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import DASHES, kind_series, number, percent
 
@@ -35,23 +36,27 @@ FORMULAS = (
 
 def quality(facts: StudyFacts) -> ReportSection:
     """Return the section about reconstruction."""
-    usual = usually_normalised(facts.evaluated)
-    comparable = _one_size(usual)
-    effect = _effect(facts.evaluated)
-    missing: list[MissingFigure] = []
-    if not usual:
-        missing.append(MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY"))
-    elif effect is None:
-        missing.append(MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32"))
-    figures = (_sweep(usual), _sites(comparable), _timesteps(comparable), effect)
+    if evaluated := facts.evaluated:
+        usual = _usually_normalised(evaluated)
+        comparable = _one_size(usual)
+        effect = _effect(evaluated) or MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32")
+        parts = [_sweep(usual), _sites(comparable), *_timesteps(comparable), effect]
+    else:
+        parts = [MissingFigure("Reconstruction over k and size, sites and timesteps", "difflex evaluate STUDY")]
     return ReportSection(
         name="reconstruction",
         title="How well activations are reconstructed",
         lead="y is the reconstruction of an activation x from its few active features, measured on tokens held out from "
         "training.",
-        figures=tuple(figure for figure in figures if figure is not None),
-        missing=tuple(missing),
+        parts=parts,
     )
+
+
+def _usually_normalised(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
+    """Return the dictionaries with the most frequent normalisation of their kind; the others are variants."""
+    kinds = group_by(evaluated, lambda d: d.kind).items()
+    usual = {kind: Counter(d.normalisation for d in own).most_common(1)[0][0] for kind, own in kinds}
+    return [d for d in evaluated if d.normalisation == usual[d.kind]]
 
 
 def _summary(dictionary: DictionaryFacts) -> str:
@@ -60,13 +65,10 @@ def _summary(dictionary: DictionaryFacts) -> str:
     return f"{dictionary.name}\n{metrics}\ndead {percent(dictionary.metrics.dead_share)}\nL0 {number(overall.l0)}"
 
 
-def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure | None:
+def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
     """Return FVU, r2 and dead share over size and k, at the site with most dictionaries."""
-    if not evaluated:
-        return None
-    sites = [d.ref.site for d in evaluated]
-    site = max(dict.fromkeys(sites), key=sites.count)
-    members = sorted((d for d in evaluated if d.ref.site == site), key=lambda d: (d.kind, d.k, d.size))
+    site, members = max(group_by(evaluated, lambda d: d.ref.site).items(), key=lambda item: len(item[1]))
+    members.sort(key=lambda d: (d.kind, d.k, d.size))
     by_size = len({d.size for d in members}) > 1 or len({d.k for d in members}) == 1
     series = _sweep_series(members, by_size)
     other = "k" if by_size else "size"
@@ -79,21 +81,21 @@ def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure | None:
         formula=FORMULAS,
         columns=("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
         rows=[(d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members],
-        drawings=tuple(_sweep_plot(members, metric, by_size, series) for metric in (FVU, R2, DEAD)),
+        drawings=[_sweep_plot(members, metric, by_size, series) for metric in (FVU, R2, DEAD)],
         legend=series,
     )
 
 
-def _sweep_series(members: Sequence[DictionaryFacts], by_size: bool) -> tuple[Series, ...]:
+def _sweep_series(members: Sequence[DictionaryFacts], by_size: bool) -> list[Series]:
     """Return a series for each kind and each k (or size): the colour is the kind's, the dashes are those of the number."""
     numbers = sorted({_constant(d, by_size) for d in members})
     series = {}
     for d in members:
         constant, own = _constant(d, by_size), kind_series(d.kind)
-        style = SeriesStyle(colour=own.style.colour, marker=own.style.marker, dash=DASHES[numbers.index(constant) % len(DASHES)])
-        name = f"{own.name}, {'k' if by_size else 'size'} {constant:,}"
-        series[_sweep_id(d, by_size)] = Series(_sweep_id(d, by_size), name, style)
-    return tuple(series.values())
+        style = own.style._replace(dash=DASHES[numbers.index(constant) % len(DASHES)])
+        id, name = _sweep_id(d, by_size), f"{own.name}, {'k' if by_size else 'size'} {constant:,}"
+        series[id] = Series(id, name, style)
+    return list(series.values())
 
 
 def _constant(dictionary: DictionaryFacts, by_size: bool) -> int:
@@ -110,9 +112,9 @@ def _sweep_plot(members: Sequence[DictionaryFacts], metric: EvaluationMetric, by
     curves = []
     for entry in series:
         own = [d for d in members if _sweep_id(d, by_size) == entry.id]
-        points = tuple(PlotPoint(x=d.size if by_size else d.k, y=metric.value(d.metrics), tip=_summary(d)) for d in own)
+        points = [PlotPoint(d.size if by_size else d.k, metric.value(d.metrics), _summary(d)) for d in own]
         distinct = len({point.x for point in points}) == len(points)  # several seeds at one place make no line
-        curves.append(PlotCurve(series=entry, points=points, line=distinct))
+        curves.append(PlotCurve(entry, points, line=distinct))
     axis = Axis(label="features" if by_size else "k", log=True, ticks=tuple(AxisTick(value, f"{value:,}") for value in values))
     return plot(metric.name, f"{metric.name} of {len(members)} dictionaries by {axis.label}.", axis, metric.axis, curves)
 
@@ -125,8 +127,8 @@ def _one_size(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
         same.sort(key=lambda d: (len(d.variant), abs(d.size - size)), reverse=True)
         return {(d.ref.site, d.kind): d for d in same}
 
-    candidates = [members(*shape) for shape in dict.fromkeys((d.k, d.size) for d in evaluated)]
-    best = max(candidates, key=lambda group: (len({site for site, _ in group}), len(group)), default={})
+    groups = [members(*shape) for shape in dict.fromkeys((d.k, d.size) for d in evaluated)]
+    best = max(groups, key=lambda group: (len({site for site, _ in group}), len(group)))
     order = [d.ref for d in evaluated]
     return sorted(best.values(), key=lambda d: order.index(d.ref))
 
@@ -137,10 +139,7 @@ def _shape(members: Sequence[DictionaryFacts]) -> str:
     return f"k {members[0].k}, {features} features"
 
 
-def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
-    if not members:
-        return None
-    kinds = dict.fromkeys(d.kind for d in members)
+def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure:
     return ReportFigure(
         name="sites",
         title=f"Over sites at {_shape(members)}",
@@ -148,35 +147,28 @@ def _sites(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
         formula=FORMULAS,
         columns=("dictionary", "site", "kind", "FVU", "r2"),
         rows=[(d.name, str(d.ref.site), d.kind, FVU.value(d.metrics), R2.value(d.metrics)) for d in members],
-        drawings=tuple(_sites_chart(members, metric) for metric in (FVU, R2)),
-        legend=tuple(kind_series(kind, line=False) for kind in kinds),
+        drawings=[_sites_chart(members, metric) for metric in (FVU, R2)],
+        legend=[kind_series(kind, line=False) for kind in dict.fromkeys(d.kind for d in members)],
     )
 
 
 def _sites_chart(members: Sequence[DictionaryFacts], metric: EvaluationMetric) -> Drawing:
-    by_site: dict[str, list[DictionaryFacts]] = {}
-    for d in members:
-        by_site.setdefault(str(d.ref.site), []).append(d)
     rows = []
-    for site, own in by_site.items():
-        values = [metric.value(d.metrics) for d in own]
-        entries = tuple(
-            RowEntry(series=kind_series(d.kind), point=PlotPoint(x=value, tip=_summary(d)))
-            for d, value in zip(own, values, strict=True)
-        )
-        rows.append(ChartRow(name=site, note=" · ".join(map(number, values)), entries=entries))
+    for site, own in group_by(members, lambda d: str(d.ref.site)).items():
+        points = [(kind_series(d.kind), PlotPoint(metric.value(d.metrics), tip=_summary(d))) for d in own]
+        rows.append(ChartRow(site, points, " · ".join(number(point.x) for _, point in points)))
     return row_chart(metric.name, f"{metric.name} of {len(members)} dictionaries, a row for each site.", metric.axis, rows)
 
 
-def _timesteps(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
+def _timesteps(members: Sequence[DictionaryFacts]) -> list[ReportFigure]:
+    """Return the FVU by timestep; no figure for evaluations of a single timestep."""
     members = [d for d in members if len(d.metrics.timesteps) > 1]
     if not members:
-        return None
-    sites = dict.fromkeys(str(d.ref.site) for d in members)
-    rows = tuple((d.name, t, q.tokens, q.model_space.fvu, q.model_space.r2) for d in members for t, q in _by_timestep(d))
+        return []
+    rows = [(d.name, t, q.tokens, q.model_space.fvu, q.model_space.r2) for d in members for t, q in _by_timestep(d)]
     values = [fvu for *_, fvu, _ in rows if fvu is not None and FVU.axis.has(fvu)]
     axis = Axis(label="FVU", low=0.0, high=1.08 * max(values, default=1.0))
-    return ReportFigure(
+    figure = ReportFigure(
         name="timesteps",
         title=f"Over timesteps at {_shape(members)}",
         caption="How well the same dictionaries reconstruct the activations of each timestep, from pure noise (1000) towards the "
@@ -184,21 +176,19 @@ def _timesteps(members: Sequence[DictionaryFacts]) -> ReportFigure | None:
         formula="FVU among the held-out tokens of the timestep, about their own mean",
         columns=("dictionary", "timestep", "tokens", "FVU", "r2"),
         rows=rows,
-        drawings=tuple(_timesteps_plot([d for d in members if str(d.ref.site) == site], site, axis) for site in sites),
-        legend=tuple(map(kind_series, dict.fromkeys(d.kind for d in members))),
+        drawings=[_timesteps_plot(own, site, axis) for site, own in group_by(members, lambda d: str(d.ref.site)).items()],
+        legend=[kind_series(kind) for kind in dict.fromkeys(d.kind for d in members)],
     )
+    return [figure]
 
 
 def _timesteps_plot(members: Sequence[DictionaryFacts], site: str, y: Axis) -> Drawing:
     def point(dictionary: DictionaryFacts, timestep: float, quality: ReconstructionQuality) -> PlotPoint:
         metrics = quality.model_space
         tip = f"{dictionary.name}\ntimestep {timestep:g}\nFVU {number(metrics.fvu)}\nr2 {number(metrics.r2)}"
-        return PlotPoint(x=timestep, y=metrics.fvu, tip=tip)
+        return PlotPoint(timestep, metrics.fvu, tip)
 
-    curves = [
-        PlotCurve(series=kind_series(d.kind), points=tuple(point(d, t, quality) for t, quality in _by_timestep(d)))
-        for d in members
-    ]
+    curves = [PlotCurve(kind_series(d.kind), [point(d, *pair) for pair in _by_timestep(d)]) for d in members]
     ticks = tuple(AxisTick(t, f"{t:g}") for t in sorted({t for d in members for t in d.metrics.timesteps}))
     x = Axis(label="timestep", reversed=True, ticks=ticks)
     return plot(site, f"FVU by timestep, a line for each of {len(members)} dictionaries.", x, y, curves)
@@ -209,20 +199,18 @@ def _by_timestep(dictionary: DictionaryFacts) -> list[tuple[float, Reconstructio
 
 
 def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
-    effects = [(d, d.metrics.effect) for d in evaluated if d.metrics.effect is not None]
+    effects = [(d, effect.prediction.of_mean, effect.shots) for d in evaluated if (effect := d.metrics.effect) is not None]
     if not effects:
         return None
-    shares = [(d, effect.prediction.of_mean, effect.shots) for d, effect in effects]
 
     def point(dictionary: DictionaryFacts, share: float) -> PlotPoint:
         change = f"velocity error {percent(share)} of mean ablation"
         tip = f"{dictionary.name}\nFVU {number(dictionary.fvu)}\n{change}\nnormalisation: {dictionary.normalisation}"
-        return PlotPoint(x=dictionary.fvu, y=share, tip=tip)
+        return PlotPoint(dictionary.fvu, share, tip)
 
-    series = tuple(kind_series(kind, line=False) for kind in dict.fromkeys(d.kind for d, _ in effects))
     curves = [
-        PlotCurve(series=entry, points=tuple(point(d, share) for d, share, _ in shares if d.kind == entry.id), line=False)
-        for entry in series
+        PlotCurve(kind_series(kind, line=False), [point(d, share) for d, share, _ in own], line=False)
+        for kind, own in group_by(effects, lambda effect: effect[0].kind).items()
     ]
     x, y = Axis(label="FVU", log=True), Axis(label="share of the change by mean ablation", log=True, percent=True)
     about = f"{len(effects)} dictionaries: the change of the denoiser's prediction against FVU, both axes logarithmic."
@@ -233,7 +221,7 @@ def _effect(evaluated: Iterable[DictionaryFacts]) -> ReportFigure | None:
         "whose reconstruction replaced the activation; 100 % is the effect of the mean activation in its place.",
         formula="sum |v' - v|² / sum |v|² of the denoiser's prediction v, as a share of the same with the mean in place of x",
         columns=("dictionary", "kind", "normalisation", "FVU", "velocity error / mean ablation", "shots"),
-        rows=[(d.name, d.kind, d.normalisation, d.fvu, share, shots) for d, share, shots in shares],
-        drawings=(plot("velocity error against FVU", about, x, y, curves),),
-        legend=series,
+        rows=[(d.name, d.kind, d.normalisation, d.fvu, share, shots) for d, share, shots in effects],
+        drawings=[plot("velocity error against FVU", about, x, y, curves)],
+        legend=[curve.series for curve in curves],
     )

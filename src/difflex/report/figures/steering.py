@@ -12,7 +12,7 @@ from PIL import Image
 from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
-from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts
+from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts, group_by
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.figures.explanations import image_url
 from difflex.report.style import count, grouped, kind_series, number, percent
@@ -27,13 +27,13 @@ UNITS |= {"norm": "as long as a mean activation"}
 """What a strength of 1 is for a feature."""
 BASELINES = {
     "neuron": kind_series("neurons"),
-    "contrast": Series("contrast", "contrast of captions", SeriesStyle(colour=3, marker="triangle", dash="9 3 2 3")),
+    "contrast": Series("contrast", "contrast of captions", SeriesStyle(3, "triangle", "9 3 2 3")),
     "random": kind_series("random"),
-    "prompt": Series("prompt", "edited caption", SeriesStyle(colour=8, marker="wedge"), line=False),
+    "prompt": Series("prompt", "edited caption", SeriesStyle(8, "wedge"), line=False),
 }
 """The methods that features are compared with."""
 METHODS = {"feature": "features"} | {method: series.name for method, series in BASELINES.items()}
-BAR = Series("bar", "the bar", SeriesStyle(colour=8, marker="none", dash="2 4"))
+BAR = Series("bar", "the bar", SeriesStyle(8, "none", "2 4"))
 TILES = 7
 """Images in a row, at most."""
 
@@ -88,40 +88,43 @@ class MethodCurves(NamedTuple):
     curves: list[StrengthCurve]
 
     @property
+    def dictionary(self) -> str:
+        """`SITE/LABEL`."""
+        return str(self.steering.ref)
+
+    @property
     def series(self) -> Series:
         """The series of the method; features look like their kind of dictionary."""
         return kind_series(self.steering.kind) if self.method == "feature" else BASELINES[self.method]
 
-    @property
-    def strengths(self) -> list[float]:
-        """All strengths that were measured."""
-        return sorted({point.strength for curve in self.curves for point in curve.points})
-
-    def quartiles(self, strength: float, value: Callable[[StrengthPoint], float]) -> tuple[int, float, float, float]:
-        """Return the number of concepts at a strength, and the quartiles of a measure over them."""
-        values = sorted(value(point) for curve in self.curves for point in curve.points if point.strength == strength)
-        low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values,) * 3
-        return len(values), low, middle, high
+    def quartiles(self, value: Callable[[StrengthPoint], float]) -> list[tuple[float, int, float, float, float]]:
+        """Return each strength with the number of concepts and the quartiles of a measure over them."""
+        by_strength = group_by((point for curve in self.curves for point in curve.points), lambda point: point.strength)
+        rows = []
+        for strength, points in sorted(by_strength.items()):
+            values = sorted(map(value, points))
+            low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (*values,) * 3
+            rows.append((strength, len(values), low, middle, high))
+        return rows
 
 
 def steering(facts: StudyFacts) -> ReportSection:
     """Return the section about steering."""
+    results = facts.steering
     lines = [
         MethodCurves(steering, group, method, steering.curves(method, group))
-        for steering in facts.steering
+        for steering in results
         for group in steering.groups
         for method in steering.methods
     ]
-    results = facts.steering
-    figures = (_summary_file(results), *(_figure(measure, lines) for measure in MEASURES if lines), _points(results))
+    figures = [_summary_file(results), *(_figure(measure, lines) for measure in MEASURES if lines), _points(results)]
     missing = MissingFigure("The effect of steering towards known concepts", "difflex steer-eval STUDY")
     return ReportSection(
         name="steering",
         title="Steering",
         lead=_lead(results),
-        body=Markup("").join(map(_examples, results)) + _summary_table(results) if results else Markup(""),
-        figures=figures if results else (),
-        missing=() if results else (missing,),
+        body=Markup().join(map(_examples, results)) + _summary_table(results) if results else Markup(),
+        parts=figures if results else [missing],
     )
 
 
@@ -139,13 +142,8 @@ def _lead(results: Sequence[SteeringFacts]) -> str:
 
 def _figure(measure: SteeringMeasure, lines: Sequence[MethodCurves]) -> ReportFigure:
     """Return a panel for each dictionary and group; all methods in a panel are measured on the same concepts."""
-    rows, panels, units = [], dict[tuple[str, str], list[MethodCurves]](), {}
-    for line in lines:
-        name = str(line.steering.ref)
-        panels.setdefault((name, line.group), []).append(line)
-        units[name] = UNITS[line.steering.results.config.unit]
-        for strength in line.strengths:
-            rows.append((name, line.group, line.method, strength, *line.quartiles(strength, measure.value)))
+    units = {line.dictionary: UNITS[line.steering.results.config.unit] for line in lines}
+    panels = group_by(lines, lambda line: (line.dictionary, line.group))
     return ReportFigure(
         name=measure.name,
         title=f"{measure.title}, by strength",
@@ -154,8 +152,8 @@ def _figure(measure: SteeringMeasure, lines: Sequence[MethodCurves]) -> ReportFi
         "has a feature.",
         formula=measure.formula,
         columns=("dictionary", "group", "method", "strength", "concepts", "low quartile", "median", "high quartile"),
-        rows=rows,
-        drawings=tuple(_panel(measure, name, group, own) for (name, group), own in panels.items()),
+        rows=[(line.dictionary, line.group, line.method, *row) for line in lines for row in line.quartiles(measure.value)],
+        drawings=[_panel(measure, name, group, own) for (name, group), own in panels.items()],
         legend=(*dict.fromkeys(line.series for line in lines), *((BAR,) if measure.bar is not None else ())),
     )
 
@@ -166,17 +164,15 @@ def _panel(measure: SteeringMeasure, dictionary: str, group: str, lines: Sequenc
     curves = []
     for line in lines:
         points = []
-        for strength in line.strengths:
-            concepts, low, middle, high = line.quartiles(strength, measure.value)
+        for strength, concepts, low, middle, high in line.quartiles(measure.value):
             value = f"{measure.name} {write(middle)} ({write(low)} to {write(high)})"
             tip = f"{METHODS[line.method]}\nstrength {strength:g}\n{value}\n{count(concepts, 'concept')}"
-            points.append(PlotPoint(x=strength, y=middle, tip=tip))
-        curves.append(PlotCurve(series=line.series, points=tuple(points), line=len(points) > 1))
-    strengths = [strength for line in lines for strength in line.strengths]
+            points.append(PlotPoint(strength, middle, tip))
+        curves.append(PlotCurve(line.series, points, line=len(points) > 1))
+    strengths = [point.x for curve in curves for point in curve.points if point.x is not None]
     if measure.bar is not None and strengths:
         ends = (min(strengths), max(strengths))
-        points = tuple(PlotPoint(x=x, y=measure.bar, tip=f"the bar: {write(measure.bar)}") for x in ends)
-        curves.append(PlotCurve(series=BAR, points=points, dots=False))
+        curves.append(PlotCurve(BAR, [PlotPoint(x, measure.bar, f"the bar: {write(measure.bar)}") for x in ends], dots=False))
     y = Axis(label=measure.name, percent=is_share, low=0.0, high=1.0 if is_share else None)
     about = f"{count(len(lines), 'method')} over strength, the median over concepts of the group {group}."
     return plot(f"{group}, {dictionary}", about, Axis(label="strength"), y, curves)
@@ -195,8 +191,7 @@ def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
     rows = []
     for steering, method, group, summary in _summaries(results):
         concepts, rare, detected = steering.coverage[group]
-        values = (None,) * 6 if summary is None else summary[1:]
-        rows.append((str(steering.ref), method, group, concepts, rare, len(detected), *values))
+        rows.append((str(steering.ref), method, group, concepts, rare, len(detected), *(summary or (None,) * 6)))
     concepts = ("concepts", "shown too rarely to tell", "with a feature")
     return ReportFigure(
         name="steered",
@@ -216,7 +211,7 @@ def _summary_table(results: Sequence[SteeringFacts]) -> Markup:
     for steering, method, group, summary in _summaries(results):
         concepts, _, detected = steering.coverage[group]
         share = f"{concepts} from a file" if steering.is_from_file else f"{len(detected)} of {concepts}"
-        values = [number(None)] * 6 if summary is None else [write(x) for write, x in zip(writers, summary[1:], strict=True)]
+        values = [write(value) for write, value in zip(writers, summary or (None,) * 6, strict=True)]
         rows.append((str(steering.ref), METHODS[method], group, share, *values))
     return html_table(heads, rows, "The effect of steering", words=3)
 
@@ -237,30 +232,27 @@ def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
 
 def _examples(steering: SteeringFacts) -> Markup:
     """Return example images: of each group the concept with the best results, by every method."""
-    cards = []
-    for group in dict.fromkeys(strip.group for strip, _ in steering.strips):
-        own = [(strip, file) for strip, file in steering.strips if strip.group == group]
-        head = Markup("<p><b>{}</b> in “{}”</p>").format(own[0][0].concept, own[0][0].prompt)
-        rows = Markup("").join(_tiles(strip, file) for strip, file in own)
-        cards.append(Markup("<li>{}{}</li>").format(head, rows))
+    cards = Markup()
+    for strips in group_by(steering.strips, lambda pair: pair[0].group).values():
+        first, _ = strips[0]
+        head = Markup("<p><b>{}</b> in “{}”</p>").format(first.concept, first.prompt)
+        cards += Markup("<li>{}{}</li>").format(head, Markup().join(_tiles(strip, file) for strip, file in strips))
     if not cards:
-        return Markup("")
+        return Markup()
     title = Markup("<h3>{} <small>{}</small></h3>").format(str(steering.ref), kind_series(steering.kind).name)
-    lead = Markup(
-        '<p class="lead">The concept of each group at which features succeed best, in the first image of its trials.</p>'
-    )
-    return title + lead + Markup('<ul class="cards wide">{}</ul>').format(Markup("").join(cards))
+    lead = "The concept of each group at which features succeed best, in the first image of its trials."
+    return title + element("p", lead, class_="lead") + element("ul", cards, class_="cards wide")
 
 
 def _tiles(strip: ImageStrip, path: Path) -> Markup:
     """Return the images of a strip, each above its strength, under the name of the method."""
     with Image.open(path) as file:
-        whole = file.convert("RGB")
+        image = file.convert("RGB")
     labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]
-    width, method = whole.width // len(labels), METHODS[strip.method]
+    width, method = image.width // len(labels), METHODS[strip.method]
     tiles = []
     for i, label in enumerate(labels):
-        url = image_url(whole.crop((i * width, 0, (i + 1) * width, whole.height)))
+        url = image_url(image.crop((i * width, 0, (i + 1) * width, image.height)))
         description = f"{strip.concept} by {method}, {label}"
         tiles.append(Markup('<li><img src="{}" alt="{}"><p>{}</p></li>').format(url, description, label))
     columns = f"--columns: {min(len(labels), TILES)}"
