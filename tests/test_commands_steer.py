@@ -21,7 +21,7 @@ PLACE = f"{SITE}/{LABEL}"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of a tiny model with one dictionary."""
     root = tmp_path_factory.mktemp("steer")
     model = tiny_folder("flux", root / "tiny-flux", defaults={"pixels": [[16, 24]]})
@@ -35,14 +35,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def study(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "study"))
+def study(shared_study: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shared_study, tmp_path / "study"))
 
 
 @pytest.fixture(scope="module")
-def alive(made: Path) -> list[str]:
+def alive(shared_study: Path) -> list[str]:
     """The numbers of the features that fire, the liveliest first."""
-    peaks = StudyEditor(Study.open(made)).scales(DictionaryRef(Site(SITE), LABEL)).peaks
+    peaks = StudyEditor(Study.open(shared_study)).scales(DictionaryRef(Site(SITE), LABEL)).peaks
     return [str(feature) for feature in peaks.argsort(descending=True).tolist() if peaks[feature] > 0]
 
 
@@ -113,10 +113,10 @@ def test_a_contrast_is_found_saved_decomposed_and_steered_along(study: Path, tmp
     (tmp_path / "pairs.txt").write_text("a star\ta ring\n\na red star\ta red ring\n")
     words = ["contrast", str(study), "star", "--site", SITE, "--pairs", str(tmp_path / "pairs.txt"), "--seeds", "0:3"]
     assert main([*words, "--keep-steps", "0:1", "--dictionary", SITE]) == 0
-    said = capsys.readouterr().out
-    found = Contrast.load(study / "steering" / "contrasts" / "star.safetensors")
-    assert found.pairs == 6 and found.positive == ("a star", "a red star") and len(found.timesteps) == 1
-    assert "6 pairs" in said and "cosine" in said
+    output = capsys.readouterr().out
+    contrast = Contrast.load(study / "steering" / "contrasts" / "star.safetensors")
+    assert contrast.pairs == 6 and contrast.positive == ("a star", "a red star") and len(contrast.timesteps) == 1
+    assert "6 pairs" in output and "cosine" in output
     out = tmp_path / "grid.png"
     assert (
         steer(study, "--contrast", "star", "--prompt", "a ring", "--strength", "-8:8:8", "--differences", "--out", str(out)) == 0
@@ -131,7 +131,7 @@ def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((SITE, "64"), "numbered 0 to 63"),
         (("double.0", "1"), "nearest: double.1"),
@@ -150,26 +150,28 @@ def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp
     ],
 )
 def test_impossible_edits_are_explained(
-    study: Path, alive: list[str], words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    study: Path, alive: list[str], words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     words = tuple(alive[0] if word == "1" else word for word in words)
     out = () if "--out" in words else ("--out", str(tmp_path / "x.png"))
     assert steer(study, *words, *out) == 2
-    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--positive", "a star"), "1 positive and 0 negative"),
         (("--pairs", "nothing.txt"), "cannot be read"),
         (("--positive", "a star", "--negative", "a star"), "do not differ"),
     ],
 )
-def test_impossible_contrasts_are_explained(study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
+def test_impossible_contrasts_are_explained(
+    study: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+):
     assert main(["contrast", str(study), "x", "--site", SITE, *words]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_strengths_are_even_and_include_both_ends():
@@ -185,5 +187,5 @@ def test_strengths_are_even_and_include_both_ends():
 def test_a_record_is_plain_json(study: Path, alive: list[str], tmp_path: Path):
     record = tmp_path / "new" / "edit.json"
     assert steer(study, SITE, alive[0], "--strength", "1", "--record", str(record), "--out", str(tmp_path / "x.png")) == 0
-    said = json.loads(record.read_text())
-    assert said["format"] == 2 and said["edits"][0]["features"] == [int(alive[0])] and said["shot"]["seed"] == 0
+    entries = json.loads(record.read_text())
+    assert entries["format"] == 2 and entries["edits"][0]["features"] == [int(alive[0])] and entries["shot"]["seed"] == 0

@@ -39,26 +39,18 @@ def judged(root: Path) -> SteeringResults:
 
 
 def words(root: Path, *more: str, stream: str = "") -> list[str]:
-    return [
-        "steer-eval",
-        str(root / "study"),
-        "--dictionary",
-        f"double.1{stream}",
-        "--concepts",
-        str(root / "concepts.toml"),
-        *FLAGS,
-        *more,
-    ]
+    place = ["--dictionary", f"double.1{stream}", "--concepts", str(root / "concepts.toml")]
+    return ["steer-eval", str(root / "study"), *place, *FLAGS, *more]
 
 
 def test_a_clip_judges_the_named_feature_and_the_baselines(root: Path, capsys: pytest.CaptureFixture[str]):
     clip = str(tiny_clip(root / "clip"))
     assert main(words(root, "--clip", clip, "--offline")) == 0
-    said, found = capsys.readouterr().out, judged(root)
-    assert "red by feature 5, 1 of 1" in said and "gain" in said
-    assert [curve.method for curve in found.curves] == ["feature", "contrast", "random", "prompt"]
-    assert all(curve.trials == 3 and (curve.concept, curve.group) == ("red", "colour") for curve in found.curves)
-    assert found.provenance.judge == clip and found.provenance.files["concepts"]
+    output, results = capsys.readouterr().out, judged(root)
+    assert "red by feature 5, 1 of 1" in output and "gain" in output
+    assert [curve.method for curve in results.curves] == ["feature", "contrast", "random", "prompt"]
+    assert all(curve.trials == 3 and (curve.concept, curve.group) == ("red", "colour") for curve in results.curves)
+    assert results.provenance.judge == clip and results.provenance.files["concepts"]
 
 
 def test_text_tokens_are_steered_without_a_region(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -72,12 +64,15 @@ def test_a_vlm_is_asked_once_for_each_image_in_spite_of_bad_answers(root: Path, 
         return {"shows": images[1].width < images[1].height, "rest": True}  # the left half is shown, too
 
     with RuleServer({"malformed": 0.2, "limited": 0.1}, rule=rule) as server:
-        asked = ["--vlm", server.url, "--model", "rule", "--connections", "4"]
-        assert main(words(root, *asked)) == 0
+        flags = ["--vlm", server.url, "--model", "rule", "--connections", "4"]
+        assert main(words(root, *flags)) == 0
         output, calls = capsys.readouterr().out, len(server.served)
         before = judged(root)
-        assert f"{calls} calls" in output and len({each.request for each in server.served if each.behaviour == "good"}) <= 3 * 8
-        assert main(words(root, *asked)) == 0
+        assert (
+            f"{calls} calls" in output
+            and len({request.request for request in server.served if request.behaviour == "good"}) <= 3 * 8
+        )
+        assert main(words(root, *flags)) == 0
         # Cached answers are not requested again.
         assert len(server.served) == calls and judged(root) == before
     assert all(curve.without == 1 and point.success == 1 for curve in before.curves for point in curve.points)
@@ -104,6 +99,6 @@ def test_the_drawn_world_takes_no_other_judge(root: Path, capsys: pytest.Capture
 
 def test_a_concept_without_a_feature_needs_difflex_concepts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "concepts.toml").write_text(CONCEPTS.replace("feature = 5", ""))
-    asked = ["steer-eval", str(root / "study"), "--concepts", str(tmp_path / "concepts.toml"), "--clip", "a"]
-    assert main(asked) == 2
+    command = ["steer-eval", str(root / "study"), "--concepts", str(tmp_path / "concepts.toml"), "--clip", "a"]
+    assert main(command) == 2
     assert "Run difflex concepts" in capsys.readouterr().err

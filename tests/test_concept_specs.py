@@ -25,7 +25,7 @@ SPECS: Mapping[str, ConceptSpec] = {"red": RED}
 
 def image(left: str, right: str) -> Tensor:
     """Two halves of plain colours."""
-    halves = [torch.tensor(COLOURS[each]).view(3, 1, 1).expand(3, 4, 2) for each in (left, right)]
+    halves = [torch.tensor(COLOURS[colour]).view(3, 1, 1).expand(3, 4, 2) for colour in (left, right)]
     return torch.cat(halves, dim=2)
 
 
@@ -80,23 +80,23 @@ def test_the_similarity_judge_finds_a_concept_only_in_its_region():
 
 
 def test_the_vlm_judge_gets_the_image_the_region_and_the_rest_of_the_prompt():
-    asked: list[PresenceQuestion] = []
+    received: list[PresenceQuestion] = []
 
     def ask(questions: Sequence[PresenceQuestion]) -> list[PresenceAnswer]:
-        asked.extend(questions)
+        received.extend(questions)
         return [
-            PresenceAnswer(shows=each.part is not None and each.part.getextrema()[0] == (255, 255), rest=False)
-            for each in questions
+            PresenceAnswer(shows=question.part is not None and question.part.getextrema()[0] == (255, 255), rest=False)
+            for question in questions
         ]
 
     images = torch.stack([image("red", "blue"), image("green", "red")])
     verdicts = vlm_judge(ask, SPECS)(RED.task(2), RED.task(2).trials, images)
     assert [verdict.shows for verdict in verdicts] == [True, False] and verdicts[0].right == {"the rest": False}
-    assert [each.rest for each in asked] == ["a something ball", "a something house on a hill"]
-    assert asked[0].part is not None and asked[0].part.size == (2, 4) and asked[0].image.size == (4, 4)
+    assert [question.rest for question in received] == ["a something ball", "a something house on a hill"]
+    assert received[0].part is not None and received[0].part.size == (2, 4) and received[0].image.size == (4, 4)
     everywhere = [SteeringTrial("a green ball", 0, None)]
     vlm_judge(ask, SPECS)(RED.task(1), everywhere, images[:1])
-    assert asked[-1].part is None
+    assert received[-1].part is None
 
 
 def test_a_region_smaller_than_a_pixel_is_one_pixel():

@@ -56,12 +56,12 @@ def activations(step: int, names: list[str]) -> Activations:
 
 
 def firings(names: list[str] = NAMED) -> GenerationCodes:
-    found = GenerationCodes(neurons())
+    codes = GenerationCodes(neurons())
     for batch in (names[:4], names[4:]):
         for step in (0, 1):
             if batch:
-                found.add(activations(step, batch))
-    return found
+                codes.add(activations(step, batch))
+    return codes
 
 
 def at(step: int) -> HookContext:
@@ -105,9 +105,9 @@ def test_other_steps_are_not_edited():
 def test_codes_of_the_features_are_multiplied_and_all_else_stays_bit_for_bit(strength: float, left: float):
     cut = choose_features(firings(), NAMED, "red", 1)
     for step in (0, 1):
-        wanted = activations(step, NAMED).values
-        wanted[:2, 2, NEURONS["red"][step]] = left
-        assert torch.equal(edited(cut, strength, step), wanted)
+        expected = activations(step, NAMED).values
+        expected[:2, 2, NEURONS["red"][step]] = left
+        assert torch.equal(edited(cut, strength, step), expected)
 
 
 def test_a_code_below_the_mean_over_all_images_is_not_edited():
@@ -122,9 +122,9 @@ def test_a_code_below_the_mean_over_all_images_is_not_edited():
 def test_negative_codes_are_neither_counted_nor_edited():
     below = activations(0, NAMED)
     below.values[:2] *= -1
-    found = GenerationCodes(neurons())
-    found.add(below)
-    assert float(found.means()[0, :2].max()) == float(found.peaks()[0, :2].max()) == 0.0
+    codes = GenerationCodes(neurons())
+    codes.add(below)
+    assert float(codes.means()[0, :2].max()) == float(codes.peaks()[0, :2].max()) == 0.0
     [steering] = choose_features(firings(), NAMED, "red", 1).steering_hooks(0.0)
     assert steering.change(below.values, at(0)) is None
 
@@ -142,14 +142,14 @@ def test_changed_images_are_those_in_which_a_feature_fires():
 def test_rates_measure_removal_and_both_retentions():
     before = [verdict(True, shape=True, size=False), verdict(True, shape=True), verdict(False), verdict(True, shape=True)]
     after = [verdict(False, shape=True, size=True), verdict(True, shape=False), verdict(False), verdict(True, shape=True)]
-    found = removal_rates("red", ["red", "red", "red", "blue"], before, after)
+    rates = removal_rates("red", ["red", "red", "red", "blue"], before, after)
     # The third image never was red; the size of the first never was right; red and blue have the same weight.
-    assert found == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
+    assert rates == RemovalRates(ua=0.5, ira=1.0, cra=0.75, own=0.5)
 
 
 def test_an_edit_that_does_nothing_removes_nothing_and_keeps_everything():
-    seen = [verdict(True, shape=True), verdict(False, shape=False), verdict(True, style=True)]
-    assert removal_rates("red", ["red", "blue", "green"], seen, seen) == RemovalRates(0.0, 1.0, 1.0, 1.0)
+    verdicts = [verdict(True, shape=True), verdict(False, shape=False), verdict(True, style=True)]
+    assert removal_rates("red", ["red", "blue", "green"], verdicts, verdicts) == RemovalRates(0.0, 1.0, 1.0, 1.0)
 
 
 def test_a_concept_that_no_image_shows_cannot_be_removed():
@@ -170,19 +170,19 @@ def test_the_best_trial_is_the_last_good_one_or_else_the_one_with_the_largest_le
 PROVENANCE = Provenance(fingerprints={"double.1:neurons/neurons-8-k2": "f"}, features={})
 
 
-def removed(ua: float) -> RemovedConcept:
-    tried = (RemovalTrial(1, -1.0, RemovalRates(ua, 1.0, 1.0, 1.0)),)
+def removal_of(ua: float) -> RemovedConcept:
+    trials = (RemovalTrial(1, -1.0, RemovalRates(ua, 1.0, 1.0, 1.0)),)
     shared = {
         "concept": "red",
         "group": "colour",
         "features": {"double.1:neurons/neurons-8-k2": ((2,), (5, 1))},
         "strength": -1.0,
     }
-    return RemovedConcept(**shared, trials=tried, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
+    return RemovedConcept(**shared, trials=trials, images=4, shown=1.0, rates=RemovalRates(ua, 0.9, 0.95, 0.8))
 
 
 def test_removal_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
-    concepts = (removed(0.95), removed(0.85))
+    concepts = (removal_of(0.95), removal_of(0.85))
     removal = RemovalResults(
         model="m",
         dictionaries=("double.1:neurons/neurons-8-k2",),
@@ -213,11 +213,11 @@ def test_every_set_of_dictionaries_has_its_own_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("names", "concept", "said"),
+    ("names", "concept", "message"),
     [(NAMED, "pink", "0 of 6"), (["red"] * 6, "red", "6 of 6"), (NAMED[:4], "red", "6 images")],
 )
-def test_features_are_chosen_on_images_with_and_without_the_concept(names: list[str], concept: str, said: str):
-    with pytest.raises(BadInput, match=said):
+def test_features_are_chosen_on_images_with_and_without_the_concept(names: list[str], concept: str, message: str):
+    with pytest.raises(BadInput, match=message):
         choose_features(firings(), names, concept, 1)
 
 
@@ -228,11 +228,11 @@ def test_activations_of_another_site_are_refused():
         GenerationCodes(neurons()).means()
 
 
-def imaged(drawn: list[int]) -> RemovalImages:
-    """Images that show a concept as long as its neuron fires at the second step; `drawn` records which are generated again."""
+def removal_images(generated: list[int]) -> RemovalImages:
+    """Images that show a concept while its neuron fires at the second step; `generated` records the numbers of edited ones."""
 
     def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
-        drawn.extend(numbers)
+        generated.extend(numbers)
         x = activations(1, NAMED).values
         for steering in edits:
             new = steering.change(x, at(1))
@@ -244,45 +244,49 @@ def imaged(drawn: list[int]) -> RemovalImages:
 
 
 def test_planted_features_are_found_and_removed_while_all_else_stays():
-    drawn: list[int] = []
-    shown = imaged(drawn)
+    generated: list[int] = []
+    images = removal_images(generated)
     for concept in NEURONS:
-        assert shown.rates(concept, {PLACE: choose_features(firings(), NAMED, concept, 2)}, 0.0) == RemovalRates(
+        assert images.rates(concept, {PLACE: choose_features(firings(), NAMED, concept, 2)}, 0.0) == RemovalRates(
             1.0, 1.0, 1.0, 1.0
         )
     # Only images that name the concept have its features: no other is generated again.
-    assert drawn == [0, 1, 2, 3, 4, 5]
+    assert generated == [0, 1, 2, 3, 4, 5]
 
 
 def test_unchanged_images_are_not_generated_again():
-    drawn: list[int] = []
+    generated: list[int] = []
     nothing = {PLACE: choose_features(firings(), NAMED, "red", 1).first(0)}
-    assert imaged(drawn).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and drawn == []
+    assert removal_images(generated).rates("red", nothing, 0.0) == RemovalRates(0.0, 1.0, 1.0, 1.0) and generated == []
 
 
 def test_settings_are_tried_from_the_mildest_to_the_next_after_the_first_good_one():
-    shown = imaged([])
+    images = removal_images([])
     cuts = {PLACE: choose_features(firings(), NAMED, "red", 2)}
-    tried = list(shown.trials("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
+    trials = list(images.trials("red", cuts, [(2, -1.0), (2, 0.4), (1, 0.0), (1, -2.0), (1, 0.5)]))
     # (2, 0.4) is not stronger: it is milder in strength.
-    assert [(each.features, each.strength, each.rates.ua) for each in tried] == [(1, 0.5, 0.0), (1, 0.0, 1.0), (1, -2.0, 1.0)]
+    assert [(trial.features, trial.strength, trial.rates.ua) for trial in trials] == [
+        (1, 0.5, 0.0),
+        (1, 0.0, 1.0),
+        (1, -2.0, 1.0),
+    ]
 
 
 def test_settings_no_milder_than_a_lossy_one_are_skipped():
     def spoiled(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
         return [verdict(True, shape=False) for _ in numbers]
 
-    shown = replace(imaged([]), edited=spoiled)
-    tried = shown.trials(
+    images = replace(removal_images([]), edited=spoiled)
+    trials = images.trials(
         "red", {PLACE: choose_features(firings(), NAMED, "red", 2)}, [(1, 0.0), (2, 0.5), (1, 0.5), (2, -1.0), (1, -1.0)]
     )
     # All else is lost at once; only a setting that is milder in one of the two could be better.
-    assert [(each.features, each.strength) for each in tried] == [(1, 0.5)]
+    assert [(trial.features, trial.strength) for trial in trials] == [(1, 0.5)]
 
 
-@pytest.mark.parametrize(("concepts", "each"), [(3, 2), (10, 8), (8, 12), (2, 13)])
-def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_others(concepts: int, each: int):
-    named, drawn = [str(number) for number in range(concepts) for _ in range(each)], list[int]()
+@pytest.mark.parametrize(("concepts", "per_concept"), [(3, 2), (10, 8), (8, 12), (2, 13)])
+def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_others(concepts: int, per_concept: int):
+    named, generated = [str(number) for number in range(concepts) for _ in range(per_concept)], list[int]()
     right = verdict(True, shape=True)
     everywhere = neurons(k=WIDTH)
     firing = GenerationCodes(everywhere)
@@ -290,26 +294,26 @@ def test_a_removal_is_judged_on_all_images_of_the_concept_and_a_sixth_of_the_oth
     firing.add(replace(activations(0, NAMED), values=values, shots=(activations(0, NAMED).shots[0],) * len(named)))
 
     def edited(numbers: Sequence[int], edits: Sequence[SteeringHook]) -> list[JudgeVerdict]:
-        drawn.extend(numbers)
+        generated.extend(numbers)
         return [right] * len(numbers)
 
-    shown = RemovalImages(concepts=tuple(named), before=(right,) * len(named), codes={PLACE: firing}, edited=edited)
+    images = RemovalImages(concepts=tuple(named), before=(right,) * len(named), codes={PLACE: firing}, edited=edited)
     every = FeatureCut(everywhere, ((0,),), ((0.0,),))
-    shown.rates(named[0], {PLACE: every}, 0.0)
-    assert len(drawn) == each + (concepts - 1) * -(-each // 6)
+    images.rates(named[0], {PLACE: every}, 0.0)
+    assert len(generated) == per_concept + (concepts - 1) * -(-per_concept // 6)
 
 
 def test_a_concept_that_no_prompt_names_cannot_be_removed():
     with pytest.raises(BadInput, match="No prompt names 'pink'"):
-        imaged([]).rates("pink", {PLACE: choose_features(firings(), NAMED, "red", 1)}, 0.0)
+        removal_images([]).rates("pink", {PLACE: choose_features(firings(), NAMED, "red", 1)}, 0.0)
 
 
 @pytest.mark.parametrize("group", CAPTION_GROUPS)
 def test_captions_name_each_concept_of_a_group_equally_often_and_are_unique(group: str):
     captions = captions_by_concept(group, 5)
-    assert [each[0].concept for each in captions] == list(CONCEPTS[group])
-    assert all(len(each) == 5 and each[0].concept in caption.split() for each in captions for _, caption in each)
-    assert len({caption for each in captions for _, caption in each}) == 5 * len(captions)
+    assert [several[0].concept for several in captions] == list(CONCEPTS[group])
+    assert all(len(several) == 5 and several[0].concept in caption.split() for several in captions for _, caption in several)
+    assert len({caption for several in captions for _, caption in several}) == 5 * len(captions)
 
 
 def test_the_judge_recognises_the_concepts_of_captions_in_their_drawings():
@@ -318,9 +322,9 @@ def test_the_judge_recognises_the_concepts_of_captions_in_their_drawings():
         ConceptCaption(BACKGROUNDS[int(ground)], text)
         for ground, text in zip(scenes.specs.background, scenes.captions, strict=True)
     ]
-    seen = DrawnJudge(load_judge()).of_captions("background", named, scenes.images)
-    assert sum(verdict.shows for verdict in seen) >= 39 and all("background" not in verdict.right for verdict in seen)
-    wrong = [ConceptCaption("night" if each.concept != "night" else "wood", each.caption) for each in named]
+    verdicts = DrawnJudge(load_judge()).of_captions("background", named, scenes.images)
+    assert sum(verdict.shows for verdict in verdicts) >= 39 and all("background" not in verdict.right for verdict in verdicts)
+    wrong = [ConceptCaption("night" if item.concept != "night" else "wood", item.caption) for item in named]
     assert not any(verdict.shows for verdict in DrawnJudge(load_judge()).of_captions("background", wrong, scenes.images)[:8])
 
 
@@ -340,8 +344,8 @@ def test_removal_writes_results_and_reuses_them(study: Path, capsys: pytest.Capt
     flags = ["--groups", "size", "--images", "2", "--selection-images", "2", "--tuning-images", "1"]
     flags += ["--features", "1,2", "--strength", "-1", "--edit-steps", "1:3"]
     assert main(["removal", str(study), "--dictionary", f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
-    said = capsys.readouterr().out
-    assert "of 2 concepts reach 90/90" in said and "UA" in said and "as before" not in said
+    output = capsys.readouterr().out
+    assert "of 2 concepts reach 90/90" in output and "UA" in output and "as before" not in output
     [path] = Study.open(study).removals()
     written = path.stat().st_mtime_ns
     assert main(["removal", str(study), "--dictionary", f"{SITES[0]}/topk-64-k4,{SITES[1]}/topk-64-k4", *flags]) == 0
@@ -349,10 +353,10 @@ def test_removal_writes_results_and_reuses_them(study: Path, capsys: pytest.Capt
     assert path == study / "steering" / "removal" / "double.1,single.0" / "topk-64-k4.json"
     removal = RemovalResults.load(path)
     assert removal.dictionaries == tuple(f"{site}/topk-64-k4" for site in SITES)
-    assert [each.concept for each in removal.concepts] == ["small", "large"]
-    for each in removal.concepts:
-        assert each.images == 2 and each.strength == -1.0 and {tried.features for tried in each.trials} <= {1, 2}
-        for steps in each.features.values():
+    assert [concept.concept for concept in removal.concepts] == ["small", "large"]
+    for concept in removal.concepts:
+        assert concept.images == 2 and concept.strength == -1.0 and {trial.features for trial in concept.trials} <= {1, 2}
+        for steps in concept.features.values():
             assert len(steps) == 4 and steps[0] == steps[3] == () and 1 <= len(steps[1]) <= 2
 
 
@@ -360,15 +364,15 @@ def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
     flags = ["--groups", "size", "--images", "1", "--selection-images", "1", "--features", "1", "--strength", "0"]
     assert main(["removal", str(study), *flags]) == 0
     removals = [RemovalResults.load(path) for path in Study.open(study).removals()]
-    known = {removal.dictionaries for removal in removals}
-    assert tuple(f"{site}/topk-64-k4" for site in SITES) in known
+    dictionaries = {removal.dictionaries for removal in removals}
+    assert tuple(f"{site}/topk-64-k4" for site in SITES) in dictionaries
     [itda] = [removal for removal in removals if "/itda-" in removal.dictionaries[0]]
-    # A single setting is not tried.
-    assert all(each.trials == () and each.strength == 0.0 for each in itda.concepts)
+    # With a single setting there are no trials.
+    assert all(concept.trials == () and concept.strength == 0.0 for concept in itda.concepts)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--groups", "colur"), "nearest: colour"),
         (("--images", "0"), "leave nothing to remove"),
@@ -378,6 +382,6 @@ def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
         (("--dictionary", "double.2"), "nearest: double.1"),
     ],
 )
-def test_impossible_removals_are_explained(study: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]):
+def test_impossible_removals_are_explained(study: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["removal", str(study), *words]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Edits: operation is asked changes, nothing else does, and the same edit makes the same image again."""
+"""Edits: they change what they name and nothing else, and the same edit makes the same image again."""
 
 import json
 import math
@@ -60,9 +60,9 @@ def edit(operation: str = "add", **changes: object) -> Edit:
 def steering(
     *edits: Edit, dictionary: Dictionary = DICTIONARY, scales: FeatureScales | None = SCALES, maps: TransplantMaps | None = None
 ) -> SteeringHook:
-    made = steering_hooks(edits, lambda each: dictionary_features(dictionary, each.features, scales), lambda _: maps)  # pyright: ignore
-    assert len(made) == 1
-    return made[0]
+    hooks = steering_hooks(edits, lambda item: dictionary_features(dictionary, item.features, scales), lambda _: maps)  # pyright: ignore
+    assert len(hooks) == 1
+    return hooks[0]
 
 
 def edited(x: Tensor, *edits: Edit, at: HookContext | None = None) -> Tensor:
@@ -166,8 +166,8 @@ def test_only_the_chosen_steps_are_edited_and_steps_beyond_the_run_are_refused()
 def test_under_guidance_the_unconditional_half_is_unedited_edited_or_edited_with_the_opposite_sign():
     plus = edited(X, edit()) - X
     for half, sign in (("conditional", 0), ("both", 1), ("opposed", -1)):
-        there = edited(X, edit(half=half), at=context(half="unconditional"))
-        torch.testing.assert_close(there - X, sign * plus)
+        unconditional = edited(X, edit(half=half), at=context(half="unconditional"))
+        torch.testing.assert_close(unconditional - X, sign * plus)
         torch.testing.assert_close(edited(X, edit(half=half), at=context(half="conditional")) - X, plus)
 
 
@@ -228,8 +228,8 @@ def test_scales_equal_the_plain_formula_and_are_loaded_as_saved(tmp_path: Path):
     torch.testing.assert_close(SCALES.peaks, dense.amax(1))
     torch.testing.assert_close(SCALES.means, dense.sum(1) / (dense > 0).sum(1).clamp(min=1))
     SCALES.save(tmp_path / "s.safetensors", "abc")
-    kept = FeatureScales.load(tmp_path / "s.safetensors", "abc")
-    assert kept is not None and torch.equal(kept.peaks, SCALES.peaks) and kept.norm == SCALES.norm
+    loaded = FeatureScales.load(tmp_path / "s.safetensors", "abc")
+    assert loaded is not None and torch.equal(loaded.peaks, SCALES.peaks) and loaded.norm == SCALES.norm
     assert FeatureScales.load(tmp_path / "s.safetensors", "other") is None
     (tmp_path / "s.safetensors").write_bytes(b"broken")
     with pytest.raises(BrokenFile):
@@ -250,9 +250,9 @@ def site_of(pipe: Pipeline) -> tuple[Site, int]:
     return rows[len(rows) // 2].site, rows[len(rows) // 2].width
 
 
-def drawn(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes]:
-    made = pipe.generate(["a red star", "a blue circle"], steps=2, guidance=4.0, edits=edits or [])
-    return [each.image.tobytes() for each in made]
+def generated(pipe: Pipeline, edits: list[SteeringHook] | None = None) -> list[bytes]:
+    images = pipe.generate(["a red star", "a blue circle"], steps=2, guidance=4.0, edits=edits or [])
+    return [item.image.tobytes() for item in images]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -265,24 +265,24 @@ def test_for_every_family_an_edit_of_nothing_changes_nothing_and_a_recorded_edit
     source = TransplantSource(prompt="a cat", seed=5) if operation == "transplant" else None
     change = Edit(operation=operation, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
 
-    def maps(each: Edit) -> TransplantMaps:
-        found = TransplantMaps(each, dictionary_features(dictionary, each.features, None).codes)
-        assert each.source is not None
-        with pipe.at(site, found):
-            pipe.generate(each.source.prompt, seed=each.source.seed, steps=2, guidance=4.0)
-        return found
+    def maps(item: Edit) -> TransplantMaps:
+        recorder = TransplantMaps(item, dictionary_features(dictionary, item.features, None).codes)
+        assert item.source is not None
+        with pipe.at(site, recorder):
+            pipe.generate(item.source.prompt, seed=item.source.seed, steps=2, guidance=4.0)
+        return recorder
 
     def steered(*edits: Edit) -> list[SteeringHook]:
-        return steering_hooks(edits, lambda each: dictionary_features(dictionary, each.features, None), maps)
+        return steering_hooks(edits, lambda item: dictionary_features(dictionary, item.features, None), maps)
 
-    plain, changed = drawn(pipe), drawn(pipe, steered(change))
+    plain, changed = generated(pipe), generated(pipe, steered(change))
     assert changed != plain
     shot = next(pipe.shots("a red star", steps=2, guidance=4.0))
     again = EditRecord.load(EditRecord(shot=shot, edits=(change,), checksums={}).save(tmp_path / "edit.json"))
     assert again.edits == (change,) and again.shot == shot
-    assert drawn(pipe, steered(*again.edits)) == changed
+    assert generated(pipe, steered(*again.edits)) == changed
     nothing = replace(change, features=(SILENT,), strength={"scale": 1.0}.get(operation, 0.0))
-    assert operation == "replace" or drawn(pipe, steered(nothing)) == plain
+    assert operation == "replace" or generated(pipe, steered(nothing)) == plain
 
 
 # Directions by contrast.
@@ -302,20 +302,20 @@ def test_a_contrast_finds_a_planted_direction(method: str):
     planted = 3 * F.normalize(torch.randn(16, generator=generator), dim=0)
     base = torch.randn(12, TOKENS, 16, generator=generator)
     noise = 0.02 * torch.randn(12, 1, 16, generator=generator)
-    found = find_contrast(
+    contrast = find_contrast(
         [activations(base + planted + noise, [f"a {i}" for i in range(12)])],
         [activations(base, [f"b {i}" for i in range(12)])],
         method,  # pyright: ignore
     )
-    assert F.cosine_similarity(found.direction, planted, dim=0) > 0.999
-    assert abs(float(found.direction.norm()) - 3) < 0.05 and found.pairs == 12
+    assert F.cosine_similarity(contrast.direction, planted, dim=0) > 0.999
+    assert abs(float(contrast.direction.norm()) - 3) < 0.05 and contrast.pairs == 12
 
 
 def test_a_contrast_is_loaded_as_saved(tmp_path: Path):
-    made = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
-    again = Contrast.load(made.save(tmp_path / "red.safetensors"))
-    assert torch.equal(again.direction, made.direction)
-    assert replace(again, direction=torch.empty(0)).__dict__.keys() == made.__dict__.keys()
+    contrast = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
+    again = Contrast.load(contrast.save(tmp_path / "red.safetensors"))
+    assert torch.equal(again.direction, contrast.direction)
+    assert replace(again, direction=torch.empty(0)).__dict__.keys() == contrast.__dict__.keys()
     assert (again.positive, again.negative, again.site, again.timesteps) == (("a", "b"), ("c", "d"), SITE, (500.0,))
     with pytest.raises(UnknownName, match="red"):
         Contrast.load(tmp_path / "rad.safetensors")
@@ -332,15 +332,15 @@ def test_a_contrast_of_sides_that_do_not_match_is_refused():
 
 
 def test_adding_a_contrast_adds_the_mean_difference_and_ablating_it_removes_the_projection():
-    made = find_contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
-    features = contrast_features(made)
+    contrast = find_contrast([activations(X + torch.arange(16.0), ["a", "b"])], [activations(X, ["c", "d"])])
+    features = contrast_features(contrast)
     change = lambda operation: steering_hooks(  # noqa: E731
         [Edit(operation=operation, site=SITE, contrast="red")], lambda _: features
     )[0].change(X, context())
     torch.testing.assert_close(change("add"), X + torch.arange(16.0))
     ablated = change("ablate")
     assert ablated is not None
-    torch.testing.assert_close(ablated @ made.direction, torch.zeros(2, TOKENS), atol=1e-3, rtol=0)
+    torch.testing.assert_close(ablated @ contrast.direction, torch.zeros(2, TOKENS), atol=1e-3, rtol=0)
 
 
 def test_a_direction_is_decomposed_into_the_features_it_was_made_of():

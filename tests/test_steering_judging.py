@@ -33,7 +33,7 @@ TRIALS = tuple(SteeringTrial(f"image {number}", number, None) for number in rang
 TASK = SteeringTask(concept="red", group="colour", trials=TRIALS)
 
 
-def shown(strength: float) -> SteeringHook:
+def adding(strength: float) -> SteeringHook:
     return SteeringHook(Site("double.1"), lambda x, moment: x + strength)
 
 
@@ -46,15 +46,15 @@ def fake(spoils: float) -> JudgedGenerator:
         edited = None if steering is None else steering.change(plain, HookContext(0, 1.0, None, shots, None))
         return (plain if edited is None else edited).view(-1, 1, 1, 1)
 
-    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], drawn: Tensor) -> list[JudgeVerdict]:
-        return [JudgeVerdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in drawn.flatten()]
+    def verdicts(task: SteeringTask, trials: Sequence[SteeringTrial], pixels: Tensor) -> list[JudgeVerdict]:
+        return [JudgeVerdict(float(x) >= 1, {"background": float(x) < spoils, "shape": False}, 0.5) for x in pixels.flatten()]
 
-    return JudgedGenerator(images, verdicts, lambda drawn: 1 + drawn.flatten())
+    return JudgedGenerator(images, verdicts, lambda pixels: 1 + pixels.flatten())
 
 
 def test_a_curve_measures_success_specificity_and_quality():
     [curve] = judge_methods(
-        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
+        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (0.2, 1.0, 2.0))}, fake(spoils=2.0)
     )
     assert (curve.without, curve.trials, curve.description) == (0.0, 4, "it")
     assert [point.success for point in curve.points] == [0.0, 1.0, 1.0]
@@ -65,27 +65,29 @@ def test_a_curve_measures_success_specificity_and_quality():
 
 
 def test_the_best_strength_keeps_all_else_and_breaks_no_image():
-    [curve] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (0.2, 0.4))}, fake(spoils=0.3))
+    [curve] = judge_methods(
+        TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (0.2, 0.4))}, fake(spoils=0.3)
+    )
     best = curve.best()
     assert best is not None and best.strength == 0.2 and curve.gain() == 0.0
-    [spoilt] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (2.0,))}, fake(spoils=0.3))
+    [spoilt] = judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (2.0,))}, fake(spoils=0.3))
     assert spoilt.best() is None and spoilt.gain() == 0.0
 
 
 def test_each_image_of_a_batch_gets_its_own_hook():
-    both = batch_hook(TRIALS[:3], [shown(1.0), None, shown(5.0)])
+    both = batch_hook(TRIALS[:3], [adding(1.0), None, adding(5.0)])
     assert both is not None
     shots = tuple(Shot(model="m", prompt=t.prompt, seed=t.seed, pixels=(8, 8), steps=1, guidance=0.0) for t in TRIALS[:3])
     out = both.change(torch.zeros(3, 2, 2), HookContext(0, 1.0, None, shots, None))
     assert out is not None and out[:, 0, 0].tolist() == [1.0, 0.0, 5.0]
     assert batch_hook(TRIALS[:2], [None, None]) is None
     with pytest.raises(BadInput, match="at one site"):
-        batch_hook(TRIALS[:2], [shown(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
+        batch_hook(TRIALS[:2], [adding(1.0), SteeringHook(Site("single.0"), lambda x, moment: x)])
 
 
 def test_steering_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Path):
     curves = tuple(
-        judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, shown(p)), (1.0,))}, fake(spoils=2.0))
+        judge_methods(TASK, {"add": SteeringMethod("it", lambda trial, p: (trial, adding(p)), (1.0,))}, fake(spoils=2.0))
     )
     config = SteeringConfig(groups=("colour",), trials=4, edit_steps=(0, 3))
     provenance = Provenance(fingerprints={"double.1/d": "f"}, features={"double.1/d": {"red": 1}}, judge="clip")
@@ -109,26 +111,26 @@ def test_trials_name_another_concept_of_the_group_and_say_where_the_object_is(co
 
 
 def test_pairs_differ_only_in_the_concept():
-    for wanted, unwanted in caption_pairs("cyan", 10):
-        one, other = parse_caption(wanted), parse_caption(unwanted)
+    for positive, negative in caption_pairs("cyan", 10):
+        one, other = parse_caption(positive), parse_caption(negative)
         assert one.objects[0].colour == "cyan" != other.objects[0].colour
         assert one.objects[0].shape == other.objects[0].shape and one.background == other.background
 
 
 def test_the_judge_recognises_drawn_concepts_in_their_region_and_not_elsewhere():
     scenes = draw(torch.arange(400) + HELD_OUT_SEEDS + 7_000_000, SceneMix(1, 0, 0))
-    drawn = DrawnJudge(load_judge())
+    judge = DrawnJudge(load_judge())
     task = caption_task("cyan", 1)
-    placed = [
-        i for i, caption in enumerate(scenes.captions) if (thing := parse_caption(caption).objects[0]).row and thing.column
-    ][:60]
+    placed = [i for i, caption in enumerate(scenes.captions) if (item := parse_caption(caption).objects[0]).row and item.column][
+        :60
+    ]
     trials = [SteeringTrial(scenes.captions[i], i, None) for i in placed]
     truth = [int(scenes.specs.colour[i, 0]) == 4 for i in placed]
-    seen = [verdict.shows for verdict in drawn(task, trials, scenes.images[placed])]
-    assert sum(a == b for a, b in zip(truth, seen, strict=True)) >= 58 and any(truth)
+    shows = [verdict.shows for verdict in judge(task, trials, scenes.images[placed])]
+    assert sum(a == b for a, b in zip(truth, shows, strict=True)) >= 58 and any(truth)
     everywhere = {trial.region for trial in caption_task("cyan", 60).trials}
     corner = next(region for region in everywhere if region is not None and region.left == 0 and region.top == 0)
-    for i, verdict in zip(placed, drawn(task, [t._replace(region=corner) for t in trials], scenes.images[placed]), strict=True):
+    for i, verdict in zip(placed, judge(task, [t._replace(region=corner) for t in trials], scenes.images[placed]), strict=True):
         far = int(scenes.specs.row[i, 0]) == 2 or int(scenes.specs.column[i, 0]) == 2
         assert not (far and verdict.shows)
 
@@ -143,9 +145,9 @@ def test_contrasts_use_seeds_that_no_trial_has():
     pipe = difflex.load("mini-flux")
     shots = list(pipe.shots("", keep_steps=range(1)))
     sides = pair_activations(lambda shots: pipe.harvest(shots, "double.1"), shots, [("a red star", "a blue star")] * 2)
-    wanted, unwanted = ({shot.seed for seen in side for shot in seen.shots} for side in sides)
-    assert wanted == unwanted and len(wanted) == 2
-    assert not wanted & {trial.seed for trial in caption_task("red", 50).trials}
+    positive, negative = ({shot.seed for batch in side for shot in batch.shots} for side in sides)
+    assert positive == negative and len(positive) == 2
+    assert not positive & {trial.seed for trial in caption_task("red", 50).trials}
 
 
 def _tiles(path: Path) -> list[bytes]:
@@ -163,24 +165,19 @@ def _has_all_curves(results: SteeringResults) -> bool:
 
 def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = str(tmp_path / "study")
-    assert (
-        main(
-            [
-                "harvest",
-                "mini-flux",
-                "--prompts",
-                "captions",
-                "--site",
-                "double.1",
-                "double.1:neurons",
-                "--tokens",
-                "20000",
-                "--out",
-                study,
-            ]
-        )
-        == 0
-    )
+    words = [
+        "harvest",
+        "mini-flux",
+        "--prompts",
+        "captions",
+        "--site",
+        "double.1",
+        "double.1:neurons",
+        "--tokens",
+        "20000",
+        "--out",
+    ]
+    assert main([*words, study]) == 0
     assert main(["train", study, "--site", "double.1", "--k", "8", "--size", "256", "--tokens", "20000"]) == 0
     assert main(["neurons", study, "--site", "double.1:neurons", "--k", "8"]) == 0
     assert main(["steer-eval", study, "--dictionary", "double.1"]) == 2
@@ -204,14 +201,14 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
         "0:3",
     ]
     assert main(["steer-eval", study, "--dictionary", "double.1", *flags]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert _has_all_curves(judged)
     assert {curve.method for curve in judged.curves} == {"feature", "contrast", "random", "neuron", "prompt"}
     assert all(len(curve.points) == (1 if curve.method == "prompt" else 2) for curve in judged.curves)
     steered = {curve.description.rpartition(" ")[2] for curve in judged.of("feature")}
     assert {curve.description for curve in judged.of("random")} == {f"seed {feature}" for feature in steered}
-    assert "neuron" in said and "gain" in said and "as before" not in said
+    assert "neuron" in output and "gain" in output and "as before" not in output
     images = tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8"
     assert {strip.method: len(strip.strengths) for strip in judged.strips} == {
         curve.method: len(curve.points) for curve in judged.curves[:5]

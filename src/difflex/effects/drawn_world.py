@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import count as numbers_from
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -48,9 +49,8 @@ __all__ = [
 
 FIRST_TASK, FIRST_PAIR, FIRST_CAPTION = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 6))
 """Seeds of the first scenes for tasks, for pairs, and for captions by concept."""
-CHUNK = 1024
-PER_TRIAL = 20
-"""Scenes that are searched for each trial."""
+CHUNK = 256
+"""Scenes that are drawn at once, to search their captions."""
 WHOLE = ("background", "style")
 """Groups whose concepts belong to the whole image."""
 ONE_OBJECT, TWO_OBJECTS = SceneMix(1, 0, 0), SceneMix(0, 1, 0)
@@ -68,8 +68,6 @@ should appear on the first of two. `unsaid`: the caption names no concept of the
 PAIR_SCENERY, OTHER_SCENERY = (BACKGROUNDS[:4], STYLES[:2]), (BACKGROUNDS[4:], STYLES[2:])
 REPEATS = 3
 """How often a caption `against` a concept names another one."""
-PER_KIND = 12
-"""Captions that are searched for each trial of a kind."""
 
 
 class ConceptCaption(NamedTuple):
@@ -84,34 +82,38 @@ def group_of(concept: str) -> str:
     return next((group for group, names in CONCEPTS.items() if concept in names), "")
 
 
-def caption_task(concept: str, trials: int, mix: SceneMix = ONE_OBJECT) -> SteeringTask:
-    """Return trials whose captions name another concept of the group and, for concepts of objects, where the object is.
+def caption_task(concept: str, trials: int) -> SteeringTask:
+    """Return trials whose captions name another concept of the group and, for concepts of objects, where the object is."""
+    places = enumerate(islice(_captions_without(concept, ONE_OBJECT), trials))
+    several = tuple(SteeringTrial(caption, seed, region) for seed, (caption, region) in places)
+    return SteeringTask(concept=concept, group=group_of(concept), trials=several)
 
-    They are captions of single objects; in another mix the first object counts.
-    """
+
+def _captions_without(concept: str, mix: SceneMix) -> Iterator[tuple[str, Rectangle | None]]:
+    """Yield captions, without end, whose first object has another concept of the group, and the region of that object."""
     group = group_of(concept)
-    matches, chunks = list[SteeringTrial](), numbers_from(FIRST_TASK, PER_TRIAL * trials)
-    while len(matches) < trials:
-        first = next(chunks)
-        for caption in write_captions(scenes(torch.arange(first, first + PER_TRIAL * trials), mix)):
-            request = parse_caption(caption)
-            named, region = _named(request, group), _object_region(request) if group not in WHOLE else None
-            if named is not None and named != concept and (region is not None or group in WHOLE):
-                matches.append(SteeringTrial(caption, len(matches), region))
-    return SteeringTask(concept=concept, group=group, trials=tuple(matches[:trials]))
+    for caption in _endless_captions(FIRST_TASK, mix):
+        request = parse_caption(caption)
+        name, region = _named(request, group), _object_region(request) if group not in WHOLE else None
+        if name is not None and name != concept and (region is not None or group in WHOLE):
+            yield caption, region
+
+
+def _endless_captions(first_seed: int, mix: SceneMix) -> Iterator[str]:
+    for seed in numbers_from(first_seed, CHUNK):
+        yield from write_captions(scenes(torch.arange(seed, seed + CHUNK), mix))
 
 
 def captions_by_concept(group: str, count: int) -> list[list[ConceptCaption]]:
     """Return for each concept of a group `count` captions of single objects that name it, all different."""
     captions: dict[str, dict[str, ConceptCaption]] = {concept: {} for concept in CONCEPTS[group]}
-    for first in numbers_from(FIRST_CAPTION, CHUNK):
-        for caption in write_captions(scenes(torch.arange(first, first + CHUNK), ONE_OBJECT)):
-            concept = _named(parse_caption(caption), group)
-            if concept is not None:
-                captions[concept].setdefault(caption, ConceptCaption(concept, caption))
-        if all(len(several) >= count for several in captions.values()):
+    for caption in _endless_captions(FIRST_CAPTION, ONE_OBJECT):
+        concept = _named(parse_caption(caption), group)
+        if concept is not None and len(captions[concept]) < count:
+            captions[concept].setdefault(caption, ConceptCaption(concept, caption))
+        elif all(len(several) == count for several in captions.values()):
             break
-    return [list(several.values())[:count] for several in captions.values()]
+    return [list(several.values()) for several in captions.values()]
 
 
 def caption_pairs(
@@ -128,8 +130,8 @@ def caption_pairs(
         with_concept = replace(specs, **{group: torch.full_like(getattr(specs, group), index)})
         for positive, negative in zip(write_captions(with_concept), write_captions(specs), strict=True):
             request = parse_caption(positive)
-            named = _named(request, group) == concept and _named(parse_caption(negative), group) is not None
-            if named and positive != negative and (group in WHOLE or _object_region(request) is not None) and accepts(request):
+            is_named = _named(request, group) == concept and _named(parse_caption(negative), group) is not None
+            if is_named and positive != negative and (group in WHOLE or _object_region(request) is not None) and accepts(request):
                 pairs.append((positive, negative))
         if len(pairs) >= count:
             return pairs[:count]
@@ -145,18 +147,13 @@ def scenery_pairs(concept: str, count: int) -> list[tuple[str, str]]:
 @cache
 def kind_task(concept: str, kind: CaptionKind, trials: int) -> SteeringTask:
     """Return a task of captions of a kind; their seeds follow one another."""
-    group, searched = group_of(concept), PER_KIND
-    scenery = OTHER_SCENERY if kind == "other scenery" else PAIR_SCENERY
-    while True:
-        task = caption_task(concept, trials * searched, TWO_OBJECTS if kind == "two objects" else ONE_OBJECT)
-        matches = [
-            trial for trial in task.trials if _has_scenery(parse_caption(trial.prompt), group, scenery, kind == "other scenery")
-        ]
-        if len(matches) >= trials:
-            break
-        searched *= 2
-    chosen = [trial._replace(prompt=_reword(trial, group, kind), seed=seed) for seed, trial in enumerate(matches[:trials])]
-    return SteeringTask(concept=concept, group=group, trials=tuple(chosen))
+    group, is_new = group_of(concept), kind == "other scenery"
+    captions = _captions_without(concept, TWO_OBJECTS if kind == "two objects" else ONE_OBJECT)
+    scenery = OTHER_SCENERY if is_new else PAIR_SCENERY
+    matches = (item for item in captions if _has_scenery(parse_caption(item[0]), group, scenery, is_new))
+    places = enumerate(islice(matches, trials))
+    several = tuple(SteeringTrial(_reword(caption, group, kind), seed, region) for seed, (caption, region) in places)
+    return SteeringTask(concept=concept, group=group, trials=several)
 
 
 def _has_scenery(request: CaptionRequest, group: str, scenery: tuple[tuple[str, ...], ...], stated: bool = False) -> bool:
@@ -165,17 +162,15 @@ def _has_scenery(request: CaptionRequest, group: str, scenery: tuple[tuple[str, 
     return all((value is None and not stated) or value in allowed for name, value, allowed in pairs if name != group)
 
 
-def _reword(trial: SteeringTrial, group: str, kind: CaptionKind) -> str:
+def _reword(caption: str, group: str, kind: CaptionKind) -> str:
     if kind == "no object":
-        request = parse_caption(trial.prompt)
-        return " ".join(
-            [*(["on", request.background] if request.background else []), *([request.style] if request.style else [])]
-        )
+        request = parse_caption(caption)
+        return " ".join([*(["on", request.background] if request.background else []), request.style or ""]).strip()
     if kind == "unsaid":
-        return _without_group(trial.prompt, group)
+        return _without_group(caption, group)
     if kind == "against":
-        return " ".join(word if group_of(word) != group else " ".join([word] * REPEATS) for word in trial.prompt.split())
-    return trial.prompt
+        return " ".join(word if group_of(word) != group else " ".join([word] * REPEATS) for word in caption.split())
+    return caption
 
 
 def _without_group(caption: str, group: str) -> str:
@@ -248,10 +243,12 @@ class DrawnJudge:
             if name != task.group
         }
         if task.group in WHOLE:
-            return JudgeVerdict(getattr(scene, task.group) == task.concept, right, scene.confidence)
-        region = _region_pixels(trial.region)
-        inside = [thing for thing in scene.objects if (thing.mask & region).sum() > 0.5 * thing.mask.sum()]
-        return JudgeVerdict(any(thing.concepts[task.group] == task.concept for thing in inside), right, scene.confidence)
+            concepts = [getattr(scene, task.group)]
+        else:
+            region = _region_pixels(trial.region)
+            inside = [item for item in scene.objects if (item.mask & region).sum() > 0.5 * item.mask.sum()]
+            concepts = [item.concepts[task.group] for item in inside]
+        return JudgeVerdict(task.concept in concepts, right, scene.confidence)
 
 
 def _region_pixels(region: Rectangle | None) -> Bool[Tensor, "row column"]:
