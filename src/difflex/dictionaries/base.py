@@ -23,7 +23,7 @@ from difflex.records import Codes, Site
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryOrigin:
-    """Where a dictionary comes from."""
+    """The origin of a dictionary."""
 
     site: Site
     model: str | None = None
@@ -35,7 +35,7 @@ class DictionaryOrigin:
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryState:
-    """What is saved of a dictionary; `from_state` of its class makes the dictionary again."""
+    """The saved parts of a dictionary; `from_state` of its class restores it."""
 
     kind: str
     k: int
@@ -87,20 +87,20 @@ class Dictionary(ABC):
 
     @abstractmethod
     def delta(self, codes: Codes) -> Float[Tensor, "token width"]:
-        """Return what `codes` add in model space: `decode` without its constant part, linear in the values."""
+        """Return the contribution of `codes` in model space: `decode` without its constant part, linear in the values."""
 
     @property
     @abstractmethod
     def constant(self) -> Float[Tensor, " width"]:
-        """What `decode` returns if no feature fires."""
+        """The reconstruction if no feature fires."""
 
     @abstractmethod
     def decoder_rows(self, features: Int[Tensor, " feature"]) -> Float[Tensor, "feature width"]:
-        """Return the decoder rows of `features`: what a code of 1 adds in model space."""
+        """Return the decoder rows of `features`: the contributions of a code of 1 in model space."""
 
     @abstractmethod
     def state(self) -> DictionaryState:
-        """Return what `save` writes; tensors are not copied."""
+        """Return the state that `save` writes; tensors are not copied."""
 
     @classmethod
     @abstractmethod
@@ -128,7 +128,7 @@ class Dictionary(ABC):
 
     @property
     def label(self) -> str:
-        """`<kind>-<size>-k<k>`, followed by what else was changed from the defaults."""
+        """`<kind>-<size>-k<k>`, followed by settings of the training that are not the default."""
         return f"{self.kind}-{self.size}-k{self.k}"
 
     @property
@@ -191,7 +191,7 @@ class NormalisedDictionary(Dictionary):
 
     normalisation: Normalisation
     atoms: Float[Tensor, "size width"]
-    """What a code of 1 adds in z: rows of norm one, unless `SAE.fold` has moved them to model space."""
+    """The contribution of a code of 1 in z: rows of norm one, unless `SAE.fold` has moved them to model space."""
     bias: Float[Tensor, " width"]
     """In z."""
 

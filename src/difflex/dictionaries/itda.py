@@ -69,7 +69,7 @@ class GrowthConfig:
     max_per_batch: int | None = None
     """How many tokens of a batch, those that are explained worst, may become atoms."""
     add: Literal["point", "residual"] = "point"
-    """What becomes an atom: the token, or its residual; residuals are not rows of the data."""
+    """The vector that becomes an atom: the token, or its residual, which is not a row of the data."""
     patience: int = 200_000
     """Growth ends after this many tokens without a new atom."""
     holdout: float = 0.1
@@ -220,11 +220,11 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         return Codes(codes.values.gather(1, order), codes.indices.gather(1, order))
 
     def unexplained(self, x: Float[Tensor, "token width"]) -> Float[Tensor, " token"]:
-        """Return the residual's share of each token's squared norm in the normalised space, which growth goes by."""
+        """Return the residual's share of each token's squared norm in the normalised space, the measure of growth."""
         return self._run(x).unexplained
 
     def patch(self, feature: int) -> AtomPatch | None:
-        """Return the patch of the data that `feature` is; None if the dictionary does not say."""
+        """Return the patch of the data that `feature` is; None if it is unknown."""
         return self.provenance.patch(feature)
 
     @cached_property

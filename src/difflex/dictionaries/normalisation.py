@@ -68,7 +68,7 @@ class Normalisation:
         return replace(self, mean=self.mean.to(device), scale=self.scale.to(device), basis=basis)
 
     def settings(self) -> dict[str, str | float | None]:
-        """Return what `from_saved` needs beside `tensors`, as plain JSON."""
+        """Return the settings that `from_saved` needs beside `tensors`, as plain JSON."""
         return {"method": self.method, "clip": self.clip}
 
     def tensors(self) -> dict[str, Tensor]:

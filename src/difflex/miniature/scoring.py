@@ -37,7 +37,7 @@ FIRST_SEED = HELD_OUT_SEEDS + 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionScore:
-    """What is correct in one image."""
+    """The correct attributes of one image."""
 
     caption: str
     correct: dict[str, bool]

@@ -56,7 +56,7 @@ class StoreHeader:
     batch: int
     """Runs that the model makes at once; another number changes the last bits of the values."""
     source: str
-    """Where the shots come from, in words of the caller."""
+    """The source of the shots, as the caller describes it."""
     difflex: str = __version__
     """The version that began the store."""
 

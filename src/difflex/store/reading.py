@@ -13,7 +13,8 @@ from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.records import ActivationBatch, Split
-from difflex.store.shard import DTYPES, MappedShard, PackedRows, ShardFormat, unpack
+from difflex.store.manifest import StoreHeader
+from difflex.store.shard import DTYPES, MappedShard, PackedRows, unpack
 
 OPEN_SHARDS = 16
 """Shards that are read at the same time: 700,000 rows of width 3072."""
@@ -189,13 +190,8 @@ class BufferPool:
 class ShardReader:
     """Reads rows at ascending places of an order; only the shards in use are open."""
 
-    def __init__(
-        self, form: ShardFormat, shots_per_shard: int, order: ReadOrder, open_shard: Callable[[int], MappedShard]
-    ) -> None:
-        self._form = form
-        self._shots_per_shard = shots_per_shard
-        self._order = order
-        self._open_shard = open_shard
+    def __init__(self, head: StoreHeader, order: ReadOrder, open_shard: Callable[[int], MappedShard]) -> None:
+        self._head, self._order, self._open_shard = head, order, open_shard
         self._buffers = BufferPool()
         self._open: dict[int, MappedShard] = {}
         self._windows: Iterator[tuple[tuple[int, ...], RowPlaces]] | None = None
@@ -205,14 +201,14 @@ class ShardReader:
 
     def rows(self, share: range) -> ActivationBatch:
         """Return the rows at the places `share`, grouped by shard."""
-        values = self._buffers.empty(len(share), self._form.width, DTYPES[self._form.dtype])
-        scales = torch.empty(len(share)) if self._form.dtype == "int8" else None
+        values = self._buffers.empty(len(share), self._head.width, DTYPES[self._head.dtype])
+        scales = torch.empty(len(share)) if self._head.dtype == "int8" else None
         filled, shots, tokens = 0, [EMPTY], [EMPTY]
         while filled < len(share):
             part = self._part(share.start + filled, len(share) - filled)
             end = filled + len(part.shard)
             self._gather(part, values[filled:end], None if scales is None else scales[filled:end])
-            shots.append(torch.tensor(list(self._open))[part.shard.long()] * self._shots_per_shard + part.shots)
+            shots.append(torch.tensor(list(self._open))[part.shard.long()] * self._head.shots_per_shard + part.shots)
             tokens.append(part.tokens)
             filled = end
         return ActivationBatch(unpack(PackedRows(values, scales)), torch.cat(shots), torch.cat(tokens))
@@ -238,7 +234,7 @@ class ShardReader:
     def _gather(self, part: RowPlaces, values: Tensor, scales: Tensor | None) -> None:
         """Copy the values and scales of `part` from the open shards."""
         counts = torch.bincount(part.shard, minlength=len(self._open)).tolist()
-        places = (part.shots * self._form.tokens + part.tokens).split(counts)
+        places = (part.shots * self._head.tokens + part.tokens).split(counts)
         for mapped, rows, target in zip(self._open.values(), places, values.split(counts), strict=True):
             torch.index_select(mapped.values, 0, rows, out=target)
         if scales is not None:

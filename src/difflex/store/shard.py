@@ -36,7 +36,7 @@ REMEDY = "Delete the two files of the shard and run the command that wrote it ag
 
 
 class ShardFormat(NamedTuple):
-    """What all shards of a store have in common."""
+    """The format of all shards of a store."""
 
     site: Site
     dtype: StoredDtype

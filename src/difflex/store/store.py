@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from itertools import count as counting
 from pathlib import Path
@@ -27,7 +27,7 @@ from difflex.store.manifest import (
     summarise,
 )
 from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches
-from difflex.store.shard import REMEDY, MappedShard
+from difflex.store.shard import REMEDY
 
 WINDOW = 2**15
 """Rows that are shuffled one by one: 200 MB at width 3072 in 16 bits."""
@@ -105,9 +105,8 @@ class Store:
         return SplitBatches(chain.from_iterable(parts), split)
 
     def _epoch(self, order: ReadOrder, shares: BatchShares, first: int) -> Iterator[ActivationBatch]:
-        reader = ShardReader(self._manifest.head.form, self._manifest.head.shots_per_shard, order, self._map_shard)
-        for share in shares.shares(order.rows, first):
-            yield reader.rows(share)
+        reader = ShardReader(self._manifest.head, order, partial(map_shard, self.folder, self._manifest))
+        yield from map(reader.rows, shares.shares(order.rows, first))
 
     def shot(self, number: int) -> Shot:
         """Return the shot with this number: all that is needed to make its activations again."""
@@ -140,6 +139,3 @@ class Store:
         if split not in SPLITS:
             raise UnknownName.among("The split", split, SPLITS)
         return {shard: self._manifest.shards[shard].shots_of(split) for shard in sorted(self._manifest.shards)}
-
-    def _map_shard(self, shard: int) -> MappedShard:
-        return map_shard(self.folder, self._manifest, shard)

@@ -30,7 +30,7 @@ MIN_CHUNK, MAX_CHUNK = 64, 1024
 
 
 class PursuitPath(NamedTuple):
-    """The results of the pursuits of some signals, and what other atoms would have to exceed to change them."""
+    """The results of the pursuits of some signals, with the correlations that other atoms must exceed to change them."""
 
     support: Int[Tensor, "token k"]
     """The atom picked in each round."""
