@@ -81,13 +81,13 @@ def test_an_unknown_verb_shows_the_nearest_and_exits_2(capsys: pytest.CaptureFix
     assert "nearest: generate" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_difflex_error_is_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli, "parse", raising(BadInput("Asked so, found so, do so.")))
     assert main(["generate"]) == 2
     assert capsys.readouterr().err == "difflex: Asked so, found so, do so.\n"
 
 
-def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+def test_an_internal_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli, "parse", raising(AssertionError("our own promise")))
     with pytest.raises(AssertionError):
         main(["generate"])
@@ -109,7 +109,7 @@ def test_a_warning_is_one_line_and_the_filters_are_left_as_they_were(capsys: pyt
     assert warnings.showwarning is before
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m difflex --help | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -181,7 +181,7 @@ def test_generate_draws_with_a_real_pipeline_and_shows_its_warnings_and_errors(
 
 
 @pytest.mark.parametrize("verb", ["generate", "sites", "anatomy", "harvest"])
-def test_every_verb_that_loads_a_model_says_how(verb: str, monkeypatch: pytest.MonkeyPatch):
+def test_commands_that_load_a_model_pass_on_their_flags(verb: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[dict[str, object]] = []
 
     def load(name: str, **how: object) -> None:
@@ -212,13 +212,13 @@ def test_generate_refuses_a_file_that_is_no_image_before_it_draws(paint_box: Pai
     assert paint_box.asked == []
 
 
-def test_generate_says_that_a_file_cannot_be_written(paint_box: PaintBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_generate_reports_a_file_that_cannot_be_written(paint_box: PaintBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "file").write_text("")
     assert main(["generate", "mini-flux", "a star", "--out", str(tmp_path / "file" / "grid.png")]) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_models_shows_what_each_card_says(tmp_path: Path):
+def test_models_shows_the_defaults_of_each_model(tmp_path: Path):
     card = {"pixels": [[64, 64], [64, 96]], "steps": 4, "guidance": 1.0, "words": ["a", "red", "star"]}
     model(tmp_path, "mini-flux", json.dumps(card))
     model(tmp_path, "plain", None)
@@ -229,11 +229,11 @@ def test_models_shows_what_each_card_says(tmp_path: Path):
     assert plain == ["plain", "-", "-", "-", "-", "2.0"]
 
 
-def test_models_says_that_there_are_none(tmp_path: Path):
+def test_models_reports_an_empty_package(tmp_path: Path):
     assert "No model" in models_table(tmp_path / "nothing")
 
 
-def test_models_names_a_broken_card(tmp_path: Path):
+def test_models_names_a_broken_file_of_defaults(tmp_path: Path):
     model(tmp_path, "mini-flux", '{"steps": ')
     with pytest.raises(BrokenFile, match=r"mini-flux.difflex\.json"):
         models_table(tmp_path)

@@ -102,7 +102,7 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
 
 
 def planned(name: str, folder: Path) -> Study:
-    """The study of a tiny model by the recipe `name`, in `folder`, beside which the model and its prompts stand."""
+    """The study of a tiny model by the recipe `name`, in `folder`; the model and its prompts are next to it."""
     family = "sdxl" if name.startswith("sdxl") else "flux"
     model, prompts = folder.parent / family, folder.parent / "prompts.txt"
     prompts.write_text("\n".join(f"star {number}" for number in range(400)))
@@ -115,7 +115,7 @@ def all_is_done(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert {place.site for place in places} == set(study.stores())
     assert all(Evaluation.load(study.evaluation(*place)).tokens for place in places)
     assert Anatomy.load(study.anatomy).norms
-    assert "What is known of" in (study.folder / "report.html").read_text(encoding="utf-8")
+    assert "Study of" in (study.folder / "report.html").read_text(encoding="utf-8")
     capsys.readouterr()
     run_study(study)
     assert capsys.readouterr().out.count("done already") == len(study.commands)
@@ -128,7 +128,7 @@ def test_every_recipe_runs_to_its_end_and_again_does_nothing(name: str, tmp_path
     all_is_done(study, capsys)
 
 
-def test_beside_the_full_study_stand_neurons_and_an_untrained_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_full_study_has_neurons_and_an_untrained_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     study = planned("mini_full", tmp_path / "study")
     run_study(study)
     all_is_done(study, capsys)
@@ -144,24 +144,24 @@ def test_beside_the_full_study_stand_neurons_and_an_untrained_control(tmp_path: 
     assert {status.state for status in command_statuses(planned("mini_full", tmp_path / "moved"))} == {"done"}
 
 
-def test_other_prompts_make_everything_anew_and_a_new_dictionary_only_itself(tmp_path: Path):
-    study, prompts, told = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", []
-    run_study(study, report=told.append)
+def test_new_prompts_repeat_everything_and_a_new_dictionary_only_itself(tmp_path: Path):
+    study, prompts, messages = planned("mini", tmp_path / "study"), tmp_path / "prompts.txt", list[str]()
+    run_study(study, report=messages.append)
     before = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     anatomy, harvest, train, *rest = study.commands
     assert isinstance(train, TrainCommand)
-    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), report=told.append)
+    run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), report=messages.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
-    assert not [line for line in told if "removed" in line]
+    assert not [line for line in messages if "removed" in line]
     prompts.write_text("\n".join(f"red moon {number}" for number in range(200)))
-    run_study(study, report=told.append)
-    assert len([line for line in told if "removed" in line]) >= 1 + len(before)
-    for place, found in before.items():
-        assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != found
+    run_study(study, report=messages.append)
+    assert len([line for line in messages if "removed" in line]) >= 1 + len(before)
+    for place, weights in before.items():
+        assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != weights
 
 
-def test_on_the_command_line_a_study_is_planned_run_and_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_study_is_planned_run_and_shown_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = tiny_folder("flux", tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(200)))
     (tmp_path / "mine.py").write_text(
@@ -178,13 +178,13 @@ def test_on_the_command_line_a_study_is_planned_run_and_told_of(tmp_path: Path, 
     assert main([*words, "--until", "harvest"]) == 0 and "every command up to harvest is done" in capsys.readouterr().out
     assert main(words) == 0 and "[1 of 2] harvest: done already" in capsys.readouterr().out
     assert main(["status", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "double.1/topk-32-k3" in said and "tokens of width 32" in said and said.count("done") == 2
+    output = capsys.readouterr().out
+    assert "double.1/topk-32-k3" in output and "tokens of width 32" in output and output.count("done") == 2
     assert main(["run", "mimi"]) == 2 and "nearest: mini" in capsys.readouterr().err
     assert main(["status", str(tmp_path)]) == 2
 
 
-def test_a_recipe_of_ones_own_is_found_in_its_file(tmp_path: Path):
+def test_a_recipe_is_found_in_a_file(tmp_path: Path):
     file = tmp_path / "mine.py"
     file.write_text("from difflex.recipes import mini\n\ndef study(folder):\n    return mini(folder)\n")
     found: Recipe = recipe(f"{file}:study")
@@ -193,7 +193,7 @@ def test_a_recipe_of_ones_own_is_found_in_its_file(tmp_path: Path):
         recipe(f"{file}:stuby")
 
 
-def test_what_is_no_recipe_is_said():
+def test_unknown_recipes_are_explained():
     with pytest.raises(UnknownName, match="'mimi' is unknown; nearest: mini"):
         recipe("mimi")
     with pytest.raises(BadInput, match=r"no file nowhere\.py"):

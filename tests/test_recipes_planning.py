@@ -1,4 +1,4 @@
-"""`difflex run --dry-run`: what a study would take, told beforehand, against what it took."""
+"""`difflex run --dry-run`: what a study would take, against what it took."""
 
 import os
 import socket
@@ -64,14 +64,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def before(study: Study) -> list[PlannedCommand]:
-    """What was told before it was run, which then is done."""
-    told = plan(study, RATE, estimate)
+    """Return the plan from before the study was run, and run it."""
+    planned = plan(study, RATE, estimate)
     assert not study.folder.exists()
     run_study(study)
-    return told
+    return planned
 
 
-def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: list[PlannedCommand]):
+def test_disk_is_predicted_to_within_a_tenth(study: Study, before: list[PlannedCommand]):
     expected, found = (
         [each.estimate.bytes or 0 for each in before],
         [each.estimate.bytes or 0 for each in plan(study, RATE, estimate)],
@@ -84,16 +84,16 @@ def test_what_will_be_stored_is_told_to_within_a_tenth(study: Study, before: lis
 
 
 def test_tokens_and_sites_are_those_of_the_stores(study: Study, before: list[PlannedCommand]):
-    told = {each.status.record.verb: each.estimate for each in before}
-    assert told["harvest"].sites == ("double.1", "double.1:neurons")
-    assert told["harvest"].tokens == 2 * 1200 * 2 * 24  # sites x prompts x steps x tokens
-    assert told["evaluate"].tokens == pytest.approx(7 * 0.1 * 1200 * 2 * 24, rel=0.2)
+    planned = {each.status.record.verb: each.estimate for each in before}
+    assert planned["harvest"].sites == ("double.1", "double.1:neurons")
+    assert planned["harvest"].tokens == 2 * 1200 * 2 * 24  # sites x prompts x steps x tokens
+    assert planned["evaluate"].tokens == pytest.approx(7 * 0.1 * 1200 * 2 * 24, rel=0.2)
     assert not [each.estimate.unknown for each in before if each.estimate.unknown]
 
 
-def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, before: list[PlannedCommand]):
-    for told, now in zip(before, plan(study, RATE, estimate), strict=True):
-        assert told.status.state == "to do" and told.estimate.seconds != now.estimate.seconds
+def test_finished_commands_show_their_real_seconds_and_bytes(study: Study, before: list[PlannedCommand]):
+    for planned, now in zip(before, plan(study, RATE, estimate), strict=True):
+        assert planned.status.state == "to do" and planned.estimate.seconds != now.estimate.seconds
         assert now.status.state == "done" and now.estimate.seconds == now.status.record.seconds
     (train, *_) = [each for each in plan(study, RATE, estimate) if each.status.record.verb == "train"]
     files = [path for folder in train.status.record.outputs for path in (study.folder / folder).rglob("*") if path.is_file()]
@@ -101,7 +101,7 @@ def test_of_what_is_done_the_real_seconds_and_bytes_are_told(study: Study, befor
     assert "about" not in plan_table(plan(study, RATE, estimate)) and "about" in plan_table(before)
 
 
-def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study, before: list[PlannedCommand]):
+def test_a_faster_machine_takes_less_time_and_more_work_takes_more(study: Study, before: list[PlannedCommand]):
     harvest, train = study.commands[1], study.commands[2]
     assert isinstance(train, TrainCommand)
     forecast = Forecast(RATE)
@@ -112,35 +112,35 @@ def test_a_machine_twice_as_fast_takes_less_and_twice_the_work_more(study: Study
     assert slow > fast
 
 
-def test_planning_writes_nothing_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_planning_writes_nothing_and_uses_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked the network"))
     monkeypatch.chdir(tmp_path)
-    told = plan(RECIPES["sdxl_turbo"](tmp_path / "study"), RATE, estimate)
+    planned = plan(RECIPES["sdxl_turbo"](tmp_path / "study"), RATE, estimate)
     assert os.listdir(tmp_path) == []
-    assert [each.estimate.seconds for each in told] == [None] * len(told)
-    assert told[1].estimate.tokens == 4 * 38_400_000
-    said = plan_table(told)
-    assert "2: unknown: the model stabilityai/sdxl-turbo is not on this machine" in said and "0 s and ?" in said
+    assert [each.estimate.seconds for each in planned] == [None] * len(planned)
+    assert planned[1].estimate.tokens == 4 * 38_400_000
+    table = plan_table(planned)
+    assert "2: unknown: the model stabilityai/sdxl-turbo is not on this machine" in table and "0 s and ?" in table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Silent(Command):
-    """Tells nothing of itself."""
+    """A command without an estimate."""
 
     def __call__(self) -> None:
         pass
 
 
-def test_a_command_that_tells_nothing_is_unknown(tmp_path: Path):
-    (told,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE, estimate)
-    assert told.estimate == CostEstimate(unknown="there is no estimate for this command")
+def test_a_command_without_an_estimate_is_unknown(tmp_path: Path):
+    (planned,) = plan(Study(folder=tmp_path, model="mini-flux", commands=(Silent(),)), RATE, estimate)
+    assert planned.estimate == CostEstimate(unknown="there is no estimate for this command")
 
 
-def test_what_is_wrong_with_a_command_is_said_in_its_line(tmp_path: Path):
+def test_errors_of_a_command_are_shown_in_its_line(tmp_path: Path):
     harvest = HarvestCommand(model="mini-flux", site=("double.77",), prompts="captions", tokens=1000, out=tmp_path / "study")
     train = TrainCommand(study=tmp_path / "study", site=("double.77",))
-    told = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE, estimate)
-    assert "double.77" in told[0].estimate.unknown and "not known" in told[1].estimate.unknown
+    planned = plan(Study(folder=tmp_path / "study", model="mini-flux", commands=(harvest, train)), RATE, estimate)
+    assert "double.77" in planned[0].estimate.unknown and "not known" in planned[1].estimate.unknown
 
 
 def test_commands_know_what_those_before_them_will_have_written():
@@ -155,15 +155,15 @@ def test_commands_know_what_those_before_them_will_have_written():
 
 
 def test_the_full_study_of_mini_flux_is_planned_to_take_more_than_an_hour(tmp_path: Path):
-    told = plan(RECIPES["mini_full"](tmp_path / "study"), 2e11, estimate)  # two cores
-    assert 3000 < sum(each.estimate.seconds or 0 for each in told) < 6000
+    planned = plan(RECIPES["mini_full"](tmp_path / "study"), 2e11, estimate)  # two cores
+    assert 3000 < sum(each.estimate.seconds or 0 for each in planned) < 6000
 
 
 @pytest.mark.parametrize("name", ["mini", "mini_full"])
-def test_nothing_of_a_study_of_mini_flux_is_unknown_beforehand(name: str, tmp_path: Path):
-    told = plan(RECIPES[name](tmp_path / "study"), RATE, estimate)
-    assert {each.estimate.unknown for each in told} == {""}
-    assert all(each.estimate.seconds and each.estimate.bytes for each in told)
+def test_every_command_of_the_recipes_of_mini_flux_has_an_estimate(name: str, tmp_path: Path):
+    planned = plan(RECIPES[name](tmp_path / "study"), RATE, estimate)
+    assert {each.estimate.unknown for each in planned} == {""}
+    assert all(each.estimate.seconds and each.estimate.bytes for each in planned)
 
 
 # What the commands took, one after another, on one core of the two with other work on both.
@@ -194,12 +194,12 @@ def mini_flux_forecast(folder: Path, rate: float = 2e11) -> Forecast:
 
 
 @pytest.mark.parametrize("verb", TOOK)
-def test_what_was_measured_is_predicted_to_within_a_factor_of_two(
+def test_measured_times_are_predicted_to_within_a_factor_of_two(
     verb: type[SteerEvalCommand | RemovalCommand | FindingsCommand], tmp_path: Path
 ):
     took, flags = TOOK[verb]
-    told = estimate(mini_flux_forecast(tmp_path), verb(study=tmp_path, **flags)).seconds
-    assert told is not None and took / 2 < told < took * 2
+    planned = estimate(mini_flux_forecast(tmp_path), verb(study=tmp_path, **flags)).seconds
+    assert planned is not None and took / 2 < planned < took * 2
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_was_measured_is_predicted_to_within_a_factor_of_two(
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_twice_the_images_take_twice_the_time_beyond_the_start(
+def test_twice_the_images_take_twice_the_time(
     few: SteerEvalCommand | RemovalCommand | FindingsCommand, many: dict[str, int], fixed: float
 ):
     forecast = mini_flux_forecast(Path("s"))
@@ -249,7 +249,7 @@ def test_more_strengths_methods_and_dictionaries_take_more(tmp_path: Path):
         assert all((estimate(forecast, other).seconds or 0) > (estimate(forecast, one).seconds or 0) for other in others)
 
 
-def test_what_hangs_on_others_who_judge_or_on_what_is_not_there_is_not_told(tmp_path: Path):
+def test_the_time_of_external_judges_and_of_missing_dictionaries_is_unknown(tmp_path: Path):
     forecast, nothing = mini_flux_forecast(tmp_path), Forecast(RATE)
     assert (
         "judge takes is not known"
@@ -270,7 +270,7 @@ def test_a_report_takes_longer_with_more_dictionaries(tmp_path: Path):
     assert few.seconds and many.seconds and many.seconds > few.seconds and (many.bytes or 0) > (few.bytes or 0)
 
 
-def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_for_more_features(tmp_path: Path):
+def test_the_time_of_an_endpoint_is_unknown_and_more_features_take_longer(tmp_path: Path):
     forecast = Forecast(
         1.0, dictionaries={(tmp_path, Site("double.1")): (DictionaryForecast(16, 2, 8), DictionaryForecast(32, 2, 8))}
     )
@@ -279,11 +279,11 @@ def test_how_long_an_endpoint_takes_is_not_told_and_known_concepts_take_longer_f
     assert few is not None and many is not None and few < many
 
 
-def test_a_rate_is_measured_in_a_moment():
+def test_the_rate_of_the_machine_is_measured():
     assert 1e8 < machine_rate() < 1e16
 
 
-def test_times_are_said_in_two_digits():
+def test_durations_have_two_digits():
     assert [duration(seconds) for seconds in (2.34, 45.9, 130.0, 5400.0, 1e6)] == [
         "2.3 s",
         "46 s",
@@ -293,7 +293,7 @@ def test_times_are_said_in_two_digits():
     ]
 
 
-def test_on_the_command_line_estimates_stand_beside_what_is_done(
+def test_a_dry_run_shows_estimates_and_changes_nothing(
     study: Study, before: list[PlannedCommand], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     (tmp_path / "mine.py").write_text(
@@ -303,6 +303,6 @@ def test_on_the_command_line_estimates_stand_beside_what_is_done(
     )
     files = sorted(path for path in study.folder.rglob("*"))
     assert main(["run", f"{tmp_path / 'mine.py'}:study", "--out", str(study.folder), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "about" in said and "4,000" in said and "k=2 size=1024" in said and "total" in said
+    table = capsys.readouterr().out
+    assert "about" in table and "4,000" in table and "k=2 size=1024" in table and "total" in table
     assert sorted(path for path in study.folder.rglob("*")) == files
