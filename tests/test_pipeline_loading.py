@@ -13,10 +13,9 @@ from difflex.choices import Precision
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
 from difflex.pipeline import loading, shots_of_rank
-from difflex.pipeline import precision as precision_module
 from difflex.pipeline.components import PLANS, ComponentPlan, PipelinePlan, read_plan
 from difflex.pipeline.families import family_of
-from difflex.pipeline.precision import WeightPlacement, check_fits, estimate
+from difflex.pipeline.loading import WeightPlacement, check_fits, estimate
 from difflex.pipeline.sources import read_defaults
 from difflex.testing import TINY, tiny_folder
 
@@ -69,7 +68,7 @@ def test_nf4_on_a_cpu_quantises_the_blocks_and_the_large_text_encoder(family: st
 
 
 def test_the_error_for_missing_bitsandbytes_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(precision_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"difflex\[nf4\]"):
         difflex.load(folder, precision="nf4")
 
@@ -178,7 +177,7 @@ def test_nf4_on_a_cpu_is_not_advised_if_a_component_does_not_fit_before_quantisa
     family, device = family_of(plan.pipeline), torch.device("cpu")
 
     def message(gigabytes: float, precision: Precision) -> str:
-        monkeypatch.setattr(precision_module, "free_memory", lambda device: round(gigabytes * 2**30))
+        monkeypatch.setattr(loading, "free_memory", lambda device: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
             check_fits("FLUX.1-dev", plan, family, device, WeightPlacement(precision, False, 1))
         return str(raised.value)
@@ -209,7 +208,7 @@ def test_the_error_for_a_model_that_does_not_fit_names_an_option_that_would(monk
     family, gpu = family_of(plan.pipeline), torch.device("cuda")
 
     def message(gigabytes: float, placement: WeightPlacement) -> str:
-        monkeypatch.setattr(precision_module, "free_memory", lambda device: round(gigabytes * 2**30))
+        monkeypatch.setattr(loading, "free_memory", lambda device: round(gigabytes * 2**30))
         with pytest.raises(OutOfMemory) as raised:
             check_fits("FLUX.1-dev", plan, family, gpu, placement)
         return str(raised.value)
@@ -221,7 +220,7 @@ def test_the_error_for_a_model_that_does_not_fit_names_an_option_that_would(monk
     assert message(8, WeightPlacement("bf16", False, 1)).endswith("with precision='nf4', offload=True.")
     assert message(20, WeightPlacement("fp16", False, 1)).endswith("with precision='nf4'.")
     assert message(2, WeightPlacement("bf16", False, 1)).startswith("The model 'FLUX.1-dev' needs 31.4 GiB in bf16")
-    monkeypatch.setattr(precision_module, "free_memory", lambda device: 40 * 2**30)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 40 * 2**30)
     check_fits("FLUX.1-dev", plan, family, gpu, WeightPlacement("bf16", False, 1))
 
 

@@ -78,7 +78,7 @@ def test_a_profile_takes_kinds_streams_and_patterns(folder: Path):
 def test_flux_is_profiled_without_a_file():
     profile = profile_model("black-forest-labs/FLUX.1-schnell", ("single.9",), None, None, (256, 256))
     assert profile.shapes == {Site("single.9"): (256, 3072)} and (profile.shot.steps, profile.shot.guidance) == (4, 0.0)
-    # Twice 11.9 billion weights for each of 512 tokens, less what meets the image or the text alone, or one token a shot.
+    # Two operations for each of 11.9 billion weights and 512 tokens; many weights apply to one stream or one token only.
     assert 0.5 < profile.step / (2 * 11.9e9 * 512) < 0.7
 
 

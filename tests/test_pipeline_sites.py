@@ -54,7 +54,7 @@ def test_writing_back_what_was_read_at_every_site_changes_no_bit(pipe: Pipeline,
 def test_writing_at_any_site_changes_the_image(pipe: Pipeline):
     plain, sites = latents(pipe), all_sites(pipe)
     for site in sites[:: max(1, len(sites) // 12)]:
-        # The text of the last single block goes nowhere.
+        # Nothing reads the text of the last single block.
         dead = site.path == "single.2" and site.stream == "text"
         with pipe.at(site, lambda x, context: x + 1):
             assert torch.equal(latents(pipe), plain) == dead, site
@@ -203,7 +203,7 @@ def test_an_edit_of_text_tokens_keeps_the_image_tokens_of_the_block(flux: Pipeli
 
 
 def test_steps_and_halves_are_known_in_a_call_of_the_diffusers_pipeline_itself(pipe: Pipeline):
-    """Steps and halves must be told without knowing what was asked for."""
+    """difflex knows nothing of such a call but what the denoiser gets."""
     guidance = 4.0
     shots = list(pipe.shots(PROMPTS, steps=STEPS, keep_steps=[0], guidance=guidance))
     ours, raw = [], []
@@ -215,14 +215,14 @@ def test_steps_and_halves_are_known_in_a_call_of_the_diffusers_pipeline_itself(p
         pipe.diffusers(**prompts, **pipe.engine._settings(shots, pipe.engine.is_guided(guidance)), output_type="latent")  # pyright: ignore
     assert len(ours) == len(raw) > 0
     for (step, timestep, half, x), (*same, y) in zip(ours, raw, strict=True):
-        # FluxPipeline calls every pass conditional, also where there is no other.
+        # FluxPipeline names every call conditional, without guidance too.
         assert same in ([step, timestep, half], [step, timestep, half or "conditional"]) and torch.equal(x, y)
 
 
 def test_without_a_cache_context_the_prompt_embedding_determines_the_half(flux: Pipeline):
     halves: list[str | None] = []
     with flux.at("double.0", lambda x, context: halves.append(context.half)):
-        # As older versions of diffusers do: they name no call.
+        # Older versions of diffusers name no call.
         vars(flux.engine.denoiser)["cache_context"] = lambda name: nullcontext()
         latents(flux, guidance=4.0)
     assert halves == ["conditional", "unconditional"] * STEPS
@@ -274,7 +274,7 @@ def test_activations_may_be_kept_after_the_call(flux: Pipeline):
 
 
 def test_an_unknown_half_is_an_error(flux: Pipeline):
-    # With shapes and types enforced, the second error comes first.
+    # The tests check types too, whose error comes first.
     with pytest.raises((UnknownName, TypeCheckError), match="cond"):
         flux.at("double.1", lambda x, context: None, half="cond")  # pyright: ignore[reportArgumentType]
 
@@ -301,7 +301,7 @@ def test_neurons_of_a_module_path_are_an_error(flux: Pipeline):
 
 @pytest.mark.parametrize(("site", "span"), [("single.0", slice(3, 9)), ("single.0:text", slice(0, 3))])
 def test_a_single_block_may_return_its_streams_as_one_tensor(flux: Pipeline, site: str, span: slice):
-    """As diffusers up to 0.34 has it."""
+    """diffusers up to 0.34 returned one tensor."""
     call = DenoiserCall(step=0, timestep=1000.0, halves=(None,), shots=None, text_tokens=3, grid=(2, 3))
     joint, activations = torch.randn(1, 9, 32), []
     output = apply_at_site(flux.engine.sites.locate(site), call, (), {}, joint, lambda x, context: activations.append(x) or x + 1)

@@ -1,26 +1,39 @@
-"""`load`: from the name of a model to a `Pipeline`."""
+"""`load`: from the name of a model to a `Pipeline`, in four bits (nf4) on request, if its weights fit into memory."""
 
+import os
+import re
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
+import diffusers
 import torch
+import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from torch import nn
 
 from difflex.choices import Precision
-from difflex.devices import find_device
+from difflex.devices import find_device, free_memory
 from difflex.distributed import Ranks, join_process_group
-from difflex.errors import UnknownName
+from difflex.errors import MissingExtra, OutOfMemory, UnknownName
 from difflex.pipeline.components import PLANS, PipelinePlan, build_components, build_untrained
 from difflex.pipeline.engine import Engine
-from difflex.pipeline.families import family_of
+from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.precision import WeightPlacement, check_fits, compute_dtype, quantise, read_quantised
 from difflex.pipeline.sources import ModelSource, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
+from difflex.quiet import quiet
 
-__all__ = ["load"]
+__all__ = ["WeightPlacement", "check_fits", "estimate", "load"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+IN_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
+NF4_BYTES = 0.5 + 4 / 64
+"""Per weight in nf4: half a byte, and a float for each 64 weights."""
+HEADROOM = 1.1
+"""Room for activations, buffers and the allocator, as a factor on the weights."""
 
 
 def load(
@@ -114,3 +127,167 @@ def _build(
         return build_untrained(plan, seed, dtype, device, quantise_large)
     components = build_components({denoiser: plan.components[denoiser]}, seed, dtype, device, quantise_large)
     return _read(folder, plan, dtype, device, large, **components)
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: that of all weights, or with nf4 that of all others."""
+    return DTYPES.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which diffusers reads a pipeline whose components `names` are in nf4.
+
+    On a GPU diffusers quantises by itself. On a CPU the components are read here, the denoiser first and alone.
+    """
+    library, dtype = _bitsandbytes(), compute_dtype("nf4", device)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    if device.type == "cuda":
+        config = PipelineQuantizationConfig("bitsandbytes_4bit", settings, components_to_quantize=list(names))
+        return {"quantization_config": config}
+    components: dict[str, Any] = {}
+    for name in names:
+        kind, path = plan.components[name].kind, os.fspath(folder / name)
+        if plan.components[name].library == "diffusers":
+            with quiet("diffusers"):
+                model = getattr(diffusers, kind).from_pretrained(path, dtype=dtype, local_files_only=True)
+            components[name] = quantise(model, dtype)
+        else:
+            config = transformers.BitsAndBytesConfig(**settings)
+            components[name] = getattr(transformers, kind).from_pretrained(path, quantization_config=config, dtype=dtype)
+            for module in components[name].modules():
+                if isinstance(module, library.nn.Linear4bit):
+                    _disable_packing_if_odd(module)
+    return components
+
+
+def _four_bit_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the layers to hold in nf4, by path: the linear layers of repeated blocks, except those the class keeps in fp32."""
+    exact = getattr(model, "_keep_in_fp32_modules", None) or ()  # such as `wo` of T5
+    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and IN_BLOCK.search(path))
+    return {path: layer for path, layer in layers if not set(path.split(".")) & set(exact)}
+
+
+def quantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace the linear layers of the repeated blocks of `model` by nf4 layers that compute in `dtype`, one by one."""
+    library = _bitsandbytes()
+    layers = _four_bit_layers(model)
+    for path in list(layers):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, _four_bit_layer(library, layers.pop(path), dtype))
+    return model
+
+
+def _four_bit_layer(library: Any, layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    device = layer.weight.device
+    # On the meta device the new layer takes no memory; moving its weight to the device quantises it.
+    quantised = library.nn.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    quantised.weight = library.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4").to(device)
+    quantised.bias = layer.bias
+    _disable_packing_if_odd(quantised)
+    return quantised.eval()
+
+
+def _disable_packing_if_odd(layer: Any) -> None:
+    """Disable the tiles that bitsandbytes 0.50 packs weights in on CPUs with AVX-512, where the weights do not fill them."""
+    if layer.in_features % 64 or layer.out_features % 32:
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _bitsandbytes() -> Any:
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtra.of("bitsandbytes", "nf4", "precision='nf4'")
+    with warnings.catch_warnings(), quiet("bitsandbytes"):
+        warnings.simplefilter("ignore")  # it uses old names of torch
+        import bitsandbytes
+    return bitsandbytes
+
+
+class MemoryNeed(NamedTuple):
+    """Numbers of weights of the components of a model."""
+
+    quantised: dict[str, int]
+    """Weights that nf4 quantises, by component."""
+    dense: dict[str, int]
+    """All other weights, by component."""
+
+    def bytes(self, precision: Precision, device: torch.device) -> dict[str, int]:
+        """Return the bytes of the weights on `device`, by component."""
+        size = compute_dtype(precision, device).itemsize
+        quantised = NF4_BYTES if precision == "nf4" else size
+        return {name: round(self.quantised[name] * quantised) + self.dense[name] * size for name in self.dense}
+
+    def peak(self, precision: Precision, device: torch.device) -> int:
+        """Return the most bytes while loading: on a CPU a component is in memory as a whole before it is quantised."""
+        sizes = self.bytes(precision, device)
+        if precision != "nf4" or device.type != "cpu":
+            return sum(sizes.values())
+        whole = self.bytes("fp32", device)
+        return sum(sizes.values()) + max(whole[name] - sizes[name] for name in sizes)
+
+
+class WeightPlacement(NamedTuple):
+    """The options that decide how much memory the weights take."""
+
+    precision: Precision
+    offload: bool
+    ranks: int
+    """Number of GPUs that the denoiser is sharded over."""
+
+
+def estimate(plan: PipelinePlan, family: Family) -> MemoryNeed:
+    """Count the weights of each component on the meta device, where nothing is allocated."""
+    quantised, dense = {}, {}
+    for name, component in plan.components.items():
+        if (model := component.without_weights()) is not None:
+            layers = _four_bit_layers(model).values() if name in (family.denoiser, family.large_text) else ()
+            quantised[name] = sum(layer.weight.numel() for layer in layers)
+            dense[name] = sum(parameter.numel() for parameter in model.parameters()) - quantised[name]
+    return MemoryNeed(quantised, dense)
+
+
+def check_fits(name: str, plan: PipelinePlan, family: Family, device: torch.device, placement: WeightPlacement) -> None:
+    """Raise an error that names an option under which the model fits, if it does not fit into the free memory."""
+    free, need = free_memory(device), estimate(plan, family)
+    if _needed_bytes(need, family, device, placement) <= free:
+        return
+    sizes, peak = need.bytes(placement.precision, device), need.peak(placement.precision, device)
+    total = sum(sizes.values())
+    listed = ", ".join(f"{part} {_format(size)}" for part, size in sorted(sizes.items(), key=lambda entry: -entry[1]))
+    while_loading = f", {_format(peak)} while it is loaded" if peak > total else ""
+    raise OutOfMemory(
+        f"The model '{name}' needs {_format(total)} in {placement.precision} ({listed}){while_loading}, "
+        f"and {device} has {_format(free)} free. {_advice(need, family, device, placement, free)}"
+    )
+
+
+def _advice(need: MemoryNeed, family: Family, device: torch.device, placement: WeightPlacement, free: int) -> str:
+    """Name the first option under which the model fits."""
+    gpu = device.type == "cuda"
+    options = {
+        f"precision='{name}'": placement._replace(precision=name) for name in ("bf16", "nf4") if name != placement.precision
+    }
+    if gpu:
+        options["offload=True"] = placement._replace(offload=True)
+        options["precision='nf4', offload=True"] = WeightPlacement("nf4", True, placement.ranks)
+    for option, changed in options.items():
+        if _needed_bytes(need, family, device, changed) <= free:
+            return f"It would fit with {option}."
+    for ranks in (2, 4, 8, 16):
+        if gpu and _needed_bytes(need, family, device, placement._replace(ranks=ranks)) <= free:
+            return f"It would fit on {ranks} such GPUs: torchrun --nproc-per-node {ranks}, with sharded=True."
+    return "No option makes it fit: use a larger machine or a smaller model."
+
+
+def _needed_bytes(need: MemoryNeed, family: Family, device: torch.device, placement: WeightPlacement) -> int:
+    """Return the peak bytes on one device: the largest component if offloaded, a part of the denoiser if sharded."""
+    sizes = need.bytes(placement.precision, device)
+    if placement.offload:
+        return round(HEADROOM * max(sizes.values()))
+    elsewhere = sizes.get(family.denoiser, 0) * (1 - 1 / placement.ranks)
+    return round(HEADROOM * (need.peak(placement.precision, device) - elsewhere))
+
+
+def _format(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

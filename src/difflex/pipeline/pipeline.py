@@ -164,7 +164,7 @@ class Pipeline:
         each image, a single one for all, or none for empty prompts.
         """
         _check_batch(batch)
-        settings = self._settings(1, None, None, check=False)
+        settings = self._settings(1, None, None)
         # Two halves would be two passes for one image.
         settings = replace(settings, guidance=1.0) if self.engine.is_guided(settings.guidance) else settings
         images = [images] if isinstance(images, (str, Path, Image.Image)) else images
@@ -185,7 +185,7 @@ class Pipeline:
         It is the smaller, the more an image resembles the training data. The noise of image i has the seed `seed + i`.
         """
         _check_batch(batch)
-        settings = self._settings(1, None, 1.0, check=False)
+        settings = self._settings(1, None, 1.0)
         inputs = noised_images(self.engine, settings, images, prompts, None, seed)
         return losses(self.engine, inputs, noise_levels(noise), batch)
 
@@ -216,12 +216,11 @@ class Pipeline:
             raise BadInput("No site is given to harvest. Give at least one; `sites` lists them.")
         return modules
 
-    def _settings(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None, check: bool = True) -> Shot:
+    def _settings(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None) -> Shot:
         """Return the checked settings of a run as a shot without prompt and seed."""
         defaults = self.engine.defaults
         pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else self.engine.default_pixels
-        if check:
-            defaults.check_pixels(pixels, self.engine.token_pixels)
+        defaults.check_pixels(pixels, self.engine.token_pixels)
         steps = defaults.steps if steps is None else steps
         if steps < 1:
             raise BadInput(f"{steps} denoising steps are not possible. Use 1 or more.")
