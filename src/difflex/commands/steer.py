@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
+from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
@@ -17,8 +18,6 @@ from difflex.records import Edit, Rectangle, Shot, TransplantSource
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from difflex.pipeline import Pipeline
     from difflex.steering import StudyEditor
 
@@ -138,8 +137,8 @@ class SteerCommand(Command):
         return [replace(shot, timestep=None) for shot in shots]
 
     def _sheet(
-        self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], images: Sequence[Sequence["Image.Image"]]
-    ) -> "Image.Image":
+        self, shots: Sequence[Shot], columns: Sequence[Sequence[Edit]], images: Sequence[Sequence[Image.Image]]
+    ) -> Image.Image:
         rows, labels = [], []
         for number, shot in enumerate(shots):
             rows.append([column[number] for column in images])
@@ -187,7 +186,7 @@ class IconCommand(Command):
         editor = StudyEditor(Study.open(self.study))
         place = editor.study.find_dictionary(self.dictionary)
         pipe = load_study_model(editor.study, None, self.offload, self.offline)
-        edit = Edit(
+        template = Edit(
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
@@ -195,9 +194,8 @@ class IconCommand(Command):
         )
         rows = []
         for feature in self.features:
-            edits = [replace(edit, features=(feature,), strength=strength) for strength in self.strength]
-            hooks = [editor.steering_hooks([edit]) for edit in edits]
-            rows.append([pipe.generate("", seed=self.seed, edits=several)[0].image for several in hooks])
+            edits = [replace(template, features=(feature,), strength=strength) for strength in self.strength]
+            rows.append([pipe.generate("", seed=self.seed, edits=editor.steering_hooks([edit]))[0].image for edit in edits])
         columns = [f"{strength:g} peak" for strength in self.strength]
         labels = [f"{place}, feature {feature}" for feature in self.features]
         write_image(contact_sheet(rows, row_labels=labels, column_labels=columns), self.out)
@@ -271,12 +269,10 @@ class ContrastCommand(Command):
         return list(zip(self.positive, self.negative, strict=True))
 
 
-def _generate_edited(
-    pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]
-) -> list["Image.Image"]:
+def _generate_edited(pipe: "Pipeline", editor: "StudyEditor", shots: Sequence[Shot], edits: Sequence[Edit]) -> list[Image.Image]:
     """Generate the image of each shot under `edits`, and before it the source of each transplant, like the first shot."""
 
-    def generate(shot: Shot, hooks: Sequence = ()) -> "Image.Image":
+    def generate(shot: Shot, hooks: Sequence = ()) -> Image.Image:
         settings = {"steps": shot.steps, "pixels": shot.pixels, "guidance": shot.guidance}
         return pipe.generate(shot.prompt, seed=shot.seed, edits=hooks, **settings)[0].image
 
@@ -316,9 +312,7 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _difference(image: "Image.Image", unedited: "Image.Image") -> "Image.Image":
-    from PIL import ImageChops
-
+def _difference(image: Image.Image, unedited: Image.Image) -> Image.Image:
     return ImageChops.difference(image, unedited).point([min(255, AMPLIFIED * value) for value in range(256)] * 3)
 
 

@@ -1,4 +1,4 @@
-"""What edits do: steering evaluation; inner doors for concept removal, findings and the worlds that edits are judged in."""
+"""Effects of edits: steering evaluation; inner doors for concept removal, findings and the worlds that edits are judged in."""
 
 from difflex.effects.inputs import ModelFunctions, Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint

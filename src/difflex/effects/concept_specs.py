@@ -70,8 +70,8 @@ class ConceptSpec:
 
     def task(self, trials: int) -> SteeringTask:
         """Return trials: every prompt with every other concept, then again with other seeds."""
-        several = tuple(SteeringTrial(self._prompt(i, self._other(i)), i, self.region) for i in range(trials))
-        return SteeringTask(concept=self.concept, group=self.group, trials=several)
+        prompts = [self._prompt(seed, self._other(seed)) for seed in range(trials)]
+        return SteeringTask.of(self.concept, self.group, [(prompt, self.region) for prompt in prompts])
 
     def pairs(self, count: int) -> list[tuple[str, str]]:
         """Return pairs of prompts that differ only in the concept: it, and another one of its group; all different."""
@@ -117,7 +117,7 @@ def _parse_spec(path: Path, table: Mapping[str, Any]) -> ConceptSpec:
     name, group = table.get("name", ""), table.get("group", "concept")
     unknown = [key for key in table if key not in KEYS]
     texts, numbers = [name, group, *listed("instead"), *listed("prompts")], [*listed("region"), table.get("feature", 0)]
-    if unknown or not all(isinstance(text, str) for text in texts) or not all(type(each) in (int, float) for each in numbers):
+    if unknown or not all(isinstance(text, str) for text in texts) or not all(type(number) in (int, float) for number in numbers):
         problem = f" has the unknown key {unknown[0]}" if unknown else " has a value of the wrong type"
         raise BadInput(
             f"In {path} the concept '{name}'{problem}. Write text in 'name', 'group', "
@@ -213,10 +213,10 @@ def similarity_judge(
         shares = torch.softmax(logit_scale * embed_images(images[_region_of(images, region)]) @ texts.T, dim=1)
         after, before = (embed_images(_greyed(batch, region)) for batch in (images, unedited(trials)))
         similarity = after @ before.T
-        is_kept = similarity.diagonal() >= similarity.amax(1) - 1e-6
+        are_right = similarity.diagonal() >= similarity.amax(1) - 1e-6
         return [
-            JudgeVerdict(int(row.argmax()) == 0, {"the rest": bool(kept)}, float(row.max()))
-            for row, kept in zip(shares, is_kept, strict=True)
+            JudgeVerdict(int(row.argmax()) == 0, {"the rest": bool(is_right)}, float(row.max()))
+            for row, is_right in zip(shares, are_right, strict=True)
         ]
 
     return verdicts

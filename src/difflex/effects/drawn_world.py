@@ -84,9 +84,7 @@ def group_of(concept: str) -> str:
 
 def caption_task(concept: str, trials: int) -> SteeringTask:
     """Return trials whose captions name another concept of the group and, for concepts of objects, where the object is."""
-    places = enumerate(islice(_captions_without(concept, ONE_OBJECT), trials))
-    several = tuple(SteeringTrial(caption, seed, region) for seed, (caption, region) in places)
-    return SteeringTask(concept=concept, group=group_of(concept), trials=several)
+    return SteeringTask.of(concept, group_of(concept), islice(_captions_without(concept, ONE_OBJECT), trials))
 
 
 def _captions_without(concept: str, mix: SceneMix) -> Iterator[tuple[str, Rectangle | None]]:
@@ -111,9 +109,9 @@ def captions_by_concept(group: str, count: int) -> list[list[ConceptCaption]]:
         concept = _named(parse_caption(caption), group)
         if concept is not None and len(captions[concept]) < count:
             captions[concept].setdefault(caption, ConceptCaption(concept, caption))
-        elif all(len(several) == count for several in captions.values()):
+        elif all(len(texts) == count for texts in captions.values()):
             break
-    return [list(several.values()) for several in captions.values()]
+    return [list(texts.values()) for texts in captions.values()]
 
 
 def caption_pairs(
@@ -150,10 +148,12 @@ def kind_task(concept: str, kind: CaptionKind, trials: int) -> SteeringTask:
     group, is_new = group_of(concept), kind == "other scenery"
     captions = _captions_without(concept, TWO_OBJECTS if kind == "two objects" else ONE_OBJECT)
     scenery = OTHER_SCENERY if is_new else PAIR_SCENERY
-    matches = (item for item in captions if _has_scenery(parse_caption(item[0]), group, scenery, is_new))
-    places = enumerate(islice(matches, trials))
-    several = tuple(SteeringTrial(_reword(caption, group, kind), seed, region) for seed, (caption, region) in places)
-    return SteeringTask(concept=concept, group=group, trials=several)
+    matches = (
+        (_reword(caption, group, kind), region)
+        for caption, region in captions
+        if _has_scenery(parse_caption(caption), group, scenery, is_new)
+    )
+    return SteeringTask.of(concept, group, islice(matches, trials))
 
 
 def _has_scenery(request: CaptionRequest, group: str, scenery: tuple[tuple[str, ...], ...], stated: bool = False) -> bool:

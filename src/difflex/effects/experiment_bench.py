@@ -35,12 +35,12 @@ __all__ = ["ExperimentBench", "detecting_features", "make_bench"]
 MIN_AP = 0.5
 """A feature of this average precision or more is used for a concept; else its contrast is."""
 ANYWHERE = ("an object", "no object")
-"""Kinds of captions whose images are judged as a whole: nothing says where the model draws an object that was not asked for."""
+"""Kinds of captions whose images are judged as a whole: one of them names no object, so that it may appear anywhere."""
 
 
 @final
 class ExperimentBench:
-    """What experiments are made with; what several of them need is judged once."""
+    """The inputs of experiments; results that several experiments need are judged once."""
 
     def __init__(
         self,
@@ -171,8 +171,8 @@ def make_bench(
 
     def contrasts(concept: str) -> Mapping[int, EditFeatures]:
         region = lambda shot: caption_region(shot.prompt, group_of(concept))  # noqa: E731
-        several = model.contrasts(site, scenery_pairs(concept, max(config.pairs)), config.pairs, batch=32, region=region)
-        return {item.pairs: contrast_features(item)._replace(description=f"{item.pairs} pairs") for item in several}
+        directions = model.contrasts(site, scenery_pairs(concept, max(config.pairs)), config.pairs, batch=32, region=region)
+        return {item.pairs: contrast_features(item)._replace(description=f"{item.pairs} pairs") for item in directions}
 
     def feature(concept: str) -> EditFeatures | None:
         if concept not in features:

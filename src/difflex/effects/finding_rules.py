@@ -39,7 +39,7 @@ def concepts_of(group: str, count: int) -> list[str]:
         raise BadInput(f"There is no experiment with the group '{group}'. Name one of {', '.join(CAPTION_GROUPS)}.")
     names = CONCEPTS[group]
     if not 0 < count <= len(names):
-        raise BadInput(f"The group {group} has {len(names)} concepts, {count} were asked for. Ask for 1 to {len(names)}.")
+        raise BadInput(f"The group {group} has {len(names)} concepts, not {count}. Ask for 1 to {len(names)}.")
     return [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
 
 

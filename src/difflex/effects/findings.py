@@ -135,8 +135,8 @@ def _related(bench: ExperimentBench) -> ExperimentOutcome:
     kinds: tuple[CaptionKind, ...] = ("an object", "no object")
     concepts = bench.config.concepts(OBJECT_GROUPS)
     by_concept = [bench.compare_kinds(concept, kinds, bench.best_direction(concept)) for concept in concepts]
-    # What is kept does not count here: without an object there is less to keep.
-    return _compared(kinds, by_concept, "gain with an object in the prompt", {"no object": "with none"}, kept=0)
+    # Specificity does not count here: without an object there is less to keep.
+    return _compared(kinds, by_concept, "gain with an object in the prompt", {"no object": "with none"}, retention=0)
 
 
 def _steps(bench: ExperimentBench) -> ExperimentOutcome:
@@ -150,11 +150,19 @@ def _steps(bench: ExperimentBench) -> ExperimentOutcome:
     excess = {name: [_mean_loss(curve) - 1 for curve in several] for name, several in curves.items()}
     text = "loss above that of unedited images with all steps"
     ruling = rules.rule_half(text, excess[names[0]], {f"with the {names[1]}": excess[names[1]]})
-    lines = tuple(rules.line_of_curves(name, several, _loss) for name, several in curves.items())
     numbers = {f"excess loss, {name}": fmean(values) for name, values in excess.items()}
     numbers |= {f"gain, {name}": fmean([curve.gain(rules.KEPT) for curve in several]) for name, several in curves.items()}
-    flat = tuple(curve for several in curves.values() for curve in several)
-    return ExperimentOutcome(ruling, numbers, STRENGTH, LOSS, lines, flat)
+    return _over_strengths(ruling, numbers, curves, LOSS)
+
+
+def _over_strengths(
+    ruling: Ruling, numbers: dict[str, float], by_name: Mapping[str, Sequence[StrengthCurve]], y: str
+) -> ExperimentOutcome:
+    """Return the outcome with a line over strengths for the curves of each name: of success or, if `y` is LOSS, of the loss."""
+    value = _loss if y == LOSS else _added
+    lines = tuple(rules.line_of_curves(name, curves, value) for name, curves in by_name.items())
+    flat = tuple(curve for curves in by_name.values() for curve in curves)
+    return ExperimentOutcome(ruling, numbers, STRENGTH, y, lines, flat)
 
 
 def _compared(
@@ -162,7 +170,7 @@ def _compared(
     by_concept: Sequence[Sequence[StrengthCurve]],
     first: str,
     others: Mapping[str, str],
-    kept: float = rules.KEPT,
+    retention: float = rules.KEPT,
 ) -> ExperimentOutcome:
     """Rule whether the gain on captions of other kinds is under half of that on the first; `first` and `others` describe them.
 
@@ -171,12 +179,10 @@ def _compared(
     """
     open_concepts = [several for several in by_concept if all(curve.without < 1 for curve in several)]
     curves = {kind: [several[i] for several in open_concepts] for i, kind in enumerate(kinds)}
-    gains = {kind: [curve.gain(kept) / (1 - curve.without) for curve in several] for kind, several in curves.items()}
+    gains = {kind: [curve.gain(retention) / (1 - curve.without) for curve in several] for kind, several in curves.items()}
     ruling = rules.rule_half(first, gains[kinds[0]], {text: gains[kind] for kind, text in others.items()})
-    lines = tuple(rules.line_of_curves(kind, several, _added) for kind, several in curves.items())
     numbers = {f"gain, {kind}": fmean(values) for kind, values in gains.items() if values}
-    flat = tuple(curve for several in curves.values() for curve in several)
-    return ExperimentOutcome(ruling, numbers, STRENGTH, ADDED, lines, flat)
+    return _over_strengths(ruling, numbers, curves, ADDED)
 
 
 def _added(curve: StrengthCurve, point: StrengthPoint) -> float:
@@ -330,11 +336,11 @@ def _only_site(study: Study) -> Site:
 def _other_findings(folder: Path, site: Site) -> Path:
     """Return the file of findings of another study: at the same site, or its only one."""
     study = Study.open(folder)
-    paths, own = sorted((study.folder / "steering" / "findings").glob("*.json")), study.findings(site)
-    if not paths or (own not in paths and len(paths) > 1):
+    paths, at_site = sorted((study.folder / "steering" / "findings").glob("*.json")), study.findings(site)
+    if not paths or (at_site not in paths and len(paths) > 1):
         problem = "findings of several sites, none of them" if paths else "no findings, nor any"
         raise BadInput(f"{folder} has {problem} at {site}. Run difflex findings {folder} first.")
-    return own if own in paths else paths[0]
+    return at_site if at_site in paths else paths[0]
 
 
 def _provenance(study: Study, name: str, features: Mapping[str, tuple[DictionaryRef, int]], other: Path | None) -> Provenance:

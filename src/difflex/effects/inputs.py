@@ -80,7 +80,7 @@ class Provenance:
         judge: str = "",
         files: Mapping[str, str] | None = None,
     ) -> Provenance:
-        """Return the provenance of results made now with features of dictionaries, which are given by concept."""
+        """Return the provenance of present results with features of dictionaries, by concept."""
         return cls(
             fingerprints={str(place): fingerprint(study.dictionary(*place)) for place in features},
             features={str(place): dict(by_concept) for place, by_concept in features.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
@@ -62,6 +62,12 @@ class SteeringTask:
     group: str
     trials: tuple[SteeringTrial, ...]
 
+    @classmethod
+    def of(cls, concept: str, group: str, images: Iterable[tuple[str, Rectangle | None]]) -> SteeringTask:
+        """Return the task with a trial for each prompt and region; their seeds follow one another."""
+        trials = tuple(SteeringTrial(prompt, seed, region) for seed, (prompt, region) in enumerate(images))
+        return cls(concept=concept, group=group, trials=trials)
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +105,14 @@ class StrengthCurve:
         """The first strength at which images are broken; None if there is none."""
         return next((point.strength for point in self.points if point.quality >= BROKEN), None)
 
-    def best(self, kept: float = 0.9) -> StrengthPoint | None:
-        """Return the point of the highest success among those that keep `kept` of all else and do not break images."""
-        good = [point for point in self.points if point.specificity >= kept and point.quality < BROKEN]
+    def best(self, retention: float = 0.9) -> StrengthPoint | None:
+        """Return the point of the highest success among those that keep the share `retention` of all else and break no image."""
+        good = [point for point in self.points if point.specificity >= retention and point.quality < BROKEN]
         return max(good, key=lambda point: (point.success, -abs(point.strength)), default=None)
 
-    def gain(self, kept: float = 0.9) -> float:
+    def gain(self, retention: float = 0.9) -> float:
         """Return the success at the best point minus that without the edit; 0 without a best point."""
-        best = self.best(kept)
+        best = self.best(retention)
         return 0.0 if best is None else best.success - self.without
 
 

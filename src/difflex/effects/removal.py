@@ -81,7 +81,7 @@ class RemovalConfig:
 @final
 @dataclass(frozen=True, kw_only=True)
 class RemovedConcept:
-    """A concept, its features, and the rates of their removal on prompts that nothing was chosen by."""
+    """A concept, its features, and the rates of their removal on unseen prompts."""
 
     concept: str
     group: str
@@ -235,7 +235,7 @@ def _image_sets(
     """Yield sets of images of captions, with so many for each concept; they share no caption and no seed."""
     by_concept, ends, judge = captions_by_concept(group, sum(counts)), [0, *accumulate(counts)], DrawnJudge(load_judge())
     for number, (start, end) in enumerate(pairwise(ends)):
-        captions = [caption for several in by_concept for caption in several[start:end]]
+        captions = [caption for captions_of_concept in by_concept for caption in captions_of_concept[start:end]]
         yield _judged_images(model, dictionaries, judge, group, captions, number * SEED_DISTANCE)
 
 

@@ -156,7 +156,7 @@ def choose_features(
 
 
 class RemovalRates(NamedTuple):
-    """What an edit removed from images and what it kept; each concept that prompts name has the same weight."""
+    """The shares that an edit removed and kept; each concept that prompts name has the same weight."""
 
     ua: float
     """Unlearning accuracy: of the images that showed the concept their prompts name, the share that no longer does; 0 if none
@@ -210,7 +210,7 @@ def removal_rates(
 
 def _share(answers: Iterable[Sequence[bool]]) -> float:
     """Return the mean over concepts of the share of true answers; 1 where there is nothing to lose."""
-    shares = [math.fsum(several) / len(several) for several in answers if several]
+    shares = [math.fsum(values) / len(values) for values in answers if values]
     return math.fsum(shares) / len(shares) if shares else 1.0
 
 
