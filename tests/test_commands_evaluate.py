@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from difflex.cli import main
-from difflex.commands import evaluate as verb
+from difflex.commands import evaluation as verb
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.evaluation import Evaluation
 from difflex.records import Shot, Site
@@ -135,7 +135,7 @@ def test_invalid_flags_are_refused(finished: Path, capsys: pytest.CaptureFixture
     assert message in capsys.readouterr().err
 
 
-def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def error_message(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main(["evaluate", str(study), "--effect-shots", "0"]) == 2
     return capsys.readouterr().err
@@ -143,13 +143,13 @@ def refused(study: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_study_without_dictionaries_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     shutil.rmtree(study / "dictionaries")
-    assert "has no dictionaries yet" in refused(study, capsys)
+    assert "has no dictionaries yet" in error_message(study, capsys)
 
 
 def test_a_dictionary_without_activations_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     place = study / "dictionaries"
     (place / "double.1+update").rename(place / "double.0")
-    assert "The site 'double.0' is unknown" in (message := refused(study, capsys)) and "harvest it" in message
+    assert "The site 'double.0' is unknown" in (message := error_message(study, capsys)) and "harvest it" in message
 
 
 def test_a_dictionary_of_another_width_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
@@ -158,7 +158,7 @@ def test_a_dictionary_of_another_width_is_refused(study: Path, capsys: pytest.Ca
     normalisation, origin = Normalisation.identity(8), DictionaryOrigin(site=Site.parse(SITE))
     narrow = SAE(kind="topk", k=2, origin=origin, normalisation=normalisation, weights=weights)
     narrow.save(study / "dictionaries" / "double.1+update" / narrow.label)
-    assert "topk-8-k2 is of width 8" in (message := refused(study, capsys)) and "are of width 32" in message
+    assert "topk-8-k2 is of width 8" in (message := error_message(study, capsys)) and "are of width 32" in message
 
 
 def test_a_dictionary_with_nan_is_refused_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
@@ -168,7 +168,7 @@ def test_a_dictionary_with_nan_is_refused_and_nothing_is_saved(study: Path, caps
     broken.weights.decoder.fill_(torch.nan)
     broken.save(folder)
     assert (
-        f"The reconstruction by {SITE}/{LABELS[0]} holds NaN" in refused(study, capsys)
+        f"The reconstruction by {SITE}/{LABELS[0]} holds NaN" in error_message(study, capsys)
         and not evaluation(study, LABELS[0]).exists()
     )
 
@@ -180,11 +180,11 @@ def test_activations_without_held_out_rows_are_refused(study: Path, tmp_path: Pa
     words = ["harvest", model, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(other), "--pixels", "16x24"]
     assert main([*words, "--site", SITE]) == 0
     shutil.copytree(study / "dictionaries", other / "dictionaries")
-    assert "has no rows of the split 'held-out'" in refused(other, capsys)
+    assert "has no rows of the split 'held-out'" in error_message(other, capsys)
 
 
 def test_an_evaluation_of_another_format_is_refused(study: Path, capsys: pytest.CaptureFixture[str]):
     path = evaluation(study, LABELS[0])
     path.parent.mkdir(parents=True)
     path.write_text('{"format": 99}')
-    assert "is of format 99" in refused(study, capsys)
+    assert "is of format 99" in error_message(study, capsys)

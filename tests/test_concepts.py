@@ -78,8 +78,8 @@ def test_average_precision_equals_scikit_learn_with_ties_and_silent_tokens(ties:
     scores = detection_scores(firings(dense), truth)
     for feature in range(6):
         for concept in range(3):
-            known = truth[concept] >= 0
-            target, ranked = truth[concept, known].numpy(), dense[known, feature]
+            is_labelled = truth[concept] >= 0
+            target, ranked = truth[concept, is_labelled].numpy(), dense[is_labelled, feature]
             assert float(scores.ap[feature, concept]) == pytest.approx(average_precision_score(target, ranked.numpy()), abs=1e-5)
             cuts = {float(cut): jaccard_score(target, (ranked >= cut).numpy()) for cut in ranked[ranked > 0].unique()}
             assert float(scores.iou[feature, concept]) == pytest.approx(max(cuts.values(), default=0), abs=1e-5)
@@ -146,9 +146,9 @@ def test_features_that_equal_concepts_are_detected_with_narrow_intervals():
 def test_the_clearest_level_is_where_the_probe_finds_the_most_concepts():
     labelled = planted()
     noise = torch.randn(labelled.values.shape, generator=torch.Generator().manual_seed(5))
-    lost = (labelled.noise == 0.5)[:, None]
+    is_noisy = (labelled.noise == 0.5)[:, None]
     [matches] = match(
-        LabelledActivations(**{**vars(labelled), "values": torch.where(lost, noise, labelled.values)}),
+        LabelledActivations(**{**vars(labelled), "values": torch.where(is_noisy, noise, labelled.values)}),
         [coordinates(labelled)],
         MatchingConfig(bootstrap_samples=20),
     )
@@ -159,12 +159,12 @@ def test_random_and_principal_axes_have_k_active_features_and_low_coverage():
     labelled = planted()
     mixed = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(4))).Q
     labelled = LabelledActivations(**{**vars(labelled), "values": labelled.values @ mixed})
-    axes, drawn = principal_axes(labelled, 2), random_directions(labelled, 20, 2)
-    assert (axes.label, drawn.label) == ("pca-16-k2", "random-20-k2")
-    codes = drawn.encode(labelled.values)
+    axes, random = principal_axes(labelled, 2), random_directions(labelled, 20, 2)
+    assert (axes.label, random.label) == ("pca-16-k2", "random-20-k2")
+    codes = random.encode(labelled.values)
     assert codes.values.shape == (TOKENS, 2) and bool((codes.values > 0).all()) and int(codes.indices.max()) < 20
-    assert not torch.equal(drawn.encode(-labelled.values).indices, codes.indices)
-    for matches in match(labelled, [axes, drawn], MatchingConfig(bootstrap_samples=20)):
+    assert not torch.equal(random.encode(-labelled.values).indices, codes.indices)
+    for matches in match(labelled, [axes, random], MatchingConfig(bootstrap_samples=20)):
         assert matches.levels[0].coverage.value < 1 and min(result.probe.value for result in matches.levels[0].results) > 0.95
 
 
@@ -182,13 +182,13 @@ def test_a_feature_that_fits_only_training_images_scores_low():
 def test_the_probe_finds_separable_concepts_and_nothing_in_noise():
     labelled = planted()
     logits = linear_probe(labelled)
-    held = labelled.held_out
+    held_out = labelled.held_out
     for concept in range(4):
-        assert average_precision_score(labelled.truth[concept, held].numpy(), logits[concept, held].numpy()) > 0.99
-    blind = linear_probe(
+        assert average_precision_score(labelled.truth[concept, held_out].numpy(), logits[concept, held_out].numpy()) > 0.99
+    noise_logits = linear_probe(
         LabelledActivations(**{**vars(labelled), "values": torch.rand(TOKENS, 8, generator=torch.Generator().manual_seed(6))})
     )
-    assert average_precision_score(labelled.truth[0, held].numpy(), blind[0, held].numpy()) < 0.35
+    assert average_precision_score(labelled.truth[0, held_out].numpy(), noise_logits[0, held_out].numpy()) < 0.35
 
 
 def shared(parts: list[list[int]]) -> tuple[FeatureFirings, Tensor]:
@@ -204,14 +204,14 @@ def test_a_concept_shared_by_several_features_is_split():
     scores = detection_scores(fires, truth[None])
     assert split_features(fires, truth, scores, 0) == (0, 1, 2)
     assert absorbing_features(fires, truth, scores, 0, 0) == ()
-    assert set(combine_features(fires, truth, scores.ap[:, 0], torch.ones(4), 4)) == {0, 1, 2}
+    assert set(combine_features(fires, truth, scores.ap[:, 0], 4)) == {0, 1, 2}
 
 
 def test_a_concept_with_a_complete_feature_is_not_split():
     fires, truth = shared([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2], [3, 4, 5]])
     scores = detection_scores(fires, truth[None])
     assert split_features(fires, truth, scores, 0) == () and absorbing_features(fires, truth, scores, 0, 0) == ()
-    assert combine_features(fires, truth, scores.ap[:, 0], torch.ones(3), 4) == (0,)
+    assert combine_features(fires, truth, scores.ap[:, 0], 4) == (0,)
 
 
 def test_a_specific_feature_that_silences_the_general_one_is_absorbing():

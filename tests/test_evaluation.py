@@ -231,11 +231,11 @@ def outcomes(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
 
 
 def images(edits: Edits, x: Tensor) -> Iterator[EditOutcomes]:
-    def drawn(values: Tensor) -> Tensor:
+    def to_images(values: Tensor) -> Tensor:
         return values.sigmoid().mean(1)[:, :1, None, None].expand(-1, 3, 16, 16)
 
     for outcome in outcomes({}, x):
-        yield outcome._replace(plain=drawn(x), edited={name: drawn(edit(x, None)) for name, edit in edits.items()})
+        yield outcome._replace(plain=to_images(x), edited={name: to_images(edit(x, None)) for name, edit in edits.items()})
 
 
 def test_a_perfect_dictionary_has_no_effect_and_zero_ablation_the_full_one():
@@ -280,11 +280,11 @@ def test_effects_do_not_depend_on_the_other_dictionaries():
     x = gaussian(4 * 6).view(4, 6, WIDTH).float()
     both = [planted_sae(k=2), planted_sae(k=4)]
 
-    def measured(dictionaries: list[SAE]) -> list[ModelEffect]:
+    def effects(dictionaries: list[SAE]) -> list[ModelEffect]:
         return measure_effects(dictionaries, x.mean((0, 1)), lambda edits: outcomes(edits, x), lambda edits: images(edits, x))
 
-    assert measured(both) == [*measured(both[:1]), *measured(both[1:])]
-    assert measured(both)[0].prediction.reconstruction > measured(both)[1].prediction.reconstruction
+    assert effects(both) == [*effects(both[:1]), *effects(both[1:])]
+    assert effects(both)[0].prediction.reconstruction > effects(both)[1].prediction.reconstruction
 
 
 def test_no_shots_and_nan_predictions_are_errors():
@@ -298,12 +298,12 @@ def test_no_shots_and_nan_predictions_are_errors():
 def test_nan_images_are_an_error():
     x = gaussian(2 * 6).view(2, 6, WIDTH).float()
 
-    def spoilt(edits: Edits) -> Iterator[EditOutcomes]:
+    def nan_images(edits: Edits) -> Iterator[EditOutcomes]:
         for outcome in images(edits, x):
             yield outcome._replace(edited={name: torch.nan * image for name, image in outcome.edited.items()})
 
     with pytest.raises(NonFinite, match=r"With reconstruction 0 by double\.1/topk-16-k3 in .* the images of the model hold NaN"):
-        measure_effects([planted_sae()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), spoilt)
+        measure_effects([planted_sae()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), nan_images)
 
 
 def test_relative_effects_are_nan_if_the_ablation_changes_nothing():
@@ -329,10 +329,10 @@ def evaluated(dictionary: str = "") -> Evaluation:
     evaluation = evaluate(
         planted_sae(whitened(gaussian())), batches(gaussian()), shot, fingerprint=dictionary, data="a Gaussian, seed 0"
     )
-    (changed,) = measure_effects(
+    (effect,) = measure_effects(
         [planted_sae()], torch.zeros(WIDTH), lambda edits: outcomes(edits, x), lambda edits: images(edits, x)
     )
-    return replace(evaluation, effect=changed)
+    return replace(evaluation, effect=effect)
 
 
 def test_evaluations_survive_saving_and_loading(tmp_path: Path):

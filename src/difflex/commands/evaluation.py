@@ -1,4 +1,4 @@
-"""`difflex evaluate`, `concepts` and `anatomy`: what dictionaries are worth, what their features detect, and the model itself."""
+"""Commands that measure dictionaries (`evaluate`), their features (`concepts`) and the activations of a model (`anatomy`)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -129,10 +129,10 @@ class ConceptsCommand(Command):
         folder = LabelFolder.open(self.folder) if self.folder else None
         images = folder.source(self.images, self.pixels) if folder else drawn_source(self.images)
         stored = match_studies(studies, images, open_model, config, self.site, self.dictionary)
-        for matches in stored:
-            print(f"{matches.path}: {'up to date' if matches.up_to_date else 'matched'}")
-        print(matches_table([each.matches for each in stored]))
-        return [matches.path for matches in stored]
+        for method in stored:
+            print(f"{method.path}: {'up to date' if method.up_to_date else 'matched'}")
+        print(matches_table([method.matches for method in stored]))
+        return [method.path for method in stored]
 
 
 MODEL_DEFAULT = "(default: the model's own)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, NamedTuple, final
 
@@ -81,7 +82,7 @@ class AnatomyInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy(JsonRecord):
-    """Norms and distributions of activations by site."""
+    """Norms and shapes of activations by site."""
 
     FORMAT: ClassVar[int] = 2
     COMMAND: ClassVar[str] = "anatomy"
@@ -95,9 +96,8 @@ class Anatomy(JsonRecord):
 
 
 class AnatomyResult(NamedTuple):
-    """The anatomy of a study, the files that hold it, and whether it was up to date before."""
+    """The files that hold the anatomy of a study, and whether they were up to date before."""
 
-    anatomy: Anatomy
     paths: list[Path]
     """The JSON file, then the figures."""
     up_to_date: bool
@@ -114,7 +114,7 @@ def update_anatomy(study: Study, inputs: AnatomyInputs, harvest: Callable[[], It
         anatomy = replace(measure_anatomy(harvest(), inputs.spectra), inputs=inputs)
         study.write()
         anatomy.save(study.anatomy)
-    return AnatomyResult(anatomy, [study.anatomy, *_save_figures(anatomy, study.anatomy_figures)], up_to_date)
+    return AnatomyResult([study.anatomy, *_save_figures(anatomy, study.anatomy_figures)], up_to_date)
 
 
 def measure_anatomy(activations: Iterable[Activations], spectra: Collection[Site] | None = None) -> Anatomy:
@@ -125,15 +125,16 @@ def measure_anatomy(activations: Iterable[Activations], spectra: Collection[Site
     for batch in activations:
         model = batch.shots[0].model
         lengths = batch.values.float().norm(dim=-1).double()
-        sums = norms.setdefault(batch.site, {}).setdefault(batch.shots[0].timestep or 0.0, [0.0, 0])
+        sums = norms.setdefault(batch.site, {}).setdefault(batch.shots[0].timestep or 0.0, [0.0, 0.0])
         sums[0] += float(lengths.sum())
         sums[1] += lengths.numel()
         if spectra is None or batch.site in spectra:
-            values = batch.values
-            moments.setdefault(batch.site, _CloudMoments(values.shape[-1], values.device)).add(values.flatten(0, 1))
+            if batch.site not in moments:
+                moments[batch.site] = _CloudMoments(batch.values.shape[-1], batch.values.device)
+            moments[batch.site].add(batch.values.flatten(0, 1))
     if not norms:
         raise BadInput("No activations were given, so there is no anatomy. Harvest at least one shot.")
-    means = {site: {t: by[t][0] / by[t][1] for t in sorted(by, reverse=True)} for site, by in norms.items()}
+    means = {site: {t: sums[t][0] / sums[t][1] for t in sorted(sums, reverse=True)} for site, sums in norms.items()}
     return Anatomy(model=model, norms=means, shapes={site: cloud.shape() for site, cloud in moments.items()})
 
 
@@ -188,14 +189,13 @@ def _outliers(variances: Tensor, mean: Tensor) -> tuple[tuple[int, float, float]
 
 
 def _save_figures(anatomy: Anatomy, folder: Path) -> list[Path]:
-    figures = {"spectra": spectra_figure(anatomy)}
     streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
-    figures |= {f"norms-{stream}": heat_map(anatomy, stream) for stream in streams}
+    figures = {folder / f"norms-{stream}.png": heat_map(anatomy, stream) for stream in streams}
+    figures[folder / "spectra.png"] = spectra_figure(anatomy)
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{name}.png" for name in sorted(figures)]
-    for path in paths:
-        figures[path.stem].save(path)
-    return paths
+    for path, figure in figures.items():
+        figure.save(path)
+    return sorted(figures)
 
 
 def heat_map(anatomy: Anatomy, stream: Stream = "image") -> Image.Image:
@@ -240,17 +240,16 @@ def _colour(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def spectra_figure(anatomy: Anatomy, sites: Sequence[Site] | None = None) -> Image.Image:
-    """Draw the share of the variance in each principal direction, both axes logarithmic; one curve per site."""
-    sites = list(anatomy.shapes if sites is None else sites)[: len(CURVES)]
-    if not sites:
+def spectra_figure(anatomy: Anatomy) -> Image.Image:
+    """Draw the share of the variance in each principal direction, both axes logarithmic; a curve for each of the first sites."""
+    if not anatomy.shapes:
         raise BadInput("The anatomy has no spectrum. Measure one for at least one site.")
-    curves = {site: _shares(anatomy.shapes[site].variances) for site in sites}
+    curves = {site: _shares(shape.variances) for site, shape in islice(anatomy.shapes.items(), len(CURVES))}
     longest = max(len(curve) for curve in curves.values())
     lowest = math.floor(math.log10(min(curve[-1] for curve in curves.values())))
     font = ImageFont.load_default(LETTERS)
     left, top = 70, GAP + 3 * LINE
-    sheet = Image.new("RGB", (left + PLOT[0] + GAP, top + PLOT[1] + 3 * LINE + LINE * len(sites)), PAPER)
+    sheet = Image.new("RGB", (left + PLOT[0] + GAP, top + PLOT[1] + 3 * LINE + LINE * len(curves)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), f"{anatomy.model}: variance along the principal directions", INK, font)
     pen.text((GAP, GAP + LINE), "share of the whole, by rank of the direction", INK, font)

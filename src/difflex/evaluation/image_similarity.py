@@ -41,6 +41,23 @@ LUMINANCE, CONTRAST = 0.01**2, 0.03**2
 """SSIM's stabilising constants for pixels between 0 and 1."""
 
 
+class _PublishedFile(NamedTuple):
+    """A file of published weights."""
+
+    url: str
+    name: str
+    """In torch's cache; ends in the first digits of its SHA-256, which torch checks."""
+
+
+ALEXNET = _PublishedFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth")
+HEADS = _PublishedFile(
+    "https://github.com/richzhang/PerceptualSimilarity/raw/c33f89e9f46522a584cf41d8880eb0afa982708b/lpips/weights/v0.1/alex.pth",
+    "lpips-df73285e.pth",
+)
+LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
+"""AlexNet's convolutions: number in the names of the weights, stride, padding, and whether the input is max-pooled first."""
+
+
 def check_measure(name: str) -> None:
     """Raise `UnknownName` unless `name` is that of an image measure."""
     if name != LPIPS and (not name.startswith(CLIP) or name == CLIP):
@@ -52,8 +69,9 @@ def check_measure(name: str) -> None:
 
 def load_measure(name: str, *, offline: bool = False) -> ImageMeasure:
     """Load the measure `clip:MODEL` (cosine similarity of CLIP's image embeddings) or `lpips` (a distance)."""
-    check_measure(name)
-    return LpipsDistance.published(offline=offline) if name == LPIPS else ClipModel(name.removeprefix(CLIP), offline=offline)
+    if name == LPIPS:
+        return LpipsDistance(_published_weights(ALEXNET, offline), _published_weights(HEADS, offline))
+    return ClipModel(name.removeprefix(CLIP), offline=offline)
 
 
 def ssim(images: Images, references: Images) -> Float64[Tensor, " image"]:
@@ -88,12 +106,11 @@ def _blurred(
 class ClipModel:
     """A CLIP of transformers: embeds images and texts in one space."""
 
-    def __init__(self, model: str, *, device: torch.device | str | None = None, offline: bool = False) -> None:
+    def __init__(self, model: str, *, offline: bool = False) -> None:
         """Load `model`, a folder or a hub name; `offline` takes it from the local cache only."""
         import transformers
 
-        self.name = model
-        self._device = find_device(device)
+        self._device = find_device()
         try:
             config = transformers.AutoConfig.from_pretrained(model, local_files_only=offline)
             if config.model_type != "clip":
@@ -101,10 +118,12 @@ class ClipModel:
             # The annotations of transformers do not describe what these calls return.
             self._tokeniser: Any = transformers.AutoTokenizer.from_pretrained(model, local_files_only=offline)
             loaded: Any = transformers.CLIPModel.from_pretrained(model, dtype=torch.float32, local_files_only=offline)
-            preprocessing = _preprocessing(model, offline)
+            # The class that reads this file needs torchvision.
+            path = transformers.utils.cached_file(model, "preprocessor_config.json", local_files_only=offline)
+            preprocessing = json.loads(Path(str(path)).read_bytes())
+        except BadInput:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
             raise BadInput(
                 f"'{model}' cannot be opened as a CLIP: {error}. Name a folder that holds one, or a hub name that can be reached."
             ) from error
@@ -143,54 +162,18 @@ class ClipModel:
         return (scaled[..., top : top + side, left : left + side] - self._mean) / self._deviation
 
 
-def _preprocessing(model: str, offline: bool) -> dict[str, Any]:
-    """Return the entries of the model's preprocessor config; the processor class itself needs torchvision."""
-    from transformers.utils import cached_file
-
-    path = cached_file(model, "preprocessor_config.json", local_files_only=offline)
-    if path is None:
-        raise BadInput(f"'{model}' has no preprocessor_config.json, so the normalisation of its images is unknown.")
-    return json.loads(Path(path).read_bytes())
-
-
-class _PublishedFile(NamedTuple):
-    """A file of published weights."""
-
-    url: str
-    name: str
-    """In torch's cache; ends in the first digits of its SHA-256, which torch checks."""
-
-
-ALEXNET = _PublishedFile("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth")
-HEADS = _PublishedFile(
-    "https://github.com/richzhang/PerceptualSimilarity/raw/c33f89e9f46522a584cf41d8880eb0afa982708b/lpips/weights/v0.1/alex.pth",
-    "lpips-df73285e.pth",
-)
-
-
-LAYERS = ((0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False))
-"""AlexNet's convolutions: number in the names of the weights, stride, padding, and whether the input is max-pooled first."""
-
-
 @final
 class LpipsDistance:
     """LPIPS 0.1 with AlexNet: a distance of images by AlexNet features, weighted to agree with human judgements."""
 
-    def __init__(
-        self, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor], device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, trunk: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:
         """Take the weights of torchvision's AlexNet and of LPIPS 0.1 for it, by their published names."""
-        self._device = device = find_device(device)
+        self._device = device = find_device()
         self._convolutions = [
             (trunk[f"features.{number}.weight"].to(device), trunk[f"features.{number}.bias"].to(device)) for number, *_ in LAYERS
         ]
         self._heads = [heads[f"lin{number}.model.1.weight"].to(device) for number in range(len(LAYERS))]
         self._mean, self._deviation = _per_channel(MEAN, device), _per_channel(DEVIATION, device)
-
-    @classmethod
-    def published(cls, *, offline: bool = False) -> LpipsDistance:
-        """Load the published weights from torch's cache, or download them into it."""
-        return cls(_published_weights(ALEXNET, offline), _published_weights(HEADS, offline))
 
     @torch.inference_mode()
     def __call__(self, images: Images, references: Images) -> Float[Tensor, " image"]:

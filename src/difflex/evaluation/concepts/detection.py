@@ -84,6 +84,13 @@ class FeatureFirings:
         """The number of features."""
         return len(self.counts)
 
+    @property
+    def peaks(self) -> Float[Tensor, " size"]:
+        """The largest value of each feature; 0 if it never fires."""
+        peaks = torch.zeros(self.size)
+        peaks[self.counts > 0] = self.values[self.starts[self.counts > 0]]
+        return peaks
+
     def of_feature(self, feature: int) -> tuple[Int[Tensor, " firing"], Float[Tensor, " firing"]]:
         """Return the tokens and values of one feature, the strongest first."""
         start, count = int(self.starts[feature]), int(self.counts[feature])
@@ -284,9 +291,9 @@ def absorbing_features(
 
 
 def relative_strengths(
-    firings: FeatureFirings, features: Tensor, peaks: Float[Tensor, " size"]
+    firings: FeatureFirings, features: Int[Tensor, " feature"], peaks: Float[Tensor, " size"]
 ) -> Float[Tensor, "feature token"]:
-    """Return how strongly a few features fire at each token, relative to their peaks, as a dense matrix."""
+    """Return how strongly a few features fire at each token, relative to `peaks`, as a dense matrix."""
     strengths = torch.zeros(len(features), firings.token_count)
     for row, feature in zip(strengths, features.tolist(), strict=True):
         tokens, values = firings.of_feature(feature)
@@ -295,11 +302,7 @@ def relative_strengths(
 
 
 def combine_features(
-    firings: FeatureFirings,
-    truth: Int8[Tensor, " token"],
-    ap: Float[Tensor, " size"],
-    peaks: Float[Tensor, " size"],
-    max_features: int,
+    firings: FeatureFirings, truth: Int8[Tensor, " token"], ap: Float[Tensor, " size"], max_features: int
 ) -> tuple[int, ...]:
     """Choose greedily up to `max_features` features that detect a concept best together, the best single one first.
 
@@ -307,7 +310,7 @@ def combine_features(
     where any of the features fires. Nothing is trained, so few tokens suffice.
     """
     candidates = ap.argsort(descending=True)[:CANDIDATES]
-    strengths = relative_strengths(firings, candidates, peaks)
+    strengths = relative_strengths(firings, candidates, firings.peaks)
     chosen, current, best_ap = [0], strengths[0], float(ap[candidates[0]])
     while len(chosen) < max_features:
         joined = torch.maximum(strengths, current)

@@ -43,7 +43,7 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledActivations:
-    """Labelled activations of one site; the tokens of all images and noise levels in one row."""
+    """Labelled activations of one site: the tokens of all images at all noise levels, concatenated."""
 
     site: Site
     concepts: tuple[Concept, ...]
@@ -98,7 +98,7 @@ def label(
     pending: dict[str, _PendingImage] = {}
     previous: set[str] = set()
     images, prompts, names = tee(_register(labelled_images, pending), 3)
-    for batch in harvest((each.image for each in images), (each.prompt for each in prompts), (each.name for each in names)):
+    for batch in harvest((item.image for item in images), (item.prompt for item in prompts), (item.name for item in names)):
         current = [shot.image or shot.prompt for shot in batch.shots]
         if unknown := [name for name in current if name not in pending]:
             raise BadInput(f"The activations are those of '{unknown[0]}', which is not one of the labelled images.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -188,10 +188,15 @@ def _sides(labelled: LabelledActivations) -> tuple[Bool[Tensor, " token"], Bool[
 class _SplitSide(NamedTuple):
     """The tokens of one side of the split."""
 
-    mask: Tensor
+    mask: Bool[Tensor, " total"]
     """Which of all tokens these are."""
     truth: Int8[Tensor, "concept token"]
-    images: Tensor
+    images: Int[Tensor, " token"]
+
+    @property
+    def chance(self) -> Float[Tensor, " concept"]:
+        """Share of the labelled tokens that show each concept: the average precision of a random ranking."""
+        return (self.truth == 1).sum(1) / (self.truth >= 0).sum(1).clamp_min(1)
 
 
 @final
@@ -246,11 +251,6 @@ class _Matcher:
         self._train, self._test = firings.select(data.train.mask), firings.select(data.test.mask)
         self._train_scores: DetectionScores = detection_scores(self._train, data.train.truth)
         self._test_scores: DetectionScores = detection_scores(self._test, data.test.truth, self._train_scores.threshold)
-        self._peaks = torch.zeros(firings.size)
-        alive = self._train.counts > 0
-        self._peaks[alive] = self._train.values[self._train.starts[alive]]
-        self._positives = (data.test.truth == 1).sum(1)
-        self._chance = self._positives / (data.test.truth >= 0).sum(1).clamp_min(1)
 
     def level(self) -> NoiseLevelResult:
         """Return the results for every concept."""
@@ -268,13 +268,13 @@ class _Matcher:
         """Return the result for a concept, and the average precision of its best feature in each bootstrap sample."""
         data, scores, truth = self._data, self._train_scores, self._data.train.truth[concept]
         best, segmenting = int(scores.ap[:, concept].argmax()), int(scores.iou[:, concept].argmax())
-        combined = combine_features(self._train, truth, scores.ap[:, concept], self._peaks, self._max_features)
+        combined = combine_features(self._train, truth, scores.ap[:, concept], self._max_features)
         draws = self._draws(best, concept)
         unrelated, monosemanticity = self._monosemanticity(torch.tensor([best]), torch.tensor([concept]))
         result = ConceptResult(
             concept=data.concepts[concept],
-            tokens=int(self._positives[concept]),
-            chance=float(self._chance[concept]),
+            tokens=int((data.test.truth[concept] == 1).sum()),
+            chance=float(data.test.chance[concept]),
             probe=_interval(data.probe[concept]),
             best=_detector((best,), self._test_scores, (best, concept), draws),
             segmenting=_detector((segmenting,), self._test_scores, (segmenting, concept), self._draws(segmenting, concept)),
@@ -293,7 +293,7 @@ class _Matcher:
         """Measure features as if they were one, which fires as strongly as the strongest of them relative to its peak."""
         data, indices = self._data, torch.tensor(features)
         train, test = (
-            FeatureFirings.from_dense(relative_strengths(firings, indices, self._peaks).amax(0, keepdim=True))
+            FeatureFirings.from_dense(relative_strengths(firings, indices, self._train.peaks).amax(0, keepdim=True))
             for firings in (self._train, self._test)
         )
         threshold = detection_scores(train, data.train.truth[concept, None]).threshold
@@ -302,7 +302,7 @@ class _Matcher:
 
     def _monosemanticity(self, features: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
         """Return for features and their concepts the best unrelated concept, and the monosemanticity."""
-        ap = above_chance(self._test_scores.ap[features], self._chance)
+        ap = above_chance(self._test_scores.ap[features], self._data.test.chance)
         unrelated = ap.masked_fill(~self._data.unrelated[concepts], -torch.inf).max(1)
         return unrelated.indices, ap.gather(1, concepts[:, None])[:, 0] - unrelated.values.clamp_min(0)
 
@@ -310,8 +310,7 @@ class _Matcher:
         """Return the matches of every feature that fires."""
         alive = (self._train.counts > 0).nonzero()[:, 0]
         # Above chance, or every feature would match the most common concept.
-        chance = (self._data.train.truth == 1).sum(1) / (self._data.train.truth >= 0).sum(1).clamp_min(1)
-        concepts = above_chance(self._train_scores.ap[alive], chance).argmax(1)
+        concepts = above_chance(self._train_scores.ap[alive], self._data.train.chance).argmax(1)
         iou_concepts = self._train_scores.iou[alive].argmax(1)
         unrelated, monosemanticity = self._monosemanticity(alive, concepts)
         has_unrelated = self._data.unrelated[concepts].any(1)

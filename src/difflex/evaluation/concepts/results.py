@@ -250,10 +250,10 @@ def _site_table(site: Site, revision: str | None, matches: Sequence[ConceptMatch
     groups = dict.fromkeys(result.concept.group for result in overall.results)
     tables = [
         [SUMMARY, *map(_summary, matches)],
-        _mean_aps("AP by group", matches, {group: lambda each, group=group: each.levels[0].of(group) for group in groups}),
+        _mean_aps("AP by group", matches, {group: lambda method, group=group: method.levels[0].of(group) for group in groups}),
     ]
     if levels:
-        by_level = {f"{level.noise:g}": lambda each, i=i: each.levels[i].results for i, level in enumerate(levels, 1)}
+        by_level = {f"{level.noise:g}": lambda method, i=i: method.levels[i].results for i, level in enumerate(levels, 1)}
         tables.append(_mean_aps("AP by noise", matches, by_level))
     return "\n\n".join([title, *map(text_table, tables)])
 
@@ -283,8 +283,10 @@ def _mean_aps(
 ) -> list[list[str]]:
     """Return the mean average precision of the probe and of the best features; each column is of some of the results."""
     probe = [_mean(result.probe for result in select(matches[0])) for select in columns.values()]
-    best = [[_mean(result.best.ap for result in select(each)) for select in columns.values()] for each in matches]
-    return [[title, *columns], [PROBE, *probe], *([each.label, *row] for each, row in zip(matches, best, strict=True))]
+    best = [
+        [method.label, *(_mean(result.best.ap for result in select(method)) for select in columns.values())] for method in matches
+    ]
+    return [[title, *columns], [PROBE, *probe], *best]
 
 
 def _mean(intervals: Iterable[ConfidenceInterval]) -> str:

@@ -199,12 +199,12 @@ def _plain_concepts(entries: dict) -> ConceptNumbers:
 def _coco_concepts(entries: dict) -> ConceptNumbers:
     """Return COCO's categories as concepts, grouped by supercategory; numbers are segment ids of each map."""
     try:
-        categories = {each["id"]: Concept(each["name"], each.get("supercategory", "object")) for each in entries["categories"]}
+        categories = {row["id"]: Concept(row["name"], row.get("supercategory", "object")) for row in entries["categories"]}
         concepts = tuple(dict.fromkeys(categories.values()))
         indices = {number: concepts.index(concept) for number, concept in categories.items()}
         numbers: dict[str | None, dict[int, int]] = {
-            Path(each["file_name"]).name: {part["id"]: indices[part["category_id"]] for part in each["segments_info"]}
-            for each in entries["annotations"]
+            Path(row["file_name"]).name: {segment["id"]: indices[segment["category_id"]] for segment in row["segments_info"]}
+            for row in entries["annotations"]
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(
