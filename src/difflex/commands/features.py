@@ -107,7 +107,7 @@ class CollectCommand(Command):
 
     def _source(self, study: Study, refs: Sequence[DictionaryRef]) -> "ImageSource":
         """Return the images to collect from; the model is loaded when it is needed."""
-        from difflex.features.collecting import noised_source, runs_source, stored_shots
+        from difflex.features.collecting import noised_source, runs_source, stored_source
 
         pipe = cache(lambda precision: load_study_model(study, self.precision or precision, self.offload, self.offline))
 
@@ -125,9 +125,7 @@ class CollectCommand(Command):
             description = f"{images}, noise {noise}, pixels {self.pixels}, {batch}"
             return noised_source(description, self.images, load, harvest_images, harvest(None), self.batch)
         if self.prompts is None:
-            stored = stored_shots(study, refs, self.images)
-            precision = stored.shots[0].precision if stored.shots else None
-            return runs_source(f"{stored.description}, {batch}", stored.shots, self.images, harvest(precision))
+            return stored_source(study, refs, self.images, harvest, batch)
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
         shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
@@ -138,13 +136,15 @@ class CollectCommand(Command):
     def _existing_images(self) -> "tuple[str, Callable[[int], Iterator[PromptedImage]]]":
         """Return a description of the images of the folder or the drawn world, and a function that loads them from a place on."""
         from difflex.evaluation.concepts import FIRST_SEED, drawn_images
-        from difflex.features.collecting import ImageFolder, PromptedImage
+        from difflex.features.collecting import PromptedImage, image_files
         from difflex.pipeline import open_image
 
         if self.folder is not None:
-            folder = ImageFolder.open(self.folder, self.pixels, open_image)
-            names = [path.name for path in folder.paths]
-            return f"folder of {names}", lambda start: folder.images(start, self.images)
+            paths = image_files(self.folder)
+            description = f"folder of {[path.name for path in paths]}"
+            return description, lambda start: (
+                PromptedImage.read(path, self.pixels, open_image) for path in paths[start : self.images]
+            )
 
         def draw(start: int) -> Iterator[PromptedImage]:
             scenes = drawn_images(self.images - start, FIRST_SEED + start)

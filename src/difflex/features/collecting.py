@@ -31,13 +31,13 @@ __all__ = [
     "CollectBatch",
     "CollectConfig",
     "CollectTarget",
-    "ImageFolder",
     "PromptedImage",
     "collect",
     "collect_study",
+    "image_files",
     "noised_source",
     "runs_source",
-    "stored_shots",
+    "stored_source",
 ]
 
 BatchSource = Callable[[int], Iterator[CollectBatch]]
@@ -139,6 +139,13 @@ class PromptedImage(NamedTuple):
     prompt: str
     name: str
 
+    @classmethod
+    def read(cls, path: Path, pixels: tuple[int, int] | None, read: Callable[[Path], Image.Image]) -> PromptedImage:
+        """Read an image, resize and crop it to `pixels`, and read its prompt from the text file of the same name."""
+        image, text = read(path), path.with_suffix(".txt")
+        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        return cls(ImageOps.fit(image, (pixels[1], pixels[0])) if pixels else image, prompt, path.name)
+
 
 class ImageSource(NamedTuple):
     """Images to collect examples from, with functions that return their activations and generate further images."""
@@ -189,15 +196,13 @@ def noised_source(
     return ImageSource(description, count, batches, harvest)
 
 
-class StoredShots(NamedTuple):
-    """The shots of a harvest, run by run."""
+def stored_source(
+    study: Study, refs: Sequence[DictionaryRef], limit: int, harvest: Callable[[str | None], HarvestRuns], settings: str
+) -> ImageSource:
+    """Return the images of the first `limit` runs of the harvest of a site of `refs`, or else of any site.
 
-    description: str
-    shots: list[Shot]
-
-
-def stored_shots(study: Study, refs: Sequence[DictionaryRef], limit: int) -> StoredShots:
-    """Return the shots of the first `limit` runs of the harvest of a site of `refs`, or else of any site."""
+    `harvest` takes the precision of the harvest. `settings` is appended to the description.
+    """
     stores = study.stores()
     site = next((ref.site for ref in refs if ref.site in stores), next(iter(stores), None))
     if site is None:
@@ -210,35 +215,19 @@ def stored_shots(study: Study, refs: Sequence[DictionaryRef], limit: int) -> Sto
         run = replace(shot, timestep=None)
         if run in runs or len(runs) < limit:
             runs.setdefault(run, []).append(shot)
-    return StoredShots(f"harvest of {site} {store.fingerprint}", [shot for shots in runs.values() for shot in shots])
+    shots = [shot for run in runs.values() for shot in run]
+    precision = shots[0].precision if shots else None
+    return runs_source(f"harvest of {site} {store.fingerprint}, {settings}", shots, limit, harvest(precision))
 
 
-class ImageFolder(NamedTuple):
-    """The images of a folder, sorted by name."""
-
-    paths: list[Path]
-    pixels: tuple[int, int] | None
-    """Size to resize and crop them to."""
-    read: Callable[[Path], Image.Image]
-
-    @classmethod
-    def open(cls, folder: Path, pixels: tuple[int, int] | None, read: Callable[[Path], Image.Image]) -> ImageFolder:
-        """List the images in `folder`."""
-        if not folder.is_dir():
-            raise UnknownName(f"There is no folder {folder}. Name one with images.")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
-        if not paths:
-            raise BadInput(f"{folder} has no images. Put {', '.join(IMAGE_ENDINGS)} files into it.")
-        return cls(paths, pixels, read)
-
-    def images(self, start: int, end: int) -> Iterator[PromptedImage]:
-        """Yield the images from place `start` to `end`, with the prompts in text files of the same name."""
-        for path in self.paths[start:end]:
-            text = path.with_suffix(".txt")
-            prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
-            image = self.read(path)
-            image = ImageOps.fit(image, (self.pixels[1], self.pixels[0])) if self.pixels else image
-            yield PromptedImage(image, prompt, path.name)
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in `folder`, sorted by name."""
+    if not folder.is_dir():
+        raise UnknownName(f"There is no folder {folder}. Name one with images.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    if not paths:
+        raise BadInput(f"{folder} has no images. Put {', '.join(IMAGE_ENDINGS)} files into it.")
+    return paths
 
 
 class CollectedBook(NamedTuple):

@@ -18,7 +18,6 @@ from difflex.files import replacing
 
 __all__ = ["ImageAlbum", "StoredImage", "enlarged", "overlaid", "overview", "sheet"]
 
-STYLES: tuple[HighlightStyle, ...] = get_args(HighlightStyle)
 LOSSLESS_PIXELS = 128 * 128
 """Images of up to this many pixels are stored without loss."""
 QUALITY = 92
@@ -84,10 +83,6 @@ class ImageAlbum:
             advice = "Delete it and the book, and run difflex collect again."
             raise BrokenFile(f"The image {path} is damaged ({error}). {advice}") from error
 
-    def remove(self, file: str) -> None:
-        """Delete an image."""
-        (self.folder / file).unlink(missing_ok=True)
-
 
 def overlaid(
     image: Image.Image,
@@ -104,8 +99,8 @@ def overlaid(
     feature are comparable. `outline`: a black and white line around the covered tokens, visible on blue images and without
     colour vision. `plain`: the image alone, also used for text tokens.
     """
-    if style not in STYLES:
-        raise UnknownName.among("The style", style, STYLES)
+    if style not in (styles := get_args(HighlightStyle)):
+        raise UnknownName.among("The style", style, styles)
     image = enlarged(image.convert("RGB"), side)
     if style == "plain" or grid is None or not where.tokens:
         return image
@@ -296,24 +291,20 @@ def _assembled(texts: Sequence[str], row: FeatureStats | None, rows: Sequence[_S
 
 def _draw_plots(pen: ImageDraw.ImageDraw, row: FeatureStats, corner: tuple[int, int], font: Font) -> None:
     """Draw the histogram of values and, to its right, the density at each timestep."""
-    x, y = corner
-    edges = row.histogram.edges
+    (x, y), (width, height), edges = corner, PLOT, row.histogram.edges
     caption = f"values where it fires, {edges[0]:.2g} to {edges[-1]:.2g}, by quarters of octaves"
-    _draw_bars(pen, row.histogram.counts, (x, y), caption, font)
+    plots: list[tuple[Sequence[float], str]] = [(row.histogram.counts, caption)]
     if len(row.activity) > 1:
-        caption = f"density by timestep, at most {max(row.activity):.2%}"
-        _draw_bars(pen, row.activity, (x + PLOT[0] + 8 * GAP, y), caption, font)
-
-
-def _draw_bars(pen: ImageDraw.ImageDraw, values: Sequence[float], corner: tuple[int, int], caption: str, font: Font) -> None:
-    (x, y), (width, height) = corner, PLOT
-    step, highest = width / len(values), max(values) or 1
-    for number, value in enumerate(values):
-        left, right = x + number * step, x + max(number * step + 1, (number + 1) * step - 1)
-        if value:
-            pen.rectangle((left, y + height - height * value / highest, right, y + height), fill=BAR)
-    pen.line((x, y + height, x + width, y + height), fill=INK)
-    pen.text((x, y + height + 2), caption, FAINT, font)
+        plots.append((row.activity, f"density by timestep, at most {max(row.activity):.2%}"))
+    for values, caption in plots:
+        step, highest = width / len(values), max(values) or 1
+        for number, value in enumerate(values):
+            left, right = x + number * step, x + max(number * step + 1, (number + 1) * step - 1)
+            if value:
+                pen.rectangle((left, y + height - height * value / highest, right, y + height), fill=BAR)
+        pen.line((x, y + height, x + width, y + height), fill=INK)
+        pen.text((x, y + height + 2), caption, FAINT, font)
+        x += width + 8 * GAP
 
 
 def _wrapped(text: str, width: int) -> list[str]:

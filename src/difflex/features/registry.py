@@ -97,7 +97,7 @@ class ShotRegistry:
         self.entries = {number: self.entries[number] for number in sorted(shots)}
         used = {entry.image.file for entry in self.entries.values()} | {stored.file for stored in self.patches.values()}
         for file in self._new_files - used:
-            self.album.remove(file)
+            (self.album.folder / file).unlink(missing_ok=True)
         self._new_files &= used
 
     def dump(self) -> bytes:

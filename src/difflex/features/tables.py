@@ -145,28 +145,25 @@ def connect(path: Path, writable: bool) -> sqlite3.Connection:
 
 
 def _connection(path: Path, mode: str) -> sqlite3.Connection:
+    """Connect to a file, which must be a finished book of the current format."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     try:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        _check_format(path, connection)
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION:
+            raise BrokenFile(f"{path} is not a finished book: its application id is {application:#x}. {ADVICE}")
+        if version < FORMAT:
+            raise BrokenFile(f"{path} is of format {version}, which this difflex no longer reads. {ADVICE}")
+        if version > FORMAT:
+            raise BrokenFile(f"{path} is of format {version}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-def _check_format(path: Path, connection: sqlite3.Connection) -> None:
-    """Raise an error unless the file is a finished book of the current format."""
-    application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
-    if application != APPLICATION:
-        raise BrokenFile(f"{path} is not a finished book: its application id is {application:#x}. {ADVICE}")
-    if version < FORMAT:
-        raise BrokenFile(f"{path} is of format {version}, which this difflex no longer reads. {ADVICE}")
-    if version != FORMAT:
-        raise BrokenFile(f"{path} is of format {version}; this difflex reads format {FORMAT}. Use the difflex that wrote it.")
 
 
 @contextmanager
