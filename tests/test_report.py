@@ -28,7 +28,7 @@ from difflex.cli import main, parse
 from difflex.commands import VERBS
 from difflex.commands.evaluation import EvaluateCommand
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.study import words
+from difflex.commands.study import command_words
 from difflex.commands.training import TrainCommand
 from difflex.errors import UnknownName
 from difflex.evaluation.concepts import Concept, ConceptsConfig
@@ -397,17 +397,17 @@ def test_every_verdict_and_every_rule_is_on_the_page(tmp_path: Path):
 def test_the_words_of_a_command_parse_to_the_same_command(name: str):
     study = RECIPES[name](Path("STUDY"))
     for step, command in zip(command_statuses(study), study.commands, strict=True):
-        line = words(step.record)
+        line = command_words(step.record)
         assert parse(line) == command, line
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"run"}))
 def test_every_verb_of_a_recipe_is_known(verb: str):
-    assert words(CommandRecord(verb=verb, flags={})) == [verb]
+    assert command_words(CommandRecord(verb=verb, flags={})) == [verb]
 
 
 def test_words_contain_only_flags_that_differ_from_their_defaults():
-    line = words(
+    line = command_words(
         command_statuses(replace(RECIPES["mini"](Path("S")), commands=(EvaluateCommand(study=Path("S"), effect_shots=8),)))[
             0
         ].record,
@@ -415,13 +415,13 @@ def test_words_contain_only_flags_that_differ_from_their_defaults():
     )
     assert line == ["evaluate", "demo", "--effect-shots", "8"]
     train = TrainCommand(study=Path("S"), site=("double.1",), k=(8, 16), learning_rate=2e-4, log=("wandb",))
-    line = words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].record)
+    line = command_words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(train,)))[0].record)
     assert line == ["train", "STUDY", "--site", "double.1", "--k", "8,16", "--learning-rate", "0.0002", "--log", "wandb"]
     harvest = HarvestCommand(model="mini-flux", site=("double.1",), prompts="captions", pixels=(64, 96), out=Path("S"))
-    line = words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].record)
+    line = command_words(command_statuses(replace(RECIPES["mini"](Path("S")), commands=(harvest,)))[0].record)
     assert line == ["harvest", "mini-flux", "--site", "double.1", "--prompts", "captions", "--out", "STUDY", "--pixels", "64x96"]
     with pytest.raises(UnknownName, match="'embroider' is unknown"):
-        words(CommandRecord(verb="embroider", flags={}))
+        command_words(CommandRecord(verb="embroider", flags={}))
 
 
 def test_the_page_says_how_to_run_the_study_again(tmp_path: Path):

@@ -23,7 +23,7 @@ from difflex.report.drawing.charts import (
     row_chart,
 )
 from difflex.report.drawing.heat import HeatCell, HeatStrip, heat_map, heat_strips
-from difflex.report.style import STYLES, number, percent
+from difflex.report.style import KINDS, number, percent
 
 BLUE = Series("s", "s", SeriesStyle(0))
 
@@ -133,7 +133,7 @@ def test_a_long_name_is_shortened_in_its_middle():
 
 
 def test_series_differ_in_more_than_colour():
-    styles = [*STYLES.values()]
+    styles = [style for _, style in KINDS.values()]
     assert len({(style.marker, style.dash) for style in styles}) == len(styles) == len({style.colour for style in styles})
     assert all(MARKERS[style.marker] for style in styles)
 

@@ -1,4 +1,4 @@
-"""`difflex status`, `report` and `compare`: a study as text and as pages; logged commands as the words of a shell."""
+"""`difflex status`, `report` and `compare`: a study as text and as pages; the command lines of logged commands."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields
@@ -41,11 +41,9 @@ class StatusCommand(Command):
 
 
 def _line(number: int, record: CommandRecord) -> tuple[str, ...]:
-    flags = {name: value for name, value in record.flags.items() if value not in (None, False, [], {})}
-    words = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in flags.items()]
     finished = record.finished[:16].replace("T", " ") if record.finished else ""
-    seconds = "" if record.seconds is None else f"{record.seconds:.0f}"
-    return str(number), "begun" if record.seconds is None else "done", finished, seconds, record.verb, " ".join(words)
+    state, seconds = ("begun", "") if record.seconds is None else ("done", f"{record.seconds:.0f}")
+    return str(number), state, finished, seconds, record.verb, " ".join(record.settings)
 
 
 CONTROL = "untrained"
@@ -70,7 +68,7 @@ class ReportCommand(Command):
         study = Study.open(self.study)
         inside = self.study / CONTROL
         control = self.control or (inside if (inside / "study.json").is_file() else None)
-        paths = write_report(study, control and Study.open(control), words)
+        paths = write_report(study, control and Study.open(control), command_words)
         print(f"{paths[0]}: the report, with {len(paths) - 1} CSV files in {paths[0].parent / 'report'}")
         return paths
 
@@ -103,41 +101,40 @@ class CompareCommand(Command):
         return [self.out]
 
 
-FIRST = get_args(Positional[int])[1:]
-"""What marks a field that is given without its name."""
+POSITIONAL = get_args(Positional[int])[1:]
+"""What marks a field whose value is given without its name."""
 
 
-def words(entry: CommandRecord, study: str = "STUDY") -> list[str]:
-    """The verb of `entry` and its flags, as a shell is told them; what is as by default is left out, the folder is `study`."""
-    command: type[Any] = verb_class(entry.verb)
+def command_words(record: CommandRecord, study: str = "STUDY") -> list[str]:
+    """Return the words of the command line of a record; defaults are left out, and `study` stands for the study's folder."""
+    command: type[Any] = verb_class(record.verb)
     hints = get_type_hints(command, include_extras=True)
-    known = {field.name: field for field in fields(command) if field.name in entry.flags}
-    placed, named = [], []
-    for name, field in known.items():
-        value, hint = entry.flags[name], hints[name]
-        if any(mark in FIRST for mark in _marks(hint)):
-            placed += _spelt(value, hint, study)
+    positional, flags = [], []
+    for field in fields(command):
+        if field.name not in record.flags:
+            continue
+        value, hint = record.flags[field.name], hints[field.name]
+        if any(mark in POSITIONAL for mark in _marks(hint)):
+            positional += _value_words(value, hint, study)
         elif not _is_default(value, field):
-            flag = f"--{name.replace('_', '-')}"
-            named += [flag] if value is True else [flag, *_spelt(value, hint, study)]
-    return [entry.verb, *placed, *named]
+            flags += [f"--{field.name.replace('_', '-')}", *([] if value is True else _value_words(value, hint, study))]
+    return [record.verb, *positional, *flags]
 
 
 def _marks(hint: object) -> Iterator[object]:
-    """All that annotations say of a field, however deep they stand."""
+    """Yield the metadata of `Annotated` types, however deep they are nested."""
     yield from getattr(hint, "__metadata__", ())
     for inner in (getattr(hint, "__origin__", None), *get_args(hint)):
         if inner is not None and inner is not hint and not isinstance(inner, str):
             yield from _marks(inner)
 
 
-def _spelt(value: Json, hint: object, study: str) -> list[str]:
-    """A value as the words that its flag reads: by the rule of its type, where that has one."""
+def _value_words(value: Json, hint: object, study: str) -> list[str]:
+    """Return the words that a flag parses to `value`, by the rule of its type if it has one."""
     rule = next((mark for mark in _marks(hint) if isinstance(mark, PrimitiveConstructorSpec)), None)
     if rule is not None and not isinstance(value, str):
         return rule.str_from_instance(tuple(value) if isinstance(value, list) else value)
-    several = value if isinstance(value, list) else [value]
-    return [_word(each, study) for each in several]
+    return [_word(item, study) for item in (value if isinstance(value, list) else [value])]
 
 
 def _word(value: Json, study: str) -> str:
@@ -146,9 +143,7 @@ def _word(value: Json, study: str) -> str:
 
 
 def _is_default(value: Json, field: "Field[Any]") -> bool:
-    if field.default is MISSING:
-        return False
-    usual = field.default
-    if isinstance(usual, range):
-        return value == f"{usual.start}:{usual.stop}"
-    return value == (list(usual) if isinstance(usual, tuple) else usual)
+    default = field.default
+    if isinstance(default, range):
+        return value == f"{default.start}:{default.stop}"
+    return default is not MISSING and value == (list(default) if isinstance(default, tuple) else default)

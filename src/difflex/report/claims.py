@@ -9,16 +9,7 @@ from typing import NamedTuple, TypeVar
 from difflex.effects.removal import RemovalResults
 from difflex.explanation.comparison import read_methods
 from difflex.features import Book, BookInfo, CoverageSummary
-from difflex.report.dictionary_claims import (
-    Claim,
-    better_than_neurons,
-    better_than_untrained_directions,
-    better_than_untrained_model,
-    dead_without_normalisation,
-    itda_reconstructs_better,
-    norms_differ,
-    spectrum_is_concentrated,
-)
+from difflex.report.dictionary_claims import Claim, dictionary_claims, model_claims
 from difflex.report.drawing import element
 from difflex.report.facts import SteeringFacts, StudyFacts
 from difflex.report.figures import ReportFigure, ReportSection
@@ -41,20 +32,9 @@ GAIN, SHARE, RANDOM = 0.7, 0.5, 0.1
 
 def judge_claims(facts: StudyFacts) -> list[Claim]:
     """Return every claim with its verdict."""
-    return [
-        dead_without_normalisation(facts),
-        itda_reconstructs_better(facts),
-        better_than_neurons(facts, SAE_KINDS, "SAE"),
-        better_than_neurons(facts, ("itda",), "ITDA"),
-        better_than_untrained_directions(facts),
-        better_than_untrained_model(facts),
-        itda_covers_more(facts),
-        itda_matches_surfaces(facts),
-        steers_towards_concepts(facts),
-        removes_concepts(facts),
-        norms_differ(facts),
-        spectrum_is_concentrated(facts),
-    ]
+    books = [_itda_covers_more(facts), _itda_matches_surfaces(facts)]
+    effects = [_steers_towards_concepts(facts), _removes_concepts(facts)]
+    return [*dictionary_claims(facts), *books, *effects, *model_claims(facts)]
 
 
 def claims(facts: StudyFacts) -> ReportSection:
@@ -147,7 +127,7 @@ def _itda_and_sae(rows: Sequence[BookRow]) -> list[tuple[BookRow, BookRow]]:
     ]
 
 
-def itda_covers_more(facts: StudyFacts) -> Claim:
+def _itda_covers_more(facts: StudyFacts) -> Claim:
     """Judge that ITDA features cover more of their top images than SAE features."""
     rows = []
     for ref in facts.books:
@@ -169,7 +149,7 @@ def itda_covers_more(facts: StudyFacts) -> Claim:
     )
 
 
-def itda_matches_surfaces(facts: StudyFacts) -> Claim:
+def _itda_matches_surfaces(facts: StudyFacts) -> Claim:
     """Judge that ITDA features match colours, textures and regions, and SAE features objects."""
     groups = {concept.name: concept.group for match in facts.matches for concept in match.matches.concepts}
     has_both = all({*groups.values()}.intersection(among) for among in (SURFACES, OBJECTS))
@@ -202,7 +182,7 @@ def _explained_groups(facts: StudyFacts, ref: DictionaryRef, groups: dict[str, s
     return ExplainedGroups(ref, info, tuple(groups[text] for text, accuracy in pairs if accuracy >= RIGHT and text in groups))
 
 
-def steers_towards_concepts(facts: StudyFacts) -> Claim:
+def _steers_towards_concepts(facts: StudyFacts) -> Claim:
     """Judge that features of colours, textures and backgrounds put their concepts into images."""
     measured = [steering for steering in facts.steering if _has_all_groups(steering)]
     measured.sort(key=lambda steering: -_features(steering, STEERED))
@@ -253,7 +233,7 @@ def _outcome(steering: SteeringFacts, name: str, groups: Sequence[str]) -> str:
     return f"{text}; {percent(own.gain)} above the rate without ({at}); random directions {percent(random.gain)}"
 
 
-def removes_concepts(facts: StudyFacts) -> Claim:
+def _removes_concepts(facts: StudyFacts) -> Claim:
     """Judge that colours and backgrounds can be removed by their features."""
     counts = [(dictionaries_of(results), [_removed(results, group) for group in REMOVAL_GROUPS]) for results in facts.removals]
     measured = [(dictionaries, groups) for dictionaries, groups in counts if all(total for _, total in groups)]

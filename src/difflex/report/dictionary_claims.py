@@ -12,18 +12,8 @@ from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.dictionaries import normalisation_variants
 from difflex.report.style import SAE_KINDS, count, number, percent
 
-__all__ = [
-    "Claim",
-    "better_than_neurons",
-    "better_than_untrained_directions",
-    "better_than_untrained_model",
-    "dead_without_normalisation",
-    "itda_reconstructs_better",
-    "norms_differ",
-    "spectrum_is_concentrated",
-]
+__all__ = ["Claim", "dictionary_claims", "model_claims"]
 
-MatchPair = tuple[MatchFacts, MatchFacts]
 MOST, FEW = 0.5, 0.3
 """More than half are most; fewer than 30 % are few, as in the paper."""
 
@@ -54,7 +44,24 @@ class Claim:
         return tuple(self.numbers) or (f"Missing: {self.command}.",)
 
 
-def dead_without_normalisation(facts: StudyFacts) -> Claim:
+def dictionary_claims(facts: StudyFacts) -> list[Claim]:
+    """Return the claims about the dictionaries and the concepts that their features match."""
+    return [
+        _dead_without_normalisation(facts),
+        _itda_reconstructs_better(facts),
+        _better_than_neurons(facts, SAE_KINDS, "SAE"),
+        _better_than_neurons(facts, ("itda",), "ITDA"),
+        _better_than_untrained_directions(facts),
+        _better_than_untrained_model(facts),
+    ]
+
+
+def model_claims(facts: StudyFacts) -> list[Claim]:
+    """Return the claims about the activations of the model."""
+    return [_norms_differ(facts), _spectrum_is_concentrated(facts)]
+
+
+def _dead_without_normalisation(facts: StudyFacts) -> Claim:
     """Judge that most features die without normalisation, and few with it."""
     groups = [[d for d in group if d.kind in SAE_KINDS] for group in normalisation_variants(facts.evaluated)]
     pairs = [
@@ -78,7 +85,7 @@ def dead_without_normalisation(facts: StudyFacts) -> Claim:
     )
 
 
-def itda_reconstructs_better(facts: StudyFacts) -> Claim:
+def _itda_reconstructs_better(facts: StudyFacts) -> Claim:
     """Judge that an ITDA has a lower FVU than the best SAE of equal size and k."""
     normalised = [
         (d, d.fvu) for d in facts.evaluated if d.normalisation != "none" and d.fvu is not None and math.isfinite(d.fvu)
@@ -106,8 +113,7 @@ def _is_equal_sae(itda: DictionaryFacts, sae: DictionaryFacts) -> bool:
     return sae.kind in SAE_KINDS and (sae.ref.site, sae.k) == (itda.ref.site, itda.k) and similar_size(sae.size, itda.size)
 
 
-def better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
-    """Judge that features of these kinds, called `name`, match known concepts better than neurons."""
+def _better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> Claim:
     return _comparison(
         f"neurons-{name.lower()}",
         f"{name} features match known concepts better than neurons do.",
@@ -117,36 +123,37 @@ def better_than_neurons(facts: StudyFacts, kinds: Sequence[str], name: str) -> C
     )
 
 
-def better_than_untrained_directions(facts: StudyFacts) -> Claim:
-    """Judge that features match known concepts better than principal axes and random directions."""
+def _better_than_untrained_directions(facts: StudyFacts) -> Claim:
     return _comparison(
         "axes",
         "Features match known concepts better than principal axes and random directions do (not in the paper: a control).",
         "the principal axes and the random directions of the same site",
-        pairs=_pairs(facts, (*SAE_KINDS, "itda"), lambda own, other: other.kind in ("pca", "random") and _same_site(own, other)),
+        pairs=_pairs_at_site(facts, lambda _, other: other.kind in ("pca", "random")),
         command="difflex concepts STUDY",
     )
 
 
-def better_than_untrained_model(facts: StudyFacts) -> Claim:
-    """Judge that features of the model match known concepts better than those of an untrained model."""
+def _better_than_untrained_model(facts: StudyFacts) -> Claim:
     return _comparison(
         "untrained",
         "Features match known concepts better than those of an untrained model do (not in the paper: a control).",
         "the dictionaries of the untrained model at the same site, of the same kind",
-        pairs=_pairs(
-            facts, (*SAE_KINDS, "itda"), lambda own, other: other.untrained and own.kind == other.kind and _same_site(own, other)
-        ),
+        pairs=_pairs_at_site(facts, lambda own, other: other.untrained and own.kind == other.kind),
         command="difflex concepts STUDY CONTROL, then difflex report STUDY --control CONTROL",
     )
 
 
-def _same_site(own: MatchFacts, other: MatchFacts) -> bool:
-    """Return whether both are of the same activations: a block has several sites."""
-    return own.matches.site == other.matches.site
+MatchPair = tuple[MatchFacts, MatchFacts]
+IsBaseline = Callable[[MatchFacts, MatchFacts], bool]
 
 
-def _pairs(facts: StudyFacts, kinds: Sequence[str], is_baseline: Callable[[MatchFacts, MatchFacts], bool]) -> list[MatchPair]:
+def _pairs_at_site(facts: StudyFacts, is_baseline: IsBaseline) -> list[MatchPair]:
+    """Return each trained SAE and ITDA with each of its baselines at the same site, of the same k; a block has several sites."""
+    pairs = _pairs(facts, (*SAE_KINDS, "itda"), is_baseline)
+    return [(own, other) for own, other in pairs if own.matches.site == other.matches.site]
+
+
+def _pairs(facts: StudyFacts, kinds: Sequence[str], is_baseline: IsBaseline) -> list[MatchPair]:
     """Return each trained dictionary of these kinds with each of its baselines at the same block, of the same k."""
     pairs = []
     for matches in facts.blocks.values():
@@ -191,7 +198,7 @@ def _scores(match: MatchFacts) -> str:
     return f"{match.name}: mean AP {number(mean_ap(level.results))}, {share} detected ({low} to {high})"
 
 
-def norms_differ(facts: StudyFacts) -> Claim:
+def _norms_differ(facts: StudyFacts) -> Claim:
     """Judge that norms differ between layers and between timesteps."""
     ratios = {}
     for stream in ("image", "text"):
@@ -222,7 +229,7 @@ def _layer_ratio(layers: Sequence[dict[float, float]]) -> float:
     return max(max(column) / min(column) for column in columns)
 
 
-def spectrum_is_concentrated(facts: StudyFacts) -> Claim:
+def _spectrum_is_concentrated(facts: StudyFacts) -> Claim:
     """Judge that few principal directions hold most of the variance."""
     lines, shares = [], []
     for site, shape in facts.anatomy.shapes.items() if facts.anatomy else ():

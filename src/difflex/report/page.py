@@ -148,10 +148,7 @@ def _command(entry: CommandRecord, spell: Spell) -> Markup:
 
 def _plain_words(entry: CommandRecord) -> list[str]:
     """Return the verb and the values of an entry by name, where its flags are not known."""
-    values = [
-        f"{name}={value}" for name, value in entry.flags.items() if value not in (None, False, [], {}) and "SHA-256" not in name
-    ]
-    return [entry.verb, *values]
+    return [entry.verb, *(setting for setting in entry.settings if "SHA-256" not in setting.partition("=")[0])]
 
 
 def _state(entry: CommandRecord) -> str:

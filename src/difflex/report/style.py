@@ -7,8 +7,8 @@ from difflex.report.drawing.charts import Series, SeriesStyle
 
 __all__ = [
     "DASHES",
+    "KINDS",
     "SAE_KINDS",
-    "STYLES",
     "count",
     "grouped",
     "kind_series",
@@ -18,28 +18,19 @@ __all__ = [
     "percent",
 ]
 
-NAMES = {
-    "topk": "TopK SAE",
-    "batchtopk": "BatchTopK SAE",
-    "jumprelu": "JumpReLU SAE",
-    "matryoshka": "Matryoshka SAE",
-    "itda": "ITDA",
-    "neurons": "neurons",
-    "pca": "principal axes",
-    "random": "random directions",
-}
 SAE_KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
-STYLES = {
-    "topk": SeriesStyle(0, "circle"),
-    "itda": SeriesStyle(1, "diamond", "7 3"),
-    "neurons": SeriesStyle(2, "square", "1 4"),
-    "pca": SeriesStyle(3, "triangle", "9 3 2 3"),
-    "random": SeriesStyle(4, "cross", "3 3"),
-    "batchtopk": SeriesStyle(6, "ring", "12 3"),
-    "jumprelu": SeriesStyle(7, "square", "5 2"),
-    "matryoshka": SeriesStyle(8, "triangle", "2 2"),
-    "untrained": SeriesStyle(5, "wedge", "12 3 2 3"),
+KINDS = {
+    "topk": ("TopK SAE", SeriesStyle(0, "circle")),
+    "batchtopk": ("BatchTopK SAE", SeriesStyle(6, "ring", "12 3")),
+    "jumprelu": ("JumpReLU SAE", SeriesStyle(7, "square", "5 2")),
+    "matryoshka": ("Matryoshka SAE", SeriesStyle(8, "triangle", "2 2")),
+    "itda": ("ITDA", SeriesStyle(1, "diamond", "7 3")),
+    "neurons": ("neurons", SeriesStyle(2, "square", "1 4")),
+    "pca": ("principal axes", SeriesStyle(3, "triangle", "9 3 2 3")),
+    "random": ("random directions", SeriesStyle(4, "cross", "3 3")),
+    "untrained": ("untrained", SeriesStyle(5, "wedge", "12 3 2 3")),
 }
+"""The name and the style of each kind of dictionary or baseline."""
 DASHES = ("", "7 3", "2 4", "9 3 2 3", "12 4", "4 2")
 MARKERS = ("circle", "diamond", "square", "triangle", "cross", "wedge", "ring")
 
@@ -84,10 +75,10 @@ def numbered_style(i: int) -> SeriesStyle:
 
 def kind_series(kind: str, untrained: bool = False, line: bool = True) -> Series:
     """Return the series of a kind of dictionary or baseline; `line` for a figure with lines."""
-    name = NAMES.get(kind, kind)
+    name, style = KINDS.get(kind, (kind, SeriesStyle(8, "ring")))
     if untrained:
-        return Series(f"{kind} untrained", f"{name} of an untrained model", STYLES["untrained"], line)
-    return Series(kind, name, STYLES.get(kind, SeriesStyle(8, "ring")), line)
+        return Series(f"{kind} untrained", f"{name} of an untrained model", KINDS["untrained"][1], line)
+    return Series(kind, name, style, line)
 
 
 def kind_styles(kinds: Mapping[str, str]) -> dict[str, SeriesStyle]:

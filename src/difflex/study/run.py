@@ -35,6 +35,12 @@ class CommandRecord:
     finished: str | None = None
     """The date and time in UTC (ISO 8601); None while it is not finished."""
 
+    @property
+    def settings(self) -> list[str]:
+        """`NAME=VALUE` of every flag that is set."""
+        values = {name: value for name, value in self.flags.items() if value not in (None, False, [], {})}
+        return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommandStatus:

@@ -37,7 +37,7 @@ def describe(comparison: StudyComparison) -> str:
     """Return the differences as lines of text: settings, dictionaries, and the most important metrics."""
     first, second = comparison.names
     parts = [f"{first} ({comparison.first.study.model}) and {second} ({comparison.second.study.model})"]
-    settings = [(line.verb, line.flag, line.first or "-", line.second or "-") for line in comparison.settings]
+    settings = [(verb, flag, a or "-", b or "-") for verb, flag, a, b in comparison.settings]
     parts += _table("settings", ("", "", first, second), settings) or ["settings: equal"]
     parts.append(f"dictionaries in both: {len(comparison.pairs)}")
     for name, only in zip(comparison.names, comparison.only, strict=True):

@@ -13,18 +13,10 @@ from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.dictionaries import TableColumn, metric_columns
 from difflex.study import CommandRecord
 
-__all__ = ["DetectionPair", "DictionaryPair", "MetricPair", "SettingDifference", "StudyComparison", "compare"]
+__all__ = ["DetectionPair", "DictionaryPair", "MetricPair", "StudyComparison", "compare"]
 
-
-class SettingDifference(NamedTuple):
-    """A setting in which the two studies differ."""
-
-    verb: str
-    """The command; `study` for settings of the whole study."""
-    flag: str
-    """Empty where only one study has the command."""
-    first: str
-    second: str
+SettingDifference = tuple[str, str, str, str]
+"""A command (`study` for the whole study), its flag (empty if only one study has the command), and the values in both studies."""
 
 
 class DictionaryPair(NamedTuple):
@@ -168,30 +160,26 @@ def _study_settings(first: StudyFacts, second: StudyFacts) -> list[SettingDiffer
         "difflex": (first.study.difflex, second.study.difflex),
         "recipe": (first.recipe, second.recipe),
     }
-    return [SettingDifference("study", name, _text(a), _text(b)) for name, (a, b) in values.items() if a != b]
+    return [("study", name, _text(a), _text(b)) for name, (a, b) in values.items() if a != b]
 
 
 def _command_settings(first: Sequence[CommandRecord], second: Sequence[CommandRecord]) -> list[SettingDifference]:
     """Return the commands that only one study has, and the flags that differ in commands of one verb, in their order."""
     same = [(entry.verb, entry.flags) for entry in first if any((entry.verb, entry.flags) == (e.verb, e.flags) for e in second)]
     ours, theirs = ([entry for entry in log if (entry.verb, entry.flags) not in same] for log in (first, second))
-    differences = []
+    differences: list[SettingDifference] = []
     for entry in ours:
         twin = next((other for other in theirs if other.verb == entry.verb), None)
         if twin is None:
-            differences.append(SettingDifference(entry.verb, "", _flags(entry), ""))
+            differences.append((entry.verb, "", " ".join(entry.settings), ""))
             continue
         theirs.remove(twin)
         differences += [
-            SettingDifference(entry.verb, name, _text(entry.flags.get(name)), _text(twin.flags.get(name)))
+            (entry.verb, name, _text(entry.flags.get(name)), _text(twin.flags.get(name)))
             for name in dict.fromkeys([*entry.flags, *twin.flags])
             if entry.flags.get(name) != twin.flags.get(name)
         ]
-    return [*differences, *(SettingDifference(entry.verb, "", "", _flags(entry)) for entry in theirs)]
-
-
-def _flags(entry: CommandRecord) -> str:
-    return " ".join(f"{name}={_text(value)}" for name, value in entry.flags.items() if value not in (None, False, [], {}))
+    return [*differences, *((entry.verb, "", "", " ".join(entry.settings)) for entry in theirs)]
 
 
 def _text(value: object) -> str:

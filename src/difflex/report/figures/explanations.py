@@ -206,29 +206,26 @@ def images(facts: StudyFacts) -> ReportSection:
 
 def _ranked(facts: StudyFacts, book: Book, ref: DictionaryRef) -> tuple[str, list[RankedFeature]]:
     """Return what features are ranked by, and those to show: the best in order, then the worst."""
-    texts, scores = _explained(facts, book)
-    concepts = _detected_concepts(facts, ref)
+    explained, concepts = _explained(facts, book), _detected_concepts(facts, ref)
     stats = {row.feature: row for row in book.features("peak", descending=True) if row.shots >= EXAMPLES}
-    if scores:
-        measure, values = "accuracy of its explanation", scores
-    elif concepts:
-        measure, values = "AP of its concept", {feature: ap for feature, (_, ap) in concepts.items()}
-    else:
-        measure, values = "peak", {feature: row.peak for feature, row in stats.items()}
-    order = sorted((feature for feature in values if feature in stats), key=lambda feature: (-values[feature], feature))
+    measure = "accuracy of its explanation" if explained else "AP of its concept" if concepts else "peak"
+    peaks = {feature: ("", row.peak) for feature, row in stats.items()}
+    values = {feature: value for feature, (_, value) in (explained or concepts or peaks).items() if feature in stats}
+    order = sorted(values, key=lambda feature: (-values[feature], feature))
     best, worst = order[:BEST], order[BEST:][-WORST:]
-    return measure, [
-        RankedFeature(stats[f], values[f], concepts.get(f, ("", 0.0))[0], texts.get(f, ""), f in best) for f in (*best, *worst)
-    ]
+    texts, names = ({feature: text for feature, (text, _) in own.items()} for own in (explained, concepts))
+    return measure, [RankedFeature(stats[f], values[f], names.get(f, ""), texts.get(f, ""), f in best) for f in (*best, *worst)]
 
 
-def _explained(facts: StudyFacts, book: Book) -> tuple[Mapping[int, str], Mapping[int, float]]:
-    """Return the explanations of one backend and protocol, held-out if possible, and their accuracies."""
+def _explained(facts: StudyFacts, book: Book) -> Mapping[int, tuple[str, float]]:
+    """Return the explanation of each feature by one backend and protocol, held-out if possible, and its accuracy."""
     scored = [method for method in read_methods(book, facts.study.folder) if method.accuracies]
     best = min(scored, key=lambda method: not method.protocol.startswith("heldout"), default=None)
-    if best is None:
-        return {}, {}
-    return dict(zip(best.features, best.explanations, strict=True)), dict(zip(best.features, best.accuracies, strict=True))
+    return (
+        {f: (text, value) for f, text, value in zip(best.features, best.explanations, best.accuracies, strict=True)}
+        if best
+        else {}
+    )
 
 
 def _detected_concepts(facts: StudyFacts, ref: DictionaryRef) -> Mapping[int, tuple[str, float]]:

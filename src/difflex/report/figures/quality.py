@@ -66,12 +66,22 @@ def _summary(dictionary: DictionaryFacts) -> str:
 
 
 def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
-    """Return FVU, r2 and dead share over size and k, at the site with most dictionaries."""
+    """Return FVU, r2 and dead share over size and k, at the site with most dictionaries.
+
+    A series is a kind at one k (or size): the colour is the kind's, the dashes are those of the number.
+    """
     site, members = max(group_by(evaluated, lambda d: d.ref.site).items(), key=lambda item: len(item[1]))
     members.sort(key=lambda d: (d.kind, d.k, d.size))
     by_size = len({d.size for d in members}) > 1 or len({d.k for d in members}) == 1
-    series = _sweep_series(members, by_size)
     other = "k" if by_size else "size"
+    groups = group_by(members, lambda d: (d.kind, d.k if by_size else d.size))
+    numbers = sorted({constant for _, constant in groups})
+    series = []
+    for kind, constant in groups:
+        own = kind_series(kind)
+        style = own.style._replace(dash=DASHES[numbers.index(constant) % len(DASHES)])
+        series.append(Series(f"{kind} {constant}", f"{own.name}, {other} {constant:,}", style))
+    lines = list(zip(series, groups.values(), strict=True))
     shape = f"a line for each kind and {other}" if len(members) > len(series) else f"a point for each kind and {other}"
     return ReportFigure(
         name="sweep",
@@ -81,40 +91,20 @@ def _sweep(evaluated: Sequence[DictionaryFacts]) -> ReportFigure:
         formula=FORMULAS,
         columns=("dictionary", "kind", "k", "size", "FVU", "r2", "dead share"),
         rows=[(d.name, d.kind, d.k, d.size, *(m.value(d.metrics) for m in (FVU, R2, DEAD))) for d in members],
-        drawings=[_sweep_plot(members, metric, by_size, series) for metric in (FVU, R2, DEAD)],
+        drawings=[_sweep_plot(lines, metric, by_size) for metric in (FVU, R2, DEAD)],
         legend=series,
     )
 
 
-def _sweep_series(members: Sequence[DictionaryFacts], by_size: bool) -> list[Series]:
-    """Return a series for each kind and each k (or size): the colour is the kind's, the dashes are those of the number."""
-    numbers = sorted({_constant(d, by_size) for d in members})
-    series = {}
-    for d in members:
-        constant, own = _constant(d, by_size), kind_series(d.kind)
-        style = own.style._replace(dash=DASHES[numbers.index(constant) % len(DASHES)])
-        id, name = _sweep_id(d, by_size), f"{own.name}, {'k' if by_size else 'size'} {constant:,}"
-        series[id] = Series(id, name, style)
-    return list(series.values())
-
-
-def _constant(dictionary: DictionaryFacts, by_size: bool) -> int:
-    return dictionary.k if by_size else dictionary.size
-
-
-def _sweep_id(dictionary: DictionaryFacts, by_size: bool) -> str:
-    return f"{dictionary.kind} {_constant(dictionary, by_size)}"
-
-
-def _sweep_plot(members: Sequence[DictionaryFacts], metric: EvaluationMetric, by_size: bool, series: Iterable[Series]) -> Drawing:
-    values = sorted({d.size if by_size else d.k for d in members})
-    values = [value for value in values if not any(value < other and by_size and similar_size(value, other) for other in values)]
+def _sweep_plot(lines: Sequence[tuple[Series, list[DictionaryFacts]]], metric: EvaluationMetric, by_size: bool) -> Drawing:
     curves = []
-    for entry in series:
-        own = [d for d in members if _sweep_id(d, by_size) == entry.id]
+    for series, own in lines:
         points = [PlotPoint(d.size if by_size else d.k, metric.value(d.metrics), _summary(d)) for d in own]
         distinct = len({point.x for point in points}) == len(points)  # several seeds at one place make no line
-        curves.append(PlotCurve(entry, points, line=distinct))
+        curves.append(PlotCurve(series, points, line=distinct))
+    members = [d for _, own in lines for d in own]
+    values = sorted({d.size if by_size else d.k for d in members})
+    values = [value for value in values if not any(value < other and by_size and similar_size(value, other) for other in values)]
     axis = Axis(label="features" if by_size else "k", log=True, ticks=tuple(AxisTick(value, f"{value:,}") for value in values))
     return plot(metric.name, f"{metric.name} of {len(members)} dictionaries by {axis.label}.", axis, metric.axis, curves)
 

@@ -1,6 +1,6 @@
 """The effect of steering: whether the concept appears, what else stays, and what it costs, by method and strength."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from statistics import quantiles
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from difflex.effects import ImageStrip, StrengthCurve, StrengthPoint
+from difflex.effects import ImageStrip, StrengthPoint
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
 from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts, group_by
@@ -85,7 +85,6 @@ class MethodCurves(NamedTuple):
     steering: SteeringFacts
     group: str
     method: str
-    curves: list[StrengthCurve]
 
     @property
     def dictionary(self) -> str:
@@ -99,7 +98,8 @@ class MethodCurves(NamedTuple):
 
     def quartiles(self, value: Callable[[StrengthPoint], float]) -> list[tuple[float, int, float, float, float]]:
         """Return each strength with the number of concepts and the quartiles of a measure over them."""
-        by_strength = group_by((point for curve in self.curves for point in curve.points), lambda point: point.strength)
+        curves = self.steering.curves(self.method, self.group)
+        by_strength = group_by((point for curve in curves for point in curve.points), lambda point: point.strength)
         rows = []
         for strength, points in sorted(by_strength.items()):
             values = sorted(map(value, points))
@@ -112,18 +112,16 @@ def steering(facts: StudyFacts) -> ReportSection:
     """Return the section about steering."""
     results = facts.steering
     lines = [
-        MethodCurves(steering, group, method, steering.curves(method, group))
-        for steering in results
-        for group in steering.groups
-        for method in steering.methods
+        MethodCurves(steering, group, method) for steering in results for group in steering.groups for method in steering.methods
     ]
-    figures = [_summary_file(results), *(_figure(measure, lines) for measure in MEASURES if lines), _points(results)]
+    table, file = _summary(results)
+    figures = [file, *(_figure(measure, lines) for measure in MEASURES if lines), _points(results)]
     missing = MissingFigure("The effect of steering towards known concepts", "difflex steer-eval STUDY")
     return ReportSection(
         name="steering",
         title="Steering",
         lead=_lead(results),
-        body=Markup().join(map(_examples, results)) + _summary_table(results) if results else Markup(),
+        body=Markup().join(map(_examples, results)) + table if results else Markup(),
         parts=figures if results else [missing],
     )
 
@@ -178,42 +176,30 @@ def _panel(measure: SteeringMeasure, dictionary: str, group: str, lines: Sequenc
     return plot(f"{group}, {dictionary}", about, Axis(label="strength"), y, curves)
 
 
-def _summaries(results: Sequence[SteeringFacts]) -> Iterator[tuple[SteeringFacts, str, str, SteeringSummary | None]]:
-    """Yield each dictionary, method and group with its summary; a group without any feature once only."""
-    for steering in results:
-        for method in steering.methods or ["feature"]:
-            for group, coverage in steering.coverage.items():
-                if coverage.detected or method == "feature":
-                    yield steering, method, group, steering.summary(method, group)
-
-
-def _summary_file(results: Sequence[SteeringFacts]) -> ReportFigure:
-    rows = []
-    for steering, method, group, summary in _summaries(results):
-        concepts, rare, detected = steering.coverage[group]
-        rows.append((str(steering.ref), method, group, concepts, rare, len(detected), *(summary or (None,) * 6)))
-    concepts = ("concepts", "shown too rarely to tell", "with a feature")
-    return ReportFigure(
+def _summary(results: Sequence[SteeringFacts]) -> tuple[Markup, ReportFigure]:
+    """Return the summary of each dictionary, method and group as a table and as a file; a group without any feature once only."""
+    rows, table = [], []
+    writers = (percent, percent, percent, percent, number, number)
+    for steering, method in ((own, method) for own in results for method in own.methods or ["feature"]):
+        for group, (concepts, rare, detected) in steering.coverage.items():
+            if detected or method == "feature":
+                name, values = str(steering.ref), steering.summary(method, group) or (None,) * 6
+                rows.append((name, method, group, concepts, rare, len(detected), *values))
+                share = f"{concepts} from a file" if steering.is_from_file else f"{len(detected)} of {concepts}"
+                texts = [write(value) for write, value in zip(writers, values, strict=True)]
+                table.append((name, METHODS[method], group, share, *texts))
+    measures, counts = SteeringSummary._fields, ("concepts", "shown too rarely to tell", "with a feature")
+    file = ReportFigure(
         name="steered",
         caption="All digits of the table above. Medians over the concepts for which there is a feature, each at its best "
         "strength: that of the highest success at which 90 % of everything else stays and no image breaks. Concepts that too few "
         "images show count as without a feature. Gain is the success there less the share of unedited images that show the "
         "concept, and 0 where no strength is acceptable.",
-        columns=("dictionary", "method", "group", *concepts, "gain", "without", "success", "kept", "loss", "strength"),
+        columns=("dictionary", "method", "group", *counts, *measures),
         rows=rows,
     )
-
-
-def _summary_table(results: Sequence[SteeringFacts]) -> Markup:
-    heads = ("dictionary", "method", "group", "concepts with a feature", "gain", "without", "success", "kept", "loss", "strength")
-    writers = (percent, percent, percent, percent, number, number)
-    rows = []
-    for steering, method, group, summary in _summaries(results):
-        concepts, _, detected = steering.coverage[group]
-        share = f"{concepts} from a file" if steering.is_from_file else f"{len(detected)} of {concepts}"
-        values = [write(value) for write, value in zip(writers, summary or (None,) * 6, strict=True)]
-        rows.append((str(steering.ref), METHODS[method], group, share, *values))
-    return html_table(heads, rows, "The effect of steering", words=3)
+    heads = ("dictionary", "method", "group", "concepts with a feature", *measures)
+    return html_table(heads, table, "The effect of steering", words=3), file
 
 
 def _points(results: Sequence[SteeringFacts]) -> ReportFigure:
