@@ -2,8 +2,8 @@
 
 Harvest: tokens per second at `double.18`, 256 pixels, one step, in bf16 and nf4, by batch size; peak memory; the share of the
 GPU's measured matrix-product rate. Training: width 3072, size 65536, k 64, batch 4096, compared with sparsify and
-dictionary_learning. `--write` appends the figures with date and GPU to docs/performance.md. Without a GPU everything runs at a tiny
-size on the CPU, which tests the script and measures nothing.
+dictionary_learning. `--write` appends the figures with date and GPU to docs/performance.md. Without a GPU everything runs at a
+tiny size on the CPU, which tests the script and measures nothing.
 """
 
 import argparse

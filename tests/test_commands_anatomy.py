@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.commands.anatomy import AnatomyCommand
+from difflex.commands.evaluation import AnatomyCommand
 from difflex.evaluation import anatomy as station
 from difflex.evaluation.anatomy import Anatomy
 from difflex.study import Study, command_statuses, run_study

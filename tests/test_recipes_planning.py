@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from difflex.cli import main
-from difflex.commands.evaluation import AnatomyCommand
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.estimates import estimate
-from difflex.commands.evaluation import EvaluateCommand
+from difflex.commands.evaluation import AnatomyCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.forecast import (
     CostEstimate,

@@ -23,11 +23,11 @@ NormalisationMethod = Literal["whiten", "standardise", "scale", "none"]
 """How activations are normalised before a dictionary sees them."""
 SAEKind = Literal["topk", "batchtopk", "jumprelu", "matryoshka"]
 PursuitName = Literal["orthogonal", "gradient", "signed-gradient", "matching", "positive-matching"]
-"""How ITDA finds codes. `gradient` is the pursuit of arXiv 2505.24360, with non-negative weights; `matching` that of ITDA's authors."""
+"""How ITDA finds codes: `gradient` as in arXiv 2505.24360, with non-negative weights; `matching` as in arXiv 2505.17769."""
 Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
 """What an edit does with the codes of its features."""
 Unit = Literal["peak", "mean", "norm", "code"]
-"""What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, as much as the mean norm, a code of 1."""
+"""What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, the mean norm, or a code of 1."""
 ContrastMethod = Literal["mean", "principal"]
 """How a contrast direction is found: the difference of means, or the first principal direction of the differences."""
 ProtocolName = Literal["heldout", "paper"]

@@ -1,7 +1,7 @@
 """The commands: frozen dataclasses whose fields are flags; calling one runs it.
 
-Here is only the table of verbs. Command modules import only light modules at their top; what needs torch is imported when a command
-runs, so that `difflex VERB --help` is quick.
+Here is only the table of verbs. Command modules import light modules at their top and what needs torch when a command runs, so
+that `difflex VERB --help` is quick.
 """
 
 from importlib import import_module

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from difflex.explanation.backends import VLMBackend
     from difflex.pipeline import Pipeline
 
-__all__ = ["Bytes", "ModelCommand", "NoiseLevels", "Numbers", "Pixels", "Prices", "Range", "Seeds", "Strengths", "VLMCommand"]
-
 SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

@@ -13,17 +13,6 @@ from difflex.study import DictionaryRef, Study
 if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
 
-__all__ = [
-    "CAPTIONS",
-    "UNTRAINED",
-    "PromptSource",
-    "first_and_end",
-    "load_study_model",
-    "open_book",
-    "read_prompts",
-    "stored_strength",
-]
-
 CAPTIONS = "captions"
 """The name of the captions of the drawn world, where a file of prompts is expected."""
 UNTRAINED = "untrained-"

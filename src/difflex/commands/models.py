@@ -15,8 +15,6 @@ from difflex.images import check_image_path, contact_sheet, write_image
 from difflex.study import Command
 from difflex.tables import text_table
 
-__all__ = ["GenerateCommand", "ModelsCommand", "SitesCommand", "models_table"]
-
 MODEL_DEFAULT = "(default: the model's own)"
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
     from difflex.steering import StudyEditor
 
-__all__ = ["ContrastCommand", "IconCommand", "SteerCommand"]
-
 AMPLIFIED = 4
 """The factor by which differences between images are amplified."""
 

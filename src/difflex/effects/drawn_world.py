@@ -34,19 +34,6 @@ from difflex.miniature.world import (
 from difflex.records import Rectangle
 from difflex.steering import SteeringHook
 
-__all__ = [
-    "CAPTION_GROUPS",
-    "CaptionKind",
-    "ConceptCaption",
-    "DrawnJudge",
-    "caption_pairs",
-    "caption_region",
-    "caption_task",
-    "captions_by_concept",
-    "drawn_generator",
-    "group_of",
-]
-
 FIRST_TASK, FIRST_PAIR, FIRST_CAPTION = (HELD_OUT_SEEDS + millions * 10**6 for millions in (2, 3, 6))
 """Seeds of the first scenes for tasks, for pairs, and for captions by concept."""
 CHUNK = 256

@@ -30,8 +30,6 @@ from difflex.steering import EditFeatures, StudyEditor
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["ExperimentBench", "detecting_features", "make_bench"]
-
 MIN_AP = 0.5
 """A feature of this average precision or more is used for a concept; else its contrast is."""
 ANYWHERE = ("an object", "no object")

@@ -16,8 +16,6 @@ from difflex.errors import BadInput
 from difflex.miniature.world import CONCEPTS
 from difflex.records import JsonRecord
 
-__all__ = ["Finding", "FindingLine", "Findings", "FindingsConfig", "RuleCondition", "Ruling", "rule", "rule_half", "rule_rising"]
-
 KEPT = 0.8
 """A gain is the best that keeps this share of all else, less than a single edit should keep."""
 MIN_GAIN = 0.1

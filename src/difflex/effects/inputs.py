@@ -19,8 +19,6 @@ from difflex.steering import SteeringHook, StudyEditor
 from difflex.steering.contrast import Contrast, find_contrasts, pair_activations
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["ModelFunctions", "NeuronBaseline", "Provenance", "concept_matches", "neuron_baseline", "to_images", "to_tensor"]
-
 Images = Float[Tensor, "image channel row column"]
 
 

@@ -15,19 +15,6 @@ from difflex.errors import BadInput
 from difflex.records import Edit, HookContext, Rectangle
 from difflex.steering import EditFeatures, SteeringHook, steering_hooks
 
-__all__ = [
-    "Images",
-    "JudgeVerdict",
-    "JudgedGenerator",
-    "SteeringMethod",
-    "SteeringTask",
-    "SteeringTrial",
-    "StrengthCurve",
-    "StrengthPoint",
-    "batch_hook",
-    "judge_methods",
-]
-
 BROKEN = 1.5
 """Images with this many times the loss of unedited ones, or more, are broken."""
 Images = Float[Tensor, "image channel row column"]

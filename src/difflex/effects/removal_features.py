@@ -19,18 +19,6 @@ from difflex.records import Activations, Edit
 from difflex.steering import EditFeatures, SteeringHook, dictionary_features, steering_hooks
 from difflex.study import DictionaryRef
 
-__all__ = [
-    "FeatureCut",
-    "GenerationCodes",
-    "RemovalImages",
-    "RemovalRates",
-    "RemovalTrial",
-    "best_trial",
-    "choose_features",
-    "importance",
-    "removal_rates",
-]
-
 BAR, ENOUGH = 0.9, 0.95
 """The rates at which a concept counts as removed, and at which the search for more ends."""
 PART = 6

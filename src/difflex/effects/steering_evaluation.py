@@ -29,8 +29,6 @@ from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 
-__all__ = ["ImageStrip", "SteeringConfig", "SteeringEvaluation", "SteeringResults", "run_steering_evaluation", "steering_table"]
-
 
 @final
 @dataclass(frozen=True, kw_only=True)

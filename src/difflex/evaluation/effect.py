@@ -17,8 +17,6 @@ from difflex.errors import BadInput, NonFinite
 from difflex.evaluation.image_similarity import ImageMeasure, ssim
 from difflex.records import ActivationBatch, EditOutcomes, Shot
 
-__all__ = ["Edits", "ModelEffect", "ReplacementEffect", "measure_effects", "sample_shots"]
-
 Edits = Mapping[str, Callable[[Float[Tensor, "batch token width"], object], Float[Tensor, "batch token width"]]]
 """Functions that replace a site's activations, by name; the second argument, the hook context, is not used."""
 

@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from difflex.devices import find_device
 from difflex.errors import BadInput, UnknownName
 
-__all__ = ["ClipModel", "ImageMeasure", "LpipsDistance", "check_measure", "load_measure", "ssim"]
-
 Images = Float[Tensor, "image channel row column"]
 """Pixels between 0 and 1."""
 ImageMeasure = Callable[[Images, Images], Float[Tensor, " image"]]

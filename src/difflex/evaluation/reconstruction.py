@@ -22,8 +22,6 @@ from difflex.evaluation.effect import ModelEffect
 from difflex.records import ActivationBatch, Codes, JsonRecord, Shot
 from difflex.store import require_split
 
-__all__ = ["TOKENS", "Evaluation", "JointMoments", "ReconstructionMetrics", "ReconstructionQuality", "evaluate"]
-
 TOKENS = 1_000_000
 """With fewer tokens, rare features look dead."""
 CONSTANT = 1e-12

@@ -20,8 +20,6 @@ from difflex.store import Store
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
 
-__all__ = ["EditedModel", "EvaluationConfig", "EvaluationResult", "evaluate_study", "evaluation_table"]
-
 BATCH, SEED = 1024, 0
 
 

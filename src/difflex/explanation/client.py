@@ -31,8 +31,6 @@ from difflex.explanation.requests import AnswerCache, CallBudget, RateLimiter, R
 from difflex.files import folder_lock
 from difflex.records import Shot
 
-__all__ = ["CachedClient", "NoAnswer", "PresenceQuestion", "ask_presence", "open_client"]
-
 MAX_FAILURES = 8
 """Questions in a row, over all threads, that may fail before the endpoint is blamed."""
 MIN_SIDE = 256

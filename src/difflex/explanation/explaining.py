@@ -21,8 +21,6 @@ from difflex.features import Book, FeatureFilter, ImageAlbum, overlaid
 from difflex.features.entries import COVER_THRESHOLD, Example, ShotRow
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
 
-__all__ = ["ExplainResult", "dry_run", "explain"]
-
 MIN_SIDE = 256
 """Images are enlarged until their longer side has at least this many pixels."""
 PLANS_AHEAD = 2

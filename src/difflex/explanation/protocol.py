@@ -13,8 +13,6 @@ from difflex.errors import BadInput
 from difflex.features import Book
 from difflex.features.entries import COVER_THRESHOLD, Example
 
-__all__ = ["ExplanationProtocol", "FeaturePlan", "UnsuitableFeature", "plan_feature"]
-
 MAX_OVERLAP = 0.5
 """In a near miss at most this share of the other feature's highlights lies where this feature fires."""
 

@@ -17,8 +17,6 @@ from typing import Any, final
 from difflex.errors import BadInput, BrokenFile, OutOfBudget
 from difflex.explanation.questions import Instruction, TokenUsage, VLMAnswer
 
-__all__ = ["AnswerCache", "CallBudget", "RateLimiter", "RequestPolicy", "RequestsStopped", "Spending"]
-
 LETTERS_PER_TOKEN = 4
 
 

@@ -18,8 +18,6 @@ from difflex.features import Book, FeatureFilter, ImageAlbum
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["ExplainConfig", "choose_features", "dry_run_studies", "explain_studies"]
-
 MAX_FAILURES = 20
 """Failures that are printed; all of them are in the book."""
 Log = Callable[[str], None]

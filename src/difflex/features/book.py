@@ -26,8 +26,6 @@ from difflex.features.explanations import Explanation, ExplanationScore, Judgeme
 from difflex.features.tables import BookInfo, connect, read_info, sqlite_errors, transaction
 from difflex.records import Shot, Split
 
-__all__ = ["BestConcept", "Book", "CoverageSummary", "FeatureFilter", "select_features"]
-
 SORT_COLUMNS = tuple(field.name for field in fields(FeatureStats) if field.name not in ("histogram", "activity"))
 """Numeric columns, by which features can be sorted and filtered."""
 IMAGE_COLUMNS = "images.id, file, width, height"

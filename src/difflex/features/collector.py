@@ -25,8 +25,6 @@ from difflex.features.firing import (
 )
 from difflex.records import Activations
 
-__all__ = ["CollectConfig", "FeatureCollector", "FeatureMaps", "with_prefix"]
-
 MAX_TOKENS = 1 << 16
 COPIED_MAPS = 1 << 18
 """Maps copied at once."""

@@ -16,19 +16,6 @@ from torch.nn import functional
 
 from difflex.records import Codes, Shot
 
-__all__ = [
-    "BatchImages",
-    "FeatureShots",
-    "FeatureTotals",
-    "FiringBatch",
-    "firing_batch",
-    "image_key",
-    "random_numbers",
-    "ranges",
-    "strongest_first",
-    "strongest_of_each",
-]
-
 ENCODED_TOKENS = 8192
 """Tokens encoded at once."""
 Encode = Callable[[Float[Tensor, "token width"]], Codes]

@@ -16,8 +16,6 @@ from difflex.features.book import Book
 from difflex.features.entries import COVER_THRESHOLD, Example, ExampleKind, FeatureStats, TokenMap
 from difflex.files import replacing
 
-__all__ = ["ImageAlbum", "StoredImage", "enlarged", "overlaid", "overview", "sheet"]
-
 LOSSLESS_PIXELS = 128 * 128
 """Images of up to this many pixels are stored without loss."""
 QUALITY = 92

@@ -20,8 +20,6 @@ from difflex.features.images import ImageAlbum, StoredImage
 from difflex.files import replacing
 from difflex.records import Activations, Shot, Split
 
-__all__ = ["CollectBatch", "CollectCheckpoint", "RegisteredShot", "ShotRegistry"]
-
 FORMAT = 2
 """Format of the checkpoint."""
 

@@ -23,8 +23,6 @@ from difflex.features.registry import ShotRegistry
 from difflex.features.tables import BookInfo, BookWriter, PackedExample
 from difflex.records import Shot, Split
 
-__all__ = ["AtomLocation", "CollectTarget", "write_book"]
-
 SPLITS: tuple[Split, Split] = ("train", "held-out")
 MAPS_AT_ONCE = 1 << 16
 DIRECTIONS_AT_ONCE = 1024

@@ -15,8 +15,6 @@ from difflex.errors import BadInput, BrokenFile, OutOfSpace, UnknownName
 from difflex.features.entries import AtomImage, Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile
 from difflex.records import Shot, Split
 
-__all__ = ["BookInfo", "BookWriter", "PackedExample", "connect", "read_info", "sqlite_errors", "transaction"]
-
 FORMAT = 3
 """Stored as `PRAGMA user_version`. Format 1 had no default strengths; format 2 had other column names."""
 APPLICATION = 0x64666C78

@@ -14,8 +14,6 @@ from difflex.errors import DifflexError
 from difflex.pipeline.families import Family
 from difflex.records import Half, Shot
 
-__all__ = ["CallTracker", "DenoiserCall", "RunContext", "StopForward"]
-
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 

@@ -21,8 +21,6 @@ from torch import nn
 
 from difflex.errors import BadInput
 
-__all__ = ["PLANS", "ComponentPlan", "PipelinePlan", "build_components", "build_untrained", "read_plan"]
-
 Change = Callable[[str, nn.Module], nn.Module]
 """Applied to each component, with its name, as soon as it is built."""
 LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]

@@ -24,8 +24,6 @@ from difflex.pipeline.sites import SiteMap
 from difflex.pipeline.sources import ModelDefaults
 from difflex.records import Shot
 
-__all__ = ["Engine", "Run", "map_batches", "map_runs", "shots_of_rank"]
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = tuple[tuple[object, ...], dict[str, object]]

@@ -7,8 +7,6 @@ from typing import Literal
 
 from difflex.records import Stream
 
-__all__ = ["FAMILIES", "BlockPattern", "Family", "FewStepDefaults", "family_of"]
-
 Guidance = Literal["doubled", "separate", "none"]
 Latents = Literal["plain", "packed", "patchified"]
 

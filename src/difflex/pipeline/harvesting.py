@@ -18,18 +18,6 @@ from difflex.pipeline.engine import Engine, Run, map_runs
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
 from difflex.records import Activations, EditOutcomes, HookContext, Shot, Site
 
-__all__ = [
-    "ImageBatch",
-    "edited_images",
-    "harvest",
-    "harvest_with_images",
-    "in_order",
-    "predict",
-    "predictions",
-    "progress_bar",
-    "record",
-]
-
 Edits = Mapping[str, SiteFunction]
 Hooks = Mapping[str, Callable[[], AbstractContextManager[None]]]
 """For each edit, a context manager that makes it within its block."""

@@ -26,8 +26,6 @@ from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.sources import ModelSource, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
 from difflex.quiet import quiet
 
-__all__ = ["WeightPlacement", "check_fits", "estimate", "load"]
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IN_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
 NF4_BYTES = 0.5 + 4 / 64

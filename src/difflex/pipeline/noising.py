@@ -22,8 +22,6 @@ from difflex.pipeline.harvesting import in_order, predict, progress_bar, record
 from difflex.pipeline.sites import SiteModule
 from difflex.records import Activations, Shot
 
-__all__ = ["ImageInput", "harvest_images", "losses", "noise_levels", "noised_images", "open_image"]
-
 ImageInput = Image.Image | Path | str
 Result = TypeVar("Result")
 

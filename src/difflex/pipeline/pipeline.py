@@ -21,8 +21,6 @@ from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
 from difflex.pipeline.sources import ModelSource
 from difflex.records import Activations, EditOutcomes, Half, Kind, Shot, Site
 
-__all__ = ["GeneratedImage", "Pipeline"]
-
 Sites = Iterable[Site | str] | Site | str
 
 

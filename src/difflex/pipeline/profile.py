@@ -22,8 +22,6 @@ from difflex.pipeline.sources import ModelDefaults, find, plan_of, read_defaults
 from difflex.quiet import quiet
 from difflex.records import STREAMS, HookContext, Kind, Shot, Site
 
-__all__ = ["ModelProfile", "SiteRow", "profile_model", "site_rows"]
-
 CLIP_LENGTH = 77
 
 

@@ -20,8 +20,6 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, Unk
 from difflex.pipeline.families import Family
 from difflex.quiet import quiet
 
-__all__ = ["PromptEncoder", "read_prompts"]
-
 DEFAULT_COLUMNS = ("prompt", "caption", "text")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CACHE_BYTES = 512 * 2**20

@@ -15,8 +15,6 @@ from difflex.pipeline.calls import CallTracker, DenoiserCall
 from difflex.pipeline.families import BlockPattern, Family
 from difflex.records import STREAMS, Half, HookContext, Kind, Site, Stream
 
-__all__ = ["SiteFunction", "SiteMap", "SiteModule", "apply_at_site", "hook_site"]
-
 ADVICE = "`sites` lists them; a full module path works too."
 
 SiteFunction = Callable[[Float[Tensor, "batch token width"], HookContext], Float[Tensor, "batch token width"] | None]

@@ -21,8 +21,6 @@ from difflex.pipeline.components import PipelinePlan, read_plan
 from difflex.pipeline.families import Family
 from difflex.quiet import hide_progress_bars, quiet
 
-__all__ = ["ModelDefaults", "ModelSource", "embedded", "fetch", "find", "plan_of", "read_defaults", "read_pipeline"]
-
 SMALL_MODEL = 2**30
 """Bytes below which a model loads without progress bars."""
 NAMES = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."

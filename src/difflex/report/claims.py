@@ -17,8 +17,6 @@ from difflex.report.figures.effects import REMOVED, dictionaries_of
 from difflex.report.style import SAE_KINDS, count, number, percent
 from difflex.study import DictionaryRef
 
-__all__ = ["claims", "judge_claims"]
-
 SIGNS = {"holds here": "✓", "does not hold here": "✗", "not measured": "○"}
 LINES = 7
 """Of the evidence on the page; the CSV file has all of it."""

@@ -12,8 +12,6 @@ from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.dictionaries import normalisation_variants
 from difflex.report.style import SAE_KINDS, count, number, percent
 
-__all__ = ["Claim", "dictionary_claims", "model_claims"]
-
 MOST, FEW = 0.5, 0.3
 """More than half are most; fewer than 30 % are few, as in the paper."""
 

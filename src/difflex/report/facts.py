@@ -17,18 +17,6 @@ from difflex.evaluation.concepts.results import ConceptMatches, NoiseLevelResult
 from difflex.records import Site
 from difflex.study import CommandRecord, DictionaryRef, Study
 
-__all__ = [
-    "DictionaryFacts",
-    "GroupCoverage",
-    "MatchFacts",
-    "SteeringFacts",
-    "SteeringSummary",
-    "StoreFacts",
-    "StudyFacts",
-    "group_by",
-    "similar_size",
-]
-
 
 class StoreFacts(NamedTuple):
     """The activations of a site."""

@@ -27,8 +27,6 @@ from difflex.report.reading import read_facts
 from difflex.report.style import count
 from difflex.study import CommandRecord, Study
 
-__all__ = ["problem_list", "render", "write_report"]
-
 Spell = Callable[[CommandRecord], Sequence[str]]
 """From a record of the log to the words of its command line."""
 HERE = Path(__file__).parent

@@ -24,8 +24,6 @@ from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, Ste
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study, read_log, recipe_name
 
-__all__ = ["read_facts"]
-
 DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
 FILES = ("study.json", "run.json", "anatomy.json", "*/*/manifest.json", "*/*/*/config.json", "evaluation/*/*.json")

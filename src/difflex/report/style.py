@@ -5,19 +5,6 @@ from collections.abc import Mapping
 
 from difflex.report.drawing.charts import Series, SeriesStyle
 
-__all__ = [
-    "DASHES",
-    "KINDS",
-    "SAE_KINDS",
-    "count",
-    "grouped",
-    "kind_series",
-    "kind_styles",
-    "number",
-    "numbered_style",
-    "percent",
-]
-
 SAE_KINDS = ("topk", "batchtopk", "jumprelu", "matryoshka")
 KINDS = {
     "topk": ("TopK SAE", SeriesStyle(0, "circle")),

@@ -20,8 +20,6 @@ from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
 from difflex.store import Store, require_split
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["EditRecord", "StudyEditor", "steer"]
-
 BATCH = 2048
 CHUNK = 1024
 """Features whose default strengths are computed at once."""

@@ -20,17 +20,6 @@ from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import parsing, write_file
 from difflex.records import ActivationBatch, Site
 
-__all__ = [
-    "EditFeatures",
-    "FeatureScales",
-    "check_origin",
-    "dictionary_features",
-    "load_tensors",
-    "measure_scales",
-    "random_features",
-    "save_tensors",
-]
-
 FORMAT = 1
 ADVICE = "Delete it; it is made again."
 TOKENS, SAMPLE = 65_536, 2048

@@ -20,8 +20,6 @@ from difflex.errors import BadInput
 from difflex.records import Edit, HookContext, Rectangle, Site
 from difflex.steering.features import EditFeatures
 
-__all__ = ["SteeringHook", "TransplantMaps", "rectangle", "region_tokens", "steering_hooks"]
-
 Grid = tuple[int, int]
 
 

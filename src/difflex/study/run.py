@@ -14,8 +14,6 @@ from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import Json, file_sha256, folder_lock, parsing, read_json, write_json
 from difflex.study.study import Command, Study
 
-__all__ = ["CommandRecord", "CommandStatus", "command_statuses", "read_log", "recipe_name", "run_study"]
-
 LOG_FILE = "run.json"
 FORMAT = 2
 ADVICE = "Delete it: the commands then check themselves what is done."

@@ -14,8 +14,6 @@ from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import read_json, write_json
 from difflex.records import Site
 
-__all__ = ["Command", "DictionaryRef", "Study"]
-
 FORMAT = 1
 STUDY_FILE = "study.json"
 GROWING = "growing-"

@@ -19,8 +19,6 @@ from torch import nn
 from difflex.files import write_file, write_json
 from difflex.quiet import hide_progress_bars
 
-__all__ = ["TINY", "tiny_clip", "tiny_folder", "tiny_pipeline"]
-
 WIDTH = 32
 LETTERS = [*string.ascii_lowercase, *string.digits, ",", ".", "'", "-"]
 TEXT_LENGTH = 24

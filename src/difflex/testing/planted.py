@@ -19,8 +19,6 @@ from difflex.features import BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, ExampleKind, FeatureNeighbour, FeatureStats, ImageFile, TokenMap
 from difflex.records import ActivationBatch, Shot, Split
 
-__all__ = ["PlantedDictionary", "PlantedRecovery", "plain_book", "plain_colour"]
-
 GRID = (4, 4)
 PEAK = 20.0
 

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple, final
 
 from PIL import Image
 
-__all__ = ["BEHAVIOURS", "RuleServer", "ServedCall", "answer_by_colour"]
-
 BEHAVIOURS = ("good", "hostile", "malformed", "refusal", "limited", "broken", "hanging", "dripping", "truncated")
 """A good answer; one full of HTML and terminal escapes; JSON of another form or none; a refusal; 429 with Retry-After; 500; no
 answer for long; one that arrives as single blanks; one that breaks off."""

@@ -21,8 +21,6 @@ from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
 from difflex.training.learner import Learner, UpdateMetrics
 
-__all__ = ["LoggerName", "TrainingLog", "load_state", "save_state", "trained_weights"]
-
 FORMAT = 2
 RESTART = "Remove it to train from the start."
 COUNTS = ("updates", "tokens", "batch_threshold", "inference_threshold")

@@ -12,8 +12,6 @@ from difflex.choices import NormalisationMethod, SAEKind
 from difflex.errors import BadInput, UnknownName
 from difflex.files import Json
 
-__all__ = ["AdamConfig", "AuxKLoss", "InitConfig", "JumpReLUConfig", "TrainingConfig", "default", "paper", "unbox"]
-
 AuxKTarget = Literal["residual", "reconstruction"]
 InitDirections = Literal["random", "orthogonal"]
 InitBias = Literal["zero", "mean", "median"]

@@ -24,8 +24,6 @@ from difflex.errors import BadInput, NonFinite
 from difflex.records import ActivationBatch
 from difflex.store import require_split
 
-__all__ = ["BatchFeed", "Batches", "DataPreview", "Split", "TrainingRanks", "non_finite_message"]
-
 Split = Literal["data", "features"]
 Batches = Callable[[int], Iterator[ActivationBatch]]
 """The batches of a run from a given number on. The batch of a number is always the same."""

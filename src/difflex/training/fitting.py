@@ -27,8 +27,6 @@ from difflex.training.config import AdamConfig, TrainingConfig
 from difflex.training.data import Batches, BatchFeed, DataPreview, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
 
-__all__ = ["FitConfig", "fit"]
-
 STATE = Path("training") / "state.safetensors"
 
 

@@ -18,8 +18,6 @@ from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
 from difflex.training.update import JumpGradients, SAEParameters, UpdateInputs
 
-__all__ = ["Learner", "UpdateMetrics", "geometric_median", "initial_weights"]
-
 DEAD_AFTER = 1_000_000
 """Tokens without firing after which a feature counts as dead in a training without AuxK."""
 THRESHOLD_UPDATE = 0.01

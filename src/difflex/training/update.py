@@ -23,8 +23,6 @@ from difflex.dictionaries.sparse import EncoderSearch, dot_products, segment_sum
 from difflex.distributed import Ranks
 from difflex.training.config import AdamConfig
 
-__all__ = ["JumpGradients", "SAEParameters", "UpdateInputs"]
-
 CACHED_BYTES = 1 << 20
 """Bytes of a block of rows; the update of a block touches about eight arrays of this size."""
 DENSE_SHARE = 0.5

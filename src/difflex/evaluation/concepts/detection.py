@@ -17,19 +17,6 @@ from torch import Tensor
 from difflex.evaluation.concepts.labels import Concept
 from difflex.records import Codes
 
-__all__ = [
-    "DetectionScores",
-    "FeatureFirings",
-    "above_chance",
-    "absorbing_features",
-    "average_precision",
-    "combine_features",
-    "detection_scores",
-    "relative_strengths",
-    "split_features",
-    "unrelated_concepts",
-]
-
 BLOCK = 1 << 22
 """Maximum number of (concept, feature, firing) entries in a block, so that it fits the processor's cache."""
 CHUNK = 8192

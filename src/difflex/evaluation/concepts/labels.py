@@ -16,8 +16,6 @@ from torch import Tensor
 from difflex.errors import BadInput, NonFinite
 from difflex.records import Activations, Site
 
-__all__ = ["Concept", "Harvest", "LabelledActivations", "LabelledImage", "label", "token_labels"]
-
 Harvest = Callable[[Iterable[Image.Image], Iterable[str], Iterable[str]], Iterator[Activations]]
 """Yields the activations of images at one or several sites, given images, prompts and names, which are consumed lazily."""
 

@@ -39,8 +39,6 @@ from difflex.evaluation.concepts.results import (
 )
 from difflex.records import Codes, Site
 
-__all__ = ["FeatureMethod", "linear_probe", "match", "principal_axes", "random_directions"]
-
 PROBE_TOKENS = 32_768
 """Maximum number of training tokens of a probe."""
 PROBE_ITERATIONS = 40

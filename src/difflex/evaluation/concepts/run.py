@@ -18,8 +18,6 @@ from difflex.evaluation.concepts.sources import LabelledImages
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["StoredMatches", "match_studies"]
-
 
 class StoredMatches(NamedTuple):
     """Matches, their file, and whether they were up to date before."""

@@ -30,8 +30,6 @@ from difflex.evaluation.concepts.labels import Concept, LabelledImage
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 
-__all__ = ["FIRST_SEED", "LabelFolder", "LabelledImages", "drawn_concepts", "drawn_images", "drawn_source", "grid_shares"]
-
 FIRST_SEED = HELD_OUT_SEEDS + 10**6
 """The seed of the first scene of the drawn world; mini-flux was trained on no scene from `HELD_OUT_SEEDS` on."""
 BATCH = 50

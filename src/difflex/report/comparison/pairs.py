@@ -13,8 +13,6 @@ from difflex.report.figures.concepts import mean_ap
 from difflex.report.figures.dictionaries import TableColumn, metric_columns
 from difflex.study import CommandRecord
 
-__all__ = ["DetectionPair", "DictionaryPair", "MetricPair", "StudyComparison", "compare"]
-
 SettingDifference = tuple[str, str, str, str]
 """A command (`study` for the whole study), its flag (empty if only one study has the command), and the values in both studies."""
 

@@ -7,8 +7,6 @@ from markupsafe import Markup
 
 from difflex.report.drawing import WIDTH, Axis, AxisScale, Drawing, element, shortened, svg, text, text_width
 
-__all__ = ["MARKERS", "ChartRow", "PlotCurve", "PlotPoint", "Series", "SeriesStyle", "legend", "plot", "row_chart"]
-
 HEIGHT, TOP, RIGHT, BOTTOM = 250.0, 30.0, 14.0, 46.0
 """Of a plot and its margins."""
 ROWS_TOP, ROW, EDGE, FOOT = 26.0, 37.0, 12.0, 44.0

@@ -8,8 +8,6 @@ from markupsafe import Markup
 
 from difflex.report.drawing import WIDTH, Drawing, element, shortened, svg, text, text_width
 
-__all__ = ["HeatCell", "HeatStrip", "heat_map", "heat_strips", "ramp"]
-
 FAINT = 0.1
 """The opacity of the smallest value; that of the largest is 1. One hue looks the same to colour-blind eyes."""
 OVER = {"over": 0.68, "half": 0.55}

@@ -13,8 +13,6 @@ from difflex.report.facts import StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import number, numbered_style, percent
 
-__all__ = ["anatomy"]
-
 Norms = Mapping[Site, Mapping[float, float]]
 """By site and timestep."""
 SpectrumRow = tuple[str, int, float, float]

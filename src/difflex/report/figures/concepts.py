@@ -12,8 +12,6 @@ from difflex.report.facts import MatchFacts, StudyFacts
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import kind_series, number, percent
 
-__all__ = ["concepts", "mean_ap"]
-
 Blocks = Mapping[str, Sequence[MatchFacts]]
 GRID = tuple(i / 50 for i in range(51))
 """The average precisions at which a distribution is drawn."""

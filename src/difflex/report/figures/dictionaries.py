@@ -13,8 +13,6 @@ from difflex.report.facts import DictionaryFacts, StudyFacts, group_by
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, SortableRow, sortable_table
 from difflex.report.style import kind_series, number, percent
 
-__all__ = ["TableColumn", "dictionaries", "firing", "metric_columns", "normalisation_variants"]
-
 
 def firing(facts: StudyFacts) -> ReportSection:
     """Return the section about how often features fire."""

@@ -13,8 +13,6 @@ from difflex.report.facts import StudyFacts, group_by
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, html_table
 from difflex.report.style import count, grouped, number, numbered_style, percent
 
-__all__ = ["REMOVED", "dictionaries_of", "findings", "removal"]
-
 REMOVED = 0.9
 """The rates of removal and retention from which on a concept counts as removed."""
 UA = Series("ua", "removed (UA)", SeriesStyle(0, "square"), line=False, bar=True)

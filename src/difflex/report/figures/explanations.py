@@ -20,8 +20,6 @@ from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import count, kind_series, kind_styles, number, percent
 from difflex.study import DictionaryRef, Study
 
-__all__ = ["explanations", "image_url", "images"]
-
 GRID = tuple(i / 50 for i in range(51))
 UNTRAINED = ", untrained model"
 """The suffix of the names of the control's dictionaries."""

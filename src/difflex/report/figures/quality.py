@@ -12,8 +12,6 @@ from difflex.report.facts import DictionaryFacts, StudyFacts, group_by, similar_
 from difflex.report.figures import MissingFigure, ReportFigure, ReportSection
 from difflex.report.style import DASHES, kind_series, number, percent
 
-__all__ = ["quality"]
-
 
 class EvaluationMetric(NamedTuple):
     """A number of an evaluation and its axis."""

@@ -17,8 +17,6 @@ from difflex.report.figures import MissingFigure, ReportFigure, ReportSection, h
 from difflex.report.figures.explanations import image_url
 from difflex.report.style import count, grouped, kind_series, number, percent
 
-__all__ = ["steering"]
-
 WORLD_JUDGE = "a judge of the miniature world"
 DETECTED, FROM_FILE = "it detects it with AP ≥ 0.8", "the file of concepts names it"
 """Why a feature stands for a concept."""

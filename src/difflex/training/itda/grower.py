@@ -26,8 +26,6 @@ from difflex.distributed import Ranks
 from difflex.records import ActivationBatch
 from difflex.training.itda.state import GrowthInterval
 
-__all__ = ["AtomGrower", "PursuitBatch"]
-
 SLACK = {torch.float32: 1e-4, torch.float16: 2e-2}
 """A new atom whose correlation is within this share of the picked atom's counts as picked; larger than rounding errors."""
 ENOUGH_HOLDOUT = 1000

@@ -35,8 +35,6 @@ from difflex.training.itda.state import (
     thin_curve,
 )
 
-__all__ = ["GrowthData", "GrowthProgress", "grow"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthData:

@@ -24,19 +24,6 @@ from difflex.errors import BrokenFile, StaleWork
 from difflex.files import Json, parsing, read_json, write_file, write_json
 from difflex.records import Shot
 
-__all__ = [
-    "GrowthInterval",
-    "GrowthState",
-    "HoldOut",
-    "ThresholdTrial",
-    "expected_over_threshold",
-    "is_settled",
-    "next_threshold",
-    "read_state",
-    "thin_curve",
-    "write_state",
-]
-
 FORMAT = 3
 STATE, NORMALISATION = "state.json", "normalisation.safetensors"
 ADVICE = "Remove the folder to grow from the start."
