@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import EllipsisType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from difflex.choices import Operation, Unit
 from difflex.errors import BadInput
@@ -207,6 +207,9 @@ class Edit:
     """For a transplant."""
 
 
+Record = TypeVar("Record", bound="JsonRecord")
+
+
 class JsonRecord:
     """A base of dataclasses that are stored as JSON files."""
 
@@ -223,7 +226,7 @@ class JsonRecord:
             raise BadInput(f"{path} cannot be written: {error}. Name a place that you may write to.") from error
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls: type[Record], path: Path | str) -> Record:
         """Return the record in `path`."""
         path = Path(path)
         if not path.is_file():
