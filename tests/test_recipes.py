@@ -153,10 +153,10 @@ def test_new_prompts_repeat_everything_and_a_new_dictionary_only_itself(tmp_path
     run_study(replace(study, commands=(anatomy, harvest, replace(train, k=(2, 3, 4)), *rest)), report=messages.append)
     after = {place: study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() for place in study.dictionaries()}
     assert after.items() >= before.items() and len(after) == len(before) + 1
-    assert not [line for line in messages if "removed" in line]
+    assert not [line for line in messages if "deleted" in line]
     prompts.write_text("\n".join(f"red moon {number}" for number in range(200)))
     run_study(study, report=messages.append)
-    assert len([line for line in messages if "removed" in line]) >= 1 + len(before)
+    assert len([line for line in messages if "deleted" in line]) >= 1 + len(before)
     for place, weights in before.items():
         assert study.dictionary(*place).joinpath("dictionary.safetensors").read_bytes() != weights
 
