@@ -58,7 +58,7 @@ class StaleWork(DifflexError):
     """Files that were made from other input or settings than the present ones."""
 
     def __init__(self, message: str, path: Path | None = None) -> None:
-        """`path` is the stale file or folder; after its deletion the work can begin anew."""
+        """`path` is the stale file or folder; once it is deleted, the work can start again."""
         super().__init__(message)
         self.path = path
 

@@ -167,7 +167,7 @@ class FlowState:
         with torch.no_grad():
             for i, (name, parameter) in enumerate(self.model.named_parameters()):
                 parameter.copy_(tensors[f"model.{name}"])
-                # A packed state has no average: it begins anew.
+                # A packed state has no average: averaging starts again.
                 self.average[i].copy_(tensors.get(f"average.{i}", parameter))
         self._guide_weights = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
         for number, optimiser in enumerate(self.optimisers):

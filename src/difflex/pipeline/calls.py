@@ -18,7 +18,7 @@ HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditi
 
 
 class StopForward(Exception):
-    """Raised in a hook to end a run early. Whoever registers such a hook suppresses it around the run."""
+    """Raised in a hook to end a run early. The code that registers such a hook suppresses it around the run."""
 
 
 class RunContext(NamedTuple):

@@ -34,7 +34,7 @@ BYTES_PER_SHARD = 512
 """In the manifest, and in the header of the list of shots, at most."""
 BYTES_PER_SHOT = 2
 """In the manifest's list of held-out shots."""
-ADVICE = "Use the same settings to continue, or name another folder to begin anew; nothing was changed."
+ADVICE = "Use the same settings to continue, or name another folder to start again; nothing was changed."
 
 
 @final

@@ -134,7 +134,7 @@ class RuleServer:
         if behaviour == "limited":
             return behaviour, 429, _json({"error": {"message": "slower, please", "code": 429}})
         if behaviour == "broken":
-            return behaviour, 500, _json({"error": {"message": f"broken by {headers.get('authorization', 'nobody')}"}})
+            return behaviour, 500, _json({"error": {"message": f"broken by {headers.get('authorization', 'no key')}"}})
         return behaviour, 200, _json(self._completion(behaviour, digest, request["model"], texts, images))
 
     def drip(self, output: io.BufferedIOBase) -> None:
