@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "difflex"
 
 # Every station may import these, which import nothing of ours above them.
-GROUND = {"records", "choices", "errors", "files", "distributed", "devices", "tables"}
+GROUND = {"records", "choices", "errors", "files", "tensors", "distributed", "devices", "tables"}
 # Station -> the other stations it may import. `difflex` stands for the public names of the package itself.
 ARROWS: dict[str, set[str]] = {
     "_version": set(),
@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "tables": set(),
     "records": {"errors", "choices", "files"},
     "files": {"errors"},
+    "tensors": {"errors", "files"},
     "distributed": {"errors"},
     "devices": {"errors"},
     "images": {"errors", "files"},
@@ -145,7 +146,8 @@ HOMES: dict[str, set[str]] = {
     "einops": ARROWS.keys() - LIGHT,
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
     "transformers": {"pipeline", "miniature", "evaluation", "explanation", "quiet", "testing"},
-    "safetensors": {"features", "files", "pipeline", "miniature", "store", "dictionaries", "steering", "training"},
+    # Our own files are in `tensors`; the others read and write models.
+    "safetensors": {"features", "tensors", "pipeline", "miniature", "dictionaries", "training"},
     "tqdm": {"features", "pipeline", "miniature", "store", "training", "evaluation", "explanation"},
     "PIL": {
         "commands",

@@ -20,7 +20,7 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 
 from difflex import files
-from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, OutOfSpace, StaleWork, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, DiskError, NonFinite, OutOfSpace, StaleWork, UnknownName
 from difflex.records import Activations, Shot, Site
 from difflex.store import RecordingConfig, Store, record
 
@@ -184,10 +184,10 @@ def test_a_harvest_of_another_width_is_refused(tmp_path: Path):
 def test_another_format_is_refused_and_not_changed(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
     manifest = store.folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 1'))
     before = contents(tmp_path)
     for work in (lambda: Store.open(store.folder), lambda: record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)):
-        with pytest.raises(BrokenFile, match="format 1; this version of difflex reads format 2"):
+        with pytest.raises(BrokenFile, match="format 1; this version of difflex reads format 3"):
             work()
     assert contents(tmp_path) == before
 
@@ -218,9 +218,9 @@ def test_a_disk_error_during_an_early_flush_is_raised(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(files, "FLUSH", 1)
     monkeypatch.setattr(os, "fsync", fsync)
-    whole = files.AtomicFile(tmp_path / "file", owner=0)
+    whole = files.AtomicFile(tmp_path / "file")
     whole.write(b"some")
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+    with pytest.raises(DiskError, match=os.strerror(errno.EIO)):
         whole.commit()
     assert not list(tmp_path.iterdir())
 
@@ -312,12 +312,14 @@ def test_a_recording_that_another_process_began_first_changes_nothing(tmp_path: 
 
 def test_temporary_files_of_killed_processes_are_deleted(tmp_path: Path):
     (tmp_path / SITE.folder).mkdir()
-    for rank in range(2):
-        (tmp_path / SITE.folder / f".shard-00007.safetensors.{rank}.tmp").write_text("half")
-    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, rank=1, world_size=2))
-    assert [path.name for path in tmp_path.rglob("*.tmp")] == [".shard-00007.safetensors.0.tmp"]
-    record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
-    assert list(tmp_path.rglob("*.tmp")) == []
+    half, unfinished = (
+        tmp_path / SITE.folder / ".shard-00007.safetensors.0.tmp",
+        tmp_path / SITE.folder / "shard-00008.safetensors",
+    )
+    half.write_text("half")
+    with files.replacing(unfinished) as written:
+        record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), replace(QUICK, rank=1, world_size=2))
+        assert [*tmp_path.rglob("*.tmp")] == [written]  # its writer lives
 
 
 def test_values_beyond_fp16_are_an_error_that_names_the_shot(tmp_path: Path):

@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader closed the pipe, as in `difflex models | head -1`; what Python flushes at its end goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # Files that others write or read for us, such as a model's; our own are explained where they are written.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"difflex: {place}{error.strerror or error}. Check that the file or folder can be used.", file=sys.stderr)
+        return 2
 
 
 def parse(words: Sequence[str]) -> Command:

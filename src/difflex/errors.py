@@ -6,6 +6,7 @@ DifflexError
 ├── BrokenFile         a file of difflex or of a model that is damaged, truncated or of another format
 ├── OutOfMemory        a model or batch that does not fit; names what would
 ├── OutOfSpace         a disk, or a limit for it, that is too small
+├── DiskError          a file or folder that cannot be read or written: permissions, a read-only or failing disk
 ├── OutOfBudget        a budget for VLM calls that is too small
 ├── StaleWork          files that were made from other input or settings than the present ones
 ├── NonFinite          NaN or infinity; says where it arose
@@ -48,6 +49,10 @@ class OutOfMemory(DifflexError):
 
 class OutOfSpace(DifflexError):
     """A disk, or a limit for it, that is too small."""
+
+
+class DiskError(DifflexError):
+    """A file or folder that cannot be read or written."""
 
 
 class OutOfBudget(DifflexError):

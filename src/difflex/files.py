@@ -1,18 +1,23 @@
-"""Files that are complete or absent: written under a temporary name, flushed to the disk, renamed, checked by checksum."""
+"""Files that are complete or absent: written under a temporary name, flushed to the disk, renamed, checked by checksum.
+
+A temporary file is locked by its writer. One that nobody locks was left by a killed process, and is deleted by the next process
+that writes in its folder.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from difflex._version import __version__
-from difflex.errors import BadInput, BrokenFile, OutOfSpace
+from difflex.errors import BadInput, BrokenFile, DiskError, OutOfSpace
 
 try:
     import fcntl
@@ -22,12 +27,12 @@ except ImportError:  # Windows: two processes that write in one folder are not d
 __all__ = [
     "AtomicFile",
     "Json",
+    "disk_errors",
     "file_sha256",
     "folder_lock",
     "parsing",
     "read_json",
     "replacing",
-    "sweep",
     "write_file",
     "write_json",
 ]
@@ -35,6 +40,16 @@ __all__ = [
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ADVICE = {
+    errno.EACCES: "Ask its owner for permission, or name another place.",
+    errno.EPERM: "Ask its owner for permission, or name another place.",
+    errno.EROFS: "Copy the study to a disk that can be written, or name another place.",
+    errno.ENOTDIR: "A part of its path is a file where a folder is needed: move that away, or name another place.",
+    errno.EISDIR: "There is a folder where a file is needed: move it away, or name another place.",
+    errno.EEXIST: "There is a file where a folder is needed: move it away, or name another place.",
+    errno.ENAMETOOLONG: "Use a shorter name.",
+}
+OTHER_ADVICE = "Check the disk, then run the same command again."
 CHUNK = 2**22
 AHEAD = 2
 """Contents that the writer of a file may be ahead of the disk."""
@@ -43,46 +58,50 @@ FLUSH = 2**25
 
 
 @contextmanager
-def replacing(path: Path, owner: int | None = None) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block it replaces `path`, after an error it is deleted.
 
-    A reader, or a process that follows a kill, sees the old file or the new one, never a part. `owner` is the rank of a process
-    that shares a folder with others; by default the process id.
+    A reader, or a process that follows a kill, sees the old file or the new one, never a part.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path, owner)
-    try:
-        with _full_disk_explained(path):
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, handle = _open_temporary(path)
+        try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            os.fsync(handle)
             _rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
 
 
-def write_file(path: Path, content: bytes, owner: int | None = None) -> str:
+def write_file(path: Path, content: bytes) -> str:
     """Write `content` to `path` atomically and return its SHA-256."""
-    with replacing(path, owner) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 
 def write_json(path: Path, format: int, entries: Mapping[str, object], indent: int | None = 1) -> Path:
-    """Write `entries` to `path` atomically, with the format and the version of the package; return `path`."""
-    text = json.dumps({"format": format, "difflex": __version__, **entries}, indent=indent, allow_nan=False)
-    write_file(path, (text + "\n").encode())
+    """Write `entries` to `path` atomically, with the format, the version of the package and a checksum; return `path`."""
+    content = {"format": format, "difflex": __version__, **entries}
+    # What is read back is summed: in JSON a tuple is a list, and the key 1 is "1".
+    content["checksum"] = _checksum(json.loads(json.dumps(content, allow_nan=False)))
+    write_file(path, (json.dumps(content, indent=indent) + "\n").encode())
     return path
 
 
 def read_json(path: Path, format: int, advice: str, *, header: bool = False) -> dict[str, Any]:
     """Return the entries of the JSON file at `path`, which must be of `format`; `advice` says what to do about a damaged one.
 
-    With `header`, the format and the version that wrote the file are among the entries.
+    A file without a checksum, as one that was written by hand, is read as it is. With `header`, the format and the version that
+    wrote the file are among the entries.
     """
     try:
-        entries = json.loads(path.read_bytes())
+        with disk_errors(path, "read"):
+            entries = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise BrokenFile(f"{path} is missing. {advice}") from error
     except (ValueError, RecursionError) as error:
@@ -91,9 +110,16 @@ def read_json(path: Path, format: int, advice: str, *, header: bool = False) -> 
     if actual != format:
         raise BrokenFile(
             f"{path} is of format {actual!r}; this version of difflex reads format {format}. "
-            "Use the version that wrote it, or make it again."
+            "Use the version that wrote it, or make it again under another name."
         )
+    if entries.pop("checksum", None) not in (None, _checksum(entries)):
+        raise BrokenFile(f"{path} does not match its checksum: it is damaged, or was changed by hand. {advice}")
     return entries if header else {name: value for name, value in entries.items() if name not in ("format", "difflex")}
+
+
+def _checksum(entries: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in entries.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @contextmanager
@@ -108,17 +134,17 @@ def parsing(path: Path, content: str, advice: str) -> Iterator[None]:
 class AtomicFile:
     """A large file that is written piece by piece; it appears under its name at `commit`, and then survives a loss of power."""
 
-    def __init__(self, path: Path, owner: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = _temporary(path, owner)
         self._checksum = hashlib.sha256()
         # Hashing, copying and flushing each have a thread, so that none waits for the others.
         self._hasher, self._copier, self._flusher = (ThreadPoolExecutor(1, thread_name_prefix="writer") for _ in range(3))
         self._pending: deque[Future[None]] = deque()
         self._flushes: list[Future[None]] = []
         self._unflushed = 0
-        with _full_disk_explained(path):
-            self._file: BinaryIO = self._temporary.open("wb", buffering=0)
+        with disk_errors(path):
+            self._temporary, handle = _open_temporary(path)
+            self._file: BinaryIO = os.fdopen(handle, "wb", buffering=0)
 
     def write(self, content: bytes | memoryview) -> None:
         """Append `content`, which must not change until it is written; wait while too much is pending."""
@@ -148,15 +174,15 @@ class AtomicFile:
                 flush.result()  # what an early flush could not do, a later one does not report again
             self._end_workers()
             os.fsync(self._file.fileno())
-            self._file.close()
             _rename(self._temporary, self.path)
+            self._file.close()
         return self._checksum.hexdigest()
 
     def discard(self) -> None:
         """Delete what was written."""
         self._end_workers()
-        self._file.close()
         self._temporary.unlink(missing_ok=True)
+        self._file.close()
 
     def _end_workers(self) -> None:
         for worker in (self._hasher, self._copier, self._flusher):
@@ -165,19 +191,11 @@ class AtomicFile:
     @contextmanager
     def _or_discarded(self) -> Iterator[None]:
         try:
-            with _full_disk_explained(self.path):
+            with disk_errors(self.path):
                 yield
         except BaseException:
             self.discard()
             raise
-
-
-def sweep(folder: Path, rank: int, ranks: int) -> None:
-    """Delete the temporary files that killed processes left in `folder`, as far as `rank` of `ranks` processes owns them."""
-    for path in folder.glob(".*.tmp"):
-        owner = path.name.split(".")[-2]
-        if owner.isdecimal() and int(owner) % ranks == rank:
-            path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -191,24 +209,92 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from writing in `folder`, except for other ranks if `shared`; a killed process releases its lock."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    """Make `folder`, check that it can be written, and keep other processes from writing in it, except for ranks if `shared`.
+
+    A killed process releases its lock, and what it left half written is deleted.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_writable(folder)
+        _sweep(folder)
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(f"Another process is writing in {folder}. Wait for it to end, or name another folder.") from error
+        if handle is not None and not _locked(handle, shared):
+            raise BadInput(f"Another process is writing in {folder}. Wait for it to end, or name another folder.")
         yield
     finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path, verb: Literal["read", "written"] = "written") -> Iterator[None]:
+    """Turn what the operating system says about `path` in a block into an error that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        if verb == "read":
+            raise
+        raise DiskError(f"{path} cannot be written: a folder of its path is missing. Run the same command again.") from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in FULL:
+            raise OutOfSpace(
+                f"{path} cannot be written: {reason}. What is finished is kept; free some space and run the same command "
+                "again to continue."
+            ) from error
+        raise DiskError(f"{path} cannot be {verb}: {reason}. {ADVICE.get(error.errno or 0, OTHER_ADVICE)}") from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise the error that writing in `folder` would raise, before any work is done."""
+    temporary, handle = _open_temporary(folder / "write-test")
+    temporary.unlink()
+    os.close(handle)
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    """Make a temporary file next to `path`, locked for as long as it is open; its name is short enough for any file system."""
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        _sweep(path.parent)
+    while True:
+        temporary = path.with_name(f".{path.name[:48]}.{secrets.token_hex(6)}.tmp")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        # Another process may have deleted it as a leftover just before it was locked.
+        if not fcntl or (_locked(handle) and os.fstat(handle).st_nlink):
+            return temporary, handle
         os.close(handle)
 
 
-def _temporary(path: Path, owner: int | None) -> Path:
-    # The name says whose file it is: ranks write side by side, and what a killed one left is deleted by its successor.
-    return path.with_name(f".{path.name}.{os.getpid() if owner is None else owner}.tmp")
+_swept: set[Path] = set()
+"""Folders in which this process has deleted the leftovers of killed ones."""
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in `folder`: those that nobody locks."""
+    for path in folder.glob(".*.tmp") if fcntl else ():
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            if _locked(handle):
+                path.unlink(missing_ok=True)
+        except OSError:  # on a read-only disk they stay
+            pass
+        finally:
+            os.close(handle)
+
+
+def _locked(handle: int, shared: bool = False) -> bool:
+    """Lock an open file or folder; return whether that was possible. The lock ends when it is closed."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -220,16 +306,3 @@ def _rename(temporary: Path, path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OutOfSpace(
-            f"{path} cannot be written: {os.strerror(error.errno)}. What is finished is kept; free some space and run the same "
-            "command again to continue."
-        ) from error

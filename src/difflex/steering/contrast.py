@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,8 +17,9 @@ from difflex.dictionaries import Dictionary
 from difflex.errors import BadInput, UnknownName
 from difflex.files import parsing
 from difflex.records import Activations, Rectangle, Shot, Site
-from difflex.steering.features import EditFeatures, load_tensors, save_tensors
+from difflex.steering.features import EditFeatures
 from difflex.steering.hooks import region_tokens
+from difflex.tensors import read_tensors, write_tensors
 
 __all__ = [
     "Contrast",
@@ -31,7 +31,7 @@ __all__ = [
     "pair_activations",
 ]
 
-FORMAT = 2
+FORMAT = 3
 ADVICE = "Run difflex contrast again."
 FIRST_SEED = 10**6
 """The seed of the first pair of prompts."""
@@ -74,7 +74,7 @@ class Contrast:
     def save(self, path: Path) -> Path:
         """Write the contrast to `path` and return the path."""
         entries = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "direction"}
-        return save_tensors(path, FORMAT, {"direction": self.direction}, contrast=json.dumps({**entries, "site": str(self.site)}))
+        return write_tensors(path, FORMAT, {"direction": self.direction}, {**entries, "site": str(self.site)})
 
     @classmethod
     def load(cls, path: Path) -> Contrast:
@@ -82,9 +82,8 @@ class Contrast:
         if not path.is_file():
             names = sorted(file.stem for file in path.parent.glob("*.safetensors"))
             raise UnknownName.among("The contrast", path.stem, names, "difflex contrast makes one.")
-        metadata, tensors = load_tensors(path, FORMAT, ADVICE)
+        entries, tensors = read_tensors(path, FORMAT, ADVICE)
         with parsing(path, "a contrast", ADVICE):
-            entries = json.loads(metadata["contrast"])
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
             return cls(**{**values, "site": Site.parse(entries["site"])}, direction=tensors["direction"])
 

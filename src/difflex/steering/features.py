@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,16 +10,15 @@ from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import parsing, write_file
+from difflex.errors import BadInput, StaleWork, UnknownName
+from difflex.files import parsing
 from difflex.records import ActivationBatch, Site
+from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 ADVICE = "Delete it; it is made again."
 TOKENS, SAMPLE = 65_536, 2048
 """Tokens that are encoded, and how many of them are stored to compute default strengths with."""
@@ -83,25 +81,6 @@ def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, re
         raise StaleWork(f"{name} was made for {made_for}, but the model is {used}. Use {made_for}.")
 
 
-def save_tensors(path: Path, format: int, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
-    """Write a safetensors file with metadata and return its path."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_file(path, save(contiguous, {"format": str(format), **metadata}))
-    return path
-
-
-def load_tensors(path: Path, format: int, advice: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a safetensors file; `advice` says what to do about a damaged one."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
-    if metadata.get("format") != str(format):
-        raise BrokenFile(f"{path} is of format {metadata.get('format')}; this difflex reads format {format}. {advice}")
-    return metadata, tensors
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class FeatureScales:
@@ -142,17 +121,16 @@ class FeatureScales:
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the scales to `path` with the fingerprint of their dictionary."""
         tensors = {"peaks": self.peaks, "means": self.means, "sample": self.sample}
-        save_tensors(path, FORMAT, tensors, checksum=fingerprint, sizes=json.dumps([self.norm, self.ceiling]))
+        write_tensors(path, FORMAT, tensors, {"dictionary": fingerprint, "norm": self.norm, "ceiling": self.ceiling})
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> FeatureScales | None:
         """Return the scales in `path`; None without the file, or if its dictionary is not the one of `fingerprint`."""
         if not path.exists():
             return None
-        metadata, tensors = load_tensors(path, FORMAT, ADVICE)
+        header, tensors = read_tensors(path, FORMAT, ADVICE)
         with parsing(path, "scales", ADVICE):
-            norm, ceiling = json.loads(metadata["sizes"])
-            return cls(norm=norm, ceiling=ceiling, **tensors) if metadata["checksum"] == fingerprint else None
+            return cls(norm=header["norm"], ceiling=header["ceiling"], **tensors) if header["dictionary"] == fingerprint else None
 
 
 def measure_scales(dictionary: Dictionary, batches: Iterable[ActivationBatch], tokens: int = TOKENS) -> FeatureScales:

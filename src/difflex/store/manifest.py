@@ -1,30 +1,28 @@
 """The files that describe a store: the manifest, the list of the shots of each shard, and the statistics of all rows."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from difflex._version import __version__
 from difflex.choices import StoredDtype
 from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import file_sha256, parsing, read_json, write_file
+from difflex.files import file_sha256, parsing, read_json, write_file, write_json
 from difflex.records import Shot, Site, Split
 from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, unpack
+from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
+STATISTICS_FORMAT = 2
 SPLITS: tuple[Split, ...] = ("train", "held-out")
 REWRITE = "run the command that wrote the store again: it writes the manifest from the shards, which it keeps."
 RECOMPUTE = "Delete it and run the command that wrote the store again: it is computed from the shards."
@@ -83,12 +81,12 @@ class ShardEntry:
         return cls.of(shots, sha256, file_sha256(shard_paths(folder, number)[1]))
 
     @classmethod
-    def write(cls, folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str, rank: int) -> "ShardEntry":
+    def write(cls, folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str) -> "ShardEntry":
         """Finish a shard: list its shots in the file beside it, one per line, and return its entry."""
         lines = ",\n".join(json.dumps(asdict(shot)) for shot in shots)
         head = json.dumps({"format": FORMAT, "site": str(site), "shard": number, "sha256": sha256})
         content = f'{head[:-1]}, "shots": [\n{lines}\n]}}\n'
-        return cls.of(shots, sha256, write_file(shard_paths(folder, number)[1], content.encode(), rank))
+        return cls.of(shots, sha256, write_file(shard_paths(folder, number)[1], content.encode()))
 
     @classmethod
     def of(cls, shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> "ShardEntry":
@@ -112,11 +110,10 @@ class Manifest:
     statistics: str | None
     """The checksum of the statistics, which are written when all shards are finished; None before."""
 
-    def write(self, folder: Path, rank: int) -> None:
+    def write(self, folder: Path) -> None:
         shards = {str(number): asdict(self.shards[number]) for number in sorted(self.shards)}
         head = {**asdict(self.head), "site": str(self.head.site)}
-        entries = {"format": FORMAT, **head, "statistics": self.statistics, "shards": shards}
-        write_file(folder / MANIFEST, _text({**entries, "checksum": _checksum(entries)}).encode(), rank)
+        write_json(folder / MANIFEST, FORMAT, {**head, "statistics": self.statistics, "shards": shards}, indent=None)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -126,26 +123,10 @@ class Manifest:
                 raise BrokenFile(f"{path} is missing, but the folder holds shards. To repair it, {REWRITE}")
             raise UnknownName(f"{folder} is not a store of activations: it has no {MANIFEST}. difflex harvest makes one.")
         entries = read_json(path, FORMAT, f"Delete it and {REWRITE}", header=True)
-        if entries.pop("checksum", None) != _checksum(entries):
-            raise BrokenFile(f"{path} is damaged: its checksum is not that of its content. Delete it and {REWRITE}")
         shards = {int(n): ShardEntry(**{**shard, "held_out": tuple(shard["held_out"])}) for n, shard in entries["shards"].items()}
         head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
         head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
         return cls(head=StoreHeader(**head), shards=shards, statistics=entries["statistics"])
-
-
-def _text(entries: dict[str, Any], indent: str = "") -> str:
-    """Format `entries` as JSON with one entry, or one shard, per line."""
-    inner = indent + " "
-    lines = [
-        f"{inner}{json.dumps(key)}: {_text(value, inner) if key == 'shards' and isinstance(value, dict) else json.dumps(value)}"
-        for key, value in entries.items()
-    ]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _checksum(entries: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
@@ -253,26 +234,22 @@ def _covariance(chunks: Iterable[Float[Tensor, "row width"]], mean: Float64[Tens
     return (products.triu() + products.triu(1).T) / count - torch.outer(total, total)
 
 
-def write_statistics(folder: Path, statistics: StoreStatistics, rank: int) -> str:
+def write_statistics(folder: Path, statistics: StoreStatistics) -> str:
     """Write `statistics` to their file in `folder` and return its SHA-256."""
     tensors = {
         name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         for name, value in vars(statistics).items()
         if value is not None
     }
-    return write_file(folder / STATISTICS, save(tensors, metadata={"format": "difflex statistics 1"}), rank)
+    return file_sha256(write_tensors(folder / STATISTICS, STATISTICS_FORMAT, tensors))
 
 
 def read_statistics(folder: Path) -> StoreStatistics:
     """Read the statistics that `write_statistics` wrote."""
     path = folder / STATISTICS
-    try:
-        tensors = load_file(path)
+    tensors = read_tensors(path, STATISTICS_FORMAT, RECOMPUTE).tensors
+    with parsing(path, "statistics", RECOMPUTE):
         counts = {name: int(tensors[name]) for name in ("count", "sampled")}
         norms = {name: float(tensors[name]) for name in ("mean_norm", "peak_norm")}
         moments = {"mean": tensors["mean"], "variance": tensors["variance"], "covariance": tensors.get("covariance")}
         return StoreStatistics(**counts, **norms, **moments)
-    except FileNotFoundError as error:
-        raise BrokenFile(f"{path} is missing. {RECOMPUTE}") from error
-    except (SafetensorError, KeyError, OSError) as error:
-        raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {RECOMPUTE}") from error

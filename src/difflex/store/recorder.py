@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import final
 
 from difflex.errors import BrokenFile, OutOfSpace, StaleWork
-from difflex.files import sweep
 from difflex.records import Activations, Shot, Site
 from difflex.store.manifest import (
     MANIFEST,
@@ -44,10 +43,9 @@ class SiteRecorder:
     Several ranks may each hold a recorder of the same folder: each writes its own shards.
     """
 
-    def __init__(self, folder: Path, site: Site, rank: int, world_size: int) -> None:
+    def __init__(self, folder: Path, site: Site, world_size: int) -> None:
         self.folder = folder
         self.site = site
-        self._rank = rank
         self._world_size = world_size
         self._writers: set[ShardWriter] = set()
         self._entries: dict[int, ShardEntry] = {}
@@ -82,9 +80,8 @@ class SiteRecorder:
 
     def open(self) -> None:
         """Delete the temporary files of killed processes and write the manifest if the folder has none."""
-        sweep(self.folder, self._rank, self._world_size)
         if not (self.folder / MANIFEST).is_file() or not self._entries:
-            Manifest(head=self.head, shards=self._entries, statistics=None).write(self.folder, self._rank)
+            Manifest(head=self.head, shards=self._entries, statistics=None).write(self.folder)
 
     def check_settings(self, shot: Shot, dtype: str, batch: int, source: str) -> None:
         """Raise an error if the stored rows were made with other settings."""
@@ -122,7 +119,7 @@ class SiteRecorder:
 
     def writer(self, number: int, shots: int) -> ShardWriter:
         """Begin a shard."""
-        writer = ShardWriter(shard_paths(self.folder, number)[0], self._rank, self.head.form, shots)
+        writer = ShardWriter(shard_paths(self.folder, number)[0], self.head.form, shots)
         self._writers.add(writer)
         return writer
 
@@ -137,7 +134,7 @@ class SiteRecorder:
         shard_paths(self.folder, number)[1].unlink(missing_ok=True)
         sha256 = writer.commit()
         self._writers.remove(writer)
-        self._entries[number] = ShardEntry.write(self.folder, number, self.site, tuple(shots), sha256, self._rank)
+        self._entries[number] = ShardEntry.write(self.folder, number, self.site, tuple(shots), sha256)
         self._write_manifest()
 
     def complete(self, shards: int) -> None:
@@ -145,8 +142,8 @@ class SiteRecorder:
         if len(finished_shards(self.folder)) < shards or self._is_complete():
             return
         manifest = self._write_manifest()
-        checksum = write_statistics(self.folder, summarise(self.folder, manifest), self._rank)
-        replace(manifest, statistics=checksum).write(self.folder, self._rank)
+        checksum = write_statistics(self.folder, summarise(self.folder, manifest))
+        replace(manifest, statistics=checksum).write(self.folder)
 
     def _is_complete(self) -> bool:
         try:
@@ -163,7 +160,7 @@ class SiteRecorder:
         """
         while True:
             manifest = Manifest(head=self.head, shards=self._finished(), statistics=None)
-            manifest.write(self.folder, self._rank)
+            manifest.write(self.folder)
             if finished_shards(self.folder) == [*manifest.shards]:
                 return manifest
 

@@ -77,7 +77,7 @@ def record(
         existing = [place for place in folders.values() if place.exists()]
         for place in existing:
             _lock(stack, place, config)
-        recorders = [SiteRecorder(place, site, config.rank, config.world_size) for site, place in folders.items()]
+        recorders = [SiteRecorder(place, site, config.world_size) for site, place in folders.items()]
         shots, total = _plan(recorders, shots, harvest, config)
         before_writing()
         for recorder in recorders:

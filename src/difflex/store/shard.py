@@ -191,13 +191,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 class ShardWriter:
     """An unfinished shard file; rows are appended in the order of its shots."""
 
-    def __init__(self, path: Path, rank: int, form: ShardFormat, shots: int) -> None:
+    def __init__(self, path: Path, form: ShardFormat, shots: int) -> None:
         self._form = form
         self._missing = shots
         self._padding = tensor_slots(form, shots).get("padding")
         self._scales: list[Tensor] = []
         self._tally = MomentsTally(form.width)
-        self._file = AtomicFile(path, rank)
+        self._file = AtomicFile(path)
         self._file.write(header(form, shots))
 
     def append(self, packed: PackedRows, shots: Sequence[Shot]) -> None:
