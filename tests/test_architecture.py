@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "difflex"
 
 # Every station may import these, which import nothing of ours above them.
-GROUND = {"records", "choices", "errors", "files", "tensors", "distributed", "devices", "tables"}
+GROUND = {"records", "choices", "errors", "files", "tensors", "distributed", "devices", "sqlite", "tables", "values"}
 # Station -> the other stations it may import. `difflex` stands for the public names of the package itself.
 ARROWS: dict[str, set[str]] = {
     "_version": set(),
@@ -22,7 +22,9 @@ ARROWS: dict[str, set[str]] = {
     "choices": set(),
     "quiet": set(),
     "tables": set(),
-    "records": {"errors", "choices", "files"},
+    "sqlite": {"errors"},
+    "values": {"errors"},
+    "records": {"errors", "choices", "files", "values"},
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "distributed": {"errors"},
@@ -135,6 +137,7 @@ LIGHT = {
     "images",
     "quiet",
     "recipes",
+    "sqlite",
     "study",
     "tables",
 }
