@@ -4,15 +4,17 @@ The module of a verb is imported when it is needed, so that `difflex --help` imp
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from dataclasses import fields
+from itertools import groupby, pairwise
 
 from difflex._version import __version__
 from difflex.commands import VERBS, verb_class
-from difflex.errors import DifflexError
+from difflex.errors import BadInput, DifflexError
 from difflex.study import Command
 
 __all__ = ["main", "parse"]
@@ -49,11 +51,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> Command:
     """Return the command for `words`, a verb and its flags; a wrong flag ends the process with code 2, as tyro does."""
+    for word in words:
+        if re.search("[\0\ud800-\udfff]", word):
+            raise BadInput(f"The word {word!r} cannot be read: it is not UTF-8 text. Write it in UTF-8.")
     verb, *flags = words
     command = verb_class(verb)
+    _check_flags(command, flags)
     import tyro  # here, so that `difflex --help` does without it
 
     return tyro.cli(command, prog=f"difflex {verb}", args=flags)
+
+
+def _check_flags(command: type[Command], words: Sequence[str]) -> None:
+    """Raise an error for what tyro lets pass: a flag given twice, without the value it needs, or with one it cannot take."""
+    kinds = {field.name.replace("_", "-"): field.type for field in fields(command)}  # pyright: ignore[reportArgumentType]
+    words = words[: words.index("--")] if "--" in words else words
+    flags = [number for number, word in enumerate(words) if word.startswith("--")]
+    given: dict[str, str] = {}
+    for number, end in pairwise([*flags, len(words)]):
+        flag, equals, value = words[number].partition("=")
+        name = flag[2:].replace("_", "-")
+        name = "seeds" if name == "seed" and "seeds" in kinds else name
+        values, takes_none = [value] * bool(equals) + list(words[number + 1 : end]), "bool" in str(kinds.get(name))
+        if equals and takes_none:
+            raise BadInput(f"{flag} takes no value, but was given '{value}'. Write {flag} for yes, and leave it out for no.")
+        if name in kinds and not values and not takes_none:
+            raise BadInput(f"{flag} is given without a value. Write one, or leave {flag} out for its default.")
+        value = " ".join(values) or "(no value)"
+        if name in given:
+            raise BadInput(f"--{name} is given twice: {given[name]} and {value}. Give it once, with all its values.")
+        given[name] = value
 
 
 def _run(words: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
-from difflex.commands.flags import Numbers, Range, Strengths, VLMCommand
+from difflex.commands.flags import COUNT, SHARE, Numbers, StepRange, Strengths, VLMCommand
 from difflex.commands.inputs import first_and_end, load_study_model
 from difflex.errors import BadInput
 from difflex.study import Command, Study
@@ -41,17 +41,17 @@ class SteerEvalCommand(VLMCommand):
     """SITE/LABEL, or the site alone if it has one dictionary."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "shape", "style")
     """Groups of concepts."""
-    min_ap: Annotated[float, arg(metavar="AP")] = 0.8
+    min_ap: Annotated[float, SHARE, arg(metavar="AP")] = 0.8
     """Least average precision of a feature."""
-    trials: Annotated[int, arg(metavar="N")] = 24
+    trials: Annotated[int, COUNT] = 24
     """Images of each concept."""
-    pairs: Annotated[int, arg(metavar="N")] = 20
+    pairs: Annotated[int, COUNT] = 20
     """Pairs of captions for each contrast."""
     strength: Strengths = (0.5, 1.0, 1.5, 2.0, 3.0)
     """Strengths: of features in --unit, of contrasts in lengths of their own."""
     unit: Unit = "peak"
     """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
-    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     concepts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the drawn world)")] = None
     """A TOML file of concepts in words, for models of any world; needs --clip or --vlm."""
@@ -133,17 +133,17 @@ class RemovalCommand(Command):
     """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
     """Groups of concepts."""
-    images: Annotated[int, arg(metavar="N")] = 24
+    images: Annotated[int, COUNT] = 24
     """Prompts for each concept that results are measured on."""
-    selection_images: Annotated[int, arg(metavar="N")] = 12
+    selection_images: Annotated[int, COUNT] = 12
     """Prompts for each concept that features are chosen by."""
-    tuning_images: Annotated[int, arg(metavar="N")] = 12
+    tuning_images: Annotated[int, COUNT] = 12
     """Prompts for each concept that the number of features and the strength are chosen by."""
     features: Numbers = (1, 2, 4, 8)
     """Numbers of features at each step and site."""
     strength: Strengths = (0.5, 0.0, -1.0, -2.0, -4.0)
     """What their codes are multiplied by: 0 removes them, a negative number writes the opposite."""
-    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep only the part that is computing on the GPU."""
@@ -184,9 +184,9 @@ class FindingsCommand(Command):
     """Experiments to make."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
     """Groups of concepts."""
-    concepts_per_group: Annotated[int, arg(metavar="N")] = 2
+    concepts_per_group: Annotated[int, COUNT] = 2
     """Number of concepts of each group."""
-    trials: Annotated[int, arg(metavar="N")] = 8
+    trials: Annotated[int, COUNT] = 8
     """Images for each concept and condition."""
     pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
     """Numbers of pairs for contrasts; experiments on other things use the largest."""

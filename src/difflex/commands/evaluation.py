@@ -11,9 +11,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
 from difflex.choices import Precision
-from difflex.commands.flags import ModelCommand, NoiseLevels, Pixels
+from difflex.commands.flags import AMOUNT, BATCH, COUNT, SHARE, STEPS, TOKENS, WHOLE, ModelCommand, NoiseLevels, Pixels
 from difflex.commands.inputs import load_study_model, read_prompts
-from difflex.errors import BadInput
 from difflex.records import Activations, Shot, Site
 from difflex.study import Command, Study
 
@@ -29,9 +28,9 @@ class EvaluateCommand(Command):
     """Evaluate all dictionaries of these sites: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Evaluate these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
-    tokens: Annotated[int, arg(metavar="N")] = 1_000_000
+    tokens: Annotated[int, TOKENS] = 1_000_000
     """Number of held-out tokens; all if there are fewer."""
-    effect_shots: Annotated[int, arg(metavar="N")] = 32
+    effect_shots: Annotated[int, WHOLE] = 32
     """Number of held-out shots at which to measure the effect on the model; 0 skips it and loads no model."""
     measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
     """Image measures in addition to PSNR and SSIM: `lpips`, or `clip:` and the folder or hub name of a CLIP."""
@@ -77,21 +76,21 @@ class ConceptsCommand(Command):
     """Match all dictionaries of these sites: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Match these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
-    images: Annotated[int, arg(metavar="N")] = 1000
+    images: Annotated[int, COUNT] = 1000
     """Number of labelled images; a tenth of them is held out for the measurements."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
     """Noise levels of the images at the model's input."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the drawn world)")] = None
     """Your own images with label maps: FOLDER/images, FOLDER/labels and FOLDER/labels.json."""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: as they are)")] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: as they are)")] = None
     """Resize and crop the images of a folder to this size."""
     empty_prompts: FlagCreatePairsOff[bool] = False
     """Use empty prompts instead of those of the images."""
-    present_above: Annotated[float, arg(metavar="SHARE")] = 0.5
+    present_above: Annotated[float, SHARE, arg(metavar="SHARE")] = 0.5
     """A token shows a concept if at least this share of its area does."""
-    absent_below: Annotated[float, arg(metavar="SHARE")] = 0.0
+    absent_below: Annotated[float, SHARE, arg(metavar="SHARE")] = 0.0
     """A token does not show a concept if at most this share of its area does; between the two it is ignored."""
-    batch: Annotated[int, arg(metavar="N")] = 32
+    batch: Annotated[int, BATCH] = 32
     """Images per forward pass."""
     precision: Annotated[Precision | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a GPU)")] = None
     """Precision of the model's weights."""
@@ -149,7 +148,7 @@ class AnatomyCommand(ModelCommand):
     """A text file with one prompt per line, or `captions`: those of the drawn world."""
     out: Annotated[Path, arg(metavar="STUDY")]
     """The folder of the study; created if it does not exist."""
-    max_prompts: Annotated[int, arg(metavar="N")] = 64
+    max_prompts: Annotated[int, COUNT] = 64
     """Number of prompts to use."""
     site: Annotated[
         tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: every block's residual, both streams)")
@@ -157,20 +156,18 @@ class AnatomyCommand(ModelCommand):
     """Measure norms at these sites; a star stands for one index."""
     spectra: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: up to six, evenly spaced)")] = ()
     """Measure the spectrum at these sites, which takes a width x width matrix each."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DEFAULT)] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint=MODEL_DEFAULT)] = None
     """Number of denoising steps; all of them are measured."""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint=MODEL_DEFAULT)] = None
     """Image size; one number for a square."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
     """Guidance scale."""
-    batch: Annotated[int, arg(metavar="N")] = 16
+    batch: Annotated[int, BATCH] = 16
     """Images per forward pass."""
 
     def __call__(self) -> list[Path]:
         from difflex.evaluation.anatomy import AnatomyInputs, update_anatomy
 
-        if self.max_prompts < 1:
-            raise BadInput(f"--max-prompts {self.max_prompts} leaves no prompt. Ask for 1 or more.")
         prompts = read_prompts(self.prompts, None)
         pipe = self.load()
         study = Study.open_or_plan(self.out, pipe.name, pipe.revision)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ProtocolName
-from difflex.commands.flags import VLMCommand
+from difflex.commands.flags import COUNT, SEED, Features, VLMCommand
 from difflex.study import Study
 
 if TYPE_CHECKING:
@@ -33,15 +33,15 @@ class ExplainCommand(VLMCommand):
     """The address of an OpenAI-compatible endpoint, the folder or hub name of a VLM for transformers, or `known`."""
     protocol: ProtocolName = "heldout"
     """Images to judge: ones that the explainer never saw, and near misses; or those of arXiv 2505.24360."""
-    random_features: Annotated[int, arg(metavar="N")] = 100
+    random_features: Annotated[int, COUNT] = 100
     """Number of random features of each dictionary."""
-    feature: Annotated[tuple[int, ...], arg(metavar="NUMBER...", help_behavior_hint="(default: random ones)")] = ()
+    feature: Annotated[Features, arg(help_behavior_hint="(default: random ones)")] = ()
     """Explain these features instead."""
-    judged_images: Annotated[int, arg(metavar="N")] = 10
+    judged_images: Annotated[int, COUNT] = 10
     """Images to judge for each feature; half of them are of other features."""
     style: Literal["blue", "outline"] = "blue"
     """How images show where a feature fires: a blue overlay, as published, or an outline."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the choice of features and of images of other features."""
     dry_run: FlagCreatePairsOff[bool] = False
     """Only say how many calls and tokens would be needed, and what they would cost."""

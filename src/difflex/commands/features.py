@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import HighlightStyle, Precision
-from difflex.commands.flags import NoiseLevels, Pixels, Range, Seeds
+from difflex.commands.flags import AMOUNT, BATCH, COUNT, STEPS, WHOLE, NoiseLevels, Pixels, Seeds, StepRange, check_output, number
 from difflex.commands.inputs import load_study_model, open_book, read_prompts
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
@@ -41,19 +41,19 @@ class CollectCommand(Command):
     """Collect for all dictionaries of these sites, in one pass: double.18, single.9:update."""
     dictionary: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: all of the sites)")] = ()
     """Collect for these dictionaries, written SITE/LABEL: double.18/topk-8192-k32."""
-    images: Annotated[int, arg(metavar="N")] = 1000
+    images: Annotated[int, COUNT] = 1000
     """Number of images; about a tenth of them is held out, with examples of its own."""
     prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: the shots of the harvest)")] = None
     """Generate images from these prompts: a file, a folder, a data set or `captions`, as for difflex harvest."""
     seeds: Seeds = range(1)
     """Seeds for each of the --prompts; END is excluded."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: the model's own)")] = None
     """Number of denoising steps, with --prompts."""
-    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Steps to take activations from, with --prompts; END is excluded."""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint="(default: the model's own)")] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: the model's own)")] = None
     """Image size, with --prompts; with --folder, images are resized and cropped to it."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
     """Guidance scale, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Use the images in this folder, noised; NAME.txt holds the prompt of NAME.jpg."""
@@ -61,15 +61,15 @@ class CollectCommand(Command):
     """Use scenes of the drawn world with their captions, noised."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
     """Noise levels, with --folder and --drawn-world."""
-    top_examples: Annotated[int, arg(metavar="N")] = 32
+    top_examples: Annotated[int, number(1, 10_000)] = 32
     """Top examples for each feature and split: the images in which it fires most strongly."""
-    random_examples: Annotated[int, arg(metavar="N")] = 16
+    random_examples: Annotated[int, number(1, 10_000)] = 16
     """Random images in which it fires."""
-    silent_examples: Annotated[int, arg(metavar="N")] = 8
+    silent_examples: Annotated[int, number(1, 10_000)] = 8
     """Random images in which it does not fire."""
     no_patches: FlagCreatePairsOff[bool] = False
     """Do not generate the images that ITDA atoms were taken from."""
-    batch: Annotated[int, arg(metavar="N")] = 16
+    batch: Annotated[int, BATCH] = 16
     """Images per forward pass."""
     precision: Annotated[Precision | None, arg(help_behavior_hint="(default: that of the harvest)")] = None
     """Precision of the model's weights."""
@@ -82,8 +82,6 @@ class CollectCommand(Command):
         from difflex.features.collecting import CollectConfig, collect_study
         from difflex.steering import StudyEditor
 
-        if self.images < 1 or self.batch < 1:
-            raise BadInput(f"--images {self.images} --batch {self.batch}: both must be at least 1.")
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
             raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Use one of them.")
         study = Study.open(self.study)
@@ -179,14 +177,12 @@ class FeaturesCommand(Command):
     """Smallest first instead of largest first."""
     filter: Annotated[tuple[str, ...], arg(metavar="CONDITION...", help_behavior_hint="(default: all)")] = ()
     """List only features that fulfil all conditions: "density<0.01", "peak>3", "concept=star"."""
-    top: Annotated[int, arg(metavar="N")] = 20
+    top: Annotated[int, COUNT] = 20
     """Number of features to list."""
     measure: Annotated[str, arg(metavar="NAME")] = "accuracy"
     """Score of the explanations: accuracy, auroc, ..."""
 
     def __call__(self) -> None:
-        if self.top < 1:
-            raise BadInput(f"--top {self.top} must be at least 1.")
         study = Study.open(self.study)
         ref = _find_book(study, self.dictionary)
         concepts = _best_concepts(study, ref)
@@ -206,24 +202,23 @@ class ShowCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with books."""
-    feature: Annotated[Positional[int], arg(metavar="FEATURE")]
+    feature: Annotated[Positional[int], WHOLE, arg(metavar="FEATURE")]
     """Number of the feature."""
     dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
     """The dictionary of the feature; the site alone if it has one dictionary."""
     style: HighlightStyle = "blue"
     """Overlay. blue: the more opaque, the higher the value; outline: a black and white line, visible without colour vision."""
-    columns: Annotated[int, arg(metavar="N")] = 8
+    columns: Annotated[int, number(1, 64)] = 8
     """Images of each kind."""
-    side: Annotated[int, arg(metavar="PIXELS")] = 128
+    side: Annotated[int, number(1, 1024, "PIXELS")] = 128
     """Approximate size of an image."""
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: feature-FEATURE.png)")] = None
     """File to write the sheet to."""
 
     def __call__(self) -> None:
-        if self.columns < 1 or self.side < 1:
-            raise BadInput(f"--columns {self.columns} --side {self.side}: both must be at least 1.")
         out = self.out or Path(f"feature-{self.feature}.png")
         check_image_path(out)
+        check_output(out)
         study = Study.open(self.study)
         ref = _find_book(study, self.dictionary)
         best = _best_concepts(study, ref).get(self.feature)

@@ -1,17 +1,24 @@
-"""Types of flags, and the flags that several commands share."""
+"""Types of flags, and the flags that several commands share.
 
+Every number is checked where flags are parsed: it is finite and in the range of its flag. A list is counted before it is made.
+"""
+
+import errno
 import math
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.choices import Precision
 from difflex.errors import BadInput
+from difflex.files import disk_errors, replacing
 from difflex.study import Command
 
 if TYPE_CHECKING:
@@ -20,100 +27,230 @@ if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
 
 SIZES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MOST_SEEDS, MOST_NUMBERS = 1_000_000, 1000
+"""Numbers in a range, and in a list."""
+LARGEST_SEED = 2**63 - 1
+LARGEST = 10_000_000
+"""The largest size of a dictionary, number of a feature or number in a list."""
+MOST_PIXELS = 8192
+"""The longest side of an image."""
+Number = TypeVar("Number", int, float)
+Values = TypeVar("Values", bound=Sequence[Any])
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 
 
 def _range(words: list[str]) -> range:
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", words[0])
+    match = re.fullmatch(r"(\d{1,19})(?::(\d{1,19}))?", words[0])
     if not match or (match[2] is not None and int(match[1]) >= int(match[2])):
         raise ValueError(
-            f"'{words[0]}' is not a range. Write START:END with START below END, or one number: 0:4 is 0 1 2 3, 7 is 7 alone."
+            f"{_quoted(words)} is not a range. Write START:END with START below END, or one number: 0:4 is 0 1 2 3, 7 is 7 alone."
         )
-    return range(int(match[1]), int(match[1]) + 1 if match[2] is None else int(match[2]))
+    first, end = int(match[1]), int(match[1]) + 1 if match[2] is None else int(match[2])
+    if end - 1 > LARGEST_SEED or end - first > MOST_SEEDS:
+        raise ValueError(
+            f"'{words[0]}' is a range of {end - first:,} numbers up to {end - 1}. Write at most {MOST_SEEDS:,} of at most "
+            f"{LARGEST_SEED}."
+        )
+    return range(first, end)
 
 
 def _pixels(words: list[str]) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", words[0])
     if not match:
-        raise ValueError(f"'{words[0]}' is not a size. Write HEIGHTxWIDTH or one number for a square: 64x96 or 64.")
-    return int(match[1]), int(match[2] or match[1])
+        raise ValueError(f"{_quoted(words)} is not a size. Write HEIGHTxWIDTH or one number for a square: 64x96 or 64.")
+    height, width = (_limited(int, text, 1, MOST_PIXELS) for text in (match[1], match[2] or match[1]))
+    return height, width
 
 
 def _numbers(words: list[str]) -> tuple[int, ...]:
-    parts = [part for word in words for part in word.split(",") if part]
+    parts = _parts(words)
     if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
-        raise ValueError(f"'{' '.join(words)}' is not a list of numbers. Write them with commas or spaces: 16,32,64.")
-    return tuple(map(int, parts))
+        raise ValueError(f"{_quoted(words)} is not a list of numbers above 0. Write them with commas or spaces: 16,32,64.")
+    return tuple(_limited(int, part, 1, LARGEST) for part in parts)
+
+
+def _features(words: list[str]) -> tuple[int, ...]:
+    return tuple(_limited(int, part, 0, LARGEST) for part in _parts(words))
+
+
+def _shares(words: list[str]) -> tuple[float, ...]:
+    return tuple(_limited(float, part, 0, 1) for part in _parts(words))
 
 
 def _strengths(words: list[str]) -> tuple[float, ...]:
-    return tuple(strength for part in words[0].split(",") for strength in _spread(part, words[0]))
+    strengths = [strength for part in words[0].split(",") for strength in _spread(part, words)]
+    return tuple(_counted(strengths, words))
 
 
-def _spread(part: str, text: str) -> tuple[float, ...]:
-    number = r"[-+]?(?:\d+\.?\d*|\.\d+)"
-    match = re.fullmatch(rf"({number})(?::({number}):({number}))?", part)
+def _spread(part: str, words: list[str]) -> Sequence[float]:
+    match = re.fullmatch(rf"({NUMBER})(?::({NUMBER}):({NUMBER}))?", part)
     if match and match[2] is None:
-        return (float(match[1]),)
+        return (_limited(float, part, -1e6, 1e6),)
     if not match or float(match[3]) <= 0 or float(match[2]) < float(match[1]):
         raise ValueError(
-            f"'{text}' is not a strength. Write a number, several with commas, or FIRST:LAST:STEP, both included: -2:2:0.5."
+            f"{_quoted(words)} is not a strength. Write a number, several with commas, or FIRST:LAST:STEP, both included: "
+            "-2:2:0.5."
         )
-    first, last, step = map(float, match.groups())
-    return tuple(round(first + i * step, 6) for i in range(math.floor((last - first) / step + 1e-6) + 1))
+    first, last = (_limited(float, match[number], -1e6, 1e6) for number in (1, 2))
+    step = float(match[3])
+    steps = _counted(range(math.floor(min((last - first) / step + 1e-6, 1e15)) + 1), words)
+    return [round(first + i * step, 6) for i in steps]
 
 
 def _noise_levels(words: list[str]) -> tuple[float, ...]:
-    parts = [part for word in words for part in word.split(",") if part]
-    if not parts or not all(re.fullmatch(r"(0(\.\d*)?|\.\d+|1(\.0*)?)", part) for part in parts):
-        raise ValueError(f"'{' '.join(words)}' is not a list of noise levels. Write numbers from 0 to 1: 0.25,0.5.")
+    parts = _parts(words)
+    if not all(re.fullmatch(r"(0(\.\d*)?|\.\d+|1(\.0*)?)", part) for part in parts):
+        raise ValueError(f"{_quoted(words)} is not a list of noise levels. Write numbers from 0 to 1: 0.25,0.5.")
     return tuple(sorted(set(map(float, parts))))
 
 
 def _bytes(words: list[str]) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|TB)?", words[0])
     if not match:
-        raise ValueError(f"'{words[0]}' is not a size on disk. Write a number and kB, MB, GB or TB: 100GB.")
-    return int(float(match[1]) * SIZES[match[2] or ""])
+        raise ValueError(f"{_quoted(words)} is not a size on disk. Write a number and kB, MB, GB or TB: 100GB.")
+    return int(_limited(float, match[1], 0, 1e18) * SIZES[match[2] or ""])
 
 
 def _prices(words: list[str]) -> tuple[float, float]:
     match = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", words[0])
     if not match:
-        raise ValueError(f"'{words[0]}' is not a price. Write IN,OUT, the price of a million tokens each way: 0.1,0.4.")
-    return float(match[1]), float(match[2])
+        raise ValueError(f"{_quoted(words)} is not a price. Write IN,OUT, the price of a million tokens each way: 0.1,0.4.")
+    return _limited(float, match[1], 0, 1e6), _limited(float, match[2], 0, 1e6)
 
 
-def _flag(parse: Callable[[list[str]], Any], metavar: str, kind: type, text: Callable[[Any], str], many: bool = False) -> Any:
-    """Describe a flag to tyro: how its words are parsed, and how a value is written."""
+def _parts(words: list[str]) -> list[str]:
+    """Return the parts of a list that is written with commas, spaces or both."""
+    parts = [part for word in words for part in word.split(",") if part]
+    if not parts:
+        raise ValueError(f"{_quoted(words)} is no list of numbers. Write one number or more, with commas or spaces: 16,32,64.")
+    return _counted(parts, words)
+
+
+def _counted(values: Values, words: list[str]) -> Values:
+    """Return `values`, which `words` stand for, unless they are too many."""
+    if len(values) > MOST_NUMBERS:
+        raise ValueError(f"{_quoted(words)} stands for {len(values):,} numbers. Write at most {MOST_NUMBERS:,}.")
+    return values
+
+
+def _limited(kind: type[Number], word: str, least: float, most: float) -> Number:
+    """Return the number that `word` writes, which must be finite and in the range."""
+    noun = "a whole number" if kind is int else "a number"
+    try:
+        value = kind(word)
+    except ValueError:
+        value = None
+    if value is None or not least <= value <= most:  # NaN is in no range
+        problem = f"is not {noun}" if value is None or value != value else "is out of range"
+        limits = (f"{limit:,}".removesuffix(".0") for limit in (least, most))
+        raise ValueError(f"{_quoted([word])} {problem}. Write {noun} from {' to '.join(limits)}.")
+    return value
+
+
+def _quoted(words: list[str]) -> str:
+    text = " ".join(words)
+    return f"'{text}'" if len(text) <= 60 else f"'{text[:60]}...'"
+
+
+def _flag(parse: Callable[[list[str]], Any], metavar: str, text: Callable[[Any], str], many: bool = False) -> Any:
+    """Describe a flag to tyro: how its words are parsed, and how a value is written; None is a flag that is left out."""
     return PrimitiveConstructorSpec(
         nargs="*" if many else 1,
         metavar=metavar,
         instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [text(value)],
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [] if value == () else [str(value) if value is None else text(value)],
     )
 
 
+def _written(value: float) -> str:
+    """Return a number as the command line reads it, short if that loses nothing."""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:g}" if float(f"{value:g}") == value else str(value)
+
+
 def _with_commas(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+    return ",".join(map(_written, values))
 
 
-Range = Annotated[range, _flag(_range, "START:END", range, lambda value: f"{value.start}:{value.stop}")]
-"""Whole numbers from START up to but not END, as in Python; one number is that number alone."""
-Seeds = Annotated[Range, arg(aliases=["--seed"])]
-"""Seeds, also as `--seed N` for a single one."""
-Pixels = Annotated[tuple[int, int], _flag(_pixels, "HEIGHTxWIDTH", tuple, lambda value: f"{value[0]}x{value[1]}")]
+def number(least: int, most: int, metavar: str = "N") -> Any:
+    """Describe a flag for whole numbers in a range."""
+    return _flag(lambda words: _limited(int, words[0], least, most), metavar, str)
+
+
+def real(least: float, most: float, metavar: str = "X") -> Any:
+    """Describe a flag for finite numbers in a range."""
+    return _flag(lambda words: _limited(float, words[0], least, most), metavar, _written)
+
+
+# Each describes a flag: `trials: Annotated[int, COUNT] = 24`.
+COUNT = number(1, 1_000_000)
+"""How many of what there is at least one of."""
+WHOLE = number(0, LARGEST)
+TOKENS = number(1, 10**12)
+SIZE = number(1, LARGEST)
+"""The size of a dictionary."""
+BATCH = number(1, 4096)
+"""Images at a time."""
+STEPS = number(1, 1000)
+"""Denoising steps."""
+SEED = number(0, LARGEST_SEED, "SEED")
+POSITIVE = real(1e-8, 1e6)
+AMOUNT = real(0.0, 1e6)
+SHARE = real(0.0, 1.0)
+RANGE = _flag(_range, "START:END", lambda value: f"{value.start}:{value.stop}")
+STRENGTHS = _flag(_strengths, "FIRST:LAST:STEP", _with_commas)
+
+Seeds = Annotated[range, RANGE, arg(aliases=["--seed"])]
+"""Whole numbers from START up to but not END, as in Python; one number, also as `--seed N`, is that number alone."""
+StepRange = Annotated[range | None, RANGE]
+"""Denoising steps from START up to but not END."""
+Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda value: f"{value[0]}x{value[1]}")]
 """Height and width of an image."""
-Numbers = Annotated[tuple[int, ...], _flag(_numbers, "N,...", tuple, _with_commas, many=True)]
+Numbers = Annotated[tuple[int, ...], _flag(_numbers, "N,...", _with_commas, many=True)]
 """Whole numbers above 0, with commas or spaces between them."""
-Strengths = Annotated[tuple[float, ...], _flag(_strengths, "FIRST:LAST:STEP", tuple, _with_commas)]
+Features = Annotated[tuple[int, ...], _flag(_features, "FEATURE...", _with_commas, many=True)]
+"""Numbers of features, from 0 on."""
+Shares = Annotated[tuple[float, ...], _flag(_shares, "SHARE...", _with_commas, many=True)]
+Strengths = Annotated[tuple[float, ...], STRENGTHS]
 """One number, several with commas, or several at even distances, both ends included."""
-NoiseLevels = Annotated[tuple[float, ...], _flag(_noise_levels, "LEVEL,...", tuple, _with_commas, many=True)]
+NoiseLevels = Annotated[tuple[float, ...], _flag(_noise_levels, "LEVEL,...", _with_commas, many=True)]
 """Noise levels between 0 (the image) and 1 (pure noise)."""
-Bytes = Annotated[int, _flag(_bytes, "SIZE", int, str)]
+Bytes = Annotated[int | None, _flag(_bytes, "SIZE", str)]
 """A size on disk."""
-Prices = Annotated[tuple[float, float], _flag(_prices, "IN,OUT", tuple, _with_commas)]
+Prices = Annotated[tuple[float, float] | None, _flag(_prices, "IN,OUT", _with_commas)]
 """The price of a million tokens, in and out."""
+
+
+def check_numbers(command: Command) -> None:
+    """Raise an error if a number of `command`, which a recipe made, is one that the command line refuses."""
+    hints = get_type_hints(type(command), include_extras=True)
+    for field in fields(command):  # pyright: ignore[reportArgumentType]
+        value = getattr(command, field.name)
+        rule = next((mark for mark in get_args(hints[field.name]) if isinstance(mark, PrimitiveConstructorSpec)), None)
+        if rule is None or value in (None, ()):
+            continue
+        try:
+            rule.instance_from_str(rule.str_from_instance(value))
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise BadInput(f"{type(command).__name__}({field.name}={value!r}) is not possible: {error}") from error
+
+
+def check_output(path: Path) -> None:
+    """Raise the error that writing `path` would raise, before any work is done; nothing is made."""
+    with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+    with suppress(_NothingWritten), replacing(folder / path.name):
+        raise _NothingWritten
+
+
+class _NothingWritten(Exception):
+    """Ends a block that replaces a file, so that the file stays as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +263,7 @@ class ModelCommand(Command):
     """How the model's weights are held; nf4 is four bits."""
     revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a model on the hub."""
-    untrained: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: the trained weights)")] = None
+    untrained: Annotated[int | None, SEED, arg(help_behavior_hint="(default: the trained weights)")] = None
     """Use a denoiser with random weights of this seed; of a model on the hub all parts are random, and nothing is downloaded."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep only the part that is computing on the GPU."""
@@ -153,17 +290,17 @@ class VLMCommand(Command):
 
     model: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
     """The model that the endpoint should use."""
-    connections: Annotated[int, arg(metavar="N")] = 16
+    connections: Annotated[int, number(1, 1000)] = 16
     """Requests at the same time."""
-    requests_per_minute: Annotated[float | None, arg(metavar="N", help_behavior_hint="(default: no limit)")] = None
+    requests_per_minute: Annotated[float | None, POSITIVE, arg(metavar="N", help_behavior_hint="(default: no limit)")] = None
     """Requests per minute at most."""
-    timeout: Annotated[float, arg(metavar="SECONDS")] = 120.0
+    timeout: Annotated[float, real(0.001, 86_400.0, "SECONDS")] = 120.0
     """How long a request may take."""
-    price: Annotated[Prices | None, arg(metavar="IN,OUT", help_behavior_hint="(default: none)")] = None
+    price: Annotated[Prices, arg(help_behavior_hint="(default: none)")] = None
     """The price of a million tokens, for endpoints that do not report what a request cost."""
-    image_tokens: Annotated[int, arg(metavar="N")] = 300
+    image_tokens: Annotated[int, WHOLE] = 300
     """Tokens that an image is expected to take."""
-    budget: Annotated[float | None, arg(metavar="AMOUNT", help_behavior_hint="(default: no limit)")] = None
+    budget: Annotated[float | None, AMOUNT, arg(metavar="AMOUNT", help_behavior_hint="(default: no limit)")] = None
     """Stop before everything ever spent on this model in the study exceeds this."""
     key_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: the environment)")] = None
     """A file with the API key of the endpoint."""
@@ -174,11 +311,6 @@ class VLMCommand(Command):
 
     def check_endpoint(self, vlm: str) -> None:
         """Raise an error if the flags do not allow to ask `vlm`."""
-        if self.connections < 1 or self.timeout <= 0:
-            raise BadInput(
-                f"--connections {self.connections} --timeout {self.timeout:g} allows no request. Give at least 1 connection and "
-                "a timeout above 0."
-            )
         if self.budget is not None and "://" in vlm and self.price is None:
             raise BadInput(
                 f"--budget {self.budget:g} needs the cost of requests before they are sent. Give --price IN,OUT, the price of a "

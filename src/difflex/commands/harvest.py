@@ -8,7 +8,7 @@ from typing import Annotated, final
 from tyro.conf import Positional, arg
 
 from difflex.choices import StoredDtype
-from difflex.commands.flags import Bytes, ModelCommand, Pixels, Range, Seeds
+from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, StepRange
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.study import Command, Study
 
@@ -28,7 +28,7 @@ class HarvestCommand(ModelCommand):
     """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`, the endless captions of the drawn world."""
     out: Annotated[Path, arg(metavar="STUDY")]
     """The folder of the study; a new one is begun."""
-    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: all prompts, once)")] = None
+    tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint="(default: all prompts, once)")] = None
     """How many rows to store at each site."""
     prompts_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
     """The column of a .csv, .json, .jsonl or .parquet file with the prompts."""
@@ -36,21 +36,21 @@ class HarvestCommand(ModelCommand):
     """The revision of a data set on the hub."""
     seeds: Seeds = range(1)
     """Seeds for each prompt."""
-    shuffle: Annotated[int | None, arg(metavar="SEED", help_behavior_hint="(default: in the order of the file)")] = None
+    shuffle: Annotated[int | None, SEED, arg(help_behavior_hint="(default: in the order of the file)")] = None
     """Shuffle the prompts with this seed."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=THE_MODELS_OWN)] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint=THE_MODELS_OWN)] = None
     """Denoising steps."""
-    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """The steps to harvest."""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=THE_MODELS_OWN)] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint=THE_MODELS_OWN)] = None
     """The size of an image; one number for a square."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint=THE_MODELS_OWN)] = None
     """The guidance scale."""
-    batch: Annotated[int, arg(metavar="N")] = 16
+    batch: Annotated[int, BATCH] = 16
     """Images at a time."""
     dtype: StoredDtype = "bf16"
     """The number format on disk; int8 has a scale for each row."""
-    max_bytes: Annotated[Bytes | None, arg(help_behavior_hint="(default: the free disk space)")] = None
+    max_bytes: Annotated[Bytes, arg(help_behavior_hint="(default: the free disk space)")] = None
     """The largest size of the activations on disk, as in 100GB; checked before anything is written."""
 
     def __call__(self) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.flags import ModelCommand, Pixels, Seeds
+from difflex.commands.flags import AMOUNT, STEPS, ModelCommand, Pixels, Seeds, check_output
 from difflex.errors import BadInput
 from difflex.files import parsing
 from difflex.images import check_image_path, contact_sheet, write_image
@@ -61,11 +61,11 @@ class GenerateCommand(ModelCommand):
     """Prompts; an empty one is allowed."""
     seeds: Seeds = range(1)
     """Seeds of the initial noise; END is not included."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DEFAULT)] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint=MODEL_DEFAULT)] = None
     """Number of denoising steps."""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint=MODEL_DEFAULT)] = None
     """Image size; one number for a square."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint=MODEL_DEFAULT)] = None
     """Guidance scale."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("grid.png")
     """File to write the grid to: .png, .webp or .jpg."""
@@ -74,6 +74,7 @@ class GenerateCommand(ModelCommand):
         if not self.prompts:
             raise BadInput('No prompt was given. Write at least one, as in: difflex generate mini-flux "a red star on grass"')
         check_image_path(self.out)
+        check_output(self.out)
         pipe, settings = self.load(), {"steps": self.steps, "pixels": self.pixels, "guidance": self.guidance}
         # Prompt i of a call gets the seed `seed + i`: repeating a prompt gives it all seeds.
         rows = [
@@ -96,7 +97,7 @@ class SitesCommand(ModelCommand):
 
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
     """List only sites with this name; a star stands for one index, as in double.*"""
-    pixels: Annotated[Pixels | None, arg(metavar="HEIGHTxWIDTH", help_behavior_hint=MODEL_DEFAULT)] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint=MODEL_DEFAULT)] = None
     """Image size, which determines the number of tokens."""
 
     def __call__(self) -> None:

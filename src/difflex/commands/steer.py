@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import Range, Seeds, Strengths
+from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, STRENGTHS, Features, Seeds, StepRange, Strengths, check_output
 from difflex.commands.inputs import first_and_end, load_study_model, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, contact_sheet, write_image
@@ -32,7 +32,7 @@ class SteerCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary or a contrast."""
-    features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")] = ()
+    features: Positional[Features] = ()
     """Numbers of the features to edit, all in the same way."""
     dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
     """The dictionary of the features; the site alone if it has one dictionary."""
@@ -42,27 +42,29 @@ class SteerCommand(Command):
     """A direction found by `difflex contrast`."""
     operation: Operation = "add"
     """`add` to the activation; `set`, `scale` or `ablate` the codes; `replace` the activation; or `transplant` codes."""
-    strength: Annotated[Strengths | None, arg(help_behavior_hint="(default: the largest safe one, at most 2 peaks)")] = None
+    strength: Annotated[
+        tuple[float, ...] | None, STRENGTHS, arg(help_behavior_hint="(default: the largest safe one, at most 2 peaks)")
+    ] = None
     """Strengths; a column each. Ablate and transplant have none."""
     unit: Unit = "peak"
     """What a strength of 1 is: the feature's largest code, its mean code, the mean norm of an activation, or a code of 1."""
     region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
     """LEFT,TOP,RIGHT,BOTTOM in fractions or pixels; an image that is white inside; or `fires`: where the features fire."""
-    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
     half: Literal["conditional", "both", "opposed"] = "conditional"
     """Under guidance: edit the conditional half, both, or the unconditional one with the opposite sign."""
     source: Annotated[str | None, arg(metavar="PROMPT", help_behavior_hint="(needed to transplant)")] = None
     """Prompt of the image that a transplant takes codes from."""
-    source_seed: Annotated[int, arg(metavar="SEED")] = 0
+    source_seed: Annotated[int, SEED] = 0
     """Seed of that image."""
     source_region: Annotated[str | None, arg(metavar="REGION", help_behavior_hint="(default: everywhere)")] = None
     """Region of that image; it is centred on the region of the edit."""
     seeds: Seeds = range(1)
     """Seeds of the noise; END is not included."""
-    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: the model's own)")] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: the model's own)")] = None
     """Number of denoising steps."""
-    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
     """Guidance scale."""
     differences: FlagCreatePairsOff[bool] = False
     """Add a row of differences to the unedited image below each row, amplified four times."""
@@ -81,6 +83,7 @@ class SteerCommand(Command):
         from difflex.steering import EditRecord, StudyEditor
 
         check_image_path(self.out)
+        check_output(self.out)
         editor = StudyEditor(Study.open(self.study))
         replay = None if self.replay is None else EditRecord.load(self.replay)
         if replay is not None:
@@ -158,15 +161,15 @@ class IconCommand(Command):
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A study with a dictionary."""
-    features: Annotated[Positional[tuple[int, ...]], arg(metavar="FEATURE...")]
+    features: Positional[Features]
     """Numbers of the features."""
     dictionary: Annotated[str | None, arg(metavar="SITE/LABEL", help_behavior_hint="(default: the only one)")] = None
     """The dictionary of the features; the site alone if it has one dictionary."""
     strength: Strengths = (0.5, 1.0, 2.0)
     """Strengths in peaks; a column each."""
-    edit_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """Seed of the noise."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("icons.png")
     """Image file of the grid: .png, .webp or .jpg."""
@@ -179,6 +182,7 @@ class IconCommand(Command):
         from difflex.steering import StudyEditor
 
         check_image_path(self.out)
+        check_output(self.out)
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
         editor = StudyEditor(Study.open(self.study))
@@ -222,11 +226,11 @@ class ContrastCommand(Command):
     """The mean of the differences, or their first principal component."""
     seeds: Seeds = range(1)
     """Seeds for each pair, whose prompts start from the same noise; END is not included."""
-    keep_steps: Annotated[Range | None, arg(help_behavior_hint="(default: all)")] = None
+    keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps whose activations are compared; END is not included."""
     dictionary: Annotated[str | None, arg(metavar="DICTIONARY", help_behavior_hint="(default: none)")] = None
     """Decompose the direction into features of this dictionary."""
-    batch: Annotated[int, arg(metavar="N")] = 16
+    batch: Annotated[int, BATCH] = 16
     """Images at once."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep only the part that is computing on the GPU."""

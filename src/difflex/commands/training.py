@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import Positional, arg
 
 from difflex.choices import NormalisationMethod, PursuitName, SAEKind
-from difflex.commands.flags import Numbers
+from difflex.commands.flags import COUNT, POSITIVE, SEED, SIZE, TOKENS, Numbers, Shares
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ class TrainCommand(Command):
     """The activation function."""
     normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint=PRESET)] = None
     """How activations are normalised."""
-    learning_rate: Annotated[float | None, arg(metavar="RATE", help_behavior_hint=PRESET)] = None
+    learning_rate: Annotated[float | None, POSITIVE, arg(metavar="RATE", help_behavior_hint=PRESET)] = None
     """The peak learning rate."""
-    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint=ALL_TOKENS)] = None
+    tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint=ALL_TOKENS)] = None
     """Tokens to train on; if there are fewer, they are repeated in another order."""
-    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint=PRESET)] = None
+    batch: Annotated[int | None, COUNT, arg(help_behavior_hint=PRESET)] = None
     """Tokens per update, of all processes together; 1,024 in the default preset."""
-    seed: Annotated[int, arg(metavar="SEED")] = 0
+    seed: Annotated[int, SEED] = 0
     """The seed of the initial weights and of the order of the tokens."""
     split: Literal["data", "features"] = "data"
     """What several processes divide: the tokens of a batch, or the features of dictionaries that are too large for one GPU."""
@@ -100,13 +100,11 @@ class ItdaCommand(Command):
     """A folder with activations from `difflex harvest`."""
     site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
     """The sites, one after another: double.18, single.9:update."""
-    k: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32)")] = None
+    k: Annotated[int | None, COUNT, arg(help_behavior_hint="(default: 32)")] = None
     """Atoms per token."""
-    threshold: Annotated[
-        tuple[float, ...], arg(metavar="SHARE...", help_behavior_hint="(default: searched to fill the size)")
-    ] = ()
+    threshold: Annotated[Shares, arg(help_behavior_hint="(default: searched to fill the size)")] = ()
     """A token becomes an atom if more than this share of it is unexplained; several grow in one pass over the data."""
-    size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16384 with a threshold)")] = None
+    size: Annotated[int | None, SIZE, arg(help_behavior_hint="(default: 16384 with a threshold)")] = None
     """The largest number of atoms; without a threshold, the size that the data should fill."""
     pursuit: Annotated[PursuitName | None, arg(help_behavior_hint="(default: orthogonal, with the smallest error)")] = None
     """How codes are found."""
@@ -114,9 +112,9 @@ class ItdaCommand(Command):
     """How activations are normalised."""
     preset: Literal["default", "paper"] = "default"
     """Defaults of the other flags; `paper` is arXiv 2505.24360: k 64, threshold 0.6, size 64000, gradient pursuit."""
-    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint=ALL_TOKENS)] = None
+    tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint=ALL_TOKENS)] = None
     """Tokens to read in a pass."""
-    seed: Annotated[int, arg(metavar="SEED")] = 0
+    seed: Annotated[int, SEED] = 0
     """The seed of the order of the tokens."""
 
     def __call__(self) -> list[Path]:
