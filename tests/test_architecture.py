@@ -36,11 +36,11 @@ ARROWS: dict[str, set[str]] = {
     "dictionaries": GROUND,
     "study": GROUND,
     "training": {*GROUND, "dictionaries", "store", "study"},
-    "evaluation": {*GROUND, "dictionaries", "miniature", "store", "study"},
+    "evaluation": {*GROUND, "dictionaries", "images", "miniature", "store", "study"},
     "features": {*GROUND, "dictionaries", "store", "study"},
     "explanation": {*GROUND, "features", "miniature", "study"},
-    "steering": {*GROUND, "dictionaries", "store", "study"},
-    "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "miniature", "steering", "store", "study"},
+    "steering": {*GROUND, "dictionaries", "images", "store", "study"},
+    "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "images", "miniature", "steering", "store", "study"},
     "report": {
         *GROUND,
         "dictionaries",
@@ -171,11 +171,10 @@ HOMES: dict[str, set[str]] = {
     "tyro": {"cli", "commands", "recipes"},
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
-    "openai": {"explanation"},
-    "httpx2": {"explanation"},
+    "httpcore2": {"explanation"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
-EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "openai": "vlm", "httpx2": "vlm"}
+EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm"}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex._version.__version__"

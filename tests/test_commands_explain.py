@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
+from changed_book import change_book
 from image_views import MODEL, book, code
 from PIL import Image
 
@@ -36,8 +36,7 @@ def add_book(study: Study, label: str, scratch: Path) -> Study:
     for path in (study.book(SITE, label), study.dictionary(SITE, label) / "config.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(scratch / "book.sqlite", study.book(SITE, label))
-    with sqlite3.connect(study.book(SITE, label)) as file:
-        file.execute("UPDATE about SET value = ? WHERE name = 'dictionary'", (json.dumps(f"{SITE}/{label}"),))
+    change_book(study.book(SITE, label), "UPDATE about SET value = ? WHERE name = 'dictionary'", json.dumps(f"{SITE}/{label}"))
     shutil.copytree(scratch / "images", study.images, dirs_exist_ok=True)
     (study.dictionary(SITE, label) / "config.json").write_text("{}")
     return study
@@ -119,7 +118,7 @@ def test_a_key_is_in_no_output_and_no_file(
         assert main(explain_words(study, server, "--random-features", "2", "--protocol", "paper", "--key-variable", "OTHER")) == 2
         rejected = capfd.readouterr()
     assert "2 explained" in valid.out
-    assert "ApiKey(from $OTHER)" in rejected.err and "wrong key: Bearer [key]" in rejected.err
+    assert "with the API key from $OTHER" in rejected.err and "wrong key: Bearer [key]" in rejected.err
     files = b"".join(path.read_bytes() for path in study.folder.rglob("*") if path.is_file())
     assert SECRET not in valid.out + valid.err + rejected.out + rejected.err and SECRET.encode() not in files
 

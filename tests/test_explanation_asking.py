@@ -146,7 +146,9 @@ def test_calls_obey_the_limit_per_minute(connect: Endpoints):
 def test_an_unreachable_endpoint_ends_the_work_instead_of_failing_every_feature(connect: Endpoints, answers: AnswerCache):
     with RuleServer() as server:
         url = server.url
-    with pytest.raises(BadInput, match="'rule' does not answer: the connection failed"):
+    with pytest.raises(
+        BadInput, match="'rule' does not answer: 127.0.0.1, port [0-9]+, does not accept a connection: Connection refused"
+    ):
         explained(connect(url))
 
 
@@ -219,24 +221,6 @@ def test_a_key_goes_to_the_endpoint_and_nowhere_else(
     assert SECRET not in message + out + err and SECRET.encode() not in files
 
 
-def test_a_key_is_read_from_a_file_or_the_environment(tmp_path: Path):
-    file = tmp_path / "key"
-    file.write_text(f"{SECRET}\n")
-    assert ApiKey.read(file, "NAME", {}).secret == SECRET == ApiKey.read(None, "NAME", {"NAME": SECRET}).secret
-    assert not ApiKey.read(None, "NAME", {}).secret
-    file.write_text(f"export KEY={SECRET} more")
-    with pytest.raises(BadInput, match="has 3 words") as caught:
-        ApiKey.read(file, "NAME", {})
-    assert SECRET not in str(caught.value)
-
-
-@pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "https://me:secret@host/v1", "https://host/v1?key=secret"])
-def test_an_invalid_address_or_one_with_a_secret_is_rejected_without_repeating_it(url: str):
-    with pytest.raises(BadInput) as caught:
-        EndpointBackend(url, MODEL, ApiKey("", ""))
-    assert "secret" not in str(caught.value)
-
-
 def test_a_key_sent_over_plain_http_to_another_machine_causes_a_warning():
     with pytest.warns(UserWarning, match="unencrypted"):
         EndpointBackend("http://example.invalid/v1", MODEL, ApiKey(SECRET, "")).close()
@@ -279,7 +263,7 @@ def test_a_parameter_that_an_endpoint_does_not_support_is_sent_only_once(connect
 def test_a_wrong_key_ends_the_work_at_once_and_is_not_printed(connect: Endpoints):
     with (
         RuleServer(key="right") as server,
-        pytest.raises(BadInput, match=r"does not serve 'rule' to ApiKey\(from a test\)") as caught,
+        pytest.raises(BadInput, match="does not serve 'rule' with the API key from a test") as caught,
     ):
         explained(connect(server.url, SECRET))
     assert SECRET not in str(caught.value)

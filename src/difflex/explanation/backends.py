@@ -49,6 +49,10 @@ class TransportFault(FailedCall):
     outcome = "fault"
 
 
+class UnusableEndpoint(TransportFault):
+    """An address at which nothing answers as an endpoint does; unless it has answered before, another try is of no use."""
+
+
 class RefusedAnswer(FailedCall):
     """A refusal; the question may be asked again."""
 
@@ -76,6 +80,10 @@ class VLMBackend(ABC):
     def check_shots(self, shots: Iterable[Shot]) -> None:
         """Raise an error if the backend cannot answer about images of these shots."""
         return
+
+    def redact(self, text: str) -> str:
+        """Return `text` without what must not be shown or kept, such as an API key that the model repeats."""
+        return text
 
     def close(self) -> None:
         """Close connections."""

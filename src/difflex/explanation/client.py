@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from difflex.errors import BadInput
-from difflex.explanation.backends import RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
+from difflex.explanation.backends import RefusedAnswer, RejectedRequest, TransportFault, UnusableEndpoint, VLMBackend
 from difflex.explanation.questions import (
     FailedCall,
     ImageView,
@@ -127,6 +127,8 @@ class CachedClient:
                 raise self._failure(f"rejected: {error}", MAX_FAILURES) from None
             except TransportFault as error:
                 reason = str(error)
+                if isinstance(error, UnusableEndpoint) and not self._has_answered:
+                    raise self._failure(reason, 1) from None
                 if failures < attempts:
                     self._limiter.back_off(reason, failures, error.retry_after)
         raise self._failure(f"{reason} ({attempts} times)", MAX_FAILURES if self._has_answered else 1)
@@ -140,10 +142,13 @@ class CachedClient:
         try:
             reply = self._backend.reply(views, instruction, objection)
             usage, self._failures, self._has_answered = reply.usage or estimate, 0, True
-            answer = parse_answer(reply.text, instruction.schema)
-            outcome, text = "valid", answer.model_dump_json()
-            return answer
+            answer = parse_answer(self._backend.redact(reply.text), instruction.schema)
+            # Once more, as a key may have appeared when invisible characters were taken out.
+            text = self._backend.redact(answer.model_dump_json())
+            outcome = "valid"
+            return instruction.schema.model_validate_json(text)
         except FailedCall as error:
+            error.args = (self._backend.redact(str(error)),)
             outcome = f"{error.outcome}: {error}"
             if isinstance(error, RefusedAnswer):
                 usage, self._failures, self._has_answered = error.usage or estimate, 0, True

@@ -4,67 +4,42 @@ from __future__ import annotations
 
 import base64
 import email.utils
-import os
+import json
+import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, final
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from difflex.errors import BadInput, MissingExtra
-from difflex.explanation.backends import BackendReply, RefusedAnswer, RejectedRequest, TransportFault, VLMBackend
+from difflex.explanation.backends import (
+    BackendReply,
+    RefusedAnswer,
+    RejectedRequest,
+    TransportFault,
+    UnusableEndpoint,
+    VLMBackend,
+)
+from difflex.explanation.keys import ApiKey
 from difflex.explanation.questions import ImageView, Instruction, TokenUsage, VLMAnswer, answer_schema, clean_text
 
 if TYPE_CHECKING:
-    import httpx2
-    import openai
+    from difflex.explanation.transport import HttpAnswer, HttpTransport
 
 __all__ = ["ApiKey", "EndpointBackend"]
 
-MAX_BYTES = 2**20
-"""Longest body of an answer."""
 MAX_REASON = 300
 """Characters of an endpoint's error that are shown."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-CONNECT_TIMEOUT = 15.0
-"""Seconds to connect to an endpoint; the rest of the timeout is for its answer."""
-
-
-@final
-@dataclass(frozen=True, repr=False)
-class ApiKey:
-    """An API key; its `repr` does not contain the secret."""
-
-    secret: str
-    """Empty for no key."""
-    source: str
-
-    @classmethod
-    def read(cls, file: Path | None, variable: str, environment: Mapping[str, str] = os.environ) -> ApiKey:
-        """Read the key from `file`, or else from an environment variable; it may be empty there, as for local servers."""
-        if file is None:
-            return cls(environment.get(variable, "").strip(), f"${variable}")
-        try:
-            words = file.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"The key file {file} cannot be read ({type(error).__name__}). Name a text file of one line."
-            ) from None
-        if len(words) != 1:
-            raise BadInput(f"The key file {file} has {len(words)} words. Write only the key into it.")
-        return cls(words[0], str(file))
-
-    def redact(self, text: str) -> str:
-        """Return `text` without the secret, as endpoints may repeat it in errors."""
-        return text.replace(self.secret, "[key]") if self.secret else text
-
-    def __repr__(self) -> str:
-        return f"ApiKey(from {self.source})"
+MAX_NAME = 200
+"""Characters of the name of a model."""
+MAX_TIMEOUT = 86_400.0
+MAX_CONNECTIONS = 1000
+MAX_COST, MAX_TOKENS = 1e4, 10**8
+"""The most that a call is believed to have cost, and to have taken."""
 
 
 class _ChatMessage(BaseModel):
@@ -77,15 +52,10 @@ class _ChatChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class _ChatUsage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None
-
-
 class _ChatCompletion(BaseModel):
     choices: list[_ChatChoice] | None = None
-    usage: _ChatUsage | None = None
+    usage: JsonValue = None
+    """Of any form: an answer that is paid is not dropped because its usage is odd."""
 
 
 @final
@@ -96,66 +66,59 @@ class EndpointBackend(VLMBackend):
         self, url: str, model: str, key: ApiKey, *, timeout: float = 120.0, max_tokens: int = 2048, connections: int = 16
     ) -> None:
         """`timeout`: seconds for a whole call; `max_tokens`: longest answer, reasoning included."""
-        _check_address(url, key)
+        if not (0 < timeout <= MAX_TIMEOUT and 1 <= connections <= MAX_CONNECTIONS and max_tokens >= 1):
+            raise BadInput(
+                f"A timeout of {timeout:g} s, {connections} connections and answers of {max_tokens} tokens allow no request. "
+                f"Give a timeout above 0 and up to {MAX_TIMEOUT:g} s, 1 to {MAX_CONNECTIONS} connections and 1 or more tokens."
+            )
+        if not model.isprintable() or not 0 < len(model.strip()) <= MAX_NAME:
+            raise BadInput(f"The name of a model has 1 to {MAX_NAME} printable characters, not {clean_text(ascii(model), 40)}.")
         self.name = model  # the same at every address: a server that moves does not cost its answers again
-        self._key, self._timeout, self._lock = key, timeout, Lock()
-        self._client = _open_client(url, key, connections, timeout)
+        self._key, self._lock = key, Lock()
+        self._transport = _open_transport(url, key, timeout, connections)
         # Not every endpoint knows these parameters: one that it complains about is not sent again.
         self._parameters: dict[str, object] = {"response_format": None, "temperature": 0, "max_tokens": max_tokens}
 
     def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
         """Return the model's reply."""
-        import openai
-
-        content = _content(views, instruction, objection)
+        message = {"role": "user", "content": _content(views, instruction, objection)}
         while True:
             parameters = self._parameters
-            body = {"messages": [{"role": "user", "content": content}], **_with_schema(parameters, instruction.schema)}
+            request = {"model": self.name, "messages": [message], **_with_schema(parameters, instruction.schema)}
             try:
-                return self._parse(self._send(body))
-            except openai.APIStatusError as error:
-                if error.status_code == 400 and self._drop_parameter(parameters, str(error)):
-                    continue
-                raise self._failure(error) from None
+                answer = self._transport.post(json.dumps(request).encode())
+            except TransportFault as error:
+                raise type(error)(self._key.redact(str(error))) from None
+            text = self._key.redact(answer.body.decode(errors="replace"))
+            if 200 <= answer.status < 300:
+                return self._parse(text)
+            if answer.status != 400 or not self._drop_parameter(parameters, text):
+                raise self._failure(answer, text)
+
+    def redact(self, text: str) -> str:
+        """Return `text` without the API key."""
+        return self._key.redact(text)
 
     def close(self) -> None:
         """Close the connections."""
-        self._client.close()
+        self._transport.close()
 
-    def _send(self, request: dict[str, object]) -> bytes:
-        """Send a request and return the body of the answer, complete and within the limits of time and size."""
-        import httpx2
-        import openai
-
-        deadline = time.monotonic() + self._timeout
-        send, body = self._client.chat.completions.with_streaming_response.create, bytearray()
+    def _parse(self, text: str) -> BackendReply:
         try:
-            # As extra_body, because the client inspects every item of its named arguments, which is slow for images.
-            with send(model=self.name, messages=[], extra_body=request) as response:
-                for part in response.iter_bytes():
-                    body += part
-                    if time.monotonic() > deadline:  # some endpoints send blanks while they wait, so no single read times out
-                        raise TransportFault(f"no complete answer within {self._timeout:g} s")
-                    if len(body) > MAX_BYTES:
-                        raise TransportFault(f"an answer of more than {MAX_BYTES} bytes")
-        except (openai.APITimeoutError, httpx2.TimeoutException):
-            raise TransportFault(f"no answer within {self._timeout:g} s") from None
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            raise TransportFault(self._redact(f"the connection failed: {error.__cause__ or error}")) from None
-        return bytes(body)
-
-    def _parse(self, body: bytes) -> BackendReply:
-        try:
-            completion = _ChatCompletion.model_validate_json(body)
+            completion = _ChatCompletion.model_validate_json(text)
         except ValidationError:
-            raise TransportFault(self._redact(f"not a completion: {body.decode(errors='replace')}")) from None
+            raise UnusableEndpoint(self._reason(f"not a completion: {text}")) from None
         if not completion.choices:
-            raise TransportFault(self._redact(f"a completion without choices: {body.decode(errors='replace')}"))
-        usage = completion.usage and _token_usage(completion.usage)
-        choice = completion.choices[0]
+            raise TransportFault(self._reason(f"a completion without choices: {_message(text)}"))
+        usage, choice = _token_usage(completion.usage), completion.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise RefusedAnswer(self._redact(choice.message.refusal or "the content filter stopped the answer"), usage=usage)
+            reason = choice.message.refusal or "the content filter stopped the answer"
+            raise RefusedAnswer(self._reason(reason), usage=usage)
         return BackendReply(choice.message.content or "", usage)
+
+    def _reason(self, text: str) -> str:
+        """Return `text` as a line to show; redacted again, as a key may have appeared when invisible letters were taken out."""
+        return self._key.redact(clean_text(self._key.redact(text), MAX_REASON))
 
     def _drop_parameter(self, parameters: dict[str, object], complaint: str) -> bool:
         """Drop the parameter that a complaint names; return whether it names one."""
@@ -169,44 +132,31 @@ class EndpointBackend(VLMBackend):
             self._parameters = remaining
         return True
 
-    def _failure(self, error: openai.APIStatusError) -> Exception:
-        """Return the exception for an error status."""
-        status, reason = error.status_code, self._redact(str(error))
-        if status in (401, 402, 404) or "insufficient_quota" in reason:
-            return BadInput(f"The endpoint does not serve '{self.name}' to {self._key}: {reason}. Fix that and run again.")
+    def _failure(self, answer: HttpAnswer, text: str) -> Exception:
+        """Return the exception for a status that is not a success, with the body `text`."""
+        status, reason = answer.status, self._reason(f"status {answer.status}: {_message(text)}")
+        if 300 <= status < 400:
+            return BadInput(
+                f"The endpoint sends requests on to {self._key.redact(_place(answer.headers.get('location', '')))}. Images are "
+                "not sent to another address than the one you named. If you trust it, name it."
+            )
+        if status in (401, 402, 404, 405) or "insufficient_quota" in text:
+            return BadInput(f"The endpoint does not serve '{self.name}' with {self._key}: {reason}. Fix that and run again.")
         if status in (408, 409, 425, 429) or status >= 500:
-            return TransportFault(reason, retry_after=_retry_after(error.response.headers))
+            return TransportFault(reason, retry_after=_retry_after(answer.headers.get("retry-after", "")))
         return RejectedRequest(reason)
 
-    def _redact(self, reason: str) -> str:
-        return self._key.redact(clean_text(self._key.redact(reason), MAX_REASON))
 
-
-def _check_address(url: str, key: ApiKey) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadInput(f"'{parts.scheme}:...' is not the address of an endpoint. Write it as in https://openrouter.ai/api/v1.")
-    if parts.username or parts.password or parts.query:
-        raise BadInput(
-            f"The address of {parts.hostname} contains a user name, a password or a query, which logs and errors would show. "
-            "Put the key into the environment or a key file."
-        )
+def _open_transport(url: str, key: ApiKey, timeout: float, connections: int) -> HttpTransport:
+    try:
+        from difflex.explanation.transport import LOOPBACK, HttpTransport, split_address
+    except ImportError as error:
+        raise MissingExtra.of("httpcore2", "vlm", "A VLM endpoint") from error
+    parts = split_address(url)
     if parts.scheme == "http" and parts.hostname not in LOOPBACK and key.secret:
         warnings.warn(f"The key goes to {parts.hostname} unencrypted, as its address begins with http.", stacklevel=3)
-
-
-def _open_client(url: str, key: ApiKey, connections: int, timeout: float) -> openai.OpenAI:
-    try:
-        import httpx2
-        import openai
-    except ImportError as error:
-        raise MissingExtra.of("openai", "vlm", "A VLM endpoint") from error
-    times = httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout))
-    http = openai.DefaultHttpxClient(
-        timeout=times, limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-    )
-    # The retries of this client are off: CachedClient retries by one policy that obeys Retry-After and the budget.
-    return openai.OpenAI(base_url=url, api_key=key.secret or "none", max_retries=0, timeout=times, http_client=http)
+    headers = {"Authorization": f"Bearer {key.secret}"} if key.secret else {}
+    return HttpTransport(url, headers, timeout=timeout, connections=connections)
 
 
 def _content(views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str) -> list[dict[str, object]]:
@@ -225,15 +175,47 @@ def _with_schema(parameters: dict[str, object], schema: type[VLMAnswer]) -> dict
     return {name: form if name == "response_format" else value for name, value in parameters.items()}
 
 
-def _token_usage(usage: _ChatUsage) -> TokenUsage:
-    cost = usage.cost if usage.cost is not None and usage.cost >= 0 else None
-    return TokenUsage(max(0, usage.prompt_tokens), max(0, usage.completion_tokens), cost)
+def _token_usage(usage: JsonValue) -> TokenUsage | None:
+    """Return the usage that an endpoint reports; None for one that cannot be true, which is then estimated."""
+    if not isinstance(usage, dict):
+        return None
+    counts = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+    tokens_in, tokens_out = (int(n) if isinstance(n, int | float) and 0 <= n <= MAX_TOKENS else None for n in counts)
+    cost = usage.get("cost")
+    if not isinstance(cost, int | float) or not 0 <= cost <= MAX_COST:
+        cost = None
+    return None if tokens_in is None or tokens_out is None else TokenUsage(tokens_in, tokens_out, cost)
 
 
-def _retry_after(headers: httpx2.Headers) -> float | None:
-    """Return the seconds to wait in a Retry-After header, which is a number or a date."""
-    value = headers.get("retry-after", "")
-    if value.replace(".", "", 1).isdecimal():
-        return float(value)
-    date = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+def _retry_after(value: str) -> float | None:
+    """Return the seconds to wait in a Retry-After header, which is a number or a date; None for anything else."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = email.utils.parsedate_tz(value)
+            seconds = email.utils.mktime_tz(date) - time.time() if date else math.nan
+        except (ValueError, OverflowError):
+            return None
+        seconds = seconds if math.isnan(seconds) else max(0.0, seconds)
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _message(text: str) -> str:
+    """Return the message in the body of an error, or the whole body."""
+    try:
+        error = json.loads(text)["error"]
+        message = error if isinstance(error, str) else error["message"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return text
+    return message if isinstance(message, str) else text
+
+
+def _place(location: str) -> str:
+    """Return the address in a Location header without user name, password and query, as they may be secret."""
+    try:
+        parts = urlsplit(location)
+        place = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}" if parts.hostname else ""
+    except ValueError:
+        return "an address that cannot be read"
+    return clean_text(f"{place}{parts.path}", MAX_REASON) or "an address that it does not name"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from operator import add
 from pathlib import Path
@@ -18,6 +17,20 @@ from difflex.errors import BadInput, BrokenFile, OutOfBudget
 from difflex.explanation.questions import Instruction, TokenUsage, VLMAnswer
 
 LETTERS_PER_TOKEN = 4
+LOWEST_RATE = 0.01
+"""Fewest requests per minute: one in 100 minutes."""
+HIGHEST: Mapping[str, float] = {
+    "per_minute": 1e6,
+    "budget": 1e9,
+    "image_tokens": 1e7,
+    "answer_tokens": 1e7,
+    "answer_retries": 1000,
+    "send_retries": 1000,
+    "first_wait": 86_400,
+    "longest_wait": 86_400,
+    "longest_retry_after": 86_400,
+}
+"""The highest value of each setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +59,14 @@ class RequestPolicy:
     """Longest wait in seconds that an endpoint may ask for; if it asks for more, the work stops."""
 
     def __post_init__(self) -> None:
-        if self.per_minute is not None and self.per_minute <= 0:
-            raise BadInput(f"{self.per_minute:g} requests per minute allow no request. Give a number above 0.")
-        if not all(math.isfinite(price) and price >= 0 for price in self.price):
-            raise BadInput(f"The price {self.price} of a million tokens, in and out, is not valid. Give two numbers from 0 up.")
-        if min(self.answer_retries, self.send_retries, self.first_wait, self.longest_wait) < 0:
-            raise BadInput(f"Retries and waits cannot be below 0: {self}.")
+        if len(self.price) != 2:
+            raise BadInput(f"A price is two numbers, of a million tokens in and out, not {self.price}.")
+        values = [(f"price {way}", value) for way, value in zip(("in", "out"), self.price, strict=True)]
+        values += [(name, value) for name in HIGHEST if (value := getattr(self, name)) is not None]
+        for name, value in values:
+            lowest, highest = LOWEST_RATE if name == "per_minute" else 0, HIGHEST.get(name, HIGHEST["budget"])
+            if not (isinstance(value, int | float) and lowest <= value <= highest):  # false for NaN
+                raise BadInput(f"The policy of requests has {name} = {value}. Give a number from {lowest:g} to {highest:g}.")
 
     def cost(self, usage: TokenUsage) -> float:
         """Return the cost of a call: as reported by the endpoint, or else by the price of its tokens."""
