@@ -223,13 +223,11 @@ def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsy
     ("words", "message"),
     [
         (["collect", "STUDY", "--site", "double.9"], "The site 'double.9' is unknown"),
-        (["collect", "STUDY", "--images", "0"], "--images 0 --batch 16: both must be at least 1"),
         (["collect", "STUDY", "--drawn-world", "--prompts", "captions"], "three sources of images"),
         (["collect", "STUDY", "--folder", "nowhere"], "There is no folder nowhere"),
         (["features", "STUDY"], "has 3 books. Name one with --dictionary"),
         (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--sort", "densty"], "The column 'densty' is unknown"),
         (["features", "STUDY", "--dictionary", "double.0/itda-6-k3", "--sort", "concept"], "Run difflex concepts first"),
-        (["features", "STUDY", "--dictionary", "double.0/topk-24-k4", "--top", "0"], "--top 0 must be at least 1"),
         (["show", "STUDY", "24", "--dictionary", "double.0/topk-24-k4"], "has no feature 24: they are numbered from 0 to 23"),
         (["show", "STUDY", "1", "--dictionary", "double.0/topk-24-k4", "--out", "x.txt"], "does not name an image file"),
         (["show", "STUDY", "1", "--dictionary", "double.0"], "has 2 dictionaries"),

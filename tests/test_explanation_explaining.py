@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from changed_book import change_book
 from image_views import MODEL, QUICK, Endpoints, code
 from image_views import book as plain_features
 
 from difflex.errors import BadInput, OutOfBudget
 from difflex.explanation import CachedClient, ExplanationProtocol, RequestPolicy
+from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import BackendReply, VLMBackend
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
 from difflex.explanation.explaining import dry_run, explain
 from difflex.explanation.protocol import UnsuitableFeature, plan_feature
 from difflex.explanation.questions import ImageView, Instruction, VLMAnswer
-from difflex.explanation.requests import AnswerCache
 from difflex.explanation.studies import choose_features
 from difflex.features import Book, ImageAlbum
 from difflex.testing import RuleServer
@@ -84,8 +85,7 @@ def test_highlights_in_the_same_place_are_no_near_miss(tmp_path: Path):
     book, _ = plain_features(tmp_path, 12, shared=2)
     path = book.path
     book.close()
-    with sqlite3.connect(path) as file:  # now all features fire at the first token
-        file.execute("UPDATE examples SET map = ?", (b"\0\0\xff\xff",))
+    change_book(path, "UPDATE examples SET map = ?", b"\0\0\xff\xff")  # now all features fire at the first token
     with Book.open(path) as changed:
         others = plan_feature(changed, 3, range(12), ExplanationProtocol()).negatives
     assert len(others) == 5 and others[4].feature == 5, "four random ones and one neighbour"
@@ -249,7 +249,7 @@ from pathlib import Path
 from difflex.explanation import CachedClient
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
 from difflex.explanation.explaining import explain
-from difflex.explanation.requests import AnswerCache
+from difflex.explanation.answers import AnswerCache
 from difflex.features import Book, ImageAlbum
 folder, url = Path(sys.argv[1]), sys.argv[2]
 with Book.edit(folder / "book.sqlite") as book:
@@ -288,8 +288,7 @@ def test_a_book_of_text_cannot_be_explained(tmp_path: Path, connect: Endpoints):
     book, album = plain_features(tmp_path, 6)
     path = book.path
     book.close()
-    with sqlite3.connect(path) as file:
-        file.execute("UPDATE about SET value = 'null' WHERE name = 'grid'")
+    change_book(path, "UPDATE about SET value = 'null' WHERE name = 'grid'")
     with Book.edit(path) as text, RuleServer() as server, pytest.raises(BadInput, match="about text tokens"):
         explain(text, [0], connect(server.url), album, progress=False)
 
@@ -309,9 +308,8 @@ def test_examples_with_invisible_highlights_are_not_shown(tmp_path: Path):
     book, _ = plain_features(tmp_path, 12, shared=2)
     path = book.path
     book.close()
-    with sqlite3.connect(path) as file:
-        file.execute("UPDATE examples SET peak = 3.9 WHERE split = 'held-out' AND rank > 3")
-        file.execute("UPDATE examples SET peak = 3.9 WHERE feature = 4 AND kind = 'quantile' AND split = 'train'")
+    change_book(path, "UPDATE examples SET peak = 3.9 WHERE split = 'held-out' AND rank > 3")
+    change_book(path, "UPDATE examples SET peak = 3.9 WHERE feature = 4 AND kind = 'quantile' AND split = 'train'")
     with Book.open(path) as changed:
         plan = plan_feature(changed, 3, range(12), ExplanationProtocol())
     assert all(example.peak >= 4 for example in plan.examples), "a fifth of the peak of 20"

@@ -24,6 +24,8 @@ def sqlite_errors(path: Path, advice: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         _explain(path, advice, error)
+    except UnicodeDecodeError as error:  # in a message of SQLite about a damaged file
+        raise BrokenFile(f"{path} is damaged (a text is not UTF-8). {advice}") from error
 
 
 @contextmanager

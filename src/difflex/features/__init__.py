@@ -5,7 +5,8 @@
 
 from difflex.features.book import BestConcept, Book, CoverageSummary, FeatureFilter, select_features
 from difflex.features.images import ImageAlbum, overlaid, sheet
-from difflex.features.tables import BookInfo, BookWriter
+from difflex.features.tables import BookInfo
+from difflex.features.writing import BookWriter
 
 __all__ = [
     "BestConcept",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import Literal, NamedTuple, TypeVar, final
 
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.features.entries import (
     AtomImage,
     Example,
@@ -23,11 +24,14 @@ from difflex.features.entries import (
     TokenMap,
 )
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement, RecordedUsage
-from difflex.features.tables import BookInfo, connect, read_info, sqlite_errors, transaction
-from difflex.records import Shot, Split
+from difflex.features.tables import ADVICE, BookInfo, connect, read_info, seal_row, verify
+from difflex.files import parsing
+from difflex.records import Shot, Split, _from_json
+from difflex.sqlite import sqlite_errors, transaction
 
 SORT_COLUMNS = tuple(field.name for field in fields(FeatureStats) if field.name not in ("histogram", "activity"))
 """Numeric columns, by which features can be sorted and filtered."""
+T = TypeVar("T")
 IMAGE_COLUMNS = "images.id, file, width, height"
 BEST_SCORE = (
     "(SELECT max(value) FROM scores JOIN explanations ON explanations.id = explanation "
@@ -70,20 +74,30 @@ class CoverageSummary(NamedTuple):
 class Book:
     """The book of one dictionary, an SQLite file with many readers and one writer at a time."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path = path
-        self.about: BookInfo = read_info(path, connection)
-        self._connection = connection
+    def __init__(self, path: Path, writable: bool) -> None:
+        self.path, self._writable = path, writable
+        self._connection = connect(path, writable)
+        try:
+            self.about: BookInfo = read_info(path, self._connection)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(cls, path: Path | str) -> Book:
         """Open the book at `path` for reading."""
-        return cls(Path(path), connect(Path(path), writable=False))
+        return cls(Path(path), writable=False)
 
     @classmethod
     def edit(cls, path: Path | str) -> Book:
         """Open the book at `path` for reading and adding explanations; writers wait for each other."""
-        return cls(Path(path), connect(Path(path), writable=True))
+        return cls(Path(path), writable=True)
+
+    def verify(self, fingerprint: str | None = None) -> None:
+        """Raise `BrokenFile` unless all of the file is as it was written, `StaleWork` for a dictionary of another fingerprint."""
+        if fingerprint not in (None, self.about.fingerprint):
+            raise StaleWork(f"{self.about.dictionary} has changed since {self.path} was made. Run difflex collect again.")
+        verify(self.path, self._connection)
 
     def close(self) -> None:
         """Close the file."""
@@ -97,11 +111,11 @@ class Book:
 
     def feature(self, feature: int) -> FeatureStats:
         """Return the statistics of one feature."""
-        rows = self._query("SELECT * FROM features WHERE feature = ?", feature)
-        if not rows:
+        if not 0 <= feature < self.about.size:
             numbers = f"they are numbered from 0 to {self.about.size - 1}"
             raise UnknownName(f"{self.about.dictionary} has no feature {feature}: {numbers}.")
-        return _feature(rows[0])
+        [row] = self._read(_feature, "SELECT * FROM features WHERE feature = ?", feature)
+        return row
 
     def features(
         self,
@@ -124,7 +138,7 @@ class Book:
         key = BEST_SCORE if sort == "score" else sort
         order = f"ORDER BY {key} {'DESC' if descending else 'ASC'} NULLS LAST, feature LIMIT ?"
         values = [condition.value for condition in filters] + [measure] * (sort == "score") + [-1 if limit is None else limit]
-        return [_feature(row) for row in self._query(f"{selection} {order}", *values)]
+        return self._read(_feature, f"{selection} {order}", *values)
 
     def coverage_summary(self, min_shots: int = 8) -> CoverageSummary | None:
         """Summarise the coverage of features that fire in at least `min_shots` shots; None if there are none."""
@@ -161,8 +175,8 @@ class Book:
     def shots(self, numbers: Iterable[int]) -> dict[int, ShotRow]:
         """Return the shots of these numbers with their images, by number."""
         table = "shots JOIN images ON images.id = image WHERE shots.id IN (SELECT value FROM json_each(?))"
-        rows = self._query(f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}", json.dumps(sorted(set(numbers))))
-        return {number: ShotRow(number, ImageFile(*image), _shot(text)) for number, text, *image in rows}
+        query = f"SELECT shots.id, shot, {IMAGE_COLUMNS} FROM {table}"
+        return {row.id: row for row in self._read(_shot_row, query, json.dumps(sorted(set(numbers))))}
 
     def images(self) -> list[ImageFile]:
         """Return all images of the book."""
@@ -176,16 +190,16 @@ class Book:
     def patch(self, feature: int) -> AtomImage | None:
         """Return the image patch of an ITDA atom; None for other dictionaries, or if it is unknown."""
         table = "patches LEFT JOIN images ON images.id = image WHERE feature = ?"
-        rows = self._query(f"SELECT feature, token, shot, {IMAGE_COLUMNS} FROM {table}", feature)
-        if not rows:
-            return None
-        number, token, text, *image = rows[0]
-        return AtomImage(number, token, None if image[0] is None else ImageFile(*image), _shot(text))
+        rows = self._read(_atom_image, f"SELECT feature, token, shot, {IMAGE_COLUMNS} FROM {table}", feature)
+        return rows[0] if rows else None
 
     def explanations(self, feature: int | None = None) -> list[Explanation]:
         """Return the explanations of a feature, or of all."""
-        rows = self._query("SELECT * FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id", feature)
-        return [Explanation(**{**row, "descriptions": tuple(json.loads(row["descriptions"]))}) for row in rows]
+        columns = ", ".join(field.name for field in fields(Explanation))
+        query = f"SELECT {columns} FROM explanations WHERE feature = ifnull(?, feature) ORDER BY id"
+        return self._read(
+            lambda row: Explanation(**{**row, "descriptions": tuple(json.loads(row["descriptions"]))}), query, feature
+        )
 
     def judgements(self, explanation: int) -> list[Judgement]:
         """Return the judgements of an explanation in their order."""
@@ -221,28 +235,48 @@ class Book:
         """
         key = (explanation.feature, explanation.backend, explanation.protocol)
         content = (explanation.text, json.dumps(explanation.descriptions), explanation.state, explanation.reason)
-        with transaction(self.path, self._connection) as connection:
+        with self._writing() as connection:
             connection.execute("DELETE FROM explanations WHERE (feature, backend, protocol) = (?, ?, ?)", key)
-            insertion = "INSERT INTO explanations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)"
+            insertion = "INSERT INTO explanations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, '')"
             number = connection.execute(insertion, (*key, *content)).lastrowid
             assert number is not None
             insertion = "INSERT INTO judgements VALUES (NULL, ?, ?, ?, ?)"
             connection.executemany(insertion, [(number, *judgement) for judgement in judgements])
             connection.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", [(number, *score) for score in scores])
+            seal_row(connection, "explanations", number)
             _insert_usage(connection, [replace(entry, explanation=number) for entry in usage])
         return number
 
     def add_usage(self, usage: Iterable[RecordedUsage]) -> None:
         """Add records of usage."""
-        with transaction(self.path, self._connection) as connection:
+        with self._writing() as connection:
             _insert_usage(connection, usage)
 
+    def discard_explanations(self) -> int:
+        """Delete all explanations with their judgements, scores and usage; return how many explanations there were."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM usage")
+            return connection.execute("DELETE FROM explanations").rowcount
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Write everything in the block or nothing."""
+        if not self._writable:
+            raise BadInput(f"{self.path} is open for reading only. Open it with Book.edit to write.")
+        with sqlite_errors(self.path, ADVICE), transaction(self._connection) as connection:
+            yield connection
+
     def _examples(self, condition: str, *values: object) -> list[Example]:
-        rows = self._query(f"SELECT * FROM examples WHERE {condition}", *values)
-        return [Example(**{**row, "map": TokenMap.unpacked(row["map"], row["peak"])}) for row in rows]
+        return self._read(_example, f"SELECT * FROM examples WHERE {condition}", *values)
+
+    def _read(self, parse: Callable[[sqlite3.Row], T], query: str, *values: object) -> list[T]:
+        """Return the rows of a query as `parse` reads them."""
+        rows = self._query(query, *values)
+        with parsing(self.path, "a book", ADVICE):
+            return [parse(row) for row in rows]
 
     def _query(self, query: str, *values: object) -> list[sqlite3.Row]:
-        with sqlite_errors(self.path):
+        with sqlite_errors(self.path, ADVICE):
             return self._connection.execute(query, values).fetchall()
 
 
@@ -287,16 +321,31 @@ def select_features(
 
 def _shot(text: str) -> Shot:
     """Return the shot written as JSON in `text`."""
-    entries = json.loads(text)
-    return Shot(**{**entries, "pixels": tuple(entries["pixels"])})
+    return _from_json(Shot, json.loads(text), "a shot")
+
+
+def _shot_row(row: sqlite3.Row) -> ShotRow:
+    number, text, *image = row
+    return ShotRow(number, ImageFile(*image), _shot(text))
+
+
+def _atom_image(row: sqlite3.Row) -> AtomImage:
+    feature, token, text, *image = row
+    return AtomImage(feature, token, None if image[0] is None else ImageFile(*image), _shot(text))
 
 
 def _feature(row: sqlite3.Row) -> FeatureStats:
-    first, *counts = json.loads(row["histogram"])
-    return FeatureStats(**{**row, "histogram": Histogram(first, tuple(counts)), "activity": tuple(json.loads(row["activity"]))})
+    first, *counts = map(int, json.loads(row["histogram"]))
+    activity = tuple(map(float, json.loads(row["activity"])))
+    return FeatureStats(**{**row, "histogram": Histogram(first, tuple(counts)), "activity": activity})
+
+
+def _example(row: sqlite3.Row) -> Example:
+    return Example(**{**row, "map": TokenMap.unpacked(row["map"], row["peak"])})
 
 
 def _insert_usage(connection: sqlite3.Connection, usage: Iterable[RecordedUsage]) -> None:
     names = [field.name for field in fields(RecordedUsage)]
     insertion = f"INSERT INTO usage ({', '.join(names)}) VALUES ({', '.join(f':{name}' for name in names)})"
-    connection.executemany(insertion, [asdict(entry) for entry in usage])
+    for entry in usage:
+        seal_row(connection, "usage", connection.execute(insertion, asdict(entry)).lastrowid)

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from difflex.errors import BadInput
 from difflex.records import Shot, Split
 
 __all__ = [
@@ -114,6 +115,8 @@ class TokenMap(NamedTuple):
     @classmethod
     def unpacked(cls, packed: bytes, peak: float) -> TokenMap:
         """Read a map written by `packed`, whose largest value is `peak`."""
+        if len(packed) % 4:
+            raise BadInput(f"A map of {len(packed)} bytes is not whole: each token takes four.")
         numbers = struct.unpack(f"<{len(packed) // 2}H", packed)
         count = len(numbers) // 2
         return cls(numbers[:count], tuple(level / LEVELS * peak for level in numbers[count:]))

@@ -30,7 +30,8 @@ class Explanation:
 class Judgement(NamedTuple):
     """How well an example fits an explanation."""
 
-    example: int
+    example: int | None
+    """Its number in the book; None if the images were collected again, and it is no longer among them."""
     fires: bool
     """Whether the feature fires in the example."""
     score: float

@@ -20,7 +20,8 @@ from difflex.features.collector import FeatureCollector, FeatureMaps
 from difflex.features.entries import COVER_THRESHOLD, LEVELS, AtomImage, FeatureNeighbour, FeatureStats, Histogram, ImageFile
 from difflex.features.firing import FIRST_BIN, image_key, ranges, strongest_first
 from difflex.features.registry import ShotRegistry
-from difflex.features.tables import BookInfo, BookWriter, PackedExample
+from difflex.features.tables import BookInfo
+from difflex.features.writing import BookWriter, PackedExample
 from difflex.records import Shot, Split
 
 SPLITS: tuple[Split, Split] = ("train", "held-out")
@@ -93,7 +94,7 @@ def _info(target: CollectTarget, collector: FeatureCollector, registry: ShotRegi
         data=data,
         grid=collector.grid,
         tokens=totals.tokens,
-        shots=dict(registry.shots),
+        shots={**registry.shots},
         images=registry.images,
         timesteps=tuple(sorted(totals.timestep_tokens, reverse=True)),
         difflex=__version__,
