@@ -1,6 +1,7 @@
 """Dictionaries: saving, folding and normalisation of every kind, and the exact search for the largest scores."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.choices import NormalisationMethod, SAEKind
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights, fingerprint
+from difflex.dictionaries.files import FORMAT
 from difflex.dictionaries.normalisation import VectorMoments
 from difflex.dictionaries.sparse import BLOCK, EncoderSearch
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Codes, Site
+from difflex.tensors import read_tensors, stored_checksum, write_tensors
 
 WIDTH, SIZE, K = 24, 96, 5
 SITE = Site("double.18", "update")
@@ -163,14 +166,116 @@ def test_encoding_no_tokens_gives_no_codes():
     [
         ({"kind": "topkk"}, UnknownName, "nearest: topk"),
         ({"sise": 3}, UnknownName, "nearest: size"),
-        ({"format": 1}, BrokenFile, "format 1;.*reads format 2"),
+        ({"format": 1}, BrokenFile, "format 1;.*reads format 3"),
+        ({"k": SIZE + 1}, BrokenFile, "k 97 does not fit a dictionary of size 96"),
+        ({"k": -1}, BrokenFile, "k: -1"),
+        ({"k": "5"}, BrokenFile, "k: '5'"),
+        ({"k": True}, BrokenFile, "k: True"),
+        ({"width": WIDTH - 1}, BrokenFile, "width 23 and size 96, but the tensors have 24 and 96"),
+        ({"size": 10**30}, BrokenFile, "but the tensors have"),
+        ({"model": 3}, BrokenFile, "model: 3"),
+        ({"site": "double.18:x"}, BrokenFile, "is not a site"),
+        ({"settings": {}}, BrokenFile, "The normalisation 'None' is unknown"),
+        ({"sha256": "0" * 64}, BrokenFile, "not of the same dictionary"),
     ],
 )
 def test_a_config_with_a_wrong_entry_is_refused(tmp_path: Path, change: dict[str, object], error: type, message: str):
-    config = sae().save(tmp_path) / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    rewrite(sae().save(tmp_path), change)
     with pytest.raises(error, match=message):
         Dictionary.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"relu": "yes"}, "The setting relu 'yes' is unknown"),
+        ({"normalisation": {"method": "whiten", "clip": -1}}, "clips at -1"),
+        ({"normalisation": {"method": "whiten", "clip": 10**400}}, "cannot be read as a dictionary"),
+        ({"normalisation": {"method": "whiten", "clip": float("nan")}}, "clips at nan"),
+        ({"normalisation": {"method": ["whiten"]}}, "The normalisation .* is unknown"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: dict[str, object], message: str):
+    folder = sae().save(tmp_path)
+    before = json.loads((folder / "config.json").read_text())["settings"]
+    rewrite(folder, {"settings": {**before, **settings}})
+    with pytest.raises(BrokenFile, match=message):
+        Dictionary.load(folder)
+
+
+def test_json_of_any_depth_is_refused(tmp_path: Path):
+    config = sae().save(tmp_path) / "config.json"
+    for depth in (500, 900, 5_000, 200_000):
+        text = config.read_text().replace('"training": {', f'"training": {{"deep": {"[" * depth}{"]" * depth}, ')
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        (tmp_path / "deep" / "config.json").write_text(text)
+        with pytest.raises(BrokenFile):
+            Dictionary.load(tmp_path / "deep")
+
+
+def rewrite(folder: Path, change: Mapping[str, object]) -> None:
+    """Change entries of `config.json` as by hand: a file without a checksum is read as it is."""
+    path = folder / "config.json"
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
+    path.write_text(json.dumps({**content, **change}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "dictionary.safetensors"])
+def test_flipped_bits_are_found(tmp_path: Path, name: str):
+    path = sae().save(tmp_path) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BrokenFile, match=name):
+        Dictionary.load(tmp_path)
+
+
+def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path):
+    first, second = (sae().save(tmp_path / name) for name in ("a", "b"))
+    assert fingerprint(first) == fingerprint(second)
+    assert all((first / path.name).read_bytes() == path.read_bytes() for path in second.iterdir())
+    other = sae("jumprelu").save(tmp_path / "c")
+    assert fingerprint(other) != fingerprint(first)
+    (first / "dictionary.safetensors").write_bytes((other / "dictionary.safetensors").read_bytes())
+    with pytest.raises(BrokenFile, match="not of the same dictionary"):
+        fingerprint(first)
+    with pytest.raises(BrokenFile, match="not of the same dictionary"):
+        Dictionary.load(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("encoder", lambda x: x.index_fill(0, torch.tensor(3), torch.nan), NonFinite, "the tensor 'encoder' holds NaN or inf"),
+        ("bias", lambda x: x.index_fill(0, torch.tensor(3), torch.inf), NonFinite, "the tensor 'bias' holds NaN or infinity"),
+        ("thresholds", lambda x: x * torch.nan, NonFinite, "the tensor 'thresholds' holds"),
+        ("thresholds", lambda x: -x, BrokenFile, "cannot be negative"),
+        ("decoder", lambda x: x.index_fill(0, torch.tensor(3), 0.0), BrokenFile, "1 of the 96 decoder rows are zero"),
+        ("decoder", lambda x: x.half(), BrokenFile, "the tensor 'decoder' is torch.float16, expected is torch.float32"),
+        ("decoder", lambda x: x[:, 1:].contiguous(), BrokenFile, "decoder do not fit the encoder"),
+        ("encoder_bias", lambda x: x[None], BrokenFile, "encoder_bias do not fit the encoder"),
+        ("normalisation.scale", lambda x: 0 * x, BrokenFile, "not all above 0"),
+        ("normalisation.mean", lambda x: x[1:].clone(), BrokenFile, "of one width"),
+    ],
+)
+def test_tensors_that_no_dictionary_can_have_are_refused(
+    tmp_path: Path, name: str, change: Callable[[Tensor], Tensor], error: type, message: str
+):
+    folder = sae("jumprelu").save(tmp_path)
+    file = read_tensors(folder / "dictionary.safetensors", FORMAT, "")
+    write_tensors(folder / "dictionary.safetensors", FORMAT, {**file.tensors, name: change(file.tensors[name])})
+    rewrite(folder, {"sha256": stored_checksum(folder / "dictionary.safetensors", "")})
+    with pytest.raises(error, match=message) as raised:
+        Dictionary.load(folder)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path):
+    good = sae()
+    good.weights.encoder[4, 5] = torch.inf
+    with pytest.raises(NonFinite, match="the tensor 'encoder'"):
+        good.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_or_truncated_file_is_named(tmp_path: Path):
@@ -181,7 +286,7 @@ def test_a_missing_or_truncated_file_is_named(tmp_path: Path):
     with pytest.raises(BrokenFile, match="damaged"):
         Dictionary.load(tmp_path)
     tensors.unlink()
-    with pytest.raises(BrokenFile, match=r"no dictionary\.safetensors"):
+    with pytest.raises(BrokenFile, match=r"dictionary\.safetensors is missing"):
         Dictionary.load(tmp_path)
 
 
@@ -250,12 +355,12 @@ def test_a_folder_whose_config_does_not_fit_its_tensors_is_refused(tmp_path: Pat
         normalisation=Normalisation.identity(8),
         weights=SAEWeights(encoder=torch.eye(8), decoder=torch.eye(8), bias=torch.zeros(8)),
     )
-    config = json.loads((dictionary.save(tmp_path) / "config.json").read_text())
+    folder = dictionary.save(tmp_path)
     for change in ({"size": 9}, {"k": "2"}, {"settings": None}, {"settings": {"normalisation": {"method": "whiten"}}}):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        rewrite(dictionary.save(tmp_path), change)
         with pytest.raises(BrokenFile):
             Dictionary.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "jumprelu"}))
+    rewrite(dictionary.save(folder), {"kind": "jumprelu"})
     with pytest.raises(DifflexError, match="thresholds"):
         Dictionary.load(tmp_path)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionaries import read_itda
-from difflex.errors import BadInput, BrokenFile
+from difflex.errors import BadInput, BrokenFile, DifflexError
 from difflex.records import Site
 
 WIDTH, SIZE, ROOM = 24, 50, 64
@@ -176,6 +176,30 @@ def test_damaged_files_are_refused(tmp_path: Path):
         read_itda(tmp_path / "d", site=SITE)
     with pytest.raises(BadInput, match="neither"):
         read_itda(tmp_path, site=SITE)
+
+
+def test_claims_that_no_file_can_keep_are_refused_before_memory_is_taken(tmp_path: Path):
+    deep = "x: " + "[" * 100_000
+    cases = {
+        "says 1000000000000 atoms": flux(tmp_path / "a", {"dictionary_size": 10**12}),
+        "k 1000000000000 does not fit": flux(tmp_path / "b", {"target_l0": 10**12}),
+        "as a view of other numbers": leask(tmp_path / "c", atoms=torch.ones(1, 1).expand(10**7, 10**7)),
+        "k is -3": leask(tmp_path / "d", metadata="k: -3\n"),
+        "xs are not of floating-point numbers": flux(tmp_path / "e", {}, {"xs": torch.ones(ROOM, WIDTH).long()}),
+        "atoms are torch.int64": leask(tmp_path / "f", atoms=torch.ones(SIZE, WIDTH).long()),
+        "atom_indices torch.float32": leask(tmp_path / "g", indices=torch.full((SIZE, 2), torch.nan)),
+        "more than a configuration can": leask(tmp_path / "h", metadata=deep * 20),
+    }
+    for message, folder in cases.items():
+        with pytest.raises(BrokenFile, match=message):
+            read_itda(folder, site=SITE)
+    assert read_itda(leask(tmp_path / "i", metadata=deep), site=SITE).size == SIZE
+    (tmp_path / "a" / "cfg.json").write_text("[" * 100_000)
+    with pytest.raises(BrokenFile, match="cannot be read as JSON"):
+        read_itda(tmp_path / "a", site=SITE)
+    nan = {name: torch.full((WIDTH,), torch.nan) for name in ("mean_x", "mean_y")}
+    with pytest.raises(DifflexError):
+        read_itda(flux(tmp_path / "j", {}, nan), site=SITE)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from jaxtyping import TypeCheckError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.choices import PursuitName
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Normalisation
+from difflex.dictionaries.files import write_files
 from difflex.dictionaries.itda import ITDA, AtomProvenance, GrowthConfig, cluster_atoms, paper_config, remove_similar
 from difflex.dictionaries.normalisation import estimate_normalisation
 from difflex.dictionaries.pursuit import RULES, AtomSet, run_pursuit
 from difflex.distributed import Ranks
-from difflex.errors import BadInput, BrokenFile, NonFinite, StaleWork, UnknownName
+from difflex.errors import BadInput, BrokenFile, NonFinite, OutOfMemory, StaleWork, UnknownName
+from difflex.files import folder_lock
 from difflex.records import ActivationBatch, Shot, Site
 from difflex.store.reading import SplitBatches
 from difflex.training.itda import GrowthData, GrowthInterval, expected_over_threshold, grow
@@ -343,27 +344,89 @@ def test_new_tokens_are_over_the_threshold_as_often_as_the_curve_predicts(tmp_pa
     assert float(over) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("memory", [10**4, 10**5, 10**12])
-def test_growth_resumes_bit_for_bit_whatever_memory_is_free(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("memory", [10**6, 10**12])
+def test_equal_growths_have_equal_bytes_whatever_memory_is_free(tmp_path: Path, memory: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
-    free = "difflex.training.itda.growing.free_memory"
-    monkeypatch.setattr(free, lambda device: 7 * 10**5)  # enough for half a Gram matrix
-    whole = grown(tmp_path / "whole")
+    grown(tmp_path / "whole")
     started(tmp_path / "cut")
-    monkeypatch.setattr(free, lambda device: memory)
-    resumed = grown(tmp_path / "cut")
-    assert torch.equal(resumed.atoms, whole.atoms)
-    assert resumed.origin.training == whole.origin.training
-    assert "float16" in str(whole.origin.training["backend"])
+    monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: memory)
+    grown(tmp_path / "cut")
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert "memory" not in (tmp_path / "cut" / "config.json").read_text()
+    assert "a Gram matrix in float32" in (tmp_path / "cut" / "training" / "state.json").read_text()
 
 
-def test_the_dictionaries_of_a_sweep_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def same(first: Path, second: Path) -> bool:
+    """Return whether two folders hold the same files, byte for byte."""
+    files = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} for folder in (first, second)]
+    assert Path("training/state.json") in files[0]
+    return files[0] == files[1]
+
+
+def test_a_growth_that_cannot_fit_the_memory_is_refused_with_what_it_needs(tmp_path: Path):
+    message = r"up to 1,000,000,000,000 atoms of width 16 .* takes 80,000.0 GB of memory, and .* GB are free on cpu"
+    with pytest.raises(OutOfMemory, match=message):
+        grown(tmp_path, size=10**12)
+
+
+def test_a_pursuit_without_memory_for_its_gram_matrix_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("difflex.dictionaries.pursuit.WIDTH_PER_GRAM_ROW", 0)
-    monkeypatch.setattr("difflex.training.itda.growing.free_memory", lambda device: 1_200_000)
-    sweep = {tmp_path / f"{threshold}": growth(threshold=threshold) for threshold in (0.2, 0.3)}
-    backends = [itda.origin.training["backend"] for itda in grow(sweep, source(), origin=ORIGIN).values()]
-    assert all("float16" in str(backend) for backend in backends)
-    assert "float32" in str(grown(tmp_path / "alone").origin.training["backend"])
+    itda, x = grown(tmp_path), cloud(30, seed=500)
+    expected = itda.encode(x)
+    monkeypatch.setattr("difflex.dictionaries.itda.free_memory", lambda device: 1000)
+    with pytest.warns(UserWarning, match="without a Gram matrix, which needs"):
+        codes = itda.to("cpu").encode(x)
+    torch.testing.assert_close(codes.values, expected.values, atol=1e-4, rtol=0)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*.*")}
+
+
+def test_a_finished_growth_changes_no_file_and_reads_no_data(tmp_path: Path):
+    first, before = grown(tmp_path), snapshot(tmp_path)
+    again = grow({tmp_path: growth()}, source(batches=unreadable), origin=ORIGIN)[tmp_path]
+    assert snapshot(tmp_path) == before
+    assert again.origin == first.origin and torch.equal(again.atoms, first.atoms)
+
+
+def unreadable(start: int) -> Iterator[ActivationBatch]:
+    raise AssertionError("no data are needed")
+
+
+def test_a_damaged_state_does_not_touch_a_finished_dictionary(tmp_path: Path):
+    grown(tmp_path)
+    state = tmp_path / "training" / "state.json"
+    state.write_bytes(state.read_bytes().replace(b"true", b"null"))
+    before = snapshot(tmp_path)
+    with pytest.raises(BrokenFile, match=r"state\.json.*The dictionary in .* is finished and intact: move .*training alone away"):
+        grown(tmp_path)
+    assert snapshot(tmp_path) == before
+    state.unlink()
+    grow({tmp_path: growth()}, source(batches=unreadable), origin=ORIGIN)
+
+
+def test_a_damaged_dictionary_is_not_overwritten(tmp_path: Path):
+    grown(tmp_path)
+    path = tmp_path / "dictionary.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    before = snapshot(tmp_path)
+    with pytest.raises(BrokenFile, match=path.name):
+        grown(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(BrokenFile, match=r"of a growth that has ended, but .* holds no dictionary"):
+        grown(tmp_path)
+    del before[tmp_path / "config.json"]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_growth_in_a_folder_in_use_is_refused_at_once(tmp_path: Path):
+    with folder_lock(tmp_path / "a"), pytest.raises(BadInput, match="Another process is writing"):
+        grow({tmp_path / "a": growth()}, source(batches=unreadable), origin=ORIGIN)
+    with folder_lock(tmp_path / "a"):
+        grown(tmp_path / "b")
 
 
 def started(folder: Path) -> Path:
@@ -378,11 +441,29 @@ def started(folder: Path) -> Path:
     return folder / "training" / "state.json"
 
 
-@pytest.mark.parametrize("change", [{"parts": {}}, {"backend": {}}, {"curve": [[1]]}, {"trials": 3}, {"curve": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": {}},
+        {"backend": {}},
+        {"curve": [[1]]},
+        {"trials": 3},
+        {"curve": []},
+        {"batches": -1},
+        {"batches": "2"},
+        {"threshold": None},
+        {"threshold": 10**400},
+        {"idle_tokens": float("nan")},
+        {"parts": {"../atoms-0-9.safetensors": "x"}},
+        {"parts": {"atoms-0-9.safetensors": "x"}},
+        {"normalisation": {"sha256": 3}},
+    ],
+)
 def test_a_damaged_state_is_named(tmp_path: Path, change: dict):
     state = started(tmp_path)
-    state.write_text(json.dumps({**json.loads(state.read_text()), **change}))
-    with pytest.raises((BrokenFile, TypeCheckError), match=r"state\.json|trials"):
+    content = {name: value for name, value in json.loads(state.read_text()).items() if name != "checksum"}
+    state.write_text(json.dumps({**content, **change}))
+    with pytest.raises((BrokenFile, TypeCheckError), match=r"state\.json|trials|atoms|normalisation"):
         grown(tmp_path)
 
 
@@ -420,16 +501,20 @@ def test_invalid_atoms_are_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("missing", ["atoms", "provenance.shots", "provenance.known", "provenance.tokens"])
 def test_a_file_with_a_missing_or_shorter_tensor_is_refused(tmp_path: Path, missing: str):
-    file = grown(tmp_path).save(tmp_path) / "dictionary.safetensors"
-    tensors = load_file(file)
-    for change in ({}, {missing: tensors[missing][:-3]}):
-        save_file({**{name: tensor for name, tensor in tensors.items() if name != missing}, **change}, file)
+    itda = grown(tmp_path / "good")
+    state, origin = itda.state(), itda.origin
+    config = {"kind": "itda", "site": str(itda.site), "model": origin.model, "revision": None, "width": WIDTH, "size": itda.size}
+    config |= {"k": 4, "settings": dict(state.settings), "training": {}}
+    for change in ({}, {missing: state.tensors[missing][:-3]}):
+        tensors = {name: tensor for name, tensor in state.tensors.items() if name != missing}
+        write_files(tmp_path / "bad", config, {**tensors, **change})
         with pytest.raises(BrokenFile):
-            Dictionary.load(tmp_path)
+            Dictionary.load(tmp_path / "bad")
 
 
-def test_a_growth_does_not_resume_with_other_data_or_settings(tmp_path: Path):
-    grown(tmp_path)
+@pytest.mark.parametrize("begin", [grown, lambda folder: started(folder)])
+def test_a_growth_does_not_resume_with_other_data_or_settings(tmp_path: Path, begin: Callable[[Path], object]):
+    begin(tmp_path)
     with pytest.raises(StaleWork, match=r"threshold 0\.25 instead of 0\.5"):
         grown(tmp_path, threshold=0.5)
     with pytest.raises(StaleWork, match="data 'cloud' instead of 'sky'"):
@@ -503,6 +588,7 @@ def test_growth_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path, thresho
     assert torch.equal(resumed.atoms, whole.atoms)
     assert torch.equal(resumed.provenance.shots, whole.provenance.shots)
     assert resumed.origin.training == whole.origin.training
+    assert same(tmp_path / "whole", folder)
 
 
 def test_two_processes_grow_one_dictionary_with_the_same_guarantee(tmp_path: Path):

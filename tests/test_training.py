@@ -1,5 +1,6 @@
 """Training: a resumed run ends like an uninterrupted one, sweeps share a pass, and errors are explained."""
 
+import errno
 import json
 import multiprocessing
 import random
@@ -15,14 +16,26 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from safetensors.torch import load_file, save_file
 
+from difflex.choices import SAEKind
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin
-from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, NonFinite, StaleWork
+from difflex.errors import (
+    BadInput,
+    BrokenFile,
+    DifflexError,
+    DiskError,
+    MissingExtra,
+    NonFinite,
+    OutOfMemory,
+    StaleWork,
+)
+from difflex.files import folder_lock
 from difflex.records import ActivationBatch, Site
 from difflex.store.reading import SplitBatches
+from difflex.tensors import read_tensors, write_tensors
 from difflex.testing import PlantedDictionary
 from difflex.training import AdamConfig, AuxKLoss, FitConfig, InitConfig, TrainingConfig, fit
+from difflex.training.checkpoint import FORMAT
 from difflex.training.fitting import learning_rate
 
 WORLD = PlantedDictionary(width=16, truths=48, active=3, stretched=2)
@@ -39,12 +52,22 @@ def trained(folder: Path, training: TrainingConfig = SMALL, config: FitConfig = 
     return fit({folder: training}, batches, origin=ORIGIN, config=config)[folder]
 
 
+FILES = ("config.json", "dictionary.safetensors", "training/state.safetensors")
+
+
 def same(first: Path, second: Path) -> bool:
-    """Return whether two folders hold the same weights and the same checkpoint, bit for bit."""
-    pairs = [
-        (load_file(first / name), load_file(second / name)) for name in ("dictionary.safetensors", "training/state.safetensors")
-    ]
-    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+    """Return whether two folders hold the same dictionary and checkpoint, byte for byte, and the same log but for times."""
+    same_log = [timeless(log(folder)) for folder in (first, second)]
+    return same_log[0] == same_log[1] and all((first / name).read_bytes() == (second / name).read_bytes() for name in FILES)
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "waiting")} for line in lines]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """The content and the time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def log(folder: Path) -> list[dict]:
@@ -80,11 +103,6 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, name:
     assert not (tmp_path / "parts" / "config.json").exists()
     trained(tmp_path / "parts", KINDS[name])
     assert same(tmp_path / "whole", tmp_path / "parts")
-    lines = [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "parts")]
-    assert lines == [{key: value for key, value in line.items() if key not in VOLATILE} for line in log(tmp_path / "whole")]
-
-
-VOLATILE = ("tokens_per_second", "waiting")
 
 
 def interrupted_at(number: int):
@@ -117,11 +135,97 @@ def test_after_a_kill_an_sae_that_is_ahead_waits_for_the_others(tmp_path: Path):
         assert same(folder, tmp_path / "alone" / folder.name)
 
 
-def test_a_finished_training_is_not_repeated(tmp_path: Path):
+def test_a_finished_training_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = trained(tmp_path)
+    before = snapshot(tmp_path)
+    monkeypatch.setattr("difflex.files._open_temporary", read_only)
+    again = fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)[tmp_path]
+    assert snapshot(tmp_path) == before
+    assert again.origin == first.origin and torch.equal(again.decoder, first.decoder)
+    with pytest.raises(DiskError, match="Read-only"):  # found before the data are read
+        fit({tmp_path / "new": SMALL, tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
+
+
+def read_only(path: Path) -> tuple[Path, int]:
+    raise OSError(errno.EROFS, "")
+
+
+def flip(path: Path, place: int = -5) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_damaged_state_does_not_touch_a_finished_dictionary(tmp_path: Path):
     trained(tmp_path)
-    before = [(tmp_path / name).read_bytes() for name in ("dictionary.safetensors", "config.json")]
-    fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
-    assert [(tmp_path / name).read_bytes() for name in ("dictionary.safetensors", "config.json")] == before
+    state = tmp_path / "training" / "state.safetensors"
+    flip(state)
+    before = snapshot(tmp_path)
+    with pytest.raises(BrokenFile, match=r"state\.safetensors does not match its checksum.* is finished and intact: move this"):
+        trained(tmp_path)
+    assert snapshot(tmp_path) == before
+    state.unlink()
+    fit({tmp_path: SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)  # nothing is trained
+    del before[state]
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "dictionary.safetensors"])
+def test_a_damaged_dictionary_is_written_again_from_its_state_once_it_is_moved(tmp_path: Path, name: str):
+    trained(tmp_path / "healthy")
+    trained(tmp_path / "damaged")
+    flip(tmp_path / "damaged" / name, 300)
+    before = snapshot(tmp_path)
+    with pytest.raises(BrokenFile, match=rf"{name}.*can write it again: move .*config\.json away"):
+        trained(tmp_path / "damaged")
+    assert snapshot(tmp_path) == before
+    (tmp_path / "damaged" / "config.json").rename(tmp_path / "old.json")
+    fit({tmp_path / "damaged": SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
+    assert same(tmp_path / "healthy", tmp_path / "damaged")
+
+
+def test_a_dictionary_of_another_training_is_not_overwritten(tmp_path: Path):
+    trained(tmp_path)
+    (tmp_path / "training" / "state.safetensors").unlink()
+    before = snapshot(tmp_path)
+    with pytest.raises(StaleWork, match=r"other settings: \{'k': 4\}, not \{'k': 3\}"):
+        trained(tmp_path, replace(SMALL, k=3))
+    with pytest.raises(StaleWork, match="other data: , not elsewhere"):
+        trained(tmp_path, SMALL, replace(CONFIG, data="elsewhere"))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_training_in_a_folder_in_use_is_refused_at_once(tmp_path: Path):
+    with folder_lock(tmp_path / "a"), pytest.raises(BadInput, match="Another process is writing"):
+        fit({tmp_path / "a": SMALL}, interrupted_at(0), origin=ORIGIN, config=CONFIG)
+    with folder_lock(tmp_path / "a"):
+        trained(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["topk", "matryoshka"])
+def test_an_sae_that_cannot_fit_the_memory_is_refused_with_what_it_needs(tmp_path: Path, kind: SAEKind):
+    large = replace(SMALL, kind=kind, size=10**11, prefixes=(10,) if kind == "matryoshka" else ())
+    with pytest.raises(OutOfMemory, match=r"at width 16 takes 8[0-9],[0-9]{3}\.\d GB of memory, and .* GB are free on cpu"):
+        trained(tmp_path, large)
+
+
+def test_a_training_may_go_on_after_its_end(tmp_path: Path):
+    trained(tmp_path / "parts", config=replace(CONFIG, tokens=64 * 20))
+    trained(tmp_path / "parts")
+    assert trained(tmp_path / "whole").origin.training["tokens"] == 64 * 40
+    assert [line["update"] for line in log(tmp_path / "parts") if "loss" in line] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_the_log_keeps_no_line_that_was_cut_short_or_will_come_again(tmp_path: Path):
+    trained(tmp_path / "whole")
+    path = tmp_path / "parts" / "training" / "log.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'{"update": 0, "event": "start"}\n[[[\n{"update": 5')  # of a training that saved no state
+    with pytest.raises(InterruptedError):
+        fit({tmp_path / "parts": SMALL}, interrupted_at(25), origin=ORIGIN, config=CONFIG)
+    path.write_bytes(path.read_bytes()[:-10])
+    trained(tmp_path / "parts")
+    assert same(tmp_path / "whole", tmp_path / "parts")
 
 
 LONG = replace(CONFIG, tokens=64 * 400, checkpoint_every=2)
@@ -176,27 +280,54 @@ def test_held_out_rows_are_refused(tmp_path: Path):
         fit({tmp_path: SMALL}, lambda start: SplitBatches(batches(start), "held-out"), origin=ORIGIN, config=CONFIG)
 
 
+def interrupted(folder: Path) -> Path:
+    """Train until after a checkpoint and return its path."""
+    with pytest.raises(InterruptedError):
+        fit({folder: SMALL}, interrupted_at(25), origin=ORIGIN, config=CONFIG)
+    return folder / "training" / "state.safetensors"
+
+
 def test_a_training_does_not_resume_with_other_data_or_settings(tmp_path: Path):
-    trained(tmp_path)
-    with pytest.raises(StaleWork, match=r"other training: \{'k': 4\}, not \{'k': 3\}"):
+    interrupted(tmp_path)
+    with pytest.raises(StaleWork, match=r"other settings: \{'k': 4\}, not \{'k': 3\}"):
         trained(tmp_path, replace(SMALL, k=3))
     with pytest.raises(StaleWork, match="other data: , not elsewhere"):
         trained(tmp_path, SMALL, replace(CONFIG, data="elsewhere"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path):
-    trained(tmp_path)
-    state = tmp_path / "training" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(BrokenFile, match="damaged"):
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-10]), flip])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[Path], object]):
+    damage(interrupted(tmp_path))
+    with pytest.raises(BrokenFile, match=r"state\.safetensors does not match its checksum.*Move it away"):
+        trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors"),
+    [
+        ({"updates": "many"}, {}),
+        ({"tokens": [1]}, {}),
+        ({"metrics": {"loss": 1.0}}, {}),
+        ({"normalisation": {"method": "magic"}}, {}),
+        ({}, {"silence": torch.zeros(3, dtype=torch.long)}),
+        ({}, {"firings": torch.zeros(64)}),
+        ({}, {"decoder.weight": torch.zeros(64, 15)}),
+        ({}, {"thresholds.weight": torch.zeros(64)}),
+    ],
+)
+def test_a_checkpoint_with_wrong_entries_is_refused(tmp_path: Path, header: dict, tensors: dict):
+    state = interrupted(tmp_path)
+    content = read_tensors(state, FORMAT, "")
+    write_tensors(state, FORMAT, {**content.tensors, **tensors}, {**content.header, **header})
+    with pytest.raises(DifflexError):
         trained(tmp_path)
 
 
 def test_a_checkpoint_of_an_older_format_is_refused(tmp_path: Path):
-    trained(tmp_path)
-    state = tmp_path / "training" / "state.safetensors"
-    save_file(load_file(state), state, metadata={"state": json.dumps({"format": 1})})
-    with pytest.raises(BrokenFile, match="is a training state of format 1; this version reads format 2"):
+    state = interrupted(tmp_path)
+    content = read_tensors(state, FORMAT, "")
+    write_tensors(state, FORMAT - 1, content.tensors, content.header)
+    with pytest.raises(BrokenFile, match=f"is of format {FORMAT - 1}; this version of difflex reads format {FORMAT}"):
         trained(tmp_path)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.files import CHUNK, Json, disk_errors, replacing
 
-__all__ = ["TensorFile", "read_tensors", "write_tensors"]
+__all__ = ["TensorFile", "read_tensors", "stored_checksum", "write_tensors"]
 
 HEADER = "difflex"
 """The only entry of the metadata: safetensors writes several in random order."""
@@ -63,6 +63,19 @@ def read_tensors(
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
     return TensorFile(header, tensors)
+
+
+def stored_checksum(path: Path, advice: str) -> str:
+    """Return the checksum that the tensor file at `path` claims to have, without reading its tensors."""
+    try:
+        with disk_errors(path, "read"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(length, path.stat().st_size)))
+        return str(json.loads(head["__metadata__"][HEADER])["sha256"])
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{path} is missing. {advice}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BrokenFile(f"{path} has no header of difflex: it is damaged. {advice}") from error
 
 
 def _checked_header(path: Path, format: int, advice: str) -> dict[str, Any]:

@@ -162,14 +162,12 @@ class ProgressPrinter:
         )
 
 
-def _print_itda(folder: Path, itda: "ITDA", is_new: bool) -> None:
+def _print_itda(folder: Path, itda: "ITDA") -> None:
     training = itda.origin.training
     expected = training["expected_over_threshold"]
     new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
-    print(
-        f"{folder}: {'' if is_new else 'exists already, '}{itda.size:,} atoms over threshold {training['threshold']:.4g} from "
-        f"{training['tokens']:,} tokens{new_images}. Pursuit backend: {training['backend']}."
-    )
+    over = f"{itda.size:,} atoms over threshold {training['threshold']:.4g}"
+    print(f"{folder}: {over} from {training['tokens']:,} tokens{new_images}.")
 
 
 @final

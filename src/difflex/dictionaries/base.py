@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.dictionaries.files import read_files, write_files
+from difflex.dictionaries.files import ADVICE, read_files, write_files
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import sparse_matmul
-from difflex.errors import BadInput, BrokenFile, NonFinite, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import Json
 from difflex.records import Codes, Site
 
@@ -167,12 +167,14 @@ class Dictionary(ABC):
         state = DictionaryState(kind=config.kind, k=config.k, origin=origin, settings=config.settings, tensors=tensors)
         try:
             dictionary = Dictionary._classes[config.kind].from_state(state)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error!r}). Train or copy it again.") from error
+        except DifflexError as error:
+            raise BrokenFile(f"{folder} cannot be used as a dictionary: {error} {ADVICE}") from error
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError, OverflowError) as error:
+            raise BrokenFile(f"{folder} cannot be read as a dictionary ({error!r}). {ADVICE}") from error
         if (dictionary.width, dictionary.size) != (config.width, config.size):
             raise BrokenFile(
                 f"{folder}/config.json says width {config.width} and size {config.size}, but the tensors have "
-                f"{dictionary.width} and {dictionary.size}. Train or copy the dictionary again."
+                f"{dictionary.width} and {dictionary.size}. {ADVICE}"
             )
         return dictionary
 

@@ -11,20 +11,35 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.dictionaries.base import DictionaryOrigin
 from difflex.dictionaries.itda import ITDA, AtomProvenance
 from difflex.dictionaries.normalisation import Normalisation
-from difflex.errors import BadInput, BrokenFile
+from difflex.errors import BadInput, BrokenFile, NonFinite
 from difflex.files import Json
 from difflex.records import Site
 
+FLUX_TENSORS = ("xs", "ys", "mean_x", "mean_y", "std_x", "std_y")
+MAX_TEXT = 2**20
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+)
+UNREADABLE += (pickle.UnpicklingError, safetensors.SafetensorError)
+"""What reading a damaged file raises."""
 ROUNDING = 2e-2
 """How far rows that were saved in 16 bits may be from norm one, or from each other."""
 
@@ -44,24 +59,20 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
 
     Their code removes an atom whose weight is cut from the support; ours keeps it, as Blumensath and Davies do.
     """
+    text = _read_text(folder / "cfg.json")
     with _reading(folder / "cfg.json", "JSON"):
-        config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        config = json.loads(text)
     if not isinstance(config, dict):
         raise BrokenFile(f"{folder}/cfg.json is not a configuration. Copy it again.")
-    path = folder / "sae.safetensors"
-    with _reading(path, "safetensors"):
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-    if missing := [name for name in ("xs", "ys", "mean_x", "mean_y", "std_x", "std_y") if name not in tensors]:
-        raise BrokenFile(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(tensors))}. Copy it again.")
     size, k = _count(config, "dictionary_size", folder), _count(config, "target_l0", folder)
-    if size > len(tensors["xs"]):
-        raise BrokenFile(f"{folder}: cfg.json says {size} atoms, xs has {len(tensors['xs'])}. Copy both files again.")
-    # Rows after the first `size` are memory that was never written.
-    atoms, partners = tensors["xs"][:size], tensors["ys"][:size]
+    path = folder / "sae.safetensors"
+    tensors = _read_flux_tensors(path, size)
+    atoms, partners = tensors["xs"], tensors["ys"]
     _check_flux(folder, config, tensors, atoms, partners)
     deviation = tensors["std_x"]
     mean = tensors["mean_x"] if config.get("subtract_mean", True) else torch.zeros_like(deviation)
-    return ITDA(
+    return _itda(
+        folder,
         k=k,
         origin=DictionaryOrigin(site=site, model=model, training={"read_from": "flux-saes-gpu", "cfg": config}),
         normalisation=Normalisation(method="standardise", mean=mean * deviation, scale=deviation),
@@ -69,6 +80,20 @@ def _read_flux(folder: Path, site: Site, model: str | None) -> ITDA:
         provenance=AtomProvenance.unknown(size),
         pursuit="gradient",
     )
+
+
+def _read_flux_tensors(path: Path, size: int) -> dict[str, Tensor]:
+    """Return the tensors that we need, of atoms the first `size` rows: later ones are memory that was never written."""
+    with _reading(path, "safetensors"), safetensors.safe_open(path, "pt") as file:
+        names = list(file.keys())
+        if missing := [name for name in FLUX_TENSORS if name not in names]:
+            raise BrokenFile(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(names))[:500]}. Copy it again.")
+        slices = {name: file.get_slice(name) for name in FLUX_TENSORS}
+        if integers := [name for name, part in slices.items() if not part.get_dtype().startswith(("F", "BF"))]:
+            raise BrokenFile(f"{path}: {', '.join(integers)} are not of floating-point numbers. Copy it again.")
+        if size > (rows := (slices["xs"].get_shape() or [0])[0]):
+            raise BrokenFile(f"{path.parent}: cfg.json says {size} atoms, xs has {rows}. Copy both files again.")
+        return {name: part[:size].float() if name in ("xs", "ys") else part[...].float() for name, part in slices.items()}
 
 
 def _check_flux(folder: Path, config: dict[str, Json], tensors: dict[str, Tensor], atoms: Tensor, partners: Tensor) -> None:
@@ -84,6 +109,8 @@ def _check_flux(folder: Path, config: dict[str, Json], tensors: dict[str, Tensor
             f"The outputs of the atoms in {folder} (ys, mean_y, std_y, skip_connection) differ from the atoms (xs, mean_x, "
             "std_x): it predicts one site from another and is not a dictionary of a single site. Choose one that is."
         )
+    if not torch.isfinite(tensors["mean_x"]).all():
+        raise NonFinite(f"{path}: mean_x holds NaN or infinity. Copy it again.")
     deviation = tensors["std_x"]
     if not (torch.isfinite(deviation) & (deviation > 0)).all():
         raise BrokenFile(f"{path}: std_x is not positive everywhere, so inputs cannot be normalised. Copy it again.")
@@ -99,8 +126,11 @@ def _read_leask(folder: Path, site: Site, model: str | None) -> ITDA:
             f"{folder}: atoms {[*atoms.shape]}, atom_indices {[*indices.shape]} and activation_dim {width} do not fit together. "
             "Copy all three files again."
         )
+    if not atoms.is_floating_point() or indices.dtype not in (torch.int64, torch.int32):
+        raise BrokenFile(f"{folder}: atoms are {atoms.dtype} and atom_indices {indices.dtype}. Copy all three files again.")
     atoms = atoms.float()
-    return ITDA(
+    return _itda(
+        folder,
         k=_count(metadata, "k", folder),
         origin=DictionaryOrigin(site=site, model=model, training={"read_from": "itda", "metadata": metadata}),
         normalisation=Normalisation.identity(atoms.shape[1]),
@@ -115,16 +145,16 @@ def _reading(path: Path, content: str) -> Iterator[None]:
     """Turn any error of reading a file into one that names it."""
     try:
         yield
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except BrokenFile:
+        raise
+    except UNREADABLE as error:
         raise BrokenFile(f"{path} cannot be read as {content}: {error}. Copy it again.") from error
 
 
 def _read_flat_yaml(path: Path) -> dict[str, Json]:
     """Return the entries of a YAML file of plain `name: value` lines; this format writes no others."""
     entries: dict[str, Json] = {}
-    with _reading(path, "text"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
+    for line in _read_text(path).splitlines():
         if not line.strip() or line.startswith(("#", "---")):
             continue
         name, colon, value = line.partition(":")
@@ -134,10 +164,17 @@ def _read_flat_yaml(path: Path) -> dict[str, Json]:
     return entries
 
 
+def _read_text(path: Path) -> str:
+    with _reading(path, "text"):
+        if path.stat().st_size > MAX_TEXT:
+            raise BrokenFile(f"{path} has {path.stat().st_size} bytes, more than a configuration can. Copy it again.")
+        return path.read_text(encoding="utf-8")
+
+
 def _scalar(text: str) -> Json:
     try:
         return None if text in ("", "~") else json.loads(text)  # numbers, booleans, null
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.strip("'\"")
 
 
@@ -146,7 +183,16 @@ def _read_matrix(path: Path) -> Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor) or tensor.ndim != 2:
         raise BrokenFile(f"{path} is not a tensor of two axes. Copy it again.")
+    if not tensor.is_contiguous():  # a view of few numbers may claim any size
+        raise BrokenFile(f"{path} holds {[*tensor.shape]} as a view of other numbers. Copy it again.")
     return tensor
+
+
+def _itda(folder: Path, **parts: Any) -> ITDA:
+    try:
+        return ITDA(**parts)
+    except BadInput as error:
+        raise BrokenFile(f"{folder} cannot be used as a dictionary: {error}") from error
 
 
 def _count(entries: dict[str, Json], name: str, folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -46,6 +47,8 @@ __all__ = [
 
 BLOCK = 1024
 """Atoms that are compared with all others at a time."""
+LARGE_K = 1024
+"""Fewer atoms than k may have been found in the data, but no pursuit needs more rounds than this for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,9 @@ class AtomProvenance:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AtomProvenance:
         """Return the provenance that was saved as `tensors`."""
-        lines = bytes(tensors["provenance.known"].cpu().tolist()).decode().split("\n")
+        lines = tensors["provenance.known"].cpu().numpy().tobytes().decode().split("\n")
         entries = [json.loads(line) for line in lines if line]
-        details = {number: Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
+        details = {int(number): Shot(**{**entry, "pixels": tuple(entry["pixels"])}) for number, entry in entries}
         return cls(shots=tensors["provenance.shots"].cpu(), tokens=tensors["provenance.tokens"].cpu(), details=details)
 
 
@@ -229,8 +232,17 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
 
     @cached_property
     def backend(self) -> PursuitBackend:
-        """The backend of its pursuits, chosen by the shapes and the free memory."""
-        return choose_backend(self.pursuit, self.size, self.width, self.k, free_memory(self.atoms.device))
+        """The backend of its pursuits, chosen by the shapes; without the memory for it, by products, which is slower."""
+        device = self.atoms.device
+        backend = choose_backend(self.pursuit, self.size, self.width, self.k, device.type)
+        if (need := backend.gram_bytes(self.size)) <= free_memory(device):
+            return backend
+        warnings.warn(
+            f"{self.name} is used without a Gram matrix, which needs {need / 1e9:.1f} GB of memory on {device}: codes take "
+            "longer, and their last bits may differ.",
+            stacklevel=2,
+        )
+        return PursuitBackend(None, None, "products with the residual (too little memory is free for a Gram matrix)")
 
     @cached_property
     def _atom_set(self) -> AtomSet:
@@ -262,11 +274,13 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
 
 
 def _check(k: int, atoms: Tensor, provenance: AtomProvenance, normalisation: Normalisation) -> None:
-    if k < 1:
-        raise BadInput(f"A dictionary needs at least one atom per token; k is {k}.")
     if atoms.ndim != 2 or not len(atoms):
         raise BadInput(f"A dictionary needs atoms [size, width], but got {[*atoms.shape]}.")
     size, width = atoms.shape
+    if not 1 <= k <= max(size, LARGE_K):
+        raise BadInput(f"k {k} does not fit a dictionary of {size} atoms: choose k between 1 and {max(size, LARGE_K)}.")
+    if provenance.shots.ndim != 1 or provenance.tokens.ndim != 1:
+        raise BadInput("The provenance of atoms is one shot and one token for each.")
     if normalisation.width != width or not len(provenance.shots) == len(provenance.tokens) == size:
         raise BadInput(
             f"{size} atoms of width {width} do not fit a normalisation of width {normalisation.width} and a provenance of "

@@ -1,5 +1,6 @@
 """Normalisation: the affine map from model space (x) to the space that a dictionary is trained in (z)."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -86,10 +87,13 @@ class Normalisation:
         width = len(parts.get("mean", ()))
         if shapes != {name: [width, width] if name == "basis" else [width] for name in names}:
             raise BrokenFile(
-                f"A dictionary's normalisation '{method}' needs {', '.join(names)} of one width; its file has {shapes}. "
-                "Train or copy it again."
+                f"A dictionary's normalisation '{method}' needs {', '.join(names)} of one width; its file has {shapes}."
             )
-        return cls(method=method, **parts, clip=float(clip) if isinstance(clip, int | float) else None)
+        if clip is not None and (not isinstance(clip, int | float) or not 0 < clip < math.inf):
+            raise BrokenFile(f"A dictionary's normalisation clips at {clip!r}, which is no number above 0.")
+        if not (parts["scale"] > 0).all():
+            raise BrokenFile("A dictionary's normalisation divides by scales that are not all above 0.")
+        return cls(method=method, **parts, clip=None if clip is None else float(clip))
 
 
 class VectorMoments:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import final, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,12 +42,12 @@ class SAEWeights:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SAEWeights:
         """Return the weights among `tensors`, which may hold others."""
         if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
-            raise BrokenFile(f"The weights of an SAE lack {', '.join(missing)}. Train or copy it again.")
+            raise BrokenFile(f"The weights of an SAE lack {', '.join(missing)}.")
         size, width = tensors["encoder"].shape
         shapes = {"encoder": (size, width), "decoder": (size, width), "bias": (width,)}
         weights = {field.name: tensors[field.name].float() for field in fields(cls) if field.name in tensors}
         if wrong := [name for name, tensor in weights.items() if tensor.shape != shapes.get(name, (size,))]:
-            raise BrokenFile(f"In the weights of an SAE, {', '.join(wrong)} do not fit the encoder. Train or copy it again.")
+            raise BrokenFile(f"In the weights of an SAE, {', '.join(wrong)} do not fit the encoder [{size}, {width}].")
         return cls(**weights)
 
 
@@ -72,6 +73,10 @@ class SAE(NormalisedDictionary, kinds=KINDS):
             raise BadInput(f"A {kind} SAE needs the thresholds of its features; without them it would be a topk SAE.")
         if not 0 < k <= self.size:
             raise BadInput(f"k {k} does not fit a dictionary of size {self.size}: choose k between 1 and the size.")
+        if weights.thresholds is not None and bool((weights.thresholds < 0).any()):
+            raise BadInput("The thresholds of an SAE are scores of features that fire: they cannot be negative.")
+        if zero := int((torch.linalg.vector_norm(weights.decoder, dim=1) == 0).sum()):
+            raise BadInput(f"{zero} of the {self.size} decoder rows are zero: these features have no direction.")
 
     @property
     def label(self) -> str:
@@ -126,5 +131,5 @@ class SAE(NormalisedDictionary, kinds=KINDS):
             origin=state.origin,
             normalisation=Normalisation.from_saved(state.normalisation, state.tensors),
             weights=SAEWeights.from_tensors(state.tensors),
-            relu=state.settings.get("relu") is not False,
+            relu=parse_choice("The setting relu", state.settings.get("relu"), (True, False)),
         )

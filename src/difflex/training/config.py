@@ -90,6 +90,7 @@ class InitConfig:
     """The first bias of the decoder: zero, the mean, or the geometric median of the first tokens."""
 
     def __post_init__(self) -> None:
+        _check_number("seed", self.seed, 0 <= self.seed < 2**64)
         _check_name("The initial directions", self.directions, get_args(InitDirections))
         _check_name("The initial bias", self.bias, get_args(InitBias))
         _check_number("gain", self.gain, self.gain > 0)
@@ -103,6 +104,10 @@ class JumpReLUConfig:
     """Width of the rectangle through which thresholds get a gradient, in units of the scores."""
     coefficient: float = 1e-1
     """Weight of the sparsity loss `(features per token / k - 1)^2`."""
+
+    def __post_init__(self) -> None:
+        _check_number("bandwidth", self.bandwidth, self.bandwidth > 0)
+        _check_number("coefficient", self.coefficient, self.coefficient >= 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +146,12 @@ class TrainingConfig:
     def label(self) -> str:
         """`<kind>-<size>-k<k>`."""
         return f"{self.kind}-{self.size}-k{self.k}"
+
+    def memory(self, width: int, parts: int = 1) -> int:
+        """Return the bytes that a rank needs for the weights and the optimiser, of which it holds one of `parts`."""
+        copies = 2 + (self.optimiser.beta1 > 0) + (self.optimiser.ema is not None)
+        held = -(-self.size // parts) * width * (8 * copies + 1)  # encoder and decoder in float32, the encoder in 8 bits
+        return max(held, 12 * self.size * width)  # every rank draws all initial weights
 
     def as_json(self) -> dict[str, Json]:
         """Return the settings as plain JSON."""

@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
@@ -17,12 +18,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difflex.choices import NormalisationMethod
-from difflex.devices import find_device
-from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.errors import BadInput, NonFinite
-from difflex.files import Json
+from difflex.devices import find_device, free_memory
+from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.distributed import Ranks
+from difflex.errors import BadInput, BrokenFile, NonFinite, OutOfMemory
+from difflex.files import Json, folder_lock
 from difflex.records import ActivationBatch
-from difflex.training.checkpoint import LoggerName, TrainingLog, load_state, save_state, trained_weights
+from difflex.training.checkpoint import (
+    LoggerName,
+    TrainingLog,
+    check_same,
+    check_state,
+    load_state,
+    save_state,
+    trained_weights,
+)
 from difflex.training.config import AdamConfig, TrainingConfig
 from difflex.training.data import Batches, BatchFeed, DataPreview, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
@@ -70,11 +80,46 @@ def fit(
     """Train an SAE for each folder, and save it there with its log and its checkpoint.
 
     Every SAE is trained on every batch, so that a sweep costs one pass over the data. Work in a folder resumes, bit for bit on a
-    CPU. Under `torch.distributed` all ranks call this, and rank 0 writes. The default device is a GPU, if there is one.
+    CPU, and finished work is loaded and not touched. Under `torch.distributed` all ranks call this, and rank 0 writes. The
+    default device is a GPU, if there is one.
     """
-    run = FitRun(trainings, batches, origin, config, find_device(device))
-    run.train()
-    return run.finish()
+    if not trainings:
+        raise BadInput("`fit` needs at least one training: choose a kind, a size and k.")
+    device, dictionaries = find_device(device), {}
+    for folder, training in trainings.items():
+        if (sae := load_finished(folder, training, config)) is not None:
+            dictionaries[folder] = sae.to(device)
+    unfinished = {folder: training for folder, training in trainings.items() if folder not in dictionaries}
+    if unfinished:
+        with ExitStack() as locks:
+            for folder in unfinished if Ranks().rank == 0 else ():
+                locks.enter_context(folder_lock(folder))
+            run = FitRun(unfinished, batches, origin, config, device)
+            run.train()
+            dictionaries |= run.finish()
+    return {folder: dictionaries[folder] for folder in trainings}
+
+
+def load_finished(folder: Path, training: TrainingConfig, config: FitConfig) -> SAE | None:
+    """Return the SAE that an earlier call has finished in `folder`, or None; raise an error if it is another or damaged one."""
+    state = folder / STATE
+    if not (folder / "config.json").exists():
+        return None
+    try:
+        sae = Dictionary.load(folder)
+    except BrokenFile as error:
+        if not state.exists():
+            raise
+        repair = f"{state} can write it again: move {folder / 'config.json'} away, then give the same command again."
+        raise BrokenFile(f"{error} {repair}") from error
+    record = sae.origin.training
+    check_same(folder, "settings", record.get("config"), training.as_json())
+    check_same(folder, "data", record.get("data"), config.data)
+    tokens = record.get("tokens")
+    if not isinstance(sae, SAE) or not isinstance(tokens, int) or tokens < config.tokens:
+        return None
+    check_state(state)
+    return sae
 
 
 NormalisationScheme = tuple[NormalisationMethod, float | None]
@@ -137,25 +182,40 @@ class FitRun:
         device: torch.device,
     ) -> None:
         """Load the checkpoints in the folders, and initialise the other members."""
-        if not trainings:
-            raise BadInput("`fit` needs at least one training: choose a kind, a size and k.")
         self._origin, self._config = origin, config
         self._ranks = TrainingRanks(config.split)
         self._feed = BatchFeed(batches, self._ranks, device, sharded=config.sharded)
         self._normalisations: dict[NormalisationScheme, Normalisation] = {}
         learners: dict[Path, Learner] = {}
+        self._saved: dict[Path, int] = {}
+        """The update of the checkpoint in each folder."""
         for folder, training in trainings.items():
             if state := load_state(folder / STATE, training, config.data, self._ranks, device):
                 learners[folder], normalisation = state
+                self._saved[folder] = learners[folder].updates
                 self._normalisations.setdefault((training.normalisation, training.clip), normalisation)
         preview = None
         if new := [training for folder, training in trainings.items() if folder not in learners]:
             covariance = any(training.normalisation == "whiten" for training in new)
             preview = self._feed.preview(covariance=covariance, max_vectors=config.epoch)
+            self._check_memory(new, preview.vectors.shape[1], device)
             learners |= {
                 folder: self._new_learner(training, preview) for folder, training in trainings.items() if folder not in learners
             }
         self._members = [self._member(folder, learners[folder], preview) for folder in trainings]
+
+    def _check_memory(self, trainings: Sequence[TrainingConfig], width: int, device: torch.device) -> None:
+        """Raise an error if the weights of new SAEs, with the state of their optimiser, do not fit the free memory."""
+        ranks = self._ranks
+        needs = [training.memory(width, ranks.by_feature.world_size) for training in trainings]
+        # While a checkpoint is written, it is in the memory of the CPU once more. Ranks on a CPU share its memory.
+        need = sum(needs) + max(needs) * (device.type == "cpu")
+        need *= ranks.world_size if device.type == "cpu" else 1
+        if need > (free := int(ranks.broadcast(torch.tensor([free_memory(device)], device=device)))):
+            raise OutOfMemory(
+                f"Training {', '.join(training.label for training in trainings)} at width {width} takes {need / 1e9:,.1f} GB of "
+                f"memory, and {free / 1e9:,.1f} GB are free on {device}. Choose a smaller size, or fewer sizes at a time."
+            )
 
     def _new_learner(self, training: TrainingConfig, preview: DataPreview) -> Learner:
         scheme = (training.normalisation, training.clip)
@@ -171,8 +231,8 @@ class FitRun:
         training, log = learner.config, None
         if self._ranks.rank == 0:
             name = f"{self._origin.site}/{training.label}"
-            log = TrainingLog(folder / "training", name, learner.updates, self._config.loggers)
-            if learner.updates == 0 and preview is not None:
+            log = TrainingLog(folder / "training", name, self._saved.get(folder, -1), self._config.loggers)
+            if folder not in self._saved and preview is not None:
                 log.write(0, {"event": "start", "mean_over_spread": preview.mean_over_spread, "config": training.as_json()})
         return FitMember(folder, learner, self._normalisations[training.normalisation, training.clip], log)
 
@@ -199,11 +259,12 @@ class FitRun:
             warnings.warn(f"The stream ended after {self._tokens()} of {total} tokens: training ends there.", stacklevel=3)
 
     def finish(self) -> dict[Path, SAE]:
-        """Save the last checkpoints and the dictionaries."""
+        """Save the last checkpoints and the dictionaries; what has not changed is not written."""
         dictionaries = {}
-        for member in self._save_states():
+        for member in self._finite_members():
+            changed = self._save(member) or not (member.folder / "config.json").exists()
             dictionaries[member.folder] = member.dictionary(self._origin, self._config.data)
-            if self._ranks.rank == 0:
+            if changed and self._ranks.rank == 0:
                 dictionaries[member.folder].save(member.folder)
         return dictionaries
 
@@ -239,14 +300,11 @@ class FitRun:
             f"weights have diverged. {checkpoint} Lower the learning rate and train from the start."
         )
 
-    def _save_states(self, skip: FitMember | None = None) -> Iterator[FitMember]:
-        """Save and yield the members whose weights are finite; then raise an error about the first of the others."""
+    def _finite_members(self, skip: FitMember | None = None) -> Iterator[FitMember]:
+        """Yield the members whose weights are finite; then raise an error about the first of the others."""
         members = [member for member in self._members if member is not skip]
         diverged = [member for member in members if not member.is_finite]
-        for member in members:
-            if member not in diverged:
-                save_state(member.folder / STATE, member.learner, member.normalisation, self._config.data)
-                yield member
+        yield from (member for member in members if member not in diverged)
         if diverged:
             learner = diverged[0].learner
             raise NonFinite(
@@ -254,23 +312,35 @@ class FitRun:
                 f"What {diverged[0].folder} holds from before is intact. Lower the learning rate and train from the start."
             )
 
+    def _save(self, member: FitMember) -> bool:
+        """Save the state of a member unless the last checkpoint has it; return whether it was saved."""
+        updates = member.learner.updates
+        if self._saved.get(member.folder) == updates:
+            return False
+        save_state(member.folder / STATE, member.learner, member.normalisation, self._config.data)
+        self._saved[member.folder] = updates
+        return True
+
     def _log(self, tokens_per_second: float, waiting: float) -> str:
         """Write an entry for every member; return the text for the progress bar."""
         metrics = [member.learner.metrics for member in self._members if member.learner.metrics is not None]
         speed = {"tokens_per_second": round(tokens_per_second), "waiting": round(waiting, 4)}
         for member in self._members:
             learner = member.learner
-            if member.log is not None and learner.metrics is not None:
+            is_new = learner.updates != self._saved.get(member.folder)
+            if member.log is not None and learner.metrics is not None and is_new:
                 member.log.write(learner.updates, {"tokens": learner.tokens, **asdict(learner.metrics), **speed})
         loss, fvu, dead = (sum(getattr(entry, name) for entry in metrics) / len(metrics) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
     def _checkpoint(self, skip: FitMember | None = None) -> None:
-        """Save the state of every member but `skip`."""
-        for member in self._save_states(skip):
-            density = density_histogram(member.learner)
-            if member.log is not None:
-                member.log.write(member.learner.updates, {"event": "checkpoint", "density": density})
+        """Save the state of every member but `skip`; the log comes first, so that it lacks nothing of what the state has."""
+        for member in self._finite_members(skip):
+            learner = member.learner
+            density = density_histogram(learner)
+            if member.log is not None and learner.updates != self._saved.get(member.folder):
+                member.log.write(learner.updates, {"event": "checkpoint", "density": density}, flush=True)
+            self._save(member)
 
 
 def learning_rate(config: AdamConfig, update: int, progress: float) -> float:

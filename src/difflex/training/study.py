@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,10 +12,11 @@ from typing import Literal, NamedTuple
 from difflex.choices import NormalisationMethod, PursuitName, SAEKind
 from difflex.devices import use_gpu_of_rank
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons
+from difflex.dictionaries.files import read_config
 from difflex.dictionaries.itda import GrowthConfig, label_suffix, paper_config
 from difflex.distributed import Ranks, process_group
-from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.files import Json
+from difflex.errors import BadInput, DifflexError, NonFinite, StaleWork, UnknownName
+from difflex.files import Json, disk_errors
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
@@ -22,7 +24,7 @@ from difflex.training.checkpoint import LoggerName
 from difflex.training.config import TrainingConfig, default, paper, unbox
 from difflex.training.data import Split
 from difflex.training.fitting import FitConfig, fit
-from difflex.training.itda import GrowthData, GrowthProgress, grow
+from difflex.training.itda import GrowthData, GrowthProgress, grow, load_grown
 
 __all__ = ["PRESETS", "GrowthSweepConfig", "SweepConfig", "add_neurons", "grow_sweep", "train_sweep"]
 
@@ -31,6 +33,8 @@ ITDA_BATCH = 2048
 """Tokens that are read at a time, by all processes together."""
 ITDA_PIECE = 256
 """Tokens that are compared with a dictionary together, by all processes together."""
+
+TAKEN = "Move the old one away, then give the same command again: nothing is grown twice."
 
 Preset = Literal["default", "paper", "paper-auxk", "unbox"]
 
@@ -116,6 +120,16 @@ def train_sweep(
         return [folder for store in stores for folder in _train_site(study, store, config, on_trained)]
 
 
+@contextmanager
+def _data_checked(store: Store) -> Iterator[None]:
+    """Check the files of `store` before NaN or infinity in a training is blamed on anything else."""
+    try:
+        yield
+    except NonFinite:
+        store.verify()
+        raise
+
+
 def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Callable[[Path, SAE], None]) -> list[Path]:
     ranks = Ranks()
     batch = PRESETS[config.preset].batch if config.batch is None else config.batch
@@ -128,12 +142,13 @@ def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Cal
     )
     share, rank, world_size = batch // ranks.world_size, ranks.rank, ranks.world_size
     trainings = config.trainings(store.width, tokens // batch)
-    trained = fit(
-        {study.dictionary(store.site, training.label + config.variant): training for training in trainings},
-        lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None),
-        origin=_origin(study, store, {"variant": config.variant}),
-        config=FitConfig(tokens=tokens, epoch=rows, data=data, loggers=config.loggers, split=config.split, sharded=True),
-    )
+    with _data_checked(store):
+        trained = fit(
+            {study.dictionary(store.site, training.label + config.variant): training for training in trainings},
+            lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None),
+            origin=_origin(study, store, {"variant": config.variant}),
+            config=FitConfig(tokens=tokens, epoch=rows, data=data, loggers=config.loggers, split=config.split, sharded=True),
+        )
     if ranks.rank == 0:
         for folder, sae in trained.items():
             on_trained(folder, sae)
@@ -180,7 +195,7 @@ def grow_sweep(
     config: GrowthSweepConfig,
     *,
     on_progress: Callable[[GrowthProgress], None] = lambda progress: None,
-    on_grown: Callable[[Path, ITDA, bool], None] = lambda folder, itda, is_new: None,
+    on_grown: Callable[[Path, ITDA], None] = lambda folder, itda: None,
 ) -> list[Path]:
     """Grow the dictionaries of `config` that the study does not have yet; return the folders of all.
 
@@ -196,18 +211,19 @@ def grow_sweep(
         folders: list[Path] = []
         growths: dict[Path, GrowthConfig] = {}
         for growth in config.growths(ranks.world_size):
+            suffix = label_suffix({**training, "config": growth.as_json()})
+            name = f"itda-{growth.size}-k{growth.k}{suffix}"
             if (folder := _find_grown(study, store.site, growth, data)) is None:
-                suffix = label_suffix({**training, "config": growth.as_json()})
-                name = f"itda-to-{growth.size}-k{growth.k}{suffix}"
-                growths[study.growing_dictionary(store.site, name)] = growth
+                if growth.threshold is None and (target := study.dictionary(store.site, name)).exists():
+                    raise StaleWork(f"{target} exists, with other data or settings. {TAKEN}", target)
+                growths[study.growing_dictionary(store.site, name.replace("itda-", "itda-to-", 1))] = growth
                 continue
             folders.append(folder)
-            if ranks.rank == 0:
-                itda = Dictionary.load(folder)
-                assert isinstance(itda, ITDA)
-                on_grown(folder, itda, False)
+            if (itda := load_grown(folder, growth, data.data)) is not None and ranks.rank == 0:
+                on_grown(folder, itda)
         if growths:
-            grown = grow(growths, data, origin=_origin(study, store, training), on_progress=on_progress)
+            with _data_checked(store):
+                grown = grow(growths, data, origin=_origin(study, store, training), on_progress=on_progress)
             folders += _move_to_labels(study, grown, on_grown) if ranks.rank == 0 else []
     return folders
 
@@ -228,15 +244,17 @@ def _find_grown(study: Study, site: Site, growth: GrowthConfig, data: GrowthData
     """Return the folder of the dictionary that was grown with these settings from these data, by any number of processes."""
     for path in sorted(study.dictionary(site, "itda").parent.glob("itda-*/config.json")):
         try:
-            training = json.loads(path.read_bytes())["training"]
-            if {**training["config"], "batch": growth.batch} == growth.as_json() and training["data"] == data.data:
-                return path.parent
-        except (ValueError, KeyError, TypeError):  # a damaged file, or a dictionary that was not grown, stops no growth
+            training = read_config(path.parent).training
+        except DifflexError as error:
+            warnings.warn(f"A dictionary is passed over and left as it is: {error}", stacklevel=4)
             continue
+        config = training.get("config")
+        if isinstance(config, dict) and {**config, "batch": growth.batch} == growth.as_json() and training["data"] == data.data:
+            return path.parent
     return None
 
 
-def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable[[Path, ITDA, bool], None]) -> list[Path]:
+def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable[[Path, ITDA], None]) -> list[Path]:
     """Move dictionaries to their labels and return their folders; one whose label is taken stays where it is."""
     folders: list[Path] = []
     conflicts: list[Path] = []
@@ -247,11 +265,11 @@ def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable
             conflicts.append(target)
             message += f"{target} exists, with other data or settings; the new dictionary is in {folder}. "
         else:
-            folders.append(folder.rename(target))
-            on_grown(target, itda, True)
+            with disk_errors(target):
+                folders.append(folder.rename(target))
+            on_grown(target, itda)
     if conflicts:
-        advice = "Move the old one away, then give the same command again: nothing is grown twice."
-        raise StaleWork(message + advice, conflicts[0])
+        raise StaleWork(message + TAKEN, conflicts[0])
     return folders
 
 
@@ -265,7 +283,9 @@ def add_neurons(study: Study, sites: Sequence[str], ks: Sequence[int]) -> dict[P
             if not (folder / "config.json").is_file():
                 neurons.save(folder)
             elif Dictionary.load(folder).origin != neurons.origin:
-                raise StaleWork(f"{folder} holds neurons of another model. Delete it, then give the same command again.", folder)
+                raise StaleWork(
+                    f"{folder} holds neurons of another model. Move it away, then give the same command again.", folder
+                )
             dictionaries[folder] = neurons
     return dictionaries
 

@@ -33,8 +33,8 @@ __all__ = [
     "run_pursuit",
 ]
 
-GRAM_SHARE = 0.6
-"""The share of the free memory that a Gram matrix may take."""
+GRAM_BYTES = {"cpu": 4 * 2**30, "cuda": 20 * 2**30}
+"""The memory that a Gram matrix may take: 32,768 atoms in float32 on a CPU, and 73,000 on a GPU."""
 GRAM_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """The precisions of a Gram matrix, the best first."""
 WIDTH_PER_GRAM_ROW = 8
@@ -85,6 +85,10 @@ class PursuitBackend(NamedTuple):
     reason: str
     """The choice and its reason, as a phrase to print."""
 
+    def gram_bytes(self, size: int) -> int:
+        """Return the memory of the Gram matrix of `size` atoms."""
+        return 0 if self.gram is None else size * size * self.gram.itemsize
+
     def as_json(self) -> dict[str, Json]:
         """Return this backend as plain JSON."""
         return {
@@ -103,19 +107,21 @@ class PursuitBackend(NamedTuple):
         return cls(None if gram is None else GRAM_DTYPES[str(gram)], pool, str(entries["reason"]))
 
 
-def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, free: int) -> PursuitBackend:
-    """Choose the fastest backend for a dictionary of `size` atoms that fits in `free` bytes."""
-    rule, need = RULES[pursuit], 0
+def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, device: str = "cpu") -> PursuitBackend:
+    """Choose the fastest backend for a dictionary of `size` atoms on a kind of `device`.
+
+    The last bits of the results depend on it, so it is never chosen by how much memory happens to be free.
+    """
+    rule, limit, need = RULES[pursuit], GRAM_BYTES.get(device, GRAM_BYTES["cpu"]), 0
     if width <= WIDTH_PER_GRAM_ROW * (1 if rule.single_weight else k):
         return PursuitBackend(None, None, f"products with the residual (faster at width {width} and k {k})")
     for name, dtype in GRAM_DTYPES.items():
         need = size * size * dtype.itemsize
-        if need <= GRAM_SHARE * free:
-            return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)} of {_gb(free)} free memory)")
+        if need <= limit:
+            return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)})")
     pool = CandidatePool() if rule.needs_cholesky else None
     picks = " and a candidate pool" if pool else ""
-    reason = f"products with the residual{picks} (a Gram matrix needs {_gb(need)}, {_gb(free)} are free)"
-    return PursuitBackend(None, pool, reason)
+    return PursuitBackend(None, pool, f"products with the residual{picks} (a Gram matrix would take {_gb(need)})")
 
 
 def _gb(count: int) -> str:

@@ -1,6 +1,6 @@
 """Grow ITDA dictionaries from a stream of activations."""
 
-from difflex.training.itda.growing import GrowthData, GrowthProgress, grow
+from difflex.training.itda.growing import GrowthData, GrowthProgress, grow, load_grown
 from difflex.training.itda.state import GrowthInterval, expected_over_threshold
 
-__all__ = ["GrowthData", "GrowthInterval", "GrowthProgress", "expected_over_threshold", "grow"]
+__all__ = ["GrowthData", "GrowthInterval", "GrowthProgress", "expected_over_threshold", "grow", "load_grown"]

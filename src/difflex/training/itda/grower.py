@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.devices import free_memory
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.dictionaries.pursuit import (
     RULES,
@@ -158,9 +157,9 @@ class AtomGrower:
         ranks: Ranks,
         backend: PursuitBackend | None = None,
     ) -> None:
-        """Make an empty dictionary; without `backend`, one is chosen that fits the free memory."""
+        """Make an empty dictionary; without `backend`, one is chosen by the shapes."""
         self.growth, self.threshold, self._ranks = growth, threshold, ranks
-        self.backend = backend or choose_backend(growth.pursuit, growth.size, width, growth.k, free_memory(device))
+        self.backend = backend or choose_backend(growth.pursuit, growth.size, width, growth.k, device.type)
         # A batch of candidates is stored after the atoms while it is examined.
         room = growth.size + growth.batch * ranks.world_size
         self._rows = torch.empty(room, width, device=device)

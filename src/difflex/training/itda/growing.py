@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, final
@@ -17,8 +18,8 @@ from difflex.dictionaries.itda import AtomProvenance, GrowthConfig
 from difflex.dictionaries.normalisation import estimate_normalisation
 from difflex.dictionaries.pursuit import PursuitBackend, choose_backend
 from difflex.distributed import Ranks
-from difflex.errors import BadInput, BrokenFile, NonFinite
-from difflex.files import Json, parsing
+from difflex.errors import BadInput, BrokenFile, NonFinite, OutOfMemory
+from difflex.files import Json, folder_lock, parsing
 from difflex.records import ActivationBatch, Shot
 from difflex.store import require_split
 from difflex.training.data import non_finite_message
@@ -73,21 +74,47 @@ def grow(
     """Grow a dictionary for each folder, and save it there.
 
     Dictionaries with a threshold grow in one pass over the data; without one, a threshold is searched, pass by pass. Work in a
-    folder resumes with the same results. Under `torch.distributed` all ranks call this and grow the same dictionaries; rank 0
-    writes and calls `on_progress`.
+    folder resumes with the same results, and finished work is loaded and not touched. Under `torch.distributed` all ranks call
+    this and grow the same dictionaries; rank 0 writes and calls `on_progress`.
     """
     if not growths:
         raise BadInput("`grow` needs at least one growth: choose a threshold or a size.")
     if data.tokens < 1:
         raise BadInput(f"A pass over {data.tokens} tokens grows nothing: use 1 or more.")
-    ranks = Ranks()
-    run = GrowthRun(data, ranks, find_device(device), checkpoint_every, on_progress, len(growths))
-    members = [GrowthMember(folder, growth, origin, run) for folder, growth in growths.items()]
-    run.run_pass([member for member in members if member.growth.threshold is not None])
-    for member in members:
-        while not member.state.finished:
-            run.run_pass([member])
-    return {member.folder: member.result() for member in members}
+    ranks, device, dictionaries = Ranks(), find_device(device), {}
+    for folder, growth in growths.items():
+        if (itda := load_grown(folder, growth, data.data)) is not None:
+            dictionaries[folder] = itda.to(device)
+    unfinished = {folder: growth for folder, growth in growths.items() if folder not in dictionaries}
+    with ExitStack() as locks:
+        for folder in unfinished if ranks.rank == 0 else ():
+            locks.enter_context(folder_lock(folder))
+        run = GrowthRun(data, ranks, device, checkpoint_every, on_progress, len(unfinished))
+        members = [GrowthMember(folder, growth, origin, run) for folder, growth in unfinished.items()]
+        run.run_pass([member for member in members if member.growth.threshold is not None])
+        for member in members:
+            while not member.state.finished:
+                run.run_pass([member])
+        dictionaries |= {member.folder: member.result() for member in members}
+    return {folder: dictionaries[folder] for folder in growths}
+
+
+def load_grown(folder: Path, growth: GrowthConfig, data: str) -> ITDA | None:
+    """Return the dictionary that an earlier call has finished in `folder`, or None; raise an error if it is another one."""
+    if not (folder / "config.json").exists():
+        return None
+    itda = Dictionary.load(folder)
+    record, work = itda.origin.training, folder / "training"
+    config = record.get("config")
+    if isinstance(config, dict) and isinstance(batch := config.get("batch"), int):
+        growth = replace(growth, batch=batch)  # it depends on the number of processes
+    files.check_growth(folder / "config.json", config, record.get("data"), growth.as_json(), data)
+    assert isinstance(itda, ITDA), "no other kind is made by a growth"
+    try:
+        state = files.read_state(work, growth, data)
+    except BrokenFile as error:
+        raise BrokenFile(f"{error} The dictionary in {folder} is finished and intact: move {work} alone away.") from error
+    return itda if state is None or state.finished else None
 
 
 @final
@@ -106,11 +133,18 @@ class GrowthRun:
         self.data, self.ranks, self.device = data, ranks, device
         self._checkpoint_every, self._on_progress = checkpoint_every, on_progress
         self._holdout = HoldOut(data.shot)
-        sharing = members * (ranks.world_size if device.type == "cpu" else 1)  # ranks on a CPU share its memory
-        self.free_bytes = int(ranks.broadcast(torch.tensor([free_memory(device) // sharing], device=device)))
-        """For each dictionary, the same on all ranks, so that they choose the same backends."""
+        self._sharing = members * (ranks.world_size if device.type == "cpu" else 1)  # ranks on a CPU share its memory
         self.normalisations: dict[tuple[NormalisationMethod, float | None], Normalisation] = {}
         """By method and clip."""
+
+    def check_memory(self, growth: GrowthConfig, width: int, backend: PursuitBackend) -> None:
+        """Raise an error if all dictionaries of the run, as large as they may become, do not fit the free memory."""
+        need = self._sharing * (growth.size * (4 * width + 16) + backend.gram_bytes(growth.size))
+        if need > (free := int(self.ranks.broadcast(torch.tensor([free_memory(self.device)], device=self.device)))):
+            raise OutOfMemory(
+                f"Growing up to {growth.size:,} atoms of width {width} by {backend.reason} takes {need / 1e9:,.1f} GB of memory, "
+                f"and {free / 1e9:,.1f} GB are free on {self.device}. Choose a smaller size, or fewer thresholds at a time."
+            )
 
     def normalisation(self, growth: GrowthConfig) -> Normalisation:
         """Return the normalisation that rank 0 estimates from its first batches."""
@@ -177,7 +211,7 @@ class GrowthMember:
         if state is None:
             self.normalisation = run.normalisation(growth)
             width = self.normalisation.width
-            self._backend = choose_backend(growth.pursuit, growth.size, width, growth.k, run.free_bytes)
+            self._backend = choose_backend(growth.pursuit, growth.size, width, growth.k, run.device.type)
             threshold = growth.threshold or next_threshold([], growth.size)
             backend = self._backend.as_json()
             self.state = GrowthState(growth=growth.as_json(), data=run.data.data, backend=backend, threshold=threshold)
@@ -188,9 +222,12 @@ class GrowthMember:
             with parsing(self._work / files.STATE, "the backend of a growth", files.ADVICE):
                 self._backend = PursuitBackend.from_json(state.backend)
         if not self.state.finished:
+            run.check_memory(growth, self.normalisation.width, self._backend)
             self.grower = self._new_grower()
             if self.state.batches:
                 self._restore()
+        elif not (folder / "config.json").exists():
+            raise BrokenFile(f"{self._work} is of a growth that has ended, but {folder} holds no dictionary. {files.ADVICE}")
 
     def _new_grower(self) -> AtomGrower:
         run = self._run
@@ -199,7 +236,7 @@ class GrowthMember:
     def _restore(self) -> None:
         grower, state = self.grower, self.state
         for name, sha256 in state.parts.items():
-            grower.restore(files.read_tensors(self._work / name, sha256))
+            grower.restore(files.read_part(self._work / name, sha256))
         grower.curve, grower.idle_tokens = state.curve, state.idle_tokens
         if not grower.curve or grower.size != grower.curve[-1].size:
             path = self._work / files.STATE
@@ -261,7 +298,6 @@ class GrowthMember:
             "threshold": grower.threshold,
             "tokens": grower.token_count,
             "passes": len(self.state.trials),
-            "backend": grower.backend.reason,
             "expected_over_threshold": expected_over_threshold(grower.curve),
             "curve": [list(interval) for interval in thin_curve(grower.curve)],
         }

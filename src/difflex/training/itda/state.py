@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,18 +16,20 @@ from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors.torch import load, save
 from torch import Tensor
 
 from difflex.dictionaries import Normalisation
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.errors import BrokenFile, StaleWork
-from difflex.files import Json, parsing, read_json, write_file, write_json
+from difflex.files import Json, disk_errors, parsing, read_json, write_json
 from difflex.records import Shot
+from difflex.tensors import read_tensors, stored_checksum, write_tensors
 
-FORMAT = 3
+FORMAT = 4
+PART = re.compile(r"atoms-\d+-(\d+)\.safetensors")
+"""The name of a file with atoms: the number of the pass, and of the atoms up to its end."""
 STATE, NORMALISATION = "state.json", "normalisation.safetensors"
-ADVICE = "Remove the folder to grow from the start."
+ADVICE = "Move the folder away to grow from the start."
 
 FIRST_THRESHOLD = 0.3
 FILLED_LATE = 0.9
@@ -76,9 +79,9 @@ class GrowthState:
     data: str
     """A name for the data; growth does not resume with other data."""
     normalisation: dict[str, Json] = field(default_factory=dict)
-    """Its settings, and the SHA-256 of its file."""
+    """Its settings, and the checksum of its file."""
     backend: dict[str, Json]
-    """The pursuit backend: another one might pick other atoms."""
+    """The pursuit backend: another one might pick other atoms. It is noted here alone, as it depends on the device."""
     trials: list[ThresholdTrial] = field(default_factory=list)
     """Finished passes of the search for the threshold."""
     threshold: float
@@ -87,8 +90,18 @@ class GrowthState:
     idle_tokens: int = 0
     curve: list[GrowthInterval] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
-    """The files with the atoms so far, in order, and their SHA-256."""
+    """The files with the atoms so far, in order, and their checksums."""
     finished: bool = False
+
+    def check(self) -> None:
+        """Raise a ValueError or TypeError unless the entries can be those of a growth."""
+        numbers = [self.threshold, self.batches, self.idle_tokens, *(x for row in (*self.trials, *self.curve) for x in row)]
+        if not all(isinstance(number, int | float) and 0 <= number < 2**63 for number in numbers):
+            raise ValueError("a number is negative, too large or none at all")
+        if not all(map(isinstance, (self.growth, self.backend, self.parts), (dict, dict, dict))) or type(self.batches) is not int:
+            raise TypeError("an entry is of the wrong type")
+        if wrong := [name for name in self.parts if not PART.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is no file of atoms")
 
     def begin_pass(self, threshold: float) -> None:
         """Reset what belongs to one pass."""
@@ -105,51 +118,54 @@ def read_state(folder: Path, growth: GrowthConfig, data: str) -> GrowthState | N
         trials = [ThresholdTrial(*row) for row in entries["trials"]]
         curve = [GrowthInterval(*row) for row in entries["curve"]]
         state = GrowthState(**{**entries, "trials": trials, "curve": curve})
-        config = growth.as_json()
-        differences = {name: (state.growth.get(name), config[name]) for name in config if state.growth.get(name) != config[name]}
-    if state.data != data:
-        differences["data"] = (state.data, data)
-    if differences:
-        text = ", ".join(f"{name} {saved!r} instead of {requested!r}" for name, (saved, requested) in differences.items())
-        raise StaleWork(f"{path} belongs to another growth: {text}. Use the same settings to resume, or: {ADVICE}", path.parent)
+        state.check()
+    check_growth(path, state.growth, state.data, growth.as_json(), data)
     return state
+
+
+def check_growth(path: Path, saved: object, saved_data: object, requested: Mapping[str, Json], data: str) -> None:
+    """Raise an error that names the differences between the growth saved at `path` and the one requested."""
+    config = saved if isinstance(saved, Mapping) else {}
+    differences = {name: (config.get(name), requested[name]) for name in requested if config.get(name) != requested[name]}
+    if saved_data != data:
+        differences["data"] = (saved_data, data)
+    if differences:
+        text = ", ".join(f"{name} {before!r} instead of {now!r}" for name, (before, now) in differences.items())
+        raise StaleWork(f"{path} belongs to another growth: {text}. Use the same settings to resume, or: {ADVICE}", path.parent)
 
 
 def write_state(folder: Path, state: GrowthState, atoms_from: Callable[[int], dict[str, Tensor]], size: int) -> None:
     """Write the atoms that are not in `state.parts` yet, then `state.json`; remove the atoms of passes that have ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start = int([*state.parts][-1].split("-")[2].split(".")[0]) if state.parts else 0
+    last = PART.fullmatch([*state.parts][-1]) if state.parts else None
+    start = int(last[1]) if last else 0
     if size > start and not state.finished:
         name = f"atoms-{len(state.trials)}-{size}.safetensors"
-        state.parts[name] = write_file(folder / name, save(atoms_from(start)))
+        state.parts[name] = stored_checksum(write_tensors(folder / name, FORMAT, atoms_from(start)), ADVICE)
+    if state.finished:
+        state.parts = {}
     write_json(folder / STATE, FORMAT, asdict(state))
-    for path in folder.glob("atoms-*.safetensors"):
-        if state.finished or path.name not in state.parts:
-            path.unlink()
+    with disk_errors(folder):
+        for path in folder.glob("atoms-*.safetensors"):
+            if path.name not in state.parts:
+                path.unlink()
 
 
 def write_normalisation(folder: Path, normalisation: Normalisation) -> dict[str, Json]:
     """Write the tensors of `normalisation` to `folder`; return what `read_normalisation` needs besides."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in normalisation.tensors().items()}
-    return {**normalisation.settings(), "sha256": write_file(folder / NORMALISATION, save(tensors))}
+    path = write_tensors(folder / NORMALISATION, FORMAT, normalisation.tensors())
+    return {**normalisation.settings(), "sha256": stored_checksum(path, ADVICE)}
 
 
 def read_normalisation(folder: Path, settings: Mapping[str, Json], device: torch.device) -> Normalisation:
     """Read a normalisation from `folder`."""
-    tensors = read_tensors(folder / NORMALISATION, str(settings.get("sha256")))
-    return Normalisation.from_saved(settings, tensors).to(device)
+    return Normalisation.from_saved(settings, read_part(folder / NORMALISATION, settings.get("sha256"))).to(device)
 
 
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Return the tensors of the file with this SHA-256."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BrokenFile(f"{path}, a part of an unfinished growth, cannot be read: {error}. {ADVICE}") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise BrokenFile(f"{path}, a part of an unfinished growth, was changed or damaged. {ADVICE}")
-    return load(content)
+def read_part(path: Path, sha256: object) -> dict[str, Tensor]:
+    """Return the tensors of the file with this checksum."""
+    if stored_checksum(path, ADVICE) != sha256:
+        raise BrokenFile(f"{path}, a part of an unfinished growth, is not the one that {STATE} names. {ADVICE}")
+    return read_tensors(path, FORMAT, ADVICE).tensors
 
 
 def thin_curve(curve: Sequence[GrowthInterval], max_intervals: int = 256) -> list[GrowthInterval]:
