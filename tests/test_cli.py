@@ -27,6 +27,9 @@ class PaintBox:
     def __init__(self):
         self.asked: list[dict[str, object]] = []
 
+    def shots(self, prompts: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pixels=(8, 8))]
+
     def generate(self, prompts: list[str], **how: object) -> list[SimpleNamespace]:
         self.asked.append({"prompts": prompts, **how})
         return [SimpleNamespace(image=Image.new("RGB", (8, 8), "red")) for _ in prompts]
@@ -209,6 +212,25 @@ def test_generate_without_a_prompt_shows_an_example(capsys: pytest.CaptureFixtur
 def test_generate_refuses_a_file_that_is_no_image_before_it_draws(paint_box: PaintBox, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "mini-flux", "a star", "--out", "grid.txt"]) == 2
     assert ".webp" in capsys.readouterr().err
+    assert paint_box.asked == []
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--seeds", "0:1000000"], "1,000,000 images make a sheet"),
+        (["--seeds", "0:200", "--out", "new.webp"], "new.webp can have 16,383 on a side"),
+        (["--out", "x" * 300 + ".png"], "Use a shorter name"),
+        (["--out", "folder.png"], "There is a folder where a file is needed"),
+    ],
+)
+def test_generate_refuses_what_cannot_be_written_before_it_draws(
+    words: list[str], complaint: str, paint_box: PaintBox, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["generate", "mini-flux", "a star", *words]) == 2
+    assert complaint in capsys.readouterr().err
     assert paint_box.asked == []
 
 

@@ -195,7 +195,7 @@ def test_a_file_in_the_place_of_a_store_is_an_error(
     (tmp_path / "study" / "activations").mkdir(parents=True)
     (tmp_path / "study" / "activations" / "double.1").write_text("")
     assert harvest(model, prompts, tmp_path / "study", "--site", "double.1") == 2
-    assert "move away what is there" in capsys.readouterr().err
+    assert "move it away" in capsys.readouterr().err
 
 
 def test_verify_needs_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

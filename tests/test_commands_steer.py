@@ -145,7 +145,7 @@ def test_icons_are_generated_for_each_feature(study: Path, alive: list[str], tmp
         ((SITE, "1", "--operation", "transplant"), "needs a source"),
         ((SITE, "1", "--operation", "scale"), "by 1 nothing changes"),
         ((SITE, "1", "--out", "grid.txt"), "does not name an image file"),
-        (("--replay", "nothing.json"), "There is no nothing.json"),
+        (("--replay", "nothing.json"), "There is no file nothing.json"),
         ((SITE, "1", "--strength", "1:2:1", "--record", "x.json"), "One edit of one image"),
     ],
 )

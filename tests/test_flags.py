@@ -11,9 +11,11 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.cli import main, parse
 from difflex.commands import VERBS, verb_class
-from difflex.commands.flags import check_numbers, check_output
+from difflex.commands.checks import check_values
+from difflex.commands.models import GenerateCommand
 from difflex.commands.training import TrainCommand
-from difflex.errors import BadInput, DiskError
+from difflex.errors import BadInput
+from difflex.recipes import RECIPES
 
 POSITIONAL = get_args(Positional[int])[1]
 
@@ -110,21 +112,20 @@ def test_a_flag_is_given_once_and_as_it_is_meant(words: list[str], complaint: st
 
 
 def test_words_after_two_dashes_are_no_flags():
-    assert parse(["generate", "m", "--steps", "3", "--", "--steps", "--steps"]).prompts == ("--steps", "--steps")
+    command = parse(["generate", "m", "--steps", "3", "--", "--steps", "--steps"])
+    assert isinstance(command, GenerateCommand) and command.prompts == ("--steps", "--steps")
 
 
-def test_the_numbers_of_a_command_from_python_are_checked_like_flags(tmp_path: Path):
-    check_numbers(TrainCommand(study=tmp_path, site=("a",), k=(16, 32), learning_rate=1e-3))
-    for wrong in ({"k": (0,)}, {"tokens": -1}, {"seed": 2**64}, {"learning_rate": float("nan")}, {"size": 3}, {"batch": "many"}):
-        with pytest.raises(BadInput, match=rf"TrainCommand\({next(iter(wrong))}="):
-            check_numbers(TrainCommand(study=tmp_path, site=("a",), **wrong))
+def test_the_values_of_a_command_from_a_recipe_are_checked_like_flags(tmp_path: Path):
+    check_values(TrainCommand(study=tmp_path, site=("a",), k=(16, 32), learning_rate=1e-3))
+    wrongs = [{"k": (0,)}, {"tokens": -1}, {"seed": 2**64}, {"learning_rate": float("nan")}, {"size": 3}, {"batch": "many"}]
+    wrongs += [{"site": "double.1"}, {"study": "folder"}, {"kind": "topkk"}, {"log": ("console",)}, {"seed": True}]
+    for wrong in wrongs:
+        with pytest.raises(BadInput, match=rf"TrainCommand\({next(iter(wrong))}=.* is not possible: "):
+            check_values(TrainCommand(**{"study": tmp_path, "site": ("a",), **wrong}))
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_work_and_nothing_is_made(tmp_path: Path):
-    (tmp_path / "file").write_text("kept")
-    check_output(tmp_path / "new" / "folder" / "grid.png")
-    check_output(tmp_path / "file")
-    for path in (tmp_path, tmp_path / "file" / "grid.png", tmp_path / ("x" * 300), Path("/proc/nothing/grid.png")):
-        with pytest.raises(DiskError, match="cannot be written"):
-            check_output(path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_of_the_package_hold_values_that_the_command_line_accepts(name: str, tmp_path: Path):
+    for command in RECIPES[name](tmp_path).commands:
+        check_values(command)

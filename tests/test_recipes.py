@@ -193,6 +193,58 @@ def test_a_recipe_is_found_in_a_file(tmp_path: Path):
         recipe(f"{file}:stuby")
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("def study(folder):\n    return )", "line 2, failed with SyntaxError: unmatched"),
+        ("import nothing_of_this_name", "line 1, failed with ModuleNotFoundError: No module named"),
+        ("def study(folder):\n    return 1 / 0", "line 2, failed with ZeroDivisionError"),
+        ("def study(folder):\n    def inner():\n        raise SystemExit(0)\n    inner()", "line 3, failed with SystemExit"),
+        ("def study():\n    pass", "failed with TypeError: study() takes 0 positional arguments"),
+        ("x = " + 10_000 * "[", "failed with "),
+        ("def study(folder):\n    return study(folder)", "line 2, failed with RecursionError"),
+        ("\0", "failed with "),
+        ("x = 1", "the function 'study' is unknown; none are known"),
+        ("def study(folder):\n    return 7", "returned a int; return a difflex.Study"),
+        ("def study(folder):\n    from difflex import Study\n    return Study(folder='x', model='m')", "its folder is a Path"),
+        (
+            "def study(folder):\n    from difflex import Study\n    return Study(folder=folder, model='m', commands=(7,))",
+            "names 7 as",
+        ),
+        ("def study(folder):\n    from difflex import Study\n    return Study(folder=folder, model='m')", "has no commands"),
+        (
+            "from difflex.recipes import Study, TrainCommand\ndef study(folder):\n"
+            "    return Study(folder=folder, model='m', commands=(TrainCommand(study=folder, site='double.1'),))",
+            "TrainCommand(site='double.1') is not possible: it is a str, not a tuple of str",
+        ),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_mistake_in_a_recipe_is_named_with_its_place(
+    text: str, complaint: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert main(["run", f"{file}:study", "--out", str(tmp_path / "study"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert complaint in message and "Traceback" not in message and len(message) < 600
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_is_no_file_is_no_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "binary.py").write_bytes(bytes(range(256)))
+    for name in (tmp_path, tmp_path / "binary.py", tmp_path / ("x" * 300)):
+        assert main(["run", f"{name}:study", "--out", str(tmp_path / "study")]) == 2
+    assert capsys.readouterr().err.count("difflex: ") == 3
+
+
+def test_an_unknown_verb_to_stop_at_is_refused_in_a_dry_run_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["run", "mini", "--out", str(tmp_path / "study"), "--dry-run", "--until"]
+    assert main([*words, "zzz"]) == 2 and "The verb 'zzz' is unknown" in capsys.readouterr().err
+    assert main([*words, "harvest"]) == 0
+    assert "harvest" in (output := capsys.readouterr().out) and "itda" not in output
+
+
 def test_unknown_recipes_are_explained():
     with pytest.raises(UnknownName, match="'mimi' is unknown; nearest: mini"):
         recipe("mimi")

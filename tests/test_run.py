@@ -12,7 +12,8 @@ import pytest
 
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import folder_lock
-from difflex.study import Command, Study, command_statuses, read_log, run_study
+from difflex.records import Site
+from difflex.study import Command, DictionaryRef, Study, command_statuses, read_log, run_study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,63 @@ def test_files_that_a_change_makes_stale_are_deleted_and_made_again(tmp_path: Pa
     # Later commands may depend on it and run again; each checks itself what is still valid.
     assert (tmp_path / "count").read_text() == "2"
     assert states(changed) == ["done"] * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDictionary(Command):
+    """Makes a dictionary; one that was made from other data is stale."""
+
+    out: Path
+    data: str
+
+    def __call__(self) -> list[Path]:
+        folder = self.out / "dictionaries" / "double.1" / "topk-8-k1"
+        if folder.exists() and (folder / "config.json").read_text() != self.data:
+            raise StaleWork(f"{folder} was made from other data.", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(self.data)
+        return [folder]
+
+
+def test_a_dictionary_that_the_recipe_did_not_make_is_moved_and_its_own_is_deleted(tmp_path: Path):
+    MakeDictionary(out=tmp_path, data="by hand")()
+    made = [Study(folder=tmp_path, model="x", commands=(MakeDictionary(out=tmp_path, data=data),)) for data in "ab"]
+    lines = run(made[0])
+    kept = tmp_path / "old-1" / "dictionaries" / "double.1" / "topk-8-k1"
+    assert f"moved to {kept} and made again" in lines[-1] and (kept / "config.json").read_text() == "by hand"
+    assert "deleted and made again" in run(made[1])[-1]
+    MakeDictionary(out=tmp_path, data="b")()
+    (tmp_path / "run.json").unlink()
+    assert f"moved to {tmp_path / 'old-2'}" in run(made[0])[-1]
+    assert Study.open(tmp_path).dictionaries() == [DictionaryRef(Site("double.1"), "topk-8-k1")]
+
+
+@pytest.mark.parametrize("name", ["books/double.1/topk-8-k1.sqlite", "explanations/answers.sqlite"])
+def test_what_was_paid_for_is_moved_and_never_deleted(name: str, tmp_path: Path):
+    paid = tmp_path / name
+    paid.parent.mkdir(parents=True)
+    paid.write_text("paid")
+    for number, place in enumerate((paid, paid.parent), 1):
+        write = Write(out=paid.parent, name=paid.name)
+        stale = Stale(path=place, write=write)
+        run(Study(folder=tmp_path, model="x", commands=(stale,)))
+        assert (tmp_path / f"old-{number}" / name).read_text() == ("paid" if number == 1 else "words")
+        (tmp_path / "run.json").unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stale(Command):
+    """Finds `path` stale as long as it exists, then writes."""
+
+    path: Path
+    write: Write
+
+    def __call__(self) -> list[Path]:
+        if self.path.exists():
+            raise StaleWork(f"{self.path} is stale.", self.path)
+        self.path.parent.mkdir(exist_ok=True)
+        self.write.out.mkdir(exist_ok=True)
+        return self.write()
 
 
 def test_a_new_command_at_the_end_reruns_none_before_it(tmp_path: Path):
@@ -185,7 +243,24 @@ def test_a_study_of_another_model_is_refused(tmp_path: Path):
         ("{", "damaged"),
         ('{"format": 9, "commands": []}', "format 9"),
         ("[]", "format None"),
-        ('{"format": 2, "commands": [{"verb": "train", "flags": {}, "outputs": [], "finished": "noon"}]}', "damaged"),
+        *(
+            (f'{{"format": 2, "commands": {commands}}}', "damaged")
+            for commands in (
+                '[{"verb": "train", "flags": {}, "outputs": [], "finished": "noon"}]',
+                '[{"verb": 3, "flags": {}, "outputs": []}]',
+                '[{"verb": "train", "flags": [], "outputs": []}]',
+                '[{"verb": "train", "flags": {}, "outputs": "words"}]',
+                '[{"verb": "train", "flags": {}, "outputs": [3]}]',
+                '[{"verb": "train", "flags": {}, "outputs": [], "seconds": NaN}]',
+                '[{"verb": "train", "flags": {}, "outputs": [], "seconds": "9"}]',
+                '[{"verb": "train", "flags": {}, "outputs": [], "seconds": 1e999}]',
+                '[{"verb": "train", "flags": {}, "outputs": [], "colour": "red"}]',
+                '{"verb": 1}',
+                "7",
+                100_000 * "[",
+                10_000 * "9",
+            )
+        ),
     ],
 )
 def test_a_damaged_or_foreign_log_is_named_in_the_error(tmp_path: Path, text: str, complaint: str):

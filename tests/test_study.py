@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.errors import BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.records import Site
 from difflex.study import Study
 
@@ -39,6 +39,11 @@ def test_a_planned_study_is_not_written(tmp_path: Path):
         ("[]", "format None"),
         ('{"format": 1, "model": "x", "modle": 1}', "entry 'modle'"),
         ('{"format": 1}', "does not name a model"),
+        ('{"format": 1, "model": 7}', "'model' is '7' instead of a name"),
+        ('{"format": 1, "model": null}', "'model' is 'None' instead of a name"),
+        ('{"format": 1, "model": "x", "revision": ["y"]}', "'revision' is"),
+        ('{"format": 1, "model": ' + 5000 * "9" + "}", "not JSON"),
+        ('{"format": 1, "model": ' + 100_000 * "[", "not JSON"),
     ],
 )
 def test_a_damaged_or_foreign_study_file_is_named_in_the_error(tmp_path: Path, text: str, complaint: str):
@@ -56,7 +61,7 @@ def test_a_folder_without_a_study_is_an_error(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="Name a folder that you may write"):
+    with pytest.raises(DiskError, match="file where a folder is needed"):
         Study.begin(tmp_path / "file" / "study", "x")
 
 

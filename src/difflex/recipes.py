@@ -4,13 +4,16 @@ Write one in a file of your own and run it: `difflex run my_recipe.py:study`. To
 """
 
 import runpy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex.commands.checks import check_values
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
@@ -18,7 +21,8 @@ from difflex.commands.features import CollectCommand
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, DifflexError, UnknownName
+from difflex.files import disk_errors
 from difflex.study import Command, Study, run_study
 
 __all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
@@ -202,13 +206,46 @@ def recipe(name: str) -> Recipe:
         if name not in RECIPES:
             raise UnknownName.among("The recipe", name, RECIPES, "Or name a function in a file of yours: my_recipe.py:study.")
         return RECIPES[name]
-    if not Path(file).is_file():
-        raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
-    names = runpy.run_path(file)
+    with disk_errors(Path(file), "read"):
+        if not Path(file).is_file():
+            raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
+    with _mistakes(file):
+        names = runpy.run_path(file)
     if not callable(names.get(function)):
         functions = [name for name, value in names.items() if callable(value) and not name.startswith("_")]
         raise UnknownName.among(f"In {file} the function", function, functions)
     return names[function]
+
+
+@contextmanager
+def _mistakes(name: str) -> Iterator[None]:
+    """Turn whatever the code of a recipe raises into an error that names its file and line."""
+    try:
+        yield
+    except DifflexError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = name.rpartition(":")[0] or name
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f"{file}, line {line}" if line else f"The recipe {name}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise BadInput(f"{place}, failed with {reason.strip(': ')}. Mend it there, then give the same command again.") from error
+
+
+def _checked(name: str, study: object) -> Study:
+    """Return what the recipe `name` returned, if it is a study of commands that the command line would accept."""
+    if not isinstance(study, Study):
+        raise BadInput(f"The recipe {name} returned a {type(study).__name__}; return a difflex.Study.")
+    if not isinstance(study.folder, Path) or not isinstance(study.model, str) or not isinstance(study.commands, (tuple, list)):
+        raise BadInput(
+            f"The recipe {name} returned {study!r:.200}; its folder is a Path, its model a name, its commands a tuple."
+        )
+    for command in study.commands:
+        if not isinstance(command, Command) or not is_dataclass(command):
+            raise BadInput(f"The recipe {name} names {command!r:.200} as a command; name instances, as TrainCommand(...).")
+        check_values(command)
+    return study
 
 
 @final
@@ -226,15 +263,16 @@ class RunCommand(Command):
     """Print the commands with their state, disk and time, and run nothing."""
 
     def __call__(self) -> None:
-        study = recipe(self.recipe)(self.out or Path(self.recipe.rpartition(":")[2]))
-        if not isinstance(study, Study):
-            raise BadInput(f"The recipe {self.recipe} returned a {type(study).__name__}; return a difflex.Study.")
+        function = recipe(self.recipe)
+        with _mistakes(self.recipe):
+            study = function(self.out or Path(self.recipe.rpartition(":")[2]))
+        study = _checked(self.recipe, study)
         if self.dry_run:
             from difflex.commands.estimates import estimate
             from difflex.commands.forecast import plan, plan_table
             from difflex.devices import machine_rate
 
-            print(plan_table(plan(study, machine_rate(), estimate)))
+            print(plan_table(plan(study, machine_rate(), estimate, self.until)))
             return
         run_study(study, until=self.until, recipe=self.recipe)
         print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")

@@ -13,6 +13,8 @@ import difflex
 from difflex.choices import Precision
 from difflex.commands.flags import AMOUNT, BATCH, COUNT, SHARE, STEPS, TOKENS, WHOLE, ModelCommand, NoiseLevels, Pixels
 from difflex.commands.inputs import load_study_model, read_prompts
+from difflex.errors import BadInput
+from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
 from difflex.study import Command, Study
 
@@ -111,6 +113,8 @@ class ConceptsCommand(Command):
             present_above=self.present_above,
             absent_below=self.absent_below,
         )
+        if not self.studies:
+            raise BadInput("No study was named. Name one or more: difflex concepts STUDY.")
         studies = [Study.open(folder) for folder in self.studies]
 
         def open_model(study: Study):
@@ -168,6 +172,7 @@ class AnatomyCommand(ModelCommand):
     def __call__(self) -> list[Path]:
         from difflex.evaluation.anatomy import AnatomyInputs, update_anatomy
 
+        check_output(self.out / "study.json")
         prompts = read_prompts(self.prompts, None)
         pipe = self.load()
         study = Study.open_or_plan(self.out, pipe.name, pipe.revision)

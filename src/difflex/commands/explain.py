@@ -8,6 +8,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ProtocolName
 from difflex.commands.flags import COUNT, SEED, Features, VLMCommand
+from difflex.errors import BadInput
 from difflex.study import Study
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class ExplainCommand(VLMCommand):
             ),
             connections=self.connections,
         )
+        if not self.studies:
+            raise BadInput("No study was named. Name one or more: difflex explain STUDY.")
         self.check_endpoint(self.vlm)
         studies, policy = [Study.open(folder) for folder in self.studies], self.request_policy()
         if self.dry_run:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import HighlightStyle, Precision
-from difflex.commands.flags import AMOUNT, BATCH, COUNT, STEPS, WHOLE, NoiseLevels, Pixels, Seeds, StepRange, check_output, number
+from difflex.commands.flags import AMOUNT, BATCH, COUNT, STEPS, WHOLE, NoiseLevels, Pixels, Seeds, StepRange, number
 from difflex.commands.inputs import load_study_model, open_book, read_prompts
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
@@ -218,7 +218,6 @@ class ShowCommand(Command):
     def __call__(self) -> None:
         out = self.out or Path(f"feature-{self.feature}.png")
         check_image_path(out)
-        check_output(out)
         study = Study.open(self.study)
         ref = _find_book(study, self.dictionary)
         best = _best_concepts(study, ref).get(self.feature)

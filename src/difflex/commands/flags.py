@@ -3,22 +3,18 @@
 Every number is checked where flags are parsed: it is finite and in the range of its flag. A list is counted before it is made.
 """
 
-import errno
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.choices import Precision
 from difflex.errors import BadInput
-from difflex.files import disk_errors, replacing
 from difflex.study import Command
 
 if TYPE_CHECKING:
@@ -221,36 +217,6 @@ Bytes = Annotated[int | None, _flag(_bytes, "SIZE", str)]
 """A size on disk."""
 Prices = Annotated[tuple[float, float] | None, _flag(_prices, "IN,OUT", _with_commas)]
 """The price of a million tokens, in and out."""
-
-
-def check_numbers(command: Command) -> None:
-    """Raise an error if a number of `command`, which a recipe made, is one that the command line refuses."""
-    hints = get_type_hints(type(command), include_extras=True)
-    for field in fields(command):  # pyright: ignore[reportArgumentType]
-        value = getattr(command, field.name)
-        rule = next((mark for mark in get_args(hints[field.name]) if isinstance(mark, PrimitiveConstructorSpec)), None)
-        if rule is None or value in (None, ()):
-            continue
-        try:
-            rule.instance_from_str(rule.str_from_instance(value))
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise BadInput(f"{type(command).__name__}({field.name}={value!r}) is not possible: {error}") from error
-
-
-def check_output(path: Path) -> None:
-    """Raise the error that writing `path` would raise, before any work is done; nothing is made."""
-    with disk_errors(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        folder = path.parent
-        while not folder.exists():
-            folder = folder.parent
-    with suppress(_NothingWritten), replacing(folder / path.name):
-        raise _NothingWritten
-
-
-class _NothingWritten(Exception):
-    """Ends a block that replaces a file, so that the file stays as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

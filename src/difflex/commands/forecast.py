@@ -151,10 +151,10 @@ class PlannedCommand(NamedTuple):
 Estimator = Callable[[Forecast, Command], CostEstimate]
 
 
-def plan(study: Study, rate: float, estimate: Estimator) -> list[PlannedCommand]:
-    """Return the commands of `study` with what each takes, by `estimate`, on a machine of this `rate`."""
+def plan(study: Study, rate: float, estimate: Estimator, until: str | None = None) -> list[PlannedCommand]:
+    """Return the commands of `study`, up to `until`, with what each takes, by `estimate`, on a machine of this `rate`."""
     forecast, planned = Forecast(rate), []
-    for status in command_statuses(study):
+    for status in command_statuses(study, until):
         cost = estimate(forecast, status.command)
         if status.state == "done":
             size = sum(_size(study.folder / path) for path in status.record.outputs)

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from difflex.choices import StoredDtype
 from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, StepRange
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.images import check_output
 from difflex.study import Command, Study
 
 __all__ = ["HarvestCommand", "VerifyCommand"]
@@ -59,6 +60,7 @@ class HarvestCommand(ModelCommand):
         from difflex.distributed import Ranks
         from difflex.store import RecordingConfig, record
 
+        check_output(self.out / "study.json")
         prompts = read_prompts(self.prompts, self.shuffle, self.prompts_column, self.prompts_revision)
         if prompts.is_endless and self.tokens is None:
             raise BadInput(f"The {CAPTIONS} are endless: say how many --tokens to store.")

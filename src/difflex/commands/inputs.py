@@ -1,6 +1,7 @@
 """What commands open: prompts, the model of a study, a book."""
 
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,7 +51,8 @@ def load_study_model(study: Study, precision: str | None, offload: bool, offline
     import difflex
 
     revision = study.revision or ""
-    untrained = int(revision.removeprefix(UNTRAINED)) if revision.startswith(UNTRAINED) else None
+    match = re.fullmatch(rf"{UNTRAINED}(\d{{1,19}})", revision)
+    untrained = int(match[1]) if match else None
     return difflex.load(
         study.model,
         precision=precision,

@@ -8,10 +8,10 @@ from typing import Annotated, Any, final
 
 from tyro.conf import Positional, arg
 
-from difflex.commands.flags import AMOUNT, STEPS, ModelCommand, Pixels, Seeds, check_output
+from difflex.commands.flags import AMOUNT, STEPS, ModelCommand, Pixels, Seeds
 from difflex.errors import BadInput
 from difflex.files import parsing
-from difflex.images import check_image_path, contact_sheet, write_image
+from difflex.images import check_image_path, check_sheet, contact_sheet, write_image
 from difflex.study import Command
 from difflex.tables import text_table
 
@@ -74,9 +74,10 @@ class GenerateCommand(ModelCommand):
         if not self.prompts:
             raise BadInput('No prompt was given. Write at least one, as in: difflex generate mini-flux "a red star on grass"')
         check_image_path(self.out)
-        check_output(self.out)
         pipe, settings = self.load(), {"steps": self.steps, "pixels": self.pixels, "guidance": self.guidance}
         # Prompt i of a call gets the seed `seed + i`: repeating a prompt gives it all seeds.
+        pixels = self.pixels or next(iter(pipe.shots(""))).pixels
+        check_sheet(self.out, len(self.prompts), len(self.seeds), pixels)
         rows = [
             pipe.generate([prompt] * len(self.seeds), seed=self.seeds.start, **settings)  # pyright: ignore[reportArgumentType]
             for prompt in self.prompts

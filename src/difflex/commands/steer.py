@@ -1,5 +1,6 @@
 """`difflex steer`, `icon` and `contrast`: images under edits as labelled grids, and directions to edit along."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, STRENGTHS, Features, Seeds, StepRange, Strengths, check_output
+from difflex.commands.flags import AMOUNT, BATCH, NUMBER, SEED, STEPS, STRENGTHS, Features, Seeds, StepRange, Strengths
 from difflex.commands.inputs import first_and_end, load_study_model, stored_strength
 from difflex.errors import BadInput
-from difflex.images import check_image_path, contact_sheet, write_image
+from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
 from difflex.records import Edit, Rectangle, Shot, TransplantSource
 from difflex.study import Command, Study
 
@@ -83,13 +84,16 @@ class SteerCommand(Command):
         from difflex.steering import EditRecord, StudyEditor
 
         check_image_path(self.out)
-        check_output(self.out)
+        if self.record is not None:
+            check_output(self.record)
         editor = StudyEditor(Study.open(self.study))
         replay = None if self.replay is None else EditRecord.load(self.replay)
         if replay is not None:
             replay.check(editor)
         pipe = load_study_model(editor.study, None, self.offload, self.offline)
         columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe)]
+        rows = 1 if replay else len(self.prompt) * len(self.seeds) * (1 + self.differences)
+        check_sheet(self.out, rows, 1 + len(columns), next(iter(pipe.shots(""))).pixels)
         shots = [replay.shot] if replay else self._shots(pipe)
         if self.record is not None and (len(shots) > 1 or len(columns) > 1):
             raise BadInput(
@@ -182,7 +186,6 @@ class IconCommand(Command):
         from difflex.steering import StudyEditor
 
         check_image_path(self.out)
-        check_output(self.out)
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
         editor = StudyEditor(Study.open(self.study))
@@ -192,8 +195,10 @@ class IconCommand(Command):
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
             dictionary=place.label,
+            features=self.features,
             steps=first_and_end(self.edit_steps),
         )
+        check_sheet(self.out, len(self.features), len(self.strength), next(iter(pipe.shots(""))).pixels)
         rows = []
         for feature in self.features:
             edits = [replace(template, features=(feature,), strength=strength) for strength in self.strength]
@@ -241,9 +246,10 @@ class ContrastCommand(Command):
         from difflex.steering import StudyEditor
         from difflex.steering.contrast import decompose, find_contrast, pair_activations
 
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            raise BadInput(f"'{self.name}' cannot be a file name. Use letters, digits, '.', '_' and '-'.")
+        if not re.fullmatch(r"[\w.-]{1,100}", self.name, re.ASCII):
+            raise BadInput(f"'{self.name:.100}' cannot be a file name. Use at most 100 letters, digits, '.', '_' and '-'.")
         editor = StudyEditor(Study.open(self.study))
+        check_output(editor.study.contrast(self.name))
         pairs = _read_pairs(self.pairs) if self.pairs is not None else self._pairs()
         place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
         pipe = load_study_model(editor.study, None, self.offload, self.offline)
@@ -292,16 +298,21 @@ def _parse_region(text: str | None, pixels: tuple[int, int]) -> Rectangle | str 
     if text is None or text == "fires":
         return text
     if re.fullmatch(r"[-+\d.,\s]+", text):
-        return rectangle([float(number) for number in text.split(",") if number.strip()], pixels)
-    if not Path(text).is_file():
-        raise BadInput(f"The region {text} is no file. Write LEFT,TOP,RIGHT,BOTTOM, the name of an image, or fires.")
+        numbers = [part.strip() for part in text.split(",") if part.strip()]
+        if not all(re.fullmatch(NUMBER, part) for part in numbers):
+            raise BadInput(
+                f"The region {text:.60} is not LEFT,TOP,RIGHT,BOTTOM. Write four numbers: 0.5,0,1,1 is the right half."
+            )
+        return rectangle(list(map(float, numbers)), pixels)
+    if not os.path.isfile(text):
+        raise BadInput(f"The region {text:.200} is no file. Write LEFT,TOP,RIGHT,BOTTOM, the name of an image, or fires.")
     return str(Path(text).resolve())
 
 
 def _read_pairs(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"--pairs {path} cannot be read: {error}. Name a text file.") from error
     pairs = []
     for number, line in enumerate(lines, 1):

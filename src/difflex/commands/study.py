@@ -1,6 +1,7 @@
 """`difflex status`, `report` and `compare`: a study as text and as pages; the command lines of logged commands."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, final, get_args, get_type_hints
@@ -9,8 +10,8 @@ from tyro.conf import Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from difflex.commands import verb_class
-from difflex.errors import BadInput
 from difflex.files import Json
+from difflex.images import check_output
 from difflex.study import Command, CommandRecord, Study, read_log
 from difflex.tables import text_table
 
@@ -89,14 +90,10 @@ class CompareCommand(Command):
         from difflex.report import read_facts
         from difflex.report.comparison import compare, describe, write_comparison
 
+        check_output(self.out)
         comparison = compare(*(read_facts(Study.open(folder)) for folder in (self.study, self.other)))
-        if self.out.is_dir():
-            raise BadInput(f"--out {self.out} is a folder. Name a file, as in {self.out / 'compare.html'}.")
         print(describe(comparison))
-        try:
-            write_comparison(comparison, self.out)
-        except OSError as error:
-            raise BadInput(f"--out {self.out} cannot be written: {error}. Name a file that you may write.") from error
+        write_comparison(comparison, self.out)
         print(f"{self.out}: the page")
         return [self.out]
 
@@ -133,7 +130,8 @@ def _value_words(value: Json, hint: object, study: str) -> list[str]:
     """Return the words that a flag parses to `value`, by the rule of its type if it has one."""
     rule = next((mark for mark in _marks(hint) if isinstance(mark, PrimitiveConstructorSpec)), None)
     if rule is not None and not isinstance(value, str):
-        return rule.str_from_instance(tuple(value) if isinstance(value, list) else value)
+        with suppress(TypeError, ValueError, AttributeError, IndexError):  # a value that was changed by hand is written as it is
+            return rule.str_from_instance(tuple(value) if isinstance(value, list) else value)
     return [_word(item, study) for item in (value if isinstance(value, list) else [value])]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import warnings
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, UnknownName
+from difflex.files import disk_errors
 from difflex.pipeline.families import Family
 from difflex.quiet import quiet
 
@@ -47,20 +49,31 @@ def read_prompts(source: str | Path | Iterable[str], column: str | None = None, 
 def _prompts(source: str | Path | Iterable[str], column: str | None, revision: str | None) -> Iterator[str]:
     if not isinstance(source, (str, Path)):
         return iter(source)
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    with disk_errors(path, "read"):
+        is_file = path.is_file()
+    if is_file:
         if path.suffix.lower() not in READERS and column is not None:
             raise BadInput(
                 f"The file {path} has no column '{column}': it is read as text. Columns are in {', '.join(READERS)} files."
             )
         read = READERS.get(path.suffix.lower(), _lines)
-        return filter(None, read(path, column))
+        return _texts(path, read(path, column))
     name, _, name_column = str(source).partition(":")
     if path.is_dir() or (HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES):
-        return filter(None, _dataset(str(path) if path.is_dir() else name, column or name_column or None, revision))
+        return _texts(path, _dataset(str(path) if path.is_dir() else name, column or name_column or None, revision))
     raise BadInput(
         f"The file {source} does not exist. Name a file or folder of prompts, or a data set on the hub as OWNER/NAME:COLUMN."
     )
+
+
+def _texts(source: Path, prompts: Iterable[str]) -> Iterator[str]:
+    """Yield the prompts that are not empty; each must be text that can be stored."""
+    with disk_errors(source, "read"):
+        for prompt in filter(None, prompts):
+            if re.search("[\0\ud800-\udfff]", prompt):
+                raise BrokenFile(f"{source} holds a prompt with a character that is no text: {prompt[:60]!a}. Take it out.")
+            yield prompt
 
 
 def _lines(path: Path, column: str | None = None) -> Iterator[str]:
@@ -102,7 +115,7 @@ def _json(path: Path, column: str | None) -> Iterator[str]:
 def _parse(path: Path, place: str, text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{path}, {place}, is not JSON ({error}). Write one object on each line of a .jsonl file.") from error
 
 

@@ -1,17 +1,19 @@
 """`run_study`: run the commands of a study one after another, except those that are done and have not changed."""
 
+import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.files import Json, file_sha256, folder_lock, parsing, read_json, write_json
+from difflex.files import Json, disk_errors, file_sha256, folder_lock, parsing, read_json, write_json
 from difflex.study.study import Command, Study
 
 LOG_FILE = "run.json"
@@ -57,16 +59,17 @@ def run_study(
     """Run all commands of `study`, or those up to the last one with the verb `until`.
 
     A command that is done and has not changed is skipped as long as none before it ran. Files that a changed recipe makes
-    useless are deleted and made again; files that the recipe no longer asks for are kept. `recipe` is the name by which the
-    study can be run again, for the log.
+    useless are deleted and made again; what is worth more than time is moved to `old-1` in the study; files that the recipe no
+    longer asks for are kept. `recipe` is the name by which the study can be run again, for the log.
     """
-    last = _last_number(command_statuses(study), until)
+    command_statuses(study, until)  # refuses what cannot run, before the folder is made
     study.prepare()
-    with folder_lock(study.folder, shared=False):
-        statuses, rerun = command_statuses(study), False
+    with folder_lock(study.folder):
+        statuses, rerun = command_statuses(study, until), False
+        made = {(study.folder / path).resolve() for record in read_log(study.folder) for path in record.outputs}
         records = [status.record for status in statuses]
-        for number, status in enumerate(statuses[: last + 1]):
-            name = f"[{number + 1} of {len(statuses)}] {status.record.verb}"
+        for number, status in enumerate(statuses):
+            name = f"[{number + 1} of {len(study.commands)}] {status.record.verb}"
             if status.state == "done" and not rerun:
                 report(f"{name}: done already")
                 continue
@@ -75,13 +78,13 @@ def run_study(
             records[number] = replace(status.record, seconds=None, finished=None)
             # Later commands leave the log: after a kill they have to run again.
             _write_log(study, records[: number + 1], recipe)
-            records[number] = _run(study, status, report)
+            records[number] = _run(study, status, made, report)
             _write_log(study, records[: number + 1], recipe)
         study.write()
 
 
-def command_statuses(study: Study) -> list[CommandStatus]:
-    """Return the commands of `study` with their states."""
+def command_statuses(study: Study, until: str | None = None) -> list[CommandStatus]:
+    """Return the commands of `study`, or those up to the last one with the verb `until`, with their states."""
     log = read_log(study.folder)
     records = [CommandRecord(verb=verb_of(command), flags=_flags(command, study.folder)) for command in study.commands]
     logged = [next((old for old in log if (old.verb, old.flags) == (new.verb, new.flags)), None) for new in records]
@@ -97,7 +100,7 @@ def command_statuses(study: Study) -> list[CommandStatus]:
         changes = {} if former is None else _changes(former.flags, new.flags)
         state: State = "changed" if changes else "to do"
         statuses.append(CommandStatus(command=command, record=new, state=state, changes=changes))
-    return statuses
+    return statuses[: _last_number([status.record.verb for status in statuses], until) + 1]
 
 
 def read_log(folder: Path) -> list[CommandRecord]:
@@ -119,6 +122,11 @@ def recipe_name(folder: Path) -> str | None:
 
 def _parse_record(entry: Mapping[str, Any]) -> CommandRecord:
     record = CommandRecord(**{**entry, "outputs": tuple(entry["outputs"])})
+    seconds = 0.0 if record.seconds is None else record.seconds
+    if not isinstance(record.verb, str) or not isinstance(record.flags, dict) or not isinstance(entry["outputs"], list):
+        raise TypeError("a verb, flags or outputs of another kind")
+    if not all(isinstance(path, str) for path in record.outputs) or isinstance(seconds, str) or not 0 <= seconds < math.inf:
+        raise ValueError("outputs that are no names, or a time that is no number")
     if record.finished is not None:
         datetime.fromisoformat(record.finished)  # a ValueError if it is no date
     return record
@@ -129,8 +137,8 @@ def verb_of(command: Command) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(command).__name__.removesuffix("Command")).lower()
 
 
-def _run(study: Study, status: CommandStatus, report: Callable[[str], None]) -> CommandRecord:
-    """Run a command and return its record; stale files of the study that stop it are deleted first."""
+def _run(study: Study, status: CommandStatus, made: Collection[Path], report: Callable[[str], None]) -> CommandRecord:
+    """Run a command and return its record; stale files of the study that stop it give way first."""
     start = time.monotonic()
     while True:
         try:
@@ -140,17 +148,33 @@ def _run(study: Study, status: CommandStatus, report: Callable[[str], None]) -> 
             path = error.path
             if path is None or not path.exists() or study.folder.resolve() not in path.resolve().parents:
                 raise
-            report(f"{path} is deleted and made again: {error}")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with disk_errors(path):
+                report(f"{path} is {_give_way(study.folder, path, made)} and made again: {error}")
     paths = tuple(os.path.relpath(path, study.folder) for path in outputs)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     return replace(status.record, outputs=paths, seconds=round(time.monotonic() - start, 1), finished=finished)
 
 
+def _give_way(folder: Path, path: Path, made: Collection[Path]) -> str:
+    """Delete stale work, or move it away if that costs more than time to make again; return what was done.
+
+    Books and the answers of VLMs are moved, and dictionaries that the recipe did not make: `made` are the outputs in its log.
+    """
+    inside = [path, *path.rglob("*")] if path.is_dir() else [path]
+    if not any(each.suffix == ".sqlite" or (each.name == "config.json" and each.parent.resolve() not in made) for each in inside):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return "deleted"
+    place = path.resolve().relative_to(folder.resolve())
+    target = next(old for number in count(1) if not (old := folder / f"old-{number}" / place).exists())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    return f"moved to {target}"
+
+
 def _state(record: CommandRecord, folder: Path) -> State:
     if record.seconds is None:
         return "begun"
-    return "done" if all((folder / path).exists() for path in record.outputs) else "to do"
+    return "done" if all(os.path.exists(folder / path) for path in record.outputs) else "to do"
 
 
 def _reason(status: CommandStatus) -> str:
@@ -160,8 +184,7 @@ def _reason(status: CommandStatus) -> str:
     return {"begun": "continues", "done": "runs again, since a command before it ran"}.get(status.state, "begins")
 
 
-def _last_number(statuses: Sequence[CommandStatus], until: str | None) -> int:
-    verbs = [status.record.verb for status in statuses]
+def _last_number(verbs: Sequence[str], until: str | None) -> int:
     if not verbs:
         raise BadInput("The study has no commands. Its recipe must name some.")
     if until is None:

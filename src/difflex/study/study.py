@@ -11,14 +11,14 @@ from typing import NamedTuple, final
 
 from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
-from difflex.files import read_json, write_json
+from difflex.files import disk_errors, read_json, write_json
 from difflex.records import Site
 
 FORMAT = 1
 STUDY_FILE = "study.json"
 GROWING = "growing-"
 """The first part of the folder name of a dictionary whose size, and so its name, is not known yet."""
-ADVICE = "Delete it and harvest again into the folder."
+ADVICE = "Move it away and run the command that began the study again: it writes a new one, and keeps all that is there."
 
 
 class Command(ABC):
@@ -64,7 +64,7 @@ class Study:
     def open_or_plan(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
         """Open the study of `model` in `folder`; a new study is not written yet."""
         folder = Path(folder)
-        if (folder / STUDY_FILE).is_file():
+        if _is_file(folder / STUDY_FILE):
             study = cls.open(folder)
             study._check_model(model, revision)
             return study
@@ -74,7 +74,7 @@ class Study:
     def open(cls, folder: Path | str) -> Study:
         """Open the study in `folder`."""
         path = Path(folder) / STUDY_FILE
-        if not path.is_file():
+        if not _is_file(path):
             raise UnknownName(f"{folder} is not a study: it has no {STUDY_FILE}. difflex harvest begins one.")
         entries = read_json(path, FORMAT, ADVICE, header=True)
         fields = {name: entries[name] for name in ("difflex", "model", "revision") if name in entries}
@@ -82,30 +82,24 @@ class Study:
         if unknown or "model" not in fields:
             problem = f"holds the entry '{unknown[0]}', which is unknown" if unknown else "does not name a model"
             raise BrokenFile(f"{path} {problem}. {ADVICE}")
+        for name, value in fields.items():
+            if not (isinstance(value, str) and value.strip()) and not (name == "revision" and value is None):
+                raise BrokenFile(f"In {path} the entry '{name}' is {str(value)[:60]!r} instead of a name. {ADVICE}")
         return cls(folder=Path(folder), **fields)
 
     def prepare(self) -> None:
         """Make the folder, and check that it holds no study of another model."""
-        if (self.folder / STUDY_FILE).is_file():
+        if _is_file(self.folder / STUDY_FILE):
             study = Study.open(self.folder)
             study._check_model(self.model, self.revision or study.revision)  # a recipe need not know the revision
-        try:
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._cannot_write(error) from error
 
     def write(self) -> None:
         """Write the study file if the folder has none."""
         self.prepare()
-        if (self.folder / STUDY_FILE).is_file():
-            return
-        try:
+        if not _is_file(self.folder / STUDY_FILE):
             write_json(self.folder / STUDY_FILE, FORMAT, {"model": self.model, "revision": self.revision})
-        except OSError as error:
-            raise self._cannot_write(error) from error
-
-    def _cannot_write(self, error: OSError) -> BadInput:
-        return BadInput(f"A study cannot be written to {self.folder}: {error}. Name a folder that you may write.")
 
     def _check_model(self, model: str, revision: str | None) -> None:
         """Raise an error for another model than that of the study."""
@@ -228,6 +222,11 @@ class Study:
     def findings(self, site: Site) -> Path:
         """The file with the findings of steering experiments at a site."""
         return self.folder / "steering" / "findings" / f"{site.folder}.json"
+
+
+def _is_file(path: Path) -> bool:
+    with disk_errors(path, "read"):
+        return path.is_file()
 
 
 def _parse_site(folder: Path) -> Site:
