@@ -14,8 +14,9 @@ from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 from jaxtyping import TypeCheckError
 
 from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.files import file_sha256
 from difflex.records import ActivationBatch
-from difflex.store import RecordingConfig, Store, record, require_split
+from difflex.store import RecordingConfig, Store, manifest, record, require_split
 from difflex.store.reading import BufferPool, SplitBatches
 
 SPARSE = Path(__file__).parent / "sparse_store.py"
@@ -227,8 +228,42 @@ def test_a_truncated_shard_is_named_when_it_is_read(tmp_path: Path):
     [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), QUICK)
     path = store.folder / "shard-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BrokenFile, match=r"shard-00002.*Delete the two files of the shard"):
+    with pytest.raises(BrokenFile, match=r"shard-00002.*Run the same harvest again"):
         list(store.batches(64))
+    with pytest.raises(BrokenFile, match=r"shard-00002.*has \d+ bytes"):
+        Store.open(store.folder)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_a_flipped_bit_is_noticed_before_the_rows_are_used(tmp_path: Path, seed: int | None, fraction: float):
+    [store] = record(tmp_path, fake_shots(100), [SITE], FakeHarvest(), QUICK)
+    path = store.folder / "shard-00020.safetensors"
+    content = bytearray(path.read_bytes())
+    content[int(fraction * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+    shots: list[int] = []
+    with pytest.raises(BrokenFile, match=r"shard-00020.*damaged\. Run the same harvest again"):
+        for batch in store.batches(16, seed=seed, window=32):
+            shots += batch.shots.tolist()
+    assert not {shot for shot in shots if shot // 4 == 20} and (seed is not None or len(shots) > 100)
+
+
+def test_a_shard_is_compared_with_its_checksum_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    [store] = record(tmp_path, fake_shots(100), [SITE], FakeHarvest(), QUICK)
+    paths: list[Path] = []
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: paths.append(path) or file_sha256(path))
+    for split in ("train", "held-out", "train"):
+        list(store.batches(64, split=split, epochs=2))
+    assert len(set(paths)) == len(paths) == 25
+
+
+def test_statistics_of_damaged_shards_are_refused(tmp_path: Path):
+    [store] = record(tmp_path, fake_shots(40), [SITE], FakeHarvest(), replace(QUICK, rank=0, world_size=2))
+    path = store.folder / "shard-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(BrokenFile, match="shard-00002"):
+        _ = Store.open(store.folder).statistics
 
 
 @pytest.mark.parametrize(

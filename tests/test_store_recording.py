@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,68 @@ def test_a_deleted_shard_is_made_again_and_no_other(tmp_path: Path, whole: Path,
     assert contents(tmp_path) == contents(whole)
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    ("name", "harvested"),
+    [("shard-00003.safetensors", 4), ("shard-00003.json", 4), ("manifest.json", 1), ("statistics.safetensors", 0)],
+)
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_the_same_harvest_again_repairs_exactly_what_is_damaged(tmp_path: Path, whole: Path, damage, name: str, harvested: int):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / SITE.folder / name)
+    harvest = FakeHarvest()
+    stores = record(tmp_path, fake_shots(96), SITES, harvest, QUICK)
+    assert harvest.shot_count == harvested and all(store.complete for store in stores)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_damaged_shard_is_announced(tmp_path: Path, whole: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / SITE.folder / "shard-00003.safetensors")
+    with pytest.warns(UserWarning, match=r"shard-00003\.safetensors is damaged: it is made again"):
+        record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_damage_is_repaired_when_the_manifest_is_lost_too(tmp_path: Path, whole: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    truncate(tmp_path / SITE.folder / "shard-00003.safetensors")
+    (tmp_path / SITE.folder / "manifest.json").unlink()
+    record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_healthy_shards_of_another_type_without_a_manifest_are_kept(tmp_path: Path, whole: Path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / SITE.folder / "manifest.json").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(StaleWork, match="other settings"):
+        record(tmp_path, fake_shots(96), SITE, FakeHarvest(), replace(QUICK, dtype="int8"))
+    assert contents(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_recorded_to_is_noticed_without_a_model(tmp_path: Path, whole: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="Not a directory"):
+        QUICK.check_folder(tmp_path / "file" / "activations", ["double.1"])
+    before = contents(whole)
+    with files.folder_lock(whole / SITE.folder), pytest.raises(BadInput, match="Another process is writing"):
+        QUICK.check_folder(whole, ["single.0", "double.*"])
+    QUICK.check_folder(tmp_path / "new", ["double.1"])
+    QUICK.check_folder(whole, ["double.1"])
+    assert contents(whole) == before and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "statistics.safetensors"])
 def test_a_deleted_summary_is_written_again_from_the_shards(tmp_path: Path, whole: Path, name: str):
     record(tmp_path, fake_shots(96), SITES, FakeHarvest(), QUICK)
@@ -269,7 +332,7 @@ def test_a_site_can_be_given_as_text(tmp_path: Path):
 
 def test_a_file_in_the_place_of_a_store_is_an_error(tmp_path: Path):
     (tmp_path / SITE.folder).write_text("")
-    with pytest.raises(BadInput, match=r"double\.1 cannot be made.*move away what is there"):
+    with pytest.raises(DiskError, match=r"double\.1 cannot be written.*move it away"):
         record(tmp_path, fake_shots(8), [SITE], FakeHarvest(), QUICK)
 
 

@@ -1,11 +1,15 @@
 """The files that describe a store: the manifest, the list of the shots of each shard, and the statistics of all rows."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
+from threading import BoundedSemaphore, Event, Thread
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -13,8 +17,8 @@ from torch import Tensor
 
 from difflex._version import __version__
 from difflex.choices import StoredDtype
-from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import file_sha256, parsing, read_json, write_file, write_json
+from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.files import disk_errors, file_sha256, parsing, read_json, write_json
 from difflex.records import Shot, Site, Split
 from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, unpack
 from difflex.tensors import read_tensors, write_tensors
@@ -24,8 +28,8 @@ MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 STATISTICS_FORMAT = 2
 SPLITS: tuple[Split, ...] = ("train", "held-out")
-REWRITE = "run the command that wrote the store again: it writes the manifest from the shards, which it keeps."
-RECOMPUTE = "Delete it and run the command that wrote the store again: it is computed from the shards."
+REWRITE = "Run the same harvest again: it writes the manifest from the shards, which it keeps."
+RECOMPUTE = "Run the same harvest again: it computes them from the shards."
 SAMPLE = 16
 """Rows in the sample for the covariance, as a multiple of the width."""
 LARGEST_WIDTH = 8192
@@ -82,11 +86,10 @@ class ShardEntry:
 
     @classmethod
     def write(cls, folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str) -> "ShardEntry":
-        """Finish a shard: list its shots in the file beside it, one per line, and return its entry."""
-        lines = ",\n".join(json.dumps(asdict(shot)) for shot in shots)
-        head = json.dumps({"format": FORMAT, "site": str(site), "shard": number, "sha256": sha256})
-        content = f'{head[:-1]}, "shots": [\n{lines}\n]}}\n'
-        return cls.of(shots, sha256, write_file(shard_paths(folder, number)[1], content.encode()))
+        """Finish a shard: list its shots in the file beside it, and return its entry."""
+        entries = {"site": str(site), "shard": number, "sha256": sha256, "shots": [asdict(shot) for shot in shots]}
+        path = write_json(shard_paths(folder, number)[1], FORMAT, entries, indent=None)
+        return cls.of(shots, sha256, file_sha256(path))
 
     @classmethod
     def of(cls, shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> "ShardEntry":
@@ -120,18 +123,41 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             if finished_shards(folder):
-                raise BrokenFile(f"{path} is missing, but the folder holds shards. To repair it, {REWRITE}")
+                raise BrokenFile(f"{path} is missing, but the folder holds shards. {REWRITE}")
             raise UnknownName(f"{folder} is not a store of activations: it has no {MANIFEST}. difflex harvest makes one.")
-        entries = read_json(path, FORMAT, f"Delete it and {REWRITE}", header=True)
-        shards = {int(n): ShardEntry(**{**shard, "held_out": tuple(shard["held_out"])}) for n, shard in entries["shards"].items()}
-        head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
-        head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
-        return cls(head=StoreHeader(**head), shards=shards, statistics=entries["statistics"])
+        entries = read_json(path, FORMAT, REWRITE, header=True)
+        with parsing(path, "the manifest of a store", REWRITE):
+            listed = (
+                (int(number), {**shard, "held_out": tuple(shard["held_out"])}) for number, shard in entries["shards"].items()
+            )
+            shards = {number: ShardEntry(**shard) for number, shard in listed}
+            head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
+            head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
+            return cls(head=StoreHeader(**head), shards=shards, statistics=entries["statistics"])
+
+    @classmethod
+    def read_if_intact(cls, folder: Path) -> "Manifest | None":
+        """Read the manifest; None if it is missing or damaged. One of another format is an error: it may be a newer one."""
+        try:
+            return cls.read(folder)
+        except (BrokenFile, UnknownName):
+            check_format(folder / MANIFEST)
+            return None
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
     """Return the path of a shard and that of the list of its shots."""
     return folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.json"
+
+
+def check_format(path: Path) -> None:
+    """Raise an error for a file of another format; a damaged or missing one passes."""
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(entries, dict) and entries.get("format") != FORMAT:
+        read_json(path, FORMAT, "")
 
 
 def finished_shards(folder: Path) -> list[int]:
@@ -143,6 +169,56 @@ def finished_shards(folder: Path) -> list[int]:
 
 def map_shard(folder: Path, manifest: Manifest, number: int) -> MappedShard:
     return MappedShard(shard_paths(folder, number)[0], manifest.head.form, manifest.shards[number].shots)
+
+
+def matches(path: Path, sha256: str | None) -> bool:
+    """Return whether the file at `path` exists and has this checksum."""
+    try:
+        with disk_errors(path, "read"):
+            return file_sha256(path) == sha256
+    except FileNotFoundError:
+        return False
+
+
+@final
+class ShardChecks:
+    """Compares shards with their checksums at their first use in this process, in threads that read ahead."""
+
+    _intact: ClassVar[set[tuple[Path, str]]] = set()
+    """Shards that this process has compared, with the checksum that they had."""
+    _slots = BoundedSemaphore(min(max(2, (os.cpu_count() or 2) // 2), 8))
+    """How many threads compute checksums at once, in the order of `begin`; one reads 1.5 GB/s."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._files = {n: (shard_paths(folder.absolute(), n)[0], entry.sha256) for n, entry in manifest.shards.items()}
+        self._threads: dict[int, Thread] = {}
+        self._ended = Event()
+
+    def begin(self, shards: Iterable[int]) -> None:
+        """Compare `shards` in the background."""
+        for number in shards:
+            if self._files[number] not in self._intact and number not in self._threads:
+                self._threads[number] = Thread(target=self._compare, args=self._files[number], daemon=True)
+                self._threads[number].start()
+
+    def require(self, shards: Iterable[int]) -> None:
+        """Wait until `shards` are compared; raise an error for the first that is damaged."""
+        self.begin(shards := [*shards])
+        for number in shards:
+            if number in self._threads:
+                self._threads[number].join()
+            if self._files[number] not in self._intact:
+                raise BrokenFile(f"{self._files[number][0]} does not match its checksum: it is damaged. {REMEDY}")
+
+    def end(self) -> None:
+        """Compare no further shards."""
+        self._ended.set()
+
+    def _compare(self, path: Path, sha256: str) -> None:
+        # What cannot be read is reported by whoever maps the shard.
+        with self._slots, suppress(DifflexError):
+            if not self._ended.is_set() and matches(path, sha256):
+                self._intact.add((path, sha256))
 
 
 def read_shots(folder: Path, number: int) -> tuple[tuple[Shot, ...], str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.records import ActivationBatch, Split
-from difflex.store.manifest import StoreHeader
+from difflex.store.manifest import ShardChecks, StoreHeader
 from difflex.store.shard import DTYPES, MappedShard, PackedRows, unpack
 
 OPEN_SHARDS = 16
@@ -95,6 +95,16 @@ class RowPlaces(NamedTuple):
     tokens: Int[Tensor, " row"]
 
 
+class ReadWindow(NamedTuple):
+    """Rows that are shuffled one by one."""
+
+    shards: tuple[int, ...]
+    """To open for them."""
+    ahead: tuple[int, ...]
+    """To be opened for later windows."""
+    rows: RowPlaces
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadOrder:
     """The order of one epoch.
@@ -118,15 +128,15 @@ class ReadOrder:
         """How many rows an epoch has."""
         return self.tokens * sum(map(len, self.shots.values()))
 
-    def windows(self, start: int = 0) -> Iterator[tuple[tuple[int, ...], RowPlaces]]:
-        """Yield all rows from place `start` of the order on, in windows, with the shards to open for them."""
+    def windows(self, start: int = 0) -> Iterator["ReadWindow"]:
+        """Yield all rows from place `start` of the order on, in windows."""
         shards = list(self.shots)
-        shuffled = [shards[i] for i in permutation(len(shards), self.key, "shards").tolist()]
+        shuffled = tuple(shards[i] for i in permutation(len(shards), self.key, "shards").tolist())
         for first in range(0, len(shuffled), OPEN_SHARDS):
-            group = tuple(shuffled[first : first + OPEN_SHARDS])
+            group, ahead = shuffled[first : first + OPEN_SHARDS], shuffled[first + OPEN_SHARDS : first + 2 * OPEN_SHARDS]
             rows = self.tokens * sum(len(self.shots[shard]) for shard in group)
             if start < rows:
-                yield from ((group, window) for window in self._windows_of(group, f"{self.key}/{first}", start))
+                yield from (ReadWindow(group, ahead, window) for window in self._windows_of(group, f"{self.key}/{first}", start))
             start = max(0, start - rows)
 
     def _windows_of(self, group: tuple[int, ...], key: str, start: int) -> Iterator[RowPlaces]:
@@ -190,11 +200,13 @@ class BufferPool:
 class ShardReader:
     """Reads rows at ascending places of an order; only the shards in use are open."""
 
-    def __init__(self, head: StoreHeader, order: ReadOrder, open_shard: Callable[[int], MappedShard]) -> None:
-        self._head, self._order, self._open_shard = head, order, open_shard
+    def __init__(
+        self, head: StoreHeader, order: ReadOrder, open_shard: Callable[[int], MappedShard], checks: ShardChecks
+    ) -> None:
+        self._head, self._order, self._open_shard, self._checks = head, order, open_shard, checks
         self._buffers = BufferPool()
         self._open: dict[int, MappedShard] = {}
-        self._windows: Iterator[tuple[tuple[int, ...], RowPlaces]] | None = None
+        self._windows: Iterator[ReadWindow] | None = None
         self._places = RowPlaces(EMPTY, EMPTY, EMPTY)
         self._start = 0
         """The place of the current window in the order."""
@@ -219,17 +231,20 @@ class ShardReader:
             self._windows, self._start = self._order.windows(start), start
         while start >= self._start + len(self._places.shard):
             self._start += len(self._places.shard)
-            self._enter(*next(self._windows))
+            self._enter(next(self._windows))
         part = slice(start - self._start, start - self._start + count)
         # For keys of 8 bits numpy counts instead of sorting: several times faster than torch.
         by_shard = torch.from_numpy(self._places.shard[part].numpy().argsort(kind="stable")) + part.start
         return RowPlaces(*(column[by_shard] for column in self._places))
 
-    def _enter(self, shards: tuple[int, ...], window: RowPlaces) -> None:
+    def _enter(self, window: ReadWindow) -> None:
         for mapped in self._open.values():
             mapped.release_pages()
-        self._open = {shard: self._open.get(shard) or self._open_shard(shard) for shard in shards}
-        self._places = window._replace(shard=window.shard.to(torch.uint8))
+        self._open = {shard: self._open.get(shard) or self._open_shard(shard) for shard in window.shards}
+        needed = [window.shards[i] for i in window.rows.shard.unique().tolist()]
+        self._checks.begin([*needed, *window.shards, *window.ahead])
+        self._checks.require(needed)
+        self._places = window.rows._replace(shard=window.rows.shard.to(torch.uint8))
 
     def _gather(self, part: RowPlaces, values: Tensor, scales: Tensor | None) -> None:
         """Copy the values and scales of `part` from the open shards."""

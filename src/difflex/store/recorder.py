@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,12 +14,13 @@ from typing import final
 from difflex.errors import BrokenFile, OutOfSpace, StaleWork
 from difflex.records import Activations, Shot, Site
 from difflex.store.manifest import (
-    MANIFEST,
     STATISTICS,
     Manifest,
     ShardEntry,
     StoreHeader,
+    check_format,
     finished_shards,
+    matches,
     read_shots,
     shard_paths,
     statistics_bytes,
@@ -49,8 +51,8 @@ class SiteRecorder:
         self._world_size = world_size
         self._writers: set[ShardWriter] = set()
         self._entries: dict[int, ShardEntry] = {}
-        head = Manifest.read(folder).head if (folder / MANIFEST).is_file() else None
-        self._head = head if self._finished() else None  # without a shard nothing is fixed yet
+        manifest = Manifest.read_if_intact(folder)
+        self._head = manifest.head if manifest and self._finished() else None  # without a shard nothing is fixed yet
 
     @property
     def begun(self) -> bool:
@@ -73,14 +75,23 @@ class SiteRecorder:
         return sum(path.stat().st_size for path in self.folder.glob("*") if path.name != STATISTICS and path.suffix != ".tmp")
 
     def begin(self, head: StoreHeader) -> None:
-        """Fix the header. Shards without a manifest are taken over if they have its format."""
+        """Fix the header. Shards without a manifest are taken over if they have its format; damaged ones are made again."""
         self._head = head
-        for number, entry in self._entries.items():
-            MappedShard(shard_paths(self.folder, number)[0], head.form, entry.shots)
+        for number, entry in self._finished().items():
+            path = shard_paths(self.folder, number)[0]
+            try:
+                MappedShard(path, head.form, entry.shots)
+            except BrokenFile as error:
+                if matches(path, entry.sha256):
+                    raise StaleWork(
+                        f"{self.folder} has no manifest, and {path} was made with other settings. {ADVICE}"
+                    ) from error
 
     def open(self) -> None:
-        """Delete the temporary files of killed processes and write the manifest if the folder has none."""
-        if not (self.folder / MANIFEST).is_file() or not self._entries:
+        """Delete damaged lists of shots, and write the manifest if the folder has none that is intact."""
+        for number in set(finished_shards(self.folder)) - self._finished().keys():
+            shard_paths(self.folder, number)[1].unlink(missing_ok=True)
+        if not self._entries or Manifest.read_if_intact(self.folder) is None:
             Manifest(head=self.head, shards=self._entries, statistics=None).write(self.folder)
 
     def check_settings(self, shot: Shot, dtype: str, batch: int, source: str) -> None:
@@ -102,13 +113,13 @@ class SiteRecorder:
             )
 
     def has(self, number: int, shots: Sequence[Shot]) -> bool:
-        """Return whether the shard of this number is complete; raise an error if it was made from other shots."""
+        """Return whether the shard of this number is complete and intact; raise an error if it was made from other shots."""
         if number not in self._entries:
             return False
-        stored, _ = read_shots(self.folder, number)
+        stored, sha256 = read_shots(self.folder, number)
         stored_set, shot_set = set(stored), set(shots)
         if stored_set <= shot_set or stored_set > shot_set:
-            return len(stored) >= len(shots)
+            return len(stored) >= len(shots) and self._is_intact(number, sha256)
         old = next(shot for shot in stored if shot not in shot_set)
         new = next(shot for shot in shots if shot not in stored_set)
         raise StaleWork(
@@ -116,6 +127,13 @@ class SiteRecorder:
             f"now it would be made from {_describe(new)}. {ADVICE}",
             self.folder,
         )
+
+    def _is_intact(self, number: int, sha256: str) -> bool:
+        path = shard_paths(self.folder, number)[0]
+        if intact := matches(path, sha256):
+            return intact
+        warnings.warn(f"{path} is damaged: it is made again.", stacklevel=5)
+        return False
 
     def writer(self, number: int, shots: int) -> ShardWriter:
         """Begin a shard."""
@@ -146,12 +164,10 @@ class SiteRecorder:
         replace(manifest, statistics=checksum).write(self.folder)
 
     def _is_complete(self) -> bool:
-        try:
-            manifest = Manifest.read(self.folder)
-        except BrokenFile:
+        manifest = Manifest.read_if_intact(self.folder)
+        if manifest is None or manifest.statistics is None or manifest.shards != self._finished():
             return False
-        has_statistics = manifest.statistics is not None and (self.folder / STATISTICS).is_file()
-        return has_statistics and manifest.shards == self._finished()
+        return matches(self.folder / STATISTICS, manifest.statistics)
 
     def _write_manifest(self) -> Manifest:
         """Write the manifest with the finished shards of all ranks and return it.
@@ -165,10 +181,14 @@ class SiteRecorder:
                 return manifest
 
     def _finished(self) -> dict[int, ShardEntry]:
-        """Return the finished shards of all ranks."""
+        """Return the finished shards of all ranks whose list of shots is intact."""
         numbers = finished_shards(self.folder)
-        self._entries |= {number: ShardEntry.read(self.folder, number) for number in numbers if number not in self._entries}
-        return {number: self._entries[number] for number in numbers}
+        for number in (number for number in numbers if number not in self._entries):
+            try:
+                self._entries[number] = ShardEntry.read(self.folder, number)
+            except BrokenFile:
+                check_format(shard_paths(self.folder, number)[1])
+        return {number: self._entries[number] for number in numbers if number in self._entries}
 
 
 def _describe(shot: Shot) -> str:

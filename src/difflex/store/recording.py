@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
 from typing import final
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from difflex.choices import StoredDtype
 from difflex.errors import BadInput, StaleWork
-from difflex.files import folder_lock
+from difflex.files import AtomicFile, folder_lock
 from difflex.records import Activations, Shot, Site
 from difflex.store.manifest import StoreHeader, check_split, finished_shards
 from difflex.store.reading import check_rank
@@ -52,6 +53,18 @@ class RecordingConfig:
     """Of this process: each rank makes its share of the shards, and the last one to end completes the store."""
     world_size: int = 1
     progress: bool = True
+
+    def check_folder(self, folder: Path, sites: Iterable[str]) -> None:
+        """Raise the errors of `record` that need no model: `folder` cannot be written, or another process records `sites`.
+
+        Patterns of sites and folders that do not exist yet pass.
+        """
+        names = [site.replace(":", "+") for site in sites]
+        stores = [place for place in folder.glob("*") if any(fnmatchcase(place.name, name) for name in names)]
+        with ExitStack() as stack:
+            for place in stores:
+                _lock(stack, place, self)
+        AtomicFile(next(path for path in (folder, *folder.absolute().parents) if path.exists()) / "write-test").discard()
 
 
 def record(
@@ -105,10 +118,6 @@ def _check(sites: Collection[Site], config: RecordingConfig) -> None:
 
 def _lock(stack: ExitStack, folder: Path, config: RecordingConfig, new: bool = False) -> None:
     """Make `folder` and keep other recordings from writing in it until `stack` is closed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"The folder {folder} cannot be made: {error}. Name another one, or move away what is there.") from error
     stack.enter_context(folder_lock(folder, shared=config.world_size > 1))
     if new and config.world_size == 1 and finished_shards(folder):
         raise BadInput(f"Another process has written in {folder} meanwhile. Run the same command again to continue from there.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difflex.choices import StoredDtype
 from difflex.errors import BrokenFile, NonFinite, UnknownName
-from difflex.files import AtomicFile
+from difflex.files import AtomicFile, disk_errors
 from difflex.records import Shot, Site
 
 DTYPES: dict[StoredDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -32,7 +32,7 @@ BLOCK = 2**19
 """Entries that are summed in float32 before float64 takes over: few enough to stay in the cache of the CPU."""
 # Gives pages that have been read back to the system; without it the system takes them when it needs memory.
 GIVE_BACK = getattr(mmap, "MADV_DONTNEED", None)
-REMEDY = "Delete the two files of the shard and run the command that wrote it again: it makes this shard again and no other."
+REMEDY = "Run the same harvest again: it makes this shard again and no other."
 
 
 class ShardFormat(NamedTuple):
@@ -183,6 +183,12 @@ def shard_size(form: ShardFormat, shots: int) -> int:
     return len(header(form, shots)) + tensor_slots(form, shots)["totals"].start + 3 * torch.float64.itemsize
 
 
+def check_size(path: Path, actual: int, expected: int) -> None:
+    """Raise an error if a shard has another size than its rows take."""
+    if actual != expected:
+        raise BrokenFile(f"{path} has {actual} bytes, expected are {expected}: it is damaged. {REMEDY}")
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
@@ -246,15 +252,14 @@ class MappedShard:
     def __init__(self, path: Path, form: ShardFormat, shots: int) -> None:
         start, slots, size = header(form, shots), tensor_slots(form, shots), shard_size(form, shots)
         try:
-            with path.open("rb") as file:
+            with disk_errors(path, "read"), path.open("rb") as file:
                 header_matches = file.read(len(start)) == start
                 actual_size = file.seek(0, 2)
                 if header_matches and actual_size == size:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:
             raise BrokenFile(f"{path} is missing. {REMEDY}") from error
-        if actual_size != size:
-            raise BrokenFile(f"{path} has {actual_size} bytes, expected are {size}: it is damaged. {REMEDY}")
+        check_size(path, actual_size, size)
         if not header_matches:
             raise BrokenFile(f"{path} has another header than expected: it is damaged. {REMEDY}")
         self._tensors = {name: self._tensor(slot, len(start)) for name, slot in slots.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import chain
 from itertools import count as counting
 from pathlib import Path
@@ -19,15 +19,17 @@ from difflex.store.manifest import (
     SPLITS,
     STATISTICS,
     Manifest,
+    ShardChecks,
     StoreStatistics,
     map_shard,
+    matches,
     read_shots,
     read_statistics,
     shard_paths,
     summarise,
 )
 from difflex.store.reading import BatchShares, ReadOrder, ShardReader, SplitBatches
-from difflex.store.shard import REMEDY
+from difflex.store.shard import REMEDY, check_size, shard_size
 
 WINDOW = 2**15
 """Rows that are shuffled one by one: 200 MB at width 3072 in 16 bits."""
@@ -48,13 +50,19 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Store":
-        """Open the store in `folder`, which may still be recorded; a missing shard or a damaged manifest is an error."""
+        """Open the store in `folder`, which may still be recorded.
+
+        A damaged manifest, and a shard that is missing or has another size than its rows take, is an error.
+        """
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
-        for shard in store._manifest.shards:
-            for path in shard_paths(folder, shard):
+        sizes = cache(partial(shard_size, store._manifest.head.form))
+        for number, entry in store._manifest.shards.items():
+            shard, shots = shard_paths(folder, number)
+            for path in (shard, shots):
                 if not path.is_file():
                     raise BrokenFile(f"{path} is missing, but {MANIFEST} lists it. {REMEDY}")
+            check_size(shard, shard.stat().st_size, sizes(entry.shots))
         return store
 
     @property
@@ -105,8 +113,12 @@ class Store:
         return SplitBatches(chain.from_iterable(parts), split)
 
     def _epoch(self, order: ReadOrder, shares: BatchShares, first: int) -> Iterator[ActivationBatch]:
-        reader = ShardReader(self._manifest.head, order, partial(map_shard, self.folder, self._manifest))
-        yield from map(reader.rows, shares.shares(order.rows, first))
+        checks = ShardChecks(self.folder, self._manifest)
+        reader = ShardReader(self._manifest.head, order, partial(map_shard, self.folder, self._manifest), checks)
+        try:
+            yield from map(reader.rows, shares.shares(order.rows, first))
+        finally:
+            checks.end()
 
     def shot(self, number: int) -> Shot:
         """Return the shot with this number: all that is needed to make its activations again."""
@@ -120,20 +132,29 @@ class Store:
     @property
     def statistics(self) -> StoreStatistics:
         """Moments of all `train` rows; computed at each call while the harvest is not finished."""
-        return read_statistics(self.folder) if self.complete else summarise(self.folder, self._manifest)
+        if self.complete:
+            return read_statistics(self.folder)
+        ShardChecks(self.folder, self._manifest).require(self._manifest.shards)
+        return summarise(self.folder, self._manifest)
 
     def verify(self) -> int:
         """Check all files against their checksums and return their number; the error names all damaged ones."""
-        checksums = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
-        for shard, entry in self._manifest.shards.items():
-            checksums |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
-        damaged = [path.name for path, checksum in checksums.items() if not path.is_file() or file_sha256(path) != checksum]
+        checksums = self.checksums
+        damaged = [path.name for path, checksum in checksums.items() if not matches(path, checksum)]
         if damaged:
             raise BrokenFile(
                 f"In {self.folder} {len(damaged)} of {len(checksums)} files are damaged or missing: {', '.join(damaged)}. "
-                "Delete them, of a shard both files, and run the command that wrote them again: it makes only these again."
+                "Run the same harvest again: it makes these again and no others."
             )
         return len(checksums) + 1
+
+    @property
+    def checksums(self) -> dict[Path, str | None]:
+        """The checksums of all files but the manifest, which holds them."""
+        checksums = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
+        for shard, entry in self._manifest.shards.items():
+            checksums |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
+        return checksums
 
     def _shots_by_shard(self, split: Split) -> dict[int, Int[Tensor, " shot"]]:
         if split not in SPLITS:
