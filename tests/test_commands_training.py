@@ -1,16 +1,19 @@
 """`difflex train`, `itda` and `neurons`: from a harvested study to dictionaries in it."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from difflex.cli import main
-from difflex.commands.training import NeuronsCommand
-from difflex.dictionaries import ITDA, SAE, Dictionary
-from difflex.errors import StaleWork
+from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
+from difflex.dictionaries import ITDA, SAE, Dictionary, Neurons
+from difflex.errors import BrokenFile, NonFinite, OutOfMemory, StaleWork
 from difflex.evaluation import Evaluation
+from difflex.files import folder_lock
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
@@ -43,9 +46,25 @@ def study(harvested: Path, tmp_path: Path) -> Path:
     return tmp_path / "study"
 
 
+FLAGS = {"--site": "double.1:update", "--k": "3,4", "--size": "64", "--batch": "64", "--tokens": "2000"}
+
+
 def train(study: Path, *flags: str) -> int:
-    words = ["train", str(study), "--site", "double.1:update", "--k", "3,4", "--size", "64", "--batch", "64", "--tokens", "2000"]
-    return main([*words, *flags])
+    words = [word for name, value in FLAGS.items() if name not in flags for word in (name, value)]
+    return run("train", str(study), *words, *flags)
+
+
+def run(*words: str) -> int:
+    """Run a command and return its exit code, also that of a flag that is refused while it is parsed."""
+    try:
+        return main([*words])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """The content and the time of every file."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_every_size_is_trained_with_every_k(study: Path, capsys: pytest.CaptureFixture[str]):
@@ -54,8 +73,55 @@ def test_every_size_is_trained_with_every_k(study: Path, capsys: pytest.CaptureF
     for label in ("topk-64-k3", "topk-64-k4", "topk-96-k3", "topk-96-k4"):
         dictionary = Dictionary.load(study / UPDATE / label)
         assert dictionary.name == f"double.1:update/{label}" and label in output
-    assert train(study, "--size", "64,96") == 0  # trained already: the same output again
+    before = snapshot(study)
+    assert train(study, "--size", "64,96") == 0  # trained already: the same output again, and no file changes
     assert capsys.readouterr().out == output
+    assert snapshot(study) == before
+
+
+def test_flipped_bits_in_the_activations_are_named_before_anything_is_trained(
+    harvested: Path, study: Path, capsys: pytest.CaptureFixture[str]
+):
+    (study / "activations").unlink()
+    shutil.copytree(harvested / "activations", study / "activations")
+    shard = next((study / "activations" / UPDATE.name).glob("shard-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 64] = b"\x7e" * 64  # huge, but finite
+    shard.write_bytes(content)
+    assert train(study) == 2
+    assert f"{shard.name} does not match its checksum" in capsys.readouterr().err
+    assert not list(study.rglob("dictionary.safetensors")) and not list(study.rglob("state.safetensors"))
+
+
+def test_nan_in_a_training_is_blamed_on_the_data_if_they_are_damaged(study: Path, monkeypatch: pytest.MonkeyPatch):
+    def diverge(*words: object, **settings: object) -> None:
+        raise NonFinite("Lower the learning rate.")
+
+    def damaged(store: Store) -> None:
+        raise BrokenFile("shard 3 is damaged")
+
+    monkeypatch.setattr("difflex.training.study.fit", diverge)
+    command = TrainCommand(study=study, site=("double.1:update",))
+    with pytest.raises(NonFinite, match="Lower the learning rate"):
+        command()
+    monkeypatch.setattr(Store, "verify", damaged)
+    with pytest.raises(BrokenFile, match="shard 3"):
+        command()
+
+
+def test_two_commands_train_in_different_folders_only(study: Path, capsys: pytest.CaptureFixture[str]):
+    with folder_lock(study / UPDATE / "topk-64-k3"):
+        assert train(study) == 2
+        assert "Another process is writing in" in capsys.readouterr().err
+        assert train(study, "--k", "4") == 0
+    assert train(study) == 0
+
+
+def test_a_size_that_fits_no_memory_is_refused(study: Path):
+    with pytest.raises(OutOfMemory, match=r"topk-1000000000-k32 .* GB of memory"):
+        TrainCommand(study=study, site=("double.1:update",), size=(10**9,))()
+    with pytest.raises(OutOfMemory, match=r"up to 1,000,000,000 atoms .* GB of memory"):
+        ItdaCommand(study=study, site=(str(SITE),), k=4, threshold=(0.2,), size=10**9)()
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
@@ -80,10 +146,9 @@ def test_every_preset_and_kind_has_its_own_label(study: Path, preset: str, kind:
     ("flags", "words"),
     [
         (["--site", "double.7"], "The site 'double.7' is unknown"),
-        (["--tokens", "0"], "learns nothing"),
-        (["--tokens", "-5"], "learns nothing"),
-        (["--learning-rate", "-1"], "learning rate"),
-        (["--learning-rate", "nan"], "learning rate"),
+        (["--tokens", "0"], "out of range"),
+        (["--learning-rate", "-1"], "out of range"),
+        (["--learning-rate", "nan"], "--learning-rate"),
         (["--k", "65"], "k 65 does not fit"),
     ],
 )
@@ -93,8 +158,7 @@ def test_impossible_trainings_are_explained(study: Path, capsys: pytest.CaptureF
 
 
 def test_a_list_of_numbers_may_have_commas_or_spaces(study: Path):
-    with pytest.raises(SystemExit):
-        train(study, "--k", "3,x")
+    assert train(study, "--k", "3,x") == 2
     assert train(study, "--k", "3", "4", "--seed", "9", "--size", "72") == 0
     assert (study / UPDATE / "topk-72-k4-seed9" / "config.json").exists()
 
@@ -131,12 +195,10 @@ def test_an_atom_is_the_token_that_its_patch_names(study: Path):
 def test_a_repeated_command_grows_nothing_twice(study: Path, capsys: pytest.CaptureFixture[str]):
     words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.3"]
     assert main(words) == 0
-    [before] = sorted((study / "dictionaries").glob("*/*/dictionary.safetensors"))
-    stamp = before.stat().st_mtime_ns
-    capsys.readouterr()
+    output, before = capsys.readouterr().out, snapshot(study)
     assert main(words) == 0
-    assert "exists already" in capsys.readouterr().out
-    assert before.stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out == output
+    assert snapshot(study) == before
 
 
 def test_paper_sets_the_settings_of_the_paper_and_other_flags_override_them(study: Path):
@@ -162,13 +224,16 @@ def test_variants_of_one_size_have_different_labels(study: Path):
     assert {path.name for path in (study / "dictionaries" / "double.1").iterdir()} == {itda.label for itda in grown}
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_taken_label_loses_no_growth(study: Path, capsys: pytest.CaptureFixture[str]):
     words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "16", "--threshold", "0.1", "0.2"]
     old = study / "dictionaries" / "double.1" / "itda-16-k4-over0.1"
     old.mkdir(parents=True)
     (old / "config.json").write_text("{")
     assert main(words) == 2
-    assert "Move the old one away" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "Move the old one away" in errors and f"left as it is: {old / 'config.json'} is not JSON" in errors
+    assert (old / "config.json").read_text() == "{"
     assert [itda.label for itda in dictionaries(study)] == ["itda-16-k4-over0.2"]
     [grown] = old.parent.glob("growing-*/dictionary.safetensors")
     stamp = grown.stat().st_mtime_ns
@@ -178,20 +243,28 @@ def test_a_taken_label_loses_no_growth(study: Path, capsys: pytest.CaptureFixtur
     assert {path.name for path in old.parent.iterdir()} == {"itda-16-k4-over0.1", "itda-16-k4-over0.2"}
 
 
+def test_a_label_that_is_known_before_the_growth_and_taken_is_refused_at_once(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (study / "dictionaries" / "double.1" / "itda-40-k4").mkdir(parents=True)
+    monkeypatch.delattr("difflex.training.study.grow")
+    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "40"]) == 2
+    assert "itda-40-k4 exists, with other data or settings. Move the old one away" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "answer"),
     [
         (["--site", "double.1"], "--threshold 0.3"),
         (["--site", "double.0", "--size", "10"], "The site 'double.0' is unknown; nearest: double.1"),
-        (["--site", "double.1", "--threshold", "3"], "Threshold 3.0 is not a share"),
-        (["--site", "double.1", "--size", "0"], "--size 0 grows nothing"),
-        (["--site", "double.1", "--threshold", "0.3", "--tokens", "0"], "--tokens 0 grows nothing"),
-        (["--site", "double.1", "--size", "40", "--tokens", "-5"], "--tokens -5 grows nothing"),
-        (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "k is 0"),
+        (["--site", "double.1", "--threshold", "3"], "out of range"),
+        (["--site", "double.1", "--size", "0"], "out of range"),
+        (["--site", "double.1", "--threshold", "0.3", "--tokens", "0"], "out of range"),
+        (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "out of range"),
     ],
 )
 def test_impossible_growths_are_explained(study: Path, flags: list, answer: str, capsys):
-    assert main(["itda", str(study), *flags]) == 2
+    assert run("itda", str(study), *flags) == 2
     assert answer in capsys.readouterr().err
 
 
@@ -212,21 +285,22 @@ def test_neurons_are_a_dictionary_like_any_other(study: Path, capsys: pytest.Cap
 def test_a_repeated_command_keeps_the_neurons(study: Path):
     command = NeuronsCommand(study=study, site=("double.1:neurons",), k=(4,))
     (folder,) = command()
-    before = (folder / "config.json").stat().st_mtime_ns
-    assert command() == [folder] and (folder / "config.json").stat().st_mtime_ns == before
+    before = snapshot(study)
+    assert command() == [folder] and snapshot(study) == before
 
 
 def test_neurons_of_another_model_are_an_error(study: Path):
     command = NeuronsCommand(study=study, site=("double.1:neurons",), k=(5,))
     (folder,) = command()
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("tiny-flux", "other-flux"))
-    with pytest.raises(StaleWork, match="of another model") as raised:
+    neurons = Dictionary.load(folder)
+    Neurons(width=neurons.width, k=5, origin=replace(neurons.origin, model="other-flux")).save(folder)
+    with pytest.raises(StaleWork, match=r"of another model\. Move it away") as raised:
         command()
     assert raised.value.path == folder
 
 
 @pytest.mark.parametrize(
-    ("site", "words"), [("double.0:neurons", "Harvest it first"), ("double.1", "has no neurons"), ("", "at least one --site")]
+    ("site", "words"), [("double.0:neurons", "Harvest it first"), ("double.1", "has no neurons"), ("", "--site")]
 )
 def test_sites_without_neurons_are_explained(study: Path, site: str, words: str, capsys: pytest.CaptureFixture[str]):
     assert main(["neurons", str(study), "--site", *([site] if site else [])]) == 2
