@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import Unit
-from difflex.commands.flags import COUNT, SHARE, Numbers, StepRange, Strengths, VLMCommand
+from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, VLMCommand, number, numbers
 from difflex.commands.inputs import first_and_end, load_study_model
 from difflex.errors import BadInput
 from difflex.study import Command, Study
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["FindingsCommand", "RemovalCommand", "SteerEvalCommand"]
 
 BATCH = 32
+TRIALS = number(1, 10_000)
+"""How many images or captions of each concept."""
 ExperimentName = Literal["pairs", "distribution", "adversarial", "quality", "size", "related", "steps"]
 
 
@@ -43,9 +45,9 @@ class SteerEvalCommand(VLMCommand):
     """Groups of concepts."""
     min_ap: Annotated[float, SHARE, arg(metavar="AP")] = 0.8
     """Least average precision of a feature."""
-    trials: Annotated[int, COUNT] = 24
+    trials: Annotated[int, TRIALS] = 24
     """Images of each concept."""
-    pairs: Annotated[int, COUNT] = 20
+    pairs: Annotated[int, TRIALS] = 20
     """Pairs of captions for each contrast."""
     strength: Strengths = (0.5, 1.0, 1.5, 2.0, 3.0)
     """Strengths: of features in --unit, of contrasts in lengths of their own."""
@@ -133,11 +135,11 @@ class RemovalCommand(Command):
     """SITE/LABEL, or the site alone if it has one dictionary; several joined by commas are edited together."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "background")
     """Groups of concepts."""
-    images: Annotated[int, COUNT] = 24
+    images: Annotated[int, TRIALS] = 24
     """Prompts for each concept that results are measured on."""
-    selection_images: Annotated[int, COUNT] = 12
+    selection_images: Annotated[int, TRIALS] = 12
     """Prompts for each concept that features are chosen by."""
-    tuning_images: Annotated[int, COUNT] = 12
+    tuning_images: Annotated[int, TRIALS] = 12
     """Prompts for each concept that the number of features and the strength are chosen by."""
     features: Numbers = (1, 2, 4, 8)
     """Numbers of features at each step and site."""
@@ -184,11 +186,11 @@ class FindingsCommand(Command):
     """Experiments to make."""
     groups: Annotated[tuple[str, ...], arg(metavar="GROUP...")] = ("colour", "texture", "background", "style")
     """Groups of concepts."""
-    concepts_per_group: Annotated[int, COUNT] = 2
+    concepts_per_group: Annotated[int, TRIALS] = 2
     """Number of concepts of each group."""
-    trials: Annotated[int, COUNT] = 8
+    trials: Annotated[int, TRIALS] = 8
     """Images for each concept and condition."""
-    pairs: Numbers = (1, 2, 5, 10, 20, 40, 80, 160)
+    pairs: Annotated[tuple[int, ...], numbers(10_000)] = (1, 2, 5, 10, 20, 40, 80, 160)
     """Numbers of pairs for contrasts; experiments on other things use the largest."""
     strength: Strengths = (0.1, 0.2, 0.35, 0.6, 1.0)
     """Strengths in norms of a mean activation; the first and the last are used for the loss of quality alone."""

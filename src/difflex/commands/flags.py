@@ -58,11 +58,11 @@ def _pixels(words: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def _numbers(words: list[str]) -> tuple[int, ...]:
+def _numbers(words: list[str], most: int = LARGEST) -> tuple[int, ...]:
     parts = _parts(words)
     if not all(re.fullmatch(r"[1-9]\d*", part) for part in parts):
         raise ValueError(f"{_quoted(words)} is not a list of numbers above 0. Write them with commas or spaces: 16,32,64.")
-    return tuple(_limited(int, part, 1, LARGEST) for part in parts)
+    return tuple(_limited(int, part, 1, most) for part in parts)
 
 
 def _features(words: list[str]) -> tuple[int, ...]:
@@ -180,6 +180,11 @@ def real(least: float, most: float, metavar: str = "X") -> Any:
     return _flag(lambda words: _limited(float, words[0], least, most), metavar, _written)
 
 
+def numbers(most: int) -> Any:
+    """Describe a flag for whole numbers from 1 to `most`, with commas or spaces between them."""
+    return _flag(lambda words: _numbers(words, most), "N,...", _with_commas, many=True)
+
+
 # Each describes a flag: `trials: Annotated[int, COUNT] = 24`.
 COUNT = number(1, 1_000_000)
 """How many of what there is at least one of."""
@@ -204,7 +209,7 @@ StepRange = Annotated[range | None, RANGE]
 """Denoising steps from START up to but not END."""
 Pixels = Annotated[tuple[int, int] | None, _flag(_pixels, "HEIGHTxWIDTH", lambda value: f"{value[0]}x{value[1]}")]
 """Height and width of an image."""
-Numbers = Annotated[tuple[int, ...], _flag(_numbers, "N,...", _with_commas, many=True)]
+Numbers = Annotated[tuple[int, ...], numbers(LARGEST)]
 """Whole numbers above 0, with commas or spaces between them."""
 Features = Annotated[tuple[int, ...], _flag(_features, "FEATURE...", _with_commas, many=True)]
 """Numbers of features, from 0 on."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, final
 from tyro.conf import Positional, arg
 
 from difflex.choices import NormalisationMethod, PursuitName, SAEKind
-from difflex.commands.flags import COUNT, POSITIVE, SEED, SIZE, TOKENS, Numbers, Shares
+from difflex.commands.flags import COUNT, POSITIVE, SEED, SIZE, TOKENS, Numbers, Shares, number
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TrainCommand(Command):
     """The peak learning rate."""
     tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint=ALL_TOKENS)] = None
     """Tokens to train on; if there are fewer, they are repeated in another order."""
-    batch: Annotated[int | None, COUNT, arg(help_behavior_hint=PRESET)] = None
+    batch: Annotated[int | None, number(1, 131_072), arg(help_behavior_hint=PRESET)] = None
     """Tokens per update, of all processes together; 1,024 in the default preset."""
     seed: Annotated[int, SEED] = 0
     """The seed of the initial weights and of the order of the tokens."""
