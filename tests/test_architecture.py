@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "study": GROUND,
     "training": {*GROUND, "dictionaries", "store", "study"},
     "evaluation": {*GROUND, "dictionaries", "images", "miniature", "store", "study"},
-    "features": {*GROUND, "dictionaries", "store", "study"},
+    "features": {*GROUND, "dictionaries", "images", "store", "study"},
     "explanation": {*GROUND, "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "images", "store", "study"},
     "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "images", "miniature", "steering", "store", "study"},
@@ -97,6 +97,7 @@ INNER_DOORS = {
     "commands.harvest",
     "commands.study",
     "commands.training",
+    "commands.verify",
     "dictionaries.files",
     "dictionaries.itda",
     "dictionaries.normalisation",
@@ -150,8 +151,8 @@ HOMES: dict[str, set[str]] = {
     "diffusers": {"pipeline", "miniature", "quiet", "testing"},
     "transformers": {"pipeline", "miniature", "evaluation", "explanation", "quiet", "testing"},
     # Our own files are in `tensors`; the others read and write models.
-    "safetensors": {"features", "tensors", "pipeline", "miniature", "dictionaries", "training"},
-    "tqdm": {"features", "pipeline", "miniature", "store", "training", "evaluation", "explanation"},
+    "safetensors": {"tensors", "pipeline", "miniature", "dictionaries", "training"},
+    "tqdm": {"commands", "features", "pipeline", "miniature", "store", "training", "evaluation", "explanation"},
     "PIL": {
         "commands",
         "effects",

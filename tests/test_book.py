@@ -1,9 +1,12 @@
 """Books: entries are read back as written, damaged files are refused, and readers work next to a writer."""
 
+import hashlib
 import os
 import sqlite3
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -238,11 +241,36 @@ def test_an_album_stores_an_image_once_and_without_loss(tmp_path: Path):
     stored, is_new = album.add(colours())
     assert is_new and album.add(colours()) == (stored, False) and len(list(album.folder.iterdir())) == 1
     assert album.open(stored.file).tobytes() == colours().tobytes() and (stored.width, stored.height) == (64, 64)
-    with pytest.raises(UnknownName, match="is missing"):
-        album.open("none.webp")
-    (album.folder / stored.file).write_bytes(b"not an image")
-    with pytest.raises(BrokenFile, match="is damaged"):
+
+
+def test_an_album_notices_missing_and_damaged_images_and_writes_them_again(tmp_path: Path):
+    album = ImageAlbum(tmp_path / "images")
+    stored, _ = album.add(colours())
+    path = album.folder / stored.file
+    content = path.read_bytes()
+    for damage in (content[:-1], bytes([*content[:40], content[40] ^ 1, *content[41:]]), b"not an image", b""):
+        path.write_bytes(damage)
+        with pytest.raises(BrokenFile, match=r"is damaged\. Run difflex collect: it makes the image again"):
+            album.open(stored.file)
+        assert album.add(colours()) == (stored, False) and path.read_bytes() == content
+    path.unlink()
+    with pytest.raises(BrokenFile, match="is missing"):
         album.open(stored.file)
+    for name in ("/dev/zero", "../images/x.webp", "x.webp"):
+        with pytest.raises(BrokenFile, match="is not the name of an image"):
+            album.open(name)
+
+
+def test_an_image_of_huge_size_is_refused_before_it_is_decoded(tmp_path: Path):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    file = f"{hashlib.sha256(bomb).hexdigest()[:32]}.webp"
+    (tmp_path / file).write_bytes(bomb)
+    with pytest.raises(BadInput, match=r"pixels|cannot be read as an image"):
+        ImageAlbum(tmp_path).open(file)
 
 
 def changed_cells(style: HighlightStyle, where: TokenMap, peak: float) -> set[tuple[int, int]]:

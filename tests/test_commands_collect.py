@@ -1,11 +1,11 @@
 """`difflex collect`, `features` and `show`: books, lists and sheets of the dictionaries of a study."""
 
 import os
-import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
+from changed_book import change_book
 from PIL import Image
 
 from difflex.cli import main
@@ -18,8 +18,9 @@ from difflex.dictionaries.itda import AtomProvenance
 from difflex.evaluation.concepts import drawn_concepts
 from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches
 from difflex.features import Book, ImageAlbum
-from difflex.features.explanations import Explanation, ExplanationScore
+from difflex.features.explanations import Explanation, ExplanationScore, Judgement
 from difflex.features.images import overview
+from difflex.files import folder_lock
 from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord, StudyEditor
 from difflex.study import DictionaryRef, Study
@@ -77,8 +78,7 @@ def test_every_dictionary_gets_a_book_of_the_harvested_images(study: Study):
 
 def set_strength(study: Study, feature: int, strength: float | None) -> None:
     """Change the default strength of a feature in the book of the SAE."""
-    with sqlite3.connect(study.book(*SAE_REF)) as connection:
-        connection.execute("UPDATE features SET strength = ? WHERE feature = ?", (strength, feature))
+    change_book(study.book(*SAE_REF), "UPDATE features SET strength = ? WHERE feature = ?", strength, feature)
 
 
 @pytest.mark.filterwarnings("ignore:.*is dead")
@@ -145,14 +145,127 @@ def test_the_book_of_an_itda_dictionary_has_the_images_of_its_atoms(study: Study
         assert ImageAlbum(study.images).open(patch.image.file).size == (64, 64)
 
 
-def test_current_books_stay_and_damaged_ones_are_collected_again(study: Study, capsys: pytest.CaptureFixture[str]):
-    words = ["collect", str(study.folder), *COLLECT]
-    assert main(words) == 0
-    assert capsys.readouterr().out.count("up to date") == 3
-    study.book(*SAE_REF).write_bytes(b"not a book")
-    assert main([*words, "--dictionary", str(SAE_REF)]) == 0
-    output = capsys.readouterr().out
-    assert "It is collected again." in output and f"{study.book(*SAE_REF)}: collected" in output
+def collected(study: Study) -> dict[str, bytes]:
+    """Return the contents of all books and images of a study."""
+    files = [path for folder in ("books", "images") for path in (study.folder / folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(study.folder)): path.read_bytes() for path in files}
+
+
+def test_flags_that_change_no_content_rewrite_nothing(study: Study, capsys: pytest.CaptureFixture[str]):
+    before = collected(study)
+    for words in (["--batch", "3"], ["--batch", "8", "--precision", "fp32"], ["--offline"]):
+        assert main(["collect", str(study.folder), *COLLECT[:2], *COLLECT[4:], *words]) == 0
+        assert capsys.readouterr().out.count("up to date") == 3
+    assert collected(study) == before
+
+
+def test_books_that_are_made_again_keep_their_explanations(study: Study, capsys: pytest.CaptureFixture[str]):
+    path, words = study.book(*SAE_REF), ["collect", str(study.folder), *COLLECT[2:], "--dictionary", str(SAE_REF)]
+    before = collected(study)
+    try:
+        with Book.edit(path) as book:
+            example = book.examples(7)[0]
+            explanation = Explanation(feature=7, backend="rule", protocol="heldout", text="round")
+            book.add_explanation(explanation, [Judgement(example.id, True, 1.0)])
+        assert main([*words, "--images", "16"]) == 0
+        with Book.open(path) as book:
+            [entry] = book.explanations()
+            [judgement] = book.judgements(entry.id)
+            assert entry.text == "round" and book.about.images == 16
+            assert judgement.example is None or book.example(judgement.example).feature == 7
+        assert main([*words, "--images", "16", "--discard-explanations"]) == 0
+        output = capsys.readouterr().out
+        assert "1 explanations discarded" in output and f"{path}: up to date" in output
+        with Book.open(path) as book:
+            assert book.explanations() == []
+    finally:
+        restore(study, before)
+
+
+def test_damaged_books_are_kept_aside_and_collected_again(study: Study, capsys: pytest.CaptureFixture[str]):
+    path, words = study.book(*SAE_REF), ["collect", str(study.folder), *COLLECT, "--dictionary", str(SAE_REF)]
+    before = collected(study)
+    try:
+        path.write_bytes(b"not a book")
+        assert main(words) == 0
+        output = capsys.readouterr().out
+        assert "It is collected again." in output and f"{path}: collected" in output
+        assert path.with_name(f"{path.stem}.damaged-1.sqlite").read_bytes() == b"not a book"
+        assert study.dictionaries() == Study.open(study.folder).dictionaries()
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 8
+        path.write_bytes(damaged)
+        assert main(["show", str(study.folder), "1", "--dictionary", str(SAE_REF), "--out", str(study.folder / "x.png")]) == 2
+        assert "does not match its checksum" in capsys.readouterr().err
+    finally:
+        restore(study, before)
+
+
+def test_missing_and_damaged_images_are_made_again(study: Study, capsys: pytest.CaptureFixture[str]):
+    words = ["collect", str(study.folder), *COLLECT, "--dictionary", str(SAE_REF)]
+    before = collected(study)
+    with Book.open(study.book(*SAE_REF)) as book:
+        first, second, *_ = [study.images / image.file for image in book.images()]
+        shown = study.images / book.shots([number := book.examples(7, "top")[0].shot])[number].image.file
+    try:
+        first.unlink()
+        second.write_bytes(second.read_bytes()[:-9])
+        shown.write_bytes(b"")
+        assert main(["show", str(study.folder), "7", "--dictionary", str(SAE_REF), "--out", str(study.folder / "x.png")]) == 2
+        error = capsys.readouterr().err
+        assert str(shown) in error and "Run difflex collect" in error
+        assert main(words) == 0
+        output = capsys.readouterr().out
+        assert f"{len({first, second, shown})} images of" in output and "missing or damaged" in output
+        assert main(words) == 0 and "up to date" in capsys.readouterr().out
+    finally:
+        restore(study, before)
+
+
+def restore(study: Study, before: dict[str, bytes]) -> None:
+    """Restore the contents that `collected` returned."""
+    for name in collected(study).keys() - before.keys():
+        (study.folder / name).unlink()
+    for name, content in before.items():
+        (study.folder / name).write_bytes(content)
+
+
+def test_a_folder_is_known_by_its_contents_and_its_odd_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    study, folder = Study.begin(tmp_path / "study", "mini-flux"), tmp_path / "images"
+    random_sae(1).save(study.dictionary(*SAE_REF))
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (number * 90, 0, 0)).save(folder / f"{number}.png")
+    words = ["collect", str(study.folder), "--folder", str(folder), "--noise", "0.5", "--top-examples", "2"]
+    assert main(words) == 0 and "collected" in capsys.readouterr().out
+    assert main([*words, "--batch", "1", "--images", "50"]) == 0 and "up to date" in capsys.readouterr().out
+    Image.new("RGB", (64, 64), "blue").save(folder / "1.png")
+    assert main(words) == 0 and f"{study.book(*SAE_REF)}: collected" in capsys.readouterr().out
+    (folder / "0.txt").write_bytes(b"\xff\xfe")
+    assert main(words) == 2 and "0.txt cannot be read as a prompt" in capsys.readouterr().err
+    (folder / "0.txt").unlink()
+    (folder / "2.png").write_text("no image")
+    assert main(words) == 2 and "2.png cannot be read as an image" in capsys.readouterr().err
+    (folder / "2.png").unlink()
+    (folder / "3.png").mkdir()
+    assert main(words) == 2 and "3.png cannot be read: Is a directory" in capsys.readouterr().err
+
+
+def test_it_is_checked_that_books_can_be_written_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    study = Study.begin(tmp_path / "study", "mini-flux")
+    random_sae(1).save(study.dictionary(*SAE_REF))
+    monkeypatch.setattr("difflex.commands.features.load_study_model", lambda *_: pytest.fail("the model was loaded"))
+    words = ["collect", str(study.folder), "--prompts", "captions"]
+    for path in (study.folder / "books", study.images):
+        path.write_text("a file")
+        assert main(words) == 2 and "a folder is needed" in capsys.readouterr().err
+        path.unlink()
+    (study.folder / "books" / ".x.sqlite.abc.tmp").write_text("of a killed process")
+    with folder_lock(study.folder / "books"):
+        assert main(words) == 2 and "Another process is writing" in capsys.readouterr().err
+    assert not [*study.folder.glob("books/.*")], "leftovers are deleted"
 
 
 def test_images_come_from_the_drawn_world_a_folder_or_prompts(tmp_path: Path):
@@ -239,12 +352,14 @@ def test_wrong_flags_are_explained_in_a_sentence(study: Study, words: list, mess
     assert message in capsys.readouterr().err
 
 
-def test_the_book_of_a_changed_dictionary_is_refused(study: Study, tmp_path: Path, capsys):
+@pytest.mark.parametrize("stamp", [0, 2**32])
+def test_the_book_of_a_changed_dictionary_is_refused_whatever_its_age(study: Study, tmp_path: Path, capsys, stamp: int):
     folder = study.dictionary(*SAE_REF)
     before = {path: (path.read_bytes(), path.stat()) for path in folder.glob("*.*")}
     random_sae(9).save(folder)
     try:
-        os.utime(folder / "dictionary.safetensors", (2**32, 2**32))
+        for path in before:
+            os.utime(path, (stamp, stamp))
         assert main(["show", str(study.folder), "1", "--dictionary", str(SAE_REF), "--out", str(tmp_path / "x.png")]) == 2
         assert "has changed since" in capsys.readouterr().err
     finally:

@@ -1,6 +1,7 @@
 """`difflex collect`, `features` and `show`: make the books of dictionaries, list their features, draw the sheet of one."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -15,6 +16,7 @@ from difflex.commands.inputs import load_study_model, open_book, read_prompts
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
+from difflex.files import folder_lock
 from difflex.images import check_image_path, write_image
 from difflex.study import Command, DictionaryRef, Study
 from difflex.tables import text_table
@@ -61,14 +63,16 @@ class CollectCommand(Command):
     """Use scenes of the drawn world with their captions, noised."""
     noise: NoiseLevels = (0.25, 0.5, 0.75)
     """Noise levels, with --folder and --drawn-world."""
-    top_examples: Annotated[int, number(1, 10_000)] = 32
+    top_examples: Annotated[int, number(1, 1000)] = 32
     """Top examples for each feature and split: the images in which it fires most strongly."""
-    random_examples: Annotated[int, number(1, 10_000)] = 16
+    random_examples: Annotated[int, number(1, 1000)] = 16
     """Random images in which it fires."""
-    silent_examples: Annotated[int, number(1, 10_000)] = 8
+    silent_examples: Annotated[int, number(1, 1000)] = 8
     """Random images in which it does not fire."""
     no_patches: FlagCreatePairsOff[bool] = False
     """Do not generate the images that ITDA atoms were taken from."""
+    discard_explanations: FlagCreatePairsOff[bool] = False
+    """Delete the explanations in these books; without it they are kept when a book is made again."""
     batch: Annotated[int, BATCH] = 16
     """Images per forward pass."""
     precision: Annotated[Precision | None, arg(help_behavior_hint="(default: that of the harvest)")] = None
@@ -88,15 +92,19 @@ class CollectCommand(Command):
         refs = study.select_dictionaries(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
         editor, stores = StudyEditor(study), study.stores()
-        books = collect_study(
-            study,
-            refs,
-            self._source(study, refs),
-            CollectConfig(**counts),
-            load=editor.dictionary,
-            strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
-            draw_patches=not self.no_patches,
-        )
+        with ExitStack() as locks:
+            for folder in dict.fromkeys([study.folder / "books", study.images, *(study.book(*ref).parent for ref in refs)]):
+                locks.enter_context(folder_lock(folder))
+            books = collect_study(
+                study,
+                refs,
+                self._source(study, refs),
+                CollectConfig(**counts),
+                load=editor.dictionary,
+                strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
+                draw_patches=not self.no_patches,
+                discard_explanations=self.discard_explanations,
+            )
         for book in books:
             print(f"{book.path}: {'up to date' if book.up_to_date else 'collected'}")
         paths = [book.path for book in books]
@@ -104,7 +112,10 @@ class CollectCommand(Command):
         return paths
 
     def _source(self, study: Study, refs: Sequence[DictionaryRef]) -> "ImageSource":
-        """Return the images to collect from; the model is loaded when it is needed."""
+        """Return the images to collect from; the model is loaded when it is needed.
+
+        What does not change the images, such as the batch, is not in the description.
+        """
         from difflex.features.collecting import noised_source, runs_source, stored_source
 
         pipe = cache(lambda precision: load_study_model(study, self.precision or precision, self.offload, self.offline))
@@ -116,39 +127,35 @@ class CollectCommand(Command):
             arguments = {"seed": seed, "batch": self.batch, "progress": False}
             return pipe(None).harvest_images(images, self.noise, sites, prompts, names, **arguments)
 
-        batch = f"{self.batch} at once"
         if self.drawn_world or self.folder is not None:
-            images, load = self._existing_images()
-            noise = ",".join(f"{level:g}" for level in self.noise)
-            description = f"{images}, noise {noise}, pixels {self.pixels}, {batch}"
-            return noised_source(description, self.images, load, harvest_images, harvest(None), self.batch)
+            description, count, load = self._existing_images()
+            description += f", noise {','.join(map(str, self.noise))}, precision {self.precision}"
+            return noised_source(description, count, load, harvest_images, harvest(None), self.batch)
         if self.prompts is None:
-            return stored_source(study, refs, self.images, harvest, batch)
+            return stored_source(study, refs, self.images, self.precision, harvest)
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
         shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
-        names = ("seeds", "steps", "keep_steps", "pixels", "guidance", "precision")
-        settings = ", ".join(f"{name} {getattr(self, name)}" for name in names)
-        return runs_source(f"{prompts.source}, {settings}, {batch}", shots, self.images, harvest(None))
+        return runs_source("prompts", shots, self.images, harvest(None))
 
-    def _existing_images(self) -> "tuple[str, Callable[[int], Iterator[PromptedImage]]]":
-        """Return a description of the images of the folder or the drawn world, and a function that loads them from a place on."""
+    def _existing_images(self) -> "tuple[str, int, Callable[[int], Iterator[PromptedImage]]]":
+        """Return a description of the images of the folder or the drawn world, their number, and a function that loads them."""
         from difflex.evaluation.concepts import FIRST_SEED, drawn_images
         from difflex.features.collecting import PromptedImage, image_files
-        from difflex.pipeline import open_image
 
         if self.folder is not None:
-            paths = image_files(self.folder)
-            description = f"folder of {[path.name for path in paths]}"
-            return description, lambda start: (
-                PromptedImage.read(path, self.pixels, open_image) for path in paths[start : self.images]
+            paths, checksum = image_files(self.folder, self.images)
+            return (
+                f"folder {checksum}, pixels {self.pixels}",
+                len(paths),
+                lambda start: (PromptedImage.read(path, self.pixels) for path in paths[start:]),
             )
 
         def draw(start: int) -> Iterator[PromptedImage]:
             scenes = drawn_images(self.images - start, FIRST_SEED + start)
             return (PromptedImage(scene.image, scene.prompt, scene.name) for scene in scenes)
 
-        return f"drawn world from {FIRST_SEED}", draw
+        return f"drawn world from {FIRST_SEED}", self.images, draw
 
 
 def _books_table(books: Sequence[Path]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.features import Book
 from difflex.files import file_sha256
 from difflex.study import DictionaryRef, Study
@@ -64,19 +64,18 @@ def load_study_model(study: Study, precision: str | None, offload: bool, offline
 
 
 def open_book(study: Study, ref: DictionaryRef) -> Book:
-    """Open the book of a dictionary for reading; the dictionary must not have changed since the book was made."""
+    """Open the book of a dictionary for reading; it must be whole, and of the dictionary as it is now."""
     path, folder = study.book(*ref), study.dictionary(*ref)
     if not path.is_file():
         raise UnknownName(f"{ref} has no book yet. Run difflex collect to make it.")
-    book = Book.open(path)
-    # The fingerprint of a large dictionary takes seconds, so it is computed only if a file is newer than the book.
-    files = (folder / "dictionary.safetensors", folder / "config.json")
-    if any(file.is_file() and file.stat().st_mtime >= path.stat().st_mtime for file in files):
-        from difflex.dictionaries import fingerprint
+    from difflex.dictionaries import fingerprint
 
-        if book.about.fingerprint != fingerprint(folder):
-            book.close()
-            raise StaleWork(f"{ref} has changed since {path} was made. Run difflex collect again.")
+    book = Book.open(path)
+    try:
+        book.verify(fingerprint(folder))
+    except BaseException:
+        book.close()
+        raise
     return book
 
 
@@ -87,7 +86,7 @@ def stored_strength(study: Study, ref: DictionaryRef, features: Iterable[int]) -
     try:
         with open_book(study, ref) as book:
             strengths = [book.feature(feature).strength for feature in features]
-    except (BrokenFile, StaleWork) as error:
+    except (BadInput, BrokenFile, DiskError, StaleWork) as error:
         print(f"{error} The default strength is computed without it.")
         return None
     known = [strength for strength in strengths if strength is not None]

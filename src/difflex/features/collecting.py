@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -15,14 +17,15 @@ from tqdm import tqdm
 
 from difflex.devices import find_device
 from difflex.dictionaries import ITDA, Dictionary, fingerprint
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.features.book import Book
 from difflex.features.collector import CollectConfig, FeatureCollector
 from difflex.features.firing import image_key
 from difflex.features.images import ImageAlbum
 from difflex.features.registry import CollectBatch, CollectCheckpoint, ShotRegistry
 from difflex.features.results import AtomLocation, CollectTarget, write_book
-from difflex.files import folder_lock
+from difflex.files import disk_errors, file_sha256, parsing
+from difflex.images import open_image
 from difflex.records import Activations, Shot, Site
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study
@@ -140,10 +143,11 @@ class PromptedImage(NamedTuple):
     name: str
 
     @classmethod
-    def read(cls, path: Path, pixels: tuple[int, int] | None, read: Callable[[Path], Image.Image]) -> PromptedImage:
+    def read(cls, path: Path, pixels: tuple[int, int] | None) -> PromptedImage:
         """Read an image, resize and crop it to `pixels`, and read its prompt from the text file of the same name."""
-        image, text = read(path), path.with_suffix(".txt")
-        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        image, text = open_image(path, "RGB"), path.with_suffix(".txt")
+        with disk_errors(text, "read"), parsing(text, "a prompt", "Save it as UTF-8 text."):
+            prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
         return cls(ImageOps.fit(image, (pixels[1], pixels[0])) if pixels else image, prompt, path.name)
 
 
@@ -161,7 +165,10 @@ class ImageSource(NamedTuple):
 
 
 def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: HarvestRuns) -> ImageSource:
-    """Return the final images of the first `limit` runs of `shots`; a run is consecutive shots, one for each kept step."""
+    """Return the final images of the first `limit` runs of `shots`; a run is consecutive shots, one for each kept step.
+
+    The shots identify the images: whatever flags they came from, the same shots make the same book.
+    """
     groups = groupby(shots, key=lambda shot: replace(shot, timestep=None))
     runs = [list(group) for _, group in islice(groups, limit)]
     if not runs:
@@ -171,6 +178,8 @@ def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: Ha
         remaining = [shot for run in runs[start:] for shot in run]
         return (CollectBatch(*batch) for batch in harvest(remaining, sites))
 
+    content = json.dumps([asdict(shot) for run in runs for shot in run])
+    description = f"{description}, shots {hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return ImageSource(description, len(runs), batches, harvest)
 
 
@@ -197,11 +206,11 @@ def noised_source(
 
 
 def stored_source(
-    study: Study, refs: Sequence[DictionaryRef], limit: int, harvest: Callable[[str | None], HarvestRuns], settings: str
+    study: Study, refs: Sequence[DictionaryRef], limit: int, precision: str | None, harvest: Callable[[str | None], HarvestRuns]
 ) -> ImageSource:
     """Return the images of the first `limit` runs of the harvest of a site of `refs`, or else of any site.
 
-    `harvest` takes the precision of the harvest. `settings` is appended to the description.
+    `harvest` takes the precision, by default that of the harvest.
     """
     stores = study.stores()
     site = next((ref.site for ref in refs if ref.site in stores), next(iter(stores), None))
@@ -212,22 +221,37 @@ def stored_source(
     # A harvest stores the shots of a batch of runs step by step.
     for number in range((store.count() + store.count("held-out")) // store.tokens):
         shot = store.shot(number)
+        shot = replace(shot, precision=precision or shot.precision)
         run = replace(shot, timestep=None)
         if run in runs or len(runs) < limit:
             runs.setdefault(run, []).append(shot)
     shots = [shot for run in runs.values() for shot in run]
-    precision = shots[0].precision if shots else None
-    return runs_source(f"harvest of {site} {store.fingerprint}, {settings}", shots, limit, harvest(precision))
+    return runs_source("harvest", shots, limit, harvest(shots[0].precision if shots else None))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in `folder`, sorted by name."""
+class ImageFolder(NamedTuple):
+    """Image files, sorted by name."""
+
+    paths: list[Path]
+    checksum: str
+    """Of the names and contents of the images and of their prompts."""
+
+
+def image_files(folder: Path, limit: int) -> ImageFolder:
+    """Return the first image files in `folder`, at most `limit`."""
     if not folder.is_dir():
         raise UnknownName(f"There is no folder {folder}. Name one with images.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    with disk_errors(folder, "read"):
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)[:limit]
     if not paths:
         raise BadInput(f"{folder} has no images. Put {', '.join(IMAGE_ENDINGS)} files into it.")
-    return paths
+    checksum = hashlib.sha256()
+    for path in paths:
+        text = path.with_suffix(".txt")
+        for file in (path, *([text] if text.is_file() else [])):
+            with disk_errors(file, "read"):
+                checksum.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return ImageFolder(paths, checksum.hexdigest()[:16])
 
 
 class CollectedBook(NamedTuple):
@@ -247,35 +271,45 @@ def collect_study(
     load: Callable[[DictionaryRef], Dictionary],
     strengths: Callable[[DictionaryRef], Sequence[float]],
     draw_patches: bool = True,
+    discard_explanations: bool = False,
 ) -> list[CollectedBook]:
     """Make the books of dictionaries in one pass over the images of `source`; books that are up to date stay.
 
     `strengths` returns the default steering strengths of all features of a dictionary, if known. With `draw_patches` the model
-    generates the images of ITDA atoms that are not in the source.
+    generates the images of ITDA atoms that are not in the source. Explanations are kept, unless they are to be discarded.
     """
+    if discard_explanations:
+        _discard_explanations(study, refs)
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     data = f"{source.description}, {source.images} images, {settings}{'' if draw_patches else ', no patches'}"
-    missing = [ref for ref in refs if not _is_current(study.book(*ref), study.dictionary(*ref), data)]
+    missing = [ref for ref in refs if not _is_current(study, ref, data)]
     if missing:
-        books = study.folder / "books"
-        books.mkdir(parents=True, exist_ok=True)
         sites = list(dict.fromkeys(ref.site for ref in missing))
 
         def draw(shots: Sequence[Shot]) -> list[Image.Image]:
             return [image for images, _ in source.harvest(shots, sites[:1]) for image in images]
 
-        with folder_lock(books):
-            collect(
-                [_target(study, ref, load(ref), strengths(ref)) for ref in missing],
-                lambda start: source.batches(sites, start),
-                ImageAlbum(study.images),
-                data=data,
-                checkpoint=books / "collecting.safetensors",
-                config=config,
-                draw=draw if draw_patches else None,
-                images=source.images,
-            )
+        collect(
+            [_target(study, ref, load(ref), strengths(ref)) for ref in missing],
+            lambda start: source.batches(sites, start),
+            ImageAlbum(study.images),
+            data=data,
+            checkpoint=study.folder / "books" / "collecting.safetensors",
+            config=config,
+            draw=draw if draw_patches else None,
+            images=source.images,
+        )
     return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]
+
+
+def _discard_explanations(study: Study, refs: Sequence[DictionaryRef]) -> None:
+    """Delete the explanations in the books of dictionaries, and print how many; books that cannot be read stay."""
+    for path in (study.book(*ref) for ref in refs):
+        try:
+            with Book.edit(path) as book:
+                print(f"{path}: {book.discard_explanations()} explanations discarded")
+        except (BrokenFile, StaleWork, UnknownName):
+            continue
 
 
 def _target(study: Study, ref: DictionaryRef, dictionary: Dictionary, strengths: Sequence[float]) -> CollectTarget:
@@ -290,13 +324,20 @@ def _target(study: Study, ref: DictionaryRef, dictionary: Dictionary, strengths:
     )
 
 
-def _is_current(book: Path, dictionary: Path, data: str) -> bool:
-    """Return whether the book exists, for the dictionary as it is now and from the same images."""
-    if not book.is_file():
+def _is_current(study: Study, ref: DictionaryRef, data: str) -> bool:
+    """Return whether the book exists and is whole, of the dictionary as it is now and of the same images, which are whole too."""
+    path = study.book(*ref)
+    if not path.is_file():
         return False
     try:
-        with Book.open(book) as opened:
-            return opened.about.data == data and opened.about.fingerprint == fingerprint(dictionary)
-    except BrokenFile as error:
+        with Book.open(path) as book:
+            book.verify()
+            if book.about.data != data or book.about.fingerprint != fingerprint(study.dictionary(*ref)):
+                return False
+            damage = [sentence for image in book.images() if (sentence := ImageAlbum(study.images).damage(image.file))]
+    except (BrokenFile, StaleWork) as error:
         print(f"{error} It is collected again.")
         return False
+    if damage:
+        print(f"{damage[0]} {len(damage)} images of {path} are missing or damaged: it is collected again, with its explanations.")
+    return not damage

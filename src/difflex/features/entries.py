@@ -35,7 +35,7 @@ class ImageFile(NamedTuple):
 
     id: int
     file: str
-    """File name in the album, derived from the content."""
+    """File name in the album: the checksum of the file."""
     width: int
     height: int
 

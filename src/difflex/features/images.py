@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, final, get_args
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 from difflex.choices import HighlightStyle
-from difflex.errors import BadInput, BrokenFile, OutOfSpace, UnknownName
+from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.features.book import Book
 from difflex.features.entries import COVER_THRESHOLD, Example, ExampleKind, FeatureStats, TokenMap
-from difflex.files import replacing
+from difflex.files import disk_errors, write_file
+from difflex.images import open_image
 
 LOSSLESS_PIXELS = 128 * 128
 """Images of up to this many pixels are stored without loss."""
 QUALITY = 92
+REPAIR = "Run difflex collect: it makes the image again."
 
 BLUE, MAX_OPACITY = (8, 48, 160), 0.75
 """Colour of the overlay, and its opacity at the feature's peak."""
@@ -47,39 +51,44 @@ class StoredImage(NamedTuple):
 
 @final
 class ImageAlbum:
-    """A folder of WebP files named by their content, shared by all books of a study."""
+    """A folder of WebP files named by their checksums, shared by all books of a study."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
     def add(self, image: Image.Image) -> tuple[StoredImage, bool]:
-        """Store `image` unless it is in the album, and return its file and whether it is new."""
-        image = image.convert("RGB")
-        content = f"{image.mode} {image.width} {image.height} ".encode() + image.tobytes()
-        stored = StoredImage(f"{hashlib.sha256(content).hexdigest()[:24]}.webp", image.width, image.height)
-        path = self.folder / stored.file
-        if path.exists():
-            return stored, False
+        """Store `image` unless it is in the album, and return its file and whether it is new; a damaged file is written again."""
+        image, buffer = image.convert("RGB"), io.BytesIO()
         is_small = image.width * image.height <= LOSSLESS_PIXELS
+        image.save(buffer, "WEBP", lossless=is_small, quality=20 if is_small else QUALITY, method=1 if is_small else 4)
+        stored = StoredImage(_file_name(buffer.getvalue()), image.width, image.height)
+        path = self.folder / stored.file
+        is_new = not path.exists()
+        if self.damage(stored.file) is not None:
+            write_file(path, buffer.getvalue())
+        return stored, is_new
+
+    def damage(self, file: str) -> str | None:
+        """Return a sentence about a file that is missing or damaged; None for one that is whole."""
+        path = self.folder / file
+        if not re.fullmatch(r"[0-9a-f]{32}\.webp", file):
+            return f"'{file}' is not the name of an image in {self.folder}. {REPAIR}"
         try:
-            with replacing(path) as temporary:
-                image.save(temporary, "WEBP", lossless=is_small, quality=20 if is_small else QUALITY, method=1 if is_small else 4)
-        except OSError as error:
-            raise OutOfSpace(f"{path} cannot be written ({error}). Free some space and run the command again.") from error
-        return stored, True
+            with disk_errors(path, "read"):
+                is_whole = _file_name(path.read_bytes()) == file
+        except FileNotFoundError:
+            return f"The image {path} is missing. {REPAIR}"
+        return None if is_whole else f"The image {path} does not match its name, which is its checksum: it is damaged. {REPAIR}"
 
     def open(self, file: str) -> Image.Image:
         """Return the image in this file."""
-        path = self.folder / file
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except FileNotFoundError as error:
-            advice = "Copy the study's images, or delete the book and run difflex collect again."
-            raise UnknownName(f"The image {path} is missing. {advice}") from error
-        except (OSError, UnidentifiedImageError) as error:
-            advice = "Delete it and the book, and run difflex collect again."
-            raise BrokenFile(f"The image {path} is damaged ({error}). {advice}") from error
+        if (sentence := self.damage(file)) is not None:
+            raise BrokenFile(sentence)
+        return open_image(self.folder / file, "RGB")
+
+
+def _file_name(content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()[:32]}.webp"
 
 
 def overlaid(

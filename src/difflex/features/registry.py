@@ -10,17 +10,16 @@ from typing import NamedTuple, final
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from difflex._version import __version__
+from difflex.errors import BrokenFile
 from difflex.features.collector import FeatureCollector, with_prefix
 from difflex.features.firing import BatchImages, image_key
 from difflex.features.images import ImageAlbum, StoredImage
-from difflex.files import replacing
 from difflex.records import Activations, Shot, Split
+from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 """Format of the checkpoint."""
 
 
@@ -91,8 +90,11 @@ class ShotRegistry:
         return stored
 
     def prune(self, shots: Collection[int]) -> None:
-        """Keep only the `shots` of these numbers, and remove new images that are no longer used."""
+        """Keep only the `shots` of these numbers."""
         self.entries = {number: self.entries[number] for number in sorted(shots)}
+
+    def delete_unused(self) -> None:
+        """Delete new images that are no longer used."""
         used = {entry.image.file for entry in self.entries.values()} | {stored.file for stored in self.patches.values()}
         for file in self._new_files - used:
             (self.album.folder / file).unlink(missing_ok=True)
@@ -106,15 +108,18 @@ class ShotRegistry:
         return "\n".join(json.dumps(line) for line in [counts, *patches, *entries]).encode()
 
     def restore(self, dump: bytes) -> None:
-        """Restore the registry from the result of `dump`."""
+        """Restore the registry from the result of `dump`; raise `BrokenFile` and leave it if an image is missing or damaged."""
         counts, *lines = [json.loads(line) for line in dump.decode().split("\n")]
-        self.images, self.shots, self._new_files = counts["images"], counts["shots"], set(counts["files"])
-        patches, entries = lines[: counts["patches"]], lines[counts["patches"] :]
-        self.patches = {key: StoredImage(*stored) for key, *stored in patches}
-        self.entries = {
+        patches = {key: StoredImage(*stored) for key, *stored in lines[: counts["patches"]]}
+        entries = {
             number: RegisteredShot(Shot(**{**shot, "pixels": tuple(shot["pixels"])}), StoredImage(*stored))
-            for number, *stored, shot in entries
+            for number, *stored, shot in lines[counts["patches"] :]
         }
+        for stored in {*patches.values(), *(entry.image for entry in entries.values())}:
+            if sentence := self.album.damage(stored.file):
+                raise BrokenFile(sentence)
+        self.images, self.shots, self._new_files = counts["images"], counts["shots"], set(counts["files"])
+        self.patches, self.entries = patches, entries
 
 
 @final
@@ -124,29 +129,31 @@ class CollectCheckpoint:
     def __init__(self, path: Path, request: Mapping[str, object]) -> None:
         """`request` is plain JSON that identifies the pass; the state of another pass is ignored."""
         self.path = path
-        self._request = json.dumps({"format": FORMAT, "difflex": __version__, **request}, sort_keys=True)
+        self._request = json.dumps({"difflex": __version__, **request}, sort_keys=True)
 
     def save(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
         """Prune the registry and write the state."""
         registry.prune({number for collector in collectors for number in collector.shots().tolist()})
         tensors = {
-            f"{number}/{name}": tensor.contiguous()
+            f"{number}/{name}": tensor
             for number, collector in enumerate(collectors)
             for name, tensor in collector.tensors().items()
         }
         tensors["registry"] = torch.frombuffer(bytearray(registry.dump()), dtype=torch.uint8)
-        with replacing(self.path) as temporary:
-            save_file(tensors, temporary, {"request": self._request})
+        write_tensors(self.path, FORMAT, tensors, {"request": self._request})
+        registry.delete_unused()  # only now: a killed pass continues from the checkpoint, with all of its images
 
     def restore(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
-        """Restore the state of this pass, if the file holds it."""
-        try:
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("request") != self._request:
-                    return
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (FileNotFoundError, SafetensorError):
+        """Restore the state of this pass, if the file holds it; say so if it is damaged, or an image of it is."""
+        if not self.path.is_file():
             return
-        registry.restore(tensors.pop("registry").numpy().tobytes())
+        try:
+            header, tensors = read_tensors(self.path, FORMAT, "")
+            if header.get("request") != self._request:
+                return
+            registry.restore(tensors.pop("registry").numpy().tobytes())
+        except BrokenFile as error:
+            print(f"{str(error).strip()} The pass starts again, without the checkpoint.")
+            return
         for number, collector in enumerate(collectors):
             collector.restore(with_prefix(tensors, f"{number}/"))
