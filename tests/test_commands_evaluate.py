@@ -1,6 +1,7 @@
 """`difflex evaluate` on a study with dictionaries."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 
 from difflex.cli import main
 from difflex.commands import evaluation as verb
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries.files import FORMAT
 from difflex.evaluation import Evaluation
+from difflex.files import folder_lock
 from difflex.records import Shot, Site
+from difflex.tensors import read_tensors, stored_checksum, write_tensors
 from difflex.testing import tiny_clip, tiny_folder
 
 SITE = "double.1:update"
@@ -108,8 +112,8 @@ def test_a_changed_dictionary_is_evaluated_again(study: Path, capsys: pytest.Cap
     words, path = ["evaluate", str(study), "--site", SITE, "--effect-shots", "0"], evaluation(study, LABELS[0])
     assert main(words) == 0
     before, folder = Evaluation.load(path), study / "dictionaries" / "double.1+update" / LABELS[0]
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "k": 5}))
+    rewrite(folder, {"k": 5})
+    os.utime(folder / "config.json", (0, 0))  # the time of a file says nothing
     capsys.readouterr()
     assert main(words) == 0
     assert capsys.readouterr().out.count("up to date") == 1
@@ -124,8 +128,6 @@ def test_a_changed_dictionary_is_evaluated_again(study: Path, capsys: pytest.Cap
         (["--site", "double.7"], "The site 'double.7' is unknown"),
         (["--site", "single.0"], "The site 'single.0' is unknown"),
         (["--site", "a:b:c"], "is not a site"),
-        (["--tokens", "0"], "on 0 tokens and 32 shots is not possible"),
-        (["--effect-shots", "-1"], "on 1000000 tokens and -1 shots is not possible"),
         (["--measure", "clap:it"], "The measure 'clap:it' is unknown"),
         (["--measure", "lpips", "--effect-shots", "0"], "an effect at 0 shots generates none"),
     ],
@@ -163,14 +165,26 @@ def test_a_dictionary_of_another_width_is_refused(study: Path, capsys: pytest.Ca
 
 def test_a_dictionary_with_nan_is_refused_and_nothing_is_saved(study: Path, capsys: pytest.CaptureFixture[str]):
     folder = study / "dictionaries" / "double.1+update" / LABELS[0]
-    broken = Dictionary.load(folder)
-    assert isinstance(broken, SAE)
-    broken.weights.decoder.fill_(torch.nan)
-    broken.save(folder)
-    assert (
-        f"The reconstruction by {SITE}/{LABELS[0]} holds NaN" in error_message(study, capsys)
-        and not evaluation(study, LABELS[0]).exists()
-    )
+    tensors = read_tensors(folder / "dictionary.safetensors", FORMAT, "").tensors
+    tensors["decoder"].fill_(torch.nan)
+    path = write_tensors(folder / "dictionary.safetensors", FORMAT, tensors)
+    rewrite(folder, {"sha256": stored_checksum(path, "")})
+    assert f"In {path} the tensor 'decoder' holds NaN or infinity" in error_message(study, capsys)
+    assert not evaluation(study, LABELS[0]).exists()
+
+
+def rewrite(folder: Path, change: dict) -> None:
+    """Change entries of `config.json` as by hand: a file without a checksum is read as it is."""
+    content = {name: value for name, value in json.loads((folder / "config.json").read_text()).items() if name != "checksum"}
+    (folder / "config.json").write_text(json.dumps({**content, **change}))
+
+
+def test_two_evaluations_of_a_site_at_once_are_refused_unless_all_is_up_to_date(study: Path, capsys: pytest.CaptureFixture[str]):
+    with folder_lock(evaluation(study, LABELS[0]).parent):
+        assert "Another process is writing in" in error_message(study, capsys)
+    assert main(["evaluate", str(study), "--effect-shots", "0"]) == 0
+    with folder_lock(evaluation(study, LABELS[0]).parent):
+        assert main(["evaluate", str(study), "--effect-shots", "0"]) == 0
 
 
 def test_activations_without_held_out_rows_are_refused(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,6 +15,7 @@ from difflex.errors import BadInput, UnknownName
 from difflex.evaluation.effect import Edits, ModelEffect, measure_effects, sample_shots
 from difflex.evaluation.image_similarity import ImageMeasure, check_measure, load_measure
 from difflex.evaluation.reconstruction import TOKENS, Evaluation, evaluate
+from difflex.files import folder_lock
 from difflex.records import ActivationBatch, EditOutcomes, Shot, Site
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study
@@ -101,14 +102,18 @@ def _evaluate_site(
     tokens, shots = min(config.tokens, rows), min(config.shots, rows // store.tokens)
     data = f"{tokens} of {rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, {store.fingerprint}"
     before = {ref: _load_current(study, ref, data) for ref in refs}
-    evaluations = {ref: before[ref] or _evaluate(study, ref, store, tokens, data, progress) for ref in refs}
-    missing = [ref for ref, evaluation in evaluations.items() if _lacks_effect(evaluation.effect, shots, measures)]
-    if missing:
-        count = max([shots, *(effect.shots for ref in missing if (effect := evaluations[ref].effect))])
-        effects = _measure_effects([study.dictionary(*ref) for ref in missing], store, model, count, measures)
-        for ref, effect in zip(missing, effects, strict=False):  # no effects if no shot can be generated again
-            evaluations[ref] = replace(evaluations[ref], effect=_combine(evaluations[ref].effect, effect))
-            evaluations[ref].save(study.evaluation(*ref))
+    if all(saved is not None and not _lacks_effect(saved.effect, shots, measures) for saved in before.values()):
+        return {ref: EvaluationResult(saved, True) for ref, saved in before.items() if saved is not None}
+    with folder_lock(study.evaluation(*refs[0]).parent):
+        before = {ref: _load_current(study, ref, data) for ref in refs}  # another process may have written some meanwhile
+        evaluations = {ref: before[ref] or _evaluate(study, ref, store, tokens, data, progress) for ref in refs}
+        missing = [ref for ref, evaluation in evaluations.items() if _lacks_effect(evaluation.effect, shots, measures)]
+        if missing:
+            count = max([shots, *(effect.shots for ref in missing if (effect := evaluations[ref].effect))])
+            effects = _measure_effects([study.dictionary(*ref) for ref in missing], store, model, count, measures)
+            for ref, effect in zip(missing, effects, strict=False):  # no effects if no shot can be generated again
+                evaluations[ref] = replace(evaluations[ref], effect=_combine(evaluations[ref].effect, effect))
+                evaluations[ref].save(study.evaluation(*ref))
     return {ref: EvaluationResult(evaluation, evaluation == before[ref]) for ref, evaluation in evaluations.items()}
 
 
