@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from difflex.explanation import CachedClient, RequestPolicy
+from difflex.explanation.answers import AnswerCache
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
 from difflex.explanation.questions import ImageView
-from difflex.explanation.requests import AnswerCache
 from difflex.features import Book, ImageAlbum
 from difflex.records import Shot
 from difflex.testing import plain_book, plain_colour

@@ -189,7 +189,6 @@ def test_known_concepts_need_drawn_images(study: Study, capsys: pytest.CaptureFi
         (["--dictionary", "double.1/topq"], "nearest: double.1/topk"),
         (["--vlm", "http://127.0.0.1:9/v1"], "--model NAME"),
         (["--vlm", "http://127.0.0.1:9/v1", "--model", "x", "--budget", "1"], "Give --price IN,OUT"),
-        (["--random-features", "0"], "There is nothing to explain"),
         (["--judged-images", "5"], "judge an even number"),
         (["--vlm", "./nowhere", "--offline"], "cannot be loaded as a VLM"),
         (["--judged-images", "98"], "No feature of double.1/topk fires in 54 shots"),

@@ -14,6 +14,7 @@ from sample_study import new_study, write_book, write_dictionary
 
 from difflex.errors import BadInput
 from difflex.explanation import CachedClient, RequestPolicy
+from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import KnownConceptsBackend, LocalBackend, RejectedRequest
 from difflex.explanation.client import NoAnswer
 from difflex.explanation.comparison import (
@@ -40,7 +41,6 @@ from difflex.explanation.questions import (
     judge_instruction,
     odd_one_out_instruction,
 )
-from difflex.explanation.requests import AnswerCache
 from difflex.features import Book
 from difflex.features.explanations import Judgement
 from difflex.records import Shot

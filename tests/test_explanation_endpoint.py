@@ -16,10 +16,10 @@ from image_views import MODEL, Endpoints, view
 
 from difflex.errors import BadInput
 from difflex.explanation import CachedClient, RequestPolicy
+from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import BackendReply, RejectedRequest, TransportFault, UnusableEndpoint
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
 from difflex.explanation.questions import JudgementAnswer, TokenUsage, judge_instruction, parse_answer
-from difflex.explanation.requests import AnswerCache
 
 SECRET = "sk-Zq8+/=%do-not-tell&41"
 JUDGE = judge_instruction("x")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from difflex.errors import BadInput
+from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import RefusedAnswer, RejectedRequest, TransportFault, UnusableEndpoint, VLMBackend
 from difflex.explanation.questions import (
     FailedCall,
@@ -27,7 +28,7 @@ from difflex.explanation.questions import (
     parse_answer,
     presence_instruction,
 )
-from difflex.explanation.requests import AnswerCache, CallBudget, RateLimiter, RequestPolicy, Spending
+from difflex.explanation.requests import CallBudget, RateLimiter, RequestPolicy, Spending
 from difflex.files import folder_lock
 from difflex.records import Shot
 
@@ -94,12 +95,12 @@ class CachedClient:
         with self._lock:
             key_lock = self._key_locks.setdefault(key, Lock())
         with key_lock:
-            answer = self._answers.get(key)
-            if answer is None:
+            text = self._answers.get(key)
+            if text is None:
                 return self._request(key, views, instruction)
             with self._lock:
                 self.cached += 1
-            return instruction.schema.model_validate_json(answer)
+            return instruction.schema.model_validate_json(text)
 
     def _request(self, key: str, views: Sequence[ImageView], instruction: Instruction[A]) -> A:
         """Ask until the answer is valid, each time with what was wrong with the last one."""
@@ -137,6 +138,8 @@ class CachedClient:
         """Send one call; charge and record it, whatever its outcome."""
         estimate = self._policy.estimate(len(views), instruction)
         reserved, start = self._policy.cost(estimate), time.monotonic()
+        if self._answers is not None:
+            self._answers.check_space()
         self._budget.reserve(reserved)
         usage, outcome, text = TokenUsage(0, 0, 0.0), "interrupted", None
         try:
@@ -182,7 +185,6 @@ def open_client(
     dry_run: bool = False,
 ) -> Iterator[CachedClient]:
     """Open a client whose answers are cached in `folder`; other processes cannot write there meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder), closing(AnswerCache(folder / "answers.sqlite")) as answers:
         yield CachedClient(backend, answers, policy, dry_run=dry_run)
 

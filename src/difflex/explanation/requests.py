@@ -1,19 +1,16 @@
-"""Requests to a VLM: their policy, the rate limit and the budget that threads share, and the cache of answers on disk."""
+"""Requests to a VLM: their policy, and the rate limit and the budget that threads share."""
 
 from __future__ import annotations
 
-import json
 import random
-import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from operator import add
-from pathlib import Path
 from threading import Event, Lock
-from typing import Any, final
+from typing import final
 
-from difflex.errors import BadInput, BrokenFile, OutOfBudget
+from difflex.errors import BadInput, OutOfBudget
 from difflex.explanation.questions import Instruction, TokenUsage, VLMAnswer
 
 LETTERS_PER_TOKEN = 4
@@ -163,94 +160,3 @@ class Spending:
 
     def __add__(self, other: Spending) -> Spending:
         return Spending(*map(add, astuple(self), astuple(other)))
-
-
-FORMAT = 1
-TABLES = """
-CREATE TABLE answers (key TEXT PRIMARY KEY, model TEXT NOT NULL, answer TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE calls (
-    number INTEGER PRIMARY KEY, key TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
-    tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL NOT NULL, seconds REAL NOT NULL,
-    at TEXT NOT NULL DEFAULT (datetime('now')), booked INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX calls_by_key ON calls (key);
-"""
-"""`booked` is 1 for calls whose usage is recorded in a book."""
-
-
-@final
-class AnswerCache:
-    """Answers and calls in an SQLite file; threads may share it, and a kill at any moment loses no answer."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file `path`, or create it."""
-        self.path, self._lock = path, Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False)
-        try:
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            raise BrokenFile(
-                f"{path} is damaged or not a cache of answers ({error}). Delete it; its questions are asked again."
-            ) from error
-
-    def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        # A kill loses nothing that was committed. A loss of power may lose the last answers, but no call waits for the disk.
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        with self._connection:  # commits, or rolls back after an exception
-            self._connection.execute("BEGIN IMMEDIATE")
-            [version] = self._connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in TABLES.split(";")[:-1]:
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA user_version = {FORMAT}")
-        if version not in (0, FORMAT):
-            raise BrokenFile(
-                f"{self.path} has format {version}; this difflex reads format {FORMAT}. Use the version that wrote it."
-            )
-
-    def get(self, key: str) -> str | None:
-        """Return the valid answer of a content key as JSON; None if there is none yet."""
-        row = self._row("SELECT answer FROM answers WHERE key = ?", key)
-        return row and row[0]
-
-    def unrecorded(self, keys: Iterable[str]) -> Spending:
-        """Return what the calls for `keys` took, failed ones included, that is not recorded in a book yet."""
-        sums = ", ".join(f"coalesce(sum({name}), 0)" for name in ("tokens_in", "tokens_out", "cost", "seconds"))
-        query = f"SELECT count(*), {sums} FROM calls WHERE key IN (SELECT value FROM json_each(?)) AND NOT booked"
-        return Spending(*self._row(query, json.dumps([*keys])))
-
-    def mark_recorded(self, keys: Iterable[str]) -> None:
-        """Mark the calls for `keys` as recorded in a book."""
-        update = "UPDATE calls SET booked = 1 WHERE key IN (SELECT value FROM json_each(?))"
-        with self._lock, self._connection:
-            self._connection.execute(update, (json.dumps([*keys]),))
-
-    def cost(self, model: str) -> float:
-        """Return what all calls to a model cost."""
-        return float(self._row("SELECT coalesce(sum(cost), 0) FROM calls WHERE model = ?", model)[0])
-
-    def add(self, key: str, model: str, outcome: str, spending: Spending, answer: str | None) -> None:
-        """Write a call and, if it is valid, its answer, in one transaction."""
-        insertion = "INSERT INTO calls (key, model, outcome, tokens_in, tokens_out, cost, seconds) VALUES (?, ?, ?, ?, ?, ?, ?)"
-        usage = (spending.tokens_in, spending.tokens_out, spending.cost, spending.seconds)
-        with self._lock, self._connection:
-            self._connection.execute(insertion, (key, model, outcome, *usage))
-            if answer is not None:
-                self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, model, answer))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no answer."""
-        return self._row("SELECT 1 FROM answers LIMIT 1") is None
-
-    def _row(self, query: str, *values: str) -> Any:
-        with self._lock:
-            return self._connection.execute(query, values).fetchone()
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._connection.close()
