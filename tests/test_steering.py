@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 import difflex
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleWork, UnknownName
+from difflex.files import Json
 from difflex.pipeline import Pipeline
 from difflex.records import ActivationBatch, Edit, HookContext, Rectangle, Shot, Site, TransplantSource
 from difflex.steering import EditRecord, SteeringHook, check_origin, dictionary_features, rectangle, steering_hooks
 from difflex.steering.contrast import Contrast, contrast_features, decompose, find_contrast
 from difflex.steering.features import FeatureScales, measure_scales
-from difflex.steering.hooks import TransplantMaps, region_tokens
+from difflex.steering.hooks import TransplantMaps, read_region, region_tokens
+from difflex.tensors import read_tensors, write_tensors
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -30,12 +32,12 @@ SILENT = SIZE - 1
 OPERATIONS = ("add", "set", "scale", "ablate", "replace", "transplant")
 
 
-def dictionary_at(site: Site, width: int) -> Dictionary:
+def dictionary_at(site: Site, width: int, model: str | None = "m") -> Dictionary:
     generator = torch.Generator().manual_seed(1)
     decoder = F.normalize(torch.randn(SIZE, width, generator=generator), dim=1)
     mute = torch.where(torch.arange(SIZE) == SILENT, -1e6, 0.0)
     weights = SAEWeights(encoder=decoder, decoder=decoder, bias=torch.zeros(width), encoder_bias=mute, thresholds=None)
-    origin = DictionaryOrigin(site=site, model="m", revision=None)
+    origin = DictionaryOrigin(site=site, model=model, revision=None)
     return SAE(kind="topk", k=K, origin=origin, normalisation=Normalisation.identity(width), weights=weights, relu=True)
 
 
@@ -54,7 +56,7 @@ def context(step: int = 0, half: str | None = None, steps: int = 4) -> HookConte
 
 
 def edit(operation: str = "add", **changes: object) -> Edit:
-    return replace(Edit(operation=operation, site=SITE, dictionary="d", features=(ACTIVE,)), **changes)  # pyright: ignore
+    return Edit(**{"operation": operation, "site": SITE, "dictionary": "d", "features": (ACTIVE,), **changes})  # pyright: ignore
 
 
 def steering(
@@ -143,7 +145,8 @@ def test_an_image_as_a_region_covers_its_light_part(tmp_path: Path):
     mask = Image.new("L", (60, 40))
     mask.paste(255, (10, 0, 20, 10))
     mask.save(tmp_path / "mask.png")
-    assert region_tokens(str(tmp_path / "mask.png"), GRID).nonzero()[:, 0].tolist() == [1]
+    region = read_region(str(tmp_path / "mask.png"))
+    assert region is not None and region_tokens(region, GRID).nonzero()[:, 0].tolist() == [1]
 
 
 def test_a_region_smaller_than_a_token_is_the_token_it_lies_in():
@@ -175,7 +178,7 @@ def test_a_transplant_copies_codes_from_the_region_of_the_source_to_that_of_the_
     other = torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(8))
     source = TransplantSource(prompt="p", region=Rectangle(0, 0, 0.5, 1))
     moved = edit("transplant", source=source, region=Rectangle(0.5, 0, 1, 1), unit="code")
-    maps = TransplantMaps(moved, dictionary_features(DICTIONARY, moved.features, SCALES).codes)
+    maps = TransplantMaps(moved, dictionary_features(DICTIONARY, moved.features, SCALES))
     maps(other, context())
     out = steering(moved, maps=maps).change(X, context())
     assert out is not None
@@ -187,12 +190,6 @@ def test_a_transplant_copies_codes_from_the_region_of_the_source_to_that_of_the_
         steering(moved, maps=maps).change(X, context(step=2))
 
 
-@pytest.mark.parametrize("strength", [math.nan, math.inf])
-def test_a_strength_that_is_not_finite_is_refused(strength: float):
-    with pytest.raises(BadInput, match="finite"):
-        steering(edit(strength=strength))
-
-
 def test_an_unknown_feature_is_refused_and_a_dead_one_gives_a_warning():
     with pytest.raises(UnknownName, match="0 to 39"):
         steering(edit(features=(SIZE,)))
@@ -200,19 +197,69 @@ def test_an_unknown_feature_is_refused_and_a_dead_one_gives_a_warning():
         steering(edit(features=(SILENT,)))
 
 
+SOURCE = TransplantSource(prompt="p")
+
+
 @pytest.mark.parametrize(
-    "impossible",
+    ("changes", "message"),
     [
-        edit("set", unit="norm"),
-        edit("replace", half="opposed"),
-        edit("transplant"),
-        edit("replace", region="fires"),
-        edit(steps=(2, 2)),
+        ({"operation": "zzz"}, "Edit.operation 'zzz' is unknown; known: add, set, scale"),
+        ({"operation": None}, "not one of add"),
+        ({"what": "zzz"}, None),
+        ({"unit": "peaks"}, "nearest: peak"),
+        ({"half": "all"}, "known: conditional"),
+        ({"site": "double.1"}, "not a Site"),
+        ({"strength": math.nan}, "not a finite number"),
+        ({"strength": -math.inf}, "not a finite number"),
+        ({"strength": 10**400}, "not a finite number"),
+        ({"strength": "1"}, "not a finite number"),
+        ({"strength": True}, "not a finite number"),
+        ({"features": ()}, "names no feature"),
+        ({"features": [1]}, "not a tuple"),
+        ({"features": (1, 1)}, "named twice"),
+        ({"features": (-1,)}, "no feature -1"),
+        ({"features": (1.5,)}, "whole number"),
+        ({"features": (10**30,)}, "whole number"),
+        ({"contrast": "red"}, "one of the two"),
+        ({"dictionary": None, "features": (), "contrast": "../red"}, "cannot be the name"),
+        ({"dictionary": None, "features": (), "contrast": "x" * 101}, "cannot be the name"),
+        ({"dictionary": "a\0b"}, "without NUL"),
+        ({"steps": (2, 2)}, "START below END"),
+        ({"steps": (3, 1)}, "START below END"),
+        ({"steps": (-1, 2)}, "START below END"),
+        ({"steps": (1,)}, "2 in all"),
+        ({"steps": range(3)}, "not a tuple"),
+        ({"region": Rectangle(0, 0, 1.5, 1)}, "outside the image"),
+        ({"region": Rectangle(0.5, 0, 0.5, 1)}, "empty"),
+        ({"region": Rectangle(math.nan, 0, 1, 1)}, "not a Rectangle"),
+        ({"region": (0, 0, 1, 1)}, "not a Rectangle"),
+        ({"operation": "set", "unit": "norm"}, "a length"),
+        ({"operation": "replace", "half": "opposed"}, "no opposite"),
+        ({"operation": "transplant"}, "needs a source"),
+        ({"source": SOURCE}, "Leave the source out"),
+        ({"operation": "replace", "region": "fires"}, "cannot be 'fires'"),
+        ({"operation": "transplant", "source": SOURCE, "region": "fires"}, "cannot be 'fires'"),
+        ({"source": "p"}, "not a TransplantSource"),
     ],
 )
-def test_combinations_that_mean_nothing_are_refused(impossible: Edit):
-    with pytest.raises(BadInput):
-        steering(impossible)
+def test_what_is_no_edit_is_refused_where_it_is_made(changes: dict[str, object], message: str | None):
+    with pytest.raises(TypeError if message is None else DifflexError, match=message):
+        edit(**changes)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": 5}, "text"),
+        ({"prompt": "a\ud800"}, "text"),
+        ({"seed": -1}, "from 0 on"),
+        ({"seed": 2**64}, "whole number"),
+        ({"region": Rectangle(0, 0.5, 1, 0.5)}, "empty"),
+    ],
+)
+def test_what_is_no_source_is_refused(changes: dict[str, object], message: str):
+    with pytest.raises(BadInput, match=message):
+        replace(SOURCE, **changes)  # pyright: ignore
 
 
 def test_the_default_strength_is_the_largest_that_keeps_most_tokens_under_the_ceiling():
@@ -260,13 +307,13 @@ def test_for_every_family_an_edit_of_nothing_changes_nothing_and_a_recorded_edit
     pipe: Pipeline, operation: str, tmp_path: Path
 ):
     site, width = site_of(pipe)
-    dictionary = dictionary_at(site, width)
+    dictionary = dictionary_at(site, width, pipe.name)
     features = tuple(range(SIZE))
     source = TransplantSource(prompt="a cat", seed=5) if operation == "transplant" else None
     change = Edit(operation=operation, site=site, dictionary="d", features=features, strength=30.0, unit="code", source=source)  # pyright: ignore
 
     def maps(item: Edit) -> TransplantMaps:
-        recorder = TransplantMaps(item, dictionary_features(dictionary, item.features, None).codes)
+        recorder = TransplantMaps(item, dictionary_features(dictionary, item.features, None))
         assert item.source is not None
         with pipe.at(site, recorder):
             pipe.generate(item.source.prompt, seed=item.source.seed, steps=2, guidance=4.0)
@@ -283,6 +330,56 @@ def test_for_every_family_an_edit_of_nothing_changes_nothing_and_a_recorded_edit
     assert generated(pipe, steered(*again.edits)) == changed
     nothing = replace(change, features=(SILENT,), strength={"scale": 1.0}.get(operation, 0.0))
     assert operation == "replace" or generated(pipe, steered(nothing)) == plain
+
+
+@pytest.mark.parametrize(("model", "wider", "message"), [("m", 0, r"made for m@None, but the model is .*"), (None, 1, "width")])
+def test_for_every_family_features_of_another_model_or_width_are_refused(pipe: Pipeline, model: str, wider: int, message: str):
+    site, width = site_of(pipe)
+    features = dictionary_features(dictionary_at(site, width + wider, model), (0,), None)
+    change = Edit(operation="add", site=site, unit="code")
+    with pytest.raises(DifflexError, match=message):
+        generated(pipe, steering_hooks([change], lambda _: features))
+    source = replace(change, operation="transplant", source=SOURCE)
+    with pytest.raises(DifflexError, match=message), pipe.at(site, TransplantMaps(source, features)):
+        generated(pipe)
+
+
+def test_a_strength_that_makes_infinite_codes_is_refused():
+    with pytest.raises(BadInput, match="is infinite"):
+        steering(edit(strength=1e200))
+
+
+def light(path: Path, *, mode: str = "L", size: tuple[int, int] = (6, 4), colour: object = 255) -> str:
+    Image.new(mode, size, colour).save(path)  # pyright: ignore[reportArgumentType]
+    return str(path)
+
+
+def test_a_transparent_part_of_a_region_image_is_not_edited(tmp_path: Path):
+    mask = Image.new("RGBA", (6, 4), (255, 255, 255, 0))
+    mask.putpixel((2, 1), (255, 255, 255, 255))
+    mask.save(tmp_path / "mask.png")
+    region = read_region(str(tmp_path / "mask.png"))
+    assert region is not None and region_tokens(region, GRID).nonzero()[:, 0].tolist() == [1 * 6 + 2]
+
+
+def test_a_region_image_of_one_pixel_is_everywhere(tmp_path: Path):
+    region = read_region(light(tmp_path / "mask.png", size=(1, 1)))
+    assert region is not None and bool(region_tokens(region, GRID).all())
+
+
+def test_an_image_that_is_no_region_is_refused_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    whole = Path(light(tmp_path / "whole.png", size=(64, 64))).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    light(tmp_path / "black.png", colour=0)
+    messages = {"text": "cannot be read", "folder": "a folder where a file", "half": "cannot be read", "black": "no light part"}
+    for name, message in {**messages, "absent": "There is no image"}.items():
+        with pytest.raises(DifflexError, match=message):
+            steering(edit(region=str(tmp_path / f"{name}.png")))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(BadInput, match="exceeds limit"):
+        steering(edit(region=str(tmp_path / "whole.png")))
 
 
 # Directions by contrast.
@@ -315,10 +412,45 @@ def test_a_contrast_is_loaded_as_saved(tmp_path: Path):
     contrast = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
     again = Contrast.load(contrast.save(tmp_path / "red.safetensors"))
     assert torch.equal(again.direction, contrast.direction)
-    assert replace(again, direction=torch.empty(0)).__dict__.keys() == contrast.__dict__.keys()
+    assert vars(again).keys() == vars(contrast).keys()
     assert (again.positive, again.negative, again.site, again.timesteps) == (("a", "b"), ("c", "d"), SITE, (500.0,))
     with pytest.raises(UnknownName, match="red"):
         Contrast.load(tmp_path / "rad.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"direction": torch.full((16,), math.nan)},
+        {"direction": torch.zeros(16)},
+        {"norm": math.inf},
+        {"method": "zzz"},
+        {"pairs": "many"},
+        {"model": None},
+    ],
+)
+def test_a_contrast_that_is_not_finite_or_has_odd_fields_is_refused(changes: dict[str, object]):
+    contrast = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])])
+    with pytest.raises(DifflexError):
+        replace(contrast, **changes)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(NonFinite):
+        find_contrast([activations(X * math.inf, ["a", "b"])], [activations(X, ["c", "d"])])
+
+
+@pytest.mark.parametrize("header", [{"site": "double.1:zzz"}, {"site": 5}, {"method": "zzz"}, {"norm": "long"}, {"more": 1}])
+def test_a_contrast_file_with_odd_fields_is_refused(header: dict[str, Json], tmp_path: Path):
+    path = find_contrast([activations(X + 1, ["a", "b"])], [activations(X, ["c", "d"])]).save(tmp_path / "red.safetensors")
+    stored = read_tensors(path, 3, "")
+    write_tensors(path, 3, stored.tensors, {**stored.header, **header})
+    with pytest.raises(BrokenFile, match=r"red\.safetensors cannot be read as a contrast"):
+        Contrast.load(path)
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path):
+    with pytest.raises(NonFinite):
+        replace(SCALES, peaks=SCALES.peaks * math.nan)
+    with pytest.raises(BadInput, match="finite"):
+        replace(SCALES, norm=math.inf)
 
 
 def test_a_contrast_of_sides_that_do_not_match_is_refused():
@@ -350,15 +482,54 @@ def test_a_direction_is_decomposed_into_the_features_it_was_made_of():
     assert abs(parts[0].code - 2) < 1e-3 and abs(parts[1].code - 0.5) < 1e-3 and parts[-1].explained > 0.999
 
 
-def test_a_damaged_edit_file_or_one_of_another_format_is_refused(tmp_path: Path):
+def record(path: Path) -> dict:
+    """Save an edit and return the entries of its file, to write by hand."""
     shot = Shot(model="m", pixels=(16, 24), steps=4, guidance=0.0)
-    path = EditRecord(shot=shot, edits=(edit(),), checksums={}).save(tmp_path / "edit.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 9}))
-    with pytest.raises(BrokenFile, match="format 9"):
-        EditRecord.load(path)
-    path.write_text("{")
-    with pytest.raises(BrokenFile, match="damaged"):
-        EditRecord.load(path)
+    entries = json.loads(EditRecord(shot=shot, edits=(edit(),), checksums={}).save(path).read_text())
+    return {name: value for name, value in entries.items() if name != "checksum"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"format": 2', '"format": 9', "format 9"),
+        ('"operation": "add"', '"operation": "zzz"', "'zzz' is unknown; known: add, set"),
+        ('"operation": "add"', '"operation": null', "not one of add"),
+        ('"strength": 1.0', '"strength": NaN', "not a finite number"),
+        ('"strength": 1.0', '"strength": 1e999', "not a finite number"),
+        ('"strength": 1.0', '"strength": ' + "9" * 400, "not a finite number"),
+        ('"strength": 1.0', '"strength": ' + "9" * 9000, "not JSON"),
+        ('"strength": 1.0', '"strength": "1"', "not a finite number"),
+        ('"strength": 1.0', '"strength": true', "not a finite number"),
+        ('"region": null', '"region": [0, 0, 2, 1]', "outside the image"),
+        ('"region": null', '"region": [0, 0, 1]', "3 items, not 4"),
+        ('"region": null', '"region": {}', "not a list"),
+        ('"steps": null', '"steps": [3, 1]', "START below END"),
+        ('"steps": null', '"steps": [3, 1, 1]', "3 items, not 2"),
+        ('"features": [', '"features": ["x", ', "whole number"),
+        ('"features": [', '"features": [-1, ', "no feature -1"),
+        ('"site": "double.1"', '"site": "double.1:zzz"', "not a site"),
+        ('"site": "double.1"', '"site": 5', "not a site"),
+        ('"unit": "peak"', '"unit": "peak", "colour": "red"', "'colour' is unknown"),
+        ('"edits": [', '"edits": [7, ', "not an object"),
+        ('"edits": [', '"edits": [], "ignored": [', "'ignored' is unknown"),
+        ('"model": "m"', '"model": "a\\u0000b"', "without NUL"),
+        ('"seed": 0', '"seed": -1', "from 0 on"),
+        ('"seed": 0', '"seed": 18446744073709551616', "whole number"),
+        ('"steps": 4', '"steps": 0', "1 to"),
+        ('"steps": 4', '"steps": 1000000000', "1 to"),
+        ('"shot": {', '"shot": 5, "more": {', "'more' is unknown"),
+        ('"model": "m", ', "", "incomplete"),
+        ('"checksums": {}', '"checksums": ' + "[" * 100_000, "not JSON"),
+    ],
+)
+def test_an_edit_file_written_by_hand_with_odd_fields_is_explained(old: str, new: str, message: str, tmp_path: Path):
+    text = json.dumps(record(tmp_path / "edit.json"))
+    assert old in text
+    (tmp_path / "edit.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(BrokenFile, match=message) as raised:
+        EditRecord.load(tmp_path / "edit.json")
+    assert "edit.json" in str(raised.value) and len(str(raised.value)) < 600
 
 
 def test_a_dictionary_of_another_site_or_model_is_refused():

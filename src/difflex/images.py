@@ -1,16 +1,25 @@
 """Image files, and contact sheets: images in a grid with labels of rows and columns."""
 
+import errno
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from difflex.errors import BadInput
-from difflex.files import write_file
+from difflex.files import AtomicFile, disk_errors, write_file
 
-__all__ = ["check_image_path", "contact_sheet", "write_image"]
+__all__ = ["check_image_path", "check_output", "check_sheet", "contact_sheet", "open_image", "write_image"]
 
+SIDE = 160
+"""To which the longer sides of small images on a contact sheet are enlarged."""
+MOST = 2**27
+"""Pixels of the largest image that is read or written."""
+LONGEST = {"WEBP": 16_383, "JPEG": 65_500}
+"""Pixels of the longest side, by format."""
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -28,7 +37,7 @@ def contact_sheet(
     *,
     row_labels: Sequence[str],
     column_labels: Sequence[str],
-    side: int = 160,
+    side: int = SIDE,
 ) -> Image.Image:
     """Draw `images`, given row by row, as one image.
 
@@ -97,17 +106,64 @@ def _text_width(texts: list[str], font: Font) -> int:
 
 
 def check_image_path(path: Path) -> None:
-    """Raise an error if `path` does not end like an image file."""
+    """Raise an error if `path` does not end like an image file, or cannot be written."""
     if path.suffix.lower() not in FORMATS:
         raise BadInput(f"{path} does not name an image file. End it with one of: {' '.join(FORMATS)}")
+    check_output(path)
+
+
+def check_output(path: Path) -> None:
+    """Raise the error that writing `path` would raise; call this before long work. Nothing is made."""
+    with disk_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+        if path.exists() and not path.is_file():  # as /dev/null, which a file would replace
+            raise BadInput(f"{path} is a device, a pipe or a socket. Name a file.")
+        folder = next(folder for folder in path.parents if folder.exists())
+    AtomicFile(folder / path.name).discard()
+
+
+def check_sheet(path: Path, rows: int, columns: int, pixels: tuple[int, int], side: int = SIDE) -> None:
+    """Refuse a contact sheet of so many images of a size (height, width) that would not fit into memory or its format."""
+    factor = -(-side // max(pixels))
+    height, width = (length * factor for length in pixels)
+    sheet = (rows * (height + GAP) + 2 * GAP + 2 * LINE, columns * (width + GAP) + 2 * GAP + MARGIN)
+    longest = LONGEST.get(FORMATS[path.suffix.lower()], MOST)
+    if max(sheet) > longest or sheet[0] * sheet[1] > MOST:
+        raise BadInput(
+            f"{rows * columns:,} images make a sheet of {sheet[0]:,} x {sheet[1]:,} pixels, but {path.name} can have "
+            f"{longest:,} on a side and {MOST:,} in all. Ask for fewer images at once."
+        )
+
+
+def open_image(path: Path, mode: str | None = None) -> Image.Image:
+    """Return the image in a file, in a mode (None: its own), in which transparent parts are black."""
+    try:
+        with disk_errors(path, "read"):
+            content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no image {path}. Name a PNG, JPEG or WebP.") from error
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            pixels = file.width * file.height
+            image = (file if mode is None else _convert(file, mode)).copy() if pixels <= MOST else None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path} cannot be read as an image ({error}). Name a PNG, JPEG or WebP.") from error
+    if image is None:
+        raise BadInput(f"{path} has {pixels:,} pixels. Use an image of at most {MOST:,}.")
+    return image
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return image.convert(mode)
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write `image` to `path` in the format of its suffix."""
-    check_image_path(path)
+    """Write `image` to `path` in the format of its suffix; a file with the same content is left as it is."""
     buffer = io.BytesIO()
-    image.save(buffer, FORMATS[path.suffix.lower()])
-    try:
+    image.save(buffer, FORMATS[path.suffix.lower()], **({"lossless": True} if path.suffix.lower() == ".webp" else {}))
+    if not path.is_file() or path.read_bytes() != buffer.getvalue():
         write_file(path, buffer.getvalue())
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error}. Name a file that you may write.") from error

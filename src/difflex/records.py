@@ -6,16 +6,17 @@ Importing them does not import torch.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from pathlib import Path
-from types import EllipsisType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from difflex.choices import Operation, Unit
-from difflex.errors import BadInput
-from difflex.files import parsing, read_json, write_json
+from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.files import read_json, write_json
+from difflex.values import PLAIN, check_fields, check_value, fits, shown, type_hints
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -177,6 +178,12 @@ class TransplantSource:
     region: Rectangle | str | None = None
     """A part of it, in the notation of `Edit.region`; its centre is placed at the centre of the edit's region."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.seed < 0:
+            raise BadInput(f"The seed {self.seed} is below 0. Seeds are whole numbers from 0 on.")
+        _check_region(self.region)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
@@ -206,6 +213,55 @@ class Edit:
     source: TransplantSource | None = None
     """For a transplant."""
 
+    def __post_init__(self) -> None:
+        """Refuse what is no edit: values of another type, unknown choices, numbers out of range, impossible combinations."""
+        check_fields(self)
+        _check_region(self.region)
+        self._check_features()
+        if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
+            raise BadInput(f"Steps {self.steps[0]}:{self.steps[1]} are empty. Write START:END with START below END, from 0 on.")
+        if self.operation == "set" and self.unit == "norm":
+            raise BadInput("A code cannot be set in units of norm, which is a length. Use peak, mean or code.")
+        if self.half == "opposed" and self.operation == "replace":
+            raise BadInput("A replace has no opposite. Use half='both' or 'conditional'.")
+        if (self.operation == "transplant") != (self.source is not None):
+            raise BadInput(
+                "A transplant needs a source: the prompt and seed of the image that its maps are taken from."
+                if self.source is None
+                else f"A source is for a transplant, but the operation is {self.operation}. Leave the source out."
+            )
+        if self.region == "fires" and self.operation in ("replace", "transplant"):
+            raise BadInput(f"The region of a {self.operation} cannot be 'fires': it does not read the codes of the image.")
+
+    def _check_features(self) -> None:
+        if self.contrast is not None and (self.dictionary is not None or self.features):
+            raise BadInput(
+                f"The edit at {self.site} must name a dictionary or a contrast: one of the two. A contrast is its own feature."
+            )
+        if self.contrast is not None:
+            check_contrast_name(self.contrast)
+        if self.dictionary is not None and not self.features:
+            raise BadInput(f"The edit names no feature of {self.site}/{self.dictionary}. Name one or more by their numbers.")
+        if self.features and min(self.features) < 0:
+            raise BadInput(f"There is no feature {min(self.features)}: they are numbered from 0.")
+        if len(set(self.features)) < len(self.features):
+            raise BadInput(f"A feature is named twice: {shown(self.features)}. Name each once.")
+
+
+def check_contrast_name(name: str) -> None:
+    """Refuse what cannot be the name of a contrast, which is part of a file name."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 100:
+        raise BadInput(f"{shown(name)} cannot be the name of a contrast. Use up to 100 letters, digits, '.', '_' and '-'.")
+
+
+def _check_region(region: Rectangle | str | None) -> None:
+    if isinstance(region, Rectangle) and not (0 <= region.left < region.right <= 1 and 0 <= region.top < region.bottom <= 1):
+        text = ",".join(f"{edge:g}" for edge in region)
+        raise BadInput(
+            f"The region {text} is empty or outside the image. Its edges are shares of the image, from 0 to 1: left is below "
+            "right, and top below bottom."
+        )
+
 
 Record = TypeVar("Record", bound="JsonRecord")
 
@@ -220,21 +276,20 @@ class JsonRecord:
 
     def save(self, path: Path | str) -> Path:
         """Write the record to `path` and return the path."""
-        try:
-            return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
-        except OSError as error:
-            raise BadInput(f"{path} cannot be written: {error}. Name a place that you may write to.") from error
+        return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
 
     @classmethod
     def load(cls: type[Record], path: Path | str) -> Record:
         """Return the record in `path`."""
         path = Path(path)
         if not path.is_file():
-            raise BadInput(f"There is no {path}. difflex {cls.COMMAND} makes it.")
-        advice = f"Delete it and run difflex {cls.COMMAND} again."
+            raise BadInput(f"There is no file {path}. difflex {cls.COMMAND} makes it.")
+        advice = f"Move it away and run difflex {cls.COMMAND} again."
         entries = read_json(path, cls.FORMAT, advice)
-        with parsing(path, f"results of difflex {cls.COMMAND}", advice):
-            return _from_json(cls, entries)
+        try:
+            return _from_json(cls, entries, "the file")
+        except (DifflexError, RecursionError) as error:
+            raise BrokenFile(f"{path} cannot be read as results of difflex {cls.COMMAND}: {error} {advice}") from error
 
 
 def _to_json(value: object) -> Any:
@@ -248,32 +303,44 @@ def _to_json(value: object) -> Any:
     return [_to_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-_type_hints = cache(get_type_hints)
-
-
-def _from_json(kind: Any, entry: Any) -> Any:
-    """Return the value of the type `kind` that `_to_json` made `entry` of.
-
-    An unknown entry of an object raises TypeError or KeyError, a missing one or one of another type TypeError.
-    """
+def _from_json(kind: Any, entry: Any, name: str) -> Any:
+    """Return the value of the type `kind` that `_to_json` made `entry` of; raise `BadInput` or `UnknownName` if there is none."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind in (int, float, str, bool):
-        if not isinstance(entry, int | float if kind is float else kind):
-            raise TypeError(f"{entry!r} is not of type {kind.__name__}")
-        return entry
-    if entry is None or origin is Literal:
-        return entry
     if origin is UnionType:  # X | None, or X | str | None
-        return entry if isinstance(entry, str) and str in arguments else _from_json(arguments[0], entry)
+        fitting = [argument for argument in arguments if argument in (str, NoneType) and fits(argument, entry)]
+        return _from_json((fitting or arguments)[0], entry, name)
+    if kind in PLAIN or origin is Literal:
+        check_value(kind, entry, name)
+        return entry
+    is_object = origin is dict or is_dataclass(kind)
+    expected, text = (str, "a site") if kind is Site else (dict, "an object") if is_object else (list, "a list")
+    if type(entry) not in (expected,):
+        raise BadInput(f"{name} is {shown(entry)}, which is not {text}.")
     if kind is Site:
         return Site.parse(entry)
     if origin is dict:
-        to_key = Site.parse if arguments[0] is Site else arguments[0]
-        return {to_key(key): _from_json(arguments[1], item) for key, item in entry.items()}
-    if origin is tuple:
-        kinds = arguments[:1] * len(entry) if isinstance(arguments[-1], EllipsisType) else arguments
-        return tuple(_from_json(*pair) for pair in zip(kinds, entry, strict=True))
-    hints = _type_hints(kind)
-    if is_dataclass(kind):
-        return kind(**{name: _from_json(hints[name], item) for name, item in entry.items()})  # pyright: ignore[reportCallIssue]
-    return kind(*(_from_json(*pair) for pair in zip(hints.values(), entry, strict=True)))  # a NamedTuple
+        keys = {key: _parse_key(arguments[0], key, name) for key in entry}
+        return {keys[key]: _from_json(arguments[1], item, f"{name}, {key}") for key, item in entry.items()}
+    hints = type_hints(kind) if origin is not tuple else {}
+    if is_object:
+        names = [field.name for field in fields(kind)]
+        if unknown := [key for key in entry if key not in names]:
+            raise UnknownName.among(f"In {name} the entry", shown(unknown[0]).strip("'"), names)
+        values = {key: _from_json(hints[key], item, f"'{key}'") for key, item in entry.items()}
+        try:
+            return kind(**values)  # pyright: ignore[reportCallIssue]
+        except TypeError as error:
+            raise BadInput(f"{name} is incomplete: {error}.") from error
+    kinds = tuple(hints.values()) or arguments
+    kinds = kinds[:1] * len(entry) if kinds[-1] is ... else kinds
+    if len(kinds) != len(entry):
+        raise BadInput(f"{name} has {len(entry)} items, not {len(kinds)}.")
+    items = [_from_json(*pair, f"{name}, item {number}") for number, pair in enumerate(zip(kinds, entry, strict=True))]
+    return tuple(items) if origin is tuple else kind(*items)  # pyright: ignore[reportCallIssue] (a NamedTuple)
+
+
+def _parse_key(kind: Any, key: str, name: str) -> Any:
+    try:
+        return Site.parse(key) if kind is Site else kind(key)
+    except ValueError as error:
+        raise BadInput(f"{name} has the key '{key}', which is not {PLAIN.get(kind, 'a site')}.") from error

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difflex.choices import ContrastMethod
-from difflex.dictionaries import Dictionary
-from difflex.errors import BadInput, UnknownName
-from difflex.files import parsing
+from difflex.dictionaries import Dictionary, DictionaryOrigin
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering.features import EditFeatures
 from difflex.steering.hooks import region_tokens
 from difflex.tensors import read_tensors, write_tensors
+from difflex.values import check_fields
 
 __all__ = [
     "Contrast",
@@ -71,6 +71,21 @@ class Contrast:
     direction: Float[Tensor, " width"]
     """As long as the mean difference: adding it at strength 1 bridges the distance between the two sets."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not bool(torch.isfinite(self.direction).all() and self.direction.any()):
+            raise NonFinite(f"{self.name} is zero, NaN or infinite. Find it again, on activations that are finite.")
+
+    @property
+    def name(self) -> str:
+        """It in messages."""
+        return f"the contrast at {self.site}"
+
+    @property
+    def origin(self) -> DictionaryOrigin:
+        """The model and site that it was found at."""
+        return DictionaryOrigin(site=self.site, model=self.model, revision=self.revision)
+
     def save(self, path: Path) -> Path:
         """Write the contrast to `path` and return the path."""
         entries = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "direction"}
@@ -83,9 +98,11 @@ class Contrast:
             names = sorted(file.stem for file in path.parent.glob("*.safetensors"))
             raise UnknownName.among("The contrast", path.stem, names, "difflex contrast makes one.")
         entries, tensors = read_tensors(path, FORMAT, ADVICE)
-        with parsing(path, "a contrast", ADVICE):
+        try:
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
             return cls(**{**values, "site": Site.parse(entries["site"])}, direction=tensors["direction"])
+        except (DifflexError, TypeError, KeyError, AttributeError) as error:
+            raise BrokenFile(f"{path} cannot be read as a contrast: {error} {ADVICE}") from error
 
 
 def find_contrast(
@@ -153,6 +170,8 @@ class _ContrastSide:
             sites.add(batch.site)
             self.site, self.model, self.revision = batch.site, batch.shots[0].model, batch.shots[0].revision
             values = batch.values.double()
+            if not bool(torch.isfinite(values).all()):
+                raise NonFinite(f"The activations of {batch.site} hold NaN or infinity, so there is no contrast of them.")
             norms.append(float(values.norm(dim=-1).mean()))
             for shot, tokens in zip(batch.shots, values, strict=True):
                 part = None if region is None else region(shot)
@@ -180,7 +199,7 @@ def contrast_features(contrast: Contrast) -> EditFeatures:
         return (x @ direction.to(x.device) / length.square().to(x.device))[:, None]
 
     units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length}
-    return EditFeatures(f"the contrast at {contrast.site}", codes, direction[None], units)
+    return EditFeatures(contrast.name, codes, direction[None], units, contrast.origin)
 
 
 def decompose(direction: Float[Tensor, " width"], dictionary: Dictionary, parts: int = 10) -> list[FeatureContribution]:

@@ -13,7 +13,7 @@ import torch
 from difflex.dictionaries import Dictionary, DictionaryOrigin, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256
-from difflex.records import Edit, JsonRecord, Shot, Site, TransplantSource
+from difflex.records import Edit, JsonRecord, Shot, Site, TransplantSource, check_contrast_name
 from difflex.steering.contrast import Contrast, contrast_features
 from difflex.steering.features import EditFeatures, FeatureScales, check_origin, dictionary_features, measure_scales
 from difflex.steering.hooks import SteeringHook, TransplantMaps, steering_hooks
@@ -21,6 +21,8 @@ from difflex.store import Store, require_split
 from difflex.study import DictionaryRef, Study
 
 BATCH = 2048
+MAX_STEPS, MAX_SIDE = 10_000, 16_384
+"""Denoising steps, and pixels on a side, of a recorded image."""
 CHUNK = 1024
 """Features whose default strengths are computed at once."""
 SourceRun = Callable[[TransplantSource, Site, TransplantMaps], object]
@@ -40,7 +42,7 @@ class StudyEditor:
         self.study = study
         self.dictionary = cache(self._dictionary)
         self.scales = cache(self._scales)
-        self.contrast = cache(lambda name: Contrast.load(study.contrast(name)))
+        self.contrast = cache(self._contrast)
 
     def steering_hooks(self, edits: Iterable[Edit], source_run: SourceRun | None = None) -> list[SteeringHook]:
         """Return the hooks of `edits`, for `Pipeline.generate`."""
@@ -50,16 +52,18 @@ class StudyEditor:
         """Return the features that `edit` changes."""
         if (edit.dictionary is None) == (edit.contrast is None):
             raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
-        if edit.contrast is not None:
-            contrast = self.contrast(edit.contrast)
-            origin = DictionaryOrigin(site=contrast.site, model=contrast.model, revision=contrast.revision)
-            check_origin(f"The contrast '{edit.contrast}'", origin, edit.site, self.study.model, self.study.revision)
-            return contrast_features(contrast)
+        if edit.dictionary is None and edit.contrast is None:
+            raise BadInput(f"The edit at {edit.site} must name a dictionary or a contrast: one of the two.")
         place = DictionaryRef(edit.site, edit.dictionary or "")
-        dictionary = self.dictionary(place)
-        check_origin(dictionary.name, dictionary.origin, edit.site, self.study.model, self.study.revision)
-        features = dictionary_features(dictionary, edit.features, self.scales(place))
-        return features._replace(description=f"{place} {', '.join(map(str, edit.features))}")
+        source = self.dictionary(place) if edit.contrast is None else self.contrast(edit.contrast)
+        name, origin = source.name, source.origin
+        check_origin(name, origin, edit.site, self.study.model, self.study.revision)
+        if isinstance(source, Contrast):
+            features = contrast_features(source)
+        else:
+            features = dictionary_features(source, edit.features, self.scales(place))
+            features = features._replace(description=f"{place} {', '.join(map(str, edit.features))}")
+        return features._replace(origin=replace(origin, model=self.study.model, revision=self.study.revision))
 
     def with_default_strength(self, edit: Edit, stored: float | None = None) -> Edit:
         """Return `edit` at its default strength in peaks: `stored`, from a book, or the smallest default of its features."""
@@ -89,12 +93,16 @@ class StudyEditor:
     def checksums(self, edits: Sequence[Edit]) -> dict[str, str]:
         """Return the checksums of the dictionaries, contrasts and region images that `edits` use, by name."""
         places = {DictionaryRef(edit.site, edit.dictionary) for edit in edits if edit.dictionary is not None}
-        checksums = {str(place): fingerprint(self.study.dictionary(*place)) for place in places}
+        checksums = {str(place): fingerprint(self.study.dictionary(*place)) for place in sorted(places)}
         names = {edit.contrast for edit in edits if edit.contrast is not None}
         checksums |= {f"contrast {name}": file_sha256(self.study.contrast(name)) for name in sorted(names)}
         regions = {region for edit in edits for region in (edit.region, edit.source and edit.source.region)}
         images = [region for region in regions if isinstance(region, str) and region != "fires"]
         return checksums | {f"the region {path}": file_sha256(Path(path)) for path in sorted(images) if Path(path).is_file()}
+
+    def _contrast(self, name: str) -> Contrast:
+        check_contrast_name(name)
+        return Contrast.load(self.study.contrast(name))
 
     def _dictionary(self, place: DictionaryRef) -> Dictionary:
         places = self.study.dictionaries()
@@ -122,7 +130,7 @@ class StudyEditor:
         if source_run is None:
             raise BadInput("A transplant generates its source image first. Give `steer` a function that does so.")
         assert edit.source is not None
-        maps = TransplantMaps(edit, self.features(edit).codes)
+        maps = TransplantMaps(edit, self.features(edit))
         source_run(edit.source, edit.site, maps)
         return maps
 
@@ -139,8 +147,24 @@ class EditRecord(JsonRecord):
     checksums: dict[str, str]
     """Of the dictionaries, contrasts and region images, by name."""
 
+    def __post_init__(self) -> None:
+        if not self.edits:
+            raise BadInput("The record holds no edit.")
+        if (
+            self.shot.seed < 0
+            or not 0 < self.shot.steps <= MAX_STEPS
+            or not all(0 < side <= MAX_SIDE for side in self.shot.pixels)
+        ):
+            raise BadInput(
+                f"An image of seed {self.shot.seed}, {self.shot.steps} steps and {self.shot.pixels} pixels cannot be made. Seeds "
+                f"are from 0 on, steps from 1 to {MAX_STEPS:,}, and sides from 1 to {MAX_SIDE:,} pixels."
+            )
+
     def check(self, editor: StudyEditor) -> None:
-        """Refuse dictionaries, contrasts and region images that have changed since."""
+        """Refuse another model, and dictionaries, contrasts and region images that have changed since."""
+        study, site = editor.study, self.edits[0].site
+        origin = DictionaryOrigin(site=site, model=self.shot.model, revision=self.shot.revision)
+        check_origin("The edit", origin, site, study.model, study.revision)
         current = editor.checksums(self.edits)
         changed = [name for name, checksum in self.checksums.items() if current.get(name) != checksum]
         if changed:

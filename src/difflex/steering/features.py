@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin
-from difflex.errors import BadInput, StaleWork, UnknownName
-from difflex.files import parsing
-from difflex.records import ActivationBatch, Site
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, StaleWork, UnknownName
+from difflex.records import ActivationBatch, HookContext, Site
 from difflex.tensors import read_tensors, write_tensors
+from difflex.values import check_fields
 
 FORMAT = 2
 ADVICE = "Delete it; it is made again."
@@ -39,6 +39,18 @@ class EditFeatures(NamedTuple):
     """What a code of 1 of each adds to an activation."""
     units: Mapping[str, Float[Tensor, " feature"]]
     """The code that a strength of 1 stands for, by unit."""
+    origin: DictionaryOrigin | None = None
+    """The model and site that they are made for; None if that is unknown."""
+
+    def check_use(self, site: Site, x: Float[Tensor, "batch token width"], context: HookContext) -> None:
+        """Refuse activations of another model, or of another width."""
+        if context.shots and self.origin is not None:
+            check_origin(self.description, self.origin, site, context.shots[0].model, context.shots[0].revision)
+        if x.shape[-1] != self.decoder.shape[1]:
+            raise BadInput(
+                f"{self.description} is made for activations of width {self.decoder.shape[1]}, but those of {site} are "
+                f"{x.shape[-1]} wide. Load the model that it was made for."
+            )
 
 
 def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales: FeatureScales | None) -> EditFeatures:
@@ -62,7 +74,7 @@ def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales:
         units["norm"] = scales.norm / decoder.cpu().norm(dim=1).clamp(min=1e-30)
         for dead in chosen[scales.peaks[chosen] == 0].tolist():
             warnings.warn(f"Feature {dead} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2)
-    return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units)
+    return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units, dictionary.origin)
 
 
 def random_features(features: EditFeatures, seed: int = 0) -> EditFeatures:
@@ -76,9 +88,14 @@ def check_origin(name: str, origin: DictionaryOrigin, site: Site, model: str, re
     """Refuse the dictionary or contrast called `name` if it was made for another site or model."""
     if origin.site != site:
         raise StaleWork(f"{name} was made for {origin.site}, but the edit is at {site}. Edit {origin.site}.")
-    if origin.model is not None and (origin.model, origin.revision) != (model, revision):
+    if origin.model is not None and not (_is_same(origin.model, model) and origin.revision == revision):
         made_for, used = f"{origin.model}@{origin.revision}", f"{model}@{revision}"
         raise StaleWork(f"{name} was made for {made_for}, but the model is {used}. Use {made_for}.")
+
+
+def _is_same(model: str, other: str) -> bool:
+    """Return whether two names are of one model: equal, or the same folder."""
+    return model == other or (Path(model).is_dir() and Path(model).resolve() == Path(other).resolve())
 
 
 @final
@@ -98,6 +115,11 @@ class FeatureScales:
     """Some of the activations."""
 
     SHARE: ClassVar[float] = 0.95
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not all(bool(torch.isfinite(values).all()) for values in (self.peaks, self.means, self.sample)):
+            raise NonFinite("The scales of the features hold NaN or infinity: so do the dictionary or the activations.")
 
     def default_strengths(self, decoder: Float[Tensor, "feature width"], features: Int[Tensor, " feature"]) -> Tensor:
         """Return the default strengths of `features`, in peaks: at most 2, with 95 % of tokens under the ceiling.
@@ -129,8 +151,10 @@ class FeatureScales:
         if not path.exists():
             return None
         header, tensors = read_tensors(path, FORMAT, ADVICE)
-        with parsing(path, "scales", ADVICE):
+        try:
             return cls(norm=header["norm"], ceiling=header["ceiling"], **tensors) if header["dictionary"] == fingerprint else None
+        except (DifflexError, TypeError, KeyError) as error:
+            raise BrokenFile(f"{path} cannot be read as scales: {error} {ADVICE}") from error
 
 
 def measure_scales(dictionary: Dictionary, batches: Iterable[ActivationBatch], tokens: int = TOKENS) -> FeatureScales:

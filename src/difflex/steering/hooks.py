@@ -12,15 +12,17 @@ from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.errors import BadInput
+from difflex.images import open_image
 from difflex.records import Edit, HookContext, Rectangle, Site
 from difflex.steering.features import EditFeatures
 
 Grid = tuple[int, int]
+Region = Rectangle | Bool[Tensor, "row column"]
+"""A rectangle, or the light part of an image."""
 
 
 class SteeringHook(NamedTuple):
@@ -39,8 +41,6 @@ def steering_hooks(
     their changes are added; a site with a `replace` takes no other edit.
     """
     ordered = sorted(edits, key=lambda edit: edit.site)
-    for edit in ordered:
-        _check(edit)
     hooks = []
     for site, group in groupby(ordered, key=lambda edit: edit.site):
         prepared = [
@@ -76,6 +76,7 @@ class _PreparedEdit:
     edit: Edit
     features: EditFeatures
     amounts: Float[Tensor, " feature"]
+    region: Region | None
     maps: TransplantMaps | None
 
     @classmethod
@@ -84,7 +85,10 @@ class _PreparedEdit:
             units = ", ".join(features.units)
             raise BadInput(f"The unit {edit.unit} needs the scales of {features.description}. Units without them: {units}.")
         unit = torch.ones(len(features.decoder)) if edit.operation == "scale" else features.units[edit.unit]
-        return cls(edit, features, edit.strength * unit, maps)
+        amounts = edit.strength * unit
+        if not bool(torch.isfinite(amounts.to(features.decoder) @ features.decoder).all()):
+            raise BadInput(f"A strength of {edit.strength:g} of {features.description} is infinite. Choose a lower one.")
+        return cls(edit, features, amounts, read_region(edit.region), maps)
 
     def is_active(self, context: HookContext) -> bool:
         """Return whether the edit applies to this step and this half."""
@@ -101,6 +105,7 @@ class _PreparedEdit:
         self, x: Float[Tensor, "batch token width"], context: HookContext
     ) -> Iterable[tuple[int | slice, Bool[Tensor, " token"] | slice, Tensor]]:
         """Yield images, their tokens that change, and by how much (of a replace: what replaces them)."""
+        self.features.check_use(self.edit.site, x, context)
         sign = -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
         tokens = self._tokens(x, context)
         if self.edit.operation in ("add", "replace") and self.edit.region != "fires":
@@ -119,12 +124,11 @@ class _PreparedEdit:
                 yield number, inside[changed], sign * (delta[changed] @ self.features.decoder.to(x.device))
 
     def _tokens(self, x: Tensor, context: HookContext) -> Bool[Tensor, " token"] | slice:
-        region = self.edit.region
-        if region is None or region == "fires":
+        if self.region is None:
             return slice(None)
         if context.grid is None:
             raise BadInput(f"The tokens of {self.edit.site} have no place in the image. Leave the region out.")
-        return region_tokens(region, context.grid).to(x.device)
+        return region_tokens(self.region, context.grid).to(x.device)
 
     def _new_codes(self, codes: Float[Tensor, "token feature"], tokens: Tensor, context: HookContext) -> Tensor:
         amounts = self.amounts.to(codes)
@@ -140,35 +144,21 @@ class _PreparedEdit:
         return self.maps.codes(context, tokens, codes)
 
 
-def _check(edit: Edit) -> None:
-    """Refuse impossible combinations of settings."""
-    if not math.isfinite(edit.strength):
-        raise BadInput(f"A strength of {edit.strength} is not possible. Give a finite number.")
-    if edit.operation == "set" and edit.unit == "norm":
-        raise BadInput("A code cannot be set in units of norm, which is a length. Use peak, mean or code.")
-    if edit.half == "opposed" and edit.operation == "replace":
-        raise BadInput("A replace has no opposite. Use half='both' or 'conditional'.")
-    if edit.operation == "transplant" and edit.source is None:
-        raise BadInput("A transplant needs a source: the prompt and seed of the image that its maps are taken from.")
-    if edit.region == "fires" and edit.operation in ("replace", "transplant"):
-        raise BadInput(f"The region of a {edit.operation} cannot be 'fires': it does not read the codes of the image.")
-    if edit.steps is not None and not 0 <= edit.steps[0] < edit.steps[1]:
-        raise BadInput(f"Steps {edit.steps[0]}:{edit.steps[1]} are empty. Write START:END with START below END.")
-
-
 @final
 class TransplantMaps:
     """The codes of an edit's features at each token and step of a source image; a hook for `Pipeline.at` that records them."""
 
-    def __init__(self, edit: Edit, codes: Callable[[Float[Tensor, "token width"]], Float[Tensor, "token feature"]]) -> None:
-        self._edit, self._codes = edit, codes
+    def __init__(self, edit: Edit, features: EditFeatures) -> None:
+        self._edit, self._features = edit, features
+        self._target, self._source = read_region(edit.region), read_region(edit.source.region if edit.source else None)
         self._by_step: dict[int, Float[Tensor, "token feature"]] = {}
         self._grid: Grid | None = None
 
     def __call__(self, x: Float[Tensor, "batch token width"], context: HookContext) -> None:
         """Record the codes of the first image at this step, of the conditional half."""
+        self._features.check_use(self._edit.site, x, context)
         if context.half != "unconditional":
-            self._by_step[context.step], self._grid = self._codes(x[0].float()), context.grid
+            self._by_step[context.step], self._grid = self._features.codes(x[0].float()), context.grid
 
     def codes(
         self, context: HookContext, tokens: Int[Tensor, " inside"], current: Float[Tensor, "inside feature"]
@@ -182,9 +172,8 @@ class TransplantMaps:
                 f"The source of the transplant has no map for step {context.step} on a grid of {context.grid}; it was generated "
                 f"on {self._grid} with {len(self._by_step)} steps. Generate both with the same steps and pixels."
             )
-        assert self._edit.source is not None
         columns = self._grid[1]
-        target, source = _tokens_or_all(self._edit.region, self._grid), _tokens_or_all(self._edit.source.region, self._grid)
+        target, source = _tokens_or_all(self._target, self._grid), _tokens_or_all(self._source, self._grid)
         row, column = (_middle(source, columns)[axis] - _middle(target, columns)[axis] for axis in (0, 1))
         source_rows, source_columns = tokens.cpu() // columns + row, tokens.cpu() % columns + column
         within = (source_rows >= 0) & (source_rows < self._grid[0]) & (source_columns >= 0) & (source_columns < columns)
@@ -194,7 +183,7 @@ class TransplantMaps:
         return torch.where(replaced[:, None], codes, current)
 
 
-def _tokens_or_all(region: Rectangle | str | None, grid: Grid) -> Bool[Tensor, " token"]:
+def _tokens_or_all(region: Region | None, grid: Grid) -> Bool[Tensor, " token"]:
     return torch.ones(grid[0] * grid[1], dtype=torch.bool) if region is None else region_tokens(region, grid)
 
 
@@ -222,12 +211,21 @@ def rectangle(numbers: Sequence[float], pixels: tuple[int, int] | None = None) -
     return Rectangle(left, top, right, bottom)
 
 
-def region_tokens(region: Rectangle | str, grid: Grid) -> Bool[Tensor, " token"]:
-    """Return the tokens that `region` covers by half or more; in a smaller region, those it covers most."""
-    shares = _rectangle_shares(region, grid) if isinstance(region, Rectangle) else _image_shares(Path(region), grid)
-    shares = shares.flatten()
-    if not shares.any():
+def read_region(region: Rectangle | str | None) -> Region | None:
+    """Return a region in the notation of `Edit.region`, with the light part of an image in place of its name."""
+    if region is None or region == "fires" or isinstance(region, Rectangle):
+        return region if isinstance(region, Rectangle) else None
+    grey = open_image(Path(region), "L")
+    light = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width) >= 128
+    if not bool(light.any()):
         raise BadInput(f"The region {region} covers no token: the image has no light part. Paint the region white.")
+    return light
+
+
+def region_tokens(region: Region, grid: Grid) -> Bool[Tensor, " token"]:
+    """Return the tokens that `region` covers by half or more; in a smaller region, those it covers most."""
+    shares = _rectangle_shares(region, grid) if isinstance(region, Rectangle) else _image_shares(region, grid)
+    shares = shares.flatten()
     return shares >= min(0.5, float(shares.max()))
 
 
@@ -240,12 +238,6 @@ def _rectangle_shares(region: Rectangle, grid: Grid) -> Float[Tensor, "row colum
     return torch.outer(along(region.top, region.bottom, rows), along(region.left, region.right, columns)).float()
 
 
-def _image_shares(path: Path, grid: Grid) -> Float[Tensor, "row column"]:
-    """Return the share of each token that is light in the image at `path`."""
-    try:
-        with Image.open(path) as file:
-            grey = file.convert("L")
-    except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"The region {path} cannot be read as an image ({error}). Name a PNG that is white inside.") from error
-    light = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(grey.height, grey.width) >= 128
+def _image_shares(light: Bool[Tensor, "row column"], grid: Grid) -> Float[Tensor, "row column"]:
+    """Return the share of each token that is light."""
     return F.adaptive_avg_pool2d(light.float()[None], grid)[0]
