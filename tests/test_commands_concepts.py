@@ -97,7 +97,6 @@ def test_a_label_folder_and_an_untrained_control_are_matched(tmp_path: Path, cap
     [
         (["--site", "double.1"], "The site 'double.1' is unknown; nearest: double.0"),
         (["--dictionary", f"{SITE}/topk-24-k5"], "The dictionary 'double.0/topk-24-k5' is unknown; nearest: double.0/topk-24-k4"),
-        (["--images", "0"], "0 images show no concept"),
         (["--images", "10", "--noise", "0.25"], "Give more images; a tenth of them is held out"),
         (["--folder", "nowhere"], "nowhere/images holds no image"),
         (["--present-above", "0.2", "--absent-below", "0.3", *FEW], "absent up to a share of 0.3"),

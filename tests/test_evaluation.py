@@ -355,7 +355,7 @@ def test_evaluations_survive_saving_and_loading(tmp_path: Path):
 )
 def test_files_that_are_not_evaluations_are_refused(tmp_path: Path, change: Mapping[str, object], complaint: str):
     path = evaluated().save(tmp_path / "one.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "checksum": None, **change}))
     with pytest.raises(BrokenFile, match=f"one.json .*{complaint}"):
         Evaluation.load(path)
 

@@ -363,7 +363,11 @@ def test_findings_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_path: Pa
     record = findings(0.1, 10)
     path = record.save(tmp_path / "found" / "double.1.json")
     assert Findings.load(path) == record
-    path.write_text(path.read_text().replace("verdict", "x"))
+    content = path.read_text()
+    path.write_text(content.replace("verdict", "x"))
+    with pytest.raises(BrokenFile, match="does not match its checksum"):
+        Findings.load(path)
+    path.write_text(content.replace("verdict", "x").replace('"checksum"', '"sum"'))
     with pytest.raises(BrokenFile, match="cannot be read as results of difflex findings"):
         Findings.load(path)
     with pytest.raises(BadInput, match="difflex findings makes it"):
@@ -459,7 +463,6 @@ def test_a_report_leaves_out_findings_of_a_dictionary_that_has_changed(tmp_path:
     ("flags", "message"),
     [
         (("--groups", "row"), "no experiment with the group 'row'"),
-        (("--trials", "0"), "leave nothing to try"),
         (("--strength", "-1:1:1"), "leave nothing to try"),
         ((), "with --site"),
         (("--site", "double.1", "--other-model", "STUDY"), "no findings"),

@@ -1,5 +1,6 @@
 """Concept removal: the right features are removed, losses are counted, and nothing else changes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from difflex.effects.removal_features import (
     importance,
     removal_rates,
 )
-from difflex.errors import BadInput, BrokenFile
+from difflex.errors import BadInput, BrokenFile, DifflexError
 from difflex.miniature import draw, load_judge
 from difflex.miniature.world import BACKGROUNDS, CONCEPTS, HELD_OUT_SEEDS, SceneMix
 from difflex.records import Activations, HookContext, Shot, Site
@@ -375,8 +376,6 @@ def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
     ("words", "message"),
     [
         (("--groups", "colur"), "nearest: colour"),
-        (("--images", "0"), "leave nothing to remove"),
-        (("--features",), "leave nothing to remove"),
         (("--strength", "0:1:0.5"), "removes nothing"),
         (("--edit-steps", "2:9"), "of a run of 4 steps"),
         (("--dictionary", "double.2"), "nearest: double.1"),
@@ -385,3 +384,25 @@ def test_removal_without_names_edits_each_label_at_all_its_sites(study: Path):
 def test_impossible_removals_are_explained(study: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]):
     assert main(["removal", str(study), *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": ()}, "leave nothing to remove"),
+        ({"groups": ("colur",)}, "nearest: colour"),
+        ({"groups": "colour"}, "not a tuple"),
+        ({"images": 0}, "leave nothing to remove"),
+        ({"images": 2.5}, "whole number"),
+        ({"features": ()}, "leave nothing to remove"),
+        ({"features": (0,)}, "leave nothing to remove"),
+        ({"strengths": ()}, "leave nothing to remove"),
+        ({"strengths": (math.nan,)}, "finite number"),
+        ({"edit_steps": (2, 1)}, "START below END"),
+        ({"images": 10**5}, "images would be generated, and 1,000,000"),
+        ({"strengths": tuple(-x / 1000 for x in range(10**5))}, "images would be generated"),
+    ],
+)
+def test_configs_of_impossible_removals_are_refused(changes: dict[str, object], message: str):
+    with pytest.raises(DifflexError, match=message):
+        RemovalConfig(**changes)  # pyright: ignore[reportArgumentType]

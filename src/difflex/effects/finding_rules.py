@@ -10,11 +10,12 @@ from statistics import fmean, stdev
 from typing import ClassVar, Literal, NamedTuple, final
 
 from difflex.effects.drawn_world import CAPTION_GROUPS
-from difflex.effects.inputs import Provenance
+from difflex.effects.inputs import Provenance, check_images
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
 from difflex.miniature.world import CONCEPTS
 from difflex.records import JsonRecord
+from difflex.values import check_fields
 
 KEPT = 0.8
 """A gain is the best that keeps this share of all else, less than a single edit should keep."""
@@ -56,12 +57,16 @@ class FindingsConfig:
     """Rising; in norms of a mean activation."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.trials < 1 or not self.pairs or min(self.pairs) < 1 or not self.strengths or min(self.strengths) <= 0:
             raise BadInput(
                 f"{self.trials} trials, contrasts of {self.pairs} pairs and the strengths {self.strengths} leave nothing to try. "
                 "Give numbers above 0."
             )
-        self.concepts()  # refuses unknown groups
+        if not self.groups or list(self.pairs) != sorted(set(self.pairs)) or list(self.strengths) != sorted(set(self.strengths)):
+            raise BadInput(f"Name one or more groups, and pairs {self.pairs} and strengths {self.strengths} in rising order.")
+        of_concept = self.trials * (1 + len(self.strengths)) * (10 + len(self.pairs)) + 2 * max(self.pairs)
+        check_images(len(self.concepts()) * of_concept)
 
     def concepts(self, groups: Sequence[str] | None = None) -> list[str]:
         """Return the concepts of the groups; of those that are in `groups`, too, if given."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from difflex.dictionaries import fingerprint
-from difflex.errors import StaleWork
+from difflex.errors import BadInput, StaleWork
 from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.records import Activations, Rectangle, Shot, Site
 from difflex.steering import SteeringHook, StudyEditor
@@ -20,6 +20,8 @@ from difflex.steering.contrast import Contrast, find_contrasts, pair_activations
 from difflex.study import DictionaryRef, Study
 
 Images = Float[Tensor, "image channel row column"]
+MOST_IMAGES = 10**6
+"""Images that a command may generate."""
 
 
 @final
@@ -54,6 +56,21 @@ class ModelFunctions:
         """Return the contrasts of the first so many `pairs` of prompts for each of `counts` (None: all)."""
         sides = pair_activations(lambda shots: self.harvest(shots, site, batch), self.shots(steps), pairs)
         return find_contrasts(*sides, counts, region=region)
+
+
+def check_images(count: int) -> None:
+    """Refuse to generate too many images; call this before any work."""
+    if count > MOST_IMAGES:
+        raise BadInput(
+            f"{count:,} images would be generated, and {MOST_IMAGES:,} are allowed at once. Ask for fewer images, strengths, "
+            "pairs or groups."
+        )
+
+
+def check_steps(steps: tuple[int, int] | None) -> None:
+    """Refuse a range of steps to edit that is empty."""
+    if steps is not None and not 0 <= steps[0] < steps[1]:
+        raise BadInput(f"Steps {steps[0]}:{steps[1]} are empty. Write START:END with START below END, from 0 on.")
 
 
 @final

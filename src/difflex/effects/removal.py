@@ -13,7 +13,7 @@ from PIL import Image
 
 from difflex.dictionaries import Dictionary
 from difflex.effects.drawn_world import CAPTION_GROUPS, ConceptCaption, DrawnJudge, captions_by_concept
-from difflex.effects.inputs import ModelFunctions, Provenance, to_tensor
+from difflex.effects.inputs import ModelFunctions, Provenance, check_images, check_steps, to_tensor
 from difflex.effects.judging import JudgeVerdict
 from difflex.effects.removal_features import (
     BAR,
@@ -26,10 +26,12 @@ from difflex.effects.removal_features import (
 )
 from difflex.errors import BadInput, UnknownName
 from difflex.miniature import load_judge
+from difflex.miniature.world import CONCEPTS
 from difflex.records import JsonRecord, Site
 from difflex.steering import SteeringHook, StudyEditor, check_origin
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
+from difflex.values import check_fields
 
 __all__ = ["RemovalConfig", "RemovalRates", "RemovalResults", "RemovedConcept", "removal_table", "remove_concepts"]
 
@@ -60,10 +62,13 @@ class RemovalConfig:
     """First denoising step to edit and the one after the last; None for all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_steps(self.edit_steps)
         for group in self.groups:
             if group not in CAPTION_GROUPS:
                 raise UnknownName.among("The group", group, CAPTION_GROUPS)
-        if min(self.images, self.selection_images, self.tuning_images) < 1 or not self.features or not self.groups:
+        counts = (self.images, self.selection_images, self.tuning_images, *self.features)
+        if min(counts) < 1 or not all((self.features, self.groups, self.strengths)):
             raise BadInput(
                 f"{self.images} images, {self.selection_images} to select features and {self.tuning_images} to tune them, with "
                 f"{len(self.features)} numbers of features and {len(self.groups)} groups, leave nothing to remove. Ask for 1 or "
@@ -71,6 +76,9 @@ class RemovalConfig:
             )
         if max(self.strengths) >= 1:
             raise BadInput(f"A strength of {max(self.strengths):g} removes nothing: codes are multiplied by it. Stay below 1.")
+        settings = len(self.features) * len(self.strengths)
+        concepts = sum(len(CONCEPTS[group]) for group in self.groups)
+        check_images(concepts * (self.selection_images + (1 + settings) * self.tuning_images + 2 * self.images))
 
     @property
     def steps(self) -> range | None:

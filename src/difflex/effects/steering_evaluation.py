@@ -17,17 +17,21 @@ from difflex.effects.inputs import (
     ModelFunctions,
     NeuronBaseline,
     Provenance,
+    check_images,
+    check_steps,
     concept_matches,
     neuron_baseline,
     to_images,
 )
 from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
-from difflex.errors import BadInput
+from difflex.errors import BadInput, UnknownName
+from difflex.miniature.world import CONCEPTS
 from difflex.records import Edit, JsonRecord
 from difflex.steering import SteeringHook, StudyEditor, random_features
 from difflex.steering.contrast import contrast_features
 from difflex.study import DictionaryRef, Study
 from difflex.tables import text_table
+from difflex.values import check_fields
 
 
 @final
@@ -50,8 +54,21 @@ class SteeringConfig:
     """First denoising step to edit and the one after the last; None for all."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1 or self.pairs < 1:
-            raise BadInput(f"{self.trials} trials and {self.pairs} pairs leave nothing to judge. Ask for 1 or more of each.")
+        check_fields(self)
+        check_steps(self.edit_steps)
+        for group in self.groups:
+            if group not in CONCEPTS:
+                raise UnknownName.among("The group", group, CONCEPTS)
+        if self.trials < 1 or self.pairs < 1 or not self.strengths:
+            raise BadInput(
+                f"{self.trials} trials, {self.pairs} pairs and {len(self.strengths)} strengths leave nothing to judge. Ask for 1 "
+                "or more of each."
+            )
+        self.check_images(1)
+
+    def check_images(self, concepts: int) -> None:
+        """Refuse to generate too many images for a number of concepts."""
+        check_images(concepts * (self.trials * (2 + 4 * len(self.strengths)) + 2 * self.pairs))
 
 
 @final
@@ -127,6 +144,7 @@ def run_steering_evaluation(
     if len(places) > 1 and any(spec.feature is not None for spec in specs.values()):
         raise BadInput(f"The concept file names features, which are of one dictionary, but there are {len(places)}. Name one.")
     targets = {place: _target_concepts(study, place, config, world) for place in places}
+    config.check_images(sum(map(len, targets.values())))
     for place, concepts in targets.items():
         path, neurons = study.steering(*place), neuron_baseline(editor, place)
         provenance = _provenance(study, place, concepts, neurons, world)

@@ -10,6 +10,7 @@ from difflex.errors import BadInput
 from difflex.evaluation.concepts.labels import Concept
 from difflex.records import JsonRecord, Site
 from difflex.tables import text_table
+from difflex.values import check_fields, shown
 
 __all__ = [
     "ConceptDetector",
@@ -26,6 +27,8 @@ __all__ = [
 
 DETECTED = 0.8
 """Average precision from which a feature detects a concept."""
+MOST = 10**6
+"""Images of a source."""
 FINDABLE = 0.9
 """Average precision of a linear probe from which a concept is findable."""
 PROBE = "a linear probe"
@@ -48,9 +51,15 @@ class MatchingConfig:
     """Seed of the bootstrap samples, and of the tokens that the probe is trained on."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_features", 1), ("min_images", 1), ("bootstrap_samples", 1), ("ridge", 0)):
-            if getattr(self, name) < least:
-                raise BadInput(f"{name} {getattr(self, name):g} is not possible: choose at least {least}.")
+        check_fields(self)
+        for name, least, most in (
+            ("max_features", 1, 100),
+            ("min_images", 1, MOST),
+            ("bootstrap_samples", 1, 10**5),
+            ("ridge", 0, 1e9),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise BadInput(f"{name} {getattr(self, name):g} is not possible: choose {least} to {most:,}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +81,15 @@ class ConceptsConfig:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise BadInput(f"{self.images} images show no concept. Ask for 1 or more; a tenth is held out.")
+        check_fields(self)
+        if not 1 <= self.images <= MOST:
+            raise BadInput(f"{self.images:,} images are not possible. Ask for 1 to {MOST:,}; a tenth is held out.")
+        if not 0 < len(self.noise) <= 100 or not all(0 <= level <= 1 for level in self.noise):
+            raise BadInput(f"The noise levels {shown(self.noise)} are not possible. Give 1 to 100 numbers from 0 to 1.")
+        if self.pixels is not None and not all(0 < side <= 16_384 for side in self.pixels):
+            raise BadInput(
+                f"Images of {self.pixels[0]} x {self.pixels[1]} pixels are not possible. Ask for 1 to 16,384 on a side."
+            )
         if not 0 <= self.absent_below <= self.present_above <= 1 or not self.present_above:
             raise BadInput(
                 f"A concept cannot be absent up to a share of {self.absent_below:g} and present from {self.present_above:g} on. "
