@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
         "evaluation",
         "explanation",
         "features",
+        "images",
         "steering",
         "store",
         "study",

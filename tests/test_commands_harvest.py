@@ -1,4 +1,4 @@
-"""`difflex harvest` and `difflex verify`: the activations of a real pipeline, stored, resumed, shared by processes, verified."""
+"""`difflex harvest`: the activations of a real pipeline, stored, resumed and shared by processes."""
 
 import signal
 import subprocess
@@ -11,6 +11,7 @@ import torch
 
 import difflex
 from difflex.cli import main
+from difflex.files import folder_lock
 from difflex.records import Site
 from difflex.store import Store
 from difflex.testing import tiny_folder
@@ -160,33 +161,16 @@ def test_a_size_that_is_not_a_number_is_an_error(model: Path, prompts: Path, tmp
     assert "100GB" in capsys.readouterr().err
 
 
-def test_verify_finds_damaged_files(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
-    capsys.readouterr()
-    assert main(["verify", str(tmp_path / "study")]) == 0
-    assert "double.0: 4 files, all intact\ndouble.1: 4 files" in capsys.readouterr().out
-    shard = tmp_path / "study" / "activations" / "double.1" / "shard-00000.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert main(["verify", str(tmp_path / "study")]) == 2
-    output = capsys.readouterr()
-    assert "double.0: 4 files, all" in output.out and "double.1: damaged" in output.out
-    assert "shard-00000.safetensors" in output.err
-    for path in shard.parent.glob("shard*"):
-        path.unlink()
-    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
-    assert main(["verify", str(tmp_path / "study")]) == 0
-
-
-def test_verify_finds_a_missing_manifest(model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert harvest(model, prompts, tmp_path / "study", "--site", "double.0", "double.1") == 0
-    (tmp_path / "study" / "activations" / "double.1" / "manifest.json").unlink()
-    assert main(["verify", str(tmp_path / "study")]) == 2
-    output = capsys.readouterr()
-    assert (
-        "double.0: 4 files, all" in output.out and "double.1: damaged" in output.out and "manifest.json is missing" in output.err
-    )
+def test_harvest_checks_that_it_can_write_before_it_loads_the_model(
+    model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    site = tmp_path / "study" / "activations" / "double.1"
+    with folder_lock(site):
+        assert harvest(Path("no/such/model"), prompts, tmp_path / "study", "--site", "double.*") == 2
+        assert "Another process is writing" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert harvest(Path("no/such/model"), prompts, tmp_path / "file" / "study") == 2
+    assert "file where a folder is needed" in capsys.readouterr().err
 
 
 def test_a_file_in_the_place_of_a_store_is_an_error(
@@ -196,8 +180,3 @@ def test_a_file_in_the_place_of_a_store_is_an_error(
     (tmp_path / "study" / "activations" / "double.1").write_text("")
     assert harvest(model, prompts, tmp_path / "study", "--site", "double.1") == 2
     assert "move it away" in capsys.readouterr().err
-
-
-def test_verify_needs_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["verify", str(tmp_path)]) == 2
-    assert "not a study" in capsys.readouterr().err

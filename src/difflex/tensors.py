@@ -14,7 +14,7 @@ from torch import Tensor
 from difflex.errors import BrokenFile
 from difflex.files import CHUNK, Json, disk_errors, replacing
 
-__all__ = ["TensorFile", "read_tensors", "stored_checksum", "write_tensors"]
+__all__ = ["TensorFile", "check_tensors", "read_tensors", "stored_checksum", "write_tensors"]
 
 HEADER = "difflex"
 """The only entry of the metadata: safetensors writes several in random order."""
@@ -78,8 +78,17 @@ def stored_checksum(path: Path, advice: str) -> str:
         raise BrokenFile(f"{path} has no header of difflex: it is damaged. {advice}") from error
 
 
-def _checked_header(path: Path, format: int, advice: str) -> dict[str, Any]:
-    """Return the header of a file, after its format and its checksum have been compared."""
+def check_tensors(path: Path, advice: str) -> None:
+    """Raise an error unless the tensor file at `path`, of any format, matches its checksum."""
+    with disk_errors(path, "read"):
+        try:
+            _checked_header(path, None, advice)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
+
+
+def _checked_header(path: Path, format: int | None, advice: str) -> dict[str, Any]:
+    """Return the header of a file, after its format (None for any) and its checksum have been compared."""
     with path.open("rb", buffering=0) as file:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if length > size:
@@ -87,7 +96,7 @@ def _checked_header(path: Path, format: int, advice: str) -> dict[str, Any]:
         head = length.to_bytes(8, "little") + file.read(length)
         metadata = json.loads(head[8:]).get("__metadata__", {})
         header = json.loads(metadata.get(HEADER, "{}"))
-        if header.pop("format", None) != format:
+        if header.pop("format", None) != format and format is not None:
             found = json.loads(metadata[HEADER])["format"] if HEADER in metadata else metadata.get("format")
             raise BrokenFile(f"{path} is of format {found}; this version of difflex reads format {format}. {advice}")
         expected = str(header.pop("sha256"))

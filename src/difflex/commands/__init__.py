@@ -39,7 +39,6 @@ VERBS = {
     "neurons": VerbEntry(
         "Train dictionaries", "add the MLP neurons of a block as a baseline dictionary", "difflex.commands.training"
     ),
-    "verify": VerbEntry("Train dictionaries", "compare stored activations with their checksums", "difflex.commands.harvest"),
     "evaluate": VerbEntry("Evaluate them", "measure reconstruction on held-out activations", "difflex.commands.evaluation"),
     "concepts": VerbEntry("Evaluate them", "match features with concepts known by mask", "difflex.commands.evaluation"),
     "collect": VerbEntry(
@@ -58,6 +57,7 @@ VERBS = {
     "findings": VerbEntry("Steer", "test published findings about steering", "difflex.commands.effects"),
     "run": VerbEntry("Run studies", "run a whole study from a recipe", "difflex.recipes"),
     "status": VerbEntry("Run studies", "show how far a study is", "difflex.commands.study"),
+    "verify": VerbEntry("Run studies", "compare all files of a study with their checksums", "difflex.commands.verify"),
     "report": VerbEntry("Run studies", "write a study as one HTML page", "difflex.commands.study"),
     "compare": VerbEntry("Run studies", "compare two studies", "difflex.commands.study"),
 }

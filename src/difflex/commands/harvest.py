@@ -1,19 +1,19 @@
-"""`difflex harvest` and `difflex verify`: store the activations of a model in a study, and check the stored files."""
+"""`difflex harvest`: store the activations of a model in a study."""
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from difflex.choices import StoredDtype
 from difflex.commands.flags import AMOUNT, BATCH, SEED, STEPS, TOKENS, Bytes, ModelCommand, Pixels, Seeds, StepRange
-from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.errors import BadInput
 from difflex.images import check_output
-from difflex.study import Command, Study
+from difflex.study import Study
 
-__all__ = ["HarvestCommand", "VerifyCommand"]
+__all__ = ["HarvestCommand"]
 
 THE_MODELS_OWN = "(default: the model's own)"
 
@@ -79,6 +79,7 @@ class HarvestCommand(ModelCommand):
             world_size=ranks.world_size,
             progress=ranks.rank == 0,
         )
+        config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
         pipe = self.load()
         shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
         study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
@@ -88,31 +89,3 @@ class HarvestCommand(ModelCommand):
             state = "complete" if store.complete else "the share of this process is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")
         return [store.folder for store in stores]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class VerifyCommand(Command):
-    """Read all stored activations of a study and compare every file with its checksum."""
-
-    study: Annotated[Positional[Path], arg(metavar="STUDY")]
-    """The folder of the study."""
-
-    def __call__(self) -> None:
-        from difflex.store import Store
-
-        stores = Study.open(self.study).stores()
-        if not stores:
-            raise UnknownName(f"{self.study} has no activations yet. difflex harvest stores some.")
-        errors: list[DifflexError] = []
-        for site, folder in stores.items():
-            try:
-                store = Store.open(folder)
-                files = store.verify()
-                unfinished = "" if store.complete else "; its harvest is not finished"
-                print(f"{site}: {files} files, all intact{unfinished}")
-            except DifflexError as error:
-                print(f"{site}: damaged")
-                errors.append(error)
-        if errors:
-            raise BrokenFile("\n".join(map(str, errors)))

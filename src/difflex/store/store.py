@@ -139,7 +139,7 @@ class Store:
 
     def verify(self) -> int:
         """Check all files against their checksums and return their number; the error names all damaged ones."""
-        checksums = self.checksums
+        checksums = self.checksums(self.folder)
         damaged = [path.name for path, checksum in checksums.items() if not matches(path, checksum)]
         if damaged:
             raise BrokenFile(
@@ -148,12 +148,18 @@ class Store:
             )
         return len(checksums) + 1
 
-    @property
-    def checksums(self) -> dict[Path, str | None]:
-        """The checksums of all files but the manifest, which holds them."""
-        checksums = {self.folder / STATISTICS: self._manifest.statistics} if self.complete else {}
-        for shard, entry in self._manifest.shards.items():
-            checksums |= dict(zip(shard_paths(self.folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
+    @staticmethod
+    def checksums(folder: Path) -> dict[Path, str]:
+        """Return the checksums of all files of the store in `folder` but the manifest, which holds them.
+
+        Statistics are among them if the harvest is finished.
+        """
+        manifest = Manifest.read(folder)
+        checksums: dict[Path, str] = {}
+        if manifest.statistics is not None:
+            checksums[folder / STATISTICS] = manifest.statistics
+        for shard, entry in manifest.shards.items():
+            checksums |= dict(zip(shard_paths(folder, shard), (entry.sha256, entry.shots_sha256), strict=True))
         return checksums
 
     def _shots_by_shard(self, split: Split) -> dict[int, Int[Tensor, " shot"]]:
