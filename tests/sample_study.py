@@ -1,13 +1,14 @@
 """A sample study: records with known numbers in the files of its stations, without a model."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from difflex.dictionaries import fingerprint
+from difflex.dictionaries.files import write_files
 from difflex.effects import ImageStrip, Provenance, SteeringConfig, SteeringResults, StrengthCurve, StrengthPoint
 from difflex.effects.findings import Finding, FindingLine, Findings, FindingsConfig
 from difflex.effects.removal import RemovalConfig, RemovalRates, RemovalResults, RemovedConcept
@@ -28,7 +29,8 @@ from difflex.evaluation.reconstruction import ReconstructionMetrics, Reconstruct
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
 from difflex.features.explanations import Explanation, ExplanationScore
-from difflex.records import Shot, Site, _to_json
+from difflex.files import file_sha256
+from difflex.records import Shot, Site
 from difflex.study import DictionaryRef, Study
 
 CONCEPTS = (Concept("red", "colour"), Concept("blue", "colour"), Concept("star", "shape"), Concept("ring", "shape"))
@@ -42,17 +44,14 @@ def new_study(folder: Path, model: str = "mini-flux", revision: str | None = Non
 def write_dictionary(
     study: Study, name: str, normalisation: str = "standardise", weights: bytes = b"weights", data: str = ""
 ) -> DictionaryRef:
-    """Write a dictionary named SITE/KIND-SIZE-kK..., with bytes in place of its tensors."""
+    """Write a dictionary named SITE/KIND-SIZE-kK..., with one tensor of the bytes `weights`."""
     site, _, label = name.partition("/")
     kind, size, k, *_ = label.split("-")
     place = DictionaryRef(Site.parse(site), label)
-    folder = study.dictionary(*place)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "dictionary.safetensors").write_bytes(weights)
-    config = {"format": 2, "difflex": "0", "kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
+    config = {"kind": kind, "site": site, "model": study.model, "revision": None, "width": 8}
     config |= {"size": int(size), "k": int(k[1:]), "settings": {"normalisation": {"method": normalisation}}}
     config |= {"training": {"data": data}}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_files(study.dictionary(*place), config, {"weights": torch.tensor([*weights], dtype=torch.float32)})
     return place
 
 
@@ -87,9 +86,7 @@ def write_evaluation(
         density=tuple(density),
         effect=None if share is None else _effect(share, similarity or {}),
     )
-    path = study.evaluation(*place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, evaluation)
+    evaluation.save(study.evaluation(*place))
     return evaluation
 
 
@@ -244,13 +241,19 @@ def write_steering(
             description = f"{name} 1" if method == "feature" else method
             curves.append(_curve(concept, method, description, [(s, highest * min(s, 1.0), kept, 1 + s / 4) for s in strengths]))
             file = f"{concept.group}-{method}.webp"
+            image = path.with_suffix("") / file
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8 * (1 + len(strengths)), 8), (200, 90, 20)).save(image)
             strip = ImageStrip(
-                method=method, concept=concept.name, group=concept.group, prompt="<i>a star</i>", strengths=strengths, file=file
+                method=method,
+                concept=concept.name,
+                group=concept.group,
+                prompt="<i>a star</i>",
+                strengths=strengths,
+                file=file,
+                sha256=file_sha256(image),
             )
             strips.setdefault(file, strip)
-    path.with_suffix("").mkdir(parents=True, exist_ok=True)
-    for strip in strips.values():
-        Image.new("RGB", (8 * (1 + len(strip.strengths)), 8), (200, 90, 20)).save(path.with_suffix("") / strip.file)
     config = SteeringConfig(**{"groups": tuple(dict.fromkeys(c.group for c in concepts)), **settings})  # pyright: ignore
     files = {"concepts": checksum} if checksum else {}
     SteeringResults(
@@ -393,14 +396,6 @@ def _effect(share: float, similarity: Mapping[str, float]) -> ModelEffect:
         image_error=ReplacementEffect(reconstruction=0.001, mean=0.1, zero=0.2),
         similarity={"ssim": ssim, **{name: replace(ssim, reconstruction=value) for name, value in similarity.items()}},
     )
-
-
-def _write(path: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation, also with values that `save` refuses and a file may contain: NaN and infinity."""
-    try:
-        evaluation.save(path)
-    except ValueError:
-        path.write_text(json.dumps({"format": 2, "difflex": "0", **_to_json(evaluation)}))
 
 
 def _concept_result(concept: Concept, ap: float) -> ConceptResult:

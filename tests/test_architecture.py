@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "distributed": {"errors"},
     "devices": {"errors"},
     "images": {"errors", "files"},
-    "pipeline": {*GROUND, "quiet"},
+    "pipeline": {*GROUND, "images", "quiet"},
     "miniature": {*GROUND, "quiet"},
     "store": GROUND,
     "dictionaries": GROUND,

@@ -1,14 +1,12 @@
 """Read the records of a study once; records that are damaged, of another model or of older weights are named and left out."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
-
-from PIL import Image
+from typing import NamedTuple, TypeVar
 
 from difflex.dictionaries import fingerprint
 from difflex.dictionaries.files import DictionaryConfig, read_config
@@ -19,7 +17,8 @@ from difflex.errors import DifflexError
 from difflex.evaluation import Evaluation
 from difflex.evaluation.anatomy import Anatomy
 from difflex.evaluation.concepts.results import ConceptMatches
-from difflex.features import Book, BookInfo
+from difflex.features import Book, BookInfo, ImageAlbum
+from difflex.images import open_image
 from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts, group_by
 from difflex.store import Store
 from difflex.study import DictionaryRef, Study, read_log, recipe_name
@@ -123,18 +122,23 @@ class _StudyReader:
         if evaluation.fingerprint != self.fingerprint(str(ref)):
             return self._reject(f"{ref}: the dictionary has changed since it was evaluated. Run difflex evaluate again.")
         if not evaluation.size == config.size > 0 or len(evaluation.density) != len(Evaluation.edges) - 1:
-            return self._reject(f"{path} does not fit its dictionary: it is damaged. Delete it and run difflex evaluate.")
+            return self._reject(f"{path} does not fit its dictionary: it is damaged. Move it away and run difflex evaluate.")
         return evaluation
 
     def books(self) -> tuple[DictionaryRef, ...]:
         """Return the dictionaries that have a book of their present weights."""
-        refs = []
+        refs, album = [], ImageAlbum(self.study.images)
+        damage = cache(lambda file: self.load(lambda path: album.damage(path.name), Path(file)))  # images are shared by books
         for ref in self.study.dictionaries():
-            info = self._load_existing(_book_info, self.study.book(*ref))
-            if info is not None and info.fingerprint == self.fingerprint(str(ref)):
-                refs.append(ref)
-            elif info is not None:
+            book = self._load_existing(_verified_book, self.study.book(*ref))
+            if book is None:
+                continue
+            if book.info.fingerprint != self.fingerprint(str(ref)):
                 self._reject(f"{ref}: the dictionary has changed since its book was written. Run difflex collect again.")
+                continue
+            refs.append(ref)
+            if damaged := [sentence for file in book.files if (sentence := damage(file))]:
+                self._reject(f"{ref}: {len(damaged)} of its images cannot be shown, such as this one. {damaged[0]}")
         return tuple(refs)
 
     def matches(self) -> list[MatchFacts]:
@@ -146,14 +150,14 @@ class _StudyReader:
     def _match(self, matches: ConceptMatches, name: str) -> MatchFacts | None:
         inputs, dictionary = matches.inputs, str(DictionaryRef(matches.site, matches.label))
         if not matches.levels:
-            return self._reject(f"{name} has no results: it is damaged. Delete it and run difflex concepts.")
+            return self._reject(f"{name} has no results: it is damaged. Move it away and run difflex concepts.")
         if inputs and (inputs.model, inputs.revision) != (self.study.model, self.study.revision):
             return self._reject(f"{name} is of {inputs.model} {inputs.revision}, not of this study. Run difflex concepts again.")
         if matches.fingerprint is None:
             kind, k = matches.label.split("-")[0], _k_of_label(matches.label)
             return None if self.untrained else MatchFacts(matches=matches, kind=kind, normalisation=None, untrained=False, k=k)
         if dictionary not in self._folders:
-            return self._reject(f"{name} is of a dictionary that no longer exists. Delete it.")
+            return self._reject(f"{name} is of a dictionary that no longer exists. Move it away.")
         if matches.fingerprint != self.fingerprint(dictionary):
             return self._reject(f"{name}: the dictionary has changed since. Run difflex concepts again.")
         config = self.load(read_config, self._folders[dictionary])
@@ -171,9 +175,6 @@ class _StudyReader:
             return None
         if results.model != self.study.model or results.provenance.fingerprints.get(name) != self.fingerprint(name):
             return self._reject(f"{name}: the dictionary has changed since it was steered with. Run difflex steer-eval again.")
-        points = [astuple(point) for curve in results.curves for point in curve.points]
-        if not all(map(math.isfinite, [*(curve.without for curve in results.curves), *(value for p in points for value in p)])):
-            return self._reject(f"{path} has values that are not finite: it is damaged. Delete it and run difflex steer-eval.")
         own = [m.matches for m in matches if not m.untrained and (m.matches.site, m.matches.label) == ref]
         if "concepts" in results.provenance.files:
             coverage = _coverage_from_file(results)
@@ -266,8 +267,7 @@ def _k_of_label(label: str) -> int:
 
 
 def _check_image(path: Path) -> bool:
-    with Image.open(path) as file:
-        file.load()
+    open_image(path)
     return True
 
 
@@ -276,9 +276,18 @@ def _store(folder: Path) -> StoreFacts:
     return StoreFacts(site=store.site, tokens=store.count() + store.count("held-out"), complete=store.complete)
 
 
-def _book_info(path: Path) -> BookInfo:
+class VerifiedBook(NamedTuple):
+    """The contents of a book whose checksums hold."""
+
+    info: BookInfo
+    files: list[str]
+    """Of its images."""
+
+
+def _verified_book(path: Path) -> VerifiedBook:
     with Book.open(path) as book:
-        return book.about
+        book.verify()
+        return VerifiedBook(book.about, [image.file for image in book.images()])
 
 
 def _latest_time(paths: Iterable[Path]) -> datetime | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
+from difflex.errors import DifflexError
 from difflex.explanation.comparison import ExplainedMethod, MethodComparison, MethodDifference, compare_methods, read_methods
 from difflex.features import Book, ImageAlbum, overlaid
 from difflex.features.entries import FeatureStats
@@ -34,6 +35,8 @@ BEST, WORST = 6, 3
 EXAMPLES = 5
 """Images of each feature, as many as the paper gives to its explainer; also the shots that a shown feature must fire in."""
 SIDE = 128
+EMPTY = "#c8c8c8"
+"""The colour of a tile without an image."""
 
 
 def explanations(facts: StudyFacts) -> ReportSection:
@@ -262,11 +265,15 @@ def _example_images(book: Book, album: ImageAlbum, stats: FeatureStats) -> Itera
     shots = book.shots(example.shot for example in chosen)
     for example in chosen:
         shot = shots[example.shot]
-        image = album.open(shot.image.file)
-        image.thumbnail((2 * SIDE, 2 * SIDE))
-        overlay = overlaid(image, example.map, book.about.grid, stats.peak, side=SIDE)
         description = f"{shot.shot.prompt or 'no prompt'}: {len(example.map.tokens)} tokens"
-        yield Markup('<img src="{}" alt="{}">').format(image_url(overlay), description)
+        try:
+            image = album.open(shot.image.file)
+        except DifflexError:  # which is in the list of problems
+            tile, description = Image.new("RGB", (SIDE, SIDE), EMPTY), f"{description}; the image is missing or damaged"
+        else:
+            image.thumbnail((2 * SIDE, 2 * SIDE))
+            tile = overlaid(image, example.map, book.about.grid, stats.peak, side=SIDE)
+        yield Markup('<img src="{}" alt="{}">').format(image_url(tile), description)
 
 
 def image_url(image: Image.Image) -> str:

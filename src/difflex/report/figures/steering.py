@@ -7,9 +7,9 @@ from statistics import quantiles
 from typing import NamedTuple
 
 from markupsafe import Markup
-from PIL import Image
 
 from difflex.effects import ImageStrip, StrengthPoint
+from difflex.images import open_image
 from difflex.report.drawing import Axis, Drawing, element
 from difflex.report.drawing.charts import PlotCurve, PlotPoint, Series, SeriesStyle, plot
 from difflex.report.facts import SteeringFacts, SteeringSummary, StudyFacts, group_by
@@ -230,8 +230,7 @@ def _examples(steering: SteeringFacts) -> Markup:
 
 def _tiles(strip: ImageStrip, path: Path) -> Markup:
     """Return the images of a strip, each above its strength, under the name of the method."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = open_image(path, "RGB")
     labels = ["unedited", *(f"{strength:g}" for strength in strip.strengths)]
     width, method = image.width // len(labels), METHODS[strip.method]
     tiles = []
