@@ -34,6 +34,7 @@ from difflex.features.entries import COVER_THRESHOLD, LEVELS, Example
 from difflex.features.firing import image_key, random_numbers
 from difflex.features.results import direction_neighbours, firing_neighbours, map_shapes
 from difflex.records import Shot
+from difflex.tensors import write_tensors
 
 COUNT = 60
 TIMESTEPS = (1000.0, 500.0)
@@ -320,6 +321,60 @@ def test_a_pass_resumes_for_the_same_data_and_restarts_for_other_data(tmp_path: 
         with pytest.raises(Stopped):
             run(data)
     assert starts == [0, 20, 0]
+
+
+@pytest.mark.parametrize("damaged", ["checkpoint", "image", "missing image"])
+def test_a_pass_starts_again_without_its_checkpoint_if_that_or_an_image_is_damaged(
+    folder: Path, tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]
+):
+    starts: list[int] = []
+
+    def source(start: int, batches: int | None = None):
+        starts.append(start)
+        yield from islice(fake_source([*range(COUNT)], TIMESTEPS)(start), batches)
+        if batches:
+            raise KeyboardInterrupt
+
+    state, album = tmp_path / "state.safetensors", ImageAlbum(tmp_path / "images")
+    arguments = {"data": "fake", "checkpoint": state, "config": FEW, "save_seconds": 0.0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        collect(targets(tmp_path), lambda start: source(start, 4), album, **arguments)
+    path = state if damaged == "checkpoint" else next(album.folder.iterdir())
+    if damaged == "missing image":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    collect(targets(tmp_path), source, album, **arguments)
+    assert starts == [0, 0] and not state.exists()
+    output = capsys.readouterr().out
+    assert str(path) in output and "The pass starts again, without the checkpoint." in output
+    for site in SITES:
+        assert contents(folder / f"{site.folder}.sqlite")[1:] == contents(tmp_path / f"{site.folder}.sqlite")[1:]
+
+
+def test_a_checkpoint_has_all_of_its_images_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A pass that is killed before the new checkpoint is written continues from the older one."""
+    writes = [0]
+
+    def killed(*arguments: object) -> None:
+        writes[0] += 1
+        if writes[0] == 8:
+            raise KeyboardInterrupt
+        write_tensors(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr("difflex.features.registry.write_tensors", killed)
+    state, album = tmp_path / "state.safetensors", ImageAlbum(tmp_path / "images")
+    arguments = {"data": "fake", "checkpoint": state, "config": FEW, "save_seconds": 0.0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        collect(targets(tmp_path), fake_source([*range(COUNT)], TIMESTEPS), album, **arguments)
+    starts: list[int] = []
+
+    def source(start: int):
+        starts.append(start)
+        yield from fake_source([*range(COUNT)], TIMESTEPS)(start)
+
+    collect(targets(tmp_path), source, album, **arguments)
+    assert starts == [35]
 
 
 def test_images_of_atoms_come_from_the_source_or_are_drawn(tmp_path: Path):

@@ -248,13 +248,17 @@ def _find_book(study: Study, name: str | None) -> DictionaryRef:
 
 
 def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
-    """Return the concept that each feature detects best; empty if the dictionary was not matched to concepts."""
+    """Return the concept that each feature detects best; empty if the dictionary, as it is now, was not matched to concepts."""
     path = study.concepts(*ref)
     if not path.is_file():
         return {}
+    from difflex.dictionaries import fingerprint
     from difflex.evaluation.concepts.results import ConceptMatches
 
     matches = ConceptMatches.load(path)
+    if matches.fingerprint not in (None, fingerprint(study.dictionary(*ref))):
+        print(f"{ref} has changed since {path} was made: no concepts are shown. Run difflex concepts again.")
+        return {}
     columns = zip(matches.features.features, matches.features.concepts, matches.features.ap, strict=True)
     return {feature: BestConcept(matches.concepts[concept].name, ap) for feature, concept, ap in columns}
 
