@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from sample_study import full_study, new_study, write_evaluation, write_matches
+from sample_study import full_study, new_study, write_dictionary, write_evaluation, write_matches
 
 from difflex.cli import main
 from difflex.errors import BadInput
@@ -79,7 +79,7 @@ def test_coverage_has_a_difference_with_an_interval_and_groups_have_their_means(
 
 def test_stale_missing_and_unequal_records_are_named(two: tuple[Study, Study]):
     one, other = two
-    (one.folder / "dictionaries/double.1/topk-1024-k8/dictionary.safetensors").write_bytes(b"others")
+    write_dictionary(one, "double.1/topk-1024-k8", weights=b"others")
     write_evaluation(other, "double.1/topk-512-k8", normalisation="whiten", data="elsewhere")
     write_matches(other, "double.1/topk-512-k8", (0.9, 0.9, 0.9, 0.5), {"images": "others"})
     problems = "\n".join(compared(two).problems)
