@@ -8,7 +8,7 @@ READY := .venv/ready
 SHAPES := --jaxtyping-packages='difflex,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style check bench peers
+.PHONY: help demo test style check attack bench peers
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -40,6 +40,10 @@ style: $(READY)  ## check format, lint and types
 check: style  ## style, and the tests with the axes of every tensor checked
 	@echo "check: tests with shape checking"
 	@$(BIN)/python -m pytest --numprocesses auto $(SHAPES)
+
+attack: $(READY)  ## run every command on damaged, full and forbidden disks, killed, and twice at once (minutes)
+	@echo "attack: nothing may be lost, hang or end with a traceback"
+	@$(BIN)/python -m tests.attack
 
 bench: $(READY)  ## run every benchmark and compare it with its bar
 	@failed=; for script in benchmarks/*.py; do \
