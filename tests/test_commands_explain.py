@@ -1,8 +1,18 @@
 """`difflex explain`: explanations, scores, costs and messages."""
 
+import base64
 import json
+import random
 import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 from changed_book import change_book
@@ -10,13 +20,17 @@ from image_views import MODEL, book, code
 from PIL import Image
 
 from difflex.cli import main
+from difflex.commands.explain import ExplainCommand
+from difflex.errors import BadInput
 from difflex.evaluation.concepts import FIRST_SEED, drawn_concepts
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
 from difflex.features.entries import Example, FeatureStats, ImageFile, TokenMap
+from difflex.files import folder_lock
 from difflex.miniature import draw
 from difflex.records import Shot, Site
 from difflex.study import Study
 from difflex.testing import RuleServer
+from difflex.testing.vlm import Rule, answer_by_colour
 
 SITE = Site("double.1")
 SECRET = "sk-secret"
@@ -228,3 +242,115 @@ def test_an_untrained_model_is_compared_with_the_trained_one(tmp_path: Path, cap
     status = main(["report", str(trained)])
     rows = (trained / "report" / "explained.csv").read_text()
     assert status == 0 and "double.1/topk-32-k4, untrained model" in rows
+
+
+def test_when_every_feature_fails_the_command_fails_and_says_why(study: Study, capsys: pytest.CaptureFixture[str]):
+    with RuleServer({"refusal": 1.0}) as server:
+        assert main(explain_words(study, server, "--random-features", "3")) == 2
+        shown = capsys.readouterr()
+        assert "No feature was explained: all 3 failed, 3 of them because: refused: I cannot help with that." in shown.err
+        assert "0 explained, 0 skipped (explained before), 3 failed" in shown.out
+        server.behaviours.clear()
+        assert main(explain_words(study, server, "--random-features", "2")) == 0
+        assert "2 explained" in capsys.readouterr().out
+        server.behaviours["refusal"] = 1.0
+        assert main(explain_words(study, server, "--random-features", "3")) == 0  # what was explained stays
+        assert "0 explained, 2 skipped (explained before), 1 failed" in capsys.readouterr().out
+
+
+def test_a_key_that_is_repeated_everywhere_is_nowhere(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    key = "sk-or+v1/Zq=do%not&tell"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with RuleServer({"echoing": 1.0}, key=key) as server:
+        status = main(explain_words(study, server, "--random-features", "6"))
+        monkeypatch.setenv("OPENAI_API_KEY", f"{key}x")
+        assert main(explain_words(study, server, "--random-features", "7")) == 2
+    shown = capfd.readouterr()
+    with Book.open(study.book(SITE, "topk")) as opened:
+        assert status == 0 and any("you sent Bearer [key]" in row.text for row in opened.explanations())
+    files = b"".join(path.read_bytes() for path in study.folder.rglob("*") if path.is_file()).decode("latin-1")
+    secrets = [key, quote(key, safe=""), json.dumps(key)[1:-1], base64.b64encode(f"Bearer {key}".encode()).decode()[12:-4]]
+    for place in (shown.out, shown.err, files):
+        assert not [secret for secret in secrets if secret in place]
+
+
+@pytest.mark.parametrize("address", ["http://me:do-not-tell@127.0.0.1:9/v1", "https://x/v1?key=do-not-tell"])
+def test_a_password_in_the_address_is_neither_printed_nor_logged(study: Study, address: str, capfd: pytest.CaptureFixture[str]):
+    with pytest.raises(BadInput) as caught:  # so that no recipe logs it
+        ExplainCommand(studies=(study.folder,), vlm=address)
+    try:
+        status = main(["explain", str(study.folder), "--vlm", address, "--model", "x"])
+    except SystemExit as error:
+        status = error.code
+    shown = capfd.readouterr()
+    assert status == 2 and "user name, a password or a query" in " ".join((shown.out + shown.err).replace("│", " ").split())
+    assert "do-not-tell" not in shown.out + shown.err + str(caught.value)
+
+
+def test_a_second_command_ends_at_once_and_nothing_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
+    with RuleServer() as server, folder_lock(study.explanations):
+        assert main(explain_words(study, server)) == 2
+        assert "Another process is writing in" in capsys.readouterr().err and not server.served
+        assert main(["explain", str(study.folder), "--vlm", "./no-model", "--offline"]) == 2  # not the missing model
+        assert "Another process is writing in" in capsys.readouterr().err
+    assert main(["explain", str(study.folder), str(study.folder / ".")]) == 2
+    assert "A study is named twice" in capsys.readouterr().err
+
+
+def test_a_book_that_cannot_be_written_ends_the_work_before_anything_is_asked(study: Study, capsys: pytest.CaptureFixture[str]):
+    other = sqlite3.connect(study.book(SITE, "topk"), isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with RuleServer() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("difflex.features.tables.LOCK_TIMEOUT", 0.1)
+        assert main(explain_words(study, server)) == 2
+        assert "Another process is writing" in capsys.readouterr().err and not server.served
+    other.close()
+
+
+def explained(study: Study) -> list[object]:
+    """Everything that the command left, but for times."""
+    with Book.open(study.book(SITE, "topk")) as opened:
+        rows = [(row, opened.judgements(row.id), opened.scores(row.id)) for row in opened.explanations()]
+        usage = [replace(entry, seconds=0.0) for entry in opened.usage()]
+    return [rows, usage, (study.explanations / "scores.json").read_bytes()]
+
+
+def delayed(turn: int) -> Rule:
+    """Return a rule whose answers take a time that differs from call to call and from turn to turn."""
+    delays = random.Random(turn)
+
+    def rule(images: Sequence[Image.Image], text: str, form: str) -> dict[str, Any]:
+        time.sleep(delays.uniform(0, 0.02))
+        answer = answer_by_colour(images, text, form)
+        return {"score": 0.25 + 0.25 * (len(text) % 3) * answer["score"]} if form == "score" else answer
+
+    return rule
+
+
+def test_equal_commands_leave_equal_results_whatever_the_threads_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = []
+    for turn in range(2):
+        study = begin_study(tmp_path / str(turn) / "study")
+        with RuleServer({"malformed": 0.1}, rule=delayed(turn)) as server:
+            assert main(explain_words(study, server, "--random-features", "8", "--price", "0.3,0.7")) == 0
+        results.append([*explained(study), capsys.readouterr().out])
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_leaves_the_same_results_in_the_end(tmp_path: Path):
+    results = []
+    for kills in ((), (60, 120, 200)):
+        study = begin_study(tmp_path / str(len(kills)) / "study", features=20)
+        with RuleServer({"malformed": 0.05, "broken": 0.01}, rule=delayed(len(kills))) as server:
+            command = [sys.executable, "-m", "difflex", *explain_words(study, server, "--random-features", "20")]
+            for calls in kills:
+                with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+                    while len(server.served) < calls:
+                        time.sleep(0.005)
+                    child.kill()
+            subprocess.run(command, check=True, capture_output=True)
+        results.append(explained(study))
+    assert results[0] == results[1]

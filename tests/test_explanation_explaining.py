@@ -1,13 +1,18 @@
 """Explaining features by protocols: which images a VLM sees, what the book records, and that no question is paid twice."""
 
 import json
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +31,7 @@ from difflex.explanation.questions import ImageView, Instruction, VLMAnswer
 from difflex.explanation.studies import choose_features
 from difflex.features import Book, ImageAlbum
 from difflex.testing import RuleServer
+from difflex.testing.vlm import answer_by_colour
 
 FAULTS = ("hostile", "malformed", "refusal", "limited", "broken", "hanging", "truncated")
 
@@ -314,3 +320,59 @@ def test_examples_with_invisible_highlights_are_not_shown(tmp_path: Path):
         plan = plan_feature(changed, 3, range(12), ExplanationProtocol())
     assert all(example.peak >= 4 for example in plan.examples), "a fifth of the peak of 20"
     assert [example.feature for example in plan.negatives].count(4) <= 1
+
+
+def contents(book: Book) -> list[object]:
+    """Everything that explaining wrote into a book, but for the seconds that calls took."""
+    rows = book.explanations()
+    judged = [(row, book.judgements(row.id), book.scores(row.id)) for row in rows]
+    return [judged, [replace(entry, seconds=0.0) for entry in book.usage()]]
+
+
+def test_a_book_does_not_depend_on_which_thread_is_faster(tmp_path: Path):
+    """Explain with delays that differ from call to call: the slowest feature is the first to be written."""
+    written = []
+    for turn in range(2):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        book, album = plain_features(folder, 30, shared=2)
+        delays = random.Random(turn)
+
+        def rule(*question: Any, delays: random.Random = delays) -> dict[str, Any]:
+            time.sleep(delays.uniform(0, 0.02))
+            return answer_by_colour(*question)
+
+        with book, closing(AnswerCache(folder / "answers.sqlite")) as answers:
+            endpoints = Endpoints(answers)
+            with RuleServer({"malformed": 0.2, "refusal": 0.05}, rule=rule) as server:
+                policy = RequestPolicy(price=(0.3, 0.7), answer_retries=1)
+                explain(book, range(30), endpoints(server.url, policy=policy), album, connections=16, progress=False)
+            endpoints.close()
+            written.append(contents(book))
+            assert [row.feature for row in book.explanations()] == [*range(30)]
+            assert {row.state for row in book.explanations()} == {"done", "failed"}
+    assert written[0] == written[1]
+
+
+def test_a_slow_feature_delays_no_other(sample: tuple[Book, ImageAlbum], connect: Endpoints, answers: AnswerCache):
+    book, album = sample
+    slow = threading.Event()
+
+    def rule(images: Sequence[Any], text: str, form: str) -> dict[str, Any]:
+        answer = answer_by_colour(images, text, form)
+        if form == "explanation" and answer["common_pattern"] == f"areas in {code(0)}":
+            slow.wait(20)
+        return answer
+
+    with RuleServer(rule=rule) as server:
+        client = connect(server.url, policy=RequestPolicy(send_retries=0), timeout=30)
+        thread = threading.Thread(target=lambda: explain(book, range(12), client, album, connections=3, progress=False))
+        thread.start()
+        end = time.monotonic() + 20
+        while len(server.served) < 1 + 11 * 12 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert len(server.served) == 1 + 11 * 12, "eleven features are finished while the first one waits"
+        assert not book.explanations() and not answers.is_empty
+        slow.set()
+        thread.join()
+    assert [row.feature for row in book.explanations()] == [*range(12)]

@@ -280,6 +280,14 @@ class VLMCommand(Command):
     offline: FlagCreatePairsOff[bool] = False
     """Use only the local cache of the hub."""
 
+    def __post_init__(self) -> None:
+        # Before anything runs: the log of a recipe names the flags of its commands.
+        if re.match(r"[^/]*://([^/?#]*@|.*[?#])", str(getattr(self, "vlm", None) or "")):
+            raise BadInput(
+                "The address of --vlm contains a user name, a password or a query, which logs and errors would show. Put the key "
+                "into the environment or a key file."
+            )
+
     def check_endpoint(self, vlm: str) -> None:
         """Raise an error if the flags do not allow to ask `vlm`."""
         if self.budget is not None and "://" in vlm and self.price is None:
@@ -296,7 +304,7 @@ class VLMCommand(Command):
         if "://" not in vlm:
             return LocalBackend(vlm, offline=self.offline)
         if self.model is None:
-            raise BadInput(f"{vlm} serves more than one model. Name the one to use: --model NAME.")
+            raise BadInput("An endpoint serves more than one model. Name the one to use: --model NAME.")
         key = ApiKey.read(self.key_file, self.key_variable)
         return EndpointBackend(vlm, self.model, key, timeout=self.timeout, connections=self.connections)
 

@@ -177,6 +177,13 @@ class CachedClient:
 
 
 @contextmanager
+def open_answers(folder: Path) -> Iterator[AnswerCache]:
+    """Open the cache of answers in `folder`, after a check that it can be written; no other process can write meanwhile."""
+    with folder_lock(folder), closing(AnswerCache(folder / "answers.sqlite")) as answers:
+        yield answers
+
+
+@contextmanager
 def open_client(
     backend: VLMBackend,
     folder: Path,
@@ -185,7 +192,7 @@ def open_client(
     dry_run: bool = False,
 ) -> Iterator[CachedClient]:
     """Open a client whose answers are cached in `folder`; other processes cannot write there meanwhile."""
-    with folder_lock(folder), closing(AnswerCache(folder / "answers.sqlite")) as answers:
+    with open_answers(folder) as answers:
         yield CachedClient(backend, answers, policy, dry_run=dry_run)
 
 

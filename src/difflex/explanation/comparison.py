@@ -243,7 +243,8 @@ def compare_methods(methods: Sequence[ExplainedMethod]) -> MethodComparison:
 def read_methods(book: Book, study: Path) -> list[ExplainedMethod]:
     """Return the explained features in `book` by backend and protocol; `study` is the folder of its study."""
     groups: dict[tuple[str, str], list[Explanation]] = {}
-    for explanation in book.explanations():
+    # In a fixed order: intervals and p-values must not depend on the order in which features were explained.
+    for explanation in sorted(book.explanations(), key=lambda row: (row.backend, row.protocol, row.feature)):
         groups.setdefault((explanation.backend, explanation.protocol), []).append(explanation)
     revision, methods = book.about.revision, []
     for (backend, protocol), explanations in groups.items():

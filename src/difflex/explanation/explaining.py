@@ -173,21 +173,27 @@ class _FeatureExplainer:
     def explain_all(self, features: Sequence[int], connections: int, progress: bool) -> dict[int, str]:
         """Explain features in threads and write each into the book; return the failed ones with their reasons.
 
-        Calls on their way, which are paid for, finish and are recorded, whatever ends the work.
+        Results wait for their turn, so the book does not depend on which thread is faster. Their answers are in the cache as
+        soon as they are paid. Calls on their way finish and are recorded, whatever ends the work.
         """
         failed, running = dict[int, str](), dict[Future[_FeatureResult], _RequestKeys]()
         pool, prepared = ThreadPoolExecutor(connections, thread_name_prefix="explaining"), map(self.prepare, features)
         bar = tqdm(total=len(features), desc="explaining", unit=" features", disable=None if progress else True)
         try:
             while True:
-                for feature in islice(prepared, PLANS_AHEAD * connections - len(running)):
+                unfinished = [future for future in running if not future.done()]
+                for feature in islice(prepared, PLANS_AHEAD * connections - len(unfinished)):
                     keys: _RequestKeys = defaultdict(list)
-                    running[pool.submit(self.explain, feature, keys)] = keys
+                    future = pool.submit(self.explain, feature, keys)
+                    running[future] = keys
+                    unfinished.append(future)
                 if not running:
                     return failed
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    self._write(result, running.pop(future))
+                for future in wait(unfinished, return_when=FIRST_COMPLETED).done:
+                    future.result()  # an error ends the work at once
+                while running and (first := next(iter(running))).done():
+                    result = first.result()
+                    self._write(result, running.pop(first))
                     if result.explanation.state == "failed":
                         failed[result.explanation.feature] = result.explanation.reason
                     bar.update()

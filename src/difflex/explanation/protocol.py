@@ -12,6 +12,7 @@ from difflex.choices import HighlightStyle, ProtocolName
 from difflex.errors import BadInput
 from difflex.features import Book
 from difflex.features.entries import COVER_THRESHOLD, Example
+from difflex.values import check_fields
 
 MAX_OVERLAP = 0.5
 """In a near miss at most this share of the other feature's highlights lies where this feature fires."""
@@ -47,6 +48,7 @@ class ExplanationProtocol:
         return max(self.shown, half) if self.name == "paper" else self.shown + half
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.shown < 1 or self.judged < 2 or self.judged % 2 or self.lineup in (1, 2) or self.lineup < 0:
             raise BadInput(
                 f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} images. Show 1 or more, "

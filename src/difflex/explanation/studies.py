@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation.backends import VLMBackend
-from difflex.explanation.client import open_client
-from difflex.explanation.comparison import MethodComparison, compare_methods, read_methods
+from difflex.explanation.client import CachedClient, open_answers, open_client
+from difflex.explanation.comparison import ExplainedMethod, MethodComparison, compare_methods, read_methods
 from difflex.explanation.explaining import ExplainResult, dry_run, explain
 from difflex.explanation.protocol import ExplanationProtocol
 from difflex.explanation.requests import RequestPolicy
 from difflex.features import Book, FeatureFilter, ImageAlbum
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
+from difflex.values import check_fields
 
 MAX_FAILURES = 20
 """Failures that are printed; all of them are in the book."""
+MAX_CONNECTIONS = 1000
 Log = Callable[[str], None]
 
 
@@ -40,29 +43,51 @@ class ExplainConfig:
     """Requests at the same time."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.random_features < 1:
             raise BadInput(f"There is nothing to explain: {self.random_features} random features. Ask for 1 or more.")
+        if not 1 <= self.connections <= MAX_CONNECTIONS:
+            raise BadInput(f"{self.connections} requests at the same time are not possible. Ask for 1 to {MAX_CONNECTIONS}.")
 
 
 def explain_studies(
     studies: Sequence[Study], config: ExplainConfig, open_backend: Callable[[], VLMBackend], policy: RequestPolicy, log: Log
 ) -> MethodComparison:
     """Explain features, write them into the books of the studies, and compare the dictionaries; `log` takes progress lines."""
-    selection, methods = _select_dictionaries(studies, config), []
-    with closing(open_backend()) as backend:
+    selection, methods, results = _select_dictionaries(studies, config), list[ExplainedMethod](), list[ExplainResult]()
+    with ExitStack() as stack:
+        # Whatever can forbid the work does so before a model is loaded or an answer is paid.
+        caches = [stack.enter_context(open_answers(study.explanations)) for study in studies]
         for study, refs in zip(studies, selection, strict=True):
-            with open_client(backend, study.explanations, policy) as client:
-                for ref in refs:
-                    with Book.edit(study.book(*ref)) as book:
-                        features, album = _features(book, backend, config), ImageAlbum(study.images)
-                        result = explain(book, features, client, album, config.protocol, connections=config.connections)
-                        methods += read_methods(book, study.folder)
-                    log(f"{study.folder.name}/{ref}: {_summary(result)}")
+            _check_books(study, refs)
+        backend = stack.enter_context(closing(open_backend()))
+        for study, refs, answers in zip(studies, selection, caches, strict=True):
+            client = CachedClient(backend, answers, policy)
+            for ref in refs:
+                with Book.edit(study.book(*ref)) as book:
+                    features, album = _features(book, backend, config), ImageAlbum(study.images)
+                    results.append(explain(book, features, client, album, config.protocol, connections=config.connections))
+                    methods += read_methods(book, study.folder)
+                log(f"{study.folder.name}/{ref}: {_summary(results[-1])}")
             spent = client.spending
             if spent.calls:
                 cost = f", cost {spent.cost:.4g}" if spent.cost else ""
                 log(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{cost}")
+    reasons = Counter(reason for result in results for reason in result.failed.values())
+    if reasons and not any(result.explained or result.skipped for result in results):
+        [(reason, count)] = reasons.most_common(1)
+        raise BadInput(
+            f"No feature was explained: all {reasons.total()} failed, {count} of them because: {reason}. Fix that and run the "
+            "same command again to try them again."
+        )
     return compare_methods(methods)
+
+
+def _check_books(study: Study, refs: Sequence[DictionaryRef]) -> None:
+    """Raise an error unless explanations can be written into the books of a study."""
+    for ref in refs:
+        with Book.edit(study.book(*ref)) as book:
+            book.add_usage([])
 
 
 def dry_run_studies(
@@ -86,6 +111,8 @@ def dry_run_studies(
 
 def _select_dictionaries(studies: Sequence[Study], config: ExplainConfig) -> list[list[DictionaryRef]]:
     """Return the selected dictionaries of each study that have books; every name must exist in at least one study."""
+    if len({study.folder.resolve() for study in studies}) < len(studies):
+        raise BadInput(f"A study is named twice: {' '.join(str(study.folder) for study in studies)}. Name each once.")
     with_books = [[ref for ref in study.dictionaries() if study.book(*ref).is_file()] for study in studies]
     for study, refs in zip(studies, with_books, strict=True):
         if not refs:

@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
 from typing import Any, NamedTuple, final
+from urllib.parse import quote
 
 from PIL import Image
 
-BEHAVIOURS = ("good", "hostile", "malformed", "refusal", "limited", "broken", "hanging", "dripping", "truncated")
-"""A good answer; one full of HTML and terminal escapes; JSON of another form or none; a refusal; 429 with Retry-After; 500; no
-answer for long; one that arrives as single blanks; one that breaks off."""
+BEHAVIOURS = ("good", "hostile", "echoing", "malformed", "refusal", "limited", "broken", "hanging", "dripping", "truncated")
+"""A good answer; one full of HTML and terminal escapes; one, or in turn a refusal, words or an error, that repeats the API key;
+JSON of another form or none; a refusal; 429 with Retry-After; 500; no answer for long; one that arrives as single blanks; one
+that breaks off."""
 HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m\x1b]0;title\x07\u202e{}\x1b[2J\u200b</b>"
 """Put around the words of a hostile answer."""
 MALFORMED = (
@@ -131,6 +133,8 @@ class RuleServer:
             self.served.append(ServedCall(digest, behaviour))
             self.headers.append(headers)
         self._over.wait(self._hangs if behaviour == "hanging" else self._latency)
+        if behaviour == "echoing":
+            return behaviour, *self._echo(digest, headers.get("authorization", ""), request["model"], texts, images)
         if behaviour == "limited":
             return behaviour, 429, _json({"error": {"message": "slower, please", "code": 429}})
         if behaviour == "broken":
@@ -156,6 +160,24 @@ class RuleServer:
                 return behaviour
         return "good"
 
+    def _echo(
+        self, digest: str, authorization: str, model: str, texts: Sequence[str], images: Sequence[bytes]
+    ) -> tuple[int, bytes]:
+        """Return an answer that repeats the key, plain and encoded, or in turn an error, a refusal or words that do."""
+        turn = (int(digest, 16) + self._repetitions[digest]) % 4
+        code = base64.b64encode(authorization.encode()).decode()
+        echo = f"you sent {authorization}, {quote(authorization, safe='')}, {code}"
+        if turn == 0:
+            return 500, _json({"error": {"message": echo}})
+        completion = self._completion("good", digest, model, texts, images)
+        message = completion["choices"][0]["message"]
+        if turn == 1:
+            message |= {"refusal": echo, "content": None}
+        else:
+            answer = _altered(json.loads(message["content"]), f"{{}}; {echo}") | {"why": echo}
+            message["content"] = echo if turn == 2 else json.dumps(answer)
+        return 200, _json(completion | {"system_fingerprint": echo})
+
     def _completion(
         self, behaviour: str, digest: str, model: str, texts: Sequence[str], images: Sequence[bytes]
     ) -> dict[str, Any]:
@@ -167,19 +189,20 @@ class RuleServer:
         else:
             form = next((name for name, key in FORMS.items() if key in texts[0]), "choice")
             answer = self._rule([Image.open(io.BytesIO(image)) for image in images], "\n".join(texts), form)
-            message["content"] = json.dumps(_hostile(answer) if behaviour == "hostile" else answer)
+            message["content"] = json.dumps(_altered(answer, HOSTILE) if behaviour == "hostile" else answer)
         usage = {"prompt_tokens": len(texts[0]) // 4 + 258 * len(images), "completion_tokens": 20}
         usage["total_tokens"] = sum(usage.values())
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         return {"id": "rule", "object": "chat.completion", "created": 0, "model": model, "choices": [choice], "usage": usage}
 
 
-def _hostile(answer: object) -> object:
+def _altered(answer: Any, pattern: str) -> Any:
+    """Return an answer with each of its texts put into `pattern`."""
     if isinstance(answer, str):
-        return HOSTILE.format(answer)
+        return pattern.format(answer)
     if isinstance(answer, list):
-        return [_hostile(element) for element in answer]
-    return {name: _hostile(value) for name, value in answer.items()} if isinstance(answer, dict) else answer
+        return [_altered(element, pattern) for element in answer]
+    return {name: _altered(value, pattern) for name, value in answer.items()} if isinstance(answer, dict) else answer
 
 
 def _parts(request: dict[str, Any]) -> tuple[list[str], list[bytes]]:
@@ -230,7 +253,8 @@ class _RuleHandler(BaseHTTPRequestHandler):
             self._send(status, answer, length=len(answer) // 2)
             self._close()
         else:
-            self._send(status, answer, {"Retry-After": rules.retry_after} if behaviour == "limited" else {})
+            echo = {"X-You-Sent": self.headers.get("authorization", "")} if behaviour == "echoing" else {}
+            self._send(status, answer, {"Retry-After": rules.retry_after} if behaviour == "limited" else echo)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, length: int | None = None) -> None:
         """Send head and body in one packet: two small ones would wait for one another."""
