@@ -89,6 +89,7 @@ ARROWS: dict[str, set[str]] = {
 
 # Doors inside of stations: what others may import from besides the stations themselves.
 INNER_DOORS = {
+    "commands.checks",
     "commands.effects",
     "commands.estimates",
     "commands.evaluation",

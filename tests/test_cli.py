@@ -1,6 +1,7 @@
 """The command line: verbs, flags, and how it ends."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,13 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m difflex --help | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_terminal_cannot_show_is_written_as_numbers():
+    code = "from difflex import cli; cli.parse = lambda words: lambda: print('\\u2026'); raise SystemExit(cli.main(['x']))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2026\n", "")
 
 
 def test_python_m_difflex_ends_with_the_exit_code():

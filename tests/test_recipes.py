@@ -205,7 +205,7 @@ def test_a_recipe_is_found_in_a_file(tmp_path: Path):
         ("def study(folder):\n    return study(folder)", "line 2, failed with RecursionError"),
         ("\0", "failed with "),
         ("x = 1", "the function 'study' is unknown; none are known"),
-        ("def study(folder):\n    return 7", "returned a int; return a difflex.Study"),
+        ("def study(folder):\n    return 7", "returned 7; return a difflex.Study"),
         ("def study(folder):\n    from difflex import Study\n    return Study(folder='x', model='m')", "its folder is a Path"),
         (
             "def study(folder):\n    from difflex import Study\n    return Study(folder=folder, model='m', commands=(7,))",

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from io import TextIOWrapper
 from itertools import groupby, pairwise
 
 from difflex._version import __version__
@@ -27,6 +28,8 @@ USAGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 0 success, 2 an error the user can fix (without a traceback), 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show stops no command
     try:
         with _plain_warnings():
             _run(words)

@@ -3,6 +3,7 @@
 Write one in a file of your own and run it: `difflex run my_recipe.py:study`. To vary a recipe, call it and replace what differs.
 """
 
+import os
 import runpy
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,6 @@ from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, DifflexError, UnknownName
-from difflex.files import disk_errors
 from difflex.study import Command, Study, run_study
 
 __all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
@@ -206,9 +206,8 @@ def recipe(name: str) -> Recipe:
         if name not in RECIPES:
             raise UnknownName.among("The recipe", name, RECIPES, "Or name a function in a file of yours: my_recipe.py:study.")
         return RECIPES[name]
-    with disk_errors(Path(file), "read"):
-        if not Path(file).is_file():
-            raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
+    if not os.path.isfile(file):
+        raise BadInput(f"There is no file {file}. Name a recipe as FILE.py:FUNCTION, or one of: {', '.join(RECIPES)}.")
     with _mistakes(file):
         names = runpy.run_path(file)
     if not callable(names.get(function)):
@@ -236,7 +235,7 @@ def _mistakes(name: str) -> Iterator[None]:
 def _checked(name: str, study: object) -> Study:
     """Return what the recipe `name` returned, if it is a study of commands that the command line would accept."""
     if not isinstance(study, Study):
-        raise BadInput(f"The recipe {name} returned a {type(study).__name__}; return a difflex.Study.")
+        raise BadInput(f"The recipe {name} returned {study!r:.100}; return a difflex.Study.")
     if not isinstance(study.folder, Path) or not isinstance(study.model, str) or not isinstance(study.commands, (tuple, list)):
         raise BadInput(
             f"The recipe {name} returned {study!r:.200}; its folder is a Path, its model a name, its commands a tuple."

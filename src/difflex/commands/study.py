@@ -130,7 +130,7 @@ def _value_words(value: Json, hint: object, study: str) -> list[str]:
     """Return the words that a flag parses to `value`, by the rule of its type if it has one."""
     rule = next((mark for mark in _marks(hint) if isinstance(mark, PrimitiveConstructorSpec)), None)
     if rule is not None and not isinstance(value, str):
-        with suppress(TypeError, ValueError, AttributeError, IndexError):  # a value that was changed by hand is written as it is
+        with suppress(TypeError, ValueError, AttributeError, LookupError):  # a value that was changed by hand is written as it is
             return rule.str_from_instance(tuple(value) if isinstance(value, list) else value)
     return [_word(item, study) for item in (value if isinstance(value, list) else [value])]
 
