@@ -1,6 +1,7 @@
 """`difflex collect`, `features` and `show`: books, lists and sheets of the dictionaries of a study."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from difflex.commands.forecast import DictionaryForecast, Forecast
 from difflex.commands.inputs import stored_strength
 from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.dictionaries.itda import AtomProvenance
-from difflex.evaluation.concepts import drawn_concepts
-from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches
+from difflex.evaluation.concepts import ConceptsConfig, drawn_concepts
+from difflex.evaluation.concepts.results import ConceptMatches, FeatureMatches, MatchInputs
 from difflex.features import Book, ImageAlbum
 from difflex.features.explanations import Explanation, ExplanationScore, Judgement
 from difflex.features.images import overview
@@ -313,6 +314,12 @@ def test_features_are_sorted_and_filtered_by_statistics_concepts_and_scores(stud
     assert line[0] == "7" and "0.75" in line and line[-1] == "round"
     peaks = [float(line[2]) for line in lines("--sort", "peak", "--ascending", "--filter", "peak>0", "density<0.5")]
     assert peaks == sorted(peaks) and peaks
+    inputs = MatchInputs(model="mini-flux", revision=None, images="drawn", config=ConceptsConfig(images=9), fingerprint="older")
+    replace(matches, inputs=inputs).save(study.concepts(*SAE_REF))
+    assert main(["features", str(study.folder), "--dictionary", str(SAE_REF)]) == 0
+    output = capsys.readouterr().out
+    assert "no concepts are shown. Run difflex concepts again" in output and concepts[0].name not in output
+    matches.save(study.concepts(*SAE_REF))
 
 
 def test_a_sheet_can_be_drawn_in_every_style(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
