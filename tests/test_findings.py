@@ -1,5 +1,6 @@
 """Published findings as experiments: each verdict follows from its rule, in a simulated world whose truth is known."""
 
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -435,7 +436,8 @@ def test_a_finding_is_made_again_when_another_feature_detects_the_concept_best(t
     path = write_matches(study, "double.1/topk-8-k2", (0.9, 0.9, 0.1, 0.1))
     provenance = lambda name: _provenance(study, name, detecting_features(study, SITE, ["red"]), None)  # noqa: E731
     before = {name: provenance(name) for name in ("related", "steps", "quality")}
-    path.write_text(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))
+    entries = json.loads(re.sub(r'"features":\s*\[\s*1\s*\]', '"features": [2]', path.read_text()))
+    path.write_text(json.dumps({**entries, "checksum": None}))
     assert provenance("related") != before["related"] and provenance("steps") != before["steps"]
     assert provenance("quality") == before["quality"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import difflex
 from difflex.cli import main
+from difflex.dictionaries import Dictionary
 from difflex.effects import ImageStrip, Provenance, SteeringConfig, SteeringResults
 from difflex.effects.drawn_world import DrawnJudge, caption_pairs, caption_task, group_of
 from difflex.effects.judging import (
@@ -91,7 +92,9 @@ def test_steering_results_are_loaded_as_saved_and_a_damaged_file_is_refused(tmp_
     )
     config = SteeringConfig(groups=("colour",), trials=4, edit_steps=(0, 3))
     provenance = Provenance(fingerprints={"double.1/d": "f"}, features={"double.1/d": {"red": 1}}, judge="clip")
-    strip = ImageStrip(method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp")
+    strip = ImageStrip(
+        method="add", concept="red", group="colour", prompt="a star", strengths=(1.0,), file="colour-add.webp", sha256="0"
+    )
     judged = SteeringResults(model="m", site="double.1", curves=curves, config=config, provenance=provenance, strips=(strip,))
     path = judged.save(tmp_path / "judged.json")
     assert SteeringResults.load(path) == judged
@@ -232,7 +235,8 @@ def test_steer_eval_judges_features_and_all_baselines_and_reuses_results(tmp_pat
     judged = SteeringResults.load(tmp_path / "study" / "steering" / "judged" / "double.1" / "topk-256-k8.json")
     assert judged.of("neuron")
     # Matches of other weights are refused.
-    weights = tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8" / "dictionary.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    changed = Dictionary.load(tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8")
+    changed.bias.add_(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    changed.save(tmp_path / "study" / "dictionaries" / "double.1" / "topk-256-k8")
     assert main(["steer-eval", study, "--dictionary", "double.1", *few]) == 2
     assert "has changed since" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from difflex.choices import Operation, Unit
-from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import read_json, write_json
 from difflex.values import PLAIN, check_fields, check_value, fits, shown, type_hints
 
@@ -276,7 +276,10 @@ class JsonRecord:
 
     def save(self, path: Path | str) -> Path:
         """Write the record to `path` and return the path."""
-        return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
+        try:
+            return write_json(Path(path), self.FORMAT, _to_json(self), self.INDENT)
+        except ValueError as error:
+            raise NonFinite(f"The results of difflex {self.COMMAND} hold NaN or infinity; {path} is not written.") from error
 
     @classmethod
     def load(cls: type[Record], path: Path | str) -> Record:

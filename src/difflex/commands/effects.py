@@ -13,6 +13,8 @@ from difflex.choices import Unit
 from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, VLMCommand, number, numbers
 from difflex.commands.inputs import first_and_end, load_study_model
 from difflex.errors import BadInput
+from difflex.images import check_output
+from difflex.records import Site
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ class SteerEvalCommand(VLMCommand):
         if self.clip is not None and self.vlm is None:
             from difflex.evaluation import ClipModel
 
-            yield clip_world(concepts, self.clip, partial(ClipModel, self.clip, offline=self.offline))
+            load = partial(ClipModel, self.clip, offline=self.offline)
+            yield clip_world(concepts, self.clip, load, partial(ClipModel.checksum, self.clip, offline=self.offline))
         elif self.vlm is not None and self.clip is None:
             from difflex.explanation import open_client
 
@@ -210,6 +213,7 @@ class FindingsCommand(Command):
             strengths=tuple(sorted(set(self.strength))),
         )
         study = Study.open(self.study)
+        check_output(study.findings(Site("site")))
         pipe = load_study_model(study, None, self.offload, offline=False)
         site = None if self.site is None else pipe.site(self.site)
         log = partial(print, flush=True)

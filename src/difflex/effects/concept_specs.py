@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from torch import Tensor
 from difflex.effects.drawn_world import caption_pairs, caption_region, caption_task, group_of, with_concept
 from difflex.effects.inputs import to_images
 from difflex.effects.judging import Images, JudgedGenerator, JudgeVerdict, SteeringTask, SteeringTrial
-from difflex.errors import BadInput
+from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.evaluation import ClipModel
 from difflex.explanation import CachedClient, PresenceAnswer, PresenceQuestion, ask_presence
 from difflex.files import file_sha256
 from difflex.records import Rectangle, Shot
 from difflex.steering import rectangle
+from difflex.values import check_fields, fits, shown
 
 __all__ = [
     "DRAWN_WORLD",
@@ -62,9 +64,16 @@ class ConceptSpec:
     """The feature of the dictionary to steer with; None for the one that detects the concept best."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if re.search(r"[/\\\x00-\x1f]", self.group) or not 0 < len(self.group.encode()) <= 100:
+            raise BadInput(
+                f"The group {shown(self.group)} cannot be part of a file name. Use up to 100 letters, without / and \\."
+            )
+        if self.feature is not None and self.feature < 0:
+            raise BadInput(f"There is no feature {self.feature} for the concept '{self.concept}'. They are numbered from 0.")
         if not self.concept or not self.instead or not self.prompts or not all(BLANK in prompt for prompt in self.prompts):
             raise BadInput(
-                f"The concept '{self.concept}' is incomplete. It needs a name, one or more other concepts of its group in "
+                f"The concept {shown(self.concept)} is incomplete. It needs a name, one or more other concepts of its group in "
                 f"'instead', and one or more prompts in 'prompts', each with a {BLANK} for the concept."
             )
 
@@ -104,35 +113,36 @@ def read_concepts(path: Path) -> ConceptFile:
     """Read a TOML file of concepts, each a table `[[concept]]`."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("concept")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as concepts: {error}. Write TOML, with a table [[concept]] for each.") from error
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables) or not tables:
         raise BadInput(f"{path} has no concept. Write a table [[concept]] for each.")
     specs = [_parse_spec(path, table) for table in tables]
-    return ConceptFile({spec.concept: spec for spec in specs}, file_sha256(path))
+    names = [spec.concept for spec in specs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadInput(f"{path} describes the concept {shown(twice)} twice. Give each concept one table.")
+    return ConceptFile(dict(zip(names, specs, strict=True)), file_sha256(path))
 
 
 def _parse_spec(path: Path, table: Mapping[str, Any]) -> ConceptSpec:
-    listed = lambda key: value if isinstance(value := table.get(key, []), list) else [value]  # noqa: E731
-    name, group = table.get("name", ""), table.get("group", "concept")
-    unknown = [key for key in table if key not in KEYS]
-    texts, numbers = [name, group, *listed("instead"), *listed("prompts")], [*listed("region"), table.get("feature", 0)]
-    if unknown or not all(isinstance(text, str) for text in texts) or not all(type(number) in (int, float) for number in numbers):
-        problem = f" has the unknown key {unknown[0]}" if unknown else " has a value of the wrong type"
-        raise BadInput(
-            f"In {path} the concept '{name}'{problem}. Write text in 'name', 'group', "
-            "'instead' and 'prompts' (the last two may be lists), four numbers in 'region' and a number in 'feature'."
+    listed = lambda key: tuple(value) if isinstance(value := table.get(key, []), list) else (value,)  # noqa: E731
+    try:
+        if unknown := [key for key in table if key not in KEYS]:
+            raise UnknownName.among("The key", unknown[0], KEYS)
+        region = table.get("region")
+        if region is not None and not fits(tuple[float, ...], listed("region")):
+            raise BadInput(f"The region {shown(region)} is not a list of four numbers.")
+        return ConceptSpec(
+            concept=table.get("name", ""),
+            group=table.get("group", "concept"),
+            instead=listed("instead"),
+            prompts=listed("prompts"),
+            region=None if region is None else rectangle(listed("region")),
+            feature=table.get("feature"),
         )
-    if "/" in group:
-        raise BadInput(f"In {path} the group '{group}' of '{name}' cannot be part of a file name. Leave out the '/'.")
-    return ConceptSpec(
-        concept=name,
-        group=group,
-        instead=tuple(listed("instead")),
-        prompts=tuple(listed("prompts")),
-        region=rectangle(table["region"]) if "region" in table else None,
-        feature=table.get("feature"),
-    )
+    except DifflexError as error:
+        raise BadInput(f"In {path} the concept {shown(table.get('name', ''))}: {error}") from error
 
 
 class JudgedWorld(NamedTuple):
@@ -149,6 +159,8 @@ class JudgedWorld(NamedTuple):
     """A model with the judge of this world."""
     judge: str = ""
     """The name of the CLIP or VLM; empty for the judge of the drawn world."""
+    judge_checksum: Callable[[], str] = str
+    """Of the CLIP; empty for other judges."""
     concepts: ConceptFile = ConceptFile({}, "")
     """Empty for the drawn world."""
 
@@ -163,7 +175,9 @@ DRAWN_WORLD = JudgedWorld(
 """The world of mini-flux."""
 
 
-def _world(concepts: ConceptFile, judge: str, judged: Callable[[JudgedGenerator], JudgedGenerator]) -> JudgedWorld:
+def _world(
+    concepts: ConceptFile, judge: str, judged: Callable[[JudgedGenerator], JudgedGenerator], checksum: Callable[[], str] = str
+) -> JudgedWorld:
     return JudgedWorld(
         lambda concept, trials: concepts.specs[concept].task(trials),
         lambda concept, count: concepts.specs[concept].pairs(count),
@@ -171,11 +185,12 @@ def _world(concepts: ConceptFile, judge: str, judged: Callable[[JudgedGenerator]
         lambda shot, concept: concepts.specs[concept].region,
         judged,
         judge,
+        checksum,
         concepts,
     )
 
 
-def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel]) -> JudgedWorld:
+def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel], checksum: Callable[[], str] = str) -> JudgedWorld:
     """Return the world of concepts in words whose judge is the CLIP called `name`, which `load` opens."""
 
     def judged(generator: JudgedGenerator) -> JudgedGenerator:
@@ -186,7 +201,7 @@ def clip_world(concepts: ConceptFile, name: str, load: Callable[[], ClipModel]) 
         images = lambda trials, hook: unedited(trials) if hook is None else generator.images(trials, hook)  # noqa: E731
         return generator._replace(images=images, verdicts=judge)
 
-    return _world(concepts, name, judged)
+    return _world(concepts, name, judged, checksum)
 
 
 def vlm_world(concepts: ConceptFile, name: str, client: CachedClient, connections: int) -> JudgedWorld:

@@ -15,7 +15,7 @@ from difflex.effects.finding_rules import Finding, FindingLine, Findings, Findin
 from difflex.effects.inputs import ModelFunctions, Provenance
 from difflex.effects.judging import StrengthCurve, StrengthPoint
 from difflex.errors import BadInput
-from difflex.files import file_sha256
+from difflex.files import file_sha256, folder_lock
 from difflex.miniature.world import OBJECT_GROUPS
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
@@ -312,18 +312,32 @@ def run_findings(
     path, other_path = study.findings(site), None if other is None else _other_findings(other, site)
     features = detecting_features(study, site, config.concepts(), log)
     bench = make_bench(study, site, config, model, features, other_path)
+    with folder_lock(path.parent):
+        return path, _update_findings(study, site, bench, names or tuple(EXPERIMENTS), features, other_path, log)
+
+
+def _update_findings(
+    study: Study,
+    site: Site,
+    bench: ExperimentBench,
+    names: Sequence[str],
+    features: Mapping[str, tuple[DictionaryRef, int]],
+    other: Path | None,
+    log: Callable[[str], None],
+) -> Findings:
+    """Make the experiments that are not up to date; write the findings after each."""
+    path = study.findings(site)
     stored = Findings.load(path).findings if path.is_file() else ()
     findings = Findings(model=study.model, revision=study.revision, site=str(site), parameters=bench.parameters, findings=stored)
-    names = names or tuple(EXPERIMENTS)
     for number, name in enumerate(names, 1):
-        provenance = _provenance(study, name, features, other_path)
-        is_current = _is_current(findings.of(name), name, config, provenance)
+        provenance = _provenance(study, name, features, other)
+        is_current = _is_current(findings.of(name), name, bench.config, provenance)
         log(f"{site}: {name}, {number} of {len(names)}{', as before' if is_current else ''}")
         if not is_current:
             by_name = {finding.name: finding for finding in (*findings.findings, run_experiment(name, bench, provenance))}
             findings = replace(findings, findings=tuple(by_name[key] for key in EXPERIMENTS if key in by_name))
             findings.save(path)
-    return path, findings
+    return findings
 
 
 def _only_site(study: Study) -> Site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from difflex.effects.removal_features import (
     choose_features,
 )
 from difflex.errors import BadInput, UnknownName
+from difflex.files import folder_lock
 from difflex.miniature import load_judge
 from difflex.miniature.world import CONCEPTS
 from difflex.records import JsonRecord, Site
@@ -159,16 +161,19 @@ def remove_concepts(
         if results is not None and (results.config, results.provenance) == (config, provenances[places]):
             current[places] = results
     stale = [places for places in paths if places not in current]
-    for places, concepts in (_remove_with_sets(editor, stale, config, model(), log) if stale else {}).items():
-        results = RemovalResults(
-            model=study.model,
-            dictionaries=tuple(map(str, places)),
-            concepts=tuple(concepts),
-            config=config,
-            provenance=provenances[places],
-        )
-        results.save(paths[places])
-        current[places] = results
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(paths[places].parent for places in stale):
+            stack.enter_context(folder_lock(folder))
+        for places, concepts in (_remove_with_sets(editor, stale, config, model(), log) if stale else {}).items():
+            results = RemovalResults(
+                model=study.model,
+                dictionaries=tuple(map(str, places)),
+                concepts=tuple(concepts),
+                config=config,
+                provenance=provenances[places],
+            )
+            results.save(paths[places])
+            current[places] = results
     return [RemovalOutcome(paths[places], current[places], places not in stale) for places in paths]
 
 

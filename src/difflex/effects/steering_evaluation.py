@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from difflex.effects.inputs import (
 )
 from difflex.effects.judging import Images, SteeringMethod, SteeringTask, SteeringTrial, StrengthCurve, judge_methods
 from difflex.errors import BadInput, UnknownName
+from difflex.files import file_sha256, folder_lock, write_file
 from difflex.miniature.world import CONCEPTS
 from difflex.records import Edit, JsonRecord
 from difflex.steering import SteeringHook, StudyEditor, random_features
@@ -84,6 +87,8 @@ class ImageStrip:
     strengths: tuple[float, ...]
     file: str
     """In the folder named like the record: the unedited image, then one for each strength, side by side."""
+    sha256: str
+    """Of the file."""
 
 
 @final
@@ -91,7 +96,7 @@ class ImageStrip:
 class SteeringResults(JsonRecord):
     """The effects of several methods on several tasks."""
 
-    FORMAT: ClassVar[int] = 3
+    FORMAT: ClassVar[int] = 4
     COMMAND: ClassVar[str] = "steer-eval"
 
     model: str
@@ -146,24 +151,28 @@ def run_steering_evaluation(
     targets = {place: _target_concepts(study, place, config, world) for place in places}
     config.check_images(sum(map(len, targets.values())))
     for place, concepts in targets.items():
+        beyond = [target for target in concepts if target.feature >= editor.dictionary(place).size]
+        if beyond:
+            concept, feature, _ = beyond[0]
+            raise BadInput(f"{place} has no feature {feature} for '{concept}': it has {editor.dictionary(place).size} features.")
         path, neurons = study.steering(*place), neuron_baseline(editor, place)
         provenance = _provenance(study, place, concepts, neurons, world)
         stored = SteeringResults.load(path) if path.is_file() else None
         if stored is not None and (stored.config, stored.provenance) == (config, provenance) and _has_strips(stored, path):
             yield SteeringEvaluation(place, path, stored, len(concepts), True)
             continue
-        run = _SteeringRun(editor, place, config, model(), world, neurons)
-        curves, strips = run.judge(concepts, log)
-        results = SteeringResults(
-            model=study.model,
-            site=str(place.site),
-            curves=tuple(curves),
-            config=config,
-            provenance=provenance,
-            strips=tuple(strips),
-        )
-        results.save(path)
-        _save_strips(path.with_suffix(""), strips)
+        with folder_lock(path.parent):
+            run = _SteeringRun(editor, place, config, model(), world, neurons)
+            curves, strips = run.judge(concepts, log)
+            results = SteeringResults(
+                model=study.model,
+                site=str(place.site),
+                curves=tuple(curves),
+                config=config,
+                provenance=provenance,
+                strips=tuple(strips),
+            )
+            _save_results(results, path, strips)
         yield SteeringEvaluation(place, path, results, len(concepts), False)
 
 
@@ -195,7 +204,8 @@ def _provenance(
     if neurons is not None:
         names = [target.concept for target in concepts if target.concept in neurons.best]
         features[neurons.place] = {name: neurons.best[name] for name in names}
-    files = {"concepts": world.concepts.checksum} if world.concepts.specs else {}
+    checksums = {"concepts": world.concepts.checksum, "judge": world.judge_checksum()}
+    files = {name: checksum for name, checksum in checksums.items() if checksum}
     return Provenance.of(study, features, world.judge, files)
 
 
@@ -213,7 +223,7 @@ class _SteeringRun:
 
     def judge(
         self, concepts: Sequence[_TargetConcept], log: Callable[[str], None]
-    ) -> tuple[list[StrengthCurve], dict[ImageStrip, Image.Image]]:
+    ) -> tuple[list[StrengthCurve], dict[ImageStrip, bytes]]:
         """Return all curves, and for each group the strips of the concept with the largest gain."""
         generator, first = self.world.judged(drawn_generator(self.model)), list[Image.Image]()
 
@@ -223,7 +233,7 @@ class _SteeringRun:
             return images
 
         recorded = generator._replace(images=record_first)
-        curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, Image.Image]]]()
+        curves, best = list[StrengthCurve](), dict[str, tuple[float, dict[ImageStrip, bytes]]]()
         for number, target in enumerate(concepts, 1):
             ap = "" if target.ap is None else f" (AP {target.ap:.2f})"
             log(f"{self.place}: {target.concept} by feature {target.feature}{ap}, {number} of {len(concepts)}")
@@ -233,7 +243,7 @@ class _SteeringRun:
             if task.group not in best or of_task[0].gain() > best[task.group][0]:
                 best[task.group] = of_task[0].gain(), dict(_strips(task, of_task, first))
             curves += of_task
-        return curves, {strip: image for _, strips in best.values() for strip, image in strips.items()}
+        return curves, {strip: content for _, strips in best.values() for strip, content in strips.items()}
 
     def _methods(self, target: _TargetConcept) -> Mapping[str, SteeringMethod]:
         """Return the methods by name: the feature, and the baselines."""
@@ -262,10 +272,11 @@ class _SteeringRun:
 
 def _strips(
     task: SteeringTask, curves: Sequence[StrengthCurve], images: Sequence[Image.Image]
-) -> Iterator[tuple[ImageStrip, Image.Image]]:
-    """Yield a strip for each of `curves`; `images` are the unedited one, then those of the points in order."""
+) -> Iterator[tuple[ImageStrip, bytes]]:
+    """Yield a strip for each of `curves` and its file; `images` are the unedited one, then those of the points in order."""
     unedited, edited = images[0], iter(images[1:])
     for curve in curves:
+        content = _side_by_side([unedited, *(next(edited) for _ in curve.points)])
         strip = ImageStrip(
             method=curve.method,
             concept=curve.concept,
@@ -273,29 +284,35 @@ def _strips(
             prompt=task.trials[0].prompt,
             strengths=tuple(point.strength for point in curve.points),
             file=f"{curve.group}-{curve.method}.webp",
+            sha256=hashlib.sha256(content).hexdigest(),
         )
-        yield strip, _side_by_side([unedited, *(next(edited) for _ in curve.points)])
+        yield strip, content
 
 
-def _side_by_side(tiles: Sequence[Image.Image]) -> Image.Image:
+def _side_by_side(tiles: Sequence[Image.Image]) -> bytes:
+    """Return a WebP file of `tiles` in a row."""
     width, height = tiles[0].size
-    strip = Image.new("RGB", (width * len(tiles), height))
+    strip, buffer = Image.new("RGB", (width * len(tiles), height)), io.BytesIO()
     for column, tile in enumerate(tiles):
         strip.paste(tile, (column * width, 0))
-    return strip
+    strip.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
 
 
 def _has_strips(results: SteeringResults, path: Path) -> bool:
-    return all((path.with_suffix("") / strip.file).is_file() for strip in results.strips)
+    files = [(path.with_suffix("") / strip.file, strip.sha256) for strip in results.strips]
+    return all(file.is_file() and file_sha256(file) == checksum for file, checksum in files)
 
 
-def _save_strips(folder: Path, strips: Mapping[ImageStrip, Image.Image]) -> None:
-    """Write `strips` to the folder and delete all others there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.webp"):
-        stale.unlink()
-    for strip, image in strips.items():
-        image.save(folder / strip.file, lossless=True)
+def _save_results(results: SteeringResults, path: Path, strips: Mapping[ImageStrip, bytes]) -> None:
+    """Write `strips`, then `results`, which count only with all of their strips; then delete all other strips."""
+    folder = path.with_suffix("")
+    for strip, content in strips.items():
+        write_file(folder / strip.file, content)
+    results.save(path)
+    for file in folder.glob("*.webp"):
+        if file.name not in {strip.file for strip in strips}:
+            file.unlink()
 
 
 def steering_table(results: SteeringResults) -> str:

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from difflex.errors import BadInput, BrokenFile
+from difflex.errors import BadInput, BrokenFile, NonFinite
+from difflex.files import folder_lock
+from difflex.images import write_image
 from difflex.records import Activations, JsonRecord, Site, Stream
 from difflex.study import Study
 
@@ -111,9 +113,10 @@ def update_anatomy(study: Study, inputs: AnatomyInputs, harvest: Callable[[], It
         anatomy = None
     up_to_date = anatomy is not None and anatomy.inputs == inputs
     if anatomy is None or not up_to_date:
-        anatomy = replace(measure_anatomy(harvest(), inputs.spectra), inputs=inputs)
-        study.write()
-        anatomy.save(study.anatomy)
+        with folder_lock(study.anatomy_figures):
+            anatomy = replace(measure_anatomy(harvest(), inputs.spectra), inputs=inputs)
+            study.write()
+            anatomy.save(study.anatomy)
     return AnatomyResult([study.anatomy, *_save_figures(anatomy, study.anatomy_figures)], up_to_date)
 
 
@@ -134,6 +137,8 @@ def measure_anatomy(activations: Iterable[Activations], spectra: Collection[Site
             moments[batch.site].add(batch.values.flatten(0, 1))
     if not norms:
         raise BadInput("No activations were given, so there is no anatomy. Harvest at least one shot.")
+    if not all(math.isfinite(total) for sums in norms.values() for total, _ in sums.values()):
+        raise NonFinite(f"The activations of {model} hold NaN or infinity. Load it in another precision, or copy it again.")
     means = {site: {t: sums[t][0] / sums[t][1] for t in sorted(sums, reverse=True)} for site, sums in norms.items()}
     return Anatomy(model=model, norms=means, shapes={site: cloud.shape() for site, cloud in moments.items()})
 
@@ -192,9 +197,8 @@ def _save_figures(anatomy: Anatomy, folder: Path) -> list[Path]:
     streams: set[Stream] = {site.stream for site in anatomy.norms if site.kind == "residual"}
     figures = {folder / f"norms-{stream}.png": heat_map(anatomy, stream) for stream in streams}
     figures[folder / "spectra.png"] = spectra_figure(anatomy)
-    folder.mkdir(exist_ok=True)
     for path, figure in figures.items():
-        figure.save(path)
+        write_image(figure, path)
     return sorted(figures)
 
 

@@ -6,12 +6,14 @@ offer it need a torchvision build that fits the torch build.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError  # torch raises it for a damaged weights file; nothing is unpickled
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from jaxtyping import Float, Float64
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.devices import find_device
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
+from difflex.files import file_sha256
 
 Images = Float[Tensor, "image channel row column"]
 """Pixels between 0 and 1."""
@@ -100,6 +103,20 @@ def _blurred(
     return F.conv2d(F.conv2d(flat, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1)).squeeze(1).unflatten(0, x.shape[:2])
 
 
+@contextmanager
+def _opening(model: str) -> Iterator[None]:
+    """Explain what goes wrong in a block that opens a CLIP."""
+    try:
+        yield
+    except DifflexError:
+        raise
+    except Exception as error:  # whatever transformers raises for damaged, foreign or missing files
+        reason = str(error).strip().split("\n")[0][:300]
+        raise BadInput(
+            f"'{model}' cannot be opened as a CLIP: {reason}. Name a folder that holds one, or a hub name that can be reached."
+        ) from error
+
+
 @final
 class ClipModel:
     """A CLIP of transformers: embeds images and texts in one space."""
@@ -109,24 +126,37 @@ class ClipModel:
         import transformers
 
         self._device = find_device()
-        try:
+        with _opening(model):
             config = transformers.AutoConfig.from_pretrained(model, local_files_only=offline)
             if config.model_type != "clip":
                 raise BadInput(f"'{model}' is a model of type '{config.model_type}', not a CLIP. Name a CLIP of transformers.")
             # The annotations of transformers do not describe what these calls return.
             self._tokeniser: Any = transformers.AutoTokenizer.from_pretrained(model, local_files_only=offline)
-            loaded: Any = transformers.CLIPModel.from_pretrained(model, dtype=torch.float32, local_files_only=offline)
+            loading = {"dtype": torch.float32, "local_files_only": offline, "output_loading_info": True}
+            loaded, information = cast("Any", transformers.CLIPModel).from_pretrained(model, **loading)
             # The class that reads this file needs torchvision.
             path = transformers.utils.cached_file(model, "preprocessor_config.json", local_files_only=offline)
             preprocessing = json.loads(Path(str(path)).read_bytes())
-        except BadInput:
-            raise
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"'{model}' cannot be opened as a CLIP: {error}. Name a folder that holds one, or a hub name that can be reached."
-            ) from error
+            statistics = [_per_channel(preprocessing[name], self._device) for name in ("image_mean", "image_std")]
+        if missing := sorted(information["missing_keys"]):
+            raise BrokenFile(f"The CLIP '{model}' lacks {len(missing)} weights, such as {missing[0]}. Copy or download it again.")
+        infinite = [name for name, weights in loaded.named_parameters() if not bool(torch.isfinite(weights).all())]
+        if infinite:
+            raise NonFinite(f"The weights {infinite[0]} of the CLIP '{model}' hold NaN or infinity. Copy or download it again.")
         self._model = loaded.to(self._device).eval()
-        self._mean, self._deviation = (_per_channel(preprocessing[name], self._device) for name in ("image_mean", "image_std"))
+        self._mean, self._deviation = statistics
+
+    @staticmethod
+    def checksum(model: str, *, offline: bool = False) -> str:
+        """Return a checksum that changes with the files of `model`: over a folder, or the commit of a hub name."""
+        import transformers
+
+        with _opening(model):
+            if not Path(model).is_dir():
+                return Path(str(transformers.utils.cached_file(model, "config.json", local_files_only=offline))).parent.name
+            files = sorted(path for path in Path(model).iterdir() if path.is_file())
+            lines = [f"{path.name} {file_sha256(path)}" for path in files]
+            return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def logit_scale(self) -> float:

@@ -15,6 +15,7 @@ from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, lab
 from difflex.evaluation.concepts.matching import FeatureMethod, match, principal_axes, random_directions
 from difflex.evaluation.concepts.results import ConceptMatches, ConceptsConfig, MatchInputs
 from difflex.evaluation.concepts.sources import LabelledImages
+from difflex.files import folder_lock
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 
@@ -109,12 +110,15 @@ class _MatchTask:
 
 def _compute(tasks: list[_MatchTask], labelled_at: Callable[[Site], LabelledActivations | None]) -> list[_MatchTask]:
     """Match the methods of `tasks`, all of one site, and save the results; return none if the model lacks the site."""
-    labelled = labelled_at(tasks[0].site) if tasks else None
-    if labelled is None:
+    if not tasks:
         return []
-    results = match(labelled, (task.method(labelled) for task in tasks), tasks[0].inputs.config.matching)
-    for task, matches in zip(tasks, results, strict=True):
-        replace(matches, label=task.label, inputs=task.inputs).save(task.path)
+    with folder_lock(tasks[0].path.parent):
+        labelled = labelled_at(tasks[0].site)
+        if labelled is None:
+            return []
+        results = match(labelled, (task.method(labelled) for task in tasks), tasks[0].inputs.config.matching)
+        for task, matches in zip(tasks, results, strict=True):
+            replace(matches, label=task.label, inputs=task.inputs).save(task.path)
     return tasks
 
 

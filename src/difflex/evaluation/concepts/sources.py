@@ -21,12 +21,14 @@ from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.errors import BadInput, BrokenFile
 from difflex.evaluation.concepts.labels import Concept, LabelledImage
+from difflex.files import disk_errors, file_sha256
+from difflex.images import open_image
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
 
@@ -101,21 +103,22 @@ class LabelFolder:
         concepts, numbers = _coco_concepts(entries) if "annotations" in entries else _plain_concepts(entries)
         return cls(folder=folder, concepts=concepts, numbers=numbers, images=tuple(images))
 
-    @property
-    def fingerprint(self) -> str:
-        """A digest that changes when a file does."""
-        files = [self.folder / "labels.json", *self.images, *(_label_map(self.folder, path) for path in self.images)]
-        lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    def fingerprint(self, count: int) -> str:
+        """Return a digest of the contents of the first `count` images, their prompts and label maps, and of the concepts."""
+        images = self.images[:count]
+        files = [self.folder / "labels.json", *images, *(_label_map(self.folder, path) for path in images)]
+        prompts = [path for path in (image.with_suffix(".txt") for image in images) if path.is_file()]
+        lines = [f"{path.name} {file_sha256(path)}" for path in (*files, *prompts)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def source(self, count: int, pixels: tuple[int, int] | None = None) -> LabelledImages:
         """Return the first `count` images as a source; with `pixels` (height, width), images and maps are resized and cropped."""
-        return LabelledImages(f"folder {self.fingerprint}", self.concepts, partial(self.labelled_images, count, pixels))
+        return LabelledImages(f"folder {self.fingerprint(count)}", self.concepts, partial(self.labelled_images, count, pixels))
 
     def labelled_images(self, count: int, pixels: tuple[int, int] | None = None) -> Iterator[LabelledImage]:
         """Yield the first `count` images; see `source`."""
         for path in self.images[:count]:
-            image, labels = _open_image(path, "RGB"), _open_image(_label_map(self.folder, path), None)
+            image, labels = open_image(path, "RGB"), open_image(_label_map(self.folder, path))
             if image.size != labels.size:
                 raise BadInput(
                     f"{path} is {image.height}x{image.width}, its label map {labels.height}x{labels.width}: they must have the "
@@ -148,14 +151,6 @@ def _label_map(folder: Path, image: Path) -> Path:
     return folder / "labels" / f"{image.stem}.png"
 
 
-def _open_image(path: Path, mode: str | None) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return file.convert(mode) if mode else file.copy()
-    except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"{path} cannot be read as an image ({error}). Write it again.") from error
-
-
 def _pixel_numbers(labels: Image.Image) -> Int[Tensor, "height width"]:
     """Return the number at each pixel: its grey or palette value, or red + 256 green + 65536 blue."""
     if labels.mode in ("RGB", "RGBA"):
@@ -169,10 +164,11 @@ def _pixel_numbers(labels: Image.Image) -> Int[Tensor, "height width"]:
 
 def _read_labels(path: Path) -> dict:
     try:
-        entries = json.loads(path.read_bytes())
+        with disk_errors(path, "read"):
+            entries = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise BadInput(f"{path} is missing, so the meaning of the numbers in the label maps is unknown. {EXAMPLE}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenFile(f"{path} is not JSON ({error}). {EXAMPLE}") from error
     if not isinstance(entries, dict):
         raise BadInput(f"{path} holds a {type(entries).__name__}. {EXAMPLE}")
