@@ -16,6 +16,7 @@ from difflex.commands.models import GenerateCommand
 from difflex.commands.training import TrainCommand
 from difflex.errors import BadInput
 from difflex.recipes import RECIPES
+from difflex.study import Study
 
 POSITIONAL = get_args(Positional[int])[1]
 
@@ -129,3 +130,17 @@ def test_the_values_of_a_command_from_a_recipe_are_checked_like_flags(tmp_path: 
 def test_the_recipes_of_the_package_hold_values_that_the_command_line_accepts(name: str, tmp_path: Path):
     for command in RECIPES[name](tmp_path).commands:
         check_values(command)
+
+
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ("models", "run", "status", "verify", "report", "generate")]
+)
+def test_a_command_that_finds_nothing_to_work_on_fails(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Study.begin("1", "mini-flux")
+    words = words_with(verb, "", "")
+    assert main([verb] if "studies" in get_type_hints(verb_class(verb)) else words) == 2
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("difflex: ") == 2

@@ -12,7 +12,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from difflex.choices import Unit
 from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, VLMCommand, number, numbers
 from difflex.commands.inputs import first_and_end, load_study_model
-from difflex.errors import BadInput
+from difflex.errors import BadInput, UnknownName
 from difflex.images import check_output
 from difflex.records import Site
 from difflex.study import Command, Study
@@ -79,6 +79,8 @@ class SteerEvalCommand(VLMCommand):
             edit_steps=first_and_end(self.edit_steps),
         )
         study, paths = Study.open(self.study), []
+        if not study.dictionaries():
+            raise UnknownName(f"{study.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
         model = cache(lambda: _model_functions(load_study_model(study, None, self.offload, self.offline)))
         with self._world(study) as world:
             log = partial(print, flush=True)

@@ -106,7 +106,7 @@ def command_statuses(study: Study, until: str | None = None) -> list[CommandStat
 def read_log(folder: Path) -> list[CommandRecord]:
     """Return the commands that a recipe ran in `folder`; none without a log."""
     path = folder / LOG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return []
     entries = read_json(path, FORMAT, ADVICE)
     with parsing(path, "the log of a study", ADVICE):
@@ -116,7 +116,7 @@ def read_log(folder: Path) -> list[CommandRecord]:
 def recipe_name(folder: Path) -> str | None:
     """Return the name of the recipe that ran in `folder`; None without a log, or if it was called from Python."""
     path = folder / LOG_FILE
-    name = read_json(path, FORMAT, ADVICE).get("recipe") if path.is_file() else None
+    name = read_json(path, FORMAT, ADVICE).get("recipe") if os.path.isfile(path) else None
     return name if isinstance(name, str) else None
 
 
@@ -198,8 +198,11 @@ def _flags(command: Command, folder: Path) -> dict[str, Json]:
     """Return the fields of `command` as JSON, with checksums of files; paths in the study are relative, since it may be moved."""
     values = {field.name: getattr(command, field.name) for field in fields(command)}  # pyright: ignore[reportArgumentType]
     flags = {name: _json(value, folder) for name, value in values.items()}
-    files = {name: Path(value) for name, value in values.items() if isinstance(value, (str, Path)) and Path(value).is_file()}
-    return flags | {f"{name}, SHA-256": file_sha256(path) for name, path in files.items()}
+    files = {name: Path(value) for name, value in values.items() if isinstance(value, (str, Path)) and os.path.isfile(value)}
+    for name, path in files.items():
+        with disk_errors(path, "read"):
+            flags[f"{name}, SHA-256"] = file_sha256(path)
+    return flags
 
 
 def _json(value: object, folder: Path) -> Json:
