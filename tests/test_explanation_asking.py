@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from image_views import MODEL, Endpoints, code, view
+from PIL import Image
 
 from difflex.errors import BadInput, OutOfBudget
-from difflex.explanation import CachedClient, RequestPolicy
+from difflex.explanation import CachedClient, PresenceQuestion, RequestPolicy, ask_presence
 from difflex.explanation.answers import AnswerCache
 from difflex.explanation.client import NoAnswer
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
@@ -277,3 +278,14 @@ def test_an_answer_is_found_among_other_words(text: str):
 def test_an_invalid_score_is_rejected(text: str):
     with pytest.raises(MalformedAnswer):
         parse_answer(text, JudgementAnswer)
+
+
+def test_a_question_about_presence_without_an_answer_ends_the_work_before_more_is_paid(connect: Endpoints):
+    questions = [PresenceQuestion(Image.new("RGB", (8, 8), (i, 0, 0)), None, "red", "something") for i in range(60)]
+    with RuleServer() as server:
+        assert len(ask_presence(connect(server.url), questions[:5], connections=2)) == 5
+        server.behaviours["refusal"] = 1.0
+        client = connect(server.url, policy=RequestPolicy(answer_retries=0))
+        with pytest.raises(BadInput, match="did not answer whether image 6 of 60 shows 'red': refused"):
+            ask_presence(client, questions, connections=2)
+        assert len(server.served) < 5 + 10

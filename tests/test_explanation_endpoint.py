@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from image_views import MODEL, Endpoints, view
 
 from difflex.errors import BadInput
@@ -19,7 +22,8 @@ from difflex.explanation import CachedClient, RequestPolicy
 from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import BackendReply, RejectedRequest, TransportFault, UnusableEndpoint
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
-from difflex.explanation.questions import JudgementAnswer, TokenUsage, judge_instruction, parse_answer
+from difflex.explanation.questions import FailedCall, JudgementAnswer, TokenUsage, judge_instruction, parse_answer
+from difflex.explanation.transport import HttpAnswer
 
 SECRET = "sk-Zq8+/=%do-not-tell&41"
 JUDGE = judge_instruction("x")
@@ -512,3 +516,49 @@ def test_a_certificate_of_its_own_is_refused(tmp_path: Path):
         threading.Thread(target=serve, daemon=True).start()
         with pytest.raises(UnusableEndpoint, match=r"the certificate of 127\.0\.0\.1 is not valid"):
             reply(f"https://127.0.0.1:{listener.getsockname()[1]}/v1")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**40), 10**40)
+    | st.floats()
+    | st.text(max_size=40)
+    | st.sampled_from(["score", "\ud800", "\0", "1e999"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["choices", "message", "content", "usage", "error", "score", "prompt_tokens"]), inner)
+    ),
+    max_leaves=12,
+)
+WORDS = st.text(max_size=200) | st.binary(max_size=200).map(lambda content: content.decode("latin-1"))
+
+
+@cache
+def unconnected() -> EndpointBackend:
+    return EndpointBackend("http://127.0.0.1:1/v1", MODEL, ApiKey(SECRET, "a test"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(content=JSON.map(json.dumps) | WORDS, usage=JSON, more=JSON, retry=WORDS)
+def test_no_answer_of_any_kind_ends_in_a_traceback(content: str, usage: object, more: object, retry: str):
+    backend = unconnected()
+    for body in (completion(content, usage=usage), {"choices": [{"message": more}]}, {"error": more}, more):
+        text = json.dumps(body)
+        try:
+            answer = backend._parse(text)
+            parse_answer(backend.redact(answer.text), JudgementAnswer)
+        except FailedCall as error:
+            assert len(str(error)) <= 400
+        failure = backend._failure(HttpAnswer(500, {"retry-after": retry}, b""), text)
+        assert isinstance(failure, TransportFault) or "insufficient_quota" in text
+        assert isinstance(backend._failure(HttpAnswer(302, {"location": retry}, b""), text), BadInput)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(address=st.text(max_size=30) | st.tuples(st.sampled_from(["http://", "https://"]), st.text(max_size=30)).map("".join))
+def test_no_address_ends_in_a_traceback(address: str):
+    try:
+        EndpointBackend(address, MODEL, ApiKey("", "")).close()
+    except BadInput:
+        return

@@ -208,7 +208,7 @@ class PresenceQuestion(NamedTuple):
 
 
 def ask_presence(client: CachedClient, questions: Sequence[PresenceQuestion], *, connections: int = 16) -> list[PresenceAnswer]:
-    """Ask about several images at once; raise an error if a question gets no answer."""
+    """Ask about several images at once; a question that gets no answer raises an error, and the client sends nothing more."""
 
     def ask(number: int) -> PresenceAnswer:
         question = questions[number]
@@ -222,8 +222,14 @@ def ask_presence(client: CachedClient, questions: Sequence[PresenceQuestion], *,
                 "Run the same command again; answers are cached."
             ) from None
 
-    with ThreadPoolExecutor(connections) as threads:
+    threads = ThreadPoolExecutor(connections, thread_name_prefix="asking")
+    try:
         return list(threads.map(ask, range(len(questions))))
+    except BaseException:
+        client.stop()  # no further question is paid
+        raise
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _plain_view(image: Image.Image) -> ImageView:
