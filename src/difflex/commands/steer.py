@@ -99,6 +99,8 @@ class SteerCommand(Command):
             raise BadInput(
                 f"One edit of one image can be recorded, but there are {len(columns)} edits and {len(shots)} images. Name one."
             )
+        for edits in columns:
+            editor.check(edits)
         images = [_generate_edited(pipe, editor, shots, edits) for edits in [(), *columns]]
         write_image(self._sheet(shots, columns, images), self.out)
         paths = [self.out]

@@ -48,6 +48,10 @@ class StudyEditor:
         """Return the hooks of `edits`, for `Pipeline.generate`."""
         return steering_hooks(edits, self.features, lambda edit: self._maps(edit, source_run))
 
+    def check(self, edits: Iterable[Edit]) -> None:
+        """Raise the errors that `steering_hooks` would raise, before an image is drawn."""
+        steering_hooks(edits, self.features)
+
     def features(self, edit: Edit) -> EditFeatures:
         """Return the features that `edit` changes."""
         if (edit.dictionary is None) == (edit.contrast is None):
