@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {*GROUND, "dictionaries", "store", "study"},
     "evaluation": {*GROUND, "dictionaries", "images", "miniature", "store", "study"},
     "features": {*GROUND, "dictionaries", "images", "store", "study"},
-    "explanation": {*GROUND, "features", "miniature", "study"},
+    "explanation": {*GROUND, "dictionaries", "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "images", "store", "study"},
     "effects": {*GROUND, "dictionaries", "evaluation", "explanation", "images", "miniature", "steering", "store", "study"},
     "report": {

@@ -21,6 +21,7 @@ from PIL import Image
 
 from difflex.cli import main
 from difflex.commands.explain import ExplainCommand
+from difflex.dictionaries import DictionaryOrigin, Neurons, fingerprint
 from difflex.errors import BadInput
 from difflex.evaluation.concepts import FIRST_SEED, drawn_concepts
 from difflex.features import Book, BookInfo, BookWriter, ImageAlbum
@@ -47,18 +48,31 @@ def begin_study(folder: Path, label: str = "topk", features: int = 12) -> Study:
 
 def add_book(study: Study, label: str, scratch: Path) -> Study:
     """Copy the book in `scratch` into the study, as the book of a dictionary, and return the study."""
-    for path in (study.book(SITE, label), study.dictionary(SITE, label) / "config.json"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(scratch / "book.sqlite", study.book(SITE, label))
-    change_book(study.book(SITE, label), "UPDATE about SET value = ? WHERE name = 'dictionary'", json.dumps(f"{SITE}/{label}"))
+    path, folder = study.book(SITE, label), study.dictionary(SITE, label)
+    Neurons(width=8, k=2, origin=DictionaryOrigin(site=Site("double.1", "neurons"), model=study.model)).save(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(scratch / "book.sqlite", path)
+    for name, value in (("dictionary", f"{SITE}/{label}"), ("fingerprint", fingerprint(folder))):
+        change_book(path, "UPDATE about SET value = ? WHERE name = ?", json.dumps(value), name)
     shutil.copytree(scratch / "images", study.images, dirs_exist_ok=True)
-    (study.dictionary(SITE, label) / "config.json").write_text("{}")
     return study
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return begin_study(tmp_path / "study")
+
+
+def test_a_book_of_older_weights_or_a_damaged_one_is_not_explained(study: Study, capsys: pytest.CaptureFixture[str]):
+    folder, path = study.dictionary(SITE, "topk"), study.book(SITE, "topk")
+    Neurons(width=9, k=2, origin=DictionaryOrigin(site=Site("double.1", "neurons"), model=study.model)).save(folder)
+    assert main(["explain", str(study.folder)]) == 2
+    assert "has changed since" in capsys.readouterr().err
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert main(["explain", str(study.folder)]) == 2
+    assert "Run difflex collect" in capsys.readouterr().err
 
 
 def explain_words(study: Study, server: RuleServer, *more: str) -> list[str]:
@@ -344,7 +358,7 @@ def test_a_command_that_was_killed_leaves_the_same_results_in_the_end(tmp_path: 
     results = []
     for kills in ((), (60, 120, 200)):
         study = begin_study(tmp_path / str(len(kills)) / "study", features=20)
-        with RuleServer({"malformed": 0.05, "broken": 0.01}, rule=delayed(len(kills))) as server:
+        with RuleServer(rule=delayed(len(kills))) as server:
             command = [sys.executable, "-m", "difflex", *explain_words(study, server, "--random-features", "20")]
             for calls in kills:
                 with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ PARTS = {
     "steering/findings/*.json": ("findings", "Move it away and run difflex findings again."),
 }
 """For files by their place in a study: the line of the summary that counts them, and how a damaged one is repaired."""
+KEPT_ASIDE = r"\.(damaged|older)-\d+\.sqlite$"
+"""Names of books that difflex collect replaced: they are kept, and no command reads them."""
 
 
 class CheckedFile(NamedTuple):
@@ -111,7 +114,7 @@ def _files(study: Study, root: Path) -> Iterator[CheckedFile]:
     for place in sorted(path for path in study.activations.glob("*") if not path.name.startswith(".")):
         yield from _store_files(prefix + place.name.replace("+", ":"), place)
     for pattern, (part, repair) in PARTS.items():
-        for path in sorted(study.folder.glob(pattern)):
+        for path in sorted(path for path in study.folder.glob(pattern) if not re.search(KEPT_ASIDE, path.name)):
             yield CheckedFile(prefix + part, path, partial(_check, study, path, repair))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
+from difflex.dictionaries import fingerprint
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation.backends import VLMBackend
 from difflex.explanation.client import CachedClient, open_answers, open_client
@@ -84,9 +85,10 @@ def explain_studies(
 
 
 def _check_books(study: Study, refs: Sequence[DictionaryRef]) -> None:
-    """Raise an error unless explanations can be written into the books of a study."""
+    """Raise an error unless the books of a study are whole, of its dictionaries as they are now, and can be written."""
     for ref in refs:
         with Book.edit(study.book(*ref)) as book:
+            book.verify(fingerprint(study.dictionary(*ref)))
             book.add_usage([])
 
 
