@@ -47,6 +47,8 @@ __all__ = [
 
 BLOCK = 1024
 """Atoms that are compared with all others at a time."""
+GRAM_SHARE = 0.6
+"""The share of the free memory that a Gram matrix may take."""
 LARGE_K = 1024
 """Fewer atoms than k may have been found in the data, but no pursuit needs more rounds than this for them."""
 
@@ -235,7 +237,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         """The backend of its pursuits, chosen by the shapes; without the memory for it, by products, which is slower."""
         device = self.atoms.device
         backend = choose_backend(self.pursuit, self.size, self.width, self.k, device.type)
-        if (need := backend.gram_bytes(self.size)) <= free_memory(device):
+        if (need := backend.gram_bytes(self.size)) <= GRAM_SHARE * free_memory(device):
             return backend
         warnings.warn(
             f"{self.name} is used without a Gram matrix, which needs {need / 1e9:.1f} GB of memory on {device}: codes take "

@@ -145,8 +145,9 @@ class TrainingLog:
 
     def write(self, update: int, entry: Mapping[str, Json], *, flush: bool = False) -> None:
         """Append an entry; with `flush`, it survives a loss of power."""
-        with disk_errors(self._path), self._path.open("ab", buffering=0) as file:
+        with disk_errors(self._path), self._path.open("ab") as file:
             file.write((json.dumps({"update": update, **entry}) + "\n").encode())
+            file.flush()
             if flush:
                 os.fsync(file.fileno())
         numbers = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
