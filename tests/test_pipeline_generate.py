@@ -1,11 +1,17 @@
 import json
+import shutil
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
+from safetensors.torch import load_file, save_file
 
 import difflex
-from difflex.errors import BadInput, BrokenFile, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.pipeline import Pipeline
 from difflex.testing import TINY, tiny_folder
 
@@ -50,6 +56,85 @@ def test_difflex_json_sets_the_defaults(pipe: Pipeline) -> None:
 def test_the_error_for_an_impossible_size_lists_the_possible_ones(pipe: Pipeline) -> None:
     with pytest.raises(BadInput, match=r"64 x 64.*32 x 32, 16 x 24"):
         pipe.generate("a red star", pixels=(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "-1 is not a seed"),
+        ({"seed": 2**64}, "is not a seed"),
+        ({"seed": 2**63 - 1}, "is not a seed"),
+        ({"seed": 1.5}, r"1\.5 is not a seed"),
+        ({"steps": 0}, "0 denoising steps are not possible"),
+        ({"steps": 10**9}, "1000000000 denoising steps are not possible. Use 1 to 1000"),
+        ({"guidance": float("nan")}, "guidance of nan"),
+        ({"guidance": float("inf")}, "guidance of inf"),
+        ({"pixels": (0, 32)}, "0 x 32 pixels are not possible"),
+        ({"pixels": (17, 32)}, "17 x 32 pixels are not possible"),
+        ({"pixels": (10**9, 10**9)}, "Use at most 67,108,864 pixels"),
+        ({"pixels": (float("nan"), 32)}, "not a size of images"),
+        ({"pixels": 32}, "not a size of images"),
+        ({"batch": 0}, "batch of 0"),
+        ({"prompts": ["a", "\ud800"]}, "halves of characters"),
+        ({"prompts": [None, "a"]}, "None is not a prompt"),
+    ],
+)
+def test_impossible_settings_are_sentences(pipe: Pipeline, settings: dict[str, Any], message: str) -> None:
+    settings = {"prompts": ["a star", "a circle"], **settings}
+    with pytest.raises((BadInput, TypeCheckError), match=message):
+        pipe.generate(**settings)
+    settings.pop("batch", None)
+    if "seed" in settings:
+        settings["seeds"] = [settings.pop("seed") + (message == "is not a seed")]
+    if settings != {"prompts": ["a star", "a circle"]}:
+        with pytest.raises((BadInput, TypeCheckError), match=message):
+            list(pipe.shots(**settings))
+
+
+def test_a_billion_seeds_take_no_memory(pipe: Pipeline) -> None:
+    assert [shot.seed for shot in islice(pipe.shots("a star", seeds=range(10**9)), 0, 4, 2)] == [0, 1]
+    with pytest.raises(BadInput, match="is not a seed"):
+        pipe.shots("a star", seeds=range(2**63 - 1, 2**64))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a" * 300, "a/" + "b" * 300, "..", "a\0b", "https://hub.example/a/b", "~nobody-here/x", "a/b/c", "\ud800", None, 3],
+)
+def test_odd_names_of_models_are_sentences(name: Any) -> None:
+    with pytest.raises((DifflexError, TypeCheckError)):
+        difflex.load(name, offline=True)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_text("")
+    with pytest.raises(BadInput, match="is a file, not a model"):
+        difflex.load(tmp_path / "weights.safetensors")
+    with pytest.raises(UnknownName, match="cannot be found"):
+        difflex.load(tmp_path / "weights.safetensors" / "x")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path, value: float) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[5]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(NonFinite, match=rf"hold NaN or infinity: transformer\.{name}"):
+        difflex.load(tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_of_a_model_is_a_sentence(folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(folder, tmp_path / "model")
+    for number, path in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        content = path.read_bytes()
+        path.write_bytes((content[: len(content) // 2], b"[" * 100_000, b"", b"{}", b"[1]")[number % 5])
+        with suppress(DifflexError):  # other exceptions fail the test
+            difflex.load(model)
+        path.write_bytes(content)
 
 
 def test_without_difflex_json_any_multiple_of_a_token_is_a_possible_size(tmp_path: Path) -> None:

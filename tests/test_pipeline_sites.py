@@ -1,13 +1,15 @@
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import difflex
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, NonFinite, UnknownName
 from difflex.pipeline import Pipeline, loading
 from difflex.pipeline.calls import DenoiserCall
 from difflex.pipeline.families import Family
@@ -179,6 +181,75 @@ def test_an_inner_block_sees_the_changes_of_an_outer_one(flux: Pipeline):
     ):
         latents(flux)
     assert len(activations) == STEPS and not any(x.any() for x in activations)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1.5, "a float instead of a tensor"),
+        (np.zeros((2, 6, 32)), "ndarray instead of a tensor"),
+        ([1], "list instead of a tensor"),
+        (torch.zeros(2), r"tensor of shape \(2,\) in place of"),
+        (torch.zeros(2, 24, 32, dtype=torch.complex64), "no plain real values"),
+        (torch.zeros(2, 24, 32, device="meta"), "on meta, which has no plain"),
+    ],
+)
+def test_what_a_function_may_not_return_is_a_sentence_and_leaves_the_pipeline_usable(flux: Pipeline, value: object, message: str):
+    plain = latents(flux)
+    with pytest.raises((BadInput, TypeCheckError), match=message), flux.at("double.1", lambda x, context: value):  # pyright: ignore[reportArgumentType]
+        latents(flux)
+    assert torch.equal(latents(flux), plain) and flux.engine.tracker.run is None
+
+
+def test_a_result_in_another_dtype_is_converted(flux: Pipeline):
+    plain = latents(flux)
+    with flux.at("double.1", lambda x, context: x.double()):
+        assert torch.equal(latents(flux), plain)
+
+
+def test_at_needs_a_function(flux: Pipeline):
+    with pytest.raises((BadInput, TypeCheckError), match="a function is needed"):
+        flux.at("double.1", 3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_generating_inside_of_a_function_is_refused(flux: Pipeline, direct: bool):
+    plain = latents(flux)
+
+    def generate(x: Tensor, context: HookContext) -> None:
+        flux.diffusers(prompt="a moon", num_inference_steps=1) if direct else flux.generate("a moon", steps=1)
+
+    with pytest.raises(BadInput, match=r"function at the site 'double\.1' runs the pipeline"), flux.at("double.1", generate):
+        latents(flux)
+    assert torch.equal(latents(flux), plain)
+
+
+def test_threads_that_share_a_pipeline_wait_for_each_other(flux: Pipeline):
+    def image(seed: int) -> bytes:
+        return flux.generate("a red star", seed=seed, steps=2)[0].image.tobytes()
+
+    alone = [image(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(image, range(6))] == alone
+
+
+def test_a_thread_beside_a_block_of_at_gets_an_error_and_no_edit(flux: Pipeline):
+    plain = latents(flux)
+    with ThreadPoolExecutor(1) as pool, flux.at("double.1", lambda x, context: x + 1):
+        for work in (lambda: latents(flux), lambda: flux.diffusers(prompt="a moon", num_inference_steps=1)):
+            with pytest.raises(BadInput, match="Another thread is using this pipeline"):
+                pool.submit(work).result(60)
+        assert not torch.equal(latents(flux), plain)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(latents, flux).result(60), plain)
+
+
+def test_values_that_are_not_finite_give_no_image(flux: Pipeline):
+    spoil = lambda x, context: x * float("nan") if context.step == 1 else None  # noqa: E731
+    with pytest.raises(NonFinite, match=r"in fp32 are not finite from step 1 of 3 on .*no image of 'a red star' \(seed 4\)"):
+        flux.generate("a red star", seed=4, steps=3, edits=[("double.1", spoil)])
+    [outcome] = flux.images(flux.shots("a red star", steps=1), "double.1", {"none": lambda x, context: None})
+    assert torch.equal(outcome.edited["none"], outcome.plain)
 
 
 def test_writing_another_shape_is_an_error(flux: Pipeline):

@@ -4,16 +4,21 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import NamedTuple, final
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
-from difflex.errors import DifflexError
+from difflex.errors import BadInput, DifflexError
 from difflex.pipeline.families import Family
-from difflex.records import Half, Shot
+from difflex.records import Half, Shot, Site
 
+OTHER_THREAD = (
+    "Another thread is using this pipeline, in a block of `at` or as the diffusers pipeline itself. Use it from one thread at a "
+    "time, or load one pipeline for each thread."
+)
 HALVES: Mapping[str | None, Half] = {"cond": "conditional", "uncond": "unconditional"}
 
 
@@ -58,6 +63,42 @@ class CallTracker:
         self._cache_context: str | None = None
         self.run: RunContext | None = None
         """The run that is being computed, if difflex started it."""
+        self._lock, self._open_at = RLock(), 0
+        self._site: Site | None = None
+        """The site whose function is running."""
+
+    @contextmanager
+    def claimed(self, at: bool = False) -> Iterator[None]:
+        """Keep other threads from the pipeline within the block: they wait for a run, and get an error during a block of `at`.
+
+        Otherwise a thread that such a block waits for would wait for the block.
+        """
+        while not self._lock.acquire(timeout=0.1):
+            if self._open_at:
+                raise BadInput(OTHER_THREAD)
+        self._open_at += at
+        try:
+            yield
+        finally:
+            self._open_at -= at
+            self._lock.release()
+
+    @contextmanager
+    def calling(self, site: Site) -> Iterator[None]:
+        """Refuse runs of the pipeline within the block, in which the function of a site runs."""
+        self._site = site
+        try:
+            yield
+        finally:
+            self._site = None
+
+    def check_idle(self) -> None:
+        """Raise an error if the function of a site is running."""
+        if self._site is not None:
+            raise BadInput(
+                f"The function at the site '{self._site}' runs the pipeline that it is called from. Generate and harvest outside "
+                "of the function: the run in progress would be lost."
+            )
 
     @property
     def call(self) -> DenoiserCall:
@@ -101,6 +142,10 @@ class CallTracker:
             self._denoiser.__dict__["cache_context"] = cache_context
 
     def _before_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise BadInput(OTHER_THREAD)
+        self._lock.release()
+        self.check_idle()
         arguments = self._signature.bind_partial(module, *args, **kwargs).arguments
         sample = _tensor(arguments, "hidden_states", "sample")
         text = _tensor(arguments, "encoder_hidden_states")

@@ -3,7 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import NamedTuple, NoReturn, TypeVar, cast, final
@@ -11,12 +11,13 @@ from typing import NamedTuple, NoReturn, TypeVar, cast, final
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from difflex.distributed import Ranks
-from difflex.errors import BadInput, OutOfMemory
+from difflex.errors import BadInput, NonFinite, OutOfMemory
 from difflex.pipeline.calls import CallTracker, RunContext, StopForward
 from difflex.pipeline.families import Family
 from difflex.pipeline.prompts import PromptEncoder
@@ -73,27 +74,57 @@ class Engine:
 
     def run(self, shots: Sequence[Shot], timestep: float | None = None, **arguments: object) -> list[Image.Image] | Tensor:
         """Call the pipeline for `shots`, which differ in prompt and seed only; return images, or latents if requested."""
+        self.tracker.check_idle()
         guided = self.is_guided(shots[0].guidance)
         prompts = self.encoder([shot.prompt for shot in shots], guided)
         unconditional = prompts.get("negative_prompt_embeds")
         context = RunContext(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
         pipeline = cast(Callable[..., tuple[list[Image.Image] | Tensor]], self.diffusers)
-        outer, self.tracker.run = self.tracker.run, context
-        try:
-            with torch.no_grad():
-                return pipeline(**prompts, **self._settings(shots, guided), **arguments, return_dict=False)[0]
-        except BaseException:
-            self._release()
-            raise
-        finally:
-            self.tracker.run = outer
+        with self.tracker.claimed():
+            outer, self.tracker.run = self.tracker.run, context
+            try:
+                with torch.no_grad():
+                    return pipeline(**prompts, **self._settings(shots, guided), **arguments, return_dict=False)[0]
+            except BaseException:
+                self._release()
+                raise
+            finally:
+                self.tracker.run = outer
 
     def images(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Generate the images of `shots`, which differ in prompt and seed only."""
-        images = self.run(shots)
+        with self._finite(shots):
+            images = self.run(shots)
         assert isinstance(images, list)
         return images
+
+    def pixels(self, shots: Sequence[Shot]) -> Float[Tensor, "image channel row column"]:
+        """Generate the images of `shots` as pixels between 0 and 1."""
+        with self._finite(shots):
+            pixels = self.run(shots, output_type="pt")
+        assert isinstance(pixels, Tensor)
+        return pixels
+
+    @contextmanager
+    def _finite(self, shots: Sequence[Shot]) -> Iterator[None]:
+        """Raise an error at the end of the block if values in it were not finite: the image would be black, in silence."""
+        finite: dict[str, list[Tensor]] = {"denoiser": [], "decoder": []}
+
+        def check(name: str, output: object) -> None:
+            x = output if isinstance(output, Tensor) else output[0]  # pyright: ignore[reportIndexIssue]
+            finite[name].append(torch.isfinite(x).all())  # compared at the end: on a GPU nothing waits for it
+
+        with ExitStack() as hooks, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "invalid value encountered in cast", RuntimeWarning)  # of NaN to pixels
+            decoder = getattr(self.diffusers.components.get("vae"), "decoder", None)
+            for name, module in (("denoiser", self.denoiser), ("decoder", decoder)):
+                if isinstance(module, nn.Module):
+                    hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: check(name, output)))
+            yield
+        flags = {name: torch.stack(values).tolist() if values else [] for name, values in finite.items()}
+        if not all(map(all, flags.values())):
+            raise NonFinite(_non_finite(shots, flags["denoiser"]))
 
     def _settings(self, shots: Sequence[Shot], guided: bool) -> dict[str, object]:
         first = shots[0]
@@ -150,9 +181,26 @@ class Engine:
             calls.append((args, kwargs))
             raise StopForward
 
-        with self.denoiser.register_forward_pre_hook(stop, with_kwargs=True), suppress(StopForward):
+        with (
+            self.tracker.claimed(),
+            self.denoiser.register_forward_pre_hook(stop, with_kwargs=True),
+            suppress(StopForward),
+        ):
             self.run([shot])
         return calls[0]
+
+
+def _non_finite(shots: Sequence[Shot], calls: Sequence[bool]) -> str:
+    """Say where values that are not finite arose; `calls` holds for each call of the denoiser whether its output was finite."""
+    first = shots[0]
+    place = "when the latents are decoded"
+    if not all(calls):
+        place = f"from step {calls.index(False) * first.steps // len(calls)} of {first.steps} on (they count from 0)"
+    others = f" and {len(shots) - 1} more" if len(shots) > 1 else ""
+    return (
+        f"The values of '{first.model}' in {first.precision} are not finite {place}, so there is no image of {first.prompt!r} "
+        f"(seed {first.seed}){others}. fp16 overflows where bf16 and fp32 do not; an edit may be too strong."
+    )
 
 
 class Run(NamedTuple):
@@ -197,7 +245,8 @@ def map_batches(
         own = part[ranks.rank :: ranks.world_size]
         try:
             # A rank without items repeats the work of the first rank and drops the result.
-            result = function(own or part[:1])
+            with engine.tracker.claimed():
+                result = function(own or part[:1])
         except torch.OutOfMemoryError as error:
             _halve_batch(engine, len(part), error)
             continue
@@ -246,7 +295,8 @@ def _batch_key(run: Run) -> tuple[object, ...]:
 def _encode_ahead(engine: Engine, runs: Iterator[Run], batch: int) -> Iterator[Run]:
     """Encode the prompts of `runs` some batches ahead where that is cheap."""
     while chunk := list(islice(runs, batch * engine.encoder.batches_ahead(batch))):
-        engine.encoder.encode([run.shots[0].prompt for run in chunk])
+        with engine.tracker.claimed():
+            engine.encoder.encode([run.shots[0].prompt for run in chunk])
         yield from chunk
 
 

@@ -170,19 +170,13 @@ def edited_images(engine: Engine, shots: Iterable[Shot], site: SiteModule, edits
         edited = {}
         for name, hook in _hooks(engine, site, edits).items():
             with hook():
-                edited[name] = _pixels(engine, run)
-        return EditOutcomes(run.shots, _pixels(engine, run), edited)
+                edited[name] = engine.pixels(run.shots)
+        return EditOutcomes(run.shots, engine.pixels(run.shots), edited)
 
     # Shots of one run that differ in their timestep have one image.
     finished = dict.fromkeys(replace(shot, timestep=None) for shot in shots)
     for _, outcomes in map_runs(engine, finished, batch, generate):
         yield outcomes
-
-
-def _pixels(engine: Engine, run: Run) -> Float[Tensor, "image channel row column"]:
-    pixels = engine.run(run.shots, output_type="pt")
-    assert isinstance(pixels, Tensor)
-    return pixels
 
 
 def predict(engine: Engine, run: Run, hooks: Hooks) -> list[EditOutcomes]:

@@ -23,7 +23,7 @@ from difflex.pipeline.components import PLANS, PipelinePlan, build_components, b
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.pipeline import Pipeline
-from difflex.pipeline.sources import ModelSource, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
+from difflex.pipeline.sources import ModelSource, check_finite, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
 from difflex.quiet import quiet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -71,6 +71,7 @@ def load(
         source = source._replace(revision=f"untrained-{untrained}")
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
+    check_finite(source.name, pipeline)
     if sharded:
         engine.shard(device)
     elif offload:

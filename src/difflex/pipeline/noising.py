@@ -13,13 +13,16 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from einops import rearrange
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
+from difflex import images
 from difflex.errors import BadInput
 from difflex.pipeline.engine import Engine, Run, map_batches
 from difflex.pipeline.harvesting import in_order, predict, progress_bar, record
+from difflex.pipeline.prompts import check_prompt
 from difflex.pipeline.sites import SiteModule
+from difflex.pipeline.sources import check_seed
 from difflex.records import Activations, Shot
 
 ImageInput = Image.Image | Path | str
@@ -146,18 +149,17 @@ def noised_images(
         content = hashlib.sha256(image.tobytes()).hexdigest()
         name = name or (f"sha256:{content[:16]}" if isinstance(source, Image.Image) else str(source))
         split = Shot.split_of(content)
-        yield NoisedImage(image, replace(settings, prompt=prompt, seed=seed + i, pixels=pixels, image=name, split=split))
+        yield NoisedImage(
+            image,
+            replace(settings, prompt=check_prompt(prompt), seed=check_seed(seed + i), pixels=pixels, image=name, split=split),
+        )
 
 
 def open_image(source: ImageInput) -> Image.Image:
     """Open an image in RGB."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
-    try:
-        with Image.open(source) as file:
-            return file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"The image {source} cannot be read ({error}). Name a PNG, JPEG or WebP file.") from error
+    return images.open_image(Path(source)).convert("RGB")
 
 
 def _by_size(images: Iterable[NoisedImage], batch: int) -> Iterator[list[NoisedImage]]:

@@ -1,7 +1,7 @@
 """`Pipeline`: the object that users work with. Its methods check their arguments and call one function of this folder each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, final, get_args
@@ -17,11 +17,16 @@ from difflex.pipeline.engine import Engine, map_batches
 from difflex.pipeline.harvesting import ImageBatch, edited_images, harvest, harvest_with_images, predictions
 from difflex.pipeline.noising import ImageInput, harvest_images, losses, noise_levels, noised_images
 from difflex.pipeline.profile import SiteRow, site_rows
+from difflex.pipeline.prompts import check_prompt
 from difflex.pipeline.sites import SiteFunction, SiteModule, hook_site
-from difflex.pipeline.sources import ModelSource
+from difflex.pipeline.sources import ModelSource, check_pixels, check_seed
 from difflex.records import Activations, EditOutcomes, Half, Kind, Shot, Site
+from difflex.values import fits, shown
 
 Sites = Iterable[Site | str] | Site | str
+
+
+MOST_STEPS = 1000
 
 
 class GeneratedImage(NamedTuple):
@@ -65,11 +70,15 @@ class Pipeline:
 
         `edits` change the activations of sites during the run, as `at` does; `difflex.steering.steering_hooks` makes them.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = [check_prompt(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         _check_batch(batch)
         self.engine.defaults.warn_of_unknown_words(prompts)
         settings = self._settings(steps, pixels, guidance)
-        shots = [replace(settings, prompt=prompt, seed=seed + i, split=Shot.split_of(prompt)) for i, prompt in enumerate(prompts)]
+        seeds = range(check_seed(seed), check_seed(seed + max(len(prompts) - 1, 0)) + 1)
+        shots = [
+            replace(settings, prompt=prompt, seed=seed, split=Shot.split_of(prompt))
+            for prompt, seed in zip(prompts, seeds, strict=False)
+        ]
         with ExitStack() as stack:
             for site, function in edits:
                 stack.enter_context(self.at(site, function))
@@ -102,7 +111,16 @@ class Pipeline:
         """
         if half is not None and half not in get_args(Half):
             raise UnknownName.among("The half", half, get_args(Half))
-        return hook_site(self.engine.tracker, self.engine.sites.locate(site), function, half)
+        if not callable(function):
+            raise BadInput(
+                f"At the site '{site}' a function is needed, not {shown(function)}: it gets activations and a HookContext."
+            )
+        return self._at(self.engine.sites.locate(site), function, half)
+
+    @contextmanager
+    def _at(self, target: SiteModule, function: SiteFunction, half: Half | None) -> Iterator[None]:
+        with self.engine.tracker.claimed(at=True), hook_site(self.engine.tracker, target, function, half):
+            yield
 
     def shots(
         self,
@@ -119,14 +137,18 @@ class Pipeline:
         """
         settings = self._settings(steps, pixels, guidance)
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        seeds, timesteps = list(seeds), self.engine.timesteps(settings)
+        # A range may be too long for memory; its ends stand for all of it.
+        seeds = seeds if isinstance(seeds, range) else list(seeds)
+        for seed in (seeds[0], seeds[-1]) if isinstance(seeds, range) and seeds else seeds:
+            check_seed(seed)
+        timesteps = self.engine.timesteps(settings)
         kept_steps = range(len(timesteps)) if keep_steps is None else list(keep_steps)
         beyond = [step for step in kept_steps if not 0 <= step < len(timesteps)]
         if beyond:
             raise BadInput(f"Step {beyond[0]} cannot be kept of a run of {len(timesteps)} steps, numbered from 0.")
         kept_timesteps = list(dict.fromkeys(timesteps[step] for step in kept_steps))
         return (
-            replace(settings, prompt=prompt, seed=seed, timestep=timestep, split=Shot.split_of(prompt))
+            replace(settings, prompt=check_prompt(prompt), seed=int(seed), timestep=timestep, split=Shot.split_of(prompt))
             for prompt in prompts
             for seed in seeds
             for timestep in kept_timesteps
@@ -162,6 +184,7 @@ class Pipeline:
         each image, a single one for all, or none for empty prompts.
         """
         _check_batch(batch)
+        check_seed(seed)
         settings = self._settings(1, None, None)
         # Two halves would be two passes for one image.
         settings = replace(settings, guidance=1.0) if self.engine.is_guided(settings.guidance) else settings
@@ -183,6 +206,7 @@ class Pipeline:
         It is the smaller, the more an image resembles the training data. The noise of image i has the seed `seed + i`.
         """
         _check_batch(batch)
+        check_seed(seed)
         settings = self._settings(1, None, 1.0)
         inputs = noised_images(self.engine, settings, images, prompts, None, seed)
         return losses(self.engine, inputs, noise_levels(noise), batch)
@@ -217,11 +241,13 @@ class Pipeline:
     def _settings(self, steps: int | None, pixels: tuple[int, int] | None, guidance: float | None) -> Shot:
         """Return the checked settings of a run as a shot without prompt and seed."""
         defaults = self.engine.defaults
-        pixels = (int(pixels[0]), int(pixels[1])) if pixels is not None else self.engine.default_pixels
+        pixels = check_pixels(pixels) if pixels is not None else self.engine.default_pixels
         defaults.check_pixels(pixels, self.engine.token_pixels)
         steps = defaults.steps if steps is None else steps
-        if steps < 1:
-            raise BadInput(f"{steps} denoising steps are not possible. Use 1 or more.")
+        if not fits(int, steps) or not 1 <= steps <= MOST_STEPS:
+            raise BadInput(f"{shown(steps)} denoising steps are not possible. Use 1 to {MOST_STEPS}.")
+        if guidance is not None and not fits(float, guidance):
+            raise BadInput(f"A guidance of {shown(guidance)} is not possible. Use a finite number.")
         return Shot(
             model=self.name,
             revision=self.revision,
@@ -233,5 +259,5 @@ class Pipeline:
 
 
 def _check_batch(batch: int) -> None:
-    if batch < 1:
-        raise BadInput(f"A batch of {batch} images is not possible. Use 1 or more.")
+    if not fits(int, batch) or batch < 1:
+        raise BadInput(f"A batch of {shown(batch)} images is not possible. Use 1 or more.")

@@ -21,6 +21,7 @@ from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, Unk
 from difflex.files import disk_errors
 from difflex.pipeline.families import Family
 from difflex.quiet import quiet
+from difflex.values import fits, shown
 
 DEFAULT_COLUMNS = ("prompt", "caption", "text")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -193,6 +194,13 @@ READERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}
 """Files with columns."""
 SUFFIXES = (".txt", *READERS)
 """Suffixes that no data set on the hub has."""
+
+
+def check_prompt(prompt: str) -> str:
+    """Return `prompt` if it is text."""
+    if not fits(str, prompt):
+        raise BadInput(f"{shown(prompt)} is not a prompt. A prompt is text without NUL and without halves of characters.")
+    return prompt
 
 
 @final

@@ -130,7 +130,8 @@ def hook_site(tracker: CallTracker, target: SiteModule, function: SiteFunction, 
     """Call `function` with the activations of `site` at each call of the denoiser within the block."""
 
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
-        return apply_at_site(target, tracker.call, args, kwargs, output, function, half)
+        with tracker.calling(target.site):
+            return apply_at_site(target, tracker.call, args, kwargs, output, function, half)
 
     with tracker.tracking(), target.module.register_forward_hook(hook, with_kwargs=True):
         yield
@@ -154,7 +155,7 @@ def apply_at_site(
         block_input = _block_input(target, call, args, kwargs, whole)
         assert block_input.shape == tokens.shape
     x = tokens if block_input is None else tokens - block_input
-    new = _apply_by_half(x, call, _grid(target, call, whole), function, half)
+    new = _apply_by_half(target.site, x, call, _grid(target, call, whole), function, half)
     if new is None:
         return None
     if block_input is not None:
@@ -240,7 +241,7 @@ def _grid(target: SiteModule, call: DenoiserCall, whole: Tensor) -> tuple[int, i
 
 
 def _apply_by_half(
-    x: Tensor, call: DenoiserCall, grid: tuple[int, int] | None, function: SiteFunction, half: Half | None
+    site: Site, x: Tensor, call: DenoiserCall, grid: tuple[int, int] | None, function: SiteFunction, half: Half | None
 ) -> Tensor | None:
     """Apply `function` to each half of the batch, or to `half` only; None if it returns no tensor.
 
@@ -254,11 +255,28 @@ def _apply_by_half(
         for part, name in zip(parts, call.halves, strict=True)
     ]
     for new, part in zip(results, parts, strict=True):
-        if new is not None and new.shape != part.shape:
-            raise BadInput(f"A function at a site returned a tensor of shape {tuple(new.shape)} in place of {tuple(part.shape)}.")
+        _check_result(site, new, part)
     if all(new is None for new in results):
         return None
     return torch.cat([part if new is None else new.to(part) for new, part in zip(results, parts, strict=True)])
+
+
+def _check_result(site: Site, new: object, part: Tensor) -> None:
+    """Raise an error if what a function returned cannot replace `part`. Another dtype and another device are converted."""
+    if new is None:
+        return
+    if not isinstance(new, Tensor):
+        returned = f"{type(new).__name__} instead of a tensor"
+    elif new.is_complex() or new.is_meta or new.layout != torch.strided:
+        returned = f"tensor of {new.dtype}, {new.layout}, on {new.device}, which has no plain real values"
+    elif new.shape != part.shape:
+        returned = f"tensor of shape {tuple(new.shape)} in place of {tuple(part.shape)}"
+    else:
+        return
+    raise BadInput(
+        f"The function at the site '{site}' returned a {returned}. Return a tensor of shape {tuple(part.shape)}, or None to "
+        "change nothing."
+    )
 
 
 def _replace(output: object, index: int | None, whole: Tensor, span: slice, tokens: Tensor) -> object:

@@ -8,21 +8,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from difflex.errors import BadInput, BrokenFile, UnknownName
-from difflex.files import parsing, read_json
+from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
+from difflex.files import disk_errors, parsing, read_json
 from difflex.pipeline.components import PipelinePlan, read_plan
 from difflex.pipeline.families import Family
 from difflex.quiet import hide_progress_bars, quiet
+from difflex.values import fits, shown
 
+MOST_PIXELS = 2**26
+"""Of an image that is generated: 8192 x 8192."""
 SMALL_MODEL = 2**30
 """Bytes below which a model loads without progress bars."""
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 NAMES = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
 COPY_AGAIN = "Copy or download it again."
 DEFAULTS, INDEX = "difflex.json", "model_index.json"
@@ -83,6 +89,24 @@ class ModelDefaults:
             warnings.warn(f"The model does not know these words: {listed}. It knows {len(self.words)} words.", stacklevel=3)
 
 
+def check_pixels(pixels: tuple[int, int]) -> tuple[int, int]:
+    """Return `pixels` if they are two whole numbers of a possible size."""
+    try:
+        height, width = map(index, pixels)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{shown(pixels)} is not a size of images. Give height and width as two whole numbers.") from error
+    if height < 1 or width < 1 or height * width > MOST_PIXELS:
+        raise BadInput(f"Images of {shown(height)} x {shown(width)} pixels are not possible. Use at most {MOST_PIXELS:,} pixels.")
+    return height, width
+
+
+def check_seed(seed: int) -> int:
+    """Return `seed` if it is one."""
+    if not fits(int, seed) or seed < 0:
+        raise BadInput(f"{shown(seed)} is not a seed. Seeds are whole numbers from 0 to 2^63 - 1.")
+    return seed
+
+
 def embedded() -> dict[str, Path]:
     """Return the folders of the models inside the package by name."""
     root = Path(str(files("difflex") / "models"))
@@ -92,7 +116,9 @@ def embedded() -> dict[str, Path]:
 def find(name: str | Path, revision: str | None = None) -> ModelSource:
     """Find the model `name` in the package, in a folder or on the hub, from which nothing is downloaded yet."""
     models = embedded()
-    folder = Path(name).expanduser()
+    if not isinstance(name, str | Path) or not fits(str, str(name)) or not str(name).strip():
+        raise UnknownName.among("The model", shown(name), models, NAMES)
+    folder = _folder(str(name))
     if revision is not None and (str(name) in models or folder.is_dir()):
         raise BadInput(f"The model '{name}' has no revision {revision}: only models on the hub have revisions. Leave it out.")
     if str(name) in models:
@@ -101,16 +127,32 @@ def find(name: str | Path, revision: str | None = None) -> ModelSource:
         if not (folder / INDEX).is_file():
             raise BadInput(f"The folder {folder} has no {INDEX}: it is not a diffusers pipeline. Name the folder that has one.")
         return ModelSource(str(name), folder, None)
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UnknownName.among("The model", str(name), models, NAMES)
+    if folder.exists():
+        raise BadInput(f"{folder} is a file, not a model. {NAMES}")
+    if not isinstance(name, str) or not HUB_NAME.fullmatch(name):
+        raise UnknownName.among("The model", str(name)[:200], models, NAMES)
     return ModelSource(name, None, revision)
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that `name` stands for, which need not exist."""
+    try:
+        folder = Path(name).expanduser()
+        folder.stat()
+    except FileNotFoundError:
+        return Path(name).expanduser()
+    except (OSError, RuntimeError) as error:  # such as a name that is too long, or a home that nobody has
+        raise UnknownName(f"The model '{name[:200]}' cannot be found: {error.args[-1]}. {NAMES}") from error
+    return folder
 
 
 def plan_of(source: ModelSource, offline: bool) -> PipelinePlan:
     """Read the components of a model; for a hub model only the configs are downloaded."""
     try:
         return read_plan(source.folder or source.name, source.revision, offline)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # configs of any content, read by diffusers and transformers
+        if isinstance(error, DifflexError):
+            raise
         if source.folder is not None:
             raise BrokenFile(f"The configs of the model in {source.folder} cannot be read: {_first_line(error)}") from error
         raise _unreachable(source, offline, error) from error
@@ -122,7 +164,7 @@ def fetch(source: ModelSource, offline: bool) -> ModelSource:
         return source
     try:
         folder = Path(DiffusionPipeline.download(source.name, revision=source.revision, local_files_only=offline))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreachable(source, offline, error) from error
     return ModelSource(source.name, folder, folder.name)
 
@@ -178,8 +220,11 @@ def check_weights(folder: Path) -> None:
 
 
 def _read_index(path: Path) -> Mapping[str, Any]:
-    with parsing(path, "JSON", COPY_AGAIN):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        with parsing(path, "JSON", COPY_AGAIN), disk_errors(path, "read"):
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    except RecursionError as error:
+        raise BrokenFile(f"{path} is nested too deeply: it is damaged. {COPY_AGAIN}") from error
 
 
 def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> DiffusionPipeline:
@@ -188,8 +233,23 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
     try:
         with quiet("transformers", "diffusers"), hide_progress_bars() if small else nullcontext():
             return DiffusionPipeline.from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True, **components)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # readers of diffusers, transformers, tokenizers: each has its own errors for a damaged file
+        raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}. {COPY_AGAIN}") from error
+
+
+@torch.no_grad()
+def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raise an error that names the first tensor of a model that holds NaN or infinity."""
+    for part, component in pipeline.components.items():
+        for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
+            # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
+            if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+                raise NonFinite(
+                    f"The weights of the model '{name}' hold NaN or infinity: {part}.{path}. {COPY_AGAIN} If it was trained "
+                    "so, or overflows in fp16, use other weights."
+                )
 
 
 def _first_line(error: BaseException) -> str:
