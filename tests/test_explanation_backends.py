@@ -177,6 +177,12 @@ def test_known_concepts_ignore_tokens_that_show_a_little_and_find_the_odd_one_ou
     )
 
 
+@pytest.mark.parametrize("name", ["drawn:", "drawn:x", "drawn:-1", f"drawn:{10**40}", "x"])
+def test_known_concepts_reject_images_that_were_not_drawn(name: str):
+    with pytest.raises(RejectedRequest, match="is not the name of a drawn image"):
+        KnownConceptsBackend.of_drawn_world().reply([highlighted(name, 0)], explain_instruction(1))
+
+
 def test_known_concepts_reject_unknown_concepts_and_images():
     with pytest.raises(RejectedRequest, match="names no known concept"):
         known().reply([highlighted("a", 0)], judge_instruction("a seaside"))

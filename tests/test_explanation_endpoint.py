@@ -539,7 +539,7 @@ def unconnected() -> EndpointBackend:
     return EndpointBackend("http://127.0.0.1:1/v1", MODEL, ApiKey(SECRET, "a test"))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(content=JSON.map(json.dumps) | WORDS, usage=JSON, more=JSON, retry=WORDS)
 def test_no_answer_of_any_kind_ends_in_a_traceback(content: str, usage: object, more: object, retry: str):
     backend = unconnected()

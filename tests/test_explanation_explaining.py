@@ -376,3 +376,13 @@ def test_a_slow_feature_delays_no_other(sample: tuple[Book, ImageAlbum], connect
         slow.set()
         thread.join()
     assert [row.feature for row in book.explanations()] == [*range(12)]
+
+
+def test_a_missing_image_fails_its_features_and_no_other(sample: tuple[Book, ImageAlbum], connect: Endpoints):
+    book, album = sample
+    [shown] = [row.image.file for row in book.shots([book.examples(3, "top", "train")[0].shot]).values()]
+    (album.folder / shown).unlink()
+    with RuleServer() as server:
+        result = explain(book, range(12), connect(server.url), album, progress=False)
+    assert "is missing" in result.failed[3] and len(result.explained) >= 4
+    assert all("is missing" in reason for reason in result.failed.values())

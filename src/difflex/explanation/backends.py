@@ -26,6 +26,7 @@ from difflex.explanation.questions import (
     OddOneOutAnswer,
     TokenUsage,
     VLMAnswer,
+    clean_text,
 )
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS
@@ -141,6 +142,13 @@ Shares = Callable[[str, int, int], Float[Tensor, "concept row column"]]
 """Returns, for an image and a grid of rows and columns, the share of each token's area that each concept covers."""
 
 
+def _drawn_seed(name: str) -> int:
+    match = re.fullmatch(rf"{DRAWN}(\d{{1,18}})", name)
+    if match is None:
+        raise RejectedRequest(f"'{clean_text(name, 80)}' is not the name of a drawn image")
+    return int(match[1])
+
+
 @final
 class KnownConceptsBackend(VLMBackend):
     """An upper bound for VLMs: it answers from masks of concepts instead of looking at images, and costs nothing."""
@@ -158,7 +166,7 @@ class KnownConceptsBackend(VLMBackend):
         """Return the backend that knows the concepts of drawn images; it draws the masks again from the seed in their names."""
         return cls(
             [name for names in CONCEPTS.values() for name in names],
-            lambda name, rows, columns: draw([int(name.removeprefix(DRAWN))]).shares(rows, columns)[0],
+            lambda name, rows, columns: draw([_drawn_seed(name)]).shares(rows, columns)[0],
             draw(range(SCENES)).shares(8, 8).mean((0, 2, 3)),
         )
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from difflex.errors import BadInput
+from difflex.errors import BadInput, BrokenFile
 from difflex.explanation.client import CachedClient, NoAnswer
 from difflex.explanation.comparison import score_judgements
 from difflex.explanation.protocol import ExplanationProtocol, FeaturePlan, UnsuitableFeature, plan_feature
@@ -126,7 +126,10 @@ class _FeatureExplainer:
         highlight.view(-1)[list(example.map.tokens)] = strength.where(strength >= COVER_THRESHOLD, 0.0)
 
         def draw() -> Image.Image:
-            image = self._album.open(row.image.file)
+            try:
+                image = self._album.open(row.image.file)
+            except BrokenFile as error:
+                raise NoAnswer(str(error)) from None  # other features have other images
             return overlaid(image, example.map, self._grid, peak, style=self._protocol.style, side=MIN_SIDE)
 
         return ImageView(draw=draw, shot=row.shot, highlight=highlight)

@@ -229,6 +229,11 @@ class _RuleHTTPServer(ThreadingHTTPServer):
     request_queue_size = 256
     rules: RuleServer
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report errors of the server, but not that a client is gone."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
 
 @final
 class _RuleHandler(BaseHTTPRequestHandler):
@@ -236,7 +241,10 @@ class _RuleHandler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
+        length = int(self.headers["content-length"])
+        if len(body := self.rfile.read(length)) < length:
+            self._close()  # the client was killed
+            return
         assert isinstance(self.server, _RuleHTTPServer)
         rules = self.server.rules
         if not self.path.endswith("/v1/chat/completions"):
