@@ -1,7 +1,7 @@
 """Commands that measure dictionaries (`evaluate`), their features (`concepts`) and the activations of a model (`anatomy`)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,8 @@ import difflex
 from difflex.choices import Precision
 from difflex.commands.flags import AMOUNT, BATCH, COUNT, SHARE, STEPS, TOKENS, WHOLE, ModelCommand, NoiseLevels, Pixels
 from difflex.commands.inputs import load_study_model, read_prompts
-from difflex.errors import BadInput
+from difflex.devices import free_memory
+from difflex.errors import BadInput, OutOfMemory
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
 from difflex.study import Command, Study
@@ -123,6 +124,8 @@ class ConceptsCommand(Command):
             def harvest_at(site: Site):
                 if site.kind == "neurons" and "neurons" not in pipe().kinds(site):
                     return None
+                if self.folder is None:
+                    _check_memory(pipe(), site, self.images, len(self.noise))
                 return lambda images, prompts, names: pipe().harvest_images(
                     images, self.noise, site, prompts, names, batch=self.batch
                 )
@@ -136,6 +139,18 @@ class ConceptsCommand(Command):
             print(f"{method.path}: {'up to date' if method.up_to_date else 'matched'}")
         print(matches_table([method.matches for method in stored]))
         return [method.path for method in stored]
+
+
+def _check_memory(pipe: "difflex.Pipeline", site: Site, images: int, levels: int) -> None:
+    """Raise an error if the activations of so many drawn images at a site do not fit into memory, before one is drawn."""
+    [row, *_] = pipe.sites(str(replace(site, kind="residual")))
+    width = (row.neurons or row.width) if site.kind == "neurons" else row.width
+    need, free = 4 * images * levels * row.tokens * width, free_memory("cpu")
+    if need > free:
+        raise OutOfMemory(
+            f"The activations of {images:,} images at {levels} noise levels at {site} take {need / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free. Ask for fewer --images or --noise levels."
+        )
 
 
 MODEL_DEFAULT = "(default: the model's own)"
