@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
-from safetensors.torch import load_file
 
-from difflex.errors import StaleWork
+from difflex.errors import BrokenFile, StaleWork
+from difflex.files import folder_lock
+from difflex.miniature.__main__ import main as miniature_main
 from difflex.miniature.architecture import MiniatureConfig, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.captions import WORDS
 from difflex.miniature.drawing import draw
@@ -33,7 +34,8 @@ from difflex.miniature.flow import (
 )
 from difflex.miniature.judge import Judge
 from difflex.miniature.scoring import THRESHOLDS, examine, shortfalls
-from difflex.miniature.training import FlowState, HeldOutLoss, TrainingFolder, fit_components, pack, train_flow, write_tensors
+from difflex.miniature.training import FlowState, HeldOutLoss, TrainingFolder, fit_components, pack, train_flow
+from difflex.tensors import write_tensors
 
 # FLUX's query and key norms hold float32 weights, under autocast as in any mixed-precision training.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -178,9 +180,8 @@ def test_a_killed_training_ends_with_the_same_bits(tmp_path):
     kill_after_a_checkpoint([sys.executable, "-c", SCRIPT, str(killed)], killed / "flow.safetensors")
     for folder in (whole, killed):
         train_flow(TrainingFolder(folder), untrained_pipeline(TINY, 0), SHORT, float("inf"))
-    first, second = (load_file(folder / "flow.safetensors") for folder in (whole, killed))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    for name in ("flow.safetensors", "components.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
 
 
 def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
@@ -190,6 +191,34 @@ def kill_after_a_checkpoint(command: list[str], file: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_entries_of_the_log_after_the_state_are_not_repeated(tmp_path, pipeline):
+    run = TrainingFolder(tmp_path)
+    state = FlowState(FlowModel(pipeline), SHORT)
+    state.update = 12
+    state.save(run.flow)
+    run.log.write_text('{"update": 12, "flow": 1}\n{"update": 50, "flow": 2}\n{"update": 100, "fl')
+    train_flow(run, pipeline, SHORT, float("inf"))
+    assert run.log.read_text() == '{"update": 12, "flow": 1}\n'
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_a_damaged_state_is_a_sentence_and_is_kept(tmp_path, pipeline, keep):
+    run = TrainingFolder(tmp_path)
+    FlowState(FlowModel(pipeline), SHORT).save(run.flow)
+    damaged = run.flow.read_bytes()[:keep]
+    run.flow.write_bytes(damaged)
+    with pytest.raises(BrokenFile, match=r"flow\.safetensors .*Move it away to train this stage"):
+        train_flow(run, pipeline, SHORT, float("inf"))
+    assert run.flow.read_bytes() == damaged
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["miniature", "train", str(tmp_path)])
+    with folder_lock(tmp_path), pytest.raises(SystemExit, match="2"):
+        miniature_main()
+    assert "Another process is writing" in capsys.readouterr().err
 
 
 def test_another_recipe_does_not_continue_a_run(tmp_path, pipeline):
@@ -228,7 +257,7 @@ def test_a_run_keeps_its_components(tmp_path):
     run = TrainingFolder(tmp_path)
     first = fit_components(run)
     changed = first._replace(weights=-first.weights)
-    write_tensors(run.components, changed._asdict(), {})
+    write_tensors(run.components, 1, changed._asdict())
     assert torch.equal(fit_components(run).weights, changed.weights)
 
 

@@ -1,10 +1,13 @@
 import json
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from difflex.errors import BadInput, BrokenFile, MissingExtra, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, MissingExtra, UnknownName
 from difflex.pipeline import prompts, read_prompts
 
 CAPTIONS = ["a red star", "zwei blaue Kreise, größer", 'a "quoted" heart']
@@ -156,3 +159,43 @@ def test_a_data_set_may_have_a_dot_in_its_name(monkeypatch: pytest.MonkeyPatch):
     assert calls == [("owner/prompts-v1.5", "caption"), ("owner/prompts-v1.5", None)]
     with pytest.raises(BadInput, match="does not exist"):
         read_prompts("owner/prompts.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b"[" * 100_000),
+        ("a.jsonl", b'{"a":' * 100_000),
+        ("a.json", b'["\\ud800"]'),
+        ("a.txt", b"a star\0"),
+        ("a.txt", bytes(range(256))),
+        ("a.csv", b"\0" * 1000),
+        ("a.csv", b",".join(b"column%d" % i for i in range(10_000)) + b"\n" + b"," * 9_999),
+        ("a.csv", b'prompt\n"' + b"a" * 200_000),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1"),
+    ],
+)
+def test_odd_files_of_prompts_are_sentences(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DifflexError) as refused:
+        list(read_prompts(tmp_path / name))
+    assert name in str(refused.value) and len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("source", ["", "a" * 300, "a\0b", "~nobody-here/prompts.txt", "folder.txt"])
+def test_odd_names_of_prompts_are_sentences(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(DifflexError):
+        list(read_prompts(source))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([".txt", ".csv", ".json", ".jsonl"]),
+    st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)),
+)
+def test_any_content_gives_prompts_or_a_sentence(tmp_path: Path, suffix: str, content: bytes):
+    (tmp_path / f"file{suffix}").write_bytes(content)
+    with suppress(DifflexError):
+        assert all(prompt and isinstance(prompt, str) for prompt in read_prompts(tmp_path / f"file{suffix}"))

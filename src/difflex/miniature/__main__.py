@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from difflex.errors import DifflexError
 from difflex.quiet import quiet
 
 with quiet("transformers"):  # at its first import it lists missing packages
@@ -53,7 +54,10 @@ def main() -> None:
     verb.add_argument("--steps", type=int, default=STEPS)
     verb.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    flags.run(flags)
+    try:
+        flags.run(flags)
+    except DifflexError as error:
+        parser.exit(2, f"difflex.miniature: {error}\n")
 
 
 def _train(flags: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from difflex.errors import BadInput, BrokenFile
+from difflex.files import replacing
 from difflex.miniature.drawing import Scenes, concept_index, draw
 from difflex.miniature.world import CONCEPTS, PIXELS
 
@@ -204,7 +205,8 @@ def _loss(answers: dict[str, Tensor], scenes: Scenes) -> Tensor:
 
 def save_judge(judge: Judge, file: Path) -> None:
     """Write the weights of the judge."""
-    save_file({name: x.contiguous() for name, x in judge.state_dict().items()}, file)
+    with replacing(file) as temporary:
+        save_file({name: x.contiguous() for name, x in judge.state_dict().items()}, temporary)
 
 
 def load_judge(file: Path | None = None) -> Judge:

@@ -12,14 +12,12 @@ from typing import TypeVar, final
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from difflex.errors import StaleWork
-from difflex.files import replacing
+from difflex.files import disk_errors, folder_lock, parsing, write_file
 from difflex.miniature.architecture import MiniatureConfig, PatchComponents, decoder_losses, untrained_pipeline, write_encoder
 from difflex.miniature.drawing import draw
 from difflex.miniature.flow import (
@@ -35,7 +33,11 @@ from difflex.miniature.flow import (
 )
 from difflex.miniature.judge import Judge, save_judge, training_losses
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS, SceneMix
+from difflex.tensors import read_tensors, write_tensors
 
+FORMAT = 1
+"""Of the state of the flow, and of the components."""
+RESTART = "Move it away to train this stage from the start."
 DECODER_UPDATES = 2200
 JUDGE_UPDATES = 4000
 CHECKPOINT_SECONDS = 120.0
@@ -66,24 +68,26 @@ def train(folder: Path, recipe: FlowRecipe, architecture: MiniatureConfig, minut
     """Train the stages that are not finished, for at most `minutes`; another call continues where it stopped."""
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     run = TrainingFolder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline = untrained_pipeline(architecture, recipe.seed)
-    if not run.judge.exists():
-        judge = Judge()
-        for _ in _progress(training_losses(judge, JUDGE_UPDATES), "judge", JUDGE_UPDATES):
-            pass
-        save_judge(judge, run.judge)
-    if not run.autoencoder.exists():
-        _train_autoencoder(run, pipeline.vae)
-    train_flow(run, pipeline, recipe, deadline)
+    with folder_lock(folder):
+        pipeline = untrained_pipeline(architecture, recipe.seed)
+        if not run.judge.exists():
+            judge = Judge()
+            for _ in _progress(training_losses(judge, JUDGE_UPDATES), "judge", JUDGE_UPDATES):
+                pass
+            save_judge(judge, run.judge)
+        if not run.autoencoder.exists():
+            _train_autoencoder(run, pipeline.vae)
+        train_flow(run, pipeline, recipe, deadline)
 
 
 def fit_components(run: TrainingFolder) -> PatchComponents:
     """Return the components of the drawn world's patches: fitted once for a run and saved, since latents depend on them."""
     if not run.components.exists():
         components = PatchComponents.of(draw(torch.arange(512)).images * 2 - 1)
-        write_tensors(run.components, components._asdict(), {})
-    return PatchComponents(**load_file(run.components))
+        write_tensors(run.components, FORMAT, components._asdict())
+    tensors = read_tensors(run.components, FORMAT, RESTART).tensors
+    with parsing(run.components, "components of patches", RESTART):
+        return PatchComponents(**tensors)
 
 
 def _train_autoencoder(run: TrainingFolder, vae: AutoencoderKL) -> None:
@@ -93,14 +97,21 @@ def _train_autoencoder(run: TrainingFolder, vae: AutoencoderKL) -> None:
     batches = (draw(torch.arange(32) + i * 32).images * 2 - 1 for i in range(DECODER_UPDATES))
     for _ in _progress(decoder_losses(vae, components, batches, DECODER_UPDATES), "autoencoder", DECODER_UPDATES):
         pass
-    vae.save_pretrained(run.autoencoder)
+    # Its folder appears under its name when all of its files are complete.
+    unfinished = run.folder / ".vae"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with disk_errors(run.autoencoder):
+        vae.save_pretrained(unfinished)
+        unfinished.rename(run.autoencoder)
 
 
 def train_flow(run: TrainingFolder, pipeline: FluxPipeline, recipe: FlowRecipe, deadline: float) -> None:
     """Train transformer and text encoders until the end of the recipe or the time `deadline`."""
     components, tokenize = fit_components(run), CaptionTokens(pipeline)
     state = FlowState(FlowModel(pipeline), recipe)
-    for name, (before, now) in state.restore(run.flow).items():
+    changes = state.restore(run.flow)
+    _cut_log(run, state.update)
+    for name, (before, now) in changes.items():
         _log(run, update=state.update, changed=name, before=before, now=now)
     held_out: HeldOutLoss | None = None
     saved = time.monotonic()
@@ -153,25 +164,25 @@ class FlowState:
         for number, optimiser in enumerate(self.optimisers):
             for i, entry in optimiser.state_dict()["state"].items():
                 tensors |= {f"optimiser.{number}.{i}.{key}": x for key, x in entry.items()}
-        write_tensors(file, tensors, {"update": str(self.update), "recipe": json.dumps(asdict(self.recipe))})
+        recipe = json.loads(json.dumps(asdict(self.recipe)))
+        write_tensors(file, FORMAT, tensors, {"update": self.update, "recipe": recipe})
 
     def restore(self, file: Path) -> dict[str, tuple[object, object]]:
         """Load the saved state, if any; return the settings of the recipe that have changed, with old and new values."""
         if not file.exists():
             return {}
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        changes = self._changes(json.loads(metadata["recipe"]), file)
-        tensors = load_file(file)
-        self.update = int(metadata["update"])
-        with torch.no_grad():
-            for i, (name, parameter) in enumerate(self.model.named_parameters()):
-                parameter.copy_(tensors[f"model.{name}"])
-                # A packed state has no average: averaging starts again.
-                self.average[i].copy_(tensors.get(f"average.{i}", parameter))
-        self._guide_weights = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
-        for number, optimiser in enumerate(self.optimisers):
-            _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
+        header, tensors = read_tensors(file, FORMAT, RESTART)
+        with parsing(file, "a training state", RESTART):
+            changes = self._changes(header["recipe"], file)
+            self.update = int(header["update"])
+            with torch.no_grad():
+                for i, (name, parameter) in enumerate(self.model.named_parameters()):
+                    parameter.copy_(tensors[f"model.{name}"])
+                    # A packed state has no average: averaging starts again.
+                    self.average[i].copy_(tensors.get(f"average.{i}", parameter))
+            self._guide_weights = [tensors[f"guide.{i}"].float() for i in range(len(self.average)) if "guide.0" in tensors]
+            for number, optimiser in enumerate(self.optimisers):
+                _restore_optimiser(optimiser, f"optimiser.{number}.", tensors)
         return changes
 
     def _changes(self, old: dict[str, object], file: Path) -> dict[str, tuple[object, object]]:
@@ -196,8 +207,8 @@ def _restore_optimiser(optimiser: torch.optim.Optimizer, prefix: str, tensors: d
 
 def load_average(model: FlowModel, file: Path) -> None:
     """Load the running average of a saved state into the model."""
-    tensors = load_file(file)
-    with torch.no_grad():
+    tensors = read_tensors(file, FORMAT, RESTART).tensors
+    with torch.no_grad(), parsing(file, "a training state with an average", RESTART):
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(tensors[f"average.{i}"])
 
@@ -213,18 +224,10 @@ def pack(source: TrainingFolder, target: TrainingFolder) -> None:
             shutil.copy(file, target.folder)
     if source.autoencoder.exists():
         shutil.copytree(source.autoencoder, target.autoencoder, dirs_exist_ok=True)
-    with safe_open(source.flow, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(source.flow)
+    header, tensors = read_tensors(source.flow, FORMAT, RESTART)
     names = [name for name in tensors if name.startswith(("model.", "guide.", "optimiser.1.")) and not name.endswith("exp_avg")]
     small = {name: tensors[name].bfloat16() if tensors[name].ndim else tensors[name] for name in names}
-    write_tensors(target.flow, small, metadata)
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    with replacing(file) as temporary:
-        save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=metadata)
+    write_tensors(target.flow, FORMAT, small, header)
 
 
 class HeldOutLoss:
@@ -276,6 +279,14 @@ def _progress(items: Iterator[T], name: str, total: int, initial: int = 0) -> It
     yield from tqdm(items, desc=name, total=total, initial=initial, unit="update", mininterval=1.0)
 
 
+def _cut_log(run: TrainingFolder, update: int) -> None:
+    """Drop the entries after `update`, which are made again, and what a kill left of a line."""
+    if run.log.exists():
+        lines = [line for line in run.log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line).get("update", 0) <= update]
+        write_file(run.log, "".join(f"{line}\n" for line in kept).encode())
+
+
 def _log(run: TrainingFolder, **entry: object) -> None:
-    with run.log.open("a") as file:
+    with disk_errors(run.log), run.log.open("a") as file:
         file.write(json.dumps(entry) + "\n")

@@ -137,7 +137,7 @@ def _prompt(value: object, place: str) -> str:
     """Return the text of an entry; an empty one for null."""
     if value is None or isinstance(value, str):
         return value or ""
-    raise BrokenFile(f"{place}, holds {value!r} instead of a prompt. Write text, or name another column.")
+    raise BrokenFile(f"{place}, holds {shown(value)} instead of a prompt. Write text, or name another column.")
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:
@@ -157,8 +157,7 @@ def _rows(source: str | Path, column: str | None, kind: str, **options: str | No
         column = None if first is None else _column(source, column, rows.column_names or first)
         for number, row in enumerate(rows if column else (), 1):
             yield _prompt(row[column], f"{source}, row {number}")
-    # The errors of datasets have one base class; the readers of the file formats raise the others.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the readers of the file formats have their own errors, some without a common base
         if isinstance(error, DifflexError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -177,7 +176,8 @@ def _column(source: str | Path, column: str | None, columns: Iterable[str]) -> s
     defaults = [name for name in DEFAULT_COLUMNS if name in names]
     if defaults or len(names) == 1:
         return defaults[0] if defaults else names[0]
-    raise BadInput(f"The column of {source} that holds the prompts is not given. Its columns are: {', '.join(names) or 'none'}.")
+    listed = ", ".join(str(name)[:50] for name in names[:12]) + (", ..." if len(names) > 12 else "")
+    raise BadInput(f"The column of {source} that holds the prompts is not given. Its columns are: {listed or 'none'}.")
 
 
 def _datasets() -> Any:
