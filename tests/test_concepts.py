@@ -1,6 +1,7 @@
 """Matching to concepts: scores against scikit-learn and planted features; features are chosen on training images only."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -362,9 +363,32 @@ def test_label_maps_give_the_shares_of_concepts(tmp_path: Path):
     assert image.shares(2, 2).flatten(1).tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
     [fitted] = opened.labelled_images(5, (16, 8))
     assert fitted.image.size == (8, 16) and fitted.shares(2, 1).shape == (2, 2, 1)
-    before = opened.fingerprint
-    folder(tmp_path, entries, quarters([1, 1, 1, 1], "L", 16))
-    assert LabelFolder.open(tmp_path).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["labels/a.png", "images/a.jpg", "images/a.txt", "labels.json"])
+def test_a_label_folder_is_identified_by_content_and_not_by_time(name: str, tmp_path: Path):
+    opened = LabelFolder.open(folder(tmp_path, {"1": "star"}, quarters([1, 0, 0, 1], "L")))
+    before, times = opened.fingerprint(1), (tmp_path / name).stat()
+    os.utime(tmp_path / name, ns=(0, 0))
+    assert opened.fingerprint(1) == before
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / name).write_bytes(content)
+    os.utime(tmp_path / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert opened.fingerprint(1) != before
+
+
+@pytest.mark.parametrize("entries", [{"9" * 5000: "star"}, {"3000000000": "star"}, {"1": "st\0ar"}, {"1": "st\ud800ar"}])
+def test_odd_numbers_and_names_of_labels_are_refused(entries: dict[str, str], tmp_path: Path):
+    with pytest.raises(BadInput, match=r"labels\.json holds"):
+        LabelFolder.open(folder(tmp_path, entries, quarters([1, 0, 0, 1], "L")))
+
+
+def test_a_prompt_that_is_not_text_is_refused(tmp_path: Path):
+    opened = LabelFolder.open(folder(tmp_path, {"1": "star"}, quarters([1, 0, 0, 1], "L")))
+    (tmp_path / "images" / "a.txt").write_bytes(b"\xff\xfe star")
+    with pytest.raises(BadInput, match=r"a\.txt is not text"):
+        list(opened.labelled_images(1))
 
 
 def test_coco_panoptic_is_read(tmp_path: Path):

@@ -1,15 +1,16 @@
 """SSIM, CLIP and LPIPS against their formulas, on tiny random weights and without network access."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, DifflexError, UnknownName
 from difflex.evaluation import ClipModel
 from difflex.evaluation.image_similarity import ALEXNET, HEADS, LpipsDistance, check_measure, load_measure, ssim
 from difflex.testing import tiny_clip
@@ -20,6 +21,41 @@ SHAPES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_clip(tmp_path_factory.mktemp("tiny-clip"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the weights of a CLIP."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: rewrite(folder, lambda w: w["visual_projection.weight"].fill_(torch.nan)), "hold NaN or infinity"),
+        (lambda folder: rewrite(folder, lambda w: w.pop("visual_projection.weight")), "lacks 1 weights, such as visual_proj"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be opened as a CLIP"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be opened as a CLIP"),
+        (lambda folder: (folder / "config.json").write_text("["), "cannot be opened as a CLIP"),
+        (lambda folder: (folder / "preprocessor_config.json").write_text("{}"), "cannot be opened as a CLIP"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be opened as a CLIP"),
+    ],
+)
+def test_a_clip_that_is_damaged_or_not_finite_is_refused(tmp_path: Path, spoil: Callable[[Path], object], message: str):
+    clip = tiny_clip(tmp_path / "clip")
+    spoil(clip)
+    with pytest.raises(DifflexError, match=message):
+        ClipModel(str(clip), offline=True)
+
+
+def test_the_checksum_of_a_clip_is_of_its_content(tmp_path: Path):
+    clip = tiny_clip(tmp_path / "clip")
+    before = ClipModel.checksum(str(clip))
+    assert ClipModel.checksum(str(tiny_clip(tmp_path / "same"))) == before
+    rewrite(clip, lambda weights: weights["visual_projection.weight"].add_(1))
+    assert ClipModel.checksum(str(clip)) != before
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from difflex.files import disk_errors, file_sha256
 from difflex.images import open_image
 from difflex.miniature import draw
 from difflex.miniature.world import CONCEPTS, HELD_OUT_SEEDS
+from difflex.values import fits, shown
 
 FIRST_SEED = HELD_OUT_SEEDS + 10**6
 """The seed of the first scene of the drawn world; mini-flux was trained on no scene from `HELD_OUT_SEEDS` on."""
@@ -101,6 +102,12 @@ class LabelFolder:
             )
         entries = _read_labels(folder / "labels.json")
         concepts, numbers = _coco_concepts(entries) if "annotations" in entries else _plain_concepts(entries)
+        odd = [
+            number for by_number in numbers.values() for number in by_number if not fits(int, number) or not 0 <= number < 2**31
+        ]
+        odd += [text for concept in concepts for text in concept if not fits(str, text)]
+        if odd:
+            raise BadInput(f"{folder}/labels.json holds {shown(odd[0])}, which is no number below 2^31 and no name. {EXAMPLE}")
         return cls(folder=folder, concepts=concepts, numbers=numbers, images=tuple(images))
 
     def fingerprint(self, count: int) -> str:
@@ -128,8 +135,7 @@ class LabelFolder:
                 height, width = pixels
                 image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
                 labels = ImageOps.fit(labels, (width, height), Image.Resampling.NEAREST)
-            text = path.with_suffix(".txt")
-            prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            prompt = _read_prompt(path.with_suffix(".txt"))
             name = _label_map(self.folder, path).name
             numbers = self.numbers.get(None, self.numbers.get(name))
             if numbers is None:
@@ -162,6 +168,17 @@ def _pixel_numbers(labels: Image.Image) -> Int[Tensor, "height width"]:
     return data.view(labels.height, labels.width).int()
 
 
+def _read_prompt(path: Path) -> str:
+    """Return the prompt in a file; empty without the file."""
+    try:
+        with disk_errors(path, "read"):
+            return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except ValueError as error:
+        raise BadInput(f"{path} is not text in UTF-8 ({error}). Write the prompt again.") from error
+
+
 def _read_labels(path: Path) -> dict:
     try:
         with disk_errors(path, "read"):
@@ -183,8 +200,8 @@ def _plain_concepts(entries: dict) -> ConceptNumbers:
     by_number = {}
     for number, entry in entries.items():
         name, group = (entry.get("name"), entry.get("group", "object")) if isinstance(entry, dict) else (entry, "object")
-        if not number.isdecimal() or not isinstance(name, str) or not isinstance(group, str):
-            raise BadInput(f"labels.json holds {number!r}: {entry!r}, which is not a number with a name. {EXAMPLE}")
+        if not number.isdecimal() or len(number) > 10 or not isinstance(name, str) or not isinstance(group, str):
+            raise BadInput(f"labels.json holds {shown(number)}: {shown(entry)}, which is not a number with a name. {EXAMPLE}")
         by_number[int(number)] = Concept(name, group)
     concepts = tuple(dict.fromkeys(by_number.values()))
     return concepts, {None: {number: concepts.index(concept) for number, concept in by_number.items()}}
