@@ -53,6 +53,24 @@ def test_a_clip_judges_the_named_feature_and_the_baselines(root: Path, capsys: p
     assert results.provenance.judge == clip and results.provenance.files["concepts"]
 
 
+def test_a_strip_that_has_changed_or_a_clip_with_other_weights_is_judged_again(root: Path, capsys: pytest.CaptureFixture[str]):
+    clip = tiny_clip(root / "other-clip")
+    few = ["--trials", "1", "--pairs", "1", "--strength", "1"]
+    flags = [*words(root)[: -len(FLAGS)], *few, "--clip", str(clip), "--offline"]
+    assert main(flags) == 0 and main(flags) == 0
+    assert "as before" in capsys.readouterr().out
+    folder = root / "study" / "steering" / "judged" / "double.1"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    strip = next(path for path in before if path.suffix == ".webp")
+    strip.write_bytes(before[strip][:-9])
+    assert main(flags) == 0
+    assert "as before" not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    tiny_clip(clip, seed=1)
+    assert main(flags) == 0
+    assert "as before" not in capsys.readouterr().out
+
+
 def test_text_tokens_are_steered_without_a_region(root: Path, capsys: pytest.CaptureFixture[str]):
     assert main(words(root, "--clip", str(tiny_clip(root / "clip")), "--offline", stream=":text")) == 0
     assert "red by feature 5, 1 of 1" in capsys.readouterr().out
