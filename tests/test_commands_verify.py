@@ -43,11 +43,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         study.steering(SITE, "a"),
         study.findings(SITE),
         study.explanations / "comparison.json",
-        study.growing_dictionary(SITE, "itda") / "state.json",
-        study.folder / "log.json",
+        study.growing_dictionary(SITE, "itda") / "training" / "state.json",
+        study.folder / "run.json",
     ):
         write_json(path, 2, {"number": 1})
-    for path in (study.scales(SITE, "a"), study.contrast("cat"), study.growing_dictionary(SITE, "itda") / "atoms.safetensors"):
+    for path in (
+        study.scales(SITE, "a"),
+        study.contrast("cat"),
+        study.growing_dictionary(SITE, "itda") / "training" / "atoms-0-9.safetensors",
+    ):
         write_tensors(path, 3, {"direction": torch.ones(4)}, {"made": "of cats"})
     [target, _] = targets(study.folder)
     books = [replace(target, book=study.book(SITE, "neurons-12-k12"))]
@@ -98,9 +102,9 @@ def test_damage_in_every_file_is_named_with_its_repair(whole: Path, study: Path,
             assert main(["verify", str(study)]) == 2, name
             output = capsys.readouterr()
             [line] = [line for line in output.out.splitlines() if str(study / name) in line]
-            assert any(word in line for word in ("again", "not affected", "measured again")) and "delete it" not in line.lower(), (
-                line
-            )
+            assert (
+                any(word in line for word in ("again", "not affected", "measured again")) and "delete it" not in line.lower()
+            ), line
             assert "1 DAMAGED" in output.out and "1 of" in output.err and "damaged. Nothing was changed" in output.err
             assert contents(study) == damaged
             shutil.copy(whole / name, study / name)

@@ -60,7 +60,7 @@ def read_tensors(
             tensors = {name: file.get_slice(name)[(rows or {}).get(name, ...)].clone() for name in names}
     except FileNotFoundError as error:
         raise BrokenFile(f"{path} is missing. {advice}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
     return TensorFile(header, tensors)
 

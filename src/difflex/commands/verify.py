@@ -23,13 +23,13 @@ __all__ = ["VerifyCommand"]
 
 PARTS = {
     "study.json": ("study.json", "Move it away and run difflex harvest into the folder again: everything else is kept."),
-    "log.json": ("log.json", "Move it away and run the recipe again: it continues with what exists."),
+    "run.json": ("run.json", "Move it away and run the recipe again: it continues with what exists."),
     "anatomy.json": ("anatomy", "Run difflex anatomy again."),
     "dictionaries/*/*/config.json": ("dictionaries", "Move its folder away and run difflex train or difflex itda again."),
     "dictionaries/*/*/*.safetensors": ("dictionaries", "Move its folder away and run difflex train or difflex itda again."),
     "dictionaries/*/*/training/*.safetensors": ("training states", "Move it away: its dictionary is not affected."),
     "dictionaries/*/*/training/log.jsonl": ("training logs", "Move it away: its dictionary is not affected."),
-    "dictionaries/*/growing-*/state.json": ("growing dictionaries", "Move its folder away and run difflex itda again."),
+    "dictionaries/*/*/training/state.json": ("training states", "Move its folder away: a finished dictionary is not affected."),
     "evaluation/*/*.json": ("evaluation", "Move it away and run difflex evaluate again."),
     "concepts/*/*.json": ("concepts", "Move it away and run difflex concepts again."),
     "books/*/*.sqlite": ("books", ""),

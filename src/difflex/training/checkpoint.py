@@ -17,7 +17,7 @@ from torch import Tensor
 from difflex.dictionaries import Normalisation, SAEWeights
 from difflex.errors import BrokenFile, MissingExtra, StaleWork
 from difflex.files import Json, disk_errors, parsing, write_file
-from difflex.tensors import read_tensors, write_tensors
+from difflex.tensors import check_tensors, read_tensors, write_tensors
 from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
 from difflex.training.learner import Learner, UpdateMetrics
@@ -83,7 +83,7 @@ def load_state(
 def check_state(path: Path) -> None:
     """Check the training state beside a finished dictionary, if there is one."""
     if path.exists():
-        read_tensors(path, FORMAT, f"The dictionary in {path.parent.parent} is finished and intact: move this file away.")
+        check_tensors(path, f"The dictionary in {path.parent.parent} is finished and intact: move this file away.")
 
 
 def trained_weights(learner: Learner) -> SAEWeights:
