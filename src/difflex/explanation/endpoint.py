@@ -134,7 +134,8 @@ class EndpointBackend(VLMBackend):
 
     def _failure(self, answer: HttpAnswer, text: str) -> Exception:
         """Return the exception for a status that is not a success, with the body `text`."""
-        status, reason = answer.status, self._reason(f"status {answer.status}: {_message(text)}")
+        status, message = answer.status, _message(text)
+        reason = self._reason(f"status {status}: {message}" if message.strip() else f"status {status}")
         if 300 <= status < 400:
             return BadInput(
                 f"The endpoint sends requests on to {self._key.redact(_place(answer.headers.get('location', '')))}. Images are "

@@ -67,7 +67,7 @@ class ApiKey:
         return re.compile("|".join([*sorted(encoded), f"(?i:{secret.hex()})", _escaped(self.secret)]))
 
     def __str__(self) -> str:
-        return f"the API key from {self.source}" if self.secret else f"no API key ({self.source} is empty)"
+        return f"the API key from {self.source}" if self.secret else "no API key" + (f" in {self.source}" if self.source else "")
 
 
 def _fault(secret: str) -> str:

@@ -211,7 +211,7 @@ def _look_up(host: str, port: int, seconds: float) -> list[Any]:
     except Empty:
         raise UnusableEndpoint(f"the host {host} could not be looked up within {seconds:.0f} s") from None
     if isinstance(result, Exception):
-        raise UnusableEndpoint(f"the host {host} is not known ({result})")
+        raise UnusableEndpoint(f"the host {host} is not known ({getattr(result, 'strerror', None) or result})")
     return result
 
 
@@ -269,7 +269,7 @@ class _SocketStream(httpcore2.NetworkStream):
         except OSError as error:
             self.close()
             reason = getattr(error, "reason", None) or error.strerror or error
-            raise UnusableEndpoint(f"{self._place} does not answer as https ({reason}); is its address http?") from None
+            raise UnusableEndpoint(f"{self._place} does not answer as https ({reason}), but perhaps as http") from None
         return _SocketStream(encrypted, self._clock, self._place)
 
     def get_extra_info(self, info: str) -> Any:
