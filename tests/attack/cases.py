@@ -15,6 +15,12 @@ from .subjects import Subject
 
 Group = Literal["damaged", "full", "read-only", "forbidden", "foreign", "arguments", "killed", "twice", "plain"]
 BAD_VALUES = ("-1", "0", str(2**64), "nan", "-inf", "", "x" * 300, "../..", "é ☃", "1,1", "2:1", "%s{}", "-")
+INPUTS = ("recipe.py", "prompts.txt")
+"""Files of the user that may have any content."""
+ALTERED: tuple[Damage, ...] = (states.odd, states.swapped, states.flipped, states.newer, states.older)
+"""Damages that may make another valid model out of a model."""
+FILES = ("study/study.json", "study", "recipe.py")
+"""Files that no command may replace, whatever it is given."""
 NAMES = ("a b", "ü☃", "-x", "it's", "%s", "{x}", "a\nb", "x" * 250, "x" * 300, "\x1b[31m", ".", "no/such", "recipe.py")
 KILLS = 10
 """Renames of a command at which it is killed, at most; spread evenly where there are more."""
@@ -36,6 +42,8 @@ class Case(NamedTuple):
     read_only: bool = False
     exact: bool = False
     """Whether success must lead to the result of an undisturbed run."""
+    altered: bool = False
+    """Whether it is another valid input, which may lead to other results that stay."""
     own: bool = True
     """Whether the results are those of the subject, or of other flags."""
     names: tuple[str, ...] = ()
@@ -84,7 +92,7 @@ def _kind(path: str) -> str:
 
 def _shuffled(cases: Iterator[Case], rng: random.Random) -> list[Case]:
     """Return cases in random order, in which cheap ones are more often in front."""
-    return sorted(cases, key=lambda case: rng.random() ** 2 * max(case.subject.outcome.seconds, 0.2))
+    return sorted(cases, key=lambda case: rng.random() ** 2 * max(case.subject.outcome.work, 0.1))
 
 
 def _damaged(subjects: Sequence[Subject], rng: random.Random) -> list[Case]:
@@ -95,8 +103,10 @@ def _damaged(subjects: Sequence[Subject], rng: random.Random) -> list[Case]:
                 if place not in subject.read and rng.random() < 0.9:
                     continue  # it is not read: once in a while is enough
                 for damage in states.damages(place):
-                    mild = place.startswith(("model/", "recipe", "prompts")) or damage in (states.missing, states.odd)
-                    mild |= subject.verb in ("report", "compare")  # their pages list what cannot be used
+                    model = place.startswith("model/")
+                    altered = place in INPUTS or (model and damage in ALTERED)
+                    mild = not model and damage in (states.missing, states.odd)
+                    mild |= altered or subject.verb in ("report", "compare")  # their pages list what cannot be used
                     yield Case(
                         "damaged",
                         f"{subject.name} {damage.__name__} {place}",
@@ -105,6 +115,7 @@ def _damaged(subjects: Sequence[Subject], rng: random.Random) -> list[Case]:
                         place=place,
                         damage=damage,
                         exact=not mild,
+                        altered=altered,
                         names=_names(place),
                         plain=rng.random() < 0.02,
                     )
@@ -178,14 +189,19 @@ def _arguments(subjects: Sequence[Subject], rng: random.Random) -> list[Case]:
     def every() -> Iterator[Case]:
         for subject in subjects:
             for flag in _flags(subject.verb):
-                for value in BAD_VALUES:
+                for value in BAD_VALUES + FILES:
                     words = _with_flag(subject.words, flag, value)
                     name = f"{subject.name} {flag} {value[:20]!r} of {len(value)}"
-                    yield Case("arguments", name, subject, words, own=False, names=(flag, value[:40]))
+                    yield Case("arguments", name, subject, words, own=False, names=(flag, flag[2:].replace("-", " "), value[:40]))
             for number, word in enumerate(subject.words[1:], 1):
-                twice = (*subject.words, word, subject.words[number + 1]) if word.startswith("--") else ()
-                if twice:
-                    yield Case("arguments", f"{subject.name} {word} twice", subject, twice, own=False, names=(word,), codes=(2,))
+                first, rest = subject.words[:number], subject.words[number + 1 :]
+                if word.startswith("--"):
+                    words, names = (*subject.words, word, rest[0]), (word,)
+                    yield Case("arguments", f"{subject.name} {word} twice", subject, words, own=False, names=names, codes=(2,))
+                elif not any(before.startswith("--") for before in first):
+                    for value in BAD_VALUES + FILES:
+                        name = f"{subject.name} {value[:20]!r} of {len(value)} for {word}"
+                        yield Case("arguments", name, subject, (*first, value, *rest), own=False)
 
     return _shuffled(every(), rng)
 

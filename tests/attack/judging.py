@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from . import states
-from .cases import Case
+from .cases import INPUTS, Case
 from .content import Content, content, first_difference, leftovers, paid_rows
 from .process import Conditions, ForkedCommand, Outcome, run
 from .states import Mounts
@@ -86,7 +86,8 @@ class Bench:
         after = content(folder)
         problems += _losses(case, folder, before, after, outcome)
         problems += [Problem("loss", f"gone from {table}: {rows}") for table, rows in _vanished(paid, folder, before).items()]
-        if case.own and (after != before or conditions.kill or outcome.code < 0) and after != case.subject.after:
+        changed = after not in (before, case.subject.after) or (outcome.code < 0 and after != case.subject.after)
+        if changed and case.own and not (case.altered and outcome.code == 0):
             states.restore(case.subject.before, folder, case.place)
             again = run(case.words, folder)
             problems += _after_repair(case, folder, again)
@@ -166,13 +167,13 @@ def _ending(case: Case, outcome: Outcome) -> Iterator[Problem]:
 def _wording(case: Case, outcome: Outcome) -> Iterator[Problem]:
     sentence = _sentence(outcome)
     if not sentence:  # tyro's box
-        if not re.search(r"error|unrecognized|required|invalid", outcome.error, re.IGNORECASE):
+        if not re.search(r"error|unrecognized|required|invalid|missing", outcome.error, re.IGNORECASE):
             yield Problem("unclear", f"exit code 2 without a sentence: {outcome.error[-300:]!r}")
         return
     short = re.sub(r"\S*/\S*|x{20,}", "", sentence)
     if len(short) > LETTERS:
         yield Problem("unclear", f"{len(short)} letters: {sentence}")
-    if case.names and not any(name in sentence for name in case.names):
+    if case.names and not any(name in sentence + outcome.output for name in case.names):
         yield Problem("unclear", f"names none of {', '.join(case.names)}: {sentence}")
     place = case.place or ""
     if any(part in place for part in PRECIOUS) and re.search(r"\b[Dd]elete (it|them|the)\b", sentence):
@@ -188,9 +189,13 @@ def _losses(case: Case, folder: Path, before: Content, after: Content, outcome: 
         if after.get(path) in (before.get(path), result.get(path, "")) or path.endswith(".tmp"):
             continue
         if not case.own:
-            permitted = path not in before or path in result
+            permitted = path not in before or path in case.subject.owned or bool(SIDE_EFFECTS.search(path))
         elif outcome.code:
-            permitted = bool(PARTIAL.search(path)) or (path not in before and (path in own or _moved(path, before, after)))
+            permitted = (
+                _renewed(case, path)
+                or bool(PARTIAL.search(path))
+                or (path not in before and (path in own or _moved(path, before, after)))
+            )
         else:
             permitted = not case.exact or path == case.place or noticed or bool(SIDE_EFFECTS.search(path))
         if not permitted:
@@ -198,6 +203,11 @@ def _losses(case: Case, folder: Path, before: Content, after: Content, outcome: 
             detail = first_difference(folder / path, case.subject.result / path)
             yield Problem("loss", f"exit code {outcome.code}, {change}: {path} {detail}; {_sentence(outcome)}")
             return
+
+
+def _renewed(case: Case, path: str) -> bool:
+    """Return whether `difflex run` may delete a file, to make it again for other prompts or another recipe."""
+    return case.subject.verb == "run" and path in case.subject.owned and case.place in INPUTS
 
 
 def _moved(path: str, before: Content, after: Content) -> bool:
@@ -215,7 +225,7 @@ def _vanished(paid: dict[str, Counter[str]], folder: Path, before: Content) -> d
         elsewhere = [found for name, found in now.items() if name.endswith(f" {table}") and name.split(" ")[0] not in before]
         for found in elsewhere:
             lost -= found
-        if lost and table not in ("usage", "calls"):
+        if lost:
             gone[place] = str(list(lost)[:2])[:300]
     return gone
 

@@ -52,6 +52,8 @@ class Outcome(NamedTuple):
     output: str
     error: str
     seconds: float
+    work: float
+    """Seconds of a processor."""
     hung: bool
     events: dict[str, int]
     """Renames and commits that it made."""
@@ -75,7 +77,7 @@ class ForkedCommand:
     def end(self) -> Outcome:
         """Wait for its end, kill it when it hangs, and return how it ended."""
         limit = self._conditions.kill_after or LIMIT * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        texts, status = {pipe: b"" for pipe in self._pipes}, None
+        texts = {pipe: b"" for pipe in self._pipes}
         open_pipes = set(self._pipes)
         while open_pipes and (left := self._start + limit - time.monotonic()) > 0:
             for pipe in select.select(sorted(open_pipes), (), (), left)[0]:
@@ -88,7 +90,7 @@ class ForkedCommand:
             with suppress(ProcessLookupError):  # it has no group of its own yet
                 os.killpg(self._pid, signal.SIGKILL)
             os.kill(self._pid, signal.SIGKILL)
-        _, status = os.waitpid(self._pid, 0)
+        _, status, usage = os.wait4(self._pid, 0)
         for pipe in self._pipes:
             os.close(pipe)
         output, error, events = (texts[pipe].decode(errors="replace") for pipe in self._pipes)
@@ -96,7 +98,8 @@ class ForkedCommand:
         counts = {"rename": int(renames or 0), "commit": int(commits or 0)}
         code = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - self._start
-        return Outcome(code, output, error, seconds, over and self._conditions.kill_after is None, counts)
+        work = usage.ru_utime + usage.ru_stime
+        return Outcome(code, output, error, seconds, work, over and self._conditions.kill_after is None, counts)
 
 
 def run(words: Sequence[str], folder: Path, conditions: Conditions | None = None, plain: bool = False) -> Outcome:

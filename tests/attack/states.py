@@ -215,7 +215,8 @@ def restore(original: Path, target: Path, place: str | None) -> None:
         return  # a result, which may be there already
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+    for ending in ("", "-wal", "-shm"):  # the log of a damaged database does not belong to the healthy one
+        path.with_name(path.name + ending).unlink(missing_ok=True)
     if healthy.exists():
         shutil.copy2(healthy, path)
 

@@ -72,6 +72,8 @@ class Subject(NamedTuple):
     read: tuple[str, ...]
     """Files that it reads."""
     outcome: Outcome
+    owned: tuple[str, ...]
+    """Files that its first run made, which its next may change on request."""
 
     @property
     def verb(self) -> str:
@@ -95,11 +97,12 @@ def make_subjects(folder: Path, url: str, names: Sequence[str] = ()) -> list[Sub
         following = folder / str(number)
         shutil.copytree(stage, following, symlinks=True)
         first = _observe(name, words, stage, following)
+        first = first._replace(owned=tuple(first.written))
         subjects.append(first)
         if first.written:
             again = folder / f"{number}-again"
             shutil.copytree(following, again, symlinks=True)
-            subjects.append(_observe(f"{name}-again", words, following, again))
+            subjects.append(_observe(f"{name}-again", words, following, again)._replace(owned=first.owned))
         stage = following
     return subjects
 
@@ -122,7 +125,7 @@ def _observe(name: str, words: tuple[str, ...], before: Path, folder: Path) -> S
         os.utime(folder / path, ns=(0, status.st_mtime_ns))
     outcome = run(words, folder)
     read = [path for path in start if (folder / path).is_file() and os.stat(folder / path).st_atime > 0]
-    return Subject(name, words, before, folder, content(folder), start, tuple(read), outcome)
+    return Subject(name, words, before, folder, content(folder), start, tuple(read), outcome, ())
 
 
 def faults(subjects: Sequence[Subject]) -> Iterator[str]:
