@@ -71,11 +71,11 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                     command,
                     site=sites,
                     dictionary=(),
-                    images=12,
+                    images=24,
                     steps=None,
-                    top_examples=2,
-                    random_examples=1,
-                    silent_examples=1,
+                    top_examples=6,
+                    random_examples=2,
+                    silent_examples=2,
                 )
             case ExplainCommand():
                 return replace(command, dictionary=(), random_features=2, judged_images=2)
@@ -215,7 +215,7 @@ def test_a_recipe_is_found_in_a_file(tmp_path: Path):
         (
             "from difflex.recipes import Study, TrainCommand\ndef study(folder):\n"
             "    return Study(folder=folder, model='m', commands=(TrainCommand(study=folder, site='double.1'),))",
-            "TrainCommand(site='double.1') is not possible: it is a str, not a tuple of str",
+            "TrainCommand.site is 'double.1', which is not a tuple, each item text",
         ),
     ],
 )

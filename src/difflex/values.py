@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from difflex.errors import BadInput, UnknownName
 
@@ -42,7 +42,7 @@ def check_value(kind: Any, value: object, name: str) -> None:
 def fits(kind: Any, value: Any) -> bool:
     """Return whether `value` is of the type `kind`; numbers must be finite, and texts have no NUL and no half of a character."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return any(fits(argument, value) for argument in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
@@ -62,7 +62,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 def _describe(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
-    if origin is UnionType:
+    if origin in (Union, UnionType):
         return " or ".join(map(_describe, arguments))
     if origin is Literal:
         return f"one of {', '.join(arguments)}"
