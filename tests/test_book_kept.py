@@ -192,6 +192,7 @@ def test_changes_by_another_program_are_found(path: Path, statement: str):
         "UPDATE features SET histogram = '{}', activity = '7'",
         "UPDATE features SET activity = 'x'",
         "UPDATE shots SET shot = '[]'",
+        f"UPDATE shots SET shot = '{'[' * 100_000}'",
         "UPDATE shots SET shot = '{\"model\": 3}'",
         "UPDATE examples SET map = x'010203'",
         "UPDATE explanations SET descriptions = 'x'",

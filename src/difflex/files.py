@@ -127,7 +127,7 @@ def parsing(path: Path, content: str, advice: str) -> Iterator[None]:
     """Turn the errors of reading `content` out of the entries of a file into one that names the file and says what to do."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read as {content} ({error!r}): it is damaged. {advice}") from error
 
 

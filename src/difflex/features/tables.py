@@ -184,7 +184,7 @@ def read_info(path: Path, connection: sqlite3.Connection) -> BookInfo:
     del entries["content"]
     try:
         return _from_json(BookInfo, entries, "the table about")
-    except DifflexError as error:
+    except (DifflexError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read as a book: {error} {ADVICE}") from error
 
 
