@@ -13,8 +13,10 @@ from typing import final
 
 from difflex.errors import BadInput
 
-SHORTEST, LONGEST = 8, 1024
-"""Characters of a key. A shorter one could not be told from other words where it is removed."""
+LONGEST = 1024
+"""Characters of a key."""
+SECRET = 8
+"""Characters from which on a key is a secret: local servers are given words such as EMPTY, which answers may well contain."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 """The environment variable that is read unless another one is named; it may be unset, as for local servers."""
 
@@ -30,9 +32,9 @@ class ApiKey:
     """Where it was read from, for errors."""
 
     def __post_init__(self) -> None:
-        if self.secret and not (SHORTEST <= len(self.secret) <= LONGEST and re.fullmatch("[!-~]+", self.secret)):
+        if self.secret and not re.fullmatch(f"[!-~]{{1,{LONGEST}}}", self.secret):
             raise BadInput(
-                f"The API key from {self.source} is not valid: it has {_fault(self.secret)}. A key is {SHORTEST} to {LONGEST} "
+                f"The API key from {self.source} is not valid: it has {_fault(self.secret)}. A key is 1 to {LONGEST} "
                 "printable ASCII characters without spaces, alone in its file or variable. For a server without a key give none."
             )
 
@@ -58,7 +60,7 @@ class ApiKey:
 
     def redact(self, text: str) -> str:
         """Return `text` without the secret, also where it is escaped or encoded, as in a header or an address."""
-        return self._pattern.sub("[key]", text) if self.secret else text
+        return self._pattern.sub("[key]", text) if len(self.secret) >= SECRET else text
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
