@@ -174,6 +174,12 @@ def test_impossible_contrasts_are_explained(
     assert message in capsys.readouterr().err
 
 
+def test_a_pair_with_nul_is_refused_before_it_is_harvested(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "pairs.txt").write_text("a star\ta ring\na\0star\ta ring\n")
+    assert main(["contrast", str(study), "x", "--site", SITE, "--pairs", str(tmp_path / "pairs.txt")]) == 2
+    assert "Line 2 of" in capsys.readouterr().err
+
+
 def test_strengths_are_even_and_include_both_ends():
     assert _strengths(["-2:2:0.5"]) == (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
     assert _strengths(["0.3"]) == (0.3,)

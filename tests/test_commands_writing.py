@@ -17,6 +17,7 @@ from PIL import Image
 import difflex
 from difflex.cli import main
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights, fingerprint
+from difflex.files import folder_lock
 from difflex.records import Edit, Shot, Site
 from difflex.steering import EditRecord
 from difflex.steering.contrast import Contrast
@@ -79,6 +80,17 @@ def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(
     error = capsys.readouterr().err
     assert "cannot be written" in error and "a file where a folder is needed" in error
     assert (study.folder / place).read_text() == "in the way"
+
+
+@pytest.mark.parametrize("place", ["steering/removal/double.1", "steering/judged/double.1", "concepts/double.1+neurons"])
+def test_a_second_process_is_refused_before_a_model_is_loaded(
+    study: Study, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(difflex, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("difflex.evaluation.ClipModel.checksum", lambda *_, **__: "")
+    with folder_lock(study.folder / place):
+        assert main(WRITING[place.rpartition("/")[0]]) == 2
+    assert f"Another process is writing in study/{place}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["steer", "icon"])

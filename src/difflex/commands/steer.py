@@ -321,7 +321,7 @@ def _read_pairs(path: Path) -> list[tuple[str, str]]:
         positive, tab, negative = line.partition("\t")
         if not line.strip():
             continue
-        if not tab or "\t" in negative:
+        if not tab or "\t" in negative or "\0" in line:
             raise BadInput(f"Line {number} of {path} is not two prompts with one tab between them.")
         pairs.append((positive.strip(), negative.strip()))
     return pairs
