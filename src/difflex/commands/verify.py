@@ -71,9 +71,8 @@ class VerifyCommand(Command):
             raise UnknownName(f"{self.study} is not a study: it has no study.json. difflex harvest begins one.")
         files = [file for folder in studies for file in _files(Study(folder=folder, model=""), self.study)]
         counts: dict[str, tuple[int, int]] = {file.part: (0, 0) for file in files}
-        total = sum(map(_size, files))
         with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar,
+            tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="verify", disable=None) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         ):
             for file, error in zip(files, pool.map(_error, files), strict=True):
@@ -86,7 +85,9 @@ class VerifyCommand(Command):
             noun = f"{checked:,} file{'s' * (checked != 1)}"
             print(f"{part}: {noun}, {f'{damaged:,} DAMAGED' if damaged else 'all intact'}")
         if damaged := sum(damaged for _, damaged in counts.values()):
-            raise BrokenFile(f"{damaged:,} of {len(files):,} files in {self.study} are damaged. Nothing was changed.")
+            raise BrokenFile(
+                f"{damaged:,} of {len(files):,} files in {self.study} are damaged or cannot be read. Nothing was changed."
+            )
 
 
 def _size(file: CheckedFile) -> int:
@@ -192,7 +193,9 @@ def _check_book(study: Study, path: Path) -> None:
 def _check_answers(path: Path, repair: str) -> None:
     from difflex.sqlite import sqlite_errors
 
-    with sqlite_errors(path, repair), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    # Without a log to replay, the file is read as it is: nothing is made beside it, and its disk may be read-only.
+    mode = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+    with sqlite_errors(path, repair), closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as connection:
         [problem, *_] = [text for (text,) in connection.execute("PRAGMA integrity_check")]
     if problem != "ok":
         raise BrokenFile(f"{path} is damaged ({problem}). {repair}")

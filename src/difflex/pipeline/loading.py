@@ -71,13 +71,13 @@ def load(
         source = source._replace(revision=f"untrained-{untrained}")
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
-    check_finite(source.name, pipeline)
+    if not sharded and not offload and (device.type != "cpu" or precision != "nf4"):
+        pipeline.to(device)
+    check_finite(source.name, pipeline)  # on the GPU where possible: there it takes no time
     if sharded:
         engine.shard(device)
     elif offload:
         pipeline.enable_model_cpu_offload(device=device)
-    elif device.type != "cpu" or precision != "nf4":
-        pipeline.to(device)
     return Pipeline(engine, source, precision)
 
 

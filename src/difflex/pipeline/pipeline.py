@@ -107,7 +107,7 @@ class Pipeline:
 
         If it returns a tensor, that replaces the activations; if it returns None, they stay. Its argument is a copy that it may
         change in place. Under guidance it is called for each half, or only for `half`. Blocks nest: an inner one sees the
-        changes of an outer one.
+        changes of an outer one. Meanwhile other threads cannot use the pipeline, and the function itself cannot.
         """
         if half is not None and half not in get_args(Half):
             raise UnknownName.among("The half", half, get_args(Half))
