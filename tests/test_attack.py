@@ -9,6 +9,6 @@ ROOT = Path(__file__).parent.parent
 
 def test_nothing_is_lost_hangs_or_ends_with_a_traceback_whatever_the_state_of_the_disk() -> None:
     attack = subprocess.run(
-        [sys.executable, "-m", "tests.attack", "--short", "--workers", "1"], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.attack", "--short"], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert attack.returncode == 0, attack.stdout

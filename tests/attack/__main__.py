@@ -21,7 +21,7 @@ from .cases import Case, make_cases
 from .judging import Bench, CaseReport
 from .subjects import faults, make_subjects
 
-SHORT = ("harvest", "train", "neurons", "collect", "paid", "features")
+SHORT = ("harvest", "train", "collect", "paid")
 """Commands of the short form."""
 KINDS = ("traceback", "hang", "loss", "unclear")
 SHOWN = 40
@@ -66,11 +66,11 @@ def main() -> int:
 
 def _few(cases: Sequence[Case]) -> list[Case]:
     """Return a few cases of every group."""
-    limits, counts = {"damaged": 14, "arguments": 4, "killed": 6}, Counter[str]()
+    limits, counts = {"damaged": 10, "arguments": 3, "killed": 4}, Counter[str]()
     chosen = []
     for case in cases:
         counts[case.group] += 1
-        if counts[case.group] <= limits.get(case.group, 2) and not case.plain:
+        if counts[case.group] <= limits.get(case.group, 1) and not case.plain:
             chosen.append(case)
     return chosen
 
