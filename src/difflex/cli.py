@@ -20,6 +20,8 @@ from difflex.study import Command
 
 __all__ = ["main", "parse"]
 
+SPINS = "1000"
+"""What OpenMP takes itself where threads outnumber cores; see benchmarks/busy.py."""
 USAGE = (
     "usage: difflex VERB [OPTIONS]\n\nSparse dictionaries for text-to-image diffusion models: train, evaluate, explain, steer."
 )
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show stops no command
+    _share_cores()
     try:
         with _plain_warnings():
             _run(words)
@@ -63,6 +66,15 @@ def parse(words: Sequence[str]) -> Command:
     import tyro  # here, so that `difflex --help` does without it
 
     return tyro.cli(command, prog=f"difflex {verb}", args=flags)
+
+
+def _share_cores() -> None:
+    """Let the threads of torch sleep soon when they wait for each other, unless the environment says how they wait.
+
+    By default they spin for milliseconds: beside another busy process that takes the time of the very thread they wait for.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded
 
 
 def _check_flags(command: type[Command], words: Sequence[str]) -> None:

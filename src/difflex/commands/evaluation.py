@@ -13,7 +13,6 @@ import difflex
 from difflex.choices import Precision
 from difflex.commands.flags import AMOUNT, BATCH, COUNT, SHARE, STEPS, TOKENS, WHOLE, ModelCommand, NoiseLevels, Pixels
 from difflex.commands.inputs import load_study_model, read_prompts
-from difflex.devices import free_memory
 from difflex.errors import BadInput, OutOfMemory
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
@@ -143,6 +142,8 @@ class ConceptsCommand(Command):
 
 def _check_memory(pipe: "difflex.Pipeline", site: Site, images: int, levels: int) -> None:
     """Raise an error if the activations of so many drawn images at a site do not fit into memory, before one is drawn."""
+    from difflex.devices import free_memory
+
     [row, *_] = pipe.sites(str(replace(site, kind="residual")))
     width = (row.neurons or row.width) if site.kind == "neurons" else row.width
     need, free = 4 * images * levels * row.tokens * width, free_memory("cpu")

@@ -3,12 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
 from tyro.conf import Positional, arg
 
 from difflex.choices import NormalisationMethod, PursuitName, SAEKind
 from difflex.commands.flags import COUNT, POSITIVE, SEED, SIZE, TOKENS, Numbers, Shares, number
+from difflex.files import parsing
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = ["ItdaCommand", "NeuronsCommand", "TrainCommand"]
 
 PRESET = "(default: the preset's)"
 ALL_TOKENS = "(default: all training tokens, once)"
+MOVE_AWAY = "Move the dictionary away (it is not deleted), then give the same command again."
 PRINT_EVERY = 10.0
 """Seconds between two lines about the progress."""
 
@@ -80,12 +82,12 @@ class TrainCommand(Command):
 
 def _print_sae(folder: Path, sae: "SAE") -> None:
     training = sae.origin.training
-    metrics = training["metrics"]
-    assert isinstance(metrics, dict)
-    print(
-        f"{folder}: {training['tokens']:,} tokens, FVU {metrics['fvu']:.4f} in normalised space, "
-        f"{metrics['l0']:.1f} features per token, {metrics['dead']:.1%} dead."
-    )
+    with parsing(folder / "config.json", "the record of a training", MOVE_AWAY):
+        metrics = cast("dict[str, Any]", training["metrics"])
+        print(
+            f"{folder}: {training['tokens']:,} tokens, FVU {metrics['fvu']:.4f} in normalised space, "
+            f"{metrics['l0']:.1f} features per token, {metrics['dead']:.1%} dead."
+        )
 
 
 @final
@@ -164,10 +166,11 @@ class ProgressPrinter:
 
 def _print_itda(folder: Path, itda: "ITDA") -> None:
     training = itda.origin.training
-    expected = training["expected_over_threshold"]
-    new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
-    over = f"{itda.size:,} atoms over threshold {training['threshold']:.4g}"
-    print(f"{folder}: {over} from {training['tokens']:,} tokens{new_images}.")
+    with parsing(folder / "config.json", "the record of a growth", MOVE_AWAY):
+        expected = training["expected_over_threshold"]
+        new_images = "" if expected is None else f"; about {expected:.1%} of the tokens of new images are expected to be over it"
+        over = f"{itda.size:,} atoms over threshold {training['threshold']:.4g}"
+        print(f"{folder}: {over} from {training['tokens']:,} tokens{new_images}.")
 
 
 @final

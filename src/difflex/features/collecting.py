@@ -283,6 +283,10 @@ def collect_study(
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     data = f"{source.description}, {source.images} images, {settings}{'' if draw_patches else ', no patches'}"
     missing = [ref for ref in refs if not _is_current(study, ref, data)]
+    checkpoint = study.folder / "books" / "collecting.safetensors"
+    if checkpoint.is_file():
+        current = (ref for ref in refs if ref not in missing)
+        CollectCheckpoint.delete_finished(checkpoint, {str(ref): fingerprint(study.dictionary(*ref)) for ref in current})
     if missing:
         sites = list(dict.fromkeys(ref.site for ref in missing))
 
@@ -294,7 +298,7 @@ def collect_study(
             lambda start: source.batches(sites, start),
             ImageAlbum(study.images),
             data=data,
-            checkpoint=study.folder / "books" / "collecting.safetensors",
+            checkpoint=checkpoint,
             config=config,
             draw=draw if draw_patches else None,
             images=source.images,

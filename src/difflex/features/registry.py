@@ -143,6 +143,20 @@ class CollectCheckpoint:
         write_tensors(self.path, FORMAT, tensors, {"request": self._request})
         registry.delete_unused()  # only now: a killed pass continues from the checkpoint, with all of its images
 
+    @staticmethod
+    def delete_finished(path: Path, fingerprints: Mapping[str, str]) -> None:
+        """Delete the checkpoint of a pass that was killed after its last book: all of its dictionaries have current books.
+
+        `fingerprints` are those of the dictionaries with current books, by name.
+        """
+        try:
+            request = json.loads(read_tensors(path, FORMAT, "").header["request"])
+            finished = request["dictionaries"].items() <= fingerprints.items()
+        except (BrokenFile, ValueError, KeyError, AttributeError):
+            return
+        if finished:
+            path.unlink(missing_ok=True)
+
     def restore(self, collectors: Sequence[FeatureCollector], registry: ShotRegistry) -> None:
         """Restore the state of this pass, if the file holds it; say so if it is damaged, or an image of it is."""
         if not self.path.is_file():

@@ -31,6 +31,7 @@ SMALL_MODEL = 2**30
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 NAMES = "Name a folder by its path (./my-model), a hub model as OWNER/NAME."
 COPY_AGAIN = "Copy or download it again."
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 DEFAULTS, INDEX = "difflex.json", "model_index.json"
 
 
@@ -206,7 +207,10 @@ def _family_defaults(family: Family, plan: PipelinePlan) -> ModelDefaults:
 
 def check_weights(folder: Path) -> None:
     """Raise an error that names the file if a file in `folder` is truncated, damaged in its header or missing."""
-    _read_index(folder / INDEX)
+    index = _read_index(folder / INDEX)
+    for part, value in index.items():
+        if isinstance(value, list) and "Tokenizer" in str(value[-1:]):
+            _check_tokenizer(folder / part)
     for path in sorted(folder.glob("*/*.safetensors")):
         try:
             with safe_open(path, "pt"):  # reads the header and compares it with the size of the file
@@ -217,6 +221,13 @@ def check_weights(folder: Path) -> None:
         for shard in sorted(set(_read_index(path).get("weight_map", {}).values())):
             if not (path.parent / shard).is_file():
                 raise BrokenFile(f"{path.parent / shard}, listed in {path.name}, is missing. Copy or download the model again.")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise an error for a tokenizer without settings or vocabulary, which transformers makes up in silence."""
+    for names in (("tokenizer_config.json",), VOCABULARIES):
+        if not any((folder / name).is_file() for name in names):
+            raise BrokenFile(f"The tokenizer in {folder} has no {' or '.join(names)}. {COPY_AGAIN}")
 
 
 def _read_index(path: Path) -> Mapping[str, Any]:
@@ -232,18 +243,40 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
     small = sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) < SMALL_MODEL
     try:
         with quiet("transformers", "diffusers"), hide_progress_bars() if small else nullcontext():
-            return DiffusionPipeline.from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True, **components)
+            pipeline = DiffusionPipeline.from_pretrained(os.fspath(folder), dtype=dtype, local_files_only=True, **components)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # readers of diffusers, transformers, tokenizers: each has its own errors for a damaged file
         raise BrokenFile(f"The model in {folder} cannot be read: {_first_line(error)}. {COPY_AGAIN}") from error
+    for part, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and part not in components:
+            _check_stored(folder / part, component)
+    return pipeline
+
+
+def _check_stored(folder: Path, component: nn.Module) -> None:
+    """Raise an error if the files of a component hold the weights of another one: transformers then makes random ones in silence."""
+    stored: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored.update(map(_ending, file.keys()))
+    names = [*component.state_dict()]
+    if stored and 2 * sum(_ending(name) in stored for name in names) < len(names):
+        raise BrokenFile(f"{folder} holds other weights than its config describes, such as {names[0]}. {COPY_AGAIN}")
+
+
+def _ending(name: str) -> str:
+    """Return the end of the name of a tensor: its beginning differs between versions of transformers."""
+    return ".".join(name.split(".")[-4:])
 
 
 @torch.no_grad()
 def check_finite(name: str, pipeline: DiffusionPipeline) -> None:
-    """Raise an error that names the first tensor of a model that holds NaN or infinity."""
+    """Raise an error that names the first tensor of a model that holds NaN or infinity, or that its files do not hold."""
     for part, component in pipeline.components.items():
         for path, tensor in component.state_dict().items() if isinstance(component, nn.Module) else ():
+            if tensor.is_meta:
+                raise BrokenFile(f"The files of the model '{name}' do not hold the weights {part}.{path}. {COPY_AGAIN}")
             # A sum of finite numbers may overflow, but one with NaN or infinity is never finite.
             if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
                 raise NonFinite(

@@ -22,6 +22,7 @@ from difflex.files import disk_errors, file_sha256, parsing, read_json, write_js
 from difflex.records import Shot, Site, Split
 from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, unpack
 from difflex.tensors import read_tensors, write_tensors
+from difflex.values import check_fields
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -131,9 +132,12 @@ class Manifest:
                 (int(number), {**shard, "held_out": tuple(shard["held_out"])}) for number, shard in entries["shards"].items()
             )
             shards = {number: ShardEntry(**shard) for number, shard in listed}
+            for entry in shards.values():
+                check_fields(entry)
             head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
             head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
-            return cls(head=StoreHeader(**head), shards=shards, statistics=entries["statistics"])
+            check_fields(header := StoreHeader(**head))
+            return cls(head=header, shards=shards, statistics=entries["statistics"])
 
     @classmethod
     def read_if_intact(cls, folder: Path) -> "Manifest | None":

@@ -117,7 +117,7 @@ class Study:
     def stores(self) -> dict[Site, Path]:
         """Return the folders of the stores by site."""
         # Any file counts, not the manifest alone: a store that has lost it is broken and must be noticed.
-        folders = sorted({path.parent for ending in ("json", "safetensors") for path in self.activations.glob(f"*/*.{ending}")})
+        folders = [place for place in _children(self.activations) if any(map(_is_stored, _children(place)))]
         return {_parse_site(folder): folder for folder in folders}
 
     def dictionary(self, site: Site, label: str) -> Path:
@@ -130,8 +130,8 @@ class Study:
 
     def dictionaries(self) -> list[DictionaryRef]:
         """Return the finished dictionaries, sorted by name with numbers in numerical order."""
-        folders = (path.parent for path in (self.folder / "dictionaries").glob("*/*/config.json"))
-        names = [DictionaryRef(_parse_site(folder.parent), folder.name) for folder in folders]
+        folders = (folder for site in _children(self.folder / "dictionaries") for folder in _children(site))
+        names = [DictionaryRef(_parse_site(folder.parent), folder.name) for folder in folders if _is_file(folder / "config.json")]
         finished = [name for name in names if not name.label.startswith(GROWING)]
         return sorted(finished, key=lambda name: [part.zfill(12) for part in re.split(r"(\d+)", str(name))])
 
@@ -217,11 +217,22 @@ class Study:
 
     def removals(self) -> list[Path]:
         """Return all files with results of removal."""
-        return sorted((self.folder / "steering" / "removal").glob("*/*.json"))
+        sites = _children(self.folder / "steering" / "removal")
+        return [path for site in sites for path in _children(site) if path.suffix == ".json"]
 
     def findings(self, site: Site) -> Path:
         """The file with the findings of steering experiments at a site."""
         return self.folder / "steering" / "findings" / f"{site.folder}.json"
+
+
+def _children(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted; nothing if there is none. One that may not be read is an error, which glob hides."""
+    with disk_errors(folder, "read"):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_stored(path: Path) -> bool:
+    return path.suffix in (".json", ".safetensors") and not path.name.startswith(".")
 
 
 def _is_file(path: Path) -> bool:
