@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from difflex.files import file_sha256
+from difflex.files import CHUNK, file_sha256
 from difflex.records import Site
 from difflex.store import Store
 from difflex.store.manifest import Manifest, ShardEntry, StoreHeader, shard_paths
@@ -45,8 +45,8 @@ def main() -> None:
         read, most = read + rows.values.nbytes, max(most, memory())
         if read > READ:
             break
-    # Two windows, the last and the next one; two batches, one filled and one read; small objects.
-    allowed = (2 * WINDOW + 2 * BATCH) * 2 * store.width + 30 * 2**20
+    # Two windows, the last and the next one; two batches, one filled and one read; buffers of two checksums; small objects.
+    allowed = (2 * WINDOW + 2 * BATCH) * 2 * store.width + 2 * CHUNK + 30 * 2**20
     stored = sum(path.stat().st_size for path in folder.iterdir())
     print(json.dumps({"stored": stored, "read": read, "growth": most - before, "allowed": allowed}))
 

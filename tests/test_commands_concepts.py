@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from difflex import devices
 from difflex.cli import main
-from difflex.commands import evaluation
 from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Neurons, Normalisation, SAEWeights
 from difflex.evaluation.concepts import Concept, drawn_concepts, drawn_images
 from difflex.evaluation.concepts.results import ConceptMatches
@@ -47,7 +47,7 @@ def test_scenes_are_labelled_images():
 def test_images_whose_activations_do_not_fit_into_memory_are_refused(
     study: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(evaluation, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 10**9)
     assert main(["concepts", str(study.folder), "--images", "1000000", "--batch", "2"]) == 2
     assert "1,000,000 images at 3 noise levels at double.0:neurons take 589.8 GB of memory" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_evaluation(
         study,
         "double.2/topk-512-k16-seed1",
-        fvu=float("nan"),
+        fvu=None,
         similarity={"clip:openai/clip-vit-large-patch14-336": 0.987, "lpips": 0.031},
     )
     flags = {"study": ".", "dictionary": [f"double.2/topk-512-k{k}-standardise-lr0.0002-seed1" for k in (8, 16, 32)]}
@@ -217,8 +217,8 @@ def test_clicking_a_column_sorts_by_it_and_clicking_again_reverses_the_order(des
     up = column_texts(desk, 4)
     head.locator("button").click()
     down = column_texts(desk, 4)
-    numbers = [value for value in up if value != "NaN"]
-    assert up != unsorted and numbers == sorted(numbers, key=float) and up[-1] == down[-1] == "NaN"
+    numbers = [value for value in up if value != "–"]
+    assert up != unsorted and numbers == sorted(numbers, key=float) and up[-1] == down[-1] == "–"
     assert down[:-1] == sorted(numbers, key=float, reverse=True) and head.get_attribute("aria-sort") == "descending"
     names = desk.locator(".sortable thead th").first
     names.locator("button").click()

@@ -20,7 +20,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("usual")
     one, other = full_study(root / "study"), full_study(root / "another-study")
     write_evaluation(other, "double.1/topk-1024-k16", fvu=0.4, dead=300)
-    write_evaluation(other, "double.2/topk-512-k16", fvu=float("nan"))
+    write_evaluation(other, "double.2/topk-512-k16", fvu=None)
     write_matches(other, "double.1/topk-1024-k16", (0.2, 0.9, 0.3, 0.6))
     return write_comparison(compare(read_facts(one), read_facts(other)), root / "compare.html")
 

@@ -87,4 +87,4 @@ def test_a_planted_violation_is_found(tmp_path: Path, addition: str, complaint: 
 def test_too_many_too_short_and_too_long_sources_are_found():
     assert any("more than 175" in violation for violation in violations({f"{i}.py": "" for i in range(FILES + 1)}))
     assert any("150 are wanted" in violation for violation in violations({"a.py": "\n" * 10}))
-    assert any("more than 31,250" in violation for violation in violations({f"{i}.py": "\n" * FILE for i in range(80)}))
+    assert any("more than 34,000" in violation for violation in violations({f"{i}.py": "\n" * FILE for i in range(90)}))

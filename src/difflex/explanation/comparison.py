@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ __all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "compare_m
 
 DRAWS = 2000
 """Bootstrap resamples of an interval."""
+SHUFFLES = 1000
+"""Shuffles of a permutation test that are summed together."""
 LEVEL = 0.95
 
 
@@ -82,14 +85,21 @@ def estimate_mean(values: Sequence[float], seed: int = 0) -> MeanEstimate:
 def permutation_p_value(first: Sequence[float], second: Sequence[float], seed: int = 0, draws: int = 10_000) -> float:
     """Return how often shuffling values between two groups makes their means differ at least as much as they do.
 
-    A two-sided permutation test; never 0, because the observed groups count as one of the shuffles.
+    A two-sided permutation test, over all ways to form the groups if they are fewer than `draws`; never 0, because the observed
+    groups count as one of the shuffles.
     """
-    values = torch.tensor([*first, *second], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    shuffles = (torch.randperm(len(values), generator=generator)[: len(first)] for _ in range(draws))
-    sums = torch.stack([values[: len(first)].sum(), *(values[shuffle].sum() for shuffle in shuffles)])
-    differences = (sums / len(first) - (values.sum() - sums) / len(second)).abs()
-    return int((differences >= differences[0] - 1e-12).sum()) / (1 + draws)
+    values, size = torch.tensor([*first, *second], dtype=torch.float64), len(first)
+    if math.comb(len(values), size) <= draws:
+        sums = [values[torch.tensor([*combinations(range(len(values)), size)])].sum(1)]  # the first are the observed groups
+    else:
+        generator, sums = torch.Generator().manual_seed(seed), [values[:size].sum()[None]]
+        for start in range(0, draws, SHUFFLES):
+            count = min(SHUFFLES, draws - start)
+            shuffles = [torch.randperm(len(values), generator=generator)[:size] for _ in range(count)]
+            sums.append(values[torch.stack(shuffles)].sum(1))
+    totals = torch.cat(sums)
+    differences = (totals / size - (values.sum() - totals) / len(second)).abs()
+    return int((differences >= differences[0] - 1e-12).sum()) / len(totals)
 
 
 def _interval(draws: Float[Tensor, " draw"]) -> tuple[float, float]:

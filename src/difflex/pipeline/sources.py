@@ -255,7 +255,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
 
 
 def _check_stored(folder: Path, component: nn.Module) -> None:
-    """Raise an error if the files of a component hold the weights of another one: transformers then makes random ones in silence."""
+    """Raise an error if the files of a component hold other weights: transformers makes random ones in silence."""
     stored: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
