@@ -24,7 +24,7 @@ from difflex.features.collecting import CollectBatch, CollectConfig, CollectTarg
 from difflex.features.collector import FeatureCollector
 from difflex.features.entries import FeatureStats, ImageFile, TokenMap
 from difflex.features.firing import BatchImages
-from difflex.features.tables import PackedExample
+from difflex.features.writing import PackedExample
 from difflex.records import Activations, Codes, Shot, Site
 
 torch.set_num_threads(1)

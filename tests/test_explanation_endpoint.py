@@ -419,7 +419,7 @@ def test_a_key_given_where_a_name_belongs_is_not_repeated(tmp_path: Path):
         with pytest.raises(BadInput, match="The key file cannot be read: ") as caught:
             ApiKey.read(file)
         assert "tell" not in str(caught.value)
-    with pytest.raises(BadInput, match="that should hold the API key is not set") as caught:
+    with pytest.raises(BadInput, match=r"that should hold the API key \(--key-variable\) is not set") as caught:
         ApiKey.read(None, SECRET, {})
     assert "tell" not in str(caught.value)
 

@@ -326,7 +326,7 @@ def contents(book: Book) -> list[object]:
     """Everything that explaining wrote into a book, but for the seconds that calls took."""
     rows = book.explanations()
     judged = [(row, book.judgements(row.id), book.scores(row.id)) for row in rows]
-    return [judged, [replace(entry, seconds=0.0) for entry in book.usage()]]
+    return [*judged, *[replace(entry, seconds=0.0) for entry in book.usage()]]
 
 
 def test_a_book_does_not_depend_on_which_thread_is_faster(tmp_path: Path):

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -326,3 +327,30 @@ def test_a_turbo_model_is_recognised_by_its_scheduler(scheduler: str, settings: 
     plan = PipelinePlan("StableDiffusionXLPipeline", {"scheduler": ComponentPlan("diffusers", scheduler, settings)}, {})
     defaults = read_defaults(None, family_of(plan.pipeline), plan)
     assert (defaults.steps, defaults.guidance) == (steps, guidance)
+
+
+@pytest.mark.parametrize(
+    ("component", "entry", "value"),
+    [("transformer", "axes_dims_rope", [4, 4, {}]), ("transformer", "num_layers", "two"), ("vae", "act_fn", 3)],
+)
+def test_an_entry_of_another_type_in_a_config_is_refused(tmp_path: Path, component: str, entry: str, value: object):
+    path = next(tiny_folder("flux", tmp_path / "model").glob(f"{component}/*config.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), entry: value}))
+    with pytest.raises(BrokenFile, match=rf"The config of \S*{component} has an entry '{entry}'"):
+        difflex.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_without_vocabulary_or_settings_is_refused(tmp_path: Path, name: str):
+    (tiny_folder("flux", tmp_path / "model") / "tokenizer" / name).unlink()
+    with pytest.raises(BrokenFile, match=r"The tokenizer in \S*tokenizer has no tokenizer"):
+        difflex.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae"])
+def test_the_weights_of_another_component_are_refused(tmp_path: Path, component: str):
+    folder = tiny_folder("flux", tmp_path / "model")
+    [own], [other] = (sorted(folder.glob(f"{name}/*.safetensors")) for name in (component, "text_encoder_2"))
+    own.write_bytes(other.read_bytes())
+    with pytest.raises(BrokenFile, match=component):
+        difflex.load(folder)

@@ -87,3 +87,13 @@ def test_the_stores_of_a_study_are_found_by_site(tmp_path: Path):
     (study.activations / "double.2" / "shard-00000.json").write_text("{}")
     sites.append(Site("double.2"))
     assert study.stores() == {site: study.activations / site.folder for site in sorted(sites, key=lambda site: site.folder)}
+
+
+def test_a_dictionary_whose_config_cannot_be_read_still_counts(tmp_path: Path):
+    study = Study.begin(tmp_path / "study", "mini-flux")
+    for name in ("a", "b", "c"):
+        study.dictionary(Site("double.1"), name).mkdir(parents=True)
+    config = study.dictionary(Site("double.1"), "a") / "config.json"
+    config.symlink_to(config)  # a loop
+    (study.dictionary(Site("double.1"), "b") / "config.json").mkdir()
+    assert [ref.label for ref in study.dictionaries()] == ["a", "b"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .cases import Case, make_cases
 from .judging import Bench, CaseReport
-from .subjects import faults, make_subjects
+from .subjects import differences, faults, make_subjects
 
 SHORT = ("harvest", "train", "collect", "paid")
 """Commands of the short form."""
@@ -44,7 +44,7 @@ def main() -> int:
     with _temporary_folder() as folder, _server() as url:
         names = SHORT if options.short else options.commands.split(",") if options.commands else ()
         subjects = make_subjects(folder / "stages", url, names)
-        broken = list(faults(subjects))
+        broken = [*faults(subjects), *differences(subjects, make_subjects(folder / "others", url, names))]
         for fault in broken:
             print(f"UNDISTURBED {fault}", flush=True)
         healthy = [subject for subject in subjects if not subject.outcome.code]

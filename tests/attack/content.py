@@ -41,8 +41,8 @@ def files(folder: Path) -> list[str]:
     return sorted(path for path in found if not path.endswith(SIDECARS) and "__pycache__" not in path)
 
 
-def content_hash(path: Path) -> str:
-    """Return a hash of the file at `path` that is the same for every run that makes it."""
+def content_hash(path: Path, exact: bool = False) -> str:
+    """Return a hash of the file at `path` that is the same for every run; `exact` minds the order of entries."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
     if not path.is_file():
@@ -50,12 +50,12 @@ def content_hash(path: Path) -> str:
     data = path.read_bytes()
     try:
         if path.suffix == ".json":
-            data = _untimed(data)
+            data = _untimed(data, exact)
         elif path.suffix == ".jsonl":
-            data = b"\n".join(map(_untimed, data.splitlines()))
+            data = b"\n".join(_untimed(line, exact) for line in data.splitlines())
         elif path.suffix == ".sqlite":
-            tables = sorted((name, sorted(rows.items())) for name, rows in table_rows(path).items() if name not in SPENT)
-            data = repr(tables).encode()
+            found = {name: rows.items() for name, rows in table_rows(path).items() if name not in SPENT}
+            data = repr([(name, [*rows] if exact else sorted(rows)) for name, rows in found.items()]).encode()
         elif path.suffix in (".html", ".csv"):
             data = CLOCK.sub(b"", data)
     except (ValueError, RecursionError, sqlite3.Error, OverflowError):
@@ -68,8 +68,8 @@ def raw_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
 
 
-def _untimed(data: bytes) -> bytes:
-    return json.dumps(_without_times(json.loads(data)), sort_keys=True).encode()
+def _untimed(data: bytes, exact: bool = False) -> bytes:
+    return json.dumps(_without_times(json.loads(data)), sort_keys=not exact).encode()
 
 
 def _without_times(value: Any) -> Any:

@@ -19,6 +19,8 @@ from .states import Mounts
 
 LETTERS = 400
 """The longest sentence, without the names of files in it."""
+ANSWERS = "study/explanations/answers.sqlite"
+"""What the command repairs itself; the old file put back would lack the new answers."""
 PRECIOUS = ("books/", "explanations/", "dictionaries/", "steering/contrasts/")
 """What cannot be made again for nothing: nobody is told to delete it."""
 PARTIAL = re.compile(
@@ -87,7 +89,8 @@ class Bench:
         problems += _losses(case, folder, before, after, outcome)
         problems += [Problem("loss", f"gone from {table}: {rows}") for table, rows in _vanished(paid, folder, before).items()]
         changed = after not in (before, case.subject.after) or (outcome.code < 0 and after != case.subject.after)
-        if changed and case.own and not (case.altered and outcome.code == 0):
+        repaired = outcome.code == 0 and (case.altered or case.place == ANSWERS)
+        if changed and case.own and not repaired:
             states.restore(case.subject.before, folder, case.place)
             again = run(case.words, folder)
             problems += _after_repair(case, folder, again)
@@ -189,7 +192,8 @@ def _losses(case: Case, folder: Path, before: Content, after: Content, outcome: 
         if after.get(path) in (before.get(path), result.get(path, "")) or path.endswith(".tmp"):
             continue
         if not case.own:
-            permitted = path not in before or path in case.subject.owned or bool(SIDE_EFFECTS.search(path))
+            usual = path if case.renamed is None else path.replace(case.renamed, "study", 1)
+            permitted = path not in before or usual in case.subject.owned or bool(SIDE_EFFECTS.search(path))
         elif outcome.code:
             permitted = (
                 _renewed(case, path)

@@ -121,6 +121,9 @@ def _be_command(words: Sequence[str], folder: Path, conditions: Conditions, plai
         if plain:
             os.environ["OMP_NUM_THREADS"] = "1"
             os.execv(PLAIN[0], [*PLAIN, *words])
+        import torch
+
+        torch.set_num_threads(1)  # makes the pool of threads, which a fork has lost, before several threads want it at once
         counts = _watch(conditions.kill)
         _limit(conditions)
         code = _main(list(words))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .content import Content, content, files, first_difference
+from .content import Content, content, content_hash, files, first_difference
 from .process import Outcome, run
 
 CHAIN = """
@@ -126,6 +126,15 @@ def _observe(name: str, words: tuple[str, ...], before: Path, folder: Path) -> S
     outcome = run(words, folder)
     read = [path for path in start if (folder / path).is_file() and os.stat(folder / path).st_atime > 0]
     return Subject(name, words, before, folder, content(folder), start, tuple(read), outcome, ())
+
+
+def differences(subjects: Sequence[Subject], others: Sequence[Subject]) -> Iterator[str]:
+    """Yield what the same commands made differently in another folder, to the order of entries."""
+    for one, other in zip(subjects, others, strict=True):
+        for path in one.written:
+            mine, its = one.result / path, other.result / path
+            if content_hash(mine, exact=True) != content_hash(its, exact=True):
+                yield f"{one.name}: {path} differs in another folder: {first_difference(mine, its)}"
 
 
 def faults(subjects: Sequence[Subject]) -> Iterator[str]:

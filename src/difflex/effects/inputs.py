@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, final
@@ -107,7 +108,7 @@ class Provenance:
 def concept_matches(study: Study, place: DictionaryRef) -> ConceptMatches | None:
     """Return the results of `difflex concepts` for a dictionary; None if it was not run."""
     path, folder = study.concepts(*place), study.dictionary(*place)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     matches = ConceptMatches.load(path)
     if matches.fingerprint is None or not (folder / "config.json").is_file():

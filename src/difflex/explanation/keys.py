@@ -46,7 +46,9 @@ class ApiKey:
         """
         if file is None:
             if variable not in environment and variable != KEY_VARIABLE:
-                raise BadInput("The environment variable that should hold the API key is not set. Set it, or name another one.")
+                raise BadInput(
+                    "The environment variable that should hold the API key (--key-variable) is not set. Set it, or name another."
+                )
             return cls(environment.get(variable, "").strip(), f"${variable}")
         try:
             with file.open("rb") as opened:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.resources import files
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from difflex.errors import BadInput
+from difflex.errors import BadInput, BrokenFile
 
 Change = Callable[[str, nn.Module], nn.Module]
 """Applied to each component, with its name, as soon as it is built."""
@@ -45,8 +45,14 @@ class ComponentPlan(NamedTuple):
         """Build the component on the meta device, where it takes no memory; None for one that never has weights."""
         if not issubclass(getattr(import_module(self.library), self.kind), nn.Module):
             return None
-        with torch.device("meta"):
-            return self.build()
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except Exception as error:  # each class has its own errors for an entry that it does not know
+            raise BrokenFile(
+                f"A {self.kind} cannot be built from its config ({type(error).__name__}: {str(error)[:100]}): it is damaged. "
+                "Copy or download the model again."
+            ) from error
 
 
 class PipelinePlan(NamedTuple):
@@ -93,10 +99,33 @@ def _read_component(library: str, kind: str, source: str, name: str, options: Ma
         )
     component = getattr(import_module(library), kind)
     if library == "diffusers":
-        return ComponentPlan(library, kind, dict(component.load_config(source, subfolder=name, **options)))
+        config = dict(component.load_config(source, subfolder=name, **options))
+        _check_types(f"{source}/{name}", component, config)
+        return ComponentPlan(library, kind, config)
     if not hasattr(component, "config_class"):  # tokenizers and processors
         return ComponentPlan(library, kind, None)
     return ComponentPlan(library, kind, component.config_class.from_pretrained(source, subfolder=name, **options).to_dict())
+
+
+def _check_types(place: str, component: type, config: Mapping[str, Any]) -> None:
+    """Raise an error for an entry of another type than the default of its argument, which fails when the model runs."""
+    for name, parameter in signature(component.__init__).parameters.items():
+        expected = {*_leaf_types(parameter.default)}
+        for found in _leaf_types(config.get(name)):
+            if expected and found not in expected:
+                raise BrokenFile(
+                    f"The config of {place} has an entry '{name}' with a {found.__name__}, where a {expected.pop().__name__} "
+                    "belongs: it is damaged. Copy or download it again."
+                )
+
+
+def _leaf_types(value: object) -> Iterator[type]:
+    """Yield the types of a value, or of the items of a list; all numbers and truth values are floats here, None is nothing."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaf_types(item)
+    elif value is not None and value is not Parameter.empty:
+        yield float if isinstance(value, (bool, int, float)) else type(value)
 
 
 def _flux(guidance_embeds: bool, shift: float) -> PipelinePlan:

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import final
@@ -123,8 +123,8 @@ class SiteRecorder:
         old = next(shot for shot in stored if shot not in shot_set)
         new = next(shot for shot in shots if shot not in stored_set)
         raise StaleWork(
-            f"The prompts or their settings have changed: shard {number} of {self.folder} was made from {_describe(old)}, "
-            f"now it would be made from {_describe(new)}. {ADVICE}",
+            f"The prompts or their settings have changed: shard {number} of {self.folder} was made from {_describe(old, new)}, "
+            f"now it would be made from {_describe(new, old)}. {ADVICE}",
             self.folder,
         )
 
@@ -191,10 +191,10 @@ class SiteRecorder:
         return {number: self._entries[number] for number in numbers if number in self._entries}
 
 
-def _describe(shot: Shot) -> str:
-    content = f"the image {shot.image!r}" if shot.image is not None else repr(shot.prompt)
-    size = f"{shot.pixels[0]} x {shot.pixels[1]} pixels"
-    return f"{content} (seed {shot.seed}, timestep {shot.timestep}, {size}, {shot.steps} steps, guidance {shot.guidance:g})"
+def _describe(shot: Shot, other: Shot) -> str:
+    """Describe how a shot differs from another one."""
+    names = (field.name for field in fields(Shot) if getattr(shot, field.name) != getattr(other, field.name))
+    return ", ".join(f"{name} {getattr(shot, name)!r}" for name in names)
 
 
 def check_disk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -131,7 +132,11 @@ class Study:
     def dictionaries(self) -> list[DictionaryRef]:
         """Return the finished dictionaries, sorted by name with numbers in numerical order."""
         folders = (folder for site in _children(self.folder / "dictionaries") for folder in _children(site))
-        names = [DictionaryRef(_parse_site(folder.parent), folder.name) for folder in folders if _is_file(folder / "config.json")]
+        names = [
+            DictionaryRef(_parse_site(folder.parent), folder.name)
+            for folder in folders
+            if os.path.lexists(folder / "config.json")
+        ]
         finished = [name for name in names if not name.label.startswith(GROWING)]
         return sorted(finished, key=lambda name: [part.zfill(12) for part in re.split(r"(\d+)", str(name))])
 

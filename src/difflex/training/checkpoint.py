@@ -113,15 +113,19 @@ def _gather(name: str, tensor: Tensor, ranks: TrainingRanks) -> Tensor:
     return ranks.by_feature.gather(tensor) if name in ROWWISE else tensor
 
 
+def _without(value: Json, other: Json) -> Json:
+    """Return `value` without the entries that are the same in `other`."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return {name: _without(entry, other.get(name)) for name, entry in value.items() if other.get(name) != entry}
+    return value
+
+
 def check_same(path: Path, subject: str, saved: Json, requested: Json) -> None:
     """Raise an error that names the differences between what was `saved` and what is `requested`."""
     if saved == requested:
         return
-    if isinstance(saved, Mapping) and isinstance(requested, Mapping):
-        names = [name for name in requested if saved.get(name) != requested[name]]
-        saved, requested = {name: saved.get(name) for name in names}, {name: requested[name] for name in names}
     raise StaleWork(
-        f"{path} is of a training with other {subject}: {saved}, not {requested}. "
+        f"{path} is of a training with other {subject}: {_without(saved, requested)}, not {_without(requested, saved)}. "
         "Use the same settings to resume, or another folder, or move this one away to train from the start.",
         path.parent if path.suffix else path,
     )
