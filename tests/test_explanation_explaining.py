@@ -216,9 +216,9 @@ def test_a_used_up_budget_ends_the_work_cleanly_and_a_larger_one_continues(sampl
         spent = sum(entry.cost or 0 for entry in book.usage())
         assert 0 < done < 12 and total / 4 < spent <= total / 2
         assert sum(entry.calls for entry in book.usage()) == paid, "the calls of interrupted features are in the book"
-        with pytest.raises(OutOfBudget):  # the same budget pays for nothing more
+        with pytest.raises(OutOfBudget):  # the same budget pays for no more, but for what is cheaper than the call it ended at
             explain(book, features, connect(server.url, policy=half), album, progress=False)
-        assert len(server.served) == paid
+        assert sum(entry.cost or 0 for entry in book.usage()) <= total / 2
         explain(book, features, connect(server.url, policy=RequestPolicy(price=price, budget=2 * total)), album, progress=False)
         assert len(book.explanations()) == 12 and len(server.served) == len({*server.served}) == 12 * 12
 
@@ -325,8 +325,8 @@ def test_examples_with_invisible_highlights_are_not_shown(tmp_path: Path):
 def contents(book: Book) -> list[object]:
     """Everything that explaining wrote into a book, but for the seconds that calls took."""
     rows = book.explanations()
-    judged = [(row, book.judgements(row.id), book.scores(row.id)) for row in rows]
-    return [*judged, *[replace(entry, seconds=0.0) for entry in book.usage()]]
+    judged: list[object] = [(row, book.judgements(row.id), book.scores(row.id)) for row in rows]
+    return judged + [replace(entry, seconds=0.0) for entry in book.usage()]
 
 
 def test_a_book_does_not_depend_on_which_thread_is_faster(tmp_path: Path):

@@ -232,7 +232,7 @@ def test_other_settings_are_refused_and_nothing_is_changed(whole: Path, change: 
 def test_changed_prompts_are_refused_with_the_old_and_the_new_one(whole: Path):
     before = contents(whole)
     prompts = [replace(shot, prompt="a moon", split="train") if i == 9 else shot for i, shot in enumerate(fake_shots(96))]
-    with pytest.raises(StaleWork, match=r"'star 9'.*made from 'a moon'"):
+    with pytest.raises(StaleWork, match=r"made from prompt 'star 9', now .* from prompt 'a moon'"):
         record(whole, prompts, SITES, FakeHarvest(), QUICK)
     assert contents(whole) == before
 

@@ -27,7 +27,7 @@ __all__ = ["ExplainedMethod", "MethodComparison", "MethodDifference", "compare_m
 DRAWS = 2000
 """Bootstrap resamples of an interval."""
 SHUFFLES = 1000
-"""Shuffles of a permutation test that are summed together."""
+"""Shuffles and resamples that are computed together."""
 LEVEL = 0.95
 
 
@@ -78,7 +78,9 @@ def estimate_mean(values: Sequence[float], seed: int = 0) -> MeanEstimate:
         raise BadInput("There are no values to average. Explain at least one feature.")
     tensor, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(seed)
     size = len(tensor)
-    means = torch.stack([tensor[torch.randint(size, (size,), generator=generator)].mean() for _ in range(DRAWS)])
+    means = torch.cat(
+        [tensor[torch.randint(size, (SHUFFLES, size), generator=generator)].mean(1) for _ in range(DRAWS // SHUFFLES)]
+    )
     return MeanEstimate(float(tensor.mean()), *_interval(means), size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -135,7 +134,7 @@ class Study:
         names = [
             DictionaryRef(_parse_site(folder.parent), folder.name)
             for folder in folders
-            if os.path.lexists(folder / "config.json")
+            if folder / "config.json" in _children(folder)
         ]
         finished = [name for name in names if not name.label.startswith(GROWING)]
         return sorted(finished, key=lambda name: [part.zfill(12) for part in re.split(r"(\d+)", str(name))])
