@@ -49,6 +49,7 @@ ADVICE = {
     errno.EEXIST: "There is a file where a folder is needed: move it away, or name another place.",
     errno.ENAMETOOLONG: "Use a shorter name.",
 }
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 OTHER_ADVICE = "Check the disk, then run the same command again."
 CHUNK = 2**22
 AHEAD = 2
@@ -279,7 +280,7 @@ def _sweep(folder: Path) -> None:
         except OSError:
             continue
         try:
-            if _locked(handle):
+            if _locked(handle, without_locks=False):
                 path.unlink(missing_ok=True)
         except OSError:  # on a read-only disk they stay
             pass
@@ -287,13 +288,20 @@ def _sweep(folder: Path) -> None:
             os.close(handle)
 
 
-def _locked(handle: int, shared: bool = False) -> bool:
-    """Lock an open file or folder; return whether that was possible. The lock ends when it is closed."""
+def _locked(handle: int, shared: bool = False, without_locks: bool = True) -> bool:
+    """Lock an open file or folder until it is closed; return whether that was possible.
+
+    `without_locks` is the answer on a file system that knows no locks, as some of clusters do.
+    """
     assert fcntl is not None
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return without_locks
     return True
 
 
