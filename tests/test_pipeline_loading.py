@@ -354,3 +354,10 @@ def test_the_weights_of_another_component_are_refused(tmp_path: Path, component:
     own.write_bytes(other.read_bytes())
     with pytest.raises(BrokenFile, match=component):
         difflex.load(folder)
+
+
+def test_a_tokenizer_with_a_token_that_the_encoder_does_not_know_is_refused(tmp_path: Path):
+    path = tiny_folder("flux", tmp_path / "model") / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<unheard-of>"}))
+    with pytest.raises(BrokenFile, match="tokenizer has a special token with the number"):
+        difflex.load(tmp_path / "model")

@@ -175,7 +175,7 @@ def _foreign(subjects: Sequence[Subject], rng: random.Random) -> list[Case]:
             for place in subject.written:
                 for damage in (states.occupied, states.blocked):
                     name = f"{subject.name} {damage.__name__} {place}"
-                    yield Case("foreign", name, subject, subject.words, place=place, damage=damage, names=_names(place))
+                    yield Case("foreign", name, subject, subject.words, place=place, damage=damage, names=_around(place))
             for folder in NAMES:
                 words = tuple(folder if word == "study" else word for word in subject.words)
                 if words != subject.words:

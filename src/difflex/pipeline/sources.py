@@ -16,6 +16,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
 from difflex.files import disk_errors, parsing, read_json
@@ -251,6 +252,7 @@ def read_pipeline(folder: Path, dtype: torch.dtype, **components: object) -> Dif
     for part, component in pipeline.components.items():
         if isinstance(component, nn.Module) and part not in components:
             _check_stored(folder / part, component)
+        _check_special_tokens(folder, part, pipeline)
     return pipeline
 
 
@@ -263,6 +265,15 @@ def _check_stored(folder: Path, component: nn.Module) -> None:
     names = [*component.state_dict()]
     if stored and 2 * sum(_ending(name) in stored for name in names) < len(names):
         raise BrokenFile(f"{folder} holds other weights than its config describes, such as {names[0]}. {COPY_AGAIN}")
+
+
+def _check_special_tokens(folder: Path, part: str, pipeline: DiffusionPipeline) -> None:
+    """Raise an error for a tokenizer that adds a token to every prompt which its text encoder does not know."""
+    encoder = pipeline.components.get(part.replace("tokenizer", "text_encoder"))
+    if part.startswith("tokenizer") and isinstance(encoder, PreTrainedModel):
+        known = cast(nn.Embedding, encoder.get_input_embeddings()).num_embeddings
+        if (last := max(pipeline.components[part].all_special_ids, default=0)) >= known:
+            raise BrokenFile(f"{folder / part} has a special token with the number {last}, of {known} known ones. {COPY_AGAIN}")
 
 
 def _ending(name: str) -> str:
