@@ -1,7 +1,7 @@
 """Files that are complete or absent: written under a temporary name, flushed to the disk, renamed, checked by checksum.
 
-A temporary file is locked by its writer. One that nobody locks was left by a killed process, and is deleted by the next process
-that writes in its folder.
+A writer locks its temporary file. An unlocked one was left by a killed process; the next process that writes in the folder
+deletes it.
 """
 
 import errno
@@ -273,7 +273,7 @@ _swept: set[Path] = set()
 
 
 def _sweep(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in `folder`: those that nobody locks."""
+    """Delete the temporary files that killed processes left in `folder`: those without a lock."""
     for path in folder.glob(".*.tmp") if fcntl else ():
         try:
             handle = os.open(path, os.O_RDONLY)

@@ -59,7 +59,7 @@ def _explain(path: Path, advice: str, error: sqlite3.Error) -> Never:
         raise BadInput(f"{path} was replaced by another process while it was in use. Run the same command again.") from error
     if is_any(FORBIDDEN):
         raise DiskError(
-            f"{path} cannot be used ({text}): it, its folder or its disk may be read-only or belong to somebody else. Ask for "
+            f"{path} cannot be used ({text}): it, its folder or its disk may be read-only, or owned by another user. Ask for "
             "permission, or copy the study to a place that can be written."
         ) from error
     if codes and codes[1] == sqlite3.SQLITE_CONSTRAINT:

@@ -40,7 +40,7 @@ RECOVERED = "CREATE TABLE recovered (file TEXT PRIMARY KEY);"
 """Damaged files whose readable rows are in this one."""
 CALL_COLUMNS = 10
 RAW_ANSWER = re.compile(rb"(?=([0-9a-f]{64})([^{\0]{1,800}?)(\{[^\0]{1,4000}?\})([0-9a-f]{16}))")
-"""A row of answers as it stands in a page of the file."""
+"""The bytes of a row of the table `answers` in a damaged file."""
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for another process."""

@@ -143,7 +143,7 @@ def _folder(name: str) -> Path:
         folder.stat()
     except FileNotFoundError:
         return Path(name).expanduser()
-    except (OSError, RuntimeError) as error:  # such as a name that is too long, or a home that nobody has
+    except (OSError, RuntimeError) as error:  # such as a name that is too long, or the home folder of an unknown user
         raise UnknownName(f"The model '{name[:200]}' cannot be found: {error.args[-1]}. {NAMES}") from error
     return folder
 

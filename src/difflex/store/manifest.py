@@ -219,7 +219,7 @@ class ShardChecks:
         self._ended.set()
 
     def _compare(self, path: Path, sha256: str) -> None:
-        # What cannot be read is reported by whoever maps the shard.
+        # An error of reading is raised where the shard is mapped.
         with self._slots, suppress(DifflexError):
             if not self._ended.is_set() and matches(path, sha256):
                 self._intact.add((path, sha256))
