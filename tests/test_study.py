@@ -7,7 +7,7 @@ import pytest
 
 from difflex.errors import BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.records import Site
-from difflex.study import Study
+from difflex.study import Study, StudySettings
 
 
 def test_a_study_that_exists_is_opened(tmp_path: Path):
@@ -31,6 +31,18 @@ def test_a_planned_study_is_not_written(tmp_path: Path):
     assert Study.open(study.folder) == study
 
 
+def test_settings_are_kept_and_replaced(tmp_path: Path):
+    settings = StudySettings(precision="nf4", pixels=(256, 256), steps=1, prompts="captions", keep_steps=(0, 1))
+    study = Study.open_or_plan(tmp_path, "x")
+    study.keep_settings(settings)
+    assert Study.open(tmp_path).settings == settings
+    before = (tmp_path / "study.json").read_bytes()
+    study.keep_settings(settings)
+    assert (tmp_path / "study.json").read_bytes() == before
+    Study.open(tmp_path).keep_settings(StudySettings())
+    assert Study.open(tmp_path).settings == StudySettings()
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -42,6 +54,9 @@ def test_a_planned_study_is_not_written(tmp_path: Path):
         ('{"format": 1, "model": 7}', "'model' is '7' instead of a name"),
         ('{"format": 1, "model": null}', "'model' is 'None' instead of a name"),
         ('{"format": 1, "model": "x", "revision": ["y"]}', "'revision' is"),
+        ('{"format": 1, "model": "x", "settings": {"precison": "nf4"}}', "setting 'precison' is unknown"),
+        ('{"format": 1, "model": "x", "settings": {"pixels": 64}}', "settings in .* cannot be used"),
+        ('{"format": 1, "model": "x", "settings": []}', "settings in .* cannot be used"),
         ('{"format": 1, "model": ' + 5000 * "9" + "}", "not JSON"),
         ('{"format": 1, "model": ' + 100_000 * "[", "not JSON"),
     ],

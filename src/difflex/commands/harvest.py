@@ -1,6 +1,6 @@
 """`difflex harvest`: store the activations of a model in a study."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, final
@@ -55,7 +55,7 @@ class HarvestCommand(ModelCommand):
     """The largest size of the activations on disk, as in 100GB; checked before anything is written."""
 
     def __call__(self) -> list[Path]:
-        from difflex.commands.inputs import CAPTIONS, read_prompts
+        from difflex.commands.inputs import CAPTIONS, harvest_settings, read_prompts, study_shots
         from difflex.devices import use_gpu_of_rank
         from difflex.distributed import Ranks
         from difflex.store import RecordingConfig, record
@@ -68,23 +68,22 @@ class HarvestCommand(ModelCommand):
             raise BadInput("No site was named: write --site with one or more sites, as in --site double.1 single.0:update")
         use_gpu_of_rank()
         ranks = Ranks.from_torchrun()
-        order = "in order" if self.shuffle is None else f"shuffled by {self.shuffle}"
         config = RecordingConfig(
             dtype=self.dtype,
             tokens=self.tokens,
             batch=self.batch,
             max_bytes=self.max_bytes,
-            source=f"{prompts.source} {order}, seeds {self.seeds.start}:{self.seeds.stop}",
             rank=ranks.rank,
             world_size=ranks.world_size,
             progress=ranks.rank == 0,
         )
         config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
         pipe = self.load()
-        shots = pipe.shots(prompts.texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
-        study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
-        harvest = partial(pipe.harvest, progress=False)
-        stores = record(study.activations, shots, pipe.expand(self.site), harvest, config, before_writing=study.write)
+        study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self)
+        shots, source = study_shots(pipe, settings, prompts)
+        harvest, config = partial(pipe.harvest, progress=False), replace(config, source=source)
+        begin = partial(study.keep_settings, settings)
+        stores = record(study.activations, shots, pipe.expand(self.site), harvest, config, before_writing=begin)
         for store in stores:
             state = "complete" if store.complete else "the share of this process is done"
             print(f"{store.folder}: {store.count() + store.count('held-out'):,} rows of width {store.width}, {state}")

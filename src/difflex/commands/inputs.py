@@ -2,16 +2,18 @@
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.features import Book
 from difflex.files import file_sha256
-from difflex.study import DictionaryRef, Study
+from difflex.records import Shot
+from difflex.study import DictionaryRef, Study, StudySettings
 
 if TYPE_CHECKING:
+    from difflex.commands.harvest import HarvestCommand
     from difflex.pipeline import Pipeline
 
 CAPTIONS = "captions"
@@ -44,6 +46,33 @@ def read_prompts(name: str, shuffle: int | None, column: str | None = None, revi
         texts = list(texts)
         random.Random(shuffle).shuffle(texts)
     return PromptSource(texts, ":".join(filter(None, (content, column, revision))), False)
+
+
+def harvest_settings(pipe: "Pipeline", command: "HarvestCommand") -> StudySettings:
+    """Return the settings of a harvest for the study; what its flags leave to the model is filled in."""
+    shot = next(pipe.shots("", steps=command.steps, pixels=command.pixels, guidance=command.guidance))
+    return StudySettings(
+        precision=pipe.precision,
+        offload=command.offload,
+        pixels=shot.pixels,
+        steps=shot.steps,
+        guidance=shot.guidance,
+        prompts=str(Path(command.prompts).resolve()) if Path(command.prompts).exists() else command.prompts,
+        prompts_column=command.prompts_column,
+        prompts_revision=command.prompts_revision,
+        shuffle=command.shuffle,
+        seeds=(command.seeds.start, command.seeds.stop),
+        keep_steps=first_and_end(command.keep_steps),
+    )
+
+
+def study_shots(pipe: "Pipeline", settings: StudySettings, prompts: PromptSource) -> tuple[Iterator[Shot], str]:
+    """Return the shots of a study's harvest, from the first one on, and what identifies their prompts and seeds."""
+    seeds = range(*settings.seeds)
+    kept = None if settings.keep_steps is None else range(*settings.keep_steps)
+    order = "in order" if settings.shuffle is None else f"shuffled by {settings.shuffle}"
+    shots = pipe.shots(prompts.texts, seeds, settings.steps, kept, settings.pixels, settings.guidance)
+    return shots, f"{prompts.source} {order}, seeds {seeds.start}:{seeds.stop}"
 
 
 def load_study_model(study: Study, precision: str | None, offload: bool, offline: bool) -> "Pipeline":

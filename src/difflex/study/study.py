@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -13,6 +13,7 @@ from difflex._version import __version__
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import disk_errors, read_json, write_json
 from difflex.records import Site
+from difflex.study.settings import StudySettings
 
 FORMAT = 1
 STUDY_FILE = "study.json"
@@ -52,6 +53,8 @@ class Study:
     """The version that began the study."""
     commands: tuple[Command, ...] = ()
     """The commands to run in it, in this order."""
+    settings: StudySettings = field(default_factory=StudySettings)
+    """How its model runs, and on which prompts."""
 
     @classmethod
     def begin(cls, folder: Path | str, model: str, revision: str | None = None) -> Study:
@@ -78,6 +81,7 @@ class Study:
             raise UnknownName(f"{folder} is not a study: it has no {STUDY_FILE}. difflex harvest begins one.")
         entries = read_json(path, FORMAT, ADVICE, header=True)
         fields = {name: entries[name] for name in ("difflex", "model", "revision") if name in entries}
+        settings = entries.pop("settings", {})
         unknown = sorted(entries.keys() - fields.keys() - {"format"})
         if unknown or "model" not in fields:
             problem = f"holds the entry '{unknown[0]}', which is unknown" if unknown else "does not name a model"
@@ -85,7 +89,10 @@ class Study:
         for name, value in fields.items():
             if not (isinstance(value, str) and value.strip()) and not (name == "revision" and value is None):
                 raise BrokenFile(f"In {path} the entry '{name}' is {str(value)[:60]!r} instead of a name. {ADVICE}")
-        return cls(folder=Path(folder), **fields)
+        try:
+            return cls(folder=Path(folder), settings=StudySettings.from_json(settings), **fields)
+        except (BadInput, UnknownName, TypeError, AttributeError) as error:
+            raise BrokenFile(f"The settings in {path} cannot be used: {error} {ADVICE}") from error
 
     def prepare(self) -> None:
         """Make the folder, and check that it holds no study of another model."""
@@ -99,7 +106,18 @@ class Study:
         """Write the study file if the folder has none."""
         self.prepare()
         if not _is_file(self.folder / STUDY_FILE):
-            write_json(self.folder / STUDY_FILE, FORMAT, {"model": self.model, "revision": self.revision})
+            self._write()
+
+    def _write(self) -> None:
+        entries = {"model": self.model, "revision": self.revision, "settings": self.settings.as_json()}
+        write_json(self.folder / STUDY_FILE, FORMAT, entries)
+
+    def keep_settings(self, settings: StudySettings) -> None:
+        """Write the study file with `settings`, unless it has them."""
+        study = replace(self, settings=settings)
+        study.write()
+        if Study.open(self.folder).settings != settings:
+            study._write()
 
     def _check_model(self, model: str, revision: str | None) -> None:
         """Raise an error for another model than that of the study."""
