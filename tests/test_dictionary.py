@@ -128,9 +128,31 @@ def test_folding_changes_neither_codes_nor_reconstruction(kind: SAEKind, method:
     torch.testing.assert_close(folded.decoder, dictionary.decoder, atol=1e-4, rtol=1e-4)
 
 
-def test_a_clip_cannot_be_folded():
-    with pytest.raises(BadInput, match="clip"):
-        sae(clip=3.0).fold()
+def test_a_clip_is_folded_only_on_request_and_the_values_it_changes_are_measured():
+    dictionary, x = sae(clip=1.5), activations(200, seed=2)
+    with pytest.raises(BadInput, match=r"clips its normalised input at 1.5, .* `fold\(ignore_clip=True\)`"):
+        dictionary.fold()
+    folded, inside = dictionary.fold(ignore_clip=True), sae().normalisation.apply(x).abs() <= 1.5
+    share = dictionary.normalisation.clipped_share(x)
+    assert share == pytest.approx(1 - inside.float().mean().item(), abs=1e-6) and 0.05 < share < 0.5
+    assert sae().normalisation.clipped_share(x) == 0
+    codes, unclipped = dense(folded.encode(x)), inside.all(1)
+    torch.testing.assert_close(codes, dense(sae().encode(x)), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(codes[unclipped], dense(dictionary.encode(x))[unclipped], atol=1e-3, rtol=1e-4)
+    assert (codes - dense(dictionary.encode(x)))[~unclipped].abs().max() > 0.01
+
+
+def test_a_pre_bias_moves_the_scores_and_folds_into_the_bias_of_the_encoder(tmp_path: Path):
+    plain, x = sae(), activations(60, seed=2)
+    weights = replace(plain.weights, pre_bias=torch.linspace(-1, 1, WIDTH))
+    dictionary = SAE(kind="topk", k=K, origin=plain.origin, normalisation=plain.normalisation, weights=weights)
+    shifted = plain.normalisation.restore(plain.normalisation.apply(x) + torch.linspace(-1, 1, WIDTH))
+    torch.testing.assert_close(dense(dictionary.encode(x)), dense(plain.encode(shifted)), atol=1e-3, rtol=1e-4)
+    folded = dictionary.fold()
+    assert folded.weights.pre_bias is None
+    torch.testing.assert_close(dense(folded.encode(x)), dense(dictionary.encode(x)), atol=1e-3, rtol=1e-4)
+    loaded = Dictionary.load(dictionary.save(tmp_path / "saved"))
+    assert torch.equal(dense(loaded.encode(x)), dense(dictionary.encode(x)))
 
 
 def test_decode_is_linear_in_the_codes_plus_a_constant():

@@ -79,7 +79,9 @@ KINDS = {
     "batchtopk": replace(SMALL, kind="batchtopk"),
     "jumprelu": replace(SMALL, kind="jumprelu"),
     "matryoshka": replace(SMALL, kind="matryoshka", prefixes=(16,)),
-    "lazy": replace(SMALL, optimiser=AdamConfig(learning_rate=1e-2, beta1=0.0, ema=0.9), normalisation="whiten", clip=5.0),
+    "lazy": replace(
+        SMALL, optimiser=AdamConfig(learning_rate=1e-2, beta1=0.0, ema=0.9), normalisation="whiten", clip=5.0, pre_bias=True
+    ),
 }
 
 

@@ -63,7 +63,7 @@ class Reference:
 
     def _loss(self, z: Tensor) -> tuple[Tensor, float]:
         config, weights = self.config, self.weights
-        scores = (z - weights["bias"]) @ weights["encoder"].T
+        scores = (z - weights["bias"] + weights.get("pre_bias", 0)) @ weights["encoder"].T
         if "encoder_bias" in weights:
             scores = scores + weights["encoder_bias"]
         values, sparsity = self._values(scores)
@@ -159,11 +159,16 @@ def both(config: TrainingConfig, updates: int = 40) -> tuple[Learner, Reference,
 CASES = {
     "topk": PLAIN,
     "topk without relu": replace(PLAIN, relu=False, encoder_bias=False),
+    "topk with pre-bias": replace(PLAIN, relu=False, encoder_bias=False, pre_bias=True),
     "topk auxk": replace(PLAIN, auxk=AUXK),
     "topk auxk reconstruction": replace(PLAIN, relu=False, auxk=replace(AUXK, target="reconstruction")),
     "topk clipped": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, clip=0.05)),
     "topk averaged": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, ema=0.9)),
     "lazy": replace(PLAIN, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0, beta2=0.99, eps=1e-10, ema=0.9, clip=0.3)),
+    "lazy with pre-bias": replace(
+        PLAIN, pre_bias=True, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0, beta2=0.99, ema=0.9, clip=0.05)
+    ),
+    "pre-bias auxk reconstruction": replace(PLAIN, pre_bias=True, relu=False, auxk=replace(AUXK, target="reconstruction")),
     "lazy auxk": replace(PLAIN, auxk=AUXK, optimiser=AdamConfig(learning_rate=3e-3, beta1=0.0)),
     "orthogonal": replace(PLAIN, initialisation=InitConfig(directions="orthogonal", gain=0.6, bias="median")),
     "batchtopk": replace(PLAIN, kind="batchtopk"),
@@ -190,7 +195,7 @@ def test_every_kind_gets_the_weights_of_plain_autograd(name: str):
 
 
 def test_gradients_are_longer_than_the_clip_in_the_cases_that_clip():
-    for name in ("topk clipped", "lazy"):
+    for name in ("topk clipped", "lazy", "lazy with pre-bias"):
         clip = CASES[name].optimiser.clip
         assert clip is not None
         assert all(entry.gradient is not None and entry.gradient > clip for entry in both(CASES[name], 3)[2])

@@ -52,6 +52,12 @@ class Normalisation:
             x = (x if self.basis is None else x @ self.basis).div_(self.scale)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
+    def clipped_share(self, x: Float[Tensor, "token width"]) -> float:
+        """Return the share of the normalised values of `x` that the clip changes; 0 without a clip."""
+        if self.clip is None:
+            return 0.0
+        return float((replace(self, clip=None).apply(x).abs() > self.clip).float().mean())
+
     def restore_delta(self, z: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
         """Map a change of z to the change of x: the linear part of `restore`."""
         if self.method == "none":

@@ -24,12 +24,14 @@ KINDS = get_args(SAEKind)
 
 @dataclass(frozen=True, kw_only=True)
 class SAEWeights:
-    """The weights of an SAE in its normalised space z, with scores `(z - bias) encoder^T + encoder_bias`."""
+    """The weights of an SAE in its normalised space z, with scores `(z - bias + pre_bias) encoder^T + encoder_bias`."""
 
     encoder: Float[Tensor, "size width"]
     decoder: Float[Tensor, "size width"]
     """Rows of norm one."""
     bias: Float[Tensor, " width"]
+    pre_bias: Float[Tensor, " width"] | None = None
+    """What the encoder adds to its input, so that it need not be centred where the decoder is (arXiv 2505.24360)."""
     encoder_bias: Float[Tensor, " size"] | None = None
     thresholds: Float[Tensor, " size"] | None = None
     """The score above which each feature fires; None if the k largest fire."""
@@ -44,7 +46,7 @@ class SAEWeights:
         if missing := [name for name in ("encoder", "decoder", "bias") if name not in tensors]:
             raise BrokenFile(f"The weights of an SAE lack {', '.join(missing)}.")
         size, width = tensors["encoder"].shape
-        shapes = {"encoder": (size, width), "decoder": (size, width), "bias": (width,)}
+        shapes = {"encoder": (size, width), "decoder": (size, width), "bias": (width,), "pre_bias": (width,)}
         weights = {field.name: tensors[field.name].float() for field in fields(cls) if field.name in tensors}
         if wrong := [name for name, tensor in weights.items() if tensor.shape != shapes.get(name, (size,))]:
             raise BrokenFile(f"In the weights of an SAE, {', '.join(wrong)} do not fit the encoder [{size}, {width}].")
@@ -85,6 +87,7 @@ class SAE(NormalisedDictionary, kinds=KINDS):
 
     def encode(self, x: Float[Tensor, "token width"]) -> Codes:
         z = self.normalisation.apply(self._validated(x)) - self.bias
+        z = z if self.weights.pre_bias is None else z + self.weights.pre_bias
         if self.weights.thresholds is not None:
             codes = self._search.above(z, self.weights.thresholds).to_codes(len(z), fill=0.0)
             order = codes.values.argsort(dim=1, descending=True, stable=True)
@@ -96,22 +99,32 @@ class SAE(NormalisedDictionary, kinds=KINDS):
     def _search(self) -> EncoderSearch:
         return EncoderSearch(self.weights.encoder, self.weights.encoder_bias)
 
-    def fold(self) -> SAE:
-        """Return the same SAE with its normalisation folded into the weights: z is model space, decoder rows have any norm."""
+    def fold(self, *, ignore_clip: bool = False) -> SAE:
+        """Return the same SAE with its normalisation and its pre-bias folded into the weights, as other tools expect an SAE.
+
+        z is then model space, and decoder rows have any norm. A clip has no place in the weights: with `ignore_clip`, the folded
+        SAE encodes activations beyond it as they are, which is an approximation. `normalisation.clipped_share(x)` measures the
+        share of values for which that makes a difference.
+        """
         normalisation, weights = self.normalisation, self.weights
-        if normalisation.clip is not None:
+        if normalisation.clip is not None and not ignore_clip:
             raise BadInput(
-                f"{self.name} clips its normalised input at {normalisation.clip}; a clip cannot be folded into the weights."
+                f"{self.name} clips its normalised input at {normalisation.clip:g}, which no weights can express. "
+                "`fold(ignore_clip=True)` leaves it out; `normalisation.clipped_share(x)` says how many values it changes."
             )
-        if normalisation.method == "none":
+        if normalisation.method == "none" and normalisation.clip is None and weights.pre_bias is None:
             return self
+        encoder_bias = weights.encoder_bias
+        if weights.pre_bias is not None:
+            by_pre_bias = weights.encoder @ weights.pre_bias
+            encoder_bias = by_pre_bias if encoder_bias is None else encoder_bias + by_pre_bias
         # z - bias = (x - mean) V / s - bias, so a row w of the encoder becomes (w / s) V^T around the restored bias.
         scaled = weights.encoder / normalisation.scale
         folded = SAEWeights(
             encoder=scaled if normalisation.basis is None else scaled @ normalisation.basis.T,
             decoder=normalisation.restore_delta(weights.decoder),
             bias=self.constant,
-            encoder_bias=weights.encoder_bias,
+            encoder_bias=encoder_bias,
             thresholds=weights.thresholds,
         )
         identity = Normalisation.identity(self.width, self.bias.device)

@@ -64,8 +64,8 @@ def load_state(
     check_same(path, "data", header.get("data"), data)
     check_same(path, "settings", header.get("training"), config.as_json())
     weights = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")}
-    expected = {"encoder", "decoder", "bias"} | ({"encoder_bias"} if config.encoder_bias else set())
-    expected |= {"thresholds"} if config.kind == "jumprelu" else set()
+    optional = {"encoder_bias": config.encoder_bias, "pre_bias": config.pre_bias, "thresholds": config.kind == "jumprelu"}
+    expected = {"encoder", "decoder", "bias", *(name for name, used in optional.items() if used)}
     if weights.keys() != expected or len(weights["encoder"]) != rows.stop - rows.start:
         raise BrokenFile(f"The training state {path} has no weights of {config.label}: it has {sorted(weights)}. {RESTART}")
     with parsing(path, "a training state", RESTART):

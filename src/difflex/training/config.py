@@ -123,6 +123,8 @@ class TrainingConfig:
     prefixes: tuple[int, ...] = ()
     """For `matryoshka`: increasing sizes, each of which is trained as a dictionary of its own. `size` is the last one."""
     encoder_bias: bool = True
+    pre_bias: bool = False
+    """Whether a vector that is learned is added to the input of the encoder, beside the subtracted bias of the decoder."""
     normalisation: NormalisationMethod = "standardise"
     clip: float | None = None
     """The largest absolute value of a normalised input."""
@@ -181,11 +183,12 @@ def paper(*, size: int = 65_536, k: int = 64, auxk: Literal["none", "reconstruct
     """Return the settings of the FLUX.1 SAEs of arXiv 2505.24360: 30.7 M tokens in batches of 1,024, whitened, clipped at 10.
 
     The paper's text and code differ. The default follows the text: no AuxK. `auxk="reconstruction"` follows the code: dead
-    features reconstruct the reconstruction, through which the gradient flows. As in the code, TopK has no ReLU and no encoder
-    bias. Deliberate differences: statistics come from at least 10 x width vectors and stay fixed (paper: principal axes of one
-    batch that is smaller than the width, mean and scale updated to the end), the k largest scores are exact (paper:
-    approximate), a feature is alive if it fires at all (paper: above 1), and the moving average starts at the weights (paper:
-    at zero).
+    features reconstruct the reconstruction, through which the gradient flows. Both have a learned `pre_bias` beside the bias of
+    the decoder, so that scores are `(z - bias + pre_bias) encoder^T`; it starts at zero. As in the code, TopK has no ReLU, and
+    features have no bias of their own (the published files hold one, `b_mid`, that nothing reads). Deliberate differences:
+    statistics come from at least 10 x width vectors and stay fixed (paper: principal axes of one batch that is smaller than
+    the width, mean and scale updated to the end), the k largest scores are exact (paper: approximate), a feature is alive if
+    it fires at all (paper: above 1), and the moving average starts at the weights (paper: at zero).
     """
     code = AuxKLoss(target="reconstruction", k=64, coefficient=1 / 32, dead_after=16 * size)
     return TrainingConfig(
@@ -193,6 +196,7 @@ def paper(*, size: int = 65_536, k: int = 64, auxk: Literal["none", "reconstruct
         k=k,
         relu=False,
         encoder_bias=False,
+        pre_bias=True,
         normalisation="whiten",
         clip=10.0,
         initialisation=InitConfig(directions="orthogonal", gain=3**-0.5, bias="mean"),

@@ -36,6 +36,7 @@ from difflex.training.checkpoint import (
 from difflex.training.config import AdamConfig, TrainingConfig
 from difflex.training.data import Batches, BatchFeed, DataPreview, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
+from difflex.training.update import VECTORS
 
 STATE = Path("training") / "state.safetensors"
 
@@ -224,7 +225,7 @@ class FitRun:
             self._normalisations[scheme] = preview.moments.normalisation(*scheme)
         weights = initial_weights(training, self._normalisations[scheme].apply(preview.vectors))
         rows = self._ranks.features(training.size)
-        own = {name: tensor if name == "bias" else tensor[rows].clone() for name, tensor in weights.tensors().items()}
+        own = {name: tensor if name in VECTORS else tensor[rows].clone() for name, tensor in weights.tensors().items()}
         return Learner(training, SAEWeights.from_tensors(own), self._ranks)
 
     def _member(self, folder: Path, learner: Learner, preview: DataPreview | None) -> FitMember:

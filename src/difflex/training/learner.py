@@ -89,14 +89,16 @@ class Learner:
         z = self.ranks.by_feature.gather(z)
         sums_of_z = self.ranks.by_token.sum(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
         count, variance = int(sums_of_z[0]), float(sums_of_z[1] - _square(sums_of_z[2:]) / sums_of_z[0])
-        centred = z - self.parameters.weights.bias
-        selection = self._select(centred)
-        errors, auxk = self._errors(selection.pairs, centred, count)
+        weights = self.parameters.weights
+        centred = z - weights.bias
+        encoder_input = centred if weights.pre_bias is None else centred + weights.pre_bias
+        selection = self._select(encoder_input)
+        errors, auxk = self._errors(selection.pairs, centred, encoder_input, count)
         square = float(self.ranks.by_token.sum(errors.square))
         if not math.isfinite(square):
             raise NonFinite(f"The loss became {square}; the weights were not updated.")
         gradient = self.parameters.update(
-            self._inputs(selection, auxk, errors, centred),
+            self._inputs(selection, auxk, errors, encoder_input),
             number=self.updates + 1,
             learning_rate=learning_rate,
             measure_gradient=measure_gradient,
@@ -155,7 +157,9 @@ class Learner:
             pairs._replace(values=pairs.values * active), JumpGradients(active, -thresholds[pairs.features] * near, loss * near)
         )
 
-    def _errors(self, pairs: CooCodes, centred: Float[Tensor, "token width"], count: int) -> tuple[BatchErrors, CooCodes | None]:
+    def _errors(
+        self, pairs: CooCodes, centred: Float[Tensor, "token width"], encoder_input: Float[Tensor, "token width"], count: int
+    ) -> tuple[BatchErrors, CooCodes | None]:
         """Return the errors in the batch of `count` tokens on all ranks, and the pairs of the AuxK loss if features are dead."""
         decoder, layer_of = self.parameters.weights.decoder, self._layer_of(pairs)
         y, layers = torch.zeros_like(centred), []
@@ -164,7 +168,7 @@ class Learner:
             y += self.ranks.by_feature.sum(_decode(inside, decoder, len(centred)))
             layers.append(y - centred)
         square = _square(layers[-1])
-        auxk, auxk_error = self._auxk(centred, y, layers[-1], square, count)
+        auxk, auxk_error = self._auxk(encoder_input, y, layers[-1], square, count)
         # A feature is part of its own prefix and of every longer one, so it gets the sum of their errors.
         scale = 2 / (count * centred.shape[1] * len(layers))
         bias = torch.stack([layer.sum(0) for layer in layers]).sum(0) * scale
@@ -180,17 +184,17 @@ class Learner:
         return BatchErrors(layers, bias, square), auxk
 
     def _auxk(
-        self, centred: Float[Tensor, "token width"], y: Tensor, error: Tensor, square: Tensor, count: int
+        self, z: Float[Tensor, "token width"], y: Tensor, error: Tensor, square: Tensor, count: int
     ) -> tuple[CooCodes | None, Float[Tensor, "token width"] | None]:
         """Return the pairs of dead features and the derivative of the AuxK loss; None if no feature is dead."""
         auxk, ranks = self.config.auxk, self.ranks
         dead = self._dead().nonzero()[:, 0]
         if auxk is None or int(total := ranks.by_feature.sum(torch.tensor(len(dead), device=dead.device))) == 0:
             return None, None
-        pairs = self._top_k_of_dead(dead, centred, min(auxk.k, int(total)))
-        output = ranks.by_feature.sum(_decode(pairs, self.parameters.weights.decoder, len(centred)))
+        pairs = self._top_k_of_dead(dead, z, min(auxk.k, int(total)))
+        output = ranks.by_feature.sum(_decode(pairs, self.parameters.weights.decoder, len(z)))
         if auxk.target == "reconstruction":
-            return pairs, (output - y).mul_(auxk.coefficient * 2 / (count * centred.shape[1]))
+            return pairs, (output - y).mul_(auxk.coefficient * 2 / (count * z.shape[1]))
         # (output - residual)^2 / residual^2, and the residual is minus the error
         residual_square = float(ranks.by_token.sum(square))
         return pairs, (output + error).mul_(auxk.coefficient * 2 / max(residual_square, 1e-30))
@@ -203,7 +207,7 @@ class Learner:
         return pairs._replace(features=dead[pairs.features])
 
     def _inputs(
-        self, selection: ActivePairs, auxk: CooCodes | None, errors: BatchErrors, centred: Float[Tensor, "token width"]
+        self, selection: ActivePairs, auxk: CooCodes | None, errors: BatchErrors, z: Float[Tensor, "token width"]
     ) -> UpdateInputs:
         """Return the inputs of the update, gathered from the ranks that encode other tokens, sorted by feature."""
         pairs, layers, jump = selection.pairs, self._layer_of(selection.pairs), selection.jump
@@ -215,7 +219,7 @@ class Learner:
                 auxk_jump = JumpGradients(zeros == 0, zeros, zeros)
                 jump = JumpGradients(*(torch.cat(columns) for columns in zip(jump, auxk_jump, strict=True)))
         ranks = self.ranks.by_token
-        gather, first_token = ranks.gather, sum(ranks.gather_counts(len(centred))[: ranks.rank])
+        gather, first_token = ranks.gather, sum(ranks.gather_counts(len(z))[: ranks.rank])
         tokens = gather(pairs.tokens + first_token)
         features, order = torch.sort(gather(pairs.features), stable=True)
         stacked = errors.layers[0] if len(errors.layers) == 1 else torch.stack(errors.layers, dim=1).flatten(0, 1)
@@ -225,7 +229,7 @@ class Learner:
             rows=(tokens * len(errors.layers) + gather(layers))[order],
             values=gather(pairs.values)[order],
             jump=None if jump is None else JumpGradients(*(gather(column)[order] for column in jump)),
-            z=gather(centred),
+            z=gather(z),
             errors=gather(stacked),
             bias=ranks.sum(errors.bias),
         )
@@ -267,7 +271,12 @@ def initial_weights(config: TrainingConfig, z: Float[Tensor, "token width"]) -> 
         largest = EncoderSearch(encoder).top_k(z - bias, min(2 * config.k, config.size)).values.flatten()
         thresholds = torch.full_like(zeros, max(0.0, _smallest_of_largest(largest, len(z) * config.k)))
     return SAEWeights(
-        encoder=encoder, decoder=decoder, bias=bias, encoder_bias=zeros if config.encoder_bias else None, thresholds=thresholds
+        encoder=encoder,
+        decoder=decoder,
+        bias=bias,
+        pre_bias=torch.zeros_like(bias) if config.pre_bias else None,
+        encoder_bias=zeros if config.encoder_bias else None,
+        thresholds=thresholds,
     )
 
 

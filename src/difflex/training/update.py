@@ -23,6 +23,8 @@ from difflex.dictionaries.sparse import EncoderSearch, dot_products, segment_sum
 from difflex.distributed import Ranks
 from difflex.training.config import AdamConfig
 
+VECTORS = ("bias", "pre_bias")
+"""The weights that are not of one feature: every rank holds all of them."""
 CACHED_BYTES = 1 << 20
 """Bytes of a block of rows; the update of a block touches about eight arrays of this size."""
 DENSE_SHARE = 0.5
@@ -132,7 +134,7 @@ class UpdateInputs:
     jump: JumpGradients | None = None
     """For `jumprelu`."""
     z: Float[Tensor, "token width"]
-    """The input minus the bias."""
+    """The input of the encoder: the activation minus the bias, plus the pre-bias if there is one."""
     errors: Float[Tensor, "row width"]
     """The derivative of the loss by each reconstruction."""
     bias: Float[Tensor, " width"]
@@ -150,14 +152,15 @@ class UpdateInputs:
             jump=None if self.jump is None else JumpGradients(*(column[pairs] for column in self.jump)),
         )
 
-    def gradient_bound(self, encoder_norm: float) -> float:
+    def gradient_bound(self, encoder_norm: float, pre_bias: bool) -> float:
         """Return an upper bound of the gradient's norm; decoder rows have norm 1, encoder rows at most `encoder_norm`."""
         errors = torch.linalg.vector_norm(self.errors, dim=1)
         pair_errors = errors[self.rows]  # no score gradient is larger, as decoder rows have norm 1
         scores, tokens = float(pair_errors.square().sum()), len(self.z)
         decoder = float(self.values.square().sum()) * float(errors.square().sum())
         encoder = scores * float(self.z.square().sum()) + scores * tokens
-        return (decoder + encoder + (float(self.bias.norm()) + float(pair_errors.sum()) * encoder_norm) ** 2) ** 0.5
+        by_scores = float(pair_errors.sum()) * encoder_norm
+        return (decoder + encoder + (float(self.bias.norm()) + by_scores) ** 2 + pre_bias * by_scores**2) ** 0.5
 
 
 class RowBlock(NamedTuple):
@@ -183,7 +186,7 @@ class SAEParameters:
         assert all(tensor.is_contiguous() for tensor in weights.tensors().values()), "fused Adam misreads other layouts"
         self.weights, self.config, self._ranks = weights, config, ranks
         self.matrices = {name: AdamWeight.initial(tensor, config) for name, tensor in weights.tensors().items()}
-        self._rowwise = [name for name in self.matrices if name != "bias"]
+        self._rowwise = [name for name in self.matrices if name not in VECTORS]
         self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
         self.last_update = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
         """The last update in which each row took part: with beta1 = 0, rows without a gradient are skipped."""
@@ -198,9 +201,10 @@ class SAEParameters:
     def update(self, inputs: UpdateInputs, *, number: int, learning_rate: float, measure_gradient: bool = True) -> float | None:
         """Update all weights, for the `number`-th time from 1; return the gradient's norm before clipping if it is measured."""
         adam = Adam(self.config, number, learning_rate, self._clip_scale(inputs))
-        square, gradient = self._pass(inputs, measure_gradient, adam)
-        adam.apply(self.matrices["bias"], gradient)
-        self.matrices["bias"].update_average(self.config)
+        square, gradients = self._pass(inputs, measure_gradient, adam)
+        for name, gradient in gradients.items():
+            adam.apply(self.matrices[name], gradient)
+            self.matrices[name].update_average(self.config)
         return square**0.5 if measure_gradient else None
 
     def apply_skipped(self, number: int) -> None:
@@ -222,20 +226,23 @@ class SAEParameters:
         clip = self.config.clip
         if clip is None:
             return 1.0
-        if inputs.gradient_bound(float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())) <= clip:
+        encoder_norm = float(torch.linalg.vector_norm(self.weights.encoder, dim=1).max())
+        if inputs.gradient_bound(encoder_norm, "pre_bias" in self.matrices) <= clip:
             return 1.0
         return min(1.0, clip / max(self._pass(inputs, True, None)[0] ** 0.5, 1e-30))
 
-    def _pass(self, inputs: UpdateInputs, measure_gradient: bool, adam: Adam | None) -> tuple[float, Tensor]:
-        """Return the squared norm of the gradient if it is measured, and the bias's gradient; with `adam`, update all rows."""
+    def _pass(self, inputs: UpdateInputs, measure_gradient: bool, adam: Adam | None) -> tuple[float, dict[str, Tensor]]:
+        """Return the squared norm of the gradient if it is measured, and the vectors' gradients; with `adam`, update all rows."""
         square, score_bias = 0.0, torch.zeros_like(inputs.bias)
         for block in self._blocks(inputs):
             square, score_bias = square + (block.square() if measure_gradient else 0.0), score_bias + block.score_bias
             if adam is not None:
                 self._apply(block, adam)
         sums_over_ranks = self._ranks.sum(torch.cat([score_bias, score_bias.new_tensor([square])]))
-        gradient = inputs.bias - sums_over_ranks[:-1]
-        return float(sums_over_ranks[-1] + gradient.square().sum()), gradient
+        by_scores = sums_over_ranks[:-1]
+        gradients = {"bias": inputs.bias - by_scores} | ({"pre_bias": by_scores} if "pre_bias" in self.matrices else {})
+        square_of_vectors = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+        return float(sums_over_ranks[-1] + square_of_vectors), gradients
 
     def _block(self, inputs: UpdateInputs, start: int, stop: int) -> RowBlock:
         """Return rows `start` to `stop` with their gradients; if few of them have a gradient, only those that have."""
