@@ -149,10 +149,11 @@ class TrainingConfig:
         """`<kind>-<size>-k<k>`."""
         return f"{self.kind}-{self.size}-k{self.k}"
 
-    def memory(self, width: int, parts: int = 1) -> int:
+    def memory(self, width: int, parts: int = 1, device: Literal["cpu", "cuda"] = "cpu") -> int:
         """Return the bytes that a rank needs for the weights and the optimiser, of which it holds one of `parts`."""
         copies = 2 + (self.optimiser.beta1 > 0) + (self.optimiser.ema is not None)
-        held = -(-self.size // parts) * width * (8 * copies + 1)  # encoder and decoder in float32, the encoder in 8 bits
+        # Encoder and decoder in float32, and for the products the encoder in 8 bits, on a GPU both in 16 bits.
+        held = -(-self.size // parts) * width * (8 * copies + (4 if device == "cuda" else 1))
         return max(held, 12 * self.size * width)  # every rank draws all initial weights
 
     def as_json(self) -> dict[str, Json]:

@@ -22,17 +22,30 @@ from difflex.store import Store
 from difflex.study import Study
 from difflex.training.checkpoint import LoggerName
 from difflex.training.config import TrainingConfig, default, paper, unbox
+from difflex.training.costs import CheckpointKind, DeviceType, SweepCost, WeightsDtype, training_cost
 from difflex.training.data import Split
 from difflex.training.fitting import FitConfig, fit
 from difflex.training.itda import GrowthData, GrowthProgress, grow, load_grown
 
-__all__ = ["PRESETS", "GrowthSweepConfig", "SweepConfig", "add_neurons", "grow_sweep", "train_sweep"]
+__all__ = [
+    "PRESETS",
+    "GrowthSweepConfig",
+    "SweepConfig",
+    "SweepCost",
+    "add_neurons",
+    "grow_sweep",
+    "sweep_cost",
+    "train_sweep",
+]
 
 ITDA_SIZE = 16_384
 ITDA_BATCH = 2048
 """Tokens that are read at a time, by all processes together."""
 ITDA_PIECE = 256
 """Tokens that are compared with a dictionary together, by all processes together."""
+
+WINDOW = 65_536
+"""Rows that a live training shuffles at each site: 400 MB at width 3072, twice."""
 
 TAKEN = "Move the old one away, then give the same command again: nothing is grown twice."
 
@@ -57,7 +70,7 @@ PRESETS: Mapping[Preset, PresetShape] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """SAEs of every size with every k, trained in one pass over stored activations. Empty fields take the preset's values."""
+    """SAEs of every size with every k, trained in one pass over the activations. Empty fields take the preset's values."""
 
     size: tuple[int, ...] = ()
     k: tuple[int, ...] = ()
@@ -73,6 +86,24 @@ class SweepConfig:
     """Of the initial weights and the order of the tokens."""
     split: Split = "data"
     loggers: tuple[LoggerName, ...] = ()
+    live: bool = False
+    """Whether the activations come from a running harvest."""
+    window: int | None = None
+    """Rows that a live training shuffles at each site; by default `WINDOW`."""
+    checkpoints: CheckpointKind | None = None
+    """By default exact, but compact for a live training."""
+    weights: WeightsDtype = "fp32"
+    """How the dictionaries are stored."""
+
+    @property
+    def checkpoint_kind(self) -> CheckpointKind:
+        """The kind of checkpoint, with the default filled in."""
+        return self.checkpoints or ("compact" if self.live else "exact")
+
+    @property
+    def tokens_per_update(self) -> int:
+        """The batch, with the preset's filled in."""
+        return PRESETS[self.preset].batch if self.batch is None else self.batch
 
     @property
     def variant(self) -> str:
@@ -107,6 +138,23 @@ class SweepConfig:
         )
 
 
+def sweep_cost(config: SweepConfig, widths: Sequence[int], *, device: DeviceType = "cpu") -> SweepCost:
+    """Return the memory and disk that the SAEs of `config` take at sites of these widths, trained in one process.
+
+    A stored training takes one site after another: ask for one width at a time.
+    """
+    trainings = [(training, width) for width in widths for training in config.trainings(width, 1)]
+    return training_cost(
+        trainings,
+        batch=config.tokens_per_update,
+        device=device,
+        window=(config.window or WINDOW) if config.live else 0,
+        sites=widths,
+        checkpoints=config.checkpoint_kind,
+        weights=config.weights,
+    )
+
+
 def train_sweep(
     study: Study, sites: Sequence[str], config: SweepConfig, on_trained: Callable[[Path, SAE], None] = lambda folder, sae: None
 ) -> list[Path]:
@@ -132,7 +180,7 @@ def _data_checked(store: Store) -> Iterator[None]:
 
 def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Callable[[Path, SAE], None]) -> list[Path]:
     ranks = Ranks()
-    batch = PRESETS[config.preset].batch if config.batch is None else config.batch
+    batch = config.tokens_per_update
     if batch <= 0 or batch % ranks.world_size:
         raise BadInput(f"A batch of {batch} tokens cannot be shared by {ranks.world_size} processes: choose a multiple.")
     rows = store.count("train")
