@@ -71,11 +71,60 @@ def tips(page: str, figure: str) -> list[str]:
 def test_a_whole_study_has_every_figure(tmp_path: Path):
     page = page_of(full_study(tmp_path / "study"), control_study(tmp_path / "control"))
     names = {"norms", "spectra", "dead", "density", "sweep", "sites", "timesteps", "effect", "features", "coverage", "knowledge"}
-    names |= {"dictionaries", "claims", "images"} | EXPLANATIONS | STEERING
+    names |= {"dictionaries", "claims", "images", "paper"} | EXPLANATIONS | STEERING
     assert {path.stem for path in (tmp_path / "study" / "report").iterdir()} == names
     assert set(re.findall(r'id="figure-(\w+)"', page)) == names
     # Steering has two groups, neither of them texture; three features are explained, and the claim takes ten.
     assert "Not measured yet" not in page and {own.name for own in _unmeasured(tmp_path)} == {"steering", "surfaces"}
+
+
+def test_a_whole_study_has_every_figure_of_the_paper(tmp_path: Path):
+    study = full_study(tmp_path)
+    page = page_of(study)
+    rows = {row["figure"]: row for row in rows_of(study, "paper")}
+    assert list(rows) == ["3", "4", "5", "6", "7", "8", "B"]
+    assert {row["state"] for row in rows.values()} == {"complete"} and not any(row["command"] for row in rows.values())
+    assert rows["7"]["here"] == "explained features" and "Appendix B" in page and 'href="#figure-sweep"' in page
+
+
+def lacking(study: Study) -> dict[str, tuple[str, str]]:
+    """The state of each figure of the paper, and the command for what it lacks first."""
+    page_of(study)
+    rows = reversed(rows_of(study, "paper"))
+    return {row["figure"]: (row["state"], row["command"]) for row in rows}
+
+
+def test_what_a_figure_of_the_paper_lacks_is_named_with_its_command(tmp_path: Path):
+    study = new_study(tmp_path)
+    assert {state for state, _ in lacking(study).values()} == {"missing"} and all(
+        command for _, command in lacking(study).values()
+    )
+    write_anatomy(study, norms={"double.0": {1000.0: 10.0}, "double.1": {1000.0: 30.0}})
+    for name in ("double.1/topk-512-k8", "double.1/topk-1024-k8", "double.2/topk-1024-k8", "double.1/itda-1000-k8"):
+        write_evaluation(study, name)
+    assert lacking(study) == {
+        "3": ("in part", "difflex anatomy mini-flux --prompts FILE --steps 4 --out STUDY"),
+        "4": ("in part", "difflex anatomy mini-flux --prompts FILE --steps 4 --out STUDY"),
+        "5": ("missing", "difflex train STUDY --site double.1 --k 8 --size 512 --normalisation none"),
+        "6": ("in part", "difflex itda STUDY --site double.1 --k 8 --size 512"),
+        "7": (
+            "missing",
+            "difflex neurons STUDY --site SITE:neurons, then difflex collect STUDY, then difflex explain STUDY --vlm NAME",
+        ),
+        "8": ("in part", "difflex itda STUDY --site double.2 --k 8 --size 1024"),
+        "B": ("missing", "difflex collect STUDY"),
+    }
+    for name in ("double.1/itda-512-k8", "double.2/itda-1020-k8"):
+        write_evaluation(study, name)
+    write_evaluation(study, "double.1/topk-512-k8-none", normalisation="none")
+    write_matches(study, "double.1/topk-512-k8", (0.9, 0.8, 0.7, 0.6))
+    write_matches(study, "double.1/itda-512-k8", (0.9, 0.8, 0.7, 0.6))
+    write_book(study, "double.1/topk-512-k8", explained={3: ("red", 0.8), 5: ("stars", 0.6), 8: ("a blue star", 0.5)})
+    now = lacking(study)
+    assert {figure for figure, (state, _) in now.items() if state == "complete"} == {"5", "6", "8", "B"}
+    assert now["7"] == ("in part", "difflex neurons STUDY --site SITE:neurons, then difflex concepts STUDY")
+    write_evaluation(study, "double.3/topk-1024-k8")
+    assert lacking(study)["8"] == ("in part", "difflex itda STUDY --site double.3 --k 8 --size 1024")
 
 
 def test_every_metric_of_an_evaluation_is_in_the_table(tmp_path: Path):
@@ -145,7 +194,7 @@ def test_the_numbers_of_heat_maps_and_distributions_are_those_of_their_files(tmp
 def test_the_download_in_the_page_is_the_file_on_disk(tmp_path: Path):
     page = page_of(full_study(tmp_path))
     links = re.findall(r'href="data:text/csv;charset=utf-8;base64,([^"]+)" download="(\w+)\.csv"', page)
-    assert len(links) == 14 + len(EXPLANATIONS | STEERING)
+    assert len(links) == 15 + len(EXPLANATIONS | STEERING)
     for code, name in links:
         assert base64.b64decode(code).decode() == (tmp_path / "report" / f"{name}.csv").read_text(encoding="utf-8")
 

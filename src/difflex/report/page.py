@@ -21,6 +21,7 @@ from difflex.report.figures.concepts import concepts
 from difflex.report.figures.dictionaries import dictionaries, firing
 from difflex.report.figures.effects import findings, removal
 from difflex.report.figures.explanations import explanations, images
+from difflex.report.figures.paper import paper_figures
 from difflex.report.figures.quality import quality
 from difflex.report.figures.steering import steering
 from difflex.report.reading import read_facts
@@ -39,6 +40,7 @@ def write_report(study: Study, control: Study | None = None, spell: Spell | None
     """
     facts = read_facts(study, control)
     sections = [*(section(facts) for section in SECTIONS), _commands(facts, spell or _plain_words)]
+    sections.insert(PAPER, paper_figures(facts, {figure.name: figure for section in sections for figure in section.figures}))
     page = study.folder / "report.html"
     write_file(page, render("page.html", sections, facts=facts).encode())
     figures = [figure for section in sections for figure in section.figures]
@@ -184,3 +186,5 @@ SECTIONS: tuple[Callable[[StudyFacts], ReportSection], ...] = (
     dictionaries,
 )
 """The sections in their order on the page."""
+PAPER = 2
+"""The place of the section about the figures of the paper: after the claims."""

@@ -35,8 +35,8 @@ FORMULAS = (
 def quality(facts: StudyFacts) -> ReportSection:
     """Return the section about reconstruction."""
     if evaluated := facts.evaluated:
-        usual = _usually_normalised(evaluated)
-        comparable = _one_size(usual)
+        usual = usually_normalised(evaluated)
+        comparable = one_size(usual)
         effect = _effect(evaluated) or MissingFigure("The effect on the model", "difflex evaluate STUDY --effect-shots 32")
         parts = [_sweep(usual), _sites(comparable), *_timesteps(comparable), effect]
     else:
@@ -50,7 +50,7 @@ def quality(facts: StudyFacts) -> ReportSection:
     )
 
 
-def _usually_normalised(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
+def usually_normalised(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
     """Return the dictionaries with the most frequent normalisation of their kind; the others are variants."""
     kinds = group_by(evaluated, lambda d: d.kind).items()
     usual = {kind: Counter(d.normalisation for d in own).most_common(1)[0][0] for kind, own in kinds}
@@ -107,7 +107,7 @@ def _sweep_plot(lines: Sequence[tuple[Series, list[DictionaryFacts]]], metric: E
     return plot(metric.name, f"{metric.name} of {len(members)} dictionaries by {axis.label}.", axis, metric.axis, curves)
 
 
-def _one_size(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
+def one_size(evaluated: Sequence[DictionaryFacts]) -> list[DictionaryFacts]:
     """Return one dictionary per kind and site, all of the k and (nearly) the size that most sites have."""
 
     def members(k: int, size: int) -> dict[tuple[Site, str], DictionaryFacts]:
