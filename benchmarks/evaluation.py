@@ -73,7 +73,7 @@ def compare(name: str, shape: Shape) -> float:
     def train() -> None:
         for rows in batches:
             learner.update(
-                normalisation.apply(rows.values), learning_rate(training.optimiser, learner.updates, 0.1), measure_gradient=False
+                normalisation.apply(rows.values), learning_rate(training.optimiser, learner.updates, 0.1), measure=False
             )
 
     def measure() -> None:

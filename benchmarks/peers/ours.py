@@ -28,7 +28,7 @@ class Ours(Learner):
 
     def update(self, x: torch.Tensor) -> None:
         number = self._learner.updates
-        self._learner.update(x, learning_rate(self._training.optimiser, number, number / self._updates), measure_gradient=False)
+        self._learner.update(x, learning_rate(self._training.optimiser, number, number / self._updates), measure=False)
 
     def encode(self, x: torch.Tensor) -> object:
         if self._dictionary is None:

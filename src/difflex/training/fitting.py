@@ -143,12 +143,6 @@ class FitMember:
         """How its inputs are normalised."""
         return self.learner.config.normalisation, self.learner.config.clip
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether no weight on any rank is NaN or infinite."""
-        wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.learner.parameters.weights.tensors().values()]
-        return not bool(self.learner.ranks.sum(torch.stack(wrong)).any())
-
     def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
         """Return the SAE with the features of all ranks."""
         learner, config = self.learner, self.learner.config
@@ -275,7 +269,7 @@ class FitRun:
 
     def _update(self, number: int, rows: ActivationBatch) -> None:
         """Train the members that have not had batch `number`."""
-        measure_gradient = (number + 1) % self._config.log_every == 0
+        noted = any((number + 1) % every == 0 for every in (self._config.log_every, self._config.checkpoint_every))
         normalised: dict[NormalisationScheme, Float[Tensor, "token width"]] = {}
         for member in self._members:
             learner = member.learner
@@ -285,10 +279,13 @@ class FitRun:
                 normalised[member.scheme] = member.normalisation.apply(rows.values)
             rate = learning_rate(learner.config.optimiser, number, learner.tokens / self._config.tokens)
             try:
-                learner.update(normalised[member.scheme], rate, measure_gradient=measure_gradient)
+                is_last = learner.tokens + len(rows.values) * self._ranks.world_size >= self._config.tokens
+                learner.update(normalised[member.scheme], rate, measure=noted or is_last)
             except NonFinite as error:
                 self._checkpoint(skip=member)
-                raise NonFinite(self._non_finite_loss(number, rows, member)) from error
+                if learner.updates != number:  # a GPU notices it when it is measured
+                    rows = next(self._feed.batches(learner.updates))
+                raise NonFinite(self._non_finite_loss(learner.updates, rows, member)) from error
 
     def _non_finite_loss(self, number: int, rows: ActivationBatch, member: FitMember) -> str:
         """Return the message about the batch that ended a training."""
@@ -304,7 +301,7 @@ class FitRun:
     def _finite_members(self, skip: FitMember | None = None) -> Iterator[FitMember]:
         """Yield the members whose weights are finite; then raise an error about the first of the others."""
         members = [member for member in self._members if member is not skip]
-        diverged = [member for member in members if not member.is_finite]
+        diverged = [member for member in members if not member.learner.is_finite()]
         yield from (member for member in members if member not in diverged)
         if diverged:
             learner = diverged[0].learner

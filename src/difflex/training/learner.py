@@ -84,8 +84,11 @@ class Learner:
         self._prefixes = torch.tensor(config.prefixes, dtype=torch.long, device=device)
         self._first_feature = ranks.features(config.size).start
 
-    def update(self, z: Float[Tensor, "token width"], learning_rate: float, *, measure_gradient: bool = True) -> UpdateMetrics:
-        """Train on a batch, of which `z` is this rank's share; return the metrics of the whole batch."""
+    def update(self, z: Float[Tensor, "token width"], learning_rate: float, *, measure: bool = True) -> None:
+        """Train on a batch, of which `z` is this rank's share; with `measure`, `metrics` are then of this batch.
+
+        Without it, a GPU is not waited for: a loss that is not finite is raised by the next update that measures.
+        """
         z = self.ranks.by_feature.gather(z)
         sums_of_z = self.ranks.by_token.sum(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
         count, variance = int(sums_of_z[0]), float(sums_of_z[1] - _square(sums_of_z[2:]) / sums_of_z[0])
@@ -101,7 +104,7 @@ class Learner:
             self._inputs(selection, auxk, errors, encoder_input),
             number=self.updates + 1,
             learning_rate=learning_rate,
-            measure_gradient=measure_gradient,
+            measure_gradient=measure,
         )
         fired = self._count_firings(selection, count)
         self.metrics = UpdateMetrics(
@@ -111,7 +114,11 @@ class Learner:
             dead=float(self.ranks.by_feature.sum(self._dead().sum())) / self.config.size,
             gradient=gradient,
         )
-        return self.metrics
+
+    def is_finite(self) -> bool:
+        """Return whether no weight on any rank is NaN or infinite."""
+        wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.parameters.weights.tensors().values()]
+        return not bool(self.ranks.sum(torch.stack(wrong)).any())
 
     def _select(self, z: Float[Tensor, "token width"]) -> ActivePairs:
         """Return the pairs that fire, and for `jumprelu` those that are close to it."""
