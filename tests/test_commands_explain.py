@@ -85,7 +85,11 @@ def test_features_are_explained_and_scores_are_printed_and_saved(study: Study, c
         output, calls = capsys.readouterr().out, len(server.served)
         assert main(explain_words(study, server, "--random-features", "5")) == 0
         assert len(server.served) == calls and "0 explained, 5 skipped (explained before)" in capsys.readouterr().out
-    assert "study/double.1/topk: 5 explained" in output and f"{calls} calls" in output and "0.900 (0.900 to 0.900)" in output
+    assert (
+        f"study/double.1/topk, protocol heldout, rule at {server.url}: 5 explained" in output
+        and f"{calls} calls" in output
+        and "0.900 (0.900 to 0.900)" in output
+    )
     with Book.open(study.book(SITE, "topk")) as opened:
         rows = opened.explanations()
         assert [row.text for row in rows] == [f"areas in {code(row.feature)}" for row in rows]
@@ -118,6 +122,8 @@ def test_a_dry_run_sends_nothing_and_prints_calls_tokens_and_cost(study: Study, 
             == 0
         )
         output = capsys.readouterr().out
+        assert "The explainer is told:" in output and "The judge is told:" in output and "(what the explainer answered)" in output
+        assert f"Protocol heldout, rule at {server.url}" in output
         assert not server.served and "120 calls" in output and "0 answers are cached" in output
         assert "cost about 2." in output, "20 images of 1000 tokens for each feature, and some words"
         assert main(explain_words(study, server, "--random-features", "10", "--dry-run")) == 0
@@ -247,7 +253,10 @@ def test_an_untrained_model_is_compared_with_the_trained_one(tmp_path: Path, cap
     selection = ["--dictionary", "double.1/topk-32-k4", "double.1/copy", "--random-features", "3", "--judged-images", "4"]
     assert main(["explain", str(trained), str(control), *selection]) == 0
     output = capsys.readouterr().out
-    assert "study/double.1/topk-32-k4" in output and "untrained/double.1/topk-32-k4: 3 explained" in output
+    assert (
+        "study/double.1/topk-32-k4" in output
+        and "untrained/double.1/topk-32-k4, protocol heldout judged 4, known concepts: 3 explained" in output
+    )
     scores = {path: json.loads((path / "explanations" / "scores.json").read_text()) for path in (trained, control)}
     assert scores[trained] == scores[control]
     models = {(method["study"], method["model"]) for method in scores[trained]["methods"]}
@@ -349,7 +358,7 @@ def test_equal_commands_leave_equal_results_whatever_the_threads_do(tmp_path: Pa
         study = begin_study(tmp_path / str(turn) / "study")
         with RuleServer({"malformed": 0.1}, rule=delayed(turn)) as server:
             assert main(explain_words(study, server, "--random-features", "8", "--price", "0.3,0.7")) == 0
-        results.append([*explained(study), capsys.readouterr().out])
+        results.append([*explained(study), capsys.readouterr().out.replace(server.url, "URL")])
     assert results[0] == results[1]
 
 

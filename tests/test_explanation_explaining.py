@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,19 +21,23 @@ from changed_book import change_book
 from image_views import MODEL, QUICK, Endpoints, code
 from image_views import book as plain_features
 
-from difflex.errors import BadInput, OutOfBudget
+from difflex.errors import BadInput, OutOfBudget, UnknownName
 from difflex.explanation import CachedClient, ExplanationProtocol, RequestPolicy
 from difflex.explanation.answers import AnswerCache
 from difflex.explanation.backends import BackendReply, VLMBackend
 from difflex.explanation.endpoint import ApiKey, EndpointBackend
 from difflex.explanation.explaining import dry_run, explain
-from difflex.explanation.protocol import UnsuitableFeature, plan_feature
-from difflex.explanation.questions import ImageView, Instruction, VLMAnswer
+from difflex.explanation.protocol import UnsuitableFeature, has_enough_images, plan_feature
+from difflex.explanation.questions import ImageView, Instruction, VLMAnswer, explain_instruction, judge_instruction
 from difflex.explanation.studies import choose_features
 from difflex.features import Book, ImageAlbum
+from difflex.features.entries import TokenMap
 from difflex.testing import RuleServer
 from difflex.testing.vlm import answer_by_colour
 
+OTHERS = dict.fromkeys(range(12), 20)
+PAPER = ExplanationProtocol(name="paper")
+FREQUENT = replace(PAPER, negatives="frequency")
 FAULTS = ("hostile", "malformed", "refusal", "limited", "broken", "hanging", "truncated")
 
 
@@ -59,7 +64,7 @@ def sample(tmp_path: Path) -> Iterator[tuple[Book, ImageAlbum]]:
 
 def test_heldout_judges_no_image_that_the_explainer_saw(sample: tuple[Book, ImageAlbum]):
     book, _ = sample
-    plan = plan_feature(book, 3, range(12), ExplanationProtocol())
+    plan = plan_feature(book, 3, OTHERS, ExplanationProtocol())
     shots = book.shots(example.shot for example in plan.examples)
     explained_prompts = {shots[example.shot].shot.prompt for example in plan.shown}
     judged_prompts = {shots[example.shot].shot.prompt for example in [*plan.positives, *plan.negatives]}
@@ -74,16 +79,14 @@ def test_heldout_judges_no_image_that_the_explainer_saw(sample: tuple[Book, Imag
 
 def test_half_of_the_judged_images_are_of_other_features_and_some_of_them_near_misses(sample: tuple[Book, ImageAlbum]):
     book, _ = sample
-    plan = plan_feature(book, 3, range(12), ExplanationProtocol())
+    plan = plan_feature(book, 3, OTHERS, ExplanationProtocol())
     others = plan.negatives
     assert len(others) == 5 and all(example.feature != 3 for example in others)
     own = {example.shot for example in plan.positives}
     assert [example.feature for example in others[3:]] == [5, 4], "the nearest decoder, and another feature in the same image"
     assert others[4].shot in own
     assert (
-        plan
-        == plan_feature(book, 3, range(12), ExplanationProtocol())
-        != plan_feature(book, 3, range(12), ExplanationProtocol(seed=1))
+        plan == plan_feature(book, 3, OTHERS, ExplanationProtocol()) != plan_feature(book, 3, OTHERS, ExplanationProtocol(seed=1))
     )
 
 
@@ -93,22 +96,62 @@ def test_highlights_in_the_same_place_are_no_near_miss(tmp_path: Path):
     book.close()
     change_book(path, "UPDATE examples SET map = ?", b"\0\0\xff\xff")  # now all features fire at the first token
     with Book.open(path) as changed:
-        others = plan_feature(changed, 3, range(12), ExplanationProtocol()).negatives
+        others = plan_feature(changed, 3, OTHERS, ExplanationProtocol()).negatives
     assert len(others) == 5 and others[4].feature == 5, "four random ones and one neighbour"
 
 
 def test_the_published_protocol_judges_the_images_that_were_explained(sample: tuple[Book, ImageAlbum]):
-    plan = plan_feature(sample[0], 3, range(12), ExplanationProtocol(name="paper"))
+    plan = plan_feature(sample[0], 3, OTHERS, ExplanationProtocol(name="paper"))
     assert plan.positives == plan.shown
     others = plan.negatives
     assert len({example.feature for example in others}) == 5 and all(example.rank == 0 for example in others)
     assert not plan.lineup
 
 
+def test_features_that_fire_often_are_drawn_more_often_as_negatives(sample: tuple[Book, ImageAlbum]):
+    others = {feature: 30 if feature in (7, 8) else 1 for feature in range(12)}
+    drawn = {
+        choice: Counter(
+            example.feature
+            for seed in range(60)
+            for example in plan_feature(sample[0], 3, others, replace(PAPER, negatives=choice, seed=seed)).negatives
+        )
+        for choice in ("uniform", "frequency")
+    }
+    assert all(drawn["frequency"][feature] > 50 for feature in (7, 8)), "each of 60 times but for a few"
+    assert all(15 <= count <= 42 for count in drawn["uniform"].values()) and sum(drawn["frequency"].values()) == 300
+    assert plan_feature(sample[0], 3, others, FREQUENT) == plan_feature(sample[0], 3, others, FREQUENT)
+    same = [plan_feature(sample[0], 3, OTHERS, replace(PAPER, seed=seed)).negatives for seed in (0, 0, 1)]
+    assert same[0] == same[1] != same[2]
+
+
+def test_images_with_too_few_highlighted_patches_do_not_count(tmp_path: Path):
+    book, _ = plain_features(tmp_path, 12, shared=2)
+    path, protocol = book.path, replace(PAPER, min_patches=6)
+    assert not has_enough_images(book, 3, protocol) and choose_features(book, 9, protocol) == []
+    with pytest.raises(UnsuitableFeature, match="it has 0 top images with 6 highlighted patches, 5 are needed"):
+        plan_feature(book, 3, OTHERS, protocol)
+    book.close()
+    wide = TokenMap(tuple(range(6)), (20.0,) * 6).packed()
+    change_book(path, "UPDATE examples SET map = ? WHERE feature != 5", wide)
+    change_book(path, "UPDATE examples SET map = ? WHERE feature = 3 AND kind = 'top' AND rank = 0", b"\0\0\xff\xff")
+    with Book.open(path) as changed:
+        plan = plan_feature(changed, 3, OTHERS, protocol)
+        assert all(len(example.map.tokens) == 6 for example in plan.examples)
+        assert sorted(choose_features(changed, 12, protocol)) == [feature for feature in range(12) if feature != 5]
+
+
+def test_each_protocol_has_instructions_of_its_own():
+    judges = [judge_instruction("x", "blue", name).text for name in ("heldout", "paper")]
+    assert judges[0] == judge_instruction("x").text and "harshly" in judges[1] and "so general" in judges[1]
+    explainers = [explain_instruction(5, "blue", name).text for name in ("heldout", "paper")]
+    assert all("5 images" in text for text in explainers) and "position within the image" not in explainers[1]
+
+
 def test_a_feature_with_too_few_images_is_unsuitable(tmp_path: Path):
     book, _ = plain_features(tmp_path, 3, tops=4)
     with book, pytest.raises(UnsuitableFeature, match="4 top images of the split 'train', 5 are needed"):
-        plan_feature(book, 0, range(3), ExplanationProtocol())
+        plan_feature(book, 0, dict.fromkeys(range(3), 20), ExplanationProtocol())
     assert choose_features(Book.open(book.path), 9, ExplanationProtocol(shown=99)) == []
 
 
@@ -159,10 +202,11 @@ def test_highlights_are_in_units_of_the_peak_and_weak_ones_are_left_out(sample: 
 def test_other_settings_make_other_explanations(sample: tuple[Book, ImageAlbum], connect: Endpoints):
     book, album = sample
     with RuleServer() as server:
-        for protocol in (ExplanationProtocol(), ExplanationProtocol(name="paper"), ExplanationProtocol(judged=6, lineup=0)):
+        for protocol in (ExplanationProtocol(), PAPER, ExplanationProtocol(judged=6, lineup=0), FREQUENT):
             explain(book, [0], connect(server.url), album, protocol, progress=False)
-    assert [row.protocol for row in book.explanations(0)] == ["heldout", "paper", "heldout judged 6 lineup 0"]
-    assert [len(book.judgements(row.id)) for row in book.explanations(0)] == [10, 10, 6]
+    names = ["heldout", "paper", "heldout judged 6 lineup 0", "paper negatives frequency"]
+    assert [row.protocol for row in book.explanations(0)] == names
+    assert [len(book.judgements(row.id)) for row in book.explanations(0)] == [10, 10, 6, 10]
 
 
 def test_a_failed_feature_has_a_reason_and_is_tried_again_by_the_next_run(sample: tuple[Book, ImageAlbum], connect: Endpoints):
@@ -307,6 +351,10 @@ def test_impossible_protocols_are_rejected():
     ):
         with pytest.raises(BadInput, match="A protocol cannot"):
             create()
+    with pytest.raises(BadInput, match="shows nothing"):
+        ExplanationProtocol(min_patches=0)
+    with pytest.raises(UnknownName, match="nearest: frequency"):
+        ExplanationProtocol(negatives="frequent")  # pyright: ignore[reportArgumentType]
     assert json.dumps(ExplanationProtocol(seed=2, style="outline").label) == '"heldout style outline seed 2"'
 
 
@@ -317,7 +365,7 @@ def test_examples_with_invisible_highlights_are_not_shown(tmp_path: Path):
     change_book(path, "UPDATE examples SET peak = 3.9 WHERE split = 'held-out' AND rank > 3")
     change_book(path, "UPDATE examples SET peak = 3.9 WHERE feature = 4 AND kind = 'quantile' AND split = 'train'")
     with Book.open(path) as changed:
-        plan = plan_feature(changed, 3, range(12), ExplanationProtocol())
+        plan = plan_feature(changed, 3, OTHERS, ExplanationProtocol())
     assert all(example.peak >= 4 for example in plan.examples), "a fifth of the peak of 20"
     assert [example.feature for example in plan.negatives].count(4) <= 1
 

@@ -40,12 +40,16 @@ class ExplainCommand(VLMCommand):
     """Explain these features instead."""
     judged_images: Annotated[int, COUNT] = 10
     """Images to judge for each feature; half of them are of other features."""
+    negatives: Literal["uniform", "frequency"] = "uniform"
+    """How the other features are drawn: all alike, or, as the code of arXiv 2505.24360 does, by how many shots they fire in."""
+    min_patches: Annotated[int, COUNT] = 1
+    """Highlighted patches that an image needs to be shown; 6 in the code of arXiv 2505.24360."""
     style: Literal["blue", "outline"] = "blue"
     """How images show where a feature fires: a blue overlay, as published, or an outline."""
     seed: Annotated[int, SEED] = 0
     """Seed of the choice of features and of images of other features."""
     dry_run: FlagCreatePairsOff[bool] = False
-    """Only say how many calls and tokens would be needed, and what they would cost."""
+    """Only show the instructions, and say how many calls and tokens would be needed, and what they would cost."""
 
     def __call__(self) -> list[Path]:
         from difflex import explanation
@@ -56,7 +60,12 @@ class ExplainCommand(VLMCommand):
             features=self.feature,
             random_features=self.random_features,
             protocol=explanation.ExplanationProtocol(
-                name=self.protocol, judged=self.judged_images, style=self.style, seed=self.seed
+                name=self.protocol,
+                judged=self.judged_images,
+                negatives=self.negatives,
+                min_patches=self.min_patches,
+                style=self.style,
+                seed=self.seed,
             ),
             connections=self.connections,
         )

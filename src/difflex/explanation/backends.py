@@ -78,6 +78,11 @@ class VLMBackend(ABC):
     def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
         """Return the reply, or raise a `FailedCall`; `objection` says what was wrong with the last answer."""
 
+    @property
+    def description(self) -> str:
+        """The name and the place of what answers, for the user."""
+        return self.name
+
     def check_shots(self, shots: Iterable[Shot]) -> None:
         """Raise an error if the backend cannot answer about images of these shots."""
         return
@@ -113,6 +118,10 @@ class LocalBackend(VLMBackend):
         if not getattr(self._processor, "chat_template", None):
             raise BadInput(f"'{model}' has no chat template, so it does not follow instructions. Name a model with one.")
         self._model = network.to(target).eval()
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} on {self._model.device}"
 
     def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
         """Generate a reply greedily."""

@@ -74,10 +74,14 @@ class EndpointBackend(VLMBackend):
         if not model.isprintable() or not 0 < len(model.strip()) <= MAX_NAME:
             raise BadInput(f"The name of a model has 1 to {MAX_NAME} printable characters, not {clean_text(ascii(model), 40)}.")
         self.name = model  # the same at every address: a server that moves does not cost its answers again
-        self._key, self._lock = key, Lock()
+        self._url, self._key, self._lock = url, key, Lock()
         self._transport = _open_transport(url, key, timeout, connections)
         # Not every endpoint knows these parameters: one that it complains about is not sent again.
         self._parameters: dict[str, object] = {"response_format": None, "temperature": 0, "max_tokens": max_tokens}
+
+    @property
+    def description(self) -> str:
+        return f"{self.name} at {self._url}"
 
     def reply(self, views: Sequence[ImageView], instruction: Instruction[VLMAnswer], objection: str = "") -> BackendReply:
         """Return the model's reply."""

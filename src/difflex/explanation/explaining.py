@@ -102,7 +102,8 @@ class _FeatureExplainer:
                 f"{book.about.dictionary} is about text tokens, which have no position in an image. Explain image sites."
             )
         self._book, self._client, self._album, self._protocol = book, client, album, protocol
-        self._grid, self._others = book.about.grid, [row.feature for row in book.features(where=[FeatureFilter("shots", ">", 0)])]
+        self._grid = book.about.grid
+        self._others = {row.feature: row.shots for row in book.features(where=[FeatureFilter("shots", ">", 0)])}
 
     def pending(self, features: Sequence[int]) -> list[int]:
         """Return the features that are not explained yet."""
@@ -149,12 +150,13 @@ class _FeatureExplainer:
         """Explain and judge a feature; content keys of the requests are appended to `keys`."""
         if isinstance(prepared, _FeatureResult):
             return prepared
-        plan, style = prepared.plan, self._protocol.style
+        plan, style, name = prepared.plan, self._protocol.style, self._protocol.name
         text, descriptions = "", list[str]()
         try:
-            answer = self._client.ask(prepared.view(plan.shown), explain_instruction(len(plan.shown), style), keys["explainer"])
+            instruction = explain_instruction(len(plan.shown), style, name)
+            answer = self._client.ask(prepared.view(plan.shown), instruction, keys["explainer"])
             text, descriptions = answer.common_pattern, answer.pattern_descriptions
-            instruction = judge_instruction(text, style)
+            instruction = judge_instruction(text, style, name)
             judgements = [
                 Judgement(example.id, is_own, self._client.ask(prepared.view([example]), instruction, keys["judge"]).score)
                 for is_own, examples in ((True, plan.positives), (False, plan.negatives))

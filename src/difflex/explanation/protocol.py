@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final, get_args
 
 from difflex.choices import HighlightStyle, ProtocolName
-from difflex.errors import BadInput
+from difflex.errors import BadInput, UnknownName
 from difflex.features import Book
 from difflex.features.entries import COVER_THRESHOLD, Example
 from difflex.values import check_fields
 
+NegativeChoice = Literal["uniform", "frequency"]
 MAX_OVERLAP = 0.5
 """In a near miss at most this share of the other feature's highlights lies where this feature fires."""
 
@@ -31,6 +32,11 @@ class ExplanationProtocol:
     """Images that are judged, half of them of other features."""
     lineup: int = 5
     """Images in the intruder test, one of which does not belong; 0 for no test. `paper` has none."""
+    negatives: NegativeChoice = "uniform"
+    """How the other features of which images are judged are drawn: all alike, or, as in the code of arXiv 2505.24360, the more
+    often the more images they fire in."""
+    min_patches: int = 1
+    """Highlighted patches that an image needs, of whichever feature; 6 in the code of arXiv 2505.24360."""
     style: HighlightStyle = "blue"
     """How images show where a feature fires: a blue overlay, as published, or an outline, which leaves colours visible."""
     seed: int = 0
@@ -49,6 +55,10 @@ class ExplanationProtocol:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.negatives not in get_args(NegativeChoice):
+            raise UnknownName.among("The choice of negatives", self.negatives, get_args(NegativeChoice))
+        if self.min_patches < 1:
+            raise BadInput(f"An image with {self.min_patches} highlighted patches shows nothing. Ask for 1 or more.")
         if self.shown < 1 or self.judged < 2 or self.judged % 2 or self.lineup in (1, 2) or self.lineup < 0:
             raise BadInput(
                 f"A protocol cannot show {self.shown}, judge {self.judged} and line up {self.lineup} images. Show 1 or more, "
@@ -81,8 +91,18 @@ class UnsuitableFeature(Exception):
     """A feature that a protocol cannot explain; its text is the reason."""
 
 
-def plan_feature(book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> FeaturePlan:
-    """Choose the images to show for `feature`, with negatives of `others`; random choices depend on the seed and the feature."""
+def has_enough_images(book: Book, feature: int, protocol: ExplanationProtocol) -> bool:
+    """Return whether `feature` has as many images with enough highlighted patches as the protocol needs."""
+    peak = book.feature(feature).peak
+    shots = {row.shot for row in book.examples(feature) if row.kind != "silent" and _is_visible(row, peak, protocol)}
+    return len(shots) >= protocol.needed_shots
+
+
+def plan_feature(book: Book, feature: int, others: Mapping[int, int], protocol: ExplanationProtocol) -> FeaturePlan:
+    """Choose the images to show for `feature`; random choices depend on the seed and the feature.
+
+    Negatives are of `others`: the number of shots in which each other feature fires.
+    """
     planner = _FeaturePlanner(book, feature, others, protocol)
     return planner.paper() if protocol.name == "paper" else planner.heldout()
 
@@ -91,7 +111,7 @@ def plan_feature(book: Book, feature: int, others: Sequence[int], protocol: Expl
 class _FeaturePlanner:
     """The choice of images for one feature."""
 
-    def __init__(self, book: Book, feature: int, others: Sequence[int], protocol: ExplanationProtocol) -> None:
+    def __init__(self, book: Book, feature: int, others: Mapping[int, int], protocol: ExplanationProtocol) -> None:
         self._book, self._feature, self._others, self._protocol = book, feature, others, protocol
         self._random = random.Random(f"{protocol.seed} {feature}")
         self._own = [example for example in book.examples(feature) if self._is_visible(example)]
@@ -100,7 +120,7 @@ class _FeaturePlanner:
     def paper(self) -> FeaturePlan:
         """Judge the images that were explained, and other features' top images."""
         top = self._distinct(_strongest_first(self._own), self._protocol.needed_shots)
-        _check_count(top, self._protocol.needed_shots, "top images")
+        _check_count(top, self._protocol.needed_shots, "top images", self._protocol)
         negatives = self._top_examples({self._feature}, self._half)
         return FeaturePlan(self._feature, top[: self._protocol.shown], top[: self._half], negatives)
 
@@ -108,16 +128,16 @@ class _FeaturePlanner:
         """Judge images that the explainer does not see, other features' top images and near misses."""
         top = _strongest_first(example for example in self._own if example.split == "train")
         shown = self._distinct(top, self._protocol.shown)
-        _check_count(shown, self._protocol.shown, "top images of the split 'train'")
+        _check_count(shown, self._protocol.shown, "top images of the split 'train'", self._protocol)
         unseen = self._unseen(shown)
-        _check_count(unseen, self._half, "images to judge that the explainer does not see")
+        _check_count(unseen, self._half, "images to judge that the explainer does not see", self._protocol)
         last = len(unseen) - 1
         positives = [unseen[round(i * last / max(1, self._half - 1))] for i in range(self._half)]
         return FeaturePlan(self._feature, shown, positives, self._negatives(positives), *self._lineup(unseen))
 
     def _is_visible(self, example: Example) -> bool:
-        """Return whether the highlights of an example are visible: the same threshold for all, in units of the feature's peak."""
-        return example.kind != "silent" and example.peak >= COVER_THRESHOLD * self._book.feature(example.feature).peak
+        """Return whether the highlights of an example are visible."""
+        return example.kind != "silent" and _is_visible(example, self._book.feature(example.feature).peak, self._protocol)
 
     def _contents(self, examples: Iterable[Example]) -> list[str]:
         """Return what makes examples alike: the image, or the prompt, because seeds of a prompt resemble one another."""
@@ -143,14 +163,25 @@ class _FeaturePlanner:
 
     def _top_examples(self, excluded: Collection[int], count: int) -> list[Example]:
         """Return the strongest examples of `count` random other features."""
-        others = (other for other in self._random.sample(self._others, len(self._others)) if other not in excluded)
+        others = (other for other in self._shuffled_others() if other not in excluded)
         examples = [*islice(filter(None, map(self._strongest, others)), count)]
         if len(examples) < count:
             raise UnsuitableFeature(f"{len(examples)} other features have images, {count} are needed as negatives")
         return examples
 
+    def _shuffled_others(self) -> Sequence[int]:
+        """Return the other features in random order, those that fire more often earlier if the protocol says so."""
+        if self._protocol.negatives == "uniform":
+            return self._random.sample([*self._others], len(self._others))
+        # Random waits, whose order is that of draws without replacement in proportion to the rates.
+        waits = {other: self._random.expovariate(shots) for other, shots in self._others.items()}
+        return sorted(waits, key=waits.__getitem__)
+
     def _strongest(self, feature: int) -> Example | None:
-        return max(self._book.examples(feature, "top"), key=lambda example: example.peak, default=None)
+        examples = self._book.examples(feature, "top")
+        if self._protocol.min_patches > 1:
+            examples = [*filter(self._is_visible, examples)]
+        return max(examples, key=lambda example: example.peak, default=None)
 
     def _negatives(self, positives: Sequence[Example]) -> list[Example]:
         """Return the strongest examples of other features and up to two near misses."""
@@ -183,9 +214,17 @@ class _FeaturePlanner:
         return [*examples[:odd], *self._top_examples({self._feature}, 1), *examples[odd:]], odd
 
 
-def _check_count(examples: Sequence[Example], needed: int, kind: str) -> None:
+def _is_visible(example: Example, peak: float, protocol: ExplanationProtocol) -> bool:
+    """Return whether an example has enough highlights: the same threshold for all features, in units of the feature's `peak`."""
+    if protocol.min_patches == 1:
+        return example.peak >= COVER_THRESHOLD * peak
+    return sum(value >= COVER_THRESHOLD * peak for value in example.map.values) >= protocol.min_patches
+
+
+def _check_count(examples: Sequence[Example], needed: int, kind: str, protocol: ExplanationProtocol) -> None:
     if len(examples) < needed:
-        raise UnsuitableFeature(f"it has {len(examples)} {kind}, {needed} are needed")
+        patches = "" if protocol.min_patches == 1 else f" with {protocol.min_patches} highlighted patches"
+        raise UnsuitableFeature(f"it has {len(examples)} {kind}{patches}, {needed} are needed")
 
 
 def _strongest_first(examples: Iterable[Example]) -> list[Example]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import islice
 
 from difflex.dictionaries import fingerprint
 from difflex.errors import BadInput, UnknownName
@@ -14,13 +15,15 @@ from difflex.explanation.backends import VLMBackend
 from difflex.explanation.client import CachedClient, open_answers, open_client
 from difflex.explanation.comparison import ExplainedMethod, MethodComparison, compare_methods, read_methods
 from difflex.explanation.explaining import ExplainResult, dry_run, explain
-from difflex.explanation.protocol import ExplanationProtocol
+from difflex.explanation.protocol import ExplanationProtocol, has_enough_images
+from difflex.explanation.questions import explain_instruction, judge_instruction
 from difflex.explanation.requests import RequestPolicy
 from difflex.features import Book, FeatureFilter, ImageAlbum
 from difflex.records import Site
 from difflex.study import DictionaryRef, Study
 from difflex.values import check_fields
 
+EXAMPLE = "(what the explainer answered)"
 MAX_FAILURES = 20
 """Failures that are printed; all of them are in the book."""
 MAX_CONNECTIONS = 1000
@@ -62,6 +65,7 @@ def explain_studies(
         for study, refs in zip(studies, selection, strict=True):
             _check_books(study, refs)
         backend = stack.enter_context(closing(open_backend()))
+        source = f"protocol {config.protocol.label}, {backend.description}"
         for study, refs, answers in zip(studies, selection, caches, strict=True):
             client = CachedClient(backend, answers, policy)
             for ref in refs:
@@ -69,11 +73,13 @@ def explain_studies(
                     features, album = _features(book, backend, config), ImageAlbum(study.images)
                     results.append(explain(book, features, client, album, config.protocol, connections=config.connections))
                     methods += read_methods(book, study.folder)
-                log(f"{study.folder.name}/{ref}: {_summary(results[-1])}")
+                log(f"{study.folder.name}/{ref}, {source}: {_summary(results[-1])}")
             spent = client.spending
             if spent.calls:
                 cost = f", cost {spent.cost:.4g}" if spent.cost else ""
-                log(f"{spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} tokens out{cost}")
+                log(
+                    f"{backend.description}: {spent.calls:,} calls, {spent.tokens_in:,} tokens in, {spent.tokens_out:,} out{cost}"
+                )
     reasons = Counter(reason for result in results for reason in result.failed.values())
     if reasons and not any(result.explained or result.skipped for result in results):
         [(reason, count)] = reasons.most_common(1)
@@ -95,9 +101,12 @@ def _check_books(study: Study, refs: Sequence[DictionaryRef]) -> None:
 def dry_run_studies(
     studies: Sequence[Study], config: ExplainConfig, open_backend: Callable[[], VLMBackend], policy: RequestPolicy, log: Log
 ) -> None:
-    """Log how many calls and tokens `explain_studies` would need for each study, and what they would cost; send nothing."""
-    selection = _select_dictionaries(studies, config)
+    """Log the instructions, how many calls and tokens each study would need, and what they would cost; send nothing."""
+    selection, protocol = _select_dictionaries(studies, config), config.protocol
     with closing(open_backend()) as backend:
+        log(f"Protocol {protocol.label}, {backend.description}")
+        log(f"\nThe explainer is told:\n{explain_instruction(protocol.shown, protocol.style, protocol.name).text}")
+        log(f"\nThe judge is told:\n{judge_instruction(EXAMPLE, protocol.style, protocol.name).text}\n")
         for study, refs in zip(studies, selection, strict=True):
             with open_client(backend, study.explanations, policy, dry_run=True) as client:
                 for ref in refs:
@@ -138,8 +147,10 @@ def choose_features(book: Book, count: int, protocol: ExplanationProtocol, seed:
     A larger `count` returns the same features and more, and another protocol mostly the same.
     """
     suitable = {row.feature for row in book.features(where=[FeatureFilter("shots", ">=", protocol.needed_shots)])}
-    order = random.Random(seed).sample(range(book.about.size), book.about.size)
-    return [feature for feature in order if feature in suitable][:count]
+    order = (feature for feature in random.Random(seed).sample(range(book.about.size), book.about.size) if feature in suitable)
+    if protocol.min_patches > 1:
+        order = (feature for feature in order if has_enough_images(book, feature, protocol))
+    return [*islice(order, count)]
 
 
 def _features(book: Book, backend: VLMBackend, config: ExplainConfig) -> list[int]:
@@ -148,9 +159,11 @@ def _features(book: Book, backend: VLMBackend, config: ExplainConfig) -> list[in
     if not config.features:
         features = choose_features(book, config.random_features, config.protocol, config.protocol.seed)
     if not features:
+        least = config.protocol.min_patches
+        patches = "" if least == 1 else f", in {least} patches or more of each"
         raise BadInput(
-            f"No feature of {book.about.dictionary} fires in {config.protocol.needed_shots} shots of its book, as the protocol "
-            f"'{config.protocol.name}' needs. Collect from more images, or judge fewer."
+            f"No feature of {book.about.dictionary} fires in {config.protocol.needed_shots} shots of its book{patches}, as the "
+            f"protocol '{config.protocol.label}' needs. Collect from more images, or ask for less."
         )
     rows = book.shots(example.shot for example in book.examples(features[0], "top"))
     backend.check_shots(row.shot for row in rows.values())
