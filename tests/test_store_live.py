@@ -1,5 +1,7 @@
 """Live batches: the batches of a store, with nothing on disk."""
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,16 +10,16 @@ import pytest
 import torch
 from fake_harvest import SITES, FakeHarvest, activation, fake_shots
 
-from difflex.choices import StoredDtype
-from difflex.errors import BadInput, UnknownName
+from difflex.errors import BadInput, OutOfMemory, UnknownName
 from difflex.records import ActivationBatch
 from difflex.store import LiveActivations, RecordingConfig, record
+from difflex.store.live import LiveDtype, LiveSites
 
 SITE = SITES[0]
 
 
 def live(
-    runs: int | None = 200, window: int = 200, dtype: StoredDtype = "bf16", harvest: FakeHarvest | None = None
+    runs: int | None = 200, window: int = 200, dtype: LiveDtype = "bf16", harvest: FakeHarvest | None = None
 ) -> LiveActivations:
     return LiveActivations(fake_shots(runs), SITE, harvest or FakeHarvest(), window=window, dtype=dtype, batch=4)
 
@@ -34,9 +36,9 @@ def by_place(batches: Iterable[ActivationBatch]) -> dict[tuple[int, int], torch.
     return {place: value for rows in batches for place, value in zip(places(rows), rows.values, strict=True)}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("split", ["train", "held-out"])
-def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: StoredDtype, split):
+def test_live_rows_are_those_of_a_store_bit_for_bit(tmp_path: Path, dtype: LiveDtype, split):
     settings = RecordingConfig(dtype=dtype, batch=4, shard_bytes=2000, progress=False)
     [store] = record(tmp_path, fake_shots(200), [SITE], FakeHarvest(), settings)
     source = live(dtype=dtype)
@@ -117,7 +119,7 @@ def test_a_repeated_shot_is_read_again():
     held_out = next(shot for shot in fake_shots(200) if shot.split == "held-out")
     shots = [star, held_out, star, *others[:2], star]
     source = LiveActivations(shots, SITE, FakeHarvest(), batch=4)
-    assert [shot for shot, _ in all_places(source.batches(8, seed=None))][::8] == [0, 2, 5, 3, 4]
+    assert [shot for shot, _ in all_places(source.batches(8, seed=None))][::8] == [0, 2, 3, 4, 5]
     for value, (shot, token) in by_number(source):
         assert torch.equal(value, activation(shots[shot], SITE, 8, 16)[token].bfloat16())
 
@@ -158,3 +160,80 @@ def test_impossible_arguments_are_refused(arguments, error, message: str):
 def test_a_number_beyond_the_prompts_is_an_error():
     with pytest.raises(UnknownName, match="gave 20 shots"):
         live(20).shot(20)
+
+
+IMAGE_AND_TEXT = (SITES[0], SITES[2])
+
+
+def several(ahead: bool = True, harvest: FakeHarvest | None = None, runs: int | None = 200, batch: int = 4) -> LiveSites:
+    return LiveSites(fake_shots(runs), IMAGE_AND_TEXT, harvest or FakeHarvest(), window=200, batch=batch, ahead=ahead)
+
+
+def test_one_pass_gives_all_sites_with_the_same_shots_in_a_batch():
+    harvest = FakeHarvest()
+    with several(harvest=harvest) as live:
+        batches = list(live.batches(64))
+        assert live.widths == dict.fromkeys(IMAGE_AND_TEXT, 16) and live.tokens == 4  # of text, which has fewer
+        assert sum(len(batch[SITE].shots) for batch in batches) == live.count()
+    assert harvest.shot_count == 1 + live.count() // 4
+    for batch in batches:
+        assert len({len(rows.shots) for rows in batch.values()}) == 1
+        for site, rows in batch.items():
+            for value, (shot, token) in zip(rows.values, places(rows), strict=True):
+                assert torch.equal(value, activation(live.shot(shot), site, 8 if site == SITE else 4, 16)[token].bfloat16())
+
+
+@pytest.mark.parametrize("start", [0, 3, 11, 17])
+def test_neither_the_thread_nor_the_batches_of_the_harvest_change_a_batch(start: int):
+    with several(ahead=False) as plain, several(batch=7) as ahead:
+        expected = list(plain.batches(64, seed=3, epochs=2))[start:]
+        for batch, same in zip(expected, ahead.batches(64, seed=3, epochs=2, start=start), strict=True):
+            assert all(torch.equal(a, b) for site in batch for a, b in zip(batch[site], same[site], strict=True))
+
+
+@pytest.mark.parametrize(("stop", "shots"), [(2, 32), (4, 64), (30, None)])
+def test_nothing_is_harvested_for_batches_that_are_not_read(stop: int, shots: int | None):
+    harvest = FakeHarvest()
+    with several(harvest=harvest) as live:
+        batches = list(live.batches(64, stop=stop, epochs=None))
+        assert len(batches) == stop and (shots is None or harvest.shot_count == 1 + shots)
+        [rest] = live.batches(64, stop=stop, epochs=None, start=stop - 1)
+    assert [places(rows) for rows in rest.values()] == [places(rows) for rows in batches[-1].values()]
+
+
+def test_the_harvest_runs_ahead_by_one_window_and_no_more():
+    harvest = FakeHarvest()
+    with several(harvest=harvest, runs=None) as live:
+        batches = live.batches(64)
+        next(batches)
+        deadline = time.monotonic() + 5
+        while harvest.shot_count < 1 + 2 * 50 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert harvest.shot_count == 1 + 2 * 50
+    assert not [thread for thread in threading.enumerate() if thread.name == "harvest"]
+
+
+def test_an_error_of_the_harvest_reaches_the_reader():
+    def broken(shots, sites, batch):
+        yield from FakeHarvest()(shots[:1], sites, 1)
+        if len(shots) > 1:
+            raise OutOfMemory("No batch fits.")
+
+    with LiveSites(fake_shots(50), IMAGE_AND_TEXT, broken) as live, pytest.raises(OutOfMemory, match="No batch"):
+        next(live.batches(8))
+    assert not [thread for thread in threading.enumerate() if thread.name == "harvest"]
+
+
+def test_the_harvest_ends_with_its_reader_in_the_middle_of_a_window():
+    with pytest.raises(KeyboardInterrupt), several(harvest=FakeHarvest(delay=0.02), runs=None) as live:
+        for _ in live.batches(64):
+            raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name == "harvest"]
+
+
+def test_a_window_holds_whole_runs():
+    harvest, shots = FakeHarvest(), [*fake_shots(40, steps=7)]
+    with LiveSites(shots, [SITE], harvest, window=80, batch=1) as live:
+        next(live.batches(16, stop=1))
+        assert harvest.shot_count == 1 + 7

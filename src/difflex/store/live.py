@@ -1,22 +1,389 @@
-"""`LiveActivations`: the batches of a store from a running harvest, with nothing on disk."""
+"""`LiveSites` and `LiveActivations`: the batches of a store from a running harvest, with nothing on disk."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, islice
-from typing import final
+from itertools import count, islice, pairwise
+from queue import SimpleQueue
+from typing import Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from difflex.choices import StoredDtype
-from difflex.errors import UnknownName
+from difflex.errors import BadInput, UnknownName
 from difflex.records import ActivationBatch, Activations, Shot, Site, Split
 from difflex.store.manifest import SPLITS, check_split
 from difflex.store.reading import BatchShares, SplitBatches, permutation
 from difflex.store.recording import Harvest, distinct, probe
-from difflex.store.shard import check_dtype, pack, unpack
+from difflex.store.shard import DTYPES
 from difflex.store.store import WINDOW
+
+LiveDtype = Literal["bf16", "fp16"]
+SiteBatch = Mapping[Site, ActivationBatch]
+"""The rows of a batch at each site."""
+WindowMemory = dict[Site, Tensor]
+"""The memory of a window: [shot, token, width] at each site."""
+
+
+class LiveWindow(NamedTuple):
+    """Rows that are shuffled together."""
+
+    memory: WindowMemory
+    shots: Int[Tensor, " shot"]
+    """The number of each shot."""
+    order: Mapping[int, Int[Tensor, " row"]]
+    """The rows in the order of reading, equally many for all sites, by the number of tokens per shot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LivePlan:
+    """What a reader asked for."""
+
+    shares: BatchShares
+    split: Split
+    key: str | None
+    """The seed of the shuffling."""
+    length: int
+    """Shots of a window, on each rank."""
+    start: int
+    """The first batch."""
+    stop: int | None
+    """The batch before which the reader ends; nothing is harvested for later ones."""
+    epochs: Iterable[int]
+
+
+class HarvestStopped(Exception):
+    """Ends the thread of a harvest whose reader is gone."""
+
+
+@final
+class WindowPool:
+    """The memory of one reader's windows, which goes back and forth between those that are harvested and those that are read."""
+
+    def __init__(self, windows: int) -> None:
+        self._unused: SimpleQueue[WindowMemory | None] = SimpleQueue()
+        self._stopped = False
+        for _ in range(windows):
+            self._unused.put({})
+
+    def take(self) -> WindowMemory:
+        """Wait for memory that is unused."""
+        memory = self._unused.get()
+        self.check()
+        assert memory is not None, "only `stop` puts None"
+        return memory
+
+    def give_back(self, memory: WindowMemory) -> None:
+        """Let the memory of a window be used again."""
+        self._unused.put(memory)
+
+    def check(self) -> None:
+        """Raise `HarvestStopped` after `stop`."""
+        if self._stopped:
+            raise HarvestStopped
+
+    def stop(self) -> None:
+        """End the harvest into this memory soon."""
+        self._stopped = True
+        self._unused.put(None)
+
+
+@final
+class LiveSites(AbstractContextManager["LiveSites"]):
+    """Activations of several sites that are harvested while they are read: one pass of the model for all of them.
+
+    `window` rows are harvested and shuffled, then the next ones. A batch has rows of the same shots at all sites; of a site with
+    more tokens per shot than another one, a random part is read. Shots of another split than the requested one are not harvested
+    at all. Shots are remembered, activations are not. With `ahead`, a thread harvests the next window while one is read; leaving
+    the context ends it.
+    """
+
+    def __init__(
+        self,
+        shots: Iterable[Shot],
+        sites: Sequence[Site],
+        harvest: Harvest,
+        *,
+        window: int = WINDOW,
+        dtype: LiveDtype = "bf16",
+        batch: int = 16,
+        ahead: bool = True,
+    ) -> None:
+        if dtype not in ("bf16", "fp16"):
+            raise UnknownName.among("The dtype of live activations", dtype, ("bf16", "fp16"))
+        self.sites = tuple(dict.fromkeys(sites))
+        self._stream = distinct(shots)
+        self._shots: list[Shot] = []
+        self._reading = threading.Lock()
+        self._harvest, self._batch = harvest, batch
+        self._window, self._dtype, self._ahead = window, DTYPES[dtype], ahead
+        self._thread: HarvestThread | None = None
+        self._cuda = torch.cuda.Stream() if ahead and torch.cuda.is_available() else None
+        """The harvest has a stream of its own, so that the GPU works on it and on a training at the same time."""
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread that harvests ahead."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    @property
+    def model(self) -> str:
+        """The model that the activations are of."""
+        return self.shot(0).model
+
+    @property
+    def tokens(self) -> int:
+        """Rows that are read of each shot: the tokens of the site with the fewest."""
+        return min(activations.values.shape[1] for activations in self.examples.values())
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """The width of a row at each site."""
+        return {site: activations.values.shape[2] for site, activations in self.examples.items()}
+
+    @cached_property
+    def examples(self) -> dict[Site, Activations]:
+        """Activations without a shot at each site, for their shapes."""
+        with self._on_stream():
+            by_site = probe(self.shot(0), self.sites, self._harvest)
+        return {
+            site: Activations(site=site, values=by_site[site].values[:0], shots=(), grid=by_site[site].grid)
+            for site in self.sites
+        }
+
+    def count(self, split: Split = "train") -> int:
+        """Return the rows of an epoch; all prompts are read, which must end."""
+        return self.tokens * sum(1 for _ in self._numbers(split))
+
+    def fill_memory(self) -> None:
+        """Harvest a batch of the largest size and drop it, so that what the harvest needs of a GPU is not taken by others."""
+        numbers = list(islice(self._numbers("train"), self._batch))
+        with self._on_stream():
+            for _ in self._harvest([self.shot(number) for number in numbers], self.sites, self._batch):
+                pass
+
+    def shot(self, number: int) -> Shot:
+        """Return the shot with this number: all that is needed to make its activations again."""
+        number = int(number)
+        with self._reading:  # prompts are read by the thread of the harvest, too
+            self._shots.extend(islice(self._stream, max(0, number + 1 - len(self._shots))))
+        if not 0 <= number < len(self._shots):
+            raise UnknownName(f"There is no shot {number}: the prompts gave {len(self._shots)} shots, numbered from 0.")
+        return self._shots[number]
+
+    def batches(
+        self,
+        size: int,
+        *,
+        seed: int | None = 0,
+        split: Split = "train",
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+        epochs: int | None = 1,
+        window: int | None = None,
+    ) -> Iterator[SiteBatch]:
+        """Yield batches of `size` rows from batch `start` on until the prompts end; in order of the shots without `seed`.
+
+        Each rank harvests its own shots, as many as every other. Starting at a later batch costs at most a window. Each further
+        epoch harvests all shots again, in the same order, and shuffles them in another; without `epochs` there is no last one.
+        What batches hold depends on the window, and on `stop` in the last one, but not on the speed or batches of the harvest.
+        """
+        window = self._window if window is None else window
+        shares = BatchShares.checked(size, rank, world_size, start, window)
+        if split not in SPLITS:
+            raise UnknownName.among("The split", split, SPLITS)
+        run = self._shots_per_run()
+        plan = LivePlan(
+            shares=shares,
+            split=split,
+            key=None if seed is None else str(seed),
+            length=max(1, -(-window // self.tokens) // run) * run,
+            start=start,
+            stop=stop,
+            epochs=count() if epochs is None else range(epochs),
+        )
+        return self._read(plan)
+
+    def _read(self, plan: LivePlan) -> Iterator[SiteBatch]:
+        """Yield the batches of `plan`."""
+        pool = WindowPool(1 + self._ahead)
+        windows = self._epochs(plan, pool)
+        if self._ahead:
+            self.stop()  # an earlier reader's: the model runs once at a time
+            self._thread = thread = HarvestThread(windows, pool, self._on_stream)
+            windows = thread.windows()
+        batches = self._cut(plan.shares.size, windows, pool)
+        yield from batches if plan.stop is None else islice(batches, max(0, plan.stop - plan.start))
+
+    def _epochs(self, plan: LivePlan, pool: WindowPool) -> Iterator[LiveWindow | None]:
+        """Yield the windows of all epochs after the first `start` batches, and None at the end of each epoch."""
+        start, stop = plan.start, plan.stop
+        for epoch in plan.epochs:
+            if stop is not None and stop <= 0:
+                return
+            total = self._count_batches(plan, start)
+            if total == start:
+                key = plan.key and f"{plan.key}/{epoch}/{plan.shares.rank}"
+                yield from self._windows(plan, start, stop, key, pool)
+                yield None
+                total = start if stop is None else self._count_batches(plan, stop)
+            if not self._count_batches(plan, 1):
+                return
+            start, stop = max(0, start - total), None if stop is None else stop - total
+
+    def _count_batches(self, plan: LivePlan, most: int) -> int:
+        """Return how many batches an epoch has, at most `most`: endless prompts are read no further than that."""
+        shares, length = plan.shares, plan.length
+        enough = (-(-most * shares.size // self.tokens) + length) * shares.world_size
+        shots = sum(1 for _ in islice(self._numbers(plan.split), enough if most else 0))
+        windows, rest = divmod(shots, length * shares.world_size)
+        return min(most, -(-(windows * length + rest // shares.world_size) * self.tokens // shares.size))
+
+    def _windows(self, plan: LivePlan, start: int, stop: int | None, key: str | None, pool: WindowPool) -> Iterator[LiveWindow]:
+        """Yield this rank's windows of an epoch from batch `start` on, as far as they are needed before batch `stop`."""
+        shares, run, numbers = plan.shares, self._shots_per_run(), self._numbers(plan.split)
+        skipped, first = divmod(start * shares.size, plan.length * self.tokens)
+        for place in count():
+            length = plan.length
+            if stop is not None:
+                needed = -(-stop * shares.size // self.tokens) - place * length
+                length = min(length, -(-needed // run) * run)
+            window = list(islice(numbers, max(0, length) * shares.world_size))
+            share = len(window) // shares.world_size
+            if not share:
+                return
+            if place < skipped:
+                continue
+            own = window[share * shares.rank : share * (shares.rank + 1)]
+            memory = pool.take()
+            self._fill(memory, own, plan.length, pool)
+            rows = slice(first if place == skipped else 0, share * self.tokens)
+            lengths = {activations.values.shape[1] for activations in self.examples.values()}
+            order = {tokens: permutation(share * tokens, key, place)[rows] for tokens in sorted(lengths)}
+            yield LiveWindow(memory, torch.tensor(own), order)
+
+    def _fill(self, memory: WindowMemory, numbers: Sequence[int], length: int, pool: WindowPool) -> None:
+        """Harvest shots into `memory`, each at its place, so that the size of the harvest's batches makes no difference."""
+        places: dict[Shot, list[int]] = {}  # a shot that the prompts repeat has several places
+        for place, number in enumerate(numbers):
+            check_split(self.shot(number))
+            places.setdefault(self.shot(number), []).append(place)
+        filled = dict.fromkeys(self.sites, 0)
+        for activations in self._harvest(list(places), self.sites, self._batch):
+            pool.check()
+            site, values = activations.site, activations.values.detach().to(self._dtype)
+            if site not in memory:
+                shape = (length, *values.shape[1:])
+                memory[site] = torch.empty(shape, dtype=self._dtype, pin_memory=values.is_cuda)
+            pairs = [(row, place) for row, shot in enumerate(activations.shots) for place in places[shot]]
+            _copy_rows(memory[site], values, pairs)
+            filled[site] += len(pairs)
+        if wrong := [site for site, shots in filled.items() if shots != len(numbers)]:
+            raise BadInput(f"The harvest gave other shots at the site '{wrong[0]}' than requested.")
+
+    def _cut(self, size: int, windows: Iterator[LiveWindow | None], pool: WindowPool) -> Iterator[SiteBatch]:
+        """Cut the windows into batches; the last rows of a window go before those of the next one."""
+        parts: list[SiteBatch] = []
+        missing = size
+        for window in windows:
+            if window is not None:
+                rows = len(next(iter(window.order.values())))
+                edges = [0, *range(min(missing, rows), rows, size), rows] if rows else []
+                for first, last in pairwise(edges):
+                    parts.append(self._rows(window, slice(first, last)))
+                    missing -= last - first
+                    if not missing:
+                        yield _concatenate(parts)
+                        parts, missing = [], size
+                pool.give_back(window.memory)
+            elif parts:
+                yield _concatenate(parts)
+                parts, missing = [], size
+
+    def _rows(self, window: LiveWindow, part: slice) -> SiteBatch:
+        """Return a part of a window in the order of reading."""
+        batch = {}
+        for site in self.sites:
+            memory = window.memory[site]
+            rows = window.order[memory.shape[1]][part]
+            values = memory.view(-1, memory.shape[2]).index_select(0, rows)
+            batch[site] = ActivationBatch(values, window.shots[rows // memory.shape[1]], rows % memory.shape[1])
+        return batch
+
+    def _numbers(self, split: Split) -> Iterator[int]:
+        """Yield the numbers of all shots of `split`."""
+        for number in count():
+            try:
+                shot = self.shot(number)
+            except UnknownName:
+                return
+            if shot.split == split:
+                yield number
+
+    def _shots_per_run(self) -> int:
+        """Return the shots of a run of the model, which differ in their timestep; a window holds whole runs."""
+        first = replace(self.shot(0), timestep=None)
+        for number in count(1):
+            try:
+                if replace(self.shot(number), timestep=None) != first:
+                    return number
+            except UnknownName:
+                return number
+        raise AssertionError("numbers have no end")
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        if self._cuda is None:
+            return nullcontext()
+        self._cuda.wait_stream(torch.cuda.default_stream())  # on which the model was made
+        return torch.cuda.stream(self._cuda)
+
+
+@final
+class HarvestThread:
+    """A thread that harvests windows ahead of their reader, as long as there is unused memory."""
+
+    def __init__(
+        self,
+        windows: Iterator[LiveWindow | None],
+        pool: WindowPool,
+        context: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._windows, self._pool, self._context = windows, pool, context
+        self._ready: SimpleQueue[LiveWindow | BaseException | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="harvest", daemon=True)
+        self._thread.start()
+
+    def windows(self) -> Iterator[LiveWindow | None]:
+        """Yield the windows as they become ready; an error of the harvest is raised here."""
+        while not isinstance(item := self._ready.get(), StopIteration):
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        """End the thread after the batch that it harvests."""
+        self._pool.stop()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with self._context():
+                for window in self._windows:
+                    self._ready.put(window)
+            self._ready.put(StopIteration())
+        except BaseException as error:
+            self._ready.put(error)
 
 
 @final
@@ -34,51 +401,35 @@ class LiveActivations:
         harvest: Harvest,
         *,
         window: int = WINDOW,
-        dtype: StoredDtype = "bf16",
+        dtype: LiveDtype = "bf16",
         batch: int = 16,
     ) -> None:
-        check_dtype(dtype)
         self.site = site
-        self._stream = distinct(shots)
-        self._shots: list[Shot] = []
-        self._harvest = harvest
-        self._window = window
-        self._dtype: StoredDtype = dtype
-        self._batch = batch
+        self._sites = LiveSites(shots, [site], harvest, window=window, dtype=dtype, batch=batch, ahead=False)
 
     @property
     def model(self) -> str:
         """The model that the activations are of."""
-        return self.shot(0).model
+        return self._sites.model
 
     @property
     def width(self) -> int:
         """The width of a row."""
-        return self._example.values.shape[2]
+        return self._sites.widths[self.site]
 
     @property
     def tokens(self) -> int:
         """Tokens per shot."""
-        return self._example.values.shape[1]
+        return self._sites.tokens
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of the tokens, in row-major order; None for text."""
-        return self._example.grid
-
-    @cached_property
-    def _example(self) -> Activations:
-        """Activations without a shot, for their shape."""
-        activations = probe(self.shot(0), [self.site], self._harvest)[self.site]
-        return Activations(site=activations.site, values=activations.values[:0], shots=(), grid=activations.grid)
+        return self._sites.examples[self.site].grid
 
     def shot(self, number: int) -> Shot:
         """Return the shot with this number: all that is needed to make its activations again."""
-        number = int(number)
-        self._shots.extend(islice(self._stream, max(0, number + 1 - len(self._shots))))
-        if not 0 <= number < len(self._shots):
-            raise UnknownName(f"There is no shot {number}: the prompts gave {len(self._shots)} shots, numbered from 0.")
-        return self._shots[number]
+        return self._sites.shot(number)
 
     def batches(
         self,
@@ -92,107 +443,33 @@ class LiveActivations:
         epochs: int | None = 1,
         window: int | None = None,
     ) -> SplitBatches:
-        """Yield batches of `size` rows from batch `start` on until the prompts end; in order of the harvest without `seed`.
-
-        Each rank harvests its own shots, as many as every other. Starting at a later batch costs at most a window. Each further
-        epoch harvests all shots again, in the same order, and shuffles them in another; without `epochs` there is no last one.
-        """
-        window = self._window if window is None else window
-        shares = BatchShares.checked(size, rank, world_size, start, window)
-        if split not in SPLITS:
-            raise UnknownName.among("The split", split, SPLITS)
-        length = max(1, -(-window // self.tokens) // self._batch) * self._batch
-        numbers = count() if epochs is None else range(epochs)
-        return SplitBatches(self._epochs(shares, split, length, start, seed, numbers), split)
-
-    def _epochs(
-        self, shares: BatchShares, split: Split, length: int, start: int, seed: int | None, epochs: Iterable[int]
-    ) -> Iterator[ActivationBatch]:
-        """Yield the batches of all epochs after the first `start`."""
-        for epoch in epochs:
-            skipped_batches = self._count_batches(shares, split, length, start)
-            if skipped_batches == start:
-                skipped, first = divmod(start * shares.size, length * self.tokens)
-                key = None if seed is None else f"{seed}/{epoch}/{shares.rank}"
-                yield from self._batches(shares, self._windows(shares, split, length, skipped, key), first)
-            if not self._count_batches(shares, split, length, 1):
-                return
-            start -= skipped_batches
-
-    def _count_batches(self, shares: BatchShares, split: Split, length: int, most: int) -> int:
-        """Return how many batches an epoch has, at most `most`: endless prompts are read no further than that."""
-        enough = (-(-most * shares.size // self.tokens) + length) * shares.world_size
-        shots = sum(1 for _ in islice(self._numbers(split), enough if most else 0))
-        windows, rest = divmod(shots, length * shares.world_size)
-        return min(most, -(-(windows * length + rest // shares.world_size) * self.tokens // shares.size))
-
-    def _batches(
-        self, shares: BatchShares, windows: Iterator[tuple[ActivationBatch, Tensor]], first: int
-    ) -> Iterator[ActivationBatch]:
-        """Cut the windows into batches, from row `first` on; the last rows of a window go before those of the next one."""
-        parts: list[ActivationBatch] = []
-        for window, order in windows:
-            missing = shares.size - sum(len(rows.shots) for rows in parts)
-            for rows in [order[first:][:missing], *order[first:][missing:].split(shares.size)]:
-                values = window.values[rows.to(window.values.device)]
-                parts.append(ActivationBatch(values, window.shots[rows], window.tokens[rows]))
-                if sum(len(rows.shots) for rows in parts) == shares.size:
-                    yield _concatenate(parts)
-                    parts = []
-            first = 0
-        if any(len(rows.shots) for rows in parts):
-            yield _concatenate(parts)
-
-    def _windows(
-        self, shares: BatchShares, split: Split, length: int, skipped: int, key: str | None
-    ) -> Iterator[tuple[ActivationBatch, Tensor]]:
-        """Yield this rank's windows of `length` shots after the first `skipped`, with the order of their rows.
-
-        All windows use the same memory.
-        """
-        numbers, memory = self._numbers(split), None
-        for place in count():
-            window = list(islice(numbers, length * shares.world_size))
-            share = len(window) // shares.world_size
-            if not share:
-                return
-            if place < skipped:
-                continue
-            shots = torch.empty(share * self.tokens, dtype=torch.int64)
-            filled = 0
-            for values, number in self._passes(window[share * shares.rank : share * (shares.rank + 1)]):
-                if memory is None:
-                    memory = values.new_empty(length * self.tokens, self.width)
-                end = filled + values.shape[0] * self.tokens
-                memory[filled:end] = values.flatten(0, 1)
-                shots[filled:end] = number.repeat_interleave(self.tokens)
-                filled = end
-            assert memory is not None and filled == len(shots), "a harvest gives every shot once"
-            rows = ActivationBatch(memory[:filled], shots, torch.arange(filled) % self.tokens)
-            yield rows, permutation(filled, key, place)
-
-    def _passes(self, numbers: list[int]) -> Iterator[tuple[Float[Tensor, "shot token width"], Int[Tensor, " shot"]]]:
-        """Harvest the shots of these numbers and yield their activations as a store would return them."""
-        numbers_of: dict[Shot, list[int]] = {}  # a shot that the prompts repeat has several numbers
-        for number in numbers:
-            check_split(self.shot(number))
-            numbers_of.setdefault(self.shot(number), []).append(number)
-        for activations in self._harvest(list(numbers_of), [self.site], self._batch):
-            values = unpack(pack(activations.values, self._dtype))
-            pairs = [(row, number) for row, shot in enumerate(activations.shots) for number in numbers_of[shot]]
-            rows, shots = torch.tensor(pairs).T
-            yield values[rows.to(values.device)], shots
-
-    def _numbers(self, split: Split) -> Iterator[int]:
-        """Yield the numbers of all shots of `split`."""
-        for number in count():
-            try:
-                shot = self.shot(number)
-            except UnknownName:
-                return
-            if shot.split == split:
-                yield number
+        """Yield batches of `size` rows from batch `start` on, as `LiveSites.batches` does."""
+        batches = self._sites.batches(
+            size,
+            seed=seed,
+            split=split,
+            rank=rank,
+            world_size=world_size,
+            start=start,
+            epochs=epochs,
+            window=window,
+        )
+        return SplitBatches((rows[self.site] for rows in batches), split)
 
 
-def _concatenate(batches: list[ActivationBatch]) -> ActivationBatch:
-    return ActivationBatch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
+def _copy_rows(memory: Tensor, values: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy the shots of a batch to their places, at once if these are neighbours."""
+    if [row for row, _ in pairs] == [*range(len(values))] and [place - row for row, place in pairs] == [pairs[0][1]] * len(pairs):
+        memory[pairs[0][1] : pairs[0][1] + len(values)].copy_(values)
+    elif pairs:
+        rows, places = torch.tensor(pairs).T
+        memory.index_copy_(0, places, values[rows.to(values.device)].cpu())
+
+
+def _concatenate(parts: Sequence[SiteBatch]) -> SiteBatch:
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        site: ActivationBatch(*(torch.cat(columns) for columns in zip(*(part[site] for part in parts), strict=True)))
+        for site in parts[0]
+    }
