@@ -121,7 +121,7 @@ def test_a_size_that_fits_no_memory_is_refused(study: Path):
     with pytest.raises(OutOfMemory, match=r"topk-1000000000-k32 .* GB of memory"):
         TrainCommand(study=study, site=("double.1:update",), size=(10**9,))()
     with pytest.raises(OutOfMemory, match=r"up to 1,000,000,000 atoms .* GB of memory"):
-        ItdaCommand(study=study, site=(str(SITE),), k=4, threshold=(0.2,), size=10**9)()
+        ItdaCommand(study=study, site=(str(SITE),), k=4, threshold=(0.2,), size=(10**9,))()
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu", "matryoshka"])
@@ -177,6 +177,34 @@ def test_every_threshold_grows_a_dictionary_with_its_label(study: Path, capsys: 
         folder = Study.open(study).dictionary(SITE, itda.label)
         assert folder.is_dir() and f"{folder}: {itda.size:,} atoms" in output
     assert not list((study / "dictionaries").glob("*/growing-*"))
+
+
+def test_smaller_sizes_are_the_first_atoms_of_the_largest(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["itda", str(study), "--site", str(SITE), "--k", "4", "--threshold", "0.1"]
+    assert main([*words, "--size", "9,17,10000"]) == 0
+    output, grown, before = capsys.readouterr().out, sorted(dictionaries(study), key=lambda itda: itda.size), snapshot(study)
+    assert [itda.size for itda in grown[:2]] == [9, 17] and len(grown) == 3 and 17 < grown[2].size < 10_000
+    assert {path.name for path in (study / "dictionaries" / SITE.folder).iterdir()} == {itda.label for itda in grown}
+    assert main([*words, "--size", "9,17,10000"]) == 0
+    assert main([*words, "--size", "17"]) == 0
+    assert capsys.readouterr().out == output + "".join(line for line in output.splitlines(keepends=True) if "itda-17-" in line)
+    assert snapshot(study) == before
+    shutil.rmtree(study / "dictionaries")
+    assert main([*words, "--size", "17"]) == 0
+    [alone] = dictionaries(study)
+    assert torch.equal(alone.atoms, grown[1].atoms) and torch.equal(alone.provenance.shots, grown[1].provenance.shots)
+    assert alone.label == grown[1].label
+    assert [line.split(":")[0] for line in output.splitlines()].count(str(Study.open(study).dictionary(SITE, alone.label))) == 1
+
+
+def test_the_thresholds_of_several_sizes_are_searched_in_the_same_passes(study: Path):
+    assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--size", "20,40"]) == 0
+    together = {itda.label: itda.atoms for itda in dictionaries(study)}
+    shutil.rmtree(study / "dictionaries")
+    for size in ("20", "40"):
+        assert main(["itda", str(study), "--site", str(SITE), "--k", "4", "--size", size]) == 0
+    assert {itda.label for itda in dictionaries(study)} == set(together) == {"itda-20-k4", "itda-40-k4"}
+    assert all(torch.equal(itda.atoms, together[itda.label]) for itda in dictionaries(study))
 
 
 def test_an_atom_is_the_token_that_its_patch_names(study: Path):
@@ -258,7 +286,7 @@ def test_a_label_that_is_known_before_the_growth_and_taken_is_refused_at_once(
         (["--site", "double.1"], "--threshold 0.3"),
         (["--site", "double.0", "--size", "10"], "The site 'double.0' is unknown; nearest: double.1"),
         (["--site", "double.1", "--threshold", "3"], "out of range"),
-        (["--site", "double.1", "--size", "0"], "out of range"),
+        (["--site", "double.1", "--size", "0"], "not a list of numbers above 0"),
         (["--site", "double.1", "--threshold", "0.3", "--tokens", "0"], "out of range"),
         (["--site", "double.1", "--threshold", "0.3", "--k", "0"], "out of range"),
     ],

@@ -59,7 +59,8 @@ def shrunk(study: Study, model: Path, prompts: Path) -> Study:
                 sites = tuple(HERE.get(site, site) for site in command.site)
                 return replace(command, site=sites, size=(32, 64)[: len(command.size)], k=(2, 3)[: len(command.k)], tokens=2000)
             case ItdaCommand():
-                return replace(command, site=tuple(HERE.get(site, site) for site in command.site), size=32, k=3, tokens=400)
+                sites = tuple(HERE.get(site, site) for site in command.site)
+                return replace(command, site=sites, size=(32, 24, 16)[: len(command.size) or 1], k=3, tokens=400)
             case EvaluateCommand():
                 return replace(command, effect_shots=0)
             case ConceptsCommand():

@@ -54,7 +54,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
             HarvestCommand(**where, site=(site, inner)),
             TrainCommand(study=folder, site=(site,), k=(2, 3), size=(256, 512), tokens=4000),
             TrainCommand(study=folder, site=(site,), k=(2,), size=(256,), tokens=4000, preset="paper"),
-            ItdaCommand(study=folder, site=(site,), k=3, size=512, tokens=4000),
+            ItdaCommand(study=folder, site=(site,), k=3, size=(512,), tokens=4000),
             NeuronsCommand(study=folder, site=(inner,), k=(4,)),
             EvaluateCommand(study=folder, effect_shots=0),
         ),

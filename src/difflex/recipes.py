@@ -48,10 +48,10 @@ def mini(folder: Path) -> Study:
             AnatomyCommand(model="mini-flux", prompts="captions", max_prompts=16, out=folder),
             HarvestCommand(model="mini-flux", site=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
             TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
-            ItdaCommand(study=folder, site=(site,), k=16, size=2048, tokens=100_000),
+            ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=100_000),
             EvaluateCommand(study=folder, effect_shots=8),
             ConceptsCommand(studies=(folder,), images=600, noise=(LATE,)),
-            CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), no_patches=True),
+            CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), patches=0),
             ExplainCommand(studies=(folder,), random_features=50),
             ExplainCommand(studies=(folder,), random_features=50, protocol="paper"),
             SteerEvalCommand(study=folder, dictionary=(f"{site}/topk-2048-k32",), trials=8, strength=(1.0, 2.0)),
@@ -71,7 +71,7 @@ def mini_full(folder: Path) -> Study:
     elsewhere = tuple(site for site in sites if site != middle)
     harvest = HarvestCommand(model="mini-flux", site=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
     train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
-    itda = ItdaCommand(study=folder, site=(middle,), k=16, size=2048, tokens=100_000)
+    itda = ItdaCommand(study=folder, site=(middle,), k=16, size=(2048,), tokens=100_000)
     compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
     explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, random_features=2048)
@@ -84,7 +84,7 @@ def mini_full(folder: Path) -> Study:
             replace(train, k=ks, size=sizes),
             replace(train, site=elsewhere),
             *(replace(train, normalisation=normalisation) for normalisation in ("none", "whiten")),
-            *(replace(itda, size=size) for size in sizes),
+            replace(itda, size=sizes),
             *(replace(itda, k=k) for k in ks if k != itda.k),
             replace(itda, site=elsewhere),
             *_neurons(harvest, middle, ks, tokens=200_000),

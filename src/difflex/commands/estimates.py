@@ -115,11 +115,13 @@ def _itda(forecast: Forecast, command: ItdaCommand) -> CostEstimate:
     for site in map(Site.parse, command.site):
         store = forecast.store(command.study, site)
         tokens = min(command.tokens or store.rows, round(0.9 * store.rows))
-        shape = DictionaryForecast(command.size or usual_size, command.k or usual_k, store.width)
-        shapes = [shape] * max(1, len(command.threshold))
-        forecast.add(command.study, site, shapes)
-        total, work = total + tokens, work + len(shapes) * _growing(shape, tokens)
-        size += len(shapes) * (shape.size * (4 * shape.width + 100) + 35_000)
+        shapes = [DictionaryForecast(size, command.k or usual_k, store.width) for size in command.size or (usual_size,)]
+        # With a threshold, smaller dictionaries are the first atoms of the largest.
+        grown = [max(shapes)] if command.threshold or command.preset == "paper" else shapes
+        count = max(1, len(command.threshold))
+        forecast.add(command.study, site, shapes * count)
+        total, work = total + tokens, work + count * sum(_growing(shape, tokens) for shape in grown)
+        size += count * sum(shape.size * (4 * shape.width + 100) + 35_000 for shape in shapes)
     return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=forecast.seconds(growing=work))
 
 

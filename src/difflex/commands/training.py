@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 from tyro.conf import Positional, arg
 
 from difflex.choices import NormalisationMethod, PursuitName, SAEKind
-from difflex.commands.flags import COUNT, POSITIVE, SEED, SIZE, TOKENS, Numbers, Shares, number
+from difflex.commands.flags import COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, number
 from difflex.files import parsing
 from difflex.study import Command, Study
 
@@ -106,8 +106,8 @@ class ItdaCommand(Command):
     """Atoms per token."""
     threshold: Annotated[Shares, arg(help_behavior_hint="(default: searched to fill the size)")] = ()
     """A token becomes an atom if more than this share of it is unexplained; several grow in one pass over the data."""
-    size: Annotated[int | None, SIZE, arg(help_behavior_hint="(default: 16384 with a threshold)")] = None
-    """The largest number of atoms; without a threshold, the size that the data should fill."""
+    size: Annotated[Numbers, arg(help_behavior_hint="(default: 16384 with a threshold)")] = ()
+    """The largest numbers of atoms, in one pass over the data; without a threshold, the sizes that the data should fill."""
     pursuit: Annotated[PursuitName | None, arg(help_behavior_hint="(default: orthogonal, with the smallest error)")] = None
     """How codes are found."""
     normalisation: Annotated[NormalisationMethod | None, arg(help_behavior_hint="(default: standardise)")] = None

@@ -25,7 +25,7 @@ from difflex.training.config import TrainingConfig, default, paper, unbox
 from difflex.training.costs import CheckpointKind, DeviceType, SweepCost, WeightsDtype, training_cost
 from difflex.training.data import Split
 from difflex.training.fitting import FitConfig, fit
-from difflex.training.itda import GrowthData, GrowthProgress, grow, load_grown
+from difflex.training.itda import GrowthData, GrowthProgress, first_atoms, grow, load_grown
 
 __all__ = [
     "PRESETS",
@@ -205,12 +205,13 @@ def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Cal
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthSweepConfig:
-    """ITDA dictionaries of one size and k, grown in one pass over stored activations."""
+    """ITDA dictionaries of one k, grown in one pass over stored activations."""
 
     thresholds: tuple[float, ...] = ()
-    """One dictionary for each; by default one, whose threshold is searched so that the data fill it."""
-    size: int | None = None
-    """The largest number of atoms: by default 16,384, but 64,000 with the settings of the paper."""
+    """With each threshold the largest size is grown, and the smaller ones are its first atoms; by default the threshold with
+    which the data fill the dictionary is searched for every size."""
+    size: tuple[int, ...] = ()
+    """The largest numbers of atoms: by default 16,384, but 64,000 with the settings of the paper."""
     k: int | None = None
     pursuit: PursuitName | None = None
     normalisation: NormalisationMethod | None = None
@@ -222,19 +223,22 @@ class GrowthSweepConfig:
     """Of the order of the tokens."""
 
     def __post_init__(self) -> None:
-        if not self.thresholds and self.size is None and not self.paper:
+        if not self.thresholds and not self.size and not self.paper:
             raise BadInput("An ITDA dictionary needs a threshold (--threshold 0.3) or a size (--size 8192).")
-        for name in ("size", "tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise BadInput(f"--{name} {count} grows nothing: use 1 or more.")
+        for name, counts in (("size", self.size), ("tokens", () if self.tokens is None else (self.tokens,))):
+            if wrong := [count for count in counts if count < 1]:
+                raise BadInput(f"--{name} {wrong[0]} grows nothing: use 1 or more.")
 
     def growths(self, world_size: int) -> list[GrowthConfig]:
-        """Return the config of every dictionary."""
+        """Return the config of every dictionary that is grown, rather than cut from a larger one."""
         preset = paper_config() if self.paper else GrowthConfig(size=ITDA_SIZE)
-        fields = {name: getattr(self, name) for name in ("k", "size", "pursuit", "normalisation")}
+        fields = {name: getattr(self, name) for name in ("k", "pursuit", "normalisation")}
         changes = {name: value for name, value in fields.items() if value is not None}
-        growth = replace(preset, batch=max(1, ITDA_PIECE // world_size), **changes)
-        return [replace(growth, threshold=threshold) for threshold in self.thresholds or (preset.threshold,)]
+        growth, sizes = replace(preset, batch=max(1, ITDA_PIECE // world_size), **changes), self.size or (preset.size,)
+        if preset.threshold is None and not self.thresholds:
+            return [replace(growth, size=size) for size in dict.fromkeys(sizes)]
+        thresholds = self.thresholds or (preset.threshold,)
+        return [replace(growth, threshold=threshold, size=max(sizes)) for threshold in thresholds]
 
 
 def grow_sweep(
@@ -268,11 +272,28 @@ def grow_sweep(
                 continue
             folders.append(folder)
             if (itda := load_grown(folder, growth, data.data)) is not None and ranks.rank == 0:
-                on_grown(folder, itda)
+                folders += _finish(study, folder, itda, config.size, on_grown)
         if growths:
             with _data_checked(store):
                 grown = grow(growths, data, origin=_origin(study, store, training), on_progress=on_progress)
-            folders += _move_to_labels(study, grown, on_grown) if ranks.rank == 0 else []
+            folders += _move_to_labels(study, grown, config.size, on_grown) if ranks.rank == 0 else []
+    return folders
+
+
+def _finish(study: Study, folder: Path, itda: ITDA, sizes: Sequence[int], on_grown: Callable[[Path, ITDA], None]) -> list[Path]:
+    """Report a dictionary, and add those of its smaller `sizes` unless its threshold was searched; return their folders."""
+    on_grown(folder, itda)
+    config, folders = itda.origin.training["config"], []
+    assert isinstance(config, dict)
+    for size in sorted({size for size in sizes if size < itda.size and config["threshold"] is not None}):
+        smaller = first_atoms(itda, size)
+        target = study.dictionary(smaller.site, smaller.label)
+        if not (target / "config.json").exists():
+            smaller.save(target)
+        elif read_config(target).training.get("data") != itda.origin.training["data"]:
+            raise StaleWork(f"{target} exists, with other data. {TAKEN}", target)
+        folders.append(target)
+        on_grown(target, smaller)
     return folders
 
 
@@ -302,7 +323,9 @@ def _find_grown(study: Study, site: Site, growth: GrowthConfig, data: GrowthData
     return None
 
 
-def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable[[Path, ITDA], None]) -> list[Path]:
+def _move_to_labels(
+    study: Study, grown: Mapping[Path, ITDA], sizes: Sequence[int], on_grown: Callable[[Path, ITDA], None]
+) -> list[Path]:
     """Move dictionaries to their labels and return their folders; one whose label is taken stays where it is."""
     folders: list[Path] = []
     conflicts: list[Path] = []
@@ -315,7 +338,7 @@ def _move_to_labels(study: Study, grown: Mapping[Path, ITDA], on_grown: Callable
         else:
             with disk_errors(target):
                 folders.append(folder.rename(target))
-            on_grown(target, itda)
+            folders += _finish(study, target, itda, sizes, on_grown)
     if conflicts:
         raise StaleWork(message + TAKEN, conflicts[0])
     return folders

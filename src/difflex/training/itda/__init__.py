@@ -1,6 +1,14 @@
 """Grow ITDA dictionaries from a stream of activations."""
 
-from difflex.training.itda.growing import GrowthData, GrowthProgress, grow, load_grown
+from difflex.training.itda.growing import GrowthData, GrowthProgress, first_atoms, grow, load_grown
 from difflex.training.itda.state import GrowthInterval, expected_over_threshold
 
-__all__ = ["GrowthData", "GrowthInterval", "GrowthProgress", "expected_over_threshold", "grow", "load_grown"]
+__all__ = [
+    "GrowthData",
+    "GrowthInterval",
+    "GrowthProgress",
+    "expected_over_threshold",
+    "first_atoms",
+    "grow",
+    "load_grown",
+]

@@ -73,7 +73,7 @@ def grow(
 ) -> dict[Path, ITDA]:
     """Grow a dictionary for each folder, and save it there.
 
-    Dictionaries with a threshold grow in one pass over the data; without one, a threshold is searched, pass by pass. Work in a
+    All dictionaries grow in one pass over the data; for those without a threshold, one is searched, pass by pass. Work in a
     folder resumes with the same results, and finished work is loaded and not touched. Under `torch.distributed` all ranks call
     this and grow the same dictionaries; rank 0 writes and calls `on_progress`.
     """
@@ -91,10 +91,8 @@ def grow(
             locks.enter_context(folder_lock(folder))
         run = GrowthRun(data, ranks, device, checkpoint_every, on_progress, len(unfinished))
         members = [GrowthMember(folder, growth, origin, run) for folder, growth in unfinished.items()]
-        run.run_pass([member for member in members if member.growth.threshold is not None])
-        for member in members:
-            while not member.state.finished:
-                run.run_pass([member])
+        while growing := [member for member in members if not member.state.finished]:
+            run.run_pass(growing)
         dictionaries |= {member.folder: member.result() for member in members}
     return {folder: dictionaries[folder] for folder in growths}
 
@@ -115,6 +113,31 @@ def load_grown(folder: Path, growth: GrowthConfig, data: str) -> ITDA | None:
     except BrokenFile as error:
         raise BrokenFile(f"{error} The dictionary in {folder} is finished and intact: move {work} alone away.") from error
     return itda if state is None or state.finished else None
+
+
+def first_atoms(itda: ITDA, size: int) -> ITDA:
+    """Return the dictionary of the first `size` atoms of a grown one: the one that growth with this size would have given."""
+    record = itda.origin.training
+    config, intervals = record["config"], record["curve"]
+    assert isinstance(config, dict) and isinstance(intervals, list) and 0 < size <= itda.size
+    curve = [GrowthInterval(*(int(str(number)) for number in interval)) for interval in intervals if isinstance(interval, list)]
+    end = next(place for place, interval in enumerate(curve) if interval.size >= size)
+    curve = [*curve[:end], curve[end]._replace(size=size)]
+    training: dict[str, Json] = {
+        **record,
+        "config": {**config, "size": size},
+        "tokens": curve[-1].tokens,
+        "expected_over_threshold": expected_over_threshold(curve),
+        "curve": [list(interval) for interval in curve],
+    }
+    return ITDA(
+        k=itda.k,
+        origin=replace(itda.origin, training=training),
+        normalisation=itda.normalisation,
+        atoms=itda.atoms[:size],
+        provenance=itda.provenance.select(torch.arange(size)),
+        pursuit=itda.pursuit,
+    )
 
 
 @final
@@ -158,9 +181,9 @@ class GrowthRun:
 
     def run_pass(self, members: list[GrowthMember]) -> None:
         """Run one pass over the stream for `members`, each from its own batch on."""
-        growing = [member for member in members if not member.state.finished]
-        number = min((member.state.batches for member in growing), default=0)
-        stream = require_split(self.data.batches(number), "train") if growing else iter(())
+        growing = members
+        number = min(member.state.batches for member in growing)
+        stream = require_split(self.data.batches(number), "train")
         while growing:
             rows = next(stream, None)
             counts = self.ranks.gather_counts(0 if rows is None else len(rows.values))
@@ -257,10 +280,7 @@ class GrowthMember:
 
     def end_pass(self) -> None:
         """Finish the dictionary, or prepare a pass with another threshold."""
-        state = self.state
-        if state.finished:
-            return
-        grower = self.grower
+        state, grower = self.state, self.grower
         if not grower.token_count:
             raise BadInput("Growth got a stream without batches. Harvest some activations first.")
         if not grower.size:
