@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -51,6 +52,8 @@ HarvestRuns = Callable[[Sequence[Shot], Sequence[Site]], Iterable[tuple[Sequence
 """Takes shots and sites and yields batches of final images and activations."""
 HarvestImages = Callable[[list[Image.Image], list[str], list[str], Sequence[Site], int], Iterable[Activations]]
 """Takes images, their prompts and names, sites, and the seed of the first image's noise."""
+SAVE_SHARE = 0.05
+"""The share of the time that saving the state may take; a longer save makes the next one later."""
 DRAWN_AT_ONCE = 32
 """Images of ITDA atoms drawn at once."""
 IMAGE_ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
@@ -65,6 +68,7 @@ def collect(
     checkpoint: Path,
     config: CollectConfig = CollectConfig(),  # noqa: B008 (a constant)
     draw: DrawImages | None = None,
+    most_patches: int | None = None,
     save_seconds: float = 60.0,
     images: int | None = None,
     progress: bool = True,
@@ -72,14 +76,14 @@ def collect(
 ) -> list[Path]:
     """Make the books of `targets` from all images of `source` and return their paths.
 
-    The state is saved to `checkpoint` every `save_seconds`; a killed pass continues from there and makes the same books. `data`
-    describes the images: a checkpoint of other data is ignored. `draw` makes the images of ITDA atoms that the source does not
-    contain. `images` is the number of images that the progress bar shows. Dictionaries run on `device`, by default a GPU if
-    there is one.
+    The state is saved to `checkpoint` every `save_seconds` (0: after every batch), less often if that takes more than a twentieth
+    of the time; a killed pass continues from there and makes the same books. `data` describes the images: a checkpoint of other
+    data is ignored. `draw` makes the images of ITDA atoms that the source does not contain, at most `most_patches` of them (None:
+    all). `images` is the number of images that the progress bar shows. Dictionaries run on `device`, by default a GPU if there is
+    one.
     """
     device = find_device(device)
-    if device.type != "cpu":
-        targets = [replace(target, dictionary=target.dictionary.to(device)) for target in targets]
+    targets = [replace(target, dictionary=target.dictionary.on(device)) for target in targets]
     shots = [location.shot for target in targets for location in target.patches.values()]
     patches = {image_key(shot): shot for shot in shots if shot.image is None}
     collectors = [FeatureCollector(target.dictionary, config) for target in targets]
@@ -87,13 +91,16 @@ def collect(
     fingerprints = {target.name: target.fingerprint for target in targets}
     state = CollectCheckpoint(checkpoint, {"dictionaries": fingerprints, "config": asdict(config), "data": data})
     state.restore(collectors, registry)
-    last_save = time.monotonic()
-    for _ in chain(_add_all(collectors, registry, source, images, progress), _draw_patches(patches, registry, draw, progress)):
-        if time.monotonic() - last_save > save_seconds:
+    further = lambda: [] if draw is None else _further_shots(patches, targets, collectors, registry, most_patches)  # noqa: E731
+    next_save = time.monotonic() + save_seconds
+    for _ in chain(_add_all(collectors, registry, source, images, progress), _draw_patches(further, registry, draw, progress)):
+        if (began := time.monotonic()) > next_save:
             state.save(collectors, registry)
-            last_save = time.monotonic()
+            took = time.monotonic() - began
+            next_save = began + took + (save_seconds and max(save_seconds, took / SAVE_SHARE))
     state.save(collectors, registry)
-    books = [write_book(target, collector, registry, data) for target, collector in zip(targets, collectors, strict=True)]
+    finished = zip(targets, (collector.on_cpu() for collector in collectors), strict=True)
+    books = [write_book(target, collector, registry, data) for target, collector in finished]
     checkpoint.unlink(missing_ok=True)
     return books
 
@@ -122,16 +129,39 @@ def _add(batch: CollectBatch, collectors: Sequence[FeatureCollector], registry: 
     registry.register(batch, images, used)
 
 
-def _draw_patches(patches: dict[int, Shot], registry: ShotRegistry, draw: DrawImages | None, progress: bool) -> Iterator[None]:
-    """Draw the images of ITDA atoms that the source did not contain; yield after each batch."""
-    missing = [key for key in patches if key not in registry.patches] if draw is not None else []
-    with tqdm(total=len(missing), unit=" images", desc="patches", disable=None if progress and missing else True) as bar:
-        for first in range(0, len(missing), DRAWN_AT_ONCE):
-            keys = missing[first : first + DRAWN_AT_ONCE]
+def _further_shots(
+    patches: Mapping[int, Shot],
+    targets: Sequence[CollectTarget],
+    collectors: Sequence[FeatureCollector],
+    registry: ShotRegistry,
+    most: int | None,
+) -> list[Shot]:
+    """Return the shots of ITDA atoms whose images are missing, those of the most atoms that fire first, and at most `most`."""
+    atoms = Counter[int]()
+    for target, collector in zip(targets, collectors, strict=True):
+        firings = collector.totals.firings.tolist()
+        atoms.update(image_key(location.shot) for feature, location in target.patches.items() if firings[feature])
+    missing = [key for key in patches if key not in registry.patches]
+    chosen = sorted(missing, key=lambda key: -atoms[key])[: None if most is None else max(0, most - registry.drawn)]
+    if len(chosen) < len(missing):
+        print(
+            f"{len(missing):,} images that atoms were taken from are not among the images: {len(chosen):,} are generated, those "
+            "of the most atoms first. Ask for more with --patches."
+        )
+    return [patches[key] for key in chosen]
+
+
+def _draw_patches(
+    further: Callable[[], Sequence[Shot]], registry: ShotRegistry, draw: DrawImages | None, progress: bool
+) -> Iterator[None]:
+    """Draw the images of the shots that `further` returns at the end of the pass; yield after each batch."""
+    shots = further()
+    with tqdm(total=len(shots), unit=" images", desc="patches", disable=None if progress and shots else True) as bar:
+        for first in range(0, len(shots), DRAWN_AT_ONCE):
+            part = shots[first : first + DRAWN_AT_ONCE]
             assert draw is not None
-            for key, image in zip(keys, draw([patches[key] for key in keys]), strict=True):
-                registry.patches[key] = registry.store(image)
-            bar.update(len(keys))
+            registry.store_drawn(part, draw(part))
+            bar.update(len(part))
             yield
 
 
@@ -270,18 +300,20 @@ def collect_study(
     *,
     load: Callable[[DictionaryRef], Dictionary],
     strengths: Callable[[DictionaryRef], Sequence[float]],
-    draw_patches: bool = True,
+    most_patches: int | None = None,
     discard_explanations: bool = False,
 ) -> list[CollectedBook]:
     """Make the books of dictionaries in one pass over the images of `source`; books that are up to date stay.
 
-    `strengths` returns the default steering strengths of all features of a dictionary, if known. With `draw_patches` the model
-    generates the images of ITDA atoms that are not in the source. Explanations are kept, unless they are to be discarded.
+    `strengths` returns the default steering strengths of all features of a dictionary, if known. The model generates images of
+    ITDA atoms that are not in the source, at most `most_patches` of them (None: as many as the source has images), those of the
+    most atoms that fire first. Explanations are kept, unless they are to be discarded.
     """
     if discard_explanations:
         _discard_explanations(study, refs)
     settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    data = f"{source.description}, {source.images} images, {settings}{'' if draw_patches else ', no patches'}"
+    data = f"{source.description}, {source.images} images, {settings}"
+    data += "" if most_patches is None else f", {most_patches or 'no'} patches"
     missing = [ref for ref in refs if not _is_current(study, ref, data)]
     checkpoint = study.folder / "books" / "collecting.safetensors"
     if checkpoint.is_file():
@@ -300,7 +332,8 @@ def collect_study(
             data=data,
             checkpoint=checkpoint,
             config=config,
-            draw=draw if draw_patches else None,
+            draw=draw if most_patches != 0 else None,
+            most_patches=source.images if most_patches is None else most_patches,
             images=source.images,
         )
     return [CollectedBook(study.book(*ref), ref not in missing) for ref in refs]

@@ -59,15 +59,18 @@ class CollectConfig:
 
 @final
 class FeatureCollector:
-    """Statistics and examples of all features of a dictionary; memory depends on its size only, not on the images."""
+    """Statistics and examples of all features of a dictionary; memory depends on its size only, not on the images.
+
+    All of it is on the device of the dictionary.
+    """
 
     def __init__(self, dictionary: Dictionary, config: CollectConfig) -> None:
         self.dictionary, self.config = dictionary, config
-        groups = 2 * dictionary.size
-        self.top = TopMaps(groups, config.top_examples, "peak")
-        self.random = TopMaps(groups, config.random_examples, "draw", config.coactive)
-        self.pool = SilentPool(dictionary.size, config.silent_pool, config.seed)
-        self.totals = FeatureTotals(dictionary.size)
+        groups, device = 2 * dictionary.size, dictionary.device
+        self.top = TopMaps(groups, config.top_examples, "peak", device=device)
+        self.random = TopMaps(groups, config.random_examples, "draw", config.coactive, device=device)
+        self.pool = SilentPool(dictionary.size, config.silent_pool, config.seed, device)
+        self.totals = FeatureTotals(dictionary.size, device)
         self.grid: tuple[int, int] | None = None
         self.tokens = 0
         """Number of tokens of a shot; 0 before the first batch."""
@@ -87,7 +90,8 @@ class FeatureCollector:
         batch = firing_batch(self.dictionary.encode, [part.values for part in activations])
         timesteps = [float(part.shots[0].timestep or 0.0) for part in activations]
         self.totals.add(batch, timesteps, len(images.keys), self.grid)
-        return sorted({*self.pool.add(batch, images), *self._add_examples(batch, images)})
+        here = BatchImages(*(column.to(self.dictionary.device) for column in images))
+        return sorted({*self.pool.add(batch, images), *self._add_examples(batch, here)})
 
     def _add_examples(self, batch: FiringBatch, images: BatchImages) -> set[int]:
         """Add the maps that may become examples and return their images."""
@@ -110,9 +114,17 @@ class FeatureCollector:
 
     def shots(self) -> Int[Tensor, " shot"]:
         """Return the numbers of all shots that examples use, sorted."""
-        pool = self.pool.shots
+        pool = self.pool.shots.to(self.dictionary.device)
         selected = [examples.merged().shots.long() for examples in (self.top, self.random)]
         return torch.cat([*selected, pool[pool >= 0]]).unique()
+
+    def on_cpu(self) -> FeatureCollector:
+        """Return the same state on the CPU."""
+        if self.dictionary.device.type == "cpu":
+            return self
+        collector = FeatureCollector(self.dictionary.to("cpu"), self.config)
+        collector.restore({name: tensor.cpu() for name, tensor in self.tensors().items()})
+        return collector
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by name."""
@@ -156,11 +168,10 @@ class FeatureMaps(NamedTuple):
     """Values in 65535ths of the peak, modulo 2^16."""
 
     @classmethod
-    def empty(cls, coactive: int) -> FeatureMaps:
+    def empty(cls, coactive: int, device: torch.device | None = None) -> FeatureMaps:
         """Return no maps, with places for `coactive` co-active features."""
-        none, entries = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int16)
-        features = torch.zeros(0, coactive, dtype=torch.int32)
-        return cls(none, none, torch.zeros(0), none.long(), none, features, entries, entries)
+        none, features = (torch.zeros(shape, dtype=torch.int32, device=device) for shape in (0, (0, coactive)))
+        return cls(none, none, none.float(), none.long(), none, features, none.short(), none.short())
 
     @classmethod
     def joined(cls, parts: list[FeatureMaps]) -> FeatureMaps:
@@ -191,7 +202,8 @@ class FeatureMaps(NamedTuple):
         """Return the `chosen` maps in this order."""
         groups, shots, peaks, draws, counts, coactive = (column[chosen] for column in self[:6])
         starts = (self.counts.cumsum(0) - self.counts)[chosen]
-        tokens, levels = (torch.empty(int(counts.sum()), dtype=torch.int16) for _ in range(2))
+        total = int(counts.sum())
+        tokens, levels = self.tokens.new_empty(total), self.levels.new_empty(total)
         copied = 0
         for first, length in zip(starts.split(COPIED_MAPS), counts.split(COPIED_MAPS), strict=True):
             places = ranges(first.long(), length.long())
@@ -203,7 +215,7 @@ class FeatureMaps(NamedTuple):
 
 def _coactive(batch: FiringBatch, runs: FeatureShots, shares: Tensor, places: Tensor, count: int) -> Int[Tensor, "run feature"]:
     """Return the other features that fire most strongly at the token of each run's peak."""
-    coactive = torch.full((len(runs.features), count), -1, dtype=torch.int32)
+    coactive = torch.full((len(runs.features), count), -1, dtype=torch.int32, device=runs.features.device)
     if not count:
         return coactive
     starts = runs.counts.cumsum(0) - runs.counts
@@ -229,9 +241,11 @@ class TopMaps:
     The result does not depend on the order in which maps are added.
     """
 
-    def __init__(self, groups: int, limit: int, order: Literal["peak", "draw"], coactive: int = 0) -> None:
+    def __init__(
+        self, groups: int, limit: int, order: Literal["peak", "draw"], coactive: int = 0, device: torch.device | None = None
+    ) -> None:
         self.limit, self.order = limit, order
-        self._maps = FeatureMaps.empty(coactive)
+        self._maps = FeatureMaps.empty(coactive, device)
         self._groups = groups
         self._pending: list[FeatureMaps] = []
         self._threshold = self._no_threshold()
@@ -252,7 +266,7 @@ class TopMaps:
         """Merge the pending maps and return the selection, by group and in order."""
         if self._pending:
             self._pending.insert(0, self._maps)
-            self._maps = FeatureMaps.empty(self._maps.coactive.shape[1])
+            self._maps = FeatureMaps.empty(self._maps.coactive.shape[1], self._maps.coactive.device)
             maps = FeatureMaps.joined(self._pending)
             self._maps = maps.take(self._selection(maps))
             self._raise_threshold()
@@ -261,12 +275,12 @@ class TopMaps:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the selection from `tensors`."""
         self._pending.clear()
-        self._maps = FeatureMaps(**tensors)
+        self._maps = FeatureMaps(**{name: tensor.to(self._threshold.device) for name, tensor in tensors.items()})
         self._raise_threshold()
 
     def _selection(self, maps: FeatureMaps) -> Int[Tensor, " chosen"]:
         """Return the places of the maps to keep, by group and in order."""
-        chosen = self._first(maps, torch.arange(len(maps.groups)))
+        chosen = self._first(maps, torch.arange(len(maps.groups), device=maps.groups.device))
         draws = torch.sort(maps.draws[chosen]).values
         if not bool((draws[1:] == draws[:-1]).any()):
             return chosen
@@ -281,32 +295,35 @@ class TopMaps:
         keys = (((1 << 31) - 1 - peaks) << (32 - bits)) | (draws >> (31 + bits)) if self.order == "peak" else draws >> bits
         order = torch.argsort((groups.long() << (63 - bits)) | keys, stable=True)
         ordered = groups[order]
-        is_first = torch.ones(len(order), dtype=torch.bool)
+        is_first = torch.ones_like(order, dtype=torch.bool)
         is_first[self.limit :] = ordered[self.limit :] != ordered[: -self.limit]
         return among[order[is_first]]
 
     def _raise_threshold(self) -> None:
         """Set the threshold of each group that has `limit` maps to the last of them."""
         groups, distance = self._maps.groups, self.limit - 1
-        is_last = torch.zeros(len(groups), dtype=torch.bool)
+        is_last = torch.zeros_like(groups, dtype=torch.bool)
         is_last[distance:] = groups[distance:] == groups[: max(0, len(groups) - distance)]
         self._threshold = self._no_threshold()
         self._threshold[groups[is_last]] = (self._maps.peaks if self.order == "peak" else self._maps.draws)[is_last]
 
     def _no_threshold(self) -> Tensor:
-        return torch.full((self._groups,), -torch.inf) if self.order == "peak" else torch.full((self._groups,), LAST)
+        return torch.full((self._groups,), -torch.inf if self.order == "peak" else LAST, device=self._maps.groups.device)
 
 
 @final
 class SilentPool:
-    """Random images of each split, those of the lowest draws, and the features that fire in them at any timestep."""
+    """Random images of each split, those of the lowest draws, and the features that fire in them at any timestep.
 
-    def __init__(self, size: int, images: int, seed: int) -> None:
+    The images are chosen on the CPU, one by one; the large table is where the dictionary is.
+    """
+
+    def __init__(self, size: int, images: int, seed: int, device: torch.device | None = None) -> None:
         self._seed, self._images = seed, images
         self.draws = torch.full((2 * images,), LAST)
         self.keys = torch.zeros(2 * images, dtype=torch.int64)
         self.shots = torch.full((2 * images,), -1, dtype=torch.int64)
-        self.fires = torch.zeros(2 * images, size, dtype=torch.bool)
+        self.fires = torch.zeros(2 * images, size, dtype=torch.bool, device=device)
 
     def add(self, batch: FiringBatch, images: BatchImages) -> list[int]:
         """Add images of a batch whose draws are low enough and return their places in the batch."""
@@ -328,7 +345,7 @@ class SilentPool:
         """Choose for every feature up to `limit` shots of a split in which it is silent; the rest is -1."""
         part = self._part(held_out)
         filled = self.shots[part] >= 0
-        keys, shots, fires = self.keys[part][filled], self.shots[part][filled], self.fires[part][filled]
+        keys, shots, fires = self.keys[part][filled], self.shots[part][filled], self.fires[part].cpu()[filled]
         size, limit = fires.shape[1], min(limit, len(shots))
         chosen = torch.full((size, limit), -1)
         for features in torch.arange(size).split(COMPARED_FEATURES) if limit else ():

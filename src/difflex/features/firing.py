@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, final
 
 import torch
@@ -39,7 +39,7 @@ def image_key(shot: Shot) -> int:
 
 def random_numbers(keys: Int[Tensor, "*pair"], features: Int[Tensor, "*pair"], seed: int) -> Int[Tensor, "*pair"]:
     """Return a non-negative random number for each pair of image key and feature; it depends on these and the seed alone."""
-    offset = torch.tensor(seed, dtype=torch.int64) * ADDED
+    offset = (seed * ADDED + (1 << 63)) % (1 << 64) - (1 << 63)  # a product of 64 bits that wraps
     return _mixed(_mixed(keys + offset) + features * ADDED) & POSITIVE
 
 
@@ -115,7 +115,9 @@ def firing_batch(encode: Encode, activations: Sequence[Float[Tensor, "image toke
 def ranges(starts: Int[Tensor, " range"], counts: Int[Tensor, " range"]) -> Int[Tensor, " place"]:
     """Return the places of all ranges, one range after another."""
     ends = counts.cumsum(0)
-    return torch.arange(int(ends[-1]) if len(ends) else 0) + torch.repeat_interleave(starts - (ends - counts), counts)
+    total = int(ends[-1]) if len(ends) else 0
+    offsets = torch.repeat_interleave(starts - (ends - counts), counts, output_size=total)
+    return torch.arange(total, device=ends.device) + offsets
 
 
 def strongest_first(values: Float[Tensor, " row"], *keys: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
@@ -134,7 +136,7 @@ def strongest_of_each(values: Float[Tensor, " row"], *keys: Int[Tensor, " row"])
 
 def _begins(*keys: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
     """Return which rows differ from the row before in one of the keys."""
-    begins = torch.zeros(len(keys[0]), dtype=torch.bool)
+    begins = torch.zeros_like(keys[0], dtype=torch.bool)
     begins[:1] = True
     for key in keys:
         begins[1:] |= key[1:] != key[:-1]
@@ -144,17 +146,18 @@ def _begins(*keys: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
 def _encoded(encode: Encode, values: Float[Tensor, "token width"]) -> Codes:
     parts = [encode(part) for part in values.split(ENCODED_TOKENS)]
     slots = max(part.values.shape[1] for part in parts)
-    padded = [[functional.pad(column, (0, slots - column.shape[1])).cpu() for column in part] for part in parts]
+    padded = [[functional.pad(column, (0, slots - column.shape[1])) for column in part] for part in parts]
     values, indices = (torch.cat(columns) for columns in zip(*padded, strict=True))
     return Codes(values.float(), indices)
 
 
 def _pairs(codes: Codes, place: int, timesteps: int, tokens: int) -> FiringPairs:
     """Return the positive codes at timestep number `place` of `timesteps`, token by token."""
-    rows, slots = codes.values.shape
+    (rows, slots), device = codes.values.shape, codes.values.device
     features, values = codes.indices.to(torch.int32).flatten(), codes.values.flatten()
-    shots = torch.arange(place, rows // tokens * timesteps, timesteps, dtype=torch.int32).repeat_interleave(tokens * slots)
-    positions = torch.arange(tokens, dtype=torch.int32).repeat_interleave(slots).repeat(rows // tokens)
+    shots = torch.arange(place, rows // tokens * timesteps, timesteps, dtype=torch.int32, device=device)
+    shots = shots.repeat_interleave(tokens * slots)
+    positions = torch.arange(tokens, dtype=torch.int32, device=device).repeat_interleave(slots).repeat(rows // tokens)
     positive = values > 0
     if bool(positive.all()):
         return FiringPairs(features, shots, positions, values)
@@ -164,7 +167,7 @@ def _pairs(codes: Codes, place: int, timesteps: int, tokens: int) -> FiringPairs
 
 def _feature_shots(pairs: FiringPairs) -> FeatureShots:
     starts = _begins(pairs.features, pairs.shots).nonzero()[:, 0]
-    counts = torch.diff(starts, append=torch.tensor([len(pairs.values)]))
+    counts = torch.diff(starts, append=starts.new_tensor([len(pairs.values)]))
     peaks = torch.segment_reduce(pairs.values, "max", lengths=counts) if len(starts) else pairs.values[:0]
     return FeatureShots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)
 
@@ -173,13 +176,14 @@ def _feature_shots(pairs: FiringPairs) -> FeatureShots:
 class FeatureTotals:
     """Sums over all tokens for each of `size` features: how often it fires, how strongly, when and where."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
         self.size = size
-        self.firings, self.shots, self.negatives = (torch.zeros(size, dtype=torch.int64) for _ in range(3))
-        self.sums, self.border_sums = (torch.zeros(size, dtype=torch.float64) for _ in range(2))
-        self.peaks, self.lowest = torch.zeros(size), torch.zeros(size)
-        self.histogram = torch.zeros(size, BINS, dtype=torch.int32)
-        self.part_sums = torch.zeros(size, PARTS * PARTS, dtype=torch.float64)
+        zeros = partial(torch.zeros, device=device)
+        self.firings, self.shots, self.negatives = (zeros(size, dtype=torch.int64) for _ in range(3))
+        self.sums, self.border_sums = (zeros(size, dtype=torch.float64) for _ in range(2))
+        self.peaks, self.lowest = zeros(size), zeros(size)
+        self.histogram = zeros(size, BINS, dtype=torch.int32)
+        self.part_sums = zeros(size, PARTS * PARTS, dtype=torch.float64)
         self.timestep_firings: dict[float, Int[Tensor, " size"]] = {}
         self.timestep_tokens: dict[float, int] = {}
 
@@ -191,9 +195,9 @@ class FeatureTotals:
         if len(runs.starts):
             self.sums.index_add_(0, runs.features, torch.segment_reduce(values, "sum", lengths=runs.counts).double())
         self.peaks.scatter_reduce_(0, runs.features, runs.peaks, "amax")
-        self.histogram.view(-1).index_add_(0, features * BINS + _bins(values), torch.ones(len(values), dtype=torch.int32))
+        self.histogram.view(-1).index_add_(0, features * BINS + _bins(values), torch.ones_like(features))
         if grid is not None:
-            part, border = _layout(*grid)
+            part, border = (column.to(values.device) for column in _layout(*grid))
             self.part_sums.view(-1).index_add_(0, features * PARTS**2 + part[tokens], values.double())
             self.border_sums.index_add_(0, features, (values * border[tokens]).double())
         self._add_timesteps(batch, timesteps, images)
@@ -207,7 +211,7 @@ class FeatureTotals:
         places = batch.pairs.shots % len(timesteps) if len(timesteps) > 1 else None
         for place, timestep in enumerate(timesteps):
             features = batch.pairs.features if places is None else batch.pairs.features[places == place]
-            firings = self.timestep_firings.setdefault(timestep, torch.zeros(self.size, dtype=torch.int64))
+            firings = self.timestep_firings.setdefault(timestep, torch.zeros_like(self.firings))
             firings += torch.bincount(features, minlength=self.size)
             self.timestep_tokens[timestep] = self.timestep_tokens.get(timestep, 0) + images * batch.tokens
 
@@ -244,7 +248,8 @@ class FeatureTotals:
         timesteps = sums.pop("timesteps").tolist()
         self.timestep_tokens = dict(zip(timesteps, sums.pop("timestep tokens").tolist(), strict=True))
         firings = sums.pop("timestep firings")
-        self.timestep_firings = dict(zip(timesteps, (column.clone() for column in firings), strict=True))
+        columns = (column.to(self.firings.device, copy=True) for column in firings)
+        self.timestep_firings = dict(zip(timesteps, columns, strict=True))
         for name, values in sums.items():
             getattr(self, name).copy_(values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, final
@@ -19,7 +20,7 @@ from difflex.features.images import ImageAlbum, StoredImage
 from difflex.records import Activations, Shot, Split
 from difflex.tensors import read_tensors, write_tensors
 
-FORMAT = 3
+FORMAT = 4
 """Format of the checkpoint."""
 
 
@@ -49,6 +50,8 @@ class ShotRegistry:
         self.patches: dict[int, StoredImage] = {}
         """Images that ITDA atoms come from, by key."""
         self.images = 0
+        self.drawn = 0
+        """Number of images of ITDA atoms that were made because the source did not contain them."""
         self.shots: dict[Split, int] = {"train": 0, "held-out": 0}
         """Number of shots in all batches."""
         self._new_files: set[str] = set()
@@ -72,22 +75,26 @@ class ShotRegistry:
         """Store the images `used` by examples, and those of ITDA atoms, and keep the shots of the former."""
         site = batch.activations[0].site
         timesteps = [part.shots for part in batch.activations if part.site == site]
-        for place, key in enumerate(images.keys.tolist()):
-            if place not in used and key not in self._patch_keys:
-                continue
-            stored = self.store(batch.images[place])
-            if key in self._patch_keys:
+        keys = images.keys.tolist()
+        chosen = [place for place, key in enumerate(keys) if place in used or key in self._patch_keys]
+        for place, stored in zip(chosen, self.store([batch.images[place] for place in chosen]), strict=True):
+            if (key := keys[place]) in self._patch_keys:
                 self.patches[key] = stored
             if place in used:
                 for number, shots in zip(images.shots[place].tolist(), timesteps, strict=True):
                     self.entries[number] = RegisteredShot(shots[place], stored)
 
-    def store(self, image: Image.Image) -> StoredImage:
-        """Store an image in the album."""
-        stored, is_new = self.album.add(image)
-        if is_new:
-            self._new_files.add(stored.file)
-        return stored
+    def store(self, images: Sequence[Image.Image]) -> list[StoredImage]:
+        """Store images in the album, several at a time: to compress them takes as long as a large GPU takes to generate them."""
+        with ThreadPoolExecutor() as threads:
+            added = list(threads.map(self.album.add, images))
+        self._new_files.update(stored.file for stored, is_new in added if is_new)
+        return [stored for stored, _ in added]
+
+    def store_drawn(self, shots: Sequence[Shot], images: Sequence[Image.Image]) -> None:
+        """Store images of ITDA atoms that the source did not contain."""
+        self.patches.update(zip(map(image_key, shots), self.store(images), strict=True))
+        self.drawn += len(images)
 
     def prune(self, shots: Collection[int]) -> None:
         """Keep only the `shots` of these numbers."""
@@ -102,7 +109,8 @@ class ShotRegistry:
 
     def dump(self) -> bytes:
         """Return the registry as lines of JSON."""
-        counts = {"images": self.images, "shots": self.shots, "files": sorted(self._new_files), "patches": len(self.patches)}
+        counts = {"images": self.images, "shots": self.shots, "drawn": self.drawn, "patches": len(self.patches)}
+        counts["files"] = sorted(self._new_files)
         patches = ([key, *stored] for key, stored in self.patches.items())
         entries = ([number, *entry.image, asdict(entry.shot)] for number, entry in self.entries.items())
         return "\n".join(json.dumps(line) for line in [counts, *patches, *entries]).encode()
@@ -118,7 +126,8 @@ class ShotRegistry:
         for stored in {*patches.values(), *(entry.image for entry in entries.values())}:
             if sentence := self.album.damage(stored.file):
                 raise BrokenFile(sentence)
-        self.images, self.shots, self._new_files = counts["images"], counts["shots"], set(counts["files"])
+        self.images, self.shots, self.drawn = counts["images"], counts["shots"], counts["drawn"]
+        self._new_files = set(counts["files"])
         self.patches, self.entries = patches, entries
 
 
