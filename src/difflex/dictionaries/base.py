@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from difflex.choices import WeightsDtype
 from difflex.dictionaries.files import ADVICE, read_files, write_files
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import sparse_matmul
@@ -114,12 +115,17 @@ class Dictionary(ABC):
     @property
     def decoder(self) -> Float[Tensor, "size width"]:
         """The decoder rows of all features; computed at each access."""
-        return self.decoder_rows(torch.arange(self.size, device=self.constant.device))
+        return self.decoder_rows(torch.arange(self.size, device=self.device))
 
     @property
     def directions(self) -> Float[Tensor, "size width"]:
         """The rows of `decoder` at norm one; zero rows stay zero."""
         return F.normalize(self.decoder, dim=1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.constant.device
 
     @property
     def site(self) -> Site:
@@ -136,13 +142,26 @@ class Dictionary(ABC):
         """`SITE/LABEL`, the name in commands."""
         return f"{self.site}/{self.label}"
 
+    def on(self, device: torch.device | str) -> Dictionary:
+        """Return the same dictionary on `device`; it is copied there once, and kept for the next time."""
+        device = torch.empty(0, device=device).device  # with its number: `cuda` is `cuda:0`
+        if device == self.device:
+            return self
+        copies: dict[torch.device, Dictionary] = vars(self).setdefault("_copies", {})
+        if device not in copies:
+            copies[device] = self.to(device)
+        return copies[device]
+
     def to(self, device: torch.device | str) -> Dictionary:
         """Return the same dictionary on `device`."""
         state = self.state()
         return self.from_state(replace(state, tensors={name: tensor.to(device) for name, tensor in state.tensors.items()}))
 
-    def save(self, folder: Path | str) -> Path:
-        """Write `config.json` and `dictionary.safetensors` to `folder`, each atomically, and return `folder`."""
+    def save(self, folder: Path | str, weights: WeightsDtype = "fp32") -> Path:
+        """Write `config.json` and `dictionary.safetensors` to `folder`, each atomically, and return `folder`.
+
+        `weights` is how the encoder and the decoder of an SAE are stored: in bf16 they take half the disk.
+        """
         state = self.state()
         config: dict[str, Json] = {
             "kind": state.kind,
@@ -155,7 +174,7 @@ class Dictionary(ABC):
             "settings": dict(state.settings),
             "training": dict(self.origin.training),
         }
-        return write_files(Path(folder), config, state.tensors)
+        return write_files(Path(folder), config, state.tensors, weights)
 
     @staticmethod
     def load(folder: Path | str, device: torch.device | str = "cpu") -> Dictionary:
@@ -182,7 +201,7 @@ class Dictionary(ABC):
         """Return `x` as float32 on this dictionary's device; raise unless it is a finite batch of its width."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise BadInput(f"{self.name} takes activations [token, {self.width}], but got {list(x.shape)}.")
-        x = x.to(self.constant.device, torch.float32)
+        x = x.to(self.device, torch.float32)
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             raise NonFinite(f"The activations for {self.name} hold NaN or infinity. Harvest them again.")
         return x
@@ -204,6 +223,10 @@ class NormalisedDictionary(Dictionary):
     @property
     def width(self) -> int:
         return self.atoms.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.atoms.device
 
     def delta(self, codes: Codes) -> Float[Tensor, "token width"]:
         return self.normalisation.restore_delta(sparse_matmul(codes, self.atoms))

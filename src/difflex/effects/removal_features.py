@@ -43,13 +43,15 @@ class GenerationCodes:
                 f"{self.dictionary.name} is for {self.dictionary.site}, but the activations are of {activations.site}."
             )
         images, tokens, _ = activations.values.shape
-        values, indices = (part.cpu() for part in self.dictionary.encode(activations.values.flatten(0, 1).float()))
-        values, row = values.clamp(min=0).flatten(), torch.arange(images).repeat_interleave(tokens * indices.shape[1])
-        flat, zeros = row * self.dictionary.size + indices.flatten(), torch.zeros(images * self.dictionary.size)
+        x = activations.values.flatten(0, 1).float()
+        values, indices = self.dictionary.on(x.device).encode(x)
+        row = torch.arange(images, device=x.device).repeat_interleave(tokens * indices.shape[1])
+        values, zeros = values.clamp(min=0).flatten(), values.new_zeros(images * self.dictionary.size)
+        flat = row * self.dictionary.size + indices.flatten()
         timestep = activations.shots[0].timestep or 0.0
         means, peaks = zeros.index_add(0, flat, values) / tokens, zeros.scatter_reduce(0, flat, values, "amax")
-        self._means.setdefault(timestep, []).append(means.view(images, -1))
-        self._peaks.setdefault(timestep, []).append(peaks.view(images, -1))
+        self._means.setdefault(timestep, []).append(means.view(images, -1).cpu())
+        self._peaks.setdefault(timestep, []).append(peaks.view(images, -1).cpu())
 
     def means(self) -> Float[Tensor, "step image feature"]:
         """Return the mean code of each feature over the tokens of each image; steps in the order they run."""

@@ -180,10 +180,10 @@ def _encode(engine: Engine, group: Sequence[NoisedImage]) -> Float[Tensor, "imag
     processor = cast(VaeImageProcessor, engine.diffusers.image_processor)
     pixels = processor.preprocess([image.image for image in group], *group[0].shot.pixels)
     with _exact(vae):
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        latents = vae.encode(pixels.to(engine.device, vae.dtype)).latent_dist.mode().float()
     if engine.family.latents == "patchified":
         latents = rearrange(latents, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
-        mean, variance = (stats.view(1, -1, 1, 1).float() for stats in (vae.bn.running_mean, vae.bn.running_var))
+        mean, variance = (stats.view(1, -1, 1, 1).to(latents) for stats in (vae.bn.running_mean, vae.bn.running_var))
         return (latents - mean) / (variance + vae.config.batch_norm_eps).sqrt()
     mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if mean and deviation:  # variants of SDXL

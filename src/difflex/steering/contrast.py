@@ -211,10 +211,11 @@ def decompose(direction: Float[Tensor, " width"], dictionary: Dictionary, parts:
         raise BadInput(
             f"{dictionary.name} is for activations of width {dictionary.width}, but the direction has {len(direction)}."
         )
-    unit, x = dictionary.directions.double(), direction.double()
+    unit = dictionary.directions.double()
+    x = direction.to(unit)
     chosen: list[int] = []
     explained: list[float] = []
-    weights, residual = torch.empty(0), x
+    weights, residual = x[:0], x
     while len(chosen) < min(parts, dictionary.size):
         projections = unit @ residual
         projections[chosen] = -math.inf

@@ -10,6 +10,7 @@ from typing import ClassVar, final
 
 import torch
 
+from difflex.devices import find_device
 from difflex.dictionaries import Dictionary, DictionaryOrigin, fingerprint
 from difflex.errors import BadInput, StaleWork, UnknownName
 from difflex.files import file_sha256
@@ -87,10 +88,10 @@ class StudyEditor:
 
     def default_strengths(self, place: DictionaryRef, features: Iterable[int] | None = None) -> list[float]:
         """Return the default strengths of features of a dictionary (None: of all), in peaks."""
-        dictionary, strengths = self.dictionary(place), list[float]()
+        dictionary, strengths = self.dictionary(place).on(find_device()), list[float]()
         chosen = torch.arange(dictionary.size) if features is None else torch.tensor(list(features), dtype=torch.long)
         for part in chosen.split(CHUNK):
-            decoder = dictionary.decoder_rows(part.to(dictionary.constant.device))
+            decoder = dictionary.decoder_rows(part.to(dictionary.device))
             strengths += self.scales(place).default_strengths(decoder, part).tolist()
         return [round(strength, 3) for strength in strengths]
 
@@ -125,7 +126,7 @@ class StudyEditor:
             advice = "Units are measured on them: harvest the site."
             raise UnknownName.among("The activations of", str(place.site), map(str, stores), advice)
         batches = Store.open(stores[place.site]).batches(BATCH, seed=0, split="train")
-        scales = measure_scales(self.dictionary(place), require_split(batches, "train"))
+        scales = measure_scales(self.dictionary(place).on(find_device()), require_split(batches, "train"))
         scales.save(path, current)
         return scales
 

@@ -63,11 +63,11 @@ def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales:
         raise UnknownName(f"{dictionary.name} has no feature {outside[0]}; its features are numbered 0 to {dictionary.size - 1}.")
 
     def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
-        values, indices = dictionary.encode(x)
+        values, indices = dictionary.on(x.device).encode(x)
         is_chosen = indices[..., None] == chosen.to(indices.device)
-        return (values[..., None] * is_chosen).sum(1).to(x.device)  # the dictionary may be on another device
+        return (values[..., None] * is_chosen).sum(1)
 
-    decoder = dictionary.decoder_rows(chosen.to(dictionary.constant.device)).float()
+    decoder = dictionary.decoder_rows(chosen.to(dictionary.device)).float()
     units = {"code": torch.ones(len(chosen))}
     if scales is not None:
         units |= {"peak": scales.peaks[chosen], "mean": scales.means[chosen]}
@@ -126,9 +126,10 @@ class FeatureScales:
 
         The norm of x + p v rises with p beyond its minimum; bisection finds where it reaches the ceiling.
         """
-        steps = decoder.float().cpu() * self.peaks[features, None]
-        along, lengths, squares = self.sample @ steps.T, steps.square().sum(1), self.sample.square().sum(1, keepdim=True)
-        low, high = torch.zeros(len(features)), torch.full((len(features),), MAX_STRENGTH)
+        steps = decoder.float() * self.peaks[features, None].to(decoder.device)
+        sample = self.sample.to(decoder.device)
+        along, lengths, squares = sample @ steps.T, steps.square().sum(1), sample.square().sum(1, keepdim=True)
+        low, high = torch.zeros_like(lengths), torch.full_like(lengths, MAX_STRENGTH)
         whole = self._fits(squares, along, lengths, high)
         for _ in range(16):
             middle = (low + high) / 2
