@@ -16,8 +16,9 @@ from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, Unkn
 from difflex.pipeline import loading, shots_of_rank
 from difflex.pipeline.components import PLANS, ComponentPlan, PipelinePlan, read_plan
 from difflex.pipeline.families import family_of
-from difflex.pipeline.loading import WeightPlacement, check_fits, estimate
+from difflex.pipeline.loading import WeightPlacement, check_fits
 from difflex.pipeline.sources import read_defaults
+from difflex.pipeline.weights import count_weights
 from difflex.testing import TINY, tiny_folder
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,7 +124,7 @@ def test_all_components_of_an_untrained_hub_model_have_random_weights(folder: Pa
 
 def test_the_geometry_of_flux_is_in_the_package(monkeypatch: pytest.MonkeyPatch):
     for name, plan in PLANS.items():
-        need = estimate(plan, family_of(plan.pipeline))
+        need = count_weights(plan, family_of(plan.pipeline))
         weights = {component: need.dense[component] + need.quantised[component] for component in need.dense}
         assert round(weights["transformer"] / 1e9, 1) == 11.9
         assert round(weights["text_encoder_2"] / 1e9, 2) == 4.76
@@ -159,7 +160,7 @@ def test_an_untrained_flux_needs_no_file(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_estimate_equals_the_memory_of_the_weights(folder: Path):
     plan, pipe = read_plan(folder), difflex.load(folder)
-    sizes = estimate(plan, pipe.engine.family).bytes("fp32", torch.device("cpu"))
+    sizes = count_weights(plan, pipe.engine.family).bytes("fp32", torch.device("cpu"))
     for name, size in sizes.items():
         assert size == sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
 
@@ -167,7 +168,7 @@ def test_the_estimate_equals_the_memory_of_the_weights(folder: Path):
 @pytest.mark.parametrize("untrained", [None, 0])
 def test_the_estimate_for_nf4_on_a_cpu_is_close_to_the_memory_of_the_weights(folder: Path, untrained: int | None):
     plan, pipe, device = read_plan(folder), difflex.load(folder, precision="nf4", untrained=untrained), torch.device("cpu")
-    sizes = estimate(plan, pipe.engine.family).bytes("nf4", device)
+    sizes = count_weights(plan, pipe.engine.family).bytes("nf4", device)
     for name in ("transformer", "text_encoder_2", "vae"):
         size_in_memory = sum(parameter.nbytes for parameter in pipe.diffusers.components[name].parameters())
         assert abs(sizes[name] - size_in_memory) < 0.15 * size_in_memory

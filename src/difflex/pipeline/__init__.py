@@ -2,7 +2,7 @@
 
 from difflex import quiet  # noqa: F401  first: it imports diffusers without its messages
 from difflex.pipeline.engine import shots_of_rank
-from difflex.pipeline.loading import load
+from difflex.pipeline.loading import choose_precision, load
 from difflex.pipeline.noising import open_image
 from difflex.pipeline.pipeline import GeneratedImage, Pipeline
 from difflex.pipeline.profile import ModelProfile, profile_model
@@ -13,6 +13,7 @@ __all__ = [
     "GeneratedImage",
     "ModelProfile",
     "Pipeline",
+    "choose_precision",
     "embedded",
     "load",
     "open_image",

@@ -1,9 +1,8 @@
 """`load`: from the name of a model to a `Pipeline`, in four bits (nf4) on request, if its weights fit into memory."""
 
 import os
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -24,12 +23,9 @@ from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import Family, family_of
 from difflex.pipeline.pipeline import Pipeline
 from difflex.pipeline.sources import ModelSource, check_finite, check_weights, fetch, find, plan_of, read_defaults, read_pipeline
+from difflex.pipeline.weights import MemoryNeed, compute_dtype, count_weights, four_bit_layers
 from difflex.quiet import quiet
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-IN_BLOCK = re.compile(r"(^|\.)\d+(\.|$)")
-NF4_BYTES = 0.5 + 4 / 64
-"""Per weight in nf4: half a byte, and a float for each 64 weights."""
 HEADROOM = 1.1
 """Room for activations, buffers and the allocator, as a factor on the weights."""
 
@@ -46,12 +42,16 @@ def load(
 ) -> Pipeline:
     """Load the model `name`: one inside the package, a folder, or a hub model OWNER/NAME.
 
-    `precision` is bf16, fp16, fp32 or nf4 (default: fp32 on a CPU, bf16 on a GPU); nf4 quantises the denoiser's blocks and the
-    large text encoder. `offload` keeps only the active component on the GPU. `untrained` gives the denoiser random weights of
-    that seed, as a control for the effect of training; for a hub model, whose files are then not downloaded, all components.
-    `sharded` shards the denoiser over the processes of torchrun. `offline` takes hub models from the local cache only.
+    `precision` is bf16, fp16, fp32, nf4 or auto (default: fp32 on a CPU, bf16 on a GPU); nf4 quantises the denoiser's blocks
+    and the large text encoder; auto is as `choose_precision` says. `offload` keeps only the active component on the GPU.
+    `untrained` gives the denoiser random weights of that seed, as a control for the effect of training; for a hub model, whose
+    files are then not downloaded, all components. `sharded` shards the denoiser over the processes of torchrun. `offline` takes
+    hub models from the local cache only.
     """
     device = find_device(device)
+    if precision == "auto":
+        choice = choose_precision(name, device, revision, offload or (False if sharded else None), untrained, offline, sharded)
+        precision, offload = choice.precision, choice.offload
     precision = _check_precision(precision, device)
     if offload and device.type != "cuda":
         warnings.warn(f"offload=True has no effect: the model is on {device}, not on a GPU.", stacklevel=2)
@@ -78,7 +78,55 @@ def load(
         engine.shard(device)
     elif offload:
         pipeline.enable_model_cpu_offload(device=device)
+        engine.offloaded = True
     return Pipeline(engine, source, precision)
+
+
+class PrecisionFit(NamedTuple):
+    """How a model fits into memory."""
+
+    precision: Precision
+    offload: bool
+
+
+def choose_precision(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    offload: bool | None = None,
+    untrained: int | None = None,
+    offline: bool = False,
+    sharded: bool = False,
+    reserve: int = 0,
+    report: Callable[[str], None] = print,
+) -> PrecisionFit:
+    """Return the first of bf16, bf16 with offload, nf4 and nf4 with offload that fits into free memory, and report the sizes.
+
+    On a CPU it is fp32. `offload` allows only choices with or without it; `reserve` are bytes to leave free for other work. If
+    nothing fits, the last choice is returned, which `load` refuses.
+    """
+    device = find_device(device)
+    if device.type != "cuda":
+        report(f"Precision auto: fp32, on {device}.")
+        return PrecisionFit("fp32", False)
+    _, plan = _find(name, revision, offline, str(name) in PLANS and (untrained is not None or not Path(name).is_dir()))
+    family = family_of(plan.pipeline, plan.denoiser)
+    need, free, needs = count_weights(plan, family), free_memory(device) - reserve, list[str]()
+    fits = [PrecisionFit("bf16", False), PrecisionFit("bf16", True), PrecisionFit("nf4", False), PrecisionFit("nf4", True)]
+    for fit in (fits := [fit for fit in fits if offload in (None, fit.offload)]):
+        size = _needed_bytes(need, family, device, WeightPlacement(*fit, Ranks().world_size if sharded else 1))
+        needs.append(f"{_format(size)} in {_shown(fit)}")
+        if size <= free:
+            break
+    else:
+        fit = fits[-1]
+    kept = f" beside {_format(reserve)} for other work" if reserve else ""
+    report(f"Precision auto: {_shown(fit)}. The model '{name}' needs {', '.join(needs)}, and {device} has {_format(free)}{kept}.")
+    return fit
+
+
+def _shown(fit: PrecisionFit) -> str:
+    return f"{fit.precision} with offload" if fit.offload else fit.precision
 
 
 def _check_precision(name: str | None, device: torch.device) -> Precision:
@@ -128,11 +176,6 @@ def _build(
     return _read(folder, plan, dtype, device, large, **components)
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: that of all weights, or with nf4 that of all others."""
-    return DTYPES.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-
 def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Return the arguments with which diffusers reads a pipeline whose components `names` are in nf4.
 
@@ -159,17 +202,10 @@ def read_quantised(folder: Path, plan: PipelinePlan, names: Sequence[str], devic
     return components
 
 
-def _four_bit_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the layers to hold in nf4, by path: the linear layers of repeated blocks, except those the class keeps in fp32."""
-    exact = getattr(model, "_keep_in_fp32_modules", None) or ()  # such as `wo` of T5
-    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and IN_BLOCK.search(path))
-    return {path: layer for path, layer in layers if not set(path.split(".")) & set(exact)}
-
-
 def quantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace the linear layers of the repeated blocks of `model` by nf4 layers that compute in `dtype`, one by one."""
     library = _bitsandbytes()
-    layers = _four_bit_layers(model)
+    layers = four_bit_layers(model)
     for path in list(layers):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _four_bit_layer(library, layers.pop(path), dtype))
@@ -203,29 +239,6 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-class MemoryNeed(NamedTuple):
-    """Numbers of weights of the components of a model."""
-
-    quantised: dict[str, int]
-    """Weights that nf4 quantises, by component."""
-    dense: dict[str, int]
-    """All other weights, by component."""
-
-    def bytes(self, precision: Precision, device: torch.device) -> dict[str, int]:
-        """Return the bytes of the weights on `device`, by component."""
-        size = compute_dtype(precision, device).itemsize
-        quantised = NF4_BYTES if precision == "nf4" else size
-        return {name: round(self.quantised[name] * quantised) + self.dense[name] * size for name in self.dense}
-
-    def peak(self, precision: Precision, device: torch.device) -> int:
-        """Return the most bytes while loading: on a CPU a component is in memory as a whole before it is quantised."""
-        sizes = self.bytes(precision, device)
-        if precision != "nf4" or device.type != "cpu":
-            return sum(sizes.values())
-        whole = self.bytes("fp32", device)
-        return sum(sizes.values()) + max(whole[name] - sizes[name] for name in sizes)
-
-
 class WeightPlacement(NamedTuple):
     """The options that decide how much memory the weights take."""
 
@@ -235,20 +248,9 @@ class WeightPlacement(NamedTuple):
     """Number of GPUs that the denoiser is sharded over."""
 
 
-def estimate(plan: PipelinePlan, family: Family) -> MemoryNeed:
-    """Count the weights of each component on the meta device, where nothing is allocated."""
-    quantised, dense = {}, {}
-    for name, component in plan.components.items():
-        if (model := component.without_weights()) is not None:
-            layers = _four_bit_layers(model).values() if name in (family.denoiser, family.large_text) else ()
-            quantised[name] = sum(layer.weight.numel() for layer in layers)
-            dense[name] = sum(parameter.numel() for parameter in model.parameters()) - quantised[name]
-    return MemoryNeed(quantised, dense)
-
-
 def check_fits(name: str, plan: PipelinePlan, family: Family, device: torch.device, placement: WeightPlacement) -> None:
     """Raise an error that names an option under which the model fits, if it does not fit into the free memory."""
-    free, need = free_memory(device), estimate(plan, family)
+    free, need = free_memory(device), count_weights(plan, family)
     if _needed_bytes(need, family, device, placement) <= free:
         return
     sizes, peak = need.bytes(placement.precision, device), need.peak(placement.precision, device)

@@ -1,8 +1,8 @@
-"""Shapes and costs of a model, computed by a copy of its denoiser without weights: the table of sites and `profile_model`."""
+"""Shapes, costs and memory of a model, by a copy of its denoiser without weights: the table of sites and `profile_model`."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -19,10 +19,13 @@ from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
 from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site
 from difflex.pipeline.sources import ModelDefaults, find, plan_of, read_defaults
+from difflex.pipeline.weights import MemoryNeed, count_weights
 from difflex.quiet import quiet
 from difflex.records import STREAMS, HookContext, Kind, Shot, Site
 
 CLIP_LENGTH = 77
+AT_ONCE = 3.5
+"""How many of its largest outputs a model has in memory at once; for FLUX.1 measured on a GPU, by batches of 1 to 64 images."""
 
 
 class SiteRow(NamedTuple):
@@ -128,6 +131,11 @@ class ModelProfile(NamedTuple):
     """Encoding a prompt."""
     decode: float
     """Decoding latents into an image; encoding one costs about as much."""
+    weights: MemoryNeed
+    values: int
+    """Numbers that the denoiser holds at once for an image, with both halves under guidance."""
+    decoded_values: int
+    """Numbers that decoding an image holds at once."""
 
 
 @cache
@@ -154,15 +162,19 @@ def profile_model(
         steps=steps or profiler.defaults.steps,
         guidance=float(profiler.defaults.guidance if guidance is None else guidance),
     )
-    shapes, partial_call, call = profiler.denoiser(shot, sites)
+    shapes, partial_call, call, largest = profiler.denoiser(shot, sites)
     halves = 2 if family.is_guided(shot.guidance, profiler.config) else 1
+    decode, decoded = profiler.decode(shot)
     return ModelProfile(
         shot=shot,
         shapes=shapes,
         partial_step=(1 if family.guidance == "separate" else halves) * partial_call,
         step=halves * call,
         prompt=profiler.prompt(),
-        decode=profiler.decode(shot),
+        decode=decode,
+        weights=count_weights(plan, family),
+        values=round(AT_ONCE * largest * (1 if family.guidance == "separate" else halves)),
+        decoded_values=round(AT_ONCE * decoded),
     )
 
 
@@ -182,8 +194,8 @@ class _Profiler(NamedTuple):
         return self.defaults.default_pixels(self.config("sample_size"), self._vae_scale)
 
     @torch.no_grad()
-    def denoiser(self, shot: Shot, names: Sequence[str]) -> tuple[dict[Site, tuple[int, int]], float, float]:
-        """Return the shapes in a call of the denoiser, and its operations up to the last site and altogether."""
+    def denoiser(self, shot: Shot, names: Sequence[str]) -> tuple[dict[Site, tuple[int, int]], float, float, int]:
+        """Return the shapes in a call of the denoiser, its operations up to the last site and in all, and the largest output."""
         copy = self.plan.components[self.family.denoiser].without_weights()
         assert copy is not None, "a denoiser has weights"
         copy.eval()
@@ -192,6 +204,7 @@ class _Profiler(NamedTuple):
         targets = sites.expand(names or [Site(name, stream=stream) for name in sites.blocks for stream in sites.streams(name)])
         counts = [0]
         with FlopCounterMode(display=False) as counter, ExitStack() as hooks:
+            largest = hooks.enter_context(_largest_output(copy))
             for target in targets:
                 hook = target.module.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
                 hooks.enter_context(hook)
@@ -202,7 +215,7 @@ class _Profiler(NamedTuple):
                 f"The site '{missing[0]}' returns no tokens or has no update. Use another one; difflex sites lists them."
             )
         ordered = {target.site: shapes[target.site] for target in targets if target.site in shapes}
-        return ordered, max(counts), counter.get_total_flops()
+        return ordered, max(counts), counter.get_total_flops(), max(largest)
 
     def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""
@@ -264,11 +277,26 @@ class _Profiler(NamedTuple):
         return operations
 
     @torch.no_grad()
-    def decode(self, shot: Shot) -> float:
-        """Count the operations of decoding an image."""
+    def decode(self, shot: Shot) -> tuple[float, int]:
+        """Return the operations of decoding an image, and the largest output on the way."""
         vae: Any = self.plan.components["vae"].without_weights()
         channels: Any = self.plan.config("vae.latent_channels")
         shape = (1, channels, *(side // self._vae_scale for side in shot.pixels))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _largest_output(vae) as largest:
             vae.eval().decode(torch.empty(shape, device="meta"))
-        return float(counter.get_total_flops())
+        return float(counter.get_total_flops()), max(largest)
+
+
+@contextmanager
+def _largest_output(model: nn.Module) -> Iterator[list[int]]:
+    """Give a list to which every layer of `model` adds the numbers of its output."""
+    sizes = [0]
+
+    def note(module: nn.Module, args: object, output: object) -> None:
+        sizes.append(output.numel() if isinstance(output, Tensor) else 0)
+
+    layers = [module for module in model.modules() if not any(module.children())]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(note))
+        yield sizes
