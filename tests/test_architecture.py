@@ -14,17 +14,31 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "difflex"
 
 # Every station may import these, which import nothing of ours above them.
-GROUND = {"records", "choices", "errors", "files", "tensors", "distributed", "devices", "sqlite", "tables", "values"}
+GROUND = {
+    "records",
+    "choices",
+    "dictionary_config",
+    "errors",
+    "files",
+    "tensors",
+    "distributed",
+    "devices",
+    "sqlite",
+    "tables",
+    "values",
+}
 # Station -> the other stations it may import. `difflex` stands for the public names of the package itself.
 ARROWS: dict[str, set[str]] = {
     "_version": set(),
     "errors": set(),
     "choices": set(),
+    "lazy": set(),
     "quiet": set(),
     "tables": set(),
     "sqlite": {"errors"},
     "values": {"errors"},
     "records": {"errors", "choices", "files", "values"},
+    "dictionary_config": {"errors", "files", "records"},
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "distributed": {"errors"},
@@ -36,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "dictionaries": GROUND,
     "study": GROUND,
     "training": {*GROUND, "dictionaries", "store", "study"},
-    "evaluation": {*GROUND, "dictionaries", "images", "miniature", "store", "study"},
+    "evaluation": {*GROUND, "dictionaries", "images", "lazy", "miniature", "store", "study"},
     "features": {*GROUND, "dictionaries", "images", "store", "study"},
     "explanation": {*GROUND, "dictionaries", "features", "miniature", "study"},
     "steering": {*GROUND, "dictionaries", "images", "store", "study"},
@@ -57,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
         *GROUND,
         "dictionaries",
         "evaluation",
+        "lazy",
         "miniature",
         "pipeline",
         "steering",
@@ -135,9 +150,11 @@ LIGHT = {
     "choices",
     "cli",
     "commands",
+    "dictionary_config",
     "errors",
     "files",
     "images",
+    "lazy",
     "quiet",
     "recipes",
     "sqlite",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from sample_study import new_study, write_book, write_dictionary, write_matches
 
 import difflex
 from difflex import cli
@@ -269,10 +270,16 @@ def test_models_names_a_broken_file_of_defaults(tmp_path: Path):
         models_table(tmp_path)
 
 
-def test_models_runs_without_torch():
-    code = "import sys; from difflex.cli import main; main(['models']); print('torch' in sys.modules)"
+def test_commands_that_only_read_files_run_without_torch(tmp_path: Path):
+    study, name = new_study(tmp_path / "study"), "double.1/topk-8-k2"
+    write_dictionary(study, name)
+    write_book(study, name)
+    write_matches(study, name, (0.9, 0.5, 0.4, 0.2))
+    show = ["show", str(study.folder), "1", "--out", str(tmp_path / "sheet.png")]
+    code = f"from difflex.cli import main; print([main(v) for v in (['models'], ['features', {str(study.folder)!r}], {show})])"
+    code += "; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-2:] == ["[0, 0, 0]", "False"] and "0.90" in done.stdout
 
 
 @pytest.mark.parametrize(

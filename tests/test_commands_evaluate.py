@@ -13,9 +13,9 @@ from difflex.commands import evaluation as verb
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
 from difflex.dictionaries.files import FORMAT
 from difflex.evaluation import Evaluation
-from difflex.files import folder_lock
+from difflex.files import folder_lock, stored_checksum
 from difflex.records import Shot, Site
-from difflex.tensors import read_tensors, stored_checksum, write_tensors
+from difflex.tensors import read_tensors, write_tensors
 from difflex.testing import tiny_clip, tiny_folder
 
 SITE = "double.1:update"

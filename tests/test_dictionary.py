@@ -17,8 +17,9 @@ from difflex.dictionaries.files import FORMAT
 from difflex.dictionaries.normalisation import VectorMoments
 from difflex.dictionaries.sparse import BLOCK, EncoderSearch
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
+from difflex.files import stored_checksum
 from difflex.records import Codes, Site
-from difflex.tensors import read_tensors, stored_checksum, write_tensors
+from difflex.tensors import read_tensors, write_tensors
 
 WIDTH, SIZE, K = 24, 96, 5
 SITE = Site("double.18", "update")

@@ -52,6 +52,8 @@ ADVICE = {
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 OTHER_ADVICE = "Check the disk, then run the same command again."
 CHUNK = 2**22
+HEADER = "difflex"
+"""The only entry of the metadata of our tensor files: safetensors writes several in random order."""
 AHEAD = 2
 """Contents that the writer of a file may be ahead of the disk."""
 FLUSH = 2**25
@@ -59,10 +61,11 @@ FLUSH = 2**25
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; at the end of the block it replaces `path`, after an error it is deleted.
 
-    A reader, or a process that follows a kill, sees the old file or the new one, never a part.
+    A reader, or a process that follows a kill, sees the old file or the new one, never a part. `keep`: a file that exists stays,
+    so that of several processes the first one wins.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             os.fsync(handle)
-            _rename(temporary, path)
+            _rename(temporary, path, keep)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -208,6 +211,19 @@ def file_sha256(path: Path) -> str:
     return checksum.hexdigest()
 
 
+def stored_checksum(path: Path, advice: str) -> str:
+    """Return the checksum that the tensor file at `path` claims to have, without reading its tensors."""
+    try:
+        with disk_errors(path, "read"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(min(length, path.stat().st_size)))
+        return str(json.loads(head["__metadata__"][HEADER])["sha256"])
+    except FileNotFoundError as error:
+        raise BrokenFile(f"{path} is missing. {advice}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BrokenFile(f"{path} has no header of difflex: it is damaged. {advice}") from error
+
+
 @contextmanager
 def folder_lock(folder: Path, shared: bool = False) -> Iterator[None]:
     """Make `folder`, check that it can be written, and keep other processes from writing in it, except for ranks if `shared`.
@@ -305,8 +321,11 @@ def _locked(handle: int, shared: bool = False, without_locks: bool = True) -> bo
     return True
 
 
-def _rename(temporary: Path, path: Path) -> None:
-    os.replace(temporary, path)
+def _rename(temporary: Path, path: Path, keep: bool = False) -> None:
+    if keep and _linked(temporary, path):
+        temporary.unlink()
+    else:
+        os.replace(temporary, path)
     if os.name == "nt":  # Windows cannot open a folder, and need not flush it to make a rename last
         return
     handle = os.open(path.parent, os.O_RDONLY)
@@ -314,3 +333,14 @@ def _rename(temporary: Path, path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give `temporary` the name `path` unless that exists; return whether the file system can do that."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True

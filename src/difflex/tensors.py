@@ -12,12 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difflex.errors import BrokenFile
-from difflex.files import CHUNK, Json, disk_errors, replacing
+from difflex.files import CHUNK, HEADER, Json, disk_errors, replacing
 
-__all__ = ["TensorFile", "check_tensors", "read_tensors", "stored_checksum", "write_tensors"]
+__all__ = ["TensorFile", "check_tensors", "read_tensors", "write_tensors"]
 
-HEADER = "difflex"
-"""The only entry of the metadata: safetensors writes several in random order."""
 UNKNOWN = "0" * 64
 """In place of the checksum, while the file is summed."""
 
@@ -29,8 +27,13 @@ class TensorFile(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def write_tensors(path: Path, format: int, tensors: Mapping[str, Tensor], header: Mapping[str, Json] | None = None) -> Path:
-    """Write `tensors` and `header` to `path` atomically and return `path`; the same contents give the same bytes."""
+def write_tensors(
+    path: Path, format: int, tensors: Mapping[str, Tensor], header: Mapping[str, Json] | None = None, *, keep: bool = False
+) -> Path:
+    """Write `tensors` and `header` to `path` atomically and return `path`; the same contents give the same bytes.
+
+    `keep`: a file that exists stays.
+    """
     text = json.dumps({"format": format, "sha256": UNKNOWN, **(header or {})}, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = memoryview(save(contiguous, metadata={HEADER: text}))
@@ -38,7 +41,7 @@ def write_tensors(path: Path, format: int, tensors: Mapping[str, Tensor], header
     head = bytes(content[:start])
     checksum = hashlib.sha256(head)
     checksum.update(content[start:])
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, keep=keep) as temporary, temporary.open("wb") as file:
         file.write(head.replace(UNKNOWN.encode(), checksum.hexdigest().encode(), 1))
         file.write(content[start:])
     return path
@@ -63,19 +66,6 @@ def read_tensors(
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BrokenFile(f"{path} cannot be read ({error}): it is damaged. {advice}") from error
     return TensorFile(header, tensors)
-
-
-def stored_checksum(path: Path, advice: str) -> str:
-    """Return the checksum that the tensor file at `path` claims to have, without reading its tensors."""
-    try:
-        with disk_errors(path, "read"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head = json.loads(file.read(min(length, path.stat().st_size)))
-        return str(json.loads(head["__metadata__"][HEADER])["sha256"])
-    except FileNotFoundError as error:
-        raise BrokenFile(f"{path} is missing. {advice}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BrokenFile(f"{path} has no header of difflex: it is damaged. {advice}") from error
 
 
 def check_tensors(path: Path, advice: str) -> None:

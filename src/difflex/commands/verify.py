@@ -141,7 +141,7 @@ def _compare(path: Path, sha256: str) -> None:
 
 def _check(study: Study, path: Path, repair: str) -> None:
     """Raise an error if the file at `path` is damaged."""
-    from difflex.dictionaries import fingerprint
+    from difflex.dictionary_config import fingerprint
     from difflex.features import ImageAlbum
     from difflex.tensors import check_tensors
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 
-from difflex.dictionaries import fingerprint
+from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput, UnknownName
 from difflex.explanation.backends import VLMBackend
 from difflex.explanation.client import CachedClient, open_answers, open_client

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from difflex.evaluation.concepts.labels import Concept
+from difflex.evaluation.concepts.results import Concept
 from difflex.records import Codes
 
 BLOCK = 1 << 22

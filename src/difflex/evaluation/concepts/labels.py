@@ -14,18 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from difflex.errors import BadInput, NonFinite
+from difflex.evaluation.concepts.results import Concept
 from difflex.records import Activations, Site
 
 Harvest = Callable[[Iterable[Image.Image], Iterable[str], Iterable[str]], Iterator[Activations]]
 """Yields the activations of images at one or several sites, given images, prompts and names, which are consumed lazily."""
-
-
-class Concept(NamedTuple):
-    """Something that an image can show at a place."""
-
-    name: str
-    group: str
-    """Colour, shape, background, or the like."""
 
 
 class LabelledImage(NamedTuple):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 from difflex.errors import BadInput
-from difflex.evaluation.concepts.labels import Concept
 from difflex.records import JsonRecord, Site
 from difflex.tables import text_table
 from difflex.values import check_fields, shown
@@ -33,6 +32,14 @@ FINDABLE = 0.9
 """Average precision of a linear probe from which a concept is findable."""
 PROBE = "a linear probe"
 SUMMARY = ["", "detected (AP >= 0.8)", "of those the probe finds", "mean AP", "combined", "monosemantic", "split", "absorbed"]
+
+
+class Concept(NamedTuple):
+    """Something that an image can show at a place."""
+
+    name: str
+    group: str
+    """Colour, shape, background, or the like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +115,8 @@ class MatchInputs:
     config: ConceptsConfig
     fingerprint: str | None = None
     """Fingerprint of the dictionary; None for a baseline."""
+    precision: str | None = None
+    """Of the model's weights; None if the study does not say."""
 
     @property
     def settings(self) -> tuple[str, ConceptsConfig]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from difflex.dictionaries import Normalisation
 from difflex.dictionaries.itda import GrowthConfig
 from difflex.errors import BrokenFile, StaleWork
-from difflex.files import Json, disk_errors, parsing, read_json, write_json
+from difflex.files import Json, disk_errors, parsing, read_json, stored_checksum, write_json
 from difflex.records import Shot
-from difflex.tensors import read_tensors, stored_checksum, write_tensors
+from difflex.tensors import read_tensors, write_tensors
 
 FORMAT = 4
 PART = re.compile(r"atoms-\d+-(\d+)\.safetensors")
