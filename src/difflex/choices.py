@@ -3,20 +3,25 @@
 from typing import Literal
 
 __all__ = [
+    "CheckpointKind",
     "ContrastMethod",
     "HighlightStyle",
     "NormalisationMethod",
     "Operation",
     "Precision",
+    "PrecisionChoice",
     "ProtocolName",
     "PursuitName",
     "SAEKind",
     "StoredDtype",
     "Unit",
+    "WeightsDtype",
 ]
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
 """How a model's weights are held; nf4 is four bits."""
+PrecisionChoice = Literal[Precision, "auto"]
+"""A precision, or `auto` for the first of bf16, bf16 with offload and nf4 that fits; fp32 on a CPU."""
 StoredDtype = Literal["bf16", "fp16", "int8"]
 """How activations are stored."""
 NormalisationMethod = Literal["whiten", "standardise", "scale", "none"]
@@ -34,3 +39,7 @@ ProtocolName = Literal["heldout", "paper"]
 """How explanations are judged: on images that the explainer never saw, or as published in arXiv 2505.24360."""
 HighlightStyle = Literal["blue", "outline", "plain"]
 """How an image shows where a feature fires."""
+CheckpointKind = Literal["exact", "compact"]
+"""What a training saves to resume: everything, or the weights in 16 bits without the state of the optimiser."""
+WeightsDtype = Literal["fp32", "bf16"]
+"""How the encoder and decoder of a dictionary are stored; they are computed with in fp32."""

@@ -1,33 +1,42 @@
-"""Recipes: functions from a folder to a `Study` with its commands.
+"""Recipes: functions from a folder, and options, to a `Study` with its commands.
 
 Write one in a file of your own and run it: `difflex run my_recipe.py:study`. To vary a recipe, call it and replace what differs.
+A flag of `difflex run` is passed to the argument of its name, if the function has one.
 """
 
+import inspect
 import os
 import runpy
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, final
+from typing import Annotated, Any, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from difflex.choices import PrecisionChoice
 from difflex.commands.checks import check_values
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
+from difflex.commands.flags import TOKENS, Pixels
 from difflex.commands.harvest import HarvestCommand
-from difflex.commands.study import ReportCommand
+from difflex.commands.study import ReportCommand, command_words
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import BadInput, DifflexError, UnknownName
-from difflex.study import Command, Study, run_study
+from difflex.study import Command, CommandRecord, Study, recipe_record, run_study
 
 __all__ = ["RECIPES", "Recipe", "RunCommand", "flux_dev", "flux_schnell", "mini", "mini_full", "recipe", "sdxl_turbo"]
 
-Recipe = Callable[[Path], Study]
+Recipe = Callable[..., Study]
+"""A function of the folder of the study and, by keyword and as far as it takes them, of `OPTIONS`."""
+OPTIONS = ("model", "precision", "prompts", "pixels", "tokens")
+"""The flags of `difflex run` that are arguments of recipes."""
+ImageSize = tuple[int, int] | None
 CAPTIONS = "opendiffusionai/cc12m-cleaned:caption_llava_short"
 """The prompts of arXiv 2505.24360."""
 AESTHETIC = "guangyil/laion-coco-aesthetic:caption"
@@ -38,17 +47,26 @@ EFFECT = 16
 """Shots at which the effect of dictionaries on mini-flux is measured."""
 
 
-def mini(folder: Path) -> Study:
-    """Return the demo: one site of mini-flux, in minutes."""
+def mini(
+    folder: Path,
+    *,
+    model: str = "mini-flux",
+    precision: PrecisionChoice | None = None,
+    prompts: str = "captions",
+    pixels: ImageSize = None,
+    tokens: int = 200_000,
+) -> Study:
+    """Return the demo: one site of mini-flux, or of another model of the drawn world, in minutes."""
     site = "double.2"
+    loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
     return Study(
         folder=folder,
-        model="mini-flux",
+        model=model,
         commands=(
-            AnatomyCommand(model="mini-flux", prompts="captions", max_prompts=16, out=folder),
-            HarvestCommand(model="mini-flux", site=(site,), prompts="captions", tokens=200_000, steps=4, out=folder),
-            TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=600_000),
-            ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=100_000),
+            AnatomyCommand(**loading, max_prompts=16),
+            HarvestCommand(**loading, site=(site,), tokens=tokens, steps=4),
+            TrainCommand(study=folder, site=(site,), k=(16, 32), size=(2048,), tokens=3 * tokens),
+            ItdaCommand(study=folder, site=(site,), k=16, size=(2048,), tokens=max(1, tokens // 2)),
             EvaluateCommand(study=folder, effect_shots=8),
             ConceptsCommand(studies=(folder,), images=600, noise=(LATE,)),
             CollectCommand(study=folder, drawn_world=True, images=400, noise=(LATE,), patches=0),
@@ -60,8 +78,16 @@ def mini(folder: Path) -> Study:
     )
 
 
-def mini_full(folder: Path) -> Study:
-    """mini-flux in full: k and size at one site, all sites at one k and size, normalisation, ITDA, neurons, control, steering.
+def mini_full(
+    folder: Path,
+    *,
+    model: str = "mini-flux",
+    precision: PrecisionChoice | None = None,
+    prompts: str = "captions",
+    pixels: ImageSize = None,
+    tokens: int = 1_000_000,
+) -> Study:
+    """Return the study of mini-flux in full: k and size at one site, all sites at one k and size, and whatever can be measured.
 
     `folder/untrained` is the study of the same model with a denoiser that was never trained: the control that arXiv 2505.24360
     leaves to the future.
@@ -69,17 +95,18 @@ def mini_full(folder: Path) -> Study:
     middle, sites = "double.2", ("double.0", "double.1", "double.2", "single.0", "single.1", "single.3")
     sizes, ks = (512, 2048, 4096), (8, 16, 32)
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = HarvestCommand(model="mini-flux", site=sites, prompts="captions", tokens=1_000_000, steps=4, out=folder)
-    train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2_000_000)
-    itda = ItdaCommand(study=folder, site=(middle,), k=16, size=(2048,), tokens=100_000)
-    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first100000", f"{middle}:neurons/neurons-768-k32")
+    loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
+    harvest = HarvestCommand(**loading, site=sites, tokens=tokens, steps=4)
+    train = TrainCommand(study=folder, site=(middle,), k=(16,), size=(2048,), tokens=2 * tokens)
+    itda = ItdaCommand(study=folder, site=(middle,), k=16, size=(2048,), tokens=max(1, tokens // 10))
+    compared = (f"{middle}/topk-2048-k32", f"{middle}/itda-2048-k32-first{itda.tokens}", f"{middle}:neurons/neurons-768-k32")
     together = ",".join(f"{site}/topk-2048-k16" for site in ("double.2", "single.0", "single.1"))
     explain = ExplainCommand(studies=(folder, folder / "untrained"), dictionary=compared, random_features=2048)
     return Study(
         folder=folder,
-        model="mini-flux",
+        model=model,
         commands=(
-            AnatomyCommand(model="mini-flux", prompts="captions", out=folder),
+            AnatomyCommand(**loading),
             harvest,
             replace(train, k=ks, size=sizes),
             replace(train, site=elsewhere),
@@ -87,7 +114,7 @@ def mini_full(folder: Path) -> Study:
             replace(itda, size=sizes),
             *(replace(itda, k=k) for k in ks if k != itda.k),
             replace(itda, site=elsewhere),
-            *_neurons(harvest, middle, ks, tokens=200_000),
+            *_neurons(harvest, middle, ks, tokens=max(1, tokens // 5)),
             EvaluateCommand(study=folder, effect_shots=EFFECT),
             *_control(folder / "untrained", harvest, replace(train, k=(32,))),
             ConceptsCommand(studies=(folder, folder / "untrained"), site=(middle,), noise=(LATE, 0.9)),
@@ -120,43 +147,52 @@ def _control(folder: Path, harvest: HarvestCommand, train: TrainCommand) -> tupl
     )
 
 
-def flux_schnell(folder: Path) -> Study:
+def flux_schnell(
+    folder: Path,
+    *,
+    model: str = "black-forest-labs/FLUX.1-schnell",
+    precision: PrecisionChoice | None = None,
+    prompts: str = CAPTIONS,
+    pixels: ImageSize = (256, 256),
+    tokens: int = 30_720_000,
+) -> Study:
     """Return arXiv 2505.24360 on FLUX.1 schnell: SAEs at four sites, a sweep over k and size at the middle one, ITDA, neurons.
 
     The activations of 30.7 M tokens take about 390 GB in int8.
     """
-    return _flux(folder, "black-forest-labs/FLUX.1-schnell", steps=1, guidance=0.0)
+    loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
+    return _flux(folder, {**loading, "steps": 1, "guidance": 0.0}, tokens)
 
 
-def flux_dev(folder: Path) -> Study:
+def flux_dev(
+    folder: Path,
+    *,
+    model: str = "black-forest-labs/FLUX.1-dev",
+    precision: PrecisionChoice | None = None,
+    prompts: str = CAPTIONS,
+    pixels: ImageSize = (256, 256),
+    tokens: int = 30_720_000,
+) -> Study:
     """Return the same study of FLUX.1 dev, at all of its 28 steps and with its default guidance."""
-    return _flux(folder, "black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5)
+    loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
+    return _flux(folder, {**loading, "steps": 28, "guidance": 3.5}, tokens)
 
 
-def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
+def _flux(folder: Path, loading: Mapping[str, Any], tokens: int) -> Study:
+    """Return a study of FLUX.1; `loading` are the flags that its commands which load it by name share."""
     middle, sites = "double.18", ("double.9", "double.18", "single.9", "single.18")
     elsewhere = tuple(site for site in sites if site != middle)
-    harvest = HarvestCommand(
-        model=model,
-        site=sites,
-        prompts=CAPTIONS,
-        tokens=30_720_000,
-        steps=steps,
-        pixels=(256, 256),
-        guidance=guidance,
-        dtype="int8",
-        out=folder,
-    )
+    harvest = HarvestCommand(**loading, site=sites, tokens=tokens, dtype="int8")
     return Study(
         folder=folder,
-        model=model,
+        model=loading["model"],
         commands=(
-            AnatomyCommand(model=model, prompts=CAPTIONS, steps=steps, pixels=(256, 256), guidance=guidance, out=folder),
+            AnatomyCommand(**loading),
             harvest,
             TrainCommand(study=folder, site=(middle,), preset="paper", k=(32, 48, 64), size=(16_384, 32_768, 65_536)),
             TrainCommand(study=folder, site=elsewhere, preset="paper", k=(64,), size=(65_536,)),
             ItdaCommand(study=folder, site=sites, preset="paper"),
-            *_neurons(harvest, middle, (64,), tokens=1_000_000),
+            *_neurons(harvest, middle, (64,), tokens=min(1_000_000, tokens)),
             EvaluateCommand(study=folder),
             CollectCommand(study=folder, site=(middle,), images=8000),
             ReportCommand(study=folder),
@@ -164,28 +200,28 @@ def _flux(folder: Path, model: str, steps: int, guidance: float) -> Study:
     )
 
 
-def sdxl_turbo(folder: Path) -> Study:
-    """arXiv 2410.22366 on SDXL Turbo: the updates of four blocks at one step, k 10, size 5,120.
+def sdxl_turbo(
+    folder: Path,
+    *,
+    model: str = "stabilityai/sdxl-turbo",
+    precision: PrecisionChoice | None = None,
+    prompts: str = AESTHETIC,
+    pixels: ImageSize = (512, 512),
+    tokens: int = 38_400_000,
+) -> Study:
+    """Return arXiv 2410.22366 on SDXL Turbo: the updates of four blocks at one step, k 10, size 5,120.
 
     A tenth of its 384 M vectors for each block, which take about 200 GB in int8.
     """
-    model, sites = "stabilityai/sdxl-turbo", ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
+    sites = ("down.2.1:update", "mid.0:update", "up.0.0:update", "up.0.1:update")
+    loading: dict[str, Any] = {"model": model, "precision": precision, "prompts": prompts, "pixels": pixels, "out": folder}
+    loading |= {"steps": 1, "guidance": 0.0}
     return Study(
         folder=folder,
         model=model,
         commands=(
-            AnatomyCommand(model=model, prompts=AESTHETIC, steps=1, pixels=(512, 512), guidance=0.0, out=folder),
-            HarvestCommand(
-                model=model,
-                site=sites,
-                prompts=AESTHETIC,
-                tokens=38_400_000,
-                steps=1,
-                pixels=(512, 512),
-                guidance=0.0,
-                dtype="int8",
-                out=folder,
-            ),
+            AnatomyCommand(**loading),
+            HarvestCommand(**loading, site=sites, tokens=tokens, dtype="int8"),
             TrainCommand(study=folder, site=sites, preset="unbox", k=(10,), size=(5120,)),
             EvaluateCommand(study=folder),
             CollectCommand(study=folder, images=8000),
@@ -247,6 +283,9 @@ def _checked(name: str, study: object) -> Study:
     return study
 
 
+RECIPES_OWN = "(default: the recipe's own)"
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(Command):
@@ -254,6 +293,16 @@ class RunCommand(Command):
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """mini, mini_full, flux_schnell, flux_dev, sdxl_turbo; or FILE.py:FUNCTION, a function from a folder to a Study."""
+    model: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint=RECIPES_OWN)] = None
+    """An embedded model, a folder, or a name on the hub."""
+    precision: Annotated[PrecisionChoice | None, arg(help_behavior_hint=RECIPES_OWN)] = None
+    """How the model's weights are held; auto is what fits into memory."""
+    prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint=RECIPES_OWN)] = None
+    """A file or folder, a data set on the hub (OWNER/NAME:COLUMN), or `captions`."""
+    pixels: Annotated[Pixels, arg(help_behavior_hint=RECIPES_OWN)] = None
+    """Image size; one number for a square."""
+    tokens: Annotated[int | None, TOKENS, arg(help_behavior_hint=RECIPES_OWN)] = None
+    """Tokens to harvest at each site; smaller harvests of the recipe shrink with it."""
     out: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: a folder of the recipe's name)")] = None
     """The folder of the study; created if it does not exist."""
     until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
@@ -262,16 +311,56 @@ class RunCommand(Command):
     """Print the commands with their state, disk and time, and run nothing."""
 
     def __call__(self) -> None:
+        folder = self.out or Path(self.recipe.rpartition(":")[2])
+        options = {**self._earlier(folder), **self._given()}
         function = recipe(self.recipe)
         with _mistakes(self.recipe):
-            study = function(self.out or Path(self.recipe.rpartition(":")[2]))
+            _check_options(self.recipe, function, options)
+            study = function(folder, **options)
         study = _checked(self.recipe, study)
         if self.dry_run:
             from difflex.commands.estimates import estimate
             from difflex.commands.forecast import plan, plan_table
-            from difflex.devices import machine_rate
+            from difflex.commands.machine import this_machine
 
-            print(plan_table(plan(study, machine_rate(), estimate, self.until)))
+            machine = this_machine()
+            print(plan_table(plan(study, machine, estimate, self.until), machine))
             return
-        run_study(study, until=self.until, recipe=self.recipe)
+        run_study(study, until=self.until, recipe=self.recipe, options=options)
         print(f"{study.folder.resolve()}: every command {'' if self.until is None else f'up to {self.until} '}is done")
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that were given; a file or folder by its absolute path, so that it is found from anywhere."""
+        from difflex.pipeline import embedded
+
+        options = {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        for name in {"model", "prompts"} & options.keys():
+            if options[name] not in embedded() and os.path.exists(options[name]):
+                options[name] = os.path.abspath(options[name])
+        return options
+
+    def _earlier(self, folder: Path) -> dict[str, Any]:
+        """Return the options that the recipe had when it ran in `folder` and that are not given now; print them."""
+        record = recipe_record(folder)
+        if record is None or record.flags.get("recipe") != self.recipe:
+            return {}
+        options = {name: value for name, value in record.flags.items() if name in OPTIONS and getattr(self, name) is None}
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        if options:
+            check_values(replace(self, **options))
+            words = command_words(CommandRecord(verb="run", flags={name: record.flags[name] for name in options}))
+            print(f"As when this recipe began here: {shlex.join(words[1:])}")
+        return options
+
+
+def _check_options(name: str, function: Recipe, options: Mapping[str, object]) -> None:
+    """Raise an error for an option that a recipe does not take."""
+    parameters = inspect.signature(function).parameters if options else {}
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            known = ", ".join(f"--{known}" for known in OPTIONS if known in parameters) or "no options"
+            raise BadInput(
+                f"The recipe {name} takes {known}, but --{option} was given. Add an argument `{option}` to its function."
+            )

@@ -7,15 +7,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, final
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
 from difflex.choices import Unit
-from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, VLMCommand, number, numbers
-from difflex.commands.inputs import first_and_end, load_study_model
+from difflex.commands.flags import SHARE, Numbers, StepRange, Strengths, StudyImagesCommand, VLMCommand, number, numbers
+from difflex.commands.inputs import first_and_end, load_study_model, open_study
 from difflex.errors import BadInput, UnknownName
 from difflex.images import check_output
 from difflex.records import Site
-from difflex.study import Command, Study
+from difflex.study import Study
 
 if TYPE_CHECKING:
     from difflex.effects import ModelFunctions
@@ -32,7 +32,7 @@ ExperimentName = Literal["pairs", "distribution", "adversarial", "quality", "siz
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteerEvalCommand(VLMCommand):
+class SteerEvalCommand(StudyImagesCommand, VLMCommand):
     """Steer towards concepts with the features that detect them, and judge what appears, what else changes and what breaks.
 
     The baselines are the contrast of pairs of captions, a random direction of the same norm, the neuron that detects the concept
@@ -63,8 +63,6 @@ class SteerEvalCommand(VLMCommand):
     """With --concepts, the judge: folder or hub name of a CLIP of transformers."""
     vlm: Annotated[str | None, arg(metavar="VLM", help_behavior_hint="(default: none)")] = None
     """With --concepts, the judge: a VLM, as for difflex explain."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
 
     def __call__(self) -> list[Path]:
         from difflex import effects
@@ -78,10 +76,10 @@ class SteerEvalCommand(VLMCommand):
             unit=self.unit,
             edit_steps=first_and_end(self.edit_steps),
         )
-        study, paths = Study.open(self.study), []
+        study, paths = open_study(self.study, self), []
         if not study.dictionaries():
             raise UnknownName(f"{study.folder} has no dictionaries yet. Make some with difflex train or difflex itda.")
-        model = cache(lambda: _model_functions(load_study_model(study, None, self.offload, self.offline)))
+        model = cache(lambda: _model_functions(load_study_model(study, self)))
         with self._world(study) as world:
             log = partial(print, flush=True)
             evaluations = effects.run_steering_evaluation(study, self.dictionary, config, model, world, log)
@@ -125,7 +123,7 @@ class SteerEvalCommand(VLMCommand):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RemovalCommand(Command):
+class RemovalCommand(StudyImagesCommand):
     """Remove concepts by their features, and judge on unseen prompts what is gone and what else is lost.
 
     Features are chosen step by step by the score of SAeUron on one set of prompts, their number and strength on another one (if
@@ -152,8 +150,6 @@ class RemovalCommand(Command):
     """What their codes are multiplied by: 0 removes them, a negative number writes the opposite."""
     edit_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Denoising steps to edit; END is not included."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
 
     def __call__(self) -> list[Path]:
         from difflex.effects import removal
@@ -167,8 +163,8 @@ class RemovalCommand(Command):
             strengths=self.strength,
             edit_steps=first_and_end(self.edit_steps),
         )
-        study = Study.open(self.study)
-        model = cache(lambda: _model_functions(load_study_model(study, None, self.offload, offline=False)))
+        study = open_study(self.study, self)
+        model = cache(lambda: _model_functions(load_study_model(study, self)))
         outcomes = removal.remove_concepts(study, self.dictionary, config, model, partial(print, flush=True))
         for _, results, is_reused in outcomes:
             print(f"{', '.join(results.dictionaries)}{': as before' if is_reused else ''}\n{removal.removal_table(results)}")
@@ -177,7 +173,7 @@ class RemovalCommand(Command):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class FindingsCommand(Command):
+class FindingsCommand(StudyImagesCommand):
     """Test published findings about steering on a model of the drawn world, and say whether each holds here.
 
     Five are of arXiv 2505.03189 on contrasts, two of arXiv 2505.24360 on features. Findings that are up to date are kept.
@@ -201,8 +197,6 @@ class FindingsCommand(Command):
     """Strengths in norms of a mean activation; the first and the last are used for the loss of quality alone."""
     other_model: Annotated[Path | None, arg(metavar="STUDY", help_behavior_hint="(default: none)")] = None
     """The study of a larger or smaller model with findings of its own, for the finding on size."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
 
     def __call__(self) -> list[Path]:
         from difflex.effects import findings
@@ -214,9 +208,9 @@ class FindingsCommand(Command):
             pairs=tuple(sorted(set(self.pairs))),
             strengths=tuple(sorted(set(self.strength))),
         )
-        study = Study.open(self.study)
+        study = open_study(self.study, self)
         check_output(study.findings(Site("site")))
-        pipe = load_study_model(study, None, self.offload, offline=False)
+        pipe = load_study_model(study, self)
         site = None if self.site is None else pipe.site(self.site)
         log = partial(print, flush=True)
         path, results = findings.run_findings(study, site, config, _model_functions(pipe), self.finding, self.other_model, log)

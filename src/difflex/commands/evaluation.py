@@ -10,18 +10,29 @@ from typing import Annotated, final
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import difflex
-from difflex.choices import Precision
-from difflex.commands.flags import AMOUNT, BATCH, COUNT, SHARE, STEPS, TOKENS, WHOLE, ModelCommand, NoiseLevels, Pixels
-from difflex.commands.inputs import load_study_model, read_prompts
+from difflex.commands.flags import (
+    AMOUNT,
+    BATCH,
+    COUNT,
+    SHARE,
+    STEPS,
+    TOKENS,
+    WHOLE,
+    ModelCommand,
+    NoiseLevels,
+    Pixels,
+    StudyModelCommand,
+)
+from difflex.commands.inputs import load_study_model, open_study, read_prompts
 from difflex.errors import BadInput, OutOfMemory
 from difflex.images import check_output
 from difflex.records import Activations, Shot, Site
-from difflex.study import Command, Study
+from difflex.study import Study
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(Command):
+class EvaluateCommand(StudyModelCommand):
     """Evaluate dictionaries on held-out activations, and their effect on the model; what is up to date is kept."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -36,14 +47,11 @@ class EvaluateCommand(Command):
     """Number of held-out shots at which to measure the effect on the model; 0 skips it and loads no model."""
     measure: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="(default: none)")] = ()
     """Image measures in addition to PSNR and SSIM: `lpips`, or `clip:` and the folder or hub name of a CLIP."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep on the GPU only the part of the model that is running."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Load models of the hub from the local cache only."""
 
     def __call__(self) -> list[Path]:
         from difflex.evaluation import EditedModel, EvaluationConfig, evaluate_study, evaluation_table
 
+        study = open_study(self.study, self)
         config = EvaluationConfig(
             sites=self.site,
             dictionaries=self.dictionary,
@@ -51,12 +59,12 @@ class EvaluateCommand(Command):
             shots=self.effect_shots,
             measures=self.measure,
             offline=self.offline,
+            precision=self.precision and study.settings.precision,
         )
-        study = Study.open(self.study)
-        load = cache(lambda precision: load_study_model(study, precision, self.offload, self.offline))
+        load = cache(lambda precision: load_study_model(study.run_in(precision), self))
 
         def edited_model(site: Site, shots: Sequence[Shot]) -> EditedModel:
-            pipe = load(shots[0].precision)
+            pipe = load(config.precision or shots[0].precision)
             return EditedModel(partial(pipe.predictions, shots, site), partial(pipe.images, shots, site))
 
         results = evaluate_study(study, config, edited_model)
@@ -69,7 +77,7 @@ class EvaluateCommand(Command):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ConceptsCommand(Command):
+class ConceptsCommand(StudyModelCommand):
     """Match features to known concepts: what each feature detects, and how well compared with a linear probe."""
 
     studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")]
@@ -94,12 +102,6 @@ class ConceptsCommand(Command):
     """A token does not show a concept if at most this share of its area does; between the two it is ignored."""
     batch: Annotated[int, BATCH] = 32
     """Images per forward pass."""
-    precision: Annotated[Precision | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a GPU)")] = None
-    """Precision of the model's weights."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep on the GPU only the part of the model that is running."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Load models of the hub from the local cache only."""
 
     def __call__(self) -> list[Path]:
         from difflex.evaluation.concepts import ConceptsConfig, LabelFolder, drawn_source, match_studies
@@ -115,10 +117,10 @@ class ConceptsCommand(Command):
         )
         if not self.studies:
             raise BadInput("No study was named. Name one or more: difflex concepts STUDY.")
-        studies = [Study.open(folder) for folder in self.studies]
+        studies = [open_study(folder, self) for folder in self.studies]
 
         def open_model(study: Study):
-            pipe = cache(lambda: load_study_model(study, self.precision, self.offload, self.offline))
+            pipe = cache(lambda: load_study_model(study, self))
 
             def harvest_at(site: Site):
                 if site.kind == "neurons" and "neurons" not in pipe().kinds(site):
@@ -190,7 +192,7 @@ class AnatomyCommand(ModelCommand):
 
         check_output(self.out / "study.json")
         prompts = read_prompts(self.prompts, None)
-        pipe = self.load()
+        pipe = self.load(self.out)
         study = Study.open_or_plan(self.out, pipe.name, pipe.revision)
         study.prepare()
         sites, spectra = self._sites(pipe)

@@ -10,9 +10,21 @@ from typing import TYPE_CHECKING, Annotated, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import HighlightStyle, Precision
-from difflex.commands.flags import AMOUNT, BATCH, COUNT, STEPS, WHOLE, NoiseLevels, Pixels, Seeds, StepRange, number
-from difflex.commands.inputs import load_study_model, open_book, read_prompts
+from difflex.choices import HighlightStyle
+from difflex.commands.flags import (
+    AMOUNT,
+    BATCH,
+    COUNT,
+    STEPS,
+    WHOLE,
+    NoiseLevels,
+    Pixels,
+    Seeds,
+    StepRange,
+    StudyModelCommand,
+    number,
+)
+from difflex.commands.inputs import load_study_model, open_book, open_study, read_prompts
 from difflex.errors import BadInput
 from difflex.features import BestConcept, Book, ImageAlbum, select_features, sheet
 from difflex.features.entries import FeatureStats
@@ -34,7 +46,7 @@ TEXT_COLUMNS = ("concept", "explanation")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CollectCommand(Command):
+class CollectCommand(StudyModelCommand):
     """Make the book of each dictionary: statistics, images and maps of its features; continues after a kill."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -49,13 +61,13 @@ class CollectCommand(Command):
     """Generate images from these prompts: a file, a folder, a data set or `captions`, as for difflex harvest."""
     seeds: Seeds = range(1)
     """Seeds for each of the --prompts; END is excluded."""
-    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: the model's own)")] = None
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: that of the study)")] = None
     """Number of denoising steps, with --prompts."""
     keep_steps: Annotated[StepRange, arg(help_behavior_hint="(default: all)")] = None
     """Steps to take activations from, with --prompts; END is excluded."""
-    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: the model's own)")] = None
+    pixels: Annotated[Pixels, arg(help_behavior_hint="(default: that of the study)")] = None
     """Image size, with --prompts; with --folder, images are resized and cropped to it."""
-    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: that of the study)")] = None
     """Guidance scale, with --prompts."""
     folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Use the images in this folder, noised; NAME.txt holds the prompt of NAME.jpg."""
@@ -69,18 +81,12 @@ class CollectCommand(Command):
     """Random images in which it fires."""
     silent_examples: Annotated[int, number(1, 1000)] = 8
     """Random images in which it does not fire."""
-    no_patches: FlagCreatePairsOff[bool] = False
-    """Do not generate the images that ITDA atoms were taken from."""
+    patches: Annotated[int | None, WHOLE, arg(help_behavior_hint="(default: as many as --images)")] = None
+    """Generate at most this many further images that ITDA atoms were taken from, those of the most atoms first; 0 for none."""
     discard_explanations: FlagCreatePairsOff[bool] = False
     """Delete the explanations in these books; without it they are kept when a book is made again."""
     batch: Annotated[int, BATCH] = 16
     """Images per forward pass."""
-    precision: Annotated[Precision | None, arg(help_behavior_hint="(default: that of the harvest)")] = None
-    """Precision of the model's weights."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep on the GPU only the part of the model that is running."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Load models of the hub from the local cache only."""
 
     def __call__(self) -> list[Path]:
         from difflex.features.collecting import CollectConfig, collect_study
@@ -88,7 +94,7 @@ class CollectCommand(Command):
 
         if sum(map(bool, (self.prompts, self.folder, self.drawn_world))) > 1:
             raise BadInput("--prompts, --folder and --drawn-world are three sources of images. Use one of them.")
-        study = Study.open(self.study)
+        study = open_study(self.study, self)
         refs = study.select_dictionaries(self.site, self.dictionary)
         counts = {name: getattr(self, name) for name in ("top_examples", "random_examples", "silent_examples")}
         editor, stores = StudyEditor(study), study.stores()
@@ -102,7 +108,7 @@ class CollectCommand(Command):
                 CollectConfig(**counts),
                 load=editor.dictionary,
                 strengths=lambda ref: editor.default_strengths(ref) if ref.site in stores else (),
-                draw_patches=not self.no_patches,
+                most_patches=self.patches,
                 discard_explanations=self.discard_explanations,
             )
         for book in books:
@@ -118,7 +124,7 @@ class CollectCommand(Command):
         """
         from difflex.features.collecting import noised_source, runs_source, stored_source
 
-        pipe = cache(lambda precision: load_study_model(study, self.precision or precision, self.offload, self.offline))
+        pipe = cache(lambda precision: load_study_model(study.run_in(precision), self))
 
         def harvest(precision: str | None):
             return lambda shots, sites: pipe(precision).harvest_with_images(shots, sites, batch=self.batch)
@@ -129,10 +135,10 @@ class CollectCommand(Command):
 
         if self.drawn_world or self.folder is not None:
             description, count, load = self._existing_images()
-            description += f", noise {','.join(map(str, self.noise))}, precision {self.precision}"
+            description += f", noise {','.join(map(str, self.noise))}, precision {study.settings.precision}"
             return noised_source(description, count, load, harvest_images, harvest(None), self.batch)
         if self.prompts is None:
-            return stored_source(study, refs, self.images, self.precision, harvest)
+            return stored_source(study, refs, self.images, self.precision and study.settings.precision, harvest)
         prompts = read_prompts(self.prompts, None)
         texts = islice(prompts.texts, -(-self.images // len(self.seeds)))
         shots = pipe(None).shots(texts, self.seeds, self.steps, self.keep_steps, self.pixels, self.guidance)
@@ -252,7 +258,7 @@ def _best_concepts(study: Study, ref: DictionaryRef) -> dict[int, BestConcept]:
     path = study.concepts(*ref)
     if not path.is_file():
         return {}
-    from difflex.dictionaries import fingerprint
+    from difflex.dictionary_config import fingerprint
     from difflex.evaluation.concepts.results import ConceptMatches
 
     matches = ConceptMatches.load(path)

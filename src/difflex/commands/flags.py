@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from difflex.choices import Precision
+from difflex.choices import PrecisionChoice
 from difflex.errors import BadInput
-from difflex.study import Command
+from difflex.study import Command, Study
 
 if TYPE_CHECKING:
     from difflex.explanation import RequestPolicy
@@ -32,6 +32,7 @@ MOST_PIXELS = 8192
 """The longest side of an image."""
 Number = TypeVar("Number", int, float)
 Values = TypeVar("Values", bound=Sequence[Any])
+THE_STUDYS = "(default: that of the study)"
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
 
 
@@ -230,29 +231,60 @@ class ModelCommand(Command):
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """An embedded model, a folder, or a name on the hub."""
-    precision: Annotated[Precision | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a GPU)")] = None
-    """How the model's weights are held; nf4 is four bits."""
+    precision: Annotated[PrecisionChoice | None, arg(help_behavior_hint="(default: fp32 on a CPU, bf16 on a GPU)")] = None
+    """How the model's weights are held; nf4 is four bits; auto is what fits into memory."""
     revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="(default: the newest)")] = None
     """The revision of a model on the hub."""
     untrained: Annotated[int | None, SEED, arg(help_behavior_hint="(default: the trained weights)")] = None
     """Use a denoiser with random weights of this seed; of a model on the hub all parts are random, and nothing is downloaded."""
+    text_length: Annotated[int | None, number(1, 512), arg(help_behavior_hint="(default: the model's own)")] = None
+    """Tokens of a prompt that the model reads, padding included; 256 for FLUX.1 schnell, 512 in arXiv 2505.24360."""
     offload: FlagCreatePairsOff[bool] = False
     """Keep only the part that is computing on the GPU."""
     offline: FlagCreatePairsOff[bool] = False
     """Use only the local cache of the hub."""
 
-    def load(self) -> "Pipeline":
-        """Load the model."""
+    def load(self, out: Path | None = None) -> "Pipeline":
+        """Load the model; a precision that is chosen by memory is that of the study in `out`, if there is one."""
         import difflex
 
+        kept = Study.open(out).settings if self.precision == "auto" and out and (out / "study.json").is_file() else None
+        precision = self.precision if kept is None else kept.precision or self.precision
         return difflex.load(
             self.model,
-            precision=self.precision,
+            precision=precision,
             revision=self.revision,
             untrained=self.untrained,
-            offload=self.offload,
+            offload=self.offload or (kept is not None and kept.offload),
             offline=self.offline,
+            text_length=self.text_length,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyModelCommand(Command):
+    """A command that loads the model of a study, held as the study says unless its flags say otherwise."""
+
+    precision: Annotated[PrecisionChoice | None, arg(help_behavior_hint=THE_STUDYS)] = None
+    """How the model's weights are held; auto is what fits into memory."""
+    offload: FlagCreatePairsOff[bool] = False
+    """Keep only the part that is computing on the GPU, also if the study did not."""
+    no_offload: FlagCreatePairsOff[bool] = False
+    """Keep the whole model on the GPU, also if the study did not."""
+    offline: FlagCreatePairsOff[bool] = False
+    """Use only the local cache of the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyImagesCommand(StudyModelCommand):
+    """A command that generates images with the model of a study, as the study did unless its flags say otherwise."""
+
+    pixels: Annotated[Pixels, arg(help_behavior_hint=THE_STUDYS)] = None
+    """Image size; one number for a square."""
+    steps: Annotated[int | None, STEPS, arg(help_behavior_hint=THE_STUDYS)] = None
+    """Number of denoising steps."""
+    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint=THE_STUDYS)] = None
+    """Guidance scale."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class HarvestCommand(ModelCommand):
     batch: Annotated[int, BATCH] = 16
     """Images at a time."""
     dtype: StoredDtype = "bf16"
-    """The number format on disk; int8 has a scale for each row."""
+    """The number format on disk; int8 takes half the space."""
     max_bytes: Annotated[Bytes, arg(help_behavior_hint="(default: the free disk space)")] = None
     """The largest size of the activations on disk, as in 100GB; checked before anything is written."""
 
@@ -78,7 +78,7 @@ class HarvestCommand(ModelCommand):
             progress=ranks.rank == 0,
         )
         config.check_folder(Study(folder=self.out, model="").activations, self.site)  # before minutes of loading
-        pipe = self.load()
+        pipe = self.load(self.out)
         study, settings = Study.open_or_plan(self.out, pipe.name, pipe.revision), harvest_settings(pipe, self)
         shots, source = study_shots(pipe, settings, prompts)
         harvest, config = partial(pipe.harvest, progress=False), replace(config, source=source)

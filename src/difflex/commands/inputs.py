@@ -3,9 +3,11 @@
 import random
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from difflex.commands.flags import StudyImagesCommand, StudyModelCommand
 from difflex.errors import BadInput, BrokenFile, DiskError, StaleWork, UnknownName
 from difflex.features import Book
 from difflex.files import file_sha256
@@ -53,7 +55,8 @@ def harvest_settings(pipe: "Pipeline", command: "HarvestCommand") -> StudySettin
     shot = next(pipe.shots("", steps=command.steps, pixels=command.pixels, guidance=command.guidance))
     return StudySettings(
         precision=pipe.precision,
-        offload=command.offload,
+        offload=pipe.engine.offloaded,
+        text_length=pipe.engine.text_length,
         pixels=shot.pixels,
         steps=shot.steps,
         guidance=shot.guidance,
@@ -75,21 +78,74 @@ def study_shots(pipe: "Pipeline", settings: StudySettings, prompts: PromptSource
     return shots, f"{prompts.source} {order}, seeds {seeds.start}:{seeds.stop}"
 
 
-def load_study_model(study: Study, precision: str | None, offload: bool, offline: bool) -> "Pipeline":
-    """Load the model that a study is about, in the revision it was begun with."""
+def open_study(folder: Path, command: StudyModelCommand, reserve: int = 0) -> Study:
+    """Open a study whose model runs as the study says unless the flags of `command` say otherwise: its `settings` say how.
+
+    A precision that is chosen by memory leaves `reserve` bytes free.
+    """
+    if command.offload and command.no_offload:
+        raise BadInput("--offload and --no-offload exclude each other. Leave one of them out.")
+    study = Study.open(folder)
+    harvest = _harvest_settings(study)
+    changes: dict[str, Any] = {"offload": (harvest.offload or command.offload) and not command.no_offload}
+    if isinstance(command, StudyImagesCommand):
+        flags = {name: getattr(command, name) for name in ("pixels", "steps", "guidance")}
+        changes |= {name: value for name, value in flags.items() if value is not None}
+    if command.precision == "auto":
+        from difflex.pipeline import choose_precision
+
+        offload = True if command.offload else False if command.no_offload else None
+        fit = choose_precision(study.model, offload=offload, offline=command.offline, reserve=reserve, **_model_arguments(study))
+        changes |= fit._asdict()
+    elif command.precision is not None:
+        changes["precision"] = command.precision
+    settings = replace(harvest, **changes)
+    if harvest.pixels is not None and settings.pixels != harvest.pixels:
+        new, old = (f"{height}x{width}" for height, width in (settings.pixels or harvest.pixels, harvest.pixels))
+        print(f"Images are of {new} pixels; the study was harvested at {old}.")
+    return replace(study, settings=settings)
+
+
+def _harvest_settings(study: Study) -> StudySettings:
+    """Return the settings of a study; of one that kept none, those of the first shot that it stored."""
+    if study.settings.precision is None:
+        from difflex.store import Store
+
+        for folder in study.stores().values():
+            shot = Store.open(folder).shot(0)
+            names = ("precision", "text_length", "pixels", "steps", "guidance")
+            return replace(study.settings, **{name: getattr(shot, name) for name in names})
+    return study.settings
+
+
+def load_study_model(study: Study, command: StudyModelCommand) -> "Pipeline":
+    """Load the model of a study that `open_study` opened, in its revision, with its settings as defaults."""
     import difflex
 
-    revision = study.revision or ""
-    match = re.fullmatch(rf"{UNTRAINED}(\d{{1,19}})", revision)
-    untrained = int(match[1]) if match else None
-    return difflex.load(
+    settings, model = study.settings, _model_arguments(study)
+    offload = settings.offload and (command.offload or _has_gpu())  # on a CPU, only what was asked for warns
+    pipe = difflex.load(
         study.model,
-        precision=precision,
-        revision=study.revision if untrained is None else None,
-        untrained=untrained,
+        precision=settings.precision,
         offload=offload,
-        offline=offline,
+        offline=command.offline,
+        text_length=settings.text_length,
+        **model,
     )
+    pipe.engine.set_defaults(settings.pixels, settings.steps, settings.guidance)
+    return pipe
+
+
+def _has_gpu() -> bool:
+    from difflex.devices import find_device
+
+    return find_device().type == "cuda"
+
+
+def _model_arguments(study: Study) -> dict[str, Any]:
+    """Return the revision on the hub, or the seed of the random weights, of the model of a study."""
+    match = re.fullmatch(rf"{UNTRAINED}(\d{{1,19}})", study.revision or "")
+    return {"revision": None, "untrained": int(match[1])} if match else {"revision": study.revision, "untrained": None}
 
 
 def open_book(study: Study, ref: DictionaryRef) -> Book:
@@ -97,7 +153,7 @@ def open_book(study: Study, ref: DictionaryRef) -> Book:
     path, folder = study.book(*ref), study.dictionary(*ref)
     if not path.is_file():
         raise UnknownName(f"{ref} has no book yet. Run difflex collect to make it.")
-    from difflex.dictionaries import fingerprint
+    from difflex.dictionary_config import fingerprint
 
     book = Book.open(path)
     try:

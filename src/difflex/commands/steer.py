@@ -11,12 +11,11 @@ from PIL import Image, ImageChops
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from difflex.choices import ContrastMethod, Operation, Unit
-from difflex.commands.flags import AMOUNT, BATCH, NUMBER, SEED, STEPS, STRENGTHS, Features, Seeds, StepRange, Strengths
-from difflex.commands.inputs import first_and_end, load_study_model, stored_strength
+from difflex.commands.flags import BATCH, NUMBER, SEED, STRENGTHS, Features, Seeds, StepRange, Strengths, StudyImagesCommand
+from difflex.commands.inputs import first_and_end, load_study_model, open_study, stored_strength
 from difflex.errors import BadInput
 from difflex.images import check_image_path, check_output, check_sheet, contact_sheet, write_image
 from difflex.records import Edit, Rectangle, Shot, TransplantSource
-from difflex.study import Command, Study
 
 if TYPE_CHECKING:
     from difflex.pipeline import Pipeline
@@ -28,7 +27,7 @@ AMPLIFIED = 4
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SteerCommand(Command):
+class SteerCommand(StudyImagesCommand):
     """Generate images while features, or a contrast direction, are edited; the first column is unedited."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -63,10 +62,6 @@ class SteerCommand(Command):
     """Region of that image; it is centred on the region of the edit."""
     seeds: Seeds = range(1)
     """Seeds of the noise; END is not included."""
-    steps: Annotated[int | None, STEPS, arg(help_behavior_hint="(default: the model's own)")] = None
-    """Number of denoising steps."""
-    guidance: Annotated[float | None, AMOUNT, arg(metavar="SCALE", help_behavior_hint="(default: the model's own)")] = None
-    """Guidance scale."""
     differences: FlagCreatePairsOff[bool] = False
     """Add a row of differences to the unedited image below each row, amplified four times."""
     record: Annotated[Path | None, arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
@@ -75,10 +70,6 @@ class SteerCommand(Command):
     """Make a recorded edit again."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("steered.png")
     """Image file of the grid: .png, .webp or .jpg."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Use only the local cache of the hub."""
 
     def __call__(self) -> list[Path]:
         from difflex.steering import EditRecord, StudyEditor
@@ -86,11 +77,11 @@ class SteerCommand(Command):
         check_image_path(self.out)
         if self.record is not None:
             check_output(self.record)
-        editor = StudyEditor(Study.open(self.study))
+        editor = StudyEditor(open_study(self.study, self))
         replay = None if self.replay is None else EditRecord.load(self.replay)
         if replay is not None:
             replay.check(editor)
-        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        pipe = load_study_model(editor.study.run_in(replay.shot.precision if replay and not self.precision else None), self)
         columns = [replay.edits] if replay else [(edit,) for edit in self._edits(editor, pipe)]
         rows = 1 if replay else len(self.prompt) * len(self.seeds) * (1 + self.differences)
         check_sheet(self.out, rows, 1 + len(columns), next(iter(pipe.shots(""))).pixels)
@@ -140,7 +131,7 @@ class SteerCommand(Command):
         return [editor.with_default_strength(edit, stored)]
 
     def _shots(self, pipe: "Pipeline") -> list[Shot]:
-        shots = pipe.shots(self.prompt, seeds=self.seeds, steps=self.steps, keep_steps=[0], guidance=self.guidance)
+        shots = pipe.shots(self.prompt, seeds=self.seeds, keep_steps=[0])
         return [replace(shot, timestep=None) for shot in shots]
 
     def _sheet(
@@ -158,7 +149,7 @@ class SteerCommand(Command):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class IconCommand(Command):
+class IconCommand(StudyImagesCommand):
     """Generate what features draw on their own, for an empty prompt; a row each.
 
     At an `update` site the block writes nothing but the feature. At other sites the feature is added to the activation: without
@@ -179,10 +170,6 @@ class IconCommand(Command):
     """Seed of the noise."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("icons.png")
     """Image file of the grid: .png, .webp or .jpg."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Use only the local cache of the hub."""
 
     def __call__(self) -> list[Path]:
         from difflex.steering import StudyEditor
@@ -190,9 +177,9 @@ class IconCommand(Command):
         check_image_path(self.out)
         if not self.features:
             raise BadInput("No feature was named. Name one or more by their numbers.")
-        editor = StudyEditor(Study.open(self.study))
+        editor = StudyEditor(open_study(self.study, self))
         place = editor.study.find_dictionary(self.dictionary)
-        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        pipe = load_study_model(editor.study, self)
         template = Edit(
             operation="replace" if place.site.kind == "update" else "add",
             site=place.site,
@@ -214,7 +201,7 @@ class IconCommand(Command):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ContrastCommand(Command):
+class ContrastCommand(StudyImagesCommand):
     """Find the direction between two sets of prompts at a site; `difflex steer --contrast NAME` edits along it."""
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
@@ -239,10 +226,6 @@ class ContrastCommand(Command):
     """Decompose the direction into features of this dictionary."""
     batch: Annotated[int, BATCH] = 16
     """Images at once."""
-    offload: FlagCreatePairsOff[bool] = False
-    """Keep only the part that is computing on the GPU."""
-    offline: FlagCreatePairsOff[bool] = False
-    """Use only the local cache of the hub."""
 
     def __call__(self) -> list[Path]:
         from difflex.steering import StudyEditor
@@ -250,11 +233,11 @@ class ContrastCommand(Command):
 
         if not re.fullmatch(r"[\w.-]{1,100}", self.name, re.ASCII):
             raise BadInput(f"'{self.name:.100}' cannot be a file name. Use at most 100 letters, digits, '.', '_' and '-'.")
-        editor = StudyEditor(Study.open(self.study))
+        editor = StudyEditor(open_study(self.study, self))
         check_output(editor.study.contrast(self.name))
         pairs = _read_pairs(self.pairs) if self.pairs is not None else self._pairs()
         place = None if self.dictionary is None else editor.study.find_dictionary(self.dictionary)
-        pipe = load_study_model(editor.study, None, self.offload, self.offline)
+        pipe = load_study_model(editor.study, self)
         site = pipe.site(self.site)
         if place is not None and place.site != site:
             raise BadInput(f"{place} is a dictionary of {place.site}, but the contrast is at {site}. Name one of {site}.")

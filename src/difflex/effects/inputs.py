@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from difflex.dictionaries import fingerprint
+from difflex.dictionary_config import fingerprint
 from difflex.errors import BadInput, StaleWork
 from difflex.evaluation.concepts.results import ConceptMatches
 from difflex.records import Activations, Rectangle, Shot, Site
@@ -87,6 +87,8 @@ class Provenance:
     """The CLIP or VLM that judged; empty for the judge of the drawn world."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of other files: of `concepts`, of `other findings`."""
+    run: str = ""
+    """Precision, pixels, steps and guidance of the model, as far as the study or flags set them."""
 
     @classmethod
     def of(
@@ -102,6 +104,7 @@ class Provenance:
             features={str(place): dict(by_concept) for place, by_concept in features.items()},
             judge=judge,
             files=dict(files or {}),
+            run=str(study.settings),
         )
 
 

@@ -61,6 +61,8 @@ class ModelEffect:
     """Mean squared difference of pixels between 0 and 1; None without images."""
     similarity: dict[str, ReplacementEffect]
     """`ssim` and every other image measure by name, averaged over images."""
+    precision: str | None = None
+    """Of the model's weights; None for that of the harvest."""
 
     @property
     def psnr(self) -> ReplacementEffect | None:

@@ -40,6 +40,8 @@ class EvaluationConfig:
     """Image measures in addition to PSNR and SSIM: `lpips`, or `clip:` and a folder or hub name."""
     offline: bool = False
     """Load the models of `measures` from the local cache only."""
+    precision: str | None = None
+    """Of the model's weights; None for that of the harvest."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.shots < 0:
@@ -102,17 +104,20 @@ def _evaluate_site(
     tokens, shots = min(config.tokens, rows), min(config.shots, rows // store.tokens)
     data = f"{tokens} of {rows} held-out tokens of {store.site} of {store.model}, seed {SEED}, {store.fingerprint}"
     before = {ref: _load_current(study, ref, data) for ref in refs}
-    if all(saved is not None and not _lacks_effect(saved.effect, shots, measures) for saved in before.values()):
+    if all(saved is not None and not _lacks_effect(saved.effect, shots, measures, config.precision) for saved in before.values()):
         return {ref: EvaluationResult(saved, True) for ref, saved in before.items() if saved is not None}
     with folder_lock(study.evaluation(*refs[0]).parent):
         before = {ref: _load_current(study, ref, data) for ref in refs}  # another process may have written some meanwhile
         evaluations = {ref: before[ref] or _evaluate(study, ref, store, tokens, data, progress) for ref in refs}
-        missing = [ref for ref, evaluation in evaluations.items() if _lacks_effect(evaluation.effect, shots, measures)]
+        missing = [
+            ref for ref, evaluation in evaluations.items() if _lacks_effect(evaluation.effect, shots, measures, config.precision)
+        ]
         if missing:
             count = max([shots, *(effect.shots for ref in missing if (effect := evaluations[ref].effect))])
             effects = _measure_effects([study.dictionary(*ref) for ref in missing], store, model, count, measures)
             for ref, effect in zip(missing, effects, strict=False):  # no effects if no shot can be generated again
-                evaluations[ref] = replace(evaluations[ref], effect=_combine(evaluations[ref].effect, effect))
+                effect = _combine(evaluations[ref].effect, replace(effect, precision=config.precision))
+                evaluations[ref] = replace(evaluations[ref], effect=effect)
                 evaluations[ref].save(study.evaluation(*ref))
     return {ref: EvaluationResult(evaluation, evaluation == before[ref]) for ref, evaluation in evaluations.items()}
 
@@ -148,10 +153,10 @@ def _load(folder: Path, store: Store) -> Dictionary:
     return dictionary
 
 
-def _lacks_effect(effect: ModelEffect | None, shots: int, measures: Iterable[str]) -> bool:
+def _lacks_effect(effect: ModelEffect | None, shots: int, measures: Iterable[str], precision: str | None) -> bool:
     if effect is None or not shots:
         return shots > 0
-    return effect.shots < shots or any(name not in effect.similarity for name in measures)
+    return effect.shots < shots or effect.precision != precision or any(name not in effect.similarity for name in measures)
 
 
 def _measure_effects(
@@ -173,7 +178,7 @@ def _measure_effects(
 
 def _combine(before: ModelEffect | None, effect: ModelEffect) -> ModelEffect:
     """Add to `effect` the image measures taken before on the same images."""
-    if before is None or before.shots != effect.shots:
+    if before is None or (before.shots, before.precision) != (effect.shots, effect.precision):
         return effect
     return replace(effect, similarity={**before.similarity, **effect.similarity})
 

@@ -24,7 +24,10 @@ from difflex.pipeline.prompts import PromptEncoder
 from difflex.pipeline.sites import SiteMap
 from difflex.pipeline.sources import ModelDefaults
 from difflex.records import Shot
+from difflex.values import fits, shown
 
+MOST_TEXT = 512
+"""The largest `max_sequence_length` that the pipelines of diffusers accept."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -46,12 +49,22 @@ class Engine:
         """Whether the denoiser is sharded over ranks; then all ranks must call it equally often."""
         self.max_batch: int | None = None
         """The largest batch to try, once a larger one did not fit into memory."""
+        self.offloaded = False
+        """Whether only the component that computes is on the GPU."""
+        self.text_length: int | None = None
+        """Tokens of a prompt in new shots; None for the model's default."""
+        self._default_pixels: tuple[int, int] | None = None
         self._timesteps: dict[tuple[tuple[int, int], int, float], tuple[float, ...]] = {}
 
     @property
     def denoiser(self) -> nn.Module:
         """The component that is called once per step."""
         return self.diffusers.components[self.family.denoiser]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes; a component that is offloaded is elsewhere until it is called."""
+        return self.diffusers._execution_device
 
     @property
     def token_pixels(self) -> int:
@@ -61,7 +74,21 @@ class Engine:
 
     @property
     def default_pixels(self) -> tuple[int, int]:
-        return self.defaults.default_pixels(self.config("sample_size"), self.diffusers.vae_scale_factor)
+        return self._default_pixels or self.defaults.default_pixels(self.config("sample_size"), self.diffusers.vae_scale_factor)
+
+    def set_defaults(self, pixels: tuple[int, int] | None, steps: int | None, guidance: float | None) -> None:
+        """Replace the settings of a run that names none; None leaves one as it is."""
+        self._default_pixels = pixels or self._default_pixels
+        steps, guidance = steps or self.defaults.steps, self.defaults.guidance if guidance is None else guidance
+        self.defaults = replace(self.defaults, steps=steps, guidance=guidance)
+
+    def set_text_length(self, length: int | None) -> None:
+        """Let the model read `length` tokens of each prompt, padding included; None for its default."""
+        if length is not None and self.defaults.text_length is None:
+            raise BadInput(f"The text length of a {type(self.diffusers).__name__} is fixed. Leave {length} out.")
+        if length is not None and (not fits(int, length) or not 1 <= length <= MOST_TEXT):
+            raise BadInput(f"A text length of {shown(length)} tokens is not possible. Use 1 to {MOST_TEXT}.")
+        self.text_length = None if length == self.defaults.text_length else length
 
     def config(self, entry: str) -> object:
         """Return an entry of the denoiser's config, or else of the pipeline's; None if neither has it."""
@@ -76,7 +103,7 @@ class Engine:
         """Call the pipeline for `shots`, which differ in prompt and seed only; return images, or latents if requested."""
         self.tracker.check_idle()
         guided = self.is_guided(shots[0].guidance)
-        prompts = self.encoder([shot.prompt for shot in shots], guided)
+        prompts = self.encoder([shot.prompt for shot in shots], guided, shots[0].text_length)
         unconditional = prompts.get("negative_prompt_embeds")
         context = RunContext(tuple(shots), guided, timestep, unconditional if isinstance(unconditional, Tensor) else None)
         # Each class of diffusers has its own `__call__`, the base has none.
@@ -169,7 +196,7 @@ class Engine:
         """Return the scheduler's timesteps in a run like `shot`."""
         key = (shot.pixels, shot.steps, shot.guidance)
         if key not in self._timesteps:
-            self.first_call(Shot(model=shot.model, pixels=shot.pixels, steps=shot.steps, guidance=shot.guidance))
+            self.first_call(replace(shot, prompt="", timestep=None, image=None, noise=None))
             self._timesteps[key] = tuple(map(float, self.diffusers.components["scheduler"].timesteps))
         return self._timesteps[key]
 
@@ -289,14 +316,14 @@ def _merge(runs: Sequence[Run]) -> Run:
 def _batch_key(run: Run) -> tuple[object, ...]:
     """Return what runs must share to be one batch."""
     shot = run.shots[0]
-    return shot.pixels, shot.steps, shot.guidance, run.timesteps
+    return shot.pixels, shot.steps, shot.guidance, shot.text_length, run.timesteps
 
 
 def _encode_ahead(engine: Engine, runs: Iterator[Run], batch: int) -> Iterator[Run]:
     """Encode the prompts of `runs` some batches ahead where that is cheap."""
     while chunk := list(islice(runs, batch * engine.encoder.batches_ahead(batch))):
         with engine.tracker.claimed():
-            engine.encoder.encode([run.shots[0].prompt for run in chunk])
+            engine.encoder.encode([run.shots[0].prompt for run in chunk], chunk[0].shots[0].text_length)
         yield from chunk
 
 

@@ -39,6 +39,7 @@ def load(
     untrained: int | None = None,
     offline: bool = False,
     sharded: bool = False,
+    text_length: int | None = None,
 ) -> Pipeline:
     """Load the model `name`: one inside the package, a folder, or a hub model OWNER/NAME.
 
@@ -46,7 +47,8 @@ def load(
     and the large text encoder; auto is as `choose_precision` says. `offload` keeps only the active component on the GPU.
     `untrained` gives the denoiser random weights of that seed, as a control for the effect of training; for a hub model, whose
     files are then not downloaded, all components. `sharded` shards the denoiser over the processes of torchrun. `offline` takes
-    hub models from the local cache only.
+    hub models from the local cache only. `text_length` is the number of tokens of a prompt that the model reads, padding
+    included: by default 256 for FLUX.1 schnell, as its authors do, and 512 for other FLUX models.
     """
     device = find_device(device)
     if precision == "auto":
@@ -71,6 +73,7 @@ def load(
         source = source._replace(revision=f"untrained-{untrained}")
     pipeline.set_progress_bar_config(disable=True)
     engine = Engine(pipeline, family, read_defaults(source.folder, family, plan))
+    engine.set_text_length(text_length)
     if not sharded and not offload and (device.type != "cpu" or precision != "nf4"):
         pipeline.to(device)
     check_finite(source.name, pipeline)  # on the GPU where possible: there it takes no time

@@ -179,8 +179,8 @@ class StudyFacts:
     latest: datetime | None
     """When the youngest of the files that the report reads was written."""
     log: tuple[CommandRecord, ...]
-    recipe: str | None
-    """The recipe's name, if the log has one."""
+    recipe: CommandRecord | None
+    """The `difflex run` of the recipe, if the log has one."""
     stores: tuple[StoreFacts, ...]
     dictionaries: tuple[DictionaryFacts, ...]
     matches: tuple[MatchFacts, ...]

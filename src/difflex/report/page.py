@@ -124,7 +124,7 @@ def _stations(facts: StudyFacts) -> Markup:
 
 def _commands(facts: StudyFacts, spell: Spell) -> ReportSection:
     if facts.log:
-        line = ["difflex", "run", facts.recipe or "RECIPE", "--out", "STUDY"]
+        line = ["difflex", *(spell(facts.recipe) if facts.recipe else ("run", "RECIPE")), "--out", "STUDY"]
         lead = "One command runs the recipe: it skips finished commands and repeats stale ones. Its commands:"
         items = [_command(entry, spell) for entry in facts.log if entry.verb != "report"]
         commands = element("ol", *items, class_="commands")

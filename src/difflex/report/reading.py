@@ -8,8 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from difflex.dictionaries import fingerprint
-from difflex.dictionaries.files import DictionaryConfig, read_config
+from difflex.dictionary_config import DictionaryConfig, fingerprint, read_config
 from difflex.effects import Provenance, SteeringResults
 from difflex.effects.findings import Findings
 from difflex.effects.removal import RemovalResults
@@ -21,7 +20,7 @@ from difflex.features import Book, BookInfo, ImageAlbum
 from difflex.images import open_image
 from difflex.report.facts import DictionaryFacts, GroupCoverage, MatchFacts, SteeringFacts, StoreFacts, StudyFacts, group_by
 from difflex.store import Store
-from difflex.study import DictionaryRef, Study, read_log, recipe_name
+from difflex.study import DictionaryRef, Study, read_log, recipe_record
 
 DETECTS = 0.8
 """The average precision from which on a feature detects a concept."""
@@ -43,7 +42,7 @@ def read_facts(study: Study, control: Study | None = None) -> StudyFacts:
         started=_latest_time([study.folder / "study.json"]),
         latest=_latest_time(path for pattern in FILES for path in study.folder.glob(pattern)),
         log=(entries := tuple(reader.load(read_log, study.folder) or ())),
-        recipe=recipe_name(study.folder) if entries else None,
+        recipe=recipe_record(study.folder) if entries else None,
         stores=tuple(store for folder in study.stores().values() if (store := reader.load(_store, folder)) is not None),
         dictionaries=dictionaries,
         matches=tuple(_comparable(matches, problems)),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from difflex.errors import BadInput, StaleWork, UnknownName
@@ -54,14 +55,21 @@ class CommandStatus:
 
 
 def run_study(
-    study: Study, *, until: str | None = None, recipe: str | None = None, report: Callable[[str], None] = print
+    study: Study,
+    *,
+    until: str | None = None,
+    recipe: str | None = None,
+    options: Mapping[str, object] = MappingProxyType({}),
+    report: Callable[[str], None] = print,
 ) -> None:
     """Run all commands of `study`, or those up to the last one with the verb `until`.
 
     A command that is done and has not changed is skipped as long as none before it ran. Files that a changed recipe makes
     useless are deleted and made again; what is worth more than time is moved to `old-1` in the study; files that the recipe no
-    longer asks for are kept. `recipe` is the name by which the study can be run again, for the log.
+    longer asks for are kept. `recipe` and its `options` are the name and flags of the `difflex run` that runs the study again,
+    for the log.
     """
+    call = {"recipe": recipe, "options": {name: _json(value, study.folder) for name, value in options.items()}}
     command_statuses(study, until)  # refuses what cannot run, before the folder is made
     study.prepare()
     with folder_lock(study.folder):
@@ -77,9 +85,9 @@ def run_study(
             report(f"{name}: {_reason(status)}")
             records[number] = replace(status.record, seconds=None, finished=None)
             # Later commands leave the log: after a kill they have to run again.
-            _write_log(study, records[: number + 1], recipe)
+            _write_log(study, records[: number + 1], call)
             records[number] = _run(study, status, made, report)
-            _write_log(study, records[: number + 1], recipe)
+            _write_log(study, records[: number + 1], call)
         study.write()
 
 
@@ -113,11 +121,14 @@ def read_log(folder: Path) -> list[CommandRecord]:
         return [_parse_record(entry) for entry in entries["commands"]]
 
 
-def recipe_name(folder: Path) -> str | None:
-    """Return the name of the recipe that ran in `folder`; None without a log, or if it was called from Python."""
+def recipe_record(folder: Path) -> CommandRecord | None:
+    """Return the `difflex run` of the recipe that ran in `folder`; None without a log, or if it was called from Python."""
     path = folder / LOG_FILE
-    name = read_json(path, FORMAT, ADVICE).get("recipe") if os.path.isfile(path) else None
-    return name if isinstance(name, str) else None
+    entries = read_json(path, FORMAT, ADVICE) if os.path.isfile(path) else {}
+    name, options = entries.get("recipe"), entries.get("options", {})
+    if not isinstance(name, str) or not isinstance(options, dict):
+        return None
+    return CommandRecord(verb="run", flags={"recipe": name, **options})
 
 
 def _parse_record(entry: Mapping[str, Any]) -> CommandRecord:
@@ -221,5 +232,5 @@ def _changes(old: Mapping[str, Json], new: Mapping[str, Json]) -> dict[str, tupl
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _write_log(study: Study, records: Sequence[CommandRecord], recipe: str | None) -> None:
-    write_json(study.folder / LOG_FILE, FORMAT, {"recipe": recipe, "commands": [asdict(record) for record in records]})
+def _write_log(study: Study, records: Sequence[CommandRecord], call: Mapping[str, Json]) -> None:
+    write_json(study.folder / LOG_FILE, FORMAT, {**call, "commands": [asdict(record) for record in records]})

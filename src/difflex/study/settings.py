@@ -18,6 +18,8 @@ class StudySettings:
 
     precision: Precision | None = None
     offload: bool = False
+    text_length: int | None = None
+    """Tokens of a prompt that the model reads, padding included."""
     pixels: tuple[int, int] | None = None
     """Height and width of an image."""
     steps: int | None = None
@@ -35,6 +37,12 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def __str__(self) -> str:
+        """Return what decides how an image comes out, as far as it is set."""
+        size = self.pixels and "x".join(map(str, self.pixels))
+        run = {"precision": self.precision, "text length": self.text_length, "pixels": size, "steps": self.steps, "guidance": self.guidance}
+        return ", ".join(f"{name} {value}" for name, value in run.items() if value is not None)
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings that differ from their defaults."""

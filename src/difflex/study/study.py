@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 from difflex._version import __version__
+from difflex.choices import Precision
 from difflex.errors import BadInput, BrokenFile, StaleWork, UnknownName
 from difflex.files import disk_errors, read_json, write_json
 from difflex.records import Site
@@ -118,6 +119,10 @@ class Study:
         study.write()
         if Study.open(self.folder).settings != settings:
             study._write()
+
+    def run_in(self, precision: str | None) -> Study:
+        """Return the study with another precision of its model in its settings; None leaves it as it is."""
+        return replace(self, settings=replace(self.settings, precision=cast(Precision, precision))) if precision else self
 
     def _check_model(self, model: str, revision: str | None) -> None:
         """Raise an error for another model than that of the study."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from difflex.dictionaries import Dictionary, DictionaryOrigin, Neurons, fingerprint
-from difflex.dictionaries.files import read_config
+from difflex.dictionary_config import read_config
 from difflex.errors import BrokenFile
 from difflex.evaluation.concepts.labels import Harvest, LabelledActivations, label
 from difflex.evaluation.concepts.matching import FeatureMethod, match, principal_axes, random_directions
@@ -47,7 +47,13 @@ def match_studies(
     selections = [study.select_dictionaries(sites, dictionaries) for study in studies]
     stored = []
     for study, selection in zip(studies, selections, strict=True):
-        inputs = MatchInputs(model=study.model, revision=study.revision, images=images.name, config=config)
+        inputs = MatchInputs(
+            model=study.model,
+            revision=study.revision,
+            images=images.name,
+            config=config,
+            precision=study.settings.precision,
+        )
         stored += _match_study(study, selection, inputs, partial(_labelled_at, images, open_model(study), config))
     return stored
 
