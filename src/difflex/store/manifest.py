@@ -1,15 +1,16 @@
 """The files that describe a store: the manifest, the list of the shots of each shard, and the statistics of all rows."""
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
 from threading import BoundedSemaphore, Event, Thread
-from typing import ClassVar, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -20,7 +21,8 @@ from difflex.choices import StoredDtype
 from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
 from difflex.files import disk_errors, file_sha256, parsing, read_json, write_json
 from difflex.records import Shot, Site, Split
-from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, unpack
+from difflex.store.basis import LARGEST_WIDTH, QuantisationBasis, read_basis
+from difflex.store.shard import REMEDY, MappedShard, PackedRows, RowMoments, ShardFormat, block_sums, unpack
 from difflex.tensors import read_tensors, write_tensors
 from difflex.values import check_fields
 
@@ -33,8 +35,6 @@ REWRITE = "Run the same harvest again: it writes the manifest from the shards, w
 RECOMPUTE = "Run the same harvest again: it computes them from the shards."
 SAMPLE = 16
 """Rows in the sample for the covariance, as a multiple of the width."""
-LARGEST_WIDTH = 8192
-"""Of a store with a covariance."""
 STRIP = 256
 CHUNK = 1024
 
@@ -60,12 +60,24 @@ class StoreHeader:
     """Runs that the model makes at once; another number changes the last bits of the values."""
     source: str
     """The source of the shots, as the caller describes it."""
+    basis: str | None = None
+    """For int8: the checksum of the basis in whose units rows are stored."""
     difflex: str = __version__
     """The version that began the store."""
 
     @property
     def form(self) -> ShardFormat:
         return ShardFormat(self.site, self.dtype, self.tokens, self.width)
+
+    @property
+    def origin(self) -> str:
+        """A description of the rows, without the checksum of their basis."""
+        entries = {**asdict(self), "site": str(self.site), "basis": None, "difflex": ""}
+        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+    def read_basis(self, folder: Path) -> QuantisationBasis | None:
+        """Read the basis of int8 in the folder of the store; None for other types."""
+        return None if self.basis is None else read_basis(folder, self.width, self.basis)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,25 +90,29 @@ class ShardEntry:
     sha256: str
     shots_sha256: str
     """Of the file that lists its shots."""
+    sums: str | None = None
+    """A checksum that is quick to compute, for reading; None in a store that was written without it."""
 
     @classmethod
     def read(cls, folder: Path, number: int) -> "ShardEntry":
         """Read the entry of a shard from its list of shots, as after a kill or from another rank."""
-        shots, sha256 = read_shots(folder, number)
-        return cls.of(shots, sha256, file_sha256(shard_paths(folder, number)[1]))
+        shots, sha256, sums = read_shots(folder, number)
+        return cls.of(shots, sha256, sums, file_sha256(shard_paths(folder, number)[1]))
 
     @classmethod
     def write(cls, folder: Path, number: int, site: Site, shots: tuple[Shot, ...], sha256: str) -> "ShardEntry":
         """Finish a shard: list its shots in the file beside it, and return its entry."""
-        entries = {"site": str(site), "shard": number, "sha256": sha256, "shots": [asdict(shot) for shot in shots]}
-        path = write_json(shard_paths(folder, number)[1], FORMAT, entries, indent=None)
-        return cls.of(shots, sha256, file_sha256(path))
+        shard, path = shard_paths(folder, number)
+        checksums = {"sha256": sha256, "sums": (sums := block_sums(shard))}
+        entries = {"site": str(site), "shard": number, **checksums, "shots": [shot.as_json() for shot in shots]}
+        write_json(path, FORMAT, entries, indent=None)
+        return cls.of(shots, sha256, sums, file_sha256(path))
 
     @classmethod
-    def of(cls, shots: tuple[Shot, ...], sha256: str, shots_sha256: str) -> "ShardEntry":
+    def of(cls, shots: tuple[Shot, ...], sha256: str, sums: str | None, shots_sha256: str) -> "ShardEntry":
         """Return the entry of a shard that holds `shots`."""
         held_out = tuple(i for i, shot in enumerate(shots) if shot.split == "held-out")
-        return cls(shots=len(shots), held_out=held_out, sha256=sha256, shots_sha256=shots_sha256)
+        return cls(shots=len(shots), held_out=held_out, sha256=sha256, shots_sha256=shots_sha256, sums=sums)
 
     def shots_of(self, split: Split) -> Int[Tensor, " shot"]:
         """Return the numbers of its shots of `split`."""
@@ -137,6 +153,8 @@ class Manifest:
             head = {field.name: entries[field.name] for field in fields(StoreHeader) if field.name in entries}
             head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
             check_fields(header := StoreHeader(**head))
+            if header.dtype == "int8" and header.basis is None:
+                raise BrokenFile("Xthe small principal axes. Move it away and harvest again.")
             return cls(head=header, shards=shards, statistics=entries["statistics"])
 
     @classmethod
@@ -175,11 +193,11 @@ def map_shard(folder: Path, manifest: Manifest, number: int) -> MappedShard:
     return MappedShard(shard_paths(folder, number)[0], manifest.head.form, manifest.shards[number].shots)
 
 
-def matches(path: Path, sha256: str | None) -> bool:
-    """Return whether the file at `path` exists and has this checksum."""
+def matches(path: Path, checksum: str | None, function: Callable[[Path], str] = file_sha256) -> bool:
+    """Return whether the file at `path` exists and has this checksum, by default its SHA-256."""
     try:
         with disk_errors(path, "read"):
-            return file_sha256(path) == sha256
+            return function(path) == checksum
     except FileNotFoundError:
         return False
 
@@ -191,10 +209,11 @@ class ShardChecks:
     _intact: ClassVar[set[tuple[Path, str]]] = set()
     """Shards that this process has compared, with the checksum that they had."""
     _slots = BoundedSemaphore(min(max(2, (os.cpu_count() or 2) // 2), 8))
-    """How many threads compute checksums at once, in the order of `begin`; one reads 1.5 GB/s."""
+    """How many threads compute checksums at once, in the order of `begin`."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._files = {n: (shard_paths(folder.absolute(), n)[0], entry.sha256) for n, entry in manifest.shards.items()}
+        self._sums = {n: entry.sums for n, entry in manifest.shards.items()}
         self._threads: dict[int, Thread] = {}
         self._ended = Event()
 
@@ -202,7 +221,7 @@ class ShardChecks:
         """Compare `shards` in the background."""
         for number in shards:
             if self._files[number] not in self._intact and number not in self._threads:
-                self._threads[number] = Thread(target=self._compare, args=self._files[number], daemon=True)
+                self._threads[number] = Thread(target=self._compare, args=(number,), daemon=True)
                 self._threads[number].start()
 
     def require(self, shards: Iterable[int]) -> None:
@@ -218,19 +237,32 @@ class ShardChecks:
         """Compare no further shards."""
         self._ended.set()
 
-    def _compare(self, path: Path, sha256: str) -> None:
+    def _compare(self, number: int) -> None:
+        (path, sha256), sums = self._files[number], self._sums[number]
         # An error of reading is raised where the shard is mapped.
         with self._slots, suppress(DifflexError):
-            if not self._ended.is_set() and matches(path, sha256):
+            if not self._ended.is_set() and (matches(path, sha256) if sums is None else matches(path, sums, block_sums)):
                 self._intact.add((path, sha256))
 
 
-def read_shots(folder: Path, number: int) -> tuple[tuple[Shot, ...], str]:
-    """Return the shots of a shard, in the order of its rows, and the checksum of the shard."""
+class ShotList(NamedTuple):
+    """The list of the shots of a shard."""
+
+    shots: tuple[Shot, ...]
+    """In the order of the rows."""
+    sha256: str
+    """Of the shard."""
+    sums: str | None
+    """Of the shard, by `block_sums`."""
+
+
+def read_shots(folder: Path, number: int) -> ShotList:
+    """Read the list of the shots of a shard."""
     path = shard_paths(folder, number)[1]
     entries = read_json(path, FORMAT, REMEDY)
     with parsing(path, "a list of shots", REMEDY):
-        return tuple(Shot(**{**shot, "pixels": tuple(shot["pixels"])}) for shot in entries["shots"]), entries["sha256"]
+        shots = tuple(Shot(**{**shot, "pixels": tuple(shot["pixels"])}) for shot in entries["shots"])
+        return ShotList(shots, entries["sha256"], entries.get("sums"))
 
 
 def check_split(shot: Shot) -> None:
@@ -287,7 +319,7 @@ def summarise(folder: Path, manifest: Manifest) -> StoreStatistics:
 
 def _sample(folder: Path, manifest: Manifest, count: int, sampled: int) -> Iterator[Float[Tensor, "row width"]]:
     """Yield `sampled` evenly spaced rows out of the `count` rows of split `train`, in chunks."""
-    tokens, first = manifest.head.tokens, 0
+    tokens, first, basis = manifest.head.tokens, 0, manifest.head.read_basis(folder)
     places = torch.arange(sampled) * count // sampled
     for shard in sorted(manifest.shards):
         shots = manifest.shards[shard].shots_of("train")
@@ -295,7 +327,7 @@ def _sample(folder: Path, manifest: Manifest, count: int, sampled: int) -> Itera
         rows: Int[Tensor, " row"] = shots[local // tokens] * tokens + local % tokens
         mapped = map_shard(folder, manifest, shard)
         for chunk in rows.split(CHUNK) if len(rows) else ():
-            yield unpack(PackedRows(mapped.values[chunk], None if mapped.scales is None else mapped.scales[chunk]))
+            yield unpack(PackedRows(mapped.values[chunk], None if mapped.scales is None else mapped.scales[chunk]), basis)
         first += len(shots) * tokens
 
 

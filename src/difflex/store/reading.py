@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflex.errors import BadInput
 from difflex.records import ActivationBatch, Split
+from difflex.store.basis import QuantisationBasis
 from difflex.store.manifest import ShardChecks, StoreHeader
 from difflex.store.shard import DTYPES, MappedShard, PackedRows, unpack
 
@@ -201,9 +202,14 @@ class ShardReader:
     """Reads rows at ascending places of an order; only the shards in use are open."""
 
     def __init__(
-        self, head: StoreHeader, order: ReadOrder, open_shard: Callable[[int], MappedShard], checks: ShardChecks
+        self,
+        head: StoreHeader,
+        order: ReadOrder,
+        open_shard: Callable[[int], MappedShard],
+        checks: ShardChecks,
+        basis: QuantisationBasis | None,
     ) -> None:
-        self._head, self._order, self._open_shard, self._checks = head, order, open_shard, checks
+        self._head, self._order, self._open_shard, self._checks, self._basis = head, order, open_shard, checks, basis
         self._buffers = BufferPool()
         self._open: dict[int, MappedShard] = {}
         self._windows: Iterator[ReadWindow] | None = None
@@ -214,7 +220,7 @@ class ShardReader:
     def rows(self, share: range) -> ActivationBatch:
         """Return the rows at the places `share`, grouped by shard."""
         values = self._buffers.empty(len(share), self._head.width, DTYPES[self._head.dtype])
-        scales = torch.empty(len(share)) if self._head.dtype == "int8" else None
+        scales = torch.empty(len(share), self._head.form.scales) if self._head.dtype == "int8" else None
         filled, shots, tokens = 0, [EMPTY], [EMPTY]
         while filled < len(share):
             part = self._part(share.start + filled, len(share) - filled)
@@ -223,7 +229,7 @@ class ShardReader:
             shots.append(torch.tensor(list(self._open))[part.shard.long()] * self._head.shots_per_shard + part.shots)
             tokens.append(part.tokens)
             filled = end
-        return ActivationBatch(unpack(PackedRows(values, scales)), torch.cat(shots), torch.cat(tokens))
+        return ActivationBatch(unpack(PackedRows(values, scales), self._basis), torch.cat(shots), torch.cat(tokens))
 
     def _part(self, start: int, count: int) -> RowPlaces:
         """Return at most `count` rows from place `start` on that are in one window, grouped by shard."""

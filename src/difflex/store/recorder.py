@@ -6,13 +6,16 @@ import shutil
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import final
 
 from difflex.errors import BrokenFile, OutOfSpace, StaleWork
+from difflex.files import file_sha256
 from difflex.records import Activations, Shot, Site
+from difflex.store.basis import BASIS, QuantisationBasis, basis_bytes, has_full_root, read_basis, write_basis
 from difflex.store.manifest import (
     STATISTICS,
     Manifest,
@@ -51,6 +54,7 @@ class SiteRecorder:
         self._world_size = world_size
         self._writers: set[ShardWriter] = set()
         self._entries: dict[int, ShardEntry] = {}
+        self._basis: QuantisationBasis | None = None
         manifest = Manifest.read_if_intact(folder)
         self._head = manifest.head if manifest and self._finished() else None  # without a shard nothing is fixed yet
 
@@ -74,6 +78,15 @@ class SiteRecorder:
         """Bytes on disk, without the statistics."""
         return sum(path.stat().st_size for path in self.folder.glob("*") if path.name != STATISTICS and path.suffix != ".tmp")
 
+    @property
+    def lacks_basis(self) -> bool:
+        """Whether the rows are int8, and their basis is not known yet or damaged."""
+        if self.head.dtype != "int8" or self._basis is not None:
+            return False
+        with suppress(BrokenFile):
+            self._basis = self.head.read_basis(self.folder)
+        return self._basis is None
+
     def begin(self, head: StoreHeader) -> None:
         """Fix the header. Shards without a manifest are taken over if they have its format; damaged ones are made again."""
         self._head = head
@@ -86,13 +99,57 @@ class SiteRecorder:
                     raise StaleWork(
                         f"{self.folder} has no manifest, and {path} was made with other settings. {ADVICE}"
                     ) from error
+        if self._finished() and head.dtype == "int8":
+            self._head = replace(head, basis=self._intact_basis())
+
+    def _intact_basis(self) -> str:
+        """Return the checksum of the basis of shards without a manifest."""
+        try:
+            checksum = file_sha256(self.folder / BASIS)
+            read_basis(self.folder, self.head.width, checksum)
+        except (BrokenFile, FileNotFoundError) as error:
+            raise StaleWork(
+                f"{self.folder} holds int8, but neither its manifest nor its {BASIS} is intact. Move it away and harvest again."
+            ) from error
+        return checksum
+
+    def set_basis(self, basis: QuantisationBasis) -> None:
+        """Fix the units of int8."""
+        self._basis = basis
 
     def open(self) -> None:
-        """Delete damaged lists of shots, and write the manifest if the folder has none that is intact."""
+        """Delete damaged lists of shots, and write the basis and the manifest if the folder has none that is intact."""
+        if self._basis is not None:
+            self._write_basis(self._basis)
         for number in set(finished_shards(self.folder)) - self._finished().keys():
             shard_paths(self.folder, number)[1].unlink(missing_ok=True)
         if not self._entries or Manifest.read_if_intact(self.folder) is None:
             Manifest(head=self.head, shards=self._entries, statistics=None).write(self.folder)
+
+    def _write_basis(self, basis: QuantisationBasis) -> None:
+        """Write the basis unless the folder has it; ranks that begin a store together take that of the first."""
+        path = self.folder / BASIS
+        if self.head.basis is None:
+            write_basis(self.folder, basis, self.head.origin, keep=self._world_size > 1)
+            self._head = replace(self.head, basis=file_sha256(path))
+            self._basis = self.head.read_basis(self.folder)
+        elif not matches(path, self.head.basis):
+            write_basis(self.folder, basis, self.head.origin, keep=False)
+            if not matches(path, self.head.basis):
+                raise StaleWork(
+                    f"{path}, in whose units the rows of {self.folder} are stored, is lost: it cannot be made again from the "
+                    "prompts of now on this machine. Move the folder away and harvest again.",
+                    self.folder,
+                )
+
+    def check_rows(self, shots: int) -> None:
+        """Raise an error if int8 was begun with too few rows to hold this many shots well."""
+        head, diagonal = self.head, self._basis is not None and self._basis.is_diagonal
+        if diagonal and has_full_root(head.width, shots * head.tokens) and self._finished():
+            raise StaleWork(
+                f"{self.folder} was begun with too few rows to fix the units of int8 for {shots * head.tokens:,} rows. "
+                "Store them in another folder, or store bf16."
+            )
 
     def check_settings(self, shot: Shot, dtype: str, batch: int, source: str) -> None:
         """Raise an error if the stored rows were made with other settings."""
@@ -116,7 +173,7 @@ class SiteRecorder:
         """Return whether the shard of this number is complete and intact; raise an error if it was made from other shots."""
         if number not in self._entries:
             return False
-        stored, sha256 = read_shots(self.folder, number)
+        stored, sha256, _ = read_shots(self.folder, number)
         stored_set, shot_set = set(stored), set(shots)
         if stored_set <= shot_set or stored_set > shot_set:
             return len(stored) >= len(shots) and self._is_intact(number, sha256)
@@ -137,7 +194,7 @@ class SiteRecorder:
 
     def writer(self, number: int, shots: int) -> ShardWriter:
         """Begin a shard."""
-        writer = ShardWriter(shard_paths(self.folder, number)[0], self.head.form, shots)
+        writer = ShardWriter(shard_paths(self.folder, number)[0], self.head.form, shots, self._basis)
         self._writers.add(writer)
         return writer
 
@@ -243,6 +300,7 @@ def store_bytes(forms: Sequence[ShardFormat], shots_per_shard: int, text: float,
     for form in forms:
         rows = shards * _shard_bytes(form, shots_per_shard) + (_shard_bytes(form, rest) if rest else 0)
         size += rows + math.ceil(total * text) + statistics_bytes(form.width) + 2 * HEADER_BYTES
+        size += HEADER_BYTES + basis_bytes(form.width, total * form.tokens) if form.dtype == "int8" else 0
     return size
 
 
@@ -252,7 +310,7 @@ def _shard_bytes(form: ShardFormat, shots: int) -> int:
 
 def text_bytes(shots: Sequence[Shot]) -> float:
     """Return the mean bytes of the description of a shot."""
-    return sum(len(json.dumps(asdict(shot))) + 2 for shot in shots) / len(shots)
+    return sum(len(json.dumps(shot.as_json())) + 2 for shot in shots) / len(shots)
 
 
 def format_size(count: float) -> str:

@@ -17,12 +17,16 @@ from difflex.choices import StoredDtype
 from difflex.errors import BadInput, StaleWork
 from difflex.files import AtomicFile, folder_lock
 from difflex.records import Activations, Shot, Site
+from difflex.store.basis import ROWS, BasisTally
+from difflex.store.handover import HandedOver
 from difflex.store.manifest import StoreHeader, check_split, finished_shards
 from difflex.store.reading import check_rank
 from difflex.store.recorder import SiteRecorder, check_disk, check_next_shard, format_size, store_bytes, text_bytes
-from difflex.store.shard import ShardFormat, check_dtype, pack
+from difflex.store.shard import ShardFormat, check_dtype
 from difflex.store.store import Store
 
+FIRST_SHOTS = 32
+"""Shots from which the units of int8 are estimated, at least."""
 QUEUE = 2
 """Batches that may wait to be written while the model makes the next one."""
 
@@ -38,7 +42,7 @@ class RecordingConfig:
     """How activations are stored."""
 
     dtype: StoredDtype = "bf16"
-    """int8 has a scale for each row: half the size, and exact to 1/254 of the row's largest entry."""
+    """int8 takes half the space; its rounding adds at most 0.07 % of its variance to every axis, the smallest ones too."""
     tokens: int | None = None
     """Rows to store at each site, rounded up to whole runs; None for all shots."""
     batch: int = 16
@@ -146,7 +150,30 @@ def _plan(
     else:
         total = shots_for(config.tokens or 0, [recorder.head.form for recorder in recorders], len(run))
     check_disk(recorders, config.max_bytes, total, run, shots if isinstance(shots, list) else run)
-    return chain(run, rest), total
+    first = list(islice(chain(run, rest), _first_shots(recorders, len(run), total)))
+    _fix_bases(recorders, first, harvest, config)
+    for recorder in recorders:
+        recorder.check_rows(total)
+    return chain(first or run, rest), total
+
+
+def _first_shots(recorders: Sequence[SiteRecorder], run: int, total: int) -> int:
+    """Return how many shots fix the units of int8 where they are not known yet, in whole runs of `run` shots."""
+    heads = [recorder.head for recorder in recorders if recorder.lacks_basis]
+    shots = max((max(FIRST_SHOTS, -(-ROWS * head.width // head.tokens)) for head in heads), default=0)
+    return min(-(-shots // run) * run, total)
+
+
+def _fix_bases(recorders: Sequence[SiteRecorder], shots: Sequence[Shot], harvest: Harvest, config: RecordingConfig) -> None:
+    """Harvest the first shots for the units of int8, at the sites where they are not known yet."""
+    tallies = {recorder.site: BasisTally() for recorder in recorders if recorder.lacks_basis}
+    if not tallies:
+        return
+    for activations in harvest(shots, list(tallies), config.batch):
+        tallies[activations.site].add(activations.values)
+    for recorder in recorders:
+        if recorder.site in tallies:
+            recorder.set_basis(tallies[recorder.site].basis())
 
 
 def _describe(recorders: Sequence[SiteRecorder], total: int) -> str:
@@ -287,9 +314,8 @@ def _write_shard(
     shots_of: dict[Site, list[Shot]] = {site: [] for site in by_site}
     for activations in harvest(shots, list(by_site), config.batch):
         by_site[activations.site].check_shape(activations)
-        packed = pack(activations.values, config.dtype).cpu()
         shots_of[activations.site].extend(activations.shots)
-        writer.submit(shards[activations.site].append, packed, activations.shots)
+        writer.submit(shards[activations.site].append, HandedOver(activations.values), activations.shots)
         bar.update(activations.values.shape[:2].numel())
     for site, recorder in by_site.items():
         if len(shots_of[site]) != len(shots) or set(shots_of[site]) != set(shots):

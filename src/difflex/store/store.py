@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import chain
 from itertools import count as counting
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from difflex.errors import BadInput, BrokenFile, UnknownName
 from difflex.files import file_sha256
 from difflex.records import ActivationBatch, Shot, Split
+from difflex.store.basis import BASIS, QuantisationBasis
 from difflex.store.manifest import (
     MANIFEST,
     SPLITS,
@@ -46,7 +47,7 @@ class Store:
         """Rows and columns of the tokens, in row-major order; None for text."""
         self.folder = folder
         self._manifest = manifest
-        self._shots_of = lru_cache(maxsize=4)(lambda shard: read_shots(folder, shard)[0])
+        self._shots_of = lru_cache(maxsize=4)(lambda shard: read_shots(folder, shard).shots)
 
     @classmethod
     def open(cls, folder: Path | str) -> "Store":
@@ -64,6 +65,10 @@ class Store:
                     raise BrokenFile(f"{path} is missing, but {MANIFEST} lists it. {REMEDY}")
             check_size(shard, shard.stat().st_size, sizes(entry.shots))
         return store
+
+    @cached_property
+    def _basis(self) -> QuantisationBasis | None:
+        return self._manifest.head.read_basis(self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +119,8 @@ class Store:
 
     def _epoch(self, order: ReadOrder, shares: BatchShares, first: int) -> Iterator[ActivationBatch]:
         checks = ShardChecks(self.folder, self._manifest)
-        reader = ShardReader(self._manifest.head, order, partial(map_shard, self.folder, self._manifest), checks)
+        open_shard = partial(map_shard, self.folder, self._manifest)
+        reader = ShardReader(self._manifest.head, order, open_shard, checks, self._basis)
         try:
             yield from map(reader.rows, shares.shares(order.rows, first))
         finally:
@@ -152,10 +158,12 @@ class Store:
     def checksums(folder: Path) -> dict[Path, str]:
         """Return the checksums of all files of the store in `folder` but the manifest, which holds them.
 
-        Statistics are among them if the harvest is finished.
+        Statistics are among them if the harvest is finished, and the basis of int8.
         """
         manifest = Manifest.read(folder)
         checksums: dict[Path, str] = {}
+        if manifest.head.basis is not None:
+            checksums[folder / BASIS] = manifest.head.basis
         if manifest.statistics is not None:
             checksums[folder / STATISTICS] = manifest.statistics
         for shard, entry in manifest.shards.items():
