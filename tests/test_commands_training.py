@@ -100,7 +100,7 @@ def test_nan_in_a_training_is_blamed_on_the_data_if_they_are_damaged(study: Path
     def damaged(store: Store) -> None:
         raise BrokenFile("shard 3 is damaged")
 
-    monkeypatch.setattr("difflex.training.study.fit", diverge)
+    monkeypatch.setattr("difflex.training.sweeps.fit_tasks", diverge)
     command = TrainCommand(study=study, site=("double.1:update",))
     with pytest.raises(NonFinite, match="Lower the learning rate"):
         command()

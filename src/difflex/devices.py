@@ -10,7 +10,7 @@ import torch
 
 from difflex.errors import BadInput
 
-__all__ = ["find_device", "free_memory", "machine_rate", "use_gpu_of_rank"]
+__all__ = ["find_device", "free_memory", "machine_rate", "total_memory", "use_gpu_of_rank"]
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux reports the memory limit of a container."""
@@ -47,6 +47,16 @@ def free_memory(device: torch.device | str) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(min(int(entries["MemAvailable"].split()[0]) * 1024, _free_in_container()))
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of the machine, or of the container if it has fewer."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+    except OSError:  # no cgroup, or one without a limit
+        return total
+    return total if limit == "max" else min(total, int(limit))
 
 
 def _free_in_container() -> float:

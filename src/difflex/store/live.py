@@ -160,9 +160,10 @@ class LiveSites(AbstractContextManager["LiveSites"]):
             for site in self.sites
         }
 
-    def count(self, split: Split = "train") -> int:
-        """Return the rows of an epoch; all prompts are read, which must end."""
-        return self.tokens * sum(1 for _ in self._numbers(split))
+    def count(self, split: Split = "train", most: int | None = None) -> int:
+        """Return the rows of an epoch: all prompts are read, which must end, or as many as give `most` rows."""
+        shots = None if most is None else -(-most // self.tokens)
+        return self.tokens * sum(1 for _ in islice(self._numbers(split), shots))
 
     def fill_memory(self) -> None:
         """Harvest a batch of the largest size and drop it, so that what the harvest needs of a GPU is not taken by others."""

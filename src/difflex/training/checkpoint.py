@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Literal, final
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
+from difflex.choices import CheckpointKind
 from difflex.dictionaries import Normalisation, SAEWeights
 from difflex.errors import BrokenFile, MissingExtra, StaleWork
 from difflex.files import Json, disk_errors, parsing, write_file
@@ -32,15 +35,18 @@ ROWWISE = [
     "silence",
     "firings",
     *(f"{name}.{part}" for name in ("encoder", "decoder", "encoder_bias", "thresholds") for part in AdamWeight.__annotations__),
+    "encoder.second_rows",
+    "decoder.second_rows",
 ]
 """The tensors with a row for each feature of a rank; all ranks hold the others."""
 
 LoggerName = Literal["wandb", "tensorboard"]
 
 
-def save_state(path: Path, learner: Learner, normalisation: Normalisation, data: str) -> None:
+def save_state(path: Path, learner: Learner, normalisation: Normalisation, data: str, kind: CheckpointKind = "exact") -> None:
     """Gather the state of `learner` from all ranks; rank 0 writes it atomically."""
-    tensors = {name: _gather(name, tensor, learner.ranks) for name, tensor in _tensors(learner).items()}
+    own = _tensors(learner) if kind == "exact" else _compact(_tensors(learner), learner.ranks)
+    tensors = {name: _gather(name, tensor, learner.ranks) for name, tensor in own.items()}
     if learner.ranks.rank:
         return
     header: dict[str, Json] = {
@@ -63,6 +69,7 @@ def load_state(
     header, tensors = read_tensors(path, FORMAT, RESTART, device=device, rows=dict.fromkeys(ROWWISE, rows))
     check_same(path, "data", header.get("data"), data)
     check_same(path, "settings", header.get("training"), config.as_json())
+    is_compact = _expand(tensors)
     weights = {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if name.endswith(".weight")}
     optional = {"encoder_bias": config.encoder_bias, "pre_bias": config.pre_bias, "thresholds": config.kind == "jumprelu"}
     expected = {"encoder", "decoder", "bias", *(name for name, used in optional.items() if used)}
@@ -71,6 +78,8 @@ def load_state(
     with parsing(path, "a training state", RESTART):
         learner = Learner(config, SAEWeights.from_tensors(weights), ranks)
         for name, tensor in _tensors(learner).items():
+            if name not in tensors and is_compact:  # a first moment starts at zero, an average at the weight
+                continue
             if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
                 raise BrokenFile(f"The training state {path} has no tensor {name} of the right shape and type. {RESTART}")
             tensor.copy_(tensors[name])
@@ -78,6 +87,17 @@ def load_state(
             setattr(learner, name, None if header[name] is None else kind(header[name]))
         learner.metrics = None if header["metrics"] is None else UpdateMetrics(**header["metrics"])
         return learner, Normalisation.from_saved(header["normalisation"], tensors)
+
+
+def saved_width(path: Path) -> int | None:
+    """Return the width of the SAE whose state is at `path`; None without one, or if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with disk_errors(path, "read"), safe_open(path, "pt") as file:
+            return int(file.get_slice("encoder.weight").get_shape()[1])
+    except (SafetensorError, ValueError, IndexError):
+        return None
 
 
 def check_state(path: Path) -> None:
@@ -107,6 +127,35 @@ def _tensors(learner: Learner) -> dict[str, Tensor]:
         f"{name}.{part}": tensor for name, matrix in parameters.matrices.items() for part, tensor in matrix.named().items()
     }
     return {**matrices, "last_update": parameters.last_update, "silence": learner.silence, "firings": learner.firings}
+
+
+def _compact(tensors: Mapping[str, Tensor], ranks: TrainingRanks) -> dict[str, Tensor]:
+    """Return the weights in 16 bits, the counts, and of second moments the means of rows and columns, whose product is close."""
+    compact: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part = name.rpartition(".")[2]
+        if tensor.ndim == 2 and part == "weight":
+            compact[name] = tensor.bfloat16()
+        elif tensor.ndim == 2 and part == "second":
+            columns = tensor.mean(0)
+            compact[f"{name}_rows"] = tensor.mean(1)
+            compact[f"{name}_columns"] = ranks.by_feature.sum(columns) / ranks.by_feature.world_size
+        elif part not in ("first", "average"):
+            compact[name] = tensor
+    return compact
+
+
+def _expand(tensors: dict[str, Tensor]) -> bool:
+    """Put what `_compact` can give back in its place; return whether there was any."""
+    names = [name.removesuffix("_rows") for name in tensors if name.endswith(".second_rows")]
+    for name in names:
+        rows, columns = tensors.pop(f"{name}_rows"), tensors.pop(f"{name}_columns")
+        tensors[name] = torch.outer(rows, columns / columns.mean().clamp_min(torch.finfo(torch.float32).tiny))
+    for name in [f"{name.removesuffix('.second')}.weight" for name in names]:
+        tensors[name] = tensors[name].float()
+        if name == "decoder.weight":
+            tensors[name] = F.normalize(tensors[name], dim=1)
+    return bool(names)
 
 
 def _gather(name: str, tensor: Tensor, ranks: TrainingRanks) -> Tensor:

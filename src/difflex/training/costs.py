@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
+from difflex.choices import CheckpointKind, WeightsDtype
 from difflex.training.config import TrainingConfig
 
-CheckpointKind = Literal["exact", "compact"]
-WeightsDtype = Literal["fp32", "bf16"]
 DeviceType = Literal["cpu", "cuda"]
 
 ROWS_IN_WORK = 8
@@ -88,7 +87,7 @@ def training_cost(
     written = (1 + (device != "cpu")) * max(checkpoint, default=0)
     return SweepCost(
         states=states,
-        working=max(max(updates, default=0) + SCORES[device], saved) + (written if device == "cpu" else 0),
+        working=max(max(updates, default=0) + SCORES[device], saved, written if device == "cpu" else 0),
         host=2 * WINDOWS * window * sum(sites) + (written if device != "cpu" else 0),
         checkpoints=sum(checkpoint),
         dictionaries=sum(dictionary_bytes(training, width, weights) for training, width in trainings),

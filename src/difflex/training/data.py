@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -21,12 +22,15 @@ from torch import Tensor
 from difflex.dictionaries.normalisation import VECTORS_PER_AXIS, VectorMoments
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, NonFinite
-from difflex.records import ActivationBatch
-from difflex.store import require_split
+from difflex.records import ActivationBatch, Site
 
 Split = Literal["data", "features"]
 Batches = Callable[[int], Iterator[ActivationBatch]]
 """The batches of a run from a given number on. The batch of a number is always the same."""
+SiteBatch = Mapping[Site, ActivationBatch]
+"""The rows of a batch at each site."""
+SiteBatches = Callable[[int], Iterator[SiteBatch]]
+"""The batches of a run at several sites."""
 MAX_PREVIEW = 32_768
 """Vectors of the preview that stay in memory, for the initial bias and thresholds."""
 LARGE_MEAN = 1.0
@@ -96,42 +100,93 @@ class DataPreview(NamedTuple):
 class BatchFeed:
     """The batches that this rank learns from, on its device; the time spent waiting for them is measured."""
 
-    def __init__(self, batches: Batches, ranks: TrainingRanks, device: torch.device, *, sharded: bool) -> None:
-        """`sharded`: whether `batches` already yields this rank's share of every batch."""
+    def __init__(
+        self, batches: SiteBatches, ranks: TrainingRanks, device: torch.device, *, sharded: bool, replay: bool = False
+    ) -> None:
+        """`sharded`: whether `batches` already yields this rank's share of every batch.
+
+        `replay`: the first batches are kept in memory until they are trained on, because they are costly to read again.
+        """
         self._batches, self._ranks, self._device, self._sharded = batches, ranks, device, sharded
+        self._replay = replay
+        self._kept: list[SiteBatch] = []
+        self._open: Iterator[SiteBatch] | None = None
+        """The stream after the batches that are kept."""
         self.seconds_waited = 0.0
 
-    def batches(self, start: int) -> Iterator[ActivationBatch]:
+    def batches(self, start: int) -> Iterator[SiteBatch]:
         """Yield this rank's share of the batches from number `start` on, in float32."""
-        stream = require_split(self._batches(start), "train")
+        kept, stream = self._kept, self._open
+        self._kept, self._open = [], None
+        if start or stream is None:
+            return self._load(self._batches(start))
+        kept.reverse()
+        return self._load(chain((kept.pop() for _ in range(len(kept))), stream))
+
+    def widths(self) -> dict[Site, int]:
+        """Return the width of the activations at each site."""
+        first = next(self._first_batches(), None)
+        if first is None:
+            raise BadInput("Training got a stream without batches. Harvest some activations first.")
+        return {site: rows.values.shape[1] for site, rows in first.items()}
+
+    def preview(self, covariance: Mapping[Site, bool], *, max_vectors: int | None = None) -> dict[Site, DataPreview]:
+        """Return statistics of the first 10 x width vectors at each site, or `max_vectors` if they are fewer, equal on all ranks.
+
+        The sites are those of `covariance`, which says whether that is measured.
+        """
+        moments: dict[Site, VectorMoments] = {}
+        vectors: dict[Site, list[Tensor]] = {site: [] for site in covariance}
+        missing = set(covariance)
+        for number, batch in enumerate(self._load(self._first_batches())):
+            for site in missing.copy():
+                rows = batch[site]
+                if message := non_finite_message(number, rows):
+                    raise NonFinite(f"{message} Training did not start. Harvest that shot again.")
+                values = self._ranks.gather(rows.values)
+                if site not in moments:
+                    moments[site] = VectorMoments(values.shape[1], covariance=covariance[site], device=self._device)
+                if moments[site].count < MAX_PREVIEW:
+                    vectors[site].append(values)
+                moments[site].add(values)
+                if moments[site].count >= min(VECTORS_PER_AXIS * values.shape[1], max_vectors or math.inf):
+                    missing.remove(site)
+            if not missing:
+                break
+        if not moments:
+            raise BadInput("Training got a stream without batches. Harvest some activations first.")
+        return {site: DataPreview(moments[site], torch.cat(vectors[site])[:MAX_PREVIEW]) for site in covariance}
+
+    def _first_batches(self) -> Iterator[SiteBatch]:
+        """Yield the batches from the first one on, to be trained on later."""
+        if not self._replay:
+            yield from self._batches(0)
+            return
+        if self._open is None:
+            self._open = self._batches(0)
+        yield from list(self._kept)
+        for batch in self._open:
+            self._kept.append(batch)
+            yield batch
+
+    def _load(self, stream: Iterator[SiteBatch]) -> Iterator[SiteBatch]:
+        """Yield this rank's share of each batch, on its device."""
         while True:
             began = time.perf_counter()
-            rows = next(stream, None)
+            batch = next(stream, None)
             self.seconds_waited += time.perf_counter() - began
-            if rows is None:
+            if batch is None:
                 return
-            if not self._sharded:
-                share = self._ranks.batch_share(len(rows.values))
-                rows = ActivationBatch(*(column[share] for column in rows))
-            yield rows._replace(values=rows.values.to(self._device, torch.float32))
+            yield {site: self._share(rows) for site, rows in batch.items()}
 
-    def preview(self, *, covariance: bool, max_vectors: int | None = None) -> DataPreview:
-        """Return statistics of the first 10 x width vectors (at least, unless `max_vectors` are fewer), equal on all ranks."""
-        moments, vectors = None, []
-        for number, rows in enumerate(self.batches(0)):
-            if message := non_finite_message(number, rows):
-                raise NonFinite(f"{message} Training did not start. Harvest that shot again.")
-            values = self._ranks.gather(rows.values)
-            if moments is None:
-                moments = VectorMoments(values.shape[1], covariance=covariance, device=self._device)
-            if moments.count < MAX_PREVIEW:
-                vectors.append(values)
-            moments.add(values)
-            if moments.count >= min(VECTORS_PER_AXIS * values.shape[1], max_vectors or math.inf):
-                break
-        if moments is None:
-            raise BadInput("Training got a stream without batches. Harvest some activations first.")
-        return DataPreview(moments, torch.cat(vectors)[:MAX_PREVIEW])
+    def _share(self, rows: ActivationBatch) -> ActivationBatch:
+        if not self._sharded:
+            share = self._ranks.batch_share(len(rows.values))
+            rows = ActivationBatch(*(column[share] for column in rows))
+        values = rows.values
+        if self._device.type == "cuda" and not values.is_cuda:  # from pinned memory, a copy does not stop the host
+            values = values.pin_memory().to(self._device, non_blocking=True)
+        return rows._replace(values=values.to(self._device, torch.float32))
 
 
 def non_finite_message(number: int, rows: ActivationBatch) -> str:

@@ -1,4 +1,4 @@
-"""`fit`: train one or many SAEs on one stream of activations. A run that was stopped resumes where it was."""
+"""`FitRun`: the training of SAEs at once, on the batches of one or several sites, with its checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.choices import NormalisationMethod
-from difflex.devices import find_device, free_memory
-from difflex.dictionaries import SAE, Dictionary, DictionaryOrigin, Normalisation, SAEWeights
-from difflex.distributed import Ranks
-from difflex.errors import BadInput, BrokenFile, NonFinite, OutOfMemory
-from difflex.files import Json, folder_lock
-from difflex.records import ActivationBatch
+from difflex.choices import CheckpointKind, NormalisationMethod, WeightsDtype
+from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.errors import BadInput, NonFinite
+from difflex.files import Json, disk_errors
+from difflex.records import ActivationBatch, Site
 from difflex.training.checkpoint import (
     LoggerName,
     TrainingLog,
-    check_same,
-    check_state,
     load_state,
     save_state,
     trained_weights,
 )
 from difflex.training.config import AdamConfig, TrainingConfig
-from difflex.training.data import Batches, BatchFeed, DataPreview, Split, TrainingRanks, non_finite_message
+from difflex.training.costs import checkpoint_bytes
+from difflex.training.data import BatchFeed, DataPreview, SiteBatch, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
 from difflex.training.update import VECTORS
 
 STATE = Path("training") / "state.safetensors"
+LARGE = 1 << 30
+"""Bytes of checkpoints from which their number is limited by the time that writing takes."""
+WRITING = 0.05
+"""The largest share of the time that is spent on writing large checkpoints."""
+DISK_SPEED = 1e9
+"""Bytes per second at which the first checkpoint is expected to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,12 @@ class FitConfig:
     data: str = ""
     """A name for the data; a training does not resume with other data."""
     checkpoint_every: int = 500
-    """Updates between two checkpoints."""
+    """Updates between two checkpoints; more if these are large, so that writing takes at most a twentieth of the time."""
+    checkpoints: CheckpointKind = "exact"
+    """`exact`: a run that was killed ends with the same bits, on a CPU. `compact`: the weights in 16 bits without the state of
+    the optimiser, which starts again when the run resumes; the checkpoint is removed at the end."""
+    weights: WeightsDtype = "fp32"
+    """How encoder and decoder are stored in the dictionary; in bf16 they take half the disk."""
     log_every: int = 20
     """Updates between two entries of the log."""
     loggers: tuple[LoggerName, ...] = ()
@@ -70,61 +77,16 @@ class FitConfig:
                 raise BadInput(f"A training with {name}={count} learns nothing: choose a number above 0.")
 
 
-def fit(
-    trainings: Mapping[Path, TrainingConfig],
-    batches: Batches,
-    *,
-    origin: DictionaryOrigin,
-    config: FitConfig,
-    device: torch.device | str | None = None,
-) -> dict[Path, SAE]:
-    """Train an SAE for each folder, and save it there with its log and its checkpoint.
+class FitTask(NamedTuple):
+    """One SAE to train."""
 
-    Every SAE is trained on every batch, so that a sweep costs one pass over the data. Work in a folder resumes, bit for bit on a
-    CPU, and finished work is loaded and not touched. Under `torch.distributed` all ranks call this, and rank 0 writes. The
-    default device is a GPU, if there is one.
-    """
-    if not trainings:
-        raise BadInput("`fit` needs at least one training: choose a kind, a size and k.")
-    device, dictionaries = find_device(device), {}
-    for folder, training in trainings.items():
-        if (sae := load_finished(folder, training, config)) is not None:
-            dictionaries[folder] = sae.to(device)
-    unfinished = {folder: training for folder, training in trainings.items() if folder not in dictionaries}
-    if unfinished:
-        with ExitStack() as locks:
-            for folder in unfinished if Ranks().rank == 0 else ():
-                locks.enter_context(folder_lock(folder))
-            run = FitRun(unfinished, batches, origin, config, device)
-            run.train()
-            dictionaries |= run.finish()
-    return {folder: dictionaries[folder] for folder in trainings}
+    origin: DictionaryOrigin
+    """With the site whose activations it is trained on."""
+    training: TrainingConfig
 
 
-def load_finished(folder: Path, training: TrainingConfig, config: FitConfig) -> SAE | None:
-    """Return the SAE that an earlier call has finished in `folder`, or None; raise an error if it is another or damaged one."""
-    state = folder / STATE
-    if not (folder / "config.json").exists():
-        return None
-    try:
-        sae = Dictionary.load(folder)
-    except BrokenFile as error:
-        if not state.exists():
-            raise
-        repair = f"{state} can write it again: move {folder / 'config.json'} away, then give the same command again."
-        raise BrokenFile(f"{error} {repair}") from error
-    record = sae.origin.training
-    check_same(folder, "settings", record.get("config"), training.as_json())
-    check_same(folder, "data", record.get("data"), config.data)
-    tokens = record.get("tokens")
-    if not isinstance(sae, SAE) or not isinstance(tokens, int) or tokens < config.tokens:
-        return None
-    check_state(state)
-    return sae
-
-
-NormalisationScheme = tuple[NormalisationMethod, float | None]
-"""A method and the largest absolute value."""
+NormalisationScheme = tuple[Site, NormalisationMethod, float | None]
+"""A site, a method and the largest absolute value."""
 
 
 @final
@@ -133,6 +95,7 @@ class FitMember:
     """One SAE of a run."""
 
     folder: Path
+    origin: DictionaryOrigin
     learner: Learner
     normalisation: Normalisation
     log: TrainingLog | None
@@ -141,11 +104,13 @@ class FitMember:
     @property
     def scheme(self) -> NormalisationScheme:
         """How its inputs are normalised."""
-        return self.learner.config.normalisation, self.learner.config.clip
+        return scheme_of(self.origin.site, self.learner.config)
 
-    def dictionary(self, origin: DictionaryOrigin, data: str) -> SAE:
-        """Return the SAE with the features of all ranks."""
-        learner, config = self.learner, self.learner.config
+    def dictionary(self, data: str, dtype: WeightsDtype) -> SAE:
+        """Return the SAE with the features of all ranks, rounded to how it is stored."""
+        learner, config, weights = self.learner, self.learner.config, trained_weights(self.learner)
+        if dtype == "bf16":
+            weights = replace(weights, encoder=weights.encoder.bfloat16().float(), decoder=weights.decoder.bfloat16().float())
         record: dict[str, Json] = {
             "config": config.as_json(),
             "data": data,
@@ -157,135 +122,129 @@ class FitMember:
         return SAE(
             kind=config.kind,
             k=config.k,
-            origin=replace(origin, training={**origin.training, **record}),
+            origin=replace(self.origin, training={**self.origin.training, **record}),
             normalisation=self.normalisation,
-            weights=trained_weights(learner),
+            weights=weights,
             relu=config.relu,
         )
 
 
+def scheme_of(site: Site, training: TrainingConfig) -> NormalisationScheme:
+    """Return how the inputs of an SAE are normalised."""
+    return site, training.normalisation, training.clip
+
+
 @final
 class FitRun:
-    """The state of one call of `fit`."""
+    """The training of some SAEs at once."""
 
     def __init__(
-        self,
-        trainings: Mapping[Path, TrainingConfig],
-        batches: Batches,
-        origin: DictionaryOrigin,
-        config: FitConfig,
-        device: torch.device,
+        self, tasks: Mapping[Path, FitTask], feed: BatchFeed, config: FitConfig, ranks: TrainingRanks, device: torch.device
     ) -> None:
         """Load the checkpoints in the folders, and initialise the other members."""
-        self._origin, self._config = origin, config
-        self._ranks = TrainingRanks(config.split)
-        self._feed = BatchFeed(batches, self._ranks, device, sharded=config.sharded)
+        self._config, self._ranks, self._feed = config, ranks, feed
         self._normalisations: dict[NormalisationScheme, Normalisation] = {}
         learners: dict[Path, Learner] = {}
         self._saved: dict[Path, int] = {}
         """The update of the checkpoint in each folder."""
-        for folder, training in trainings.items():
-            if state := load_state(folder / STATE, training, config.data, self._ranks, device):
+        for folder, (origin, training) in tasks.items():
+            if state := load_state(folder / STATE, training, config.data, ranks, device):
                 learners[folder], normalisation = state
                 self._saved[folder] = learners[folder].updates
-                self._normalisations.setdefault((training.normalisation, training.clip), normalisation)
-        preview = None
-        if new := [training for folder, training in trainings.items() if folder not in learners]:
-            covariance = any(training.normalisation == "whiten" for training in new)
-            preview = self._feed.preview(covariance=covariance, max_vectors=config.epoch)
-            self._check_memory(new, preview.vectors.shape[1], device)
-            learners |= {
-                folder: self._new_learner(training, preview) for folder, training in trainings.items() if folder not in learners
-            }
-        self._members = [self._member(folder, learners[folder], preview) for folder in trainings]
+                self._normalisations.setdefault(scheme_of(origin.site, training), normalisation)
+        previews: Mapping[Site, DataPreview] = {}
+        if new := {folder: task for folder, task in tasks.items() if folder not in learners}:
+            whitened = {origin.site for origin, training in new.values() if training.normalisation == "whiten"}
+            sites = dict.fromkeys(origin.site for origin, _ in new.values())
+            previews = feed.preview({site: site in whitened for site in sites}, max_vectors=config.epoch)
+            for folder, (origin, training) in new.items():
+                learners[folder] = self._new_learner(origin.site, training, previews[origin.site])
+        self._members = [self._member(folder, task, learners[folder], previews) for folder, task in tasks.items()]
+        self._checkpointed = time.perf_counter()
+        widths = {folder: learner.parameters.weights.encoder.shape[1] for folder, learner in learners.items()}
+        self._bytes = sum(checkpoint_bytes(tasks[folder].training, width, config.checkpoints) for folder, width in widths.items())
+        self._seconds_to_write = self._bytes / DISK_SPEED
 
-    def _check_memory(self, trainings: Sequence[TrainingConfig], width: int, device: torch.device) -> None:
-        """Raise an error if the weights of new SAEs, with the state of their optimiser, do not fit the free memory."""
-        ranks = self._ranks
-        needs = [training.memory(width, ranks.by_feature.world_size) for training in trainings]
-        # While a checkpoint is written, it is in the memory of the CPU once more. Ranks on a CPU share its memory.
-        need = sum(needs) + max(needs) * (device.type == "cpu")
-        need *= ranks.world_size if device.type == "cpu" else 1
-        if need > (free := int(ranks.broadcast(torch.tensor([free_memory(device)], device=device)))):
-            raise OutOfMemory(
-                f"Training {', '.join(training.label for training in trainings)} at width {width} takes {need / 1e9:,.1f} GB of "
-                f"memory, and {free / 1e9:,.1f} GB are free on {device}. Choose a smaller size, or fewer sizes at a time."
-            )
-
-    def _new_learner(self, training: TrainingConfig, preview: DataPreview) -> Learner:
-        scheme = (training.normalisation, training.clip)
+    def _new_learner(self, site: Site, training: TrainingConfig, preview: DataPreview) -> Learner:
+        scheme = scheme_of(site, training)
         if scheme not in self._normalisations:
             preview.warn_of_dead_features(training.normalisation)
-            self._normalisations[scheme] = preview.moments.normalisation(*scheme)
+            self._normalisations[scheme] = preview.moments.normalisation(training.normalisation, training.clip)
         weights = initial_weights(training, self._normalisations[scheme].apply(preview.vectors))
         rows = self._ranks.features(training.size)
-        own = {name: tensor if name in VECTORS else tensor[rows].clone() for name, tensor in weights.tensors().items()}
+        own = {name: tensor[rows].clone() if name not in VECTORS else tensor for name, tensor in weights.tensors().items()}
         return Learner(training, SAEWeights.from_tensors(own), self._ranks)
 
-    def _member(self, folder: Path, learner: Learner, preview: DataPreview | None) -> FitMember:
-        training, log = learner.config, None
+    def _member(self, folder: Path, task: FitTask, learner: Learner, previews: Mapping[Site, DataPreview]) -> FitMember:
+        (origin, training), log = task, None
         if self._ranks.rank == 0:
-            name = f"{self._origin.site}/{training.label}"
+            name = f"{origin.site}/{training.label}"
             log = TrainingLog(folder / "training", name, self._saved.get(folder, -1), self._config.loggers)
-            if folder not in self._saved and preview is not None:
-                log.write(0, {"event": "start", "mean_over_spread": preview.mean_over_spread, "config": training.as_json()})
-        return FitMember(folder, learner, self._normalisations[training.normalisation, training.clip], log)
+            if folder not in self._saved and origin.site in previews:
+                spread = previews[origin.site].mean_over_spread
+                log.write(0, {"event": "start", "mean_over_spread": spread, "config": training.as_json()})
+        return FitMember(folder, origin, learner, self._normalisations[scheme_of(origin.site, training)], log)
 
     def train(self) -> None:
         """Train all members on all tokens; members that are ahead after a kill wait for the others."""
         total, resumed_at = self._config.tokens, self._tokens()
         start = min(member.learner.updates for member in self._members)
         disable = None if self._config.progress and self._ranks.rank == 0 else True
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self._feed.seconds_waited
         with tqdm(total=total, initial=resumed_at, unit="tok", unit_scale=True, disable=disable, desc="training") as bar:
-            for number, rows in enumerate(self._feed.batches(start) if resumed_at < total else (), start):
-                self._update(number, rows)
+            for number, batch in enumerate(self._feed.batches(start) if resumed_at < total else (), start):
+                self._update(number, batch)
                 tokens = self._tokens()
                 bar.update(tokens - bar.n)
                 is_last = tokens >= total
                 if (number + 1) % self._config.log_every == 0 or is_last:
                     seconds = time.perf_counter() - began
-                    bar.set_postfix_str(self._log((tokens - resumed_at) / seconds, self._feed.seconds_waited / seconds))
+                    waiting = (self._feed.seconds_waited - waited) / seconds
+                    bar.set_postfix_str(self._log((tokens - resumed_at) / seconds, waiting))
                 if is_last:
                     break
-                if (number + 1) % self._config.checkpoint_every == 0:
+                if (number + 1) % self._config.checkpoint_every == 0 and self._is_checkpoint_due():
                     self._checkpoint()
         if self._tokens() < total:
             warnings.warn(f"The stream ended after {self._tokens()} of {total} tokens: training ends there.", stacklevel=3)
 
-    def finish(self) -> dict[Path, SAE]:
-        """Save the last checkpoints and the dictionaries; what has not changed is not written."""
-        dictionaries = {}
+    def finish(self) -> Iterator[tuple[Path, SAE]]:
+        """Save the last checkpoints and the dictionaries, and yield these; what has not changed is not written."""
         for member in self._finite_members():
-            changed = self._save(member) or not (member.folder / "config.json").exists()
-            dictionaries[member.folder] = member.dictionary(self._origin, self._config.data)
+            path, learner = member.folder / STATE, member.learner
+            is_over = self._config.checkpoints == "compact" and learner.tokens >= self._config.tokens
+            changed = is_over or self._save(member) or not (member.folder / "config.json").exists()
+            dictionary = member.dictionary(self._config.data, self._config.weights)
             if changed and self._ranks.rank == 0:
-                dictionaries[member.folder].save(member.folder)
-        return dictionaries
+                dictionary.save(member.folder, self._config.weights)
+            if is_over and self._ranks.rank == 0:
+                with disk_errors(path):
+                    path.unlink(missing_ok=True)
+            yield member.folder, dictionary
 
     def _tokens(self) -> int:
         """Return the number of tokens that every member was trained on."""
         return min(member.learner.tokens for member in self._members)
 
-    def _update(self, number: int, rows: ActivationBatch) -> None:
+    def _update(self, number: int, batch: SiteBatch) -> None:
         """Train the members that have not had batch `number`."""
         noted = any((number + 1) % every == 0 for every in (self._config.log_every, self._config.checkpoint_every))
         normalised: dict[NormalisationScheme, Float[Tensor, "token width"]] = {}
         for member in self._members:
-            learner = member.learner
+            learner, site = member.learner, member.origin.site
             if learner.updates != number or learner.tokens >= self._config.tokens:
                 continue
             if member.scheme not in normalised:
-                normalised[member.scheme] = member.normalisation.apply(rows.values)
+                normalised[member.scheme] = member.normalisation.apply(batch[site].values)
             rate = learning_rate(learner.config.optimiser, number, learner.tokens / self._config.tokens)
             try:
-                is_last = learner.tokens + len(rows.values) * self._ranks.world_size >= self._config.tokens
+                is_last = learner.tokens + len(batch[site].values) * self._ranks.world_size >= self._config.tokens
                 learner.update(normalised[member.scheme], rate, measure=noted or is_last)
             except NonFinite as error:
                 self._checkpoint(skip=member)
                 if learner.updates != number:  # a GPU notices it when it is measured
-                    rows = next(self._feed.batches(learner.updates))
-                raise NonFinite(self._non_finite_loss(learner.updates, rows, member)) from error
+                    batch = next(self._feed.batches(learner.updates))
+                raise NonFinite(self._non_finite_loss(learner.updates, batch[site], member)) from error
 
     def _non_finite_loss(self, number: int, rows: ActivationBatch, member: FitMember) -> str:
         """Return the message about the batch that ended a training."""
@@ -315,7 +274,7 @@ class FitRun:
         updates = member.learner.updates
         if self._saved.get(member.folder) == updates:
             return False
-        save_state(member.folder / STATE, member.learner, member.normalisation, self._config.data)
+        save_state(member.folder / STATE, member.learner, member.normalisation, self._config.data, self._config.checkpoints)
         self._saved[member.folder] = updates
         return True
 
@@ -331,14 +290,24 @@ class FitRun:
         loss, fvu, dead = (sum(getattr(entry, name) for entry in metrics) / len(metrics) for name in ("loss", "fvu", "dead"))
         return f"loss {loss:.4f} FVU {fvu:.3f} dead {dead:.1%}"
 
+    def _is_checkpoint_due(self) -> bool:
+        """Whether enough time has passed since the last checkpoint for its size; the answer is that of rank 0."""
+        if self._bytes < LARGE:
+            return True
+        due = (time.perf_counter() - self._checkpointed) * WRITING >= self._seconds_to_write
+        return bool(self._ranks.broadcast(torch.tensor([due], device=self._members[0].learner.silence.device)))
+
     def _checkpoint(self, skip: FitMember | None = None) -> None:
         """Save the state of every member but `skip`; the log comes first, so that it lacks nothing of what the state has."""
+        began = time.perf_counter()
         for member in self._finite_members(skip):
             learner = member.learner
             density = density_histogram(learner)
             if member.log is not None and learner.updates != self._saved.get(member.folder):
                 member.log.write(learner.updates, {"event": "checkpoint", "density": density}, flush=True)
             self._save(member)
+        self._checkpointed = time.perf_counter()
+        self._seconds_to_write = self._checkpointed - began
 
 
 def learning_rate(config: AdamConfig, update: int, progress: float) -> float:

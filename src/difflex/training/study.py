@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from difflex.choices import NormalisationMethod, PursuitName, SAEKind
+from difflex.choices import NormalisationMethod, PursuitName
 from difflex.devices import use_gpu_of_rank
-from difflex.dictionaries import ITDA, SAE, Dictionary, DictionaryOrigin, Neurons
-from difflex.dictionaries.files import read_config
+from difflex.dictionaries import ITDA, Dictionary, Neurons
 from difflex.dictionaries.itda import GrowthConfig, label_suffix, paper_config
+from difflex.dictionary_config import read_config
 from difflex.distributed import Ranks, process_group
-from difflex.errors import BadInput, DifflexError, NonFinite, StaleWork, UnknownName
+from difflex.errors import BadInput, DifflexError, StaleWork
 from difflex.files import Json, disk_errors
 from difflex.records import Site
 from difflex.store import Store
 from difflex.study import Study
-from difflex.training.checkpoint import LoggerName
-from difflex.training.config import TrainingConfig, default, paper, unbox
-from difflex.training.costs import CheckpointKind, DeviceType, SweepCost, WeightsDtype, training_cost
-from difflex.training.data import Split
-from difflex.training.fitting import FitConfig, fit
 from difflex.training.itda import GrowthData, GrowthProgress, first_atoms, grow, load_grown
+from difflex.training.sweeps import (
+    PRESETS,
+    SweepConfig,
+    SweepCost,
+    data_checked,
+    open_stores,
+    origin_of,
+    sweep_cost,
+    train_live,
+    train_sweep,
+)
 
 __all__ = [
     "PRESETS",
@@ -35,6 +39,7 @@ __all__ = [
     "add_neurons",
     "grow_sweep",
     "sweep_cost",
+    "train_live",
     "train_sweep",
 ]
 
@@ -44,163 +49,7 @@ ITDA_BATCH = 2048
 ITDA_PIECE = 256
 """Tokens that are compared with a dictionary together, by all processes together."""
 
-WINDOW = 65_536
-"""Rows that a live training shuffles at each site: 400 MB at width 3072, twice."""
-
 TAKEN = "Move the old one away, then give the same command again: nothing is grown twice."
-
-Preset = Literal["default", "paper", "paper-auxk", "unbox"]
-
-
-class PresetShape(NamedTuple):
-    """The size, k and batch of a preset."""
-
-    size: int
-    k: int
-    batch: int
-
-
-PRESETS: Mapping[Preset, PresetShape] = {
-    "default": PresetShape(8192, 32, 1024),
-    "paper": PresetShape(65_536, 64, 1024),
-    "paper-auxk": PresetShape(65_536, 64, 1024),
-    "unbox": PresetShape(5120, 10, 4096),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """SAEs of every size with every k, trained in one pass over the activations. Empty fields take the preset's values."""
-
-    size: tuple[int, ...] = ()
-    k: tuple[int, ...] = ()
-    preset: Preset = "default"
-    kind: SAEKind = "topk"
-    normalisation: NormalisationMethod | None = None
-    learning_rate: float | None = None
-    tokens: int | None = None
-    """Tokens to train on; by default all training tokens, once. The store repeats in another order."""
-    batch: int | None = None
-    """Tokens per update, of all ranks together."""
-    seed: int = 0
-    """Of the initial weights and the order of the tokens."""
-    split: Split = "data"
-    loggers: tuple[LoggerName, ...] = ()
-    live: bool = False
-    """Whether the activations come from a running harvest."""
-    window: int | None = None
-    """Rows that a live training shuffles at each site; by default `WINDOW`."""
-    checkpoints: CheckpointKind | None = None
-    """By default exact, but compact for a live training."""
-    weights: WeightsDtype = "fp32"
-    """How the dictionaries are stored."""
-
-    @property
-    def checkpoint_kind(self) -> CheckpointKind:
-        """The kind of checkpoint, with the default filled in."""
-        return self.checkpoints or ("compact" if self.live else "exact")
-
-    @property
-    def tokens_per_update(self) -> int:
-        """The batch, with the preset's filled in."""
-        return PRESETS[self.preset].batch if self.batch is None else self.batch
-
-    @property
-    def variant(self) -> str:
-        """The end of the labels, which names what differs from the default."""
-        rate = None if self.learning_rate is None else f"lr{self.learning_rate:g}"
-        preset = None if self.preset == "default" else self.preset
-        seed = f"seed{self.seed}" if self.seed else None
-        return "".join(f"-{part}" for part in (preset, self.normalisation, rate, seed) if part)
-
-    def trainings(self, width: int, updates: int) -> list[TrainingConfig]:
-        """Return the config of every SAE."""
-        shape = PRESETS[self.preset]
-        return [self._training(width, n, k, updates) for n in self.size or (shape.size,) for k in self.k or (shape.k,)]
-
-    def _training(self, width: int, size: int, k: int, updates: int) -> TrainingConfig:
-        match self.preset:
-            case "default":
-                training = default(width=width, size=size, k=k, updates=updates)
-            case "unbox":
-                training = unbox(size=size, k=k)
-            case _:
-                training = paper(size=size, k=k, auxk="reconstruction" if self.preset == "paper-auxk" else "none")
-        prefixes = tuple(size // part for part in (16, 8, 4, 2) if size >= part) if self.kind == "matryoshka" else ()
-        rate = training.optimiser.learning_rate if self.learning_rate is None else self.learning_rate
-        return replace(
-            training,
-            kind=self.kind,
-            prefixes=prefixes,
-            normalisation=self.normalisation or training.normalisation,
-            initialisation=replace(training.initialisation, seed=self.seed),
-            optimiser=replace(training.optimiser, learning_rate=rate),
-        )
-
-
-def sweep_cost(config: SweepConfig, widths: Sequence[int], *, device: DeviceType = "cpu") -> SweepCost:
-    """Return the memory and disk that the SAEs of `config` take at sites of these widths, trained in one process.
-
-    A stored training takes one site after another: ask for one width at a time.
-    """
-    trainings = [(training, width) for width in widths for training in config.trainings(width, 1)]
-    return training_cost(
-        trainings,
-        batch=config.tokens_per_update,
-        device=device,
-        window=(config.window or WINDOW) if config.live else 0,
-        sites=widths,
-        checkpoints=config.checkpoint_kind,
-        weights=config.weights,
-    )
-
-
-def train_sweep(
-    study: Study, sites: Sequence[str], config: SweepConfig, on_trained: Callable[[Path, SAE], None] = lambda folder, sae: None
-) -> list[Path]:
-    """Train the SAEs of `config` at each site and return their folders; work that was stopped resumes.
-
-    Under torchrun all processes train together; rank 0 calls `on_trained`.
-    """
-    use_gpu_of_rank()
-    stores = _open_stores(study, sites)
-    with process_group():
-        return [folder for store in stores for folder in _train_site(study, store, config, on_trained)]
-
-
-@contextmanager
-def _data_checked(store: Store) -> Iterator[None]:
-    """Check the files of `store` before NaN or infinity in a training is blamed on anything else."""
-    try:
-        yield
-    except NonFinite:
-        store.verify()
-        raise
-
-
-def _train_site(study: Study, store: Store, config: SweepConfig, on_trained: Callable[[Path, SAE], None]) -> list[Path]:
-    ranks = Ranks()
-    batch = config.tokens_per_update
-    if batch <= 0 or batch % ranks.world_size:
-        raise BadInput(f"A batch of {batch} tokens cannot be shared by {ranks.world_size} processes: choose a multiple.")
-    rows = store.count("train")
-    tokens = rows if config.tokens is None else config.tokens
-    data = (
-        f"{store.site} of {store.model}, {tokens} of {rows} tokens, batches of {batch}, seed {config.seed}, {store.fingerprint}"
-    )
-    share, rank, world_size = batch // ranks.world_size, ranks.rank, ranks.world_size
-    trainings = config.trainings(store.width, tokens // batch)
-    with _data_checked(store):
-        trained = fit(
-            {study.dictionary(store.site, training.label + config.variant): training for training in trainings},
-            lambda start: store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None),
-            origin=_origin(study, store, {"variant": config.variant}),
-            config=FitConfig(tokens=tokens, epoch=rows, data=data, loggers=config.loggers, split=config.split, sharded=True),
-        )
-    if ranks.rank == 0:
-        for folder, sae in trained.items():
-            on_trained(folder, sae)
-    return list(trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +104,7 @@ def grow_sweep(
     processes grow together; rank 0 calls `on_progress` and `on_grown`.
     """
     use_gpu_of_rank()
-    [store] = _open_stores(study, [site])
+    [store] = open_stores(study, [site])
     with process_group():
         ranks = Ranks()
         data = _growth_data(store, config, ranks)
@@ -274,8 +123,8 @@ def grow_sweep(
             if (itda := load_grown(folder, growth, data.data)) is not None and ranks.rank == 0:
                 folders += _finish(study, folder, itda, config.size, on_grown)
         if growths:
-            with _data_checked(store):
-                grown = grow(growths, data, origin=_origin(study, store, training), on_progress=on_progress)
+            with data_checked(store):
+                grown = grow(growths, data, origin=origin_of(study, store, training), on_progress=on_progress)
             folders += _move_to_labels(study, grown, config.size, on_grown) if ranks.rank == 0 else []
     return folders
 
@@ -347,9 +196,9 @@ def _move_to_labels(
 def add_neurons(study: Study, sites: Sequence[str], ks: Sequence[int]) -> dict[Path, Neurons]:
     """Add the neurons of each site as a dictionary for each k, and return them by folder; existing ones stay."""
     dictionaries: dict[Path, Neurons] = {}
-    for store in _open_stores(study, sites):
+    for store in open_stores(study, sites):
         for k in ks:
-            neurons = Neurons(width=store.width, k=k, origin=_origin(study, store))
+            neurons = Neurons(width=store.width, k=k, origin=origin_of(study, store))
             folder = study.dictionary(store.site, neurons.label)
             if not (folder / "config.json").is_file():
                 neurons.save(folder)
@@ -359,18 +208,3 @@ def add_neurons(study: Study, sites: Sequence[str], ks: Sequence[int]) -> dict[P
                 )
             dictionaries[folder] = neurons
     return dictionaries
-
-
-def _open_stores(study: Study, sites: Sequence[str]) -> list[Store]:
-    """Return the stores of these sites."""
-    if not sites:
-        raise BadInput("Name at least one --site.")
-    folders = study.stores()
-    for name in sites:
-        if Site.parse(name) not in folders:
-            raise UnknownName.among("The site", name, map(str, folders), "Harvest it first.")
-    return [Store.open(folders[Site.parse(name)]) for name in sites]
-
-
-def _origin(study: Study, store: Store, training: Mapping[str, Json] | None = None) -> DictionaryOrigin:
-    return DictionaryOrigin(site=store.site, model=study.model, revision=study.revision, training=training or {})
