@@ -154,7 +154,11 @@ class Manifest:
             head |= {"site": Site.parse(head["site"]), "grid": head["grid"] and tuple(head["grid"])}
             check_fields(header := StoreHeader(**head))
             if header.dtype == "int8" and header.basis is None:
-                raise BrokenFile("Xthe small principal axes. Move it away and harvest again.")
+                raise StaleWork(
+                    f"{folder} holds int8 with a scale for each row, as earlier versions of difflex stored it: its rounding "
+                    "drowns the small principal axes. Move it away and harvest again.",
+                    folder,
+                )
             return cls(head=header, shards=shards, statistics=entries["statistics"])
 
     @classmethod
