@@ -18,7 +18,7 @@ from torch import Tensor
 
 from difflex._version import __version__
 from difflex.choices import StoredDtype
-from difflex.errors import BadInput, BrokenFile, DifflexError, UnknownName
+from difflex.errors import BadInput, BrokenFile, DifflexError, StaleWork, UnknownName
 from difflex.files import disk_errors, file_sha256, parsing, read_json, write_json
 from difflex.records import Shot, Site, Split
 from difflex.store.basis import LARGEST_WIDTH, QuantisationBasis, read_basis
