@@ -4,13 +4,12 @@ Tensors on `DEVICE` and tensors on the CPU meet by the rules of CUDA: a number o
 indices on the CPU may select from a tensor on the device, copies go both ways, and everything else raises an error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyDeviceGuard
 
@@ -62,47 +61,53 @@ class _OtherDevice(TorchDispatchMode):
 
 
 class _Constructors(TorchFunctionMode):
-    """Build tensors from numbers on the CPU and move them: torch builds them below the other mode."""
+    """Build tensors and indices from numbers on the CPU: torch builds them below the other mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            lists = [torch.tensor(place, dtype=torch.long) if isinstance(place, list) else place for place in places]
+            args = (args[0], tuple(lists) if isinstance(args[1], tuple) else lists[0], *args[2:])
         return func(*args, **kwargs)
 
 
+def _map(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Return `value` with `function` of each tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return type(value)([_map(function, item) for item in value]) if type(value) in (list, tuple) else value
+
+
 def _call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    held = lambda tensor: tensor.held if isinstance(tensor, OtherTensor) else tensor  # noqa: E731
+    _map(tensors.append, [*args, *kwargs.values()])
+    plain_args, plain_kwargs = _map(held, args), {name: _map(held, value) for name, value in kwargs.items()}
     name = func._schema.name
     if kwargs.get("device") is not None:
-        on_device = torch.device(kwargs["device"]).type == DEVICE.type
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+        is_other = torch.device(kwargs["device"]).type == DEVICE.type
+        plain_kwargs["device"] = torch.device("cpu")
     else:
-        on_device = isinstance(args[0] if name in COPIES else _first(tensors), OtherTensor)
+        is_other = isinstance(args[0], OtherTensor) if name in COPIES else any(isinstance(each, OtherTensor) for each in tensors)
     if name not in COPIES:
         _check(name, args, tensors)
-    if on_device and kwargs.get("generator") is not None:
+    if is_other and kwargs.get("generator") is not None:
         raise RuntimeError(f"{name}: a generator of the CPU for a tensor on {DEVICE}")
-    plain_args, plain_kwargs = pytree.tree_map_only(OtherTensor, lambda tensor: tensor.held, (args, dict(kwargs)))
     out = func(*plain_args, **plain_kwargs)
     if func._schema.is_mutable and isinstance(out, torch.Tensor):  # in place: the argument itself
-        return next(tensor for tensor in tensors if (tensor.held if isinstance(tensor, OtherTensor) else tensor) is out)
-    wrap = OtherTensor if on_device else lambda tensor: tensor
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: wrap(tensor), out)
-
-
-def _first(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    return next((tensor for tensor in tensors if isinstance(tensor, OtherTensor)), None)
+        return next(tensor for tensor in tensors if held(tensor) is out)
+    return _map(OtherTensor, out) if is_other else out
 
 
 def _check(name: str, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
     """Raise an error if an operation mixes devices as CUDA would not."""
-    mine = [isinstance(tensor, OtherTensor) for tensor in tensors]
-    if all(mine) or not any(mine):
-        return
     if name in INDEXING and isinstance(args[0], OtherTensor):
-        tensors = [args[0], *(leaf for leaf in pytree.tree_leaves(args[2:]) if isinstance(leaf, torch.Tensor))]
-    if any(tensor.ndim and not isinstance(tensor, OtherTensor) for tensor in tensors):
+        tensors = [args[0], *(each for each in args[2:] if isinstance(each, torch.Tensor))]
+    mine = [isinstance(tensor, OtherTensor) for tensor in tensors]
+    if any(mine) and any(tensor.ndim and not own for tensor, own in zip(tensors, mine, strict=True)):
         shapes = [f"{[*tensor.shape]} on {tensor.device}" for tensor in tensors]
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} of {', '.join(shapes)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple, final
 
@@ -32,7 +32,7 @@ PARTS = 4
 
 def image_key(shot: Shot) -> int:
     """Return a number that identifies the image of a shot, the same at all timesteps and noise levels."""
-    entries = asdict(replace(shot, timestep=None, noise=None))
+    entries = replace(shot, timestep=None, noise=None).as_json()
     entries["picture"] = entries.pop("image")  # the name under which it is hashed: renaming it would change random choices
     return int.from_bytes(hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).digest()[:8], "big") & POSITIVE
 
@@ -167,7 +167,7 @@ def _pairs(codes: Codes, place: int, timesteps: int, tokens: int) -> FiringPairs
 
 def _feature_shots(pairs: FiringPairs) -> FeatureShots:
     starts = _begins(pairs.features, pairs.shots).nonzero()[:, 0]
-    counts = torch.diff(starts, append=starts.new_tensor([len(pairs.values)]))
+    counts = torch.diff(starts, append=starts.new_full((1,), len(pairs.values)))
     peaks = torch.segment_reduce(pairs.values, "max", lengths=counts) if len(starts) else pairs.values[:0]
     return FeatureShots(pairs.features[starts].long(), pairs.shots[starts].long(), starts, counts, peaks)
 
