@@ -1,8 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from difflex.cli import main
+from difflex.pipeline import profile
+from difflex.pipeline.families import Family
 from difflex.testing import tiny_folder
 
 
@@ -26,6 +29,28 @@ def test_sites_prints_a_line_for_each_block_and_stream(folder: Path, capsys: pyt
         "neurons",
         "(128)",
     ]
+
+
+def test_the_sites_of_flux_are_listed_without_a_file_and_those_of_a_known_family_without_weights(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    configs = shutil.copytree(folder, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    for model, width in ((str(configs), "32"), ("black-forest-labs/FLUX.1-dev", "3072")):
+        assert main(["sites", model, "--pattern", "double.1", "--pixels", "32"]) == 0
+        image, text = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+        assert image[:2] == ["double.1", "transformer.transformer_blocks.1"] and image[2] == text[2] == width
+    assert image[3:5] == ["4", "residual"] and text[3] == "512"
+    assert main(["sites", str(configs), "--pixels", "33"]) == 2
+    assert "Its sizes are: 32 x 32, 16 x 24" in capsys.readouterr().err
+
+
+def test_a_model_of_an_unknown_family_is_loaded_for_its_sites(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["sites", str(folder)]) == 0
+    known = capsys.readouterr().out
+    monkeypatch.setattr(profile, "family_of", lambda *_: Family(name="other"))
+    assert main(["sites", str(folder)]) == 0 and capsys.readouterr().out == known
 
 
 def test_a_pattern_with_a_stream_lists_sites_of_that_stream(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import difflex
 from difflex.errors import BadInput, UnknownName
 from difflex.pipeline import profile_model
+from difflex.pipeline.profile import config_site_rows
 from difflex.records import Site
 from difflex.testing import TINY, tiny_folder
 
@@ -30,6 +31,7 @@ def test_the_profile_has_the_shape_of_every_site(family: str, tmp_path: Path):
     pipe = difflex.load(tiny_folder(family, tmp_path / family))
     profile = profile_model(str(tmp_path / family), ())
     assert dict(profile.shapes) == {row.site: (row.tokens, row.width) for row in pipe.sites()}
+    assert config_site_rows(str(tmp_path / family)) == pipe.sites()
     plain = next(pipe.shots(""))
     assert (profile.shot.pixels, profile.shot.steps, profile.shot.guidance) == (plain.pixels, plain.steps, plain.guidance)
 
@@ -80,6 +82,9 @@ def test_flux_is_profiled_without_a_file():
     assert profile.shapes == {Site("single.9"): (256, 3072)} and (profile.shot.steps, profile.shot.guidance) == (4, 0.0)
     # Two operations for each of 11.9 billion weights and 512 tokens; many weights apply to one stream or one token only.
     assert 0.5 < profile.step / (2 * 11.9e9 * 512) < 0.7
+    assert sum(profile.weights.bytes("bf16", torch.device("cuda")).values()) == pytest.approx(31.4 * 2**30, rel=0.01)
+    # An H100 in bf16 had 31.6 GiB in use for 1 image and 34.3 for 64 (shared/card): 46 MB an image.
+    assert 2 * profile.values == pytest.approx(46e6, rel=0.1)
 
 
 def test_a_profile_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -94,7 +94,10 @@ class GenerateCommand(ModelCommand):
 @final
 @dataclass(frozen=True, kw_only=True)
 class SitesCommand(ModelCommand):
-    """List the sites of a model, a line for each block and stream: name, module path, width, tokens, kinds."""
+    """List the sites of a model, a line for each block and stream: name, module path, width, tokens, kinds.
+
+    Only the configs of the model are read. One of a family that difflex does not know is loaded.
+    """
 
     pattern: Annotated[str, arg(metavar="PATTERN")] = "*"
     """List only sites with this name; a star stands for one index, as in double.*"""
@@ -102,8 +105,11 @@ class SitesCommand(ModelCommand):
     """Image size, which determines the number of tokens."""
 
     def __call__(self) -> None:
+        from difflex.pipeline.profile import config_site_rows
+
         rows = [("site", "module", "width", "tokens", "kinds")]
-        for row in self.load().sites(self.pattern, self.pixels):
+        sites = config_site_rows(self.model, self.revision, self.pixels, self.pattern, self.offline)
+        for row in sites or self.load().sites(self.pattern, self.pixels):
             kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
             rows.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))
         print(text_table(rows))

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -45,14 +46,34 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
 
     For a model of an unknown family, the rows are the outermost of the repeated modules that return tokens.
     """
-    matches = [module.site for module in engine.sites.expand([pattern])] if pattern != "*" else []
-    names = [site.path for site in matches] or list(engine.sites.blocks) or engine.sites.repeated()
-    streams = {site.stream for site in matches} if ":" in pattern else set(STREAMS)
+    engine.sites.expand([] if pattern == "*" else [pattern])  # an unknown site is refused before the model runs
     with engine.tracker.tracking():
         args, kwargs = engine.first_call(shot)
         call = engine.tracker.call
-    copy = _without_weights(engine.denoiser, kwargs)
-    sites = SiteMap(copy, engine.family)
+    return _rows(_without_weights(engine.denoiser, kwargs), engine.family, pattern, call, args, kwargs)
+
+
+def config_site_rows(
+    name: str, revision: str | None = None, pixels: tuple[int, int] | None = None, pattern: str = "*", offline: bool = False
+) -> list[SiteRow]:
+    """Return the rows of `site_rows` for the model `name` by its configs, all that is downloaded; none for an unknown family."""
+    profiler = _Profiler.of(name, revision, offline)
+    if not profiler.family.blocks:
+        return []
+    copy = profiler.without_weights()
+    shot = Shot(model=name, pixels=profiler.checked(pixels), steps=1, guidance=0.0)
+    kwargs, call = profiler.arguments(copy, shot)
+    return _rows(copy, profiler.family, pattern, call, (), kwargs)
+
+
+def _rows(
+    copy: nn.Module, family: Family, pattern: str, call: DenoiserCall, args: tuple[object, ...], kwargs: dict[str, object]
+) -> list[SiteRow]:
+    """Return the rows of the table of sites by a call of a denoiser without weights."""
+    sites = SiteMap(copy, family)
+    matches = [module.site for module in sites.expand([pattern])] if pattern != "*" else []
+    names = [site.path for site in matches] or list(sites.blocks) or sites.repeated()
+    streams = {site.stream for site in matches} if ":" in pattern else set(STREAMS)
     candidates = [
         Site(name, kind, stream)
         for name in dict.fromkeys(names)
@@ -79,7 +100,7 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
         raise BadInput(
             f"'{pattern}' returns no tokens: one tensor of [batch, token, width], or an image, is needed. Use another module."
         )
-    if engine.sites.blocks or matches:
+    if sites.blocks or matches:
         return rows
     return [row for row in rows if not any(row.path.startswith(f"{other.path}.") for other in rows)]
 
@@ -146,18 +167,20 @@ def profile_model(
     steps: int | None = None,
     pixels: tuple[int, int] | None = None,
     guidance: float | None = None,
+    text_length: int | None = None,
 ) -> ModelProfile:
     """Profile the model `name` at `sites` (default: all blocks) from its configs; nothing is loaded or downloaded."""
-    source = None if name in PLANS else find(name, revision)
-    plan = PLANS[name] if source is None else plan_of(source, offline=True)
-    family = family_of(plan.pipeline, plan.denoiser)
+    profiler = _Profiler.of(name, revision, offline=True)
+    plan, family, defaults = profiler
     if not family.blocks:
         known = ", ".join(family.name for family in FAMILIES)
         raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
-    profiler = _Profiler(plan, family, read_defaults(source.folder if source else None, family, plan))
+    if text_length is not None and defaults.text_length is not None:
+        profiler = profiler._replace(defaults=replace(defaults, text_length=text_length))
     shot = Shot(
         model=name,
         revision=revision,
+        text_length=text_length,
         pixels=pixels or profiler.default_pixels,
         steps=steps or profiler.defaults.steps,
         guidance=float(profiler.defaults.guidance if guidance is None else guidance),
@@ -185,6 +208,26 @@ class _Profiler(NamedTuple):
     family: Family
     defaults: ModelDefaults
 
+    @classmethod
+    def of(cls, name: str, revision: str | None, offline: bool) -> "_Profiler":
+        """Read the configs of the model `name`; those of FLUX.1 are in the package."""
+        source = None if name in PLANS else find(name, revision)
+        plan = PLANS[name] if source is None else plan_of(source, offline)
+        family = family_of(plan.pipeline, plan.denoiser)
+        return cls(plan, family, read_defaults(source.folder if source else None, family, plan))
+
+    def without_weights(self) -> nn.Module:
+        """Build the denoiser without weights."""
+        copy = self.plan.components[self.family.denoiser].without_weights()
+        assert copy is not None, "a denoiser has weights"
+        return copy.eval()
+
+    def checked(self, pixels: tuple[int, int] | None) -> tuple[int, int]:
+        """Return `pixels`, by default the model's own, if the model can generate images of this size."""
+        pixels = pixels or self.default_pixels
+        self.defaults.check_pixels(pixels, self._vae_scale * self._patch)
+        return pixels
+
     def config(self, entry: str) -> Any:
         """Return an entry of the denoiser's config, or else of the pipeline's."""
         return self.plan.config(f"{self.family.denoiser}.{entry}") or self.plan.settings.get(entry)
@@ -196,10 +239,8 @@ class _Profiler(NamedTuple):
     @torch.no_grad()
     def denoiser(self, shot: Shot, names: Sequence[str]) -> tuple[dict[Site, tuple[int, int]], float, float, int]:
         """Return the shapes in a call of the denoiser, its operations up to the last site and in all, and the largest output."""
-        copy = self.plan.components[self.family.denoiser].without_weights()
-        assert copy is not None, "a denoiser has weights"
-        copy.eval()
-        kwargs, call = self._arguments(copy, shot)
+        copy = self.without_weights()
+        kwargs, call = self.arguments(copy, shot)
         sites = SiteMap(copy, self.family)
         targets = sites.expand(names or [Site(name, stream=stream) for name in sites.blocks for stream in sites.streams(name)])
         counts = [0]
@@ -217,13 +258,12 @@ class _Profiler(NamedTuple):
         ordered = {target.site: shapes[target.site] for target in targets if target.site in shapes}
         return ordered, max(counts), counter.get_total_flops(), max(largest)
 
-    def _arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
+    def arguments(self, copy: nn.Module, shot: Shot) -> tuple[dict[str, object], DenoiserCall]:
         """Return the arguments of a call of the denoiser, as shapes, and the call."""
         config = self.config
         rows, columns = (side // self._vae_scale for side in shot.pixels)
         packed = self.family.latents != "plain"
-        patch = 2 if packed else int(config("patch_size") or 1)
-        grid, length = (rows // patch, columns // patch), self._text_tokens
+        grid, length = (rows // self._patch, columns // self._patch), self._text_tokens
         tokens, axes = grid[0] * grid[1], len(config("axes_dims_rope") or ())
         width = config("caption_channels") or config("joint_attention_dim") or config("cross_attention_dim")
         latents = (1, tokens, config("in_channels")) if packed else (1, config("in_channels"), rows, columns)
@@ -257,6 +297,11 @@ class _Profiler(NamedTuple):
         channels = self.plan.config("vae.block_out_channels")
         assert isinstance(channels, (list, tuple)), "a VAE has levels"
         return 2 ** (len(channels) - 1)
+
+    @property
+    def _patch(self) -> int:
+        """Latents along each side of a token of the denoiser's input."""
+        return 2 if self.family.latents != "plain" else int(self.config("patch_size") or 1)
 
     @property
     def _text_tokens(self) -> int:
