@@ -89,3 +89,17 @@ def machine_rate() -> float:
     finally:
         torch.set_num_threads(threads)
     return 2 * side**3 / best * (1 if device == "cuda" else threads)
+
+
+def gather_rate(rows: int = 1 << 16, width: int = 3072) -> float:
+    """Measure the bytes per second of gathering random rows and adding them to others, on the GPU if there is one."""
+    device = find_device()
+    table, sums = (torch.zeros(rows, width, dtype=torch.bfloat16, device=device) for _ in range(2))
+    order, best = torch.randperm(rows, device=device), math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        sums.add_(table[order])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 3 * table.nbytes / best

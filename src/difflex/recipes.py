@@ -23,7 +23,7 @@ from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalC
 from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
-from difflex.commands.flags import TOKENS, Pixels
+from difflex.commands.flags import TOKENS, Bytes, Pixels
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.study import ReportCommand, command_words
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
@@ -308,9 +308,13 @@ class RunCommand(Command):
     until: Annotated[str | None, arg(metavar="VERB", help_behavior_hint="(default: to the end)")] = None
     """Stop after the last command with this verb: harvest, train, ..."""
     dry_run: FlagCreatePairsOff[bool] = False
-    """Print the commands with their state, disk and time, and run nothing."""
+    """Print the commands with their state, disk, memory and time, and run nothing."""
+    gpu: Annotated[Bytes, arg(help_behavior_hint="(default: this machine's)")] = None
+    """With --dry-run, plan for a GPU with so much free memory, as in 24GB."""
 
     def __call__(self) -> None:
+        if self.gpu is not None and not self.dry_run:
+            raise BadInput("--gpu is for plans: add --dry-run, or leave it out to run on the GPU that is here.")
         folder = self.out or Path(self.recipe.rpartition(":")[2])
         options = {**self._earlier(folder), **self._given()}
         function = recipe(self.recipe)
@@ -320,10 +324,9 @@ class RunCommand(Command):
         study = _checked(self.recipe, study)
         if self.dry_run:
             from difflex.commands.estimates import estimate
-            from difflex.commands.forecast import plan, plan_table
-            from difflex.commands.machine import this_machine
+            from difflex.commands.forecast import plan, plan_table, this_machine
 
-            machine = this_machine()
+            machine = this_machine(self.gpu)
             print(plan_table(plan(study, machine, estimate, self.until), machine))
             return
         run_study(study, until=self.until, recipe=self.recipe, options=options)

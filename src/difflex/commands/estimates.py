@@ -1,13 +1,13 @@
 """How much each command takes: tokens, disk and time, from its flags and the forecasts of the commands before it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from difflex.commands.effects import FindingsCommand, RemovalCommand, SteerEvalCommand
-from difflex.commands.evaluation import AnatomyCommand, ConceptsCommand, EvaluateCommand
+from difflex.commands.evaluation import SPECTRA, AnatomyCommand, ConceptsCommand, EvaluateCommand
 from difflex.commands.explain import ExplainCommand
 from difflex.commands.features import CollectCommand
 from difflex.commands.forecast import (
@@ -17,10 +17,13 @@ from difflex.commands.forecast import (
     Forecast,
     StoreForecast,
     Unknown,
+    encoding,
+    growing,
     profile_or_unknown,
 )
 from difflex.commands.harvest import HarvestCommand
 from difflex.commands.inputs import CAPTIONS, UNTRAINED, read_prompts
+from difflex.commands.memory import COLLECTED, dictionary_bytes, growing_bytes, hold, model_memory, pass_bytes, spectra_bytes
 from difflex.commands.study import ReportCommand
 from difflex.commands.training import ItdaCommand, NeuronsCommand, TrainCommand
 from difflex.errors import DifflexError
@@ -38,6 +41,8 @@ LEVELS = 3
 """Noise levels at which a steered image is compared with its unedited one."""
 STRIP = 4_500
 """Bytes of an image in a strip that is kept."""
+BATCH = 16
+"""Images that a command without a flag for it makes at a time."""
 SCALED = 65_536
 """Tokens from which the units of steering are measured."""
 PROMPTS, LONG = 256, 200
@@ -47,12 +52,20 @@ PROMPTS, LONG = 256, 200
 def _anatomy(forecast: Forecast, command: AnatomyCommand) -> CostEstimate:
     model = profile_or_unknown(command.model, command.site, command.revision, command.steps, command.pixels, command.guidance)
     tokens = command.max_prompts * model.shot.steps * sum(tokens for tokens, _ in model.shapes.values())
+    held, spectra = hold(forecast, command.out, model, command.precision, command.offload), len(command.spectra) or SPECTRA
     return CostEstimate(
         sites=tuple(map(str, model.shapes)),
         tokens=tokens,
-        bytes=70_000 + 6 * 22 * max(width for _, width in model.shapes.values()),
-        seconds=forecast.seconds(model=_harvesting(model, command.max_prompts, command.max_prompts, model.shot.steps)) + 3.0,
+        bytes=70_000 + spectra * 22 * max(width for _, width in model.shapes.values()),
+        seconds=_plus(
+            3.0, forecast.seconds(model=_harvesting(model, command.max_prompts, command.max_prompts, model.shot.steps))
+        ),
+        memory=forecast.memory(held.device + pass_bytes(model, held, command.batch) + spectra_bytes(model, spectra), held.host),
     )
+
+
+def _plus(more: float, seconds: float | None) -> float | None:
+    return None if seconds is None else seconds + more
 
 
 def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
@@ -70,11 +83,17 @@ def _harvest(forecast: Forecast, command: HarvestCommand) -> CostEstimate:
         forecast.stores[command.out, shape.site] = StoreForecast(total * shape.tokens, shape.tokens, shape.width, shots[0])
     last = command.keep_steps.stop if command.keep_steps is not None else model.shot.steps
     work = _harvesting(model, total // run, -(-(total // run) // len(command.seeds)), last)
+    config = RecordingConfig(dtype=command.dtype, batch=command.batch)
+    held = hold(forecast, command.out, model, command.precision, command.offload)
+    size = recorded_bytes(formats, shots, run, total, config)
     return CostEstimate(
         sites=tuple(map(str, model.shapes)),
         tokens=sum(total * shape.tokens for shape in formats),
-        bytes=recorded_bytes(formats, shots, run, total, RecordingConfig(dtype=command.dtype, batch=command.batch)),
+        bytes=size,
         seconds=forecast.seconds(model=work),
+        memory=forecast.memory(
+            held.device + pass_bytes(model, held, command.batch), held.host + min(size, 2 * len(formats) * config.shard_bytes)
+        ),
     )
 
 
@@ -88,65 +107,82 @@ def _prompts_of(command: HarvestCommand) -> tuple[list[str], int | None]:
 
 
 def _train(forecast: Forecast, command: TrainCommand) -> CostEstimate:
-    from difflex.training.study import PRESETS
+    from difflex.training.study import PRESETS, SweepConfig, SweepCost, sweep_cost
 
-    preset, total, size, work = PRESETS[command.preset], 0, 0, 0.0
+    preset, total, work, costs = PRESETS[command.preset], 0, 0.0, list[SweepCost]()
+    names = ("size", "k", "preset", "kind", "normalisation", "tokens", "batch")
+    config = SweepConfig(**{name: getattr(command, name) for name in names})
     for site in map(Site.parse, command.site):
         store = forecast.store(command.study, site)
         tokens = round(0.9 * store.rows) if command.tokens is None else command.tokens
         shapes = [DictionaryForecast(n, k, store.width) for n in command.size or (preset.size,) for k in command.k or (preset.k,)]
         forecast.add(command.study, site, shapes)
-        total, work = total + tokens, work + sum(_encoding(shape, tokens) for shape in shapes)
-        size += sum(_trained_bytes(command, shape) for shape in shapes)
-    return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=forecast.seconds(training=work))
-
-
-def _trained_bytes(command: TrainCommand, shape: DictionaryForecast) -> int:
-    """Return the bytes of weights, optimiser state (with an average in the paper's preset), normalisation, counts and log."""
-    is_paper = command.preset.startswith("paper")
-    weights = 2 * shape.size * shape.width + shape.size + shape.width
-    whitens = (command.normalisation or ("whiten" if is_paper else "")) == "whiten"
-    return 4 * ((3 + is_paper) * weights + 2 * shape.width**2 * whitens + 4 * shape.width) + 24 * shape.size + 11_000
+        total, work = total + tokens, work + sum(encoding(shape, tokens) for shape in shapes)
+        costs.append(sweep_cost(config, [store.width], device=forecast.machine.device))
+    return CostEstimate(
+        sites=command.site,
+        tokens=total,
+        bytes=sum(cost.dictionaries + cost.checkpoints for cost in costs),
+        seconds=forecast.seconds(training=work),
+        memory=forecast.memory(max(cost.device for cost in costs), max(cost.host for cost in costs)),
+    )
 
 
 def _itda(forecast: Forecast, command: ItdaCommand) -> CostEstimate:
     usual_size, usual_k = (64_000, 64) if command.preset == "paper" else (16_384, 32)
-    total, size, work = 0, 0, 0.0
+    total, size, work, most = 0, 0, 0.0, 0.0
     for site in map(Site.parse, command.site):
         store = forecast.store(command.study, site)
         tokens = min(command.tokens or store.rows, round(0.9 * store.rows))
-        shapes = [DictionaryForecast(size, command.k or usual_k, store.width) for size in command.size or (usual_size,)]
+        shapes = [DictionaryForecast(size, command.k or usual_k, store.width, "itda") for size in command.size or (usual_size,)]
         # With a threshold, smaller dictionaries are the first atoms of the largest.
         grown = [max(shapes)] if command.threshold or command.preset == "paper" else shapes
         count = max(1, len(command.threshold))
         forecast.add(command.study, site, shapes * count)
-        total, work = total + tokens, work + count * sum(_growing(shape, tokens) for shape in grown)
+        total, work = total + tokens, work + count * sum(growing(shape, tokens) for shape in grown)
+        # Dictionaries whose thresholds are searched grow together.
+        most = max(most, count * sum(growing_bytes(forecast.machine, shape) for shape in grown))
         size += count * sum(shape.size * (4 * shape.width + 100) + 35_000 for shape in shapes)
-    return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=forecast.seconds(growing=work))
+    seconds = forecast.seconds(growing=work)
+    return CostEstimate(sites=command.site, tokens=total, bytes=size, seconds=seconds, memory=forecast.memory(most))
 
 
 def _neurons(forecast: Forecast, command: NeuronsCommand) -> CostEstimate:
     size = 0
     for site in map(Site.parse, command.site):
         width = forecast.store(command.study, site).width
-        forecast.add(command.study, site, [DictionaryForecast(width, k, width) for k in command.k])
+        forecast.add(command.study, site, [DictionaryForecast(width, k, width, "neurons") for k in command.k])
         size += len(command.k) * (600 + 4 * width)
-    return CostEstimate(sites=command.site, tokens=0, bytes=size, seconds=START)
+    return CostEstimate(sites=command.site, tokens=0, bytes=size, seconds=START, memory=forecast.memory())
 
 
 def _evaluate(forecast: Forecast, command: EvaluateCommand) -> CostEstimate:
     learned = forecast.learned(command.study, (*command.site, *command.dictionary))
-    total, encoded, effect = 0, 0.0, 0.0
+    total, encoded, effect, most, host = 0, 0.0, 0.0, 0.0, 0.0
     for site, shapes in learned.items():
         store = forecast.store(command.study, site)
         tokens = min(command.tokens, store.rows // 10)
-        total, encoded = total + tokens * len(shapes), encoded + sum(_encoding(shape, tokens) for shape in shapes)
+        total, encoded = total + tokens * len(shapes), encoded + sum(encoding(shape, tokens) for shape in shapes)
         if command.effect_shots:
             shots = min(command.effect_shots, store.rows // 10 // store.tokens)
-            effect += _replacing(forecast.profile(store.shot), shots, len(shapes))
+            model = forecast.profile(store.shot)
+            effect += _replacing(model, shots, len(shapes))
+            held = model_memory(forecast, command.study, model, command)
+            most = max(most, _in_use(forecast, shapes, held.device + pass_bytes(model, held, min(shots, BATCH), images=True)))
+            host = held.host
+        most = max(most, *(dictionary_bytes(forecast.machine, shape) for shape in shapes))
     count = sum(map(len, learned.values()))
     seconds = forecast.seconds(encoding=encoded, effect=effect)
-    return CostEstimate(sites=tuple(map(str, learned)), tokens=total, bytes=count * 3600, seconds=seconds)
+    return CostEstimate(
+        sites=tuple(map(str, learned)), tokens=total, bytes=count * 3600, seconds=seconds, memory=forecast.memory(most, host)
+    )
+
+
+def _in_use(forecast: Forecast, shapes: Iterable[DictionaryForecast], taken: float) -> float:
+    """Return the bytes of dictionaries in use at the same time, with `taken` others."""
+    for shape in shapes:
+        taken += dictionary_bytes(forecast.machine, shape, taken)
+    return taken
 
 
 def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
@@ -154,7 +190,7 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
         raise Unknown("how many images the folder holds is known when they are read")
     known, levels, sites = sum(map(len, CONCEPTS.values())), len(command.noise), dict[str, None]()
     rounds = levels + (levels > 1)
-    total, size, model, matched, encoded = 0, 0, 0.0, SCENE * command.images, 0.0
+    total, size, model, matched, encoded, most, host = 0, 0, 0.0, SCENE * command.images, 0.0, 0.0, 0.0
     for folder in command.studies:
         for site, shapes in forecast.learned(folder, (*command.site, *command.dictionary)).items():
             store, inner = forecast.store(folder, site), site.kind == "neurons"
@@ -166,12 +202,15 @@ def _concepts(forecast: Forecast, command: ConceptsCommand) -> CostEstimate:
             methods = len(shapes) + (3 - inner) * len(ks)
             model += (2 - inner) * command.images * levels * (profile.partial_step + profile.decode)
             matched += rounds / levels * (5e6 * tokens * methods + 300.0 * tokens * (5 - 4 * inner) * store.width * known)
-            encoded += sum(_encoding(shape, tokens) for shape in shapes)
+            encoded += sum(encoding(shape, tokens) for shape in shapes)
             features = sum(each.size for each in shapes) + len(ks) * (max(each.size for each in shapes) + 6 * store.width)
             total, size = total + tokens * (2 - inner), size + methods * rounds * 27_000 + features * 47
             sites[str(site)] = None
+            held = model_memory(forecast, folder, profile, command)
+            used = _in_use(forecast, shapes, held.device + pass_bytes(profile, held, command.batch, images=True))
+            most, host = max(most, used), held.host
     seconds = forecast.seconds(model=model, concepts=matched, encoding=encoded)
-    return CostEstimate(sites=tuple(sites), tokens=total, bytes=size, seconds=seconds)
+    return CostEstimate(sites=tuple(sites), tokens=total, bytes=size, seconds=seconds, memory=forecast.memory(most, host))
 
 
 def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
@@ -184,11 +223,14 @@ def _collect(forecast: Forecast, command: CollectCommand) -> CostEstimate:
     passes = moments * model.partial_step if given else steps * model.step
     work = command.images * (passes + model.prompt + model.decode + SCENE * command.drawn_world)
     height, width = store.shot.pixels
+    held = model_memory(forecast, command.study, model, command)
+    taken = held.device + pass_bytes(model, held, command.batch, images=True)
     return CostEstimate(
         sites=tuple(map(str, learned)),
         tokens=tokens * len(learned),
         bytes=round(sum(shape.size for shape in shapes) * 4000 + command.images * height * width * 1.1),
-        seconds=forecast.seconds(model=work, encoding=sum(_encoding(shape, tokens) for shape in shapes)),
+        seconds=forecast.seconds(model=work, encoding=sum(encoding(shape, tokens) for shape in shapes)),
+        memory=forecast.memory(_in_use(forecast, shapes, taken) + sum(COLLECTED * shape.size for shape in shapes), held.host),
     )
 
 
@@ -198,7 +240,7 @@ def _explain(forecast: Forecast, command: ExplainCommand) -> CostEstimate:
     names = (*command.site, *command.dictionary)
     books = sum(len(several) for study in command.studies for several in forecast.learned(study, names).values())
     features = books * (len(command.feature) or command.random_features)
-    return CostEstimate(sites=command.site, bytes=features * 1_000, seconds=START + features * 0.03)
+    return CostEstimate(sites=command.site, bytes=features * 1_000, seconds=START + features * 0.03, memory=forecast.memory())
 
 
 def _steer_eval(forecast: Forecast, command: SteerEvalCommand) -> CostEstimate:
@@ -209,9 +251,7 @@ def _steer_eval(forecast: Forecast, command: SteerEvalCommand) -> CostEstimate:
     # A third of the concepts has a feature, before `difflex concepts` says so.
     concepts = len(shapes) * sum(len(CONCEPTS.get(group, ())) for group in command.groups) / 3
     last = command.edit_steps.stop if command.edit_steps else None
-    estimate = _edited(
-        forecast, command.study, shapes, concepts * command.trials * (1 + points), concepts * command.pairs * 2, last
-    )
+    estimate = _edited(forecast, command, shapes, concepts * command.trials * (1 + points), concepts * command.pairs * 2, last)
     strips = round(len(shapes) * len(command.groups) * (points + 4) * STRIP)
     return replace(estimate, bytes=round(concepts * points * 220) + strips)
 
@@ -228,7 +268,7 @@ def _removal(forecast: Forecast, command: RemovalCommand) -> CostEstimate:
     tried = 0.6 * settings if settings > 1 else 0  # about as many settings are tried before one is good enough
     plain = sum(concepts) * (command.selection_images + command.tuning_images + command.images)
     edited = len(sets) * sum(2 * count * (tried * command.tuning_images + command.images) for count in concepts)
-    estimate = _edited(forecast, command.study, [pair for together in sets for pair in together], plain + edited, scaled=False)
+    estimate = _edited(forecast, command, [pair for together in sets for pair in together], plain + edited, scaled=False)
     return replace(estimate, bytes=len(sets) * sum(concepts) * 1_700)
 
 
@@ -242,12 +282,12 @@ def _findings(forecast: Forecast, command: FindingsCommand) -> CostEstimate:
     names = command.finding or ("pairs", "distribution", "adversarial", "related", "steps")
     points = 1 + len(command.strength) + sum(points.get(name, 2 * (1 + inner)) for name in names)
     images = concepts * command.trials * points
-    return _edited(forecast, command.study, steered, images, 2 * max(command.pairs) * concepts)
+    return _edited(forecast, command, steered, images, 2 * max(command.pairs) * concepts)
 
 
 def _edited(
     forecast: Forecast,
-    study: Path,
+    command: SteerEvalCommand | RemovalCommand | FindingsCommand,
     shapes: Sequence[tuple[Site, DictionaryForecast]],
     images: float,
     sides: float = 0,
@@ -255,24 +295,28 @@ def _edited(
     scaled: bool = True,
 ) -> CostEstimate:
     """Images that are generated and judged, and the prompts of contrasts, `sides` in all, harvested to step `last`."""
-    model = forecast.studied(study, *(site for site, _ in shapes))
+    model = forecast.studied(command.study, *(site for site, _ in shapes))
     steps, tokens = last or model.shot.steps, {site: model.shapes[site][0] for site, _ in shapes}
     judged = JUDGED + (model.decode + LEVELS * model.step if scaled else 0.0)
     work = images * (judged + model.prompt + model.shot.steps * model.step + model.decode)
     rows = {site: (sides or images) * steps * count for site, count in tokens.items()}
-    encoded = sum(_encoding(shape, SCALED if scaled else rows[site]) for site, shape in shapes)
+    encoded = sum(encoding(shape, SCALED if scaled else rows[site]) for site, shape in shapes)
+    held = model_memory(forecast, command.study, model, command)
+    taken = held.device + pass_bytes(model, held, BATCH, images=True)
     return CostEstimate(
         sites=tuple(map(str, tokens)),
         tokens=round(sum(rows.values())),
         bytes=round(images * 30),
         seconds=forecast.seconds(model=work + _harvesting(model, sides, sides, steps), encoding=encoded),
+        memory=forecast.memory(_in_use(forecast, (shape for _, shape in shapes), taken), held.host),
     )
 
 
 def _report(forecast: Forecast, command: ReportCommand) -> CostEstimate:
     learned = forecast.learned(command.study)
     count = sum(map(len, learned.values()))
-    return CostEstimate(sites=tuple(map(str, learned)), tokens=0, bytes=700_000 + count * 50_000, seconds=3.0 + count * 1.5)
+    size, seconds = 700_000 + count * 50_000, 3.0 + count * 1.5
+    return CostEstimate(sites=tuple(map(str, learned)), tokens=0, bytes=size, seconds=seconds, memory=forecast.memory())
 
 
 ESTIMATORS: Mapping[type[Command], Callable[[Forecast, Any], CostEstimate]] = {
@@ -319,16 +363,6 @@ def estimate(forecast: Forecast, command: Command) -> CostEstimate:
 def _harvesting(model: ModelProfile, runs: float, prompts: float, steps: int) -> float:
     """Runs that end at the site in the last of `steps`, and encoding their prompts."""
     return runs * ((steps - 1) * model.step + model.partial_step) + prompts * model.prompt
-
-
-def _encoding(shape: DictionaryForecast, tokens: float) -> float:
-    """A dense product, k rows gathered, and what each token costs besides."""
-    return tokens * (shape.width * shape.size + 60 * shape.k * shape.width + 1e6)
-
-
-def _growing(shape: DictionaryForecast, tokens: float) -> float:
-    """Three passes until the threshold is found: dense products, a Gram matrix, and k equations for each token."""
-    return tokens * (6.0 * shape.width * shape.size + 530.0 * shape.size * shape.k + 3100.0 * shape.k**3 + 9e6)
 
 
 def _replacing(model: ModelProfile, shots: int, dictionaries: int) -> float:

@@ -1,16 +1,19 @@
 """Forecasts of what the commands of a study take, and the plan of a study as a table. Only configs are read, nothing is fetched.
 
-Time is counted in floating-point operations and divided by the measured rate of this machine. The efficiencies and the terms that
-no matrix product explains were fitted to runs on mini-flux on two cores: within a factor of two there, a first guess elsewhere.
+Time is counted in operations and divided by the rate of the machine for each kind of work. The counts and the rates of a CPU were
+fitted to runs on mini-flux on two cores: within a factor of two there, a first guess elsewhere.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
+from difflex.choices import Precision
 from difflex.commands.inputs import UNTRAINED
+from difflex.devices import find_device, free_memory, gather_rate, machine_rate
 from difflex.errors import DifflexError
 from difflex.pipeline import ModelProfile, profile_model
 from difflex.records import Shot, Site
@@ -22,21 +25,103 @@ __all__ = [
     "CostEstimate",
     "DictionaryForecast",
     "Forecast",
+    "Machine",
     "PlannedCommand",
     "StoreForecast",
     "Unknown",
-    "duration",
     "plan",
     "plan_table",
+    "this_machine",
 ]
 
-EFFICIENCY = {"model": 0.34, "effect": 0.15, "training": 0.36, "encoding": 0.36, "growing": 0.47, "concepts": 0.5}
-"""The share of the rate of a large matrix product that each kind of work reaches."""
 START = 1.0
 """Seconds before the work of a command begins."""
-COLUMNS = ("", "state", "verb", "sites", "tokens", "disk", "time", "flags")
+PROCESS, CONTEXT = 800_000_000, 600_000_000
+"""Bytes of memory that a process has with its libraries, and of GPU memory that it has for them."""
+COLUMNS = ("", "state", "verb", "sites", "tokens", "disk", "GPU memory", "memory", "time", "flags")
+GPU_COLUMN = COLUMNS.index("GPU memory")
 MOST = 3
 """Sites that are named in a line of the table."""
+
+
+EFFICIENCY = {"model": 0.34, "effect": 0.15, "training": 0.36, "encoding": 0.36, "growing": 0.47, "concepts": 0.5}
+"""On a CPU, the share of the rate of a large matrix product that each kind of work reaches."""
+MODEL, EFFECT, BUSY = 0.7, 0.4, 0.5
+"""On a GPU, the share of the rate of a product that a model reaches in batches and one by one, and of the bandwidth that gathers
+and updates of rows reach."""
+WIDTH, SIZE, K, BATCH = 3072, 65_536, 64, 1024
+"""The shape of the dictionaries and updates, those of FLUX.1, at which the rates of a GPU are measured."""
+ROW_BYTES, PAIR_BYTES = 52, 8
+"""Bytes that an update of a row moves for each coordinate: two weights, two moments and an average read and written in float32,
+and a copy in 16 bits; and those of a feature that fires at a token, for four gathers in 16 bits."""
+PASSES = 1.5
+"""Passes of an ITDA growth, in terms of the size at the end."""
+
+
+class DictionaryForecast(NamedTuple):
+    """The shape of a dictionary."""
+
+    size: int
+    k: int
+    width: int
+    kind: Literal["sae", "itda", "neurons"] = "sae"
+
+
+def encoding(shape: DictionaryForecast, tokens: float) -> float:
+    """Return the operations of encoding: a dense product, k rows gathered, and what each token costs besides."""
+    return tokens * (shape.width * shape.size + 60 * shape.k * shape.width + 1e6)
+
+
+def growing(shape: DictionaryForecast, tokens: float) -> float:
+    """Return the operations of a growth, three passes until the threshold is found: products, a Gram matrix, and k equations."""
+    return tokens * (6.0 * shape.width * shape.size + 530.0 * shape.size * shape.k + 3100.0 * shape.k**3 + 9e6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What commands run on."""
+
+    rates: Mapping[str, float]
+    """Operations per second by kind of work, as `difflex.commands.estimates` counts them; empty if they are unknown."""
+    memory: int
+    """Bytes of free memory."""
+    gpu: int | None = None
+    """Bytes of free GPU memory; None without a GPU."""
+
+    @classmethod
+    def with_cpu(cls, product: float, memory: int) -> "Machine":
+        """Return a machine without a GPU that does `product` floating-point operations per second in a large matrix product."""
+        return cls(rates=MappingProxyType({kind: product * share for kind, share in EFFICIENCY.items()}), memory=memory)
+
+    @classmethod
+    def with_gpu(cls, product: float, bandwidth: float, memory: int, gpu: int) -> "Machine":
+        """Return a machine with a GPU, from its operations per second in a product and the bytes per second of gathered rows."""
+        shape, moved = DictionaryForecast(SIZE, K, WIDTH), BUSY * bandwidth
+        dense, fired = 2.0 * WIDTH * SIZE / product, SIZE * (1 - (1 - K / SIZE) ** BATCH)
+        update = dense + (fired * WIDTH * ROW_BYTES / BATCH + K * WIDTH * PAIR_BYTES) / moved
+        pursuit = dense + 10.0 * K * SIZE / moved  # a row of the Gram matrix, and the correlations read and written
+        rates = {
+            "model": MODEL * product,
+            "effect": EFFECT * product,
+            "training": encoding(shape, 1) / update,
+            "encoding": encoding(shape, 1) / (dense / MODEL + K * WIDTH * PAIR_BYTES / moved),
+            "growing": growing(shape, 1) / (PASSES * pursuit),
+            "concepts": moved / 2,  # element by element, in 16 bits
+        }
+        return cls(rates=MappingProxyType(rates), memory=memory, gpu=gpu)
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where dictionaries and models are."""
+        return "cpu" if self.gpu is None else "cuda"
+
+
+def this_machine(gpu: int | None = None) -> Machine:
+    """Measure this machine; with `gpu` bytes, plan for a GPU of this size, whose speed is known only if one is here."""
+    memory = free_memory("cpu")
+    if find_device().type == "cpu":
+        return Machine.with_cpu(machine_rate(), memory) if gpu is None else Machine(rates={}, memory=memory, gpu=gpu)
+    return Machine.with_gpu(machine_rate(), gather_rate(), memory, free_memory("cuda") if gpu is None else gpu)
 
 
 class StoreForecast(NamedTuple):
@@ -50,12 +135,13 @@ class StoreForecast(NamedTuple):
     """One of its shots."""
 
 
-class DictionaryForecast(NamedTuple):
-    """The shape of a dictionary."""
+class MemoryFootprint(NamedTuple):
+    """The memory that a command takes at most."""
 
-    size: int
-    k: int
-    width: int
+    host: int
+    """Bytes of memory."""
+    gpu: int | None = None
+    """Bytes of GPU memory; None without a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +153,9 @@ class CostEstimate:
     """Rows that it reads or writes, over all sites."""
     bytes: int | None = None
     """What its files will take on disk."""
+    temporary: int = 0
+    """What files that it deletes take on disk besides, while it runs."""
+    memory: MemoryFootprint | None = None
     seconds: float | None = None
     unknown: str = ""
     """Why something is unknown."""
@@ -80,15 +169,23 @@ class Unknown(Exception):
 class Forecast:
     """Estimates of commands one after another: what earlier ones will have written is known to later ones."""
 
-    rate: float
-    """Floating-point operations per second of a large matrix product."""
+    machine: Machine
     stores: dict[tuple[Path, Site], StoreForecast] = field(default_factory=dict)
     """By study and site."""
+    held: dict[Path, tuple[Precision | None, bool]] = field(default_factory=dict)
+    """By study, the precision of its model, and whether it is offloaded."""
     dictionaries: dict[tuple[Path, Site], tuple[DictionaryForecast, ...]] = field(default_factory=dict)
 
-    def seconds(self, **work: float) -> float:
-        """Return the time that operations take, by kind of work."""
-        return START + sum(operations / (self.rate * EFFICIENCY[kind]) for kind, operations in work.items())
+    def seconds(self, **work: float) -> float | None:
+        """Return the time that operations take, by kind of work; None if the machine is not at hand."""
+        rates = self.machine.rates
+        return START + sum(operations / rates[kind] for kind, operations in work.items()) if rates else None
+
+    def memory(self, device: float = 0, host: float = 0) -> MemoryFootprint:
+        """Return the memory of a command with `device` bytes where the tensors are, and `host` bytes besides."""
+        if self.machine.gpu is None:
+            return MemoryFootprint(round(PROCESS + device + host))
+        return MemoryFootprint(round(PROCESS + host), round(CONTEXT + device))
 
     def store(self, folder: Path, site: Site) -> StoreForecast:
         """Return the shape of a store that exists or will exist."""
@@ -151,26 +248,68 @@ class PlannedCommand(NamedTuple):
 Estimator = Callable[[Forecast, Command], CostEstimate]
 
 
-def plan(study: Study, rate: float, estimate: Estimator, until: str | None = None) -> list[PlannedCommand]:
-    """Return the commands of `study`, up to `until`, with what each takes, by `estimate`, on a machine of this `rate`."""
-    forecast, planned = Forecast(rate), []
+def plan(study: Study, machine: Machine, estimate: Estimator, until: str | None = None) -> list[PlannedCommand]:
+    """Return the commands of `study`, up to `until`, with what each takes, by `estimate`, on a `machine`."""
+    forecast, planned = Forecast(machine), []
     for status in command_statuses(study, until):
         cost = estimate(forecast, status.command)
         if status.state == "done":
             size = sum(_size(study.folder / path) for path in status.record.outputs)
-            cost = replace(cost, bytes=size, seconds=status.record.seconds, unknown="")
+            cost = replace(cost, bytes=size, temporary=0, seconds=status.record.seconds, unknown="")
         planned.append(PlannedCommand(status, cost))
     return planned
 
 
-def plan_table(planned: Sequence[PlannedCommand]) -> str:
-    """Return a table with a line for each command, the sums, and what is unknown."""
+def plan_table(planned: Sequence[PlannedCommand], machine: Machine) -> str:
+    """Return a table with a line for each command, the sums, and what is unknown or does not fit the machine."""
     remaining = [each.estimate for each in planned if each.status.state != "done"]
     sums = [_sum("remaining", remaining)] if len(remaining) < len(planned) else []
     sums.append(_sum("total", [each.estimate for each in planned]))
     lines = [COLUMNS, *(_line(number, each) for number, each in enumerate(planned, 1)), *sums]
+    if machine.gpu is None:
+        lines = [(*line[:GPU_COLUMN], *line[GPU_COLUMN + 1 :]) for line in lines]
     unknown = [f"{number}: unknown: {each.estimate.unknown}" for number, each in enumerate(planned, 1) if each.estimate.unknown]
-    return "\n".join([text_table(lines), *unknown])
+    return "\n".join([text_table(lines), *unknown, *_too_large(planned, machine), most_on_disk(planned).text])
+
+
+def _too_large(planned: Sequence[PlannedCommand], machine: Machine) -> list[str]:
+    """Return a line for each command that does not fit into the free memory."""
+    lines = []
+    for number, (status, cost) in enumerate(planned, 1):
+        if cost.memory is None or status.state == "done":
+            continue
+        needs = (("GPU memory", cost.memory.gpu, machine.gpu), ("memory", cost.memory.host, machine.memory))
+        lines += [
+            f"{number}: {status.record.verb} needs {format_size(need)} of {name}, and {format_size(free)} are free."
+            for name, need, free in needs
+            if need is not None and free is not None and need > free
+        ]
+    return lines
+
+
+class DiskPeak(NamedTuple):
+    """The most that the files of a study take at once."""
+
+    bytes: int
+    command: int
+    """The number of the command that takes it."""
+    temporary: int
+    """Of files that it deletes."""
+
+    @property
+    def text(self) -> str:
+        """A line about it."""
+        most = f"Most on disk at once: {format_size(self.bytes)}, during command {self.command}"
+        return most + (f", of which {format_size(self.temporary)} are deleted at its end." if self.temporary else ".")
+
+
+def most_on_disk(planned: Sequence[PlannedCommand]) -> DiskPeak:
+    """Return the most that the files of these commands take at once; what is unknown counts as nothing."""
+    kept, peak = 0, DiskPeak(0, len(planned), 0)
+    for number, (_, cost) in enumerate(planned, 1):
+        kept += cost.bytes or 0
+        peak = max(peak, DiskPeak(kept + cost.temporary, number, cost.temporary))
+    return peak
 
 
 def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
@@ -182,14 +321,23 @@ def _line(number: int, planned: PlannedCommand) -> tuple[str, ...]:
     size = "?" if estimate.bytes is None else format_size(estimate.bytes)
     about = "" if status.state == "done" else "about "
     took = "?" if estimate.seconds is None else about + duration(estimate.seconds)
-    return str(number), status.state, status.record.verb, sites, tokens, size, took, " ".join(words)
+    memory = _memory_cells([estimate])
+    return str(number), status.state, status.record.verb, sites, tokens, size, *memory, took, " ".join(words)
 
 
 def _sum(name: str, estimates: Sequence[CostEstimate]) -> tuple[str, ...]:
+    """Return the line of sums; of memory, the most of any command."""
     sizes, times = [each.bytes for each in estimates], [each.seconds for each in estimates]
     size = format_size(sum(size or 0 for size in sizes)) + (" and ?" if None in sizes else "")
     took = duration(sum(took or 0.0 for took in times)) + (" and ?" if None in times else "")
-    return "", "", name, "", "", size, took, ""
+    return "", "", name, "", "", size, *_memory_cells(estimates), took, ""
+
+
+def _memory_cells(estimates: Sequence[CostEstimate]) -> tuple[str, str]:
+    """Return the most GPU memory and the most memory of any of these."""
+    known = [each.memory for each in estimates if each.memory is not None]
+    gpu, host = [memory.gpu for memory in known if memory.gpu is not None], [memory.host for memory in known]
+    return format_size(max(gpu)) if gpu else "?", format_size(max(host)) if host else "?"
 
 
 def duration(seconds: float) -> str:

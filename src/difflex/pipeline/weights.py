@@ -16,9 +16,9 @@ NF4_BYTES = 0.5 + 4 / 64
 """Per weight in nf4: half a byte, and a float for each 64 weights."""
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
     """Return the dtype to compute in: that of all weights, or with nf4 that of all others."""
-    return DTYPES.get(precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    return DTYPES.get(precision, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -36,16 +36,16 @@ class MemoryNeed(NamedTuple):
     dense: dict[str, int]
     """All other weights, by component."""
 
-    def bytes(self, precision: Precision, device: torch.device) -> dict[str, int]:
+    def bytes(self, precision: Precision, device: torch.device | str) -> dict[str, int]:
         """Return the bytes of the weights on `device`, by component."""
         size = compute_dtype(precision, device).itemsize
         quantised = NF4_BYTES if precision == "nf4" else size
         return {name: round(self.quantised[name] * quantised) + self.dense[name] * size for name in self.dense}
 
-    def peak(self, precision: Precision, device: torch.device) -> int:
+    def peak(self, precision: Precision, device: torch.device | str) -> int:
         """Return the most bytes while loading: on a CPU a component is in memory as a whole before it is quantised."""
         sizes = self.bytes(precision, device)
-        if precision != "nf4" or device.type != "cpu":
+        if precision != "nf4" or torch.device(device).type != "cpu":
             return sum(sizes.values())
         whole = self.bytes("fp32", device)
         return sum(sizes.values()) + max(whole[name] - sizes[name] for name in sizes)
