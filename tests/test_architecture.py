@@ -138,6 +138,7 @@ INNER_DOORS = {
     "miniature.world",
     "report.comparison",
     "steering.contrast",
+    "store.live",
     "training.itda",
     "training.study",
 }

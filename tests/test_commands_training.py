@@ -333,3 +333,48 @@ def test_neurons_of_another_model_are_an_error(study: Path):
 def test_sites_without_neurons_are_explained(study: Path, site: str, words: str, capsys: pytest.CaptureFixture[str]):
     assert main(["neurons", str(study), "--site", *([site] if site else [])]) == 2
     assert words in capsys.readouterr().err
+
+
+LIVE = ("--live", "--window", "512", "--harvest-batch", "8")
+
+
+def test_live_training_harvests_with_the_settings_of_the_study(harvested: Path, study: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(study, *LIVE, "--also", "single.0", "--k", "3,4", "--weights", "bf16") == 0
+    output, before = capsys.readouterr().out, snapshot(study)
+    for name in ("double.1+update/topk-64-k3", "double.1+update/topk-64-k4", "single.0/topk-64-k4"):
+        assert f"{study / 'dictionaries' / name}: 2,0" in output
+        training = json.loads((study / "dictionaries" / name / "config.json").read_text())["training"]
+        assert "16x24 pixels, 2 steps" in training["data"] and "window 512" in training["data"]
+    assert not list(study.rglob("state.safetensors"))
+    assert train(study, *LIVE, "--also", "single.0", "--k", "3,4", "--weights", "bf16") == 0
+    assert capsys.readouterr().out == output and snapshot(study) == before
+    assert train(study, "--live", "--window", "1024") == 2
+    assert "other data" in capsys.readouterr().err
+
+
+def test_live_and_stored_training_find_dictionaries_alike(study: Path, tmp_path: Path):
+    assert train(study, "--k", "4", "--preset", "paper", *LIVE, "--checkpoints", "exact") == 0
+    live = Dictionary.load(study / UPDATE / "topk-64-k4-paper")
+    (study / UPDATE).rename(tmp_path / "live")
+    assert train(study, "--k", "4", "--preset", "paper") == 0
+    stored = Dictionary.load(study / UPDATE / "topk-64-k4-paper")
+    fvu = [dictionary.origin.training["metrics"]["fvu"] for dictionary in (live, stored)]  # pyright: ignore
+    assert fvu[0] == pytest.approx(fvu[1], rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--window", "512"], "--window needs --live"),
+        (["--pixels", "16", "--steps", "3"], "--pixels, --steps needs --live"),
+        (["--live", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--live", "--also", "double.77"], "double.77"),
+        (["--live", "--prompts", "captions"], "endless: say how many --tokens"),
+    ],
+)
+def test_impossible_live_trainings_are_explained(study: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str):
+    without_tokens = {"--tokens"} if "captions" in flags else set()
+    given = [word for name, value in FLAGS.items() if name not in without_tokens for word in (name, value)]
+    assert run("train", str(study), *given, *flags) == 2
+    assert words in capsys.readouterr().err
+    assert not list(study.rglob("state.safetensors"))

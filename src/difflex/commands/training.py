@@ -1,20 +1,22 @@
 """`difflex train`, `itda` and `neurons`: dictionaries from stored activations."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import NormalisationMethod, PursuitName, SAEKind
-from difflex.commands.flags import COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, number
+from difflex.choices import CheckpointKind, NormalisationMethod, PursuitName, SAEKind, WeightsDtype
+from difflex.commands.flags import BATCH, COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, StudyImagesCommand, number
+from difflex.errors import BadInput
 from difflex.files import parsing
 from difflex.study import Command, Study
 
 if TYPE_CHECKING:
     from difflex.dictionaries import ITDA, SAE
     from difflex.training.itda import GrowthProgress
+    from difflex.training.study import SweepConfig
 
 __all__ = ["ItdaCommand", "NeuronsCommand", "TrainCommand"]
 
@@ -27,17 +29,19 @@ PRINT_EVERY = 10.0
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(Command):
-    """Train sparse autoencoders (SAEs) of every size with every k in one pass over stored activations.
+class TrainCommand(StudyImagesCommand):
+    """Train sparse autoencoders (SAEs) of every size with every k in one pass over stored activations, or --live over the model.
 
-    Given again, the command resumes, bit for bit on a CPU. Under torchrun processes train together; their number may change when
-    a training resumes.
+    Given again, the command resumes, with stored activations bit for bit on a CPU. Under torchrun processes train together; their
+    number may change when a training on stored activations resumes.
     """
 
     study: Annotated[Positional[Path], arg(metavar="STUDY")]
     """A folder with activations from `difflex harvest`."""
     site: Annotated[tuple[str, ...], arg(metavar="SITE...")]
-    """The sites to train at, one after another: double.18, single.9:update."""
+    """The sites to train at, one after another, with --live at once: double.18, single.9:update."""
+    also: Annotated[tuple[str, ...], arg(metavar="SITE...", help_behavior_hint="(default: none)")] = ()
+    """Further sites, at which only the largest size is trained, with the largest k."""
     k: Annotated[Numbers, arg(help_behavior_hint=PRESET)] = ()
     """Features per token; 32 in the default preset."""
     size: Annotated[Numbers, arg(help_behavior_hint=PRESET)] = ()
@@ -58,6 +62,20 @@ class TrainCommand(Command):
     """The seed of the initial weights and of the order of the tokens."""
     split: Literal["data", "features"] = "data"
     """What several processes divide: the tokens of a batch, or the features of dictionaries that are too large for one GPU."""
+    live: FlagCreatePairsOff[bool] = False
+    """Run the model while training, for all sites at once; no activations are stored. The study says with which settings."""
+    prompts: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="(default: those of the study)")] = None
+    """With --live: other prompts than those of the study."""
+    prompts_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: prompt, caption or text)")] = None
+    """The column of --prompts."""
+    harvest_batch: Annotated[int, BATCH] = 16
+    """With --live: images that the model makes at a time."""
+    window: Annotated[int | None, number(1, 100_000_000), arg(help_behavior_hint="(default: 65536, or what fits)")] = None
+    """With --live: rows that are shuffled together at each site; twice as many are in memory, in bf16."""
+    checkpoints: Annotated[CheckpointKind | None, arg(help_behavior_hint="(default: exact, with --live compact)")] = None
+    """What is saved to resume: all, or the weights in bf16, removed at the end."""
+    weights: WeightsDtype = "fp32"
+    """How the dictionaries are stored: bf16 takes half the disk."""
     log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
     """Where metrics are logged besides log.jsonl."""
 
@@ -75,9 +93,56 @@ class TrainCommand(Command):
             batch=self.batch,
             seed=self.seed,
             split=self.split,
+            live=self.live,
+            window=self.window,
+            checkpoints=self.checkpoints,
+            weights=self.weights,
             loggers=self.log,
         )
-        return train_sweep(Study.open(self.study), self.site, config, on_trained=_print_sae)
+        if self.live:
+            return self._train_live(config)
+        if given := [flag for flag, value in self._flags_of_live().items() if value]:
+            raise BadInput(f"{', '.join(given)} needs --live: without it, activations come from the disk.")
+        return train_sweep(Study.open(self.study), self.site, config, on_trained=_print_sae, also=self.also)
+
+    def _flags_of_live(self) -> dict[str, object]:
+        """Return the flags that change a live training alone, with their values."""
+        names = ("precision", "offload", "no_offload", "pixels", "steps", "guidance", "prompts", "prompts_column", "window")
+        return {f"--{name.replace('_', '-')}": getattr(self, name) for name in names}
+
+    def _train_live(self, config: "SweepConfig") -> list[Path]:
+        """Train on the activations of the study's model while it runs."""
+        from functools import partial
+
+        from difflex.commands.inputs import CAPTIONS, load_study_model, open_study, read_prompts, study_shots
+        from difflex.devices import use_gpu_of_rank
+        from difflex.store.live import LiveSites
+        from difflex.training.study import train_live
+
+        use_gpu_of_rank()
+        study = open_study(self.study, self)
+        settings = study.settings
+        if self.prompts is not None:
+            path = Path(self.prompts)
+            prompts = str(path.resolve()) if path.exists() else self.prompts
+            settings = replace(settings, prompts=prompts, prompts_column=self.prompts_column, prompts_revision=None)
+            if self.prompts == CAPTIONS:
+                settings = replace(settings, shuffle=None)
+        if settings.prompts is None:
+            raise BadInput(f"The study {self.study} does not say which prompts it was harvested with: name some with --prompts.")
+        prompts = read_prompts(settings.prompts, settings.shuffle, settings.prompts_column, settings.prompts_revision)
+        if prompts.is_endless and self.tokens is None:
+            raise BadInput(f"The {CAPTIONS} are endless: say how many --tokens to train on.")
+        pipe = load_study_model(study, self)
+        shots, source = study_shots(pipe, settings, prompts)
+        steps = "all" if settings.keep_steps is None else "{}:{}".format(*settings.keep_steps)
+        also = pipe.expand(self.also)
+        sites = [*pipe.expand(self.site), *also]
+        if not self.site:
+            raise BadInput("Name at least one --site.")
+        harvest = partial(pipe.harvest, progress=False)
+        with LiveSites(shots, sites, harvest, batch=self.harvest_batch) as activations:
+            return train_live(study, activations, config, f"{source}, steps {steps}", on_trained=_print_sae, also=also)
 
 
 def _print_sae(folder: Path, sae: "SAE") -> None:

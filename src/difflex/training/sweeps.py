@@ -28,6 +28,8 @@ from difflex.training.groups import fit_tasks
 
 WINDOW = 65_536
 """Rows that a live training shuffles at each site: 400 MB at width 3072, twice."""
+CHECKPOINT_EVERY = 500
+"""Updates between two checkpoints."""
 MEMORY = 0.25
 """The largest share of the memory of the machine that windows take."""
 
@@ -109,6 +111,7 @@ class SweepConfig:
             tokens=tokens,
             epoch=epoch,
             data=data,
+            checkpoint_every=CHECKPOINT_EVERY,
             checkpoints=self.checkpoint_kind,
             weights=self.weights,
             loggers=self.loggers,
