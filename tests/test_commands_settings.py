@@ -122,6 +122,22 @@ def test_a_precision_chosen_by_memory_keeps_the_model_whole_on_a_cpu(study: Path
     assert "Precision auto: fp32, on cpu." in capsys.readouterr().out
 
 
+def test_a_harvest_that_continues_keeps_the_precision_that_was_chosen_for_it(study: Path, monkeypatch: pytest.MonkeyPatch):
+    keep(study, precision="nf4", offload=True)
+    chosen = list[tuple[str, bool]]()
+
+    def load(name: str, precision: str, offload: bool, **_: object):
+        chosen.append((precision, offload))
+        raise ModelLoaded
+
+    monkeypatch.setattr(difflex, "load", load, raising=False)
+    for out in (study, study.parent / "new"):
+        words = ["harvest", "mini-flux", "--site", "double.2", "--prompts", "captions", "--tokens", "100", "--precision", "auto"]
+        with pytest.raises(ModelLoaded):
+            main([*words, "--out", str(out)])
+    assert chosen == [("nf4", True), ("auto", False)]
+
+
 def test_images_are_steered_at_the_size_of_the_study(study: Path, tmp_path: Path):
     keep(study, precision="fp32", pixels=(16, 24), steps=3, guidance=0.5)
     words = ["steer", str(study), "1", "--strength", "1", "--out", str(tmp_path / "x.png"), "--record"]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import difflex
 from difflex.choices import Precision
 from difflex.distributed import Ranks
 from difflex.errors import BadInput, BrokenFile, MissingExtra, OutOfMemory, UnknownName
-from difflex.pipeline import loading, shots_of_rank
+from difflex.pipeline import choose_precision, loading, shots_of_rank
 from difflex.pipeline.components import PLANS, ComponentPlan, PipelinePlan, read_plan
 from difflex.pipeline.families import family_of
 from difflex.pipeline.loading import WeightPlacement, check_fits
@@ -362,3 +363,36 @@ def test_a_tokenizer_with_a_token_that_the_encoder_does_not_know_is_refused(tmp_
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<unheard-of>"}))
     with pytest.raises(BrokenFile, match="tokenizer has a special token with the number"):
         difflex.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "flags", "precision", "offload"),
+    [
+        (79, {}, "bf16", False),
+        (79, {"offload": True}, "bf16", True),
+        (40, {}, "bf16", False),
+        (40, {"reserve": 8 * 2**30}, "bf16", True),
+        (32, {}, "bf16", True),
+        (32, {"offload": False}, "nf4", False),
+        (23.5, {}, "nf4", False),
+        (8, {}, "nf4", True),
+        (4, {}, "nf4", True),  # which load refuses
+    ],
+)
+def test_the_precision_of_flux_is_chosen_by_the_free_memory(
+    gigabytes: float, flags: dict[str, Any], precision: str, offload: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "find_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(loading, "free_memory", lambda device: round(gigabytes * 2**30))
+    lines = list[str]()
+    assert choose_precision("black-forest-labs/FLUX.1-schnell", report=lines.append, **flags) == (precision, offload)
+    if gigabytes == 23.5:
+        assert lines == [
+            "Precision auto: nf4. The model 'black-forest-labs/FLUX.1-schnell' needs 34.5 GiB in bf16, 24.4 GiB in bf16 with "
+            "offload, 11.8 GiB in nf4, and cuda has 23.5 GiB free."
+        ]
+
+
+def test_on_a_cpu_the_chosen_precision_is_fp32(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert difflex.load(folder, precision="auto").precision == "fp32"
+    assert capsys.readouterr().out == "Precision auto: fp32, on cpu.\n"

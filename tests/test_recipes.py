@@ -185,6 +185,46 @@ def test_a_study_is_planned_run_and_shown_on_the_command_line(tmp_path: Path, ca
     assert main(["status", str(tmp_path)]) == 2
 
 
+def test_options_of_a_recipe_are_its_arguments_and_are_kept_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model, folder = tiny_folder("flux", tmp_path / "flux"), tmp_path / "study"
+    (tmp_path / "prompts.txt").write_text("\n".join(f"star {number}" for number in range(20)))
+    (tmp_path / "mine.py").write_text(
+        "from difflex.recipes import HarvestCommand, Study\n"
+        "def study(folder, model, prompts, pixels=None):\n"
+        "    harvest = HarvestCommand(model=model, site=('double.1',), prompts=prompts, pixels=pixels, out=folder)\n"
+        "    return Study(folder=folder, model=model, commands=(harvest,))\n"
+    )
+    words = ["run", f"{tmp_path / 'mine.py'}:study", "--out", str(folder)]
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--model", "flux", "--prompts", "prompts.txt", "--pixels", "16x24", "--tokens", "9"]) == 2
+    assert "takes --model, --prompts, --pixels, but --tokens was given. Add an argument" in capsys.readouterr().err
+    assert main([*words, "--model", "flux", "--prompts", "prompts.txt", "--pixels", "16x24"]) == 0
+    assert Study.open(folder).settings.pixels == (16, 24) and Study.open(folder).model == str(model)
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    assert main(words) == 0
+    output = capsys.readouterr().out
+    options = f"--model {model} --prompts {tmp_path / 'prompts.txt'} --pixels 16x24"
+    assert f"As when this recipe last ran here: {options}" in output and "harvest: done already" in output
+    assert main(["report", str(folder)]) == 0
+    assert f"difflex run {words[1]} {options} --out STUDY" in (folder / "report.html").read_text(encoding="utf-8")
+    assert main([*words, "--pixels", "32"]) == 0 and Study.open(folder).settings.pixels == (32, 32)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_every_option(name: str, tmp_path: Path):
+    options = {"model": "other", "precision": "nf4", "prompts": "mine.txt", "pixels": (32, 64), "tokens": 5000}
+    study = RECIPES[name](tmp_path, **options)
+    assert study.model == "other"
+    for command in study.commands:
+        if isinstance(command, (AnatomyCommand, HarvestCommand)):
+            assert all(getattr(command, key) == value for key, value in options.items() if key != "tokens")
+        if isinstance(command, HarvestCommand):
+            assert command.tokens is not None and command.tokens <= 5000
+
+
 def test_a_recipe_is_found_in_a_file(tmp_path: Path):
     file = tmp_path / "mine.py"
     file.write_text("from difflex.recipes import mini\n\ndef study(folder):\n    return mini(folder)\n")

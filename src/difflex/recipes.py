@@ -352,7 +352,7 @@ class RunCommand(Command):
         if options:
             check_values(replace(self, **options))
             words = command_words(CommandRecord(verb="run", flags={name: record.flags[name] for name in options}))
-            print(f"As when this recipe began here: {shlex.join(words[1:])}")
+            print(f"As when this recipe last ran here: {shlex.join(words[1:])}")
         return options
 
 

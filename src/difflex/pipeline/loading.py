@@ -123,8 +123,9 @@ def choose_precision(
             break
     else:
         fit = fits[-1]
-    kept = f" beside {_format(reserve)} for other work" if reserve else ""
-    report(f"Precision auto: {_shown(fit)}. The model '{name}' needs {', '.join(needs)}, and {device} has {_format(free)}{kept}.")
+    kept = f" besides {_format(reserve)} for other work" if reserve else ""
+    sizes = f"needs {', '.join(needs)}, and {device} has {_format(max(0, free))} free{kept}"
+    report(f"Precision auto: {_shown(fit)}. The model '{name}' {sizes}.")
     return fit
 
 
