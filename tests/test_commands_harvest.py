@@ -11,9 +11,12 @@ import torch
 
 import difflex
 from difflex.cli import main
+from difflex.commands.features import CollectCommand
+from difflex.commands.inputs import load_study_model
 from difflex.files import folder_lock
 from difflex.records import Site
 from difflex.store import Store
+from difflex.study import Study
 from difflex.testing import tiny_folder
 
 SITES = ["double.1", "single.*:update", "double.0:text"]
@@ -180,3 +183,18 @@ def test_a_file_in_the_place_of_a_store_is_an_error(
     (tmp_path / "study" / "activations" / "double.1").write_text("")
     assert harvest(model, prompts, tmp_path / "study", "--site", "double.1") == 2
     assert "move it away" in capsys.readouterr().err
+
+
+def test_the_text_length_is_a_setting_of_the_study_that_no_refused_harvest_changes(tmp_path: Path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red star\na blue ring\n")
+    flags = ["--site", "double.0:text", "--prompts", str(tmp_path / "prompts.txt"), "--steps", "1", "--out", str(tmp_path / "s")]
+    assert main(["harvest", "mini-flux", *flags, "--text-length", "20"]) == 0
+    study, before = Study.open(tmp_path / "s"), (tmp_path / "s" / "study.json").read_bytes()
+    assert (
+        study.settings.text_length == 20 and Store.open(study.stores()[Site("double.0", stream="text")]).shot(0).text_length == 20
+    )
+    assert main(["harvest", "mini-flux", *flags]) == 2
+    assert "was made from text_length 20, now it would be made from text_length None" in capsys.readouterr().err
+    assert (tmp_path / "s" / "study.json").read_bytes() == before
+    pipe = load_study_model(study, CollectCommand(study=study.folder))
+    assert next(pipe.shots("a red star")).text_length == 20

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 
 import difflex
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName
+from difflex.features.firing import image_key
 from difflex.pipeline import Pipeline
 from difflex.testing import TINY, tiny_folder
 
@@ -234,3 +236,24 @@ def test_diffusers_ignores_difflex_json(folder: Path) -> None:
 
     assert json.loads((folder / "difflex.json").read_text())["format"] == 1
     assert isinstance(FluxPipeline.from_pretrained(folder), FluxPipeline)
+
+
+def test_the_text_length_is_part_of_a_shot_that_another_length_can_generate_again(pipe: Pipeline, folder: Path) -> None:
+    short = difflex.load(folder, text_length=20)
+    shots = list(short.shots("a red star", steps=1))
+    [text] = short.harvest(shots, "double.0:text", progress=False)
+    assert text.values.shape[1] == 20 == shots[0].text_length and shots[0].as_json()["text_length"] == 20
+    assert {row.tokens for row in short.sites("double.*:text")} == {20}
+    own = next(pipe.shots("a red star", steps=1))
+    assert own.text_length is None and "text_length" not in own.as_json() and image_key(own) != image_key(shots[0])
+    [again, usual] = pipe.harvest([*shots, own], "double.0", progress=False)
+    [expected] = short.harvest(shots, "double.0", progress=False)
+    assert torch.equal(again.values, expected.values) and not torch.equal(usual.values, expected.values)
+    assert difflex.load(folder, text_length=24).engine.text_length is None, "the model's own"
+
+
+def test_a_text_length_that_a_model_does_not_have_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="A text length of 513 tokens is not possible"):
+        difflex.load(folder, text_length=513)
+    with pytest.raises(BadInput, match=r"models like this one \(sdxl\) is fixed"):
+        difflex.load(tiny_folder("sdxl", tmp_path / "sdxl"), text_length=76)

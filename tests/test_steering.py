@@ -86,6 +86,18 @@ def test_adding_by_norm_moves_each_token_by_the_mean_length():
     torch.testing.assert_close(moved.norm(dim=-1), torch.full((2, TOKENS), 0.5 * SCALES.norm))
 
 
+@pytest.mark.parametrize("region", [None, Rectangle(0.5, 0, 1, 1), "fires"])
+def test_adding_by_the_current_norm_moves_each_token_by_the_mean_length_of_its_own_image(region: Rectangle | str | None):
+    x = X * torch.tensor([1.0, 3.0])[:, None, None]
+    moved = (edited(x, edit(strength=0.5, unit="current-norm", region=region)) - x).norm(dim=-1)
+    inside = moved > 0
+    expected = 0.5 * x.norm(dim=-1).mean(1, keepdim=True).expand(2, TOKENS)
+    torch.testing.assert_close(moved[inside], expected[inside])
+    alone = edited(x[1:], edit(strength=0.5, unit="current-norm", region=region))
+    torch.testing.assert_close(alone[0], edited(x, edit(strength=0.5, unit="current-norm", region=region))[1])
+    assert inside.any(1).all() and bool(inside.all()) == (region is None)
+
+
 def test_ablating_subtracts_the_feature_and_leaves_other_tokens_unchanged():
     fires = code(X) > 0
     out = edited(X, edit("ablate"))
@@ -234,6 +246,7 @@ SOURCE = TransplantSource(prompt="p")
         ({"region": Rectangle(math.nan, 0, 1, 1)}, "not a Rectangle"),
         ({"region": (0, 0, 1, 1)}, "not a Rectangle"),
         ({"operation": "set", "unit": "norm"}, "a length"),
+        ({"operation": "set", "unit": "current-norm"}, "a length"),
         ({"operation": "replace", "half": "opposed"}, "no opposite"),
         ({"operation": "transplant"}, "needs a source"),
         ({"source": SOURCE}, "Leave the source out"),

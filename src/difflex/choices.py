@@ -3,7 +3,6 @@
 from typing import Literal
 
 __all__ = [
-    "CheckpointKind",
     "ContrastMethod",
     "HighlightStyle",
     "NormalisationMethod",
@@ -15,7 +14,6 @@ __all__ = [
     "SAEKind",
     "StoredDtype",
     "Unit",
-    "WeightsDtype",
 ]
 
 Precision = Literal["bf16", "fp16", "fp32", "nf4"]
@@ -31,15 +29,12 @@ PursuitName = Literal["orthogonal", "gradient", "signed-gradient", "matching", "
 """How ITDA finds codes: `gradient` as in arXiv 2505.24360, with non-negative weights; `matching` as in arXiv 2505.17769."""
 Operation = Literal["add", "set", "scale", "ablate", "replace", "transplant"]
 """What an edit does with the codes of its features."""
-Unit = Literal["peak", "mean", "norm", "code"]
-"""What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, the mean norm, or a code of 1."""
+Unit = Literal["peak", "mean", "norm", "current-norm", "code"]
+"""What an edit of strength 1 adds: a feature's largest code, its mean code where it fires, the mean norm of the site's
+activations, or of those that are edited, or a code of 1."""
 ContrastMethod = Literal["mean", "principal"]
 """How a contrast direction is found: the difference of means, or the first principal direction of the differences."""
 ProtocolName = Literal["heldout", "paper"]
 """How explanations are judged: on images that the explainer never saw, or as published in arXiv 2505.24360."""
 HighlightStyle = Literal["blue", "outline", "plain"]
 """How an image shows where a feature fires."""
-CheckpointKind = Literal["exact", "compact"]
-"""What a training saves to resume: everything, or the weights in 16 bits without the state of the optimiser."""
-WeightsDtype = Literal["fp32", "bf16"]
-"""How the encoder and decoder of a dictionary are stored; they are computed with in fp32."""

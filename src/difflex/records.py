@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
@@ -85,6 +85,8 @@ class Shot:
     precision: str | None = None
     """Of the weights, such as bf16; None if unknown."""
     prompt: str = ""
+    text_length: int | None = None
+    """Tokens of the prompt that the model reads, padding included; None for the model's default."""
     seed: int = 0
     pixels: tuple[int, int]
     """Height and width."""
@@ -98,6 +100,13 @@ class Shot:
     """Between 0 (the image) and 1 (pure noise)."""
     split: Split = "train"
     """Fixed by a hash of the prompt or image, so that all seeds of a prompt are in the same split."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the shot as it is stored and hashed: without a text length that is the model's default."""
+        entries = asdict(self)
+        if self.text_length is None:
+            del entries["text_length"]
+        return entries
 
     @staticmethod
     def split_of(content: str | bytes) -> Split:
@@ -201,8 +210,8 @@ class Edit:
     """Instead of a dictionary: the name of a contrast direction, which is the only feature."""
     strength: float = 1.0
     unit: Unit = "peak"
-    """A strength of 1 is: the feature's largest code; its mean code where it fires; the mean norm of an activation; a code of 1.
-    A scale has no unit."""
+    """A strength of 1 is: the feature's largest code; its mean code where it fires; the mean norm of the site's activations in
+    training; the mean norm of the image's activations at the moment of the edit; a code of 1. A scale has no unit."""
     region: Rectangle | str | None = None
     """The part of the image to edit: a rectangle, the name of a mask image (light where to edit), or `fires` for the tokens at
     which one of the features fires; None for all of it."""
@@ -220,8 +229,8 @@ class Edit:
         self._check_features()
         if self.steps is not None and not 0 <= self.steps[0] < self.steps[1]:
             raise BadInput(f"Steps {self.steps[0]}:{self.steps[1]} are empty. Write START:END with START below END, from 0 on.")
-        if self.operation == "set" and self.unit == "norm":
-            raise BadInput("A code cannot be set in units of norm, which is a length. Use peak, mean or code.")
+        if self.operation == "set" and self.unit in ("norm", "current-norm"):
+            raise BadInput(f"A code cannot be set in units of {self.unit}, which is a length. Use peak, mean or code.")
         if self.half == "opposed" and self.operation == "replace":
             raise BadInput("A replace has no opposite. Use half='both' or 'conditional'.")
         if (self.operation == "transplant") != (self.source is not None):

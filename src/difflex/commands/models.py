@@ -108,7 +108,7 @@ class SitesCommand(ModelCommand):
         from difflex.pipeline.profile import config_site_rows
 
         rows = [("site", "module", "width", "tokens", "kinds")]
-        sites = config_site_rows(self.model, self.revision, self.pixels, self.pattern, self.offline)
+        sites = config_site_rows(self.model, self.revision, self.pixels, self.pattern, self.offline, self.text_length)
         for row in sites or self.load().sites(self.pattern, self.pixels):
             kinds = " ".join(f"{kind} ({row.neurons})" if kind == "neurons" else kind for kind in row.kinds)
             rows.append((str(row.site), row.path, str(row.width), str(row.tokens), kinds))

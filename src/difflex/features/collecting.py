@@ -208,7 +208,7 @@ def runs_source(description: str, shots: Iterable[Shot], limit: int, harvest: Ha
         remaining = [shot for run in runs[start:] for shot in run]
         return (CollectBatch(*batch) for batch in harvest(remaining, sites))
 
-    content = json.dumps([asdict(shot) for run in runs for shot in run])
+    content = json.dumps([shot.as_json() for run in runs for shot in run])
     description = f"{description}, shots {hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return ImageSource(description, len(runs), batches, harvest)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -112,7 +111,7 @@ class ShotRegistry:
         counts = {"images": self.images, "shots": self.shots, "drawn": self.drawn, "patches": len(self.patches)}
         counts["files"] = sorted(self._new_files)
         patches = ([key, *stored] for key, stored in self.patches.items())
-        entries = ([number, *entry.image, asdict(entry.shot)] for number, entry in self.entries.items())
+        entries = ([number, *entry.image, entry.shot.as_json()] for number, entry in self.entries.items())
         return "\n".join(json.dumps(line) for line in [counts, *patches, *entries]).encode()
 
     def restore(self, dump: bytes) -> None:

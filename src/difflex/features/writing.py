@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, final
@@ -98,7 +98,7 @@ class BookWriter:
 
     def add_shots(self, shots: Iterable[tuple[int, int, Shot]]) -> None:
         """Add shots, each with its number and the number of its image."""
-        rows = ((number, image, shot.split, json.dumps(asdict(shot))) for number, image, shot in shots)
+        rows = ((number, image, shot.split, json.dumps(shot.as_json())) for number, image, shot in shots)
         self._connection.executemany("INSERT INTO shots VALUES (?, ?, ?, ?)", rows)
 
     def add_features(self, features: Iterable[FeatureStats]) -> None:
@@ -128,7 +128,7 @@ class BookWriter:
 
     def add_patch(self, patch: AtomImage) -> None:
         """Add the image patch of an ITDA atom."""
-        row = (patch.feature, patch.token, patch.image and patch.image.id, json.dumps(asdict(patch.shot)))
+        row = (patch.feature, patch.token, patch.image and patch.image.id, json.dumps(patch.shot.as_json()))
         self._connection.execute("INSERT INTO patches VALUES (?, ?, ?, ?)", row)
 
 

@@ -22,12 +22,9 @@ from difflex.pipeline.calls import CallTracker, RunContext, StopForward
 from difflex.pipeline.families import Family
 from difflex.pipeline.prompts import PromptEncoder
 from difflex.pipeline.sites import SiteMap
-from difflex.pipeline.sources import ModelDefaults
+from difflex.pipeline.sources import ModelDefaults, check_text_length
 from difflex.records import Shot
-from difflex.values import fits, shown
 
-MOST_TEXT = 512
-"""The largest `max_sequence_length` that the pipelines of diffusers accept."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -84,10 +81,7 @@ class Engine:
 
     def set_text_length(self, length: int | None) -> None:
         """Let the model read `length` tokens of each prompt, padding included; None for its default."""
-        if length is not None and self.defaults.text_length is None:
-            raise BadInput(f"The text length of a {type(self.diffusers).__name__} is fixed. Leave {length} out.")
-        if length is not None and (not fits(int, length) or not 1 <= length <= MOST_TEXT):
-            raise BadInput(f"A text length of {shown(length)} tokens is not possible. Use 1 to {MOST_TEXT}.")
+        length = None if length is None else check_text_length(length, self.family)
         self.text_length = None if length == self.defaults.text_length else length
 
     def config(self, entry: str) -> object:

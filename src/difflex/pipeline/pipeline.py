@@ -252,6 +252,7 @@ class Pipeline:
             model=self.name,
             revision=self.revision,
             precision=self.precision,
+            text_length=self.engine.text_length,
             pixels=pixels,
             steps=steps,
             guidance=float(defaults.guidance if guidance is None else guidance),

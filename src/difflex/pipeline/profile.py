@@ -19,7 +19,7 @@ from difflex.pipeline.components import PLANS, PipelinePlan
 from difflex.pipeline.engine import Engine
 from difflex.pipeline.families import FAMILIES, Family, family_of
 from difflex.pipeline.sites import SiteMap, SiteModule, apply_at_site
-from difflex.pipeline.sources import ModelDefaults, find, plan_of, read_defaults
+from difflex.pipeline.sources import ModelDefaults, check_text_length, find, plan_of, read_defaults
 from difflex.pipeline.weights import MemoryNeed, count_weights
 from difflex.quiet import quiet
 from difflex.records import STREAMS, HookContext, Kind, Shot, Site
@@ -54,10 +54,15 @@ def site_rows(engine: Engine, shot: Shot, pattern: str = "*") -> list[SiteRow]:
 
 
 def config_site_rows(
-    name: str, revision: str | None = None, pixels: tuple[int, int] | None = None, pattern: str = "*", offline: bool = False
+    name: str,
+    revision: str | None = None,
+    pixels: tuple[int, int] | None = None,
+    pattern: str = "*",
+    offline: bool = False,
+    text_length: int | None = None,
 ) -> list[SiteRow]:
     """Return the rows of `site_rows` for the model `name` by its configs, all that is downloaded; none for an unknown family."""
-    profiler = _Profiler.of(name, revision, offline)
+    profiler = _Profiler.of(name, revision, offline, text_length)
     if not profiler.family.blocks:
         return []
     copy = profiler.without_weights()
@@ -170,13 +175,11 @@ def profile_model(
     text_length: int | None = None,
 ) -> ModelProfile:
     """Profile the model `name` at `sites` (default: all blocks) from its configs; nothing is loaded or downloaded."""
-    profiler = _Profiler.of(name, revision, offline=True)
-    plan, family, defaults = profiler
+    profiler = _Profiler.of(name, revision, offline=True, text_length=text_length)
+    plan, family, _ = profiler
     if not family.blocks:
         known = ", ".join(family.name for family in FAMILIES)
         raise UnknownName(f"difflex does not know how to call the denoiser of a {plan.pipeline}. Known families: {known}.")
-    if text_length is not None and defaults.text_length is not None:
-        profiler = profiler._replace(defaults=replace(defaults, text_length=text_length))
     shot = Shot(
         model=name,
         revision=revision,
@@ -209,12 +212,15 @@ class _Profiler(NamedTuple):
     defaults: ModelDefaults
 
     @classmethod
-    def of(cls, name: str, revision: str | None, offline: bool) -> "_Profiler":
+    def of(cls, name: str, revision: str | None, offline: bool, text_length: int | None) -> "_Profiler":
         """Read the configs of the model `name`; those of FLUX.1 are in the package."""
         source = None if name in PLANS else find(name, revision)
         plan = PLANS[name] if source is None else plan_of(source, offline)
         family = family_of(plan.pipeline, plan.denoiser)
-        return cls(plan, family, read_defaults(source.folder if source else None, family, plan))
+        defaults = read_defaults(source.folder if source else None, family, plan)
+        if text_length is not None:
+            defaults = replace(defaults, text_length=check_text_length(text_length, family))
+        return cls(plan, family, defaults)
 
     def without_weights(self) -> nn.Module:
         """Build the denoiser without weights."""

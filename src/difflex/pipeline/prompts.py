@@ -210,7 +210,7 @@ class PromptEncoder:
     def __init__(self, pipeline: DiffusionPipeline, family: Family, text_length: int | None) -> None:
         self._pipeline = pipeline
         self._family = family
-        self._text_length = text_length
+        self._text_length = self._own_length = text_length
         self._cache: OrderedDict[str | None, dict[str, Tensor]] = OrderedDict()
         """Embeddings by prompt; those of the unconditional half under None."""
         self._bytes = 0
@@ -220,11 +220,11 @@ class PromptEncoder:
         self.truncated = 0
         """Number of those that were longer than the text length."""
 
-    def __call__(self, prompts: Sequence[str], guided: bool) -> dict[str, object]:
+    def __call__(self, prompts: Sequence[str], guided: bool, length: int | None = None) -> dict[str, object]:
         """Return the arguments of the pipeline for `prompts`, and for as many empty prompts if `guided`."""
         if not self._family.embeds:
             return {"prompt": list(prompts)}
-        self.encode(prompts)
+        self.encode(prompts, length)
         if guided and None not in self._cache:
             self._keep(None, {name: rows[0] for name, rows in self._encode([""], negative=True).items()})
         arguments: dict[str, object] = {
@@ -234,8 +234,15 @@ class PromptEncoder:
             arguments |= {name: row.expand(len(prompts), *row.shape).contiguous() for name, row in self._cache[None].items()}
         return arguments
 
-    def encode(self, prompts: Sequence[str]) -> None:
-        """Encode those of `prompts` that are not cached, and drop the oldest others if the cache is full."""
+    def encode(self, prompts: Sequence[str], length: int | None = None) -> None:
+        """Encode those of `prompts` that are not cached, and drop the oldest others if the cache is full.
+
+        `length` is that of the text; None for the model's default.
+        """
+        if self._text_length != (length or self._own_length):
+            self._text_length = length or self._own_length
+            self._cache.clear()
+            self._bytes = 0
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache] if self._family.embeds else []
         if not fresh:
             return

@@ -25,6 +25,8 @@ from difflex.pipeline.families import Family
 from difflex.quiet import hide_progress_bars, quiet
 from difflex.values import fits, shown
 
+MOST_TEXT = 512
+"""The largest `max_sequence_length` that the pipelines of diffusers accept."""
 MOST_PIXELS = 2**26
 """Of an image that is generated: 8192 x 8192."""
 SMALL_MODEL = 2**30
@@ -100,6 +102,15 @@ def check_pixels(pixels: tuple[int, int]) -> tuple[int, int]:
     if height < 1 or width < 1 or height * width > MOST_PIXELS:
         raise BadInput(f"Images of {shown(height)} x {shown(width)} pixels are not possible. Use at most {MOST_PIXELS:,} pixels.")
     return height, width
+
+
+def check_text_length(length: int, family: Family) -> int:
+    """Return `length` if models of `family` can read so many tokens of a prompt."""
+    if family.text_length is None:
+        raise BadInput(f"The text length of models like this one ({family.name}) is fixed. Leave {shown(length)} out.")
+    if not fits(int, length) or not 1 <= length <= MOST_TEXT:
+        raise BadInput(f"A text length of {shown(length)} tokens is not possible. Use 1 to {MOST_TEXT}.")
+    return length
 
 
 def check_seed(seed: int) -> int:

@@ -198,7 +198,7 @@ def contrast_features(contrast: Contrast) -> EditFeatures:
     def codes(x: Float[Tensor, "token width"]) -> Float[Tensor, "token feature"]:
         return (x @ direction.to(x.device) / length.square().to(x.device))[:, None]
 
-    units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length}
+    units = {"code": one, "peak": one, "mean": one, "norm": one * contrast.norm / length, "current-norm": one / length}
     return EditFeatures(contrast.name, codes, direction[None], units, contrast.origin)
 
 

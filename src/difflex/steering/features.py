@@ -38,7 +38,7 @@ class EditFeatures(NamedTuple):
     decoder: Float[Tensor, "feature width"]
     """What a code of 1 of each adds to an activation."""
     units: Mapping[str, Float[Tensor, " feature"]]
-    """The code that a strength of 1 stands for, by unit."""
+    """The code that a strength of 1 stands for, by unit; of `current-norm` for activations with a mean norm of 1."""
     origin: DictionaryOrigin | None = None
     """The model and site that they are made for; None if that is unknown."""
 
@@ -54,7 +54,7 @@ class EditFeatures(NamedTuple):
 
 
 def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales: FeatureScales | None) -> EditFeatures:
-    """Return `features` of a dictionary; without `scales` the only unit of a strength is `code`."""
+    """Return `features` of a dictionary; without `scales` the units of a strength are `code` and `current-norm`."""
     chosen = torch.tensor(list(features), dtype=torch.long)
     if not len(chosen):
         raise BadInput(f"No feature of {dictionary.name} was named. Name one or more, from 0 to {dictionary.size - 1}.")
@@ -68,10 +68,10 @@ def dictionary_features(dictionary: Dictionary, features: Iterable[int], scales:
         return (values[..., None] * is_chosen).sum(1)
 
     decoder = dictionary.decoder_rows(chosen.to(dictionary.device)).float()
-    units = {"code": torch.ones(len(chosen))}
+    length = 1 / decoder.cpu().norm(dim=1).clamp(min=1e-30)
+    units = {"code": torch.ones(len(chosen)), "current-norm": length}
     if scales is not None:
-        units |= {"peak": scales.peaks[chosen], "mean": scales.means[chosen]}
-        units["norm"] = scales.norm / decoder.cpu().norm(dim=1).clamp(min=1e-30)
+        units |= {"peak": scales.peaks[chosen], "mean": scales.means[chosen], "norm": scales.norm * length}
         for dead in chosen[scales.peaks[chosen] == 0].tolist():
             warnings.warn(f"Feature {dead} of {dictionary.name} is dead: it fires at none of the sampled tokens.", stacklevel=2)
     return EditFeatures(f"{dictionary.name} {', '.join(map(str, chosen.tolist()))}", codes, decoder, units, dictionary.origin)

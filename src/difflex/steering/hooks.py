@@ -108,20 +108,27 @@ class _PreparedEdit:
         self.features.check_use(self.edit.site, x, context)
         sign = -1.0 if self.edit.half == "opposed" and context.half == "unconditional" else 1.0
         tokens = self._tokens(x, context)
+        lengths = x.float().norm(dim=-1).mean(1) if self._is_relative else None
         if self.edit.operation in ("add", "replace") and self.edit.region != "fires":
             value = sign * (self.amounts.to(x.device) @ self.features.decoder.to(x.device))
             if self.edit.operation == "replace" or bool(value.any()):
-                yield slice(None), tokens, value
+                yield slice(None), tokens, value if lengths is None else lengths[:, None, None] * value
             return
         inside = torch.arange(x.shape[1], device=x.device)[tokens]
         for number, row in enumerate(x):
             codes = self.features.codes(row[inside].float())
             delta = self._new_codes(codes, inside, context) - codes
+            delta = delta if lengths is None else lengths[number] * delta
             changed = (delta != 0).any(1)
             if self.edit.region == "fires":
                 changed &= (codes > 0).any(1)
             if bool(changed.any()):
                 yield number, inside[changed], sign * (delta[changed] @ self.features.decoder.to(x.device))
+
+    @property
+    def _is_relative(self) -> bool:
+        """Whether the strength is in norms of the activations that are edited."""
+        return self.edit.unit == "current-norm" and self.edit.operation in ("add", "replace")
 
     def _tokens(self, x: Tensor, context: HookContext) -> Bool[Tensor, " token"] | slice:
         if self.region is None:

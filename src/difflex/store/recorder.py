@@ -158,6 +158,11 @@ class SiteRecorder:
             if (stored := getattr(self.head, name)) != value:
                 problem = "The prompts have changed" if name == "source" else f"{self.folder} was begun with another {name}"
                 raise StaleWork(f"{problem}: {stored!r} then, {value!r} now. {ADVICE}", self.folder)
+        if 0 in self._entries:
+            first = read_shots(self.folder, 0)[0][0]
+            same = replace(first, text_length=shot.text_length, pixels=shot.pixels, steps=shot.steps, guidance=shot.guidance)
+            if same != first:
+                raise self._stale(0, first, same)
 
     def check_shape(self, activations: Activations) -> None:
         """Raise an error for activations of another shape than the stored ones."""
@@ -179,7 +184,10 @@ class SiteRecorder:
             return len(stored) >= len(shots) and self._is_intact(number, sha256)
         old = next(shot for shot in stored if shot not in shot_set)
         new = next(shot for shot in shots if shot not in stored_set)
-        raise StaleWork(
+        raise self._stale(number, old, new)
+
+    def _stale(self, number: int, old: Shot, new: Shot) -> StaleWork:
+        return StaleWork(
             f"The prompts or their settings have changed: shard {number} of {self.folder} was made from {_describe(old, new)}, "
             f"now it would be made from {_describe(new, old)}. {ADVICE}",
             self.folder,

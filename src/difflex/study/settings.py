@@ -41,7 +41,13 @@ class StudySettings:
     def __str__(self) -> str:
         """Return what decides how an image comes out, as far as it is set."""
         size = self.pixels and "x".join(map(str, self.pixels))
-        run = {"precision": self.precision, "text length": self.text_length, "pixels": size, "steps": self.steps, "guidance": self.guidance}
+        run = {
+            "precision": self.precision,
+            "text length": self.text_length,
+            "pixels": size,
+            "steps": self.steps,
+            "guidance": self.guidance,
+        }
         return ", ".join(f"{name} {value}" for name, value in run.items() if value is not None)
 
     def as_json(self) -> dict[str, Any]:
