@@ -19,7 +19,7 @@ from difflex.records import ActivationBatch, Site
 from difflex.store.live import LiveSites
 from difflex.study import Study
 from difflex.training import FitConfig, fit
-from difflex.training.costs import training_cost
+from difflex.training.config import training_cost
 from difflex.training.data import SiteBatch
 from difflex.training.fitting import FitRun, FitTask
 from difflex.training.groups import fit_tasks
@@ -72,7 +72,7 @@ def test_what_does_not_fit_together_is_trained_in_groups_and_said_beforehand(
     tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("difflex.training.groups.BATCH", 64)
-    monkeypatch.setattr("difflex.training.costs.SCORES", {"cpu": 0})
+    monkeypatch.setattr("difflex.training.config.SCORES", {"cpu": 0})
     cost = training_cost([(task.training, 16) for task in tasks(tmp_path).values()], batch=64)
     monkeypatch.setattr("difflex.training.groups.free_memory", lambda device: cost.device - 1)
     train(tmp_path, replace(CONFIG, progress=True))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, final
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from difflex.choices import CheckpointKind, NormalisationMethod, PursuitName, SAEKind, WeightsDtype
+from difflex.choices import NormalisationMethod, PursuitName, SAEKind
 from difflex.commands.flags import BATCH, COUNT, POSITIVE, SEED, TOKENS, Numbers, Shares, StudyImagesCommand, number
 from difflex.errors import BadInput
 from difflex.files import parsing
@@ -72,9 +72,11 @@ class TrainCommand(StudyImagesCommand):
     """With --live: images that the model makes at a time."""
     window: Annotated[int | None, number(1, 100_000_000), arg(help_behavior_hint="(default: 65536, or what fits)")] = None
     """With --live: rows that are shuffled together at each site; twice as many are in memory, in bf16."""
-    checkpoints: Annotated[CheckpointKind | None, arg(help_behavior_hint="(default: exact, with --live compact)")] = None
+    checkpoints: Annotated[
+        Literal["exact", "compact"] | None, arg(help_behavior_hint="(default: exact, with --live compact)")
+    ] = None
     """What is saved to resume: all, or the weights in bf16, removed at the end."""
-    weights: WeightsDtype = "fp32"
+    weights: Literal["fp32", "bf16"] = "fp32"
     """How the dictionaries are stored: bf16 takes half the disk."""
     log: Annotated[tuple[Literal["wandb", "tensorboard"], ...], arg(metavar="NAME...")] = ()
     """Where metrics are logged besides log.jsonl."""

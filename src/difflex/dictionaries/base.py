@@ -13,8 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.choices import WeightsDtype
-from difflex.dictionaries.files import ADVICE, read_files, write_files
+from difflex.dictionaries.files import ADVICE, WeightsDtype, read_files, write_files
 from difflex.dictionaries.normalisation import Normalisation
 from difflex.dictionaries.sparse import sparse_matmul
 from difflex.errors import BadInput, BrokenFile, DifflexError, NonFinite, UnknownName

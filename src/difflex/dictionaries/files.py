@@ -5,20 +5,21 @@ The config holds the checksum of the tensors and has one itself, so it identifie
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from difflex.choices import WeightsDtype
 from difflex.dictionary_config import ADVICE, CONFIG, FORMAT, TENSORS, DictionaryConfig, check_pair, read_config
 from difflex.errors import BrokenFile, NonFinite, UnknownName
 from difflex.files import Json, stored_checksum, write_json
 from difflex.tensors import read_tensors, write_tensors
 
-__all__ = ["ADVICE", "parse_choice", "read_files", "write_files"]
+__all__ = ["ADVICE", "WeightsDtype", "parse_choice", "read_files", "write_files"]
 
 Choice = TypeVar("Choice")
+WeightsDtype = Literal["fp32", "bf16"]
+"""How an encoder and decoder are stored; they are computed with in fp32."""
 DTYPES = {"provenance.shots": torch.int64, "provenance.tokens": torch.int64, "provenance.known": torch.uint8}
 """The dtypes of the tensors that are not float32."""
 HALVED = ("encoder", "decoder")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, islice, pairwise
-from queue import SimpleQueue
-from typing import Literal, NamedTuple, final
+from typing import Literal, final
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from difflex.errors import BadInput, UnknownName
 from difflex.records import ActivationBatch, Activations, Shot, Site, Split
@@ -22,22 +19,11 @@ from difflex.store.reading import BatchShares, SplitBatches, permutation
 from difflex.store.recording import Harvest, distinct, probe
 from difflex.store.shard import DTYPES
 from difflex.store.store import WINDOW
+from difflex.store.windows import HarvestThread, LiveWindow, WindowMemory, WindowPool, copy_rows
 
 LiveDtype = Literal["bf16", "fp16"]
 SiteBatch = Mapping[Site, ActivationBatch]
 """The rows of a batch at each site."""
-WindowMemory = dict[Site, Tensor]
-"""The memory of a window: [shot, token, width] at each site."""
-
-
-class LiveWindow(NamedTuple):
-    """Rows that are shuffled together."""
-
-    memory: WindowMemory
-    shots: Int[Tensor, " shot"]
-    """The number of each shot."""
-    order: Mapping[int, Int[Tensor, " row"]]
-    """The rows in the order of reading, equally many for all sites, by the number of tokens per shot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,42 +41,6 @@ class LivePlan:
     stop: int | None
     """The batch before which the reader ends; nothing is harvested for later ones."""
     epochs: Iterable[int]
-
-
-class HarvestStopped(Exception):
-    """Ends the thread of a harvest whose reader is gone."""
-
-
-@final
-class WindowPool:
-    """The memory of one reader's windows, which goes back and forth between those that are harvested and those that are read."""
-
-    def __init__(self, windows: int) -> None:
-        self._unused: SimpleQueue[WindowMemory | None] = SimpleQueue()
-        self._stopped = False
-        for _ in range(windows):
-            self._unused.put({})
-
-    def take(self) -> WindowMemory:
-        """Wait for memory that is unused."""
-        memory = self._unused.get()
-        self.check()
-        assert memory is not None, "only `stop` puts None"
-        return memory
-
-    def give_back(self, memory: WindowMemory) -> None:
-        """Let the memory of a window be used again."""
-        self._unused.put(memory)
-
-    def check(self) -> None:
-        """Raise `HarvestStopped` after `stop`."""
-        if self._stopped:
-            raise HarvestStopped
-
-    def stop(self) -> None:
-        """End the harvest into this memory soon."""
-        self._stopped = True
-        self._unused.put(None)
 
 
 @final
@@ -288,7 +238,7 @@ class LiveSites(AbstractContextManager["LiveSites"]):
                 shape = (length, *values.shape[1:])
                 memory[site] = torch.empty(shape, dtype=self._dtype, pin_memory=values.is_cuda)
             pairs = [(row, place) for row, shot in enumerate(activations.shots) for place in places[shot]]
-            _copy_rows(memory[site], values, pairs)
+            copy_rows(memory[site], values, pairs)
             filled[site] += len(pairs)
         if wrong := [site for site, shots in filled.items() if shots != len(numbers)]:
             raise BadInput(f"The harvest gave other shots at the site '{wrong[0]}' than requested.")
@@ -348,43 +298,6 @@ class LiveSites(AbstractContextManager["LiveSites"]):
             return nullcontext()
         self._cuda.wait_stream(torch.cuda.default_stream())  # on which the model was made
         return torch.cuda.stream(self._cuda)
-
-
-@final
-class HarvestThread:
-    """A thread that harvests windows ahead of their reader, as long as there is unused memory."""
-
-    def __init__(
-        self,
-        windows: Iterator[LiveWindow | None],
-        pool: WindowPool,
-        context: Callable[[], AbstractContextManager[object]],
-    ) -> None:
-        self._windows, self._pool, self._context = windows, pool, context
-        self._ready: SimpleQueue[LiveWindow | BaseException | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="harvest", daemon=True)
-        self._thread.start()
-
-    def windows(self) -> Iterator[LiveWindow | None]:
-        """Yield the windows as they become ready; an error of the harvest is raised here."""
-        while not isinstance(item := self._ready.get(), StopIteration):
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def stop(self) -> None:
-        """End the thread after the batch that it harvests."""
-        self._pool.stop()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            with self._context():
-                for window in self._windows:
-                    self._ready.put(window)
-            self._ready.put(StopIteration())
-        except BaseException as error:
-            self._ready.put(error)
 
 
 @final
@@ -456,15 +369,6 @@ class LiveActivations:
             window=window,
         )
         return SplitBatches((rows[self.site] for rows in batches), split)
-
-
-def _copy_rows(memory: Tensor, values: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy the shots of a batch to their places, at once if these are neighbours."""
-    if [row for row, _ in pairs] == [*range(len(values))] and [place - row for row, place in pairs] == [pairs[0][1]] * len(pairs):
-        memory[pairs[0][1] : pairs[0][1] + len(values)].copy_(values)
-    elif pairs:
-        rows, places = torch.tensor(pairs).T
-        memory.index_copy_(0, places, values[rows.to(values.device)].cpu())
 
 
 def _concatenate(parts: Sequence[SiteBatch]) -> SiteBatch:

@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflex.choices import CheckpointKind
 from difflex.dictionaries import Normalisation, SAEWeights
 from difflex.errors import BrokenFile, MissingExtra, StaleWork
 from difflex.files import Json, disk_errors, parsing, write_file
 from difflex.tensors import check_tensors, read_tensors, write_tensors
-from difflex.training.config import TrainingConfig
+from difflex.training.config import CheckpointKind, TrainingConfig
 from difflex.training.data import TrainingRanks
 from difflex.training.learner import Learner, UpdateMetrics
 from difflex.training.update import AdamWeight

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from difflex.choices import CheckpointKind, NormalisationMethod, WeightsDtype
+from difflex.choices import NormalisationMethod
 from difflex.dictionaries import SAE, DictionaryOrigin, Normalisation, SAEWeights
+from difflex.dictionaries.files import WeightsDtype
 from difflex.errors import BadInput, NonFinite
 from difflex.files import Json, disk_errors
 from difflex.records import ActivationBatch, Site
@@ -28,8 +29,7 @@ from difflex.training.checkpoint import (
     save_state,
     trained_weights,
 )
-from difflex.training.config import AdamConfig, TrainingConfig
-from difflex.training.costs import checkpoint_bytes
+from difflex.training.config import AdamConfig, CheckpointKind, TrainingConfig, checkpoint_bytes
 from difflex.training.data import BatchFeed, DataPreview, SiteBatch, Split, TrainingRanks, non_finite_message
 from difflex.training.learner import Learner, initial_weights
 from difflex.training.update import VECTORS

@@ -19,8 +19,7 @@ from difflex.files import disk_errors, folder_lock
 from difflex.records import Site
 from difflex.store import require_split
 from difflex.training.checkpoint import check_same, check_state, saved_width
-from difflex.training.config import TrainingConfig
-from difflex.training.costs import SweepCost, training_cost
+from difflex.training.config import SweepCost, TrainingConfig, training_cost
 from difflex.training.data import Batches, BatchFeed, SiteBatch, SiteBatches, TrainingRanks
 from difflex.training.fitting import STATE, FitConfig, FitRun, FitTask
 

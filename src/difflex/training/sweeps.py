@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from difflex.choices import CheckpointKind, NormalisationMethod, SAEKind, WeightsDtype
+from difflex.choices import NormalisationMethod, SAEKind
 from difflex.devices import find_device, total_memory, use_gpu_of_rank
 from difflex.dictionaries import SAE, DictionaryOrigin
+from difflex.dictionaries.files import WeightsDtype
 from difflex.dictionaries.normalisation import VECTORS_PER_AXIS
 from difflex.distributed import Ranks, process_group
 from difflex.errors import BadInput, NonFinite, UnknownName
@@ -20,8 +21,17 @@ from difflex.store import Store
 from difflex.store.live import LiveSites
 from difflex.study import Study
 from difflex.training.checkpoint import LoggerName
-from difflex.training.config import TrainingConfig, default, paper, unbox
-from difflex.training.costs import WINDOWS, DeviceType, SweepCost, training_cost
+from difflex.training.config import (
+    WINDOWS,
+    CheckpointKind,
+    DeviceType,
+    SweepCost,
+    TrainingConfig,
+    default,
+    paper,
+    training_cost,
+    unbox,
+)
 from difflex.training.data import SiteBatch, Split
 from difflex.training.fitting import FitConfig, FitTask
 from difflex.training.groups import fit_tasks
@@ -273,7 +283,9 @@ def _train_site(
     )
 
     def batches(start: int) -> Iterator[SiteBatch]:
-        rows = store.batches(share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None)
+        rows = store.batches(
+            share, seed=config.seed, rank=rank, world_size=world_size, start=start, epochs=None, device=find_device()
+        )
         return ({store.site: batch} for batch in rows)
 
     origin = origin_of(study, store, {"variant": config.variant})
