@@ -193,9 +193,10 @@ HOMES: dict[str, set[str]] = {
     "bitsandbytes": {"pipeline"},
     "datasets": {"pipeline"},
     "httpcore2": {"explanation"},
+    "triton": {"training"},
 }
 # Of these, what only an extra of pyproject.toml brings, and which one.
-EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm"}
+EXTRAS = {"bitsandbytes": "nf4", "datasets": "data", "httpcore2": "vlm", "triton": "dev"}
 
 # A plain string that whatever is written to disk may carry: no arrow.
 VERSION = "difflex._version.__version__"

@@ -16,6 +16,7 @@ from difflex.dictionaries.sparse import CooCodes, EncoderSearch, segment_sums
 from difflex.errors import NonFinite
 from difflex.training.config import TrainingConfig
 from difflex.training.data import TrainingRanks
+from difflex.training.gpu import DeviceUpdate, UpdateEngine
 from difflex.training.update import JumpGradients, SAEParameters, UpdateInputs
 
 DEAD_AFTER = 1_000_000
@@ -66,8 +67,10 @@ class BatchErrors(NamedTuple):
 class Learner:
     """The state of one SAE in training."""
 
-    def __init__(self, config: TrainingConfig, weights: SAEWeights, ranks: TrainingRanks) -> None:
-        """`weights` are those of this rank's features; they are updated in place."""
+    def __init__(
+        self, config: TrainingConfig, weights: SAEWeights, ranks: TrainingRanks, engine: UpdateEngine | None = None
+    ) -> None:
+        """`weights` are those of this rank's features; they are updated in place. The default engine depends on their device."""
         self.config, self.ranks = config, ranks
         self.parameters = SAEParameters(weights, config.optimiser, ranks.by_feature)
         size, device = len(weights.encoder), weights.encoder.device
@@ -83,12 +86,23 @@ class Learner:
         self.metrics: UpdateMetrics | None = None
         self._prefixes = torch.tensor(config.prefixes, dtype=torch.long, device=device)
         self._first_feature = ranks.features(config.size).start
+        self._on_device: DeviceUpdate | None = None
+        if engine is not None or (device.type != "cpu" and config.kind == "topk" and ranks.world_size == 1):
+            engine, counts = engine or UpdateEngine.of(device), (self.silence, self.firings)
+            self._on_device = DeviceUpdate(config, self.parameters, counts, self._dead_after, engine)
 
     def update(self, z: Float[Tensor, "token width"], learning_rate: float, *, measure: bool = True) -> None:
         """Train on a batch, of which `z` is this rank's share; with `measure`, `metrics` are then of this batch.
 
-        Without it, a GPU is not waited for: a loss that is not finite is raised by the next update that measures.
+        Without it, a GPU is not waited for: a loss that is not finite is raised by the next update that measures, with `updates`
+        set back to those that were made.
         """
+        if self._on_device is not None:
+            self._on_device.update(z, learning_rate, number=self.updates + 1, tokens=self.tokens)
+            self.updates, self.tokens = self.updates + 1, self.tokens + len(z)
+            if measure:
+                self.metrics = self._read(self._on_device, z.shape)
+            return
         z = self.ranks.by_feature.gather(z)
         sums_of_z = self.ranks.by_token.sum(torch.cat([z.new_tensor([len(z)]), _square(z)[None], z.sum(0)]).double())
         count, variance = int(sums_of_z[0]), float(sums_of_z[1] - _square(sums_of_z[2:]) / sums_of_z[0])
@@ -115,8 +129,24 @@ class Learner:
             gradient=gradient,
         )
 
+    def _read(self, on_device: DeviceUpdate, shape: torch.Size) -> UpdateMetrics:
+        """Return the metrics of the last update on a device."""
+        metrics, failed = on_device.read()
+        if failed:
+            self.updates = failed - 1
+            raise NonFinite("The loss became NaN or infinite; the weights were not updated.")
+        return UpdateMetrics(
+            loss=metrics.square / shape.numel(),
+            fvu=metrics.square / max(metrics.variance, 1e-30),
+            l0=metrics.fired / shape[0],
+            dead=metrics.dead / self.config.size,
+            gradient=metrics.gradient,
+        )
+
     def is_finite(self) -> bool:
-        """Return whether no weight on any rank is NaN or infinite."""
+        """Return whether no weight on any rank is NaN or infinite, nor any loss since the last measured one."""
+        if self._on_device is not None and self._on_device.read()[1]:
+            return False
         wrong = [(~torch.isfinite(tensor)).sum() for tensor in self.parameters.weights.tensors().values()]
         return not bool(self.ranks.sum(torch.stack(wrong)).any())
 
@@ -256,8 +286,12 @@ class Learner:
 
     def _dead(self) -> Bool[Tensor, " size"]:
         """Return which features of this rank are dead."""
-        auxk = self.config.auxk
-        return self.silence > (auxk.dead_after if auxk is not None else DEAD_AFTER)
+        return self.silence > self._dead_after
+
+    @property
+    def _dead_after(self) -> int:
+        """Tokens without firing after which a feature is dead."""
+        return DEAD_AFTER if self.config.auxk is None else self.config.auxk.dead_after
 
     def _layer_of(self, pairs: CooCodes) -> Int[Tensor, " pair"]:
         """Return the shortest prefix that contains the feature of each pair."""

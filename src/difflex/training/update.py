@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, final
 
 import torch
@@ -187,7 +188,6 @@ class SAEParameters:
         self.weights, self.config, self._ranks = weights, config, ranks
         self.matrices = {name: AdamWeight.initial(tensor, config) for name, tensor in weights.tensors().items()}
         self._rowwise = [name for name in self.matrices if name not in VECTORS]
-        self.scores = EncoderSearch(weights.encoder, weights.encoder_bias)
         self.last_update = torch.zeros(len(weights.encoder), dtype=torch.long, device=weights.encoder.device)
         """The last update in which each row took part: with beta1 = 0, rows without a gradient are skipped."""
         self._skips_rows = config.beta1 == 0
@@ -197,6 +197,11 @@ class SAEParameters:
             # glibc returns freed memory to the system, and fetches it again page by page, up to the size of the largest block
             # below 32 MB that was ever freed. Without this line, that takes a third of the time of an update.
             torch.empty(31 << 20, dtype=torch.uint8)
+
+    @cached_property
+    def scores(self) -> EncoderSearch:
+        """The search for the largest scores."""
+        return EncoderSearch(self.weights.encoder, self.weights.encoder_bias)
 
     def update(self, inputs: UpdateInputs, *, number: int, learning_rate: float, measure_gradient: bool = True) -> float | None:
         """Update all weights, for the `number`-th time from 1; return the gradient's norm before clipping if it is measured."""
