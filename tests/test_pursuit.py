@@ -7,12 +7,26 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from other_device import other_device
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 from torch.nn import functional as F
 
 from difflex.choices import PursuitName
-from difflex.dictionaries.pursuit import RULES, CandidatePool, GramMatrix, PursuitPath, product, pursue
+from difflex.dictionaries.pursuit import (
+    EXACT_POOL,
+    RULES,
+    AtomSet,
+    CandidatePool,
+    GramMatrix,
+    PursuitBackend,
+    PursuitPath,
+    choose_backend,
+    product,
+    pursue,
+    run_pursuit,
+)
+from difflex.dictionaries.pursuit.algorithms import PursuitState, run_rounds
 from difflex.errors import BadInput, NonFinite
 
 WIDTH, SIZE, COUNT = 24, 96, 24
@@ -208,6 +222,89 @@ def test_a_pool_of_all_atoms_or_of_one_round_is_exact_and_a_small_one_nearly():
         torch.testing.assert_close(pursue(signals, atoms, 8, pool=pool).unexplained, exact.unexplained)
     small = pursue(signals, atoms, 8, pool=CandidatePool(rounds=4, atoms=32))
     assert 1 < float(small.unexplained.mean() / exact.unexplained.mean()) < 1.05
+
+
+def half_atoms(atoms: Tensor, pool: CandidatePool) -> AtomSet:
+    """The atoms as a GPU has them."""
+    return AtomSet(atoms, pool=pool, half=AtomSet.half_rows(atoms))
+
+
+@EVERY_PURSUIT
+@pytest.mark.parametrize("size", [SIZE, 4 * SIZE + 64])
+def test_a_pursuit_with_products_in_half_precision_equals_its_plain_formula_in_float64(pursuit: PursuitName, size: int):
+    signals, atoms = planted(size=size)
+    path = run_pursuit(half_atoms(atoms, EXACT_POOL), RULES[pursuit], signals, 12)
+    expected = torch.stack([PLAIN[pursuit](x, atoms, 12) for x in signals])
+    torch.testing.assert_close(dense(path, size), expected, atol=1e-9, rtol=1e-9)
+    unexplained = (signals - expected @ atoms).square().sum(1) / signals.square().sum(1)
+    torch.testing.assert_close(path.unexplained, unexplained, atol=1e-9, rtol=1e-9)
+
+
+@EVERY_PURSUIT
+def test_the_pool_of_a_gpu_explains_nearly_as_much_as_exact_picks_and_says_how_much(pursuit: PursuitName):
+    signals, atoms = planted(size=4096, width=256)
+    exact = pursue(signals, atoms, 12, pursuit)
+    pool = choose_backend(pursuit, 65_536, 3072, 64, "cuda").pool
+    assert pool is not None
+    path = run_pursuit(half_atoms(atoms, pool), RULES[pursuit], signals, 12)
+    residual = signals - dense(path, 4096) @ atoms
+    torch.testing.assert_close(path.unexplained, residual.square().sum(1) / signals.square().sum(1), atol=1e-9, rtol=0)
+    assert float(path.residual_energy.sum() / exact.residual_energy.sum()) == pytest.approx(1, abs=0.03)
+
+
+@EVERY_PURSUIT
+@pytest.mark.parametrize("pool", [EXACT_POOL, CandidatePool()])
+def test_excluded_atoms_and_padding_are_never_picked_from_a_pool(pursuit: PursuitName, pool: CandidatePool):
+    signals, atoms = planted(size=201)
+    excluded = torch.rand(COUNT, 150, generator=torch.Generator().manual_seed(3)) < 0.9
+    excluded[5] = True
+    path = run_pursuit(half_atoms(atoms, pool), RULES[pursuit], signals, 20, excluded=excluded)
+    used = dense(path, 201) != 0
+    assert not (used[:, 51:] & excluded).any() and used[:, 51:].any() and int(path.support.max()) < 201
+    alone = run_pursuit(half_atoms(atoms[:51], pool), RULES[pursuit], signals[5:6], 20)
+    torch.testing.assert_close(dense(path, 201)[5, :51], dense(alone, 51)[0])
+
+
+@EVERY_PURSUIT
+def test_signals_that_finish_early_leave_a_pool_and_the_others_stay_the_same(pursuit: PursuitName):
+    signals, atoms = planted(size=512)
+    together = run_pursuit(half_atoms(atoms, CandidatePool()), RULES[pursuit], signals, 16, tolerance=0.12)
+    assert int((together.unexplained <= 0.12).sum()) > COUNT // 4
+    for row in (0, 11, 17):
+        alone = run_pursuit(half_atoms(atoms, CandidatePool()), RULES[pursuit], signals[row : row + 1], 16, tolerance=0.12)
+        torch.testing.assert_close(dense(alone, 512)[0], dense(together, 512)[row], atol=1e-9, rtol=0)
+
+
+@EVERY_PURSUIT
+@pytest.mark.parametrize("size", [16, 512])
+def test_a_pursuit_on_another_device_mixes_no_devices_and_finds_the_same(pursuit: PursuitName, size: int):
+    signals, atoms = planted(size=size)
+    backend = choose_backend(pursuit, 65_536, 3072, 64, "cuda")
+    expected = run_pursuit(half_atoms(atoms, backend.pool), RULES[pursuit], signals, 8, tolerance=0.05)  # pyright: ignore
+    with other_device() as device:
+        there = half_atoms(atoms.to(device), backend.pool)  # pyright: ignore
+        path = run_pursuit(there, RULES[pursuit], signals.to(device), 8, tolerance=0.05)
+        assert all(part.device == device for part in path)
+        codes = dense(PursuitPath(*(part.cpu() for part in path)), size)
+    torch.testing.assert_close(codes, dense(expected, size), atol=1e-9, rtol=0)
+
+
+@EVERY_PURSUIT
+def test_a_pursuit_of_real_size_has_fixed_shapes_and_never_waits_for_a_gpu(pursuit: PursuitName):
+    """On `meta` anything that needs a value, so waits for a GPU, raises an error."""
+    backend, k = choose_backend(pursuit, 65_536, 3072, 64, "cuda"), 8
+    atoms, signals = torch.empty(65_536, 3072, device="meta"), torch.empty(1024, 3072, device="meta")
+    state = PursuitState.of(signals.square().sum(1), k, RULES[pursuit], with_history=True)
+    correlations = AtomSet(atoms, pool=backend.pool, half=AtomSet.half_rows(atoms)).correlations(signals, k)
+    run_rounds(state, RULES[pursuit], correlations, k, 0.0)
+
+
+def test_no_pursuit_on_a_gpu_needs_more_memory_than_a_copy_of_the_atoms_in_half_precision():
+    for pursuit in RULES:
+        for size in (512, 65_536):
+            backend = choose_backend(pursuit, size, 3072, 64, "cuda")
+            assert backend.gram is None and backend.memory(size, 3072) == 2 * size * 3072
+            assert PursuitBackend.from_json(backend.as_json()) == backend
 
 
 def test_codes_do_not_depend_on_the_other_signals():

@@ -42,7 +42,8 @@ def free_memory(device: torch.device | str) -> int:
     """Return the bytes that can be allocated on `device`; on a CPU within the memory limit of the container."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for new tensors
+        return torch.cuda.mem_get_info(device)[0] + unused
     if not MEMINFO.is_file():  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())

@@ -170,7 +170,7 @@ class AtomProvenance:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save; shots are lines of JSON, as bytes."""
-        lines = "\n".join(json.dumps([number, asdict(shot)]) for number, shot in sorted(self.details.items()))
+        lines = "\n".join(json.dumps([number, shot.as_json()]) for number, shot in sorted(self.details.items()))
         packed = torch.frombuffer(bytearray(lines.encode() or b"\n"), dtype=torch.uint8)
         return {"provenance.shots": self.shots, "provenance.tokens": self.tokens, "provenance.known": packed}
 
@@ -237,7 +237,7 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
         """The backend of its pursuits, chosen by the shapes; without the memory for it, by products, which is slower."""
         device = self.atoms.device
         backend = choose_backend(self.pursuit, self.size, self.width, self.k, device.type)
-        if (need := backend.gram_bytes(self.size)) <= GRAM_SHARE * free_memory(device):
+        if backend.gram is None or (need := backend.memory(self.size, self.width)) <= GRAM_SHARE * free_memory(device):
             return backend
         warnings.warn(
             f"{self.name} is used without a Gram matrix, which needs {need / 1e9:.1f} GB of memory on {device}: codes take "
@@ -249,7 +249,8 @@ class ITDA(NormalisedDictionary, kinds=("itda",)):
     @cached_property
     def _atom_set(self) -> AtomSet:
         gram = None if self.backend.gram is None else GramMatrix.of(self.atoms, self.backend.gram)
-        return AtomSet(self.atoms, gram, self.backend.pool)
+        half = AtomSet.half_rows(self.atoms) if self.backend.half else None
+        return AtomSet(self.atoms, gram, self.backend.pool, half)
 
     def _run(self, x: Float[Tensor, "token width"]) -> PursuitPath:
         return run_pursuit(self._atom_set, RULES[self.pursuit], self.normalisation.apply(self._validated(x)), self.k)

@@ -2,7 +2,7 @@
 
 `pursue` checks its input and runs any pursuit; `run_pursuit` is the same on an `AtomSet`, for callers that keep one. With a Gram
 matrix of the atoms no round goes back to the signals; without it every round is a product with the residuals, of which a
-`CandidatePool` saves most. `choose_backend` decides between these.
+`CandidatePool` saves most. `choose_backend` decides between these: on a GPU always for a pool (see `pooled`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from difflex.choices import PursuitName
 from difflex.dictionaries.pursuit.algorithms import RULES, PursuitPath, run_pursuit
-from difflex.dictionaries.pursuit.correlations import AtomSet, CandidatePool, GramMatrix, check_norms, product
+from difflex.dictionaries.pursuit.correlations import GramMatrix, check_norms, product
+from difflex.dictionaries.pursuit.pooled import AtomSet, CandidatePool
 from difflex.errors import BadInput
 from difflex.files import Json
 
@@ -33,12 +34,16 @@ __all__ = [
     "run_pursuit",
 ]
 
-GRAM_BYTES = {"cpu": 4 * 2**30, "cuda": 20 * 2**30}
-"""The memory that a Gram matrix may take: 32,768 atoms in float32 on a CPU, and 73,000 on a GPU."""
+GRAM_BYTES = 4 * 2**30
+"""The memory that a Gram matrix may take: that of 32,768 atoms in float32."""
 GRAM_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 """The precisions of a Gram matrix, the best first."""
 WIDTH_PER_GRAM_ROW = 8
 """A row of the Gram matrix takes as long as a product with activations of about this width."""
+EXACT_POOL, EXACT_SIZE = CandidatePool(rounds=1, atoms=8), 16_384
+"""The pool on a GPU of matching pursuit, and of all pursuits up to this many atoms: every pick is the best of all atoms."""
+GRADIENT_POOL = CandidatePool(rounds=3, atoms=32)
+"""The pool on a GPU of gradient pursuit, which suffers more from a pick that is not the best than orthogonal pursuit."""
 
 
 def pursue(
@@ -84,10 +89,12 @@ class PursuitBackend(NamedTuple):
     pool: CandidatePool | None
     reason: str
     """The choice and its reason, as a phrase to print."""
+    half: bool = False
+    """Whether pools are filled by products in half precision, with a copy of the atoms."""
 
-    def gram_bytes(self, size: int) -> int:
-        """Return the memory of the Gram matrix of `size` atoms."""
-        return 0 if self.gram is None else size * size * self.gram.itemsize
+    def memory(self, size: int, width: int) -> int:
+        """Return the bytes that pursuits with `size` atoms need besides the atoms."""
+        return (0 if self.gram is None else size * size * self.gram.itemsize) + 2 * size * width * self.half
 
     def as_json(self) -> dict[str, Json]:
         """Return this backend as plain JSON."""
@@ -95,6 +102,7 @@ class PursuitBackend(NamedTuple):
             "gram": None if self.gram is None else str(self.gram).removeprefix("torch."),
             "pool": None if self.pool is None else list(self.pool),
             "reason": self.reason,
+            **({"half": True} if self.half else {}),
         }
 
     @classmethod
@@ -104,7 +112,8 @@ class PursuitBackend(NamedTuple):
         if pool is not None and not isinstance(pool, list):
             raise ValueError(f"the pool is {pool!r}")
         pool = None if pool is None else CandidatePool(*(int(str(number)) for number in pool))
-        return cls(None if gram is None else GRAM_DTYPES[str(gram)], pool, str(entries["reason"]))
+        gram = None if gram is None else GRAM_DTYPES[str(gram)]
+        return cls(gram, pool, str(entries["reason"]), half=entries.get("half", False) is True)
 
 
 def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, device: str = "cpu") -> PursuitBackend:
@@ -112,12 +121,17 @@ def choose_backend(pursuit: PursuitName, size: int, width: int, k: int, device: 
 
     The last bits of the results depend on it, so it is never chosen by how much memory happens to be free.
     """
-    rule, limit, need = RULES[pursuit], GRAM_BYTES.get(device, GRAM_BYTES["cpu"]), 0
+    rule, need = RULES[pursuit], 0
+    if device != "cpu":
+        if size <= EXACT_SIZE or rule.single_weight:
+            return PursuitBackend(None, EXACT_POOL, "products with the residual in half precision", half=True)
+        pool = CandidatePool() if rule.needs_cholesky else GRADIENT_POOL
+        return PursuitBackend(None, pool, "candidate pools from products with the residual in half precision", half=True)
     if width <= WIDTH_PER_GRAM_ROW * (1 if rule.single_weight else k):
         return PursuitBackend(None, None, f"products with the residual (faster at width {width} and k {k})")
     for name, dtype in GRAM_DTYPES.items():
         need = size * size * dtype.itemsize
-        if need <= limit:
+        if need <= GRAM_BYTES:
             return PursuitBackend(dtype, None, f"a Gram matrix in {name} ({_gb(need)})")
     pool = CandidatePool() if rule.needs_cholesky else None
     picks = " and a candidate pool" if pool else ""

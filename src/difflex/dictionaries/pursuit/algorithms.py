@@ -19,14 +19,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difflex.choices import PursuitName
-from difflex.dictionaries.pursuit.correlations import AtomSet, BestAtoms, Correlations, ExcludedAtoms
+from difflex.devices import free_memory
+from difflex.dictionaries.pursuit.correlations import BestAtoms, Correlations, ExcludedAtoms
+from difflex.dictionaries.pursuit.pooled import AtomSet
 from difflex.errors import NonFinite
 from difflex.records import Codes
 
 SCORES_IN_CHUNK = 1 << 22
-"""Correlations in memory at a time (signals times atoms): larger chunks do not fit the cache."""
-MIN_CHUNK, MAX_CHUNK = 64, 1024
+"""Correlations in memory at a time on a CPU (signals times atoms): larger chunks do not fit the cache."""
+GPU_SHARE = 4
+"""A chunk takes at most one part in so many of the free memory of a GPU."""
+MIN_CHUNK, MAX_CHUNK = 64, {"cpu": 1024, "cuda": 4096}
 """Signals in a chunk: fewer read the atoms too often for one product, more gain nothing."""
+ROUNDS_UNSEEN = 4
+"""Rounds on a GPU after which the host asks how many signals are finished, as asking waits for all the work so far."""
 
 
 class PursuitPath(NamedTuple):
@@ -223,15 +229,13 @@ def run_pursuit(
     """
     energy = signals.square().sum(1)
     _check_finite(signals, energy)
-    chunk = min(MAX_CHUNK, max(MIN_CHUNK, SCORES_IN_CHUNK // max(atoms.size, 1)))
-    paths = []
+    chunk, paths = _chunk(atoms, signals, k), []
     for start in range(0, max(len(signals), 1), chunk):
         here = slice(start, start + chunk)
         state = PursuitState.of(energy[here], k, rule, with_history)
         if atoms.size and len(state.energy):
             parts = (None if tensor is None else tensor[here] for tensor in (scores, excluded))
-            correlations = atoms.correlations(signals[here], *parts)
-            _run_rounds(state, rule, correlations, k, max(tolerance, 8 * torch.finfo(signals.dtype).eps))
+            run_rounds(state, rule, atoms.correlations(signals[here], k, *parts), k, tolerance)
         else:
             state.best_correlations[state.active, :1] = 0  # any atom would be picked
         weights, residual_energy = state.weights * state.is_new, state.residual_energy.clamp_min(0)
@@ -239,11 +243,22 @@ def run_pursuit(
     return paths[0] if len(paths) == 1 else PursuitPath(*(torch.cat(parts) for parts in zip(*paths, strict=True)))
 
 
-def _run_rounds(whole: PursuitState, rule: PursuitRule, correlations: Correlations, k: int, tolerance: float) -> None:
-    rows, state = torch.arange(len(whole.energy), device=whole.energy.device), whole
+def _chunk(atoms: AtomSet, signals: Tensor, k: int) -> int:
+    """Return how many signals are pursued at a time."""
+    if signals.device.type == "cpu":
+        return min(MAX_CHUNK["cpu"], max(MIN_CHUNK, SCORES_IN_CHUNK // max(atoms.size, 1)))
+    pool = 0 if atoms.pool is None else atoms.pool.atoms
+    per_signal = 12 * atoms.size + 4 * signals.shape[1] * (2 * pool + k + 4) + 24 * k * (pool + k)
+    return min(MAX_CHUNK["cuda"], max(MIN_CHUNK, free_memory(signals.device) // GPU_SHARE // per_signal))
+
+
+def run_rounds(whole: PursuitState, rule: PursuitRule, correlations: Correlations, k: int, tolerance: float) -> None:
+    """Run the pursuits of a chunk to their end; on a GPU without waiting for it, unless there is a `tolerance` to reach."""
+    rows, state, on_cpu = torch.arange(len(whole.energy), device=whole.energy.device), whole, whole.energy.device.type == "cpu"
     for slot in range(k):
-        change = _run_round(state, rule, correlations, slot, tolerance)
-        active = int(state.active.sum())
+        change = _run_round(state, rule, correlations, slot, max(tolerance, 8 * torch.finfo(whole.energy.dtype).eps))
+        looks = on_cpu or (tolerance > 0 and (slot + 1) % ROUNDS_UNSEEN == 0)
+        active = int(state.active.sum()) if looks else len(rows)
         if active == 0 or slot + 1 == k:
             break
         correlations.update(change)

@@ -1,4 +1,4 @@
-"""Correlations of residuals with all atoms: by the Gram matrix, by products with the residual, or with a pool of candidates."""
+"""Correlations of residuals with all atoms: by the Gram matrix, or by products with the residual."""
 
 from __future__ import annotations
 
@@ -145,15 +145,6 @@ class GramMatrix:
         return [(low, min(low + self.panel, size)) for low in range(0, size, self.panel)]
 
 
-class CandidatePool(NamedTuple):
-    """How a pursuit without a Gram matrix saves products with all atoms: nearly exact, and several times faster."""
-
-    rounds: int = 4
-    """The correlations with all atoms are computed once in so many rounds."""
-    atoms: int = 32
-    """In the rounds between, atoms are picked from so many that correlated best."""
-
-
 class BestAtoms(NamedTuple):
     """The atom that correlates best with the residual of each signal."""
 
@@ -197,7 +188,7 @@ class GramCorrelations(Correlations):
         self._gram, self._scores, self._excluded = gram, scores, excluded
 
     def best(self, signed: bool) -> BestAtoms:
-        return _largest(self._scores, signed, self._excluded)
+        return largest(self._scores, signed, self._excluded)
 
     def at(self, support: Tensor) -> Tensor:
         return self._scores.gather(1, support)
@@ -215,28 +206,14 @@ class GramCorrelations(Correlations):
 
 @final
 class ProductCorrelations(Correlations):
-    """All correlations, by a product with the residual in every round, or once in several rounds with a pool."""
+    """All correlations, by a product with the residual in every round."""
 
-    def __init__(
-        self,
-        rows: Float[Tensor, "size width"],
-        signals: Tensor,
-        scores: Tensor,
-        pool: CandidatePool | None,
-        excluded: ExcludedAtoms,
-    ) -> None:
+    def __init__(self, rows: Float[Tensor, "size width"], signals: Tensor, scores: Tensor, excluded: ExcludedAtoms) -> None:
         """Start from the correlations of the `signals`."""
         self._rows, self._residual, self._scores, self._excluded = rows, signals.clone(), scores, excluded
-        self._pool = pool if pool is not None and pool.rounds > 1 and pool.atoms < len(rows) else None
-        self._round = 0
-        self._members: Tensor | None = None
-        self._member_rows: Tensor | None = None
 
     def best(self, signed: bool) -> BestAtoms:
-        if self._pool is not None and self._members is None:
-            self._fill(self._pool, signed)
-        best = _largest(self._scores, signed, self._excluded if self._members is None else None)
-        return best if self._members is None else best._replace(atoms=self._members.gather(1, best.atoms[:, None])[:, 0])
+        return largest(self._scores, signed, self._excluded)
 
     def at(self, support: Tensor) -> Tensor:
         return self._dot_products(support, self._residual)
@@ -246,27 +223,11 @@ class ProductCorrelations(Correlations):
 
     def update(self, change: Codes) -> None:
         self._residual -= sparse_matmul(change, self._rows)
-        self._round += 1
-        if self._member_rows is not None and self._pool is not None and self._round % self._pool.rounds:
-            self._scores = torch.einsum("tmw,tw->tm", self._member_rows, self._residual)
-        else:
-            self._members = self._member_rows = None
-            self._scores = product(self._residual, self._rows)
+        self._scores = product(self._residual, self._rows)
 
     def select(self, rows: Tensor) -> None:
         self._residual, self._scores = self._residual[rows], self._scores[rows]
         self._excluded = None if self._excluded is None else self._excluded[rows]
-        if self._members is not None and self._member_rows is not None:
-            self._members, self._member_rows = self._members[rows], self._member_rows[rows]
-
-    def _fill(self, pool: CandidatePool, signed: bool) -> None:
-        """Fill the pool with the atoms that correlate best now."""
-        merit = _merit(self._scores, signed, self._excluded)
-        self._members = merit.topk(pool.atoms, sorted=False).indices
-        self._member_rows = self._rows[self._members]
-        allowed = merit.gather(1, self._members) > -torch.inf
-        self._scores = torch.where(allowed, self._scores.gather(1, self._members), 0)
-        self._member_rows *= allowed[:, :, None]
 
     def _dot_products(self, support: Tensor, vectors: Tensor) -> Tensor:
         """Return the inner products of each token's vector with the atoms of its support."""
@@ -275,34 +236,7 @@ class ProductCorrelations(Correlations):
         return dot_products(self._rows, support.contiguous().view(-1), vectors, tokens).view(count, slots)
 
 
-@final
-class AtomSet:
-    """The atoms that a pursuit picks from."""
-
-    def __init__(
-        self, rows: Float[Tensor, "size width"], gram: GramMatrix | None = None, pool: CandidatePool | None = None
-    ) -> None:
-        """Use `rows` of norm one (or zero); a `pool` only matters without their Gram matrix."""
-        self.rows, self.gram, self.pool = rows, gram, pool
-
-    @property
-    def size(self) -> int:
-        return len(self.rows)
-
-    def correlations(
-        self,
-        signals: Float[Tensor, "token width"],
-        scores: Float[Tensor, "token size"] | None = None,
-        excluded: ExcludedAtoms = None,
-    ) -> Correlations:
-        """Return the correlations of `signals` with all atoms; `scores` are a copy of these, where they are known already."""
-        scores = product(signals, self.rows) if scores is None else scores.clone()
-        if self.gram is not None:
-            return GramCorrelations(self.gram, scores, excluded)
-        return ProductCorrelations(self.rows, signals, scores, self.pool, excluded)
-
-
-def _merit(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms) -> Float[Tensor, "token atom"]:
+def merit_of(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms) -> Float[Tensor, "token atom"]:
     """Return the numbers by which atoms are compared."""
     merit = scores.abs() if signed else scores
     if excluded is None:
@@ -311,28 +245,29 @@ def _merit(scores: Float[Tensor, "token atom"], signed: bool, excluded: Excluded
     return torch.cat([merit[:, :start], merit[:, start:].masked_fill(excluded, -torch.inf)], 1)
 
 
-def _largest(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms = None) -> BestAtoms:
+def largest(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms = None) -> BestAtoms:
     """Return the best atom of every row, searched among the best of short blocks: several times faster than along whole rows."""
     size = scores.shape[1]
     whole = size - size % BLOCK if excluded is None else (size - excluded.shape[1]) // BLOCK * BLOCK
     if not whole:
-        return _largest_of_few(scores, signed, excluded)
+        return largest_of_few(scores, signed, excluded)
     blocks = scores[:, :whole].unflatten(1, (-1, BLOCK))
     peaks = torch.maximum(blocks.amax(2), -blocks.amin(2)) if signed else blocks.amax(2)
     block = peaks.argmax(1)
     rows = torch.arange(len(scores), device=scores.device)
-    inside = _largest_of_few(blocks[rows, block], signed, None)
+    inside = largest_of_few(blocks[rows, block], signed)
     best = inside._replace(atoms=block * BLOCK + inside.atoms)
     if whole == size:
         return best
-    rest = _largest_of_few(scores[:, whole:], signed, excluded)
+    rest = largest_of_few(scores[:, whole:], signed, excluded)
     better = rest.merit > best.merit
     return BestAtoms(
         *(torch.where(better, new, old) for new, old in zip(rest._replace(atoms=whole + rest.atoms), best, strict=True))
     )
 
 
-def _largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms) -> BestAtoms:
-    merit = _merit(scores, signed, excluded)
+def largest_of_few(scores: Float[Tensor, "token atom"], signed: bool, excluded: ExcludedAtoms = None) -> BestAtoms:
+    """Return the best atom of every row."""
+    merit = merit_of(scores, signed, excluded)
     atoms = merit.argmax(1, keepdim=True)
     return BestAtoms(atoms[:, 0], scores.gather(1, atoms)[:, 0], merit.gather(1, atoms)[:, 0])

@@ -44,8 +44,10 @@ class PursuitBatch:
         self._z, self._rule, self._k = z, RULES[growth.pursuit], growth.k
         # If more rounds can only explain more, a token below the threshold needs no more of them.
         self._tolerance = threshold if self._rule.monotone else 0.0
-        self._scores = z.new_empty(len(z), atoms.size + room)
-        self._scores[:, : atoms.size] = product(z, atoms.rows)
+        # On a GPU the pursuits compute their own, in half precision.
+        self._scores = z.new_empty(len(z), atoms.size + room) if z.device.type == "cpu" else None
+        if self._scores is not None:
+            self._scores[:, : atoms.size] = product(z, atoms.rows)
         self._path = self._run(torch.arange(len(z), device=z.device), atoms, None)
         self.excluded = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         """Tokens that have become atoms, and those that never may."""
@@ -60,12 +62,12 @@ class PursuitBatch:
     ) -> tuple[Float[Tensor, "new width"], Float[Tensor, "new size"]]:
         """Return these tokens or their residuals at norm 1, and the products with all atoms."""
         z = self._z[tokens]
-        if add == "point":  # the products are those of the correlations in memory
+        if add == "point" and self._scores is not None:  # the products are those of the correlations in memory
             return F.normalize(z, dim=1), self._scores[tokens, : atoms.size] / self._path.energy[tokens].sqrt()[:, None]
-        if atoms.size:
+        if add == "residual" and atoms.size:
             z = z - sparse_matmul(PursuitPath(*(part[tokens] for part in self._path)).codes, atoms.rows)
-        residuals = F.normalize(z, dim=1)
-        return residuals, product(residuals, atoms.rows)
+        new = F.normalize(z, dim=1)
+        return new, product(new, atoms.rows)
 
     def would_pick(
         self, tokens: Int[Tensor, " token"], new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], slack: float
@@ -92,12 +94,14 @@ class PursuitBatch:
 
     def add_atoms(self, new: Float[Tensor, "new width"], size: int) -> None:
         """Compute the correlations with `new` atoms, which come after the first `size`."""
-        self._scores[:, size : size + len(new)] = product(self._z, new)
+        if self._scores is not None:
+            self._scores[:, size : size + len(new)] = product(self._z, new)
 
     def keep_atoms(self, size: int, winners: Int[Tensor, " winner"], count: int) -> None:
         """Of the `count` atoms after the first `size`, forget all but the `winners`, which move up."""
         end, device = size + len(winners), winners.device
-        self._scores[:, size:end] = self._scores[:, size + winners]
+        if self._scores is not None:
+            self._scores[:, size:end] = self._scores[:, size + winners]
         places = torch.zeros(size + count, dtype=torch.long, device=device)
         places[:size] = torch.arange(size, device=device)
         places[size + winners] = torch.arange(size, end, device=device)
@@ -124,7 +128,7 @@ class PursuitBatch:
             self._z[tokens],
             self._k,
             tolerance=self._tolerance,
-            scores=self._scores[tokens, : atoms.size],
+            scores=None if self._scores is None else self._scores[tokens, : atoms.size],
             excluded=excluded_atoms,
             with_history=True,
         )
@@ -164,6 +168,7 @@ class AtomGrower:
         room = growth.size + growth.batch * ranks.world_size
         self._rows = torch.empty(room, width, device=device)
         self._gram = None if self.backend.gram is None else GramMatrix(room, dtype=self.backend.gram, device=device)
+        self._half = AtomSet.half_rows(self._rows[:0], room) if self.backend.half else None
         self.shots = torch.zeros(growth.size, dtype=torch.long)
         self.tokens = torch.zeros(growth.size, dtype=torch.long)
         self.size = 0
@@ -174,7 +179,7 @@ class AtomGrower:
     @property
     def atoms(self) -> AtomSet:
         """The atoms so far."""
-        return AtomSet(self._rows[: self.size], self._gram, self.backend.pool)
+        return AtomSet(self._rows[: self.size], self._gram, self.backend.pool, self._half)
 
     @property
     def token_count(self) -> int:
@@ -301,6 +306,8 @@ class AtomGrower:
     def _append(self, new: Float[Tensor, "new width"], cross: Float[Tensor, "new size"], among: Float[Tensor, "new new"]) -> None:
         """Add atoms with their products with the old atoms and among each other."""
         self._rows[self.size : self.size + len(new)] = new
+        if self._half is not None:
+            self._half[self.size : self.size + len(new)] = new
         if self._gram is not None:
             self._gram.append(cross, among)
         self.size += len(new)
@@ -317,6 +324,8 @@ class AtomGrower:
         """Append atoms that `atoms_from` returned, bit for bit."""
         place = slice(self.size, self.size + len(part["rows"]))
         self._rows[place], self.shots[place], self.tokens[place] = part["rows"], part["shots"], part["tokens"]
+        if self._half is not None:
+            self._half[place] = self._rows[place]
         if self._gram is not None:
             gram = part["gram"].to(self._rows.device)
             self._gram.append(gram[:, : place.start], gram[:, place.start :])

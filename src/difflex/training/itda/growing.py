@@ -162,7 +162,7 @@ class GrowthRun:
 
     def check_memory(self, growth: GrowthConfig, width: int, backend: PursuitBackend) -> None:
         """Raise an error if all dictionaries of the run, as large as they may become, do not fit the free memory."""
-        need = self._sharing * (growth.size * (4 * width + 16) + backend.gram_bytes(growth.size))
+        need = self._sharing * (growth.size * (4 * width + 16) + backend.memory(growth.size, width))
         if need > (free := int(self.ranks.broadcast(torch.tensor([free_memory(self.device)], device=self.device)))):
             raise OutOfMemory(
                 f"Growing up to {growth.size:,} atoms of width {width} by {backend.reason} takes {need / 1e9:,.1f} GB of memory, "
