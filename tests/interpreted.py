@@ -30,7 +30,7 @@ PLAIN = TrainingConfig(size=SIZE, k=K, normalisation="none", auxk=None, optimise
 LAZY = AdamConfig(learning_rate=1e-2, beta1=0.0, beta2=0.99, ema=0.9, clip=0.05)
 CASES = {
     "plain": replace(PLAIN, relu=False, encoder_bias=False),
-    "lazy": replace(PLAIN, optimiser=LAZY, pre_bias=True, auxk=AuxKLoss(k=3, dead_after=2 * BATCH)),
+    "lazy": replace(PLAIN, optimiser=LAZY, pre_bias=True, auxk=AuxKLoss(k=3, dead_after=BATCH)),
 }
 """Without and with everything that the kernels know."""
 fused.SEGMENT = 4  # so that features of a tiny batch are popular
@@ -87,7 +87,7 @@ def operations(copies: torch.dtype) -> dict[str, float]:
     assert weights.encoder_bias is not None
     weights.encoder_bias.copy_(0.1 * torch.randn(SEARCHED, generator=torch.Generator().manual_seed(1)))
     state = DeviceState.of(config, SAEParameters(weights, config.optimiser, TrainingRanks().by_feature), copies)
-    kernels, z = fused.FusedOperations(state), batch(1, 10)
+    kernels, z = fused.FusedOperations(state), batch(1, 6)
     z[:, 3] *= 20  # an outlier coordinate
     pairs = kernels.top_k(z, z.to(copies), 3)
     scores = z.double() @ weights.encoder.double().T + weights.encoder_bias.double()
